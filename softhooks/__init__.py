@@ -1,0 +1,49 @@
+"""softhooks: soft prompts on unmodified Hugging Face models."""
+
+from softhooks.errors import (
+    AttachError,
+    CheckpointError,
+    FrozenModifiedError,
+    NameTakenError,
+    NotAttachedError,
+    OptionError,
+    PromptMismatchError,
+    PromptNotReachedError,
+    PromptTooLongError,
+    SoftHooksError,
+    TrainerError,
+    UnsupportedMethodError,
+    UnsupportedModeError,
+    UnsupportedModelError,
+)
+from softhooks.frozen import FrozenReport
+from softhooks.methods import PrefixTuning, PromptTuning
+from softhooks.prompt import SoftPrompt, attach
+from softhooks.switch import activate, disabled, rows
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachError",
+    "CheckpointError",
+    "FrozenModifiedError",
+    "FrozenReport",
+    "NameTakenError",
+    "NotAttachedError",
+    "OptionError",
+    "PrefixTuning",
+    "PromptMismatchError",
+    "PromptNotReachedError",
+    "PromptTooLongError",
+    "PromptTuning",
+    "SoftHooksError",
+    "SoftPrompt",
+    "TrainerError",
+    "UnsupportedMethodError",
+    "UnsupportedModeError",
+    "UnsupportedModelError",
+    "activate",
+    "attach",
+    "disabled",
+    "rows",
+]

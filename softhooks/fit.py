@@ -1,0 +1,113 @@
+"""Choose a prompt's way into a model: the fastest that is exact, checked by running it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.anatomy import Anatomy, at_rest, decoder_ids, first_state, probe_ids
+from softhooks.errors import SoftHooksError, UnsupportedMethodError, explain
+from softhooks.method import require_sites
+
+if TYPE_CHECKING:
+    from softhooks.prompt import Injection, SoftPrompt
+
+PROBE_COLUMNS = 5
+
+
+def probe_inputs(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:
+    """A call of a few ordinary tokens, with decoder ids where the model wants them."""
+    ids = probe_ids(model, anatomy.vocabulary, PROBE_COLUMNS)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if anatomy.is_encoder_decoder:
+        inputs["decoder_input_ids"] = decoder_ids(ids)
+    return inputs
+
+
+def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
+    """Choose the way in, or check the one that was asked for.
+
+    Raises:
+        UnsupportedMethodError: the way asked for does not exist here, or would give other results.
+    """
+    anatomy = prompt.host.anatomy
+    if prompt.method.enters == "attention":
+        require_sites(anatomy)
+        through = anatomy.entry.through
+        assert through is not None
+        return _only(prompt, asked, through)
+    _refuse_end_of_generation(prompt)
+    stack = anatomy.entry
+    could_share = stack.name == "text" and stack.causal and stack.through is not None and prompt.placement == "front"
+    if asked == "slots" or not could_share:
+        return _only(prompt, asked, "slots")
+    if _shares_exactly(prompt):
+        return _only(prompt, asked, "shared")
+    return _only(prompt, asked, "slots")
+
+
+def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> Injection:
+    if asked not in (None, possible):
+        raise UnsupportedMethodError(
+            explain(
+                "a way into the model must exist and be exact.",
+                "Leave `injection` out.",
+                asked=repr(asked),
+                possible=repr(possible),
+                model=type(prompt.model).__name__,
+            )
+        )
+    return possible
+
+
+def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
+    """Behind the text of a language model a prompt would steer no training token, and move as the text grows."""
+    can_generate = getattr(prompt.model, "can_generate", None)
+    if prompt.placement == "end" and prompt.host.anatomy.entry.causal and can_generate is not None and can_generate():
+        raise UnsupportedMethodError(
+            explain(
+                "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
+                "Use placement='front' or 'after_first'.",
+                model=type(prompt.model).__name__,
+                placement="end",
+            )
+        )
+
+
+def _shares_exactly(prompt: SoftPrompt) -> bool:
+    """Compare the prompt computed once with the prompt in the sequence, on a few tokens.
+
+    The difference is held against the precision of the states and against what the prompt changes at all.
+    """
+    shared = _states(prompt, "shared")
+    plain = _states(prompt, "slots")
+    if shared is None or plain is None:
+        return shared is not None
+    precision = torch.finfo(plain.dtype).eps
+    scale = plain.float().abs().amax().clamp(min=1e-6)
+    difference = (shared.float() - plain.float()).abs().amax()
+    return bool(difference <= 200 * precision**0.9 * scale)
+
+
+def _states(prompt: SoftPrompt, injection: Literal["shared", "slots"]) -> Tensor | None:
+    """The stack's last state on a probe with one way in; None where that way fails."""
+    kept: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        if stack.live is None:  # not the prompt's own rows
+            kept.append(first_state(output))
+
+    stack = prompt.host.anatomy.entry
+    before, prompt.injection = prompt.injection, injection
+    handle = stack.module.register_forward_hook(keep)
+    try:
+        with at_rest(prompt.model):
+            prompt.model(**probe_inputs(prompt.model, prompt.host.anatomy))
+    except (SoftHooksError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+        return None
+    finally:
+        handle.remove()
+        prompt.injection = before
+    return kept[-1]

@@ -1,0 +1,67 @@
+"""Trained heads: each prompt owns a copy of the model's head, which answers while the prompt is on.
+
+The model's own head is frozen like everything else, so that detaching gives it back as it was, and so that every prompt on a
+model can have its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.anatomy import Anatomy
+
+HEAD_NAMES = ("score", "classifier", "qa_outputs", "classification_head", "pre_classifier")
+"""The names of the heads that transformers makes anew for a task. Language-model heads are not among them."""
+
+
+def find_heads(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+    """Find the new heads of a task model, by path; what lies inside a stack is no head."""
+    inside = {id(module) for stack in anatomy.stacks for module in stack.module.modules()}
+    heads: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        nested = any(path.startswith(f"{other}.") for other in heads)
+        if path.rsplit(".", 1)[-1] in HEAD_NAMES and id(module) not in inside and not nested:
+            heads[path] = module
+    return heads
+
+
+def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
+    """Copy heads into a module of the prompt's own, in fp32; a path's dots become slashes."""
+    copies = nn.ModuleDict()
+    for path, head in heads.items():
+        own = copy.deepcopy(head)
+        own._forward_hooks.clear()
+        copies[path.replace(".", "/")] = own.float().requires_grad_(True)
+    return copies
+
+
+def answer(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor) -> Tensor:
+    """Run a prompt's head in its own precision; the result has the precision that the model's head gave."""
+
+    def own(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    result: Tensor = head(*[own(arg) for arg in args], **{key: own(value) for key, value in kwargs.items()})
+    return result.to(like.dtype)
+
+
+def answer_rows(
+    heads: Sequence[nn.Module | None],
+    rows: Sequence[int | None],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    base: Tensor,
+) -> Tensor:
+    """Give each row of a batch the answer of its own prompt's head; a row without one keeps the model's."""
+    result = base
+    for number, head in enumerate(heads):
+        chosen = torch.tensor([row == number for row in rows], device=base.device)
+        if head is not None and bool(chosen.any()):
+            own = answer(head, args, kwargs, base)
+            result = torch.where(chosen.view(-1, *[1] * (base.dim() - 1)), own, result)
+    return result

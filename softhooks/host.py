@@ -1,0 +1,269 @@
+"""What softhooks keeps on one model: the hooks, the prompts by name, and which of them is on.
+
+One host serves all prompts of a model. Its hooks decide, forward by forward, which pass to open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.anatomy import Anatomy, Stack, probe_ids
+from softhooks.errors import PromptNotReachedError, UnsupportedModeError, explain
+from softhooks.frozen import FrozenRecord
+from softhooks.heads import answer, answer_rows
+from softhooks.inject.cross import strip_encoder_state
+from softhooks.inject.entry import open_pass
+from softhooks.inject.interface import close_interface, mark, open_interface, unmark
+from softhooks.inject.passes import Pass
+from softhooks.inject.slots import SlotPass, Slots
+
+if TYPE_CHECKING:
+    from softhooks.prompt import SoftPrompt
+
+CONTAINER = "soft_prompt"
+"""The name of the submodule that holds every prompt's parameters."""
+
+
+class Container(nn.ModuleDict):
+    """The one submodule that is added to a model: each prompt's encoder and heads, by name.
+
+    Attributes:
+        host: the host of the model; not a module, so not in the state dict.
+    """
+
+    host: Host
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Container:
+        """Follow the model to another device, but stay in fp32: these are the master weights."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_precision, recurse)
+        return self
+
+
+class Host:
+    """The prompts of one model and the hooks that serve them.
+
+    Args:
+        model: the model as the user holds it.
+        anatomy: what it is made of.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.model = model
+        self.anatomy = anatomy
+        self.prompts: dict[str, SoftPrompt] = {}
+        self.active: str | None = None
+        self.rows: Sequence[str | None] | None = None
+        self.disabled = 0
+        self.freeze_dropout = False
+        self.was_trainable: dict[str, bool] = {}
+        self.record: FrozenRecord | None = None
+        self.placeholder = int(probe_ids(model, anatomy.vocabulary, columns=2)[0, 0])
+        self._handles: list[Any] = []
+        self._reached = False
+        self._batch = 0
+        self._resting: list[nn.Module] = []
+
+    # --- which prompts are on -----------------------------------------------------------------------------------------
+
+    @property
+    def is_on(self) -> bool:
+        """Whether a forward now meets a prompt."""
+        return not self.disabled and bool(self.prompts) and (self.rows is not None or self.active is not None)
+
+    def in_use(self, batch: int) -> tuple[list[SoftPrompt], Sequence[int | None] | None]:
+        """The prompts of a forward, and for each row which of them; None where one serves all rows.
+
+        Raises:
+            UnsupportedModeError: the batch is no multiple of the rows that were named.
+        """
+        if self.rows is None:
+            assert self.active is not None
+            return [self.prompts[self.active]], None
+        if batch % len(self.rows):
+            raise UnsupportedModeError(
+                explain(
+                    "`rows` must name one prompt for each row of the batch (beams and samples count as their row's).",
+                    "Name as many prompts as the batch has rows.",
+                    rows=len(self.rows),
+                    batch=batch,
+                )
+            )
+        each = [name for name in self.rows for _ in range(batch // len(self.rows))]
+        names = list(dict.fromkeys(name for name in each if name is not None))
+        return [self.prompts[name] for name in names], [None if name is None else names.index(name) for name in each]
+
+    # --- hooks --------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Register every hook and mark every attention site."""
+        add = self._handles.append
+        add(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+        for stack in self.anatomy.stacks:
+            stack.owner = self
+            hooks = StackHooks(self, stack)
+            add(stack.module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
+            add(stack.module.register_forward_hook(hooks.leave, always_call=True))
+            add(stack.embedding.register_forward_hook(hooks.embed))
+            pooler = getattr(stack.module, "pooler", None)
+            if isinstance(pooler, nn.Module):
+                add(pooler.register_forward_pre_hook(hooks.pool))
+        add(self.model.register_forward_hook(self._leave_model, with_kwargs=True))
+        mark(self.anatomy.stacks)
+        open_interface(self, (m for stack in self.anatomy.stacks for m in stack.module.modules()))
+
+    def add_head(self, path: str) -> None:
+        """Let the prompts' own heads answer in the place of one of the model's."""
+        hooks = HeadHooks(self, path.replace(".", "/"))
+        self._handles.append(self.model.get_submodule(path).register_forward_hook(hooks.answer, with_kwargs=True))
+
+    def uninstall(self) -> None:
+        """Take every hook and mark away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for stack in self.anatomy.stacks:
+            stack.owner = None
+        unmark(self.anatomy.stacks)
+        close_interface(self)
+
+    def _enter_model(self, _module: nn.Module, _args: Any, _kwargs: Any) -> None:
+        self._reached = False
+
+    def _leave_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.is_on:
+            return None
+        if not self._reached:
+            raise PromptNotReachedError(
+                explain(
+                    "every forward of a model with a prompt must go through the prompt.",
+                    "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with "
+                    "`softhooks.disabled(model)`.",
+                    model=type(self.model).__name__,
+                    stacks=", ".join(stack.path or "the model itself" for stack in self.anatomy.stacks),
+                )
+            )
+        if self.anatomy.is_encoder_decoder and self._batch:
+            prompts, rows = self.in_use(self._batch)
+            if prompts and prompts[0].injection == "slots":
+                slots = Slots([prompt.embeddings() for prompt in prompts], rows, prompts[0].placement)
+                return strip_encoder_state(output, slots, kwargs.get("attention_mask"))
+        return None
+
+    def reached(self, batch: int) -> None:
+        """Note that a pass of this forward put a prompt in."""
+        self._reached = True
+        self._batch = batch
+
+    # --- passes -------------------------------------------------------------------------------------------------------
+
+    def open(self, stack: Stack, call: dict[str, Any]) -> Pass | None:
+        """Open the pass of a forward of a stack, if a prompt is on."""
+        if not self.is_on:
+            return None
+        text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        batch = text.shape[0] if isinstance(text, Tensor) else 0
+        prompts, rows = self.in_use(batch)
+        self.reached(batch)
+        if not prompts:
+            return None
+        if self.freeze_dropout:
+            self._rest(stack)
+        return open_pass(stack, call, prompts, rows, self.placeholder)
+
+    def _rest(self, stack: Stack) -> None:
+        self._resting = [module for module in stack.module.modules() if module.training]
+        for module in self._resting:
+            module.training = False
+
+    def wake(self) -> None:
+        """Put a backbone that was set to rest back into training mode."""
+        for module in self._resting:
+            module.training = True
+        self._resting = []
+
+
+class StackHooks:
+    """The hooks of one stack. Bound methods, so that a deep copy of the model copies them with it."""
+
+    def __init__(self, host: Host, stack: Stack) -> None:
+        self.host = host
+        self.stack = stack
+        self.open: list[Pass | None] = []
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Open the pass and change the call's arguments."""
+        self.open.append(None)
+        if self.stack.live is not None:
+            return None  # the prompt's own rows on their way through
+        call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
+        opened = self.host.open(self.stack, call)
+        if opened is None:
+            return None
+        self.open[-1] = self.stack.live = opened
+        return (), call
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Close the pass and change the output; runs after an error too, with no output then."""
+        opened = self.open.pop() if self.open else None
+        if opened is None:
+            return None
+        self.stack.live = None
+        try:
+            if output is None:
+                return None
+            changed = opened.leave(output)
+            if not opened.touched:
+                raise PromptNotReachedError(
+                    explain(
+                        "a prompt must be put in once the forward of its stack is under way.",
+                        "Register attention functions before the prompt is attached; do not replace the embedding after.",
+                        stack=f"{type(self.stack.module).__name__} ({self.stack.path or 'the model itself'})",
+                        way=type(opened).__name__,
+                    )
+                )
+            return changed
+        finally:
+            opened.close()
+            self.host.wake()
+
+    def embed(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """Change the embedding's output where a pass asks for it."""
+        return None if self.stack.live is None else self.stack.live.embed(output)
+
+    def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Keep virtual slots from a pooler inside the stack."""
+        live = self.stack.live
+        if isinstance(live, SlotPass):
+            return (live.pooled(args[0]), *args[1:])
+        return None
+
+
+class HeadHooks:
+    """The hook of one of the model's heads."""
+
+    def __init__(self, host: Host, key: str) -> None:
+        self.host = host
+        self.key = key
+
+    def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Answer with the prompt's own head, or each row with its prompt's."""
+        host = self.host
+        if not host.is_on or not isinstance(output, Tensor):
+            return None
+        prompts, rows = host.in_use(output.shape[0])
+        heads = [prompt.heads[self.key] if self.key in prompt.heads else None for prompt in prompts]
+        if rows is not None:
+            return answer_rows(heads, rows, args, kwargs, output)
+        return output if heads[0] is None else answer(heads[0], args, kwargs, output)
+

@@ -1,0 +1,9 @@
+"""The ways into a model.
+
+    attention   keys and values put in at the attention function
+    cache       keys and values put in by a read-only cache, for models that do not use the attention interface
+    shared      a front prompt of a causal decoder, run once at batch 1 and put in as keys and values
+    slots       virtual slots in the sequence, their states stripped on the way out
+
+Each forward of a stack is one `Pass` (see `passes`); the host chooses which kind.
+"""

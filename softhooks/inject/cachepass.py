@@ -1,0 +1,101 @@
+"""A prefix through a read-only cache: the pass for stacks without the attention interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from softhooks.anatomy import Stack
+from softhooks.errors import UnsupportedModeError, explain
+from softhooks.inject.attention import PrefixPass
+from softhooks.inject.caches import PrefixCache
+from softhooks.inject.keyvalues import KeyValues
+
+
+class CachePass(PrefixPass):
+    """Give the stack a cache that puts the prefix before what the caller's cache holds.
+
+    Args:
+        stack: the stack.
+        prefix: keys and values by layer.
+        call: the arguments of the forward; cache and mask are replaced in place.
+        shape: batch and columns of the text.
+    """
+
+    def __init__(self, stack: Stack, prefix: KeyValues, call: dict[str, Any], shape: tuple[int, int]) -> None:
+        self._kept: list[nn.Module] = []
+        super().__init__(stack, {"self": prefix}, None, stack.module.training)
+        inner = call.get("past_key_values")
+        self._past = 0 if inner is None else int(inner.get_seq_length())
+        if inner is None and self._wants_cache(call):
+            inner = DynamicCache(config=stack.module.config)
+        self.inner = inner
+        self.cache = PrefixCache(self.prefixes["self"], inner)
+        call["past_key_values"] = self.cache
+        call["attention_mask"] = self._widened(call.get("attention_mask"), shape)
+        self._keep_cache_in_checkpoints()
+
+    def _wants_cache(self, call: dict[str, Any]) -> bool:
+        asked = call.get("use_cache")
+        if self._replaced:  # a checkpointed layer must not write to a cache twice
+            return False
+        return bool(getattr(self.stack.module.config, "use_cache", False) if asked is None else asked)
+
+    def _keep_cache_in_checkpoints(self) -> None:
+        """Let checkpointed layers keep the read-only cache, which they would otherwise be denied."""
+        for module, _ in self._replaced:
+            if not hasattr(module, "_can_checkpoint_with_cache"):
+                if module is self.stack.module:
+                    continue
+                raise UnsupportedModeError(
+                    explain(
+                        "a prefix that enters through a cache needs layers that keep a read-only cache when checkpointed.",
+                        "Turn gradient checkpointing off, or use transformers 5.20 or later.",
+                        layer=type(module).__name__,
+                    )
+                )
+            module._can_checkpoint_with_cache = True  # type: ignore[assignment]
+            self._kept.append(module)
+
+    def _widened(self, mask: Any, shape: tuple[int, int]) -> Any:
+        """Put the prefix's columns before those of the caller's mask."""
+        prefix = self.prefixes["self"]
+        device = prefix.keys[next(iter(prefix.keys))].device
+        present = prefix.present(device)
+        if mask is None:
+            if present is None:
+                return None
+            mask = torch.ones(shape[0], self._past + shape[1], dtype=torch.long, device=device)
+        seen = torch.ones(mask.shape[0], prefix.length, dtype=torch.bool, device=mask.device) if present is None else present
+        if mask.dim() == 2:
+            return torch.cat([seen.to(mask.dtype), mask], dim=-1)
+        seen = seen[:, None, None, :].expand(mask.shape[0], mask.shape[1], mask.shape[2], -1)
+        if mask.dtype != torch.bool:
+            seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, torch.finfo(mask.dtype).min)
+        return torch.cat([seen, mask], dim=-1)
+
+    def leave(self, output: Any) -> Any:
+        """Hand the caller's cache back, and the attentions without the prefix's columns."""
+        self.touched = self.cache.touched
+        length = self.prefixes["self"].length
+        if isinstance(output, tuple):
+            return tuple(self.inner if item is self.cache else item for item in output if item is not self.cache or self.inner)
+        if output.get("past_key_values") is not None:
+            output["past_key_values"] = self.inner
+        if output.get("attentions") is not None:
+            output["attentions"] = tuple(_without(weights, length) for weights in output["attentions"])
+        return output
+
+    def close(self) -> None:
+        """Take back what the checkpointed layers were told."""
+        super().close()
+        for module in self._kept:
+            module.__dict__.pop("_can_checkpoint_with_cache", None)
+        self._kept.clear()
+
+
+def _without(weights: Any, length: int) -> Any:
+    return weights[..., length:] if isinstance(weights, Tensor) else weights

@@ -1,0 +1,84 @@
+"""Caches for models that do not use the attention interface: one that listens, one that puts a prefix in.
+
+GPT-J, BLOOM, Falcon and their like hand their keys and values to `cache.update` and attend to what it returns. That is the one
+place where keys and values can be read, or be put in front, without touching the attention code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from softhooks.errors import UnsupportedModeError, explain
+from softhooks.inject.keyvalues import KeyValues
+
+
+class ListeningCache(Cache):
+    """A cache that keeps nothing of its own: it notes the keys and values of each layer and hands them back."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.heard: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any) -> Any:
+        """Note and return what came in, [B, Hk, T, D] each."""
+        self.heard[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Nothing is past."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys are as many as queries."""
+        return query_length, 0
+
+
+class PrefixCache(Cache):
+    """A read-only prefix in front of the caller's own cache, or of none.
+
+    What the model computes goes to the caller's cache alone; the prefix is put in front of what comes back. So the caller's
+    cache never holds a virtual token, and a layer that is recomputed reads the same keys twice.
+
+    Args:
+        prefix: keys and values by layer.
+        inner: the caller's cache.
+    """
+
+    def __init__(self, prefix: KeyValues, inner: Cache | None) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.prefix = prefix
+        self.inner = inner
+        self.touched = False
+        if inner is not None and any(getattr(layer, "is_sliding", False) for layer in inner.layers):
+            raise UnsupportedModeError(
+                explain(
+                    "a prefix that enters through a cache cannot stand before a sliding cache.",
+                    "Generate with the default cache of full length.",
+                    cache=type(inner).__name__,
+                )
+            )
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Store what came in with the caller, and return it behind the prefix: [B, Hk, P + K, D] each."""
+        self.touched = True
+        if self.inner is not None:
+            key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.prefix.before(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The prefix is past, and so is what the caller's cache holds."""
+        return self.prefix.length + (0 if self.inner is None else self.inner.get_seq_length(layer_idx))
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Queries stand behind the prefix and the caller's tokens."""
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys are the prefix's and the caller's."""
+        if self.inner is None:
+            return self.prefix.length + query_length, 0
+        length, offset = self.inner.get_mask_sizes(query_length, layer_idx)
+        return self.prefix.length + length, offset

@@ -1,0 +1,174 @@
+"""Choose and open the pass of a forward: by the prompts in use, the stack, and the call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from softhooks.anatomy import Role, Stack
+from softhooks.errors import PromptNotReachedError, PromptTooLongError, UnsupportedModeError, explain
+from softhooks.inject.attention import PrefixPass
+from softhooks.inject.cachepass import CachePass
+from softhooks.inject.cross import CrossSlotPass
+from softhooks.inject.keyvalues import KeyValues, mix
+from softhooks.inject.passes import Pass
+from softhooks.inject.slots import SlotPass, Slots, place_at_table
+from softhooks.layout import text_positions
+
+if TYPE_CHECKING:
+    from softhooks.prompt import SoftPrompt
+
+Rows = Sequence[int | None] | None
+
+
+def open_pass(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], rows: Rows, placeholder: int) -> Pass:
+    """Open the pass for one forward of a stack; the call's arguments are changed in place.
+
+    Args:
+        prompts: the prompts in use.
+        rows: for each row of the batch, which of them; None: the first for every row.
+        placeholder: an ordinary id for slots.
+
+    Raises:
+        UnsupportedModeError: the prompts or the call cannot be served together.
+    """
+    if {prompt.injection == "slots" for prompt in prompts} == {True, False}:
+        raise UnsupportedModeError(
+            explain(
+                "prompts in one batch must all enter as slots, or all as keys and values.",
+                "Attach them with one `injection=`, or run their rows in batches of their own.",
+                prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
+            )
+        )
+    if prompts[0].injection == "slots":
+        return _open_slots(stack, call, prompts, rows, placeholder)
+    return _open_prefix(stack, call, prompts, rows)
+
+
+# --- slots ------------------------------------------------------------------------------------------------------------
+
+
+def _open_slots(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], rows: Rows, placeholder: int) -> Pass:
+    placements = {prompt.placement for prompt in prompts}
+    if len(placements) > 1:
+        raise UnsupportedModeError(f"prompts in one batch must have one placement; these have {sorted(placements)}.")
+    slots = Slots([prompt.embeddings() for prompt in prompts], rows, prompts[0].placement)
+    if stack.name == "decoder":
+        return CrossSlotPass(stack, slots, call)
+    check_length(stack, call, slots.columns)
+    return SlotPass(stack, slots, call, placeholder, keep=stack.name == "encoder")
+
+
+# --- keys and values --------------------------------------------------------------------------------------------------
+
+
+def _open_prefix(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], rows: Rows) -> Pass:
+    each = [prompt.key_values(stack) for prompt in prompts]
+    roles: list[Role] = ["self", "cross"]
+    prefixes: dict[Role, KeyValues] = {}
+    for role in roles:
+        if role in each[0]:
+            prefixes[role] = each[0][role] if rows is None else mix([kv[role] for kv in each], rows)
+    if not prefixes:
+        return _Untouched(stack)
+    own = prefixes["self"]
+    batch, columns = text_shape(call)
+    check_length(stack, call, own.length if own.shifted is not False else 0)
+    positions = _positions(stack, call, batch, columns)
+    handles: list[Any] = []
+    if positions is not None:
+        _move_positions(stack, call, own, positions, columns, handles)
+    if stack.through == "cache":
+        return CachePass(stack, own, call, (batch, columns))
+    opened = PrefixPass(stack, prefixes, positions, stack.module.training)
+    opened.handles += handles
+    return opened
+
+
+class _Untouched(Pass):
+    """A forward of a stack that the prompts in use leave alone."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(stack)
+        self.touched = True
+
+
+def text_shape(call: dict[str, Any]) -> tuple[int, int]:
+    """Batch and columns of the text in a call.
+
+    Raises:
+        PromptNotReachedError: the call has neither ids nor embeddings.
+    """
+    text = call.get("input_ids")
+    text = call.get("inputs_embeds") if text is None else text
+    if not isinstance(text, Tensor):
+        raise PromptNotReachedError("a prompt needs `input_ids` or `inputs_embeds` in the call of the model's backbone.")
+    return text.shape[0], text.shape[1]
+
+
+def _past(call: dict[str, Any]) -> Any:
+    cache = call.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def _positions(stack: Stack, call: dict[str, Any], batch: int, columns: int) -> Tensor | None:
+    """Where the text stands, counted from 0 in each row (or document), [B or 1, T]; None where the stack has no use for it."""
+    if not stack.positions.argument and (stack.positions.table is None or stack.causal):
+        return None
+    given = call.get("position_ids")
+    if given is not None:
+        return torch.as_tensor(given) - stack.positions.start
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return text_positions(mask)[:, -columns:]
+    text = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+    return (torch.arange(columns, device=text.device) + _past(call))[None]
+
+
+def _move_positions(
+    stack: Stack, call: dict[str, Any], prefix: KeyValues, positions: Tensor, columns: int, handles: list[Any]
+) -> None:
+    """Tell the stack where the text stands behind the prefix, in its own numbering."""
+    where = stack.positions
+    shift = prefix.shift()
+    ids = positions + where.start + (shift.to(positions.device) if isinstance(shift, Tensor) else shift)
+    mask = call.get("attention_mask")
+    flat = isinstance(mask, Tensor) and mask.dim() == 2
+    if where.start and flat:
+        ids = ids.masked_fill(mask[:, -columns:] == 0, where.padding)
+    if where.argument:
+        call["position_ids"] = ids
+    elif where.table is not None and flat:
+        place_at_table(where.table, ids, handles)
+
+
+def check_length(stack: Stack, call: dict[str, Any], length: int) -> None:
+    """Refuse a text that would stand beyond the last learned position.
+
+    Raises:
+        PromptTooLongError: prompt and text together exceed the table. Padding does not count.
+    """
+    limit = stack.positions.limit
+    if limit is None or length == 0:
+        return
+    _, columns = text_shape(call)
+    past = _past(call)
+    if isinstance(past, Tensor) or past + columns + length <= limit:
+        return
+    mask = call.get("attention_mask")
+    longest = past + columns
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        longest = int(mask.long().sum(-1).max())
+    if longest + length > limit:
+        raise PromptTooLongError(
+            explain(
+                "prompt and text together must fit into the model's positions.",
+                "Truncate the text earlier, or use a shorter prompt.",
+                prompt=length,
+                text=longest,
+                positions=limit,
+            )
+        )

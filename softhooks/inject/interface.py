@@ -1,0 +1,122 @@
+"""Wrap the attention functions of transformers, so that a module with a mark on it goes through its pass.
+
+The entries of the global mapping and the `eager_attention_forward` of the model files concerned are wrapped while any prompt is
+attached anywhere, and put back with the last one. `config._attn_implementation` is never touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers.modeling_utils import AttentionInterface
+
+from softhooks.anatomy import Site, Stack
+from softhooks.errors import PromptNotReachedError, explain
+from softhooks.inject.passes import AttentionFunction
+
+MARK = "_softhooks_site"
+"""The attribute of an attention module that holds its `Site`."""
+
+_EAGER = "eager_attention_forward"
+_users: weakref.WeakSet[object] = weakref.WeakSet()
+_wrapped: list[tuple[MutableMapping[str, Any], str, AttentionFunction, AttentionFunction]] = []
+
+
+def open_interface(user: object, modules: Iterable[nn.Module]) -> None:
+    """Wrap the attention functions that these modules can call, for as long as `user` is open."""
+    _users.add(user)
+    _wrap_all(AttentionInterface._global_mapping, list(AttentionInterface._global_mapping))
+    files = {type(module).__module__ for module in modules}
+    for name in files:
+        namespace = vars(sys.modules[name]) if name in sys.modules else {}
+        if _EAGER in namespace:
+            _wrap_all(namespace, [_EAGER])
+
+
+def close_interface(user: object) -> None:
+    """Put the original functions back, if nobody else uses the wrapped ones."""
+    _users.discard(user)
+    if len(_users):
+        return
+    for mapping, key, original, wrapper in _wrapped:
+        if mapping.get(key) is wrapper:
+            mapping[key] = original
+    _wrapped.clear()
+
+
+def mark(stacks: Iterable[Stack]) -> None:
+    """Put every site's mark on its attention module."""
+    for stack in stacks:
+        for site in stack.sites:
+            if site.module is not None:
+                site.module.__dict__[MARK] = site
+
+
+def unmark(stacks: Iterable[Stack]) -> None:
+    """Take the marks away."""
+    for stack in stacks:
+        for site in stack.sites:
+            if site.module is not None:
+                site.module.__dict__.pop(MARK, None)
+
+
+class _Reader:
+    """A user of the interface for a moment."""
+
+
+@contextmanager
+def marked(stack: Stack) -> Iterator[None]:
+    """Have a stack's marks in place, whether a prompt is attached or not."""
+    there = any(site.module is not None and MARK in site.module.__dict__ for site in stack.sites)
+    if there:
+        yield
+        return
+    reader = _Reader()
+    open_interface(reader, stack.module.modules())
+    mark([stack])
+    try:
+        yield
+    finally:
+        unmark([stack])
+        close_interface(reader)
+
+
+def _wrap_all(mapping: MutableMapping[str, Any], keys: list[str]) -> None:
+    for key in keys:
+        original = mapping[key]
+        if hasattr(original, MARK):
+            continue
+        wrapper = _dispatching(original)
+        mapping[key] = wrapper
+        _wrapped.append((mapping, key, original, wrapper))
+
+
+def _dispatching(attention: AttentionFunction) -> AttentionFunction:
+    """Send marked modules through their pass; everything else goes to the function as it was."""
+
+    @functools.wraps(attention)
+    def dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        site: Site | None = module.__dict__.get(MARK)
+        if site is None:
+            return attention(module, *args, **kwargs)
+        if site.stack.live is None:
+            if not site.stack.expects_pass():
+                return attention(module, *args, **kwargs)
+            raise PromptNotReachedError(
+                explain(
+                    "an attention layer may only run inside a forward that went through the model's hooks.",
+                    "Call the model, not its `forward`; checkpoint its layers with `gradient_checkpointing_enable()`; or "
+                    "turn the prompt off with `softhooks.disabled(model)`.",
+                    layer=f"{type(module).__name__} of {site.stack.path or 'the model'}",
+                )
+            )
+        return site.stack.live.attend(site, attention, (module, *args), kwargs)
+
+    setattr(dispatch, MARK, None)
+    return dispatch

@@ -1,0 +1,312 @@
+"""Virtual slots in the sequence: placeholders put into the ids, their embedding rows overwritten, their states stripped.
+
+For encoders, for prompts that do not stand at the front, and for decoders whose front prompt cannot be shared. Outside the stack
+every shape is what it was; only a decoder that attends to an encoder sees the encoder's slots.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from softhooks.anatomy import Stack
+from softhooks.errors import UnsupportedModeError, explain
+from softhooks.inject.passes import Pass
+from softhooks.layout import Placement, Widened, gap_before, text_positions, widen
+
+_UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask"}
+_WIDENED = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+
+
+@dataclass
+class Slots:
+    """The prompts of a batch, as slots.
+
+    Attributes:
+        rows: [P, H] for each prompt in use.
+        choice: for each row of the batch, which prompt (None: no prompt); None: the first, for every row.
+        placement: where they stand.
+    """
+
+    rows: Sequence[Tensor]
+    choice: Sequence[int | None] | None
+    placement: Placement
+
+    @property
+    def columns(self) -> int:
+        """S, the slots of the longest prompt."""
+        return max(rows.shape[0] for rows in self.rows)
+
+    def lengths(self, batch: int, device: torch.device) -> Tensor:
+        """How many slots each row uses, [B]."""
+        if self.choice is None:
+            return torch.full((batch,), self.rows[0].shape[0], device=device)
+        lengths = [0 if row is None else self.rows[row].shape[0] for row in self.choice]
+        return torch.tensor(lengths, device=device)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some row leaves slots unused."""
+        return self.choice is not None and any(
+            row is None or self.rows[row].shape[0] < self.columns for row in self.choice
+        )
+
+    def stacked(self, like: Tensor) -> Tensor:
+        """The embedding rows of all slots, [1 or B, S, H], in the precision of the text's."""
+        if self.choice is None:
+            return self.rows[0].to(like)[None]
+        padded = [functional.pad(rows, (0, 0, 0, self.columns - rows.shape[0])) for rows in self.rows]
+        table = torch.stack([*padded, torch.zeros_like(padded[0])]).to(like)
+        index = [len(self.rows) if row is None else row for row in self.choice]
+        return table[torch.tensor(index, device=like.device)]
+
+
+@dataclass
+class _Written:
+    """What a cache holds beside text: kept with the cache that slots were written into."""
+
+    slots: int
+    gap: Tensor
+
+
+_written: weakref.WeakKeyDictionary[Any, _Written] = weakref.WeakKeyDictionary()
+
+
+class SlotPass(Pass):
+    """One forward with slots in the sequence.
+
+    Args:
+        stack: the stack.
+        slots: the prompts.
+        call: the arguments of the forward, by name; widened in place.
+        placeholder: an ordinary id that is not padding.
+        keep: whether the returned last state keeps the slots, for a decoder that attends to it.
+    """
+
+    def __init__(self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, keep: bool = False) -> None:
+        super().__init__(stack)
+        self.slots = slots
+        self.keep = keep
+        self.placeholder = placeholder
+        self._wide: Widened | None = None
+        text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        if not isinstance(text, Tensor):
+            raise UnsupportedModeError("slots need `input_ids` or `inputs_embeds` in the call of the model's backbone.")
+        self.batch, self.columns = text.shape[:2]
+        self.device = text.device
+        refuse_unknown(call, self.batch, self.columns)
+        cache = call.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past:
+            self._continue(call, cache, past)
+        else:
+            self._begin(call, cache)
+
+    # --- the first forward: the slots go in ---------------------------------------------------------------------------
+
+    def _begin(self, call: dict[str, Any], cache: Any) -> None:
+        given = call.get("attention_mask")
+        mask = flat_mask(given, self.batch, self.columns, self.device)
+        refuse_moved_positions(call.get("position_ids"), mask)
+        gap = gap_before(mask, self.slots.placement)
+        lengths = self.slots.lengths(self.batch, self.device)
+        self._wide = widen(gap, self.columns, lengths, self.slots.columns)
+        self._mask = mask
+        wide_mask = self._wide.spread_mask(mask)
+        if call.get("input_ids") is not None:
+            call["input_ids"] = self._wide.spread(call["input_ids"], self.placeholder)
+        else:
+            call["inputs_embeds"] = self._overwrite(self._wide.spread(call["inputs_embeds"], 0))
+            self.touched = True
+        if call.get("token_type_ids") is not None:
+            call["token_type_ids"] = self._wide.spread(call["token_type_ids"], 0)
+        if given is not None or self.slots.uneven:
+            call["attention_mask"] = wide_mask
+        self._place(call, wide_mask, self._wide.columns)
+        if cache is not None and self.stack.causal:
+            _written[cache] = _Written(self.slots.columns, gap)
+
+    def _place(self, call: dict[str, Any], wide_mask: Tensor, last: int) -> None:
+        """Tell the stack where the last columns of the widened mask stand."""
+        positions = self.stack.positions
+        ids = positions_of(self.stack, wide_mask)[:, -last:]
+        if positions.argument:
+            call["position_ids"] = ids
+        elif positions.table is not None and not self.stack.causal:
+            place_at_table(positions.table, ids, self.handles)
+
+    def embed(self, output: Tensor) -> Tensor:
+        """Overwrite the slots' rows of the embedding's output, [B, N, H]."""
+        if self._wide is None or output.shape[1] != self._wide.columns:
+            return output
+        self.touched = True
+        return self._overwrite(output)
+
+    def _overwrite(self, output: Tensor) -> Tensor:
+        assert self._wide is not None
+        rows = self.slots.stacked(output).expand(output.shape[0], -1, -1)
+        return output.scatter(1, self._wide.slots[..., None].expand_as(rows), rows)
+
+    # --- later forwards of a generation: the slots are in the cache ---------------------------------------------------
+
+    def _continue(self, call: dict[str, Any], cache: Any, past: int) -> None:
+        written = _written.get(cache)
+        slots = 0 if written is None else written.slots
+        given = call.get("attention_mask")
+        total = past - slots + self.columns
+        seen = None if given is None else given.shape[-1]
+        if given is None and call.get("position_ids") is not None:
+            seen = int(call["position_ids"].max()) + 1
+        if written is None or written.slots != self.slots.columns or (seen is not None and seen != total):
+            raise UnsupportedModeError(
+                explain(
+                    "slots in the sequence need a cache that their own generation has filled, token by token.",
+                    "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate without "
+                    "an assistant and without a cache from before.",
+                    cache=f"{past} columns, {slots} of them slots",
+                    call=f"{self.columns} new tokens of {'unknown' if seen is None else seen} in all, {total} expected",
+                )
+            )
+        mask = flat_mask(given, self.batch, total, self.device)
+        gap = written.gap
+        if self.slots.placement != "end":
+            gap = gap_before(mask, self.slots.placement)  # beams may have been reordered; the mask knows
+        elif bool((gap != gap[0]).any()):
+            raise UnsupportedModeError("slots at the end need left padding in generation.")
+        wide = widen(gap[:1].expand(self.batch) if gap.shape[0] != self.batch else gap, total, self._lengths(), slots)
+        wide_mask = wide.spread_mask(mask)
+        if given is not None or self.slots.uneven:
+            call["attention_mask"] = wide_mask
+        self._place(call, wide_mask, self.columns)
+        self.touched = True
+
+    def _lengths(self) -> Tensor:
+        return self.slots.lengths(self.batch, self.device)
+
+    # --- the way out --------------------------------------------------------------------------------------------------
+
+    def strip(self, states: Tensor) -> Tensor:
+        """Bring states back to the text's columns, [B, N, H] -> [B, T, H]."""
+        assert self._wide is not None
+        if self.stack.causal:
+            return self._wide.predicting_states(states, self._mask)
+        return self._wide.own_states(states)
+
+    def leave(self, output: Any) -> Any:
+        """Strip states, hidden states and attentions; for a decoder that attends to this stack, keep the last state."""
+        if self._wide is None:
+            return output
+        return strip_output(output, self._wide, self.strip, self.keep)
+
+    def pooled(self, states: Any) -> Any:
+        """What a pooler inside the stack may see."""
+        if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
+            return states
+        return self._wide.own_states(states)
+
+
+def strip_output(output: Any, wide: Widened, strip: Any, keep_last: bool) -> Any:
+    """Bring every per-column tensor of a stack's output back to the text's columns."""
+
+    def attention(weights: Any) -> Any:
+        if not isinstance(weights, Tensor) or weights.dim() != 4:
+            return weights
+        queries = weights if weights.shape[2] != wide.columns else _gather(weights, wide.text, 2)
+        return queries if queries.shape[3] != wide.columns else _gather(queries, wide.text, 3)
+
+    def states(value: Any) -> Any:
+        return strip(value) if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == wide.columns else value
+
+    if isinstance(output, Tensor):
+        return output if keep_last else states(output)
+    if isinstance(output, tuple):
+        return tuple(item if keep_last and i == 0 else states(item) for i, item in enumerate(output))
+    for key, value in list(output.items()):
+        if key == "last_hidden_state":
+            output[key] = value if keep_last else states(value)
+        elif key == "hidden_states" and value is not None:
+            output[key] = tuple(states(item) for item in value)
+        elif key == "attentions" and value is not None:
+            output[key] = tuple(attention(item) for item in value)
+    return output
+
+
+def _gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
+    shape = [weights.shape[0], 1, 1, 1]
+    shape[dim] = index.shape[1]
+    target = list(weights.shape)
+    target[dim] = index.shape[1]
+    return weights.gather(dim, index.view(shape).expand(target))
+
+
+def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:
+    """The mask of the text's columns, [B, T]; all ones where none is given.
+
+    Raises:
+        UnsupportedModeError: the mask was prepared for attention already, as static caches do.
+    """
+    if mask is None:
+        return torch.ones(batch, columns, dtype=torch.long, device=device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != columns:
+        raise UnsupportedModeError(
+            explain(
+                "slots in the sequence need a mask of one number a token.",
+                "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
+                mask=f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}",
+                expected=f"[{batch}, {columns}]",
+            )
+        )
+    return mask
+
+
+def refuse_moved_positions(positions: Any, mask: Tensor) -> None:
+    """Refuse positions that are not the text's own count: packed documents would not each see the prompt."""
+    if positions is None:
+        return
+    expected = text_positions(mask)
+    given = positions.expand_as(expected) if positions.dim() == 2 else None
+    if given is None or not torch.equal(given[mask.bool()], expected[mask.bool()]):
+        raise UnsupportedModeError(
+            explain(
+                "slots in the sequence stand once in every row, so positions must count each row's text from 0.",
+                "Unpack the documents into rows of their own, or use a prompt that enters as keys and values.",
+                position_ids=f"{list(positions.shape)}, not the count of the attention mask",
+            )
+        )
+
+
+def refuse_unknown(call: dict[str, Any], batch: int, columns: int) -> None:
+    """Refuse per-token arguments whose value at a slot nobody knows."""
+    for key, value in call.items():
+        per_token = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (batch, columns)
+        if per_token and key not in _UNTOUCHED | _WIDENED and columns > 1:
+            raise UnsupportedModeError(
+                explain(
+                    "every per-token argument must have a value at the virtual slots.",
+                    f"Leave `{key}` out, or use a prompt that enters as keys and values.",
+                    argument=f"{key} {list(value.shape)}",
+                )
+            )
+
+
+def positions_of(stack: Stack, mask: Tensor) -> Tensor:
+    """The ids of each column in the stack's own numbering. [B, N] -> [B, N]."""
+    positions = stack.positions
+    ids = text_positions(mask) + positions.start
+    return ids.masked_fill(mask == 0, positions.padding) if positions.start else ids
+
+
+def place_at_table(table: nn.Embedding, ids: Tensor, handles: list[Any]) -> None:
+    """Make a learned position table that takes no ids answer for these, until the handles are removed."""
+    offset = int(getattr(table, "offset", 0))
+
+    def answer(module: nn.Module, _args: Any, _output: Tensor) -> Tensor:
+        return functional.embedding(ids + offset, table.weight)
+
+    handles.append(table.register_forward_hook(answer))
