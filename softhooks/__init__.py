@@ -1,5 +1,8 @@
 """softhooks: soft prompts on unmodified Hugging Face models."""
 
+__version__ = "0.1.0"
+
+from softhooks.checkpoint import load
 from softhooks.errors import (
     AttachError,
     CheckpointError,
@@ -17,11 +20,12 @@ from softhooks.errors import (
     UnsupportedModelError,
 )
 from softhooks.frozen import FrozenReport
+from softhooks.loop import tune
 from softhooks.methods import PrefixTuning, PromptTuning
 from softhooks.prompt import SoftPrompt, attach
 from softhooks.switch import activate, disabled, rows
+from softhooks.trainer import SoftPromptCallback
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AttachError",
@@ -38,6 +42,7 @@ __all__ = [
     "PromptTuning",
     "SoftHooksError",
     "SoftPrompt",
+    "SoftPromptCallback",
     "TrainerError",
     "UnsupportedMethodError",
     "UnsupportedModeError",
@@ -45,5 +50,7 @@ __all__ = [
     "activate",
     "attach",
     "disabled",
+    "load",
     "rows",
+    "tune",
 ]

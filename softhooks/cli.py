@@ -71,7 +71,9 @@ def demo(
     max_length: Annotated[int, typer.Option(min=4, help="Longer texts are cut to so many tokens.")] = DEMO.max_length,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A tiny random model and few rows, to see that it runs; accuracies mean nothing."),
+        typer.Option(
+            "--quick", help="Few rows, one epoch, and a tiny random model without --model: shows that it runs."
+        ),
     ] = DEMO.quick,
 ) -> None:
     """Train a soft prompt and a prefix on real text, beside the head alone; prove that the model stayed frozen.

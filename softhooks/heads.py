@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy
+from softhooks.errors import PromptMismatchError, explain
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs", "classification_head", "pre_classifier")
 """The names of the heads that transformers makes anew for a task. Language-model heads are not among them."""
@@ -65,3 +66,25 @@ def answer_rows(
             own = answer(head, args, kwargs, base)
             result = torch.where(chosen.view(-1, *[1] * (base.dim() - 1)), own, result)
     return result
+
+
+def check_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source: str) -> None:
+    """Put saved heads into a prompt's copies.
+
+    Raises:
+        PromptMismatchError: the model lacks a head, or its shape is another.
+    """
+    for path, state in states.items():
+        head = own[path.replace(".", "/")] if path.replace(".", "/") in own else None
+        expected = {} if head is None else {name: list(value.shape) for name, value in head.state_dict().items()}
+        found = {name: list(value.shape) for name, value in state.items()}
+        if head is None or expected != found:
+            raise PromptMismatchError(
+                explain(
+                    "a prompt's trained head must fit the head of the model.",
+                    "Load the base with the same task class and number of labels.",
+                    prompt=f"{path}: {found} ({source})",
+                    model=f"{path}: {expected or 'no such head'}",
+                )
+            )
+        head.load_state_dict(state)

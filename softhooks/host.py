@@ -28,6 +28,9 @@ CONTAINER = "soft_prompt"
 """The name of the submodule that holds every prompt's parameters."""
 
 
+_ABSENT = object()
+
+
 class Container(nn.ModuleDict):
     """The one submodule that is added to a model: each prompt's encoder and heads, by name.
 
@@ -68,6 +71,7 @@ class Host:
         self.record: FrozenRecord | None = None
         self.placeholder = int(probe_ids(model, anatomy.vocabulary, columns=2)[0, 0])
         self._handles: list[Any] = []
+        self._overridden: dict[str, Any] = {}
         self._reached = False
         self._batch = 0
         self._resting: list[nn.Module] = []
@@ -125,11 +129,22 @@ class Host:
         hooks = HeadHooks(self, path.replace(".", "/"))
         self._handles.append(self.model.get_submodule(path).register_forward_hook(hooks.answer, with_kwargs=True))
 
+    def override(self, attribute: str, value: Any) -> None:
+        """Set an attribute on the model's instance until the last prompt is removed."""
+        self._overridden.setdefault(attribute, self.model.__dict__.get(attribute, _ABSENT))
+        self.model.__dict__[attribute] = value
+
     def uninstall(self) -> None:
         """Take every hook and mark away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for attribute, value in self._overridden.items():
+            if value is _ABSENT:
+                self.model.__dict__.pop(attribute, None)
+            else:
+                self.model.__dict__[attribute] = value
+        self._overridden.clear()
         for stack in self.anatomy.stacks:
             stack.owner = None
         unmark(self.anatomy.stacks)

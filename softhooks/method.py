@@ -76,6 +76,8 @@ class Method:
 
     kind: ClassVar[str] = ""
     enters: ClassVar[Literal["embeddings", "attention"]] = "embeddings"
+    start_options: ClassVar[tuple[str, ...]] = ()
+    """The options that only say where a prompt starts; a saved prompt has no use for them."""
 
     num_virtual_tokens: int
 

@@ -19,13 +19,12 @@ from softhooks.errors import (
     NameTakenError,
     NotAttachedError,
     PromptTooLongError,
-    SoftHooksError,
     UnsupportedMethodError,
     explain,
 )
 from softhooks.fit import choose_injection
 from softhooks.frozen import FrozenRecord, FrozenReport
-from softhooks.heads import copy_heads, find_heads
+from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
 from softhooks.inject.keyvalues import KeyValues, split
 from softhooks.inject.shared import Memory, prefill
@@ -240,7 +239,8 @@ def attach(
         name,
         encoder=None,
         conventions=None,
-        train_head=train_head,
+        head_states=None if train_head else {},
+        source="given",
         trainable=(trainable,) if isinstance(trainable, str) else tuple(trainable),
         freeze_dropout=freeze_dropout,
         injection=injection,
@@ -255,24 +255,36 @@ def attach_encoder(
     *,
     encoder: PromptEncoder | None,
     conventions: dict[str, Any] | None,
-    train_head: bool,
-    trainable: tuple[str, ...],
+    head_states: dict[str, dict[str, Tensor]] | None,
+    source: str,
     freeze_dropout: bool,
     injection: Injection | None,
     frozen_record: bool,
+    trainable: tuple[str, ...] = (),
 ) -> SoftPrompt:
-    """Attach an encoder that exists already, or the one that the method builds. See `attach`."""
+    """Attach an encoder that exists already, or the one that the method builds. See `attach`.
+
+    Args:
+        head_states: the heads that come with the encoder; None: copies of every new head of the model.
+        source: what to call the encoder in errors.
+        frozen_record: take the digests that `verify_frozen` compares with.
+    """
     present = host_of(model)
     _check_request(model, method, name, present, trainable)
     anatomy = present.anatomy if present else examine(model)
-    _check_length(anatomy, method, encoder)
+    _check_length(anatomy, method)
+    if isinstance(encoder, TableEncoder):
+        check_tables(anatomy, {group: encoder(group) for group in encoder.groups}, source)
     if encoder is None:
         with _all_off(present):
             encoder = method.build(anatomy)
     conventions = method.conventions(anatomy) if conventions is None else conventions
     module = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict()})
-    heads = find_heads(model, anatomy) if train_head else {}
-    module["heads"] = copy_heads(heads)
+    heads = find_heads(model, anatomy)
+    if head_states is not None:
+        heads = {path: head for path, head in heads.items() if path in head_states}
+    module["heads"] = own = copy_heads(heads)
+    check_heads(own, head_states or {}, source)
     module.to(next(anatomy.entry.embedding.parameters()).device).train(model.training)
 
     host = present or Host(model, anatomy)
@@ -323,12 +335,9 @@ def _check_request(
             raise AttachError(f"trainable={pattern!r} names no parameter of {type(model).__name__}.")
 
 
-def _check_length(anatomy: Anatomy, method: Method, encoder: PromptEncoder | None) -> None:
+def _check_length(anatomy: Anatomy, method: Method) -> None:
     positions = anatomy.entry.positions
     limit = positions.limit if positions.limit is not None else positions.trained
-    if isinstance(encoder, TableEncoder):
-        tables = {group: encoder(group) for group in encoder.groups}
-        check_tables(anatomy, tables, "given")
     if limit is not None and method.num_virtual_tokens >= limit:
         raise PromptTooLongError(
             explain(
@@ -447,5 +456,3 @@ def require_host(model: nn.Module, name: str | None = None) -> Host:
         )
     return host
 
-
-__all__ = ["SoftHooksError", "SoftPrompt", "attach", "attach_encoder", "host_of", "require_host"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from softhooks.demo.data import EncodedData, EncodedRow
+from softhooks.demo.data import EncodedData, Rows
 from softhooks.errors import SoftHooksError, explain
 
 FOLDS = 4
@@ -32,8 +31,8 @@ class Baseline:
 
 def majority_class(data: EncodedData) -> Baseline:
     """Answer with the training rows' most frequent class, whatever the text."""
-    [(label, _)] = Counter(row["labels"] for row in data.train).most_common(1)
-    return Baseline(sum(row["labels"] == label for row in data.test) / len(data.test), 0, 0.0)
+    [(label, _)] = Counter(data.train.labels).most_common(1)
+    return Baseline(data.test.labels.count(label) / len(data.test), 0, 0.0)
 
 
 def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) -> Baseline:
@@ -59,15 +58,14 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
         ) from error
     start = time.perf_counter()
     features = mean_pooled(model, data.train, data, batch_size)
-    labels = np.array([row["labels"] for row in data.train])
-    search = GridSearchCV(
+        search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
         {"logisticregression__C": STRENGTHS},
         cv=GroupKFold(FOLDS),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fold may lack a small package: that costs it a little, no more
-        search.fit(features, labels, groups=data.train_sources)
+        search.fit(features, data.train.labels, groups=data.train.sources)
     classifier = search.best_estimator_[-1]
     accuracy = float(
         search.score(mean_pooled(model, data.test, data, batch_size), [row["labels"] for row in data.test])
@@ -77,7 +75,7 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
 
 @torch.inference_mode()
 def mean_pooled(
-    model: nn.Module, rows: Sequence[EncodedRow], data: EncodedData, batch_size: int
+    model: nn.Module, rows: Rows, data: EncodedData, batch_size: int
 ) -> npt.NDArray[np.float32]:
     """The mean of each row's last hidden states over its real tokens.
 

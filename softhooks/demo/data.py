@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from softhooks.demo.corpus import Corpus, Row, split
@@ -20,6 +21,30 @@ class EncodedRow(TypedDict):
     labels: int
 
 
+class Rows(Dataset[EncodedRow]):
+    """One side of the split.
+
+    Args:
+        rows: what a Trainer is given, one by one.
+        sources: the source file of each.
+    """
+
+    def __init__(self, rows: Sequence[EncodedRow], sources: Sequence[str]) -> None:
+        self.rows = list(rows)
+        self.sources = list(sources)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EncodedRow:
+        return self.rows[index]
+
+    @property
+    def labels(self) -> list[int]:
+        """The class of each row."""
+        return [row["labels"] for row in self.rows]
+
+
 @dataclass(frozen=True)
 class EncodedData:
     """The two sides of the split, ready for a Trainer.
@@ -27,14 +52,12 @@ class EncodedData:
     Attributes:
         train: the training rows.
         test: the test rows, the shortest first, so that a batch needs little padding.
-        train_sources: the source file of each training row, for cross-validation by file.
         labels: the classes' names.
         tokenizer: what encoded the text.
     """
 
-    train: list[EncodedRow]
-    test: list[EncodedRow]
-    train_sources: list[str]
+    train: Rows
+    test: Rows
     labels: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
 
@@ -66,8 +89,7 @@ def encode(
     train, test = split(rows, test_fraction, seed)
     return EncodedData(
         train=_encode_rows(train, corpus.labels, tokenizer, max_length),
-        test=sorted(_encode_rows(test, corpus.labels, tokenizer, max_length), key=lambda row: len(row["input_ids"])),
-        train_sources=[row.source for row in train],
+        test=_encode_rows(sorted(test, key=lambda row: len(row.text)), corpus.labels, tokenizer, max_length),
         labels=corpus.labels,
         tokenizer=tokenizer,
     )
@@ -75,9 +97,12 @@ def encode(
 
 def _encode_rows(
     rows: Sequence[Row], labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[EncodedRow]:
+) -> Rows:
     encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)
-    return [
-        EncodedRow(input_ids=ids, attention_mask=mask, labels=labels.index(row.package))
-        for ids, mask, row in zip(encoded["input_ids"], encoded["attention_mask"], rows, strict=True)
-    ]
+    return Rows(
+        [
+            EncodedRow(input_ids=ids, attention_mask=mask, labels=labels.index(row.package))
+            for ids, mask, row in zip(encoded["input_ids"], encoded["attention_mask"], rows, strict=True)
+        ],
+        [row.source for row in rows],
+    )

@@ -71,12 +71,12 @@ def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, Encode
     for package in corpus.missing:
         console.print(f"[yellow]{package} is not part of this machine's Python: the demo goes on without it.[/]")
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.quick:
-        checkpoint = tiny_model([row.text for row in corpus.rows], options.output / "tiny-model")
-    elif options.model is None:
-        checkpoint = minilm()
-    else:
+    if options.model is not None:
         checkpoint = Checkpoint(options.model, options.model)
+    elif options.quick:
+        checkpoint = tiny_model([row.text for row in corpus.rows], options.output / "tiny-model")
+    else:
+        checkpoint = minilm()
     limit = QUICK_ROWS if options.quick else None
     data = encode(corpus, checkpoint.tokenizer(), options.max_length, options.test_fraction, options.seed, limit)
     console.print(
@@ -90,17 +90,14 @@ def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, 
     """The three trainings, one after the other, each into its own directory."""
     tokens = options.num_virtual_tokens
     console.print("[bold]1/3[/] the head alone")
-    head = train_head(
-        checkpoint, data, _recipe(options, options.head_epochs, options.head_learning_rate), options.output / HEAD
-    )
+    recipe = _recipe(options, options.head_epochs, options.head_learning_rate)
+    head = train_head(checkpoint, data, recipe, options.output / HEAD)
     console.print(f"\n[bold]2/3[/] a soft prompt of {tokens} tokens, and the head")
-    method = PromptTuning(num_virtual_tokens=tokens)
     recipe = _recipe(options, options.prompt_epochs, options.prompt_learning_rate)
-    prompt = train_soft_prompt(method, checkpoint, data, recipe, options.output / PROMPT)
+    prompt = train_soft_prompt(PromptTuning(tokens), checkpoint, data, recipe, options.output / PROMPT)
     console.print(f"\n[bold]3/3[/] a prefix of {tokens} tokens in every layer, and the head")
-    method = PrefixTuning(num_virtual_tokens=tokens)
     recipe = _recipe(options, options.prefix_epochs, options.prefix_learning_rate)
-    prefix = train_soft_prompt(method, checkpoint, data, recipe, options.output / PREFIX)
+    prefix = train_soft_prompt(PrefixTuning(tokens), checkpoint, data, recipe, options.output / PREFIX)
     return {"the head alone": head, f"soft prompt, {tokens} tokens": prompt, f"prefix, {tokens} tokens": prefix}
 
 

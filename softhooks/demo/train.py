@@ -48,7 +48,7 @@ class Result:
 
     def accuracy(self, data: EncodedData) -> float:
         """The share of test rows that were classified rightly."""
-        return float(np.mean(self.logits.argmax(-1) == [row["labels"] for row in data.test]))
+        return float(np.mean(self.logits.argmax(-1) == data.test.labels))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -72,7 +72,7 @@ def train_soft_prompt(
     )
     seconds = _timed_training(trainer)
     trainer.save_model(str(directory))
-    logits = trainer.predict(data.test).predictions
+    logits = np.asarray(trainer.predict(data.test).predictions)
     soft_prompt = callback.soft_prompt
     result = Result(logits, soft_prompt.num_parameters, seconds, directory, soft_prompt.verify_frozen())
     soft_prompt.remove()
@@ -94,7 +94,7 @@ def train_head(checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, direct
     )
     seconds = _timed_training(trainer)
     trainer.save_model(str(directory))
-    logits = trainer.predict(data.test).predictions
+    logits = np.asarray(trainer.predict(data.test).predictions)
     return Result(logits, model.num_parameters(only_trainable=True), seconds, directory, record.verify(model))
 
 
@@ -110,7 +110,7 @@ def load_and_predict(
         args=training_arguments(recipe, directory),
         data_collator=DataCollatorWithPadding(data.tokenizer),
     )
-    logits: npt.NDArray[np.float32] = trainer.predict(data.test).predictions
+    logits: npt.NDArray[np.float32] = np.asarray(trainer.predict(data.test).predictions)
     return logits
 
 

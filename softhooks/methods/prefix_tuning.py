@@ -104,6 +104,7 @@ class PrefixTuning(Method):
 
     kind: ClassVar[str] = "prefix_tuning"
     enters: ClassVar[Literal["embeddings", "attention"]] = "attention"
+    start_options: ClassVar[tuple[str, ...]] = ("init", "init_text", "init_ids")
 
     num_virtual_tokens: int
     projection: bool = field(default=False, kw_only=True)

