@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from softhooks.attach import attach
 from softhooks.checkpoint import load
 from softhooks.errors import (
     AttachError,
@@ -22,10 +23,9 @@ from softhooks.errors import (
 from softhooks.frozen import FrozenReport
 from softhooks.loop import tune
 from softhooks.methods import PrefixTuning, PromptTuning
-from softhooks.prompt import SoftPrompt, attach
+from softhooks.prompt import SoftPrompt
 from softhooks.switch import activate, disabled, rows
 from softhooks.trainer import SoftPromptCallback
-
 
 __all__ = [
     "AttachError",

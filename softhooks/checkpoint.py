@@ -19,12 +19,13 @@ import transformers
 from torch import Tensor, nn
 
 import softhooks
+from softhooks.attach import attach_encoder
 from softhooks.errors import CheckpointError, SoftHooksError, explain
 from softhooks.files import parse_json, read_tensors, write_json, write_tensors
 from softhooks.host import CONTAINER
 from softhooks.method import Method, TableEncoder
 from softhooks.methods import METHODS
-from softhooks.prompt import Injection, SoftPrompt, attach_encoder
+from softhooks.prompt import Injection, SoftPrompt
 
 DESCRIPTION = "soft_prompt.json"
 TENSORS = "soft_prompt.safetensors"
@@ -189,7 +190,9 @@ def _read_own(path: Path) -> Stored:
     description = parse_json(metadata[FORMAT], str(path))
     version = description.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version!r}; this softhooks reads {FORMAT_VERSION}. Upgrade it.")
+        raise CheckpointError(
+            f"{path} has format version {version!r}; this softhooks reads {FORMAT_VERSION}. Upgrade it."
+        )
     tables: dict[str, Tensor] = {}
     heads: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -241,7 +244,9 @@ def _conventions(value: Any, source: str) -> dict[str, Any]:
         raise CheckpointError(f"{source} must say the conventions of its prompt; it does not.")
     for key, held in value.items():
         if key not in checks or not checks[key](held):
-            raise CheckpointError(f"{source} has a convention that this softhooks does not know: {key}={held!r}. Upgrade it.")
+            raise CheckpointError(
+                f"{source} has a convention that this softhooks does not know: {key}={held!r}. Upgrade it."
+            )
     return value
 
 

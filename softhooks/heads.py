@@ -75,7 +75,8 @@ def check_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source
         PromptMismatchError: the model lacks a head, or its shape is another.
     """
     for path, state in states.items():
-        head = own[path.replace(".", "/")] if path.replace(".", "/") in own else None
+        key = path.replace(".", "/")
+        head = own[key] if key in own else None  # noqa: SIM401 - a ModuleDict has no get
         expected = {} if head is None else {name: list(value.shape) for name, value in head.state_dict().items()}
         found = {name: list(value.shape) for name, value in state.items()}
         if head is None or expected != found:

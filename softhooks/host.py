@@ -277,8 +277,7 @@ class HeadHooks:
         if not host.is_on or not isinstance(output, Tensor):
             return None
         prompts, rows = host.in_use(output.shape[0])
-        heads = [prompt.heads[self.key] if self.key in prompt.heads else None for prompt in prompts]
+        heads = [prompt.head(self.key) for prompt in prompts]
         if rows is not None:
             return answer_rows(heads, rows, args, kwargs, output)
         return output if heads[0] is None else answer(heads[0], args, kwargs, output)
-

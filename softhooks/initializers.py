@@ -159,4 +159,3 @@ def _capture(stack: Stack, ids: Tensor, encoded: Tensor | None) -> tuple[Any, An
         heard = cache.heard
         return {"self": {i: k for i, (k, _) in heard.items()}}, {"self": {i: v for i, (_, v) in heard.items()}}, state
     return live.keys, live.values, state
-

@@ -10,9 +10,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
+from softhooks.attach import attach
 from softhooks.errors import OptionError
 from softhooks.method import Method
-from softhooks.prompt import attach
 
 P = ParamSpec("P")
 R = TypeVar("R")

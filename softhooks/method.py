@@ -155,7 +155,9 @@ def check_tables(anatomy: Anatomy, tables: dict[str, Tensor], source: str) -> No
                     "a prompt must be as wide as the model that it enters.",
                     "Load it onto the base model that it was trained with.",
                     prompt=f"{group} {shape} ({source})",
-                    model=f"{group} [P, {expected[group]}]" if group in expected else f"no {group} ({sorted(expected)})",
+                    model=f"{group} [P, {expected[group]}]"
+                    if group in expected
+                    else f"no {group} ({sorted(expected)})",
                 )
             )
 

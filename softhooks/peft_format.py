@@ -32,7 +32,9 @@ def read(folder: Path) -> Stored:
     config = read_json(folder / CONFIG)
     path = folder / TENSORS
     if not path.is_file() and (folder / _PICKLE).is_file():
-        raise CheckpointError(f"{folder / _PICKLE} is a pickle, and those are never read. Save it with safetensors in PEFT.")
+        raise CheckpointError(
+            f"{folder / _PICKLE} is a pickle, and those are never read. Save it with safetensors in PEFT."
+        )
     tensors, _ = read_tensors(path)
     table = tensors.pop(_EMBEDDINGS, None)
     count = config.get("num_virtual_tokens")

@@ -17,11 +17,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from softhooks.attach import attach
 from softhooks.errors import NameTakenError, TrainerError, explain
 from softhooks.files import read_tensors, write_tensors
 from softhooks.frozen import FrozenReport
 from softhooks.method import Method
-from softhooks.prompt import SoftPrompt, attach, host_of
+from softhooks.prompt import SoftPrompt, host_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,7 @@ class SoftPromptCallback(TrainerCallback):
 
     # --- events -------------------------------------------------------------------------------------------------------
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Attach before the Trainer makes its optimizer; a user's own optimizer is mended in place."""
         prompt = self._take(kwargs["model"])
         optimizer = kwargs.get("optimizer")
@@ -134,7 +133,9 @@ class SoftPromptCallback(TrainerCallback):
         Raises:
             TrainerError: training is resumed, or runs in several processes.
         """
-        reason = "training is resumed" if state.global_step else "there are several processes" if args.world_size > 1 else ""
+        reason = (
+            "training is resumed" if state.global_step else "there are several processes" if args.world_size > 1 else ""
+        )
         if reason:
             raise TrainerError(
                 explain(
@@ -234,4 +235,3 @@ class Saver:
             if metadata.get("format") == LIVE_FORMAT:
                 self.prompt.model.load_state_dict(tensors, strict=False)
         return result
-

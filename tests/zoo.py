@@ -30,8 +30,9 @@ def _llama() -> Any:
 
 def _gpt2() -> Any:
     return tf.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=96, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS
-    )
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=96, pad_token_id=PAD,
+        bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
 
 
 def _qwen3() -> Any:
@@ -59,8 +60,9 @@ def _mixtral() -> Any:
 
 def _opt() -> Any:
     return tf.OPTConfig(
-        **{k: v for k, v in SMALL.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=True
-    )
+        **{k: v for k, v in SMALL.items() if k != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=16,
+        do_layer_norm_before=True,
+    )  # fmt: skip
 
 
 def _bert() -> Any:
@@ -101,8 +103,9 @@ def _bloom() -> Any:
 
 def _falcon() -> Any:
     return tf.FalconConfig(
-        **{k: v for k, v in SMALL.items() if k != "intermediate_size"}, new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=48
-    )
+        **{k: v for k, v in SMALL.items() if k != "intermediate_size"}, new_decoder_architecture=True, num_kv_heads=2,
+        ffn_hidden_size=48,
+    )  # fmt: skip
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {

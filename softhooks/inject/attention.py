@@ -63,7 +63,14 @@ class PrefixPass(Pass):
         return output, weights if weights is None else weights[..., prefix.length :]
 
     def _mask(
-        self, site: Site, attention: AttentionFunction, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: Any
+        self,
+        site: Site,
+        attention: AttentionFunction,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Any,
+        kwargs: Any,
     ) -> Any:
         """Widen the mask over the prefix; equal for all layers with one window, so built once a forward."""
         name = attention.__name__

@@ -69,7 +69,11 @@ class CachePass(PrefixPass):
             if present is None:
                 return None
             mask = torch.ones(shape[0], self._past + shape[1], dtype=torch.long, device=device)
-        seen = torch.ones(mask.shape[0], prefix.length, dtype=torch.bool, device=mask.device) if present is None else present
+        seen = (
+            torch.ones(mask.shape[0], prefix.length, dtype=torch.bool, device=mask.device)
+            if present is None
+            else present
+        )
         if mask.dim() == 2:
             return torch.cat([seen.to(mask.dtype), mask], dim=-1)
         seen = seen[:, None, None, :].expand(mask.shape[0], mask.shape[1], mask.shape[2], -1)
@@ -82,7 +86,9 @@ class CachePass(PrefixPass):
         self.touched = self.cache.touched
         length = self.prefixes["self"].length
         if isinstance(output, tuple):
-            return tuple(self.inner if item is self.cache else item for item in output if item is not self.cache or self.inner)
+            return tuple(
+                self.inner if item is self.cache else item for item in output if item is not self.cache or self.inner
+            )
         if output.get("past_key_values") is not None:
             output["past_key_values"] = self.inner
         if output.get("attentions") is not None:

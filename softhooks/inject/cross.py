@@ -76,4 +76,3 @@ def strip_encoder_state(output: Any, slots: Slots, mask: Any) -> Any:
         wide = widen_encoder(slots, flat_mask(mask, state.shape[0], columns, state.device))
         output["encoder_last_hidden_state"] = wide.own_states(state)
     return output
-

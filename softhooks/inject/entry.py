@@ -51,7 +51,9 @@ def open_pass(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt],
 # --- slots ------------------------------------------------------------------------------------------------------------
 
 
-def _open_slots(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], rows: Rows, placeholder: int) -> Pass:
+def _open_slots(
+    stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], rows: Rows, placeholder: int
+) -> Pass:
     placements = {prompt.placement for prompt in prompts}
     if len(placements) > 1:
         raise UnsupportedModeError(f"prompts in one batch must have one placement; these have {sorted(placements)}.")
@@ -105,7 +107,9 @@ def text_shape(call: dict[str, Any]) -> tuple[int, int]:
     text = call.get("input_ids")
     text = call.get("inputs_embeds") if text is None else text
     if not isinstance(text, Tensor):
-        raise PromptNotReachedError("a prompt needs `input_ids` or `inputs_embeds` in the call of the model's backbone.")
+        raise PromptNotReachedError(
+            "a prompt needs `input_ids` or `inputs_embeds` in the call of the model's backbone."
+        )
     return text.shape[0], text.shape[1]
 
 

@@ -83,8 +83,7 @@ def flatten(keys: dict[int, Tensor], values: dict[int, Tensor], sites: Sequence[
     """The inverse of `split`: [1, Hk, P, D] for each site -> [P, numbers]."""
     parts = []
     for site in sites:
-        for tensor in (keys[site.index], values[site.index]):
-            parts.append(tensor[0].transpose(0, 1).flatten(1))
+        parts += [tensor[0].transpose(0, 1).flatten(1) for tensor in (keys[site.index], values[site.index])]
     return torch.cat(parts, dim=-1)
 
 

@@ -100,7 +100,7 @@ class Memory(Generic[T]):
         Args:
             tensors: every parameter and buffer that the result depends on.
         """
-        if stack.module.training or torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if stack.module.training or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return self._compute(compute)
         seen = _fingerprint(tensors)
         if seen is None:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from softhooks.anatomy import Stack
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.passes import Pass
+from softhooks.inject.strip import strip_output
 from softhooks.layout import Placement, Widened, gap_before, text_positions, widen
 
 _UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask"}
@@ -209,40 +210,6 @@ class SlotPass(Pass):
         if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
             return states
         return self._wide.own_states(states)
-
-
-def strip_output(output: Any, wide: Widened, strip: Any, keep_last: bool) -> Any:
-    """Bring every per-column tensor of a stack's output back to the text's columns."""
-
-    def attention(weights: Any) -> Any:
-        if not isinstance(weights, Tensor) or weights.dim() != 4:
-            return weights
-        queries = weights if weights.shape[2] != wide.columns else _gather(weights, wide.text, 2)
-        return queries if queries.shape[3] != wide.columns else _gather(queries, wide.text, 3)
-
-    def states(value: Any) -> Any:
-        return strip(value) if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == wide.columns else value
-
-    if isinstance(output, Tensor):
-        return output if keep_last else states(output)
-    if isinstance(output, tuple):
-        return tuple(item if keep_last and i == 0 else states(item) for i, item in enumerate(output))
-    for key, value in list(output.items()):
-        if key == "last_hidden_state":
-            output[key] = value if keep_last else states(value)
-        elif key == "hidden_states" and value is not None:
-            output[key] = tuple(states(item) for item in value)
-        elif key == "attentions" and value is not None:
-            output[key] = tuple(attention(item) for item in value)
-    return output
-
-
-def _gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
-    shape = [weights.shape[0], 1, 1, 1]
-    shape[dim] = index.shape[1]
-    target = list(weights.shape)
-    target[dim] = index.shape[1]
-    return weights.gather(dim, index.view(shape).expand(target))
 
 
 def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:

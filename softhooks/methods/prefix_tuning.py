@@ -130,7 +130,9 @@ class PrefixTuning(Method):
         if self.init_text is not None and self.init_ids is not None:
             raise OptionError("init_text and init_ids say the same thing twice; give one of them.")
         if self.init_text is not None and self.tokenizer is None:
-            raise OptionError("init_text needs a tokenizer; none is given. Pass `tokenizer=`, or the ids as `init_ids=`.")
+            raise OptionError(
+                "init_text needs a tokenizer; none is given. Pass `tokenizer=`, or the ids as `init_ids=`."
+            )
 
     def conventions(self, anatomy: Anatomy) -> dict[str, Any]:
         """Whether positions move and sliding layers see the prefix as tokens."""

@@ -1,0 +1,241 @@
+"""Attach and detach: check everything, then change the model; undo all of it on any error."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from softhooks.anatomy import Anatomy, at_rest
+from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
+from softhooks.fit import choose_injection, probe_inputs
+from softhooks.frozen import FrozenRecord
+from softhooks.heads import check_heads, copy_heads, find_heads
+from softhooks.host import CONTAINER, Container, Host
+from softhooks.method import Method, PromptEncoder, TableEncoder, check_tables
+from softhooks.probe import examine
+from softhooks.prompt import Injection, SoftPrompt, host_of
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    name: str = "default",
+    *,
+    train_head: bool = True,
+    trainable: str | Sequence[str] = (),
+    freeze_dropout: bool = False,
+    injection: Injection | None = None,
+) -> SoftPrompt:
+    """Attach a soft prompt to a model and freeze everything else.
+
+    The new prompt is on; another one attached before is off until `activate`, `rows`, or until this one is removed.
+
+    Args:
+        model: any transformers model that embeds tokens, also one that carries LoRA from PEFT.
+        method: what to attach.
+        name: under which; several prompts may stand on one model.
+        train_head: train a copy of a new task head (`score`, `classifier`, `qa_outputs`, ...) with the prompt.
+        trainable: patterns (`*lora_*`) of the names of other parameters that stay trainable.
+        freeze_dropout: keep the backbone's dropout off while it trains.
+        injection: the way in; None lets a check at attach choose the fastest that is exact.
+
+    Returns:
+        the handle; also a context manager that removes the prompt.
+
+    Raises:
+        AttachError: the prompt cannot be attached. The model is as it was.
+        OptionError, PromptMismatchError: the method's options do not fit the model.
+    """
+    return attach_encoder(
+        model,
+        method,
+        name,
+        encoder=None,
+        conventions=None,
+        head_states=None if train_head else {},
+        source="given",
+        trainable=(trainable,) if isinstance(trainable, str) else tuple(trainable),
+        freeze_dropout=freeze_dropout,
+        injection=injection,
+        frozen_record=True,
+    )
+
+
+def attach_encoder(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    *,
+    encoder: PromptEncoder | None,
+    conventions: dict[str, Any] | None,
+    head_states: dict[str, dict[str, Tensor]] | None,
+    source: str,
+    freeze_dropout: bool,
+    injection: Injection | None,
+    frozen_record: bool,
+    trainable: tuple[str, ...] = (),
+) -> SoftPrompt:
+    """Attach an encoder that exists already, or the one that the method builds. See `attach`.
+
+    Args:
+        head_states: the heads that come with the encoder; None: copies of every new head of the model.
+        source: what to call the encoder in errors.
+        frozen_record: take the digests that `verify_frozen` compares with.
+    """
+    present = host_of(model)
+    _check_request(model, method, name, present, trainable)
+    anatomy = present.anatomy if present else examine(model)
+    _check_length(anatomy, method)
+    if isinstance(encoder, TableEncoder):
+        check_tables(anatomy, {group: encoder(group) for group in encoder.groups}, source)
+    if encoder is None:
+        with _AllOff(present):
+            encoder = method.build(anatomy)
+    conventions = method.conventions(anatomy) if conventions is None else conventions
+    module = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict()})
+    heads = find_heads(model, anatomy)
+    if head_states is not None:
+        heads = {path: head for path, head in heads.items() if path in head_states}
+    module["heads"] = own = copy_heads(heads)
+    check_heads(own, head_states or {}, source)
+    module.to(next(anatomy.entry.embedding.parameters()).device).train(model.training)
+
+    host = present or Host(model, anatomy)
+    prompt = SoftPrompt(host, name, method, module, conventions)
+    before = host.active
+    try:
+        if present is None:
+            _open(host, trainable, frozen_record)
+        elif frozen_record and host.record is None:
+            host.record = FrozenRecord(model, _frozen_names(model))
+        _add(host, prompt, heads, freeze_dropout)
+        prompt.injection = choose_injection(prompt, injection)
+        _prove_reached(prompt)
+    except BaseException:
+        detach(host, name)
+        host.active = before
+        raise
+    prompt.is_attached = True
+    return prompt
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_request(
+    model: nn.Module, method: Method, name: str, present: Host | None, trainable: tuple[str, ...]
+) -> None:
+    if not isinstance(method, Method):
+        raise UnsupportedMethodError(
+            f"attach takes a method such as PromptTuning(20); it was given {type(method).__name__}."
+        )
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name) or name in ("training", "host"):
+        raise AttachError(f"a prompt's name must be letters, digits, - and _, and no module attribute; it is {name!r}.")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise AttachError("attach a prompt before `torch.compile`: compiled code does not see hooks that come later.")
+    if present and name in present.prompts:
+        raise NameTakenError(
+            explain(
+                "a name belongs to one prompt.",
+                "Remove the other prompt first, or attach this one under another `name=`.",
+                attached=f"{name!r}: {present.prompts[name].method!r}",
+                asked=f"{name!r}: {method!r}",
+            )
+        )
+    if present is None and hasattr(model, CONTAINER):
+        raise AttachError(f"the model has an attribute {CONTAINER!r} of its own; softhooks needs that name.")
+    names = [parameter for parameter, _ in model.named_parameters()]
+    for pattern in trainable:
+        if not fnmatch.filter(names, pattern):
+            raise AttachError(f"trainable={pattern!r} names no parameter of {type(model).__name__}.")
+
+
+def _check_length(anatomy: Anatomy, method: Method) -> None:
+    positions = anatomy.entry.positions
+    limit = positions.limit if positions.limit is not None else positions.trained
+    if limit is not None and method.num_virtual_tokens >= limit:
+        raise PromptTooLongError(
+            explain(
+                "a prompt must leave room for text among the model's positions.",
+                "Use a shorter prompt.",
+                prompt=method.num_virtual_tokens,
+                positions=limit,
+            )
+        )
+
+
+def _prove_reached(prompt: SoftPrompt) -> None:
+    """Run a probe; the hooks raise if it goes by without the prompt."""
+    with at_rest(prompt.model):
+        prompt.model(**probe_inputs(prompt.model, prompt.host.anatomy))
+
+
+# --- changes ----------------------------------------------------------------------------------------------------------
+
+
+class _AllOff:
+    """Turn a model's prompts off while its own keys and values are read."""
+
+    def __init__(self, host: Host | None) -> None:
+        self.host = host
+
+    def __enter__(self) -> None:
+        if self.host:
+            self.host.disabled += 1
+
+    def __exit__(self, *_error: object) -> None:
+        if self.host:
+            self.host.disabled -= 1
+
+
+def _frozen_names(model: nn.Module) -> Callable[[str], bool]:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return lambda name: name not in trained and not name.startswith(f"{CONTAINER}.")
+
+
+def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
+    """Freeze the model, put the container in, register the hooks."""
+    model = host.model
+    for name, parameter in model.named_parameters():
+        host.was_trainable[name] = parameter.requires_grad
+    container = Container()
+    container.host = host
+    container.training = model.training
+    model.add_module(CONTAINER, container)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in trainable))
+    if frozen_record:
+        host.record = FrozenRecord(model, _frozen_names(model))
+    host.install()
+
+
+def _add(host: Host, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dropout: bool) -> None:
+    container: Container = getattr(host.model, CONTAINER)
+    container[prompt.name] = prompt._module
+    host.prompts[prompt.name] = prompt
+    host.active = prompt.name
+    host.freeze_dropout = host.freeze_dropout or freeze_dropout
+    for path in heads:
+        host.add_head(path)
+
+
+def detach(host: Host, name: str) -> None:
+    """Take one prompt away; with the last one, everything. The prompt attached before it is on again."""
+    model = host.model
+    container = model._modules.get(CONTAINER)
+    host.prompts.pop(name, None)
+    if isinstance(container, Container) and name in container:
+        del container[name]
+    if host.active == name:
+        host.active = next(reversed(host.prompts), None)
+    if host.prompts:
+        return
+    host.uninstall()
+    model._modules.pop(CONTAINER, None)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name in host.was_trainable:
+            parameter.requires_grad_(host.was_trainable[parameter_name])
