@@ -133,7 +133,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
     """Make one row of ordinary ids that ends, where the model has one, in its end-of-text id. -> [1, columns]."""
     config = getattr(model, "config", None)
-    special = set()
+    special: set[int | None] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
         value = getattr(config, name, None)
         special.update(value if isinstance(value, list) else [value])

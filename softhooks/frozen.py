@@ -51,7 +51,7 @@ def digest(tensor: Tensor) -> _Digest:
     """Fingerprint the exact bits of a tensor (XXH3, 128 bits), on whatever device it lies."""
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.numel() and not flat.is_meta:
-        bits = xxhash.xxh3_128_hexdigest(memoryview(flat.view(torch.uint8).cpu().numpy()))
+        bits = xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).cpu().numpy().data)
     else:
         bits = ""
     return _Digest(bits, tensor.dtype, tuple(tensor.shape))

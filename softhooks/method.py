@@ -102,7 +102,7 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """The options as JSON can hold them; tokenizers and tensors are left out, their result is saved."""
-        kept = {}
+        kept: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, (tuple, list)) and all(isinstance(part, (str, int)) for part in value):

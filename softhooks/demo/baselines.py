@@ -58,7 +58,7 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
         ) from error
     start = time.perf_counter()
     features = mean_pooled(model, data.train, data, batch_size)
-        search = GridSearchCV(
+    search = GridSearchCV(
         make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
         {"logisticregression__C": STRENGTHS},
         cv=GroupKFold(FOLDS),
@@ -67,16 +67,12 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
         warnings.simplefilter("ignore")  # a fold may lack a small package: that costs it a little, no more
         search.fit(features, data.train.labels, groups=data.train.sources)
     classifier = search.best_estimator_[-1]
-    accuracy = float(
-        search.score(mean_pooled(model, data.test, data, batch_size), [row["labels"] for row in data.test])
-    )
+    accuracy = float(search.score(mean_pooled(model, data.test, data, batch_size), data.test.labels))
     return Baseline(accuracy, classifier.coef_.size + classifier.intercept_.size, time.perf_counter() - start)
 
 
 @torch.inference_mode()
-def mean_pooled(
-    model: nn.Module, rows: Rows, data: EncodedData, batch_size: int
-) -> npt.NDArray[np.float32]:
+def mean_pooled(model: nn.Module, rows: Rows, data: EncodedData, batch_size: int) -> npt.NDArray[np.float32]:
     """The mean of each row's last hidden states over its real tokens.
 
     Shape:

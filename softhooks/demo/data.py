@@ -63,7 +63,7 @@ class EncodedData:
 
     def collate(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Pad rows to one batch."""
-        batch: dict[str, Tensor] = dict(DataCollatorWithPadding(self.tokenizer)(list(rows)))
+        batch: dict[str, Tensor] = dict(DataCollatorWithPadding(self.tokenizer)([dict(row) for row in rows]))
         return batch
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
@@ -52,9 +53,9 @@ class Checkpoint:
         model: nn.Module = self._load(AutoModel)
         return model
 
-    def _load(self, auto_class: type, **options: object) -> object:
+    def _load(self, auto_class: Any, **options: object) -> Any:
         try:
-            return auto_class.from_pretrained(self.path, **options)  # type: ignore[attr-defined]
+            return auto_class.from_pretrained(self.path, **options)
         except (OSError, ValueError) as error:
             raise SoftHooksError(
                 explain(

@@ -74,6 +74,7 @@ def train_soft_prompt(
     trainer.save_model(str(directory))
     logits = np.asarray(trainer.predict(data.test).predictions)
     soft_prompt = callback.soft_prompt
+    assert soft_prompt is not None  # the Trainer has attached it
     result = Result(logits, soft_prompt.num_parameters, seconds, directory, soft_prompt.verify_frozen())
     soft_prompt.remove()
     return result

@@ -109,7 +109,7 @@ class PrefixPass(Pass):
         """Make each checkpointed layer remember this pass, for the backward runs it again when the pass is over."""
         for module in self.stack.module.modules():
             if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in module.__dict__:
-                function = module._gradient_checkpointing_func
+                function: Any = module._gradient_checkpointing_func
                 self._replaced.append((module, function))
                 module._gradient_checkpointing_func = _Remembering(self, function)  # type: ignore[assignment]
                 if not self._anchored and _is_reentrant(function):
@@ -167,12 +167,12 @@ class _Anchor(torch.autograd.Function):
     """Hand the text's embeddings through; in the backward, hand the leaves' gradients to what they were cut from."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, *pairs: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, output: Tensor, *pairs: Tensor) -> Tensor:
         ctx.leaves = pairs[1::2]
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         handed: list[Tensor | None] = [grad]
         for leaf in ctx.leaves:
             handed += [leaf.grad, None]

@@ -31,7 +31,8 @@ class CachePass(PrefixPass):
         inner = call.get("past_key_values")
         self._past = 0 if inner is None else int(inner.get_seq_length())
         if inner is None and self._wants_cache(call):
-            inner = DynamicCache(config=stack.module.config)
+            config: Any = stack.module.config
+            inner = DynamicCache(config=config)
         self.inner = inner
         self.cache = PrefixCache(self.prefixes["self"], inner)
         call["past_key_values"] = self.cache

@@ -79,7 +79,7 @@ def _open_prefix(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPromp
     own = prefixes["self"]
     batch, columns = text_shape(call)
     check_length(stack, call, own.length if own.shifted is not False else 0)
-    positions = _positions(stack, call, batch, columns)
+    positions = _positions(stack, call, columns)
     handles: list[Any] = []
     if positions is not None:
         _move_positions(stack, call, own, positions, columns, handles)
@@ -118,7 +118,7 @@ def _past(call: dict[str, Any]) -> Any:
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _positions(stack: Stack, call: dict[str, Any], batch: int, columns: int) -> Tensor | None:
+def _positions(stack: Stack, call: dict[str, Any], columns: int) -> Tensor | None:
     """Where the text stands, counted from 0 in each row (or document), [B or 1, T]; None where the stack has no use for it."""
     if not stack.positions.argument and (stack.positions.table is None or stack.causal):
         return None
@@ -129,7 +129,8 @@ def _positions(stack: Stack, call: dict[str, Any], batch: int, columns: int) -> 
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return text_positions(mask)[:, -columns:]
     text = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
-    return (torch.arange(columns, device=text.device) + _past(call))[None]
+    counted: Tensor = torch.arange(columns, device=text.device) + _past(call)
+    return counted[None]
 
 
 def _move_positions(
@@ -139,13 +140,13 @@ def _move_positions(
     where = stack.positions
     shift = prefix.shift()
     ids = positions + where.start + (shift.to(positions.device) if isinstance(shift, Tensor) else shift)
-    mask = call.get("attention_mask")
-    flat = isinstance(mask, Tensor) and mask.dim() == 2
-    if where.start and flat:
+    given = call.get("attention_mask")
+    mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
+    if where.start and mask is not None:
         ids = ids.masked_fill(mask[:, -columns:] == 0, where.padding)
     if where.argument:
         call["position_ids"] = ids
-    elif where.table is not None and flat:
+    elif where.table is not None and mask is not None:
         place_at_table(where.table, ids, handles)
 
 

@@ -48,8 +48,8 @@ class PrefixEncoder(PromptEncoder):
         """
         hidden = torch.tanh(self.down[group](self.rows[group])).double()
         up = self.up[group]
-        target = table.double().to(hidden.device) - up.bias.double()  # type: ignore[operator, union-attr]
-        up.weight.copy_(torch.linalg.lstsq(hidden, target, driver="gelsd").solution.T)  # type: ignore[operator, union-attr]
+        target = table.double().to(hidden.device) - up.bias.double()  # type: ignore[operator]
+        up.weight.copy_(torch.linalg.lstsq(hidden, target, driver="gelsd").solution.T)  # type: ignore[operator]
 
     def forward(self, group: str) -> Tensor:
         """Compute one group's keys and values, [P, numbers]."""

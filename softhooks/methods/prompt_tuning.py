@@ -96,5 +96,5 @@ class PromptTuning(Method):
             return initializers.label_rows(anatomy, count, self.init_labels or (), self.tokenizer)
         if self.init == "tensor":
             return initializers.tensor_rows(anatomy, count, self.init_tensor)
-        ids = initializers.vocabulary_ids(anatomy, count, whole=self.whole_vocabulary)
-        return initializers.embed_ids(anatomy, ids)
+        sampled = initializers.vocabulary_ids(anatomy, count, whole=self.whole_vocabulary)
+        return initializers.embed_ids(anatomy, sampled)

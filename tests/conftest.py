@@ -1,0 +1,26 @@
+"""What every test shares: no network, one thread, Hypothesis profiles, quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+
+_COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "derandomize": True}
+hypothesis.settings.register_profile("quick", max_examples=8, **_COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=150, **{**_COMMON, "derandomize": False})
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
