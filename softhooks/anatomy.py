@@ -89,7 +89,7 @@ class Stack:
 
     def expects_pass(self) -> bool:
         """Whether attention may run here only inside a pass."""
-        return self.owner is not None and self.owner.is_on
+        return self.owner is not None and self.owner.enters_attention
 
     def sites_of(self, role: Role) -> list[Site]:
         """The sites of one role, in order of index."""

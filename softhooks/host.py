@@ -83,6 +83,12 @@ class Host:
         """Whether a forward now meets a prompt."""
         return not self.disabled and bool(self.prompts) and (self.rows is not None or self.active is not None)
 
+    @property
+    def enters_attention(self) -> bool:
+        """Whether a prompt that is on enters as keys and values."""
+        names = [self.active] if self.rows is None else self.rows
+        return self.is_on and any(name is not None and self.prompts[name].injection != "slots" for name in names)
+
     def in_use(self, batch: int) -> tuple[list[SoftPrompt], Sequence[int | None] | None]:
         """The prompts of a forward, and for each row which of them; None where one serves all rows.
 

@@ -1,0 +1,347 @@
+"""The lifecycle: attach, what is frozen and what trains, the ways in, remove."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from table import TABLE, Entry
+from torch import nn
+
+import softhooks
+from softhooks import PrefixTuning, PromptTuning
+
+
+def _hooks(model: nn.Module) -> list[Any]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
+    return [(name, kind, list(getattr(m, kind))) for name, m in model.named_modules() for kind in kinds]
+
+
+def _attributes(model: nn.Module) -> list[Any]:
+    return [(name, sorted(module.__dict__), sorted(module._modules)) for name, module in model.named_modules()]
+
+
+WAYS = [
+    ("llama", "causal", PromptTuning(3), "shared"), ("gptj", "causal", PromptTuning(3), "shared"),
+    ("gemma3", "causal", PromptTuning(3), "shared"), ("llama", "sequence", PromptTuning(3), "shared"),
+    ("llama", "causal", PromptTuning(3, placement="after_first"), "slots"), ("bert", "masked", PromptTuning(3), "slots"),
+    ("t5", "seq2seq", PromptTuning(3), "slots"), ("llama", "causal", PrefixTuning(3), "attention"),
+    ("bart", "seq2seq", PrefixTuning(3), "attention"), ("bert", "qa", PrefixTuning(3), "attention"),
+    ("gptj", "causal", PrefixTuning(3), "cache"), ("bloom", "causal", PrefixTuning(3), "cache"),
+    ("falcon", "causal", PrefixTuning(3), "cache"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "head", "method", "way"), WAYS)
+def test_the_way_in_is_chosen_by_a_check_and_visible(arch: str, head: str, method: Any, way: str) -> None:
+    with softhooks.attach(zoo.build(arch, head), method) as prompt:
+        assert prompt.injection == way
+        assert way in repr(prompt)
+
+
+def test_a_decoder_that_cannot_share_its_prompt_gets_slots() -> None:
+    """BART's decoder takes no positions: computed once, the text would stand where the prompt does."""
+    from transformers import BartForCausalLM
+
+    config = zoo.CONFIGS["bart"]()
+    config.is_decoder, config.is_encoder_decoder = True, False
+    model = BartForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    ids = zoo.text(2, 6)
+    with softhooks.attach(model, PromptTuning(3)) as prompt:
+        assert prompt.injection == "slots"
+        rows = prompt.encoder("embeddings")
+        logits = model(ids).logits
+        with softhooks.disabled(model):
+            embedded = torch.cat([rows.expand(2, -1, -1), model.get_input_embeddings()(ids)], 1)
+            expected = model(inputs_embeds=embedded).logits[:, 3:]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=str)
+@pytest.mark.parametrize(
+    ("arch", "head"), [("llama", "sequence"), ("t5", "seq2seq"), ("bert", "qa"), ("gptj", "sequence")]
+)
+def test_remove_gives_the_model_back(entry: Entry, arch: str, head: str) -> None:
+    from transformers.modeling_utils import AttentionInterface
+    from transformers.models.llama import modeling_llama
+
+    model = zoo.build(arch, head)
+    next(model.parameters()).requires_grad_(False)
+    model.train()
+    functions = dict(AttentionInterface._global_mapping), modeling_llama.eager_attention_forward
+    before = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()], list(model.state_dict())
+    training = [m.training for m in model.modules()]
+    prompt = softhooks.attach(model, entry.make(3))
+    assert dict(AttentionInterface._global_mapping) != functions[0]
+    prompt.remove()
+    prompt.remove()
+    after = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()], list(model.state_dict())
+    assert before == after
+    assert training == [m.training for m in model.modules()]
+    assert functions == (dict(AttentionInterface._global_mapping), modeling_llama.eager_attention_forward)
+
+
+def test_a_model_with_a_prompt_can_be_collected() -> None:
+    model = zoo.build("llama")
+    softhooks.attach(model, PromptTuning(3))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_attach_does_not_disturb_the_random_state_beyond_its_own_draws() -> None:
+    model = zoo.build("gpt2").train()
+    torch.manual_seed(1)
+    softhooks.attach(model, PromptTuning(3, init="tensor", init_tensor=torch.zeros(3, 32))).remove()
+    first = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(first, torch.rand(1))
+
+
+def test_an_error_while_attaching_undoes_everything() -> None:
+    """A probe that fails after the hooks are in leaves nothing behind."""
+    model = zoo.build("llama")
+    before = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()]
+    original = softhooks.attach.__globals__["_prove_reached"]
+
+    def fail(_prompt: Any) -> None:
+        raise KeyboardInterrupt
+
+    softhooks.attach.__globals__["_prove_reached"] = fail
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            softhooks.attach(model, PromptTuning(3))
+    finally:
+        softhooks.attach.__globals__["_prove_reached"] = original
+    assert before == (_hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("arch", "head", "name"), [
+    ("llama", "sequence", "score"), ("bert", "sequence", "classifier"), ("bert", "qa", "qa_outputs"),
+    ("bart", "sequence", "classification_head"), ("t5", "tokens", "classifier"), ("gpt2", "tokens", "classifier"),
+])  # fmt: skip
+def test_a_new_head_is_trained_as_a_copy_and_the_models_own_stays(arch: str, head: str, name: str) -> None:
+    model, case = zoo.build(arch, head), zoo.Case(arch, head)
+    ids = zoo.text(2, 6, end=True)
+    own = {k: v.clone() for k, v in model.get_submodule(name).state_dict().items()}
+    with softhooks.attach(model, PromptTuning(3)) as prompt:
+        assert list(prompt.heads) == [name]
+        before = zoo.main_output(model(**zoo.inputs(case, ids)))
+        with torch.no_grad():
+            for parameter in prompt.heads.parameters():
+                parameter.add_(1.0)
+        assert not torch.allclose(before, zoo.main_output(model(**zoo.inputs(case, ids))))
+        assert all(torch.equal(own[k], v) for k, v in model.get_submodule(name).state_dict().items())
+        prompt.verify_frozen()
+    with softhooks.attach(model, PromptTuning(3), train_head=False) as prompt:
+        assert list(prompt.heads) == []
+        assert prompt.num_parameters == 3 * 32
+
+
+@pytest.mark.parametrize("head", ["causal", "masked", "seq2seq"])
+def test_a_language_model_head_is_not_a_new_head(head: str) -> None:
+    arch = {"causal": "llama", "masked": "bert", "seq2seq": "t5"}[head]
+    with softhooks.attach(zoo.build(arch, head), PromptTuning(3)) as prompt:
+        assert prompt.num_parameters == 3 * 32
+
+
+def test_named_parameters_may_stay_trainable() -> None:
+    model = zoo.build("llama")
+    with softhooks.attach(model, PromptTuning(3), trainable=["*norm*"]) as prompt:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert "model.norm.weight" in trained
+        assert {name for name, _ in prompt.named_parameters()} == trained
+        with torch.no_grad():
+            model.model.norm.weight.add_(1)
+        prompt.verify_frozen()
+    with pytest.raises(softhooks.AttachError, match="no_such"):
+        softhooks.attach(model, PromptTuning(3), trainable="no_such*")
+
+
+def test_on_a_model_that_carries_lora() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        zoo.build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    ids = zoo.text(2, 6)
+    flags = [p.requires_grad for p in model.parameters()]
+    bare = model(ids).logits
+    for method, way in ((PromptTuning(3), "shared"), (PrefixTuning(3), "attention")):
+        with softhooks.attach(model, method, trainable="*lora_*") as prompt:
+            assert prompt.injection == way
+            model(ids, labels=ids).loss.backward()
+            trained = {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None and "lora" in n}
+            assert trained == {"lora_A", "lora_B"}
+            assert all(bool(p.grad.abs().sum() > 0) for p in prompt.encoder.parameters())
+            prompt.verify_frozen()
+        model.zero_grad()
+        assert torch.equal(model(ids).logits, bare)
+        assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_verify_frozen_names_what_moved() -> None:
+    model = zoo.build("llama")
+    with softhooks.attach(model, PromptTuning(3)) as prompt:
+        report = prompt.verify_frozen()
+        expected = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())) - 3 * 32 * 4
+        assert report.bytes == expected
+        assert report.gigabytes_per_second > 0
+        assert "unchanged" in str(report)
+        weight = model.model.layers[1].mlp.up_proj.weight
+        with torch.no_grad():
+            weight.view(-1)[5] = torch.nextafter(weight.view(-1)[5], torch.tensor(9.0))  # one bit
+        with pytest.raises(softhooks.FrozenModifiedError, match=r"layers\.1\.mlp\.up_proj\.weight: values changed"):
+            prompt.verify_frozen()
+
+
+@pytest.mark.parametrize("change", ["buffer", "precision", "shape", "gone", "new"])
+def test_verify_frozen_sees_every_kind_of_change(change: str) -> None:
+    model = zoo.build("bert", "masked")
+    with softhooks.attach(model, PromptTuning(3)) as prompt:
+        if change == "buffer":
+            model.bert.embeddings.position_ids[0, 3] += 1
+        elif change == "precision":
+            model.bert.half()
+        elif change == "shape":
+            model.resize_token_embeddings(zoo.VOCABULARY + 1)
+        elif change == "gone":
+            del model.bert.embeddings.token_type_embeddings
+        else:
+            model.register_buffer("stranger", torch.zeros(1))
+        with pytest.raises(softhooks.FrozenModifiedError):
+            prompt.verify_frozen()
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=str)
+def test_in_bf16_the_prompt_stays_in_fp32(entry: Entry) -> None:
+    model, ids = zoo.build("llama", "sequence"), zoo.text(2, 6)
+    with softhooks.attach(model, entry.make(3)) as prompt:
+        exact = [p.detach().clone() for p in prompt.parameters()]
+        model.to(torch.bfloat16)
+        assert all(torch.equal(a, b) for a, b in zip(exact, prompt.parameters(), strict=True))
+        output = model(ids)
+        assert output.logits.dtype == torch.bfloat16
+        output.logits.float().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in prompt.parameters())
+
+
+@pytest.mark.parametrize("entry", [e for e in TABLE if "random" not in e.name and "end" not in e.name], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arch", ["llama", "gptj"])
+def test_under_autocast(entry: Entry, dtype: torch.dtype, arch: str) -> None:
+    model, ids = zoo.build(arch), zoo.text(2, 6)
+    with softhooks.attach(model, entry.make(3)) as prompt:
+        prompt.encoder.eval()
+        exact = model(ids).logits
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(ids, labels=ids)
+            loss.loss.backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in prompt.parameters())
+        torch.testing.assert_close(loss.logits.float(), exact, rtol=0.1, atol=0.2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("entry", [e for e in TABLE if "random" not in e.name and "end" not in e.name], ids=str)
+@pytest.mark.parametrize(("arch", "head"), [("llama", "causal"), ("gpt2", "causal"), ("bert", "masked"), ("t5", "seq2seq"), ("bart", "seq2seq"), ("gptj", "causal"), ("bloom", "causal")])  # fmt: skip
+def test_activation_checkpointing_changes_no_gradient(arch: str, head: str, entry: Entry, reentrant: bool) -> None:
+    """Two forwards before one backward, so that a recomputation must find the prompt of its own forward."""
+    model, case = zoo.build(arch, head), zoo.Case(arch, head)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    model.train()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        losses = [zoo.main_output(model(**zoo.inputs(case, zoo.text(2, n, seed=n)))).square().mean() for n in (6, 7)]
+        (losses[0] + 2 * losses[1]).backward()
+        return [p.grad.clone() for p in prompt.parameters()]
+
+    with softhooks.attach(model, entry.make(3)) as prompt:
+        prompt.encoder.eval()
+        plain = gradients()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        functions = [m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()]
+        checkpointed = gradients()
+        assert functions == [m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()]
+    for ours, theirs in zip(checkpointed, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_freeze_dropout_keeps_the_backbone_at_rest_and_its_mode_as_it_was() -> None:
+    model, ids = zoo.build("gpt2"), zoo.text(2, 6)
+    with softhooks.attach(model, PromptTuning(3), freeze_dropout=True):
+        model.train()
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        assert all(module.training for module in model.modules())
+    with softhooks.attach(model, PromptTuning(3)):
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_deep_copy_is_a_model_with_a_prompt_of_its_own() -> None:
+    model, ids = zoo.build("llama"), zoo.text(2, 6)
+    with softhooks.attach(model, PromptTuning(3)):
+        twin = copy.deepcopy(model)
+        expected = model(ids).logits
+        assert torch.equal(twin(ids).logits, expected)
+        with torch.no_grad():
+            twin.soft_prompt["default"]["encoder"].embeddings.add_(1)
+        assert torch.equal(model(ids).logits, expected)
+        assert not torch.equal(twin(ids).logits, expected)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # dynamo looks at every input's
+@pytest.mark.parametrize("entry", [e for e in TABLE if e.name in ("prompt", "prompt-after-first", "prefix")], ids=str)
+def test_under_torch_compile(entry: Entry) -> None:
+    model, ids = zoo.build("llama"), zoo.text(2, 6)
+    with softhooks.attach(model, entry.make(3)) as prompt:
+        expected = model(ids, labels=ids)
+        (reference,) = torch.autograd.grad(expected.loss, list(prompt.parameters()))
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(3):
+            output = compiled(ids, labels=ids)
+            (ours,) = torch.autograd.grad(output.loss, list(prompt.parameters()))
+            torch.testing.assert_close(output.logits, expected.logits, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-6)
+        assert softhooks.activate(compiled, "default") is prompt
+    torch._dynamo.reset()
+
+
+def test_attach_after_torch_compile_is_refused() -> None:
+    model = zoo.build("llama")
+    with pytest.raises(softhooks.AttachError, match=r"before `torch\.compile`"):
+        softhooks.attach(torch.compile(model), PromptTuning(3))
+    model.compile(backend="eager")
+    with pytest.raises(softhooks.AttachError, match=r"before `torch\.compile`"):
+        softhooks.attach(model, PromptTuning(3))
+
+
+def test_the_public_names() -> None:
+    assert {name for name in dir(softhooks) if name in softhooks.__all__} == set(softhooks.__all__)
+    designed = {
+        "attach",
+        "load",
+        "tune",
+        "activate",
+        "rows",
+        "disabled",
+        "SoftPrompt",
+        "SoftPromptCallback",
+        "PromptTuning",
+        "PrefixTuning",
+    }
+    assert designed <= set(softhooks.__all__)
