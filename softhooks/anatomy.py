@@ -15,6 +15,7 @@ from softhooks.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from softhooks.host import Host
     from softhooks.inject.passes import Pass
+    from softhooks.layout import Widened
 
 Role = Literal["self", "cross"]
 StackName = Literal["text", "encoder", "decoder"]
@@ -72,6 +73,7 @@ class Stack:
     Attributes:
         live: the forward that is under way in it, if any; attention and embedding look here.
         owner: the host whose prompts enter here.
+        widened: the last state of an encoder with slots and their map, while its model is under way.
     """
 
     name: StackName
@@ -86,6 +88,7 @@ class Stack:
     through: Literal["attention", "cache"] | None = None
     live: Pass | None = None
     owner: Host | None = None
+    widened: tuple[Tensor, Widened] | None = None
 
     def expects_pass(self) -> bool:
         """Whether attention may run here only inside a pass."""

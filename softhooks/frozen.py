@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +49,10 @@ class _Digest:
 
 def digest(tensor: Tensor) -> _Digest:
     """Fingerprint the exact bits of a tensor (XXH3, 128 bits), on whatever device it lies."""
+    if not tensor.numel() or tensor.is_meta:
+        return _Digest("", tensor.dtype, tuple(tensor.shape))
     flat = tensor.detach().contiguous().reshape(-1)
-    if flat.numel() and not flat.is_meta:
-        bits = xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).cpu().numpy().data)
-    else:
-        bits = ""
+    bits = xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).cpu().numpy().data)
     return _Digest(bits, tensor.dtype, tuple(tensor.shape))
 
 
@@ -74,6 +73,11 @@ class FrozenRecord:
     def __init__(self, model: nn.Module, is_frozen: Callable[[str], bool]) -> None:
         self._is_frozen = is_frozen
         self._digests = {name: digest(tensor) for name, tensor in tensors_of(model) if is_frozen(name)}
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """One digest of the frozen tensors among these."""
+        parts = [(name, self._digests[name].bits) for name in sorted(names) if name in self._digests]
+        return str(xxhash.xxh3_128_hexdigest(repr(parts).encode()))
 
     def verify(self, model: nn.Module) -> FrozenReport:
         """Compare every frozen tensor with its digest.

@@ -135,6 +135,10 @@ class Host:
         hooks = HeadHooks(self, path.replace(".", "/"))
         self._handles.append(self.model.get_submodule(path).register_forward_hook(hooks.answer, with_kwargs=True))
 
+    def keep(self, handle: Any) -> None:
+        """Remove a hook of the model with the last prompt."""
+        self._handles.append(handle)
+
     def override(self, attribute: str, value: Any) -> None:
         """Set an attribute on the model's instance until the last prompt is removed."""
         self._overridden.setdefault(attribute, self.model.__dict__.get(attribute, _ABSENT))
@@ -156,11 +160,17 @@ class Host:
         unmark(self.anatomy.stacks)
         close_interface(self)
 
+    @property
+    def _inside(self) -> bool:
+        """Whether a forward of a stack is under way: where the model is the stack, the prompt's own rows come by here."""
+        return any(stack.live is not None for stack in self.anatomy.stacks)
+
     def _enter_model(self, _module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        self._reached = False
+        if not self._inside:
+            self._reached = False
 
     def _leave_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.is_on:
+        if not self.is_on or self._inside:
             return None
         if not self._reached:
             raise PromptNotReachedError(
@@ -176,7 +186,7 @@ class Host:
             prompts, rows = self.in_use(self._batch)
             if prompts and prompts[0].injection == "slots":
                 slots = Slots([prompt.embeddings() for prompt in prompts], rows, prompts[0].placement)
-                return strip_encoder_state(output, slots, kwargs.get("attention_mask"))
+                return strip_encoder_state(output, self.anatomy.entry, slots, kwargs.get("attention_mask"))
         return None
 
     def reached(self, batch: int) -> None:

@@ -95,21 +95,25 @@ class Widened:
         return states.gather(1, _match(torch.maximum(self.text, last_slot), states))
 
 
-def widen(before: Tensor, text_columns: int, lengths: Tensor, slot_columns: int) -> Widened:
-    """Insert each row's slots before one of its text columns; spare slots go behind everything, like padding.
+def widen(before: Tensor, text_columns: int, lengths: Tensor, slot_columns: int, spare_first: bool = False) -> Widened:
+    """Insert each row's slots before one of its text columns; spare slots go behind everything, or before, like padding.
 
     Args:
         before: the text column that the slots stand before, [B].
         text_columns: T.
         lengths: how many of the slots each row uses, [B].
         slot_columns: S, the longest row's slots.
+        spare_first: put spare slots at the left, where they stand between nothing: what is generated follows the text.
     """
     columns = torch.arange(text_columns, device=before.device)
     slots = torch.arange(slot_columns, device=before.device)
-    live = slots < lengths[:, None]
+    used = lengths[:, None]
+    live = slots < used
+    left = slot_columns - used if spare_first else torch.zeros_like(used)
+    spare = slots - used if spare_first else text_columns + slots
     return Widened(
-        text=columns + lengths[:, None] * (columns >= before[:, None]),
-        slots=torch.where(live, before[:, None] + slots, text_columns + slots),
+        text=left + columns + used * (columns >= before[:, None]),
+        slots=torch.where(live, left + before[:, None] + slots, spare),
         live=live,
     )
 

@@ -112,9 +112,9 @@ class SoftPrompt:
         """The prompt as keys and values for one stack, by role."""
         memory = self._memory.setdefault(stack.name, Memory())
         if self.method.enters == "embeddings":
-            tensors = [*self.encoder.parameters(), *stack.module.parameters(), *stack.module.buffers()]
-            return memory.recall(stack, tensors, lambda: {"self": self._prefill(stack)})
-        return memory.recall(stack, list(self.encoder.parameters()), lambda: self._split(stack))
+            base = (*stack.module.parameters(), *stack.module.buffers())
+            return memory.recall(stack, self.encoder.parameters(), base, lambda: {"self": self._prefill(stack)})
+        return memory.recall(stack, self.encoder.parameters(), (), lambda: self._split(stack))
 
     def _prefill(self, stack: Stack) -> KeyValues:
         return prefill(stack, self.embeddings(), self._host.placeholder)

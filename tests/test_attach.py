@@ -345,3 +345,24 @@ def test_the_public_names() -> None:
         "PrefixTuning",
     }
     assert designed <= set(softhooks.__all__)
+
+
+@pytest.mark.parametrize("arch", sorted(zoo.CONFIGS))
+@pytest.mark.parametrize("method", [PromptTuning(3), PrefixTuning(3)], ids=["prompt", "prefix"])
+def test_on_a_bare_backbone_also_as_a_tuple(arch: str, method: Any) -> None:
+    """The model is its own stack here; a tuple has no names by which to find the encoder's state."""
+    import transformers
+
+    model, call = transformers.AutoModel.from_config(zoo.CONFIGS[arch]()).eval(), {"input_ids": zoo.text(2, 7)}
+    if arch in zoo.SEQ2SEQ:
+        call["decoder_input_ids"] = zoo.text(2, 4)
+    bare = model(**call)
+    with softhooks.attach(model, method) as prompt:
+        expected = {PromptTuning: "shared", PrefixTuning: "attention"}[type(method)]
+        if arch in (*zoo.CAUSAL, *zoo.CACHED):
+            assert prompt.injection == ("cache" if arch in zoo.CACHED and expected == "attention" else expected)
+        named, plain = model(**call), model(**call, return_dict=False)
+    assert named.last_hidden_state.shape == bare.last_hidden_state.shape
+    assert not torch.allclose(named.last_hidden_state, bare.last_hidden_state)
+    shapes = [value.shape for value in bare.values() if isinstance(value, torch.Tensor)]
+    assert [value.shape for value in plain if isinstance(value, torch.Tensor)] == shapes

@@ -66,13 +66,25 @@ def widen_encoder(slots: Slots, mask: Tensor) -> Widened:
     return widen(gap_before(mask, slots.placement), mask.shape[1], lengths, slots.columns)
 
 
-def strip_encoder_state(output: Any, slots: Slots, mask: Any) -> Any:
-    """Bring the encoder's last state in a task model's output back to the text's columns."""
-    if isinstance(output, (tuple, Tensor)) or output is None:
-        return output
-    state = output.get("encoder_last_hidden_state")
-    if isinstance(state, Tensor):
-        columns = state.shape[1] - slots.columns
-        wide = widen_encoder(slots, flat_mask(mask, state.shape[0], columns, state.device))
-        output["encoder_last_hidden_state"] = wide.own_states(state)
+def strip_encoder_state(output: Any, encoder: Stack, slots: Slots, mask: Any) -> Any:
+    """Bring the encoder's last state in a task model's output back to the text's columns.
+
+    Args:
+        mask: the encoder's mask, for states that the caller brought along.
+    """
+    kept, wide = encoder.widened or (None, None)
+    encoder.widened = None
+
+    def strip(state: Any) -> Any:
+        if not isinstance(state, Tensor):
+            return state
+        if wide is not None and state is kept:
+            return wide.own_states(state)
+        given = flat_mask(mask, state.shape[0], state.shape[1] - slots.columns, state.device)
+        return widen_encoder(slots, given).own_states(state)
+
+    if isinstance(output, tuple):
+        return tuple(strip(item) if kept is not None and item is kept else item for item in output)
+    if not isinstance(output, Tensor) and output.get("encoder_last_hidden_state") is not None:
+        output["encoder_last_hidden_state"] = strip(output["encoder_last_hidden_state"])
     return output

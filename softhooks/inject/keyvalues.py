@@ -63,20 +63,22 @@ def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
     """
     virtual = flat.shape[0]
     first = sites[0]
+    # Cut with `unbind` and `split`, whose backward is one copy; that of indexing fills a full-size tensor for every layer.
     if all((s.heads, s.key_dim, s.value_dim) == (first.heads, first.key_dim, first.key_dim) for s in sites):
         # One copy for all layers instead of one view a layer: every later `cat` then reads contiguous rows.
-        stacked = flat.view(virtual, len(sites), 2, first.heads, first.key_dim).permute(1, 2, 3, 0, 4).contiguous()
-        return KeyValues(
-            keys={site.index: stacked[i, 0].unsqueeze(0) for i, site in enumerate(sites)},
-            values={site.index: stacked[i, 1].unsqueeze(0) for i, site in enumerate(sites)},
+        stacked = flat.view(virtual, 2 * len(sites), first.heads, first.key_dim).permute(1, 2, 0, 3).contiguous()
+        parts = stacked.unsqueeze(1).unbind(0)
+    else:
+        shapes = [(site.heads, dim) for site in sites for dim in (site.key_dim, site.value_dim)]
+        columns = flat.split_with_sizes([heads * dim for heads, dim in shapes], dim=1)
+        parts = tuple(
+            column.view(virtual, *shape).transpose(0, 1).unsqueeze(0)
+            for column, shape in zip(columns, shapes, strict=True)
         )
-    keys, values, start = {}, {}, 0
-    for site in sites:
-        middle, end = start + site.heads * site.key_dim, start + site.numbers
-        keys[site.index] = flat[:, start:middle].view(virtual, site.heads, site.key_dim).transpose(0, 1).unsqueeze(0)
-        values[site.index] = flat[:, middle:end].view(virtual, site.heads, site.value_dim).transpose(0, 1).unsqueeze(0)
-        start = end
-    return KeyValues(keys=keys, values=values)
+    return KeyValues(
+        keys={site.index: key for site, key in zip(sites, parts[0::2], strict=True)},
+        values={site.index: value for site, value in zip(sites, parts[1::2], strict=True)},
+    )
 
 
 def flatten(keys: dict[int, Tensor], values: dict[int, Tensor], sites: Sequence[Site]) -> Tensor:

@@ -6,7 +6,7 @@ Virtual tokens at the front see only each other, so their states are the same in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -87,26 +87,36 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 
 class Memory(Generic[T]):
-    """Keys and values that are kept while nothing they depend on changes, and never under autograd."""
+    """Keys and values that are kept while nothing they depend on changes, and never under autograd.
+
+    What is trained is compared by value: fused optimizers write to parameters without a trace in their version.
+    """
 
     def __init__(self) -> None:
-        self._seen: tuple[Any, ...] | None = None
+        self._place: tuple[Any, ...] | None = None
+        self._values: list[Tensor] = []
         self._kept: T | None = None
         self.computed = 0
 
-    def recall(self, stack: Stack, tensors: list[Tensor], compute: Callable[[], T]) -> T:
+    def recall(self, stack: Stack, own: Iterable[Tensor], base: Iterable[Tensor], compute: Callable[[], T]) -> T:
         """Return what `compute` gives, or gave.
 
         Args:
-            tensors: every parameter and buffer that the result depends on.
+            own: the prompt's parameters.
+            base: every parameter and buffer of the base that the result depends on.
         """
-        if stack.module.training or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        own, base = list(own), list(base)
+        trained = [tensor for tensor in (*own, *base) if tensor.requires_grad]
+        if stack.module.training or (torch.is_grad_enabled() and trained):
+            self._kept = None
             return self._compute(compute)
-        seen = _fingerprint(tensors)
-        if seen is None:
+        place = _place([*own, *base])
+        if place is None:
             return self._compute(compute)
-        if self._kept is None or seen != self._seen:
-            self._kept, self._seen = self._compute(compute), seen
+        values = [*own, *[tensor for tensor in trained if all(tensor is not one for one in own)]]
+        if self._kept is None or place != self._place or not _equal(values, self._values):
+            self._kept, self._place = self._compute(compute), place
+            self._values = [tensor.detach().clone() for tensor in values]
         return self._kept
 
     def _compute(self, compute: Callable[[], T]) -> T:
@@ -114,10 +124,14 @@ class Memory(Generic[T]):
         return compute()
 
 
-def _fingerprint(tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """Tell whether tensors may have changed, by place and version; None if that cannot be told."""
+def _place(tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    """Tell where tensors lie, in which version; None if that cannot be told."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu")
     mode = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     return (*autocast, *mode, *[(t.data_ptr(), t._version, t.dtype) for t in tensors])
+
+
+def _equal(now: list[Tensor], before: list[Tensor]) -> bool:
+    return len(now) == len(before) and all(map(torch.equal, now, before))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softhooks.anatomy import Stack
+from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.passes import Pass
 from softhooks.inject.strip import strip_output
@@ -70,10 +70,16 @@ class Slots:
 
 @dataclass
 class _Written:
-    """What a cache holds beside text: kept with the cache that slots were written into."""
+    """What a cache holds beside text: kept with the cache that slots were written into.
+
+    Attributes:
+        slots: S. gap: the text column that they stand before, [B].
+        columns: the text columns of the forward that wrote them.
+    """
 
     slots: int
     gap: Tensor
+    columns: int
 
 
 _written: weakref.WeakKeyDictionary[Any, _Written] = weakref.WeakKeyDictionary()
@@ -103,6 +109,7 @@ class SlotPass(Pass):
         self.device = text.device
         refuse_unknown(call, self.batch, self.columns)
         cache = call.get("past_key_values")
+        refuse_static(cache)
         past = 0 if cache is None else int(cache.get_seq_length())
         if past:
             self._continue(call, cache, past)
@@ -116,8 +123,7 @@ class SlotPass(Pass):
         mask = flat_mask(given, self.batch, self.columns, self.device)
         refuse_moved_positions(call.get("position_ids"), mask)
         gap = gap_before(mask, self.slots.placement)
-        lengths = self.slots.lengths(self.batch, self.device)
-        self._wide = widen(gap, self.columns, lengths, self.slots.columns)
+        self._wide = self._widened(gap, self.columns)
         self._mask = mask
         wide_mask = self._wide.spread_mask(mask)
         if call.get("input_ids") is not None:
@@ -131,7 +137,7 @@ class SlotPass(Pass):
             call["attention_mask"] = wide_mask
         self._place(call, wide_mask, self._wide.columns)
         if cache is not None and self.stack.causal:
-            _written[cache] = _Written(self.slots.columns, gap)
+            _written[cache] = _Written(self.slots.columns, gap, self.columns)
 
     def _place(self, call: dict[str, Any], wide_mask: Tensor, last: int) -> None:
         """Tell the stack where the last columns of the widened mask stand."""
@@ -177,18 +183,35 @@ class SlotPass(Pass):
         mask = flat_mask(given, self.batch, total, self.device)
         gap = written.gap
         if self.slots.placement != "end":
-            gap = gap_before(mask, self.slots.placement)  # beams may have been reordered; the mask knows
+            gap = self._gap_of(mask, written)  # beams may have been reordered; the mask knows
         elif bool((gap != gap[0]).any()):
             raise UnsupportedModeError("slots at the end need left padding in generation.")
-        wide = widen(gap[:1].expand(self.batch) if gap.shape[0] != self.batch else gap, total, self._lengths(), slots)
+        wide = self._widened(gap[:1].expand(self.batch) if gap.shape[0] != self.batch else gap, total)
         wide_mask = wide.spread_mask(mask)
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
         self._place(call, wide_mask, self.columns)
         self.touched = True
 
-    def _lengths(self) -> Tensor:
-        return self.slots.lengths(self.batch, self.device)
+    def _gap_of(self, mask: Tensor, written: _Written) -> Tensor:
+        """Where the slots stand in the cache; a row whose text begins later has padding between, and sliding windows see it."""
+        gap = gap_before(mask, self.slots.placement)
+        if bool((gap > written.columns).any()):
+            raise UnsupportedModeError(
+                explain(
+                    "slots need a row's first token in the first chunk of a prefill.",
+                    "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
+                    chunk=f"{written.columns} columns",
+                    row=f"{int(gap.argmax())}, whose text begins later",
+                )
+            )
+        return gap
+
+    def _widened(self, gap: Tensor, columns: int) -> Widened:
+        """The map of this batch. In a decoder spare slots go to the left, for text will be generated at the right."""
+        lengths = self.slots.lengths(self.batch, self.device)
+        spare_first = self.stack.causal and not self.keep
+        return widen(gap, columns, lengths, self.slots.columns, spare_first=spare_first)
 
     # --- the way out --------------------------------------------------------------------------------------------------
 
@@ -203,6 +226,8 @@ class SlotPass(Pass):
         """Strip states, hidden states and attentions; for a decoder that attends to this stack, keep the last state."""
         if self._wide is None:
             return output
+        if self.keep:
+            self.stack.widened = (first_state(output), self._wide)
         return strip_output(output, self._wide, self.strip, self.keep)
 
     def pooled(self, states: Any) -> Any:
@@ -230,6 +255,22 @@ def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tens
             )
         )
     return mask
+
+
+def refuse_static(cache: Any) -> None:
+    """Refuse a cache of fixed size: nobody has made room for the slots in it.
+
+    Raises:
+        UnsupportedModeError: naming the cache.
+    """
+    if getattr(cache, "is_compileable", False) is True:
+        raise UnsupportedModeError(
+            explain(
+                "slots in the sequence need a cache that grows.",
+                "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
+                cache=type(cache).__name__,
+            )
+        )
 
 
 def refuse_moved_positions(positions: Any, mask: Tensor) -> None:
