@@ -54,7 +54,7 @@ class CachePass(PrefixPass):
                 raise UnsupportedModeError(
                     explain(
                         "a prefix that enters through a cache needs layers that keep a read-only cache when checkpointed.",
-                        "Turn gradient checkpointing off, or use transformers 5.20 or later.",
+                        "Turn gradient checkpointing off.",
                         layer=type(module).__name__,
                     )
                 )
