@@ -366,3 +366,44 @@ def test_on_a_bare_backbone_also_as_a_tuple(arch: str, method: Any) -> None:
     assert not torch.allclose(named.last_hidden_state, bare.last_hidden_state)
     shapes = [value.shape for value in bare.values() if isinstance(value, torch.Tensor)]
     assert [value.shape for value in plain if isinstance(value, torch.Tensor)] == shapes
+
+
+@pytest.mark.parametrize("entry", [e for e in TABLE if e.name in ("prompt", "prompt-after-first", "prefix")], ids=str)
+def test_a_routers_logits_and_loss_are_those_of_the_text(entry: Entry) -> None:
+    model, ids = zoo.build("mixtral"), zoo.text(2, 7)
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "output_router_logits": True}
+    bare = model(**call)
+    with softhooks.attach(model, entry.make(3)):
+        output = model(**call)
+    assert [logits.shape for logits in output.router_logits] == [logits.shape for logits in bare.router_logits]
+    assert bool(output.aux_loss.isfinite())
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=str)
+def test_attentions_have_the_bare_models_shapes_also_in_a_tuple(entry: Entry) -> None:
+    def shapes(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+        return [shapes(item) for item in value] if isinstance(value, (tuple, list)) else None
+
+    for arch, head in (
+        ("llama", "sequence"),
+        ("bert", "tokens"),
+        ("t5", "seq2seq"),
+        ("bart", "seq2seq"),
+        ("gptj", "sequence"),
+    ):
+        model, case = zoo.build(arch, head, attention="eager"), zoo.Case(arch, head)
+        call = {
+            **zoo.inputs(case, zoo.text(2, 7)),
+            "output_attentions": True,
+            "output_hidden_states": True,
+            "use_cache": False,
+        }
+        if arch == "bert":
+            del call["use_cache"]
+        bare = [model(**call, return_dict=named) for named in (True, False)]
+        with softhooks.attach(model, entry.make(3)):
+            ours = [model(**call, return_dict=named) for named in (True, False)]
+        assert {k: shapes(v) for k, v in ours[0].items()} == {k: shapes(v) for k, v in bare[0].items()}, arch
+        assert shapes(ours[1]) == shapes(bare[1]), arch

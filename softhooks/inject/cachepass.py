@@ -85,16 +85,22 @@ class CachePass(PrefixPass):
     def leave(self, output: Any) -> Any:
         """Hand the caller's cache back, and the attentions without the prefix's columns."""
         self.touched = self.cache.touched
-        length = self.prefixes["self"].length
         if isinstance(output, tuple):
-            return tuple(
-                self.inner if item is self.cache else item for item in output if item is not self.cache or self.inner
-            )
+            items = [self.inner if item is self.cache else self._bring(item) for item in output]
+            return tuple(item for item in items if item is not None)
         if output.get("past_key_values") is not None:
             output["past_key_values"] = self.inner
         if output.get("attentions") is not None:
-            output["attentions"] = tuple(_without(weights, length) for weights in output["attentions"])
+            output["attentions"] = self._bring(output["attentions"])
         return output
+
+    def _bring(self, value: Any) -> Any:
+        """Strip attentions, [B, Hq, T, P + K], alone or in a tuple; leave everything else."""
+        if isinstance(value, tuple):
+            return tuple(self._bring(item) for item in value)
+        if isinstance(value, Tensor) and value.dim() == 4:
+            return value[..., self.prefixes["self"].length :]
+        return value
 
     def close(self) -> None:
         """Take back what the checkpointed layers were told."""
@@ -102,7 +108,3 @@ class CachePass(PrefixPass):
         for module in self._kept:
             module.__dict__.pop("_can_checkpoint_with_cache", None)
         self._kept.clear()
-
-
-def _without(weights: Any, length: int) -> Any:
-    return weights[..., length:] if isinstance(weights, Tensor) else weights

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from softhooks.anatomy import Stack
 from softhooks.errors import PromptNotReachedError, explain
+from softhooks.inject.accept import flat_mask
 from softhooks.inject.passes import Pass
-from softhooks.inject.slots import Slots, flat_mask
+from softhooks.inject.slots import Slots
 from softhooks.layout import Widened, gap_before, widen
 
 

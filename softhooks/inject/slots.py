@@ -17,12 +17,10 @@ from torch.nn import functional
 
 from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
+from softhooks.inject.accept import flat_mask, refuse_moved_positions, refuse_static, refuse_unknown
 from softhooks.inject.passes import Pass
-from softhooks.inject.strip import strip_output
+from softhooks.inject.strip import strip_attentions, strip_output
 from softhooks.layout import Placement, Widened, gap_before, text_positions, widen
-
-_UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask"}
-_WIDENED = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 
 
 @dataclass
@@ -102,6 +100,7 @@ class SlotPass(Pass):
         self.keep = keep
         self.placeholder = placeholder
         self._wide: Widened | None = None
+        self._cached: Widened | None = None
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if not isinstance(text, Tensor):
             raise UnsupportedModeError("slots need `input_ids` or `inputs_embeds` in the call of the model's backbone.")
@@ -186,7 +185,7 @@ class SlotPass(Pass):
             gap = self._gap_of(mask, written)  # beams may have been reordered; the mask knows
         elif bool((gap != gap[0]).any()):
             raise UnsupportedModeError("slots at the end need left padding in generation.")
-        wide = self._widened(gap[:1].expand(self.batch) if gap.shape[0] != self.batch else gap, total)
+        wide = self._cached = self._widened(gap[:1].expand(self.batch) if gap.shape[0] != self.batch else gap, total)
         wide_mask = wide.spread_mask(mask)
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
@@ -235,72 +234,6 @@ class SlotPass(Pass):
         if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
             return states
         return self._wide.own_states(states)
-
-
-def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:
-    """The mask of the text's columns, [B, T]; all ones where none is given.
-
-    Raises:
-        UnsupportedModeError: the mask was prepared for attention already, as static caches do.
-    """
-    if mask is None:
-        return torch.ones(batch, columns, dtype=torch.long, device=device)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != columns:
-        raise UnsupportedModeError(
-            explain(
-                "slots in the sequence need a mask of one number a token.",
-                "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
-                mask=f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}",
-                expected=f"[{batch}, {columns}]",
-            )
-        )
-    return mask
-
-
-def refuse_static(cache: Any) -> None:
-    """Refuse a cache of fixed size: nobody has made room for the slots in it.
-
-    Raises:
-        UnsupportedModeError: naming the cache.
-    """
-    if getattr(cache, "is_compileable", False) is True:
-        raise UnsupportedModeError(
-            explain(
-                "slots in the sequence need a cache that grows.",
-                "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
-                cache=type(cache).__name__,
-            )
-        )
-
-
-def refuse_moved_positions(positions: Any, mask: Tensor) -> None:
-    """Refuse positions that are not the text's own count: packed documents would not each see the prompt."""
-    if positions is None:
-        return
-    expected = text_positions(mask)
-    given = positions.expand_as(expected) if positions.dim() == 2 else None
-    if given is None or not torch.equal(given[mask.bool()], expected[mask.bool()]):
-        raise UnsupportedModeError(
-            explain(
-                "slots in the sequence stand once in every row, so positions must count each row's text from 0.",
-                "Unpack the documents into rows of their own, or use a prompt that enters as keys and values.",
-                position_ids=f"{list(positions.shape)}, not the count of the attention mask",
-            )
-        )
-
-
-def refuse_unknown(call: dict[str, Any], batch: int, columns: int) -> None:
-    """Refuse per-token arguments whose value at a slot nobody knows."""
-    for key, value in call.items():
-        per_token = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (batch, columns)
-        if per_token and key not in _UNTOUCHED | _WIDENED and columns > 1:
-            raise UnsupportedModeError(
-                explain(
-                    "every per-token argument must have a value at the virtual slots.",
-                    f"Leave `{key}` out, or use a prompt that enters as keys and values.",
-                    argument=f"{key} {list(value.shape)}",
-                )
-            )
 
 
 def positions_of(stack: Stack, mask: Tensor) -> Tensor:
