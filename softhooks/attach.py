@@ -78,6 +78,7 @@ def attach_encoder(
     injection: Injection | None,
     frozen_record: bool,
     trainable: tuple[str, ...] = (),
+    check: Callable[[Anatomy], None] | None = None,
 ) -> SoftPrompt:
     """Attach an encoder that exists already, or the one that the method builds. See `attach`.
 
@@ -85,10 +86,13 @@ def attach_encoder(
         head_states: the heads that come with the encoder; None: copies of every new head of the model.
         source: what to call the encoder in errors.
         frozen_record: take the digests that `verify_frozen` compares with.
+        check: raises if the encoder was made for another model.
     """
     present = host_of(model)
     _check_request(model, method, name, present, trainable)
     anatomy = present.anatomy if present else examine(model)
+    if check is not None:
+        check(anatomy)
     _check_length(anatomy, method)
     if isinstance(encoder, TableEncoder):
         check_tables(anatomy, {group: encoder(group) for group in encoder.groups}, source)
@@ -111,7 +115,7 @@ def attach_encoder(
         if present is None:
             _open(host, trainable, frozen_record)
         elif frozen_record and host.record is None:
-            host.record = FrozenRecord(model, _frozen_names(model))
+            host.record = FrozenRecord(model, frozen_names(model))
         _add(host, prompt, heads, freeze_dropout)
         prompt.injection = choose_injection(prompt, injection)
         _prove_reached(prompt)
@@ -192,7 +196,8 @@ class _AllOff:
             self.host.disabled -= 1
 
 
-def _frozen_names(model: nn.Module) -> Callable[[str], bool]:
+def frozen_names(model: nn.Module) -> Callable[[str], bool]:
+    """Tell, by name, which tensors of a model must not move from now on."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return lambda name: name not in trained and not name.startswith(f"{CONTAINER}.")
 
@@ -209,7 +214,7 @@ def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in trainable))
     if frozen_record:
-        host.record = FrozenRecord(model, _frozen_names(model))
+        host.record = FrozenRecord(model, frozen_names(model))
     host.install()
 
 

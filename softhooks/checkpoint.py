@@ -7,54 +7,26 @@ by people and tools.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import softhooks
 from softhooks.attach import attach_encoder
-from softhooks.errors import CheckpointError, SoftHooksError, explain
-from softhooks.files import parse_json, read_tensors, write_json, write_tensors
+from softhooks.errors import CheckpointError, explain
+from softhooks.files import write_json, write_tensors
 from softhooks.host import CONTAINER
-from softhooks.method import Method, TableEncoder
-from softhooks.methods import METHODS
+from softhooks.method import TableEncoder
 from softhooks.prompt import Injection, SoftPrompt
+from softhooks.stored import FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, outline, read_own
 
 DESCRIPTION = "soft_prompt.json"
 TENSORS = "soft_prompt.safetensors"
-FORMAT = "softhooks"
-FORMAT_VERSION = 1
-_PROMPT, _HEAD = "prompt.", "head."
-_PLACEMENTS = ("front", "after_first", "end")
-
-
-@dataclass
-class Stored:
-    """A prompt as a file holds it, checked but not yet on a model.
-
-    Attributes:
-        method: its options, without those that only say where it started.
-        tables: the folded prompt by group, [P, numbers].
-        heads: state dicts of its heads, by path.
-        conventions: what it takes for granted about the pass.
-        source: where it was read.
-        also_trained: names of base parameters that were trained beside it, and are not in the file.
-    """
-
-    method: Method
-    tables: dict[str, Tensor]
-    heads: dict[str, dict[str, Tensor]]
-    conventions: dict[str, Any]
-    source: str
-    base: dict[str, Any] = field(default_factory=dict)
-    also_trained: list[str] = field(default_factory=list)
 
 
 # --- save -------------------------------------------------------------------------------------------------------------
@@ -67,10 +39,10 @@ def save(prompt: SoftPrompt, folder: Path) -> None:
         NotAttachedError: the prompt was removed.
     """
     prompt._require_attached()
-    tensors = {_PROMPT + group: table for group, table in prompt.encoder.folded().items()}
+    tensors = {PROMPT + group: table for group, table in prompt.encoder.folded().items()}
     for key, head in prompt.heads.items():
         for name, value in head.state_dict().items():
-            tensors[f"{_HEAD}{key.replace('/', '.')}:{name}"] = value
+            tensors[f"{HEAD}{key.replace('/', '.')}:{name}"] = value
     description = describe(prompt)
     description["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
     write_tensors(folder / TENSORS, tensors, {"format": "pt", FORMAT: json.dumps(description)})
@@ -95,7 +67,7 @@ def describe(prompt: SoftPrompt) -> dict[str, Any]:
             "name_or_path": str(getattr(config, "_name_or_path", "") or ""),
             "width": anatomy.entry.width,
             "vocabulary": anatomy.vocabulary,
-            "sites": {stack.name: len(stack.sites) for stack in anatomy.stacks},
+            "stacks": outline(anatomy),
         },
         "versions": {
             "softhooks": softhooks.__version__,
@@ -138,7 +110,7 @@ def load(
         PromptMismatchError: the prompt does not fit the model.
         AttachError: it fits and cannot be attached. The model is as it was, whatever is raised.
     """
-    stored = read(Path(path) if Path(path).exists() else _download(str(path), revision, token))
+    stored = read(Path(path) if _exists(Path(path)) else _download(str(path), revision, token))
     if stored.also_trained:
         warnings.warn(
             f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained beside this prompt "
@@ -156,6 +128,7 @@ def load(
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,
+        check=stored.check_fit,
     )
     prompt.heads.requires_grad_(trainable)
     return prompt
@@ -168,7 +141,7 @@ def read(folder: Path) -> Stored:
         CheckpointError: there is none, or it is not what it says.
     """
     if (folder / TENSORS).is_file():
-        return _read_own(folder / TENSORS)
+        return read_own(folder / TENSORS)
     from softhooks import peft_format
 
     if (folder / peft_format.CONFIG).is_file():
@@ -183,71 +156,11 @@ def read(folder: Path) -> Stored:
     )
 
 
-def _read_own(path: Path) -> Stored:
-    tensors, metadata = read_tensors(path)
-    if FORMAT not in metadata:
-        raise CheckpointError(f"{path} must be written by softhooks; its metadata does not say so.")
-    description = parse_json(metadata[FORMAT], str(path))
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version!r}; this softhooks reads {FORMAT_VERSION}. Upgrade it."
-        )
-    tables: dict[str, Tensor] = {}
-    heads: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(_PROMPT):
-            tables[name.removeprefix(_PROMPT)] = tensor
-        elif name.startswith(_HEAD) and ":" in name:
-            head, parameter = name.removeprefix(_HEAD).split(":", 1)
-            heads.setdefault(head, {})[parameter] = tensor
-        else:
-            raise CheckpointError(f"{path} must hold prompts and heads only; it holds {name!r}.")
-    method = _method(description, tables, str(path))
-    return Stored(
-        method=method,
-        tables=tables,
-        heads=heads,
-        conventions=_conventions(description.get("conventions"), str(path)),
-        source=str(path),
-        base=description["base"] if isinstance(description.get("base"), dict) else {},
-        also_trained=[str(item) for item in description.get("also_trained") or []],
-    )
-
-
-def _method(description: dict[str, Any], tables: dict[str, Tensor], source: str) -> Method:
-    """Rebuild the options; how the prompt was started no longer matters."""
-    kind, options = description.get("method"), description.get("options")
-    if kind not in METHODS or not isinstance(options, dict):
-        raise CheckpointError(f"{source} must name a method of {sorted(METHODS)}; it names {kind!r}.")
-    cls = METHODS[kind]
-    known = {item.name for item in dataclasses.fields(cls)} - set(cls.start_options)
-    rows = {table.shape[0] for table in tables.values() if table.dim() == 2}
+def _exists(path: Path) -> bool:
     try:
-        method = cls(**{key: value for key, value in options.items() if key in known})
-    except (SoftHooksError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source} must hold valid options for {kind}; it does not: {error}") from error
-    if rows != {method.num_virtual_tokens}:
-        raise CheckpointError(
-            f"{source} says {method.num_virtual_tokens} virtual tokens; its tensors have {sorted(rows)} rows."
-        )
-    return method
-
-
-def _conventions(value: Any, source: str) -> dict[str, Any]:
-    checks = {
-        "placement": lambda v: v in _PLACEMENTS,
-        "shift_positions": lambda v: isinstance(v, bool),
-        "windowed": lambda v: isinstance(v, bool),
-    }
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{source} must say the conventions of its prompt; it does not.")
-    for key, held in value.items():
-        if key not in checks or not checks[key](held):
-            raise CheckpointError(
-                f"{source} has a convention that this softhooks does not know: {key}={held!r}. Upgrade it."
-            )
-    return value
+        return path.exists()
+    except OSError:  # a name that is too long for any file
+        return False
 
 
 def _download(repository: str, revision: str | None, token: str | None) -> Path:

@@ -31,11 +31,20 @@ def find_heads(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
     return heads
 
 
+def worn(head: nn.Module) -> nn.Module:
+    """The module that answers for a head: PEFT keeps the model's own and its adapters' in a wrapper."""
+    kept = head._modules.get("modules_to_save")
+    active = getattr(head, "active_adapters", None)
+    if isinstance(kept, nn.ModuleDict) and active and active[0] in kept:
+        return kept[active[0]]
+    return head
+
+
 def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
     """Copy heads into a module of the prompt's own, in fp32; a path's dots become slashes."""
     copies = nn.ModuleDict()
     for path, head in heads.items():
-        own = copy.deepcopy(head)
+        own = copy.deepcopy(worn(head))
         own._forward_hooks.clear()
         copies[path.replace(".", "/")] = own.float().requires_grad_(True)
     return copies

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack, probe_ids
-from softhooks.errors import PromptNotReachedError, UnsupportedModeError, explain
+from softhooks.errors import NotAttachedError, PromptNotReachedError, UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
 from softhooks.heads import answer, answer_rows
 from softhooks.inject.cross import strip_encoder_state
@@ -65,6 +65,7 @@ class Host:
         self.prompts: dict[str, SoftPrompt] = {}
         self.active: str | None = None
         self.rows: Sequence[str | None] | None = None
+        self.repeats = 1  # how many rows of the batch each named row stands for: its beams or samples, in generate
         self.disabled = 0
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
@@ -93,15 +94,16 @@ class Host:
         """The prompts of a forward, and for each row which of them; None where one serves all rows.
 
         Raises:
-            UnsupportedModeError: the batch is no multiple of the rows that were named.
+            UnsupportedModeError: other rows than the batch has were named.
+            NotAttachedError: a prompt that was named has been removed.
         """
         if self.rows is None:
             assert self.active is not None
             return [self.prompts[self.active]], None
-        if batch % len(self.rows):
+        if batch not in (len(self.rows), len(self.rows) * self.repeats):
             raise UnsupportedModeError(
                 explain(
-                    "`rows` must name one prompt for each row of the batch (beams and samples count as their row's).",
+                    "`rows` must name one prompt for each row of the batch (in generate, beams and samples are their row's).",
                     "Name as many prompts as the batch has rows.",
                     rows=len(self.rows),
                     batch=batch,
@@ -109,6 +111,11 @@ class Host:
             )
         each = [name for name in self.rows for _ in range(batch // len(self.rows))]
         names = list(dict.fromkeys(name for name in each if name is not None))
+        for name in names:
+            if name not in self.prompts:
+                raise NotAttachedError(
+                    f"`rows` names {name!r}, which has been removed; it may name {list(self.prompts)}."
+                )
         return [self.prompts[name] for name in names], [None if name is None else names.index(name) for name in each]
 
     # --- hooks --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from torch import nn
 
 from softhooks.attach import attach
-from softhooks.errors import OptionError
+from softhooks.errors import OptionError, explain
 from softhooks.method import Method
 
 P = ParamSpec("P")
@@ -44,18 +44,20 @@ def tune(
         train_head, trainable, freeze_dropout: as in `attach`.
 
     Raises:
-        OptionError: no argument of a call is a model.
+        OptionError: no argument of a call is a model; or the function is a coroutine or a generator, which would run when the
+            prompt is gone.
         FrozenModifiedError: after the call, if something frozen has moved; then nothing is saved.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[..., R]:
+        _refuse_deferred(function)
         signature = inspect.signature(function)
         takes_handle = HANDLE in signature.parameters
 
         @functools.wraps(function)
         def tuned(*args: Any, **kwargs: Any) -> R:
-            given = signature.bind_partial(*args, **kwargs).arguments
-            target = _find_model(given, model, function.__name__)
+            given = _by_name(signature, signature.bind_partial(*args, **kwargs).arguments)
+            target = _find_model(given, model, getattr(function, "__name__", repr(function)))
             prompt = attach(
                 target, method, name, train_head=train_head, trainable=trainable, freeze_dropout=freeze_dropout
             )
@@ -73,12 +75,42 @@ def tune(
     return decorate
 
 
+def _refuse_deferred(function: Callable[..., Any]) -> None:
+    deferred = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if any(kind(function) for kind in deferred):
+        raise OptionError(
+            explain(
+                "a function decorated with tune must have done its work when it returns.",
+                "Use `with softhooks.attach(model, method) as prompt:` inside it.",
+                function=f"{getattr(function, '__name__', function)}, a coroutine or a generator",
+            )
+        )
+
+
+def _by_name(signature: inspect.Signature, given: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name; those that `*args` and `**kwargs` take stand among them."""
+    named: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {f"*{name}[{number}]": item for number, item in enumerate(value)}
+        else:
+            named[name] = value
+    return named
+
+
 def _find_model(given: dict[str, Any], name: str | None, function: str) -> nn.Module:
-    if name is not None and isinstance(given.get(name), nn.Module):
-        found: nn.Module = given[name]
+    found = given.get(name) if name is not None else next((v for v in given.values() if isinstance(v, nn.Module)), None)
+    if isinstance(found, nn.Module):
         return found
-    modules = [value for value in given.values() if isinstance(value, nn.Module)]
-    if name is not None or not modules:
-        wanted = f"a module as {name!r}" if name else "a module among its arguments"
-        raise OptionError(f"{function} is decorated with tune and must be called with {wanted}; it was not.")
-    return modules[0]
+    raise OptionError(
+        explain(
+            "a function decorated with tune must be called with a model.",
+            "Pass the model itself, or name its parameter: `@softhooks.tune(method, model='net')`.",
+            function=function,
+            expected="a module among its arguments" if name is None else f"a module as {name!r}",
+            given=", ".join(f"{key}: {type(value).__name__}" for key, value in given.items()) or "nothing",
+        )
+    )

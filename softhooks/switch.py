@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from softhooks.errors import OptionError
+from softhooks.host import Host
+from softhooks.probe import unwrapped
 from softhooks.prompt import SoftPrompt, require_host
 
 
@@ -42,7 +45,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Give each row of the batches inside its own prompt, in forward and generate; None gives a row the bare model.
 
     Args:
-        names: one a row; beams and returned sequences belong to their row.
+        names: one a row; in generate, beams and returned sequences belong to their row.
 
     Raises:
         NotAttachedError: the model carries no prompt of one of the names.
@@ -55,6 +58,40 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     host = require_host(model)
     before, host.rows = host.rows, list(names)
     try:
-        yield model
+        with _noting_repeats(host):
+            yield model
     finally:
         host.rows = before
+
+
+@contextmanager
+def _noting_repeats(host: Host) -> Iterator[None]:
+    """Note how often `generate` repeats each row, while it runs; any other batch must have the rows that were named."""
+    model = unwrapped(host.model)
+    if not hasattr(model, "_expand_inputs_for_generation"):
+        yield
+        return
+    generate, expand = model.generate, model._expand_inputs_for_generation
+
+    def noting_generate(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return generate(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            host.repeats = 1
+
+    def noting_expand(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        host.repeats = expand_size
+        return expand(expand_size, *args, **kwargs)  # type: ignore[operator]
+
+    noting = {"generate": noting_generate, "_expand_inputs_for_generation": noting_expand}
+    absent = object()
+    before = {name: model.__dict__.get(name, absent) for name in noting}
+    model.__dict__.update(noting)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is absent:
+                model.__dict__.pop(name, None)
+            else:
+                model.__dict__[name] = value

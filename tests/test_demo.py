@@ -31,6 +31,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, st
     return report, output, console.export_text()
 
 
+@pytest.fixture(scope="module")
+def rows() -> tuple[Row, ...]:
+    """The text of this Python."""
+    return read_corpus().rows
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[models.Checkpoint, EncodedData]:
+    """A tiny random model and a few rows."""
+    corpus = read_corpus()
+    checkpoint = models.tiny_model([row.text for row in corpus.rows], tmp_path_factory.mktemp("tiny"))
+    return checkpoint, encode(corpus, checkpoint.tokenizer(), 32, 1 / 3, seed=0, limit=200)
+
+
 def _library(root: Path, files: dict[str, str]) -> Path:
     for name, source in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -116,10 +130,6 @@ def h():
 
 
 class TestSplit:
-    @pytest.fixture(scope="class")
-    def rows(self) -> tuple[Row, ...]:
-        return read_corpus().rows
-
     @pytest.mark.parametrize("seed", range(5))
     def test_no_source_and_no_text_is_on_both_sides(self, rows: tuple[Row, ...], seed: int) -> None:
         train, test = split(rows, 1 / 3, seed)
@@ -141,12 +151,6 @@ class TestSplit:
 
 
 class TestBaselines:
-    @pytest.fixture(scope="class")
-    def tiny(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[models.Checkpoint, EncodedData]:
-        corpus = read_corpus()
-        checkpoint = models.tiny_model([row.text for row in corpus.rows], tmp_path_factory.mktemp("tiny"))
-        return checkpoint, encode(corpus, checkpoint.tokenizer(), 32, 1 / 3, seed=0, limit=200)
-
     def test_majority_class_counts_the_training_rows(self, tiny: tuple[models.Checkpoint, EncodedData]) -> None:
         _, data = tiny
         counts = np.bincount(data.train.labels)
@@ -198,7 +202,7 @@ class TestDemo:
         report, _, printed = finished
         names = [line.name for line in report.lines]
         assert len(names) == 5
-        for name in [*names, "majority class", "logistic regression", "the head alone", "soft prompt", "prefix"]:
+        for name in [*names, "majority class", "logistic regression", "head alone", "soft prompt", "prefix"]:
             assert name in printed
         assert all(0 <= line.accuracy <= 1 for line in report.lines)
 
@@ -233,12 +237,12 @@ class TestDemo:
             assert "model.safetensors" not in names
 
     def test_the_printed_line_loads_the_prompt(self, finished: tuple[Report, Path, str]) -> None:
-        report, output, printed = finished
+        _, output, printed = finished
         [_, line] = re.findall(r"softhooks\.load\(model, (\".*\")\)", printed)
         model = models.Checkpoint("tiny", str(output / "tiny-model")).classifier(
             models.Checkpoint("tiny", str(output / "tiny-model")).tokenizer(), PACKAGES
         )
-        assert softhooks.load(model, ast.literal_eval(line)).num_parameters == report.lines[-1].trained
+        assert softhooks.load(model, ast.literal_eval(line)).method == softhooks.PrefixTuning(16)
 
     def test_the_report_is_written_and_nothing_beside_the_output(self, finished: tuple[Report, Path, str]) -> None:
         report, output, _ = finished

@@ -122,7 +122,10 @@ HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "causal": ("AutoModelForCausalLM", (*CAUSAL, *CACHED)),
     "seq2seq": ("AutoModelForSeq2SeqLM", SEQ2SEQ),
     "sequence": ("AutoModelForSequenceClassification", tuple(CONFIGS)),
-    "tokens": ("AutoModelForTokenClassification", tuple(n for n in CONFIGS if n not in ("gemma3", "opt", "bart", "gptj"))),
+    "tokens": (
+        "AutoModelForTokenClassification",
+        tuple(n for n in CONFIGS if n not in ("gemma3", "opt", "bart", "gptj")),
+    ),
     "qa": ("AutoModelForQuestionAnswering", tuple(n for n in CONFIGS if n not in ("gemma3",))),
     "masked": ("AutoModelForMaskedLM", (*ENCODERS, "bart")),
 }

@@ -79,7 +79,9 @@ def print_report(report: Report, output: Path, console: Console) -> None:
     """Print the table and what follows from it."""
     console.print()
     console.print(_table(report))
-    console.print(f"One standard error of an accuracy is about {100 * report.standard_error:.1f} points.\n")
+    console.print(
+        f"* on the frozen model's mean-pooled features. Standard error: {100 * report.standard_error:.1f} points.\n"
+    )
     for line in report.lines:
         if line.frozen_tensors is not None:
             console.print(f"{line.name}: frozen: {line.frozen_tensors} tensors, {line.frozen_bytes:,} bytes, unchanged")
@@ -98,7 +100,7 @@ def _table(report: Report) -> Table:
     best = max(line.accuracy for line in report.lines)
     table = Table(title=f"{report.model}, {report.train_rows} training and {report.test_rows} test rows")
     table.add_column("")
-    for header in ("accuracy", "trained numbers", "seconds", "checkpoint bytes"):
+    for header in ("accuracy", "trained", "seconds", "saved bytes"):
         table.add_column(header, justify="right")
     for line in report.lines:
         accuracy = f"{line.accuracy:.3f}"

@@ -41,9 +41,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
     checkpoint, data = _prepare(options, console)
     baselines = [
         Line.of_baseline("majority class", majority_class(data)),
-        Line.of_baseline(
-            "logistic regression on frozen features", logistic_regression(checkpoint.encoder(), data, batch_size=64)
-        ),
+        Line.of_baseline("logistic regression *", logistic_regression(checkpoint.encoder(), data, batch_size=64)),
     ]
     results = _train_all(options, checkpoint, data, console)
     lines = baselines + [Line.of_result(name, result, data) for name, result in results.items()]
@@ -98,7 +96,7 @@ def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, 
     console.print(f"\n[bold]3/3[/] a prefix of {tokens} tokens in every layer, and the head")
     recipe = _recipe(options, options.prefix_epochs, options.prefix_learning_rate)
     prefix = train_soft_prompt(PrefixTuning(tokens), checkpoint, data, recipe, options.output / PREFIX)
-    return {"the head alone": head, f"soft prompt, {tokens} tokens": prompt, f"prefix, {tokens} tokens": prefix}
+    return {"head alone": head, f"soft prompt, {tokens} tokens": prompt, f"prefix, {tokens} tokens": prefix}
 
 
 def _compare_reloaded(
@@ -109,7 +107,7 @@ def _compare_reloaded(
     compared = []
     for name, result in results.items():
         if result.checkpoint.name != HEAD:
-            logits = load_and_predict(checkpoint, data, _recipe(options, 0, 0.0), result.checkpoint)
+            logits = load_and_predict(checkpoint, data, options.seed + 1, result.checkpoint)
             same = int((logits.argmax(-1) == result.logits.argmax(-1)).sum())
             difference = float(np.abs(logits - result.logits).max())
             compared.append(Reloaded(name, str(result.checkpoint), same, len(data.test), difference))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ from softhooks.demo.data import EncodedData
 from softhooks.demo.models import Checkpoint
 from softhooks.frozen import FrozenRecord, FrozenReport
 from softhooks.method import Method
+
+Logits: TypeAlias = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Result:
         frozen: the proof that the base model's tensors did not move.
     """
 
-    logits: npt.NDArray[np.float32]
+    logits: Logits
     trained: int
     seconds: float
     checkpoint: Path
@@ -52,8 +55,9 @@ class Result:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The size of everything in the checkpoint's directory."""
-        return sum(file.stat().st_size for file in self.checkpoint.rglob("*") if file.is_file())
+        """The size of the checkpoint, without the tokenizer and the training arguments that a Trainer puts beside any."""
+        beside = ("tokenizer", "special_tokens", "vocab", "training_args")
+        return sum(file.stat().st_size for file in self.checkpoint.iterdir() if not file.name.startswith(beside))
 
 
 def train_soft_prompt(
@@ -72,7 +76,7 @@ def train_soft_prompt(
     )
     seconds = _timed_training(trainer)
     trainer.save_model(str(directory))
-    logits = np.asarray(trainer.predict(data.test).predictions)
+    logits = predict(model, data, directory)
     soft_prompt = callback.soft_prompt
     assert soft_prompt is not None  # the Trainer has attached it
     result = Result(logits, soft_prompt.num_parameters, seconds, directory, soft_prompt.verify_frozen())
@@ -95,24 +99,27 @@ def train_head(checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, direct
     )
     seconds = _timed_training(trainer)
     trainer.save_model(str(directory))
-    logits = np.asarray(trainer.predict(data.test).predictions)
+    logits = predict(model, data, directory)
     return Result(logits, model.num_parameters(only_trainable=True), seconds, directory, record.verify(model))
 
 
-def load_and_predict(
-    checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, directory: Path
-) -> npt.NDArray[np.float32]:
-    """Load a saved prompt into a fresh model, whose own new head is another random one, and classify the test rows."""
-    set_seed(recipe.seed + 1)
-    model: PreTrainedModel = checkpoint.classifier(data.tokenizer, data.labels)
+def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, directory: Path) -> Logits:
+    """Load a saved prompt into a fresh model, whose own new head is random, and classify the test rows."""
+    set_seed(seed)
+    model = checkpoint.classifier(data.tokenizer, data.labels)
     softhooks.load(model, directory)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(recipe, directory),
-        data_collator=DataCollatorWithPadding(data.tokenizer),
+    return predict(model, data, directory)
+
+
+def predict(model: PreTrainedModel, data: EncodedData, directory: Path) -> Logits:
+    """Classify the test rows in their own order: grouping by length, as in training, would shuffle them."""
+    arguments = TrainingArguments(
+        output_dir=str(directory), per_device_eval_batch_size=64, report_to="none", dataloader_pin_memory=False
     )
-    logits: npt.NDArray[np.float32] = np.asarray(trainer.predict(data.test).predictions)
-    return logits
+    trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(data.tokenizer))
+    output = trainer.predict(data.test)
+    assert np.array_equal(np.asarray(output.label_ids), data.test.labels)  # or else no row could be compared
+    return np.asarray(output.predictions)
 
 
 def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
@@ -124,7 +131,6 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         lr_scheduler_type="linear",
         warmup_steps=0.1,
         per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=64,
         train_sampling_strategy="group_by_length",
         logging_strategy="epoch",
         save_strategy="no",

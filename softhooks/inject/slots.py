@@ -113,16 +113,16 @@ class SlotPass(Pass):
         if past:
             self._continue(call, cache, past)
         else:
-            self._begin(call, cache)
+            self._begin(call)
 
     # --- the first forward: the slots go in ---------------------------------------------------------------------------
 
-    def _begin(self, call: dict[str, Any], cache: Any) -> None:
+    def _begin(self, call: dict[str, Any]) -> None:
         given = call.get("attention_mask")
         mask = flat_mask(given, self.batch, self.columns, self.device)
         refuse_moved_positions(call.get("position_ids"), mask)
-        gap = gap_before(mask, self.slots.placement)
-        self._wide = self._widened(gap, self.columns)
+        self._gap = gap_before(mask, self.slots.placement)
+        self._wide = self._widened(self._gap, self.columns)
         self._mask = mask
         wide_mask = self._wide.spread_mask(mask)
         if call.get("input_ids") is not None:
@@ -135,8 +135,6 @@ class SlotPass(Pass):
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
         self._place(call, wide_mask, self._wide.columns)
-        if cache is not None and self.stack.causal:
-            _written[cache] = _Written(self.slots.columns, gap, self.columns)
 
     def _place(self, call: dict[str, Any], wide_mask: Tensor, last: int) -> None:
         """Tell the stack where the last columns of the widened mask stand."""
@@ -224,7 +222,10 @@ class SlotPass(Pass):
     def leave(self, output: Any) -> Any:
         """Strip states, hidden states and attentions; for a decoder that attends to this stack, keep the last state."""
         if self._wide is None:
-            return output
+            return output if self._cached is None else strip_attentions(output, self._cached)
+        if self.stack.causal:
+            for cache in _caches(output):
+                _written[cache] = _Written(self.slots.columns, self._gap, self.columns)
         if self.keep:
             self.stack.widened = (first_state(output), self._wide)
         return strip_output(output, self._wide, self.strip, self.keep)
@@ -234,6 +235,12 @@ class SlotPass(Pass):
         if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
             return states
         return self._wide.own_states(states)
+
+
+def _caches(output: Any) -> list[Any]:
+    """The cache in a stack's output, whether the caller gave it or the stack made it."""
+    items = [] if isinstance(output, Tensor) else output if isinstance(output, tuple) else output.values()
+    return [item for item in items if hasattr(item, "get_seq_length")]
 
 
 def positions_of(stack: Stack, mask: Tensor) -> Tensor:

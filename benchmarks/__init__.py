@@ -1,0 +1,11 @@
+"""How fast, how large and how exact softhooks is, beside PEFT and the bare frozen model.
+
+`python -m benchmarks` measures everything in one run; see `benchmarks/README.md`.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a network
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages would tear the progress bars

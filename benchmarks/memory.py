@@ -1,0 +1,123 @@
+"""The peak memory of a training step.
+
+Counted is every byte that torch's CPU allocator hands out from the start of the forward to the end of zero_grad, less what it
+takes back: the profiler reports each of them, and the peak is the highest running sum. So it is exact, and the same in every
+run. It holds the activations that autograd keeps, the temporaries of operators, the gradients, and what the forward returns.
+
+It does **not** hold what is there before the step, the weights and the optimizer's state; the last column adds the weights to
+both sides. Nor does it hold what a library such as oneDNN allocates for itself.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
+
+from benchmarks.clock import one_thread
+from benchmarks.contestants import PAIRS, PROMPT, Contestant, bare, with_peft, with_softhooks
+from benchmarks.models import Batch, llama, text, words
+from benchmarks.profiles import Profile, Shape
+from benchmarks.result import Column, Result, Target
+
+REQUIRED: dict[tuple[str, int], float] = {(PROMPT.name, 100): 1.4}
+"""How many times the bare model's peak softhooks may need, by method and P."""
+
+COLUMNS = (
+    Column("method", "{method}"),
+    Column("P/T/B", "{shape}"),
+    Column("bare, MB", "{bare_mb:.0f}"),
+    Column("softhooks, MB", "{softhooks_mb:.0f}"),
+    Column("PEFT, MB", "{peft_mb:.0f}"),
+    Column("softhooks / bare", "{softhooks_to_bare:.2f}"),
+    Column("PEFT / bare", "{peft_to_bare:.2f}"),
+    Column("at most", "{required:g}"),
+    Column("the same with weights", "{softhooks_with_weights:.2f}, PEFT {peft_with_weights:.2f}"),
+)
+
+
+def run(profile: Profile, progress: Progress) -> Result:
+    """Find the peak of every method at every shape."""
+    task = progress.add_task("memory", total=len(profile.memory_shapes) * (1 + 2 * len(PAIRS)))
+    rows: list[dict[str, Any]] = []
+    with one_thread():
+        for shape in profile.memory_shapes:
+            rows += _measure(profile, shape, lambda: progress.advance(task))
+    return Result(
+        name="memory",
+        title="Peak memory of a training step",
+        explanation=(
+            "The highest running sum of what torch's allocator hands out during one step (activations, temporaries, gradients); "
+            "weights are not counted, or added to both sides in the last column."
+        ),
+        columns=COLUMNS,
+        rows=sorted(rows, key=lambda row: [pair.name for pair in PAIRS].index(row["method"])),
+        targets=[
+            Target(
+                f"{row['method']} {row['shape']}: times the bare model's peak",
+                row["softhooks_to_bare"],
+                "at most",
+                row["required"],
+            )
+            for row in rows
+            if "required" in row
+        ],
+        settings={"model": vars(profile.model)},
+    )
+
+
+def _measure(profile: Profile, shape: Shape, tick: Any) -> list[dict[str, Any]]:
+    base = llama(profile.model, profile.seed)
+    batch = text(profile.model, shape, profile.seed)
+    ids = words(profile.model, shape.virtual, profile.seed)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
+    plain = peak(bare(base), batch)
+    tick()
+    rows = []
+    for pair in PAIRS:
+        contestant = with_softhooks(base, pair, ids)
+        ours = peak(contestant, batch)
+        tick()
+        theirs = peak(with_peft(base, pair, contestant), batch)
+        tick()
+        rows.append(_row(pair.name, shape, plain, ours, theirs, weights))
+    return rows
+
+
+def peak(contestant: Contestant, batch: Batch) -> int:
+    """The most bytes that one training step holds at a time. A first step makes the optimizer's state."""
+    contestant.step(batch)
+    with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        contestant.step(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    held = highest = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: float(e["ts"])):
+        held += event["args"]["Bytes"]
+        highest = max(highest, held)
+    return highest
+
+
+def _row(method: str, shape: Shape, plain: int, ours: int, theirs: int, weights: int) -> dict[str, Any]:
+    row = {
+        "method": method,
+        "shape": str(shape),
+        "bare_mb": plain / 1e6,
+        "softhooks_mb": ours / 1e6,
+        "peft_mb": theirs / 1e6,
+        "weights_mb": weights / 1e6,
+        "softhooks_to_bare": ours / plain,
+        "peft_to_bare": theirs / plain,
+        "softhooks_with_weights": (ours + weights) / (plain + weights),
+        "peft_with_weights": (theirs + weights) / (plain + weights),
+    }
+    if (method, shape.virtual) in REQUIRED:
+        row["required"] = REQUIRED[method, shape.virtual]
+    return row
