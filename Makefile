@@ -26,7 +26,7 @@ help:  ## show this list
 
 install: $(INSTALLED)  ## create .venv from the pinned constraints (once)
 
-demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text, about two minutes
+demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text, two to three minutes
 	$(BIN)/softhooks demo $(DEMO_ARGS)
 
 test: lint types unit  ## what CI runs: ruff, mypy, pytest

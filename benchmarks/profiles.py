@@ -39,7 +39,8 @@ class Profile:
         model: the model that trains and generates.
         shapes: the cases of the training step and of generation.
         memory_shapes, exact_shapes: the cases of those two.
-        step_rounds, generation_rounds: how many times each contestant is measured.
+        step_rounds: how many times each contestant's step is measured, for each shape.
+        generation_rounds: how many times each contestant generates.
         new_tokens: how many tokens are generated.
         large: the model whose frozen tensors are verified.
         verifications: how often they are.
@@ -51,7 +52,7 @@ class Profile:
     shapes: tuple[Shape, ...]
     memory_shapes: tuple[Shape, ...]
     exact_shapes: tuple[Shape, ...]
-    step_rounds: int
+    step_rounds: tuple[int, ...]
     generation_rounds: int
     new_tokens: int
     large: Size
@@ -65,7 +66,7 @@ FULL = Profile(
     shapes=(Shape(20, 64, 8), Shape(100, 64, 8), Shape(300, 64, 8)),
     memory_shapes=(Shape(100, 64, 8), Shape(300, 64, 8)),
     exact_shapes=(Shape(20, 64, 8), Shape(100, 64, 8)),
-    step_rounds=25,
+    step_rounds=(40, 25, 15),
     generation_rounds=9,
     new_tokens=32,
     large=Size(vocabulary=16384, width=768, inner=2048, layers=8, heads=12),  # 327 MB in fp32
@@ -73,7 +74,7 @@ FULL = Profile(
 )
 
 QUICK = replace(
-    FULL, name="quick", step_rounds=7, generation_rounds=3, verifications=3, exact_shapes=(Shape(100, 64, 8),)
+    FULL, name="quick", step_rounds=(11, 7, 5), generation_rounds=3, verifications=3, exact_shapes=(Shape(100, 64, 8),)
 )
 
 SMOKE = Profile(
@@ -82,7 +83,7 @@ SMOKE = Profile(
     shapes=(Shape(4, 6, 2),),
     memory_shapes=(Shape(4, 6, 2),),
     exact_shapes=(Shape(4, 6, 2),),
-    step_rounds=2,
+    step_rounds=(2,),
     generation_rounds=2,
     new_tokens=4,
     large=Size(vocabulary=64, width=32, inner=48, layers=2, heads=4),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from benchmarks.environment import machine, versions
 from benchmarks.profiles import Profile
 
-PARITY = 0.02
+PARITY = 0.05
 """How far a ratio that may not fall below 1 may be measured below it; see `Target`."""
 
 

@@ -91,8 +91,10 @@ class Stack:
     widened: tuple[Tensor, Widened] | None = None
 
     def expects_pass(self) -> bool:
-        """Whether attention may run here only inside a pass."""
-        return self.owner is not None and self.owner.enters_attention
+        """Whether attention may run here only inside a pass: always for keys and values; for slots, except in a backward."""
+        if self.owner is None or not self.owner.is_in_use:
+            return False
+        return self.owner.enters_attention or torch._C._current_graph_task_id() == -1
 
     def sites_of(self, role: Role) -> list[Site]:
         """The sites of one role, in order of index."""

@@ -15,7 +15,7 @@ from softhooks.anatomy import Anatomy, Stack, probe_ids
 from softhooks.errors import NotAttachedError, PromptNotReachedError, UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
 from softhooks.heads import answer, answer_rows
-from softhooks.inject.cross import strip_encoder_state
+from softhooks.inject.cross import require_signed, sign, strip_encoder_state
 from softhooks.inject.entry import open_pass
 from softhooks.inject.interface import close_interface, mark, open_interface, unmark
 from softhooks.inject.passes import Pass
@@ -83,6 +83,11 @@ class Host:
     def is_on(self) -> bool:
         """Whether a forward now meets a prompt."""
         return not self.disabled and bool(self.prompts) and (self.rows is not None or self.active is not None)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a forward now meets a prompt in some row."""
+        return self.is_on and (self.rows is None or any(name is not None for name in self.rows))
 
     @property
     def enters_attention(self) -> bool:
@@ -172,9 +177,17 @@ class Host:
         """Whether a forward of a stack is under way: where the model is the stack, the prompt's own rows come by here."""
         return any(stack.live is not None for stack in self.anatomy.stacks)
 
-    def _enter_model(self, _module: nn.Module, _args: Any, _kwargs: Any) -> None:
-        if not self._inside:
-            self._reached = False
+    @property
+    def selection(self) -> str:
+        """The prompts that are on, in words: one for all rows, or one a row."""
+        return repr(self.active if self.rows is None else list(self.rows))
+
+    def _enter_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        if self._inside:
+            return
+        self._reached = False
+        if self.is_in_use and kwargs.get("encoder_outputs") is not None:
+            require_signed(kwargs["encoder_outputs"], self.selection)
 
     def _leave_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.is_on or self._inside:
@@ -215,7 +228,11 @@ class Host:
             return None
         if self.freeze_dropout:
             self._rest(stack)
-        return open_pass(stack, call, prompts, rows, self.placeholder)
+        try:
+            return open_pass(stack, call, prompts, rows, self.placeholder)
+        except BaseException:
+            self.wake()
+            raise
 
     def _rest(self, stack: Stack) -> None:
         self._resting = [module for module in stack.module.modules() if module.training]
@@ -270,6 +287,8 @@ class StackHooks:
                         way=type(opened).__name__,
                     )
                 )
+            if self.stack.name == "encoder":
+                sign(changed, self.host.selection)
             return changed
         finally:
             opened.close()

@@ -16,7 +16,7 @@ from softhooks.errors import NotAttachedError, explain
 from softhooks.frozen import FrozenReport
 from softhooks.host import CONTAINER, Container, Host
 from softhooks.inject.keyvalues import KeyValues, split
-from softhooks.inject.shared import Memory, prefill
+from softhooks.inject.shared import Memory, every_tensor, prefill
 from softhooks.layout import Placement
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder, TableEncoder, groups_of
 
@@ -112,7 +112,7 @@ class SoftPrompt:
         """The prompt as keys and values for one stack, by role."""
         memory = self._memory.setdefault(stack.name, Memory())
         if self.method.enters == "embeddings":
-            base = (*stack.module.parameters(), *stack.module.buffers())
+            base = every_tensor(stack.module)
             return memory.recall(stack, self.encoder.parameters(), base, lambda: {"self": self._prefill(stack)})
         return memory.recall(stack, self.encoder.parameters(), (), lambda: self._split(stack))
 

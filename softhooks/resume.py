@@ -2,8 +2,8 @@
 
 A checkpoint holds the prompt twice: folded, as `softhooks.load` reads it, and live (`soft_prompt.live.safetensors`: MLP, heads,
 what else is trained). A `model.safetensors.index.json` names the live file, for it is one of the files that the Trainer resumes
-from, and `from_pretrained` stops at it, for it lacks the `metadata` of a model's. A `model.safetensors` would not stop it: a model
-with every weight at random would be built.
+from, and `from_pretrained` stops at it, for the `metadata` of a model is not there. A `model.safetensors` would not stop it: a
+model with every weight at random would be built.
 """
 
 from __future__ import annotations

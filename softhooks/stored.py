@@ -29,6 +29,9 @@ _CONVENTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 """What each way of entering must say about the pass, and may say."""
 
+_TOLD = {"causal", "self", "cross"}
+"""What a file of ours says about each stack of its base."""
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -96,7 +99,10 @@ class Stored:
                     self.remedy,
                     prompt=f"{_in_words(known)} ({self.source})",
                     model=_in_words(
-                        {name: {k: model[name][k] for k in known.get(name, stack)} for name, stack in model.items()}
+                        {
+                            name: {k: v for k, v in stack.items() if k in known.get(name, stack)}
+                            for name, stack in model.items()
+                        }
                     ),
                 )
             )
@@ -145,17 +151,17 @@ def read_own(path: Path) -> Stored:
         )
     tables, heads = _sort(tensors, source)
     method = _method(told, tables, source)
-    also, stacks = told.get("also_trained"), _of(told.get("base"), dict).get("stacks")
+    also, stacks = told.get("also_trained"), _of(told.get("base")).get("stacks")
     if not isinstance(also, list) or not all(isinstance(name, str) for name in also):
         raise CheckpointError(f"{source} must list what was trained beside the prompt; it says {also!r}.")
-    if not isinstance(stacks, dict) or not all(isinstance(stack, dict) for stack in stacks.values()):
+    if not isinstance(stacks, dict) or any(set(_of(stack)) != _TOLD for stack in stacks.values()):
         raise CheckpointError(f"{source} must describe the base model; it does not.")
     conventions = _conventions(told.get("conventions"), method, source)
     return Stored(method, tables, heads, conventions, source, stacks, also_trained=also)
 
 
-def _of(value: Any, kind: type[dict[str, Any]]) -> dict[str, Any]:
-    return value if isinstance(value, kind) else {}
+def _of(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _sort(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -218,7 +224,7 @@ def _is_like(value: Any, default: object) -> bool:
 
 def _conventions(value: Any, method: Method, source: str) -> dict[str, Any]:
     allowed = _CONVENTIONS[method.enters]
-    held = _of(value, dict)
+    held = _of(value)
     if set(held) != set(allowed) or not all(held[key] in allowed[key] for key in allowed):
         raise CheckpointError(
             explain(

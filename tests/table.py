@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import zoo
+
 from softhooks import PrefixTuning, PromptTuning
 from softhooks.method import Method
 

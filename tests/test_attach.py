@@ -15,6 +15,7 @@ from torch import nn
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning
+from softhooks.inject import interface
 
 
 def _hooks(model: nn.Module) -> list[Any]:
@@ -76,17 +77,18 @@ def test_remove_gives_the_model_back(entry: Entry, arch: str, head: str) -> None
     model = zoo.build(arch, head)
     next(model.parameters()).requires_grad_(False)
     model.train()
-    functions = dict(AttentionInterface._global_mapping), modeling_llama.eager_attention_forward
     before = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()], list(model.state_dict())
     training = [m.training for m in model.modules()]
     prompt = softhooks.attach(model, entry.make(3))
-    assert dict(AttentionInterface._global_mapping) != functions[0]
+    assert hasattr(AttentionInterface._global_mapping["sdpa"], interface.MARK)
     prompt.remove()
     prompt.remove()
     after = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()], list(model.state_dict())
     assert before == after
     assert training == [m.training for m in model.modules()]
-    assert functions == (dict(AttentionInterface._global_mapping), modeling_llama.eager_attention_forward)
+    if not interface._users:  # another test's model may still be alive with its prompt
+        assert not hasattr(AttentionInterface._global_mapping["sdpa"], interface.MARK)
+        assert not hasattr(modeling_llama.eager_attention_forward, interface.MARK)
 
 
 def test_a_model_with_a_prompt_can_be_collected() -> None:
@@ -252,7 +254,11 @@ def test_under_autocast(entry: Entry, dtype: torch.dtype, arch: str) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("entry", [e for e in TABLE if "random" not in e.name and "end" not in e.name], ids=str)
-@pytest.mark.parametrize(("arch", "head"), [("llama", "causal"), ("gpt2", "causal"), ("bert", "masked"), ("t5", "seq2seq"), ("bart", "seq2seq"), ("gptj", "causal"), ("bloom", "causal")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arch", "head"),
+    [(a, "causal") for a in ("llama", "gpt2", "gptj", "bloom")]
+    + [("bert", "masked"), ("t5", "seq2seq"), ("bart", "seq2seq")],
+)
 def test_activation_checkpointing_changes_no_gradient(arch: str, head: str, entry: Entry, reentrant: bool) -> None:
     """Two forwards before one backward, so that a recomputation must find the prompt of its own forward."""
     model, case = zoo.build(arch, head), zoo.Case(arch, head)

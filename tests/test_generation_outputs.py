@@ -176,7 +176,7 @@ def test_computed_again_in_another_precision(way: str) -> None:
 
     with attach(model, way) as prompt:
         saved = {name: value.clone() for name, value in prompt.encoder.state_dict().items()}
-        full = logits(model, None)
+        logits(model, None)
         for autocast in (torch.bfloat16, torch.float16, None):
             assert torch.equal(logits(model, autocast), fresh(torch.float32, autocast, saved))
         model.to(torch.bfloat16)

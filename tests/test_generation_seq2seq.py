@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import naive
@@ -25,7 +25,7 @@ METHODS = {
 EVERY = [(arch, way) for arch in zoo.SEQ2SEQ for way in METHODS]
 
 
-@lru_cache(maxsize=None)
+@cache
 def prompted(arch: str, way: str) -> tuple[Any, tuple[naive.Step, ...], Tensor]:
     """A model with a prompt, the naive step of each text, and the token that decoding starts from."""
     model, bare = naive.endless(zoo.build(arch, "seq2seq")), zoo.build(arch, "seq2seq")
@@ -99,15 +99,24 @@ def test_encoder_outputs_of_the_prompted_encoder(arch: str, way: str) -> None:
     assert torch.equal(found, torch.stack([naive.greedy(step, start, NEW) for step in steps]))
 
 
-@pytest.mark.parametrize(("arch", "way"), [(arch, way) for arch, way in EVERY if way != "prefix"])
-def test_encoder_outputs_of_the_bare_encoder_are_refused(arch: str, way: str) -> None:
-    model, _, _ = prompted(arch, way)
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(("arch", "way"), EVERY)
+def test_encoder_outputs_and_beams(arch: str, way: str, beams: int) -> None:
+    """Those of the prompted encoder serve beams too; those of the bare one, or of another prompt, are refused."""
+    model, steps, start = prompted(arch, way)
     batch = right_padded()
+    mask = {"attention_mask": batch["attention_mask"], "num_beams": beams}
+    expected = [naive.beam(step, start, beams, NEW) for step in steps]
+    assert torch.equal(generate(model, encoder_outputs=model.get_encoder()(**batch), **mask), torch.stack(expected))
+    message = r"ran with the prompt(.|\n)*encoder outputs: *made (without|with 'other')\nnow: *'default'(.|\n)*as it is"
     with softhooks.disabled(model):
         encoded = model.get_encoder()(**batch)
-    message = rf"ran with the prompt(.|\n)*states: *8 columns\nmask: *8 columns and {P} slots(.|\n)*call the encoder"
     with pytest.raises(PromptNotReachedError, match=message):
-        generate(model, encoder_outputs=encoded, attention_mask=batch["attention_mask"])
+        generate(model, encoder_outputs=encoded, **mask)
+    with softhooks.attach(model, METHODS[way], "other"):
+        encoded = model.get_encoder()(**batch)
+    with pytest.raises(PromptNotReachedError, match=message):
+        generate(model, encoder_outputs=encoded, **mask)
 
 
 @pytest.mark.parametrize(("arch", "way"), EVERY)

@@ -6,7 +6,7 @@ Hypothesis draws the case, the text, the padding and the training; `HYPOTHESIS_P
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -27,7 +27,7 @@ BRIEF = [(e, c) for e, c in PAIRS if (c.head in ("causal", "seq2seq") or c.arch 
 BRIEF_IDS = [f"{entry}-{case}" for entry, case in BRIEF]
 
 
-@lru_cache(maxsize=None)
+@cache
 def model_of(case: zoo.Case) -> Any:
     return zoo.build(case.arch, case.head)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import naive
@@ -31,7 +31,7 @@ MIXES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def decoder(arch: str, mix: str) -> tuple[Any, list[str | None], tuple[naive.Step, ...]]:
     """A model with two prompts, a name for each row, and each row's naive step."""
     methods, injection, names = MIXES[mix]

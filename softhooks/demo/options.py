@@ -18,12 +18,12 @@ class DemoOptions:
     seed: int = 0
     num_virtual_tokens: int = 16
     head_epochs: float = 6
-    prompt_epochs: float = 5
-    prefix_epochs: float = 5
-    head_learning_rate: float = 5e-2
+    prompt_epochs: float = 4
+    prefix_epochs: float = 4
+    head_learning_rate: float = 2e-2
     prompt_learning_rate: float = 3e-2
     prefix_learning_rate: float = 1e-2
-    batch_size: int = 32
-    max_length: int = 48
+    batch_size: int = 16
+    max_length: int = 32
     test_fraction: float = 1 / 3
     quick: bool = False

@@ -89,11 +89,12 @@ def print_report(report: Report, output: Path, console: Console) -> None:
     for reloaded in report.reloaded:
         console.print(
             f"{reloaded.name}: saved, loaded into a fresh model: {reloaded.same} of {reloaded.rows} predictions are "
-            f"the same, largest difference of a logit {reloaded.largest_difference:g}"
+            f"the same, largest difference of a logit {reloaded.largest_difference:g}",
+            soft_wrap=True,
         )
-    console.print(f"\nEverything is in {output}. To use a prompt:")
+    console.print(f"\nEverything is in {output}. To use a prompt:", markup=False, soft_wrap=True)
     for reloaded in report.reloaded:
-        console.print(f'  softhooks.load(model, "{reloaded.directory}")', highlight=False)
+        console.print(f'  softhooks.load(model, "{reloaded.directory}")', markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(report: Report) -> Table:

@@ -28,10 +28,17 @@ class CachePass(PrefixPass):
     def __init__(self, stack: Stack, prefix: KeyValues, call: dict[str, Any], shape: tuple[int, int]) -> None:
         self._kept: list[nn.Module] = []
         super().__init__(stack, {"self": prefix}, None, stack.module.training)
+        try:
+            self._enter(call, shape)
+        except BaseException:
+            self.close()
+            raise
+
+    def _enter(self, call: dict[str, Any], shape: tuple[int, int]) -> None:
         inner = call.get("past_key_values")
         self._past = 0 if inner is None else int(inner.get_seq_length())
         if inner is None and self._wants_cache(call):
-            config: Any = stack.module.config
+            config: Any = self.stack.module.config
             inner = DynamicCache(config=config)
         self.inner = inner
         self.cache = PrefixCache(self.prefixes["self"], inner)

@@ -60,7 +60,7 @@ def _open_slots(
     slots = Slots([prompt.embeddings() for prompt in prompts], rows, prompts[0].placement)
     if stack.name == "decoder":
         return CrossSlotPass(stack, slots, call)
-    check_length(stack, call, slots.columns)
+    check_length(stack, call, slots.columns, cached=slots.columns)
     return SlotPass(stack, slots, call, placeholder, keep=stack.name == "encoder")
 
 
@@ -83,9 +83,16 @@ def _open_prefix(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPromp
     handles: list[Any] = []
     if positions is not None:
         _move_positions(stack, call, own, positions, columns, handles)
-    if stack.through == "cache":
-        return CachePass(stack, own, call, (batch, columns))
-    opened = PrefixPass(stack, prefixes, positions, stack.module.training)
+    opened: PrefixPass
+    try:
+        if stack.through == "cache":
+            opened = CachePass(stack, own, call, (batch, columns))
+        else:
+            opened = PrefixPass(stack, prefixes, positions, stack.module.training)
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
     opened.handles += handles
     return opened
 
@@ -150,8 +157,12 @@ def _move_positions(
         place_at_table(where.table, ids, handles)
 
 
-def check_length(stack: Stack, call: dict[str, Any], length: int) -> None:
+def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 0) -> None:
     """Refuse a text that would stand beyond the last learned position.
+
+    Args:
+        length: the virtual tokens.
+        cached: how many of them a cache that is not empty holds.
 
     Raises:
         PromptTooLongError: prompt and text together exceed the table. Padding does not count.
@@ -161,6 +172,7 @@ def check_length(stack: Stack, call: dict[str, Any], length: int) -> None:
         return
     _, columns = text_shape(call)
     past = _past(call)
+    past = past - cached if past else past
     if isinstance(past, Tensor) or past + columns + length <= limit:
         return
     mask = call.get("attention_mask")

@@ -1,0 +1,238 @@
+"""Bad input: an error that names the rule, both values and the remedy, and a model that nothing has touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tokens
+import torch
+import transformers as tf
+import zoo
+from torch import Tensor, nn
+from untouched import remove_all, untouched
+
+import softhooks
+from softhooks import (
+    AttachError,
+    NotAttachedError,
+    OptionError,
+    PrefixTuning,
+    PromptMismatchError,
+    PromptNotReachedError,
+    PromptTooLongError,
+    PromptTuning,
+    SoftHooksError,
+    UnsupportedMethodError,
+    UnsupportedModeError,
+    UnsupportedModelError,
+)
+
+IDS = zoo.text(2, 6)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_attached() -> Iterator[None]:
+    remove_all()
+    yield
+    remove_all()
+
+
+def llama() -> Any:
+    return zoo.build("llama")
+
+
+def vit() -> Any:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return tf.ViTModel(tf.ViTConfig(**small, image_size=8, patch_size=4)).eval()
+
+
+def deberta() -> Any:
+    sizes = {k: zoo.SMALL[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    config = tf.DebertaV2Config(**sizes, num_attention_heads=4, max_position_embeddings=96)
+    return tf.DebertaV2ForMaskedLM(config).eval()
+
+
+class Timeseries(nn.Module):
+    """A model with embeddings that takes no token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = tf.BertConfig()
+        self.table = nn.Embedding(8, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values
+
+
+# --- attach -----------------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], type[SoftHooksError], str]] = {
+    "a model of images": (
+        vit, lambda: PromptTuning(3), {}, UnsupportedModelError,
+        r"needs a model that (embeds tokens|runs on token ids)(.|\n)*model: *ViTModel(.|\n)*Attach to",
+    ),
+    "no transformers model": (
+        lambda: nn.Linear(3, 3), lambda: PromptTuning(3), {}, UnsupportedModelError,
+        r"embeds tokens(.|\n)*model: *Linear, which has no input embeddings(.|\n)*Attach to the transformers model",
+    ),
+    "a model that takes no ids": (
+        Timeseries, lambda: PromptTuning(3), {}, UnsupportedModelError,
+        r"runs on token ids alone(.|\n)*model: *Timeseries\ncause: *TypeError(.|\n)*Attach to",
+    ),
+    "a prompt of another width": (
+        llama, lambda: PromptTuning(3, init="tensor", init_tensor=torch.zeros(3, 16)), {},
+        PromptMismatchError, r"as wide as the model's(.|\n)*init_?.?tensor: *\[3, 16\]\nexpected: *\[3, 32\]\n.*base model",
+    ),
+    "a prompt of another length": (
+        llama, lambda: PromptTuning(3, init="tensor", init_tensor=torch.zeros(4, 32)), {},
+        PromptMismatchError, r"one row a virtual token(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
+    ),
+    "a prefix where attention cannot be entered": (
+        deberta, lambda: PrefixTuning(3), {}, UnsupportedMethodError,
+        r"attention interface or a cache(.|\n)*model: *DebertaV2\w+, whose attention does neither\n.*PromptTuning",
+    ),
+    "a zero prefix where attention cannot be entered": (
+        deberta, lambda: PrefixTuning(3, init="zero"), {}, UnsupportedMethodError, "whose attention does neither",
+    ),
+    "a prompt behind the text of a language model": (
+        llama, lambda: PromptTuning(3, placement="end"), {}, UnsupportedMethodError,
+        r"needs a text that is complete(.|\n)*model: *LlamaForCausalLM\nplacement: *end\nUse placement='front'",
+    ),
+    "a prompt as long as the positions": (
+        lambda: zoo.build("gpt2"), lambda: PromptTuning(96), {}, PromptTooLongError,
+        r"leave room for text(.|\n)*prompt: *96\npositions: *96\nUse a shorter prompt",
+    ),
+    "a prompt longer than rotary positions": (
+        llama, lambda: PrefixTuning(200, init="zero"), {}, PromptTooLongError,
+        r"prompt: *200\npositions: *96",
+    ),
+    "a prompt longer than RoBERTa's positions": (
+        lambda: zoo.build("roberta", "masked"), lambda: PromptTuning(94), {}, PromptTooLongError,
+        r"prompt: *94\npositions: *94",
+    ),
+    "ids outside the vocabulary": (
+        llama, lambda: PrefixTuning(3, init_ids=[5, 96]), {}, OptionError,
+        r"in the model's vocabulary(.|\n)*ids: *5 to 96\nvocabulary: *0 to 95\nGive the tokenizer",
+    ),
+    "a tokenizer of another model": (
+        llama,
+        lambda: PromptTuning(3, init="text", init_text="word120 word5", tokenizer=tokens.tokenizer(200)), {}, OptionError,
+        r"ids: *5 to 120\nvocabulary: *0 to 95",
+    ),
+    "a text of no tokens": (
+        llama, lambda: PromptTuning(3, init="text", init_text=" ", tokenizer=tokens.tokenizer()), {},
+        OptionError, r"init_text must hold at least one token; the tokenizer finds none in ' '",
+    ),
+    "no labels": (
+        llama, lambda: PromptTuning(3, init="class_labels", init_labels=[], tokenizer=tokens.tokenizer()),
+        {}, OptionError, r"one label or more; it is (\[\]|\(\))",
+    ),
+    "no method": (
+        llama, lambda: "prompt", {}, UnsupportedMethodError, r"PromptTuning\(20\); it was given str",
+    ),
+    "a way in that is not there": (
+        lambda: zoo.build("bert", "masked"), lambda: PromptTuning(3), {"injection": "shared"}, UnsupportedMethodError,
+        r"exist and be exact(.|\n)*asked: *'shared'\npossible: *'slots'\nmodel: *BertForMaskedLM\nLeave `injection` out",
+    ),
+    "a prefix in slots": (
+        llama, lambda: PrefixTuning(3), {"injection": "slots"}, UnsupportedMethodError,
+        r"asked: *'slots'\npossible: *'attention'",
+    ),
+    "trainable parameters that are not there": (
+        llama, lambda: PromptTuning(3), {"trainable": "*lora*"}, AttachError,
+        r"trainable='\*lora\*' names no parameter of LlamaForCausalLM",
+    ),
+    "positions that cannot be shifted": (
+        lambda: zoo.build("bart", "seq2seq"), lambda: PrefixTuning(3, shift_positions=True), {}, UnsupportedMethodError,
+        r"forward takes `position_ids`(.|\n)*model: *BartEncoder\nLeave shift_positions out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_attach_refuses_and_touches_nothing(case: str) -> None:
+    build, method, options, error, message = REFUSED[case]
+    model = build()
+    with untouched(model):
+        with pytest.raises(error, match=message):
+            softhooks.attach(model, method(), **options)
+        with pytest.raises(NotAttachedError):
+            softhooks.activate(model, "default")
+
+
+@pytest.mark.parametrize("case", [case for case in REFUSED if REFUSED[case][0] is llama])
+def test_attach_refuses_beside_a_prompt_that_works(case: str) -> None:
+    _, method, options, error, message = REFUSED[case]
+    model = zoo.build("llama")
+    softhooks.attach(model, PromptTuning(3), "works")
+    expected = model(IDS).logits
+    with untouched(model), pytest.raises(error, match=message):
+        softhooks.attach(model, method(), **options)
+    assert torch.equal(model(IDS).logits, expected)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: PromptTuning(0), "num_virtual_tokens must be a whole number of 1 or more; it is 0"),
+    (lambda: PromptTuning(-1), "it is -1"),
+    (lambda: PromptTuning(2.5), "it is 2.5"),
+    (lambda: PromptTuning(True), "it is True"),
+    (lambda: PromptTuning("3"), "it is '3'"),
+    (lambda: PromptTuning(3, init="warm"), "init must be one of 'vocab', .*'tensor'; it is 'warm'"),
+    (
+        lambda: PromptTuning(3, placement="middle"),
+        "placement must be one of 'front', 'after_first', 'end'; it is 'middle'",
+    ),
+    (lambda: PromptTuning(3, init="text"), "init_text belongs to init='text'; init is 'text' and init_text is missing"),
+    (
+        lambda: PromptTuning(3, init_text="x"),
+        "init_text belongs to init='text'; init is 'vocab' and init_text is given",
+    ),
+    (lambda: PromptTuning(3, init="text", init_text="x"), "needs a tokenizer; none is given. Pass `tokenizer=`"),
+    (lambda: PromptTuning(3, init="class_labels", init_labels=["x"]), "needs a tokenizer; none is given"),
+    (lambda: PromptTuning(3, init="class_labels", tokenizer=1), "init_labels is missing"),
+    (
+        lambda: PromptTuning(3, init="tensor"),
+        "init_tensor belongs to init='tensor'; init is 'tensor' and .* is missing",
+    ),
+    (lambda: PromptTuning(3, init_tensor=torch.zeros(3, 32)), "init is 'vocab' and init_tensor is given"),
+    (lambda: PrefixTuning(0), "num_virtual_tokens must be a whole number"),
+    (lambda: PrefixTuning(3, init="vocab"), "init must be one of 'text', 'zero', 'random'; it is 'vocab'"),
+    (lambda: PrefixTuning(3, dropout=1.0), "dropout must be at least 0 and below 1; it is 1.0"),
+    (lambda: PrefixTuning(3, dropout=-0.1), "it is -0.1"),
+    (lambda: PrefixTuning(3, hidden_size=0), "hidden_size must be 1 or more; it is 0"),
+    (
+        lambda: PrefixTuning(3, init="zero", init_ids=[5]),
+        "init_text and init_ids belong to init='text'; init is 'zero'",
+    ),
+    (lambda: PrefixTuning(3, init_text="x"), "init_text needs a tokenizer; none is given"),
+    (lambda: PrefixTuning(3, init_text="x", init_ids=[5], tokenizer=1), "say the same thing twice"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_OPTIONS)))
+def test_wrong_options(number: int) -> None:
+    make, message = WRONG_OPTIONS[number]
+    with pytest.raises(OptionError, match=message) as caught:
+        make()
+    assert isinstance(caught.value, ValueError)
+
+
+def test_empty_ids() -> None:
+    model = zoo.build("llama")
+    with untouched(model), pytest.raises(OptionError, match="init_ids must hold at least one id"):
+        softhooks.attach(model, PrefixTuning(3, init_ids=[]))
+
+
+def test_every_error_is_a_softhooks_error() -> None:
+    for _, _, _, error, _ in REFUSED.values():
+        assert issubclass(error, SoftHooksError)
+    assert issubclass(OptionError, ValueError)
+    assert issubclass(UnsupportedModeError, SoftHooksError)
+    assert issubclass(PromptNotReachedError, SoftHooksError)
