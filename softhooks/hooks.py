@@ -1,4 +1,4 @@
-"""The hooks that a host registers: on a stack, and on a head. Bound methods, so that a deep copy of the model copies them with it."""
+"""The hooks that a host registers. Bound methods, so that a deep copy of the model copies them with it."""
 
 from __future__ import annotations
 
