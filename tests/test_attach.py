@@ -413,3 +413,20 @@ def test_attentions_have_the_bare_models_shapes_also_in_a_tuple(entry: Entry) ->
             ours = [model(**call, return_dict=named) for named in (True, False)]
         assert {k: shapes(v) for k, v in ours[0].items()} == {k: shapes(v) for k, v in bare[0].items()}, arch
         assert shapes(ours[1]) == shapes(bare[1]), arch
+
+
+@pytest.mark.parametrize("method", [PromptTuning(3), PrefixTuning(3)], ids=["prompt", "prefix"])
+def test_a_fused_optimizer_leaves_no_stale_keys_behind(method: Any) -> None:
+    """It writes to the parameters without a trace in their version, and is the Trainer's default."""
+    model, ids = zoo.build("llama"), zoo.text(2, 6)
+    with softhooks.attach(model, method) as prompt:
+        optimizer = torch.optim.AdamW(prompt.parameters(), lr=0.5, fused=True)
+        with torch.no_grad():
+            before = model(ids).logits
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            after = model(ids).logits
+        fresh = model(ids).logits  # under autograd nothing is kept
+    assert not torch.allclose(before, after, atol=1e-3)
+    torch.testing.assert_close(after, fresh.detach(), rtol=1e-5, atol=1e-6)
