@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from softhooks.anatomy import Stack
 from softhooks.errors import PromptNotReachedError, explain
 from softhooks.heads import answer, answer_rows
-from softhooks.inject.cross import sign
 from softhooks.inject.passes import Pass
+from softhooks.inject.provenance import note_caches, note_encoded
 from softhooks.inject.slots import SlotPass
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ class StackHooks:
                     )
                 )
             if self.stack.name == "encoder":
-                sign(changed, self.host.selection)
+                note_encoded(changed, self.host.selection)
+            else:
+                note_caches(changed, self.host.selection)
             return changed
         finally:
             opened.close()

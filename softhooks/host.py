@@ -14,10 +14,11 @@ from softhooks.anatomy import Anatomy, Stack, probe_ids
 from softhooks.errors import NotAttachedError, PromptNotReachedError, UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
 from softhooks.hooks import HeadHooks, StackHooks
-from softhooks.inject.cross import require_signed, strip_encoder_state
+from softhooks.inject.cross import strip_encoder_state
 from softhooks.inject.entry import open_pass
 from softhooks.inject.interface import close_interface, mark, open_interface, unmark
 from softhooks.inject.passes import Pass
+from softhooks.inject.provenance import require_encoded, require_own_cache
 from softhooks.inject.slots import Slots
 
 if TYPE_CHECKING:
@@ -179,14 +180,15 @@ class Host:
     @property
     def selection(self) -> str:
         """The prompts that are on, in words: one for all rows, or one a row."""
-        return repr(self.active if self.rows is None else list(self.rows))
+        names = [self.active] if self.rows is None else list(self.rows)
+        return repr(names[0] if len(set(names)) == 1 else names)
 
     def _enter_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         if self._inside:
             return
         self._reached = False
         if self.is_in_use and kwargs.get("encoder_outputs") is not None:
-            require_signed(kwargs["encoder_outputs"], self.selection)
+            require_encoded(kwargs["encoder_outputs"], self.selection)
 
     def _leave_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.is_on or self._inside:
@@ -217,6 +219,7 @@ class Host:
 
     def open(self, stack: Stack, call: dict[str, Any]) -> Pass | None:
         """Open the pass of a forward of a stack, if a prompt is on."""
+        require_own_cache(call.get("past_key_values"), self.selection if self.is_in_use else None)
         if not self.is_on:
             return None
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")

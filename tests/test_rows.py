@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
+from untouched import remove_all
 
 import softhooks
 from softhooks import NotAttachedError, OptionError, PrefixTuning, PromptTuning, UnsupportedModeError
@@ -29,6 +31,18 @@ MIXES = {
         ["a", "b", None, "b"],
     ),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _prompted_models_are_kept_for_this_file() -> Iterator[None]:
+    yield
+    decoder.cache_clear()
+    remove_all()
+
+
+@pytest.fixture(autouse=True)
+def _no_prompt_left() -> None:
+    """Nothing to collect after each test: the models are kept."""
 
 
 @cache

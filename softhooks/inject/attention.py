@@ -51,7 +51,8 @@ class PrefixPass(Pass):
             return attention(*args, **kwargs)
         self.touched = True
         module, query, key, value, mask, *rest = args if len(args) > 4 else (*args, kwargs.pop("attention_mask", None))
-        if mask is None and _is_causal(module, kwargs) and key.shape[2] > query.shape[2] > 1:
+        flash = attention.__name__.startswith("flash")  # knows, without a mask, which of the keys are text
+        if mask is None and not flash and _is_causal(module, kwargs) and key.shape[2] > query.shape[2] > 1:
             # An empty static cache: the keys behind the queries are blank, and no mask says so.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         mask = self._mask(site, attention, module, query, key, mask, kwargs)

@@ -6,43 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from softhooks.anatomy import Stack, first_state
+from softhooks.anatomy import Stack
 from softhooks.errors import PromptNotReachedError, explain
 from softhooks.inject.accept import flat_mask
 from softhooks.inject.passes import Pass
 from softhooks.inject.slots import Slots
 from softhooks.layout import Widened, gap_before, widen
-
-_SIGNATURE = "_softhooks_encoded_with"
-_RULE = "a decoder must be given the states of an encoder that ran with the prompt."
-_REMEDY = (
-    "Let the model run its encoder itself, or call the encoder while the prompt is on and pass its output as it is."
-)
-
-
-def sign(output: Any, selection: object) -> None:
-    """Note on an encoder's output, and on its states, which prompts it ran with."""
-    for part in (output, first_state(output)):
-        if not isinstance(part, tuple):
-            setattr(part, _SIGNATURE, selection)
-
-
-def require_signed(given: Any, selection: object) -> None:
-    """Check that an encoder's output, which a caller brings along, was made with the prompts that are on.
-
-    Beams copy the states and keep the output that holds them; so either may bear the note.
-
-    Raises:
-        PromptNotReachedError: it was made without, or with others.
-    """
-    parts = [given, *([first_state(given)] if isinstance(given, (tuple, list, dict)) and len(given) else [])]
-    signed = [getattr(part, _SIGNATURE) for part in parts if hasattr(part, _SIGNATURE)]
-    if selection not in signed:
-        raise PromptNotReachedError(
-            explain(
-                _RULE, _REMEDY, encoder_outputs=f"made with {signed[0]}" if signed else "made without", now=selection
-            )
-        )
 
 
 class CrossSlotPass(Pass):
@@ -66,8 +35,8 @@ class CrossSlotPass(Pass):
         if columns < 0 or (given is not None and given.shape[-1] != columns):
             raise PromptNotReachedError(
                 explain(
-                    _RULE,
-                    _REMEDY,
+                    "a decoder must be given the states of an encoder that ran with the prompt.",
+                    "Let the model run its encoder itself, or call the encoder while the prompt is on.",
                     states=f"{states.shape[1]} columns",
                     mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
                 )

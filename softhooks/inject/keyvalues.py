@@ -102,9 +102,10 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     longest = max(prompt.length for prompt in prompts)
     like = prompts[0]
     device = next(iter(like.keys.values())).device
-    lengths = torch.tensor([0 if row is None else prompts[row].length for row in rows], device=device)
-    windowed = torch.tensor([row is not None and bool(prompts[row].windowed) for row in rows], device=device)
-    shifted = torch.tensor([row is not None and bool(prompts[row].shifted) for row in rows], device=device)
+    lengths = [0 if row is None else prompts[row].length for row in rows]
+    windowed = [row is not None and bool(prompts[row].windowed) for row in rows]
+    shifted = [row is not None and bool(prompts[row].shifted) for row in rows]
+    even = len(set(zip(lengths, windowed, shifted, strict=True))) == 1 and lengths[0] == longest
     index = torch.tensor([len(prompts) if row is None else row for row in rows], device=device)
 
     def gather(tensors: list[Tensor]) -> Tensor:
@@ -114,7 +115,7 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     return KeyValues(
         keys={site: gather([prompt.keys[site] for prompt in prompts]) for site in like.keys},
         values={site: gather([prompt.values[site] for prompt in prompts]) for site in like.values},
-        lengths=lengths,
-        windowed=windowed,
-        shifted=shifted,
+        lengths=None if even else torch.tensor(lengths, device=device),
+        windowed=windowed[0] if even else torch.tensor(windowed, device=device),
+        shifted=shifted[0] if even else torch.tensor(shifted, device=device),
     )

@@ -6,7 +6,6 @@ every shape is what it was; only a decoder that attends to an encoder sees the e
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.accept import flat_mask, refuse_moved_positions, refuse_static, refuse_unknown
 from softhooks.inject.passes import Pass
+from softhooks.inject.provenance import caches_in
 from softhooks.inject.strip import strip_attentions, strip_output
 from softhooks.layout import Placement, Widened, gap_before, text_positions, widen
 
@@ -80,7 +80,8 @@ class _Written:
     columns: int
 
 
-_written: weakref.WeakKeyDictionary[Any, _Written] = weakref.WeakKeyDictionary()
+_WRITTEN = "_softhooks_slots"
+"""The attribute of a cache that holds what was written into it; a copy of the cache has it too."""
 
 
 class SlotPass(Pass):
@@ -160,7 +161,7 @@ class SlotPass(Pass):
     # --- later forwards of a generation: the slots are in the cache ---------------------------------------------------
 
     def _continue(self, call: dict[str, Any], cache: Any, past: int) -> None:
-        written = _written.get(cache)
+        written: _Written | None = getattr(cache, _WRITTEN, None)
         slots = 0 if written is None else written.slots
         given = call.get("attention_mask")
         total = past - slots + self.columns
@@ -224,8 +225,8 @@ class SlotPass(Pass):
         if self._wide is None:
             return output if self._cached is None else strip_attentions(output, self._cached)
         if self.stack.causal:
-            for cache in _caches(output):
-                _written[cache] = _Written(self.slots.columns, self._gap, self.columns)
+            for cache in caches_in(output):
+                setattr(cache, _WRITTEN, _Written(self.slots.columns, self._gap, self.columns))
         if self.keep:
             self.stack.widened = (first_state(output), self._wide)
         return strip_output(output, self._wide, self.strip, self.keep)
@@ -235,12 +236,6 @@ class SlotPass(Pass):
         if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
             return states
         return self._wide.own_states(states)
-
-
-def _caches(output: Any) -> list[Any]:
-    """The cache in a stack's output, whether the caller gave it or the stack made it."""
-    items = [] if isinstance(output, Tensor) else output if isinstance(output, tuple) else output.values()
-    return [item for item in items if hasattr(item, "get_seq_length")]
 
 
 def positions_of(stack: Stack, mask: Tensor) -> Tensor:
