@@ -10,7 +10,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, UnsupportedModeError
@@ -92,7 +92,7 @@ def test_a_cache_that_was_filled_with_another_prompt_or_none(arch: str, way: str
             go_on(model, cache)
         with softhooks.rows(model, ["en"]), pytest.raises(UnsupportedModeError, match="filled: with 'de'"):
             go_on(model, cache)
-        with softhooks.rows(model, [None]), pytest.raises(UnsupportedModeError, match="now: +without a prompt"):
+        with softhooks.rows(model, [None]), pytest.raises(UnsupportedModeError, match=r"now: +without a prompt"):
             go_on(model, cache)
         with softhooks.rows(model, ["de"]):  # is what was on
             go_on(model, cache)
@@ -154,3 +154,25 @@ def test_an_empty_cache_is_anyones(way: str) -> None:
             fresh = copy.deepcopy(cache)
             model(READ[None], past_key_values=fresh)
             go_on(model, fresh)
+
+
+@pytest.mark.parametrize("way", ["prompt", "prefix"])
+def test_a_static_cache_and_a_compiled_forward(way: str) -> None:
+    """What generate does by itself on a GPU."""
+    model, bare = naive.endless(zoo.build("llama")), zoo.build("llama")
+    compiled = CompileConfig(backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    rows = [READ, MORE]
+    with attach(model, way) as prompt:
+        found = model.generate(
+            **naive.left_padded(rows),
+            max_new_tokens=NEW,
+            do_sample=False,
+            cache_implementation="static",
+            compile_config=compiled,
+        )
+    assert hasattr(model, "_compiled_call"), "nothing was compiled"
+    step = naive.step_of(bare, prompt)
+    for ours, row in zip(found, rows, strict=True):
+        assert torch.equal(ours[-len(row) - NEW :], naive.greedy(step, row, NEW))
+    torch._dynamo.reset()

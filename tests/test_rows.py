@@ -113,6 +113,18 @@ def test_static_caches(mix: str) -> None:
             assert torch.equal(ours[-len(row) - NEW :], naive.greedy(step, row, NEW))
 
 
+@pytest.mark.parametrize("injection", [None, "slots"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gptj"])
+def test_prompts_of_one_length(arch: str, injection: Any) -> None:
+    """No row leaves anything unused, so that no mask has to say so."""
+    model, bare = naive.endless(zoo.build(arch)), zoo.build(arch)
+    prompts = {name: softhooks.attach(model, PromptTuning(3), name, injection=injection) for name in ("a", "b")}
+    with softhooks.rows(model, ["b", "a", "a", "b"]):
+        found = model.generate(**naive.left_padded(ROWS), max_new_tokens=NEW, do_sample=False)
+    for ours, name, row in zip(found, ("b", "a", "a", "b"), ROWS, strict=True):
+        assert torch.equal(ours[-len(row) - NEW :], naive.greedy(naive.step_of(bare, prompts[name]), row, NEW))
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_each_prompt_gets_its_own_rows_gradient(mix: str) -> None:
     methods, injection, names = MIXES[mix]
