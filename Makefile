@@ -10,21 +10,24 @@ TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
+KILLS ?= 50
+EXTRAS ?=
 # Two workers with one thread each: torch's own threads would otherwise fight over the same cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 
 INSTALLED := $(VENV)/.installed
+INTEGRATED := $(VENV)/.integrated
 OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit properties benchmark test-oldest clean
+.PHONY: help install demo test lint types unit properties kill-test benchmark test-oldest test-extras clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
-install: $(INSTALLED)  ## create .venv from the pinned constraints (once)
+install: $(INTEGRATED)  ## create .venv from the pinned constraints (once)
 
 demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text, two to three minutes
 	$(BIN)/softhooks demo $(DEMO_ARGS)
@@ -38,17 +41,23 @@ lint: $(INSTALLED)  ## ruff, formatting included
 types: $(INSTALLED)  ## mypy --strict
 	$(BIN)/mypy softhooks integrations
 
-unit: $(INSTALLED)  ## pytest alone
+unit: $(INTEGRATED)  ## pytest alone
 	$(call PYTEST,$(BIN)) -n 2 $(PYTEST_ARGS)
 
-properties: $(INSTALLED)  ## the property-based tests with many more examples
+properties: $(INTEGRATED)  ## the property-based tests with many more examples
 	HYPOTHESIS_PROFILE=thorough $(call PYTEST,$(BIN)) -n 2 -m hypothesis $(PYTEST_ARGS)
+
+kill-test: $(INSTALLED)  ## kill trainings of every method at 50 random moments, resume each, compare them bit by bit
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/kills.py --kills $(KILLS)
 
 benchmark: $(INSTALLED)  ## speed and memory against PEFT and the bare model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCHMARK_ARGS)
 
 test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and transformers
 	$(call PYTEST,$(OLDEST_VENV)/bin) -n 2 $(PYTEST_ARGS)
+
+test-extras: $(INSTALLED)  ## each extra from a built wheel in a fresh environment, running its example (EXTRAS="trl ...")
+	$(BIN)/python tests/extras.py --torch="$(TORCH_PIP_ARGS)" $(EXTRAS)
 
 clean:  ## remove the environments, builds and caches
 	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -66,6 +75,11 @@ endef
 
 $(INSTALLED): pyproject.toml constraints.txt requirements-minilm.txt
 	$(call install_into,$(VENV),constraints.txt)
+
+# The frameworks are a hundred packages more, which the demo need not wait for.
+$(INTEGRATED): $(INSTALLED)
+	@echo "  the frameworks that softhooks is tested inside"; $(call pip,$(VENV)) -c constraints.txt --no-build-isolation -e ".[integrations]"
+	@touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-minilm.txt
 	$(call install_into,$(OLDEST_VENV),constraints-oldest.txt)

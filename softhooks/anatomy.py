@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.errors import UnsupportedModelError
+from softhooks.trainer.offload import device_of
 
 if TYPE_CHECKING:
     from softhooks.host import Host
+    from softhooks.inject.feed import Feed
     from softhooks.inject.passes import Pass
-    from softhooks.layout import Widened
+    from softhooks.inject.written import Written
 
 Role = Literal["self", "cross"]
 StackName = Literal["text", "encoder", "decoder"]
@@ -26,18 +28,22 @@ class Site:
     """One attention module that a key-value prefix can enter.
 
     Attributes:
-        module: the module that calls the attention function; None where a cache is the way in.
+        module: the module that calls the attention function, or that hands its keys to the cache.
         index: its place among the sites of its stack and role; the layer's index where a cache is the way in.
         heads: Hk. key_dim, value_dim: D of the keys and of the values.
+        turns: where one module serves several layers, as in ALBERT: their sites, in the order of its calls in a forward.
+        feed: how to give rows to the module, once that was found out.
     """
 
     stack: Stack
     role: Role
     index: int
-    module: nn.Module | None
+    module: nn.Module
     heads: int
     key_dim: int
     value_dim: int
+    turns: list[Site] = field(default_factory=list)
+    feed: Feed | None = None
 
     @property
     def numbers(self) -> int:
@@ -56,6 +62,7 @@ class Positions:
         padding: the id of a padding column.
         limit: how many real positions there are, where exceeding them is an error rather than a loss of quality.
         trained: how many positions the config declares.
+        by_column: whether a token's position is its column in every row, padding or not, and nothing can tell the stack another.
     """
 
     argument: bool
@@ -64,6 +71,7 @@ class Positions:
     padding: int
     limit: int | None
     trained: int | None
+    by_column: bool = False
 
 
 @dataclass(eq=False)
@@ -73,7 +81,8 @@ class Stack:
     Attributes:
         live: the forward that is under way in it, if any; attention and embedding look here.
         owner: the host whose prompts enter here.
-        widened: the last state of an encoder with slots and their map, while its model is under way.
+        pooled: the module in it whose first column is handed to a pooler, where the pooler never sees the others.
+        encoded: where slots stand in the states of an encoder that its decoder attends to, while their model is under way.
     """
 
     name: StackName
@@ -85,10 +94,11 @@ class Stack:
     positions: Positions
     parameters: list[str]
     sites: list[Site] = field(default_factory=list)
-    through: Literal["attention", "cache"] | None = None
+    through: Literal["attention", "written_out", "cache"] | None = None
     live: Pass | None = None
     owner: Host | None = None
-    widened: tuple[Tensor, Widened] | None = None
+    encoded: Written | None = None
+    pooled: nn.Module | None = None
 
     def expects_pass(self) -> bool:
         """Whether attention may run here only inside a pass: always for keys and values; for slots, except in a backward."""
@@ -158,8 +168,8 @@ def decoder_ids(ids: Tensor) -> Tensor:
 
 
 def _device(model: nn.Module) -> torch.device:
-    weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-    return weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return device_of(embedding if isinstance(getattr(embedding, "weight", None), Tensor) else model)
 
 
 def first_state(output: Any) -> Tensor:

@@ -10,14 +10,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, at_rest
+from softhooks.constraint import unwatch, watch
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
 from softhooks.fit import choose_injection, probe_inputs
 from softhooks.frozen import FrozenRecord
+from softhooks.generation import keep_from_assistants, note_prompts
 from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
-from softhooks.method import Method, PromptEncoder, TableEncoder, check_tables
+from softhooks.method import Method, PromptEncoder
+from softhooks.peft_base import home, keep_wrapped, refuse_prompts
 from softhooks.probe import examine
 from softhooks.prompt import Injection, SoftPrompt, host_of
+from softhooks.quantised import keep_unpacked, unpacked
+from softhooks.trainer.offload import device_of
+from softhooks.trainer.sharding import refuse_partitioned
 
 
 def attach(
@@ -54,7 +60,7 @@ def attach(
         model,
         method,
         name,
-        encoder=None,
+        make=lambda anatomy: method.build(anatomy),
         conventions=None,
         head_states=None if train_head else {},
         source="given",
@@ -70,7 +76,7 @@ def attach_encoder(
     method: Method,
     name: str,
     *,
-    encoder: PromptEncoder | None,
+    make: Callable[[Anatomy], PromptEncoder],
     conventions: dict[str, Any] | None,
     head_states: dict[str, dict[str, Tensor]] | None,
     source: str,
@@ -80,33 +86,36 @@ def attach_encoder(
     trainable: tuple[str, ...] = (),
     check: Callable[[Anatomy], None] | None = None,
 ) -> SoftPrompt:
-    """Attach an encoder that exists already, or the one that the method builds. See `attach`.
+    """Attach an encoder that the method builds or that was saved. See `attach`.
 
     Args:
-        head_states: the heads that come with the encoder; None: copies of every new head of the model.
+        make: makes the encoder for a model.
+        head_states: the heads that come with the encoder, by their path in the transformers model; None: copies of every new
+            head of the model.
         source: what to call the encoder in errors.
         frozen_record: take the digests that `verify_frozen` compares with.
         check: raises if the encoder was made for another model.
     """
     present = host_of(model)
     _check_request(model, method, name, present, trainable)
-    anatomy = present.anatomy if present else examine(model)
-    if check is not None:
-        check(anatomy)
-    _check_length(anatomy, method)
-    if isinstance(encoder, TableEncoder):
-        check_tables(anatomy, {group: encoder(group) for group in encoder.groups}, source)
-    if encoder is None:
-        with _AllOff(present):
-            encoder = method.build(anatomy)
+    refuse_prompts(model)
+    model = present.model if present else model  # a wrapper around a model with a prompt stands for that model
+    with unpacked(model), _AllOff(present):
+        anatomy = present.anatomy if present else examine(model)
+        if check is not None:
+            check(anatomy)
+        _check_length(anatomy, method)
+        encoder = make(anatomy)
     conventions = method.conventions(anatomy) if conventions is None else conventions
+    encoder.to(device_of(anatomy.entry.embedding))
     module = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict()})
     heads = find_heads(model, anatomy)
     if head_states is not None:
+        head_states = {home(model) + path: state for path, state in head_states.items()}
         heads = {path: head for path, head in heads.items() if path in head_states}
     module["heads"] = own = copy_heads(heads)
     check_heads(own, head_states or {}, source)
-    module.to(next(anatomy.entry.embedding.parameters()).device).train(model.training)
+    module.train(model.training)
 
     host = present or Host(model, anatomy)
     prompt = SoftPrompt(host, name, method, module, conventions)
@@ -119,11 +128,17 @@ def attach_encoder(
         _add(host, prompt, heads, freeze_dropout)
         prompt.injection = choose_injection(prompt, injection)
         _prove_reached(prompt)
+        method.check(prompt)
+        host.sign()
     except BaseException:
         detach(host, name)
         host.active = before
         raise
     prompt.is_attached = True
+    if prompt.layout.searches:
+        note_prompts(host)
+    if method.columns:
+        keep_from_assistants(host)
     return prompt
 
 
@@ -139,6 +154,7 @@ def _check_request(
         )
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name) or name in ("training", "host"):
         raise AttachError(f"a prompt's name must be letters, digits, - and _, and no module attribute; it is {name!r}.")
+    refuse_partitioned(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise AttachError("attach a prompt before `torch.compile`: compiled code does not see hooks that come later.")
     if present and name in present.prompts:
@@ -161,12 +177,13 @@ def _check_request(
 def _check_length(anatomy: Anatomy, method: Method) -> None:
     positions = anatomy.entry.positions
     limit = positions.limit if positions.limit is not None else positions.trained
-    if limit is not None and method.num_virtual_tokens >= limit:
+    length = method.where.columns
+    if method.enters != "branch" and limit is not None and length >= limit:
         raise PromptTooLongError(
             explain(
                 "a prompt must leave room for text among the model's positions.",
                 "Use a shorter prompt.",
-                prompt=method.num_virtual_tokens,
+                prompt=length,
                 positions=limit,
             )
         )
@@ -175,7 +192,7 @@ def _check_length(anatomy: Anatomy, method: Method) -> None:
 def _prove_reached(prompt: SoftPrompt) -> None:
     """Run a probe; the hooks raise if it goes by without the prompt."""
     with at_rest(prompt.model):
-        prompt.model(**probe_inputs(prompt.model, prompt.host.anatomy))
+        prompt.model(**probe_inputs(prompt))
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------
@@ -215,6 +232,8 @@ def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
         parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in trainable))
     if frozen_record:
         host.record = FrozenRecord(model, frozen_names(model))
+    keep_unpacked(host)
+    keep_wrapped(host)
     host.install()
 
 
@@ -223,6 +242,7 @@ def _add(host: Host, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dro
     container[prompt.name] = prompt._module
     host.prompts[prompt.name] = prompt
     host.active = prompt.name
+    watch(prompt.encoder)
     host.freeze_dropout = host.freeze_dropout or freeze_dropout
     for path in heads:
         host.add_head(path)
@@ -232,7 +252,9 @@ def detach(host: Host, name: str) -> None:
     """Take one prompt away; with the last one, everything. The prompt attached before it is on again."""
     model = host.model
     container = model._modules.get(CONTAINER)
-    host.prompts.pop(name, None)
+    prompt = host.prompts.pop(name, None)
+    if prompt is not None:
+        unwatch(prompt.encoder)
     if isinstance(container, Container) and name in container:
         del container[name]
     if host.active == name:

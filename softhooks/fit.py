@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softhooks.anatomy import Anatomy, at_rest, decoder_ids, first_state, probe_ids
+from softhooks.anatomy import at_rest, decoder_ids, first_state, probe_ids
 from softhooks.errors import SoftHooksError, UnsupportedMethodError, explain
-from softhooks.method import require_sites
+from softhooks.groups import require_sites
+from softhooks.inject.scale import hook_linears
 
 if TYPE_CHECKING:
     from softhooks.prompt import Injection, SoftPrompt
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 PROBE_COLUMNS = 5
 
 
-def probe_inputs(model: nn.Module, anatomy: Anatomy) -> dict[str, Tensor]:
-    """A call of a few ordinary tokens, with decoder ids where the model wants them."""
-    ids = probe_ids(model, anatomy.vocabulary, PROBE_COLUMNS)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
+    """A call of a few ordinary tokens and the anchors of the prompt, with what else the model and the method want."""
+    anatomy = prompt.host.anatomy
+    ids, columns = prompt.layout.probe(probe_ids(prompt.model, anatomy.vocabulary, PROBE_COLUMNS))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **columns, **prompt.method.probe_arguments()}
     if anatomy.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_ids(ids)
     return inputs
@@ -33,6 +35,10 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
         UnsupportedMethodError: the way asked for does not exist here, or would give other results.
     """
     anatomy = prompt.host.anatomy
+    if prompt.method.enters == "branch":
+        if prompt.method.scales_linears:
+            hook_linears(prompt.host)
+        return _only(prompt, asked, "branch")
     if prompt.method.enters == "attention":
         require_sites(anatomy)
         through = anatomy.entry.through
@@ -40,7 +46,9 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
         return _only(prompt, asked, through)
     _refuse_end_of_generation(prompt)
     stack = anatomy.entry
-    could_share = stack.name == "text" and stack.causal and stack.through is not None and prompt.placement == "front"
+    could_share = (
+        stack.name == "text" and stack.causal and stack.through is not None and prompt.layout.placement == "front"
+    )
     if asked == "slots" or not could_share:
         return _only(prompt, asked, "slots")
     if _shares_exactly(prompt):
@@ -65,13 +73,14 @@ def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> I
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
     """Behind the text of a language model a prompt would steer no training token, and move as the text grows."""
     can_generate = getattr(prompt.model, "can_generate", None)
-    if prompt.placement == "end" and prompt.host.anatomy.entry.causal and can_generate is not None and can_generate():
+    if prompt.layout.has_tail and prompt.host.anatomy.entry.causal and can_generate is not None and can_generate():
         raise UnsupportedMethodError(
             explain(
                 "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
-                "Use placement='front' or 'after_first'.",
+                "Use placement='front' or 'after_first', or a layout with an anchor or a field behind its last slots, such as a "
+                "field for what is to be generated.",
                 model=type(prompt.model).__name__,
-                placement="end",
+                placement=prompt.layout if prompt.layout.placement == "layout" else "end",
             )
         )
 
@@ -104,7 +113,7 @@ def _states(prompt: SoftPrompt, injection: Literal["shared", "slots"]) -> Tensor
     handle = stack.module.register_forward_hook(keep)
     try:
         with at_rest(prompt.model):
-            prompt.model(**probe_inputs(prompt.model, prompt.host.anatomy))
+            prompt.model(**probe_inputs(prompt))
     except (SoftHooksError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return None
     finally:

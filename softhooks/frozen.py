@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ import xxhash
 from torch import Tensor, nn
 
 from softhooks.errors import FrozenModifiedError, explain
+from softhooks.trainer.offload import read
+from softhooks.trainer.sharding import full
 
 _NAMED_AT_MOST = 8
 
@@ -23,11 +25,13 @@ class FrozenReport:
         tensors: how many parameters and buffers were compared.
         bytes: their size.
         seconds: how long it took.
+        unread: the names of those that could not be read, for they lie on the meta device and nothing brings them in.
     """
 
     tensors: int
     bytes: int
     seconds: float
+    unread: tuple[str, ...] = ()
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -35,11 +39,12 @@ class FrozenReport:
         return self.bytes / 1e9 / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
-        return f"frozen: {self.tensors} tensors, {self.bytes:,} bytes, unchanged ({self.gigabytes_per_second:.1f} GB/s)"
+        read = f"frozen: {self.tensors} tensors, {self.bytes:,} bytes, unchanged ({self.gigabytes_per_second:.1f} GB/s)"
+        return read + (f"; not to be read: {_listed(self.unread)}" if self.unread else "")
 
 
 @dataclass(frozen=True)
-class _Digest:
+class Digest:
     """The fingerprint of one tensor: its bits and what they mean."""
 
     bits: str
@@ -47,19 +52,19 @@ class _Digest:
     shape: tuple[int, ...]
 
 
-def digest(tensor: Tensor) -> _Digest:
-    """Fingerprint the exact bits of a tensor (XXH3, 128 bits), on whatever device it lies."""
+def digest(tensor: Tensor) -> Digest:
+    """Fingerprint the exact bits of a tensor (XXH3, 128 bits), on whatever device it lies; a sharded one as a whole."""
     if not tensor.numel() or tensor.is_meta:
-        return _Digest("", tensor.dtype, tuple(tensor.shape))
-    flat = tensor.detach().contiguous().reshape(-1)
+        return Digest("", tensor.dtype, tuple(tensor.shape))
+    flat = full(tensor.detach()).contiguous().reshape(-1)
     bits = xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).cpu().numpy().data)
-    return _Digest(bits, tensor.dtype, tuple(tensor.shape))
+    return Digest(bits, tensor.dtype, tuple(tensor.shape))
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Walk every parameter and buffer, shared ones once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    """Walk every parameter and buffer, shared ones once, offloaded ones brought in one by one."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        yield name, read(model, name, tensor)
 
 
 class FrozenRecord:
@@ -74,41 +79,69 @@ class FrozenRecord:
         self._is_frozen = is_frozen
         self._digests = {name: digest(tensor) for name, tensor in tensors_of(model) if is_frozen(name)}
 
+    @property
+    def digests(self) -> Mapping[str, Digest]:
+        """The digests, by name."""
+        return self._digests
+
     def fingerprint(self, names: Iterable[str]) -> str:
         """One digest of the frozen tensors among these."""
         parts = [(name, self._digests[name].bits) for name in sorted(names) if name in self._digests]
         return str(xxhash.xxh3_128_hexdigest(repr(parts).encode()))
 
-    def verify(self, model: nn.Module) -> FrozenReport:
+    def converted(self, model: nn.Module) -> list[str]:
+        """Name the frozen tensors that have another precision or shape than their record; no bits are read."""
+        found = []
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            known = self._digests.get(name)
+            if known is not None and (known.dtype, known.shape) != (tensor.dtype, tuple(tensor.shape)):
+                found.append(f"{name}: {_difference(known, Digest('', tensor.dtype, tuple(tensor.shape)))}")
+        return found
+
+    def verify(self, model: nn.Module, **where: object) -> FrozenReport:
         """Compare every frozen tensor with its digest.
+
+        Args:
+            model: the model.
+            where: what else to say of the moment, should one have moved.
 
         Raises:
             FrozenModifiedError: naming the tensors that moved, vanished or appeared.
         """
         start = time.perf_counter()
-        now = {name: tensor for name, tensor in tensors_of(model) if self._is_frozen(name)}
-        moved = [f"{name}: gone" for name in self._digests if name not in now]
-        size = 0
-        for name, tensor in now.items():
-            size += tensor.numel() * tensor.element_size()
+        moved, unread, gone, size = [], [], dict.fromkeys(self._digests), 0
+        for name, tensor in tensors_of(model):
+            if not self._is_frozen(name):
+                continue
+            gone.pop(name, None)
             difference = _difference(self._digests.get(name), digest(tensor))
             if difference:
                 moved.append(f"{name}: {difference}")
+            elif tensor.is_meta:
+                unread.append(name)
+            else:
+                size += tensor.numel() * tensor.element_size()
+        moved += [f"{name}: gone" for name in gone]
         if moved:
-            listed = "; ".join(moved[:_NAMED_AT_MOST]) + ("; ..." if len(moved) > _NAMED_AT_MOST else "")
             raise FrozenModifiedError(
                 explain(
                     "every frozen parameter and buffer must keep its bits while a prompt is attached.",
                     "Look for code that writes to the base model: an optimizer that holds its parameters, another "
                     "callback, a conversion of its precision.",
                     moved=f"{len(moved)} of {len(self._digests)} tensors",
-                    names=listed,
+                    names=_listed(moved),
+                    **where,
                 )
             )
-        return FrozenReport(tensors=len(now), bytes=size, seconds=time.perf_counter() - start)
+        count = len(self._digests) - len(unread)
+        return FrozenReport(count, size, time.perf_counter() - start, tuple(unread))
 
 
-def _difference(before: _Digest | None, after: _Digest) -> str:
+def _listed(names: Sequence[str]) -> str:
+    return "; ".join(names[:_NAMED_AT_MOST]) + ("; ..." if len(names) > _NAMED_AT_MOST else "")
+
+
+def _difference(before: Digest | None, after: Digest) -> str:
     """Say in words how a tensor differs from its record; empty if it does not."""
     if before is None:
         return "not there at attach"

@@ -15,18 +15,28 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy
 from softhooks.errors import PromptMismatchError, explain
+from softhooks.trainer.offload import device_of, read, unhooked
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs", "classification_head", "pre_classifier")
 """The names of the heads that transformers makes anew for a task. Language-model heads are not among them."""
 
 
 def find_heads(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
-    """Find the new heads of a task model, by path; what lies inside a stack is no head."""
+    """Find the new heads of a task model, by path; what lies inside a stack, or belongs to a prompt, is no head.
+
+    A pooler beside a classifier is new too: DeBERTa pools outside its stack.
+    """
+    from softhooks.host import CONTAINER
+
     inside = {id(module) for stack in anatomy.stacks for module in stack.module.modules()}
+    prompts = model._modules.get(CONTAINER)
+    inside |= {id(module) for module in prompts.modules()} if prompts is not None else set()
     heads: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         nested = any(path.startswith(f"{other}.") for other in heads)
-        if path.rsplit(".", 1)[-1] in HEAD_NAMES and id(module) not in inside and not nested:
+        parent, _, name = path.rpartition(".")
+        is_new = name in HEAD_NAMES or (name == "pooler" and hasattr(model.get_submodule(parent), "classifier"))
+        if is_new and id(module) not in inside and not nested:
             heads[path] = module
     return heads
 
@@ -41,13 +51,22 @@ def worn(head: nn.Module) -> nn.Module:
 
 
 def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
-    """Copy heads into a module of the prompt's own, in fp32; a path's dots become slashes."""
+    """Copy heads into a module of the prompt's own, in fp32, where each computes; a path's dots become slashes."""
     copies = nn.ModuleDict()
     for path, head in heads.items():
-        own = copy.deepcopy(worn(head))
+        own = _copy(worn(head))
         own._forward_hooks.clear()
-        copies[path.replace(".", "/")] = own.float().requires_grad_(True)
+        copies[path.replace(".", "/")] = own.float().to(device_of(worn(head))).requires_grad_(True)
     return copies
+
+
+def _copy(head: nn.Module) -> nn.Module:
+    """Copy a head with its weights, also where accelerate keeps them elsewhere."""
+    with unhooked(head):
+        own = copy.deepcopy(head)
+    if any(parameter.is_meta for parameter in own.parameters()):
+        own.load_state_dict({name: read(head, name, value) for name, value in head.state_dict().items()}, assign=True)
+    return own
 
 
 def answer(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor) -> Tensor:

@@ -8,27 +8,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack, probe_ids
-from softhooks.errors import NotAttachedError, PromptNotReachedError, UnsupportedModeError, explain
+from softhooks.batching import require_servable, watch_batching
+from softhooks.columns import SignedForward, take
+from softhooks.errors import UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
-from softhooks.hooks import HeadHooks, StackHooks
-from softhooks.inject.cross import strip_encoder_state
+from softhooks.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.inject.entry import open_pass
 from softhooks.inject.interface import close_interface, mark, open_interface, unmark
+from softhooks.inject.packed import documents, guard, require_masks
+from softhooks.inject.paged import paged_cache, require_same_prompt
 from softhooks.inject.passes import Pass
-from softhooks.inject.provenance import require_encoded, require_own_cache
-from softhooks.inject.slots import Slots
+from softhooks.inject.provenance import cache_of, require_own_cache
+from softhooks.overrides import Overrides
+from softhooks.probe import unwrapped
+from softhooks.selection import Selection, select
+from softhooks.within.direct import DirectForward
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
 
 CONTAINER = "soft_prompt"
 """The name of the submodule that holds every prompt's parameters."""
-
-
-_ABSENT = object()
 
 
 class Container(nn.ModuleDict):
@@ -66,15 +70,19 @@ class Host:
         self.active: str | None = None
         self.rows: Sequence[str | None] | None = None
         self.repeats = 1  # how many rows of the batch each named row stands for: its beams or samples, in generate
+        self.prompt_columns: int | None = None  # while the model generates: how many columns it was given
         self.disabled = 0
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
         self.record: FrozenRecord | None = None
+        self.noted: dict[str, Tensor] | None = None  # the shapes of the last state dict with prompts that was loaded
         self.placeholder = int(probe_ids(model, anatomy.vocabulary, columns=2)[0, 0])
+        self.given: dict[str, Tensor] = {}  # the extra arguments of the forward that is under way
+        self.positions: Any = None  # its position_ids, which not every model hands to its stack
+        self.outermost = ModelHooks(self)
         self._handles: list[Any] = []
-        self._overridden: dict[str, Any] = {}
-        self._reached = False
-        self._batch = 0
+        self._embedding: list[tuple[Stack, StackHooks, Any]] = []
+        self._overrides = Overrides()
         self._resting: list[nn.Module] = []
 
     # --- which prompts are on -----------------------------------------------------------------------------------------
@@ -95,16 +103,20 @@ class Host:
         names = [self.active] if self.rows is None else self.rows
         return self.is_on and any(name is not None and self.prompts[name].injection != "slots" for name in names)
 
-    def in_use(self, batch: int) -> tuple[list[SoftPrompt], Sequence[int | None] | None]:
-        """The prompts of a forward, and for each row which of them; None where one serves all rows.
+    def in_use(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
+        """The prompts of a forward, and for each row which of them.
+
+        Args:
+            batch: the number of rows.
+            given: the extra arguments; None: those of the model's forward that is under way.
 
         Raises:
             UnsupportedModeError: other rows than the batch has were named.
             NotAttachedError: a prompt that was named has been removed.
         """
+        given = self.given if given is None else given
         if self.rows is None:
-            assert self.active is not None
-            return [self.prompts[self.active]], None
+            return select(self.prompts, [self.active], batch, given)
         if batch not in (len(self.rows), len(self.rows) * self.repeats):
             raise UnsupportedModeError(
                 explain(
@@ -115,31 +127,29 @@ class Host:
                 )
             )
         each = [name for name in self.rows for _ in range(batch // len(self.rows))]
-        names = list(dict.fromkeys(name for name in each if name is not None))
-        for name in names:
-            if name not in self.prompts:
-                raise NotAttachedError(
-                    f"`rows` names {name!r}, which has been removed; it may name {list(self.prompts)}."
-                )
-        return [self.prompts[name] for name in names], [None if name is None else names.index(name) for name in each]
+        return select(self.prompts, each, batch, given)
 
     # --- hooks --------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Register every hook and mark every attention site."""
         add = self._handles.append
-        add(self.model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+        add(self.model.register_forward_pre_hook(self.outermost.enter, with_kwargs=True))
         for stack in self.anatomy.stacks:
             stack.owner = self
             hooks = StackHooks(self, stack)
             add(stack.module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
             add(stack.module.register_forward_hook(hooks.leave, always_call=True))
-            add(stack.embedding.register_forward_hook(hooks.embed))
+            self._embedding.append((stack, hooks, stack.embedding.register_forward_hook(hooks.embed)))
             pooler = getattr(stack.module, "pooler", None)
-            if isinstance(pooler, nn.Module):
+            if stack.pooled is not None:
+                add(stack.pooled.register_forward_hook(hooks.unslot))
+            elif isinstance(pooler, nn.Module):
                 add(pooler.register_forward_pre_hook(hooks.pool))
-        add(self.model.register_forward_hook(self._leave_model, with_kwargs=True))
+        add(self.model.register_load_state_dict_pre_hook(self._note))
+        add(self.model.register_forward_hook(self.outermost.leave, with_kwargs=True, always_call=True))
         mark(self.anatomy.stacks)
+        watch_batching(self)
         open_interface(self, (m for stack in self.anatomy.stacks for m in stack.module.modules()))
 
     def add_head(self, path: str) -> None:
@@ -151,31 +161,73 @@ class Host:
         """Remove a hook of the model with the last prompt."""
         self._handles.append(handle)
 
-    def override(self, attribute: str, value: Any) -> None:
-        """Set an attribute on the model's instance until the last prompt is removed."""
-        self._overridden.setdefault(attribute, self.model.__dict__.get(attribute, _ABSENT))
-        self.model.__dict__[attribute] = value
+    def _note(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+        """Remember what was loaded, for a callback that meets the model only afterwards; of weights only the shapes."""
+        if not prefix and any(key.startswith(f"{CONTAINER}.") for key in state):
+            self.noted = {key: v if v.dtype == torch.uint8 else v.to("meta") for key, v in state.items()}
+
+    def override(self, attribute: str, value: Any, module: nn.Module | None = None) -> None:
+        """Set an attribute on the instance of the model, or of a module of it, until the last prompt is removed."""
+        self._overrides.set(self.model if module is None else module, attribute, value)
+
+    def restore(self, attribute: str) -> None:
+        """Take back what was set last on the instance of the model under a name, if anything was."""
+        self._overrides.restore(self.model, attribute)
+
+    def sign(self) -> None:
+        """Let the signature of the model's forward name the columns that its prompts take."""
+        signed = []
+        for module in {id(m): m for m in (self.model, unwrapped(self.model))}.values():
+            known = getattr(module.__dict__.get("forward"), "names", ())
+            new = [name for name in self.columns if name not in known]
+            if new:
+                signed.append((module, SignedForward(module, new)))  # raises where it cannot
+        for module, forward in signed:
+            self.override("forward", forward, module)
+
+    def heed_direct_calls(self) -> None:
+        """Let callers of `model.forward`, who go past every hook, meet the prompts like callers of the model."""
+        if not any(isinstance(value, DirectForward) for value in self._overrides.values()):
+            direct = DirectForward(self.model)
+            self.override("forward", direct)
+            self.keep(self.model.register_forward_pre_hook(direct.enter))
+            self.keep(self.model.register_forward_hook(direct.leave, always_call=True))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The extra arguments that the model's prompts take."""
+        return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.columns))
+
+    def embed_last(self) -> None:
+        """Put a prompt's rows in after everybody else's hooks on the embedding, such as NEFTune's noise."""
+        for number, (stack, hooks, handle) in enumerate(self._embedding):
+            handle.remove()
+            self._embedding[number] = (stack, hooks, stack.embedding.register_forward_hook(hooks.embed))
 
     def uninstall(self) -> None:
         """Take every hook and mark away."""
+        for _, _, handle in self._embedding:
+            handle.remove()
+        self._embedding.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for attribute, value in self._overridden.items():
-            if value is _ABSENT:
-                self.model.__dict__.pop(attribute, None)
-            else:
-                self.model.__dict__[attribute] = value
-        self._overridden.clear()
+        self._overrides.undo()
         for stack in self.anatomy.stacks:
             stack.owner = None
         unmark(self.anatomy.stacks)
         close_interface(self)
 
     @property
-    def _inside(self) -> bool:
+    def inside(self) -> bool:
         """Whether a forward of a stack is under way: where the model is the stack, the prompt's own rows come by here."""
         return any(stack.live is not None for stack in self.anatomy.stacks)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end_aborted(self) -> None:
+        """Close what a forward left open that was interrupted. See `StackHooks.end_aborted`."""
+        for _, hooks, _ in self._embedding:
+            hooks.end_aborted()
 
     @property
     def selection(self) -> str:
@@ -183,55 +235,38 @@ class Host:
         names = [self.active] if self.rows is None else list(self.rows)
         return repr(names[0] if len(set(names)) == 1 else names)
 
-    def _enter_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        if self._inside:
-            return
-        self._reached = False
-        if self.is_in_use and kwargs.get("encoder_outputs") is not None:
-            require_encoded(kwargs["encoder_outputs"], self.selection)
-
-    def _leave_model(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.is_on or self._inside:
-            return None
-        if not self._reached:
-            raise PromptNotReachedError(
-                explain(
-                    "every forward of a model with a prompt must go through the prompt.",
-                    "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with "
-                    "`softhooks.disabled(model)`.",
-                    model=type(self.model).__name__,
-                    stacks=", ".join(stack.path or "the model itself" for stack in self.anatomy.stacks),
-                )
-            )
-        if self.anatomy.is_encoder_decoder and self._batch:
-            prompts, rows = self.in_use(self._batch)
-            if prompts and prompts[0].injection == "slots":
-                slots = Slots([prompt.embeddings() for prompt in prompts], rows, prompts[0].placement)
-                return strip_encoder_state(output, self.anatomy.entry, slots, kwargs.get("attention_mask"))
-        return None
-
-    def reached(self, batch: int) -> None:
-        """Note that a pass of this forward put a prompt in."""
-        self._reached = True
-        self._batch = batch
-
     # --- passes -------------------------------------------------------------------------------------------------------
 
     def open(self, stack: Stack, call: dict[str, Any]) -> Pass | None:
         """Open the pass of a forward of a stack, if a prompt is on."""
-        require_own_cache(call.get("past_key_values"), self.selection if self.is_in_use else None)
+        cache = cache_of(call) if self.is_in_use else call.get("past_key_values")
+        require_own_cache(cache, self.selection if self.is_in_use else None)
+        given = take(call, self.columns)  # where a stack is called by itself, as generate calls an encoder
+        paged = paged_cache(call)
         if not self.is_on:
+            require_same_prompt(paged, None, None)
             return None
+        if paged is not None:
+            require_servable(self)
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         batch = text.shape[0] if isinstance(text, Tensor) else 0
-        prompts, rows = self.in_use(batch)
-        self.reached(batch)
-        if not prompts:
+        selection = self.in_use(batch, given or self.given)
+        self.outermost.reached(batch)
+        if not selection.uses:
             return None
+        columns = text.shape[1] if isinstance(text, Tensor) else 0
+        own = call.get("position_ids")
+        packed = documents(self.positions if own is None else own, call.get("attention_mask"), columns)
+        if packed is not None:
+            require_masks(stack, packed, by_position=own is not None)
         if self.freeze_dropout:
             self._rest(stack)
         try:
-            return open_pass(stack, call, prompts, rows, self.placeholder)
+            opened = open_pass(stack, call, selection, self.placeholder)
+            if packed is not None:
+                guard(opened, packed)
+            require_same_prompt(paged, opened, self.selection)
+            return opened
         except BaseException:
             self.wake()
             raise

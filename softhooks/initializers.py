@@ -13,11 +13,12 @@ from torch import Tensor
 
 from softhooks.anatomy import Anatomy, Stack, at_rest
 from softhooks.errors import OptionError, PromptMismatchError, explain
+from softhooks.groups import groups_of
 from softhooks.inject.caches import ListeningCache
 from softhooks.inject.interface import marked
 from softhooks.inject.keyvalues import flatten
 from softhooks.inject.shared import CapturePass
-from softhooks.method import groups_of
+from softhooks.trainer.offload import device_of
 
 COMMON_IDS = 5000
 """The first ids of a vocabulary are its most frequent words; Lester et al. draw from these."""
@@ -49,10 +50,18 @@ def embed_ids(anatomy: Anatomy, ids: Tensor | Sequence[int]) -> Tensor:
                 vocabulary=f"0 to {anatomy.vocabulary - 1}",
             )
         )
-    weight = next(stack.embedding.parameters())
     with at_rest(stack.embedding):
-        rows: Tensor = stack.embedding(ids[None].to(weight.device))[0]
+        rows: Tensor = stack.embedding(ids[None].to(device_of(stack.embedding)))[0]
     return rows.float()
+
+
+def tokenizer_of(tokenizer: Any) -> Any:
+    """The tokenizer itself, also where its name is given."""
+    if not isinstance(tokenizer, str):
+        return tokenizer
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer)
 
 
 def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
@@ -69,11 +78,7 @@ def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
                 **{option: repr(text)},
             )
         )
-    if isinstance(tokenizer, str):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer_of(tokenizer)(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise OptionError(f"{option} must hold at least one token; the tokenizer finds none in {text!r}.")
     return [int(i) for i in ids]
@@ -96,7 +101,7 @@ def label_rows(anatomy: Anatomy, count: int, labels: Sequence[str], tokenizer: A
     return torch.cat([rows, embed_ids(anatomy, vocabulary_ids(anatomy, missing)).to(rows)]) if missing else rows
 
 
-def tensor_rows(anatomy: Anatomy, count: int, tensor: Any) -> Tensor:
+def tensor_rows(anatomy: Anatomy, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:
     """Take another prompt's rows.
 
     Raises:
@@ -106,9 +111,9 @@ def tensor_rows(anatomy: Anatomy, count: int, tensor: Any) -> Tensor:
     if tuple(rows.shape) != (count, anatomy.entry.width):
         raise PromptMismatchError(
             explain(
-                "the initial tensor must have one row a virtual token, as wide as the model's embeddings.",
-                "Set num_virtual_tokens to its rows, and take it from the same base model.",
-                init_tensor=list(rows.shape),
+                "the initial rows must be one a virtual token, as wide as the model's embeddings.",
+                "Set num_virtual_tokens to their number, and take them from the same base model.",
+                **{option: list(rows.shape)},
                 expected=[count, anatomy.entry.width],
             )
         )
@@ -123,8 +128,7 @@ def key_values_of(anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
     Shape:
         ids [P] -> {group: [P, numbers]}
     """
-    device = next(anatomy.entry.embedding.parameters()).device
-    ids = ids.to(device)[None]
+    ids = ids.to(device_of(anatomy.entry.embedding))[None]
     groups = groups_of(anatomy)
     captured: dict[str, Tensor] = {}
     encoded: Tensor | None = None

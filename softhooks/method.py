@@ -7,17 +7,26 @@ table.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from softhooks.errors import OptionError, PromptMismatchError, UnsupportedMethodError, explain
-from softhooks.layout import Placement
+from softhooks.errors import CheckpointError, OptionError
+from softhooks.groups import groups_of, require_sites
+from softhooks.layout.places import Layout
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy, Stack
+    from torch.utils.data import Sampler
+
+    from softhooks.anatomy import Anatomy, Role, Site, Stack
+    from softhooks.inject.branch import Given
+    from softhooks.objectives import Objective
+    from softhooks.prompt import SoftPrompt
 
 EMBEDDINGS = "embeddings"
 """The group of an encoder whose prompt enters as embedding rows."""
@@ -27,24 +36,60 @@ class PromptEncoder(nn.Module):
     """What is trained: it makes a prompt, without a batch dimension.
 
     Subclasses list their `groups` and compute each in `forward`. A group is `embeddings`, or the part of the model that keys
-    and values enter: `text`, or `encoder`, `decoder` and `cross`.
+    and values enter: `text`, or `encoder`, `decoder` and `cross`. What else a subclass may do has a default here: make one of
+    several variants for each row, hide virtual tokens from some rows, keep its parameters within bounds.
     """
 
     groups: tuple[str, ...] = ()
+    is_constrained: ClassVar[bool] = False
+    """Whether `constrain` must run after each optimizer step."""
 
-    def forward(self, group: str) -> Tensor:
+    def forward(self, group: str, variant: int = 0) -> Tensor:
         """Compute one group's prompt, [P, H] or [P, numbers of the group's sites]."""
         raise NotImplementedError(f"{type(self).__name__} must compute its groups {self.groups}.")
 
+    def choose(self, given: dict[str, Tensor], batch: int) -> Sequence[int] | None:
+        """Choose each row's variant by the extra arguments of the forward; None where there is only one."""
+        return None
+
+    def hidden(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
+        """Which virtual tokens each row does not see in this forward, [B or 1, P] bool; None: it sees all."""
+        return None
+
+    def constrain(self) -> None:
+        """Bring the parameters back to where they may be, once after each step; runs without gradients."""
+
+    def metrics(self) -> dict[str, float]:
+        """What to show in a training log, by name: gates, shares of projected tokens. Asked for only when one is due."""
+        return {}
+
     def folded(self) -> dict[str, Tensor]:
         """Run the reparametrisation once and keep only its result, in fp32."""
+        with self._at_rest():
+            return {group: self(group).detach().float().clone() for group in self.groups}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return next(chain(self.parameters(), self.buffers())).device
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Compute as in evaluation, without gradients, in the parameters' own precision."""
         training = self.training
         self.eval()
         try:
-            with torch.no_grad(), torch.autocast(next(self.parameters()).device.type, enabled=False):
-                return {group: self(group).detach().float().clone() for group in self.groups}
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                yield
         finally:
             self.train(training)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copied or unpickled state; a copy is constrained as the original is."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        from softhooks.constraint import watch
+
+        watch(self)
 
 
 class TableEncoder(PromptEncoder):
@@ -60,7 +105,7 @@ class TableEncoder(PromptEncoder):
         for group, table in tables.items():
             self.register_parameter(group, nn.Parameter(table.detach().float().clone()))
 
-    def forward(self, group: str) -> Tensor:
+    def forward(self, group: str, variant: int = 0) -> Tensor:
         """Return the parameter itself, [P, numbers]."""
         table: Tensor = getattr(self, group)
         return table
@@ -75,9 +120,15 @@ class Method:
     """
 
     kind: ClassVar[str] = ""
-    enters: ClassVar[Literal["embeddings", "attention"]] = "embeddings"
+    enters: ClassVar[Literal["embeddings", "attention", "branch"]] = "embeddings"
     start_options: ClassVar[tuple[str, ...]] = ()
     """The options that only say where a prompt starts; a saved prompt has no use for them."""
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Extra arguments of the model's forward that the method takes: columns of the batch, which the model never sees."""
+
+    conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"placement": ("front", "after_first", "end")}
+    """What a saved prompt must say about the pass, and may say."""
 
     num_virtual_tokens: int
 
@@ -91,14 +142,108 @@ class Method:
         """Make the encoder for a model, initialised."""
         raise NotImplementedError(f"{type(self).__name__} must build its encoder.")
 
+    def probe_arguments(self) -> dict[str, Tensor]:
+        """The extra arguments that a forward of one row cannot do without, for the checks at attach."""
+        return {}
+
+    def has_idle(self, given: Container[str]) -> bool:
+        """Whether some parameters have no part in a training step.
+
+        Args:
+            given: the names of the extra arguments that its forwards bring.
+        """
+        return False
+
     @property
-    def where(self) -> Placement:
+    def draws_rows(self) -> bool:
+        """Whether a Trainer's rows come in the order of the method's `sampler`, and not in its own."""
+        return False
+
+    def sampler(self, rows: Any, batch_size: int, seed: int) -> Sampler[int]:
+        """Make the order in which a Trainer draws its rows.
+
+        Args:
+            rows: the data set.
+            batch_size: of one process.
+            seed: of the draws.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must order the rows.")
+
+    def objective(self) -> Objective | None:
+        """What to train on beside, or in the place of, the model's own loss; None: the model's loss."""
+        return None
+
+    def check(self, prompt: SoftPrompt) -> None:
+        """Refuse a model, or a way into it, that the method cannot serve; at attach, once the way in is known."""
+        if prompt.objective is not None and any(q.requires_grad for q in prompt.encoder.parameters()):
+            prompt.objective.check(prompt)
+
+    def sites(self, stack: Stack, role: Role) -> list[Site]:
+        """The sites of a stack that this method enters; a table of keys and values holds theirs, in this order."""
+        return stack.sites_of(role)
+
+    # --- a prompt that enters as a gated branch -----------------------------------------------------------------------
+
+    @property
+    def scales_linears(self) -> bool:
+        """Whether the prompt also scales the model's linear layers."""
+        return False
+
+    def branch_given(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> Given:
+        """What a stack gets.
+
+        Args:
+            table: computes one of the encoder's groups.
+            context: the rows' own context, [B, ...], where the forward brings one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must make its rows and gates.")
+
+    # --- a folded prompt ----------------------------------------------------------------------------------------------
+
+    def shapes(self, anatomy: Anatomy) -> dict[str, tuple[int, int]]:
+        """The tables of a folded prompt and their shapes, on a model.
+
+        Raises:
+            UnsupportedMethodError: the prompt cannot enter the model.
+        """
+        if self.enters == "embeddings":
+            return {EMBEDDINGS: (self.num_virtual_tokens, anatomy.entry.width)}
+        require_sites(anatomy)
+        return {
+            group: (self.num_virtual_tokens, sum(site.numbers for site in self.sites(stack, role)))
+            for group, (stack, role) in groups_of(anatomy).items()
+        }
+
+    def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
+        """Check what a file holds against the options that it names, before there is a model.
+
+        Raises:
+            CheckpointError: they contradict each other.
+        """
+        rows = sorted({table.shape[0] for table in tables.values()})
+        if rows != [self.num_virtual_tokens]:
+            raise CheckpointError(
+                f"{source} says {self.num_virtual_tokens} virtual tokens; its tensors have {rows} rows."
+            )
+        if (set(tables) == {EMBEDDINGS}) != (self.enters == "embeddings"):
+            raise CheckpointError(f"{source} must hold what {self.kind} trains; it holds {sorted(tables)}.")
+
+    def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
+        """Make the encoder of a prompt that is folded."""
+        return TableEncoder(tables)
+
+    def rebuild(self, anatomy: Anatomy, tables: dict[str, Tensor]) -> PromptEncoder:
+        """Make the encoder that goes on training a folded prompt."""
+        return self.folded_encoder(tables)
+
+    @property
+    def where(self) -> Layout:
         """Where the virtual tokens stand."""
-        return "front"
+        return Layout.placed("front", self.num_virtual_tokens)
 
     def conventions(self, anatomy: Anatomy) -> dict[str, Any]:
         """What a prompt trained so takes for granted about the model's pass; stored with it."""
-        return {"placement": self.where}
+        return {"placement": self.where.placement}
 
     def options(self) -> dict[str, Any]:
         """The options as JSON can hold them; tokenizers and tensors are left out, their result is saved."""
@@ -109,6 +254,8 @@ class Method:
                 kept[item.name] = list(value)
             elif value is None or isinstance(value, (bool, int, float, str)):
                 kept[item.name] = value
+            elif isinstance(value, Layout):
+                kept[item.name] = value.to_json()
         return kept
 
 
@@ -120,60 +267,3 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """
     if value not in allowed:
         raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.")
-
-
-def groups_of(anatomy: Anatomy) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
-    """Name the places that keys and values can enter: `text`, or `encoder`, `decoder` and `cross`."""
-    groups: dict[str, tuple[Stack, Literal["self", "cross"]]] = {}
-    for stack in anatomy.stacks:
-        groups[stack.name] = (stack, "self")
-        if stack.sites_of("cross"):
-            groups["cross"] = (stack, "cross")
-    return groups
-
-
-def check_tables(anatomy: Anatomy, tables: dict[str, Tensor], source: str) -> None:
-    """Check that a prompt fits a model.
-
-    Raises:
-        PromptMismatchError: groups or widths differ.
-        UnsupportedMethodError: keys and values for a model that they cannot enter.
-    """
-    expected: dict[str, int] = {}
-    if set(tables) == {EMBEDDINGS}:
-        expected[EMBEDDINGS] = anatomy.entry.width
-    else:
-        require_sites(anatomy)
-        for group, (stack, role) in groups_of(anatomy).items():
-            expected[group] = sum(site.numbers for site in stack.sites_of(role))
-    for group in sorted(set(expected) | set(tables)):
-        table = tables.get(group)
-        shape = "absent" if table is None else str(list(table.shape))
-        if table is None or table.dim() != 2 or table.shape[1] != expected.get(group):
-            raise PromptMismatchError(
-                explain(
-                    "a prompt must be as wide as the model that it enters.",
-                    "Load it onto the base model that it was trained with.",
-                    prompt=f"{group} {shape} ({source})",
-                    model=f"{group} [P, {expected[group]}]"
-                    if group in expected
-                    else f"no {group} ({sorted(expected)})",
-                )
-            )
-
-
-def require_sites(anatomy: Anatomy) -> None:
-    """Check that keys and values can enter every stack.
-
-    Raises:
-        UnsupportedMethodError: naming the stack that they cannot enter.
-    """
-    for stack in anatomy.stacks:
-        if stack.through is None:
-            raise UnsupportedMethodError(
-                explain(
-                    "a key-value prefix needs attention that goes through transformers' attention interface or a cache.",
-                    "Use a method that enters as embeddings, such as PromptTuning.",
-                    model=f"{type(stack.module).__name__}, whose attention does neither",
-                )
-            )

@@ -45,7 +45,8 @@ def _vocabulary(model: nn.Module) -> int:
         raise UnsupportedModelError(
             explain(
                 "a soft prompt needs a model that embeds tokens.",
-                "Attach to the transformers model itself, or to the text model inside.",
+                "Attach to the transformers model itself, or to the text model inside; to a sentence-transformers model with "
+                "`softhooks.integrations.sentence_transformers`.",
                 model=f"{type(model).__name__}, which has no input embeddings",
             )
         ) from error
@@ -126,7 +127,8 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, calls: list[_Call]) -
                 found=f"{len(lookups)} embeddings and {len(holders)} stacks for the {name}'s ids",
             )
         )
-    holder, lookup = holders[-1], lookups[0]
+    lookup = lookups[0]
+    holder = _fed(holders[-1], lookup, calls)
     module = holder.module
     parameters = inspect.signature(module.forward).parameters
     return Stack(
@@ -136,9 +138,34 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, calls: list[_Call]) -
         embedding=lookup.module,
         width=lookup.output.shape[-1],
         causal=_is_causal(model, module, ids, name),
-        positions=_positions(module, parameters),
+        positions=_positions(module, parameters, calls),
         parameters=[key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD],
+        pooled=_pooled(module, calls),
     )
+
+
+def _fed(holder: _Call, lookup: _Call, calls: list[_Call]) -> _Call:
+    """Find the stack inside that is given the embeddings, as a text model by the vision-language model around it.
+
+    The model around it makes positions and masks of the ids, which must be made without the prompt and moved after.
+    """
+    for call in reversed(calls[calls.index(holder) + 1 :]):
+        inside = call.module is not holder.module and any(part is call.module for part in holder.module.modules())
+        takes = "inputs_embeds" in inspect.signature(call.module.forward).parameters
+        if not (inside and takes and any(isinstance(part, nn.ModuleList) for part in call.module.modules())):
+            continue
+        if any(t.shape == lookup.output.shape and torch.equal(t, lookup.output) for t in call.tensors):
+            return call
+    return holder
+
+
+def _pooled(module: nn.Module, calls: list[_Call]) -> nn.Module | None:
+    """Find the part of a stack whose first column goes to its pooler, as in ALBERT; None where the pooler takes all columns."""
+    pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
+    if pooler is None or not calls[pooler].tensors or calls[pooler].tensors[0].dim() != 2:
+        return None
+    parts = set(map(id, module.children()))
+    return [call.module for call in calls[:pooler] if id(call.module) in parts][-1]
 
 
 def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str) -> bool:
@@ -165,7 +192,7 @@ def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str) -> b
     return bool(change <= 1e-6 * states[0].abs().max().clamp(min=1e-6))
 
 
-def _positions(module: nn.Module, parameters: Any) -> Positions:
+def _positions(module: nn.Module, parameters: Any, calls: list[_Call]) -> Positions:
     table = None
     for path, part in module.named_modules():
         name = path.rsplit(".", 1)[-1]
@@ -173,12 +200,15 @@ def _positions(module: nn.Module, parameters: Any) -> Positions:
             table = part
     config = getattr(module, "config", None)
     trained = getattr(config, "max_position_embeddings", None)
-    start, padding = 0, 0
+    start, padding, by_column = 0, 0, False
     limit: int | None = None
     if table is not None:
         if table.padding_idx is not None and getattr(table, "offset", None) is None:
             start, padding = table.padding_idx + 1, table.padding_idx
         limit = table.num_embeddings - start - int(getattr(table, "offset", 0))
+        answers = [call.output for call in calls if call.module is table]
+        if answers and isinstance(answers[-1], Tensor) and answers[-1].dim() == 2:
+            table, by_column = None, "position_ids" not in parameters  # RoFormer: one answer for all rows
     elif any("embed_positions" in name for name, _ in module.named_buffers()):
         limit = trained
     return Positions(
@@ -188,4 +218,5 @@ def _positions(module: nn.Module, parameters: Any) -> Positions:
         padding=padding,
         limit=limit,
         trained=trained if isinstance(trained, int) else None,
+        by_column=by_column,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Role, Stack
+from softhooks.constraint import unwatch
 from softhooks.errors import NotAttachedError, explain
 from softhooks.frozen import FrozenReport
+from softhooks.groups import groups_of
 from softhooks.host import CONTAINER, Container, Host
+from softhooks.inject.branch import Branch, branch_of
 from softhooks.inject.keyvalues import KeyValues, split
 from softhooks.inject.shared import Memory, every_tensor, prefill
-from softhooks.layout import Placement
-from softhooks.method import EMBEDDINGS, Method, PromptEncoder, TableEncoder, groups_of
+from softhooks.method import EMBEDDINGS, Method, PromptEncoder
+from softhooks.trainer.sharding import gathered, refuse_sharded
 
-Injection = Literal["attention", "cache", "shared", "slots"]
+Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
 
 
 class SoftPrompt:
@@ -32,7 +36,9 @@ class SoftPrompt:
         model: the model, as it was given.
         encoder: the module that is trained; part of the model while attached.
         heads: the prompt's own copies of the model's heads.
-        injection: the way in: `attention`, `cache`, `shared` or `slots`.
+        layout: where its virtual tokens stand, if they stand among the text.
+        objective: what it trains on beside the model's own loss, if the method has one.
+        injection: the way in: `attention`, `written_out`, `cache`, `shared`, `slots` or `branch`.
         conventions: what the prompt takes for granted about the pass; stored with it.
     """
 
@@ -43,11 +49,16 @@ class SoftPrompt:
         self.method = method
         self.model = host.model
         self.conventions = conventions
+        self.layout = method.where
+        self.objective = method.objective()
         self.injection: Injection = "slots"
         self.is_attached = False
         self._host = host
         self._module = module
         self._memory: dict[str, Memory[dict[Role, KeyValues]]] = {}
+        self._branches: dict[str, Memory[Branch]] = {}
+        self._prefilled: dict[Role, KeyValues] | None = None
+        self._stand_in: Callable[[Stack], dict[Role, KeyValues]] | None = None
 
     # --- what it holds ------------------------------------------------------------------------------------------------
 
@@ -70,12 +81,6 @@ class SoftPrompt:
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
     @property
-    def placement(self) -> Placement:
-        """Where virtual slots stand."""
-        placement: Placement = self.conventions.get("placement", "front")
-        return placement
-
-    @property
     def host(self) -> Host:
         """What the model's prompts share."""
         return self._host
@@ -83,7 +88,7 @@ class SoftPrompt:
     @property
     def computed(self) -> int:
         """How often keys and values were computed; without gradients once, until something changes."""
-        return sum(memory.computed for memory in self._memory.values())
+        return sum(memory.computed for kept in (self._memory, self._branches) for memory in kept.values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trainable parameter, by its name in the model: the prompt's, its heads', and those kept trainable."""
@@ -104,45 +109,86 @@ class SoftPrompt:
 
     # --- what a forward asks ------------------------------------------------------------------------------------------
 
-    def embeddings(self) -> Tensor:
+    def embeddings(self, variant: int = 0) -> Tensor:
         """The prompt as embedding rows, [P, H]."""
-        return self._encode(EMBEDDINGS)
+        return self._encode(EMBEDDINGS, variant)
 
-    def key_values(self, stack: Stack) -> dict[Role, KeyValues]:
-        """The prompt as keys and values for one stack, by role."""
+    def key_values(self, stack: Stack, variants: tuple[int, ...] = (0,)) -> dict[Role, KeyValues]:
+        """The prompt, in some of its variants, as keys and values for one stack, by role."""
+        if self._stand_in is not None:
+            return self._stand_in(stack)
         memory = self._memory.setdefault(stack.name, Memory())
+        base = every_tensor(stack.module) if self.method.enters == "embeddings" else ()
+        refuse_sharded(base)
+        own = every_tensor(self.encoder)
+        self._prefilled = memory.recall(stack, own, base, lambda: self._compute(stack, variants), variants)
+        return self._prefilled
+
+    @contextmanager
+    def standing_in(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
+        """Let other keys and values, of any length, stand in the prompt's place: a teacher's, for an objective."""
+        outer, self._stand_in = self._stand_in, key_values
+        try:
+            yield
+        finally:
+            self._stand_in = outer
+
+    def branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None = None) -> Branch:
+        """The prompt as a gated branch for one stack.
+
+        Args:
+            context: each row's own, for the whole batch.
+            rows: the rows of the batch that the prompt serves; None: all.
+        """
+        memory = self._branches.setdefault(stack.name, Memory())
+        own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
+        base = [tensor for site in self.method.sites(stack, "self") for tensor in every_tensor(site.module)]
+        return memory.recall(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
+
+    def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
+        if context is not None and rows is not None:
+            context = context[list(rows)]
+        return branch_of(self.method.branch_given(self._encode, stack, context))
+
+    @property
+    def states(self) -> Tensor | None:
+        """The virtual tokens' own last states in the forward that is under way, [R, P, H], where they were run alone."""
+        kept = self._prefilled.get("self") if self._prefilled else None
+        return None if kept is None else kept.states
+
+    def forget(self) -> None:
+        """Let go of what the last forward computed, and of its graph."""
+        self._prefilled = None
+
+    def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
         if self.method.enters == "embeddings":
-            base = every_tensor(stack.module)
-            return memory.recall(stack, self.encoder.parameters(), base, lambda: {"self": self._prefill(stack)})
-        return memory.recall(stack, self.encoder.parameters(), (), lambda: self._split(stack))
-
-    def _prefill(self, stack: Stack) -> KeyValues:
-        return prefill(stack, self.embeddings(), self._host.placeholder)
-
-    def _split(self, stack: Stack) -> dict[Role, KeyValues]:
+            rows = torch.stack([self.embeddings(variant) for variant in variants])
+            return {"self": prefill(stack, rows, self._host.placeholder)}
         result: dict[Role, KeyValues] = {}
         for group, (owner, role) in groups_of(self._host.anatomy).items():
             if owner is stack:
-                result[role] = split(self._encode(group), stack.sites_of(role))
+                result[role] = split(self._encode(group), self.method.sites(stack, role))
                 result[role].windowed = bool(self.conventions.get("windowed", True))
                 result[role].shifted = bool(self.conventions.get("shift_positions", True))
         return result
 
-    def _encode(self, group: str) -> Tensor:
-        device = next(self.encoder.parameters()).device
+    def _encode(self, group: str, variant: int = 0) -> Tensor:
+        device = self.encoder.device
         with torch.autocast(device.type, enabled=False):
-            result: Tensor = self.encoder(group)
+            result: Tensor = self.encoder(group, variant)
         return result
 
     # --- what a user asks ---------------------------------------------------------------------------------------------
 
     def fold(self) -> SoftPrompt:
         """Run the reparametrisation once and keep only its result; exact, and final."""
-        device = next(self.encoder.parameters()).device
+        device = self.encoder.device
         trainable = any(parameter.requires_grad for parameter in self.encoder.parameters())
-        folded = TableEncoder(self.encoder.folded()).to(device).requires_grad_(trainable)
+        folded = self.method.folded_encoder(self.encoder.folded()).to(device).requires_grad_(trainable)
+        unwatch(self.encoder)
         self._module["encoder"] = folded.train(self.encoder.training)
         self._memory.clear()
+        self._branches.clear()
         return self
 
     def verify_frozen(self) -> FrozenReport:
@@ -159,11 +205,24 @@ class SoftPrompt:
             )
         return self._host.record.verify(self.model)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the prompt, folded, and its trained heads: `soft_prompt.json` and `soft_prompt.safetensors`."""
-        from softhooks.checkpoint import save
+    def save_pretrained(self, save_directory: str | Path, *, as_peft: bool = False) -> None:
+        """Write the prompt, folded, and its trained heads: `soft_prompt.json` and `soft_prompt.safetensors`.
 
-        save(self, Path(save_directory))
+        In a sharded model every rank must call this; the first one writes.
+
+        Args:
+            save_directory: where to; made if it is not there.
+            as_peft: write an adapter that PEFT loads instead, where PEFT computes the same.
+
+        Raises:
+            UnsupportedMethodError: PEFT has nothing that computes the same.
+        """
+        from softhooks.saving import checkpoint, peft_export
+
+        write = peft_export.write if as_peft else checkpoint.save
+        with gathered(self) as writes:
+            if writes:
+                write(self, Path(save_directory))
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload what `save_pretrained` writes; further arguments go to `huggingface_hub.HfApi.upload_folder`."""
@@ -206,8 +265,8 @@ class SoftPrompt:
 
 
 def host_of(model: nn.Module) -> Host | None:
-    """The host of a model, if it carries a prompt; also through `torch.compile` and a wrapper's `module`."""
-    for holder in (model, getattr(model, "_orig_mod", None), getattr(model, "module", None)):
+    """The host of a model, if it carries a prompt; also through `torch.compile`, a wrapper's `module` and a sentence model."""
+    for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
         container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
         if isinstance(container, Container):
             return container.host

@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
 _COMMON = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "derandomize": True}
-hypothesis.settings.register_profile("quick", max_examples=8, **_COMMON)
+hypothesis.settings.register_profile("quick", max_examples=5, **_COMMON)
 hypothesis.settings.register_profile("thorough", max_examples=150, **{**_COMMON, "derandomize": False})
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -27,6 +27,33 @@ def text_states(states: Tensor, length: int, placement: str, causal: bool) -> Te
     if causal and placement != "front":
         kept[cut - 1] = cut + length - 1  # the last slot stands before the next text token, and predicts it
     return states[:, kept]
+
+
+def woven(embedded: Tensor, slots: Tensor, offsets: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Weave slots into one unpadded row by hand, each behind `offsets` tokens of it; and where each token then stands.
+
+    Shape:
+        [1, T, H], [S, H] -> [1, T + S, H]
+    """
+    pieces: list[Tensor] = []
+    places = []
+    for token in range(embedded.shape[1] + 1):
+        pieces += [slot.to(embedded) for slot, offset in zip(slots, offsets, strict=True) if offset == token]
+        if token < embedded.shape[1]:
+            places.append(len(pieces))
+            pieces.append(embedded[0, token])
+    return torch.stack(pieces)[None], places
+
+
+def woven_logits(model: Any, ids: Tensor, slots: Tensor, offsets: Sequence[int], causal: bool, **call: Any) -> Tensor:
+    """Logits of one unpadded row with slots woven into its embeddings. [1, T] -> [1, T, V]."""
+    wide, places = woven(model.get_input_embeddings()(ids), slots, offsets)
+    logits = model(inputs_embeds=wide, **call).logits
+    if "decoder_input_ids" in call:
+        return logits
+    if causal:  # what stands right before the next token predicts it
+        places = [place - 1 for place in places[1:]] + [wide.shape[1] - 1]
+    return logits[:, places]
 
 
 def prompted(model: Any, ids: Tensor, prompt: Tensor, placement: str, causal: bool, **call: Any) -> Tensor:
@@ -87,3 +114,63 @@ def cut_table(table: Tensor, layers: int, heads: int) -> tuple[list[Tensor], lis
     keys = [parts[:, layer, 0].transpose(0, 1)[None] for layer in range(layers)]
     values = [parts[:, layer, 1].transpose(0, 1)[None] for layer in range(layers)]
     return keys, values
+
+
+@contextmanager
+def written_out(model: Any, prefixes: Sequence[tuple[Tensor, Tensor] | None]) -> Iterator[None]:
+    """Let the n-th attention module that asks no attention function see the n-th prefix, [1, Hk, P, D] each; None: it sees none.
+
+    The model's own code runs; only its softmax learns of more columns, and what they weigh is added to what comes out.
+    """
+    layers = [module for module in model.modules() if type(module).__name__.endswith("SelfAttention")]
+    current: dict[str, Any] = {}
+    softmax, matmul, bmm = functional.softmax, torch.matmul, torch.bmm
+
+    def first_factor(original: Any) -> Any:
+        def multiply(left: Tensor, right: Tensor) -> Tensor:
+            current.setdefault("query", left)
+            return original(left, right)
+
+        return multiply
+
+    def wider(scores: Tensor, dim: int) -> Tensor:
+        module, (key, _) = current["module"], current["prefix"]
+        query = current["query"].reshape(-1, key.shape[1], *current["query"].shape[-2:])
+        parts = 1 if hasattr(module, "in_proj") else query.shape[-1]  # DeBERTa has scaled its query by now
+        parts *= 1 + len(module.pos_att_type) if hasattr(module, "query_proj") else 1
+        more = matmul(query, key.transpose(2, 3)) / parts**0.5
+        if getattr(module, "head_logits_proj", None) is not None:
+            more = torch.einsum("bhtp,gh->bgtp", more, module.head_logits_proj.weight)
+        weights = softmax(torch.cat([more, scores], dim=-1), dim=dim)
+        current["weights"] = weights[..., : more.shape[-1]]
+        return weights[..., more.shape[-1] :]
+
+    def added() -> Tensor:
+        module, weights = current["module"], current["weights"]
+        if getattr(module, "head_weights_proj", None) is not None:
+            weights = torch.einsum("bhtp,gh->bgtp", weights, module.head_weights_proj.weight)
+        return matmul(weights, current["prefix"][1]).transpose(1, 2).flatten(2)
+
+    with ExitStack() as patches:
+        for module, prefix in zip(layers, prefixes, strict=True):
+            if prefix is None:
+                continue
+
+            def enter(module: Any, _args: Any, prefix: Any = prefix) -> None:
+                current.clear()
+                current.update(module=module, prefix=prefix)
+                current["patches"] = inner = ExitStack()
+                inner.enter_context(mock.patch.object(torch, "matmul", first_factor(matmul)))
+                inner.enter_context(mock.patch.object(torch, "bmm", first_factor(bmm)))
+                inner.enter_context(mock.patch.object(functional, "softmax", wider))
+
+            def leave(module: Any, _args: Any, output: Any) -> Any:
+                current["patches"].close()
+                return output if hasattr(module, "o") else (output[0] + added(), *output[1:])
+
+            handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            if hasattr(module, "o"):  # MPNet projects inside
+                handles.append(module.o.register_forward_pre_hook(lambda _, args: (args[0] + added(),)))
+            for handle in handles:
+                patches.callback(handle.remove)
+        yield

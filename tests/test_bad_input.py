@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,9 @@ from untouched import remove_all, untouched
 import softhooks
 from softhooks import (
     AttachError,
+    Cartridge,
+    LlamaAdapter,
+    MultitaskPromptTuning,
     NotAttachedError,
     OptionError,
     PrefixTuning,
@@ -23,6 +27,9 @@ from softhooks import (
     PromptNotReachedError,
     PromptTooLongError,
     PromptTuning,
+    PTuning,
+    PTuningV2,
+    ResidualPromptTuning,
     SoftHooksError,
     UnsupportedMethodError,
     UnsupportedModeError,
@@ -48,10 +55,8 @@ def vit() -> Any:
     return tf.ViTModel(tf.ViTConfig(**small, image_size=8, patch_size=4)).eval()
 
 
-def deberta() -> Any:
-    sizes = {k: zoo.SMALL[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-    config = tf.DebertaV2Config(**sizes, num_attention_heads=4, max_position_embeddings=96)
-    return tf.DebertaV2ForMaskedLM(config).eval()
+def squeezebert() -> Any:
+    return tf.SqueezeBertForMaskedLM(tf.SqueezeBertConfig(**zoo.SMALL, embedding_size=32)).eval()
 
 
 class Timeseries(nn.Module):
@@ -90,14 +95,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a prompt of another length": (
         llama, lambda: PromptTuning(3, init="tensor", init_tensor=torch.zeros(4, 32)), {},
-        PromptMismatchError, r"one row a virtual token(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
+        PromptMismatchError, r"one a virtual token(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
     ),
     "a prefix where attention cannot be entered": (
-        deberta, lambda: PrefixTuning(3), {}, UnsupportedMethodError,
-        r"attention interface or a cache(.|\n)*model: *DebertaV2\w+, whose attention does neither\n.*PromptTuning",
+        squeezebert, lambda: PrefixTuning(3), {}, UnsupportedMethodError,
+        r"attention interface or a cache(.|\n)*model: *SqueezeBert\w+, whose attention does neither\n.*PromptTuning",
     ),
     "a zero prefix where attention cannot be entered": (
-        deberta, lambda: PrefixTuning(3, init="zero"), {}, UnsupportedMethodError, "whose attention does neither",
+        squeezebert, lambda: PrefixTuning(3, init="zero"), {}, UnsupportedMethodError, "whose attention does neither",
     ),
     "a prompt behind the text of a language model": (
         llama, lambda: PromptTuning(3, placement="end"), {}, UnsupportedMethodError,
@@ -178,13 +183,20 @@ def test_attach_refuses_beside_a_prompt_that_works(case: str) -> None:
 
 # --- options ----------------------------------------------------------------------------------------------------------
 
+NUMBERED: dict[str, Callable[[Any], Any]] = {
+    "prompt": PromptTuning,
+    "prefix": PrefixTuning,
+    "p-tuning": PTuning,
+    "p-tuning-v2": PTuningV2,
+    "mpt": lambda count: MultitaskPromptTuning(count, tasks=2),
+    "adapter": LlamaAdapter,
+    "residual": ResidualPromptTuning,
+    "cartridge": lambda count: Cartridge(count, document=[5, 6, 7]),
+}
+"""Every method that is told P; contexts and demonstrations have a length of their own."""
+
 WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
-    (lambda: PromptTuning(0), "num_virtual_tokens must be a whole number of 1 or more; it is 0"),
-    (lambda: PromptTuning(-1), "it is -1"),
-    (lambda: PromptTuning(2.5), "it is 2.5"),
-    (lambda: PromptTuning(True), "it is True"),
-    (lambda: PromptTuning("3"), "it is '3'"),
-    (lambda: PromptTuning(3, init="warm"), "init must be one of 'vocab', .*'tensor'; it is 'warm'"),
+    (lambda: PromptTuning(3, init="warm"), "init must be one of 'vocab', .*'prompt'; it is 'warm'"),
     (
         lambda: PromptTuning(3, placement="middle"),
         "placement must be one of 'front', 'after_first', 'end'; it is 'middle'",
@@ -202,7 +214,6 @@ WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
         "init_tensor belongs to init='tensor'; init is 'tensor' and .* is missing",
     ),
     (lambda: PromptTuning(3, init_tensor=torch.zeros(3, 32)), "init is 'vocab' and init_tensor is given"),
-    (lambda: PrefixTuning(0), "num_virtual_tokens must be a whole number"),
     (lambda: PrefixTuning(3, init="vocab"), "init must be one of 'text', 'zero', 'random'; it is 'vocab'"),
     (lambda: PrefixTuning(3, dropout=1.0), "dropout must be at least 0 and below 1; it is 1.0"),
     (lambda: PrefixTuning(3, dropout=-0.1), "it is -0.1"),
@@ -222,6 +233,15 @@ def test_wrong_options(number: int) -> None:
     with pytest.raises(OptionError, match=message) as caught:
         make()
     assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, True, "3"])
+@pytest.mark.parametrize("way", NUMBERED)
+def test_a_prompt_without_virtual_tokens_is_refused(way: str, count: Any) -> None:
+    """P = 0 would be the base: a run that trains nothing. The base is had with `disabled`, or without a prompt."""
+    said = re.escape(f"num_virtual_tokens must be a whole number of 1 or more; it is {count!r}.")
+    with pytest.raises(OptionError, match=said):
+        NUMBERED[way](count)
 
 
 def test_empty_ids() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from typer.testing import CliRunner
 
-from softhooks import cli
+from softhooks.command import cli
 from softhooks.demo.options import DemoOptions
 from softhooks.errors import SoftHooksError
 
@@ -81,6 +81,6 @@ def test_an_expected_error_is_one_message_and_exit_code_1(
 
 def test_the_module_runs_as_the_command_does() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "softhooks.cli", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "softhooks.command.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("softhooks ")

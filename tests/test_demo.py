@@ -1,6 +1,8 @@
 """The demo: its text is clean, its baselines are honest, and all of it runs offline on a tiny random model."""
 
 import ast
+import contextlib
+import io
 import json
 import re
 import sys
@@ -23,12 +25,19 @@ from softhooks.errors import SoftHooksError
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, str]:
-    """One quick demo: its report, its directory, and what it printed."""
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, str, str]:
+    """One quick demo: its report, its directory, what it printed, and its progress bars."""
     output = tmp_path_factory.mktemp("demo") / "output"
     console = Console(width=140, record=True, quiet=False)
-    report = run_demo(DemoOptions(output=output, quick=True), console)
-    return report, output, console.export_text()
+    with contextlib.redirect_stderr(io.StringIO()) as bars:
+        report = run_demo(DemoOptions(output=output, quick=True), console)
+    return report, output, console.export_text(), bars.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(shown: tuple[Report, Path, str, str]) -> tuple[Report, Path, str]:
+    """The same without the bars."""
+    return shown[:3]
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +214,30 @@ class TestDemo:
         for name in [*names, "majority class", "logistic regression", "head alone", "soft prompt", "prefix"]:
             assert name in printed
         assert all(0 <= line.accuracy <= 1 for line in report.lines)
+
+    def test_the_table_has_the_seconds_and_the_bytes_of_each_training(self, finished: tuple[Report, Path, str]) -> None:
+        report, output, printed = finished
+        rows = [
+            [cell.strip() for cell in re.split("[│┃]", row)[1:-1]]
+            for row in printed.splitlines()
+            if row.startswith(("│", "┃"))
+        ]
+        assert rows[0] == ["", "accuracy", "trained", "seconds", "saved bytes"]
+        for line, folder in zip(report.lines[2:], (HEAD, PROMPT, PREFIX), strict=True):
+            assert line.seconds is not None
+            assert line.checkpoint_bytes is not None
+            assert 0 < line.seconds < 600
+            assert 4 * line.trained < line.checkpoint_bytes
+            assert line.checkpoint_bytes <= sum(file.stat().st_size for file in (output / folder).iterdir())
+            accuracy, trained = f"{line.accuracy:.3f}", f"{line.trained:,}"
+            assert [line.name, accuracy, trained, f"{line.seconds:.0f}", f"{line.checkpoint_bytes:,}"] in rows
+        head, prompt, prefix = (line.checkpoint_bytes or 0 for line in report.lines[2:])
+        assert max(prompt, prefix) < head / 10, "a prompt's checkpoint is a small part of the model's"
+
+    def test_each_training_shows_its_progress(self, shown: tuple[Report, Path, str, str]) -> None:
+        report, _, _, bars = shown
+        steps = -(-report.train_rows // DemoOptions().batch_size)
+        assert len(re.findall(rf"100%\|[^|]*\| {steps}/{steps} ", bars)) >= 3
 
     def test_trained_numbers_are_the_prompts_and_the_heads(self, finished: tuple[Report, Path, str]) -> None:
         report, _, _ = finished

@@ -1,4 +1,4 @@
-"""Flash attention's contract, emulated: a mask of one number a key or none, and causal from the lower right on its own."""
+"""Flash attention's contract, emulated: a mask of one number a key or none; causal from the lower right, windows on its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from untouched import remove_all
 
 import softhooks
-from softhooks import PrefixTuning, PromptTuning, UnsupportedModeError
+from softhooks import PrefixTuning, PromptTuning, PTuningV2, UnsupportedModeError
 
 P, NEW = 4, 6
 NAME = "emulated"
@@ -30,9 +30,12 @@ def flash_emulated_forward(
 ) -> tuple[Tensor, None]:  # fmt: skip
     assert mask is None or mask.dim() == 2
     queries, keys, groups = query.shape[2], key.shape[2], query.shape[1] // key.shape[1]
-    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    causal = getattr(module, "is_causal", True)
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    seen = seen.tril(keys - queries) if causal else seen
     if sliding_window:
         seen = seen.triu(keys - queries - sliding_window + 1)
+        seen = seen if causal else seen.tril(keys - queries + sliding_window - 1)
     seen = seen[None, None] if mask is None else seen[None, None] & mask[:, None, None, :].bool()
     seen = seen | ~seen.any(-1, keepdim=True)
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -103,3 +106,40 @@ def test_what_flash_attention_cannot_show_is_refused() -> None:
         together = model(zoo.text(2, 6)).logits
         softhooks.activate(model, "long")
     torch.testing.assert_close(together, model(zoo.text(2, 6)).logits.detach())
+
+
+@pytest.mark.parametrize("arch", ["mistral", "modernbert"])
+def test_a_prefix_that_is_seen_past_a_window_is_refused(arch: str) -> None:
+    """Flash attention counts the window by itself, and would cut the prefix off without a word."""
+    model = zoo.build(arch, "sequence")
+    model.set_attn_implementation(NAME)
+    for method in (PTuningV2(P), PrefixTuning(P, windowed=False)):
+        with pytest.raises(UnsupportedModeError, match=r"function: *flash_emulated_forward with windows"):
+            softhooks.attach(model, method)
+    with pytest.raises(UnsupportedModeError, match="shows every query" if arch == "mistral" else "with windows"):
+        softhooks.attach(model, PrefixTuning(P))
+
+
+def test_deep_prompts_on_an_encoder_are_those_of_sdpa() -> None:
+    logits = []
+    for model in (zoo.build("bert", "tokens"), zoo.build("bert", "tokens")):
+        if logits:
+            model.set_attn_implementation(NAME)
+        torch.manual_seed(0)
+        with torch.no_grad(), softhooks.attach(model, PTuningV2(P)) as prompt:
+            prompt.encoder.eval().text.normal_()
+            assert not prompt.host.anatomy.entry.causal
+            logits.append(model(**naive.left_padded(ROWS)).logits[naive.left_padded(ROWS)["attention_mask"].bool()])
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["prompt", "prefix"])
+def test_packed_documents_are_refused(way: str) -> None:
+    method, injection = WAYS[way]
+    model = emulated("llama")
+    ids, positions = zoo.text(1, 6), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with (
+        softhooks.attach(model, method, injection=injection),
+        pytest.raises(UnsupportedModeError, match="apart by itself"),
+    ):
+        model(ids, position_ids=positions, use_cache=False)

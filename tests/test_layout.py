@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softhooks.layout import Placement, Widened, gap_before, text_positions, widen
+from softhooks.inject.widened import Widened, gaps, widen
+from softhooks.layout.places import Layout, Placement, text_positions
 
 PLACEMENTS: tuple[Placement, ...] = ("front", "after_first", "end")
-PADDING, SPARE = "pad", "spare"
+SPARE = "spare"
+Batch = tuple[list[list[int]], list[list[int]], list[list[bool]], bool]
 
 
 @st.composite
@@ -28,39 +30,38 @@ def masks(draw: st.DrawFn) -> list[list[int]]:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[list[list[int]], list[int], Placement, bool]:
-    """Masks, the slots of each row, a placement, and the side that spare slots go to."""
-    rows = draw(masks())
-    lengths = draw(st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows)))
-    return rows, lengths, draw(st.sampled_from(PLACEMENTS)), draw(st.booleans())
+def batches(draw: st.DrawFn) -> Batch:
+    """Masks, how many real tokens stand before each slot, which slots are in use, and the side that spare slots go to."""
+    rows, slots = draw(masks()), draw(st.integers(1, 5))
+    offsets = [draw(st.lists(st.integers(0, sum(row)), min_size=slots, max_size=slots)) for row in rows]
+    live = [draw(st.lists(st.booleans(), min_size=slots, max_size=slots)) for _ in rows]
+    return rows, offsets, live, draw(st.booleans())
 
 
-def gap_of(mask: list[int], placement: Placement) -> int:
-    """The column that a row's slots stand before, found by looking."""
+def gap_of(mask: list[int], offset: int) -> int:
+    """The column that a slot stands before, found by looking."""
     real = [column for column, bit in enumerate(mask) if bit]
-    if placement == "end":
-        return real[-1] + 1 if real else 0
     if not real:
         return len(mask)
-    return real[0] if placement == "front" else real[0] + 1
+    return real[0] if offset == 0 else real[offset - 1] + 1
 
 
-def slow(mask: list[int], length: int, slots: int, placement: Placement, spare_first: bool) -> list[Any]:
+def slow(mask: list[int], offsets: list[int], live: list[bool], spare_first: bool) -> list[Any]:
     """A row with its slots, as a list of what stands in each column: ("text", i), ("slot", j) or ("spare", j)."""
-    row: list[Any] = [("text", column) for column in range(len(mask))]
-    gap = gap_of(mask, placement)
-    row[gap:gap] = [("slot", slot) for slot in range(length)]
-    spare = [(SPARE, slot) for slot in range(length, slots)]
+    row: list[Any] = []
+    for column in range(len(mask) + 1):
+        row += [("slot", j) for j, offset in enumerate(offsets) if live[j] and gap_of(mask, offset) == column]
+        row += [("text", column)] if column < len(mask) else []
+    spare = [(SPARE, slot) for slot, used in enumerate(live) if not used]
     return spare + row if spare_first else row + spare
 
 
-def widened(batch: tuple[list[list[int]], list[int], Placement, bool]) -> tuple[Widened, torch.Tensor, list[list[Any]]]:
-    rows, lengths, placement, spare_first = batch
+def widened(batch: Batch) -> tuple[Widened, torch.Tensor, list[list[Any]]]:
+    rows, offsets, live, spare_first = batch
     mask = torch.tensor(rows)
-    slots = max(1, *lengths)
-    wide = widen(gap_before(mask, placement), mask.shape[1], torch.tensor(lengths), slots, spare_first=spare_first)
-    slow_rows = [slow(row, length, slots, placement, spare_first) for row, length in zip(rows, lengths, strict=True)]
-    return wide, mask, slow_rows
+    wide = widen(gaps(mask, torch.tensor(offsets)), torch.tensor(live), mask.shape[1], spare_first=spare_first)
+    each = zip(rows, offsets, live, strict=True)
+    return wide, mask, [slow(row, stands, used, spare_first) for row, stands, used in each]
 
 
 @given(masks())
@@ -72,22 +73,39 @@ def test_positions(rows: list[list[int]]) -> None:
     assert mask.tolist() == rows
 
 
+@given(batches())
+def test_gaps(batch: Batch) -> None:
+    rows, offsets, _, _ = batch
+    found = gaps(torch.tensor(rows), torch.tensor(offsets)).tolist()
+    assert found == [[gap_of(row, offset) for offset in own] for row, own in zip(rows, offsets, strict=True)]
+
+
+def test_a_slot_stands_right_behind_its_last_token_also_where_a_mask_has_holes() -> None:
+    mask = torch.tensor([[0, 1, 0, 1, 0]])
+    assert gaps(mask, torch.tensor([[0, 1, 2]])).tolist() == [[1, 2, 4]]
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @given(rows=masks())
-def test_gaps(placement: Placement, rows: list[list[int]]) -> None:
-    assert gap_before(torch.tensor(rows), placement).tolist() == [gap_of(row, placement) for row in rows]
+def test_placements(placement: Placement, rows: list[list[int]]) -> None:
+    mask = torch.tensor(rows)
+    places = Layout.placed(placement, 2).places(mask, None, None, range(len(rows)))
+    for row, offsets, live in zip(rows, places.offsets.tolist(), places.live.tolist(), strict=True):
+        assert live == [True, True]
+        assert offsets == [{"front": 0, "after_first": 1, "end": sum(row)}[placement]] * 2
 
 
 @given(batches())
 def test_every_column_holds_one_thing(batch: Any) -> None:
     wide, mask, rows = widened(batch)
-    assert wide.columns == mask.shape[1] + max(1, *batch[1])
+    assert wide.columns == mask.shape[1] + len(batch[1][0])
     for i, row in enumerate(rows):
         assert len(row) == wide.columns
         assert [row[column] for column in wide.text[i].tolist()] == [("text", t) for t in range(mask.shape[1])]
         for slot, column in enumerate(wide.slots[i].tolist()):
             live = bool(wide.live[i, slot])
             assert row[column] == (("slot" if live else SPARE), slot)
+            assert live == batch[2][i][slot]
         assert sorted(wide.text[i].tolist() + wide.slots[i].tolist()) == list(range(wide.columns))
 
 
@@ -133,23 +151,22 @@ def test_positions_of_the_widened_row_ignore_padding(batch: Any) -> None:
 
 
 @given(batches())
-def test_slots_stand_together_and_in_order(batch: Any) -> None:
+def test_slots_stand_behind_as_many_tokens_as_they_should_and_in_order(batch: Batch) -> None:
     wide, _, _ = widened(batch)
-    rows, lengths, placement, _ = batch
-    for i, length in enumerate(lengths):
-        places = wide.slots[i, :length].tolist()
-        assert places == list(range(places[0], places[0] + length)) if length else places == []
-        assert wide.live[i].tolist() == [slot < length for slot in range(max(1, *lengths))]
-        if length and any(rows[i]):
-            before = [wide.text[i, t] < places[0] for t, bit in enumerate(rows[i]) if bit]
-            assert sum(before) == {"front": 0, "after_first": 1, "end": len(before)}[placement]
+    rows, offsets, live, _ = batch
+    for i, row in enumerate(rows):
+        places = [(offset, wide.slots[i, j].item()) for j, offset in enumerate(offsets[i]) if live[i][j]]
+        for offset, place in places:
+            before = [bool(wide.text[i, t] < place) for t, bit in enumerate(row) if bit]
+            assert sum(before) == offset
+        assert sorted(places, key=lambda pair: pair[0]) == sorted(places)  # those of one gap keep their order
 
 
 @given(batches(), st.integers(0, 5), st.sampled_from(["left", "right"]))
-def test_more_padding_moves_nothing_in_the_text(batch: Any, extra: int, side: str) -> None:
+def test_more_padding_moves_nothing_in_the_text(batch: Batch, extra: int, side: str) -> None:
     """The real columns, slots among them, are in the same order whatever stands around them."""
 
-    def real(one: Any, shift: int) -> list[list[Any]]:
+    def real(one: Batch, shift: int) -> list[list[Any]]:
         wide, mask, rows = widened(one)
         seen = wide.spread_mask(mask)
         return [
@@ -157,9 +174,6 @@ def test_more_padding_moves_nothing_in_the_text(batch: Any, extra: int, side: st
             for i, row in enumerate(rows)
         ]
 
-    rows, lengths, placement, spare_first = batch
-    if not all(any(row) for row in rows):
-        return  # a row of padding has no place for slots to stand next to
+    rows, offsets, live, spare_first = batch
     more = [[0] * extra + row if side == "left" else row + [0] * extra for row in rows]
-    padded = (more, lengths, placement, spare_first)
-    assert real(padded, extra if side == "left" else 0) == real(batch, 0)
+    assert real((more, offsets, live, spare_first), extra if side == "left" else 0) == real(batch, 0)

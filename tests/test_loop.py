@@ -14,12 +14,23 @@ import zoo
 from untouched import remove_all, untouched
 
 import softhooks
-from softhooks import FrozenModifiedError, NameTakenError, OptionError, PrefixTuning, PromptTuning, SoftPrompt
+from softhooks import (
+    FrozenModifiedError,
+    LlamaAdapter,
+    NameTakenError,
+    OptionError,
+    PrefixTuning,
+    PromptTuning,
+    PTuningV2,
+    SoftPrompt,
+)
 
 METHODS = {
     "prompt": PromptTuning(4),
     "prefix": PrefixTuning(4),
     "prefix-mlp": PrefixTuning(4, projection=True, hidden_size=16, dropout=0.1),
+    "p-tuning-v2": PTuningV2(4, layers=[-1]),
+    "adapter": LlamaAdapter(4),
 }
 
 
@@ -86,7 +97,7 @@ def test_a_loop_inside_with(tmp_path: Path, arch: str, head: str, method: str) -
     ],
     ids=["adamw", "adamw-fused", "sgd"],
 )
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "adapter"])
 def test_an_evaluation_between_steps_sees_every_step(method: str, optimizer: Any) -> None:
     model = zoo.build("llama")
     with softhooks.attach(model, METHODS[method]) as prompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import naive
@@ -11,11 +12,12 @@ import peers
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
 import softhooks
-from softhooks import PrefixTuning, PromptTuning
+from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, PTuningV2
 
 P, NEW = 4, 6
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
@@ -92,14 +94,17 @@ def test_case_2_sequence_classification_on_a_decoder_with_right_padding(arch: st
             assert distance(theirs, expected) > 0.1
 
 
-@pytest.mark.parametrize("way", ["front", "after_first", "end", "prefix"])
+@pytest.mark.parametrize("way", ["front", "after_first", "end", "prefix", "p-tuning-v2"])
 def test_case_3_question_answering(way: Any) -> None:
     model, bare, ids = zoo.build("bert", "qa"), zoo.build("bert", "qa"), zoo.text(2, 7)
     starts, ends = torch.tensor([1, 3]), torch.tensor([2, 6])
-    method = PrefixTuning(P) if way == "prefix" else PromptTuning(P, placement=way)
+    deep = {"prefix": PrefixTuning(P), "p-tuning-v2": PTuningV2(P)}
+    method = deep[way] if way in deep else PromptTuning(P, placement=way)
     with torch.no_grad(), softhooks.attach(model, method) as prompt:
+        if way == "p-tuning-v2":
+            prompt.encoder.text.normal_(std=0.7)
         output = model(ids, start_positions=starts, end_positions=ends)
-        if way == "prefix":
+        if way in deep:
             keys, values = oracles.cut_table(rows_of(prompt), 2, 4)
             with oracles.patched_attention(list(zip(keys, values, strict=True))):
                 wide = bare(ids)
@@ -170,12 +175,13 @@ def test_case_10_prompt_of_an_encoder_decoder(arch: str) -> None:
 # --- 11 ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", [PrefixTuning(P), PTuningV2(P, dropout=0.0)], ids=["prefix", "p-tuning-v2"])
 @pytest.mark.parametrize("head", ["masked", "sequence", "tokens"])
 @pytest.mark.parametrize("arch", zoo.ENCODERS)
-def test_case_11_gradient_checkpointing_turned_on_afterwards(arch: str, head: str) -> None:
+def test_case_11_gradient_checkpointing_turned_on_afterwards(arch: str, head: str, method: Any) -> None:
     model, ids = naive.without_dropout(zoo.build(arch, head)).train(), zoo.text(2, 7)
     labels = torch.tensor([0, 1]) if head == "sequence" else ids % 3
-    with softhooks.attach(model, PrefixTuning(P)) as prompt:
+    with softhooks.attach(model, method) as prompt:
         gradients = []
         for checkpointing in (False, True):
             if checkpointing:
@@ -210,3 +216,51 @@ def test_case_12_packed_documents(arch: str, method: Any) -> None:
             with peers.quiet():
                 first, second = (theirs(ids, position_ids=positions).logits[0, 7:] for ids in (packed, other))
             assert distance(first, second) > 0.1
+
+
+# --- 17 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_case_17_an_adapter_trains_the_head_of_a_sequence_classifier(tmp_path: Path) -> None:
+    """PEFT freezes the head where it started, at random; here it trains, is saved, and comes back."""
+    ids, labels = torch.cat([zoo.text(1, 7, seed=seed) for seed in range(6)]), torch.arange(6) % 3
+    model = zoo.build("llama", "sequence")
+    own = model.score.weight.detach().clone()
+    with softhooks.attach(model, LlamaAdapter(P)) as prompt:
+        optimizer = torch.optim.AdamW(prompt.parameters(), lr=2e-2)
+        for _ in range(60):
+            model(ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(prompt.heads["score"].weight, own)
+        assert torch.equal(model.score.weight, own)
+        expected = model(ids).logits
+        assert expected.argmax(-1).tolist() == labels.tolist()
+        prompt.save_pretrained(tmp_path)
+    fresh = zoo.build("llama", "sequence")
+    softhooks.load(fresh, tmp_path)
+    assert torch.equal(fresh(ids).logits, expected)
+    if peers.HAS_PEFT:
+        import peft
+
+        config = peft.AdaptionPromptConfig(adapter_len=P, adapter_layers=2, task_type="SEQ_CLS")
+        with peers.quiet():
+            theirs = peft.get_peft_model(zoo.build("llama", "sequence"), config)
+            trained = {name for name, parameter in theirs.named_parameters() if parameter.requires_grad}
+            assert all("adaption_" in name for name in trained)
+            theirs.save_pretrained(tmp_path / "theirs")
+        assert not [name for name in load_file(tmp_path / "theirs" / "adapter_model.safetensors") if "score" in name]
+
+
+def test_an_adapter_on_biased_projections_starts_as_the_base() -> None:
+    """PEFT adds it behind the output projection, whose bias then comes twice: 0.085 off where it was measured."""
+    ids = zoo.text(2, 7)
+    model = zoo.build("llama", attention_bias=True).requires_grad_(False)
+    bare = model(ids).logits
+    with softhooks.attach(model, LlamaAdapter(P)):
+        assert torch.equal(model(ids).logits, bare)
+    if peers.HAS_PEFT:
+        import peft
+
+        config = peft.AdaptionPromptConfig(adapter_len=P, adapter_layers=2, task_type="CAUSAL_LM")
+        assert distance(peft.get_peft_model(model, config)(ids).logits, bare) > 0.01

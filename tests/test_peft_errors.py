@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import softhooks
-from softhooks import PrefixTuning, PromptTuning, UnsupportedModeError
+from softhooks import PrefixTuning, PromptTuning, PTuningV2, UnsupportedModeError
 
 P, NEW = 4, 8
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
@@ -194,13 +194,30 @@ def test_prefix_without_a_cache(arch: str) -> None:
         assert torch.equal(ours[-len(row) - NEW :], naive.greedy(step, row, NEW))
 
 
-@pytest.mark.parametrize("way", METHODS)
-@pytest.mark.parametrize("arch", ["bert", "roberta", "llama", "gpt2"])
+@pytest.mark.parametrize("method", [PrefixTuning(P), PTuningV2(P)], ids=["prefix", "p-tuning-v2"])
+@pytest.mark.parametrize("arch", ["modernbert", "deberta-v2", "albert", "mpnet", "esm", "roformer"])
+def test_prefix_on_encoders_that_take_no_cache(arch: str, method: Any) -> None:
+    model, ids, layers = zoo.build(arch, "tokens"), zoo.text(2, 7), 3 if arch in ("albert", "modernbert") else 2
+    with torch.no_grad(), softhooks.attach(model, method) as prompt:
+        prompt.encoder.eval().text.normal_(std=0.7)
+        logits = model(ids).logits
+        keys, values = oracles.cut_table(prompt.encoder("text"), layers, 4)
+        pairs = list(zip(keys, values, strict=True))
+        inside = oracles.written_out(model, pairs) if arch in zoo.WRITTEN_OUT else oracles.patched_attention(pairs)
+        with softhooks.disabled(model), inside:
+            torch.testing.assert_close(logits, model(ids).logits, **CLOSE)
+    if peers.HAS_PEFT and arch != "roformer":  # there it runs by now, with positions that start at P
+        with pytest.raises((ValueError, TypeError, RuntimeError, AttributeError)), peers.quiet():
+            peers.prefixed(model, None, P, "TOKEN_CLS")(input_ids=ids)
+
+
+@pytest.mark.parametrize("way", [*METHODS, "p-tuning-v2"])
+@pytest.mark.parametrize("arch", ["bert", "roberta", "llama", "gpt2", "deberta-v2", "albert"])
 def test_token_classification_with_labels(arch: str, way: str) -> None:
     model, ids = zoo.build(arch, "tokens"), zoo.text(2, 7)
     labels = ids % 3
     labels[0, 2] = -100
-    with softhooks.attach(model, METHODS[way]):
+    with softhooks.attach(model, PTuningV2(P) if way == "p-tuning-v2" else METHODS[way]):
         output = model(ids, labels=labels)
     assert output.logits.shape == (2, 7, 3)
     expected = functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())

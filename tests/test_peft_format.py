@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from untouched import remove_all, untouched
 
 import softhooks
-from softhooks import CheckpointError, PrefixTuning, PromptMismatchError, PromptTuning
+from softhooks import Cartridge, CheckpointError, PrefixTuning, PromptMismatchError, PromptTuning, PTuning
 
 peft = pytest.importorskip("peft")
 P = 5
@@ -30,11 +30,18 @@ def _clean() -> Iterator[None]:
 
 CONFIGS: dict[str, Callable[[str], Any]] = {
     "prompt": lambda task: peft.PromptTuningConfig(task_type=task, num_virtual_tokens=P),
+    "p-tuning": lambda task: peft.PromptEncoderConfig(
+        task_type=task, num_virtual_tokens=P, encoder_hidden_size=12, encoder_reparameterization_type="LSTM"
+    ),
+    "p-tuning-mlp": lambda task: peft.PromptEncoderConfig(task_type=task, num_virtual_tokens=P, encoder_hidden_size=12),
     "prefix": lambda task: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=P),
     "prefix-mlp": lambda task: peft.PrefixTuningConfig(
         task_type=task, num_virtual_tokens=P, prefix_projection=True, encoder_hidden_size=12
     ),
 }
+if hasattr(peft, "CartridgeConfig"):
+    CONFIGS["cartridge"] = lambda task: peft.CartridgeConfig(task_type=task, num_virtual_tokens=P, num_frozen_tokens=2)
+KINDS = {"prompt": PromptTuning, "p-tuning": PTuning, "prefix": PrefixTuning, "cartridge": Cartridge}
 TASKS = {
     "causal": "CAUSAL_LM", "sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "qa": "QUESTION_ANS", "masked": "FEATURE_EXTRACTION",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -83,7 +90,7 @@ def test_pefts_prompts_answer_as_in_peft(tmp_path: Path, arch: str, head: str, k
     model = zoo.build(arch, head)
     bare = answer(model, case)
     prompt = softhooks.load(model, tmp_path)
-    assert isinstance(prompt.method, PromptTuning if kind == "prompt" else PrefixTuning)
+    assert type(prompt.method) is KINDS[kind.removesuffix("-mlp")]
     assert prompt.method.num_virtual_tokens == P
     torch.testing.assert_close(answer(model, case), expected, rtol=1e-4, atol=1e-5)
     assert (bare - expected).abs().max() > 0.05
@@ -145,12 +152,7 @@ def test_a_prefix_of_an_encoder_decoder_is_refused(tmp_path: Path, arch: str, ki
 
 
 OTHERS: dict[str, Callable[[], Any]] = {
-    "P_TUNING": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, encoder_hidden_size=8),
     "LORA": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
-    "ADAPTION_PROMPT": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
-    "MULTITASK_PROMPT_TUNING": lambda: peft.MultitaskPromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=P, num_tasks=2
-    ),
 }
 
 

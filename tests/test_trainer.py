@@ -18,9 +18,12 @@ from untouched import differences, remove_all, same_bits, snapshot
 import softhooks
 from softhooks import (
     FrozenModifiedError,
+    LlamaAdapter,
     NameTakenError,
     PrefixTuning,
     PromptTuning,
+    PTuningV2,
+    ResidualPromptTuning,
     SoftPromptCallback,
     TrainerError,
 )
@@ -29,6 +32,9 @@ METHODS = {
     "prompt": PromptTuning(4),
     "prefix": PrefixTuning(4),
     "prefix-mlp": PrefixTuning(4, projection=True, hidden_size=16, dropout=0.1),
+    "p-tuning-v2": PTuningV2(4, layers=[-1], projection=True, hidden_size=16),
+    "residual": ResidualPromptTuning(4, hidden_size=16),
+    "adapter": LlamaAdapter(4),
 }
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 TASKS = [("llama", "causal"), ("bert", "sequence"), ("bert", "tokens"), ("t5", "seq2seq")]
@@ -210,7 +216,17 @@ def test_an_optimizer_without_groups_is_refused() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     optimizer.param_groups.clear()
     with softhooks.attach(model, METHODS["prompt"]) as prompt, pytest.raises(TrainerError, match="group"):
-        softhooks.optimizer.mend_optimizer(optimizer, prompt)
+        softhooks.trainer.optimizer.mend_optimizer(optimizer, prompt)
+
+
+def test_a_trainer_that_is_refused_after_it_attached_leaves_the_model_bare(tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    before = snapshot(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    optimizer.param_groups.clear()
+    with pytest.raises(TrainerError, match="group"):
+        training.prompted(tmp_path, model, "causal", METHODS["prompt"], given={"optimizers": (optimizer, None)})
+    assert not differences(before, snapshot(model))
 
 
 # --- models that come late --------------------------------------------------------------------------------------------
@@ -240,20 +256,6 @@ def test_a_callback_added_after_construction_trains_the_same(tmp_path: Path, opt
     assert callback.report is not None
     assert training.losses(trainer) == training.losses(reference)
     assert training.equal(training.trained(callback), training.trained(expected))
-
-
-def test_a_late_prompt_on_a_resumed_run_is_refused(tmp_path: Path) -> None:
-    first, _ = training.prompted(
-        tmp_path, zoo.build("llama"), "causal", METHODS["prompt"], save_only_model=True, **SAVING
-    )
-    first.train()
-    model = zoo.build("llama")
-    trainer = training.make(tmp_path, model, "causal", [])
-    trainer.add_callback(SoftPromptCallback(METHODS["prompt"]))
-    before = snapshot(model)
-    with pytest.raises(TrainerError, match="training is resumed"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert not _ours(differences(before, snapshot(model)))
 
 
 def test_a_late_prompt_in_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,9 +405,14 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("arch", "head"), [("llama", "causal"), ("bert", "sequence"), ("t5", "seq2seq"), ("gptj", "causal")]
+    ("arch", "head", "method"),
+    [
+        (arch, head, method)
+        for arch, head in (("llama", "causal"), ("bert", "sequence"), ("t5", "seq2seq"), ("gptj", "causal"))
+        for method in METHODS
+        if (arch, method) != ("gptj", "adapter")
+    ],
 )
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, arch: str, head: str, method: str) -> None:
     results = []

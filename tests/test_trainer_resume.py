@@ -21,7 +21,7 @@ from untouched import differences, remove_all, snapshot
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
 from softhooks.method import Method
-from softhooks.resume import LIVE
+from softhooks.trainer.resume import LIVE
 
 RUNS = [
     ("llama", "causal", "prompt"),
@@ -31,6 +31,12 @@ RUNS = [
     ("bert", "sequence", "prefix-mlp"),
     ("t5", "seq2seq", "prefix-mlp"),
     ("gptj", "causal", "prompt"),
+    ("bert", "sequence", "p-tuning-v2"),
+    ("deberta-v2", "sequence", "p-tuning-v2"),
+    ("albert", "tokens", "p-tuning-v2"),
+    ("llama", "causal", "residual"),
+    ("llama", "causal", "adapter"),
+    ("bert", "sequence", "adapter"),
 ]
 
 
@@ -57,14 +63,6 @@ def keep(model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any]:
     return trained, {
         key: {k: torch.as_tensor(v).clone() for k, v in item.items()} for key, item in state["state"].items()
     }
-
-
-def spoil(callback: SoftPromptCallback) -> None:
-    """Overwrite what is trained, so that only loading can bring it back."""
-    assert callback.soft_prompt is not None
-    with torch.no_grad():
-        for parameter in callback.soft_prompt.parameters():
-            parameter.fill_(0.123)
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path: Path, arc
     model = zoo.build(arch, head)
     base = training.base_of(model)
     resumed, other = training.prompted(tmp_path, model, head, METHODS[method], **options)
-    spoil(other)
+    training.spoil(other)
     with training.logged() as messages:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert not [message for message in messages if "keys" in message]
@@ -130,10 +128,10 @@ def test_a_resumed_run_goes_on_in_the_same_trainer(tmp_path: Path) -> None:
     trainer, callback = training.prompted(tmp_path, zoo.build("llama"), "causal", METHODS["prefix"], keeper, **SAVING)
     trainer.train()
     expected = keeper.kept[4]
-    spoil(callback)
+    training.spoil(callback)
     trainer.train(resume_from_checkpoint=True)
     assert training.equal(training.trained(callback), expected[0])
-    spoil(callback)
+    training.spoil(callback)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert training.equal(training.trained(callback), expected[0])
 
@@ -352,7 +350,7 @@ def test_a_prompt_on_top_of_lora(tmp_path: Path, head: str, method: str) -> None
 
     again = lora(head=head)
     resumed, other = trainer(again)
-    spoil(other)
+    training.spoil(other)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert training.losses(resumed) == training.losses(whole)
     assert training.equal(keep(again, resumed.optimizer), keeper.kept[4])

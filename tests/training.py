@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import transformers as tf
 import zoo
+from table import LEARNERS, Entry
 from untouched import leave_libraries_alone
 
 from softhooks import SoftPromptCallback
 from softhooks.method import Method
 
+TASKS = [("llama", "causal"), ("bert", "sequence"), ("bert", "tokens"), ("t5", "seq2seq")]
 QUIET: dict[str, Any] = {
     "report_to": [],
     "disable_tqdm": True,
@@ -30,14 +32,17 @@ QUIET: dict[str, Any] = {
 }
 
 
-def rows(head: str, count: int = 8, length: int = 6, end: bool = False) -> list[dict[str, torch.Tensor]]:
-    """A data set that a prompt can learn by heart."""
+def rows(
+    head: str, count: int = 8, length: int = 6, end: bool = False, entry: Entry | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """A data set that a prompt can learn by heart, with the columns that an entry of the table asks for."""
     found = []
     for number in range(count):
         ids = zoo.text(1, length, seed=number, end=end)[0]
         row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         labels = {"causal": ids, "sequence": torch.tensor(number % 3), "tokens": ids % 3, "seq2seq": ids.flip(0)[:4]}
-        found.append({**row, "labels": labels[head].clone()})
+        more = {} if entry is None else {name: value[0] for name, value in entry.extra([number]).items()}
+        found.append({**row, **more, "labels": labels[head].clone()})
     return found
 
 
@@ -57,10 +62,8 @@ def make(
     trainer = cls(
         **({} if model is None else {"model": model}),
         args=arguments(str(folder), **{**QUIET, **options}),
-        train_dataset=data,
-        eval_dataset=data[:4],
         callbacks=list(callbacks),
-        **(given or {}),
+        **{"train_dataset": data, "eval_dataset": data[:4], **(given or {})},
     )
     trainer.remove_callback(tf.PrinterCallback)
     return trainer
@@ -74,9 +77,39 @@ def prompted(
     return make(folder, model, head, [callback, *more], **options), callback
 
 
+def learning(
+    folder: Path, entry: Entry, *more: tf.TrainerCallback, method: Method | None = None, **options: Any
+) -> tuple[tf.Trainer, SoftPromptCallback]:
+    """A Trainer of an entry of the table, on a task and rows that suit it; made twice, it is twice the same."""
+    arch, head = task_of(entry)
+    model, data = zoo.build(arch, head), rows(head, entry=entry)
+    given = {"train_dataset": data, "eval_dataset": data[:4], **options.pop("given", {})}
+    return prompted(folder, model, head, method or entry.make(4), *more, given=given, **options)
+
+
+def task_of(entry: Entry) -> tuple[str, str]:
+    """What to train a method on: the first method of the table on one task, the next on another, if it can."""
+    number = LEARNERS.index(entry) % len(TASKS)
+    rotated = TASKS[number:] + TASKS[:number]
+    return next(task for task in rotated if entry.fits(zoo.Case(*task)))
+
+
+def spoil(callback: SoftPromptCallback) -> None:
+    """Overwrite what is trained, so that only loading can bring it back."""
+    assert callback.soft_prompt is not None
+    with torch.no_grad():
+        for parameter in callback.soft_prompt.parameters():
+            parameter.fill_(0.123)
+
+
+def logs(trainer: tf.Trainer) -> list[dict[str, Any]]:
+    """The logs of training steps."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
 def losses(trainer: tf.Trainer) -> list[float]:
     """The logged training losses, step by step."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in logs(trainer)]
 
 
 def trained(callback: SoftPromptCallback) -> dict[str, torch.Tensor]:

@@ -73,6 +73,68 @@ def _roberta() -> Any:
     return tf.RobertaConfig(**{**SMALL, "pad_token_id": 1, "bos_token_id": 0})
 
 
+def _albert() -> Any:
+    return tf.AlbertConfig(**{**SMALL, "num_hidden_layers": 3}, embedding_size=16)  # one layer, run three times
+
+
+def _electra() -> Any:
+    return tf.ElectraConfig(**SMALL, embedding_size=16)
+
+
+def _distilbert() -> Any:
+    return tf.DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=32,
+        hidden_dim=48,
+        n_layers=2,
+        n_heads=4,
+        max_position_embeddings=96,
+        pad_token_id=PAD,
+    )
+
+
+def _modernbert() -> Any:
+    return tf.ModernBertConfig(  # three tokens to each side in the sliding layer
+        **{**SMALL, "num_hidden_layers": 3}, cls_token_id=BOS, sep_token_id=EOS, local_attention=6,
+        global_attn_every_n_layers=2,
+    )  # fmt: skip
+
+
+def _megatron_bert() -> Any:
+    return tf.MegatronBertConfig(**SMALL)
+
+
+def _deberta_v2() -> Any:
+    return tf.DebertaV2Config(
+        **SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, norm_rel_ebd="layer_norm",
+        share_att_key=True, position_biased_input=False, conv_kernel_size=3, conv_act="gelu",
+    )  # fmt: skip
+
+
+def _deberta() -> Any:
+    return tf.DebertaConfig(
+        **SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"], max_relative_positions=16, talking_head=True
+    )
+
+
+def _roformer() -> Any:
+    return tf.RoFormerConfig(**SMALL, embedding_size=16)
+
+
+def _rembert() -> Any:
+    return tf.RemBertConfig(**SMALL, input_embedding_size=16, output_embedding_size=24)
+
+
+def _mpnet() -> Any:
+    return tf.MPNetConfig(**{**SMALL, "pad_token_id": 1, "bos_token_id": 0})
+
+
+def _esm() -> Any:
+    return tf.EsmConfig(
+        **{**SMALL, "pad_token_id": 1, "bos_token_id": 0}, mask_token_id=3, position_embedding_type="rotary"
+    )
+
+
 def _t5() -> Any:
     return tf.T5Config(
         vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=PAD, eos_token_id=EOS,
@@ -111,22 +173,34 @@ def _falcon() -> Any:
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": _llama, "gpt2": _gpt2, "qwen3": _qwen3, "gemma3": _gemma3, "mistral": _mistral, "mixtral": _mixtral, "opt": _opt,
     "bert": _bert, "roberta": _roberta, "t5": _t5, "bart": _bart, "gptj": _gptj, "bloom": _bloom, "falcon": _falcon,
+    "albert": _albert, "electra": _electra, "distilbert": _distilbert, "modernbert": _modernbert,
+    "megatron-bert": _megatron_bert, "deberta-v2": _deberta_v2, "deberta": _deberta, "roformer": _roformer,
+    "rembert": _rembert, "mpnet": _mpnet, "esm": _esm,
 }  # fmt: skip
 
 CAUSAL = ("llama", "gpt2", "qwen3", "gemma3", "mistral", "mixtral", "opt")
 CACHED = ("gptj", "bloom", "falcon")
 ENCODERS = ("bert", "roberta")
+MORE_ENCODERS = {
+    "albert": ("sequence", "tokens"), "electra": ("sequence", "qa"), "distilbert": ("sequence", "masked"),
+    "modernbert": ("sequence", "tokens"), "megatron-bert": ("tokens", "qa"), "deberta-v2": ("sequence", "masked"),
+}  # fmt: skip
+"""Encoders that run every property with these heads; `tests/test_written_out.py` and others run more."""
+RARE_ENCODERS = ("deberta", "roformer", "rembert", "mpnet", "esm")
+WRITTEN_OUT = ("megatron-bert", "deberta-v2", "deberta", "roformer", "rembert", "mpnet")
+"""Encoders whose attention calls no attention function."""
 SEQ2SEQ = ("t5", "bart")
+COMMON = (*CAUSAL, *CACHED, *ENCODERS, *SEQ2SEQ)
 
 HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "causal": ("AutoModelForCausalLM", (*CAUSAL, *CACHED)),
     "seq2seq": ("AutoModelForSeq2SeqLM", SEQ2SEQ),
-    "sequence": ("AutoModelForSequenceClassification", tuple(CONFIGS)),
+    "sequence": ("AutoModelForSequenceClassification", COMMON),
     "tokens": (
         "AutoModelForTokenClassification",
-        tuple(n for n in CONFIGS if n not in ("gemma3", "opt", "bart", "gptj")),
+        tuple(n for n in COMMON if n not in ("gemma3", "opt", "bart", "gptj")),
     ),
-    "qa": ("AutoModelForQuestionAnswering", tuple(n for n in CONFIGS if n not in ("gemma3",))),
+    "qa": ("AutoModelForQuestionAnswering", tuple(n for n in COMMON if n not in ("gemma3",))),
     "masked": ("AutoModelForMaskedLM", (*ENCODERS, "bart")),
 }
 
@@ -148,6 +222,7 @@ class Case:
 
 
 CASES = [Case(arch, head) for head, (_, archs) in HEADS.items() for arch in archs]
+CASES += [Case(arch, head) for arch, heads in MORE_ENCODERS.items() for head in heads]
 
 
 def build(arch: str, head: str = "causal", seed: int = 0, attention: str = "sdpa", **changes: Any) -> Any:
@@ -159,9 +234,12 @@ def build(arch: str, head: str = "causal", seed: int = 0, attention: str = "sdpa
         setattr(config, key, value)
     torch.manual_seed(seed)
     auto = getattr(tf, HEADS[head][0])
-    model = auto.from_config(config, attn_implementation="eager" if arch in ("gptj", "bloom") else attention)
+    plain = arch in ("gptj", "bloom", *WRITTEN_OUT)
+    model = auto.from_config(config, attn_implementation="eager" if plain else attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # RoFormer's angles are what they are
+                continue
             if parameter.dim() > 1:
                 parameter.normal_(std=0.4 if "embed" in name or "wte" in name or "wpe" in name else 0.15)
             elif "bias" in name:

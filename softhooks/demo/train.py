@@ -134,6 +134,7 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         train_sampling_strategy="group_by_length",
         logging_strategy="epoch",
         save_strategy="no",
+        disable_tqdm=False,  # the demo keeps transformers quiet, and the Trainer would leave its bar out for that
         report_to="none",
         dataloader_pin_memory=False,
         seed=recipe.seed,

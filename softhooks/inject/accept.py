@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from softhooks.errors import UnsupportedModeError, explain
-from softhooks.layout import text_positions
+from softhooks.inject.provenance import is_recurrent
+from softhooks.layout.places import text_positions
 
 _UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask"}
 _WIDENED = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
@@ -40,7 +41,7 @@ def refuse_static(cache: Any) -> None:
     Raises:
         UnsupportedModeError: naming the cache.
     """
-    if getattr(cache, "is_compileable", False) is True:
+    if getattr(cache, "is_compileable", False) is True and not is_recurrent(cache):
         raise UnsupportedModeError(
             explain(
                 "slots in the sequence need a cache that grows.",

@@ -6,7 +6,6 @@ what they would see without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +15,16 @@ from torch.nn import functional
 
 from softhooks.anatomy import Role, Site, Stack
 from softhooks.errors import UnsupportedModeError, explain
+from softhooks.inject.checkpointing import CheckpointedPass
+from softhooks.inject.joined import attend_joined, can_join, join_mask
 from softhooks.inject.keyvalues import KeyValues
-from softhooks.inject.passes import AttentionFunction, Pass
+from softhooks.inject.paged import JoinedCache, paged_cache
+from softhooks.inject.passes import AttentionFunction, function_name
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
-class PrefixPass(Pass):
+class PrefixPass(CheckpointedPass):
     """Keys and values before those of the text, at each site.
 
     Args:
@@ -39,23 +41,33 @@ class PrefixPass(Pass):
         self.prefixes = prefixes
         self.positions = positions
         self._masks: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-        self._anchored: list[Tensor] = []
-        self._replaced: list[tuple[nn.Module, Any]] = []
         if training:
-            self._follow_checkpointing()
+            self.follow_checkpointing()
+
+    def enters(self, site: Site) -> bool:
+        """Tell whether a site has a prefix."""
+        return site.role in self.prefixes and site.index in self.prefixes[site.role].keys
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the attention function over the prefix and the text."""
-        prefix = self.prefixes.get(site.role)
-        if prefix is None:
+        if not self.enters(site):
             return attention(*args, **kwargs)
         self.touched = True
+        prefix = self.prefixes[site.role]
         module, query, key, value, mask, *rest = args if len(args) > 4 else (*args, kwargs.pop("attention_mask", None))
-        flash = attention.__name__.startswith("flash")  # knows, without a mask, which of the keys are text
+        flash = function_name(attention).startswith("flash")  # knows, without a mask, which of the keys are text
         if mask is None and not flash and _is_causal(module, kwargs) and key.shape[2] > query.shape[2] > 1:
             # An empty static cache: the keys behind the queries are blank, and no mask says so.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+        if site.role == "self" and can_join(function_name(attention), prefix, query, key, mask, kwargs):
+            joined = self._joined_mask(site, module, query, mask, kwargs)
+            return attend_joined(attention, prefix, site.index, (module, query, key, value, joined, *rest), kwargs)
         mask = self._mask(site, attention, module, query, key, mask, kwargs)
+        paged = paged_cache(kwargs)
+        if paged is not None:
+            kwargs = {**kwargs, "cache": JoinedCache(paged, prefix, site.index)}
+            output, _ = attention(module, query, key, value, mask, *rest, **kwargs)
+            return output, None
         key, value = prefix.before(site.index, key, value)
         bias = kwargs.get("position_bias")
         if bias is not None:
@@ -74,26 +86,41 @@ class PrefixPass(Pass):
         kwargs: Any,
     ) -> Any:
         """Widen the mask over the prefix; equal for all layers with one window, so built once a forward."""
-        name = attention.__name__
-        refuse_attention(name, kwargs)
-        window = _window(module, kwargs) if site.role == "self" and self.stack.causal else None
+        name = function_name(attention)
+        window = window_of(module, kwargs) if site.role == "self" else None
+        everywhere = not self.stack.causal or self.prefixes[site.role].windowed is False
+        refuse_attention(name, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))
+        window = window if self.stack.causal else None  # around a token, a window is the mask's alone
         causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
 
         def build() -> Any:
-            visible = self._visible(site.role, window, query.device)
+            visible = self._visible(site, window, query.device)
             return widen_mask(mask, self.prefixes[site.role].length, visible, causal, query, key, name)
 
         if torch.compiler.is_compiling():
             return build()
-        place = (site.role, window, causal, id(mask), name, query.dtype, query.device, key.shape[2])
+        bare = site.index if site.index in self.prefixes[site.role].bare else None
+        place = (site.role, bare, window, causal, id(mask), name, query.dtype, query.device, key.shape[2])
         if place not in self._masks:
             self._masks[place] = (mask, build())  # the old mask is kept too: its id must not be used again
         return self._masks[place][1]
 
-    def _visible(self, role: Role, window: int | None, device: torch.device) -> Tensor | None:
+    def _joined_mask(self, site: Site, module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The mask of rows joined behind one prefix; built once a forward, as the widened one."""
+        window = window_of(module, kwargs) if self.stack.causal else None
+        causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+        bare = site.index if site.index in self.prefixes[site.role].bare else None
+        place = ("joined", bare, window, causal, id(mask), query.shape, query.device)
+        if place not in self._masks:
+            visible = self._visible(site, window, query.device)
+            self._masks[place] = (mask, join_mask(mask, visible, self.prefixes[site.role], query, causal))
+        joined: Tensor = self._masks[place][1]
+        return joined
+
+    def _visible(self, site: Site, window: int | None, device: torch.device) -> Tensor | None:
         """Which virtual tokens each query sees, [B or 1, 1, T or 1, P] bool; None: all of them."""
-        prefix = self.prefixes[role]
-        present = prefix.present(device)
+        prefix = self.prefixes[site.role]
+        present = prefix.present(device, site.index)
         visible = None if present is None else present[:, None, None, :]
         if window is not None and prefix.windowed is not False and self.positions is not None:
             columns = torch.arange(prefix.length, device=device)
@@ -104,84 +131,16 @@ class PrefixPass(Pass):
             visible = near if visible is None else near & visible
         return visible
 
-    # --- activation checkpointing -------------------------------------------------------------------------------------
+    def injected(self) -> list[Tensor]:
+        """Every key and value."""
+        return [part for own in self.prefixes.values() for parts in (own.keys, own.values) for part in parts.values()]
 
-    def _follow_checkpointing(self) -> None:
-        """Make each checkpointed layer remember this pass, for the backward runs it again when the pass is over."""
-        for module in self.stack.module.modules():
-            if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in module.__dict__:
-                function: Any = module._gradient_checkpointing_func
-                self._replaced.append((module, function))
-                module._gradient_checkpointing_func = _Remembering(self, function)  # type: ignore[assignment]
-                if not self._anchored and _is_reentrant(function):
-                    self._detach_prefixes()
-
-    def _detach_prefixes(self) -> None:
-        """Cut the prefix into leaves whose gradients `embed` hands on.
-
-        A reentrant checkpoint runs a backward of its own in every layer; the prompt's graph behind the prefix would be used up
-        by the first one. Leaves only collect, and the anchor at the embedding, which is last in the backward, passes on.
-        """
+    def detach_injected(self) -> None:
+        """Cut every key and value off from the prompt's graph."""
         for role, prefix in self.prefixes.items():
-            leaves: list[dict[int, Tensor]] = []
-            for tensors in (prefix.keys, prefix.values):
-                leaves.append({i: t.detach().requires_grad_(t.requires_grad) for i, t in tensors.items()})
-                self._anchored += [tensor for i, t in tensors.items() for tensor in (t, leaves[-1][i])]
-            self.prefixes[role] = replace(prefix, keys=leaves[0], values=leaves[1])
-
-    def embed(self, output: Tensor) -> Tensor:
-        """Anchor the prompt's graph at the text's embeddings, where a reentrant checkpoint asks for it."""
-        if not self._anchored or not torch.is_grad_enabled():
-            return output
-        anchored: Tensor = _Anchor.apply(output, *self._anchored)  # type: ignore[no-untyped-call]
-        return anchored
-
-    def close(self) -> None:
-        """Give every layer its own checkpointing function back."""
-        super().close()
-        for module, function in self._replaced:
-            module._gradient_checkpointing_func = function
-        self._replaced.clear()
-
-
-class _Remembering:
-    """A checkpointing function that runs, and runs again, its layer inside the pass of its forward."""
-
-    def __init__(self, live: PrefixPass, function: Callable[..., Any]) -> None:
-        self.live = live
-        self.function = function
-
-    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        stack = self.live.stack
-
-        def inside(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            outer, stack.live = stack.live, self.live
-            try:
-                return layer(*inner_args, **inner_kwargs)
-            finally:
-                stack.live = outer
-
-        return self.function(inside, *args, **kwargs)
-
-
-class _Anchor(torch.autograd.Function):
-    """Hand the text's embeddings through; in the backward, hand the leaves' gradients to what they were cut from."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, *pairs: Tensor) -> Tensor:
-        ctx.leaves = pairs[1::2]
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        handed: list[Tensor | None] = [grad]
-        for leaf in ctx.leaves:
-            handed += [leaf.grad, None]
-        return tuple(handed)
-
-
-def _is_reentrant(function: Any) -> bool:
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+            keys = {index: self.cut_off(tensor) for index, tensor in prefix.keys.items()}
+            values = {index: self.cut_off(tensor) for index, tensor in prefix.values.items()}
+            self.prefixes[role] = replace(prefix, keys=keys, values=values)
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -189,24 +148,33 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+def window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    """How many tokens, itself among them, a token of a site sees; None: all."""
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     return window if isinstance(window, int) and window > 0 else None
 
 
-def refuse_attention(name: str, kwargs: dict[str, Any]) -> None:
+def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, masked: bool = False) -> None:
     """Refuse the attention functions whose masks a prefix cannot be written into.
 
+    Args:
+        cut: whether tokens see a window of tokens and yet the whole prefix; flash attention would window the prefix too.
+        masked: whether a mask comes with the call.
+
     Raises:
-        UnsupportedModeError: for flex and paged attention, and for packed flash attention.
+        UnsupportedModeError: for flex attention, for paged attention without a mask, and for flash attention where it is packed
+            or would cut the prefix.
     """
-    packed = name.startswith("flash") and any(kwargs.get(key) is not None for key in _PACKED_ARGUMENTS)
-    if "flex" in name or "paged" in name or packed:
+    flash = name.startswith("flash")
+    packed = flash and any(kwargs.get(key) is not None for key in _PACKED_ARGUMENTS)
+    cut = flash and cut
+    unmasked = not masked and ("paged" in name or paged_cache(kwargs) is not None)
+    if "flex" in name or unmasked or packed or cut:
         raise UnsupportedModeError(
             explain(
                 "a key-value prefix needs an attention function whose mask it can widen.",
                 "Use `model.set_attn_implementation('sdpa')` or 'eager'.",
-                function=name + (" with packed sequences" if packed else ""),
+                function=name + (" with packed sequences" if packed else " with windows" if cut else ""),
             )
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.attention import PrefixPass
 from softhooks.inject.caches import PrefixCache
 from softhooks.inject.keyvalues import KeyValues
+
+_BY_COLUMN = ("attention_mask", "alibi")
+"""What a layer is given for each column that it may attend to, in the last dimension."""
 
 
 class CachePass(PrefixPass):
@@ -45,6 +49,20 @@ class CachePass(PrefixPass):
         call["past_key_values"] = self.cache
         call["attention_mask"] = self._widened(call.get("attention_mask"), shape)
         self._keep_cache_in_checkpoints()
+        self.handles += self.prepare()
+
+    def prepare(self) -> list[Any]:
+        """Take the prefix's columns, which all layers are given, out of the masks of the layers that have no prefix."""
+        length = self.prefixes["self"].length
+
+        def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            names = list(inspect.signature(type(module).forward).parameters)[1:]
+            call = dict(zip(names, args, strict=False)) | kwargs
+            narrowed = {name: call[name][..., length:] for name in _BY_COLUMN if isinstance(call.get(name), Tensor)}
+            return (), {**call, **narrowed}
+
+        bare = [site for site in self.stack.sites if site.index not in self.prefixes["self"].keys]
+        return [site.module.register_forward_pre_hook(narrow, with_kwargs=True) for site in bare]
 
     def _wants_cache(self, call: dict[str, Any]) -> bool:
         asked = call.get("use_cache")
@@ -71,6 +89,15 @@ class CachePass(PrefixPass):
     def _widened(self, mask: Any, shape: tuple[int, int]) -> Any:
         """Put the prefix's columns before those of the caller's mask."""
         prefix = self.prefixes["self"]
+        if prefix.bare:
+            raise UnsupportedModeError(
+                explain(
+                    "in a model whose prefixes enter through a cache, the prompts of one batch must enter the same layers.",
+                    "Run their rows in batches of their own.",
+                    model=type(self.stack.module).__name__,
+                    layers=f"{sorted(prefix.bare)} have no prefix in some rows",
+                )
+            )
         device = prefix.keys[next(iter(prefix.keys))].device
         present = prefix.present(device)
         if mask is None:
@@ -83,7 +110,7 @@ class CachePass(PrefixPass):
             else present
         )
         if mask.dim() == 2:
-            return torch.cat([seen.to(mask.dtype), mask], dim=-1)
+            return torch.cat([seen.to(mask.dtype).expand(mask.shape[0], -1), mask], dim=-1)
         seen = seen[:, None, None, :].expand(mask.shape[0], mask.shape[1], mask.shape[2], -1)
         if mask.dtype != torch.bool:
             seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, torch.finfo(mask.dtype).min)
@@ -102,12 +129,12 @@ class CachePass(PrefixPass):
         return output
 
     def _bring(self, value: Any) -> Any:
-        """Strip attentions, [B, Hq, T, P + K], alone or in a tuple; leave everything else."""
-        if isinstance(value, tuple):
-            return tuple(self._bring(item) for item in value)
-        if isinstance(value, Tensor) and value.dim() == 4:
-            return value[..., self.prefixes["self"].length :]
-        return value
+        """Strip a tuple of attentions, [B, Hq, T, P + K] for each site that has a prefix; leave everything else."""
+        if not isinstance(value, tuple) or not all(isinstance(item, Tensor) and item.dim() == 4 for item in value):
+            return value
+        prefix = self.prefixes["self"]
+        bare = [place for place, site in enumerate(self.stack.sites) if site.index not in prefix.keys]
+        return tuple(weights if place in bare else weights[..., prefix.length :] for place, weights in enumerate(value))
 
     def close(self) -> None:
         """Take back what the checkpointed layers were told."""

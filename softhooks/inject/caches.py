@@ -6,9 +6,10 @@ place where keys and values can be read, or be put in front, without touching th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from softhooks.errors import UnsupportedModeError, explain
@@ -16,15 +17,23 @@ from softhooks.inject.keyvalues import KeyValues
 
 
 class ListeningCache(Cache):
-    """A cache that keeps nothing of its own: it notes the keys and values of each layer and hands them back."""
+    """A cache that keeps nothing of its own: it notes the keys and values of each layer and hands them back.
 
-    def __init__(self) -> None:
+    Args:
+        running: tells which module is running, to note who hands them over.
+    """
+
+    def __init__(self, running: Callable[[], nn.Module] | None = None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.heard: dict[int, tuple[Tensor, Tensor]] = {}
+        self.callers: dict[int, nn.Module] = {}
+        self._running = running
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any) -> Any:
         """Note and return what came in, [B, Hk, T, D] each."""
         self.heard[layer_idx] = (key_states, value_states)
+        if self._running is not None:
+            self.callers[layer_idx] = self._running()
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -62,10 +71,12 @@ class PrefixCache(Cache):
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Store what came in with the caller, and return it behind the prefix: [B, Hk, P + K, D] each."""
+        """Store what came in with the caller, and return it behind the layer's prefix, if it has one: [B, Hk, P + K, D]."""
         self.touched = True
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx not in self.prefix.keys:
+            return key_states, value_states
         return self.prefix.before(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

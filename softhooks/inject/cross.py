@@ -11,7 +11,8 @@ from softhooks.errors import PromptNotReachedError, explain
 from softhooks.inject.accept import flat_mask
 from softhooks.inject.passes import Pass
 from softhooks.inject.slots import Slots
-from softhooks.layout import Widened, gap_before, widen
+from softhooks.inject.widened import Widened
+from softhooks.inject.written import Written, written_in
 
 
 class CrossSlotPass(Pass):
@@ -19,11 +20,12 @@ class CrossSlotPass(Pass):
 
     Args:
         stack: the decoder.
+        encoder: the encoder.
         slots: the prompts that stand in the encoder.
         call: the arguments of the decoder's forward; the encoder's mask is replaced in place.
     """
 
-    def __init__(self, stack: Stack, slots: Slots, call: dict[str, Any]) -> None:
+    def __init__(self, stack: Stack, encoder: Stack, slots: Slots, call: dict[str, Any]) -> None:
         super().__init__(stack)
         states = call.get("encoder_hidden_states")
         self._wide: Widened | None = None
@@ -32,7 +34,8 @@ class CrossSlotPass(Pass):
             return
         batch, columns = states.shape[0], states.shape[1] - slots.columns
         given = call.get("encoder_attention_mask")
-        if columns < 0 or (given is not None and given.shape[-1] != columns):
+        wide = _wide_of(states, encoder)
+        if wide is None or (given is not None and given.shape[-1] != columns):
             raise PromptNotReachedError(
                 explain(
                     "a decoder must be given the states of an encoder that ran with the prompt.",
@@ -41,10 +44,9 @@ class CrossSlotPass(Pass):
                     mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
                 )
             )
-        mask = flat_mask(given, batch, columns, states.device)
-        self._wide = widen_encoder(slots, mask)
+        self._wide = wide
         if given is not None or slots.uneven:
-            call["encoder_attention_mask"] = self._wide.spread_mask(mask)
+            call["encoder_attention_mask"] = wide.spread_mask(flat_mask(given, batch, columns, states.device))
 
     def leave(self, output: Any) -> Any:
         """Give cross-attentions the text's columns only."""
@@ -61,31 +63,28 @@ class CrossSlotPass(Pass):
         return output
 
 
-def widen_encoder(slots: Slots, mask: Tensor) -> Widened:
-    """The map that the encoder's own pass used for this mask."""
-    lengths = slots.lengths(mask.shape[0], mask.device)
-    return widen(gap_before(mask, slots.placement), mask.shape[1], lengths, slots.columns)
+def note_of(encoded: Any) -> Written | None:
+    """Where slots stand in an encoder's output that a caller brings along; the output or its states bear the note."""
+    parts = [encoded, *([encoded[0]] if isinstance(encoded, (tuple, list, dict)) and len(encoded) else [])]
+    return next((note for note in map(written_in, parts) if note is not None), None)
 
 
-def strip_encoder_state(output: Any, encoder: Stack, slots: Slots, mask: Any) -> Any:
-    """Bring the encoder's last state in a task model's output back to the text's columns.
-
-    Args:
-        mask: the encoder's mask, for states that the caller brought along.
-    """
-    kept, wide = encoder.widened or (None, None)
-    encoder.widened = None
+def strip_encoder_state(output: Any, encoder: Stack) -> Any:
+    """Bring the encoder's last state in a task model's output back to the text's columns."""
 
     def strip(state: Any) -> Any:
-        if not isinstance(state, Tensor):
-            return state
-        if wide is not None and state is kept:
-            return wide.own_states(state)
-        given = flat_mask(mask, state.shape[0], state.shape[1] - slots.columns, state.device)
-        return widen_encoder(slots, given).own_states(state)
+        wide = _wide_of(state, encoder) if isinstance(state, Tensor) else None
+        return state if wide is None else wide.own_states(state)
 
     if isinstance(output, tuple):
-        return tuple(strip(item) if kept is not None and item is kept else item for item in output)
+        return tuple(strip(item) if written_in(item) is not None else item for item in output)
     if not isinstance(output, Tensor) and output.get("encoder_last_hidden_state") is not None:
         output["encoder_last_hidden_state"] = strip(output["encoder_last_hidden_state"])
     return output
+
+
+def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
+    """The map that the encoder's own pass used for these states; beams are copies of their row's."""
+    written = written_in(states) or encoder.encoded
+    wide = None if written is None else written.widened(states.shape[0])
+    return wide if wide is not None and wide.columns == states.shape[1] else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,30 +11,33 @@ from torch import Tensor
 from softhooks.anatomy import Role, Stack
 from softhooks.errors import PromptNotReachedError, PromptTooLongError, UnsupportedModeError, explain
 from softhooks.inject.attention import PrefixPass
+from softhooks.inject.branch import open_branch
 from softhooks.inject.cachepass import CachePass
 from softhooks.inject.cross import CrossSlotPass
 from softhooks.inject.keyvalues import KeyValues, mix
+from softhooks.inject.paged import longest_text
 from softhooks.inject.passes import Pass
-from softhooks.inject.slots import SlotPass, Slots, place_at_table
-from softhooks.layout import text_positions
+from softhooks.inject.positions import place_at_table
+from softhooks.inject.slots import SlotPass, Slots
+from softhooks.layout.places import text_positions
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
-
-Rows = Sequence[int | None] | None
+    from softhooks.selection import Selection
 
 
-def open_pass(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], rows: Rows, placeholder: int) -> Pass:
+def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, placeholder: int) -> Pass:
     """Open the pass for one forward of a stack; the call's arguments are changed in place.
 
     Args:
-        prompts: the prompts in use.
-        rows: for each row of the batch, which of them; None: the first for every row.
+        selection: the prompts in use, and which row meets which.
         placeholder: an ordinary id for slots.
 
     Raises:
         UnsupportedModeError: the prompts or the call cannot be served together.
     """
+    prompts = selection.prompts
+    if any(prompt.injection == "branch" for prompt in prompts):
+        return _open_branch(stack, call, selection)
     if {prompt.injection == "slots" for prompt in prompts} == {True, False}:
         raise UnsupportedModeError(
             explain(
@@ -44,51 +47,83 @@ def open_pass(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt],
             )
         )
     if prompts[0].injection == "slots":
-        return _open_slots(stack, call, prompts, rows, placeholder)
-    return _open_prefix(stack, call, prompts, rows)
+        return _open_slots(stack, call, selection, placeholder)
+    return _open_prefix(stack, call, selection)
 
 
 # --- slots ------------------------------------------------------------------------------------------------------------
 
 
-def _open_slots(
-    stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], rows: Rows, placeholder: int
-) -> Pass:
-    placements = {prompt.placement for prompt in prompts}
-    if len(placements) > 1:
-        raise UnsupportedModeError(f"prompts in one batch must have one placement; these have {sorted(placements)}.")
-    slots = Slots([prompt.embeddings() for prompt in prompts], rows, prompts[0].placement)
+def _slots_of(stack: Stack, selection: Selection) -> Slots:
+    """The prompts in use, as slots."""
+    tables = [use.prompt.embeddings(use.variant) for use in selection.uses]
+    layouts = [use.prompt.layout for use in selection.uses]
+    searched = selection.prompts[0].host.prompt_columns if stack.name == "text" else None
+    return Slots(tables, layouts, selection.rows, selection.given, searched)
+
+
+def _open_slots(stack: Stack, call: dict[str, Any], selection: Selection, placeholder: int) -> Pass:
+    slots = _slots_of(stack, selection)
     if stack.name == "decoder":
-        return CrossSlotPass(stack, slots, call)
+        return CrossSlotPass(stack, selection.prompts[0].host.anatomy.entry, slots, call)
+    if selection.hidden(text_shape(call)[0], slots.columns) is not None:
+        raise UnsupportedModeError(
+            explain(
+                "virtual tokens can be hidden from some rows only where they enter as keys and values.",
+                "Use a causal decoder whose prompt is computed once (`prompt.injection`).",
+                injection="slots",
+            )
+        )
     check_length(stack, call, slots.columns, cached=slots.columns)
     return SlotPass(stack, slots, call, placeholder, keep=stack.name == "encoder")
+
+
+# --- a gated branch ---------------------------------------------------------------------------------------------------
+
+
+def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection) -> Pass:
+    """Open a branch; a text behind padding stands where it would stand alone, for queries know their absolute positions."""
+    batch, columns = text_shape(call)
+    opened = open_branch(stack, selection, batch)
+    mask = call.get("attention_mask")
+    if call.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
+        positions = _positions(stack, call, columns)
+        if positions is not None:
+            own = torch.arange(columns, device=mask.device) + _past(call)
+            _move_positions(
+                stack, call, 0, torch.where(mask[:, -columns:] == 0, own, positions), columns, opened.handles
+            )
+    return opened
 
 
 # --- keys and values --------------------------------------------------------------------------------------------------
 
 
-def _open_prefix(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], rows: Rows) -> Pass:
-    each = [prompt.key_values(stack) for prompt in prompts]
+def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection) -> Pass:
+    rows = selection.rows
+    each = [prompt.key_values(stack, variants) for prompt, variants in selection.by_prompt()]
     roles: list[Role] = ["self", "cross"]
     prefixes: dict[Role, KeyValues] = {}
     for role in roles:
         if role in each[0]:
-            prefixes[role] = each[0][role] if rows is None else mix([kv[role] for kv in each], rows)
+            own = each[0][role] if rows is None else mix([kv[role] for kv in each], rows)
+            prefixes[role] = replace(own, hidden=selection.hidden(text_shape(call)[0], own.length))
     if not prefixes:
         return _Untouched(stack)
     own = prefixes["self"]
     batch, columns = text_shape(call)
     check_length(stack, call, own.length if own.shifted is not False else 0)
+    _refuse_left_padding(stack, call)
     positions = _positions(stack, call, columns)
     handles: list[Any] = []
     if positions is not None:
-        _move_positions(stack, call, own, positions, columns, handles)
+        _move_positions(stack, call, own.shift(), positions, columns, handles)
     opened: PrefixPass
     try:
         if stack.through == "cache":
             opened = CachePass(stack, own, call, (batch, columns))
         else:
-            opened = PrefixPass(stack, prefixes, positions, stack.module.training)
+            opened = PrefixPass(stack, prefixes, _order(positions, call, columns), stack.module.training)
     except BaseException:
         for handle in handles:
             handle.remove()
@@ -140,12 +175,38 @@ def _positions(stack: Stack, call: dict[str, Any], columns: int) -> Tensor | Non
     return counted[None]
 
 
+def _order(positions: Tensor | None, call: dict[str, Any], columns: int) -> Tensor | None:
+    """Where tokens stand among those before them; positions of several axes (M-RoPE) say where they stand in an image."""
+    if positions is None or positions.dim() < 3:
+        return positions
+    if positions.shape[0] == 4:  # the text's own come first
+        return positions[0]
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return text_positions(mask)[:, -columns:]
+    counted: Tensor = torch.arange(columns, device=positions.device) + _past(call)
+    return counted[None]
+
+
+def _refuse_left_padding(stack: Stack, call: dict[str, Any]) -> None:
+    """Refuse rows that begin with padding where it would move the text away from the prefix."""
+    mask = call.get("attention_mask")
+    if stack.positions.by_column and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
+        raise UnsupportedModeError(
+            explain(
+                "a prefix needs rows that begin with text, in a model that counts padding as positions.",
+                "Pad on the right, or use a prompt that enters as slots.",
+                model=type(stack.module).__name__,
+                attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
+            )
+        )
+
+
 def _move_positions(
-    stack: Stack, call: dict[str, Any], prefix: KeyValues, positions: Tensor, columns: int, handles: list[Any]
+    stack: Stack, call: dict[str, Any], shift: int | Tensor, positions: Tensor, columns: int, handles: list[Any]
 ) -> None:
-    """Tell the stack where the text stands behind the prefix, in its own numbering."""
+    """Tell the stack where the text stands, in its own numbering: `shift` behind where it would stand alone."""
     where = stack.positions
-    shift = prefix.shift()
     ids = positions + where.start + (shift.to(positions.device) if isinstance(shift, Tensor) else shift)
     given = call.get("attention_mask")
     mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
@@ -170,6 +231,10 @@ def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 
     limit = stack.positions.limit
     if limit is None or length == 0:
         return
+    paged = longest_text(call)
+    if paged is not None:
+        _refuse_beyond(limit, paged, length)
+        return
     _, columns = text_shape(call)
     past = _past(call)
     past = past - cached if past else past
@@ -179,6 +244,10 @@ def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 
     longest = past + columns
     if isinstance(mask, Tensor) and mask.dim() == 2:
         longest = int(mask.long().sum(-1).max())
+    _refuse_beyond(limit, longest, length)
+
+
+def _refuse_beyond(limit: int, longest: int, length: int) -> None:
     if longest + length > limit:
         raise PromptTooLongError(
             explain(

@@ -18,10 +18,11 @@ from transformers.modeling_utils import AttentionInterface
 
 from softhooks.anatomy import Site, Stack
 from softhooks.errors import PromptNotReachedError, explain
-from softhooks.inject.passes import AttentionFunction
+from softhooks.inject.passes import AttentionFunction, Pass
+from softhooks.inject.written_out import rewrite, unwrite
 
 MARK = "_softhooks_site"
-"""The attribute of an attention module that holds its `Site`."""
+"""The attribute of an attention module that holds its `Site`, the first of several where it serves several layers."""
 
 _EAGER = "eager_attention_forward"
 _users: weakref.WeakSet[object] = weakref.WeakSet()
@@ -54,16 +55,19 @@ def mark(stacks: Iterable[Stack]) -> None:
     """Put every site's mark on its attention module."""
     for stack in stacks:
         for site in stack.sites:
-            if site.module is not None:
+            if not site.turns or site is site.turns[0]:
                 site.module.__dict__[MARK] = site
+                if stack.through == "written_out":
+                    rewrite(site, pass_of)
 
 
 def unmark(stacks: Iterable[Stack]) -> None:
     """Take the marks away."""
     for stack in stacks:
         for site in stack.sites:
-            if site.module is not None:
-                site.module.__dict__.pop(MARK, None)
+            site.module.__dict__.pop(MARK, None)
+            if stack.through == "written_out":
+                unwrite(site.module)
 
 
 class _Reader:
@@ -73,7 +77,7 @@ class _Reader:
 @contextmanager
 def marked(stack: Stack) -> Iterator[None]:
     """Have a stack's marks in place, whether a prompt is attached or not."""
-    there = any(site.module is not None and MARK in site.module.__dict__ for site in stack.sites)
+    there = any(MARK in site.module.__dict__ for site in stack.sites)
     if there:
         yield
         return
@@ -102,21 +106,31 @@ def _dispatching(attention: AttentionFunction) -> AttentionFunction:
 
     @functools.wraps(attention)
     def dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        site: Site | None = module.__dict__.get(MARK)
-        if site is None:
+        live = pass_of(module)
+        if live is None:
             return attention(module, *args, **kwargs)
-        if site.stack.live is None:
-            if not site.stack.expects_pass():
-                return attention(module, *args, **kwargs)
-            raise PromptNotReachedError(
-                explain(
-                    "an attention layer may only run inside a forward that went through the model's hooks.",
-                    "Call the model, not its `forward`; checkpoint its layers with `gradient_checkpointing_enable()`; or "
-                    "turn the prompt off with `softhooks.disabled(model)`.",
-                    layer=f"{type(module).__name__} of {site.stack.path or 'the model'}",
-                )
-            )
-        return site.stack.live.attend(site, attention, (module, *args), kwargs)
+        return live.attend(live.turn(module.__dict__[MARK]), attention, (module, *args), kwargs)
 
     setattr(dispatch, MARK, None)
     return dispatch
+
+
+def pass_of(module: nn.Module) -> Pass | None:
+    """The pass that is under way in the stack of an attention module, if it is marked.
+
+    Raises:
+        PromptNotReachedError: none is, and a prompt is on.
+    """
+    site: Site | None = module.__dict__.get(MARK)
+    if site is None or (site.stack.live is None and not site.stack.expects_pass()):
+        return None
+    if site.stack.live is None:
+        raise PromptNotReachedError(
+            explain(
+                "an attention layer may only run inside a forward that went through the model's hooks.",
+                "Call the model, not its `forward`; checkpoint its layers with `gradient_checkpointing_enable()`; or "
+                "turn the prompt off with `softhooks.disabled(model)`.",
+                layer=f"{type(module).__name__} of {site.stack.path or 'the model'}",
+            )
+        )
+    return site.stack.live

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,10 +17,14 @@ class KeyValues:
     """Keys and values for every site of one role.
 
     Attributes:
-        keys, values: [R, Hk, P, D] for each site index; R is 1 (shared by every row) or B.
+        keys, values: [R, Hk, P, D] for each site index that has a prefix; R is 1 (shared by every row), B, or the number of a
+            prompt's variants.
+        states: the virtual tokens' own last states, [R, P, H], where the prompt was run through the stack.
+        hidden: which virtual tokens a row does not see, [B or 1, P] bool; None: it sees all that it has.
         lengths: how many of the P virtual tokens each row has, [B]; they stand rightmost, next to the text. None: all have P.
         windowed: whether sliding layers see the prefix as tokens at the positions before the text; a bool, or [B] bool.
         shifted: whether the text's positions start behind the prefix; a bool, or [B] bool.
+        bare: the rows without a prefix at a site where other rows have one, [B] bool by site index.
     """
 
     keys: dict[int, Tensor]
@@ -28,6 +32,14 @@ class KeyValues:
     lengths: Tensor | None = None
     windowed: bool | Tensor = True
     shifted: bool | Tensor = True
+    states: Tensor | None = None
+    hidden: Tensor | None = None
+    bare: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def variants(self) -> int:
+        """R."""
+        return next(iter(self.keys.values())).shape[0]
 
     @property
     def length(self) -> int:
@@ -47,12 +59,22 @@ class KeyValues:
             return (self.lengths * self.shifted)[:, None]
         return self.length if self.shifted else 0
 
-    def present(self, device: torch.device) -> Tensor | None:
-        """Which virtual tokens each row has, [B, P] bool; None: all."""
+    def present(self, device: torch.device, index: int | None = None) -> Tensor | None:
+        """Which virtual tokens each row has and sees, [B or 1, P] bool; None: all.
+
+        Args:
+            index: the site, where prompts differ in the layers that they enter.
+        """
+        seen = None if self.hidden is None else ~self.hidden.to(device)
+        bare = None if index is None else self.bare.get(index)
+        if bare is not None:
+            has = ~bare.to(device)[:, None].expand(-1, self.length)
+            seen = has if seen is None else has & seen
         if self.lengths is None:
-            return None
+            return seen
         columns = torch.arange(self.length, device=device)
-        return columns >= self.length - self.lengths.to(device)[:, None]
+        has = columns >= self.length - self.lengths.to(device)[:, None]
+        return has if seen is None else has & seen
 
 
 def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
@@ -93,29 +115,41 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     """Give each row of a batch its own prompt; None gives a row no prompt.
 
     Args:
-        prompts: the prompts in use.
-        rows: for each row, which of them.
+        prompts: the prompts in use; each may leave sites out.
+        rows: for each row, which of all their variants, counted through.
 
     Shape:
-        prompts [1, Hk, P_i, D] -> [B, Hk, max P_i, D]
+        prompts [R_i, Hk, P_i, D] -> [B, Hk, max P_i, D]
     """
     longest = max(prompt.length for prompt in prompts)
-    like = prompts[0]
-    device = next(iter(like.keys.values())).device
-    lengths = [0 if row is None else prompts[row].length for row in rows]
-    windowed = [row is not None and bool(prompts[row].windowed) for row in rows]
-    shifted = [row is not None and bool(prompts[row].shifted) for row in rows]
+    device = next(iter(prompts[0].keys.values())).device
+    sites = sorted({site for prompt in prompts for site in prompt.keys})
+    owners = [prompt for prompt in prompts for _ in range(prompt.variants)]
+    lengths = [0 if row is None else owners[row].length for row in rows]
+    windowed = [row is not None and bool(owners[row].windowed) for row in rows]
+    shifted = [row is not None and bool(owners[row].shifted) for row in rows]
     even = len(set(zip(lengths, windowed, shifted, strict=True))) == 1 and lengths[0] == longest
-    index = torch.tensor([len(prompts) if row is None else row for row in rows], device=device)
+    index = torch.tensor([len(owners) if row is None else row for row in rows], device=device)
 
-    def gather(tensors: list[Tensor]) -> Tensor:
-        padded = [functional.pad(tensor, (0, 0, longest - tensor.shape[2], 0)) for tensor in tensors]
-        return torch.cat([*padded, torch.zeros_like(padded[0])]).index_select(0, index)
+    def gather(given: list[Tensor | None]) -> Tensor:
+        like = next(tensor for tensor in given if tensor is not None)
+        nothing = like.new_zeros(1, like.shape[1], longest, like.shape[3])
+        parts = [
+            nothing.expand(prompt.variants, -1, -1, -1)
+            if tensor is None
+            else functional.pad(tensor, (0, 0, longest - tensor.shape[2], 0))
+            for prompt, tensor in zip(prompts, given, strict=True)
+        ]
+        return torch.cat([*parts, nothing]).index_select(0, index)
+
+    def without(site: int) -> list[bool]:
+        return [row is not None and site not in owners[row].keys for row in rows]
 
     return KeyValues(
-        keys={site: gather([prompt.keys[site] for prompt in prompts]) for site in like.keys},
-        values={site: gather([prompt.values[site] for prompt in prompts]) for site in like.values},
+        keys={site: gather([prompt.keys.get(site) for prompt in prompts]) for site in sites},
+        values={site: gather([prompt.values.get(site) for prompt in prompts]) for site in sites},
         lengths=None if even else torch.tensor(lengths, device=device),
         windowed=windowed[0] if even else torch.tensor(windowed, device=device),
         shifted=shifted[0] if even else torch.tensor(shifted, device=device),
+        bare={site: torch.tensor(without(site), device=device) for site in sites if any(without(site))},
     )

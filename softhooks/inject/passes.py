@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from softhooks.anatomy import Site, Stack
+from softhooks.errors import UnsupportedModeError, explain
 
 AttentionFunction = Callable[..., Any]
+
+
+def function_name(attention: AttentionFunction) -> str:
+    """What an attention function is called, by which its masks are known; of a partial one, what it calls.
+
+    A callable object has the name of its class.
+    """
+    while isinstance(attention, functools.partial):
+        attention = attention.func
+    return str(getattr(attention, "__name__", type(attention).__name__))
 
 
 class Pass:
@@ -21,20 +33,55 @@ class Pass:
     Attributes:
         touched: whether the prompt was put in. A pass that ends untouched is an error, not silence.
         handles: hooks for this forward only.
+        calls: how often each module that serves several layers was called, by its first site's role and index.
     """
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.touched = False
         self.handles: list[Any] = []
+        self.calls: dict[tuple[str, int], int] = {}
 
     def embed(self, output: Tensor) -> Tensor:
         """Change what the embedding returns. [B, T, H] -> [B, T, H]."""
         return output
 
+    def turn(self, site: Site) -> Site:
+        """Tell which site a module's call is: one that serves several layers has a site for each, in the order of its calls.
+
+        Raises:
+            UnsupportedModeError: it is called more often than in the probe at attach.
+        """
+        if len(site.turns) < 2:
+            return site
+        count = self.calls.get((site.role, site.index), 0)
+        if count == len(site.turns):
+            raise UnsupportedModeError(
+                explain(
+                    "a layer that is shared must run as often in every forward as it did when the prompt was attached.",
+                    "Attach the prompt after the model's number of layers is settled.",
+                    layer=type(site.module).__name__,
+                    calls=f"more than {count}",
+                )
+            )
+        self.calls[site.role, site.index] = count + 1
+        return site.turns[count]
+
+    def enters(self, site: Site) -> bool:
+        """Tell whether the pass wants to see a site's keys and values."""
+        return type(self).attend is not Pass.attend
+
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a site's attention function. `args` are module, query, key, value, mask."""
         return attention(*args, **kwargs)
+
+    def injected(self) -> list[Tensor]:
+        """What the pass puts in at attention, to be compared with what another one did."""
+        return []
+
+    def scale(self, name: str, output: Tensor) -> Tensor | None:
+        """Change the output of one of the stack's linear layers, which are hooked where a method asks for it."""
+        return None
 
     def leave(self, output: Any) -> Any:
         """Change what the stack returns, after a forward that did not raise."""

@@ -5,11 +5,45 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from softhooks.anatomy import first_state
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError, explain
 
 _NOTE = "_softhooks_made_with"
+
+
+def cache_of(call: dict[str, Any]) -> Any:
+    """The cache in the arguments of a stack's forward; models of recurrent layers alone have another name for it.
+
+    Raises:
+        UnsupportedModeError: the model keeps its state in a form that cannot tell what it holds.
+    """
+    if call.get("state") is not None:
+        raise UnsupportedModeError(
+            explain(
+                "a prompt needs a state that can tell whether it holds the prompt already.",
+                "Generate with `use_cache=False`.",
+                state=f"a {type(call['state']).__name__} of tensors",
+            )
+        )
+    cache = call.get("past_key_values")
+    return call.get("cache_params") if cache is None else cache
+
+
+def is_recurrent(cache: Any) -> bool:
+    """Whether a cache holds the states of recurrent layers alone, which have no columns to count."""
+    layers = getattr(cache, "layers", None) or ()
+    return bool(len(layers)) and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache holds anything: keys and values, or the state of a recurrent layer."""
+    for layer in getattr(cache, "layers", None) or ():
+        states = getattr(layer, "has_previous_state", False)  # one answer, or one for each state of the layer
+        if any(states.values()) if isinstance(states, dict) else states:
+            return True
+    return cache is not None and not is_recurrent(cache) and bool(int(cache.get_seq_length()))
 
 
 def caches_in(output: Any) -> list[Any]:
@@ -38,7 +72,7 @@ def require_own_cache(cache: Any, selection: str | None) -> None:
     made = getattr(cache, _NOTE, None)
     if made == selection:
         return
-    if int(cache.get_seq_length()):
+    if is_filled(cache):
         raise UnsupportedModeError(
             explain(
                 "a cache serves the prompts that it was filled with: every key in it depends on them.",

@@ -12,10 +12,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
-from softhooks.anatomy import Site, Stack
+from softhooks.anatomy import Site, Stack, first_state
+from softhooks.inject.adapters import switches
+from softhooks.inject.attention import window_of
 from softhooks.inject.caches import ListeningCache
 from softhooks.inject.keyvalues import KeyValues
+from softhooks.inject.paged import attend_alone
 from softhooks.inject.passes import AttentionFunction, Pass
 
 T = TypeVar("T")
@@ -43,18 +47,18 @@ class CapturePass(Pass):
         self.touched = True
         self.keys[site.role][site.index] = args[2]
         self.values[site.role][site.index] = args[3]
-        return attention(*args, **kwargs)
+        return attend_alone(attention, window_of(args[0], kwargs), args, kwargs)
 
 
 def prefill(stack: Stack, rows: Tensor, placeholder: int) -> KeyValues:
-    """Run virtual tokens through a stack at batch 1.
+    """Run virtual tokens through a stack, each variant of a prompt in one row.
 
     Args:
-        rows: the prompt, [P, H].
+        rows: the prompt, [R, P, H]; R is 1 where all rows of the batch share one.
         placeholder: an ordinary id, for what looks at ids beyond the lookup.
     """
-    length = rows.shape[0]
-    inputs: dict[str, Any] = {"input_ids": torch.full((1, length), placeholder, device=rows.device)}
+    variants, length = rows.shape[:2]
+    inputs: dict[str, Any] = {"input_ids": torch.full((variants, length), placeholder, device=rows.device)}
     if stack.positions.argument:
         inputs["position_ids"] = torch.arange(length, device=rows.device)[None]
     if "use_cache" in stack.parameters:
@@ -62,15 +66,47 @@ def prefill(stack: Stack, rows: Tensor, placeholder: int) -> KeyValues:
     cache = ListeningCache() if stack.through == "cache" else None
     if cache is not None:
         inputs["past_key_values"] = cache
-    outer, stack.live = stack.live, CapturePass(stack, rows[None])
+    outer, stack.live = stack.live, CapturePass(stack, rows)
     try:
         with _without_checkpointing(stack.module):
-            stack.module(**inputs)
+            states = first_state(stack.module(**inputs))
+        keys, values = stack.live.keys["self"], stack.live.values["self"]
         if cache is not None:
-            return KeyValues({i: k for i, (k, _) in cache.heard.items()}, {i: v for i, (_, v) in cache.heard.items()})
-        return KeyValues(stack.live.keys["self"], stack.live.values["self"])
+            keys = {i: k for i, (k, _) in cache.heard.items()}
+            values = {i: v for i, (_, v) in cache.heard.items()}
+        return KeyValues(keys, values, states=states)
     finally:
         stack.live = outer
+
+
+class _StatesAlone(BaseModelOutput):
+    """A stack's output with nothing but states; whatever else a model looks for there is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def logits_of(model: nn.Module, stack: Stack, states: Tensor, placeholder: int) -> Tensor:
+    """Let what stands on a stack (head, scale, cap) answer for given states; the stack itself does not run.
+
+    Shape:
+        states [R, P, H] -> logits [R, P, V]
+    """
+    module = stack.module
+    own = module.__dict__.get("forward")
+    outer, stack.live = stack.live, stack.live or Pass(stack)
+    module.__dict__["forward"] = lambda *_args, **_kwargs: _StatesAlone(last_hidden_state=states)
+    try:
+        ids = torch.full(states.shape[:2], placeholder, device=states.device)
+        logits: Tensor = model(input_ids=ids, return_dict=True).logits
+        return logits
+    finally:
+        stack.live = outer
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
 
 
 @contextmanager
@@ -114,21 +150,34 @@ class Memory(Generic[T]):
         self._kept: T | None = None
         self.computed = 0
 
-    def recall(self, stack: Stack, own: Iterable[Tensor], base: Iterable[Tensor], compute: Callable[[], T]) -> T:
+    def recall(
+        self,
+        stack: Stack,
+        own: Iterable[Tensor],
+        base: Iterable[Tensor],
+        compute: Callable[[], T],
+        asked: object = None,
+    ) -> T:
         """Return what `compute` gives, or gave.
 
         Args:
-            own: the prompt's parameters.
+            own: the prompt's parameters and buffers.
             base: every parameter and buffer of the base that the result depends on.
+            asked: what else tells one result from another.
+
+        Raises:
+            UnsupportedModeError: the rows of this forward have adapters of PEFT of their own.
         """
         own, base = list(own), list(base)
+        switched = switches(stack) if base else ()
         trained = [tensor for tensor in (*own, *base) if tensor.requires_grad]
         if stack.module.training or (torch.is_grad_enabled() and trained):
             self._kept = None
             return self._compute(compute)
-        place = _place([*own, *base])
-        if place is None:
+        lies = _place([*own, *base])
+        if lies is None:
             return self._compute(compute)
+        place = (asked, switched, *lies)
         values = [*own, *[tensor for tensor in trained if all(tensor is not one for one in own)]]
         if self._kept is None or place != self._place or not _equal(values, self._values):
             self._kept, self._place = self._compute(compute), place

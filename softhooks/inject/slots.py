@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.accept import flat_mask, refuse_moved_positions, refuse_static, refuse_unknown
 from softhooks.inject.passes import Pass
-from softhooks.inject.provenance import caches_in
+from softhooks.inject.positions import place_at_table, positions_of
+from softhooks.inject.provenance import cache_of, caches_in, is_filled, is_recurrent
 from softhooks.inject.strip import strip_attentions, strip_output
-from softhooks.layout import Placement, Widened, gap_before, text_positions, widen
+from softhooks.inject.widened import Places, Widened, gaps, widen
+from softhooks.inject.written import Written, note_written, written_in
+from softhooks.layout.places import Layout
+from softhooks.layout.template import COLUMN
 
 
 @dataclass
@@ -28,60 +32,81 @@ class Slots:
     """The prompts of a batch, as slots.
 
     Attributes:
-        rows: [P, H] for each prompt in use.
+        tables: [P, H] for each prompt in use.
+        layouts: where the slots of each stand.
         choice: for each row of the batch, which prompt (None: no prompt); None: the first, for every row.
-        placement: where they stand.
+        given: the extra arguments of the forward.
+        searched: how many columns of the text are a prompt, where the rest is generated; None: there is no telling.
     """
 
-    rows: Sequence[Tensor]
+    tables: Sequence[Tensor]
+    layouts: Sequence[Layout]
     choice: Sequence[int | None] | None
-    placement: Placement
+    given: dict[str, Tensor]
+    searched: int | None = None
 
     @property
     def columns(self) -> int:
-        """S, the slots of the longest prompt."""
-        return max(rows.shape[0] for rows in self.rows)
-
-    def lengths(self, batch: int, device: torch.device) -> Tensor:
-        """How many slots each row uses, [B]."""
-        if self.choice is None:
-            return torch.full((batch,), self.rows[0].shape[0], device=device)
-        lengths = [0 if row is None else self.rows[row].shape[0] for row in self.choice]
-        return torch.tensor(lengths, device=device)
+        """S, the slots of the prompt with the most."""
+        return max(layout.columns for layout in self.layouts)
 
     @property
     def uneven(self) -> bool:
-        """Whether some row leaves slots unused."""
+        """Whether some row may leave slots unused."""
+        if any(layout.may_skip for layout in self.layouts):
+            return True
         return self.choice is not None and any(
-            row is None or self.rows[row].shape[0] < self.columns for row in self.choice
+            row is None or self.layouts[row].columns < self.columns for row in self.choice
         )
+
+    def places(self, mask: Tensor, ids: Tensor | None) -> Places:
+        """Find where the slots stand in a text.
+
+        Args:
+            mask: 1 for real tokens, [B, T].
+            ids: the text's, [B, T]; None where it came as embeddings.
+        """
+        batch, columns = mask.shape
+        if self.searched is not None and any(layout.searches for layout in self.layouts):
+            self._refuse_chunk(columns, self.searched)
+            mask, ids = mask[:, : self.searched], None if ids is None else ids[:, : self.searched]
+        given = self.given.get(COLUMN)
+        if self.choice is None:
+            return self.layouts[0].places(mask, ids, given, range(batch))
+        offsets = torch.zeros(batch, self.columns, dtype=torch.long, device=mask.device)
+        live = torch.zeros_like(offsets, dtype=torch.bool)
+        for part, layout in enumerate(self.layouts):
+            rows = [row for row, chosen in enumerate(self.choice) if chosen == part]
+            index = torch.tensor(rows, device=mask.device)
+            own = None if given is None else given.to(mask.device)[index, : layout.columns]
+            found = layout.places(mask[index], None if ids is None else ids[index], own, rows)
+            offsets[index, : layout.columns] = found.offsets
+            live[index, : layout.columns] = found.live
+        return Places(offsets, live)
+
+    def _refuse_chunk(self, columns: int, prompt: int) -> None:
+        if columns < prompt:
+            raise UnsupportedModeError(
+                explain(
+                    "a layout that looks for anchors or for the end of a prompt must see all of it at once.",
+                    "Leave `prefill_chunk_size` out.",
+                    prompt=f"{prompt} columns",
+                    first_chunk=f"{columns} columns",
+                )
+            )
 
     def stacked(self, like: Tensor) -> Tensor:
         """The embedding rows of all slots, [1 or B, S, H], in the precision of the text's."""
+        each = [
+            table if layout.table_rows == list(range(table.shape[0])) else table[layout.table_rows]
+            for table, layout in zip(self.tables, self.layouts, strict=True)
+        ]
         if self.choice is None:
-            return self.rows[0].to(like)[None]
-        padded = [functional.pad(rows, (0, 0, 0, self.columns - rows.shape[0])) for rows in self.rows]
+            return each[0].to(like)[None]
+        padded = [functional.pad(rows, (0, 0, 0, self.columns - rows.shape[0])) for rows in each]
         table = torch.stack([*padded, torch.zeros_like(padded[0])]).to(like)
-        index = [len(self.rows) if row is None else row for row in self.choice]
+        index = [len(padded) if row is None else row for row in self.choice]
         return table[torch.tensor(index, device=like.device)]
-
-
-@dataclass
-class _Written:
-    """What a cache holds beside text: kept with the cache that slots were written into.
-
-    Attributes:
-        slots: S. gap: the text column that they stand before, [B].
-        columns: the text columns of the forward that wrote them.
-    """
-
-    slots: int
-    gap: Tensor
-    columns: int
-
-
-_WRITTEN = "_softhooks_slots"
-"""The attribute of a cache that holds what was written into it; a copy of the cache has it too."""
 
 
 class SlotPass(Pass):
@@ -108,13 +133,14 @@ class SlotPass(Pass):
         self.batch, self.columns = text.shape[:2]
         self.device = text.device
         refuse_unknown(call, self.batch, self.columns)
-        cache = call.get("past_key_values")
+        cache = cache_of(call)
         refuse_static(cache)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if past:
-            self._continue(call, cache, past)
-        else:
+        if not is_filled(cache):
             self._begin(call)
+        elif is_recurrent(cache):
+            self._continue_state(cache)
+        else:
+            self._continue(call, cache, int(cache.get_seq_length()))
 
     # --- the first forward: the slots go in ---------------------------------------------------------------------------
 
@@ -122,8 +148,9 @@ class SlotPass(Pass):
         given = call.get("attention_mask")
         mask = flat_mask(given, self.batch, self.columns, self.device)
         refuse_moved_positions(call.get("position_ids"), mask)
-        self._gap = gap_before(mask, self.slots.placement)
-        self._wide = self._widened(self._gap, self.columns)
+        places = self.slots.places(mask, call.get("input_ids"))
+        self._written = Written(places, gaps(mask, places.offsets), self.columns)
+        self._wide = self._widened(places, mask)
         self._mask = mask
         wide_mask = self._wide.spread_mask(mask)
         if call.get("input_ids") is not None:
@@ -161,55 +188,65 @@ class SlotPass(Pass):
     # --- later forwards of a generation: the slots are in the cache ---------------------------------------------------
 
     def _continue(self, call: dict[str, Any], cache: Any, past: int) -> None:
-        written: _Written | None = getattr(cache, _WRITTEN, None)
-        slots = 0 if written is None else written.slots
+        written = written_in(cache)
+        slots = 0 if written is None else written.places.offsets.shape[1]
         given = call.get("attention_mask")
         total = past - slots + self.columns
         seen = None if given is None else given.shape[-1]
         if given is None and call.get("position_ids") is not None:
             seen = int(call["position_ids"].max()) + 1
-        if written is None or written.slots != self.slots.columns or (seen is not None and seen != total):
+        places = None if written is None else written.places_in(self.batch)
+        if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
                 explain(
                     "slots in the sequence need a cache that their own generation has filled, token by token.",
-                    "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate without "
-                    "an assistant and without a cache from before.",
+                    "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate from the "
+                    "whole text, without a cache from before.",
                     cache=f"{past} columns, {slots} of them slots",
-                    call=f"{self.columns} new tokens of {'unknown' if seen is None else seen} in all, {total} expected",
+                    call=f"{self.batch} rows, {self.columns} new tokens of {'unknown' if seen is None else seen} in all, "
+                    f"{total} expected",
                 )
             )
         mask = flat_mask(given, self.batch, total, self.device)
-        gap = written.gap
-        if self.slots.placement != "end":
-            gap = self._gap_of(mask, written)  # beams may have been reordered; the mask knows
-        elif bool((gap != gap[0]).any()):
-            raise UnsupportedModeError("slots at the end need left padding in generation.")
-        wide = self._cached = self._widened(gap[:1].expand(self.batch) if gap.shape[0] != self.batch else gap, total)
+        self._refuse_later(gaps(mask, places.offsets), places.live, written.columns)
+        wide = self._cached = self._widened(places, mask)
         wide_mask = wide.spread_mask(mask)
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
         self._place(call, wide_mask, self.columns)
         self.touched = True
 
-    def _gap_of(self, mask: Tensor, written: _Written) -> Tensor:
-        """Where the slots stand in the cache; a row whose text begins later has padding between, and sliding windows see it."""
-        gap = gap_before(mask, self.slots.placement)
-        if bool((gap > written.columns).any()):
+    def _continue_state(self, cache: Any) -> None:
+        """Go on from the state of recurrent layers alone: what they have read, slots and all, is in it."""
+        written = written_in(cache)
+        if written is None or written.places_in(self.batch) is None:
+            raise UnsupportedModeError(
+                explain(
+                    "slots in the sequence need a state that their own generation has made.",
+                    "Start again from the text, without the state.",
+                    state=type(cache).__name__,
+                    rows=self.batch,
+                )
+            )
+        self.touched = True
+
+    def _refuse_later(self, gap: Tensor, live: Tensor, columns: int) -> None:
+        """Refuse a row whose text begins in a later chunk: padding stood where the slots belong, and sliding windows see it."""
+        last = torch.where(live, gap, 0).amax(-1)
+        if bool((last > columns).any()):
             raise UnsupportedModeError(
                 explain(
                     "slots need a row's first token in the first chunk of a prefill.",
                     "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
-                    chunk=f"{written.columns} columns",
-                    row=f"{int(gap.argmax())}, whose text begins later",
+                    chunk=f"{columns} columns",
+                    row=f"{int(last.argmax())}, whose text begins later",
                 )
             )
-        return gap
 
-    def _widened(self, gap: Tensor, columns: int) -> Widened:
+    def _widened(self, places: Places, mask: Tensor) -> Widened:
         """The map of this batch. In a decoder spare slots go to the left, for text will be generated at the right."""
-        lengths = self.slots.lengths(self.batch, self.device)
         spare_first = self.stack.causal and not self.keep
-        return widen(gap, columns, lengths, self.slots.columns, spare_first=spare_first)
+        return widen(gaps(mask, places.offsets), places.live, mask.shape[1], spare_first=spare_first)
 
     # --- the way out --------------------------------------------------------------------------------------------------
 
@@ -226,46 +263,16 @@ class SlotPass(Pass):
             return output if self._cached is None else strip_attentions(output, self._cached)
         if self.stack.causal:
             for cache in caches_in(output):
-                setattr(cache, _WRITTEN, _Written(self.slots.columns, self._gap, self.columns))
+                note_written(cache, self._written)
+        stripped = strip_output(output, self._wide, self.strip, self.keep)
         if self.keep:
-            self.stack.widened = (first_state(output), self._wide)
-        return strip_output(output, self._wide, self.strip, self.keep)
+            self.stack.encoded = self._written
+            note_written(stripped, self._written)
+            note_written(first_state(stripped), self._written)
+        return stripped
 
     def pooled(self, states: Any) -> Any:
         """What a pooler inside the stack may see."""
         if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
             return states
         return self._wide.own_states(states)
-
-
-def positions_of(stack: Stack, mask: Tensor) -> Tensor:
-    """The ids of each column in the stack's own numbering. [B, N] -> [B, N]."""
-    positions = stack.positions
-    ids = text_positions(mask) + positions.start
-    return ids.masked_fill(mask == 0, positions.padding) if positions.start else ids
-
-
-class _Answer:
-    """A learned position table that takes no ids, made to answer for given ones until it is removed."""
-
-    def __init__(self, table: nn.Embedding, ids: Tensor) -> None:
-        self.table = table
-        self.ids = ids + int(getattr(table, "offset", 0))
-        self.before = table.__dict__.get("forward")
-        table.__dict__["forward"] = self
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> Tensor:
-        return functional.embedding(self.ids, self.table.weight)
-
-    def remove(self) -> None:
-        del self.table.__dict__["forward"]
-        if self.before is not None:
-            self.table.__dict__["forward"] = self.before
-
-
-def place_at_table(table: nn.Embedding, ids: Tensor, handles: list[Any]) -> None:
-    """Make a learned position table that takes no ids answer for these, until the handles are removed.
-
-    In its forward's place, for that fails on padded rows with more columns than positions.
-    """
-    handles.append(_Answer(table, ids))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.layout import Widened
+from softhooks.inject.widened import Widened
 
 _PER_COLUMN = ("last_hidden_state", "hidden_states", "attentions", "router_logits")
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
 from softhooks import initializers
 from softhooks.errors import OptionError
-from softhooks.layout import Placement
+from softhooks.layout.places import Layout, Placement
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder, TableEncoder, choice
+from softhooks.transfer import rows_of
 
 if TYPE_CHECKING:
     from softhooks.anatomy import Anatomy
+    from softhooks.prompt import SoftPrompt
+
+_OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "init_tensor", "prompt": "init_from"}
+"""The option that each `init` needs, and no other may have."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +33,19 @@ class PromptTuning(Method):
     Start from a learning rate of 1e-2 with AdamW and sweep 1e-3 to 1e-1; the paper's 0.3 is a value for Adafactor with a constant
     schedule. Rows that start as words of the vocabulary train better than random ones.
 
-    Source: Lester et al. 2021, arXiv:2104.08691. Differs: the default P is the user's; `whole_vocabulary` is ours.
+    Source: Lester et al. 2021, arXiv:2104.08691; `init="prompt"` is Vu et al. 2022, arXiv:2110.07904. Differs: the default P is
+    the user's; `whole_vocabulary` is ours.
 
     Args:
         num_virtual_tokens: P. Quality rises up to about 20 and little beyond.
         init: `vocab` samples rows of the 5,000 most frequent ids; `random` draws from U[-0.5, 0.5]; `text` takes the rows of
-            `init_text`; `class_labels` one row a label of `init_labels`, the mean of its tokens; `tensor` takes `init_tensor`.
+            `init_text`; `class_labels` one row a label of `init_labels`, the mean of its tokens; `tensor` takes `init_tensor`;
+            `prompt` starts from another prompt, `init_from` (SPoT: one tuned on a source task; see `most_similar`).
             Rows that a text or labels do not fill are sampled from the vocabulary.
         init_text: the text, cut to P tokens, without special tokens.
         init_labels: the labels.
         init_tensor: another prompt's rows, [P, H].
+        init_from: another prompt of P virtual tokens: a directory or repository that `load` reads, or a handle.
         tokenizer: the model's tokenizer or its name, for `text` and `class_labels`.
         whole_vocabulary: let `vocab` draw from every id.
         placement: `front`, before the text; `after_first`, behind a row's first token (BOS, [CLS]); `end`, behind the text.
@@ -50,13 +59,21 @@ class PromptTuning(Method):
 
     kind: ClassVar[str] = "prompt_tuning"
     enters: ClassVar[Literal["embeddings", "attention"]] = "embeddings"
-    start_options: ClassVar[tuple[str, ...]] = ("init", "init_text", "init_labels", "init_tensor", "whole_vocabulary")
+    start_options: ClassVar[tuple[str, ...]] = (
+        "init",
+        "init_text",
+        "init_labels",
+        "init_tensor",
+        "init_from",
+        "whole_vocabulary",
+    )
 
     num_virtual_tokens: int
     init: str = field(default="vocab", kw_only=True)
     init_text: str | None = field(default=None, kw_only=True)
     init_labels: Sequence[str] | None = field(default=None, kw_only=True)
     init_tensor: Tensor | None = field(default=None, kw_only=True, compare=False, repr=False)
+    init_from: str | Path | SoftPrompt | None = field(default=None, kw_only=True, compare=False)
     tokenizer: Any = field(default=None, kw_only=True, compare=False, repr=False)
     whole_vocabulary: bool = field(default=False, kw_only=True)
     placement: Placement = field(default="front", kw_only=True)
@@ -64,9 +81,9 @@ class PromptTuning(Method):
     def __post_init__(self) -> None:
         """Check the options against each other."""
         super().__post_init__()
-        choice("init", self.init, ("vocab", "random", "text", "class_labels", "tensor"))
+        choice("init", self.init, ("vocab", "random", "text", "class_labels", "tensor", "prompt"))
         choice("placement", self.placement, ("front", "after_first", "end"))
-        for init, option in (("text", "init_text"), ("class_labels", "init_labels"), ("tensor", "init_tensor")):
+        for init, option in _OPTION_OF.items():
             given = getattr(self, option) is not None
             if given != (self.init == init):
                 state = "is given" if given else "is missing"
@@ -77,15 +94,16 @@ class PromptTuning(Method):
             )
 
     @property
-    def where(self) -> Placement:
+    def where(self) -> Layout:
         """Where the virtual tokens stand."""
-        return self.placement
+        return Layout.placed(self.placement, self.num_virtual_tokens)
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
         """Make the [P, H] parameter, initialised."""
-        return TableEncoder({EMBEDDINGS: self._rows(anatomy)})
+        return TableEncoder({EMBEDDINGS: self.rows(anatomy)})
 
-    def _rows(self, anatomy: Anatomy) -> Tensor:
+    def rows(self, anatomy: Anatomy) -> Tensor:
+        """Make the rows that the prompt starts from, [P, H]."""
         count = self.num_virtual_tokens
         if self.init == "random":
             return initializers.random_rows(anatomy, count)
@@ -96,5 +114,7 @@ class PromptTuning(Method):
             return initializers.label_rows(anatomy, count, self.init_labels or (), self.tokenizer)
         if self.init == "tensor":
             return initializers.tensor_rows(anatomy, count, self.init_tensor)
+        if self.init == "prompt":
+            return initializers.tensor_rows(anatomy, count, rows_of(self.init_from), "init_from")
         sampled = initializers.vocabulary_ids(anatomy, count, whole=self.whole_vocabulary)
         return initializers.embed_ids(anatomy, sampled)

@@ -1,0 +1,63 @@
+"""Constraints that hold after each optimizer step, in any loop, without a call by the user.
+
+torch tells of every step of every optimizer; while a constrained prompt is attached anywhere, one hook listens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from softhooks.method import PromptEncoder
+
+_watched: weakref.WeakSet[PromptEncoder] = weakref.WeakSet()
+_done: weakref.WeakSet[PromptEncoder] = weakref.WeakSet()  # since a Trainer's step began
+_handle: Any = None
+
+
+def watch(encoder: PromptEncoder) -> None:
+    """Constrain an encoder after each step of an optimizer that holds its parameters."""
+    global _handle
+    if not encoder.is_constrained:
+        return
+    _watched.add(encoder)
+    if _handle is None:
+        _handle = register_optimizer_step_post_hook(_after_step)
+
+
+def unwatch(encoder: PromptEncoder) -> None:
+    """Let an encoder go; with the last one, the hook."""
+    global _handle
+    _watched.discard(encoder)
+    if not _watched and _handle is not None:
+        _handle.remove()
+        _handle = None
+
+
+def constrain(encoder: PromptEncoder) -> None:
+    """Bring an encoder's parameters back to where they may be."""
+    if encoder.is_constrained:
+        with torch.no_grad():
+            encoder.constrain()
+
+
+def begin_step(encoder: PromptEncoder) -> None:
+    """Note that a Trainer's optimizer is about to step."""
+    _done.discard(encoder)
+
+
+def end_step(encoder: PromptEncoder) -> None:
+    """Constrain an encoder after a Trainer's step, unless the optimizer is torch's and has had it done."""
+    if encoder not in _done:
+        constrain(encoder)
+
+
+def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for encoder in list(_watched):
+        if any(id(parameter) in held for parameter in encoder.parameters()):
+            constrain(encoder)
+            _done.add(encoder)

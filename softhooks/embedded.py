@@ -1,0 +1,160 @@
+"""A text with its prompt as one sequence of embedding rows: what servers take that know nothing of prompts.
+
+Rows are what the model's own embedding returns and what its `inputs_embeds` takes, the factor of a scaled embedding included.
+Servers that multiply the rows they are given by that factor get them without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.anatomy import Stack
+from softhooks.batching import needed
+from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError, explain
+from softhooks.method import EMBEDDINGS
+from softhooks.prompt import SoftPrompt, require_host
+from softhooks.switch import disabled
+
+MULTIPLIED_BY_SERVERS = ("gemma", "gemma2")
+"""Models whose factor vLLM and SGLang apply to given rows too; transformers has it inside the embedding."""
+
+FACTORS_READ = (*MULTIPLIED_BY_SERVERS, "gemma3", "gemma3_text", "granite")
+"""Models with a factor of which it was read where the servers apply it."""
+
+_FACTORS = ("embedding_multiplier", "scale_emb", "scale_embedding")
+
+
+@torch.no_grad()
+def sequence_embeddings(
+    model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None, *, server: bool = False
+) -> Tensor:
+    """Make the rows of a text with the prompt that is on.
+
+    Args:
+        model: a causal decoder that carries the prompt.
+        text: a text, or its ids.
+        tokenizer: the model's, for a text; it adds its special tokens.
+        server: for vLLM or SGLang, rather than for the model's own `inputs_embeds`.
+
+    Shape:
+        -> [P + T, H], in the model's precision.
+
+    Raises:
+        NotAttachedError: the model carries no prompt.
+        UnsupportedMethodError: the prompt is more than embedding rows.
+        UnsupportedModelError: the model does not take rows, or nobody has read what a server does with them.
+        OptionError: there is no text, or no tokenizer for it.
+        PromptTooLongError: prompt and text together exceed the model's positions.
+    """
+    prompt = _require_rows(model)
+    stack = prompt.host.anatomy.entry
+    ids = _ids(text, tokenizer).to(stack.embedding.weight.device)  # type: ignore[arg-type]
+    if server:
+        _require_read(model, stack)
+    places = prompt.layout.places(torch.ones_like(ids), ids, None, range(1))
+    length = ids.shape[1] + int(places.live.sum())
+    limit = stack.positions.limit
+    if limit is not None and length > limit:
+        raise PromptTooLongError(
+            explain(
+                "prompt and text together must fit into the model's positions.",
+                "Truncate the text.",
+                prompt_and_text=length,
+                positions=limit,
+            )
+        )
+    with disabled(model):
+        words = stack.embedding(ids)[0]
+    slots = prompt.encoder.folded()[EMBEDDINGS][prompt.layout.table_rows].to(words)
+    rows: list[Tensor] = []
+    for column in range(ids.shape[1] + 1):
+        here = places.live[0] & (places.offsets[0] == column)
+        rows += [slots[here.to(slots.device)], words[column : column + 1]]
+    sequence = torch.cat(rows)
+    if server and _kind(model) in MULTIPLIED_BY_SERVERS:
+        factor: Any = stack.embedding.embed_scale
+        sequence = (sequence.float() / float(factor)).to(sequence)
+    return sequence
+
+
+def served_embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None) -> Tensor:
+    """Make the rows of a text with the prompt that is on, as vLLM and SGLang take them: see `sequence_embeddings`.
+
+    Args:
+        model: the base model in transformers, with the prompt.
+        text: a text, or its ids (of a chat, after its template).
+        tokenizer: the model's, for a text.
+
+    Shape:
+        -> [P + T, H], on the CPU, in the model's precision.
+    """
+    return sequence_embeddings(model, text, tokenizer, server=True).cpu()
+
+
+def _require_rows(model: nn.Module) -> SoftPrompt:
+    """The prompt that is on, if it is embedding rows and nothing else."""
+    host = require_host(model)
+    names = [host.active] if host.rows is None else list(host.rows)
+    if host.rows is not None or host.active is None or host.disabled:
+        raise OptionError(
+            f"one prompt must be on, for one text; on are {names!r}{', disabled' if host.disabled else ''}."
+        )
+    prompt = host.prompts[host.active]
+    missing = needed(prompt)
+    causal = host.anatomy.entry.causal and not host.anatomy.is_encoder_decoder
+    if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or not causal:
+        raise UnsupportedMethodError(
+            explain(
+                "a server takes embedding rows for a decoder, and nothing else of a prompt.",
+                "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`; of a multitask prompt, "
+                "one task.",
+                method=prompt.method.kind,
+                enters="as embedding rows" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
+                heads=", ".join(prompt.heads) or "none",
+                needs=missing or "nothing more",
+                model=f"{type(model).__name__}, {'a decoder' if causal else 'no decoder alone'}",
+            )
+        )
+    return prompt
+
+
+def _ids(text: str | list[int] | Tensor, tokenizer: Any) -> Tensor:
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise OptionError("a text needs the model's tokenizer; pass `tokenizer=`, or the text's ids.")
+        text = tokenizer(text)["input_ids"]
+    ids = torch.as_tensor(text, dtype=torch.long).reshape(1, -1)
+    if not ids.shape[1]:
+        raise OptionError("a server needs at least one token of text behind the prompt; there is none.")
+    return ids
+
+
+def _kind(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def _require_read(model: nn.Module, stack: Stack) -> None:
+    """Refuse models whose rows a server may take for something else."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    factors = {
+        name: getattr(config, name) for name in _FACTORS if getattr(config, name, None) not in (None, 1, 1.0, False)
+    }
+    inside = getattr(stack.embedding, "embed_scale", None)
+    if inside is not None and float(inside) != 1:
+        factors["embed_scale"] = float(inside)
+    width = getattr(config, "hidden_size", stack.width)
+    if (factors and _kind(model) not in FACTORS_READ) or width != stack.width:
+        raise UnsupportedModelError(
+            explain(
+                "the rows must mean to a server what they mean to transformers.",
+                "Serve this model with `softhooks.integrations.transformers_serve`.",
+                model=_kind(model),
+                factors=factors or "none",
+                read="of " + ", ".join(FACTORS_READ),
+                width=f"{stack.width} of rows, {width} of states",
+            )
+        )

@@ -1,0 +1,86 @@
+"""What `generate` has to know of prompts: where a prompt ends, for slots stand by it alone; what an assistant is not given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from softhooks.probe import unwrapped
+
+if TYPE_CHECKING:
+    from softhooks.host import Host
+
+_EXPAND = "_expand_inputs_for_generation"
+_DRAFT = "_get_candidate_generator"
+
+
+class Noting:
+    """One of a model's own functions, noting what passes. An object, so that a deep copy of the model calls its own.
+
+    Args:
+        host: where it is noted.
+        model: whose function it is.
+        name: of the function.
+    """
+
+    def __init__(self, host: Host, model: nn.Module, name: str) -> None:
+        self.host = host
+        self.model = model
+        self.name = name
+        self.before: Callable[..., Any] | None = model.__dict__.get(name)
+
+    def own(self) -> Callable[..., Any]:
+        """The function as the model had it."""
+        if self.before is not None:
+            return self.before
+        kind = type(self.model)
+        own: Callable[..., Any] = inspect.getattr_static(kind, self.name).__get__(self.model, kind)
+        return own
+
+
+class _Generate(Noting):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.own()(*args, **kwargs)
+        finally:
+            self.host.prompt_columns = None
+
+
+class _Expand(Noting):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        text = kwargs.get("input_ids")
+        if not isinstance(text, Tensor) or not text.shape[-1]:
+            text = kwargs.get("inputs_embeds")
+        self.host.prompt_columns = text.shape[1] if isinstance(text, Tensor) else None
+        return self.own()(*args, **kwargs)
+
+
+class _Draft(Noting):
+    """An assistant gets all that the model was called with, and refuses what its own forward does not name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
+        if assistant is not None and given:
+            named = inspect.signature(assistant.forward).parameters
+            own = set(self.host.columns).difference(named)
+            kwargs["model_kwargs"] = {key: value for key, value in given.items() if key not in own}
+        return self.own()(*args, **kwargs)
+
+
+def keep_from_assistants(host: Host) -> None:
+    """Keep the columns that the prompts take from assistant models, unless these take them too."""
+    model = unwrapped(host.model)
+    if hasattr(model, _DRAFT) and not isinstance(model.__dict__.get(_DRAFT), _Draft):
+        host.override(_DRAFT, _Draft(host, model, _DRAFT), model)
+
+
+def note_prompts(host: Host) -> None:
+    """Note in `host.prompt_columns`, while the model generates, how many columns its prompt has."""
+    model = unwrapped(host.model)
+    if not hasattr(model, _EXPAND) or isinstance(model.__dict__.get("generate"), _Generate):
+        return
+    host.override("generate", _Generate(host, model, "generate"), model)
+    host.override(_EXPAND, _Expand(host, model, _EXPAND), model)

@@ -1,0 +1,113 @@
+"""Rows of a template, for `datasets.map` and for data loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from softhooks.errors import OptionError
+from softhooks.layout.rendering import Row, render_row
+from softhooks.layout.template import COLUMN, Template
+
+if TYPE_CHECKING:
+    from softhooks.layout.verbalizer import Verbalizer
+
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
+
+@dataclass
+class Mapper:
+    """A function for `datasets.map`; see `Layout.mapper`."""
+
+    template: Template
+    tokenizer: Any
+    max_length: int | None
+    target: str | None
+    verbalizer: Verbalizer | None
+    label: str
+    chat: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        """Check that what is to be predicted is in the template."""
+        fields = [part.text for part in self.template.parts if part.kind == "field"]
+        masks = sum(part.kind == "mask" for part in self.template.parts)
+        if self.target is not None and self.verbalizer is not None:
+            raise OptionError("target and verbalizer both make labels; give one of them.")
+        if self.target is not None and fields.count(self.target) != 1:
+            raise OptionError(f"target must be a field that the template has once: {fields}; it is {self.target!r}.")
+        if self.verbalizer is not None and masks != 1:
+            raise OptionError(f"a verbalizer needs one {{mask}} in the template; this one has {masks}.")
+
+    def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """Render a row, or a batch of columns."""
+        names = [part.text for part in self.template.parts if part.kind == "field"]
+        columns = [example[name] for name in names if name in example]
+        if not any(isinstance(column, list) for column in columns):
+            return self.render(example)
+        count = len(columns[0])
+        rows = [self.render({name: column[i] for name, column in example.items()}) for i in range(count)]
+        return {key: [row[key] for row in rows] for key in rows[0]} if rows else {}
+
+    def render(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Render one row."""
+        row = render_row(self.template, self.tokenizer, fields, self.max_length, **self.chat)
+        found: dict[str, Any] = {"input_ids": row.ids, "attention_mask": [1] * len(row.ids)}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            found["token_type_ids"] = [0] * len(row.ids)
+        found[COLUMN] = row.slots
+        labels = self._labels(row, fields)
+        return found if labels is None else found | {"labels": labels}
+
+    def _labels(self, row: Row, fields: Mapping[str, Any]) -> list[int] | None:
+        labels = [IGNORED] * len(row.ids)
+        if self.target is not None:
+            ((start, end),) = row.spans[self.target]
+            labels[start:end] = row.ids[start:end]
+            return labels
+        if self.verbalizer is not None:
+            if self.label not in fields:
+                raise OptionError(f"a verbalizer needs the column {self.label!r}; the data has {list(fields)}.")
+            labels[row.masks[0]] = self.verbalizer.token(fields[self.label])
+            return labels
+        return None
+
+
+@dataclass
+class Collator:
+    """Make a batch of rows of fields, or of rows that are rendered already.
+
+    Padding is where the tokenizer puts it, and known from the mask alone: its id may be that of a real token.
+    """
+
+    mapper: Mapper
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make `input_ids`, `attention_mask` and `soft_slots`, and `labels` where there are labels or classes."""
+        rows = [self._rendered(row) for row in examples]
+        labels = [row["labels"] for row in rows if "labels" in row]
+        names = [*self.mapper.tokenizer.model_input_names, COLUMN]
+        held = [{name: row[name] for name in names if name in row} for row in rows]
+        batch: dict[str, Tensor] = dict(self.mapper.tokenizer.pad(held, return_tensors="pt"))
+        if labels:
+            batch["labels"] = self._padded(labels, batch["attention_mask"])
+        return batch
+
+    def _rendered(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        row = dict(example) if "input_ids" in example else self.mapper.render(example)
+        for name in ("labels", "label", "label_ids"):
+            if "labels" not in row and name in example and not isinstance(example[name], str):
+                row["labels"] = example[name]
+        return row
+
+    def _padded(self, labels: list[Any], mask: Tensor) -> Tensor:
+        if not isinstance(labels[0], (list, tuple)):
+            return torch.as_tensor(labels)
+        padded = torch.full(mask.shape, IGNORED)
+        for i, row in enumerate(labels):
+            padded[i, mask[i].bool()] = torch.as_tensor(row)
+        return padded

@@ -1,0 +1,256 @@
+"""Templates: what they say, and how fields become a row of ids around which slots stand.
+
+A template is text with parts in braces: `{soft:3}`, `{soft:"some words"}`, `{soft:2, name=a}` are slots, `{mask}` is the
+tokenizer's mask, any other `{name}` is a field of the data. `{{` and `}}` are braces. Text outside braces is an anchor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from softhooks.errors import OptionError, UnsupportedModeError, explain
+from softhooks.inject.widened import Places
+from softhooks.layout.anchors import as_ids
+
+COLUMN = "soft_slots"
+"""The batch column that says, for each slot of a template, how many real tokens of its row stand before it."""
+
+_PIECE = re.compile(
+    r"""(?P<brace>\{\{|\}\})
+    |\{soft:\s*(?:(?P<count>\d+)|"(?P<words>[^"]+)")\s*(?:,\s*name\s*=\s*(?P<tie>[A-Za-z_]\w*)\s*)?\}
+    |\{(?P<field>[A-Za-z_]\w*)\}
+    |(?P<text>[^{}]+)""",
+    re.VERBOSE,
+)
+
+Message = Mapping[str, str]
+Source = str | Sequence[Message]
+"""A template, or the messages of a chat whose contents are templates."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a template.
+
+    Attributes:
+        kind: what it is.
+        text: an anchor's text, a field's name, or the words that slots start as.
+        count: how many slots; 0 while only a tokenizer could tell.
+        tie: the name under which slots are tied.
+        ids: the words' ids.
+        space: the blanks before a field, which are tokenised with its text.
+    """
+
+    kind: Literal["text", "field", "mask", "soft"]
+    text: str = ""
+    count: int = 0
+    tie: str = ""
+    ids: tuple[int, ...] = ()
+    space: str = ""
+
+
+def parse(template: str) -> list[Part]:
+    """Split a template into its parts.
+
+    Raises:
+        OptionError: a brace that opens or closes nothing, or a slot that says nothing.
+    """
+    parts: list[Part] = []
+    place, text = 0, ""
+    while place < len(template):
+        match = _PIECE.match(template, place)
+        if match is None or match["field"] == "soft" or (match["count"] is not None and int(match["count"]) == 0):
+            raise OptionError(
+                explain(
+                    'a template\'s braces must hold a field, `mask`, or slots such as {soft:3}, {soft:"some words"}, '
+                    "{soft:2, name=a}.",
+                    "Write a brace of the text twice.",
+                    template=repr(template),
+                    not_understood=repr(template[place : place + 30]),
+                )
+            )
+        place = match.end()
+        if match["text"] is not None or match["brace"] is not None:
+            text += match["text"] or match["brace"][0]
+            continue
+        bare = text.rstrip(" ")
+        if bare:
+            parts.append(Part("text", bare))
+        parts.append(_part(match, text[len(bare) :]))
+        text = ""
+    if text.rstrip(" "):
+        parts.append(Part("text", text.rstrip(" ")))
+    return parts
+
+
+def _part(match: re.Match[str], space: str) -> Part:
+    field = match["field"]
+    if field == "mask":
+        return Part("mask")
+    if field is not None:
+        return Part("field", field, space=space)
+    return Part("soft", match["words"] or "", int(match["count"] or 0), match["tie"] or "")
+
+
+def _split(source: Any) -> tuple[tuple[Part, ...], ...]:
+    """Split a template, or each message of a chat, into parts."""
+    if isinstance(source, str):
+        parsed: tuple[tuple[Part, ...], ...] = (tuple(parse(source)),)
+    elif isinstance(source, (list, tuple)) and source and all(map(_is_message, source)):
+        parsed = tuple(tuple(parse(message["content"])) for message in source)
+    else:
+        raise OptionError(f"a layout is made of a template, or of messages with role and content; not of {source!r}.")
+    if not any(part.kind == "soft" for parts in parsed for part in parts):
+        raise OptionError(f"a layout must hold a slot, such as {{soft:3}}; this one holds none: {source!r}.")
+    return parsed
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        return False
+    return all(isinstance(key, str) and isinstance(value, str) for key, value in message.items())
+
+
+class Template:
+    """A layout that makes rows of ids from fields.
+
+    Args:
+        source: the template, or messages.
+        words: the ids of the words that slots start as, in order; None while they are not known.
+
+    Attributes:
+        parsed: the parts, message by message; a plain template is one.
+
+    Raises:
+        OptionError: it cannot be understood, has no slot, or slots of one name differ.
+    """
+
+    placement = "layout"
+    may_skip = False
+    searches = False
+
+    def __init__(self, source: Source, words: Sequence[tuple[int, ...]] | None = None) -> None:
+        self.source: str | list[dict[str, str]] = source if isinstance(source, str) else []
+        self.parsed = _split(source)
+        if not isinstance(source, str):
+            self.source = [dict(message) for message in source]
+        if words is not None:
+            rest = iter(words)
+            self.parsed = tuple(tuple(_worded(part, rest) for part in parts) for parts in self.parsed)
+        if self.is_bound:
+            self._rows()
+
+    @property
+    def messages(self) -> list[dict[str, str]] | None:
+        """The messages of a chat, if it is one."""
+        return None if isinstance(self.source, str) else self.source
+
+    @property
+    def parts(self) -> list[Part]:
+        """Every part in order."""
+        return [part for parts in self.parsed for part in parts]
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether every slot is known; otherwise a tokenizer must tell."""
+        return all(part.count for part in self.parts if part.kind == "soft")
+
+    def bound(self, tokenizer: Any) -> Template:
+        """The template with every slot known."""
+        from softhooks.initializers import tokenize
+
+        worded = [part for part in self.parts if part.kind == "soft" and part.text]
+        return Template(self.source, [tuple(tokenize(part.text, tokenizer, "soft")) for part in worded])
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether slots stand behind everything else."""
+        return self.messages is None and self.parts[-1].kind == "soft"
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids that slots start as."""
+        return [token for part in self.parts for token in part.ids]
+
+    @property
+    def table_rows(self) -> list[int]:
+        """Which row of the prompt's table each slot takes, in template order; tied slots take the same."""
+        return self._rows()[0]
+
+    @property
+    def starts(self) -> dict[int, int]:
+        """Which rows of the table start as which id."""
+        return self._rows()[1]
+
+    def _rows(self) -> tuple[list[int], dict[int, int]]:
+        rows: list[int] = []
+        starts: dict[int, int] = {}
+        tied: dict[str, tuple[int, Part]] = {}
+        count = 0
+        for part in self.parts:
+            if part.kind != "soft":
+                continue
+            first, model = tied.setdefault(part.tie, (count, part)) if part.tie else (count, part)
+            if (model.count, model.text) != (part.count, part.text):
+                raise OptionError(
+                    f"slots of one name must be equal; those named {part.tie!r} are {model.text or model.count!r} and "
+                    f"{part.text or part.count!r}."
+                )
+            rows += range(first, first + part.count)
+            starts |= {first + i: token for i, token in enumerate(part.ids)}
+            count = max(count, first + part.count)
+        return rows, starts
+
+    def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
+        """Where the column says that the slots stand; see `Layout.places`."""
+        real = mask.bool().sum(-1)
+        columns = len(self.table_rows)
+        if given is None or tuple(given.shape) != (len(rows), columns):
+            raise UnsupportedModeError(
+                explain(
+                    f"a template needs the column `{COLUMN}`, which says where the slots of each row stand.",
+                    "Make the batch with the layout's own `render`, `mapper` or `collator`, and keep the column.",
+                    given="absent" if given is None else list(given.shape),
+                    expected=[len(rows), columns],
+                )
+            )
+        offsets = given.to(real)
+        if bool(((offsets < 0) | (offsets > real[:, None])).any()):
+            raise UnsupportedModeError(
+                explain(
+                    "a row must hold every token that stands before its slots.",
+                    "Cut text with the layout's `max_length`, which cuts fields only, and prefill a prompt in one chunk.",
+                    tokens=real.tolist(),
+                    soft_slots=offsets.amax(-1).tolist(),
+                )
+            )
+        return Places(offsets, torch.ones_like(offsets).bool())
+
+    def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Ids for a probe of a model, and the column for them. [1, T] -> [1, T]."""
+        return ids, {COLUMN: torch.zeros(1, len(self.table_rows), dtype=torch.long, device=ids.device)}
+
+    def to_json(self) -> dict[str, Any]:
+        """The template, and the ids of its words."""
+        return {"template": self.source, "words": [list(part.ids) for part in self.parts if part.ids]}
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Template:
+        """The template of what `to_json` gave."""
+        return cls(told["template"], as_ids(told.get("words")))
+
+    def __repr__(self) -> str:
+        return f"Layout({self.source!r})"
+
+
+def _worded(part: Part, words: Iterator[tuple[int, ...]]) -> Part:
+    if part.kind != "soft" or not part.text:
+        return part
+    ids = next(words, ())
+    return replace(part, ids=ids, count=len(ids))

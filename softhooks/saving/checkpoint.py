@@ -1,0 +1,226 @@
+"""Save and load prompts.
+
+`soft_prompt.safetensors` holds the folded prompt and its heads in fp32, and in its metadata everything else: method, options,
+conventions, the base model's shape. So one rename makes a save complete. `soft_prompt.json` is the same description, to be read
+by people and tools.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import softhooks
+from softhooks.attach import attach_encoder
+from softhooks.errors import CheckpointError, explain
+from softhooks.host import CONTAINER
+from softhooks.peft_base import home
+from softhooks.probe import unwrapped
+from softhooks.prompt import Injection, SoftPrompt
+from softhooks.saving.files import write_json, write_tensors
+from softhooks.saving.stored import FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, outline, read_own
+
+DESCRIPTION = "soft_prompt.json"
+TENSORS = "soft_prompt.safetensors"
+
+
+# --- save -------------------------------------------------------------------------------------------------------------
+
+
+def save(prompt: SoftPrompt, folder: Path) -> None:
+    """Write a prompt, folded, with its heads.
+
+    Raises:
+        NotAttachedError: the prompt was removed.
+    """
+    write_stored(stored_of(prompt), folder)
+
+
+def write_stored(stored: Stored, folder: Path) -> None:
+    """Write a prompt that may be on no model."""
+    tensors = {PROMPT + group: table for group, table in stored.tables.items()}
+    for path, state in stored.heads.items():
+        for name, value in state.items():
+            tensors[f"{HEAD}{path}:{name}"] = value
+    description = describe(stored)
+    description["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    write_tensors(folder / TENSORS, tensors, {"format": "pt", FORMAT: json.dumps(description)})
+    write_json(folder / DESCRIPTION, description)
+
+
+def stored_of(prompt: SoftPrompt) -> Stored:
+    """A prompt as a file would hold it: folded, its heads by their path in the transformers model.
+
+    Raises:
+        NotAttachedError: the prompt was removed.
+    """
+    prompt._require_attached()
+    anatomy, model = prompt.host.anatomy, unwrapped(prompt.model)
+    inner = home(prompt.model)
+    return Stored(
+        prompt.method,
+        prompt.encoder.folded(),
+        {key.replace("/", ".").removeprefix(inner): head.state_dict() for key, head in prompt.heads.items()},
+        prompt.conventions,
+        prompt.name,
+        outline(anatomy),
+        also_trained=[name for name, _ in prompt.named_parameters() if not name.startswith(f"{CONTAINER}.")],
+        base={
+            "class": type(model).__name__,
+            "name_or_path": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
+            "width": anatomy.entry.width,
+            "vocabulary": anatomy.vocabulary,
+            "slides": bool(getattr(getattr(model, "config", None), "sliding_window", None)),
+        },
+        is_file=False,
+    )
+
+
+def describe(stored: Stored) -> dict[str, Any]:
+    """Say everything about a prompt but its numbers."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "method": stored.method.kind,
+        "options": stored.method.options(),
+        "conventions": stored.conventions,
+        "heads": list(stored.heads),
+        "also_trained": stored.also_trained,
+        "base": {**stored.base, "stacks": stored.stacks},
+        "versions": {
+            "softhooks": softhooks.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    freeze_dropout: bool = False,
+    injection: Injection | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> SoftPrompt:
+    """Load a saved prompt onto its base model and turn it on.
+
+    Args:
+        model: the base model, unmodified.
+        path: a directory that `save_pretrained`, `Trainer.save_model` or a Trainer's checkpoint wrote; one that PEFT wrote for
+            prompt tuning, P-tuning, prefix tuning, CPT or a cartridge; or a repository on the hub.
+        name: under which to attach it.
+        trainable: go on training it. Otherwise its parameters are frozen too, and no record of the base is taken.
+        freeze_dropout, injection: as in `attach`.
+        revision, token: for the hub.
+
+    Returns:
+        the handle.
+
+    Raises:
+        CheckpointError: there is no prompt, or its file is truncated, foreign or hostile.
+        PromptMismatchError: the prompt does not fit the model.
+        AttachError: it fits and cannot be attached. The model is as it was, whatever is raised.
+    """
+    stored = find(path, revision, token)
+    if stored.also_trained:
+        warnings.warn(
+            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained beside this prompt "
+            f"({', '.join(stored.also_trained[:3])}, ...) and are not saved with it; load them too.",
+            stacklevel=2,
+        )
+    return attach_stored(model, stored, name, trainable=trainable, freeze_dropout=freeze_dropout, injection=injection)
+
+
+def attach_stored(
+    model: nn.Module,
+    stored: Stored,
+    name: str,
+    *,
+    trainable: bool = False,
+    freeze_dropout: bool = False,
+    injection: Injection | None = None,
+) -> SoftPrompt:
+    """Attach a prompt that was read. See `load`."""
+    prompt = attach_encoder(
+        model,
+        stored.method,
+        name,
+        make=lambda anatomy: stored.encoder(anatomy, trainable),
+        conventions=stored.conventions,
+        head_states=stored.heads,
+        source=stored.source,
+        freeze_dropout=freeze_dropout,
+        injection=injection,
+        frozen_record=trainable,
+        check=stored.check_fit,
+    )
+    prompt.heads.requires_grad_(trainable)
+    return prompt
+
+
+def find(path: str | Path, revision: str | None = None, token: str | None = None) -> Stored:
+    """Read a prompt from a directory or from the hub. See `load`."""
+    return read(Path(path) if _exists(Path(path)) else _download(str(path), revision, token))
+
+
+def read(folder: Path) -> Stored:
+    """Read a prompt from a directory, in either format, and check it.
+
+    Raises:
+        CheckpointError: there is none, or it is not what it says.
+    """
+    if (folder / TENSORS).is_file():
+        return read_own(folder / TENSORS)
+    from softhooks.saving import peft_format
+
+    if (folder / peft_format.CONFIG).is_file():
+        return peft_format.read(folder)
+    raise CheckpointError(
+        explain(
+            "a saved prompt is a directory with its tensors.",
+            "Give the directory that `save_pretrained` wrote.",
+            directory=folder,
+            expected=f"{TENSORS} or {peft_format.CONFIG}",
+        )
+    )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for any file
+        return False
+
+
+def _download(repository: str, revision: str | None, token: str | None) -> Path:
+    """Fetch the few files of a prompt from the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from softhooks.saving import peft_format
+
+    wanted = [DESCRIPTION, TENSORS, peft_format.CONFIG, peft_format.TENSORS]
+    try:
+        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            explain(
+                "a prompt is loaded from a directory or from a repository on the hub.",
+                "Check the path; a directory must exist on this machine.",
+                asked=repository,
+                hub=f"{type(error).__name__}: {error}",
+            )
+        ) from error

@@ -1,0 +1,119 @@
+"""Which prompts a forward meets, and which row meets which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from softhooks.errors import NotAttachedError, UnsupportedModeError, explain
+
+if TYPE_CHECKING:
+    from softhooks.prompt import SoftPrompt
+
+
+@dataclass(frozen=True)
+class Use:
+    """A prompt in one of its variants; most prompts have one."""
+
+    prompt: SoftPrompt
+    variant: int = 0
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a batch meets.
+
+    Attributes:
+        uses: the prompts in use, those of one prompt side by side.
+        rows: for each row of the batch, which of them (None: no prompt); None: the first, for every row.
+        given: the extra arguments of this forward, by name.
+    """
+
+    uses: Sequence[Use]
+    rows: Sequence[int | None] | None
+    given: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> list[SoftPrompt]:
+        """The prompts in use, each once."""
+        return list(dict.fromkeys(use.prompt for use in self.uses))
+
+    def by_prompt(self) -> Iterator[tuple[SoftPrompt, tuple[int, ...]]]:
+        """Each prompt with its variants in use, in order."""
+        for prompt, uses in groupby(self.uses, key=lambda use: use.prompt):
+            yield prompt, tuple(use.variant for use in uses)
+
+    def choice_of_prompts(self) -> Sequence[int | None] | None:
+        """For each row, which of `prompts` it meets, whatever the variant."""
+        if self.rows is None:
+            return None
+        prompts = self.prompts
+        return [None if row is None else prompts.index(self.uses[row].prompt) for row in self.rows]
+
+    def hidden(self, batch: int, length: int) -> Tensor | None:
+        """Which virtual tokens each row does not see, [B or 1, length] bool, the prompt rightmost; None: all are seen."""
+        found: list[Tensor | None] = []
+        for prompt in self.prompts:
+            own = prompt.encoder.hidden(self.given, batch)
+            found.append(None if own is None else functional.pad(own, (length - own.shape[-1], 0)))
+        present = [mask for mask in found if mask is not None]
+        if not present:
+            return None
+        choice = self.choice_of_prompts()
+        if choice is None:
+            return found[0]
+        nothing = torch.zeros(batch, length, dtype=torch.bool, device=present[0].device)
+        masks = [nothing if mask is None else mask.expand(batch, -1) for mask in found]
+        return torch.stack([nothing[i] if chosen is None else masks[chosen][i] for i, chosen in enumerate(choice)])
+
+
+def select(
+    prompts: dict[str, SoftPrompt], names: Sequence[str | None], batch: int, given: dict[str, Tensor]
+) -> Selection:
+    """Find what each row of a batch meets.
+
+    Args:
+        prompts: every prompt of the model, by name.
+        names: of the rows' prompts; one name serves all rows.
+        batch: the number of rows.
+        given: the extra arguments of the forward.
+
+    Raises:
+        UnsupportedModeError: other rows than the batch has were named.
+        NotAttachedError: a prompt that was named has been removed.
+    """
+    each = list(names) * batch if len(names) == 1 else list(names)
+    used = list(dict.fromkeys(name for name in each if name is not None))
+    for name in used:
+        if name not in prompts:
+            raise NotAttachedError(f"`rows` names {name!r}, which has been removed; it may name {list(prompts)}.")
+    variants = {name: _variants(prompts[name], given, batch) for name in used}
+    keys = [None if name is None else (name, variants[name][row]) for row, name in enumerate(each)]
+    distinct = sorted({key for key in keys if key is not None}, key=lambda key: (used.index(key[0]), key[1]))
+    uses = [Use(prompts[name], variant) for name, variant in distinct]
+    if len(distinct) == 1 and None not in keys:
+        return Selection(uses, None, given)
+    return Selection(uses, [None if key is None else distinct.index(key) for key in keys], given)
+
+
+def _variants(prompt: SoftPrompt, given: dict[str, Tensor], batch: int) -> Sequence[int]:
+    chosen = prompt.encoder.choose(given, batch)
+    if chosen is None:
+        return [0] * batch
+    if len(chosen) != batch:
+        raise UnsupportedModeError(
+            explain(
+                "an extra argument of the forward must have a value for each row of the batch.",
+                "Give one value a row.",
+                prompt=prompt.name,
+                values=len(chosen),
+                batch=batch,
+            )
+        )
+    return chosen

@@ -1,0 +1,92 @@
+"""One prompt as the start of another: what a stored prompt's rows are, and which stored prompt is nearest to a task.
+
+Source: Vu et al. 2022 (SPoT), arXiv:2110.07904: a prompt tuned on a source task starts a target's; which source is best is told
+by the cosine of the prompts' mean-pooled tokens, the target's taken early in its own tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from softhooks.errors import OptionError, PromptMismatchError, explain
+from softhooks.method import EMBEDDINGS
+
+if TYPE_CHECKING:
+    from softhooks.prompt import SoftPrompt
+
+
+def rows_of(source: Any) -> Tensor:
+    """The rows of a prompt that enters as embeddings, [P, H].
+
+    Args:
+        source: a handle; or a directory or repository that `load` reads, also one of PEFT; or the rows themselves.
+
+    Raises:
+        OptionError: it is none of these, or a prompt that does not fold to rows of embeddings.
+        CheckpointError: nothing that can be read is there.
+    """
+    from softhooks.prompt import SoftPrompt
+    from softhooks.saving import checkpoint
+
+    if isinstance(source, Tensor):
+        return source.detach().float()
+    if isinstance(source, SoftPrompt):
+        tables, what = source.encoder.folded(), f"{source.name!r}: {source.method.kind}"
+    elif isinstance(source, (str, Path)):
+        stored = checkpoint.find(source)
+        tables, what = stored.tables, f"{stored.source}: {stored.method.kind}"
+    else:
+        raise OptionError(f"a prompt must be a handle, a directory or a tensor; it is a {type(source).__name__}.")
+    if set(tables) != {EMBEDDINGS}:
+        raise OptionError(
+            explain(
+                "a prompt can be the start of another only if it folds to rows of embeddings.",
+                "Take a prompt of PromptTuning or of another method that enters as embeddings.",
+                prompt=what,
+                holds=", ".join(sorted(tables)),
+            )
+        )
+    return tables[EMBEDDINGS].detach().float()
+
+
+def most_similar(
+    prompts: Mapping[str, str | Path | Tensor | SoftPrompt] | Sequence[str], to: str | Path | Tensor | SoftPrompt
+) -> list[tuple[str, float]]:
+    """Rank prompts by how near they are to one: the cosine of their mean-pooled tokens.
+
+    Tune the target's own prompt for a short while, ask which stored prompt is the nearest, and start from that with
+    `PromptTuning(init="prompt", init_from=...)`.
+
+    Args:
+        prompts: prompts of one base model by name, or a list of their directories; their lengths may differ.
+        to: the prompt to compare with.
+
+    Returns:
+        each name with its cosine, the nearest first.
+
+    Raises:
+        OptionError: none is given, or one of them does not fold to rows of embeddings.
+        PromptMismatchError: their widths differ, so that they are of different models.
+    """
+    named: Mapping[str, Any] = prompts if isinstance(prompts, Mapping) else {str(source): source for source in prompts}
+    if isinstance(prompts, str) or not named:
+        raise OptionError(f"prompts must be one or more, by name or in a list; it is {prompts!r}.")
+    goal = rows_of(to).mean(0).cpu()
+    pooled = {name: rows_of(source).mean(0).cpu() for name, source in named.items()}
+    foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}
+    if foreign:
+        raise PromptMismatchError(
+            explain(
+                "prompts can be compared only if they are of one base model.",
+                "Leave the others out.",
+                to=f"width {list(goal.shape)}",
+                prompts=foreign,
+            )
+        )
+    cosines = {name: float(functional.cosine_similarity(mean, goal, dim=0)) for name, mean in pooled.items()}
+    return sorted(cosines.items(), key=lambda item: -item[1])

@@ -1,0 +1,46 @@
+"""Callers that run a model's `forward` itself, past `__call__` and every hook: they are sent through `__call__`.
+
+sentence-transformers does so. Only integrations ask for it (`Host.heed_direct_calls`); elsewhere such a call is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class DirectForward:
+    """A model's own forward, which calls the model where nobody has: then its hooks run, and call this again.
+
+    An object and not a closure, so that a deep copy of the model calls its own forward.
+
+    Args:
+        model: whose forward it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.before: Callable[..., Any] | None = model.__dict__.get("forward")
+        self.names: tuple[str, ...] = getattr(self.before, "names", ())
+        self.__signature__ = inspect.signature(model.forward)
+        self._was_called = False
+
+    def enter(self, _module: nn.Module, _args: Any) -> None:
+        """Note that the model was called; the last of its hooks before the forward."""
+        self._was_called = True
+
+    def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Forget it, where a hook has raised before the forward."""
+        self._was_called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward, inside a call of the model."""
+        if not self._was_called:
+            return self.model(*args, **kwargs)
+        self._was_called = False
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
