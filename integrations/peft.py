@@ -1,0 +1,300 @@
+"""PEFT: its prompts become softhooks' and back, from model to model; for folders there is `softhooks convert`.
+
+`from_peft` attaches the adapters of a live `PeftModel` to a bare model, one prompt for each, by name: prompt tuning, P-tuning
+(LSTM or MLP, folded), prefix tuning (its MLP folded), multitask prompt tuning, CPT, LLaMA-Adapter and cartridges, each with its
+own trained head. `to_peft` makes a `PeftModel` of prompts. Both ways text without padding has the same logits; with padding,
+packed rows, caches and classification on decoders softhooks' are right and PEFT's are not. `softhooks.load` reads a folder of
+PEFT, `save_pretrained(..., as_peft=True)` writes one. A prompt over LoRA needs no integration: attach it to its `PeftModel`.
+
+Refused by name, models untouched: other kinds of adapters (LoRA stays with PEFT, and so do trainable tokens: they are rows of
+the vocabulary, and no prompt); prefixes of encoder-decoders, of which PEFT shares one table between layers; prompts in encoders
+that classify their first position, in PEFT a virtual token's; LLaMA-Adapter on GPT-2 or behind biased projections; onto PEFT a
+layout, a prefix in some of the layers, and three prefixes of an encoder-decoder.
+
+Versions tested: peft 0.21.2, transformers 5.23.0.
+
+Example:
+    from softhooks.integrations.peft import from_peft, to_peft
+
+    prompts = from_peft(peft_model, model)  # every adapter, by its name; the one that was active is on
+    with softhooks.rows(model, ["en", "de"]):
+        model.generate(**batch, max_new_tokens=8)  # one prompt a row, whatever their padding
+    prompts["en"].save_pretrained("en-prompt")
+
+    back = to_peft(prompts.values(), model)  # a PeftModel on the same model, which softhooks lets go
+    back.save_pretrained("adapters")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from softhooks.errors import NameTakenError, OptionError, PromptMismatchError, SoftHooksError, explain
+from softhooks.probe import examine, unwrapped
+from softhooks.prompt import SoftPrompt, host_of
+from softhooks.saving import peft_export, peft_format
+from softhooks.saving.checkpoint import attach_stored
+from softhooks.saving.stored import Stored, outline
+from softhooks.switch import activate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_ADAPTED = ("AdaptedAttention", "AdaptedAttentionGPT")
+"""The modules that PEFT puts in the place of attention for LLaMA-Adapter."""
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise SoftHooksError('PEFT is not installed. Install it: pip install "softhooks[peft]".') from error
+    return peft
+
+
+# --- from PEFT --------------------------------------------------------------------------------------------------------
+
+
+def from_peft(
+    peft_model: PeftModel,
+    model: nn.Module,
+    names: Mapping[str, str] | Iterable[str] | None = None,
+    *,
+    trainable: bool = False,
+) -> dict[str, SoftPrompt]:
+    """Attach the prompts of a live PEFT model to a bare model.
+
+    Args:
+        peft_model: its adapters are read, and stay what they are.
+        model: the base model: one of its own, or `peft_model.get_base_model()`, which the two then share.
+        names: of the adapters to take; None: all. A mapping gives them other names here.
+        trainable: go on training them; networks are folded, so rows and tables train on directly.
+
+    Returns:
+        the handles, by name. The adapter that is active in PEFT is on; if it was not asked for, the last one.
+
+    Raises:
+        OptionError: there is no such adapter.
+        CheckpointError: an adapter is of a kind that has no equal here.
+        PromptMismatchError, AttachError: a prompt does not fit the model. Nothing is attached then.
+    """
+    _peft()
+    chosen = _chosen(peft_model, names)
+    found = {name: read(peft_model, adapter) for adapter, name in chosen.items()}
+    _require_plain(model)
+    before = host_of(model)
+    was_active = before.active if before else None
+    taken = [name for name in found if before is not None and name in before.prompts]
+    if taken:
+        raise NameTakenError(
+            f"the model has prompts named {taken} already; give the adapters other names with `names=`."
+        )
+    attached: dict[str, SoftPrompt] = {}
+    try:
+        for name, stored in found.items():
+            attached[name] = attach_stored(model, stored, name, trainable=trainable)
+    except BaseException:
+        for prompt in reversed(attached.values()):
+            prompt.remove()
+        if before is not None and before.prompts:
+            before.active = was_active
+        raise
+    active = chosen.get(str(peft_model.active_adapter))
+    if active is not None:
+        activate(model, active)
+    return attached
+
+
+def read(peft_model: PeftModel, adapter: str) -> Stored:
+    """Read one adapter of a live PEFT model as a prompt that is on no model yet.
+
+    Raises:
+        CheckpointError: it is of a kind that has no equal here.
+    """
+    config = peft_model.peft_config[adapter]
+    told = json.loads(json.dumps(config.to_dict(), default=_plain))
+    source = f"the adapter {adapter!r} of {type(peft_model).__name__}"
+    peft_format.require_kind(told, source)
+    with torch.no_grad(), _kept(peft_model):
+        tensors = _peft().get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
+        copied = {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
+    return peft_format.parse(told, copied, source)
+
+
+@contextmanager
+def _kept(peft_model: nn.Module) -> Iterator[None]:
+    """Put back what PEFT changes by looking at it: reading a CPT projects its deltas anew."""
+    before = [(parameter, parameter.data) for parameter in peft_model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+
+def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) -> dict[str, str]:
+    """The adapters that are asked for, and what they are to be called."""
+    configs = getattr(peft_model, "peft_config", None)
+    if not isinstance(configs, dict) or not hasattr(peft_model, "get_base_model"):
+        raise OptionError(f"from_peft takes a PeftModel; it was given {type(peft_model).__name__}.")
+    if isinstance(names, str):
+        names = [names]
+    chosen = (
+        dict(names) if isinstance(names, Mapping) else {name: name for name in (configs if names is None else names)}
+    )
+    unknown = [name for name in chosen if name not in configs]
+    if unknown or not chosen or len(set(chosen.values())) < len(chosen):
+        raise OptionError(
+            explain(
+                "`names` must name adapters of the PEFT model, each once, and give each a name of its own.",
+                "Leave it out to take all of them.",
+                asked=chosen,
+                adapters=list(configs),
+            )
+        )
+    return chosen
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Check that PEFT puts nothing of its own into the forward of a model.
+
+    Raises:
+        OptionError: naming what it puts in.
+    """
+    adapted = [name for name, module in model.named_modules() if type(module).__name__ in _ADAPTED]
+    if adapted:
+        raise OptionError(
+            "prompts are attached to a model that PEFT adds nothing to; this one has a LLaMA-Adapter of PEFT in "
+            f"{adapted[0]}. Load the base model anew and give that one."
+        )
+
+
+# --- to PEFT ----------------------------------------------------------------------------------------------------------
+
+
+def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, trainable: bool = False) -> PeftModel:
+    """Make a PEFT model of prompts, with an adapter for each, by name.
+
+    Args:
+        prompts: of one model.
+        model: the base model: a bare one of the same class and shape; or the prompts' own, from which they are removed then.
+        trainable: leave the adapters trainable, as `get_peft_model` does.
+
+    Returns:
+        the PEFT model; the adapter of the prompt that is on is active.
+
+    Raises:
+        UnsupportedMethodError: PEFT has nothing that computes the same. The model is as it was.
+        PromptMismatchError: the model is another. It is as it was.
+        OptionError: there are no prompts, or the model carries others.
+    """
+    peft = _peft()
+    given = [prompts] if isinstance(prompts, SoftPrompt) else list(prompts)
+    _require_one_model(given)
+    parts = {prompt.name: peft_export.adapter(peft_export.of_prompt(prompt)) for prompt in given}
+    kinds = {config["peft_type"] for config, _ in parts.values()}
+    if len(kinds) > 1:
+        raise OptionError(
+            f"a PEFT model holds prompts of one kind; these are {sorted(kinds)}. Make a model for each kind."
+        )
+    active = given[0].host.active
+    _require_base(given, model)
+    settings = {name: _settings(peft, config, trainable) for name, (config, _) in parts.items()}
+    if model is given[0].model:
+        for prompt in given:
+            prompt.remove()
+    first, *others = settings
+    made = peft.get_peft_model(model, settings[first], adapter_name=first)
+    for name in others:
+        made.add_adapter(name, settings[name])
+    for name, (_, tensors) in parts.items():
+        made.set_adapter(name)
+        peft.set_peft_model_state_dict(made, tensors, adapter_name=name)
+    made.set_adapter(active if active in parts else first)
+    if not trainable:
+        made.requires_grad_(False)
+    prompted: PeftModel = made.train(model.training)
+    return prompted
+
+
+def _settings(peft: Any, config: dict[str, Any], trainable: bool) -> Any:
+    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(config["peft_type"])]
+    return cls(
+        **{key: value for key, value in config.items() if key != "peft_type"} | {"inference_mode": not trainable}
+    )
+
+
+def _require_one_model(prompts: list[SoftPrompt]) -> None:
+    models = {id(prompt.model) for prompt in prompts if prompt.is_attached}
+    detached = [prompt.name for prompt in prompts if not prompt.is_attached]
+    if len(models) != 1 or detached:
+        raise OptionError(
+            explain(
+                "`to_peft` takes prompts that are attached to one model.",
+                "Attach or load them first; call it once for each model.",
+                models=len(models),
+                removed=detached or "none",
+            )
+        )
+
+
+def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
+    """Check that a model is the one that the prompts are for, and that it carries nothing else.
+
+    Raises:
+        OptionError, PromptMismatchError: it is not.
+    """
+    own = prompts[0].model
+    host = host_of(model)
+    others = sorted(set(host.prompts) - {prompt.name for prompt in prompts}) if host and model is own else []
+    if hasattr(model, "peft_config") or (host is not None and model is not own) or others:
+        raise OptionError(
+            explain(
+                "PEFT wraps a bare model.",
+                "Load the base model anew, or remove its other prompts first; merge its LoRA.",
+                model=type(model).__name__,
+                carries=f"prompts {others or sorted(host.prompts)}" if host is not None else "adapters of PEFT",
+            )
+        )
+    if model is own:
+        return
+    mine, theirs = _told(unwrapped(own)), _told(model)
+    heads = [
+        name for name, stored in ((p.name, peft_export.of_prompt(p).stored) for p in prompts) if not _fit(stored, model)
+    ]
+    if mine != theirs or heads:
+        raise PromptMismatchError(
+            explain(
+                "a prompt must enter a model of the kind that it was trained with.",
+                "Load the base model that it was trained with.",
+                prompt=mine,
+                model=theirs,
+                heads_that_do_not_fit=heads or "none",
+            )
+        )
+
+
+def _told(model: nn.Module) -> str:
+    host = host_of(model)
+    anatomy = examine(model) if host is None else host.anatomy
+    return f"{type(model).__name__}, width {anatomy.entry.width}, {outline(anatomy)}"
+
+
+def _fit(stored: Stored, model: nn.Module) -> bool:
+    """Whether a model has the heads of a prompt, in their shapes."""
+    modules = dict(model.named_modules())
+    for path, state in stored.heads.items():
+        known = modules[path].state_dict() if path in modules else {}
+        if {k: v.shape for k, v in known.items()} != {k: v.shape for k, v in state.items()}:
+            return False
+    return True

@@ -1,0 +1,63 @@
+"""SGLang: a text with its prompt as input embeddings.
+
+SGLang knows nothing of soft prompts, but its own endpoint `/generate` takes the embeddings of a whole prompt in the place of its
+ids, as lists of numbers: `input_embeds`. Start the server with `--disable-radix-cache`: its cache finds prompts by their ids, and
+rows have none. `embeddings` makes the rows, slots and words together, and `request` what is posted. Or from a shell:
+`softhooks export DIR --to sglang --model MODEL --text "..." --output OUT`.
+
+Refused by name: prompts that enter as keys and values or as a branch (prefix tuning, P-tuning v2, context tuning, cartridges,
+LLaMA-Adapter), for which SGLang has no way in; trained heads; multitask prompts of several tasks; `text` or `input_ids` beside
+`input_embeds`; models that scale their embeddings in a way of which it is not known where SGLang does it.
+
+Read from SGLang's documentation and source, and not run: it needs a GPU. What is tested is that transformers, given the rows,
+generates what it generates with the prompt, and that the request's fields are those that SGLang 0.5.23 publishes.
+
+Versions tested: none; transformers 5.23.0 for the rows.
+
+Example:
+    import json
+    from softhooks.integrations import sglang
+
+    rows = sglang.embeddings(model, "word5 word6 word7", tokenizer)  # [P + T, H]
+    body = sglang.request(rows, sampling_params={"max_new_tokens": 16, "temperature": 0})
+    posted = json.dumps(body)  # to http://localhost:30000/generate
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from softhooks.embedded import served_embeddings as embeddings
+from softhooks.errors import OptionError, explain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["embeddings", "request"]
+
+
+def request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """The JSON body for `/generate`.
+
+    Args:
+        rows: what `embeddings` made.
+        sampling_params: of the request, such as `max_new_tokens` and `temperature`.
+        options: more of its fields, such as `stream`.
+
+    Raises:
+        OptionError: the options say another prompt.
+    """
+    others = [name for name in ("text", "input_ids") if options.get(name) is not None]
+    if others:
+        raise OptionError(
+            explain(
+                "a request says its prompt once: as text, as ids, or as embeddings.",
+                "Leave the others out; the rows hold the text already.",
+                others=", ".join(others),
+            )
+        )
+    return {
+        "input_embeds": rows.detach().float().cpu().tolist(),
+        "sampling_params": dict(sampling_params or {}),
+        **options,
+    }

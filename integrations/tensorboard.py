@@ -1,0 +1,134 @@
+"""TensorBoard beside a prompt that trains: its rows in the embedding projector, the words that they lie near, what it is.
+
+The curves of a prompt (norm, gradient, distance from the start, gates, share projected) need nothing of this: they reach
+`report_to="tensorboard"` by themselves, as `train/soft_prompt/*`. This callback takes that reporter's place and writes the same
+curves; with a tokenizer, at the end of training (of the best model, where that is loaded), also
+
+- the projector: virtual tokens among the words nearest to them (`soft_prompt`), labelled;
+- a table of these words with their cosines.
+
+Refused by name: `report_to="tensorboard"` at the same time (every curve would be written twice); a tokenizer for a prompt that
+enters as keys and values, which has no rows to project; a sharded model.
+
+Versions tested: tensorboard 2.21.0
+
+Example:
+    from transformers import Trainer
+
+    from softhooks import PromptTuning, SoftPromptCallback
+    from softhooks.integrations.tensorboard import PromptBoard
+
+    trainer = Trainer(
+        model=model,
+        args=args,  # report_to="none", which is the default: the board below writes the curves too
+        train_dataset=dataset,
+        callbacks=[SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptBoard(tokenizer, log_dir="runs/prompt")],
+    )
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from softhooks.errors import SoftHooksError, TrainerError, explain
+from softhooks.initializers import embed_ids
+from softhooks.prompt import SoftPrompt
+from softhooks.report import ABOUT, WORDS, PromptReport, table_of
+from softhooks.switch import disabled
+from softhooks.transfer import rows_of
+from softhooks.words import Word
+
+
+class PromptBoard(PromptReport):
+    """Write a prompt's curves, rows and nearest words for TensorBoard.
+
+    Args:
+        tokenizer: the model's tokenizer; None: no rows and no words, only the curves and what the prompt is.
+        log_dir: where to; None: where the Trainer's own reporter would write.
+        words: how many of the nearest words for each virtual token.
+
+    Raises:
+        SoftHooksError: TensorBoard is not installed.
+    """
+
+    def __init__(self, tokenizer: Any = None, *, log_dir: str | Path | None = None, words: int = 5) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise SoftHooksError('TensorBoard is not installed here: pip install "softhooks[tensorboard]"')
+        from transformers.integrations.integration_utils import TensorBoardCallback
+
+        super().__init__(tokenizer, words=words)
+        self._reporter = TensorBoardCallback()
+        if log_dir is not None:
+            self._reporter.logging_dir = str(log_dir)
+        self._about: dict[str, Any] = {}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse a second reporter of the same kind."""
+        if "tensorboard" in (args.report_to or []):
+            raise TrainerError(
+                explain(
+                    "one callback writes a training's curves for TensorBoard.",
+                    "Set report_to='none', or leave 'tensorboard' out of the list; or leave PromptBoard out.",
+                    report_to=args.report_to,
+                )
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the file, once it is sure that all can be told at the end."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._reporter.on_train_begin(args, state, control, **kwargs)
+        if self._reporter.tb_writer is not None:
+            text = json.dumps(self._about, indent=2, default=str)
+            self._reporter.tb_writer.add_text(ABOUT, f"```json\n{text}\n```", state.global_step)
+
+    def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
+        """Keep what the prompt is for when the file is open."""
+        self._about = about
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the curves."""
+        self._reporter.on_log(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the rows and the words, and close the file."""
+        try:
+            super().on_train_end(args, state, control, **kwargs)
+        finally:
+            self._reporter.on_train_end(args, state, control)
+
+    def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
+        """Write rows and words, where there are any."""
+        if not words:
+            return
+        lines = [WORDS, *table_of(words)]
+        cells = ["| " + " | ".join(_plain(cell, "|") for cell in line) + " |" for line in lines]
+        cells.insert(1, "|---" * len(WORDS) + "|")
+        self._reporter.tb_writer.add_text(f"{ABOUT}/words", "\n".join(cells), state.global_step)
+
+        near = {word.id: word.token for row in words for word in row}
+        with disabled(prompt.model):
+            known = embed_ids(prompt.host.anatomy, list(near)).cpu()
+        labels = [(_plain(f"{number}: {row[0].token}"), "virtual token") for number, row in enumerate(words)]
+        labels += [(_plain(token), "word") for token in near.values()]
+        rows = torch.cat([rows_of(prompt).cpu(), known])
+        header = ["token", "kind"]
+        self._reporter.tb_writer.add_embedding(rows, labels, None, state.global_step, ABOUT, metadata_header=header)
+
+
+def _plain(value: Any, *but: str) -> str:
+    """A label in one cell: no tab and no line ends, nor what else would end it; never empty."""
+    text = str(value).encode("unicode_escape").decode() if not str(value).isprintable() else str(value)
+    for mark in but:
+        text = text.replace(mark, f"\\{mark}")
+    return text.strip() or repr(str(value))

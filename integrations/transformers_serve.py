@@ -1,0 +1,155 @@
+"""`transformers serve` and continuous batching, with a prompt.
+
+`model.generate_batch` needs nothing from here: a prefix, a front prompt or an adapter that is on is met by every request. This
+module starts transformers' own server on one model with its prompt; completions and chats, streamed or not, by
+`generate` or by continuous batching, answer as `generate` does. From a shell, with the server's own options:
+
+    python -m softhooks.integrations.transformers_serve MODEL --prompt DIR --port 8000 --continuous-batching
+
+Refused by name: a server that is not pinned to a model (a prompt belongs to one, and fits others of its shape by accident); with
+continuous batching, prompts that enter as slots or differ from request to request, flash attention, CUDA graphs and compiled
+forwards. The last three are what transformers would choose on a GPU; the server is told not to unless it was asked for them.
+
+Versions tested: transformers 5.23.0, fastapi 0.165.0, uvicorn 0.54.0, openai 3.57.0.
+
+Example:
+    from openai import OpenAI
+    from softhooks.integrations.transformers_serve import serve
+
+    server = serve(prompt_folder, model_folder, port=port, device="cpu", non_blocking=True)
+    client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=9)
+    answer = client.completions.create(model=model_folder, prompt="word5 word6", max_tokens=4).choices[0].text
+    server.kill_server()
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from softhooks.errors import OptionError, SoftHooksError, explain
+
+
+def serve(prompt: str | Path, model: str, **options: Any) -> Any:
+    """Start transformers' server on one model with its prompt.
+
+    Args:
+        prompt: a saved prompt: a directory, a hub id, or a checkpoint of PEFT.
+        model: the base model, a name or a directory; the server is pinned to it.
+        options: of `transformers serve`, by their Python names (`port`, `device`, `continuous_batching`, ...).
+
+    Returns:
+        transformers' `Serve`, once the server has ended; at once with `non_blocking=True`.
+
+    Raises:
+        SoftHooksError: what serving needs is not installed; the prompt does not fit the model, or cannot be served so.
+    """
+    with prompted(prompt):
+        from transformers.cli.serve import Serve
+
+        return Serve(force_model=model, **options)
+
+
+@contextmanager
+def prompted(prompt: str | Path) -> Iterator[None]:
+    """Let every server that is made meanwhile load its model with a prompt.
+
+    Raises:
+        SoftHooksError: what serving needs is not installed.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise SoftHooksError(
+            'what transformers serves with is not installed here: pip install "softhooks[transformers-serve]"'
+        )
+    from transformers.cli.serving import model_manager, utils
+
+    before = model_manager.ModelManager, utils.GenerationState
+    model_manager.ModelManager = _manager(model_manager.ModelManager, str(prompt))  # type: ignore[misc]
+    utils.GenerationState = _state(utils.GenerationState)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        model_manager.ModelManager, utils.GenerationState = before  # type: ignore[misc]
+
+
+def _manager(base: Any, prompt: str) -> Any:
+    """The class of managers that load a model with a prompt."""
+
+    class PromptedModelManager(base):
+        """Loads the one model that the server is pinned to, and the prompt onto it."""
+
+        def __init__(self, *args: Any, continuous_batching: bool = False, **kwargs: Any) -> None:
+            self._batches = continuous_batching
+            super().__init__(*args, continuous_batching=continuous_batching, **kwargs)
+
+        def _validate_args(self) -> None:
+            super()._validate_args()
+            if self.force_model is None:
+                raise OptionError(
+                    explain(
+                        "a server with a prompt must be pinned to the model that the prompt was trained with.",
+                        "Name the model when the server starts.",
+                        prompt=prompt,
+                        model="any that a request names",
+                    )
+                )
+
+        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+            from softhooks import load
+            from softhooks.batching import require_servable
+
+            model = super()._load_model(*args, **kwargs)
+            loaded = load(model, prompt)
+            if self._batches:
+                require_servable(loaded.host)
+            return model
+
+    return PromptedModelManager
+
+
+def _state(base: Any) -> Any:
+    """The class of states whose continuous batches run where a prompt can be joined."""
+
+    class PromptedGenerationState(base):
+        """Leaves attention and graphs as they are, unless the server was asked for others."""
+
+        def __init__(self, continuous_batching: bool = False, cb_config: Any = None, **kwargs: Any) -> None:
+            from transformers import ContinuousBatchingConfig
+
+            if continuous_batching:
+                cb_config = ContinuousBatchingConfig() if cb_config is None else cb_config
+                cb_config.auto_switch_to_flash = False
+                cb_config.use_cuda_graph = False if cb_config.use_cuda_graph is None else cb_config.use_cuda_graph
+            super().__init__(continuous_batching=continuous_batching, cb_config=cb_config, **kwargs)
+
+    return PromptedGenerationState
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `transformers serve`, with one option more: `--prompt`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompt")
+    own, rest = parser.parse_known_args(arguments)
+    try:
+        if own.prompt is None and "--help" not in rest:
+            raise OptionError("the server needs `--prompt DIR`; without a prompt, run `transformers serve`.")
+        with prompted(own.prompt):
+            import typer
+            from transformers.cli.serve import Serve
+
+            app = typer.Typer(pretty_exceptions_enable=False)
+            app.command(name="serve")(Serve)
+            app(rest)
+    except SoftHooksError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""vLLM: a text with its prompt as prompt embeddings.
+
+vLLM knows nothing of soft prompts, but takes the embeddings of a whole prompt in the place of its ids: `LLM(...,
+enable_prompt_embeds=True)` as `{"prompt_embeds": rows}`, and a server started with `vllm serve MODEL --enable-prompt-embeds` in
+`/v1/completions` as `prompt_embeds`, a tensor written by `torch.save`, in base64. `embeddings` makes the rows, slots and words
+together, and `request` what is posted. Or from a shell: `softhooks export DIR --to vllm --model MODEL --text "..." --output OUT`.
+
+Refused by name: prompts that enter as keys and values or as a branch (prefix tuning, P-tuning v2, context tuning, cartridges,
+LLaMA-Adapter), for which vLLM has no way in; trained heads; multitask prompts of several tasks; `prompt` beside
+`prompt_embeds`, which is a second prompt to the server and not the rest of the first; models that scale their embeddings in a way
+of which it is not known where vLLM does it. `/v1/chat/completions` puts a template around what it is given: use completions, and
+the template before the rows are made.
+
+Read from vLLM's documentation and source, up to 0.30.0, and not run: it needs a GPU. What is tested is that transformers, given
+the rows, generates what it generates with the prompt, and that the request's fields are those that vLLM 0.33.0 publishes.
+
+Versions tested: none; transformers 5.23.0 for the rows.
+
+Example:
+    import json
+    from softhooks.integrations import vllm
+
+    rows = vllm.embeddings(model, "word5 word6 word7", tokenizer)  # [P + T, H]
+    body = vllm.request("the/base-model", rows, max_tokens=16, temperature=0)
+    posted = json.dumps(body)  # to http://localhost:8000/v1/completions
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any
+
+from softhooks.embedded import served_embeddings as embeddings
+from softhooks.errors import OptionError, explain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["embeddings", "encode", "request"]
+
+
+def request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
+    """The JSON body for `/v1/completions`.
+
+    Args:
+        model: the name under which the server has the base model.
+        rows: what `embeddings` made.
+        options: of the request, such as `max_tokens`, `temperature` and `stream`.
+
+    Raises:
+        OptionError: the options say another prompt.
+    """
+    if options.get("prompt"):
+        raise OptionError(
+            explain(
+                "a request says its prompt once: as embeddings of the whole text, or as text.",
+                "Leave `prompt` out; the rows hold the text already.",
+                prompt=repr(options["prompt"]),
+            )
+        )
+    return {"model": model, "prompt_embeds": encode(rows), **options}
+
+
+def encode(rows: Tensor) -> str:
+    """A tensor as the server reads it: written by `torch.save`, in base64."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # a clone: a view would bring its whole storage along
+    return base64.b64encode(buffer.getvalue()).decode("ascii")

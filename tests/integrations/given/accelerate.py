@@ -1,0 +1,17 @@
+"""What the example of `softhooks.integrations.accelerate` finds ready."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import training
+import zoo
+
+import softhooks
+
+
+def names() -> dict[str, Any]:
+    """A tiny model and its data."""
+    loader = torch.utils.data.DataLoader(training.rows("causal"), batch_size=4)
+    return {"model": zoo.build("llama"), "loader": loader, "softhooks": softhooks, "torch": torch}

@@ -1,0 +1,45 @@
+"""What the example of `softhooks.integrations.transformers_serve` finds ready."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tokens
+import torch
+import zoo
+from transformers import AutoModelForCausalLM
+
+import softhooks
+
+CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_model(folder: Path, method: Any) -> None:
+    """A tiny Llama with its tokenizer in `model`, and a prompt for it in `prompt`."""
+    model, tokenizer = zoo.build("llama"), tokens.tokenizer()
+    tokenizer.chat_template = CHAT
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with softhooks.attach(model, method) as prompt, torch.no_grad():
+        for parameter in prompt.encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        prompt.save_pretrained(folder / "prompt")
+
+
+def names() -> dict[str, Any]:
+    """Folders with a model and a prompt, and a port."""
+    folder = Path(tempfile.mkdtemp())
+    write_model(folder, softhooks.PromptTuning(5))
+    return {"model_folder": str(folder / "model"), "prompt_folder": str(folder / "prompt"), "port": free_port()}

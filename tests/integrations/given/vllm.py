@@ -1,0 +1,17 @@
+"""What the example of `softhooks.integrations.vllm` finds ready."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tokens
+import zoo
+
+import softhooks
+
+
+def names() -> dict[str, Any]:
+    """A tiny Llama with its prompt, and its tokenizer."""
+    model = zoo.build("llama")
+    softhooks.attach(model, softhooks.PromptTuning(5))
+    return {"model": model, "tokenizer": tokens.tokenizer()}

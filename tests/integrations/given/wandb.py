@@ -1,0 +1,24 @@
+"""What the example finds ready: a tiny model, its tokenizer, rows; a tracker that stays on this machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import tokens
+import training
+import transformers as tf
+import zoo
+
+
+def names() -> dict[str, Any]:
+    """The names that the example uses."""
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": tempfile.mkdtemp()}
+    args = tf.TrainingArguments("out", **{**training.QUIET, "report_to": ["wandb"]})
+    return {
+        "model": zoo.build("llama"),
+        "tokenizer": tokens.tokenizer(),
+        "dataset": training.rows("causal"),
+        "args": args,
+    }
