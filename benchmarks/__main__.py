@@ -11,7 +11,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import exactness, frozen, generation, memory, report, training_step
+from benchmarks import (
+    distillation,
+    exactness,
+    few_shot,
+    frozen,
+    generation,
+    memory,
+    report,
+    training_step,
+    transfer,
+    zero_gate,
+)
 from benchmarks.profiles import FULL, QUICK, Profile
 from benchmarks.result import Result, today
 
@@ -21,6 +32,10 @@ BENCHMARKS: dict[str, Callable[[Profile, Progress], Result]] = {
     "memory": memory.run,
     "generation": generation.run,
     "frozen": frozen.run,
+    "zero_gate": zero_gate.run,
+    "few_shot": few_shot.run,
+    "transfer": transfer.run,
+    "distillation": distillation.run,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import softhooks
 from benchmarks.models import Batch, token_loss
@@ -21,31 +23,108 @@ BARE, SOFTHOOKS, PEFT = "bare", "softhooks", "PEFT"
 
 @dataclass(frozen=True)
 class Pair:
-    """One method as both libraries offer it, from P, the model's width, and the ids that a prefix starts from."""
+    """One method as both libraries offer it, from P, the model's config, and the ids that a prefix starts from.
+
+    Attributes:
+        is_precise: whether PEFT computes in the precision of its model.
+        task_of: the task of each row of a batch, for methods of several tasks.
+    """
 
     name: str
-    softhooks: Callable[[int, int, Tensor], Method]
-    peft: Callable[[int, int], peft.PeftConfig]
+    softhooks: Callable[[int, LlamaConfig, Tensor], Method]
+    peft: Callable[[int, LlamaConfig], peft.PeftConfig]
+    is_precise: bool = True
+    task_of: Callable[[int], int] | None = None
 
 
 PROMPT = Pair(
     "prompt tuning",
-    lambda count, width, ids: softhooks.PromptTuning(count),
-    lambda count, width: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count),
+    lambda count, config, ids: softhooks.PromptTuning(count),
+    lambda count, config: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count),
+)
+P_TUNING = Pair(
+    "P-tuning, LSTM",
+    lambda count, config, ids: softhooks.PTuning(count),
+    lambda count, config: peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=count,
+        encoder_reparameterization_type="LSTM",
+        encoder_hidden_size=config.hidden_size // 2,
+    ),
 )
 PREFIX = Pair(
     "prefix tuning",
-    lambda count, width, ids: softhooks.PrefixTuning(count, init_ids=ids.tolist()),
-    lambda count, width: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count),
+    lambda count, config, ids: softhooks.PrefixTuning(count, init_ids=ids.tolist()),
+    lambda count, config: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=count),
 )
 PREFIX_MLP = Pair(
     "prefix tuning, MLP",
-    lambda count, width, ids: softhooks.PrefixTuning(count, init_ids=ids.tolist(), projection=True, hidden_size=width),
-    lambda count, width: peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=count, prefix_projection=True, encoder_hidden_size=width
+    lambda count, config, ids: softhooks.PrefixTuning(
+        count, init_ids=ids.tolist(), projection=True, hidden_size=config.hidden_size
+    ),
+    lambda count, config: peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=count, prefix_projection=True, encoder_hidden_size=config.hidden_size
     ),
 )
-PAIRS = (PROMPT, PREFIX, PREFIX_MLP)
+ADAPTER = Pair(
+    "LLaMA-Adapter",
+    lambda count, config, ids: softhooks.LlamaAdapter(count, gate="raw", gate_per="layer"),
+    lambda count, config: peft.AdaptionPromptConfig(
+        task_type="CAUSAL_LM", adapter_len=count, adapter_layers=config.num_hidden_layers
+    ),
+    is_precise=False,  # its second softmax is in fp32, always
+)
+ADAPTER_DEFAULT = replace(
+    ADAPTER, name="LLaMA-Adapter, by default", softhooks=lambda count, config, ids: softhooks.LlamaAdapter(count)
+)
+"""A tanh and a gate a head, beside PEFT's one bare gate a layer: it is timed, and open as far."""
+
+ADAPTERS = (ADAPTER, ADAPTER_DEFAULT)
+TASKS = 8
+MPT, MPT_MIXED = (
+    Pair(
+        name,
+        lambda count, _, ids: softhooks.MultitaskPromptTuning(count, tasks=TASKS),
+        lambda count, _: peft.MultitaskPromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=count, num_tasks=TASKS, prompt_tuning_init="RANDOM"
+        ),
+        task_of=task_of,
+    )
+    for name, task_of in (("MPT, rows of one task", lambda row: 3), ("MPT, rows of 8 tasks", lambda row: row % TASKS))
+)
+MULTITASK = (MPT, MPT_MIXED)
+PAIRS = (PROMPT, P_TUNING, PREFIX, PREFIX_MLP, ADAPTER, *MULTITASK)
+GATE = 0.5
+"""How far an adapter's gates are open: at their start, 0, it would do nothing that could be compared."""
+
+DECAY = 0.95
+CONTEXT = Pair(
+    "CPT",
+    lambda count, width, ids: softhooks.ContextAwarePromptTuning(
+        context_ids=ids.tolist(), token_types=context_types(count), decay=DECAY
+    ),
+    lambda count, width: peft.CPTConfig(
+        task_type="CAUSAL_LM",
+        cpt_tokens_type_mask=context_types(count),
+        cpt_token_ids=[0] * count,
+        cpt_mask=[1] * count,
+        opt_weighted_loss_type="decay",
+        opt_loss_decay_factor=DECAY,
+        opt_projection_epsilon=0.2,
+        opt_projection_format_epsilon=0.1,
+    ),
+)
+
+
+def context_types(count: int) -> list[int]:
+    """The types of a context of examples of about 50 tokens: format, input, format, three tokens of label, separator."""
+    examples = max(1, count // 50)
+    sizes = [count // examples + (number < count % examples) for number in range(examples)]
+    return [
+        kind and 4 * number + kind
+        for number, size in enumerate(sizes)
+        for kind in (1, *[2] * (size - 6), 3, 4, 4, 4, 0)
+    ]
 
 
 @dataclass
@@ -57,6 +136,8 @@ class Contestant:
         model: what is called.
         prompt: what is trained, in the same order for both libraries; nothing in the bare model.
         handle: softhooks' handle.
+        arrange: brings gradients into the order and the shapes of softhooks' own.
+        task_of: the task of each row, where a call has to say it.
     """
 
     name: str
@@ -64,17 +145,24 @@ class Contestant:
     prompt: list[nn.Parameter] = field(default_factory=list)
     handle: softhooks.SoftPrompt | None = None
     optimizer: torch.optim.Optimizer | None = None
+    arrange: Callable[[list[Tensor]], list[Tensor]] = list
+    task_of: Callable[[int], int] | None = None
+
+    def call(self, batch: Batch) -> Any:
+        """Run forward, with the rows' tasks where they are asked for."""
+        given = {} if self.task_of is None else {"task_ids": task_ids(self.task_of, batch)}
+        return self.model(**batch, **given)
 
     def backward(self, batch: Batch) -> Tensor:
         """Run forward and backward. -> the loss."""
-        loss: Tensor = self.model(**batch).loss
+        loss: Tensor = self.call(batch).loss
         loss.backward()
         return loss.detach()
 
     def backward_in_fp64(self, batch: Batch) -> Tensor:
         """Run forward and backward with a loss in fp64; transformers' own is fp32. -> the loss."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = self.model(**inputs).logits
+        logits: Tensor = self.call(inputs).logits
         loss = token_loss(logits[:, -batch["labels"].shape[1] :], batch)
         loss.backward()
         return loss.detach()
@@ -93,7 +181,7 @@ class Contestant:
         taken = [parameter.grad for parameter in self.prompt]
         for parameter in self.prompt:
             parameter.grad = None
-        return [gradient for gradient in taken if gradient is not None]
+        return self.arrange([gradient for gradient in taken if gradient is not None])
 
 
 def bare(base: LlamaForCausalLM) -> Contestant:
@@ -106,28 +194,93 @@ def bare(base: LlamaForCausalLM) -> Contestant:
 def with_softhooks(base: LlamaForCausalLM, pair: Pair, ids: Tensor) -> Contestant:
     """Attach softhooks' prompt, which starts from the words `ids`: it does what these words would do in the text."""
     model = copy.deepcopy(base)
-    handle = softhooks.attach(model, pair.softhooks(len(ids), base.config.hidden_size, ids))
+    handle = softhooks.attach(model, pair.softhooks(len(ids), base.config, ids))
     handle.encoder.to(next(base.parameters()).dtype)  # prompts stay in fp32; the comparison in fp64 needs fp64
     prompt = list(handle.encoder.parameters())
     if pair is PROMPT:
         with torch.no_grad():
             prompt[0].copy_(base.get_input_embeddings()(ids))
-    return Contestant(SOFTHOOKS, model, prompt, handle)
+    if pair in ADAPTERS:
+        with torch.no_grad():
+            prompt[1].fill_(GATE if pair is ADAPTER else math.atanh(GATE))
+    if pair is CONTEXT:
+        with torch.no_grad():
+            prompt[0].normal_(std=1e-3)  # inside its bounds
+    return Contestant(SOFTHOOKS, model, prompt, handle, task_of=pair.task_of)
 
 
 def with_peft(base: LlamaForCausalLM, pair: Pair, like: Contestant) -> Contestant:
     """Attach PEFT's prompt and give it the numbers of softhooks' one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a renamed attribute
-        config = pair.peft(_length(like), base.config.hidden_size)
+        config = pair.peft(_length(like), base.config)
         model = peft.get_peft_model(copy.deepcopy(base), config)
     model.train(base.training)
+    if pair in ADAPTERS:
+        return _adapted(model, like)
+    if pair is CONTEXT:
+        return _contextual(model, base, like)
     encoder = model.prompt_encoder["default"].to(next(base.parameters()).dtype)
     prompt = list(encoder.parameters())
+    if pair in MULTITASK:
+        return _multitask(model, encoder, pair, like)
     with torch.no_grad():
         for mine, theirs in zip(prompt, like.prompt, strict=True):
             mine.copy_(theirs)
     return Contestant(PEFT, model, prompt)
+
+
+def _adapted(model: nn.Module, like: Contestant) -> Contestant:
+    """Give each layer's prompt and gate of PEFT the numbers of softhooks' tables."""
+    prompts = [p for name, p in model.named_parameters() if name.endswith("adaption_prompt")]
+    gates = [p for name, p in model.named_parameters() if name.endswith("adaption_gate")]
+    with torch.no_grad():
+        for parameter, rows in zip(prompts, like.prompt[0].chunk(len(prompts)), strict=True):
+            parameter.copy_(rows[None])
+        for parameter in gates:
+            parameter.fill_(GATE)
+
+    def arrange(gradients: list[Tensor]) -> list[Tensor]:
+        count = len(prompts)
+        return [torch.cat([rows[0] for rows in gradients[:count]]), torch.cat(gradients[count:])[None]]
+
+    return Contestant(PEFT, model, [*prompts, *gates], arrange=arrange)
+
+
+def _multitask(model: nn.Module, encoder: nn.Module, pair: Pair, like: Contestant) -> Contestant:
+    """Give PEFT's shared prompt and vectors the numbers of softhooks', which trains the vectors' distance from one."""
+    assert like.handle is not None
+    rate = like.handle.method.task_rate
+    prompt = [encoder.embedding.weight, encoder.prefix_task_cols, encoder.prefix_task_rows]
+    with torch.no_grad():
+        shared, left, right = like.prompt
+        for mine, theirs in zip(prompt, (shared, 1 + rate * left, (1 + rate * right).mT), strict=True):
+            mine.copy_(theirs)
+
+    def arrange(gradients: list[Tensor]) -> list[Tensor]:
+        shared, left, right = gradients
+        return [shared, rate * left, rate * right.mT]
+
+    return Contestant(PEFT, model, prompt, arrange=arrange, task_of=pair.task_of)
+
+
+def task_ids(task_of: Callable[[int], int], batch: Batch) -> Tensor:
+    """The task of each row of a batch, [B]."""
+    return torch.tensor([task_of(row) for row in range(batch["input_ids"].shape[0])])
+
+
+def _contextual(model: nn.Module, base: LlamaForCausalLM, like: Contestant) -> Contestant:
+    """Give PEFT's context the words and the deltas of softhooks' one; PEFT has a delta for every token."""
+    assert like.handle is not None
+    method = like.handle.method
+    assert isinstance(method, softhooks.ContextAwarePromptTuning)
+    encoder = model.prompt_encoder["default"]
+    delta: nn.Parameter = encoder.delta_embedding.weight
+    model.peft_config["default"].cpt_token_ids = list(method.context.ids)
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(base.get_input_embeddings()(torch.tensor(method.context.ids)))
+        delta[method.context.movable] = like.prompt[0]
+    return Contestant(PEFT, model, [delta])
 
 
 def _length(contestant: Contestant) -> int:

@@ -2,7 +2,9 @@
 
 Counted is every byte that torch's CPU allocator hands out from the start of the forward to the end of zero_grad, less what it
 takes back: the profiler reports each of them, and the peak is the highest running sum. So it is exact, and the same in every
-run. It holds the activations that autograd keeps, the temporaries of operators, the gradients, and what the forward returns.
+run on one machine; on another, operators such as the LSTM may take another way and keep more or less (P-tuning's peak at 100/64/8
+was 159 MB on one and 164 on another). It holds the activations that autograd keeps, the temporaries of operators, the gradients,
+and what the forward returns.
 
 It does **not** hold what is there before the step, the weights and the optimizer's state; the last column adds the weights to
 both sides. Nor does it hold what a library such as oneDNN allocates for itself.
@@ -20,12 +22,43 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 from benchmarks.clock import one_thread
-from benchmarks.contestants import PAIRS, PROMPT, Contestant, bare, with_peft, with_softhooks
+from benchmarks.contestants import (
+    ADAPTER,
+    CONTEXT,
+    MPT,
+    P_TUNING,
+    PAIRS,
+    PROMPT,
+    Contestant,
+    Pair,
+    bare,
+    with_peft,
+    with_softhooks,
+)
 from benchmarks.models import Batch, llama, text, words
 from benchmarks.profiles import Profile, Shape
 from benchmarks.result import Column, Result, Target
 
-REQUIRED: dict[tuple[str, int], float] = {(PROMPT.name, 100): 1.4}
+LESS: dict[tuple[str, int], float] = {
+    (PROMPT.name, 100): 1.8,
+    (P_TUNING.name, 100): 1.8,
+    (MPT.name, 100): 1.8,
+    (ADAPTER.name, 20): 1.0,
+    (CONTEXT.name, 400): 5.0,
+}
+"""How many times softhooks' peak PEFT's must be, by method and P.
+
+At 100 tokens a step must be 1.9 times as fast as PEFT's; the peak is not quite as much lower, 1.84 to 1.89 times, for both hold
+what the bare model holds for the text, which no prompt can save. The bound is what held on every machine.
+"""
+
+REQUIRED: dict[tuple[str, int], float] = {
+    (PROMPT.name, 100): 1.4,
+    (P_TUNING.name, 100): 1.45,
+    (MPT.name, 100): 1.4,
+    (ADAPTER.name, 20): 1.15,
+    (ADAPTER.name, 100): 1.3,
+}
 """How many times the bare model's peak softhooks may need, by method and P."""
 
 COLUMNS = (
@@ -37,17 +70,21 @@ COLUMNS = (
     Column("softhooks / bare", "{softhooks_to_bare:.2f}"),
     Column("PEFT / bare", "{peft_to_bare:.2f}"),
     Column("at most", "{required:g}"),
+    Column("PEFT / softhooks", "{peft_to_softhooks:.2f}"),
+    Column("at least", "{less:g}"),
     Column("the same with weights", "{softhooks_with_weights:.2f}, PEFT {peft_with_weights:.2f}"),
 )
 
 
 def run(profile: Profile, progress: Progress) -> Result:
     """Find the peak of every method at every shape."""
-    task = progress.add_task("memory", total=len(profile.memory_shapes) * (1 + 2 * len(PAIRS)))
+    shapes = [(shape, PAIRS) for shape in profile.memory_shapes]
+    shapes += [(shape, (CONTEXT,)) for shape in profile.context_shapes]
+    task = progress.add_task("memory", total=sum(1 + 2 * len(pairs) for _, pairs in shapes))
     rows: list[dict[str, Any]] = []
     with one_thread():
-        for shape in profile.memory_shapes:
-            rows += _measure(profile, shape, lambda: progress.advance(task))
+        for shape, pairs in shapes:
+            rows += _measure(profile, shape, pairs, lambda: progress.advance(task))
     return Result(
         name="memory",
         title="Peak memory of a training step",
@@ -56,7 +93,7 @@ def run(profile: Profile, progress: Progress) -> Result:
             "weights are not counted, or added to both sides in the last column."
         ),
         columns=COLUMNS,
-        rows=sorted(rows, key=lambda row: [pair.name for pair in PAIRS].index(row["method"])),
+        rows=sorted(rows, key=lambda row: [pair.name for pair in (*PAIRS, CONTEXT)].index(row["method"])),
         targets=[
             Target(
                 f"{row['method']} {row['shape']}: times the bare model's peak",
@@ -66,12 +103,22 @@ def run(profile: Profile, progress: Progress) -> Result:
             )
             for row in rows
             if "required" in row
+        ]
+        + [
+            Target(
+                f"{row['method']} {row['shape']}: PEFT's peak in softhooks' peaks",
+                row["peft_to_softhooks"],
+                "at least",
+                row["less"],
+            )
+            for row in rows
+            if "less" in row
         ],
         settings={"model": vars(profile.model)},
     )
 
 
-def _measure(profile: Profile, shape: Shape, tick: Any) -> list[dict[str, Any]]:
+def _measure(profile: Profile, shape: Shape, pairs: tuple[Pair, ...], tick: Any) -> list[dict[str, Any]]:
     base = llama(profile.model, profile.seed)
     batch = text(profile.model, shape, profile.seed)
     ids = words(profile.model, shape.virtual, profile.seed)
@@ -79,7 +126,7 @@ def _measure(profile: Profile, shape: Shape, tick: Any) -> list[dict[str, Any]]:
     plain = peak(bare(base), batch)
     tick()
     rows = []
-    for pair in PAIRS:
+    for pair in pairs:
         contestant = with_softhooks(base, pair, ids)
         ours = peak(contestant, batch)
         tick()
@@ -115,9 +162,12 @@ def _row(method: str, shape: Shape, plain: int, ours: int, theirs: int, weights:
         "weights_mb": weights / 1e6,
         "softhooks_to_bare": ours / plain,
         "peft_to_bare": theirs / plain,
+        "peft_to_softhooks": theirs / ours,
         "softhooks_with_weights": (ours + weights) / (plain + weights),
         "peft_with_weights": (theirs + weights) / (plain + weights),
     }
     if (method, shape.virtual) in REQUIRED:
         row["required"] = REQUIRED[method, shape.virtual]
+    if (method, shape.virtual) in LESS:
+        row["less"] = LESS[method, shape.virtual]
     return row

@@ -23,7 +23,10 @@ from benchmarks import clock, report  # noqa: E402
 from benchmarks.profiles import SMOKE  # noqa: E402
 from benchmarks.result import Column, Result, Target  # noqa: E402
 
-ROWS = {"exactness": 6, "training_step": 3, "memory": 3, "generation": 2, "frozen": 2}
+ROWS = {
+    "exactness": 14, "training_step": 9, "memory": 8, "generation": 2, "frozen": 2, "zero_gate": 4, "few_shot": 5,
+    "transfer": 4, "distillation": 3,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_every_benchmark_has_its_rows(results: dict[str, Result]) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_cell_that_needs_no_bound_is_filled(results: dict[str, Result], name: str) -> None:
     result = results[name]
-    bounds = {"at least", "at most", "a flipped bit is"}
+    bounds = {"at least", "at most", "a flipped bit is", "right on sources"}
     for cells in result.table:
         empty = {column.header for column, cell in zip(result.columns, cells, strict=True) if not cell}
         assert empty <= bounds
@@ -87,6 +90,38 @@ def test_prompts_are_computed_once_and_say_what_the_hard_prompt_says(results: di
     for row in results["generation"].rows:
         assert row["computed"] <= 1
         assert row["recomputed"] == 1
+
+
+def test_adapters_start_where_the_frozen_model_is_only_with_closed_gates(results: dict[str, Result]) -> None:
+    rows = {(row["init_std"], row["gates"]): row for row in results["zero_gate"].rows}
+    closed = {row["first_loss"] for (_, gates), row in rows.items() if gates == "0"}
+    assert len(closed) == 1
+    assert all(row["first_loss"] not in closed for (_, gates), row in rows.items() if gates != "0")
+    assert all(0 <= row["worst"] <= row["accuracy"] <= row["best"] <= 1 for row in rows.values())
+    assert [target.bound for target in results["zero_gate"].targets] == [0.3]
+
+
+def test_contexts_start_as_in_context_learning_and_are_bounded_only_with_projection(results: dict[str, Result]) -> None:
+    rows = {row["variant"]: row for row in results["few_shot"].rows}
+    assert len({row["untrained"] for row in rows.values()}) == 1
+    assert all(0 <= row["worst"] <= row["accuracy"] <= row["best"] <= 1 for row in rows.values())
+    assert len({row["loss"] for row in rows.values()}) == len(rows)
+    assert [target.bound for target in results["few_shot"].targets] == [0.2, 0.2]
+
+
+def test_targets_are_compared_with_a_prompt_from_scratch_and_with_one_of_all_sources(
+    results: dict[str, Result],
+) -> None:
+    rows = results["transfer"].rows
+    assert [row["prompt"] for row in rows] == [
+        "prompt from scratch", "one prompt of all sources", "MPT", "MPT with teachers",
+    ]  # fmt: skip
+    assert all(0 <= row["worst"] <= row["right"] <= row["best"] <= 1 for row in rows)
+    assert [row["prompt"] for row in rows if "sources" in row] == [row["prompt"] for row in rows[1:]]
+    taught, decomposed, sources = results["transfer"].targets
+    assert taught.value == rows[3]["right"] - rows[0]["right"]
+    assert decomposed.value == rows[2]["right"] - rows[1]["right"]
+    assert sources.value == rows[2]["sources"] - rows[1]["sources"]
 
 
 def test_a_flipped_bit_is_noticed(results: dict[str, Result]) -> None:
