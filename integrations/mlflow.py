@@ -115,6 +115,7 @@ class PromptArtifact(PromptReport):
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
         """Log files and words. The reporter may have ended the run; a trial's waits for the evaluation that follows."""
         mlflow = _mlflow()
+        mlflow.flush_async_logging()  # to find a run's artifacts, MLflow reads its metrics, which may be half written
         client = mlflow.MlflowClient()
         client.log_artifacts(self._run_id, str(folder), ABOUT)
         if words:

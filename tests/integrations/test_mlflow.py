@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def _local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     while mlflow.active_run() is not None:
         mlflow.end_run()
+    mlflow.set_tracking_uri(None)
     remove_all()
 
 
@@ -97,6 +99,21 @@ def test_the_run_holds_the_prompt_its_words_and_what_it_is(tmp_path: Path) -> No
     batch = tf.default_data_collator(training.rows("causal"))
     with torch.no_grad():
         assert torch.equal(fresh(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_files_are_kept_while_the_curves_are_still_on_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def append_slowly(path: str, line: str) -> None:
+        with open(path, "a") as file:
+            time.sleep(0.02)
+            file.write(line)
+
+    monkeypatch.setattr("mlflow.store.tracking.file_store.append_to", append_slowly)
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    with mlflow.start_run():  # which stays open, so that nothing waits for its curves
+        trainer, _ = curves.train(tmp_path / "out", PromptTuning(4), PromptArtifact(), report_to=["mlflow"])
+    [run] = runs()
+    curves.require_equal(drawn(run), curves.expected(trainer, curves.BASIC))
+    assert (downloaded(run, "soft_prompt") / "soft_prompt.safetensors").is_file()
 
 
 def test_a_long_option_is_cut_and_whole_in_the_artifact(tmp_path: Path) -> None:
@@ -176,7 +193,6 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow.set_tracking_uri(None)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     names = examples.run("mlflow")
     assert len(training.losses(names["trainer"])) == 4
