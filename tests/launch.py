@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "processes"
-TIMEOUT = 150
+TIMEOUT = 300
 MARK = "SOFTHOOKS_TEST_LAUNCH"
 """The environment variable by which a launch knows its processes."""
 

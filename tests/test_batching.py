@@ -168,7 +168,7 @@ def config() -> ContinuousBatchingConfig:
 
 def ask(manager: Any, text: list[int]) -> Any:
     name = manager.add_request(text, max_new_tokens=4)
-    return manager.get_result(request_id=name, timeout=20)
+    return manager.get_result(request_id=name, timeout=120)
 
 
 def greedy() -> GenerationConfig:
@@ -196,7 +196,7 @@ def test_a_prompt_that_changes_while_a_manager_runs_is_refused(change: str) -> N
             told = ask(manager, [5, 6, 7])
         assert "a paged cache serves the prompt that it was filled with" in told.error
     finally:
-        manager.stop(block=True, timeout=10)
+        manager.stop(block=True, timeout=60)
         manager.destroy()
 
 

@@ -30,13 +30,13 @@ def test_workers_that_hang_are_killed(tmp_path: Path, how: list[str]) -> None:
     assert patience <= time.monotonic() - began < patience + 30
     workers = [int(pid) for file in tmp_path.glob("hang*.txt") for pid in file.read_text().split()]
     assert len(set(workers)) == 4
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(is_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in workers if is_alive(pid)]
 
 
 def test_a_launch_that_fails_says_so(tmp_path: Path) -> None:
-    status, output = launch(tmp_path / "nothing.py", timeout=60)
+    status, output = launch(tmp_path / "nothing.py", timeout=120)
     assert status != 0
     assert "nothing.py" in output

@@ -577,7 +577,7 @@ def test_pytorch_lightning_is_served_by_the_same_callback(tmp_path: Path) -> Non
     assert importlib.metadata.version("pytorch-lightning") == importlib.metadata.version("lightning")
     told = subprocess.run(
         [sys.executable, str(SCRIPTS / "lit.py"), "pytorch_lightning", str(tmp_path)],
-        capture_output=True, text=True, timeout=240, check=False, env=environment(),
+        capture_output=True, text=True, timeout=300, check=False, env=environment(),
     )  # fmt: skip
     assert told.returncode == 0, told.stderr[-3000:]
     seen = torch.load(tmp_path / "rank0.pt")

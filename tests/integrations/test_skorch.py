@@ -199,7 +199,7 @@ def test_a_pickled_net_answers_the_same_in_another_process(tmp_path: Path) -> No
         "net.partial_fit(X, numpy.arange(30) % 3, epochs=1); print('same', net.callbacks_[-2][1].reports_[0])"
     )
     told = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
         env={"PYTHONPATH": f"{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert told.returncode == 0, told.stderr[-2000:]

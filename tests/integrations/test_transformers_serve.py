@@ -98,7 +98,7 @@ def collect_loops() -> None:
 
 
 def wait_for(http: httpx.Client) -> None:
-    for _ in range(400):
+    for _ in range(2400):
         try:
             if http.get("/health").status_code == 200:
                 return

@@ -55,7 +55,7 @@ def runs(home: Path) -> Iterator[Runs]:
 
     def read() -> dict[str, list[Any]]:
         wandb.finish()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while True:  # the service writes the last records when `finish` has returned
             folders = sorted(set(home.glob("wandb/offline-run-*")) - before)
             found = records(folders)
