@@ -103,7 +103,7 @@ def test_the_run_holds_the_prompt_its_words_and_what_it_is(tmp_path: Path) -> No
 
 def test_files_are_kept_while_the_curves_are_still_on_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def append_slowly(path: str, line: str) -> None:
-        with open(path, "a") as file:
+        with Path(path).open("a") as file:
             time.sleep(0.02)
             file.write(line)
 
