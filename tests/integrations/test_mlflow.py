@@ -101,7 +101,9 @@ def test_the_run_holds_the_prompt_its_words_and_what_it_is(tmp_path: Path) -> No
         assert torch.equal(fresh(**batch).logits, model.eval()(**batch).logits)
 
 
-def test_files_are_kept_while_the_curves_are_still_on_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_kept_while_the_curves_are_still_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def append_slowly(path: str, line: str) -> None:
         with Path(path).open("a") as file:
             time.sleep(0.02)
