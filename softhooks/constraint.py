@@ -12,10 +12,21 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from softhooks.method import PromptEncoder
+from softhooks.users import Users
 
-_watched: weakref.WeakSet[PromptEncoder] = weakref.WeakSet()
 _done: weakref.WeakSet[PromptEncoder] = weakref.WeakSet()  # since a Trainer's step began
 _handle: Any = None
+
+
+def _stop_listening() -> None:
+    global _handle
+    if _handle is not None:
+        _handle.remove()
+        _handle = None
+
+
+watched: Users[PromptEncoder] = Users(_stop_listening)
+"""The encoders that are constrained."""
 
 
 def watch(encoder: PromptEncoder) -> None:
@@ -23,18 +34,14 @@ def watch(encoder: PromptEncoder) -> None:
     global _handle
     if not encoder.is_constrained:
         return
-    _watched.add(encoder)
+    watched.add(encoder)
     if _handle is None:
         _handle = register_optimizer_step_post_hook(_after_step)
 
 
 def unwatch(encoder: PromptEncoder) -> None:
     """Let an encoder go; with the last one, the hook."""
-    global _handle
-    _watched.discard(encoder)
-    if not _watched and _handle is not None:
-        _handle.remove()
-        _handle = None
+    watched.discard(encoder)
 
 
 def constrain(encoder: PromptEncoder) -> None:
@@ -57,7 +64,7 @@ def end_step(encoder: PromptEncoder) -> None:
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for encoder in list(_watched):
+    for encoder in watched:
         if any(id(parameter) in held for parameter in encoder.parameters()):
             constrain(encoder)
             _done.add(encoder)

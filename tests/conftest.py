@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,8 +12,11 @@ import hypothesis
 import pytest
 import torch
 import transformers
+from untouched import leave_libraries_alone
 
+from softhooks import constraint
 from softhooks.inject import interface
+from softhooks.trainer import late, reporting
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -25,14 +27,18 @@ hypothesis.settings.register_profile("thorough", max_examples=150, **{**_COMMON,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
+def pytest_collection_finish() -> None:
+    """Once all that the tests import is there; collections, of which tests make thousands, took a third of their time."""
+    leave_libraries_alone()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def _no_prompt_left() -> Iterator[None]:
-    """Collect models that a test dropped with a prompt still on, so that the next test finds the attention functions bare."""
-    yield
-    if interface._users:
+def _no_prompt_left() -> None:
+    """Collect what the test before dropped with a prompt on, some of it not before it was over: libraries are bare then."""
+    if any(users for users in (interface.users, constraint.watched, late.users, reporting.users)):
         gc.collect()

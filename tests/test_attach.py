@@ -13,6 +13,8 @@ import torch
 import zoo
 from table import TABLE, Entry, fitting
 from torch import nn
+from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama import modeling_llama
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, PTuningV2, errors
@@ -80,9 +82,6 @@ REMOVED = [
 
 @pytest.mark.parametrize(("entry", "case"), fitting(TABLE, REMOVED), ids=str)
 def test_remove_gives_the_model_back(entry: Entry, case: zoo.Case) -> None:
-    from transformers.modeling_utils import AttentionInterface
-    from transformers.models.llama import modeling_llama
-
     model = zoo.build(case.arch, case.head)
     next(model.parameters()).requires_grad_(False)
     model.train()
@@ -95,7 +94,7 @@ def test_remove_gives_the_model_back(entry: Entry, case: zoo.Case) -> None:
     after = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()], list(model.state_dict())
     assert before == after
     assert training == [m.training for m in model.modules()]
-    if not interface._users:  # another test's model may still be alive with its prompt
+    if not interface.users:  # another test's model may still be alive with its prompt
         assert not hasattr(AttentionInterface._global_mapping["sdpa"], interface.MARK)
         assert not hasattr(modeling_llama.eager_attention_forward, interface.MARK)
 
@@ -118,6 +117,18 @@ def test_a_model_with_a_prompt_can_be_collected() -> None:
     del model
     gc.collect()
     assert alive() is None
+
+
+def test_attention_is_bare_again_when_the_last_model_with_a_prompt_has_been_collected() -> None:
+    models = [zoo.build("llama"), zoo.build("llama")]
+    for model in models:
+        softhooks.attach(model, PrefixTuning(3))
+    del model
+    for left in (1, 0):
+        del models[0]
+        gc.collect()
+        assert hasattr(AttentionInterface._global_mapping["sdpa"], interface.MARK) == (left > 0)
+        assert hasattr(modeling_llama.eager_attention_forward, interface.MARK) == (left > 0)
 
 
 def test_attach_does_not_disturb_the_random_state_beyond_its_own_draws() -> None:

@@ -304,7 +304,7 @@ def test_a_copy_is_constrained_too() -> None:
 
 
 def test_nobody_listens_to_optimizers_when_the_last_constrained_prompt_is_gone() -> None:
-    for encoder in list(constraint._watched):  # of models that other tests have dropped and nobody has collected yet
+    for encoder in constraint.watched:  # of models that other tests have dropped and nobody has collected yet
         constraint.unwatch(encoder)
     hooks = torch_optimizer._global_optimizer_post_hooks
     before = len(hooks)

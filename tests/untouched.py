@@ -26,7 +26,7 @@ def remove_all() -> None:
     """Remove what tests have left attached, so that the next one finds transformers as it is."""
     leave_libraries_alone()
     gc.collect()
-    for host in list(interface._users):
+    for host in interface.users:
         for prompt in list(getattr(host, "prompts", {}).values()):
             prompt.remove()
     interface.close_interface(remove_all)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import weakref
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,18 +19,29 @@ from softhooks.anatomy import Site, Stack
 from softhooks.errors import PromptNotReachedError, explain
 from softhooks.inject.passes import AttentionFunction, Pass
 from softhooks.inject.written_out import rewrite, unwrite
+from softhooks.users import Users
 
 MARK = "_softhooks_site"
 """The attribute of an attention module that holds its `Site`, the first of several where it serves several layers."""
 
 _EAGER = "eager_attention_forward"
-_users: weakref.WeakSet[object] = weakref.WeakSet()
 _wrapped: list[tuple[MutableMapping[str, Any], str, AttentionFunction, AttentionFunction]] = []
 
 
+def _put_back() -> None:
+    for mapping, key, original, wrapper in _wrapped:
+        if mapping.get(key) is wrapper:
+            mapping[key] = original
+    _wrapped.clear()
+
+
+users: Users[object] = Users(_put_back)
+"""Who needs the wrapped functions: models with a prompt, and readers for a moment."""
+
+
 def open_interface(user: object, modules: Iterable[nn.Module]) -> None:
-    """Wrap the attention functions that these modules can call, for as long as `user` is open."""
-    _users.add(user)
+    """Wrap the attention functions that these modules can call, for as long as `user` is open and alive."""
+    users.add(user)
     _wrap_all(AttentionInterface._global_mapping, list(AttentionInterface._global_mapping))
     files = {type(module).__module__ for module in modules}
     for name in files:
@@ -42,13 +52,7 @@ def open_interface(user: object, modules: Iterable[nn.Module]) -> None:
 
 def close_interface(user: object) -> None:
     """Put the original functions back, if nobody else uses the wrapped ones."""
-    _users.discard(user)
-    if len(_users):
-        return
-    for mapping, key, original, wrapper in _wrapped:
-        if mapping.get(key) is wrapper:
-            mapping[key] = original
-    _wrapped.clear()
+    users.discard(user)
 
 
 def mark(stacks: Iterable[Stack]) -> None:

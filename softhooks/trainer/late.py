@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import weakref
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 from softhooks.errors import TrainerError, explain
 from softhooks.trainer.optimizer import is_mended, mend_optimizer
 from softhooks.trainer.resume import saver_of
+from softhooks.users import Users
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -128,16 +128,26 @@ def _refuse_unattended(callback: SoftPromptCallback) -> None:
 
 # --- add_callback -----------------------------------------------------------------------------------------------------
 
-_alive: weakref.WeakSet[SoftPromptCallback] = weakref.WeakSet()
 _original: Any = None
 _wrapper: Any = None
+
+
+def _put_back() -> None:
+    global _original
+    # What has been put around it meanwhile stays, and so does ours.
+    if _original is not None and CallbackHandler.add_callback is _wrapper:
+        CallbackHandler.add_callback = _original  # type: ignore[method-assign]
+        _original = None
+
+
+users: Users[SoftPromptCallback] = Users(_put_back)
+"""The callbacks of ours."""
 
 
 def expect(callback: SoftPromptCallback) -> None:
     """Let a callback know of the Trainers that it is added to when they are made already."""
     global _original, _wrapper
-    _alive.add(callback)
-    weakref.finalize(callback, _close)
+    users.add(callback)
     if _original is not None:
         return
     original: Any = CallbackHandler.add_callback
@@ -148,7 +158,7 @@ def expect(callback: SoftPromptCallback) -> None:
         """Add it; one that comes after the Trainer's construction meets the model now."""
         original(handler, callback)
         added = handler.callbacks[-1]
-        is_ours = any(one is added for one in _alive)  # by identity: a stranger's may be unhashable, as a dataclass is
+        is_ours = any(one is added for one in users)  # by identity: a stranger's may be unhashable, as a dataclass is
         if not is_ours or not hasattr(handler, "model"):  # a handler in construction: `on_init_end` will follow
             return
         try:
@@ -184,15 +194,6 @@ def _introduce(callback: SoftPromptCallback) -> None:
         handler.on_init_end(trainer.args, trainer.state, trainer.control)  # by the handler: some add to what they tell
     finally:
         handler.callbacks = among
-
-
-def _close() -> None:
-    global _original
-    # What has been put around it meanwhile stays, and so does ours.
-    is_outermost = CallbackHandler.add_callback is _wrapper
-    if _original is not None and is_outermost and not any(True for _ in _alive):
-        CallbackHandler.add_callback = _original  # type: ignore[method-assign]
-        _original = None
 
 
 # --- too late ---------------------------------------------------------------------------------------------------------

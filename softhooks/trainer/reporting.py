@@ -17,6 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from softhooks.prompt import SoftPrompt, host_of
 from softhooks.trainer.resume import Saver, saver_of
+from softhooks.users import Users
 
 PREFIX = "soft_prompt"
 
@@ -69,8 +70,18 @@ def _norm(tensors: list[Tensor]) -> Tensor:
 
 # --- before the reporters ---------------------------------------------------------------------------------------------
 
-_users: weakref.WeakSet[Saver] = weakref.WeakSet()
 _original: Any = None
+
+
+def _put_back() -> None:
+    global _original
+    if _original is not None:
+        CallbackHandler.on_log = _original  # type: ignore[method-assign]
+        _original = None
+
+
+users: Users[Saver] = Users(_put_back)
+"""What callbacks keep on the models whose numbers are shown."""
 
 
 class Showing:
@@ -82,16 +93,14 @@ class Showing:
 
     def __init__(self, saver: Saver) -> None:
         self._saver = weakref.ref(saver)
-        _users.add(saver)
-        weakref.finalize(saver, _close)
+        users.add(saver)
         _open()
 
     def remove(self) -> None:
         """Show them no more. Calling it again does nothing."""
         saver = self._saver()
         if saver is not None:
-            _users.discard(saver)
-        _close()
+            users.discard(saver)
 
 
 def _open() -> None:
@@ -113,10 +122,3 @@ def _open() -> None:
         return original(handler, args, state, control, logs, **kwargs)
 
     CallbackHandler.on_log = on_log  # type: ignore[assignment, method-assign]
-
-
-def _close() -> None:
-    global _original
-    if _original is not None and not any(True for _ in _users):
-        CallbackHandler.on_log = _original  # type: ignore[method-assign]
-        _original = None
