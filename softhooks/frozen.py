@@ -22,7 +22,7 @@ class FrozenReport:
     """What a check of the frozen tensors has read.
 
     Attributes:
-        tensors: how many parameters and buffers were compared.
+        tensors: how many parameters and buffers were compared, and scales of quantised weights.
         bytes: their size.
         seconds: how long it took.
         unread: the names of those that could not be read, for they lie on the meta device and nothing brings them in.
@@ -62,9 +62,21 @@ def digest(tensor: Tensor) -> Digest:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Walk every parameter and buffer, shared ones once, offloaded ones brought in one by one."""
+    """Walk every parameter and buffer, shared once, offloaded brought in one by one; then what quantised layers hold."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield name, read(model, name, tensor)
+    for name, module in model.named_modules():
+        if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
+            yield from _beside(name, module)
+
+
+def _beside(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a layer saves beside its parameters and buffers: bitsandbytes' scales, which are neither, and may move about in it."""
+    prefix = f"{name}." if name else ""
+    known = {prefix + own for own in (*module._parameters, *module._buffers)}
+    saved: dict[str, object] = {}
+    module._save_to_state_dict(saved, prefix, True)
+    yield from ((key, value) for key, value in saved.items() if isinstance(value, Tensor) and key not in known)
 
 
 class FrozenRecord:

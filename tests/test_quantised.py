@@ -114,6 +114,10 @@ def _by_bitsandbytes(base: Path, bits: int) -> Any:
     return model.eval()
 
 
+def _named(model: Any) -> set[str]:
+    return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+
+
 @torch.no_grad()
 def _answer(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=zoo.text()).logits.clone()
@@ -144,7 +148,7 @@ def test_a_base_of_bitsandbytes_trains_resumes_and_is_given_back(
     assert all(not torch.equal(after[name], begun[name]) for name in begun)
     assert training.equal(training.base_of(prompt.model), before)
     assert callback.report is not None
-    assert callback.report.tensors == prompt.verify_frozen().tensors == len([*bare.parameters(), *bare.buffers()])
+    assert callback.report.tensors == prompt.verify_frozen().tensors == len(bare.state_dict().keys() | _named(bare))
 
     resumed, other = start()
     training.spoil(other)
@@ -168,6 +172,21 @@ def test_one_bit_of_a_quantised_weight_is_noticed(base: Path, bits: int) -> None
     with softhooks.attach(model, METHODS["prefix"]) as prompt:
         model.model.layers[1].mlp.up_proj.weight.data[0, 0] ^= 1
         with pytest.raises(FrozenModifiedError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+            prompt.verify_frozen()
+
+
+@pytest.mark.parametrize("runs", [False, True], ids=["as loaded", "after a forward"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_scale_that_moves_is_noticed(base: Path, bits: int, runs: bool) -> None:
+    model = _by_bitsandbytes(base, bits)
+    layer = model.model.layers[1].mlp.up_proj
+    with softhooks.attach(model, METHODS["prefix"]) as prompt:
+        prompt.verify_frozen()
+        if runs:
+            _answer(model)
+        scales = [layer.weight.quant_state.absmax] if bits == 4 else [layer.weight.SCB, layer.state.SCB]
+        next(scale for scale in scales if scale is not None)[0] *= 1.5
+        with pytest.raises(FrozenModifiedError, match=r"layers\.1\.mlp\.up_proj\.(weight\.absmax|SCB)"):
             prompt.verify_frozen()
 
 
