@@ -141,7 +141,7 @@ def test_teachers_and_students_train_in_two_processes_as_in_one(tmp_path: Path) 
     """What has no part in a step is searched for, also where layers run again; where it would not be, that is refused."""
     first, second = results(tmp_path, SCRIPTS / "mpt.py", tmp_path)
     alone = mpt.train(tmp_path / "alone", size=8, steps=1)
-    for way in ("as it is", "again", "reentrant"):
+    for way in ("as it is", "again", "reentrant", "sharded", "sharded, again"):
         assert training.equal(first[way], second[way])
         assert set(first[way]) == set(alone)
         assert all(torch.allclose(first[way][name], alone[name], rtol=1e-5, atol=1e-6) for name in alone)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from softhooks.columns import require
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.method import EMBEDDINGS, PromptEncoder, TableEncoder
+from softhooks.trainer.sharding import full
 
 TASK_IDS = "task_ids"
 """The column of a batch that says each row's task."""
@@ -196,7 +197,7 @@ class LearningEncoder(MultitaskEncoder):
             return
         self.taken += 1
         if int(self.taken) == self.steps and self.teachers is not None:
-            self.teachers.copy_(self.vanilla)
+            self.teachers.copy_(full(self.vanilla))
 
 
 class FoldedTasks(PromptEncoder):

@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from launch import leave
-from processes.train import refusal
+from processes.train import SHARDING, refusal
 from torch.nn.parallel import DistributedDataParallel
 
 import softhooks
 from softhooks import LlamaAdapter, MultitaskPromptTuning
 from softhooks.integrations.accelerate import track
 from softhooks.method import Method
+from softhooks.trainer.sharding import full
 
 METHOD = MultitaskPromptTuning(3, tasks=3, sampling=None, teachers="train", teacher_steps=2)
 ADAPTER = LlamaAdapter(3, context_size=5)
@@ -51,7 +52,8 @@ def train(folder: Path, size: int, steps: int, **options: Any) -> dict[str, torc
     assert callback.soft_prompt is not None
     encoder = callback.soft_prompt.encoder
     assert not encoder.is_learning_from_scratch
-    return training.trained(callback) | {"teachers": encoder.teachers.clone()}
+    learned = training.trained(callback) | {"teachers": encoder.teachers.clone()}
+    return {name: full(tensor) for name, tensor in learned.items()}
 
 
 def loop(method: Method, *, searching: bool, extra: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -79,6 +81,7 @@ def main() -> None:
     state = PartialState(cpu=True, backend="gloo")
     seen: dict[str, Any] = {}
     ways = {"as it is": {}, "again": {**AGAIN, **SEARCHING}, "reentrant": {**REENTRANT, **SEARCHING}}
+    ways |= {"sharded": SHARDING, "sharded, again": {**SHARDING, **AGAIN}}
     for name, options in ways.items():
         seen[name] = train(folder / name, 2, 2, ddp_backend="gloo", **options)
     refused = {"checkpointing": AGAIN, "not searching": {"ddp_find_unused_parameters": False}}
