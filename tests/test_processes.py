@@ -27,7 +27,7 @@ WAYS = {
         "prompt": "shared", "prefix": "attention", "mpt-tasks": "shared", "mpt-taught": "shared", "cpt": "shared",
         "p-tuning": "shared", "p-tuning-v2-projection": "attention", "adapter": "branch", "cartridge-distilled": "attention",
     },
-    "fsdp": {"prompt": "slots", "prefix": "attention", "adapter": "branch"},
+    "fsdp": {"prompt": "slots", "prefix": "attention", "adapter": "branch", "p-tuning": "slots", "mpt-tasks": "slots"},
 }  # fmt: skip
 """What trains under each wrapper, and how each enters."""
 
@@ -157,6 +157,10 @@ def test_teachers_and_students_train_in_two_processes_as_in_one(tmp_path: Path) 
             assert f"found:  {found}" in seen[name]
             assert f"method: {'llama_adapter' if 'texts' in name else 'multitask_prompt_tuning'}" in seen[name]
             assert "`ddp_find_unused_parameters=True`" in seen[name]
+        assert seen["saved in shards"].startswith(
+            "TrainerError: of a sharded model (FSDP) torch loads an optimizer only if"
+        )
+        assert "found:  save_strategy='steps'" in seen["saved in shards"]
         context = {"text_context_weight", "text_context_bias"}
         gradients = seen["gradients"]
         assert set(gradients["teachers"]) == {"shared", "left", "right"}, (

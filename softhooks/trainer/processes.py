@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from softhooks.attach import frozen_names
 from softhooks.errors import TrainerError, explain
@@ -38,13 +39,28 @@ def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> N
 
     Raises:
         TrainerError: DataParallel, DeepSpeed, FSDP 1, weights on one rank only, checkpoints in shards, a model that is sharded
-            already, or a DDP that does not look for parameters without a part in a step where there are some.
+            already; where parameters have no part in some steps, a DDP that does not look for them, or FSDP2 that saves an
+            optimizer.
     """
     for found, rule, remedy in _obstacles(args, model):
         raise TrainerError(explain(rule, remedy, found=found))
-    if args.world_size > 1 and fsdp_plugin() is None and method.has_idle(method.columns):
+    if args.world_size > 1 and method.has_idle(method.columns):
+        _check_idle(args, method)
+
+
+def _check_idle(args: TrainingArguments, method: Method) -> None:
+    if fsdp_plugin() is None:
         for found in _hindrances(args):
             raise TrainerError(explain(RULE, REMEDY, method=method.kind, found=found))
+    elif SaveStrategy(args.save_strategy) != SaveStrategy.NO and not args.save_only_model:
+        raise TrainerError(
+            explain(
+                "of a sharded model (FSDP) torch loads an optimizer only if each parameter has had a step when it was saved.",
+                "Set `save_only_model=True` or `save_strategy='no'`, or use DDP.",
+                method=f"{method.kind}, of which some parameters have no part in some steps",
+                found=f"save_strategy={SaveStrategy(args.save_strategy).value!r}",
+            )
+        )
 
 
 def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str, str, str]]:

@@ -81,7 +81,6 @@ def main() -> None:
     state = PartialState(cpu=True, backend="gloo")
     seen: dict[str, Any] = {}
     ways = {"as it is": {}, "again": {**AGAIN, **SEARCHING}, "reentrant": {**REENTRANT, **SEARCHING}}
-    ways |= {"sharded": SHARDING, "sharded, again": {**SHARDING, **AGAIN}}
     for name, options in ways.items():
         seen[name] = train(folder / name, 2, 2, ddp_backend="gloo", **options)
     refused = {"checkpointing": AGAIN, "not searching": {"ddp_find_unused_parameters": False}}
@@ -98,6 +97,11 @@ def main() -> None:
         "images": loop(ADAPTER, searching=False, extra=context),
         "mixed": loop(ADAPTER, searching=True, extra=context if state.process_index else None),
     }
+    for name, options in {"sharded": SHARDING, "sharded, again": {**SHARDING, **AGAIN}}.items():
+        seen[name] = train(folder / name, 2, 2, ddp_backend="gloo", **options)
+    seen["saved in shards"] = refusal(
+        lambda: train(folder / "x", 2, 2, ddp_backend="gloo", **SHARDING, save_strategy="steps")
+    )
     torch.save(seen, folder / f"rank{state.process_index}.pt")
     leave()
 

@@ -110,7 +110,7 @@ def ddp(folder: Path, rank: int) -> dict[str, Any]:
 
 def fsdp(folder: Path, rank: int) -> dict[str, Any]:
     """Train and resume in sharded models; ask for what cannot be."""
-    seen: dict[str, Any] = train_and_resume(folder, (*METHODS, "adapter"), **SHARDING)
+    seen: dict[str, Any] = train_and_resume(folder, (*METHODS, "adapter", "p-tuning", "mpt-tasks"), **SHARDING)
     again = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     method, rows = entry_of("adapter")
     torch.manual_seed(7)
