@@ -97,6 +97,8 @@ def _check_sharded(*ranks: dict[str, Any]) -> None:
             "TrainerError: in a sharded model (FSDP) a prompt of embeddings enters as slots."
         )
         assert "'shared'" in seen["asked"]
+        assert seen["context"].startswith("UnsupportedMethodError: a context needs a causal language model whose front")
+        assert "(no FSDP)" in seen["context"]
         assert seen["bare loop"].startswith("UnsupportedModeError: a prompt that is computed once for all rows")
         assert "injection='slots'" in seen["bare loop"]
         assert "sharded already" in seen["late"]

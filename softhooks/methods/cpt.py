@@ -221,7 +221,7 @@ class ContextAwarePromptTuning(Method):
         raise UnsupportedMethodError(
             explain(
                 "a context needs a causal language model whose front prompt is computed once and shared by all rows.",
-                "Leave `injection` out, use such a model, or use PromptTuning with init='text'.",
+                "Leave `injection` out and the model whole (no FSDP), use such a model, or use PromptTuning with init='text'.",
                 method=self.kind,
                 model=type(prompt.model).__name__,
                 injection=repr(prompt.injection),

@@ -121,6 +121,9 @@ def fsdp(folder: Path, rank: int) -> dict[str, Any]:
 
     shared = SoftPromptCallback(METHODS["prompt"], injection="shared")
     seen["asked"] = refusal(lambda: make(folder / "x", zoo.build("llama"), "causal", [shared], **SHARDING))
+    context, _ = entry_of("cpt")
+    learner = SoftPromptCallback(context)
+    seen["context"] = refusal(lambda: make(folder / "w", zoo.build("llama"), "causal", [learner], **SHARDING))
     in_shards = {**SHARDING, "fsdp_config": {**SHARDING["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}}
     prefix = SoftPromptCallback(METHODS["prefix"])
     seen["in shards"] = refusal(lambda: make(folder / "z", zoo.build("llama"), "causal", [prefix], **in_shards))
