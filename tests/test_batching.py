@@ -16,7 +16,6 @@ import softhooks
 from softhooks import Layout, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning
 from softhooks.errors import UnsupportedModeError
 
-untouched.leave_libraries_alone()  # a manager collects garbage twice when it stops
 NEW = 6
 SIZES: dict[str, Any] = {"num_blocks": 32}
 SIZES["page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"] = 4

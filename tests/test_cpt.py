@@ -15,7 +15,6 @@ import naive
 import peers
 import pytest
 import torch
-import training
 import zoo
 from contexts import IDS, MOVABLE, OWN, TYPES, P, loss_of, method, padded, ragged, row_loss, stirred
 from torch import Tensor
@@ -519,7 +518,6 @@ def test_under_accelerate(tmp_path: Path, request: pytest.FixtureRequest) -> Non
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    training.leave_libraries_alone()
     AcceleratorState._reset_state()  # as a process of its own would find it: Trainers of other tests have set a precision
     request.addfinalizer(AcceleratorState._reset_state)
     model = trained()

@@ -67,7 +67,6 @@ def make(
     given: Any = None,
     **options: Any,
 ) -> tuple[tf.Trainer, SoftPromptCallback]:
-    training.leave_libraries_alone()
     callback = SoftPromptCallback(own)
     arguments = tf.TrainingArguments(str(folder), **{**training.QUIET, **options})
     trainer = tf.Trainer(

@@ -28,7 +28,6 @@ from softhooks.errors import (
     UnsupportedModelError,
 )
 
-untouched.leave_libraries_alone()
 TEXT = [5, 6, 7, 30, 8]
 
 

@@ -14,7 +14,7 @@ import transformers as tf
 from launch import SCRIPTS, launch
 from transformers.trainer import DEFAULT_CALLBACKS
 from typer.testing import CliRunner
-from untouched import leave_libraries_alone, remove_all
+from untouched import remove_all
 
 import softhooks
 from softhooks import OptionError, PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
@@ -35,7 +35,6 @@ QUIET += ["--learning_rate", "0.02", "--per_device_train_batch_size", "4"]
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
-    leave_libraries_alone()
     yield
     remove_all()
 

@@ -18,7 +18,7 @@ from table import TRAINED, Entry
 from test_trainer import METHODS, SAVING
 from test_trainer_resume import Keeper, keep
 from transformers.trainer_callback import CallbackHandler
-from untouched import differences, leave_libraries_alone, remove_all, snapshot
+from untouched import differences, remove_all, snapshot
 
 import softhooks
 from softhooks import AttachError, PromptTuning, SoftPromptCallback, TrainerError
@@ -188,7 +188,6 @@ def test_every_training_of_model_init_begins_anew(tmp_path: Path) -> None:
 
 def test_the_handler_is_wrapped_only_while_there_is_a_callback(tmp_path: Path) -> None:
     assert CallbackHandler.add_callback is BARE
-    leave_libraries_alone()  # before the model is there: what stands then is never collected
     trainer, callback = training.prompted(tmp_path, zoo.build("llama"), "causal", METHODS["prompt"])
     other = SoftPromptCallback(METHODS["prompt"])
     assert CallbackHandler.add_callback is not BARE

@@ -24,7 +24,6 @@ def leave_libraries_alone() -> None:
 
 def remove_all() -> None:
     """Remove what tests have left attached, so that the next one finds transformers as it is."""
-    leave_libraries_alone()
     gc.collect()
     for host in interface.users:
         for prompt in list(getattr(host, "prompts", {}).values()):

@@ -22,7 +22,6 @@ pytest.importorskip("httpx")
 import examples
 import httpx
 import tokens
-import untouched
 import zoo
 from transformers import AutoModelForCausalLM
 
@@ -36,7 +35,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]
 
-untouched.leave_libraries_alone()  # servers and managers collect garbage whenever they stop
 GIVEN = runpy.run_path(str(examples.HERE / "given" / "transformers_serve.py"))
 TEXTS = ["word5 word6 word7", "word9", "word20 word21 word22 word23 word24", "word5 word6 word8"]
 

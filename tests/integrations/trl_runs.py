@@ -6,7 +6,6 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import training
 import transformers as tf
 import trl
 import zoo
@@ -45,7 +44,6 @@ def make(
     kind: str, folder: Path, model: Any, callbacks: Any, given: dict[str, Any] | None = None, **options: Any
 ) -> Any:
     """A trainer as a script would make it; `given` goes to the trainer, `options` to its arguments."""
-    training.leave_libraries_alone()
     own: dict[str, Any] = {}
     if kind in ("GRPO", "RLOO"):
         own = {"num_generations": 4, "max_completion_length": 5, "beta": 0.0}
