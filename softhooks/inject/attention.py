@@ -20,6 +20,7 @@ from softhooks.inject.joined import attend_joined, can_join, join_mask
 from softhooks.inject.keyvalues import KeyValues
 from softhooks.inject.paged import JoinedCache, paged_cache
 from softhooks.inject.passes import AttentionFunction, function_name
+from softhooks.inject.remade import remade
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -68,11 +69,12 @@ class PrefixPass(CheckpointedPass):
             kwargs = {**kwargs, "cache": JoinedCache(paged, prefix, site.index)}
             output, _ = attention(module, query, key, value, mask, *rest, **kwargs)
             return output, None
-        key, value = prefix.before(site.index, key, value)
+        whole = prefix.before(site.index, key, value)
         bias = kwargs.get("position_bias")
         if bias is not None:
             kwargs = {**kwargs, "position_bias": functional.pad(bias, (prefix.length, 0))}
-        output, weights = attention(module, query, key, value, mask, *rest, **kwargs)
+        with remade(prefix, site.index, (key, value), whole):
+            output, weights = attention(module, query, *whole, mask, *rest, **kwargs)
         return output, weights if weights is None else weights[..., prefix.length :]
 
     def _mask(
