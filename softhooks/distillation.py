@@ -17,6 +17,7 @@ from torch import Tensor
 from softhooks.anatomy import at_rest
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.objectives import Finish, Objective, Texts, kl_divergence, with_loss
+from softhooks.trainer.sharding import gather_again
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
@@ -58,6 +59,7 @@ class Distillation(Objective):
         view = _View.of(prompt.model, call)
         with torch.no_grad(), at_rest(prompt.model), prompt.host.outermost.aside(), context:
             taught = lesson.read(prompt.model(**call, **given))
+        gather_again(prompt.model)
 
         def finish(output: Any) -> Any:
             divergence, distance = lesson.compare(taught, lesson.read(output))

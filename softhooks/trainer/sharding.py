@@ -25,6 +25,13 @@ def shards(model: nn.Module) -> bool:
     return managed or any(map(is_sharded, model.parameters()))
 
 
+def gather_again(model: nn.Module) -> None:
+    """Have the weights of a sharded model's root whole: a forward within its own has put them back in parts when it ended."""
+    unshard = getattr(model, "unshard", None)
+    if unshard is not None and shards(model):
+        unshard()
+
+
 def full(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor; every process must ask for it. Any other tensor is returned as it is."""
     if not is_sharded(tensor):

@@ -63,11 +63,13 @@ class Run:
         optimizer = torch.optim.AdamW(self.prompt.parameters(), lr=2e-2)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 8)
         loader = torch.utils.data.DataLoader(training.rows(head), batch_size=4, shuffle=True)
-        self.model, self.optimizer, self.schedule, self.loader = self.accelerator.prepare(
-            model, optimizer, schedule, loader
-        )
+        rest = (optimizer, schedule, loader)
         if first == "prepare":
+            self.model = model
+            self.optimizer, self.schedule, self.loader = self.accelerator.prepare(*rest)
             track(self.accelerator, self.prompt)
+        else:
+            self.model, self.optimizer, self.schedule, self.loader = self.accelerator.prepare(model, *rest)
         self.model.train()
 
     def epoch(self) -> list[float]:
