@@ -29,7 +29,7 @@ help:  ## show this list
 
 install: $(INTEGRATED)  ## create .venv from the pinned constraints (once)
 
-demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text, two to three minutes
+demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text, three to four minutes
 	$(BIN)/softhooks demo $(DEMO_ARGS)
 
 test: lint types unit  ## what CI runs: ruff, mypy, pytest

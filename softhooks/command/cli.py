@@ -92,7 +92,7 @@ def demo(
     of ten packages does a docstring come from? Three plain Hugging Face Trainers run one after the other: the
     classification head alone, a soft prompt, a prefix. A table compares them with logistic regression on the frozen
     model's features and with the majority class. The saved prompts are then loaded into fresh models, which must
-    answer the same. All this takes two to three minutes on two idle cores.
+    answer the same. All this takes three to four minutes on two idle cores.
 
     The training script is short and meant to be copied: [bold]softhooks/demo/train.py[/].
 
