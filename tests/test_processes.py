@@ -159,6 +159,7 @@ def test_teachers_and_students_train_in_two_processes_as_in_one(tmp_path: Path) 
             assert f"found:  {found}" in seen[name]
             assert f"method: {'llama_adapter' if 'texts' in name else 'multitask_prompt_tuning'}" in seen[name]
             assert "`ddp_find_unused_parameters=True`" in seen[name]
+        assert all(bool(tensor.isfinite().all()) for tensor in seen["in parts"].values())
         assert seen["saved in shards"].startswith(
             "TrainerError: of a sharded model (FSDP) torch loads an optimizer only if"
         )
@@ -172,6 +173,7 @@ def test_teachers_and_students_train_in_two_processes_as_in_one(tmp_path: Path) 
         assert context < set(gradients["images"])
         assert context < set(gradients["mixed"])
     assert training.equal(first["gradients"], second["gradients"])
+    assert training.equal(first["in parts"], second["in parts"])
 
 
 # --- launches that cannot be right ------------------------------------------------------------------------------------

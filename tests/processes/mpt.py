@@ -16,6 +16,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from launch import leave
 from processes.train import SHARDING, refusal
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import softhooks
@@ -73,6 +74,24 @@ def loop(method: Method, *, searching: bool, extra: dict[str, torch.Tensor] | No
     return {name: p.grad.clone() for name, p in prompt.encoder.named_parameters() if p.grad is not None}
 
 
+def loop_in_parts() -> dict[str, torch.Tensor]:
+    """Steps on a model whose root, too, is put back in parts whenever a forward of it ends; the third has a teacher."""
+    model = naive.without_dropout(zoo.build("llama"))
+    torch.manual_seed(7)
+    prompt = softhooks.attach(model, METHOD, injection="slots")
+    for layer in model.model.layers:
+        fully_shard(layer, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True)
+    optimizer, ids = torch.optim.SGD(prompt.parameters(), lr=0.1), zoo.text(3, 6)
+    model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, task_ids=torch.arange(3)).loss.backward()
+        optimizer.step()
+    assert not prompt.encoder.is_learning_from_scratch
+    return {name: full(p.detach()) for name, p in prompt.encoder.named_parameters()}
+
+
 def main() -> None:
     """Train in each way that works, and ask for those that do not."""
     torch.set_num_threads(1)
@@ -102,6 +121,7 @@ def main() -> None:
     seen["saved in shards"] = refusal(
         lambda: train(folder / "x", 2, 2, ddp_backend="gloo", **SHARDING, save_strategy="steps")
     )
+    seen["in parts"] = loop_in_parts()
     torch.save(seen, folder / f"rank{state.process_index}.pt")
     leave()
 
