@@ -73,6 +73,11 @@ class Positions:
     trained: int | None
     by_column: bool = False
 
+    @property
+    def movable(self) -> bool:
+        """Whether the stack can be told that its text stands behind a prefix."""
+        return self.argument
+
 
 @dataclass(eq=False)
 class Stack:

@@ -106,7 +106,7 @@ class DeepPrefix(Method):
         """Whether positions move and sliding layers see the prefix as tokens."""
         stack = anatomy.entry
         shift = stack.causal if self.shift_positions is None else self.shift_positions
-        movable = stack.positions.argument
+        movable = stack.positions.movable
         if shift and not movable and not (stack.causal and stack.through == "cache"):
             if self.shift_positions:
                 raise UnsupportedMethodError(
