@@ -96,13 +96,14 @@ class PrefixPass(CheckpointedPass):
         causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
 
         def build() -> Any:
-            visible = self._visible(site, window, query.device)
+            visible = self._visible(site, window, query)
             return widen_mask(mask, self.prefixes[site.role].length, visible, causal, query, key, name)
 
         if torch.compiler.is_compiling():
             return build()
         bare = site.index if site.index in self.prefixes[site.role].bare else None
-        place = (site.role, bare, window, causal, id(mask), name, query.dtype, query.device, key.shape[2])
+        shape = (query.shape[2], key.shape[2])
+        place = (site.role, bare, window, causal, id(mask), name, query.dtype, query.device, shape)
         if place not in self._masks:
             self._masks[place] = (mask, build())  # the old mask is kept too: its id must not be used again
         return self._masks[place][1]
@@ -114,19 +115,22 @@ class PrefixPass(CheckpointedPass):
         bare = site.index if site.index in self.prefixes[site.role].bare else None
         place = ("joined", bare, window, causal, id(mask), query.shape, query.device)
         if place not in self._masks:
-            visible = self._visible(site, window, query.device)
+            visible = self._visible(site, window, query)
             self._masks[place] = (mask, join_mask(mask, visible, self.prefixes[site.role], query, causal))
         joined: Tensor = self._masks[place][1]
         return joined
 
-    def _visible(self, site: Site, window: int | None, device: torch.device) -> Tensor | None:
-        """Which virtual tokens each query sees, [B or 1, 1, T or 1, P] bool; None: all of them."""
-        prefix = self.prefixes[site.role]
+    def _visible(self, site: Site, window: int | None, query: Tensor) -> Tensor | None:
+        """Which virtual tokens each query sees, [B or 1, 1, Q or 1, P] bool; None: all of them.
+
+        Layers that share keys (Gemma 4) may be asked for the last Q of the T columns alone.
+        """
+        prefix, device = self.prefixes[site.role], query.device
         present = prefix.present(device, site.index)
         visible = None if present is None else present[:, None, None, :]
         if window is not None and prefix.windowed is not False and self.positions is not None:
             columns = torch.arange(prefix.length, device=device)
-            distance = self.positions.to(device)[:, :, None] + prefix.length - columns
+            distance = self.positions.to(device)[:, -query.shape[2] :, None] + prefix.length - columns
             near = (distance < window)[:, None]
             if isinstance(prefix.windowed, Tensor):
                 near = near | ~prefix.windowed.to(device)[:, None, None, None]

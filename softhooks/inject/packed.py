@@ -94,7 +94,8 @@ def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
     if not isinstance(mask, Tensor) or keys != numbers.shape[1] or mask.shape[-1] != keys:
         raise _refusal(numbers, "none that tells them apart")
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    other = numbers[:, None, :, None] != numbers[:, None, None, :]
+    asking = numbers[:, -mask.shape[-2] :]  # the last ones, where a layer is asked for those alone
+    other = asking[:, None, :, None] != numbers[:, None, None, :]
     if bool((seen & other.to(mask.device)).any()):
         raise _refusal(numbers, f"{list(mask.shape)}, in which they see each other")
 

@@ -20,7 +20,7 @@ from softhooks.inject.accept import flat_mask, refuse_moved_positions, refuse_st
 from softhooks.inject.passes import Pass
 from softhooks.inject.positions import place_at_table, positions_of
 from softhooks.inject.provenance import cache_of, caches_in, is_filled, is_recurrent
-from softhooks.inject.strip import strip_attentions, strip_output
+from softhooks.inject.strip import strip_attentions, strip_last, strip_output
 from softhooks.inject.widened import Places, Widened, gaps, widen
 from softhooks.inject.written import Written, note_written, written_in
 from softhooks.layout.places import Layout
@@ -127,6 +127,7 @@ class SlotPass(Pass):
         self.placeholder = placeholder
         self._wide: Widened | None = None
         self._cached: Widened | None = None
+        self._asked = 0  # how many of the text's last columns the stack is to return; 0: all
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if not isinstance(text, Tensor):
             raise UnsupportedModeError("slots need `input_ids` or `inputs_embeds` in the call of the model's backbone.")
@@ -163,6 +164,15 @@ class SlotPass(Pass):
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
         self._place(call, wide_mask, self._wide.columns)
+        self._keep_states(call)
+
+    def _keep_states(self, call: dict[str, Any]) -> None:
+        """Where the stack itself leaves columns out (Gemma 4), ask for those in which the text's last ones end."""
+        asked = call.get("logits_to_keep")
+        if isinstance(asked, int) and asked > 0:
+            assert self._wide is not None
+            self._asked = asked
+            call["logits_to_keep"] = self._wide.columns - int(self._wide.text[:, -asked:].min())
 
     def _place(self, call: dict[str, Any], wide_mask: Tensor, last: int) -> None:
         """Tell the stack where the last columns of the widened mask stand."""
@@ -264,6 +274,8 @@ class SlotPass(Pass):
         if self.stack.causal:
             for cache in caches_in(output):
                 note_written(cache, self._written)
+        if self._asked and first_state(output).shape[1] < self._wide.columns:
+            return strip_last(output, self._wide, self.strip, self._asked)
         stripped = strip_output(output, self._wide, self.strip, self.keep)
         if self.keep:
             self.stack.encoded = self._written

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from softhooks.anatomy import first_state
 from softhooks.inject.widened import Widened
 
 _PER_COLUMN = ("last_hidden_state", "hidden_states", "attentions", "router_logits")
@@ -47,6 +48,20 @@ def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any
     if value.dim() == 2 and value.shape[0] == batch * columns:
         return wide.own_states(value.unflatten(0, (batch, columns))).flatten(0, 1)
     return value
+
+
+def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], asked: int) -> Any:
+    """Bring the last states, which are all that a stack has computed, back to the text's last columns.
+
+    Args:
+        asked: how many columns of the text.
+    """
+    computed = first_state(output)
+    last = states(functional.pad(computed, (0, 0, wide.columns - computed.shape[1], 0)))[:, -asked:]
+    if isinstance(output, tuple):
+        return last, *output[1:]
+    output["last_hidden_state"] = last
+    return output
 
 
 def strip_attentions(output: Any, wide: Widened) -> Any:
