@@ -347,7 +347,9 @@ def test_joined_cartridges_stand_one_behind_the_other(tmp_path: Path, arch: str)
         with softhooks.attach(model, Cartridge(5, document=first, frozen_slots=2)) as saved:
             saved.save_pretrained(tmp_path)
         attached = softhooks.attach(model, Cartridge(7, document=second), "second")
-        whole = Cartridge.concatenate(model, [tmp_path, attached], "whole", trainable=True)
+        with pytest.warns(UserWarning, match="2 cartridges were joined that were not trained together") as warned:
+            whole = Cartridge.concatenate(model, [tmp_path, attached], "whole", trainable=True)
+        assert len(warned) == 1 and warned[0].filename == __file__
         assert whole.method == Cartridge(12, frozen_slots=2, distill=False)
         torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
         whole.save_pretrained(tmp_path / "whole")
@@ -374,7 +376,8 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OptionError, match="without heads"):
             Cartridge.concatenate(model, [one, classifier], "joined")
         with pytest.raises(PromptTooLongError):
-            Cartridge.concatenate(model, [one] * 24, "joined")
+            with pytest.warns(UserWarning, match="24 cartridges were joined"):
+                Cartridge.concatenate(model, [one] * 24, "joined")
         assert list(one.host.prompts) == ["one"]
 
 
@@ -390,7 +393,9 @@ def test_pefts_own_composition_is_ours(tmp_path: Path) -> None:
     compose_cartridge_adapters([tmp_path / "1", tmp_path / "2"], output_path=tmp_path / "both")
     theirs = peft.PeftModel.from_pretrained(zoo.build("llama"), str(tmp_path / "both")).eval()
     model = zoo.build("llama")
-    with torch.no_grad(), Cartridge.concatenate(model, [tmp_path / "1", tmp_path / "2"]):
+    with pytest.warns(UserWarning, match="were joined"):
+        joined = Cartridge.concatenate(model, [tmp_path / "1", tmp_path / "2"])
+    with torch.no_grad(), joined:
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from softhooks.objectives import Objective
     from softhooks.prompt import SoftPrompt
     from softhooks.saving.stored import Stored
+
+
+_JOINED = (
+    "{count} cartridges were joined that were not trained together. Measurements (arXiv:2606.04557) find that such a prompt may "
+    "answer no better than chance. Train it together (`trainable=True`), or use one cartridge at a time, and check its answers."
+)
 
 
 class CartridgeEncoder(PromptEncoder):
@@ -58,8 +65,8 @@ class Cartridge(ReadPrefix):
     Start from AdamW with a learning rate of 2e-2 (the paper). The first slot is frozen, for many models keep an attention sink
     there.
 
-    A document must fit into the model's window, for the teacher reads it whole. Of a longer one make a cartridge for each part,
-    and put them together with `concatenate`.
+    A document must fit into the model's window, for the teacher reads it whole. Make a longer one fit by cutting it: cartridges of
+    its parts can be put together with `concatenate`, but do not answer as the parts together would.
 
     Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differs: what the teacher gives to all tokens but the k likeliest enters the
     KL as one more token, so that the loss is never negative, and 0 where the student is the teacher; the authors leave it out.
@@ -146,7 +153,8 @@ class Cartridge(ReadPrefix):
             raise PromptTooLongError(
                 explain(
                     "a document must fit into the model's window, and leave room for text: the teacher reads it whole.",
-                    "Make a cartridge for each part of it, and join them with `Cartridge.concatenate`.",
+                    "Shorten it, or make a cartridge for each part of it and use the one that a question is about. Parts joined "
+                    "with `Cartridge.concatenate` need training together.",
                     document=len(self.ids),
                     window=window,
                 )
@@ -156,10 +164,16 @@ class Cartridge(ReadPrefix):
     def concatenate(
         model: nn.Module, sources: Sequence[str | Path | SoftPrompt], name: str = "default", *, trainable: bool = False
     ) -> SoftPrompt:
-        """Put cartridges one behind the other and attach them as one, as if their documents stood in the context together.
+        """Put cartridges one behind the other and attach them as one.
 
-        Each keeps the keys that it learned at the start of a context, as in the paper; the text's positions start behind all of
-        them. The slots that are frozen in the first stay frozen, those of the others are ordinary ones.
+        This is not the model with the documents side by side: each cartridge keeps the keys that it learned alone at the start
+        of a context, and none was trained with others beside it. The paper reports that two can be joined without training;
+        later measurements (arXiv:2606.04557) find that cartridges trained alone and then joined answer no better than chance.
+        Train the joined cartridge (`trainable=True`), and check its answers. The text's positions start behind all of them. The
+        slots that are frozen in the first stay frozen, those of the others are ordinary ones.
+
+        Warns:
+            UserWarning: what is joined was not trained together.
 
         Args:
             model: the base model of all of them.
@@ -181,6 +195,7 @@ class Cartridge(ReadPrefix):
         count = next(iter(tables.values())).shape[0]
         first.method = Cartridge(count, frozen_slots=frozen, distill=False)
         first.tables, first.source = tables, " + ".join(part.source for part in stored)
+        warnings.warn(_JOINED.format(count=len(stored)), UserWarning, stacklevel=2)
         return attach_stored(model, first, name, trainable=trainable)
 
 
