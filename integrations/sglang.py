@@ -9,6 +9,8 @@ Refused by name: prompts that enter as keys and values or as a branch (prefix tu
 LLaMA-Adapter), for which SGLang has no way in; trained heads; multitask prompts of several tasks; `text` or `input_ids` beside
 `input_embeds`; models that scale their embeddings in a way of which it is not known where SGLang does it.
 
+For Gemma and Gemma 2 the rows are divided by the factor of the embeddings, for SGLang multiplies given rows by it.
+
 Read from SGLang's documentation and source, and not run: it needs a GPU. What is tested is that transformers, given the rows,
 generates what it generates with the prompt, and that the request's fields are those that SGLang 0.5.23 publishes.
 
@@ -27,13 +29,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from softhooks.embedded import served_embeddings as embeddings
+from softhooks.embedded import sequence_embeddings
 from softhooks.errors import OptionError, explain
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = ["embeddings", "request"]
+
+
+def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None) -> Tensor:
+    """The rows of a text with the prompt that is on, as SGLang takes them.
+
+    Args:
+        model: the base model in transformers, with the prompt.
+        text: a text, or its ids (of a chat, after its template).
+        tokenizer: the model's, for a text.
+
+    Shape:
+        -> [P + T, H], on the CPU, in the model's precision.
+
+    Raises:
+        SoftHooksError: as `softhooks.embedded.sequence_embeddings`.
+    """
+    return sequence_embeddings(model, text, tokenizer, server="sglang").cpu()
 
 
 def request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:

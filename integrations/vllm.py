@@ -11,10 +11,11 @@ LLaMA-Adapter), for which vLLM has no way in; trained heads; multitask prompts o
 of which it is not known where vLLM does it. `/v1/chat/completions` puts a template around what it is given: use completions, and
 the template before the rows are made.
 
-Read from vLLM's documentation and source, up to 0.30.0, and not run: it needs a GPU. What is tested is that transformers, given
-the rows, generates what it generates with the prompt, and that the request's fields are those that vLLM 0.33.0 publishes.
+Rows are those of transformers' own `inputs_embeds`, also for Gemma and Gemma 2: vLLM multiplies the rows of ids, and not those it
+is given (measured with 0.32.0 on a CPU). The tests do not run vLLM. They check that transformers, given the
+rows, generates what it generates with the prompt, and that the request's fields are those that vLLM 0.33.0 publishes.
 
-Versions tested: none; transformers 5.23.0 for the rows.
+Versions: rows of vLLM 0.32.0; transformers 5.23.0.
 
 Example:
     import json
@@ -31,13 +32,30 @@ import base64
 import io
 from typing import TYPE_CHECKING, Any
 
-from softhooks.embedded import served_embeddings as embeddings
+from softhooks.embedded import sequence_embeddings
 from softhooks.errors import OptionError, explain
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = ["embeddings", "encode", "request"]
+
+
+def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None) -> Tensor:
+    """The rows of a text with the prompt that is on, as vLLM takes them.
+
+    Args:
+        model: the base model in transformers, with the prompt.
+        text: a text, or its ids (of a chat, after its template).
+        tokenizer: the model's, for a text.
+
+    Shape:
+        -> [P + T, H], on the CPU, in the model's precision.
+
+    Raises:
+        SoftHooksError: as `softhooks.embedded.sequence_embeddings`.
+    """
+    return sequence_embeddings(model, text, tokenizer, server="vllm").cpu()
 
 
 def request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:

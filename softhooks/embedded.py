@@ -1,7 +1,7 @@
 """A text with its prompt as one sequence of embedding rows: what servers take that know nothing of prompts.
 
-Rows are what the model's own embedding returns and what its `inputs_embeds` takes, the factor of a scaled embedding included.
-Servers that multiply the rows they are given by that factor get them without it.
+Rows are what the model's own embedding returns and what its `inputs_embeds` takes, the factor of a scaled embedding included. A
+server that multiplies the rows it is given by that factor gets them without it; see `served`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.anatomy import Stack
 from softhooks.batching import needed
-from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError, explain
+from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, explain
 from softhooks.method import EMBEDDINGS
 from softhooks.prompt import SoftPrompt, require_host
+from softhooks.served import ServerName, for_server
 from softhooks.switch import disabled
-
-MULTIPLIED_BY_SERVERS = ("gemma", "gemma2")
-"""Models whose factor vLLM and SGLang apply to given rows too; transformers has it inside the embedding."""
-
-FACTORS_READ = (*MULTIPLIED_BY_SERVERS, "gemma3", "gemma3_text", "granite")
-"""Models with a factor of which it was read where the servers apply it."""
-
-_FACTORS = ("embedding_multiplier", "scale_emb", "scale_embedding")
 
 
 @torch.no_grad()
 def sequence_embeddings(
-    model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None, *, server: bool = False
+    model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None, *, server: ServerName | None = None
 ) -> Tensor:
     """Make the rows of a text with the prompt that is on.
 
@@ -37,7 +29,7 @@ def sequence_embeddings(
         model: a causal decoder that carries the prompt.
         text: a text, or its ids.
         tokenizer: the model's, for a text; it adds its special tokens.
-        server: for vLLM or SGLang, rather than for the model's own `inputs_embeds`.
+        server: for `vllm` or `sglang`, rather than for the model's own `inputs_embeds`.
 
     Shape:
         -> [P + T, H], in the model's precision.
@@ -45,15 +37,13 @@ def sequence_embeddings(
     Raises:
         NotAttachedError: the model carries no prompt.
         UnsupportedMethodError: the prompt is more than embedding rows.
-        UnsupportedModelError: the model does not take rows, or nobody has read what a server does with them.
+        UnsupportedModelError: the model does not take rows, or it is not known what the server does with them.
         OptionError: there is no text, or no tokenizer for it.
         PromptTooLongError: prompt and text together exceed the model's positions.
     """
     prompt = _require_rows(model)
     stack = prompt.host.anatomy.entry
     ids = _ids(text, tokenizer).to(stack.embedding.weight.device)  # type: ignore[arg-type]
-    if server:
-        _require_read(model, stack)
     places = prompt.layout.places(torch.ones_like(ids), ids, None, range(1))
     length = ids.shape[1] + int(places.live.sum())
     limit = stack.positions.limit
@@ -74,24 +64,10 @@ def sequence_embeddings(
         here = places.live[0] & (places.offsets[0] == column)
         rows += [slots[here.to(slots.device)], words[column : column + 1]]
     sequence = torch.cat(rows)
-    if server and _kind(model) in MULTIPLIED_BY_SERVERS:
-        factor: Any = stack.embedding.embed_scale
-        sequence = (sequence.float() / float(factor)).to(sequence)
-    return sequence
-
-
-def served_embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None) -> Tensor:
-    """Make the rows of a text with the prompt that is on, as vLLM and SGLang take them: see `sequence_embeddings`.
-
-    Args:
-        model: the base model in transformers, with the prompt.
-        text: a text, or its ids (of a chat, after its template).
-        tokenizer: the model's, for a text.
-
-    Shape:
-        -> [P + T, H], on the CPU, in the model's precision.
-    """
-    return sequence_embeddings(model, text, tokenizer, server=True).cpu()
+    if server is None:
+        return sequence
+    with disabled(model):
+        return for_server(model, stack, sequence, server)
 
 
 def _require_rows(model: nn.Module) -> SoftPrompt:
@@ -130,31 +106,3 @@ def _ids(text: str | list[int] | Tensor, tokenizer: Any) -> Tensor:
     if not ids.shape[1]:
         raise OptionError("a server needs at least one token of text behind the prompt; there is none.")
     return ids
-
-
-def _kind(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "model_type", ""))
-
-
-def _require_read(model: nn.Module, stack: Stack) -> None:
-    """Refuse models whose rows a server may take for something else."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    factors = {
-        name: getattr(config, name) for name in _FACTORS if getattr(config, name, None) not in (None, 1, 1.0, False)
-    }
-    inside = getattr(stack.embedding, "embed_scale", None)
-    if inside is not None and float(inside) != 1:
-        factors["embed_scale"] = float(inside)
-    width = getattr(config, "hidden_size", stack.width)
-    if (factors and _kind(model) not in FACTORS_READ) or width != stack.width:
-        raise UnsupportedModelError(
-            explain(
-                "the rows must mean to a server what they mean to transformers.",
-                "Serve this model with `softhooks.integrations.transformers_serve`.",
-                model=_kind(model),
-                factors=factors or "none",
-                read="of " + ", ".join(FACTORS_READ),
-                width=f"{stack.width} of rows, {width} of states",
-            )
-        )

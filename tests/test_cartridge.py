@@ -349,7 +349,8 @@ def test_joined_cartridges_stand_one_behind_the_other(tmp_path: Path, arch: str)
         attached = softhooks.attach(model, Cartridge(7, document=second), "second")
         with pytest.warns(UserWarning, match="2 cartridges were joined that were not trained together") as warned:
             whole = Cartridge.concatenate(model, [tmp_path, attached], "whole", trainable=True)
-        assert len(warned) == 1 and warned[0].filename == __file__
+        assert len(warned) == 1
+        assert warned[0].filename == __file__
         assert whole.method == Cartridge(12, frozen_slots=2, distill=False)
         torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
         whole.save_pretrained(tmp_path / "whole")
@@ -375,9 +376,8 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
         classifier = softhooks.attach(zoo.build("llama", "sequence"), method(distill=False))
         with pytest.raises(OptionError, match="without heads"):
             Cartridge.concatenate(model, [one, classifier], "joined")
-        with pytest.raises(PromptTooLongError):
-            with pytest.warns(UserWarning, match="24 cartridges were joined"):
-                Cartridge.concatenate(model, [one] * 24, "joined")
+        with pytest.raises(PromptTooLongError), pytest.warns(UserWarning, match="24 cartridges were joined"):
+            Cartridge.concatenate(model, [one] * 24, "joined")
         assert list(one.host.prompts) == ["one"]
 
 

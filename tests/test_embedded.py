@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import softhooks
 from softhooks import Layout, LlamaAdapter, MultitaskPromptTuning, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from softhooks.command import cli
-from softhooks.embedded import MULTIPLIED_BY_SERVERS, sequence_embeddings
+from softhooks.embedded import sequence_embeddings
 from softhooks.errors import (
     NotAttachedError,
     OptionError,
@@ -27,6 +27,7 @@ from softhooks.errors import (
     UnsupportedMethodError,
     UnsupportedModelError,
 )
+from softhooks.integrations import sglang, vllm
 
 TEXT = [5, 6, 7, 30, 8]
 
@@ -72,6 +73,7 @@ def scaled(kind: str) -> Any:
     configs = {
         "gemma": lambda: tf.GemmaConfig(**few, head_dim=8),
         "gemma2": lambda: tf.Gemma2Config(**few, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+        "gemma3_text": lambda: tf.Gemma3TextConfig(**few, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
         "granite": lambda: tf.GraniteConfig(**few, embedding_multiplier=3.0),
     }
     torch.manual_seed(0)
@@ -105,34 +107,76 @@ def test_the_bare_model_continues_the_rows_as_the_prompted_model_the_text(arch: 
     assert (expected - bare).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["gemma", "gemma2", "granite"])
-def test_factors_are_applied_once(kind: str) -> None:
+SCALED = ["gemma", "gemma2", "gemma3_text", "granite"]
+
+
+def inside_vllm(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """vLLM multiplies what it looks ids up in, and takes given rows as they are."""
+    return rows
+
+
+def inside_sglang(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """SGLang multiplies given rows too in Gemma and Gemma 2; Gemma 3's factor is inside its embedding."""
+    return rows * model.config.hidden_size**0.5 if model.config.model_type in ("gemma", "gemma2") else rows
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize(("server", "inside"), [("vllm", inside_vllm), ("sglang", inside_sglang)])
+def test_each_server_is_given_the_rows_that_it_makes_the_models_of(server: Any, inside: Any, kind: str) -> None:
     model = scaled(kind)
     softhooks.attach(model, PromptTuning(5))
-    own, served = sequence_embeddings(model, TEXT), sequence_embeddings(model, TEXT, server=True)
+    own, served = sequence_embeddings(model, TEXT), sequence_embeddings(model, TEXT, server=server)
     assert continued(model, own) == generated(model, TEXT)
-    if kind not in MULTIPLIED_BY_SERVERS:
-        assert torch.equal(own, served)
-        return
-    torch.testing.assert_close(served * model.config.hidden_size**0.5, own)  # what the server's own code makes of it
-    words = torch.nn.functional.embedding(torch.tensor(TEXT), model.get_input_embeddings().weight)
-    torch.testing.assert_close(served[5:], words)
+    torch.testing.assert_close(inside(model, served), own)
+    assert continued(model, inside(model, served)) == generated(model, TEXT)
+    module = {"vllm": vllm, "sglang": sglang}[server]
+    assert torch.equal(module.embeddings(model, TEXT), served)
 
 
-def test_a_factor_that_nobody_has_read_about_is_refused() -> None:
-    model = scaled("granite")
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+@pytest.mark.parametrize(("kind", "where"), [("gemma", "inside"), ("granite", "behind")])
+def test_a_factor_that_nobody_has_read_about_is_refused(server: Any, kind: str, where: str) -> None:
+    model = scaled(kind)
     softhooks.attach(model, PromptTuning(5))
-    model.config.model_type = "granite-of-tomorrow"
-    with pytest.raises(UnsupportedModelError, match="embedding_multiplier"):
-        sequence_embeddings(model, TEXT, server=True)
+    model.config.model_type = f"{kind}-of-tomorrow"
+    with pytest.raises(UnsupportedModelError, match=f"{where} the embedding"):
+        sequence_embeddings(model, TEXT, server=server)
     assert continued(model, sequence_embeddings(model, TEXT)) == generated(model, TEXT)
+
+
+def test_a_factor_is_measured_whatever_its_name_in_a_config() -> None:
+    model = zoo.build("llama")
+    softhooks.attach(model, PromptTuning(5))
+    handle = model.model.register_forward_pre_hook(
+        lambda _module, args, kwargs: (args, {**kwargs, "inputs_embeds": 3 * kwargs["inputs_embeds"]}), with_kwargs=True
+    )
+    with pytest.raises(UnsupportedModelError, match=r"behind the embedding.: 3\.0"):
+        sequence_embeddings(model, TEXT, server="vllm")
+    handle.remove()
+    assert sequence_embeddings(model, TEXT, server="vllm").shape[0] == 10
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3", "mistral", "bloom"])
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_models_without_a_factor_are_served_their_own_rows(arch: str, server: Any) -> None:
+    for precision in (torch.float32, torch.bfloat16):
+        model = zoo.build(arch).to(precision)
+        softhooks.attach(model, PromptTuning(5))
+        assert torch.equal(sequence_embeddings(model, TEXT, server=server), sequence_embeddings(model, TEXT))
+
+
+def test_an_unknown_server_is_refused() -> None:
+    model = zoo.build("llama")
+    softhooks.attach(model, PromptTuning(5))
+    with pytest.raises(OptionError, match="'vllm', 'sglang'"):
+        sequence_embeddings(model, TEXT, server="elsewhere")  # type: ignore[arg-type]
 
 
 def test_rows_of_another_width_are_refused() -> None:
     model = zoo.build("opt")  # 16 wide, projected to 32
     softhooks.attach(model, PromptTuning(3))
     with pytest.raises(UnsupportedModelError, match="16 of rows, 32 of states"):
-        sequence_embeddings(model, TEXT, server=True)
+        sequence_embeddings(model, TEXT, server="vllm")
 
 
 def test_precision_is_the_model_s() -> None:
@@ -215,7 +259,7 @@ def test_export_writes_the_rows_and_a_request(saved: Path, tmp_path: Path, to: s
     body = json.loads((tmp_path / "out" / "request.json").read_text())
     model = tf.AutoModelForCausalLM.from_pretrained(saved / "model")
     softhooks.load(model, saved / "prompt")
-    assert torch.equal(rows, sequence_embeddings(model, "word5 word6", tokens.tokenizer(), server=True))
+    assert torch.equal(rows, sequence_embeddings(model, "word5 word6", tokens.tokenizer(), server="vllm"))
     if to == "sglang":
         assert torch.equal(torch.tensor(body["input_embeds"]), rows)
         assert body["sampling_params"] == {"max_new_tokens": 7, "temperature": 0.0}

@@ -53,7 +53,7 @@ def export(
     if (text is None) == (text_file is None):
         raise OptionError("softhooks export needs one of --text and --text-file.")
     said = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
-    rows = _rows(prompt, model, said, chat)  # torch and transformers take seconds to import
+    rows = _rows(prompt, model, said, chat, to)  # torch and transformers take seconds to import
     if to is Server.vllm:
         from softhooks.integrations import vllm
 
@@ -67,11 +67,11 @@ def export(
     typer.echo(f"{output / REQUEST_FILE}: {to.value}")
 
 
-def _rows(prompt: str, model: str, text: str, chat: bool) -> Any:
+def _rows(prompt: str, model: str, text: str, chat: bool, to: Server) -> Any:
     """Load the base model with its prompt, and make the rows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from softhooks.embedded import served_embeddings
+    from softhooks.embedded import sequence_embeddings
     from softhooks.saving.checkpoint import load
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
@@ -81,7 +81,7 @@ def _rows(prompt: str, model: str, text: str, chat: bool) -> Any:
     if chat:
         messages = [{"role": "user", "content": text}]
         said = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return served_embeddings(base, said, tokenizer)
+    return sequence_embeddings(base, said, tokenizer, server=to.value).cpu()
 
 
 def _write(folder: Path, rows: Any, body: dict[str, Any], about: dict[str, str]) -> None:

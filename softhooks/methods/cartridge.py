@@ -65,8 +65,8 @@ class Cartridge(ReadPrefix):
     Start from AdamW with a learning rate of 2e-2 (the paper). The first slot is frozen, for many models keep an attention sink
     there.
 
-    A document must fit into the model's window, for the teacher reads it whole. Make a longer one fit by cutting it: cartridges of
-    its parts can be put together with `concatenate`, but do not answer as the parts together would.
+    A document must fit into the model's window, for the teacher reads it whole. Of a longer one make a cartridge for each part;
+    put together with `concatenate` they do not answer as the parts together would, unless they are trained together.
 
     Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differs: what the teacher gives to all tokens but the k likeliest enters the
     KL as one more token, so that the loss is never negative, and 0 where the student is the teacher; the authors leave it out.
