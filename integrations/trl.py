@@ -159,7 +159,7 @@ def guard(args: Any, host: Host) -> None:
     if name is not None:
         import trl
 
-        host.keep(_Guard(getattr(trl, name)))
+        host.keep(_Guard(getattr(trl, name)), is_copied=False)
 
 
 _guards: weakref.WeakSet[_Guard] = weakref.WeakSet()

@@ -105,6 +105,10 @@ class Stack:
     encoded: Written | None = None
     pooled: nn.Module | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: no forward is under way in it."""
+        return self.__dict__ | {"live": None, "encoded": None}
+
     def expects_pass(self) -> bool:
         """Whether attention may run here only inside a pass: always for keys and values; for slots, except in a backward."""
         if self.owner is None or not self.owner.is_in_use:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -213,10 +214,19 @@ class _AllOff:
             self.host.disabled -= 1
 
 
+@dataclass(frozen=True)
+class _FrozenNames:
+    """Tells, by name, which tensors must not move; an object and not a closure, so that it can be pickled."""
+
+    trained: frozenset[str]
+
+    def __call__(self, name: str) -> bool:
+        return name not in self.trained and not name.startswith(f"{CONTAINER}.")
+
+
 def frozen_names(model: nn.Module) -> Callable[[str], bool]:
     """Tell, by name, which tensors of a model must not move from now on."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return lambda name: name not in trained and not name.startswith(f"{CONTAINER}.")
+    return _FrozenNames(frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad))
 
 
 def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:

@@ -38,6 +38,10 @@ class ModelHooks:
         self._finish: Finish | None = None
         self._aside = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: no forward is under way in it."""
+        return {"host": self.host, "_reached": False, "_batch": 0, "_finish": None, "_aside": 0}
+
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the extra arguments out of the call, and let an objective join it."""
         host = self.host
@@ -152,6 +156,10 @@ class StackHooks:
         self.stack = stack
         self.open: list[Pass | None] = []
         self._thread = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: no forward is under way in it."""
+        return {"host": self.host, "stack": self.stack, "open": [], "_thread": 0}
 
     def end_aborted(self) -> None:
         """Close the pass of a forward that has ended without its last hook: of a KeyboardInterrupt torch tells no hook.

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from softhooks.anatomy import Anatomy, Stack, probe_ids
 from softhooks.batching import require_servable, watch_batching
 from softhooks.columns import SignedForward, take
+from softhooks.copies import reopen, state_of
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
 from softhooks.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.inject.entry import open_pass
-from softhooks.inject.interface import close_interface, mark, open_interface, unmark
+from softhooks.inject.interface import close_interface, files_of, mark, open_interface, unmark
 from softhooks.inject.packed import documents, guard, require_masks
 from softhooks.inject.paged import paged_cache, require_same_prompt
 from softhooks.inject.passes import Pass
@@ -84,6 +85,16 @@ class Host:
         self._embedding: list[tuple[Stack, StackHooks, Any]] = []
         self._overrides = Overrides()
         self._resting: list[nn.Module] = []
+        self._stays: list[Any] = []
+        self._files: frozenset[str] = frozenset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_of(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._files:
+            reopen(self, self._files)
 
     # --- which prompts are on -----------------------------------------------------------------------------------------
 
@@ -150,16 +161,22 @@ class Host:
         add(self.model.register_forward_hook(self.outermost.leave, with_kwargs=True, always_call=True))
         mark(self.anatomy.stacks)
         watch_batching(self)
-        open_interface(self, (m for stack in self.anatomy.stacks for m in stack.module.modules()))
+        self._files = files_of(m for stack in self.anatomy.stacks for m in stack.module.modules())
+        open_interface(self, self._files)
 
     def add_head(self, path: str) -> None:
         """Let the prompts' own heads answer in the place of one of the model's."""
         hooks = HeadHooks(self, path.replace(".", "/"))
         self._handles.append(self.model.get_submodule(path).register_forward_hook(hooks.answer, with_kwargs=True))
 
-    def keep(self, handle: Any) -> None:
-        """Remove a hook of the model with the last prompt."""
-        self._handles.append(handle)
+    def keep(self, handle: Any, *, is_copied: bool = True) -> None:
+        """Remove a hook with the last prompt.
+
+        Args:
+            is_copied: whether copies and pickles of the model have it too; False for what hangs on something else: a Trainer's
+                logs, an optimizer, an Accelerator.
+        """
+        (self._handles if is_copied else self._stays).append(handle)
 
     def _note(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
         """Remember what was loaded, for a callback that meets the model only afterwards; of weights only the shapes."""
@@ -209,9 +226,11 @@ class Host:
         for _, _, handle in self._embedding:
             handle.remove()
         self._embedding.clear()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._stays):
             handle.remove()
         self._handles.clear()
+        self._stays.clear()
+        self._files = frozenset()
         self._overrides.undo()
         for stack in self.anatomy.stacks:
             stack.owner = None

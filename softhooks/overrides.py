@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-_ABSENT = object()
+
+class _Absent:
+    """Says that nothing was there. The class itself is used, never an instance: a copy of a class is the class."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Override:
         own = self.module.__dict__
         if own.get(self.attribute) is not self.value:
             return
-        if self.before is _ABSENT:
+        if self.before is _Absent:
             del own[self.attribute]
         else:
             own[self.attribute] = self.before
@@ -38,7 +40,7 @@ class Overrides:
 
     def set(self, module: nn.Module, attribute: str, value: Any) -> None:
         """Set an attribute on an instance."""
-        self._set.append(Override(module, attribute, module.__dict__.get(attribute, _ABSENT), value))
+        self._set.append(Override(module, attribute, module.__dict__.get(attribute, _Absent), value))
         module.__dict__[attribute] = value
 
     def restore(self, module: nn.Module, attribute: str) -> None:

@@ -242,6 +242,14 @@ class SoftPrompt:
 
             detach(self._host, self.name)
 
+    def __copy__(self) -> SoftPrompt:
+        """Return the same: a second handle of the same state would not know what the first has done."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has, its model among it; what forwards have computed stays behind."""
+        return self.__dict__ | {"_memory": {}, "_branches": {}, "_prefilled": None, "_stand_in": None}
+
     def _require_attached(self) -> None:
         if not self.is_attached:
             raise NotAttachedError(

@@ -39,11 +39,15 @@ users: Users[object] = Users(_put_back)
 """Who needs the wrapped functions: models with a prompt, and readers for a moment."""
 
 
-def open_interface(user: object, modules: Iterable[nn.Module]) -> None:
-    """Wrap the attention functions that these modules can call, for as long as `user` is open and alive."""
+def files_of(modules: Iterable[nn.Module]) -> frozenset[str]:
+    """The names of the Python modules whose `eager_attention_forward` these modules call, if they call one."""
+    return frozenset(type(module).__module__ for module in modules)
+
+
+def open_interface(user: object, files: Iterable[str]) -> None:
+    """Wrap the attention functions that modules of these files can call, for as long as `user` is open and alive."""
     users.add(user)
     _wrap_all(AttentionInterface._global_mapping, list(AttentionInterface._global_mapping))
-    files = {type(module).__module__ for module in modules}
     for name in files:
         namespace = vars(sys.modules[name]) if name in sys.modules else {}
         if _EAGER in namespace:
@@ -86,7 +90,7 @@ def marked(stack: Stack) -> Iterator[None]:
         yield
         return
     reader = _Reader()
-    open_interface(reader, stack.module.modules())
+    open_interface(reader, files_of(stack.module.modules()))
     mark([stack])
     try:
         yield

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.anatomy import Site
+from softhooks.errors import PromptNotReachedError, explain
 
 
 @dataclass
@@ -39,12 +40,29 @@ class KeyValues:
     @property
     def variants(self) -> int:
         """R."""
-        return next(iter(self.keys.values())).shape[0]
+        return self.any_key.shape[0]
 
     @property
     def length(self) -> int:
         """P, the longest row's virtual tokens."""
-        return next(iter(self.keys.values())).shape[2]
+        return self.any_key.shape[2]
+
+    @property
+    def any_key(self) -> Tensor:
+        """The keys of some site; all have the same rows and virtual tokens.
+
+        Raises:
+            PromptNotReachedError: no site has any, for no attention was seen when the prompt ran through the stack.
+        """
+        for key in self.keys.values():
+            return key
+        raise PromptNotReachedError(
+            explain(
+                "a prompt that enters as keys and values must have been seen by the attention of the model.",
+                "Do not replace attention modules or functions while a prompt is attached; or attach with `injection='slots'`.",
+                sites_with_keys="none",
+            )
+        )
 
     def before(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put a site's prefix before the text's keys and values. [B, Hk, K, D] -> [B, Hk, P + K, D]."""
@@ -122,7 +140,7 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
         prompts [R_i, Hk, P_i, D] -> [B, Hk, max P_i, D]
     """
     longest = max(prompt.length for prompt in prompts)
-    device = next(iter(prompts[0].keys.values())).device
+    device = prompts[0].any_key.device
     sites = sorted({site for prompt in prompts for site in prompt.keys})
     owners = [prompt for prompt in prompts for _ in range(prompt.variants)]
     lengths = [0 if row is None else owners[row].length for row in rows]

@@ -150,6 +150,10 @@ class Memory(Generic[T]):
         self._kept: T | None = None
         self.computed = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as an empty one: what is kept belongs to tensors that lie elsewhere."""
+        return type(self), ()
+
     def recall(
         self,
         stack: Stack,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Role, Site, Stack, first_state
 from softhooks.inject.caches import ListeningCache
-from softhooks.inject.interface import MARK, close_interface, open_interface
+from softhooks.inject.interface import MARK, close_interface, files_of, open_interface
 from softhooks.inject.written_out import is_replaced, known, written_out_attention
 
 
@@ -64,7 +64,7 @@ def _listen_at_attention(stack: Stack, inputs: dict[str, Tensor]) -> tuple[list[
     heard: list[_Heard] = []
     listener = _Listener(heard)
     parts = list(stack.module.modules())
-    open_interface(listener, parts)
+    open_interface(listener, files_of(parts))
     try:
         for part in parts:
             part.__dict__[MARK] = listener

@@ -100,6 +100,11 @@ class SoftPromptCallback(TrainerCallback):
             admit(self.soft_prompt.host)
         expect(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copied or unpickled state, and be told of Trainers as the first one is."""
+        self.__dict__.update(state)
+        expect(self)
+
     @property
     def report(self) -> FrozenReport | None:
         """What the last check of the base has read."""
@@ -273,7 +278,7 @@ class SoftPromptCallback(TrainerCallback):
         if saver is None or saver.prompt is not prompt or saver.owner[0] is not self:
             saver = Saver(prompt, (self, control))
             saver.watch, saver.made = Watch(prompt), present is None
-            host.keep(Showing(saver))
+            host.keep(Showing(saver), is_copied=False)
         saver.owner = (self, control)  # a Trainer that restores its callbacks' states has a new control
         return prompt
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -79,6 +80,12 @@ class Saver:
             prompt.host.override("set_adapter", self.set_adapter)
         self._handle = model.register_load_state_dict_pre_hook(self._check)
         prompt.host.keep(self._handle)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle of the model has: a Trainer, its callback and its run stay with the first model."""
+        is_trained = isinstance(self.owner[1], TrainerControl)
+        of_run = {"owner": (None, None), "watch": None, "made": False, "begun": False} if is_trained else {}
+        return self.__dict__ | {"prove": None, "_lock": None} | of_run
 
     def close(self) -> None:
         """Check no more what is loaded."""

@@ -28,6 +28,10 @@ class DirectForward:
         self.__signature__ = inspect.signature(model.forward)
         self._was_called = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: no call is under way in it."""
+        return self.__dict__ | {"_was_called": False}
+
     def enter(self, _module: nn.Module, _args: Any) -> None:
         """Note that the model was called; the last of its hooks before the forward."""
         self._was_called = True
