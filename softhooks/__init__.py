@@ -21,6 +21,7 @@ from softhooks.errors import (
     UnsupportedModelError,
 )
 from softhooks.frozen import FrozenReport
+from softhooks.kept import kept
 from softhooks.layout.places import Layout
 from softhooks.layout.verbalizer import Verbalizer
 from softhooks.loop import tune
@@ -81,6 +82,7 @@ __all__ = [
     "activate",
     "attach",
     "disabled",
+    "kept",
     "load",
     "most_similar",
     "nearest_words",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from softhooks.inject.reuse import generating
 from softhooks.probe import unwrapped
 
 if TYPE_CHECKING:
@@ -39,6 +40,25 @@ class Noting:
         kind = type(self.model)
         own: Callable[..., Any] = inspect.getattr_static(kind, self.name).__get__(self.model, kind)
         return own
+
+
+class _Scoped(Noting):
+    """A model's own `generate`, in which prompts are computed once: at the prefill, for all tokens that follow."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with generating(self.host):
+            return self.own()(*args, **kwargs)
+
+
+def scope_generate(host: Host) -> None:
+    """Let each call of the model's `generate` be a scope of its own for what prompts compute."""
+    model = unwrapped(host.model)
+    if callable(getattr(model, "generate", None)):
+        host.override("generate", _Scoped(host, model, "generate"), model)
 
 
 class _Generate(Noting):

@@ -17,6 +17,7 @@ from softhooks.columns import SignedForward, take
 from softhooks.copies import reopen, state_of
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
+from softhooks.generation import scope_generate
 from softhooks.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.inject.entry import open_pass
 from softhooks.inject.interface import close_interface, files_of, mark, open_interface, unmark
@@ -24,6 +25,7 @@ from softhooks.inject.packed import documents, guard, require_masks
 from softhooks.inject.paged import paged_cache, require_same_prompt
 from softhooks.inject.passes import Pass
 from softhooks.inject.provenance import cache_of, require_own_cache
+from softhooks.inject.reuse import borne_by
 from softhooks.overrides import Overrides
 from softhooks.probe import unwrapped
 from softhooks.selection import Selection, select
@@ -161,6 +163,7 @@ class Host:
         add(self.model.register_forward_hook(self.outermost.leave, with_kwargs=True, always_call=True))
         mark(self.anatomy.stacks)
         watch_batching(self)
+        scope_generate(self)
         self._files = files_of(m for stack in self.anatomy.stacks for m in stack.module.modules())
         open_interface(self, self._files)
 
@@ -281,7 +284,8 @@ class Host:
         if self.freeze_dropout:
             self._rest(stack)
         try:
-            opened = open_pass(stack, call, selection, self.placeholder)
+            with borne_by(paged, self):
+                opened = open_pass(stack, call, selection, self.placeholder)
             if packed is not None:
                 guard(opened, packed)
             require_same_prompt(paged, opened, self.selection)

@@ -20,7 +20,8 @@ from softhooks.groups import groups_of
 from softhooks.host import CONTAINER, Container, Host
 from softhooks.inject.branch import Branch, branch_of
 from softhooks.inject.keyvalues import KeyValues, split
-from softhooks.inject.shared import Memory, every_tensor, prefill
+from softhooks.inject.reuse import Memory
+from softhooks.inject.shared import every_tensor, prefill
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder
 from softhooks.trainer.sharding import gathered, refuse_sharded
 
@@ -87,7 +88,7 @@ class SoftPrompt:
 
     @property
     def computed(self) -> int:
-        """How often keys and values were computed; without gradients once, until something changes."""
+        """How often keys and values were computed: once a forward; once in all of a `generate` call, or inside `kept`."""
         return sum(memory.computed for kept in (self._memory, self._branches) for memory in kept.values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,7 +12,8 @@ from softhooks.anatomy import Role, Stack, at_rest
 from softhooks.errors import UnsupportedMethodError, UnsupportedModeError, explain
 from softhooks.initializers import key_values_of
 from softhooks.inject.keyvalues import KeyValues, split
-from softhooks.inject.shared import Memory, every_tensor
+from softhooks.inject.reuse import Memory
+from softhooks.inject.shared import every_tensor
 from softhooks.objectives import Finish, Objective, kl_divergence, with_loss
 
 if TYPE_CHECKING:

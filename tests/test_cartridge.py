@@ -176,9 +176,9 @@ def test_the_teacher_has_no_dropout_and_takes_no_random_number() -> None:
     assert torch.equal(*after)
 
 
-def test_the_document_is_read_once_and_again_when_the_base_changes() -> None:
+def test_the_document_is_read_once_where_it_is_kept_and_again_when_the_base_changes() -> None:
     model, ids = zoo.build("llama"), zoo.text(2, 6)
-    with softhooks.attach(model, method()) as prompt:
+    with softhooks.attach(model, method()) as prompt, softhooks.kept(model):
         model.train()
         memory = prompt.objective._memory
         for _ in range(3):

@@ -125,9 +125,9 @@ def test_variants_stand_beside_other_prompts_in_rows() -> None:
     torch.testing.assert_close(mixed[1:2], long, **CLOSE)
 
 
-def test_variants_are_computed_once_while_nothing_changes() -> None:
+def test_variants_are_computed_once_where_they_are_kept() -> None:
     model, ids = zoo.build("llama"), zoo.text(2, 6)
-    with softhooks.attach(model, Toy()) as prompt, torch.no_grad():
+    with softhooks.attach(model, Toy()) as prompt, torch.no_grad(), softhooks.kept(model):
         before = prompt.computed
         for _ in range(3):
             model(ids, which=torch.tensor([0, 1]))
@@ -149,7 +149,7 @@ def test_a_choice_for_other_rows_is_refused() -> None:
 def test_a_hidden_token_is_not_seen_by_its_row(arch: str) -> None:
     model, ids = zoo.build(arch), zoo.text(2, 6)
     hide = torch.tensor([[0, 0, 0], [0, 1, 0]])
-    with softhooks.attach(model, Toy()) as prompt, torch.no_grad():
+    with softhooks.attach(model, Toy()) as prompt, torch.no_grad(), softhooks.kept(model):
         assert prompt.injection == "shared"
         plain, logits = model(ids).logits, model(ids, hide=hide).logits
         torch.testing.assert_close(logits[0], plain[0], **CLOSE)

@@ -221,9 +221,9 @@ def test_rows_skip_the_norm_of_the_layers_input() -> None:
 
 
 @torch.no_grad()
-def test_keys_and_values_are_computed_once_while_nothing_changes() -> None:
+def test_keys_and_values_are_computed_once_where_they_are_kept() -> None:
     model = naive.endless(zoo.build("llama"))
-    with softhooks.attach(model, LlamaAdapter(K)) as prompt:
+    with softhooks.attach(model, LlamaAdapter(K)) as prompt, softhooks.kept(model):
         model.generate(zoo.text(2, 5), max_new_tokens=6, do_sample=False)
         before = prompt.computed
         model.generate(zoo.text(3, 4), max_new_tokens=6, do_sample=False)

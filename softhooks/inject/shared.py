@@ -1,28 +1,25 @@
 """A front prompt of a causal decoder, run once: its keys and values serve every row.
 
 Virtual tokens at the front see only each other, so their states are the same in every row, whatever follows. They run at batch
-1, under autograd, and enter as a prefix. Without gradients the keys and values are kept until something they depend on changes.
+1, under autograd, and enter as a prefix. When a later forward may use them again is a matter of `reuse`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from softhooks.anatomy import Site, Stack, first_state
-from softhooks.inject.adapters import switches
 from softhooks.inject.attention import window_of
 from softhooks.inject.caches import ListeningCache
 from softhooks.inject.keyvalues import KeyValues
 from softhooks.inject.paged import attend_alone
 from softhooks.inject.passes import AttentionFunction, Pass
-
-T = TypeVar("T")
 
 
 class CapturePass(Pass):
@@ -136,71 +133,3 @@ def every_tensor(module: nn.Module) -> list[Tensor]:
             found += part._buffers.values()
             waiting += part._modules.values()
     return [tensor for tensor in found if tensor is not None]
-
-
-class Memory(Generic[T]):
-    """Keys and values that are kept while nothing they depend on changes, and never under autograd.
-
-    What is trained is compared by value: fused optimizers write to parameters without a trace in their version.
-    """
-
-    def __init__(self) -> None:
-        self._place: tuple[Any, ...] | None = None
-        self._values: list[Tensor] = []
-        self._kept: T | None = None
-        self.computed = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as an empty one: what is kept belongs to tensors that lie elsewhere."""
-        return type(self), ()
-
-    def recall(
-        self,
-        stack: Stack,
-        own: Iterable[Tensor],
-        base: Iterable[Tensor],
-        compute: Callable[[], T],
-        asked: object = None,
-    ) -> T:
-        """Return what `compute` gives, or gave.
-
-        Args:
-            own: the prompt's parameters and buffers.
-            base: every parameter and buffer of the base that the result depends on.
-            asked: what else tells one result from another.
-
-        Raises:
-            UnsupportedModeError: the rows of this forward have adapters of PEFT of their own.
-        """
-        own, base = list(own), list(base)
-        switched = switches(stack) if base else ()
-        trained = [tensor for tensor in (*own, *base) if tensor.requires_grad]
-        if stack.module.training or (torch.is_grad_enabled() and trained):
-            self._kept = None
-            return self._compute(compute)
-        lies = _place([*own, *base])
-        if lies is None:
-            return self._compute(compute)
-        place = (asked, switched, *lies)
-        values = [*own, *[tensor for tensor in trained if all(tensor is not one for one in own)]]
-        if self._kept is None or place != self._place or not _equal(values, self._values):
-            self._kept, self._place = self._compute(compute), place
-            self._values = [tensor.detach().clone() for tensor in values]
-        return self._kept
-
-    def _compute(self, compute: Callable[[], T]) -> T:
-        self.computed += 1
-        return compute()
-
-
-def _place(tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """Tell where tensors lie, in which version; None if that cannot be told."""
-    if any(tensor.is_inference() for tensor in tensors):
-        return None
-    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu")
-    mode = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    return (*autocast, *mode, *[(t.data_ptr(), t._version, t.dtype) for t in tensors])
-
-
-def _equal(now: list[Tensor], before: list[Tensor]) -> bool:
-    return len(now) == len(before) and all(map(torch.equal, now, before))
