@@ -173,7 +173,9 @@ class ExampleTemplate:
     def row(self, fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
         """The ids of a row as far as its label, without a token that begins a text; and its label's."""
         pieces = self._pieces(fields, tokenizer)
-        end = next(place for place, (_, kind) in enumerate(pieces) if kind == LABEL)
+        end = next((place for place, (_, kind) in enumerate(pieces) if kind == LABEL), None)
+        if end is None:
+            raise OptionError(f"a row needs its label's field; {self!r} has none for {fields!r}.")
         return [token for own, _ in pieces[:end] for token in own], pieces[end][0]
 
     def fields_of(self, example: Any) -> dict[str, Any]:

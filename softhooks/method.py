@@ -71,7 +71,9 @@ class PromptEncoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return next(chain(self.parameters(), self.buffers())).device
+        for tensor in chain(self.parameters(), self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import gc
 import io
@@ -26,6 +27,7 @@ from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, SoftPrompt, Soft
 from softhooks.inject import interface
 from softhooks.inject.keyvalues import KeyValues
 from softhooks.trainer import late
+from softhooks.trainer.offload import device_of
 
 ROOT = Path(__file__).parent
 CASES = [
@@ -449,3 +451,29 @@ def test_keys_and_values_that_nobody_has_seen_are_an_error_of_ours() -> None:
     for ask in (lambda: KeyValues({}, {}).length, lambda: KeyValues({}, {}).variants):
         with pytest.raises(softhooks.errors.PromptNotReachedError, match="attention of the model"):
             ask()
+
+
+NEVER_EMPTY = {
+    "command/options.py": "the class that declares a dataclass's field",
+    "demo/baselines.py": "the parameters of the demo's models",
+    "inject/keyvalues.py": "a site that some prompt has keys for",
+    "methods/context_tuning.py": "the tables of a prompt",
+    "methods/cartridge.py": "two cartridges or more, which have tables",
+    "peft_base.py": "the model inside a PEFT model, which was found there",
+}
+"""Where `next` is called without a default, and why what it is given cannot be exhausted."""
+
+
+def test_next_has_a_default_wherever_something_may_be_exhausted() -> None:
+    package = Path(softhooks.__file__).parent
+    found = set()
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "next":
+                found |= set() if len(node.args) == 2 else {file.relative_to(package).as_posix()}
+    assert found == set(NEVER_EMPTY)
+
+
+def test_a_module_without_weights_is_an_error_of_ours() -> None:
+    with pytest.raises(softhooks.errors.UnsupportedModelError, match="without parameters and buffers"):
+        device_of(torch.nn.Identity())

@@ -98,7 +98,7 @@ class CachePass(PrefixPass):
                     layers=f"{sorted(prefix.bare)} have no prefix in some rows",
                 )
             )
-        device = prefix.keys[next(iter(prefix.keys))].device
+        device = prefix.any_key.device
         present = prefix.present(device)
         if mask is None:
             if present is None:

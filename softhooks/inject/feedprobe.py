@@ -14,6 +14,7 @@ from softhooks.errors import UnsupportedMethodError, explain
 from softhooks.inject.feed import Feed, keys_and_values
 from softhooks.inject.interface import marked
 from softhooks.inject.passes import AttentionFunction, Pass
+from softhooks.trainer.offload import device_of
 
 _PROBE_ID = 63
 
@@ -118,8 +119,7 @@ def _encode(stack: Stack, vocabulary: int) -> Tensor:
 
 
 def _one_id(stack: Stack, vocabulary: int) -> Tensor:
-    weight = next(stack.embedding.parameters())
-    return torch.tensor([[min(_PROBE_ID, vocabulary - 1)]], device=weight.device)
+    return torch.tensor([[min(_PROBE_ID, vocabulary - 1)]], device=device_of(stack.embedding))
 
 
 def _feed(seen: _Seen) -> Feed:

@@ -150,7 +150,7 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     index = torch.tensor([len(owners) if row is None else row for row in rows], device=device)
 
     def gather(given: list[Tensor | None]) -> Tensor:
-        like = next(tensor for tensor in given if tensor is not None)
+        like = next(tensor for tensor in given if tensor is not None)  # some prompt has the site
         nothing = like.new_zeros(1, like.shape[1], longest, like.shape[3])
         parts = [
             nothing.expand(prompt.variants, -1, -1, -1)

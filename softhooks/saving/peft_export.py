@@ -121,7 +121,7 @@ def write_parts(parts: Parts, folder: Path) -> None:
 
 def _shape(export: Export, width: int) -> dict[str, Any]:
     """What every prompt of PEFT says of itself and of its base; PEFT fills in what is None."""
-    runs = next(iter(export.stacks.values())).get("self") or []
+    runs = next(iter(export.stacks.values()), {}).get("self") or []
     return {
         "num_virtual_tokens": export.stored.method.num_virtual_tokens,
         "token_dim": width,
@@ -190,7 +190,7 @@ def _prefix(export: Export) -> Parts:
     shapes = {tuple(run[1:]) for run in runs}
     if len(shapes) != 1 or any(key != value for _, key, value in shapes):
         raise _refusal(export, f"layers of shapes {sorted(shapes)}", "one shape for all keys and values")
-    (heads, size, _), layers, table = next(iter(shapes)), sum(run[0] for run in runs), stored.tables["text"]
+    (heads, size, _), layers, table = shapes.pop(), sum(run[0] for run in runs), stored.tables["text"]
     if table.shape[1] != 2 * layers * heads * size:
         raise _refusal(export, "a prefix in some of the layers", "a prefix in every layer")
     kept = {"shift_positions": True} | ({} if stored.slides is False or not text.get("causal") else {"windowed": True})

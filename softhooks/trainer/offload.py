@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ def device_of(module: nn.Module) -> torch.device:
     Raises:
         UnsupportedModelError: its weights lie nowhere, and nothing brings them in.
     """
-    weight = next(module.parameters())
+    weight = next(chain(module.parameters(), module.buffers()), None)
+    if weight is None:
+        raise UnsupportedModelError(
+            explain(
+                "a soft prompt needs a module with weights, to lie where they lie.",
+                "Attach to the model that holds the embedding of its tokens.",
+                module=f"{type(module).__name__}, without parameters and buffers",
+            )
+        )
     if not weight.is_meta:
         return weight.device
     hook = module.__dict__.get("_hf_hook")

@@ -68,7 +68,16 @@ def around(module: nn.Module, prompted: nn.Module) -> dict[str, Tensor]:
     Raises:
         TrainerError: some of it is no tensor (`get_extra_state`).
     """
-    path = next(path for path, part in module.named_modules() if part is prompted)
+    path = next((path for path, part in module.named_modules() if part is prompted), None)
+    if path is None:
+        raise TrainerError(
+            explain(
+                "a module must hold the model whose prompt it saves.",
+                "Attach the prompt to the model that the module has now.",
+                module=type(module).__name__,
+                prompted=f"another {type(prompted).__name__}",
+            )
+        )
     state: dict[str, Any] = module.state_dict() if path else {}
     found = {name: value for name, value in state.items() if not name.startswith(f"{path}.")}
     for name, value in found.items():
