@@ -240,6 +240,9 @@ def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
     model.add_module(CONTAINER, container)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in trainable))
+    host.set_aside.take(
+        (name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad
+    )
     if frozen_record:
         host.record = FrozenRecord(model, frozen_names(model))
     keep_unpacked(host)
@@ -276,3 +279,4 @@ def detach(host: Host, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name in host.was_trainable:
             parameter.requires_grad_(host.was_trainable[parameter_name])
+    host.set_aside.restore(model.named_parameters())

@@ -18,6 +18,7 @@ from softhooks.copies import reopen, state_of
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
 from softhooks.generation import scope_generate
+from softhooks.gradients import SetAside
 from softhooks.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.inject.entry import open_pass
 from softhooks.inject.interface import close_interface, files_of, mark, open_interface, unmark
@@ -77,6 +78,7 @@ class Host:
         self.disabled = 0
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
+        self.set_aside = SetAside()
         self.record: FrozenRecord | None = None
         self.noted: dict[str, Tensor] | None = None  # the shapes of the last state dict with prompts that was loaded
         self.placeholder = int(probe_ids(model, anatomy.vocabulary, columns=2)[0, 0])

@@ -17,6 +17,8 @@ from softhooks.prompt import SoftPrompt, require_host
 def activate(model: nn.Module, name: str) -> SoftPrompt:
     """Turn one prompt on, and the others of the model off.
 
+    A prompt that goes off keeps its gradients, so that one step may train several prompts; `zero_grad` clears them as ever.
+
     Raises:
         NotAttachedError: the model carries no prompt of that name.
     """

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from softhooks.attach import attach, frozen_names
 from softhooks.constraint import begin_step, end_step
 from softhooks.frozen import FrozenRecord, FrozenReport
+from softhooks.gradients import SetAside
 from softhooks.method import Method
 from softhooks.objectives import refuse_smoothing
 from softhooks.prompt import Injection, SoftPrompt, host_of
@@ -82,7 +83,8 @@ class SoftPromptCallback(TrainerCallback):
         self.method = method
         self.name = name
         self.soft_prompt: SoftPrompt | None = None
-        self._resting: list[nn.Parameter] = []
+        self._resting: list[tuple[str, nn.Parameter]] = []
+        self._set_aside = SetAside()
         self._stand_ins: list[Path] = []
         self._injection = injection
         self._is_sharded = False
@@ -233,8 +235,9 @@ class SoftPromptCallback(TrainerCallback):
         """Wake the model's other prompts, and prove that ranks agree and nothing else moved."""
         if self.soft_prompt is not None:
             require_agreement(self.soft_prompt)
-        for parameter in self._resting:
+        for _, parameter in self._resting:
             parameter.requires_grad_(True)
+        self._set_aside.restore(self._resting)
         self._resting.clear()
         prompt, saver = self.soft_prompt, self._saver
         if prompt is None or saver is None:
@@ -268,10 +271,12 @@ class SoftPromptCallback(TrainerCallback):
         dismiss(host)
         host.active = self.name
         for other in host.prompts.values():
-            for parameter in (*other.encoder.parameters(), *other.heads.parameters()):
-                if other is not prompt and parameter.requires_grad:
-                    self._resting.append(parameter)
-                parameter.requires_grad_(other is prompt)
+            for part in (other.encoder, other.heads):
+                for name, parameter in part.named_parameters(f"{other.name}.{type(part).__name__}"):
+                    if other is not prompt and parameter.requires_grad:
+                        self._resting.append((name, parameter))
+                    parameter.requires_grad_(other is prompt)
+        self._set_aside.take(self._resting)
         if host.record is None:
             host.record = FrozenRecord(model, frozen_names(model))
         self.soft_prompt = prompt

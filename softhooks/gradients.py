@@ -1,0 +1,39 @@
+"""Gradients that frozen parameters hold from before: an optimizer over all parameters would step by them, and clipping count them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class SetAside:
+    """The gradients that were taken from parameters which rest now, by name. A copy or a pickle has none, as torch's have none."""
+
+    def __init__(self) -> None:
+        self._gradients: dict[str, Tensor] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle as an empty one."""
+        return type(self), ()
+
+    def take(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Take the gradients of these parameters."""
+        for name, parameter in parameters:
+            if parameter.grad is not None:
+                self._gradients[name] = parameter.grad
+                parameter.grad = None
+
+    def restore(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Give gradients back, the same tensors; follow a model that has moved meanwhile.
+
+        A parameter that has been given another gradient keeps that one, and one of another shape is another parameter.
+        """
+        for name, parameter in parameters:
+            gradient = self._gradients.pop(name, None)
+            if gradient is None or parameter.grad is not None or gradient.shape != parameter.shape:
+                continue
+            is_same = (gradient.device, gradient.dtype) == (parameter.device, parameter.dtype)
+            parameter.grad = gradient if is_same else gradient.to(parameter)
+        self._gradients.clear()
