@@ -326,7 +326,9 @@ def test_a_loaded_cartridge_goes_on_with_its_document(tmp_path: Path) -> None:
         assert torch.equal(model(ids, labels=ids).loss, expected)
         assert again.num_parameters == (P - 1) * again.encoder("text").shape[1]
     with softhooks.load(zoo.build("llama", "sequence"), tmp_path) as elsewhere:
-        assert elsewhere.num_parameters == 0, "to use it, no language model is needed"
+        width = elsewhere.encoder("text").shape[1]
+        assert elsewhere.num_parameters == (P - 1) * width, "to use it, no language model is needed"
+        assert not list(elsewhere.parameters()), "and nothing of it trains"
 
 
 # --- joined -----------------------------------------------------------------------------------------------------------

@@ -119,7 +119,9 @@ def test_folded_and_loaded_equal_live(tmp_path: Path, entry: table.Entry, case: 
     assert same_bits(answer(fresh, case, entry), expected), "loaded must equal saved"
     assert loaded.injection == prompt.injection
     assert loaded.conventions == prompt.conventions
-    assert loaded.num_parameters == 0
+    assert not list(loaded.parameters()), "a prompt that is loaded to be used does not train"
+    held = sum(tensor.numel() for tensor in load_file(tmp_path / TENSORS).values())
+    assert 0 < loaded.num_parameters <= held, "its parameters count, trainable or not"
     loaded.save_pretrained(tmp_path / "again")
     assert load_file(tmp_path / "again" / TENSORS).keys() == load_file(tmp_path / TENSORS).keys()
     for name, tensor in load_file(tmp_path / TENSORS).items():
@@ -690,3 +692,16 @@ def test_a_prompt_is_pushed_as_it_is_saved(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert prompt.push_to_hub("me/prompt", commit_message="hello") == "done"
     assert pushed == ["me/prompt", ({DESCRIPTION, TENSORS}, {"commit_message": "hello"})]
+
+
+@pytest.mark.parametrize("method", [PromptTuning(4), PrefixTuning(4)], ids=["prompt", "prefix"])
+@pytest.mark.parametrize("head", ["causal", "sequence"])
+def test_parameters_count_whether_they_train_or_not(method: Any, head: str, tmp_path: Path) -> None:
+    prompt = softhooks.attach(zoo.build("llama", head), method)
+    trained = prompt.num_parameters
+    assert trained == sum(parameter.numel() for parameter in prompt.parameters()) > 0
+    prompt.save_pretrained(tmp_path)
+    loaded = softhooks.load(zoo.build("llama", head), tmp_path)
+    assert loaded.num_parameters == trained
+    loaded.encoder.requires_grad_(True)
+    assert loaded.num_parameters == trained

@@ -55,7 +55,10 @@ def test_every_option_is_saved_and_loaded(tmp_path: Path, arch: str, head: str, 
         assert loaded.method == method
         assert same_bits(zoo.main_output(fresh(**call)), expected)
         numbers = sum(p.numel() for p in prompt.parameters())
-        assert loaded.num_parameters == (numbers if trainable else 0)
+        assert sum(p.numel() for p in loaded.parameters()) == (numbers if trainable else 0)
+        folded = sum(table.numel() for table in loaded.encoder.folded().values())
+        heads = sum(parameter.numel() for parameter in loaded.heads.parameters())
+        assert loaded.num_parameters == (numbers if trainable else folded + heads)
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:

@@ -419,7 +419,7 @@ def test_one_task_is_saved_as_one_matrix(tmp_path: Path) -> None:
     for trainable in (False, True):
         with softhooks.load(model, tmp_path, trainable=trainable) as loaded, torch.no_grad():
             assert torch.equal(model(ids).logits, expected)
-            assert loaded.num_parameters == (P * H + P + H if trainable else 0)
+            assert loaded.num_parameters == (P * H + P + H if trainable else P * H)
     rows = held["prompt.embeddings"]
     with softhooks.attach(model, PromptTuning(P, init="tensor", init_tensor=rows)), torch.no_grad():
         assert torch.equal(model(ids).logits, expected), "and it is a prompt like any other"

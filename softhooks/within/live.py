@@ -127,12 +127,12 @@ def require_optimizer(prompt: SoftPrompt, optimizer: Any) -> None:
     """
     if is_mended(optimizer, prompt):
         return
-    held = sum(len(group["params"]) for group in optimizer.param_groups)
+    held, trained = sum(len(group["params"]) for group in optimizer.param_groups), list(prompt.parameters())
     raise TrainerError(
         explain(
             "the optimizer must hold exactly the parameters that the prompt trains.",
             "Make it after `attach`, from `prompt.parameters()`.",
             optimizer=f"{type(optimizer).__name__} of {held} tensors",
-            prompt=f"{len(list(prompt.parameters()))} tensors, {prompt.num_parameters:,} numbers",
+            prompt=f"{len(trained)} tensors, {sum(parameter.numel() for parameter in trained):,} parameters",
         )
     )
