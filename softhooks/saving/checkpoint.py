@@ -24,6 +24,7 @@ from softhooks.peft_base import home
 from softhooks.probe import unwrapped
 from softhooks.prompt import Injection, SoftPrompt
 from softhooks.saving.files import write_json, write_tensors
+from softhooks.saving.missing import explain_missing
 from softhooks.saving.stored import FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, outline, read_own
 
 DESCRIPTION = "soft_prompt.json"
@@ -188,14 +189,7 @@ def read(folder: Path) -> Stored:
 
     if (folder / peft_format.CONFIG).is_file():
         return peft_format.read(folder)
-    raise CheckpointError(
-        explain(
-            "a saved prompt is a directory with its tensors.",
-            "Give the directory that `save_pretrained` wrote.",
-            directory=folder,
-            expected=f"{TENSORS} or {peft_format.CONFIG}",
-        )
-    )
+    raise explain_missing(folder, (TENSORS, peft_format.CONFIG))
 
 
 def _exists(path: Path) -> bool:
