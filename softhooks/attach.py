@@ -19,6 +19,7 @@ from softhooks.generation import keep_from_assistants, note_prompts
 from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
 from softhooks.method import Method, PromptEncoder
+from softhooks.model_saving import stand_in
 from softhooks.peft_base import home, keep_wrapped, refuse_prompts
 from softhooks.probe import examine
 from softhooks.prompt import Injection, SoftPrompt, host_of
@@ -247,6 +248,7 @@ def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
         host.record = FrozenRecord(model, frozen_names(model))
     keep_unpacked(host)
     keep_wrapped(host)
+    stand_in(host)
     host.install()
 
 

@@ -105,11 +105,13 @@ class SoftPrompt:
 
     @property
     def num_parameters(self) -> int:
-        """How many parameters the prompt has, trainable or not: its own, its heads', and those of the base that it keeps trainable.
+        """How many parameters the prompt has, trainable or not: its own, its heads', and those of the base that train.
 
         A prompt that was loaded to be used has those of the folded prompt: the MLP or LSTM that made it is gone.
         """
-        own = sum(p.numel() for p in self.encoder.parameters()) or sum(t.numel() for t in self.encoder.folded().values())
+        own = sum(p.numel() for p in self.encoder.parameters()) or sum(
+            t.numel() for t in self.encoder.folded().values()
+        )
         beside = [p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith(f"{CONTAINER}.")]
         return own + sum(parameter.numel() for parameter in (*self.heads.parameters(), *beside))
 

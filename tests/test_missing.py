@@ -53,7 +53,9 @@ def test_the_best_checkpoint_is_named(tmp_path: Path) -> None:
     assert f"softhooks.load(model, {str(moved / 'checkpoint-3')!r})` (the last)" in said
 
 
-@pytest.mark.parametrize("told", [[], 3, "\0", {"best_model_checkpoint": 3}, {"best_model_checkpoint": "/x/checkpoint-9"}])
+@pytest.mark.parametrize(
+    "told", [[], 3, "\0", {"best_model_checkpoint": 3}, {"best_model_checkpoint": "/x/checkpoint-9"}]
+)
 def test_a_record_of_the_trainer_is_not_trusted(told: Any, tmp_path: Path) -> None:
     softhooks.attach(zoo.build("llama"), PromptTuning(4)).save_pretrained(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "trainer_state.json").write_text(json.dumps(told))
@@ -70,7 +72,9 @@ def test_prompts_in_folders_of_any_name_are_named(tmp_path: Path) -> None:
         softhooks.load(zoo.build("llama"), tmp_path.parent)
 
 
-@pytest.mark.parametrize("method", [PromptTuning(4), PrefixTuning(4, projection=True), PTuning(4)], ids=lambda m: m.kind)
+@pytest.mark.parametrize(
+    "method", [PromptTuning(4), PrefixTuning(4, projection=True), PTuning(4)], ids=lambda m: m.kind
+)
 def test_a_whole_model_with_a_stray_prompt_is_refused_with_a_way_out_that_works(method: Any, tmp_path: Path) -> None:
     model, ids = zoo.build("llama"), zoo.text()
     softhooks.attach(model, method)
@@ -91,7 +95,9 @@ def test_a_whole_model_with_a_stray_prompt_is_refused_with_a_way_out_that_works(
 
 
 def test_a_whole_model_in_shards_is_known_by_its_index(tmp_path: Path) -> None:
-    index = {"weight_map": {"model.norm.weight": "a.safetensors", "soft_prompt.default.encoder.embeddings": "b.safetensors"}}
+    index = {
+        "weight_map": {"model.norm.weight": "a.safetensors", "soft_prompt.default.encoder.embeddings": "b.safetensors"}
+    }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="whole model"):
         softhooks.load(zoo.build("llama"), tmp_path)

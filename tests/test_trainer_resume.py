@@ -20,6 +20,7 @@ from untouched import differences, remove_all, snapshot
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
+from softhooks.saving.checkpoint import TENSORS
 from softhooks.method import Method
 from softhooks.trainer.resume import LIVE
 
@@ -238,7 +239,10 @@ def test_the_model_saves_itself_again_when_the_prompt_is_removed(tmp_path: Path)
         model.save_pretrained(tmp_path / "hub", push_to_hub=True)
     assert callback.soft_prompt is not None
     callback.soft_prompt.remove()
-    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "other")
+    assert torch.equal(load_file(tmp_path / "other" / TENSORS)["prompt.embeddings"], other.embeddings())
+    with softhooks.disabled(model):
+        model.save_pretrained(tmp_path / "whole")
     saved = load_file(tmp_path / "whole" / "model.safetensors")
     assert set(training.base_of(model)) <= set(saved)
     other.remove()

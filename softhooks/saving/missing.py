@@ -27,7 +27,9 @@ def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
         folder: where a prompt was expected.
         marks: the files of which a prompt has one.
     """
-    inside = sorted((entry for entry in _entries(folder) if any((entry / mark).is_file() for mark in marks)), key=_order)
+    inside = sorted(
+        (entry for entry in _entries(folder) if any((entry / mark).is_file() for mark in marks)), key=_order
+    )
     if inside:
         return _prompts_inside(folder, inside)
     stray = sorted(set(stray_tensors(folder)))
@@ -57,9 +59,7 @@ def _prompts_inside(folder: Path, inside: list[Path]) -> CheckpointError:
     remedy = f"Load one of them: `softhooks.load(model, {str(wanted)!r})`."
     if best is not None and best != checkpoints[-1]:
         remedy = remedy[:-1] + f" (the best), `softhooks.load(model, {str(checkpoints[-1])!r})` (the last)."
-    return CheckpointError(
-        explain("this directory holds no prompt itself, but directories that do.", remedy, **values)
-    )
+    return CheckpointError(explain("this directory holds no prompt itself, but directories that do.", remedy, **values))
 
 
 def _whole_model(folder: Path, stray: list[str]) -> CheckpointError:

@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from softhooks.errors import TrainerError, explain
 from softhooks.host import CONTAINER
+from softhooks.model_saving import SavePrompts
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.files import parse_json, read_tensors, write_json, write_tensors
 from softhooks.trainer.incomplete import Lock
@@ -68,7 +69,8 @@ class Saver:
         self._lock: Lock | None = None
         model = prompt.model
         before = saver_of(model)
-        self._save: Any = before._save if before else getattr(model, "save_pretrained", None)
+        own: Any = model.__dict__.get("save_pretrained")
+        self._plain: SavePrompts | None = before._plain if before else own if isinstance(own, SavePrompts) else None
         self._load_adapter: Any = before._load_adapter if before else getattr(model, "load_adapter", None)
         self._set_adapter: Any = before._set_adapter if before else getattr(model, "set_adapter", None)
         if before:
@@ -99,8 +101,8 @@ class Saver:
         Raises:
             TrainerError: asked to push the model to the hub.
         """
-        if not self.prompt.is_attached:
-            return self._save(save_directory, is_main_process=is_main_process, **kwargs)
+        if self._plain is not None and (not self.prompt.is_attached or self.prompt.host.disabled):
+            return self._plain(save_directory, is_main_process=is_main_process, **kwargs)
         if kwargs.get("push_to_hub"):
             raise TrainerError(
                 "a model that a SoftPromptCallback trains saves its prompt only, and pushes nothing; call "
@@ -117,10 +119,15 @@ class Saver:
         with gathered(self.prompt, kwargs.get("state_dict")):
             self.prompt.save_pretrained(folder)
             if _is_peft(self.prompt.model) or getattr(self.prompt.model, "_hf_peft_config_loaded", False):
-                self._save(str(folder))  # the adapters alone
+                self._save_adapters(folder)
             if is_checkpoint:
                 self.write_live(folder)
         return None
+
+    def _save_adapters(self, folder: Path) -> None:
+        """Write PEFT's adapters alone."""
+        if self._plain is not None:
+            self._plain.save_base({"save_directory": str(folder)})
 
     def finish(self) -> None:
         """Let go of the checkpoint that was being written: the Trainer has put its own files beside the prompt."""
@@ -130,9 +137,7 @@ class Saver:
 
     def write_live(self, folder: Path) -> None:
         """Write what training goes on from, and an index by which nobody takes it for a model."""
-        write_tensors(folder / LIVE, self.state(), {"format": "pt"})
-        weight_map = dict.fromkeys(live_tensors(self.prompt), LIVE)
-        write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"about": _NOTE, "weight_map": weight_map})
+        write_live(folder, self.state())
 
     def state(self) -> dict[str, Tensor]:
         """What training goes on from: what is trained, by its name in the model, and a description of all else."""
@@ -261,6 +266,13 @@ class Saver:
             "dropout of the base": "off (freeze_dropout)" if self.prompt.host.freeze_dropout else "as the model has it",
             "optimizer": self.optimizer,
         }
+
+
+def write_live(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write what training goes on from, by its names in the model, and an index by which nobody takes it for a model."""
+    write_tensors(folder / LIVE, state, {"format": "pt"})
+    weight_map = dict.fromkeys((name for name in state if not name.endswith(f".{_DESCRIPTION}")), LIVE)
+    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"about": _NOTE, "weight_map": weight_map})
 
 
 def saver_of(model: nn.Module) -> Saver | None:

@@ -46,7 +46,8 @@ def gathered(prompt: SoftPrompt, state: Mapping[str, Tensor] | None = None) -> I
     """Let a prompt's sharded parameters be whole for a while, so that they can be written.
 
     Args:
-        state: a full state dict of the model, where there is one; without it every process must enter.
+        state: a full state dict of the model, where there is one; without it every process must enter. What it says is what is
+            written: it may hold averaged values, for instance.
 
     Yields:
         whether this process is the one to write.
@@ -55,12 +56,13 @@ def gathered(prompt: SoftPrompt, state: Mapping[str, Tensor] | None = None) -> I
     writes = True
     try:
         for name, parameter in list(prompt.named_parameters()):
-            if not is_sharded(parameter):
+            given = None if state is None else state.get(name)
+            if not is_sharded(parameter) and (given is None or given.data_ptr() == parameter.data_ptr()):
                 continue
-            if state is None or name not in state:
+            if given is None:
                 values, writes = full(parameter.detach()), distributed.get_rank() == 0
             else:
-                values = state[name]
+                values = given
             path, _, leaf = name.rpartition(".")
             module = prompt.model.get_submodule(path)
             swapped.append((module, leaf, parameter))
