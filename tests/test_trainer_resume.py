@@ -20,8 +20,8 @@ from untouched import differences, remove_all, snapshot
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
-from softhooks.saving.checkpoint import TENSORS
 from softhooks.method import Method
+from softhooks.saving.checkpoint import TENSORS
 from softhooks.trainer.resume import LIVE
 
 RUNS = [
