@@ -69,7 +69,7 @@ def test_prompts_in_folders_of_any_name_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="en"):
         softhooks.load(zoo.build("llama"), tmp_path)
     with pytest.raises(CheckpointError, match=r"expected: +soft_prompt\.safetensors or adapter_config\.json"):
-        softhooks.load(zoo.build("llama"), tmp_path.parent)
+        softhooks.load(zoo.build("llama"), tmp_path / "none")
 
 
 @pytest.mark.parametrize(
