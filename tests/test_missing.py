@@ -68,8 +68,9 @@ def test_prompts_in_folders_of_any_name_are_named(tmp_path: Path) -> None:
     softhooks.attach(zoo.build("llama"), PromptTuning(4)).save_pretrained(tmp_path / "en")
     with pytest.raises(CheckpointError, match="en"):
         softhooks.load(zoo.build("llama"), tmp_path)
+    (empty := tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"expected: +soft_prompt\.safetensors or adapter_config\.json"):
-        softhooks.load(zoo.build("llama"), tmp_path / "none")
+        softhooks.load(zoo.build("llama"), empty)
 
 
 @pytest.mark.parametrize(
