@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError
+from softhooks.errors import OptionError, explain
 from softhooks.layout.rendering import Row, render_row
 from softhooks.layout.template import COLUMN, Template
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
+
+_LABELS = ("labels", "label", "label_ids")
 
 
 @dataclass
@@ -63,6 +65,23 @@ class Mapper:
         labels = self._labels(row, fields)
         return found if labels is None else found | {"labels": labels}
 
+    def labelled(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row that is rendered already; with a verbalizer, its class becomes the labels that it lacks.
+
+        Raises:
+            OptionError: it does not hold the mask once.
+        """
+        found = dict(row)
+        if self.verbalizer is None or "labels" in row or self.label not in row:
+            return found
+        ids = [int(token) for token in row["input_ids"]]
+        places = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
+        if len(places) != 1:
+            raise OptionError(f"a rendered row must hold the mask once, for its class; one has it {len(places)} times.")
+        labels = [IGNORED] * len(ids)
+        labels[places[0]] = self.verbalizer.token(int(row[self.label]))
+        return found | {"labels": labels}
+
     def _labels(self, row: Row, fields: Mapping[str, Any]) -> list[int] | None:
         labels = [IGNORED] * len(row.ids)
         if self.target is not None:
@@ -86,6 +105,13 @@ class Collator:
 
     mapper: Mapper
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column of the data that a batch is made of: those of rendered rows, the template's fields, and the class."""
+        fields = [part.text for part in self.mapper.template.parts if part.kind == "field"]
+        rendered = [*self.mapper.tokenizer.model_input_names, COLUMN, *_LABELS]
+        return tuple(dict.fromkeys([*rendered, *fields, self.mapper.label]))
+
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make `input_ids`, `attention_mask` and `soft_slots`, and `labels` where there are labels or classes."""
         rows = [self._rendered(row) for row in examples]
@@ -94,20 +120,45 @@ class Collator:
         held = [{name: row[name] for name in names if name in row} for row in rows]
         batch: dict[str, Tensor] = dict(self.mapper.tokenizer.pad(held, return_tensors="pt"))
         if labels:
-            batch["labels"] = self._padded(labels, batch["attention_mask"])
+            batch["labels"] = padded_labels(labels, batch["attention_mask"])
         return batch
 
     def _rendered(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        row = dict(example) if "input_ids" in example else self.mapper.render(example)
-        for name in ("labels", "label", "label_ids"):
+        if "input_ids" in example:
+            row = self.mapper.labelled(example)
+        else:
+            self._require_fields(example)
+            row = self.mapper.render(example)
+        for name in _LABELS:
             if "labels" not in row and name in example and not isinstance(example[name], str):
                 row["labels"] = example[name]
         return row
 
-    def _padded(self, labels: list[Any], mask: Tensor) -> Tensor:
-        if not isinstance(labels[0], (list, tuple)):
-            return torch.as_tensor(labels)
-        padded = torch.full(mask.shape, IGNORED)
-        for i, row in enumerate(labels):
-            padded[i, mask[i].bool()] = torch.as_tensor(row)
-        return padded
+    def _require_fields(self, example: Mapping[str, Any]) -> None:
+        """Tell of rows that have lost their fields on the way: a Trainer removes columns that no forward names."""
+        fields = [part.text for part in self.mapper.template.parts if part.kind == "field"]
+        if fields and not any(name in example for name in fields):
+            raise OptionError(
+                explain(
+                    "a layout's collator needs rows that have the template's fields, or rows that its mapper has rendered.",
+                    "A Trainer removes columns that the model's forward does not name: train with `SoftPromptCallback`, which "
+                    "keeps them, or set `TrainingArguments(remove_unused_columns=False)`.",
+                    fields=", ".join(fields),
+                    given=", ".join(map(str, example)) or "nothing",
+                )
+            )
+
+
+def padded_labels(labels: Sequence[Any], mask: Tensor) -> Tensor:
+    """Put the labels of rows where their tokens stand in a padded batch, -100 elsewhere; classes as they are.
+
+    Shape:
+        one entry a row, or one a token; mask [B, T] -> [B] or [B, T]
+    """
+    rows = [torch.as_tensor(row) for row in labels]
+    if not rows[0].dim():
+        return torch.stack(rows)
+    padded = torch.full(mask.shape, IGNORED)
+    for i, row in enumerate(rows):
+        padded[i, mask[i].bool()] = row
+    return padded

@@ -65,6 +65,38 @@ class Verbalizer:
         """The logits of each class at the mask. [B, T, V], [B, T] -> [B, C]."""
         return logits[self._masks(input_ids)][:, self.ids]
 
+    def scores_at_labels(self, logits: Any, labels: Any) -> Tensor:
+        """The logits of each class where a row's label stands; a Trainer's `preprocess_logits_for_metrics`.
+
+        A Trainer then gathers C numbers a row and not those of the whole vocabulary, and `trainer.predict(rows).predictions` are
+        the classes' scores.
+
+        Args:
+            logits: the model's; of several outputs, the first.
+            labels: one label a row that is not -100.
+
+        Raises:
+            OptionError: a row has no label, or several.
+
+        Shape:
+            [B, T, V], [B, T] -> [B, C]
+        """
+        logits = torch.as_tensor(logits[0] if isinstance(logits, (tuple, list)) else logits)
+        labels = torch.as_tensor(labels)
+        if self.causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        scores: Tensor = logits[_places(labels)][:, self.ids]
+        return scores
+
+    def classes(self, labels: Any) -> Tensor:
+        """The class of each row's label, for `compute_metrics`. [B, T] -> [B].
+
+        Raises:
+            OptionError: a row has no label, or several, or one that is the word of no class.
+        """
+        labels = torch.as_tensor(labels)
+        return self._class_of(labels[_places(labels)])
+
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The mean loss over the places that labels name; the sum by `num_items_in_batch`, where the Trainer counts them.
 
@@ -76,9 +108,16 @@ class Verbalizer:
             logits, labels = logits[:, :-1], labels[:, 1:]
         at = labels != IGNORED
         words = torch.tensor(self.ids, device=labels.device)
-        matches = labels[at][:, None] == words
+        wanted = self._class_of(labels[at])
+        total = functional.cross_entropy(logits[at][:, words].float(), wanted, reduction="sum")
+        count = at.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
+        return total / count
+
+    def _class_of(self, labels: Tensor) -> Tensor:
+        """The classes whose words these ids are. [N] -> [N]."""
+        matches = labels[:, None] == torch.tensor(self.ids, device=labels.device)
         if not bool(matches.any(-1).all()):
-            unknown = sorted(set(labels[at][~matches.any(-1)].tolist()))
+            unknown = sorted(set(labels[~matches.any(-1)].tolist()))
             raise OptionError(
                 explain(
                     "every label must be the word of a class, or -100.",
@@ -87,9 +126,7 @@ class Verbalizer:
                     words=dict(zip(self.words, self.ids, strict=True)),
                 )
             )
-        total = functional.cross_entropy(logits[at][:, words].float(), matches.long().argmax(-1), reduction="sum")
-        count = at.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
-        return total / count
+        return matches.long().argmax(-1)
 
     def _masks(self, input_ids: Tensor) -> Tensor:
         if self._mask_id is None:
@@ -106,6 +143,23 @@ class Verbalizer:
                 )
             )
         return at
+
+
+def _places(labels: Tensor) -> Tensor:
+    """Where labels stand, once in every row. [B, T] -> [B, T] bool."""
+    at = labels != IGNORED
+    wrong = (at.sum(-1) != 1).nonzero()[:, 0].tolist()
+    if wrong:
+        raise OptionError(
+            explain(
+                "every row must have one label that is not -100: the word of its class.",
+                "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, ask "
+                "`verbalizer.scores(logits, input_ids)`.",
+                rows=", ".join(map(str, wrong)),
+                labels=at.sum(-1)[wrong].tolist(),
+            )
+        )
+    return at
 
 
 def _token_of(word: str | int, tokenizer: Any) -> int:

@@ -20,6 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 from softhooks.errors import TrainerError, explain
 from softhooks.trainer.optimizer import is_mended, mend_optimizer
 from softhooks.trainer.resume import saver_of
+from softhooks.trainer.rows import mind_rows
 from softhooks.users import Users
 
 if TYPE_CHECKING:
@@ -81,8 +82,11 @@ def meet(callback: SoftPromptCallback) -> None:
     """Stand in for what the Trainer that calls this callback will make."""
     trainer = _trainer_of(callback)
     stands = None if trainer is None else getattr(trainer.__dict__.get("call_model_init"), "__self__", None)
-    if trainer is not None and not (isinstance(stands, Meeting) and stands._callback is callback):
+    if trainer is None:
+        return
+    if not (isinstance(stands, Meeting) and stands._callback is callback):
         Meeting(trainer, callback)
+    mind_rows(trainer, callback.method)
 
 
 def _frames() -> Iterator[FrameType]:
