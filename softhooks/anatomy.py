@@ -122,10 +122,15 @@ class Stack:
 
 @dataclass(eq=False)
 class Anatomy:
-    """The stacks of a model. An encoder-decoder has two, everything else one."""
+    """The stacks of a model. An encoder-decoder has two, everything else one.
+
+    Attributes:
+        choices: how many choices a row had in the probes, where the model takes rows of choices, [B, C, T]; else None.
+    """
 
     stacks: list[Stack]
     vocabulary: int
+    choices: int | None = None
 
     @property
     def is_encoder_decoder(self) -> bool:

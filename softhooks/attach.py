@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softhooks.anatomy import Anatomy, at_rest
+from softhooks.anatomy import Anatomy
 from softhooks.constraint import unwatch, watch
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
-from softhooks.fit import choose_injection, probe_inputs
+from softhooks.fit import choose_injection
 from softhooks.frozen import FrozenRecord
 from softhooks.generation import keep_from_assistants, note_prompts
 from softhooks.heads import check_heads, copy_heads, find_heads
@@ -22,8 +22,11 @@ from softhooks.method import Method, PromptEncoder
 from softhooks.model_saving import stand_in
 from softhooks.peft_base import home, keep_wrapped, refuse_prompts
 from softhooks.probe import examine
+from softhooks.probing import probing
 from softhooks.prompt import Injection, SoftPrompt, host_of
 from softhooks.quantised import keep_unpacked, unpacked
+from softhooks.reach import prove_reach
+from softhooks.remedies import names_tried_remedies
 from softhooks.trainer.offload import device_of
 from softhooks.trainer.sharding import refuse_partitioned
 
@@ -73,6 +76,7 @@ def attach(
     )
 
 
+@names_tried_remedies
 def attach_encoder(
     model: nn.Module,
     method: Method,
@@ -128,7 +132,8 @@ def attach_encoder(
         elif frozen_record and host.record is None:
             host.record = FrozenRecord(model, frozen_names(model))
         _add(host, prompt, heads, freeze_dropout)
-        prompt.injection = choose_injection(prompt, injection)
+        with probing(model):
+            prompt.injection = choose_injection(prompt, injection)
         _prove_reached(prompt)
         method.check(prompt)
         host.sign()
@@ -192,9 +197,8 @@ def _check_length(anatomy: Anatomy, method: Method) -> None:
 
 
 def _prove_reached(prompt: SoftPrompt) -> None:
-    """Run a probe; the hooks raise if it goes by without the prompt."""
-    with at_rest(prompt.model):
-        prompt.model(**probe_inputs(prompt))
+    """Run the probes of what was attached."""
+    prove_reach(prompt)
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from softhooks.anatomy import at_rest, decoder_ids, first_state, probe_ids
 from softhooks.errors import SoftHooksError, UnsupportedMethodError, explain
 from softhooks.groups import require_sites
 from softhooks.inject.scale import hook_linears
+from softhooks.probe import as_choices
 
 if TYPE_CHECKING:
     from softhooks.prompt import Injection, SoftPrompt
@@ -22,7 +23,8 @@ def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
     """A call of a few ordinary tokens and the anchors of the prompt, with what else the model and the method want."""
     anatomy = prompt.host.anatomy
     ids, columns = prompt.layout.probe(probe_ids(prompt.model, anatomy.vocabulary, PROBE_COLUMNS))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **columns, **prompt.method.probe_arguments()}
+    text = ids if anatomy.choices is None else as_choices(ids, anatomy.choices)
+    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **columns, **prompt.method.probe_arguments()}
     if anatomy.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_ids(ids)
     return inputs

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from softhooks.errors import PromptMismatchError, UnsupportedMethodError, explain
+from softhooks.probing import OTHER_METHOD
 
 if TYPE_CHECKING:
     from softhooks.anatomy import Anatomy, Stack
@@ -59,7 +60,7 @@ def require_sites(anatomy: Anatomy) -> None:
                 explain(
                     "a key-value prefix needs attention that goes through transformers' attention interface or a cache, or "
                     "that softhooks knows.",
-                    "Use a method that enters as embeddings, such as PromptTuning.",
+                    OTHER_METHOD,
                     model=f"{type(stack.module).__name__}, whose attention does neither",
                 )
             )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Stack
+from softhooks.choices import choices_of, for_each_choice
 from softhooks.columns import take
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError, explain
 from softhooks.heads import answer, answer_rows
@@ -52,6 +53,8 @@ class ModelHooks:
         self._reached, self._batch, self._finish = False, 0, None
         host.given = take(kwargs, host.columns)
         host.positions = kwargs.get("position_ids")
+        if host.anatomy.choices is not None:
+            self._note_choices(args, kwargs)
         encoded = kwargs.get("encoder_outputs")
         if host.is_in_use and encoded is not None:
             require_encoded(encoded, host.selection)
@@ -85,10 +88,19 @@ class ModelHooks:
         finally:
             self._finish = None
             host.given = {}
+            host.choices = 1
             host.anatomy.entry.encoded = None
             host.positions = None
             for prompt in host.prompts.values():
                 prompt.forget()
+
+    def _note_choices(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let what is said for a row hold for each of its choices, which the stack meets as rows of their own."""
+        host = self.host
+        rows, host.choices = choices_of(args, kwargs)
+        host.given = for_each_choice(host.given, rows, host.choices)
+        if isinstance(host.positions, Tensor) and host.positions.dim() == 3:
+            host.positions = host.positions.flatten(0, 1)
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -74,6 +74,7 @@ class Host:
         self.active: str | None = None
         self.rows: Sequence[str | None] | None = None
         self.repeats = 1  # how many rows of the batch each named row stands for: its beams or samples, in generate
+        self.choices = 1  # how many choices each row of the forward that is under way has
         self.prompt_columns: int | None = None  # while the model generates: how many columns it was given
         self.disabled = 0
         self.freeze_dropout = False
@@ -132,7 +133,8 @@ class Host:
         given = self.given if given is None else given
         if self.rows is None:
             return select(self.prompts, [self.active], batch, given)
-        if batch not in (len(self.rows), len(self.rows) * self.repeats):
+        named = len(self.rows) * self.choices
+        if batch not in (named, named * self.repeats):
             raise UnsupportedModeError(
                 explain(
                     "`rows` must name one prompt for each row of the batch (in generate, beams and samples are their row's).",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,29 @@ class TableEncoder(PromptEncoder):
         return table
 
 
+class Part(NamedTuple):
+    """A part of what an encoder computes, that serves one module of the model.
+
+    Attributes:
+        rows, columns: where it stands in its group.
+    """
+
+    name: str
+    rows: slice
+    columns: slice
+    module: nn.Module
+
+
+def cut(parts: Sequence[tuple[str, int, nn.Module]], by_rows: bool = False) -> list[Part]:
+    """Cut a group into parts that stand side by side, each with its name, its size and the module that it serves."""
+    found, first = [], 0
+    for name, size, module in parts:
+        own = slice(first, first + size)
+        found.append(Part(name, own if by_rows else slice(None), slice(None) if by_rows else own, module))
+        first += size
+    return found
+
+
 @dataclass(frozen=True)
 class Method:
     """The options of a method, checked when they are given.
@@ -183,6 +206,17 @@ class Method:
     def sites(self, stack: Stack, role: Role) -> list[Site]:
         """The sites of a stack that this method enters; a table of keys and values holds theirs, in this order."""
         return stack.sites_of(role)
+
+    def parts(self, anatomy: Anatomy, group: str) -> list[Part]:
+        """The parts of a group that each must get a gradient when the prompt trains.
+
+        Of keys and values, those of each site. Embedding rows have none: a layout need not use all of them in every text.
+        """
+        if self.enters != "attention":
+            return []
+        stack, role = groups_of(anatomy)[group]
+        sites = self.sites(stack, role)
+        return cut([(f"the keys and values of {group} {role}-attention {s.index}", s.numbers, s.module) for s in sites])
 
     # --- a prompt that enters as a gated branch -----------------------------------------------------------------------
 

@@ -7,15 +7,16 @@ head sizes derived from a config are wrong for one architecture in eight.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from softhooks.anatomy import Anatomy, Positions, Stack, StackName, at_rest, decoder_ids, first_state, probe_ids
+from softhooks.anatomy import Anatomy, Positions, Stack, StackName, at_rest, decoder_ids, probe_ids
+from softhooks.backbone import Call, find_stack, record
 from softhooks.errors import UnsupportedModelError, explain
 from softhooks.inject.survey import survey
+from softhooks.probing import INSIDE, probing
 
 
 def examine(model: nn.Module) -> Anatomy:
@@ -25,16 +26,12 @@ def examine(model: nn.Module) -> Anatomy:
         UnsupportedModelError: the model has no token embeddings, or no stack was reached.
     """
     vocabulary = _vocabulary(model)
-    with at_rest(model):
+    with at_rest(model), probing(model):
         ids = probe_ids(model, vocabulary, columns=4)
-        inputs = {"input_ids": ids}
-        if _is_encoder_decoder(model):
-            inputs["decoder_input_ids"] = decoder_ids(ids)
-        calls = _record_calls(model, inputs)
-        names: list[StackName] = ["encoder", "decoder"] if len(inputs) == 2 else ["text"]
-        stacks = [_stack(model, name, given, calls) for name, given in zip(names, inputs.values(), strict=True)]
+        runs = _run(model, ids)
+        stacks = [_stack(model, name, given, runs) for name, given in runs.ids.items()]
         survey(stacks, ids)
-    return Anatomy(stacks=stacks, vocabulary=vocabulary)
+    return Anatomy(stacks=stacks, vocabulary=vocabulary, choices=runs.choices)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -45,9 +42,77 @@ def _vocabulary(model: nn.Module) -> int:
         raise UnsupportedModelError(
             explain(
                 "a soft prompt needs a model that embeds tokens.",
-                "Attach to the transformers model itself, or to the text model inside; to a sentence-transformers model with "
-                "`softhooks.integrations.sentence_transformers`.",
+                f"{INSIDE} Attach to the transformers model itself, if this is a wrapper around one; to a sentence-transformers "
+                "model with `softhooks.integrations.sentence_transformers`.",
                 model=f"{type(model).__name__}, which has no input embeddings",
+            )
+        ) from error
+
+
+@dataclass
+class _Runs:
+    """The probe forwards of a model.
+
+    Attributes:
+        ids: what each stack is given, by its name.
+        inputs, calls: the arguments of the first forward, and what was called in it.
+        changed: what was called in a forward in which the second column of one stack's ids was another, by its name.
+        choices: how many choices each row has, where the model takes rows of choices.
+    """
+
+    ids: dict[StackName, Tensor]
+    inputs: dict[str, Tensor]
+    calls: list[Call]
+    changed: dict[StackName, list[Call]] = field(default_factory=dict)
+    choices: int | None = None
+
+
+def _run(model: nn.Module, ids: Tensor) -> _Runs:
+    """Run a model on ids, and again for each of its stacks with another second id."""
+    if _is_encoder_decoder(model):
+        inputs = {"input_ids": ids, "decoder_input_ids": decoder_ids(ids)}
+        runs = _Runs({"encoder": ids, "decoder": inputs["decoder_input_ids"]}, inputs, _recorded(model, inputs))
+    else:
+        runs = _run_on_ids_alone(model, ids)
+    for name, argument in zip(runs.ids, runs.inputs, strict=True):
+        given = runs.inputs[argument].clone()
+        own = runs.ids[name]
+        given[..., 1] = own[0, 0] if own[0, 1] != own[0, 0] else own[0, 2]
+        runs.changed[name] = _recorded(model, {**runs.inputs, argument: given})
+    return runs
+
+
+def _run_on_ids_alone(model: nn.Module, ids: Tensor) -> _Runs:
+    """Run a model on one row; on one row of two choices, [1, 2, T], where it fails on less."""
+    try:
+        inputs = {"input_ids": ids}
+        return _Runs({"text": ids}, inputs, _recorded(model, inputs))
+    except UnsupportedModelError as error:
+        inputs = {"input_ids": as_choices(ids, CHOICES)}
+        try:
+            return _Runs({"text": inputs["input_ids"].flatten(0, 1)}, inputs, _recorded(model, inputs), choices=CHOICES)
+        except UnsupportedModelError:
+            raise error from error.__cause__
+
+
+CHOICES = 2
+
+
+def as_choices(ids: Tensor, choices: int) -> Tensor:
+    """Make every row a row of equal choices. [B, T] -> [B, C, T]."""
+    return ids.unsqueeze(1).expand(-1, choices, -1).contiguous()
+
+
+def _recorded(model: nn.Module, inputs: dict[str, Tensor]) -> list[Call]:
+    try:
+        return record(model, inputs)
+    except Exception as error:
+        raise UnsupportedModelError(
+            explain(
+                "a soft prompt needs a model that runs on token ids alone.",
+                INSIDE,
+                model=type(model).__name__,
+                cause=f"{type(error).__name__}: {error}",
             )
         ) from error
 
@@ -64,102 +129,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner() if callable(inner) else model
 
 
-@dataclass(eq=False)
-class _Call:
-    """One module's call in a probe forward."""
-
-    path: str
-    module: nn.Module
-    tensors: list[Tensor]
-    output: Any = None
-
-
-def _record_calls(model: nn.Module, inputs: dict[str, Tensor]) -> list[_Call]:
-    """Run the model once and note which modules were called with which tensors."""
-    calls: list[_Call] = []
-    running: dict[int, _Call] = {}
-    handles = []
-    for path, module in model.named_modules():
-
-        def before(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            call = _Call(path, module, tensors)
-            calls.append(call)
-            running[id(module)] = call
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            running[id(module)].output = output
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
-        model(**inputs)
-    except Exception as error:
-        raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs a model that runs on token ids alone.",
-                "Attach to the text model inside, or see the cause above.",
-                model=type(model).__name__,
-                cause=f"{type(error).__name__}: {error}",
-            )
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _given(call: _Call, ids: Tensor) -> bool:
-    return any(t.dtype == ids.dtype and t.shape == ids.shape and torch.equal(t, ids) for t in call.tensors)
-
-
-def _stack(model: nn.Module, name: StackName, ids: Tensor, calls: list[_Call]) -> Stack:
-    """Find the innermost module that takes the ids and holds layers, and the embedding that it looks them up in."""
-    reached = [call for call in calls if _given(call, ids)]
-    holders = [call for call in reached if any(isinstance(part, nn.ModuleList) for part in call.module.modules())]
-    lookups = [call for call in reached if isinstance(call.module, nn.Embedding) and isinstance(call.output, Tensor)]
-    if not holders or not lookups:
-        raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs a model in which token ids reach an embedding and a stack of layers.",
-                "Attach to the text model inside.",
-                model=type(model).__name__,
-                found=f"{len(lookups)} embeddings and {len(holders)} stacks for the {name}'s ids",
-            )
-        )
-    lookup = lookups[0]
-    holder = _fed(holders[-1], lookup, calls)
-    module = holder.module
+def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack:
+    """Describe the stack that some ids run through."""
+    found = find_stack(model, name, ids, runs.inputs, runs.calls, runs.changed[name])
+    module = found.stack.module
     parameters = inspect.signature(module.forward).parameters
+    assert isinstance(found.lookup.output, Tensor)
     return Stack(
         name=name,
-        path=holder.path,
+        path=found.stack.path,
         module=module,
-        embedding=lookup.module,
-        width=lookup.output.shape[-1],
-        causal=_is_causal(model, module, ids, name),
-        positions=_positions(module, parameters, calls),
+        embedding=found.lookup.module,
+        width=found.lookup.output.shape[-1],
+        causal=found.causal,
+        positions=_positions(module, parameters, runs.calls),
         parameters=[key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD],
-        pooled=_pooled(module, calls),
+        pooled=_pooled(module, runs.calls),
     )
 
 
-def _fed(holder: _Call, lookup: _Call, calls: list[_Call]) -> _Call:
-    """Find the stack inside that is given the embeddings, as a text model by the vision-language model around it.
-
-    The model around it makes positions and masks of the ids, which must be made without the prompt and moved after.
-    """
-    for call in reversed(calls[calls.index(holder) + 1 :]):
-        inside = call.module is not holder.module and any(part is call.module for part in holder.module.modules())
-        takes = "inputs_embeds" in inspect.signature(call.module.forward).parameters
-        if not (inside and takes and any(isinstance(part, nn.ModuleList) for part in call.module.modules())):
-            continue
-        if any(t.shape == lookup.output.shape and torch.equal(t, lookup.output) for t in call.tensors):
-            return call
-    return holder
-
-
-def _pooled(module: nn.Module, calls: list[_Call]) -> nn.Module | None:
+def _pooled(module: nn.Module, calls: list[Call]) -> nn.Module | None:
     """Find the part of a stack whose first column goes to its pooler, as in ALBERT; None where the pooler takes all columns."""
     pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
     if pooler is None or not calls[pooler].tensors or calls[pooler].tensors[0].dim() != 2:
@@ -168,31 +157,7 @@ def _pooled(module: nn.Module, calls: list[_Call]) -> nn.Module | None:
     return [call.module for call in calls[:pooler] if id(call.module) in parts][-1]
 
 
-def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str) -> bool:
-    """Change the second token and see whether the first one's state follows."""
-    states = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(first_state(output)[:, 0].float())
-
-    other = ids.clone()
-    other[:, 1] = ids[:, 0] if ids[0, 1] != ids[0, 0] else ids[:, 2]
-    handle = module.register_forward_hook(keep)
-    try:
-        for row in (ids, other):
-            if name == "text":
-                model(input_ids=row)
-            elif name == "encoder":
-                model(input_ids=row, decoder_input_ids=decoder_ids(ids))
-            else:
-                model(input_ids=probe_ids(model, _vocabulary(model), columns=4), decoder_input_ids=row)
-    finally:
-        handle.remove()
-    change = (states[0] - states[1]).abs().max()
-    return bool(change <= 1e-6 * states[0].abs().max().clamp(min=1e-6))
-
-
-def _positions(module: nn.Module, parameters: Any, calls: list[_Call]) -> Positions:
+def _positions(module: nn.Module, parameters: Any, calls: list[Call]) -> Positions:
     table = None
     for path, part in module.named_modules():
         name = path.rsplit(".", 1)[-1]

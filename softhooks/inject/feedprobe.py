@@ -14,6 +14,7 @@ from softhooks.errors import UnsupportedMethodError, explain
 from softhooks.inject.feed import Feed, keys_and_values
 from softhooks.inject.interface import marked
 from softhooks.inject.passes import AttentionFunction, Pass
+from softhooks.probing import OTHER_METHOD
 from softhooks.trainer.offload import device_of
 
 _PROBE_ID = 63
@@ -32,7 +33,7 @@ def find_feeds(anatomy: Anatomy) -> None:
                 explain(
                     "a gated branch needs attention that goes through transformers' attention interface, or that softhooks "
                     "knows.",
-                    "Use another method, such as PrefixTuning or PromptTuning.",
+                    OTHER_METHOD,
                     model=f"{type(stack.module).__name__}, whose attention does neither",
                 )
             )

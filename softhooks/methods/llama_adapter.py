@@ -15,7 +15,7 @@ from softhooks.inject.branch import CONTEXT, Gated, Given
 from softhooks.inject.feed import feed_of
 from softhooks.inject.feedprobe import find_feeds
 from softhooks.inject.scale import linears
-from softhooks.method import Method, PromptEncoder, TableEncoder, choice
+from softhooks.method import Method, Part, PromptEncoder, TableEncoder, choice, cut
 
 if TYPE_CHECKING:
     from softhooks.anatomy import Anatomy, Role, Site, Stack
@@ -200,6 +200,19 @@ class LlamaAdapter(Method):
     def has_idle(self, given: Container[str]) -> bool:
         """Say whether the linear layer has no context to work on."""
         return self.context_size is not None and CONTEXT not in given
+
+    def parts(self, anatomy: Anatomy, group: str) -> list[Part]:
+        """Rows and gates of each layer, factors and offsets of each linear layer; those for a context need one to be reached."""
+        stack = next(stack for stack in anatomy.stacks if group.startswith(f"{stack.name}_"))
+        kind = group.removeprefix(f"{stack.name}_")
+        if kind in (FACTORS, OFFSETS):
+            return cut([(f"{kind} of {name}", size, module) for name, (module, size) in linears(stack).items()])
+        fused, prompted = self._layers(stack)
+        sites = {PROMPTS: prompted, GATES: [*fused, *prompted]}.get(kind, [])
+        names = [(f"{kind} of {stack.name} attention {site.index}", site) for site in sites]
+        if kind == PROMPTS:
+            return cut([(name, self.num_virtual_tokens, site.module) for name, site in names], by_rows=True)
+        return cut([(name, self._gates(site), site.module) for name, site in names])[len(fused) :]
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
         """The layers that get rows: none of cross-attention."""
