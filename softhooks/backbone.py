@@ -223,4 +223,6 @@ def _what_is_missing(lookup: Call | None, around: Sequence[Call], name: str, ids
     counts = sorted({tuple(call.state.shape) for call in around if call.state is not None})
     if not any(shape[:2] == tuple(ids.shape) and len(shape) > 2 for shape in counts):
         return f"nothing around the embedding returns one state for each of {ids_of}, but {[list(s) for s in counts]}"
+    if not all(bool(call.state.isfinite().all()) for call in around if call.state is not None):
+        return "states that are not finite numbers"
     return f"no state around the embedding depends on another of {ids_of}"

@@ -62,7 +62,7 @@ def _output(prompt: SoftPrompt) -> Tensor | None:
     """What the model is run for: the first floating-point tensor that it returns. None if it has numbers that are not finite."""
     with prompt.host.outermost.aside():
         output: Any = prompt.model(**probe_inputs(prompt))
-    values = output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else [output]
+    values = [output] if isinstance(output, Tensor) else output.values() if hasattr(output, "values") else output
     found = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
     if found is None:
         raise _refusal(prompt, f"the model returns no floating-point tensor, but a {type(output).__name__}")
@@ -95,7 +95,7 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
     with _noting_calls(prompt.model) as called:
         output = _output(prompt)
     if output is None or output.grad_fn is None:
-        return ["it: the output is " + ("not finite" if output is None else "computed without gradients")]
+        return ["it, for the output is not finite" if output is None else "any part of it"]
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
     parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     targets = [*parameters.values(), *made.values()]
