@@ -18,6 +18,7 @@ from softhooks.frozen import FrozenRecord
 from softhooks.generation import keep_from_assistants, note_prompts
 from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
+from softhooks.labels import Labels
 from softhooks.method import Method, PromptEncoder
 from softhooks.model_saving import stand_in
 from softhooks.peft_base import home, keep_wrapped, refuse_prompts
@@ -90,6 +91,7 @@ def attach_encoder(
     injection: Injection | None,
     frozen_record: bool,
     trainable: tuple[str, ...] = (),
+    labels: Labels | None = None,
     check: Callable[[Anatomy], None] | None = None,
 ) -> SoftPrompt:
     """Attach an encoder that the method builds or that was saved. See `attach`.
@@ -99,6 +101,7 @@ def attach_encoder(
         head_states: the heads that come with the encoder, by their path in the transformers model; None: copies of every new
             head of the model.
         source: what to call the encoder in errors.
+        labels: the names of the heads' labels; None: the model's.
         frozen_record: take the digests that `verify_frozen` compares with.
         check: raises if the encoder was made for another model.
     """
@@ -125,6 +128,7 @@ def attach_encoder(
 
     host = present or Host(model, anatomy)
     prompt = SoftPrompt(host, name, method, module, conventions)
+    prompt.labels = labels
     before = host.active
     try:
         if present is None:
@@ -259,6 +263,7 @@ def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
 def _add(host: Host, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dropout: bool) -> None:
     container: Container = getattr(host.model, CONTAINER)
     container[prompt.name] = prompt._module
+    host.labels.begin(prompt)
     host.prompts[prompt.name] = prompt
     host.active = prompt.name
     watch(prompt.encoder)

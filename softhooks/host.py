@@ -27,6 +27,7 @@ from softhooks.inject.paged import paged_cache, require_same_prompt
 from softhooks.inject.passes import Pass
 from softhooks.inject.provenance import cache_of, require_own_cache
 from softhooks.inject.reuse import borne_by
+from softhooks.labels import LabelNames
 from softhooks.overrides import Overrides
 from softhooks.probe import unwrapped
 from softhooks.selection import Selection, select
@@ -71,7 +72,8 @@ class Host:
         self.model = model
         self.anatomy = anatomy
         self.prompts: dict[str, SoftPrompt] = {}
-        self.active: str | None = None
+        self.labels = LabelNames(self)
+        self._active: str | None = None
         self.rows: Sequence[str | None] | None = None
         self.repeats = 1  # how many rows of the batch each named row stands for: its beams or samples, in generate
         self.choices = 1  # how many choices each row of the forward that is under way has
@@ -102,6 +104,16 @@ class Host:
             reopen(self, self._files)
 
     # --- which prompts are on -----------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> str | None:
+        """The prompt that is on for all rows; the model's config shows its labels' names."""
+        return self._active
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        self._active = name
+        self.labels.show()
 
     @property
     def is_on(self) -> bool:

@@ -138,7 +138,7 @@ class SavePrompts:
         state = call.get("state_dict")
         if state is not None:
             call = {**call, "state_dict": {name: value for name, value in state.items() if not _is_prompts(name)}}
-        with _without_prompts(self.host.model):
+        with _without_prompts(self.host.model), self.host.labels.model_shown():
             return self.below(**call)
 
     # --- load ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from softhooks.inject.branch import Branch, branch_of
 from softhooks.inject.keyvalues import KeyValues, split
 from softhooks.inject.reuse import Memory
 from softhooks.inject.shared import every_tensor, prefill
+from softhooks.labels import Labels
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder
 from softhooks.trainer.sharding import gathered, refuse_sharded
 
@@ -38,6 +39,7 @@ class SoftPrompt:
         encoder: the module that is trained; part of the model while attached.
         heads: the prompt's own copies of the model's heads.
         layout: where its virtual tokens stand, if they stand among the text.
+        labels: the names of its heads' labels, while the model's config does not show them.
         objective: what it trains on beside the model's own loss, if the method has one.
         injection: the way in: `attention`, `written_out`, `cache`, `shared`, `slots` or `branch`.
         conventions: what the prompt takes for granted about the pass; stored with it.
@@ -54,6 +56,7 @@ class SoftPrompt:
         self.objective = method.objective()
         self.injection: Injection = "slots"
         self.is_attached = False
+        self.labels: Labels | None = None
         self._host = host
         self._module = module
         self._memory: dict[str, Memory[dict[Role, KeyValues]]] = {}

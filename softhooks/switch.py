@@ -36,10 +36,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     host = require_host(model)
     host.disabled += 1
+    host.labels.show()
     try:
         yield model
     finally:
         host.disabled -= 1
+        host.labels.show()
 
 
 @contextmanager

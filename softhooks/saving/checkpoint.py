@@ -79,13 +79,16 @@ def stored_of(prompt: SoftPrompt) -> Stored:
             "vocabulary": anatomy.vocabulary,
             "slides": bool(getattr(getattr(model, "config", None), "sliding_window", None)),
         },
+        labels=prompt.host.labels.of(prompt),
         is_file=False,
     )
 
 
 def describe(stored: Stored) -> dict[str, Any]:
     """Say everything about a prompt but its numbers."""
+    labels = None if stored.labels is None else stored.labels.described(stored.heads)
     return {
+        **({} if labels is None else {"labels": labels}),
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "method": stored.method.kind,
@@ -163,6 +166,7 @@ def attach_stored(
         conventions=stored.conventions,
         head_states=stored.heads,
         source=stored.source,
+        labels=stored.labels,
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,

@@ -15,6 +15,7 @@ from torch import Tensor
 from softhooks.anatomy import Anatomy, Role, Stack
 from softhooks.errors import CheckpointError, PromptMismatchError, SoftHooksError, explain
 from softhooks.groups import check_tables
+from softhooks.labels import Labels, read_labels
 from softhooks.method import Method, PromptEncoder, TableEncoder
 from softhooks.methods import METHODS
 from softhooks.saving.files import parse_json, read_tensors
@@ -48,6 +49,7 @@ class Stored:
         also_fits: raises if the file means something else on a model.
         base: `class`, `name_or_path`, `width`, `vocabulary` of its model and whether its windows slide (`slides`), as far as they
             are known; where PEFT wrote it the `task` stands for the class.
+        labels: the names of its heads' labels, where they are known.
         is_file: whether it was read, so that its numbers are checked; one that is to be written may have diverged.
     """
 
@@ -61,6 +63,7 @@ class Stored:
     also_trained: list[str] = field(default_factory=list)
     also_fits: Callable[[Anatomy], None] | None = None
     base: dict[str, Any] = field(default_factory=dict)
+    labels: Labels | None = None
     is_file: bool = True
 
     @property
@@ -199,8 +202,11 @@ def read_own(path: Path) -> Stored:
         raise CheckpointError(f"{source} must list what was trained beside the prompt; it says {also!r}.")
     if not isinstance(stacks, dict) or set(stacks) not in _STACKS or not all(map(_is_told, stacks.values())):
         raise CheckpointError(f"{source} must describe the base model; it does not.")
-    conventions = _conventions(told.get("conventions"), method, source)
-    return Stored(method, tables, heads, conventions, source, stacks, also_trained=also, base=base)
+    conventions, labels = (
+        _conventions(told.get("conventions"), method, source),
+        read_labels(told.get("labels"), heads, source),
+    )
+    return Stored(method, tables, heads, conventions, source, stacks, also_trained=also, base=base, labels=labels)
 
 
 def _is_told(stack: Any) -> bool:
