@@ -67,7 +67,8 @@ class PromptEnsemble:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str | None], combine: Combine = "vote") -> None:
-        if isinstance(names, str) or not len(names):
+        is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names)
+        if not is_list or not all(name is None or isinstance(name, str) for name in names):
             raise OptionError(f"an ensemble must name its prompts in a list, one or more; it is {names!r}.")
         choice("combine", combine, ("vote", "logits", "probabilities"))
         for name in names:

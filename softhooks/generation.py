@@ -50,6 +50,7 @@ class _Scoped(Noting):
         return inspect.signature(self.own())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.host.refuse_unused(kwargs)
         with generating(self.host):
             return self.own()(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Gradients that frozen parameters hold from before: an optimizer over all parameters would step by them, and clipping count them."""
+"""Gradients that frozen parameters hold from before: an optimizer over all parameters would step by them, clipping count them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SetAside:
-    """The gradients that were taken from parameters which rest now, by name. A copy or a pickle has none, as torch's have none."""
+    """The gradients that were taken from parameters which rest now, by name. Copies and pickles have none."""
 
     def __init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}

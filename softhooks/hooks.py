@@ -51,6 +51,7 @@ class ModelHooks:
         if host.inside:
             return None
         self._reached, self._batch, self._finish = False, 0, None
+        host.refuse_unused(kwargs)
         host.given = take(kwargs, host.columns)
         host.positions = kwargs.get("position_ids")
         if host.anatomy.choices is not None:

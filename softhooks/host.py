@@ -5,6 +5,7 @@ One host serves all prompts of a model. Its hooks decide, forward by forward, wh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack, probe_ids
 from softhooks.batching import require_servable, watch_batching
-from softhooks.columns import SignedForward, take
+from softhooks.columns import TAKEN_BY, SignedForward, refuse_unused, take
 from softhooks.copies import reopen, state_of
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
@@ -217,7 +218,7 @@ class Host:
             known = getattr(module.__dict__.get("forward"), "names", ())
             new = [name for name in self.columns if name not in known]
             if new:
-                signed.append((module, SignedForward(module, new)))  # raises where it cannot
+                signed.append((module, SignedForward(module, new, self.accepted)))  # raises where it cannot
         for module, forward in signed:
             self.override("forward", forward, module)
 
@@ -233,6 +234,18 @@ class Host:
     def columns(self) -> tuple[str, ...]:
         """The extra arguments that the model's prompts take."""
         return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.columns))
+
+    def accepted(self) -> tuple[str, ...]:
+        """Those that a call may bring now: of the prompts in use, or of all where none is, for the same batch is run bare too."""
+        names = dict.fromkeys([self.active] if self.rows is None else self.rows) if self.is_in_use else self.prompts
+        used = [self.prompts[name] for name in names if name in self.prompts]
+        return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.columns))
+
+    def refuse_unused(self, call: dict[str, Any], own: Sequence[str] = ()) -> None:
+        """Refuse columns in a call that no prompt in use takes. See `softhooks.columns.refuse_unused`."""
+        if self.is_in_use:
+            model = inspect.signature(type(unwrapped(self.model)).forward).parameters if call.keys() & TAKEN_BY else {}
+            refuse_unused(call, self.accepted(), self.columns, (*own, *model))
 
     def embed_last(self) -> None:
         """Put a prompt's rows in after everybody else's hooks on the embedding, such as NEFTune's noise."""
@@ -279,6 +292,7 @@ class Host:
         """Open the pass of a forward of a stack, if a prompt is on."""
         cache = cache_of(call) if self.is_in_use else call.get("past_key_values")
         require_own_cache(cache, self.selection if self.is_in_use else None)
+        self.refuse_unused(call, stack.parameters)
         given = take(call, self.columns)  # where a stack is called by itself, as generate calls an encoder
         paged = paged_cache(call)
         if not self.is_on:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from softhooks.errors import OptionError
+from softhooks.errors import OptionError, explain
+from softhooks.generation import Noting
 from softhooks.host import Host
 from softhooks.probe import unwrapped
 from softhooks.prompt import SoftPrompt, require_host
@@ -21,7 +22,18 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
 
     Raises:
         NotAttachedError: the model carries no prompt of that name.
+        OptionError: it is given something else than one name.
     """
+    if not isinstance(name, str):
+        raise OptionError(
+            explain(
+                "`activate` turns one prompt on, for all rows.",
+                "For one prompt a row use `softhooks.rows(model, names)`, for several that answer together "
+                "`softhooks.PromptEnsemble(model, names)`, for the bare model `softhooks.disabled(model)`.",
+                name=repr(name),
+                attached=", ".join(map(repr, require_host(model).prompts)),
+            )
+        )
     host = require_host(model, name)
     host.active = name
     return host.prompts[name]
@@ -55,12 +67,14 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         NotAttachedError: the model carries no prompt of one of the names.
         OptionError: no row is named.
     """
-    if isinstance(names, str) or not len(names):
-        raise OptionError(f"rows must be a list of one prompt name a row; it is {names!r}.")
-    for name in dict.fromkeys(names):
+    is_list = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
+    listed = list(names) if is_list else []
+    if not listed or not all(name is None or isinstance(name, str) for name in listed):
+        raise OptionError(f"rows must be a list of one prompt name a row, or None; it is {names!r}.")
+    for name in dict.fromkeys(listed):
         require_host(model, name)
     host = require_host(model)
-    before, host.rows = host.rows, list(names)
+    before, host.rows = host.rows, listed
     try:
         with _noting_repeats(host):
             yield model
@@ -95,6 +109,8 @@ def _noting_repeats(host: Host) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
+            if isinstance(value, Noting) and not host.prompts:  # the last prompt was removed inside
+                value = absent if value.before is None else value.before
             if value is absent:
                 model.__dict__.pop(name, None)
             else:
