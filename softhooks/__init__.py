@@ -1,49 +1,59 @@
-"""softhooks: soft prompts on unmodified Hugging Face models."""
+"""softhooks: soft prompts on unmodified Hugging Face models.
+
+Names are imported at their first use: `import softhooks` loads neither torch nor transformers, and `softhooks.attach` no Trainer.
+"""
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from softhooks.attach import attach
-from softhooks.ensemble import EnsembleOutput, EnsembleTexts, PromptEnsemble
-from softhooks.errors import (
-    AttachError,
-    CheckpointError,
-    FrozenModifiedError,
-    NameTakenError,
-    NotAttachedError,
-    OptionError,
-    PromptMismatchError,
-    PromptNotReachedError,
-    PromptTooLongError,
-    SoftHooksError,
-    TrainerError,
-    UnsupportedMethodError,
-    UnsupportedModeError,
-    UnsupportedModelError,
-)
-from softhooks.frozen import FrozenReport
-from softhooks.kept import kept
-from softhooks.layout.places import Layout
-from softhooks.layout.verbalizer import Verbalizer
-from softhooks.loop import tune
-from softhooks.methods import (
-    Cartridge,
-    ContextAwarePromptTuning,
-    ContextTuning,
-    LlamaAdapter,
-    MultitaskPromptTuning,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-    PTuningV2,
-    ResidualPromptTuning,
-)
-from softhooks.prompt import SoftPrompt
-from softhooks.sampling import TaskSampler
-from softhooks.saving.checkpoint import load
-from softhooks.switch import activate, disabled, rows
-from softhooks.trainer.callback import SoftPromptCallback
-from softhooks.transfer import most_similar
-from softhooks.words import nearest_words
+if TYPE_CHECKING:
+    from softhooks.attach import attach
+    from softhooks.ensemble import EnsembleOutput, EnsembleTexts, PromptEnsemble
+    from softhooks.errors import (
+        AttachError,
+        CheckpointError,
+        FrozenModifiedError,
+        NameTakenError,
+        NotAttachedError,
+        OptionError,
+        PromptMismatchError,
+        PromptNotReachedError,
+        PromptTooLongError,
+        SoftHooksError,
+        TrainerError,
+        UnsupportedMethodError,
+        UnsupportedModeError,
+        UnsupportedModelError,
+    )
+    from softhooks.frozen import FrozenReport
+    from softhooks.kept import kept
+    from softhooks.layout.places import Layout
+    from softhooks.layout.verbalizer import Verbalizer
+    from softhooks.loop import tune
+    from softhooks.methods import (
+        Cartridge,
+        ContextAwarePromptTuning,
+        ContextTuning,
+        LlamaAdapter,
+        MultitaskPromptTuning,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
+        PTuningV2,
+        ResidualPromptTuning,
+    )
+    from softhooks.prompt import SoftPrompt
+    from softhooks.sampling import TaskSampler
+    from softhooks.saving.checkpoint import load
+    from softhooks.switch import activate, disabled, rows
+    from softhooks.trainer.callback import SoftPromptCallback
+    from softhooks.transfer import most_similar
+    from softhooks.words import nearest_words
 
 __all__ = [
     "AttachError",
@@ -89,3 +99,58 @@ __all__ = [
     "rows",
     "tune",
 ]
+
+_PLACES = {
+    "attach": "attach",
+    "ensemble": "EnsembleOutput EnsembleTexts PromptEnsemble",
+    "errors": (
+        "AttachError CheckpointError FrozenModifiedError NameTakenError NotAttachedError OptionError "
+        "PromptMismatchError PromptNotReachedError PromptTooLongError SoftHooksError TrainerError "
+        "UnsupportedMethodError UnsupportedModeError UnsupportedModelError"
+    ),
+    "frozen": "FrozenReport",
+    "kept": "kept",
+    "layout.places": "Layout",
+    "layout.verbalizer": "Verbalizer",
+    "loop": "tune",
+    "methods": (
+        "Cartridge ContextAwarePromptTuning ContextTuning LlamaAdapter MultitaskPromptTuning "
+        "PrefixTuning PromptTuning PTuning PTuningV2 ResidualPromptTuning"
+    ),
+    "prompt": "SoftPrompt",
+    "sampling": "TaskSampler",
+    "saving.checkpoint": "load",
+    "switch": "activate disabled rows",
+    "trainer.callback": "SoftPromptCallback",
+    "transfer": "most_similar",
+    "words": "nearest_words",
+}
+"""The names of each module."""
+
+_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"softhooks.{_MODULE_OF[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"softhooks.{name}"):
+        value = import_module(f"softhooks.{name}")
+    else:
+        raise AttributeError(f"module 'softhooks' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The package. Importing `softhooks.attach`, the module, must not hide `softhooks.attach`, the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ASIDE = "incomplete"
 LOCK = ".soft_prompt.writing"
-_STATE = TRAINER_STATE_NAME
+_STATE = "trainer_state.json"  # `TRAINER_STATE_NAME`, whose module loads everything that a Trainer can use
 _JIT = "checkpoint-is-incomplete.txt"
 _OURS = "soft_prompt"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")

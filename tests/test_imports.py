@@ -1,0 +1,101 @@
+"""What is imported when: the package and its help are there at once, and a prompt needs no Trainer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers.trainer import TRAINER_STATE_NAME
+
+import softhooks
+from softhooks.trainer import incomplete
+
+NOBODY = (
+    "transformers.trainer",
+    "datasets",
+    "matplotlib",
+    "sklearn",
+    "pandas",
+    "pyarrow",
+    "trl",
+    "lightning",
+    "tensorflow",
+)
+"""What nothing of softhooks needs before it is asked for."""
+
+OF_THE_TRAINER = (*NOBODY, "transformers.training_args", "transformers.trainer_utils", "peft", "bitsandbytes")
+"""What a prompt needs neither, in a loop of one's own."""
+
+ATTACHED = """
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+with softhooks.attach(model, softhooks.PrefixTuning(2)) as prompt:
+    prompt.save_pretrained("prompt")
+softhooks.load(model, "prompt")
+softhooks.Layout, softhooks.Verbalizer, softhooks.tune, softhooks.most_similar
+"""
+
+CALLBACK = """
+import transformers
+assert issubclass(softhooks.SoftPromptCallback, transformers.TrainerCallback)
+softhooks.SoftPromptCallback(softhooks.PromptTuning(2))
+from softhooks import *
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("", ("torch", "transformers", "numpy", "safetensors", *OF_THE_TRAINER)),
+        (ATTACHED, OF_THE_TRAINER),
+        (CALLBACK, NOBODY),
+        ("import softhooks.command.cli", ("torch", "transformers", "numpy", *OF_THE_TRAINER)),
+    ],
+    ids=["import", "attach", "callback", "command line"],
+)
+def test_what_is_not_imported(code: str, absent: tuple[str, ...], tmp_path: object) -> None:
+    told = python(
+        f"import sys, softhooks\n{code}\nprint([name for name in {absent!r} if name in sys.modules])", tmp_path
+    )
+    assert told.splitlines()[-1] == "[]"
+
+
+def test_help_does_without_torch(tmp_path: object) -> None:
+    code = (
+        "import sys\nfrom softhooks.command.cli import main\n"
+        "for command in ([], ['demo'], ['convert'], ['export'], ['inspect']):\n"
+        "    sys.argv = ['softhooks', *command, '--help']\n"
+        "    try: main()\n    except SystemExit as left: assert not left.code\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    assert python(code, tmp_path).splitlines()[-1] == "[]"
+
+
+def python(code: str, folder: object) -> str:
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, cwd=str(folder),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr[-2000:]
+    return told.stdout
+
+
+def test_every_name_is_there_and_a_module_never_hides_a_function(tmp_path: object) -> None:
+    """`softhooks.attach` and `softhooks.kept` are functions, whoever imports the modules of these names, and when."""
+    assert sorted(softhooks.__all__) == sorted(softhooks._MODULE_OF)
+    assert set(softhooks.__all__) <= set(dir(softhooks))
+    for name in softhooks.__all__:
+        assert callable(getattr(softhooks, name)), name
+    with pytest.raises(AttributeError, match="has no attribute 'attatch'"):
+        softhooks.attatch  # noqa: B018
+    order = "import softhooks.attach, softhooks.kept\nfrom softhooks.attach import attach_encoder\nimport softhooks"
+    told = python(f"{order}\nprint(callable(softhooks.attach), callable(softhooks.kept))", tmp_path)
+    assert told.split() == ["True", "True"]
+    assert python("import softhooks; print(softhooks.errors.OptionError.__name__)", tmp_path).split() == ["OptionError"]
+
+
+def test_the_trainers_constant_is_what_it_was() -> None:
+    assert incomplete._STATE == TRAINER_STATE_NAME
