@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -84,10 +85,8 @@ class Stack:
     """A text backbone: what takes ids and returns one state a token.
 
     Attributes:
-        live: the forward that is under way in it, if any; attention and embedding look here.
         owner: the host whose prompts enter here.
         pooled: the module in it whose first column is handed to a pooler, where the pooler never sees the others.
-        encoded: where slots stand in the states of an encoder that its decoder attends to, while their model is under way.
     """
 
     name: StackName
@@ -100,20 +99,75 @@ class Stack:
     parameters: list[str]
     sites: list[Site] = field(default_factory=list)
     through: Literal["attention", "written_out", "cache"] | None = None
-    live: Pass | None = None
     owner: Host | None = None
-    encoded: Written | None = None
     pooled: nn.Module | None = None
+    _live: Pass | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has: no forward is under way in it."""
-        return self.__dict__ | {"live": None, "encoded": None}
+        return self.__dict__ | {"_live": None}
 
+    @property
+    def live(self) -> Pass | None:
+        """The forward that is under way in it in this thread, if any; attention and embedding look here."""
+        live = self._live
+        if live is None or torch.compiler.is_compiling() or live.thread == threading.get_ident():
+            return live
+        return None
+
+    @live.setter
+    def live(self, live: Pass | None) -> None:
+        if live is not None:
+            live.thread = threading.get_ident()
+        self._live = live
+
+    @contextmanager
+    def alone(self, live: Pass) -> Iterator[None]:
+        """Let the library call the stack by itself, while no other thread runs the model.
+
+        Raises:
+            UnsupportedModeError: one does.
+        """
+        held = nullcontext() if self.owner is None else self.owner.running.held("a prompt's own rows")
+        with held:
+            outer, self.live = self.live, live
+            try:
+                yield
+            finally:
+                self.live = outer
+
+    @contextmanager
+    def again(self, live: Pass) -> Iterator[None]:
+        """Let layers run a second time inside the pass of their forward, in whatever thread the backward runs them."""
+        outer, self.live = self._live, live
+        try:
+            yield
+        finally:
+            self._live = outer
+
+    @property
+    def encoded(self) -> Written | None:
+        """Where slots stand in the states of an encoder that its decoder attends to, in the forward that is under way."""
+        forward = None if self.owner is None else self.owner.running.forward
+        return None if forward is None else forward.encoded
+
+    @encoded.setter
+    def encoded(self, written: Written | None) -> None:
+        forward = None if self.owner is None else self.owner.running.forward
+        if forward is not None:
+            forward.encoded = written
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def expects_pass(self) -> bool:
-        """Whether attention may run here only inside a pass: always for keys and values; for slots, except in a backward."""
-        if self.owner is None or not self.owner.is_in_use:
+        """Whether attention may run here only inside a pass: every forward that went through the hooks has one.
+
+        A backward may run layers again whose forward was in another context: so it is enough that some prompt enters attention.
+        """
+        if self.owner is None:
             return False
-        return self.owner.enters_attention or torch._C._current_graph_task_id() == -1
+        if torch._C._current_graph_task_id() != -1:
+            return any(prompt.injection != "slots" for prompt in self.owner.prompts.values())
+        return self.owner.is_in_use
 
     def sites_of(self, role: Role) -> list[Site]:
         """The sites of one role, in order of index."""

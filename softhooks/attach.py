@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy
+from softhooks.blocks import Block
 from softhooks.constraint import unwatch, watch
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
+from softhooks.exclusive import exclusive
 from softhooks.fit import choose_injection
 from softhooks.frozen import FrozenRecord
-from softhooks.generation import keep_from_assistants, note_prompts
+from softhooks.generation import keep_from_assistants
 from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
 from softhooks.labels import Labels
@@ -60,6 +62,7 @@ def attach(
 
     Raises:
         AttachError: the prompt cannot be attached. The model is as it was.
+        UnsupportedModeError: another thread runs the model.
         OptionError, PromptMismatchError: the method's options do not fit the model.
     """
     return attach_encoder(
@@ -77,6 +80,7 @@ def attach(
     )
 
 
+@exclusive
 @names_tried_remedies
 def attach_encoder(
     model: nn.Module,
@@ -146,8 +150,6 @@ def attach_encoder(
         host.active = before
         raise
     prompt.is_attached = True
-    if prompt.layout.searches:
-        note_prompts(host)
     if method.columns:
         keep_from_assistants(host)
     return prompt
@@ -212,15 +214,15 @@ class _AllOff:
     """Turn a model's prompts off while its own keys and values are read."""
 
     def __init__(self, host: Host | None) -> None:
-        self.host = host
+        self.block = None if host is None else Block(host, off=True)
 
     def __enter__(self) -> None:
-        if self.host:
-            self.host.disabled += 1
+        if self.block is not None:
+            self.block.__enter__()
 
     def __exit__(self, *_error: object) -> None:
-        if self.host:
-            self.host.disabled -= 1
+        if self.block is not None:
+            self.block.__exit__(None, None, None)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ def watch(encoder: PromptEncoder) -> None:
     global _handle
     if not encoder.is_constrained:
         return
-    watched.add(encoder)
-    if _handle is None:
-        _handle = register_optimizer_step_post_hook(_after_step)
+    with watched.lock:
+        watched.add(encoder)
+        if _handle is None:
+            _handle = register_optimizer_step_post_hook(_after_step)
 
 
 def unwatch(encoder: PromptEncoder) -> None:

@@ -12,13 +12,12 @@ from importlib import import_module
 from typing import Any
 
 from softhooks.inject.interface import open_interface
+from softhooks.running import Running
 
 
 def state_of(own: dict[str, Any]) -> dict[str, Any]:
-    """The state of a host as a copy has it: no forward is under way, and the first model's `with` blocks are not its own."""
-    of_a_forward: dict[str, Any] = {"prompt_columns": None, "given": {}, "positions": None}
-    of_a_block: dict[str, Any] = {"rows": None, "repeats": 1, "disabled": 0}
-    return {**own, **of_a_forward, **of_a_block, "_stays": []}
+    """The state of a host as a copy has it: nothing runs on it, and the first model's `with` blocks are not its own."""
+    return {**own, "running": Running(), "_stays": []}
 
 
 def reopen(host: object, files: Iterable[str]) -> None:

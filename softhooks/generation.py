@@ -1,4 +1,4 @@
-"""What `generate` has to know of prompts: where a prompt ends, for slots stand by it alone; what an assistant is not given."""
+"""What `generate` has to know of prompts: which rows are whose, where a prompt ends, and what an assistant is not given."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from softhooks.blocks import Block, generation_of
+from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.reuse import generating
 from softhooks.probe import unwrapped
 
@@ -42,41 +44,41 @@ class Noting:
         return own
 
 
-class _Scoped(Noting):
-    """A model's own `generate`, in which prompts are computed once: at the prefill, for all tokens that follow."""
+class _Generate(Noting):
+    """Keeps other threads away until the last token, for one of the two would be refused in the middle of its text.
+
+    Prompts are computed once: at the prefill, for all tokens that follow.
+    """
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.own())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.host.refuse_unused(kwargs)
-        with generating(self.host):
+        held, block = self.host.running.held("its `generate`"), Block(self.host, generates=True)
+        with held, block, generating(self.host):
+            self.host.refuse_unused(kwargs)
             return self.own()(*args, **kwargs)
-
-
-def scope_generate(host: Host) -> None:
-    """Let each call of the model's `generate` be a scope of its own for what prompts compute."""
-    model = unwrapped(host.model)
-    if callable(getattr(model, "generate", None)):
-        host.override("generate", _Scoped(host, model, "generate"), model)
-
-
-class _Generate(Noting):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return self.own()(*args, **kwargs)
-        finally:
-            self.host.prompt_columns = None
 
 
 class _Expand(Noting):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        text = kwargs.get("input_ids")
-        if not isinstance(text, Tensor) or not text.shape[-1]:
-            text = kwargs.get("inputs_embeds")
-        self.host.prompt_columns = text.shape[1] if isinstance(text, Tensor) else None
-        return self.own()(*args, **kwargs)
+    def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        generation = generation_of(self.host)
+        if generation is not None:
+            text = kwargs.get("input_ids")
+            if not isinstance(text, Tensor) or not text.shape[-1]:
+                text = kwargs.get("inputs_embeds")
+            generation.prompt_columns = text.shape[1] if isinstance(text, Tensor) else None
+            generation.repeats = expand_size
+        elif self.host.is_in_use and (self.host.rows is not None or _searches(self.host)):
+            raise UnsupportedModeError(
+                explain(
+                    "a prompt must know of a `generate` which rows and columns are whose.",
+                    "Call `model.generate(...)`, not the function of its class.",
+                    model=type(self.model).__name__,
+                )
+            )
+        return self.own()(expand_size, *args, **kwargs)
 
 
 class _Draft(Noting):
@@ -91,6 +93,10 @@ class _Draft(Noting):
         return self.own()(*args, **kwargs)
 
 
+def _searches(host: Host) -> bool:
+    return any(prompt.layout.searches for prompt in host.prompts.values())
+
+
 def keep_from_assistants(host: Host) -> None:
     """Keep the columns that the prompts take from assistant models, unless these take them too."""
     model = unwrapped(host.model)
@@ -98,10 +104,10 @@ def keep_from_assistants(host: Host) -> None:
         host.override(_DRAFT, _Draft(host, model, _DRAFT), model)
 
 
-def note_prompts(host: Host) -> None:
-    """Note in `host.prompt_columns`, while the model generates, how many columns its prompt has."""
+def watch_generate(host: Host) -> None:
+    """Note what `generate` is given and how it repeats rows, for as long as it runs, until the last prompt is removed."""
     model = unwrapped(host.model)
-    if not hasattr(model, _EXPAND) or isinstance(model.__dict__.get("generate"), _Generate):
-        return
-    host.override("generate", _Generate(host, model, "generate"), model)
-    host.override(_EXPAND, _Expand(host, model, _EXPAND), model)
+    if callable(getattr(model, "generate", None)):
+        host.override("generate", _Generate(host, model, "generate"), model)
+    if hasattr(model, _EXPAND):
+        host.override(_EXPAND, _Expand(host, model, _EXPAND), model)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack, probe_ids
 from softhooks.batching import require_servable, watch_batching
+from softhooks.blocks import alone_of, generation_of, is_off, repeats_of, rows_of
 from softhooks.columns import TAKEN_BY, SignedForward, refuse_unused, take
 from softhooks.copies import reopen, state_of
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.frozen import FrozenRecord
-from softhooks.generation import scope_generate
+from softhooks.generation import watch_generate
 from softhooks.gradients import SetAside
 from softhooks.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.inject.entry import open_pass
@@ -31,6 +32,7 @@ from softhooks.inject.reuse import borne_by
 from softhooks.labels import LabelNames
 from softhooks.overrides import Overrides
 from softhooks.probe import unwrapped
+from softhooks.running import Running
 from softhooks.selection import Selection, select
 from softhooks.within.direct import DirectForward
 
@@ -74,25 +76,18 @@ class Host:
         self.anatomy = anatomy
         self.prompts: dict[str, SoftPrompt] = {}
         self.labels = LabelNames(self)
+        self.running = Running()
         self._active: str | None = None
-        self.rows: Sequence[str | None] | None = None
-        self.repeats = 1  # how many rows of the batch each named row stands for: its beams or samples, in generate
-        self.choices = 1  # how many choices each row of the forward that is under way has
-        self.prompt_columns: int | None = None  # while the model generates: how many columns it was given
-        self.disabled = 0
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
         self.set_aside = SetAside()
         self.record: FrozenRecord | None = None
         self.noted: dict[str, Tensor] | None = None  # the shapes of the last state dict with prompts that was loaded
         self.placeholder = int(probe_ids(model, anatomy.vocabulary, columns=2)[0, 0])
-        self.given: dict[str, Tensor] = {}  # the extra arguments of the forward that is under way
-        self.positions: Any = None  # its position_ids, which not every model hands to its stack
         self.outermost = ModelHooks(self)
         self._handles: list[Any] = []
         self._embedding: list[tuple[Stack, StackHooks, Any]] = []
         self._overrides = Overrides()
-        self._resting: list[nn.Module] = []
         self._stays: list[Any] = []
         self._files: frozenset[str] = frozenset()
 
@@ -108,13 +103,36 @@ class Host:
 
     @property
     def active(self) -> str | None:
-        """The prompt that is on for all rows; the model's config shows its labels' names."""
-        return self._active
+        """The prompt that is on where no row names another; the model's config shows its labels' names."""
+        alone = alone_of(self)
+        return self._active if alone is None else alone
 
     @active.setter
     def active(self, name: str | None) -> None:
         self._active = name
         self.labels.show()
+
+    @property
+    def rows(self) -> Sequence[str | None] | None:
+        """One prompt name a row, in this thread or task."""
+        return rows_of(self)
+
+    @property
+    def disabled(self) -> bool:
+        """Whether every prompt is off, in this thread or task."""
+        return is_off(self)
+
+    @property
+    def prompt_columns(self) -> int | None:
+        """How many columns the model was given, while it generates."""
+        generation = generation_of(self)
+        return None if generation is None else generation.prompt_columns
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """The extra arguments of this thread's forward that is under way."""
+        forward = self.running.forward
+        return {} if forward is None else forward.given
 
     @property
     def is_on(self) -> bool:
@@ -125,12 +143,6 @@ class Host:
     def is_in_use(self) -> bool:
         """Whether a forward now meets a prompt in some row."""
         return self.is_on and (self.rows is None or any(name is not None for name in self.rows))
-
-    @property
-    def enters_attention(self) -> bool:
-        """Whether a prompt that is on enters as keys and values."""
-        names = [self.active] if self.rows is None else self.rows
-        return self.is_on and any(name is not None and self.prompts[name].injection != "slots" for name in names)
 
     def in_use(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
         """The prompts of a forward, and for each row which of them.
@@ -143,20 +155,21 @@ class Host:
             UnsupportedModeError: other rows than the batch has were named.
             NotAttachedError: a prompt that was named has been removed.
         """
-        given = self.given if given is None else given
-        if self.rows is None:
+        given, rows = self.given if given is None else given, self.rows
+        if rows is None:
             return select(self.prompts, [self.active], batch, given)
-        named = len(self.rows) * self.choices
-        if batch not in (named, named * self.repeats):
+        forward = self.running.forward
+        named = len(rows) * (1 if forward is None else forward.choices)
+        if batch not in (named, named * repeats_of(self)):
             raise UnsupportedModeError(
                 explain(
                     "`rows` must name one prompt for each row of the batch (in generate, beams and samples are their row's).",
                     "Name as many prompts as the batch has rows.",
-                    rows=len(self.rows),
+                    rows=len(rows),
                     batch=batch,
                 )
             )
-        each = [name for name in self.rows for _ in range(batch // len(self.rows))]
+        each = [name for name in rows for _ in range(batch // len(rows))]
         return select(self.prompts, each, batch, given)
 
     # --- hooks --------------------------------------------------------------------------------------------------------
@@ -180,7 +193,7 @@ class Host:
         add(self.model.register_forward_hook(self.outermost.leave, with_kwargs=True, always_call=True))
         mark(self.anatomy.stacks)
         watch_batching(self)
-        scope_generate(self)
+        watch_generate(self)
         self._files = files_of(m for stack in self.anatomy.stacks for m in stack.module.modules())
         open_interface(self, self._files)
 
@@ -270,15 +283,9 @@ class Host:
         close_interface(self)
 
     @property
-    def inside(self) -> bool:
-        """Whether a forward of a stack is under way: where the model is the stack, the prompt's own rows come by here."""
-        return any(stack.live is not None for stack in self.anatomy.stacks)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def end_aborted(self) -> None:
-        """Close what a forward left open that was interrupted. See `StackHooks.end_aborted`."""
-        for _, hooks, _ in self._embedding:
-            hooks.end_aborted()
+    def is_own_call(self) -> bool:
+        """Whether the call that begins is of the prompt's own rows: where the model is the stack, they come by the model."""
+        return any(live is not None and not live.entered for live in (stack.live for stack in self.anatomy.stacks))
 
     @property
     def selection(self) -> str:
@@ -302,35 +309,36 @@ class Host:
             require_servable(self)
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         batch = text.shape[0] if isinstance(text, Tensor) else 0
-        selection = self.in_use(batch, given or self.given)
-        self.outermost.reached(batch)
+        forward = self.running.forward
+        assert forward is not None, "a stack's hook has begun a call"
+        selection = self.in_use(batch, given or forward.given)
+        forward.batch = batch if forward.batch is None else forward.batch
         if not selection.uses:
             return None
         columns = text.shape[1] if isinstance(text, Tensor) else 0
         own = call.get("position_ids")
-        packed = documents(self.positions if own is None else own, call.get("attention_mask"), columns)
+        packed = documents(forward.positions if own is None else own, call.get("attention_mask"), columns)
         if packed is not None:
             require_masks(stack, packed, by_position=own is not None)
         if self.freeze_dropout:
             self._rest(stack)
-        try:
-            with borne_by(paged, self):
-                opened = open_pass(stack, call, selection, self.placeholder)
-            if packed is not None:
-                guard(opened, packed)
-            require_same_prompt(paged, opened, self.selection)
-            return opened
-        except BaseException:
-            self.wake()
-            raise
+        with borne_by(paged, self):
+            opened = open_pass(stack, call, selection, self.placeholder)
+        if packed is not None:
+            guard(opened, packed)
+        require_same_prompt(paged, opened, self.selection)
+        return opened
 
     def _rest(self, stack: Stack) -> None:
-        self._resting = [module for module in stack.module.modules() if module.training]
-        for module in self._resting:
-            module.training = False
+        """Keep a backbone's dropout off until the call ends."""
+        resting = [module for module in stack.module.modules() if module.training]
 
-    def wake(self) -> None:
-        """Put a backbone that was set to rest back into training mode."""
-        for module in self._resting:
-            module.training = True
-        self._resting = []
+        def wake() -> None:
+            for module in resting:
+                module.training = True
+
+        call = self.running.call
+        assert call is not None, "a stack's hook has begun a call"
+        call.cleanups.append(wake)
+        for module in resting:
+            module.training = False

@@ -61,7 +61,6 @@ class SoftPrompt:
         self._module = module
         self._memory: dict[str, Memory[dict[Role, KeyValues]]] = {}
         self._branches: dict[str, Memory[Branch]] = {}
-        self._prefilled: dict[Role, KeyValues] | None = None
         self._stand_in: Callable[[Stack], dict[Role, KeyValues]] | None = None
 
     # --- what it holds ------------------------------------------------------------------------------------------------
@@ -125,15 +124,26 @@ class SoftPrompt:
         return self._encode(EMBEDDINGS, variant)
 
     def key_values(self, stack: Stack, variants: tuple[int, ...] = (0,)) -> dict[Role, KeyValues]:
-        """The prompt, in some of its variants, as keys and values for one stack, by role."""
+        """The prompt, in some of its variants, as keys and values for one stack, by role.
+
+        Raises:
+            UnsupportedModeError: another thread runs the model.
+        """
+        with self._host.running.held("a prompt's own rows"):
+            found = self._key_values(stack, variants)
+        forward = self._host.running.forward
+        if forward is not None:
+            forward.prefilled[id(self)] = found
+        return found
+
+    def _key_values(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
         if self._stand_in is not None:
             return self._stand_in(stack)
         memory = self._memory.setdefault(stack.name, Memory())
         base = every_tensor(stack.module) if self.method.enters == "embeddings" else ()
         refuse_sharded(base)
         own = every_tensor(self.encoder)
-        self._prefilled = memory.recall(stack, own, base, lambda: self._compute(stack, variants), variants)
-        return self._prefilled
+        return memory.recall(stack, own, base, lambda: self._compute(stack, variants), variants)
 
     @contextmanager
     def standing_in(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
@@ -150,11 +160,15 @@ class SoftPrompt:
         Args:
             context: each row's own, for the whole batch.
             rows: the rows of the batch that the prompt serves; None: all.
+
+        Raises:
+            UnsupportedModeError: another thread runs the model.
         """
         memory = self._branches.setdefault(stack.name, Memory())
         own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
         base = [tensor for site in self.method.sites(stack, "self") for tensor in every_tensor(site.module)]
-        return memory.recall(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
+        with self._host.running.held("a prompt's own rows"):
+            return memory.recall(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
 
     def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
         if context is not None and rows is not None:
@@ -164,12 +178,9 @@ class SoftPrompt:
     @property
     def states(self) -> Tensor | None:
         """The virtual tokens' own last states in the forward that is under way, [R, P, H], where they were run alone."""
-        kept = self._prefilled.get("self") if self._prefilled else None
+        forward = self._host.running.forward
+        kept = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
         return None if kept is None else kept.states
-
-    def forget(self) -> None:
-        """Let go of what the last forward computed, and of its graph."""
-        self._prefilled = None
 
     def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
         if self.method.enters == "embeddings":
@@ -192,7 +203,16 @@ class SoftPrompt:
     # --- what a user asks ---------------------------------------------------------------------------------------------
 
     def fold(self) -> SoftPrompt:
-        """Run the reparametrisation once and keep only its result; exact, and final."""
+        """Run the reparametrisation once and keep only its result; exact, and final.
+
+        Raises:
+            UnsupportedModeError: another thread runs the model.
+        """
+        with self._host.running.held("`fold`"):
+            self._fold()
+        return self
+
+    def _fold(self) -> None:
         device = self.encoder.device
         trainable = any(parameter.requires_grad for parameter in self.encoder.parameters())
         folded = self.method.folded_encoder(self.encoder.folded()).to(device).requires_grad_(trainable)
@@ -200,7 +220,6 @@ class SoftPrompt:
         self._module["encoder"] = folded.train(self.encoder.training)
         self._memory.clear()
         self._branches.clear()
-        return self
 
     def verify_frozen(self) -> FrozenReport:
         """Prove that every frozen parameter and buffer has the bits that it had at attach.
@@ -246,12 +265,17 @@ class SoftPrompt:
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
     def remove(self) -> None:
-        """Give the model back as it was before this prompt. Calling it again does nothing."""
-        if self.is_attached:
-            self.is_attached = False
-            from softhooks.attach import detach
+        """Give the model back as it was before this prompt. Calling it again does nothing.
 
-            detach(self._host, self.name)
+        Raises:
+            UnsupportedModeError: another thread runs the model.
+        """
+        with self._host.running.held("`remove`"):
+            if self.is_attached:
+                self.is_attached = False
+                from softhooks.attach import detach
+
+                detach(self._host, self.name)
 
     def __copy__(self) -> SoftPrompt:
         """Return the same: a second handle of the same state would not know what the first has done."""
@@ -259,7 +283,7 @@ class SoftPrompt:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has, its model among it; what forwards have computed stays behind."""
-        return self.__dict__ | {"_memory": {}, "_branches": {}, "_prefilled": None, "_stand_in": None}
+        return self.__dict__ | {"_memory": {}, "_branches": {}, "_stand_in": None}
 
     def _require_attached(self) -> None:
         if not self.is_attached:

@@ -167,4 +167,3 @@ def _standing_in(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[Prompt
         unwatch(stand_in)
         prompt._module["encoder"] = own
         prompt._memory, prompt._branches = kept
-        prompt.forget()

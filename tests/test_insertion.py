@@ -263,10 +263,12 @@ def test_a_deep_copy_notes_its_own_prompts() -> None:
 def test_a_refused_prompt_leaves_generate_alone() -> None:
     model = zoo.build("llama")
     with softhooks.attach(model, PTuning(2)):
+        generate = model.generate
         for layout in (Layout.insert(end=1), Layout.insert(start=1, after={A: 1}, end=1)):
             with pytest.raises(softhooks.UnsupportedMethodError):
                 softhooks.attach(model, PTuning(layout=layout), "other")
-        assert "generate" not in model.__dict__
+        assert model.generate is generate
+    assert "generate" not in model.__dict__
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gptj"])

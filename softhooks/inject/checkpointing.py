@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softhooks.anatomy import Stack
+from softhooks.anatomy import Site, Stack
 from softhooks.inject.passes import Pass
 
 
@@ -69,6 +70,21 @@ class CheckpointedPass(Pass):
         self._replaced.clear()
 
 
+class Through(CheckpointedPass):
+    """A forward in which attention is left alone: of the bare model, or with virtual tokens in the sequence itself."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(stack)
+        self.touched = True
+
+    def turn(self, site: Site) -> Site:
+        """Count no calls: all are alike."""
+        return site
+
+    def detach_injected(self) -> None:
+        """Nothing is put in."""
+
+
 class _Remembering:
     """A checkpointing function that runs, and runs again, its layer inside the pass of its forward."""
 
@@ -80,15 +96,17 @@ class _Remembering:
         stack, calls = self.live.stack, dict(self.live.calls)
 
         def inside(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            outer, stack.live = stack.live, self.live
-            self.live.calls = dict(calls)  # the second run is the same turn as the first
-            handles = self.live.prepare() if self.live._closed else []
-            try:
+            if not self.live._closed and stack.live is not None:
                 return layer(*inner_args, **inner_kwargs)
-            finally:
-                stack.live = outer
-                for handle in handles:
-                    handle.remove()
+            alone = nullcontext() if stack.owner is None else stack.owner.running.held("a backward")
+            with alone, stack.again(self.live):
+                self.live.calls = dict(calls)  # the second run is the same turn as the first
+                handles = self.live.prepare() if self.live._closed else []
+                try:
+                    return layer(*inner_args, **inner_kwargs)
+                finally:
+                    for handle in handles:
+                        handle.remove()
 
         return self.function(inside, *args, **kwargs)
 

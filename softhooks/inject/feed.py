@@ -54,6 +54,7 @@ class _FeedPass(Pass):
 
     def __init__(self, stack: Stack, scaled: Scaled) -> None:
         super().__init__(stack)
+        self.entered = True  # no call of the stack belongs to it
         self.scaled = scaled
         self.key: Tensor | None = None
         self.value: Tensor | None = None

@@ -46,12 +46,13 @@ def files_of(modules: Iterable[nn.Module]) -> frozenset[str]:
 
 def open_interface(user: object, files: Iterable[str]) -> None:
     """Wrap the attention functions that modules of these files can call, for as long as `user` is open and alive."""
-    users.add(user)
-    _wrap_all(AttentionInterface._global_mapping, list(AttentionInterface._global_mapping))
-    for name in files:
-        namespace = vars(sys.modules[name]) if name in sys.modules else {}
-        if _EAGER in namespace:
-            _wrap_all(namespace, [_EAGER])
+    with users.lock:
+        users.add(user)
+        _wrap_all(AttentionInterface._global_mapping, list(AttentionInterface._global_mapping))
+        for name in files:
+            namespace = vars(sys.modules[name]) if name in sys.modules else {}
+            if _EAGER in namespace:
+                _wrap_all(namespace, [_EAGER])
 
 
 def close_interface(user: object) -> None:
@@ -128,11 +129,14 @@ def pass_of(module: nn.Module) -> Pass | None:
 
     Raises:
         PromptNotReachedError: none is, and a prompt is on.
+        UnsupportedModeError: none is in this thread, while another one runs the model.
     """
     site: Site | None = module.__dict__.get(MARK)
     if site is None or (site.stack.live is None and not site.stack.expects_pass()):
         return None
     if site.stack.live is None:
+        if site.stack.owner is not None:
+            site.stack.owner.running.require_free()
         raise PromptNotReachedError(
             explain(
                 "an attention layer may only run inside a forward that went through the model's hooks.",

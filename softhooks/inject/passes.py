@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,8 @@ class Pass:
         stack: the stack whose forward this is. While it runs, `stack.live` is this pass.
 
     Attributes:
+        thread: the number of the thread whose forward this is; nobody else meets the pass.
+        entered: whether the stack's forward that it is for has begun. A call of the stack after that is another one, inside.
         touched: whether the prompt was put in. A pass that ends untouched is an error, not silence.
         handles: hooks for this forward only.
         calls: how often each module that serves several layers was called, by its first site's role and index.
@@ -38,6 +41,8 @@ class Pass:
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
+        self.thread = threading.get_ident()
+        self.entered = False
         self.touched = False
         self.handles: list[Any] = []
         self.calls: dict[tuple[str, int], int] = {}

@@ -63,17 +63,14 @@ def prefill(stack: Stack, rows: Tensor, placeholder: int) -> KeyValues:
     cache = ListeningCache() if stack.through == "cache" else None
     if cache is not None:
         inputs["past_key_values"] = cache
-    outer, stack.live = stack.live, CapturePass(stack, rows)
-    try:
-        with _without_checkpointing(stack.module):
-            states = first_state(stack.module(**inputs))
-        keys, values = stack.live.keys["self"], stack.live.values["self"]
-        if cache is not None:
-            keys = {i: k for i, (k, _) in cache.heard.items()}
-            values = {i: v for i, (_, v) in cache.heard.items()}
-        return KeyValues(keys, values, states=states)
-    finally:
-        stack.live = outer
+    live = CapturePass(stack, rows)
+    with stack.alone(live), _without_checkpointing(stack.module):
+        states = first_state(stack.module(**inputs))
+    keys, values = live.keys["self"], live.values["self"]
+    if cache is not None:
+        keys = {i: k for i, (k, _) in cache.heard.items()}
+        values = {i: v for i, (_, v) in cache.heard.items()}
+    return KeyValues(keys, values, states=states)
 
 
 class _StatesAlone(BaseModelOutput):
@@ -92,18 +89,17 @@ def logits_of(model: nn.Module, stack: Stack, states: Tensor, placeholder: int) 
     """
     module = stack.module
     own = module.__dict__.get("forward")
-    outer, stack.live = stack.live, stack.live or Pass(stack)
-    module.__dict__["forward"] = lambda *_args, **_kwargs: _StatesAlone(last_hidden_state=states)
-    try:
-        ids = torch.full(states.shape[:2], placeholder, device=states.device)
-        logits: Tensor = model(input_ids=ids, return_dict=True).logits
-        return logits
-    finally:
-        stack.live = outer
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
+    with stack.alone(Pass(stack)):
+        module.__dict__["forward"] = lambda *_args, **_kwargs: _StatesAlone(last_hidden_state=states)
+        try:
+            ids = torch.full(states.shape[:2], placeholder, device=states.device)
+            logits: Tensor = model(input_ids=ids, return_dict=True).logits
+            return logits
+        finally:
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own
 
 
 @contextmanager

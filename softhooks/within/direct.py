@@ -6,6 +6,7 @@ sentence-transformers does so. Only integrations ask for it (`Host.heed_direct_c
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,25 +27,26 @@ class DirectForward:
         self.before: Callable[..., Any] | None = model.__dict__.get("forward")
         self.names: tuple[str, ...] = getattr(self.before, "names", ())
         self.__signature__ = inspect.signature(model.forward)
-        self._was_called = False
+        self._called_in: int | None = None  # the number of the thread
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has: no call is under way in it."""
-        return self.__dict__ | {"_was_called": False}
+        return self.__dict__ | {"_called_in": None}
 
     def enter(self, _module: nn.Module, _args: Any) -> None:
         """Note that the model was called; the last of its hooks before the forward."""
-        self._was_called = True
+        self._called_in = threading.get_ident()
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """Forget it, where a hook has raised before the forward."""
-        self._was_called = False
+        """Forget it, where a hook has raised before the forward; not what another thread's call has noted."""
+        if self._called_in == threading.get_ident():
+            self._called_in = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own forward, inside a call of the model."""
-        if not self._was_called:
+        if self._called_in != threading.get_ident():
             return self.model(*args, **kwargs)
-        self._was_called = False
+        self._called_in = None
         if self.before is not None:
             return self.before(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)

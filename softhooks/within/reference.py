@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from softhooks.anatomy import at_rest
+from softhooks.blocks import Block
 from softhooks.errors import TrainerError, explain
-from softhooks.host import CONTAINER, Host
+from softhooks.host import CONTAINER
 from softhooks.prompt import host_of, require_host
 from softhooks.switch import disabled
 from softhooks.trainer.sharding import shards
@@ -76,19 +77,8 @@ class Reference(nn.Module):
                 with disabled(self.policy):
                     yield
             else:
-                with _alone(host, self.prompt):
+                with Block(host, alone=self.prompt):
                     yield
-
-
-@contextmanager
-def _alone(host: Host, name: str) -> Iterator[None]:
-    """Have one prompt on, for all rows."""
-    before = host.active, host.rows, host.disabled
-    host.active, host.rows, host.disabled = name, None, 0
-    try:
-        yield
-    finally:
-        host.active, host.rows, host.disabled = before
 
 
 def _belongs(key: str, prompt: str | None) -> bool:
