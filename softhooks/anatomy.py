@@ -63,6 +63,7 @@ class Positions:
         padding: the id of a padding column.
         limit: how many real positions there are, where exceeding them is an error rather than a loss of quality.
         trained: how many positions the config declares.
+        changes: from how many positions on the model rotates every position otherwise (dynamic RoPE, LongRoPE); None: never.
         by_column: whether a token's position is its column in every row, padding or not, and nothing can tell the stack another.
     """
 
@@ -73,6 +74,7 @@ class Positions:
     limit: int | None
     trained: int | None
     by_column: bool = False
+    changes: int | None = None
 
     @property
     def movable(self) -> bool:
@@ -86,6 +88,7 @@ class Stack:
 
     Attributes:
         owner: the host whose prompts enter here.
+        proven: the plain arguments of the call on which the ways in were compared; the same again change nothing.
         pooled: the module in it whose first column is handed to a pooler, where the pooler never sees the others.
     """
 
@@ -100,6 +103,7 @@ class Stack:
     sites: list[Site] = field(default_factory=list)
     through: Literal["attention", "written_out", "cache"] | None = None
     owner: Host | None = None
+    proven: dict[str, Any] = field(default_factory=dict)
     pooled: nn.Module | None = None
     _live: Pass | None = field(default=None, init=False, repr=False)
 

@@ -55,7 +55,8 @@ def attach(
         train_head: train a copy of a new task head (`score`, `classifier`, `qa_outputs`, ...) with the prompt.
         trainable: patterns (`*lora_*`) of the names of other parameters that stay trainable.
         freeze_dropout: keep the backbone's dropout off while it trains.
-        injection: the way in; None lets a check at attach choose the fastest that is exact.
+        injection: the way in; None lets a check at attach choose the fastest that is exact, and takes slots for single calls in
+            which it is not; 'shared' refuses those.
 
     Returns:
         the handle; also a context manager that removes the prompt.
@@ -142,6 +143,7 @@ def attach_encoder(
         _add(host, prompt, heads, freeze_dropout)
         with probing(model):
             prompt.injection = choose_injection(prompt, injection)
+        prompt.shares_always = injection == "shared"
         _prove_reached(prompt)
         method.check(prompt)
         host.sign()

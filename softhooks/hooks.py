@@ -50,7 +50,7 @@ class ModelHooks:
         if host.anatomy.choices is not None:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
-        if host.is_in_use and encoded is not None:
+        if host.is_in_use and encoded is not None and host.anatomy.is_encoder_decoder:
             require_encoded(encoded, host.selection)
         call.encoded = note_of(encoded)
         if call.is_aside or not host.is_in_use or not torch.is_grad_enabled():
@@ -207,9 +207,10 @@ class StackHooks:
         finally:
             self.host.running.end(begun)
 
-    def embed(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+    def embed(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Change the embedding's output where a pass asks for it."""
-        return None if self.stack.live is None else self.stack.live.embed(output)
+        live = self.stack.live
+        return None if live is None or not live.is_text(args) else live.embed(output)
 
     def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Keep virtual slots from a pooler inside the stack."""

@@ -186,7 +186,15 @@ class WeightedLabels(Objective):
     def _own_losses(self, prompt: SoftPrompt) -> Tensor:
         """The weighted loss of each of the prompt's label tokens; the state before it predicts it."""
         states, host = prompt.states, prompt.host
-        assert states is not None, "only a prompt that was run alone has states"
+        if states is None:
+            raise UnsupportedModeError(
+                explain(
+                    "an objective over the prompt's own tokens needs a call in which the prompt is computed once.",
+                    "Leave out what the call brings beside the text, such as `token_type_ids` or an encoder's states.",
+                    prompt=prompt.name,
+                    method=prompt.method.kind,
+                )
+            )
         chosen = states[:, (self.places - 1).to(states.device)]
         logits = logits_of(prompt.model, host.anatomy.entry, chosen, host.placeholder)[0].float()
         losses = functional.cross_entropy(logits, self.targets.to(logits.device), reduction="none")

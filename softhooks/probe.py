@@ -184,4 +184,21 @@ def _positions(module: nn.Module, parameters: Any, calls: list[Call]) -> Positio
         limit=limit,
         trained=trained if isinstance(trained, int) else None,
         by_column=by_column,
+        changes=_changes(module),
     )
+
+
+def _changes(module: nn.Module) -> int | None:
+    """Find from how many positions on rotary embeddings take other frequencies for all positions."""
+    found = []
+    for part in module.modules():
+        kinds, config = getattr(part, "rope_type", None), getattr(part, "config", None)
+        parameters = getattr(config, "rope_parameters", None)
+        if kinds is None or not isinstance(parameters, dict):
+            continue
+        for kind, own in [(kinds[k], parameters[k]) for k in kinds] if isinstance(kinds, dict) else [(kinds, parameters)]:
+            if kind == "longrope":
+                found.append(own["original_max_position_embeddings"])
+            elif "dynamic" in kind:
+                found.append(part.original_max_seq_len)
+    return min(found, default=None)

@@ -41,7 +41,9 @@ class SoftPrompt:
         layout: where its virtual tokens stand, if they stand among the text.
         labels: the names of its heads' labels, while the model's config does not show them.
         objective: what it trains on beside the model's own loss, if the method has one.
-        injection: the way in: `attention`, `written_out`, `cache`, `shared`, `slots` or `branch`.
+        injection: the way in: `attention`, `written_out`, `cache`, `shared`, `slots` or `branch`. A shared prompt stands in the
+            sequence, as slots, for a call that brings more than a text (encoder states, token types, ...).
+        shares_always: whether the prompt was attached with `injection='shared'`, and such calls are refused.
         conventions: what the prompt takes for granted about the pass; stored with it.
     """
 
@@ -55,6 +57,7 @@ class SoftPrompt:
         self.layout = method.where
         self.objective = method.objective()
         self.injection: Injection = "slots"
+        self.shares_always = False
         self.is_attached = False
         self.labels: Labels | None = None
         self._host = host

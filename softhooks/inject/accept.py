@@ -9,10 +9,13 @@ from torch import Tensor
 
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.provenance import is_recurrent
+from softhooks.inject.widened import Widened
 from softhooks.layout.places import text_positions
 
-_UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "encoder_attention_mask"}
-_WIDENED = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+_UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "cross_attention_states"}
+_ZERO_AT_SLOTS = ("token_type_ids", "visual_pos_masks", "image_embeds_position_mask")
+"""Per-token arguments that are 0 at a virtual token: the first type of token, and no part of an image."""
+_WIDENED = {"input_ids", "attention_mask", "position_ids", *_ZERO_AT_SLOTS}
 
 
 def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:
@@ -67,15 +70,26 @@ def refuse_moved_positions(positions: Any, mask: Tensor) -> None:
         )
 
 
+def widen_known(call: dict[str, Any], wide: Widened) -> None:
+    """Give the per-token arguments whose value at a virtual token is known their widened columns, in place."""
+    for name in _ZERO_AT_SLOTS:
+        if isinstance(call.get(name), Tensor):
+            call[name] = wide.spread(call[name], 0)
+
+
 def refuse_unknown(call: dict[str, Any], batch: int, columns: int) -> None:
-    """Refuse per-token arguments whose value at a slot nobody knows."""
+    """Refuse per-token arguments whose value at a slot nobody knows: [B, T, ...], and masks for each query, [B, 1, T, ...]."""
     for key, value in call.items():
-        per_token = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (batch, columns)
-        if per_token and key not in _UNTOUCHED | _WIDENED and columns > 1:
+        if not isinstance(value, Tensor) or key in _UNTOUCHED | _WIDENED:
+            continue
+        of_encoder = key == "encoder_attention_mask"  # [B, S], whatever S is; one with more dimensions is for each query
+        per_token = value.dim() >= (3 if of_encoder else 2) and value.shape[:2] == (batch, columns)
+        per_query = value.dim() >= 3 and columns in value.shape[1:-1] and value.shape[0] in (1, batch)
+        if per_token or per_query:
             raise UnsupportedModeError(
                 explain(
                     "every per-token argument must have a value at the virtual slots.",
-                    f"Leave `{key}` out, or use a prompt that enters as keys and values.",
+                    f"Leave `{key}` out, or use a prompt that enters as keys and values, such as PrefixTuning.",
                     argument=f"{key} {list(value.shape)}",
                 )
             )

@@ -57,13 +57,14 @@ class PrefixPass(CheckpointedPass):
         prefix = self.prefixes[site.role]
         module, query, key, value, mask, *rest = args if len(args) > 4 else (*args, kwargs.pop("attention_mask", None))
         flash = function_name(attention).startswith("flash")  # knows, without a mask, which of the keys are text
-        if mask is None and not flash and _is_causal(module, kwargs) and key.shape[2] > query.shape[2] > 1:
+        causal = mask is None and self._is_causal(site, function_name(attention), kwargs)
+        if causal and not flash and key.shape[2] > query.shape[2] > 1:
             # An empty static cache: the keys behind the queries are blank, and no mask says so.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         if site.role == "self" and can_join(function_name(attention), prefix, query, key, mask, kwargs):
-            joined = self._joined_mask(site, module, query, mask, kwargs)
+            joined = self._joined_mask(site, module, query, mask, kwargs, causal)
             return attend_joined(attention, prefix, site.index, (module, query, key, value, joined, *rest), kwargs)
-        mask = self._mask(site, attention, module, query, key, mask, kwargs)
+        mask = self._mask(site, attention, module, query, key, mask, kwargs, causal)
         paged = paged_cache(kwargs)
         if paged is not None:
             kwargs = {**kwargs, "cache": JoinedCache(paged, prefix, site.index)}
@@ -86,6 +87,7 @@ class PrefixPass(CheckpointedPass):
         key: Tensor,
         mask: Any,
         kwargs: Any,
+        causal: bool,
     ) -> Any:
         """Widen the mask over the prefix; equal for all layers with one window, so built once a forward."""
         name = function_name(attention)
@@ -93,7 +95,7 @@ class PrefixPass(CheckpointedPass):
         everywhere = not self.stack.causal or self.prefixes[site.role].windowed is False
         refuse_attention(name, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))
         window = window if self.stack.causal else None  # around a token, a window is the mask's alone
-        causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+        causal = causal and query.shape[2] > 1
 
         def build() -> Any:
             visible = self._visible(site, window, query)
@@ -108,10 +110,12 @@ class PrefixPass(CheckpointedPass):
             self._masks[place] = (mask, build())  # the old mask is kept too: its id must not be used again
         return self._masks[place][1]
 
-    def _joined_mask(self, site: Site, module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tensor:
+    def _joined_mask(
+        self, site: Site, module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool
+    ) -> Tensor:
         """The mask of rows joined behind one prefix; built once a forward, as the widened one."""
         window = window_of(module, kwargs) if self.stack.causal else None
-        causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+        causal = causal and query.shape[2] > 1
         bare = site.index if site.index in self.prefixes[site.role].bare else None
         place = ("joined", bare, window, causal, id(mask), query.shape, query.device)
         if place not in self._masks:
@@ -119,6 +123,19 @@ class PrefixPass(CheckpointedPass):
             self._masks[place] = (mask, join_mask(mask, visible, self.prefixes[site.role], query, causal))
         joined: Tensor = self._masks[place][1]
         return joined
+
+    def _is_causal(self, site: Site, function: str, kwargs: dict[str, Any]) -> bool:
+        """Whether this function, called without a mask, lets a query see the keys up to its own only.
+
+        Eager attention shows every query every key. SDPA and flash attention ask the call, then the module. Of a function that
+        nobody here knows only the effect is known: whether the stack was causal when it was probed.
+        """
+        if function.startswith("eager"):
+            return False
+        given = kwargs.get("is_causal")
+        if given is None and (function == "sdpa_attention_forward" or function.startswith("flash")):
+            given = getattr(site.module, "is_causal", True)
+        return bool(self.stack.causal and site.role == "self" if given is None else given)
 
     def _visible(self, site: Site, window: int | None, query: Tensor) -> Tensor | None:
         """Which virtual tokens each query sees, [B or 1, 1, Q or 1, P] bool; None: all of them.
@@ -147,11 +164,6 @@ class PrefixPass(CheckpointedPass):
             keys = {index: self.cut_off(tensor) for index, tensor in prefix.keys.items()}
             values = {index: self.cut_off(tensor) for index, tensor in prefix.values.items()}
             self.prefixes[role] = replace(prefix, keys=keys, values=values)
-
-
-def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    given = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:

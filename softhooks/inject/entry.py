@@ -14,7 +14,9 @@ from softhooks.inject.attention import PrefixPass
 from softhooks.inject.branch import open_branch
 from softhooks.inject.cachepass import CachePass
 from softhooks.inject.cross import CrossSlotPass
+from softhooks.inject.fallback import FallbackPass, refusal, require_sharing
 from softhooks.inject.keyvalues import KeyValues, mix
+from softhooks.inject.material import reaching
 from softhooks.inject.paged import longest_text
 from softhooks.inject.passes import Pass
 from softhooks.inject.positions import place_at_table
@@ -22,6 +24,9 @@ from softhooks.inject.slots import SlotPass, Slots
 from softhooks.layout.places import text_positions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from softhooks.prompt import SoftPrompt
     from softhooks.selection import Selection
 
 
@@ -38,17 +43,39 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, placehol
     prompts = selection.prompts
     if any(prompt.injection == "branch" for prompt in prompts):
         return _open_branch(stack, call, selection)
-    if {prompt.injection == "slots" for prompt in prompts} == {True, False}:
+    reached = _reached(stack, call, prompts)
+    in_sequence = {prompt: prompt.injection == "slots" or bool(reached[prompt]) for prompt in prompts}
+    if set(in_sequence.values()) == {True, False}:
         raise UnsupportedModeError(
             explain(
                 "prompts in one batch must all enter as slots, or all as keys and values.",
                 "Attach them with one `injection=`, or run their rows in batches of their own.",
-                prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
+                prompts=", ".join(
+                    f"{prompt.name}: {'slots' if slots else prompt.injection}" for prompt, slots in in_sequence.items()
+                ),
             )
         )
-    if prompts[0].injection == "slots":
+    fallen_back = next((names for names in reached.values() if names), [])
+    if not in_sequence[prompts[0]]:
+        return _open_prefix(stack, call, selection)
+    if not fallen_back:
         return _open_slots(stack, call, selection, placeholder)
-    return _open_prefix(stack, call, selection)
+    try:
+        return _open_slots(stack, call, selection, placeholder, is_fallback=True)
+    except UnsupportedModeError as error:
+        raise refusal(fallen_back, error) from error
+
+
+def _reached(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt]) -> dict[SoftPrompt, list[str]]:
+    """What in the call could change the states of each prompt that is computed once as a rule."""
+    found = {
+        prompt: reaching(stack, call, prompt.layout.columns) if prompt.injection == "shared" else []
+        for prompt in prompts
+    }
+    for prompt, names in found.items():
+        if names and prompt.shares_always:
+            require_sharing(prompt.name, names)
+    return found
 
 
 # --- slots ------------------------------------------------------------------------------------------------------------
@@ -62,7 +89,13 @@ def _slots_of(stack: Stack, selection: Selection) -> Slots:
     return Slots(tables, layouts, selection.rows, selection.given, searched)
 
 
-def _open_slots(stack: Stack, call: dict[str, Any], selection: Selection, placeholder: int) -> Pass:
+def _open_slots(
+    stack: Stack,
+    call: dict[str, Any],
+    selection: Selection,
+    placeholder: int,
+    is_fallback: bool = False,
+) -> Pass:
     slots = _slots_of(stack, selection)
     if stack.name == "decoder":
         return CrossSlotPass(stack, selection.prompts[0].host.anatomy.entry, slots, call)
@@ -75,6 +108,8 @@ def _open_slots(stack: Stack, call: dict[str, Any], selection: Selection, placeh
             )
         )
     check_length(stack, call, slots.columns, cached=slots.columns)
+    if is_fallback:
+        return FallbackPass(stack, slots, call, placeholder)
     return SlotPass(stack, slots, call, placeholder, keep=stack.name == "encoder")
 
 

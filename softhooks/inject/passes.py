@@ -51,6 +51,10 @@ class Pass:
         """Change what the embedding returns. [B, T, H] -> [B, T, H]."""
         return output
 
+    def is_text(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call of the embedding with these arguments looks up the text, and nothing else."""
+        return True
+
     def turn(self, site: Site) -> Site:
         """Tell which site a module's call is: one that serves several layers has a site for each, in the order of its calls.
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
-from softhooks.inject.accept import flat_mask, refuse_moved_positions, refuse_static, refuse_unknown
+from softhooks.inject.accept import flat_mask, refuse_moved_positions, refuse_static, refuse_unknown, widen_known
 from softhooks.inject.passes import Pass
 from softhooks.inject.positions import place_at_table, positions_of
 from softhooks.inject.provenance import cache_of, caches_in, is_filled, is_recurrent
@@ -128,12 +128,13 @@ class SlotPass(Pass):
         self._wide: Widened | None = None
         self._cached: Widened | None = None
         self._asked = 0  # how many of the text's last columns the stack is to return; 0: all
+        self._embeds_given = call.get("input_ids") is None
+        self._ids: Tensor | None = None  # only where something else may be looked up in the same table
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if not isinstance(text, Tensor):
             raise UnsupportedModeError("slots need `input_ids` or `inputs_embeds` in the call of the model's backbone.")
         self.batch, self.columns = text.shape[:2]
         self.device = text.device
-        refuse_unknown(call, self.batch, self.columns)
         cache = cache_of(call)
         refuse_static(cache)
         if not is_filled(cache):
@@ -146,6 +147,7 @@ class SlotPass(Pass):
     # --- the first forward: the slots go in ---------------------------------------------------------------------------
 
     def _begin(self, call: dict[str, Any]) -> None:
+        refuse_unknown(call, self.batch, self.columns)
         given = call.get("attention_mask")
         mask = flat_mask(given, self.batch, self.columns, self.device)
         refuse_moved_positions(call.get("position_ids"), mask)
@@ -159,8 +161,9 @@ class SlotPass(Pass):
         else:
             call["inputs_embeds"] = self._overwrite(self._wide.spread(call["inputs_embeds"], 0))
             self.touched = True
+        widen_known(call, self._wide)
         if call.get("token_type_ids") is not None:
-            call["token_type_ids"] = self._wide.spread(call["token_type_ids"], 0)
+            self._ids = call.get("input_ids")
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
         self._place(call, wide_mask, self._wide.columns)
@@ -180,8 +183,17 @@ class SlotPass(Pass):
         ids = positions_of(self.stack, wide_mask)[:, -last:]
         if positions.argument:
             call["position_ids"] = ids
-        elif positions.table is not None and not self.stack.causal:
+        elif positions.table is not None:
             place_at_table(positions.table, ids, self.handles)
+
+    def is_text(self, args: tuple[Any, ...]) -> bool:
+        """Tell the ids from token types, which GPT-2 and CTRL look up in the same table."""
+        ids = self._ids
+        if self._embeds_given:
+            return False
+        if ids is None or not args or not isinstance(args[0], Tensor) or args[0].numel() != ids.numel():
+            return True
+        return torch.equal(args[0].flatten(), ids.flatten())
 
     def embed(self, output: Tensor) -> Tensor:
         """Overwrite the slots' rows of the embedding's output, [B, N, H]."""

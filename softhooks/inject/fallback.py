@@ -1,0 +1,47 @@
+"""A front prompt that is computed once as a rule, and stands in the sequence for one call that could change its states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from softhooks.anatomy import Stack
+from softhooks.errors import UnsupportedModeError, explain
+from softhooks.inject.checkpointing import CheckpointedPass
+from softhooks.inject.slots import SlotPass, Slots
+
+
+class FallbackPass(SlotPass, CheckpointedPass):
+    """Slots in a stack whose attention layers expect a pass of their own, also when a checkpoint runs them again."""
+
+    def __init__(self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int) -> None:
+        super().__init__(stack, slots, call, placeholder)
+        if stack.module.training:
+            self.follow_checkpointing()
+
+    def detach_injected(self) -> None:
+        """Nothing is put in behind the embedding."""
+
+
+def refusal(reached: list[str], error: UnsupportedModeError) -> UnsupportedModeError:
+    """Say why a call that slots cannot serve was not served in the way that `prompt.injection` names."""
+    return UnsupportedModeError(
+        f"this call brings {', '.join(reached)}, which could change the states of virtual tokens; so the prompt is not computed "
+        f"once, but stands in the sequence here.\n{error}"
+    )
+
+
+def require_sharing(name: str, reached: list[str]) -> None:
+    """Refuse a call for a prompt that may only be computed once.
+
+    Raises:
+        UnsupportedModeError: always.
+    """
+    raise UnsupportedModeError(
+        explain(
+            "a prompt that is computed once must not depend on what a call brings beside its text.",
+            "Leave the argument out, or attach the prompt without `injection='shared'`: it then stands in the sequence for such "
+            "calls.",
+            prompt=name,
+            call=", ".join(reached),
+        )
+    )
