@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy
 from softhooks.blocks import Block
+from softhooks.causality import check_causality
 from softhooks.constraint import unwatch, watch
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
 from softhooks.exclusive import exclusive
@@ -25,7 +26,7 @@ from softhooks.method import Method, PromptEncoder
 from softhooks.model_saving import stand_in
 from softhooks.peft_base import home, keep_wrapped, refuse_prompts
 from softhooks.probe import examine
-from softhooks.probing import probing
+from softhooks.probing import probing, proving
 from softhooks.prompt import Injection, SoftPrompt, host_of
 from softhooks.quantised import keep_unpacked, unpacked
 from softhooks.reach import prove_reach
@@ -207,6 +208,8 @@ def _check_length(anatomy: Anatomy, method: Method) -> None:
 def _prove_reached(prompt: SoftPrompt) -> None:
     """Run the probes of what was attached."""
     prove_reach(prompt)
+    with proving(prompt.model):
+        check_causality(prompt)
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softhooks.anatomy import at_rest, decoder_ids, first_state, probe_ids
-from softhooks.errors import SoftHooksError, UnsupportedMethodError, explain
+from softhooks.anatomy import decoder_ids, probe_ids
+from softhooks.errors import UnsupportedMethodError, explain
+from softhooks.exactness import shares_exactly
 from softhooks.groups import require_sites
 from softhooks.inject.scale import hook_linears
 from softhooks.probe import as_choices
@@ -53,7 +54,7 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
     )
     if asked == "slots" or not could_share:
         return _only(prompt, asked, "slots")
-    if _shares_exactly(prompt):
+    if shares_exactly(prompt):
         return _only(prompt, asked, "shared")
     return _only(prompt, asked, "slots")
 
@@ -85,40 +86,3 @@ def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
                 placement=prompt.layout if prompt.layout.placement == "layout" else "end",
             )
         )
-
-
-def _shares_exactly(prompt: SoftPrompt) -> bool:
-    """Compare the prompt computed once with the prompt in the sequence, on a few tokens.
-
-    The difference is held against the precision of the states and against what the prompt changes at all.
-    """
-    shared = _states(prompt, "shared")
-    plain = _states(prompt, "slots")
-    if shared is None or plain is None:
-        return shared is not None
-    precision = torch.finfo(plain.dtype).eps
-    scale = plain.float().abs().amax().clamp(min=1e-6)
-    difference = (shared.float() - plain.float()).abs().amax()
-    return bool(difference <= 200 * precision**0.9 * scale)
-
-
-def _states(prompt: SoftPrompt, injection: Literal["shared", "slots"]) -> Tensor | None:
-    """The stack's last state on a probe with one way in; None where that way fails."""
-    kept: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if stack.live is None:  # not the prompt's own rows
-            kept.append(first_state(output))
-
-    stack = prompt.host.anatomy.entry
-    before, prompt.injection = prompt.injection, injection
-    handle = stack.module.register_forward_hook(keep)
-    try:
-        with at_rest(prompt.model):
-            prompt.model(**probe_inputs(prompt))
-    except (SoftHooksError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-        return None
-    finally:
-        handle.remove()
-        prompt.injection = before
-    return kept[-1]

@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Positions, Stack, StackName, at_rest, decoder_ids, probe_ids
@@ -17,6 +18,7 @@ from softhooks.backbone import Call, find_stack, record
 from softhooks.errors import UnsupportedModelError, explain
 from softhooks.inject.survey import survey
 from softhooks.probing import INSIDE, probing
+from softhooks.seeing import is_rounding, probe_length, sees_later
 
 
 def examine(model: nn.Module) -> Anatomy:
@@ -135,14 +137,16 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
     module = found.stack.module
     parameters = inspect.signature(module.forward).parameters
     assert isinstance(found.lookup.output, Tensor)
+    positions = _positions(module, parameters, runs.calls)
+    room = positions.limit if positions.limit is not None else positions.trained
     return Stack(
         name=name,
         path=found.stack.path,
         module=module,
         embedding=found.lookup.module,
         width=found.lookup.output.shape[-1],
-        causal=found.causal,
-        positions=_positions(module, parameters, runs.calls),
+        causal=found.causal and _is_causal(model, module, ids, name, room),
+        positions=positions,
         parameters=[key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD],
         pooled=_pooled(module, runs.calls),
     )
@@ -155,6 +159,39 @@ def _pooled(module: nn.Module, calls: list[Call]) -> nn.Module | None:
         return None
     parts = set(map(id, module.children()))
     return [call.module for call in calls[:pooler] if id(call.module) in parts][-1]
+
+
+def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, room: int | None) -> bool:
+    """Change the later tokens of a text, and see whether the earlier ones' states follow.
+
+    Args:
+        ids: four of them, for a model that takes no more.
+        room: how many positions the stack has.
+    """
+    columns, cut = probe_length(module, room)
+    for length, place in ((columns, cut), (ids.shape[1], 1)):
+        same, other = (probe_ids(model, _vocabulary(model), length, seed) for seed in (0, 1))
+        mixed = torch.where(torch.arange(length, device=ids.device) >= place, other, same)
+
+        def run(changed: bool, same: Tensor = same, mixed: Tensor = mixed) -> None:
+            row = mixed if changed else same
+            if name == "text":
+                model(input_ids=row)
+            elif name == "encoder":
+                model(input_ids=row, decoder_input_ids=decoder_ids(same))
+            else:
+                model(input_ids=same, decoder_input_ids=row)
+
+        try:
+            return is_rounding(sees_later(module, place, run, lambda: True), _dtype(module))
+        except Exception:
+            if length == ids.shape[1]:
+                raise
+    raise AssertionError("one of the two lengths answers or raises")
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _positions(module: nn.Module, parameters: Any, calls: list[Call]) -> Positions:
@@ -196,7 +233,9 @@ def _changes(module: nn.Module) -> int | None:
         parameters = getattr(config, "rope_parameters", None)
         if kinds is None or not isinstance(parameters, dict):
             continue
-        for kind, own in [(kinds[k], parameters[k]) for k in kinds] if isinstance(kinds, dict) else [(kinds, parameters)]:
+        for kind, own in (
+            [(kinds[k], parameters[k]) for k in kinds] if isinstance(kinds, dict) else [(kinds, parameters)]
+        ):
             if kind == "longrope":
                 found.append(own["original_max_position_embeddings"])
             elif "dynamic" in kind:

@@ -66,7 +66,9 @@ def test_decoding_with_a_cache_goes_on_as_it_began(name: str) -> None:
     for column in (4, 5):
         mask = torch.ones(2, column + 1, dtype=torch.long)
         cache = got[-1].past_key_values
-        step = model(input_ids=ids[:, column : column + 1], attention_mask=mask, past_key_values=cache, use_cache=True, **later)
+        step = model(
+            input_ids=ids[:, column : column + 1], attention_mask=mask, past_key_values=cache, use_cache=True, **later
+        )
         got.append(step)
     torch.testing.assert_close(torch.cat([out.logits for out in got], 1), want, rtol=1e-4, atol=1e-4)
 
@@ -139,9 +141,7 @@ def test_a_language_for_each_row_reaches_the_prompt() -> None:
         with torch.no_grad():
             got = model(input_ids=ids, lang_ids=lang_ids).logits
             for row in range(2):
-                want = cross.by_hand(
-                    bare, ids[row : row + 1], prompt.embeddings(), lang_ids=lang_ids[row : row + 1]
-                )
+                want = cross.by_hand(bare, ids[row : row + 1], prompt.embeddings(), lang_ids=lang_ids[row : row + 1])
                 torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-4)
 
 
@@ -167,7 +167,9 @@ def test_whatever_a_call_brings_a_prompt_equals_its_rows_written_by_hand(
     mask[:, :left] = 0
     if types:
         own["token_type_ids"] = torch.full((1, 6), 9)
-        wide["token_type_ids"] = torch.cat([torch.zeros(1, LENGTH, dtype=torch.long), own["token_type_ids"][:, left:]], 1)
+        wide["token_type_ids"] = torch.cat(
+            [torch.zeros(1, LENGTH, dtype=torch.long), own["token_type_ids"][:, left:]], 1
+        )
     text = {"inputs_embeds": bare.get_input_embeddings()(ids)} if embedded else {"input_ids": ids}
     with torch.no_grad():
         got = model(**text, attention_mask=mask, return_dict=not tuples, **own)[0]
@@ -216,7 +218,9 @@ def test_a_mask_for_each_query_is_refused_where_virtual_tokens_have_none() -> No
     _, model, _ = _attach("bert")
     with pytest.raises(UnsupportedModeError, match="encoder_attention_mask"):
         model(input_ids=ids, encoder_hidden_states=_encoded(1), encoder_attention_mask=torch.ones(1, 6, 7))
-    with pytest.raises(UnsupportedModeError, match="encoder_attention_mask"):  # one token, whose mask would be broadcast
+    with pytest.raises(
+        UnsupportedModeError, match="encoder_attention_mask"
+    ):  # one token, whose mask would be broadcast
         model(input_ids=ids[:, :1], encoder_hidden_states=_encoded(1), encoder_attention_mask=torch.ones(1, 1, 7))
 
 
@@ -224,7 +228,7 @@ def test_a_static_cache_with_an_encoders_states_is_refused_with_the_reason() -> 
     _, model, _ = _attach("gpt2")
     cache = tf.StaticCache(config=model.config, max_cache_len=32)
     model(input_ids=_text(1, 5), past_key_values=tf.StaticCache(config=model.config, max_cache_len=32))
-    with pytest.raises(UnsupportedModeError, match="encoder_hidden_states(.|\n)*cache"):
+    with pytest.raises(UnsupportedModeError, match=r"encoder_hidden_states(.|\n)*cache"):
         model(input_ids=_text(1, 5), past_key_values=cache, encoder_hidden_states=_encoded(1))
 
 

@@ -82,7 +82,9 @@ def refuse_unknown(call: dict[str, Any], batch: int, columns: int) -> None:
     for key, value in call.items():
         if not isinstance(value, Tensor) or key in _UNTOUCHED | _WIDENED:
             continue
-        of_encoder = key == "encoder_attention_mask"  # [B, S], whatever S is; one with more dimensions is for each query
+        of_encoder = (
+            key == "encoder_attention_mask"
+        )  # [B, S], whatever S is; one with more dimensions is for each query
         per_token = value.dim() >= (3 if of_encoder else 2) and value.shape[:2] == (batch, columns)
         per_query = value.dim() >= 3 and columns in value.shape[1:-1] and value.shape[0] in (1, batch)
         if per_token or per_query:

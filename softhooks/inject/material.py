@@ -1,7 +1,7 @@
 """What a call brings that could reach a virtual token. Where anything does, a front prompt cannot be computed apart from it.
 
-A virtual token at the front sees only virtual tokens, so long as the call says nothing but what the text is. Encoder states that a
-decoder attends to, token types, a language for each row, and whatever else a model may take, can change its states.
+A virtual token at the front sees only virtual tokens, so long as the call says nothing but what the text is. Encoder states that
+a decoder attends to, token types, a language for each row, and whatever else a model may take, can change its states.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""Whether a front prompt that is computed once gives what the prompt in the sequence gives, found by running both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.anatomy import Stack, at_rest, first_state, probe_ids
+from softhooks.errors import SoftHooksError
+from softhooks.probe import as_choices
+from softhooks.seeing import probe_length
+
+if TYPE_CHECKING:
+    from softhooks.prompt import Injection, SoftPrompt
+
+_PADDED = 3
+_FAILURES = (SoftHooksError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
+
+
+def shares_exactly(prompt: SoftPrompt) -> bool:
+    """Compare a prompt computed once with the prompt in the sequence, on two rows of text, one of them padded.
+
+    The text is longer than the short windows and chunks that the model has, so that they count. The difference is held against
+    the precision of the states, and against what the prompt changes at all. What cannot be compared is not exact.
+    """
+    stack = prompt.host.anatomy.entry
+    if _looks_far(stack):
+        return False
+    call = _call(prompt, stack)
+    without = _states(prompt, None, call)
+    if without is None:
+        return False
+    shared = _states(prompt, "shared", call)
+    plain = None if shared is None else _states(prompt, "slots", call)
+    if shared is None or plain is None:
+        return False
+    real = call["attention_mask"].flatten(0, -2).bool()
+    shared, plain, without = (states[real].float() for states in (shared, plain, without))
+    return agree(shared, plain, without, _precision(stack))
+
+
+def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bool:
+    """Whether two results are one, up to rounding.
+
+    Args:
+        without: what comes out where there is no prompt: a difference that is as large as the prompt's effect is no rounding.
+        precision: of the numbers that the states were computed in.
+    """
+    difference, effect = _size(ours - theirs), _size(theirs - without)
+    if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
+        return False
+    if difference <= 4 * precision * _size(theirs):
+        return True
+    worst = (ours - theirs).abs().amax() / theirs.abs().amax().clamp(min=1e-6)
+    return bool(worst <= 200 * precision**0.9) and difference <= 0.05 * effect
+
+
+def _size(states: Tensor) -> float:
+    return float(states.square().mean().sqrt())
+
+
+def _precision(stack: Stack) -> float:
+    dtype = next((p.dtype for p in stack.module.parameters() if p.is_floating_point()), torch.float32)
+    return torch.finfo(dtype).eps
+
+
+def _looks_far(stack: Stack) -> bool:
+    """Whether the config names something that groups or selects tokens over more columns than a probe has.
+
+    Chunks are cut where the text's own columns are, and keys are selected among the text's own.
+    """
+    config: Any = getattr(stack.module, "config", None)
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    selects = isinstance(getattr(config, "index_topk", None), int)
+    return chunked or selects
+
+
+def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
+    """Two rows, the second of which ends in padding."""
+    positions, length = stack.positions, prompt.layout.columns
+    rooms = [room for room in (positions.limit, positions.trained, positions.changes) if room is not None]
+    columns, _ = probe_length(stack.module, min(rooms) - length if rooms else None, length)
+    rows = [probe_ids(prompt.model, prompt.host.anatomy.vocabulary, columns, seed) for seed in (0, 1)]
+    ids = torch.cat(rows)
+    mask = torch.ones_like(ids)
+    mask[1, max(columns - _PADDED, 1) :] = 0
+    extra = {name: torch.cat([value, value]) for name, value in prompt.method.probe_arguments().items()}
+    choices = prompt.host.anatomy.choices
+    if choices is not None:
+        ids, mask = as_choices(ids, choices), as_choices(mask, choices)
+    return {"input_ids": ids, "attention_mask": mask, **extra}
+
+
+def _states(prompt: SoftPrompt, injection: Injection | None, call: dict[str, Tensor]) -> Tensor | None:
+    """The stack's last states in a call with one way in, or without the prompt; None where that fails."""
+    kept: list[Tensor] = []
+    host, stack = prompt.host, prompt.host.anatomy.entry
+
+    def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given = dict(zip(stack.parameters, args, strict=False)) | kwargs
+        stack.proven = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        if stack.live is None:  # not the prompt's own rows
+            kept.append(first_state(output))
+
+    before = prompt.injection, prompt.shares_always
+    handles = [stack.module.register_forward_hook(keep)]
+    if injection is None:
+        host.disabled += 1
+        handles.append(stack.module.register_forward_pre_hook(begin, with_kwargs=True))
+        call = {name: value for name, value in call.items() if name not in host.columns}
+    else:
+        prompt.injection, prompt.shares_always = injection, injection == "shared"
+    try:
+        with at_rest(prompt.model):
+            prompt.model(**call)
+    except _FAILURES:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+        host.disabled -= injection is None
+        prompt.injection, prompt.shares_always = before
+    return kept[-1]
