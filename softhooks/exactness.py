@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Stack, at_rest, first_state, probe_ids
+from softhooks.blocks import Block
 from softhooks.errors import SoftHooksError
 from softhooks.probe import as_choices
 from softhooks.seeing import probe_length
@@ -109,19 +111,17 @@ def _states(prompt: SoftPrompt, injection: Injection | None, call: dict[str, Ten
     before = prompt.injection, prompt.shares_always
     handles = [stack.module.register_forward_hook(keep)]
     if injection is None:
-        host.disabled += 1
         handles.append(stack.module.register_forward_pre_hook(begin, with_kwargs=True))
         call = {name: value for name, value in call.items() if name not in host.columns}
     else:
         prompt.injection, prompt.shares_always = injection, injection == "shared"
     try:
-        with at_rest(prompt.model):
+        with at_rest(prompt.model), Block(host, off=True) if injection is None else nullcontext():
             prompt.model(**call)
     except _FAILURES:
         return None
     finally:
         for handle in handles:
             handle.remove()
-        host.disabled -= injection is None
         prompt.injection, prompt.shares_always = before
     return kept[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import cross
@@ -145,6 +146,13 @@ def test_a_language_for_each_row_reaches_the_prompt() -> None:
                 torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def attached_gpt2() -> Iterator[tuple[Any, Any, softhooks.SoftPrompt]]:
+    bare, model, prompt = _attach("gpt2")
+    yield bare, model, prompt
+    prompt.remove()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     states=st.booleans(),
@@ -155,9 +163,15 @@ def test_a_language_for_each_row_reaches_the_prompt() -> None:
     embedded=st.booleans(),
 )
 def test_whatever_a_call_brings_a_prompt_equals_its_rows_written_by_hand(
-    states: bool, encoder_mask: bool, types: bool, left: int, tuples: bool, embedded: bool
+    attached_gpt2: tuple[Any, Any, softhooks.SoftPrompt],
+    states: bool,
+    encoder_mask: bool,
+    types: bool,
+    left: int,
+    tuples: bool,
+    embedded: bool,
 ) -> None:
-    bare, model, prompt = _attached_gpt2()
+    bare, model, prompt = attached_gpt2
     ids, rows = _text(1, 6), prompt.embeddings()
     common: dict[str, Any] = {"encoder_hidden_states": _encoded(1)} if states else {}
     if states and encoder_mask:
@@ -175,15 +189,6 @@ def test_whatever_a_call_brings_a_prompt_equals_its_rows_written_by_hand(
         got = model(**text, attention_mask=mask, return_dict=not tuples, **own)[0]
         want = cross.by_hand(bare, ids[:, left:], rows, **wide)
     torch.testing.assert_close(got[:, left:], want, rtol=1e-4, atol=1e-4)
-
-
-_CACHED: list[tuple[Any, Any, softhooks.SoftPrompt]] = []
-
-
-def _attached_gpt2() -> tuple[Any, Any, softhooks.SoftPrompt]:
-    if not _CACHED:
-        _CACHED.append(_attach("gpt2"))
-    return _CACHED[0]
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
