@@ -166,10 +166,13 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run the harness's command line with the model type in it."""
-    register()
-    from lm_eval.__main__ import cli_evaluate
+    from softhooks.command.exits import reported, usage
 
-    cli_evaluate()
+    with reported(), usage():
+        register()
+        from lm_eval.__main__ import cli_evaluate
+
+        cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ Example:
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from softhooks.command.exits import reported, usage
 from softhooks.errors import OptionError, SoftHooksError, explain
 
 
@@ -136,19 +136,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt")
     own, rest = parser.parse_known_args(arguments)
-    try:
+    with reported(), usage():
         if own.prompt is None and "--help" not in rest:
             raise OptionError("the server needs `--prompt DIR`; without a prompt, run `transformers serve`.")
-        with prompted(own.prompt):
-            import typer
-            from transformers.cli.serve import Serve
+    with reported(), prompted(own.prompt):
+        import typer
+        from transformers.cli.serve import Serve
 
-            app = typer.Typer(pretty_exceptions_enable=False)
-            app.command(name="serve")(Serve)
-            app(rest)
-    except SoftHooksError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        sys.exit(1)
+        app = typer.Typer(pretty_exceptions_enable=False)
+        app.command(name="serve")(Serve)
+        app(rest)
 
 
 if __name__ == "__main__":

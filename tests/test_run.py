@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -308,6 +309,171 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         _asked("--config", str(tmp_path / "no-such.yaml"))
 
 
+# --- modules ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package with a module and a `__main__` that train as the script does, and one without a `__main__`."""
+    for name in ("trained", "mute", "broken"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("import nowhere_at_all\n" if name == "broken" else "")
+    text = SCRIPT.read_text()
+    said = "\nimport sys; print('ran', sys.argv[0], sys.path[0], __name__, __package__)\n"
+    for name in ("__main__", "train"):
+        (tmp_path / "trained" / f"{name}.py").write_text(text + said)
+    (tmp_path / "trained" / "five.py").write_text("import sys; print(sys.argv[1:]); sys.exit(5)\n")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("trained", "mute", "broken")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("given", "file"),
+    [(["-m", "trained"], "__main__.py"), (["-m", "trained.train"], "train.py"), (["-mtrained.train"], "train.py")],
+)
+def test_a_module_trains_as_a_script_does(
+    given: list[str], file: str, packages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the `sys.argv`, `sys.path` and names that `python -m` gives it."""
+    before = sys.argv, list(sys.path), list(DEFAULT_CALLBACKS), tf.Trainer.__init__, sys.modules["__main__"]
+    run(["--num-virtual-tokens", "5", *given, "--output_dir", str(packages / "out"), *QUIET])
+    assert (sys.argv, sys.path, DEFAULT_CALLBACKS, tf.Trainer.__init__, sys.modules["__main__"]) == before
+    assert next(iter(_saved(packages / "out" / "saved").values())).shape[0] == 5
+    assert f"ran {packages / 'trained' / file} {packages} __main__ trained" in capsys.readouterr().out
+
+
+def test_what_stands_behind_a_module_or_a_script_is_its_own(packages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options that softhooks knows too, and `--`, as Python passes them on."""
+    own = ["--num-virtual-tokens", "x", "--", "-m", "y"]
+    for given in (["-m", "trained.five"], [str(packages / "trained" / "five.py")], ["--", "trained/five.py"]):
+        with pytest.raises(SystemExit) as left:
+            run([*given, *own])
+        assert left.value.code == 5
+        assert capsys.readouterr().out == f"{own}\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        ("nowhere_at_all", "no such module"),
+        ("nowhere_at_all.train", "no such module"),
+        ("trained.nothing", "no such module"),
+        ("trained/train.py", "no such module"),
+        ("..", "no such module"),
+        ("mute", "a package without `__main__`"),
+    ],
+)
+def test_a_module_that_cannot_be_run_is_named(module: str, found: str, packages: Path) -> None:
+    with pytest.raises(OptionError, match=rf"module: +'{re.escape(module)}'\nfound: +{found}"):
+        run(["-m", module])
+
+
+def test_a_package_that_misses_something_itself_says_what(packages: Path) -> None:
+    with pytest.raises(ModuleNotFoundError, match="nowhere_at_all"):
+        run(["-m", "broken.train"])
+
+
+# --- exit status ------------------------------------------------------------------------------------------------------
+
+
+def _status(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["softhooks", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--num-virtual-token", "3", "x.py"],
+        ["--num-virtual-tokens", "0", str(SCRIPT)],
+        ["--method", "nope", str(SCRIPT)],
+        ["--config", "nope.yaml", str(SCRIPT)],
+        ["--init", "nope", str(SCRIPT)],
+        [],
+        ["--", "nope.py"],
+        ["nope.py"],
+        ["."],
+        ["-m"],
+        ["-m", "nowhere_at_all"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_one_message_and_exit_status_2(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _status(monkeypatch, "run", *arguments) == 2
+    assert capsys.readouterr().err.startswith("OptionError: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("print('no Trainer')", 1),
+        ("import softhooks; softhooks.PromptTuning(0)", 1),
+        ("import sys; sys.exit(7)", 7),
+        ("import sys; sys.exit(2)", 2),
+    ],
+)
+def test_a_failure_and_a_scripts_own_status_pass_through(
+    text: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "script.py").write_text(text)
+    assert _status(monkeypatch, "run", str(tmp_path / "script.py")) == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["nonsense"], 2),
+        (["convert"], 2),
+        (["convert", "nope", "out"], 2),
+        (["convert", ".", "out"], 2),
+        (["inspect"], 2),
+        (["inspect", "nope"], 2),
+        (["export", "nope", "--to", "vllm", "--model", "nope", "--output", "out"], 2),
+        (["export", "nope", "--to", "nope", "--model", "nope", "--output", "out", "--text", "x"], 2),
+        (["export", "nope", "--to", "vllm", "--model", "nope", "--output", "out", "--text", "x"], 1),
+        (["demo", "--seed", "x"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_every_command_has_the_same_exit_statuses(
+    arguments: list[str],
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _status(monkeypatch, *arguments) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_conversion_that_overwrites_is_a_wrong_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zoo
+
+    softhooks.attach(zoo.build("llama"), PromptTuning(2)).save_pretrained(tmp_path / "prompt")
+    assert _status(monkeypatch, "convert", str(tmp_path / "prompt"), str(tmp_path)) == 2
+    assert _status(monkeypatch, "convert", str(tmp_path / "prompt"), str(tmp_path / "out"), "--to", "softhooks") == 2
+    assert _status(monkeypatch, "convert", str(tmp_path / "prompt"), str(tmp_path / "out")) == 0
+    (tmp_path / "prompt" / "soft_prompt.safetensors").write_bytes(b"cut off")
+    assert _status(monkeypatch, "convert", str(tmp_path / "prompt"), str(tmp_path / "again")) == 1
+    assert _status(monkeypatch, "inspect", str(tmp_path / "prompt")) == 1
+
+
+def test_the_server_without_a_prompt_is_a_wrong_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from softhooks.integrations import transformers_serve
+
+    with pytest.raises(SystemExit) as left:
+        transformers_serve.main(["model"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("OptionError: the server needs `--prompt DIR`")
+
+
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
@@ -343,16 +509,6 @@ def test_help_on_a_method_says_what_its_options_mean() -> None:
 def test_the_root_lists_run() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [])
     assert "softhooks run script.py ARGS" in result.output
-
-
-def test_an_error_is_one_message_and_exit_code_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["softhooks", "run", "--num-virtual-token", "3", "x.py"])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 1
-    assert capsys.readouterr().err.startswith("OptionError: an option must be one of the method's")
 
 
 def test_the_package_runs_as_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import enum
 import os
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from softhooks.command.exits import reported, usage
 from softhooks.command.export import export
-from softhooks.command.inspect import inspect, visible
+from softhooks.command.inspect import inspect
 from softhooks.demo.options import DemoOptions
-from softhooks.errors import SoftHooksError
+from softhooks.errors import CheckpointError
 
 DEMO = DemoOptions()
 
@@ -132,10 +131,12 @@ def demo(
     add_help_option=False,
 )
 def run(context: typer.Context) -> None:
-    """Run an unmodified Trainer script, so that it trains a soft prompt: softhooks run script.py ARGS."""
-    from softhooks.command.run import run as run_script  # torch and transformers take seconds to import
+    """Run an unmodified Trainer script, or a module (-m), so that it trains a soft prompt: softhooks run script.py ARGS."""
+    from softhooks.command import request, run  # torch and transformers take seconds to import
 
-    run_script(context.args)
+    with usage():
+        asked = request.parse(context.args)
+    run.carry_out(asked)
 
 
 @app.command()
@@ -184,8 +185,13 @@ def convert(
       softhooks convert ner-adapter ner-prompt --base models/bert-base-cased
     """
     from softhooks.command.convert import convert as convert_prompts  # torch and transformers take seconds to import
+    from softhooks.command.convert import prompts_in
 
-    for name, stored in convert_prompts(source, target, None if to is None else to.value, base).items():
+    with usage(CheckpointError):
+        prompts_in(source)
+    with usage():
+        converted = convert_prompts(source, target, None if to is None else to.value, base)
+    for name, stored in converted.items():
         where = target if name == "default" else target / name
         typer.echo(f"{name}: {stored.method.kind}, {stored.method.num_virtual_tokens} virtual tokens -> {where}")
 
@@ -196,12 +202,8 @@ app.command()(inspect)
 
 def main() -> None:
     """Run the command line; an expected error is one message, without a traceback."""
-    try:
+    with reported():
         app()
-    except SoftHooksError as error:
-        message = visible(f"{type(error).__name__}: {error}", kept="\n")  # a hostile file's words may be in it
-        Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def convert(source: Path, target: Path, to: Format | None = None, base: Path | N
         UnsupportedMethodError: the other format has nothing that means the same.
         OptionError: `target` is taken, or `source` has the format already.
     """
-    found, present = _find(source)
+    found, present = prompts_in(source)
     wanted: Format = to or ("peft" if present == "softhooks" else "softhooks")
     if wanted == present:
         raise OptionError(
@@ -81,7 +81,7 @@ def convert(source: Path, target: Path, to: Format | None = None, base: Path | N
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def _find(source: Path) -> tuple[dict[str, Path], Format]:
+def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
     """The prompts of a folder by name, and their format; a folder that holds both formats holds ours beside an adapter.
 
     Raises:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from softhooks.errors import OptionError
+from softhooks.command.exits import usage
+from softhooks.errors import CheckpointError, OptionError, explain
 
 EMBEDDINGS_FILE = "prompt_embeds.safetensors"
 REQUEST_FILE = "request.json"
@@ -50,8 +51,9 @@ def export(
 
       softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
     """
-    if (text is None) == (text_file is None):
-        raise OptionError("softhooks export needs one of --text and --text-file.")
+    with usage():
+        if (text is None) == (text_file is None):
+            raise OptionError("softhooks export needs one of --text and --text-file.")
     said = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
     rows = _rows(prompt, model, said, chat, to)  # torch and transformers take seconds to import
     if to is Server.vllm:
@@ -74,8 +76,18 @@ def _rows(prompt: str, model: str, text: str, chat: bool, to: Server) -> Any:
     from softhooks.embedded import sequence_embeddings
     from softhooks.saving.checkpoint import load
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            explain(
+                "--model must be a language model with its tokenizer.",
+                "Give the directory that `save_pretrained` of both has written, or a name on the Hub.",
+                model=model,
+                cause=" ".join(str(error).split()),
+            )
+        ) from error
     load(base, prompt)
     said: Any = text
     if chat:

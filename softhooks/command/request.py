@@ -41,13 +41,16 @@ class Request:
     Attributes:
         method: the method with its options.
         callback: the options of the callback.
-        script, arguments: the script, and what it gets.
+        script: the file to run, or the name of the module.
+        arguments: what it gets.
+        is_module: whether it is a module, as `python -m` runs one.
     """
 
     method: Method
     callback: dict[str, Any]
-    script: Path
+    script: Path | str
     arguments: list[str]
+    is_module: bool = False
 
 
 class Texts(list[str]):
@@ -74,13 +77,22 @@ def parse(arguments: list[str]) -> Request | Help:
         return Help(kind)
     if not rest:
         raise OptionError(
-            "`softhooks run` needs a script to run; none is named. `softhooks run --help` shows examples."
+            "`softhooks run` needs a script or `-m MODULE` to run; none is named. `softhooks run --help` shows examples."
         )
-    script = Path(rest[0])
-    if not script.is_file():
-        raise OptionError(f"the script to run must be a file; {rest[0]!r} is none. Options stand before the script.")
+    is_module = "m" in given
+    script: Path | str = rest[0] if is_module else Path(rest[0])
+    if isinstance(script, Path) and not script.is_file():
+        raise OptionError(
+            explain(
+                "the script to run must be a file.",
+                "Options of `softhooks run` stand before the script; a module is run with `-m`.",
+                script=repr(rest[0]),
+                found="a directory" if script.is_dir() else "no such file",
+            )
+        )
+    given.pop("m", None)
     method, callback = resolve(kind, config, given)
-    return Request(method, callback, script, rest[1:])
+    return Request(method, callback, script, rest[1:], is_module)
 
 
 def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
@@ -125,6 +137,9 @@ def _split(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     given: dict[str, Any] = {}
     rest = list(arguments)
     while rest and rest[0].startswith("-") and rest[0] != "--":
+        if rest[0].startswith("-m"):  # as for Python: nothing behind the module is for us
+            module = rest.pop(0).removeprefix("-m")
+            return given | {"m": True}, [module, *rest] if module else rest
         word, has_value, value = rest.pop(0).partition("=")
         name = {"-h": "help"}.get(word, word.removeprefix("--").replace("-", "_"))
         positive = name not in known and name.startswith("no_") and switches.get(name.removeprefix("no_"), False)

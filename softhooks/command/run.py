@@ -1,6 +1,6 @@
-"""`softhooks run script.py ARGS`: a Trainer script, not a line of it changed, trains a soft prompt.
+"""`softhooks run script.py ARGS`, `softhooks run -m module ARGS`: an unchanged Trainer script trains a soft prompt.
 
-A callback joins those that every Trainer gets by default; then the script runs as `python script.py ARGS` would run it.
+A callback joins those that every Trainer gets by default; then the script or the module runs as Python would run it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
@@ -18,9 +21,10 @@ from rich.console import Console
 from torch import distributed
 from transformers.trainer import DEFAULT_CALLBACKS
 
+from softhooks.command.exits import usage
 from softhooks.command.request import Help, Request, parse
 from softhooks.command.usage import explained
-from softhooks.errors import TrainerError
+from softhooks.errors import OptionError, TrainerError, explain
 from softhooks.quantised import needs_admission
 from softhooks.trainer.callback import SoftPromptCallback
 
@@ -32,14 +36,28 @@ def run(arguments: list[str]) -> None:
         OptionError: the command line or the configuration is wrong.
         TrainerError: the script trained nothing with a Trainer.
     """
-    request = parse(arguments)
+    carry_out(parse(arguments))
+
+
+def carry_out(request: Request | Help) -> None:
+    """Run a script or a module with a callback in its Trainers, or explain.
+
+    Raises:
+        TrainerError: the script trained nothing with a Trainer.
+    """
     if isinstance(request, Help):
         sys.stdout.write(explained(request.kind))
         return
     with _callbacks(request) as made, _as_program(request):
+        if request.is_module:
+            with usage():
+                _require_module(str(request.script))
         _say(f"{request.script} trains {request.method}")
         try:
-            runpy.run_path(str(request.script), run_name="__main__")
+            if request.is_module:
+                runpy.run_module(str(request.script), run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(request.script), run_name="__main__")
         except SystemExit as left:
             if left.code not in (None, 0) or {"-h", "--help"} & set(request.arguments):
                 raise
@@ -50,6 +68,34 @@ def run(arguments: list[str]) -> None:
         )
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()  # scripts leave that to the interpreter's end, where now and then gloo aborts
+
+
+def _require_module(name: str) -> None:
+    """Check that a module can be run, as `python -m` does.
+
+    Raises:
+        OptionError: it is not there, or is a package without `__main__`.
+    """
+    packages = ["", *accumulate(name.split("."), "{}.{}".format)]
+    try:
+        is_name = not name.endswith(".py") and all(map(str.isidentifier, name.split(".")))
+        spec = find_spec(name) if is_name else None  # imports the packages around it
+        is_package = spec is not None and spec.submodule_search_locations is not None
+        can_run = spec is not None and (not is_package or find_spec(f"{name}.__main__") is not None)
+    except (ModuleNotFoundError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name not in packages:
+            raise  # the package itself misses something
+        spec, can_run = None, False
+    if not can_run:
+        raise OptionError(
+            explain(
+                "`softhooks run -m` runs a module that `python -m` would run here.",
+                "Name it with dots and without `.py`, and run the command where it can be imported.",
+                module=repr(name),
+                found="a package without `__main__`" if spec is not None else "no such module",
+                looked_in=f"{sys.path[0]} and where Python is installed",
+            )
+        )
 
 
 @contextmanager
@@ -90,8 +136,8 @@ def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
 def _as_program(request: Request) -> Iterator[None]:
     """Show the script the `sys.argv` and `sys.path` that it would have alone."""
     argv, path = sys.argv, list(sys.path)
-    sys.argv = [str(request.script), *request.arguments]
-    sys.path[0] = str(request.script.resolve().parent)
+    sys.argv = ["-m" if request.is_module else str(request.script), *request.arguments]
+    sys.path[0] = str(Path.cwd()) if request.is_module else str(Path(request.script).resolve().parent)
     try:
         yield
     finally:

@@ -12,6 +12,8 @@ from softhooks.methods import METHODS
 _INTRODUCTION = """
 Usage: softhooks run [--method METHOD] [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]
 
+  or:  softhooks run [--method METHOD] [OPTIONS] -m MODULE [ARGUMENTS OF THE MODULE]
+
 Run a Trainer script, not a line of it changed, so that it trains a soft prompt. Every transformers Trainer that the script makes
 (a Seq2SeqTrainer too) gets a SoftPromptCallback: the model is frozen, the prompt is all that trains, checkpoints and
 save_model hold the prompt only, and at the end the frozen weights are proved unchanged. Use the saved prompt with
@@ -25,9 +27,13 @@ Examples:
 
   softhooks run --method prefix-tuning --num-virtual-tokens 16 train.py --learning_rate 5e-3
 
+  softhooks run -m package.train --learning_rate 1e-2
+
   torchrun --nproc-per-node 2 -m softhooks run --config prompt.yaml train.py --learning_rate 1e-2
 
-`accelerate launch -m softhooks run ...` works too. A configuration in YAML or JSON; the command line wins over it:
+`accelerate launch -m softhooks run ...` works too. The exit status is the script's; 2 if this command line is wrong.
+
+A configuration in YAML or JSON; the command line wins over it:
 
   method: prompt_tuning
   options:
@@ -45,6 +51,7 @@ def explained(kind: str | None) -> str:
     lines = [*_wrapped(_INTRODUCTION), "Options:"]
     lines += _row("--method NAME", f"the method; {DEFAULT_METHOD} unless told otherwise")
     lines += _row("--config FILE", "read method and options from a YAML or JSON file")
+    lines += _row("-m MODULE", "run a module, as python -m does; what stands behind it is its own")
     lines += _row("--help", "show this; with --method, all about that method")
     lines += ["", "Options of the callback:"]
     for option in callback_options().values():
