@@ -86,3 +86,13 @@ def by_hand(model: Any, ids: Tensor, rows: Tensor, **call: Any) -> Tensor:
     embedded = getattr(table, "embed_tokens", table)(ids)
     wide = torch.cat([rows[None].to(embedded), embedded], dim=1)
     return model(inputs_embeds=wide, use_cache=False, **call).logits[:, rows.shape[0] :]
+
+
+def without_dropout(model: Any) -> None:
+    """Let a model train without dropout."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for key in ("dropout", "activation_dropout", "attention_dropout", "activation_fn_dropout", "layerdrop"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)

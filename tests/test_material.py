@@ -111,13 +111,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_rows_written_by_hand(name: s
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     model.train()
-    for part in model.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = 0.0
-    for module in model.modules():
-        for key in ("dropout", "activation_dropout", "attention_dropout", "activation_fn_dropout"):
-            if isinstance(getattr(module, key, None), float):
-                setattr(module, key, 0.0)
+    cross.without_dropout(model)
     loss = model(input_ids=ids, labels=ids, **call).loss
     loss.backward()
     (parameter,) = prompt.parameters()
@@ -272,3 +266,68 @@ def test_rotations_that_depend_on_the_texts_length_reach_the_prompt(kind: str, c
     ids = zoo.text(1, columns)
     want = cross.by_hand(bare, ids, prompt.embeddings())
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+
+
+# --- a prefix in a decoder that attends to an encoder -----------------------------------------------------------------
+
+PREFIXED = ["gpt2", "bert", "roberta", "electra", "rembert", "trocr", "whisper", "xglm"]
+
+
+def _behind_keys(bare: Any, ids: Tensor, prompt: softhooks.SoftPrompt, call: dict[str, Any]) -> Tensor:
+    """Logits of one row behind a cache that holds the prefix as tokens that were read. [1, T] -> [1, T, V]."""
+    prefix = prompt.key_values(prompt.host.anatomy.entry)["self"]
+    cache = tf.EncoderDecoderCache(tf.DynamicCache(), tf.DynamicCache())
+    for layer in prefix.keys:
+        cache.self_attention_cache.update(prefix.keys[layer], prefix.values[layer], layer)
+    return bare(input_ids=ids, past_key_values=cache, use_cache=True, **call).logits
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+@torch.no_grad()
+def test_a_prefix_stands_before_the_text_and_not_before_the_encoders_states(name: str) -> None:
+    bare, model = cross.make(name), cross.make(name)
+    prompt = softhooks.attach(model, softhooks.PrefixTuning(LENGTH, init="random"))
+    ids, encoded = _text(2, 6), _encoded(2)
+    call = cross.states_of(name, encoded)
+    want = torch.cat(
+        [
+            _behind_keys(bare, ids[row : row + 1], prompt, cross.states_of(name, encoded[row : row + 1]))
+            for row in range(2)
+        ]
+    )
+    for use_cache in (False, True):
+        got = model(input_ids=ids, use_cache=use_cache, **call).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    padded = torch.cat([ids, torch.zeros(2, 2, dtype=torch.long)], 1)
+    mask = torch.cat([torch.ones(2, 6), torch.zeros(2, 2)], 1).long()
+    got = model(input_ids=padded, attention_mask=mask, **call).logits[:, :6]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for empty in (None, tf.EncoderDecoderCache(tf.DynamicCache(), tf.DynamicCache())):
+        out = model(input_ids=ids[:, :4], use_cache=True, past_key_values=empty, **call)
+        steps = [out.logits]
+        for column in (4, 5):
+            cache = out.past_key_values
+            assert isinstance(cache, tf.EncoderDecoderCache)
+            assert cache.get_seq_length() == column
+            seen = torch.ones(2, column + 1, dtype=torch.long)
+            token = ids[:, column : column + 1]
+            out = model(input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True, **call)
+            steps.append(out.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "trocr", "xglm"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_give_a_prefix_the_same_gradient(name: str, reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = cross.make(name)
+        prompt = softhooks.attach(model, softhooks.PrefixTuning(LENGTH, init="random"))
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        cross.without_dropout(model)
+        ids, call = _text(2, 6), cross.states_of(name, _encoded(2))
+        model(input_ids=ids, use_cache=False, **call).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in prompt.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from softhooks.anatomy import Stack
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.attention import PrefixPass
-from softhooks.inject.caches import PrefixCache
+from softhooks.inject.caches import PrefixCache, PrefixPair
 from softhooks.inject.keyvalues import KeyValues
 
 _BY_COLUMN = ("attention_mask", "alibi")
@@ -41,11 +41,16 @@ class CachePass(PrefixPass):
     def _enter(self, call: dict[str, Any], shape: tuple[int, int]) -> None:
         inner = call.get("past_key_values")
         self._past = 0 if inner is None else int(inner.get_seq_length())
+        crosses = call.get("encoder_hidden_states") is not None
         if inner is None and self._wants_cache(call):
             config: Any = self.stack.module.config
             inner = DynamicCache(config=config)
+            if crosses:
+                inner = EncoderDecoderCache(inner, DynamicCache(config=config))
         self.inner = inner
-        self.cache = PrefixCache(self.prefixes["self"], inner)
+        pair = isinstance(inner, EncoderDecoderCache)
+        self.prefixed = PrefixCache(self.prefixes["self"], inner.self_attention_cache if pair else inner)
+        self.cache = PrefixPair(self.prefixed, inner) if pair or crosses else self.prefixed
         call["past_key_values"] = self.cache
         call["attention_mask"] = self._widened(call.get("attention_mask"), shape)
         self._keep_cache_in_checkpoints()
@@ -118,7 +123,7 @@ class CachePass(PrefixPass):
 
     def leave(self, output: Any) -> Any:
         """Hand the caller's cache back, and the attentions without the prefix's columns."""
-        self.touched = self.cache.touched
+        self.touched = self.prefixed.touched
         if isinstance(output, tuple):
             items = [self.inner if item is self.cache else self._bring(item) for item in output]
             return tuple(item for item in items if item is not None)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.keyvalues import KeyValues
@@ -93,3 +93,25 @@ class PrefixCache(Cache):
             return self.prefix.length + query_length, 0
         length, offset = self.inner.get_mask_sizes(query_length, layer_idx)
         return self.prefix.length + length, offset
+
+
+class PrefixPair(EncoderDecoderCache):
+    """A prefix before the keys of self-attention, in a decoder that attends to an encoder too; cross-attention has no prefix.
+
+    Args:
+        prefixed: the cache of self-attention.
+        inner: the caller's; what it has for cross-attention is used and filled. Any other keeps nothing of cross-attention, whose
+            keys are then made of the encoder's states in each forward.
+    """
+
+    def __init__(self, prefixed: PrefixCache, inner: Cache | None) -> None:
+        own = inner if isinstance(inner, EncoderDecoderCache) else None
+        super().__init__(prefixed, ListeningCache() if own is None else own.cross_attention_cache)
+        self.is_updated = _Never() if own is None else own.is_updated
+
+
+class _Never(dict[int, bool]):
+    """Notes of which layers have keys for cross-attention, where none are kept."""
+
+    def __setitem__(self, _layer: int, _is_there: bool) -> None:
+        return None
