@@ -48,9 +48,10 @@ class CachePass(PrefixPass):
             if crosses:
                 inner = EncoderDecoderCache(inner, DynamicCache(config=config))
         self.inner = inner
-        pair = isinstance(inner, EncoderDecoderCache)
-        self.prefixed = PrefixCache(self.prefixes["self"], inner.self_attention_cache if pair else inner)
-        self.cache = PrefixPair(self.prefixed, inner) if pair or crosses else self.prefixed
+        own = inner.self_attention_cache if isinstance(inner, EncoderDecoderCache) else inner
+        self.prefixed = PrefixCache(self.prefixes["self"], own)
+        crosses = crosses or own is not inner
+        self.cache = PrefixPair(self.prefixed, inner) if crosses else self.prefixed
         call["past_key_values"] = self.cache
         call["attention_mask"] = self._widened(call.get("attention_mask"), shape)
         self._keep_cache_in_checkpoints()
