@@ -51,7 +51,7 @@ class ModelHooks:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
         if host.is_in_use and encoded is not None and host.anatomy.is_encoder_decoder:
-            require_encoded(encoded, host.selection)
+            require_encoded(encoded, host.made())
         call.encoded = note_of(encoded)
         if call.is_aside or not host.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
@@ -200,9 +200,9 @@ class StackHooks:
                     )
                 )
             if self.stack.name == "encoder":
-                note_encoded(changed, self.host.selection)
+                note_encoded(changed, opened.made())
             else:
-                note_caches(changed, self.host.selection)
+                note_caches(changed, opened.made)
             return changed
         finally:
             self.host.running.end(begun)

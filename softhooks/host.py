@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from softhooks.generation import watch_generate
 from softhooks.gradients import SetAside
 from softhooks.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.inject.entry import open_pass
+from softhooks.inject.fingerprint import Made, made_with, token_of
 from softhooks.inject.interface import close_interface, files_of, mark, open_interface, unmark
 from softhooks.inject.packed import documents, guard, require_masks
 from softhooks.inject.paged import paged_cache, require_same_prompt
@@ -81,6 +83,7 @@ class Host:
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
         self.set_aside = SetAside()
+        self.token = token_of(model)
         self.record: FrozenRecord | None = None
         self.noted: dict[str, Tensor] | None = None  # the shapes of the last state dict with prompts that was loaded
         self.placeholder = int(probe_ids(model, anatomy.vocabulary, columns=2)[0, 0])
@@ -293,12 +296,22 @@ class Host:
         names = [self.active] if self.rows is None else list(self.rows)
         return repr(names[0] if len(set(names)) == 1 else names)
 
+    def made(self, selection: Selection | None = None) -> Made:
+        """The state of the prompts that are on, for a note on what a forward makes with them.
+
+        Args:
+            selection: which row meets which, if that is known.
+        """
+        names = dict.fromkeys([self.active] if self.rows is None else self.rows)
+        return made_with([self.prompts[name] for name in names if name], self.selection, self.token, selection)
+
     # --- passes -------------------------------------------------------------------------------------------------------
 
     def open(self, stack: Stack, call: dict[str, Any]) -> Pass | None:
         """Open the pass of a forward of a stack, if a prompt is on."""
         cache = cache_of(call) if self.is_in_use else call.get("past_key_values")
-        require_own_cache(cache, self.selection if self.is_in_use else None)
+        if not self.is_in_use:
+            require_own_cache(cache, None)
         self.refuse_unused(call, stack.parameters)
         given = take(call, self.columns)  # where a stack is called by itself, as generate calls an encoder
         paged = paged_cache(call)
@@ -315,6 +328,9 @@ class Host:
         forward.batch = batch if forward.batch is None else forward.batch
         if not selection.uses:
             return None
+        made = partial(self.made, selection)
+        if cache is not None:
+            require_own_cache(cache, made())
         columns = text.shape[1] if isinstance(text, Tensor) else 0
         own = call.get("position_ids")
         packed = documents(forward.positions if own is None else own, call.get("attention_mask"), columns)
@@ -327,6 +343,7 @@ class Host:
         if packed is not None:
             guard(opened, packed)
         require_same_prompt(paged, opened, self.selection)
+        opened.made = made
         return opened
 
     def _rest(self, stack: Stack) -> None:

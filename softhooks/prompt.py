@@ -19,6 +19,7 @@ from softhooks.frozen import FrozenReport
 from softhooks.groups import groups_of
 from softhooks.host import CONTAINER, Container, Host
 from softhooks.inject.branch import Branch, branch_of
+from softhooks.inject.fingerprint import Snapshot, snapshot
 from softhooks.inject.keyvalues import KeyValues, split
 from softhooks.inject.reuse import Memory
 from softhooks.inject.shared import every_tensor, prefill
@@ -64,6 +65,7 @@ class SoftPrompt:
         self._module = module
         self._memory: dict[str, Memory[dict[Role, KeyValues]]] = {}
         self._branches: dict[str, Memory[Branch]] = {}
+        self._snapshot: Snapshot | None = None
         self._stand_in: Callable[[Stack], dict[Role, KeyValues]] | None = None
 
     # --- what it holds ------------------------------------------------------------------------------------------------
@@ -184,6 +186,11 @@ class SoftPrompt:
         forward = self._host.running.forward
         kept = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
         return None if kept is None else kept.states
+
+    def snapshot(self) -> Snapshot:
+        """The prompt's state now; the same object while nothing changes."""
+        self._snapshot = snapshot(self, self._snapshot)
+        return self._snapshot
 
     def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
         if self.method.enters == "embeddings":

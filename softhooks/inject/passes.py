@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from softhooks.anatomy import Site, Stack
 from softhooks.errors import UnsupportedModeError, explain
+
+if TYPE_CHECKING:
+    from softhooks.inject.fingerprint import Made
 
 AttentionFunction = Callable[..., Any]
 
@@ -36,6 +39,7 @@ class Pass:
         entered: whether the stack's forward that it is for has begun. A call of the stack after that is another one, inside.
         touched: whether the prompt was put in. A pass that ends untouched is an error, not silence.
         handles: hooks for this forward only.
+        made: tells the state of the prompts of the pass, for notes on caches and encoder states.
         calls: how often each module that serves several layers was called, by its first site's role and index.
     """
 
@@ -45,6 +49,7 @@ class Pass:
         self.entered = False
         self.touched = False
         self.handles: list[Any] = []
+        self.made: Callable[[], Made]
         self.calls: dict[tuple[str, int], int] = {}
 
     def embed(self, output: Tensor) -> Tensor:

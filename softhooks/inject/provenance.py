@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from softhooks.anatomy import first_state
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError, explain
+from softhooks.inject.fingerprint import Made
 
 _NOTE = "_softhooks_made_with"
 
@@ -52,62 +54,71 @@ def caches_in(output: Any) -> list[Any]:
     return [item for item in items if hasattr(item, "get_seq_length")]
 
 
-def note_caches(output: Any, selection: str | None) -> None:
-    """Note on the cache in a stack's output which prompts it was filled with."""
+def note_caches(output: Any, made: Callable[[], Made]) -> None:
+    """Note on a cache that the stack has made which prompts it was filled with; one that was given has its note."""
     for cache in caches_in(output):
-        setattr(cache, _NOTE, selection)
+        if getattr(cache, _NOTE, None) is None:
+            setattr(cache, _NOTE, made())
 
 
-def require_own_cache(cache: Any, selection: str | None) -> None:
-    """Check that what a cache holds was computed with the prompts that are on; note them on an empty one.
+def require_own_cache(cache: Any, now: Made | None) -> None:
+    """Check that what a cache holds was computed with the prompts that are on, as they are; note them on an empty one.
 
     Args:
-        selection: the prompts that are on, in words; None: the bare model.
+        now: the prompts that are on; None: the bare model.
 
     Raises:
-        UnsupportedModeError: it was filled without, or with others.
+        UnsupportedModeError: it was filled without, with others, or before they changed.
     """
     if not hasattr(cache, "get_seq_length"):
         return
-    made = getattr(cache, _NOTE, None)
-    if made == selection:
+    made: Made | None = getattr(cache, _NOTE, None)
+    difference = ("others" if made else None) if now is None else now.difference(made)
+    if difference is None:
         return
     if is_filled(cache):
         raise UnsupportedModeError(
             explain(
                 "a cache serves the prompts that it was filled with: every key in it depends on them.",
                 "Continue with these prompts on, or start again from the text without the cache.",
-                filled=f"with {made}" if made else "without a prompt",
-                now=f"with {selection}" if selection else "without a prompt",
+                filled=_told(made, now, difference),
+                now=f"with {now.words}" if now else "without a prompt",
             )
         )
-    setattr(cache, _NOTE, selection)
+    setattr(cache, _NOTE, now)
 
 
-def note_encoded(output: Any, selection: str) -> None:
+def _told(made: Made | None, now: Made | None, difference: str) -> str:
+    if made is None:
+        return "without a prompt"
+    return f"with {made.words}" + ("" if now is None or made.words != now.words else f", {difference}")
+
+
+def note_encoded(output: Any, made: Made) -> None:
     """Note on an encoder's output, and on its states, which prompts it ran with."""
     for part in (output, first_state(output)):
         if not isinstance(part, tuple):
-            setattr(part, _NOTE, selection)
+            setattr(part, _NOTE, made)
 
 
-def require_encoded(given: Any, selection: str) -> None:
+def require_encoded(given: Any, now: Made) -> None:
     """Check that an encoder's output, which a caller brings along, was made with the prompts that are on.
 
     Beams copy the states and keep the output that holds them; so either may bear the note.
 
     Raises:
-        PromptNotReachedError: it was made without, or with others.
+        PromptNotReachedError: it was made without, with others, or before they changed.
     """
     parts = [given, *([first_state(given)] if isinstance(given, (tuple, list, dict)) and len(given) else [])]
     made = [getattr(part, _NOTE) for part in parts if hasattr(part, _NOTE)]
-    if selection not in made:
+    differences = [now.difference(one) for one in made]
+    if None not in differences:
         raise PromptNotReachedError(
             explain(
                 "a decoder must be given the states of an encoder that ran with the prompt.",
                 "Let the model run its encoder itself, or call the encoder while the prompt is on and pass its output as "
                 "it is.",
-                encoder_outputs=f"made with {made[0]}" if made else "made without",
-                now=selection,
+                encoder_outputs=f"made {_told(made[0], now, str(differences[0]))}" if made else "made without",
+                now=now.words,
             )
         )

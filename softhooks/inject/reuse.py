@@ -44,11 +44,13 @@ class Scope:
         self.is_explicit = is_explicit
         self.is_open = True
         self.results: dict[Memory[Any], _Result] = {}
+        self.snapshots: dict[int, tuple[list[Any], Any]] = {}  # of prompts, by where their tensors lie
 
     def close(self) -> None:
         """End it everywhere, also in tasks and threads that have inherited it."""
         self.is_open = False
         self.results.clear()
+        self.snapshots.clear()
 
     def __deepcopy__(self, _memo: object) -> Scope:
         """A copy holds nothing: what bears it (a cache) may go on with a copy of the model."""
