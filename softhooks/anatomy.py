@@ -87,6 +87,7 @@ class Stack:
     """A text backbone: what takes ids and returns one state a token.
 
     Attributes:
+        fills: the per-token arguments that a virtual slot has a value for, found out where slots are used.
         owner: the host whose prompts enter here.
         proven: the plain arguments of the call on which the ways in were compared; the same again change nothing.
         pooled: the module in it whose first column is handed to a pooler, where the pooler never sees the others.
@@ -102,6 +103,7 @@ class Stack:
     parameters: list[str]
     sites: list[Site] = field(default_factory=list)
     through: Literal["attention", "written_out", "cache"] | None = None
+    fills: dict[str, int] = field(default_factory=dict)
     owner: Host | None = None
     proven: dict[str, Any] = field(default_factory=dict)
     pooled: nn.Module | None = None

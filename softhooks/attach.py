@@ -16,11 +16,12 @@ from softhooks.causality import check_causality
 from softhooks.constraint import unwatch, watch
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
 from softhooks.exclusive import exclusive
-from softhooks.fit import choose_injection
+from softhooks.fit import choose_injection, probe_inputs
 from softhooks.frozen import FrozenRecord
 from softhooks.generation import keep_from_assistants
 from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
+from softhooks.inject.fills import find_fills
 from softhooks.labels import Labels
 from softhooks.method import Method, PromptEncoder
 from softhooks.model_saving import stand_in
@@ -207,6 +208,10 @@ def _check_length(anatomy: Anatomy, method: Method) -> None:
 
 def _prove_reached(prompt: SoftPrompt) -> None:
     """Run the probes of what was attached."""
+    entry = prompt.host.anatomy.entry
+    if prompt.injection == "slots" and not entry.fills:
+        with probing(prompt.model), _AllOff(prompt.host):
+            entry.fills = find_fills(entry, probe_inputs(prompt)["input_ids"].flatten(0, -2)[:1])
     prove_reach(prompt)
     with proving(prompt.model):
         check_causality(prompt)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from softhooks.errors import AttachError, SoftHooksError, UnsupportedModelError, explain
+from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, UnsupportedModelError, explain
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
 OTHER_METHOD = "Use another method, if one can enter this model."
@@ -36,6 +36,10 @@ def probing(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
+class _RefusedModeError(UnsupportedModelError, UnsupportedModeError):
+    """A way in cannot serve what the model always does."""
+
+
 @contextmanager
 def proving(model: nn.Module) -> Iterator[None]:
     """Turn whatever a forward with a prompt raises, when it is tried at attach, into a refusal to attach.
@@ -49,7 +53,8 @@ def proving(model: nn.Module) -> Iterator[None]:
     except AttachError:
         raise
     except SoftHooksError as error:
-        raise UnsupportedModelError(
+        kind = _RefusedModeError if isinstance(error, UnsupportedModeError) else UnsupportedModelError
+        raise kind(
             explain(
                 "a prompt can be attached to a model only if a forward of plain text goes through it.",
                 OTHER_METHOD,

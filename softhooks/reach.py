@@ -7,6 +7,7 @@ at zero). The prompt itself, gradients, random states and what is kept from forw
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from softhooks.constraint import unwatch
 from softhooks.errors import UnsupportedModelError, explain
 from softhooks.fit import probe_inputs
 from softhooks.method import PromptEncoder
+from softhooks.probe import unwrapped
 from softhooks.probing import OTHER_METHOD, proving
 from softhooks.prompt import SoftPrompt
 
@@ -61,12 +63,18 @@ def _show_effect(prompt: SoftPrompt) -> None:
 def _output(prompt: SoftPrompt) -> Tensor | None:
     """What the model is run for: the first floating-point tensor that it returns. None if it has numbers that are not finite."""
     with prompt.host.outermost.aside():
-        output: Any = prompt.model(**probe_inputs(prompt))
+        output: Any = prompt.model(**probe_inputs(prompt), **_without_cache(prompt.model))
     values = [output] if isinstance(output, Tensor) else output.values() if hasattr(output, "values") else output
     found = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
     if found is None:
         raise _refusal(prompt, f"the model returns no floating-point tensor, but a {type(output).__name__}")
     return found if bool(found.isfinite().any()) else None
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """Training keeps no cache; some models (RWKV) write into theirs what a backward needs."""
+    takes = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
+    return {"use_cache": False} if takes and torch.is_grad_enabled() else {}
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
+from softhooks.inject.fills import COPIED, fill
 from softhooks.inject.provenance import is_recurrent
 from softhooks.inject.widened import Widened
 from softhooks.layout.places import text_positions
@@ -70,17 +72,30 @@ def refuse_moved_positions(positions: Any, mask: Tensor) -> None:
         )
 
 
-def widen_known(call: dict[str, Any], wide: Widened) -> None:
-    """Give the per-token arguments whose value at a virtual token is known their widened columns, in place."""
-    for name in _ZERO_AT_SLOTS:
-        if isinstance(call.get(name), Tensor):
-            call[name] = wide.spread(call[name], 0)
+def mask_of_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
+    """Say by a mask what a call says by the lengths of its rows (XLM), which slots change; a mask goes before them."""
+    lengths = call.get("lengths")
+    if not isinstance(lengths, Tensor) or lengths.shape != (batch,):
+        return
+    if call.get("attention_mask") is None:
+        call["attention_mask"] = (torch.arange(columns, device=lengths.device) < lengths[:, None]).long()
+    call["lengths"] = None
 
 
-def refuse_unknown(call: dict[str, Any], batch: int, columns: int) -> None:
+def widen_known(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
+    """Give the per-token arguments whose value at a virtual token is known their widened columns, in place.
+
+    Args:
+        fills: the values that were found for this stack.
+    """
+    fill(call, wide, {**dict.fromkeys(_ZERO_AT_SLOTS, 0), **fills})
+
+
+def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int) -> None:
     """Refuse per-token arguments whose value at a slot nobody knows: [B, T, ...], and masks for each query, [B, 1, T, ...]."""
+    known = {*_UNTOUCHED, *_WIDENED, *COPIED, *stack.fills}
     for key, value in call.items():
-        if not isinstance(value, Tensor) or key in _UNTOUCHED | _WIDENED:
+        if not isinstance(value, Tensor) or key in known:
             continue
         of_encoder = (
             key == "encoder_attention_mask"
@@ -88,10 +103,29 @@ def refuse_unknown(call: dict[str, Any], batch: int, columns: int) -> None:
         per_token = value.dim() >= (3 if of_encoder else 2) and value.shape[:2] == (batch, columns)
         per_query = value.dim() >= 3 and columns in value.shape[1:-1] and value.shape[0] in (1, batch)
         if per_token or per_query:
+            other = (
+                ""
+                if stack.through is None
+                else ", or use a prompt that enters as keys and values, such as PrefixTuning"
+            )
             raise UnsupportedModeError(
                 explain(
                     "every per-token argument must have a value at the virtual slots.",
-                    f"Leave `{key}` out, or use a prompt that enters as keys and values, such as PrefixTuning.",
+                    f"Leave `{key}` out{other}.",
                     argument=f"{key} {list(value.shape)}",
                 )
             )
+
+
+def refuse_more_columns(output: Any, text: int, wide: int) -> None:
+    """Refuse a stack's states where they are not one a column: behind the text it may have put an image (LayoutLMv3)."""
+    columns = first_state(output).shape[1]
+    if columns not in (text, wide):
+        raise UnsupportedModeError(
+            explain(
+                "slots need a stack that returns one state for each column that it is given.",
+                "Call the model with text alone.",
+                given=f"{wide} columns, {wide - text} of them slots",
+                returned=f"{columns} columns",
+            )
+        )

@@ -16,7 +16,15 @@ from torch.nn import functional
 
 from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
-from softhooks.inject.accept import flat_mask, refuse_moved_positions, refuse_static, refuse_unknown, widen_known
+from softhooks.inject.accept import (
+    flat_mask,
+    mask_of_lengths,
+    refuse_more_columns,
+    refuse_moved_positions,
+    refuse_static,
+    refuse_unknown,
+    widen_known,
+)
 from softhooks.inject.passes import Pass
 from softhooks.inject.positions import place_at_table, positions_of
 from softhooks.inject.provenance import cache_of, caches_in, is_filled, is_recurrent
@@ -135,6 +143,7 @@ class SlotPass(Pass):
             raise UnsupportedModeError("slots need `input_ids` or `inputs_embeds` in the call of the model's backbone.")
         self.batch, self.columns = text.shape[:2]
         self.device = text.device
+        mask_of_lengths(call, self.batch, self.columns)
         cache = cache_of(call)
         refuse_static(cache)
         if not is_filled(cache):
@@ -147,7 +156,7 @@ class SlotPass(Pass):
     # --- the first forward: the slots go in ---------------------------------------------------------------------------
 
     def _begin(self, call: dict[str, Any]) -> None:
-        refuse_unknown(call, self.batch, self.columns)
+        refuse_unknown(call, self.stack, self.batch, self.columns)
         given = call.get("attention_mask")
         mask = flat_mask(given, self.batch, self.columns, self.device)
         refuse_moved_positions(call.get("position_ids"), mask)
@@ -161,7 +170,7 @@ class SlotPass(Pass):
         else:
             call["inputs_embeds"] = self._overwrite(self._wide.spread(call["inputs_embeds"], 0))
             self.touched = True
-        widen_known(call, self._wide)
+        widen_known(call, self._wide, self.stack.fills)
         if call.get("token_type_ids") is not None:
             self._ids = call.get("input_ids")
         if given is not None or self.slots.uneven:
@@ -288,6 +297,7 @@ class SlotPass(Pass):
                 note_written(cache, self._written)
         if self._asked and first_state(output).shape[1] < self._wide.columns:
             return strip_last(output, self._wide, self.strip, self._asked)
+        refuse_more_columns(output, self.columns, self._wide.columns)
         stripped = strip_output(output, self._wide, self.strip, self.keep)
         if self.keep:
             self.stack.encoded = self._written
