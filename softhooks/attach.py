@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from softhooks.added_hooks import prove_rows
+from softhooks.added_tokens import ADDED, AddedTokens, chosen_ids, copy_rows
 from softhooks.anatomy import Anatomy
 from softhooks.blocks import Block
 from softhooks.causality import check_causality
@@ -34,6 +36,7 @@ from softhooks.reach import prove_reach
 from softhooks.remedies import names_tried_remedies
 from softhooks.trainer.offload import device_of
 from softhooks.trainer.sharding import refuse_partitioned
+from softhooks.vocabulary import warn_of_added
 
 
 def attach(
@@ -45,6 +48,7 @@ def attach(
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
     injection: Injection | None = None,
+    train_added_tokens: bool | Sequence[int] = False,
 ) -> SoftPrompt:
     """Attach a soft prompt to a model and freeze everything else.
 
@@ -59,6 +63,8 @@ def attach(
         freeze_dropout: keep the backbone's dropout off while it trains.
         injection: the way in; None lets a check at attach choose the fastest that is exact, and takes slots for single calls in
             which it is not; 'shared' refuses those.
+        train_added_tokens: train rows of the vocabulary with the prompt, and save them with it: True, those that
+            `resize_token_embeddings` has added since the model was made or loaded; or the ids of tokens. The model's rows stay.
 
     Returns:
         the handle; also a context manager that removes the prompt.
@@ -80,7 +86,13 @@ def attach(
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=True,
+        make_added=lambda anatomy: _added(train_added_tokens, model, anatomy),
     )
+
+
+def _added(asked: bool | Sequence[int], model: nn.Module, anatomy: Anatomy) -> AddedTokens | None:
+    ids = chosen_ids(asked, model, anatomy)
+    return copy_rows(ids, model, anatomy) if ids else None
 
 
 @exclusive
@@ -100,6 +112,8 @@ def attach_encoder(
     trainable: tuple[str, ...] = (),
     labels: Labels | None = None,
     check: Callable[[Anatomy], None] | None = None,
+    make_added: Callable[[Anatomy], AddedTokens | None] | None = None,
+    take_added: Callable[[AddedTokens], None] | None = None,
 ) -> SoftPrompt:
     """Attach an encoder that the method builds or that was saved. See `attach`.
 
@@ -110,6 +124,8 @@ def attach_encoder(
         source: what to call the encoder in errors.
         labels: the names of the heads' labels; None: the model's.
         frozen_record: take the digests that `verify_frozen` compares with.
+        make_added: copies rows of the vocabulary that the prompt trains, or none.
+        take_added: puts stored rows into these copies.
         check: raises if the encoder was made for another model.
     """
     present = host_of(model)
@@ -131,6 +147,10 @@ def attach_encoder(
         heads = {path: head for path, head in heads.items() if path in head_states}
     module["heads"] = own = copy_heads(heads)
     check_heads(own, head_states or {}, source)
+    added = None if make_added is None else make_added(anatomy)
+    if added is not None:
+        module[ADDED] = added
+    warn_of_added(model, anatomy, () if added is None else frozenset(added.ids.tolist()))
     module.train(model.training)
 
     host = present or Host(model, anatomy)
@@ -145,6 +165,10 @@ def attach_encoder(
         _add(host, prompt, heads, freeze_dropout)
         with probing(model):
             prompt.injection = choose_injection(prompt, injection)
+        if added is not None:
+            prove_rows(prompt, probe_inputs(prompt))
+            if take_added is not None:
+                take_added(added)
         prompt.shares_always = injection == "shared"
         _prove_reached(prompt)
         method.check(prompt)
@@ -279,6 +303,8 @@ def _add(host: Host, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dro
     host.prompts[prompt.name] = prompt
     host.active = prompt.name
     watch(prompt.encoder)
+    if prompt.added is not None:
+        host.add_tokens()
     host.freeze_dropout = host.freeze_dropout or freeze_dropout
     for path in heads:
         host.add_head(path)

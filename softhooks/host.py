@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from softhooks.added_hooks import AddedHooks
 from softhooks.anatomy import Anatomy, Stack, probe_ids
 from softhooks.batching import require_servable, watch_batching
 from softhooks.blocks import alone_of, generation_of, is_off, repeats_of, rows_of
@@ -90,6 +91,7 @@ class Host:
         self.outermost = ModelHooks(self)
         self._handles: list[Any] = []
         self._embedding: list[tuple[Stack, StackHooks, Any]] = []
+        self._added: AddedHooks | None = None
         self._overrides = Overrides()
         self._stays: list[Any] = []
         self._files: frozenset[str] = frozenset()
@@ -204,6 +206,11 @@ class Host:
         """Let the prompts' own heads answer in the place of one of the model's."""
         hooks = HeadHooks(self, path.replace(".", "/"))
         self._handles.append(self.model.get_submodule(path).register_forward_hook(hooks.answer, with_kwargs=True))
+
+    def add_tokens(self) -> None:
+        """Let the prompts' own rows of the vocabulary stand in the place of the model's."""
+        if self._added is None:
+            self._added = AddedHooks(self)
 
     def keep(self, handle: Any, *, is_copied: bool = True) -> None:
         """Remove a hook with the last prompt.

@@ -30,6 +30,7 @@ def tune(
     train_head: bool = True,
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
+    train_added_tokens: bool | Sequence[int] = False,
 ) -> Callable[[Callable[P, R]], Callable[..., R]]:
     """Attach a prompt for each call of a function: it is attached, trained by the function, checked, saved, and removed.
 
@@ -41,7 +42,7 @@ def tune(
         save_to: where to save the prompt when the function has returned.
         name: under which to attach it.
         model: the name of the function's parameter that is the model; None: the first argument that is a module.
-        train_head, trainable, freeze_dropout: as in `attach`.
+        train_head, trainable, freeze_dropout, train_added_tokens: as in `attach`.
 
     Raises:
         OptionError: no argument of a call is a model; or the function is a coroutine or a generator, which would run when the
@@ -59,7 +60,13 @@ def tune(
             given = _by_name(signature, signature.bind_partial(*args, **kwargs).arguments)
             target = _find_model(given, model, getattr(function, "__name__", repr(function)))
             prompt = attach(
-                target, method, name, train_head=train_head, trainable=trainable, freeze_dropout=freeze_dropout
+                target,
+                method,
+                name,
+                train_head=train_head,
+                trainable=trainable,
+                freeze_dropout=freeze_dropout,
+                train_added_tokens=train_added_tokens,
             )
             with prompt:
                 if takes_handle and HANDLE not in given:

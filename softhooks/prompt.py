@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from softhooks.added_tokens import ADDED, AddedTokens
 from softhooks.anatomy import Role, Stack
 from softhooks.constraint import unwatch
 from softhooks.errors import NotAttachedError, explain
@@ -84,6 +85,12 @@ class SoftPrompt:
         assert isinstance(heads, nn.ModuleDict)
         return heads
 
+    @property
+    def added(self) -> AddedTokens | None:
+        """The prompt's own rows of the vocabulary, if it trains some."""
+        added = self._module._modules.get(ADDED)
+        return added if isinstance(added, AddedTokens) else None
+
     def head(self, key: str) -> nn.Module | None:
         """The prompt's own head in the place of one of the model's, if it has one."""
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
@@ -120,7 +127,8 @@ class SoftPrompt:
             t.numel() for t in self.encoder.folded().values()
         )
         beside = [p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith(f"{CONTAINER}.")]
-        return own + sum(parameter.numel() for parameter in (*self.heads.parameters(), *beside))
+        beside += [*self.heads.parameters(), *(self.added.parameters() if self.added else ())]
+        return own + sum(parameter.numel() for parameter in beside)
 
     # --- what a forward asks ------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 import softhooks
+from softhooks.added_tokens import copy_rows, take_rows
 from softhooks.attach import attach_encoder
 from softhooks.errors import CheckpointError, explain
 from softhooks.host import CONTAINER
@@ -25,7 +26,7 @@ from softhooks.probe import unwrapped
 from softhooks.prompt import Injection, SoftPrompt
 from softhooks.saving.files import write_json, write_tensors
 from softhooks.saving.missing import explain_missing
-from softhooks.saving.stored import FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, outline, read_own
+from softhooks.saving.stored import ADDED, FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, outline, read_own
 
 DESCRIPTION = "soft_prompt.json"
 TENSORS = "soft_prompt.safetensors"
@@ -49,6 +50,7 @@ def write_stored(stored: Stored, folder: Path) -> None:
     for path, state in stored.heads.items():
         for name, value in state.items():
             tensors[f"{HEAD}{path}:{name}"] = value
+    tensors |= {ADDED + name: table for name, table in stored.added.items()}
     description = describe(stored)
     description["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
     write_tensors(folder / TENSORS, tensors, {"format": "pt", FORMAT: json.dumps(description)})
@@ -80,6 +82,8 @@ def stored_of(prompt: SoftPrompt) -> Stored:
             "slides": bool(getattr(getattr(model, "config", None), "sliding_window", None)),
         },
         labels=prompt.host.labels.of(prompt),
+        added={} if prompt.added is None else prompt.added.tables(),
+        added_ids=() if prompt.added is None else tuple(prompt.added.ids.tolist()),
         is_file=False,
     )
 
@@ -89,6 +93,7 @@ def describe(stored: Stored) -> dict[str, Any]:
     labels = None if stored.labels is None else stored.labels.described(stored.heads)
     return {
         **({} if labels is None else {"labels": labels}),
+        **({"added_tokens": list(stored.added_ids)} if stored.added_ids else {}),
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "method": stored.method.kind,
@@ -167,12 +172,16 @@ def attach_stored(
         head_states=stored.heads,
         source=stored.source,
         labels=stored.labels,
+        make_added=lambda anatomy: copy_rows(stored.added_ids, model, anatomy) if stored.added_ids else None,
+        take_added=lambda own: take_rows(own, stored.added, stored.source),
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,
         check=stored.check_fit,
     )
     prompt.heads.requires_grad_(trainable)
+    if prompt.added is not None:
+        prompt.added.requires_grad_(trainable)
     return prompt
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softhooks.added_tokens import read_ids
 from softhooks.anatomy import Anatomy, Role, Stack
 from softhooks.errors import CheckpointError, PromptMismatchError, SoftHooksError, explain
 from softhooks.groups import check_tables
@@ -19,12 +20,13 @@ from softhooks.labels import Labels, read_labels
 from softhooks.method import Method, PromptEncoder, TableEncoder
 from softhooks.methods import METHODS
 from softhooks.saving.files import parse_json, read_tensors
+from softhooks.vocabulary import require_rows
 
 FORMAT = "softhooks"
 """The key in a file's metadata under which it describes itself."""
 
 FORMAT_VERSION = 1
-PROMPT, HEAD = "prompt.", "head."
+PROMPT, HEAD, ADDED = "prompt.", "head.", "added."
 
 _STACKS = ({"text"}, {"encoder", "decoder"})
 _ROLES = ("self", "cross")
@@ -49,6 +51,7 @@ class Stored:
         also_fits: raises if the file means something else on a model.
         base: `class`, `name_or_path`, `width`, `vocabulary` of its model and whether its windows slide (`slides`), as far as they
             are known; where PEFT wrote it the `task` stands for the class.
+        added: the prompt's own rows of the vocabulary, by name; and `added_ids`, of which tokens.
         labels: the names of its heads' labels, where they are known.
         is_file: whether it was read, so that its numbers are checked; one that is to be written may have diverged.
     """
@@ -64,6 +67,8 @@ class Stored:
     also_fits: Callable[[Anatomy], None] | None = None
     base: dict[str, Any] = field(default_factory=dict)
     labels: Labels | None = None
+    added: dict[str, Tensor] = field(default_factory=dict)
+    added_ids: tuple[int, ...] = ()
     is_file: bool = True
 
     @property
@@ -96,6 +101,7 @@ class Stored:
             return
         named = {
             **self.tables,
+            **self.added,
             **{f"{path}:{name}": t for path, head in self.heads.items() for name, t in head.items()},
         }
         for name, tensor in named.items():
@@ -124,6 +130,7 @@ class Stored:
             PromptMismatchError: stacks, their direction, the shape of their attention, or the prompt's own shape differ.
         """
         self._check_kind(anatomy)
+        require_rows(self.base.get("vocabulary"), anatomy, self.source)
         if self.also_fits is not None:
             self.also_fits(anatomy)
         check_tables(anatomy, self.method, self.tables, self.source)
@@ -194,7 +201,8 @@ def read_own(path: Path) -> Stored:
         raise CheckpointError(
             f"{source} must hold the tensors that it names, in the shapes that it names; it does not."
         )
-    tables, heads = _sort(tensors, source)
+    added = {name.removeprefix(ADDED): tensor for name, tensor in tensors.items() if name.startswith(ADDED)}
+    tables, heads = _sort({name: tensor for name, tensor in tensors.items() if not name.startswith(ADDED)}, source)
     method = _method(told, tables, source)
     also, base = told.get("also_trained"), _of(told.get("base"))
     stacks = base.get("stacks")
@@ -206,7 +214,19 @@ def read_own(path: Path) -> Stored:
         _conventions(told.get("conventions"), method, source),
         read_labels(told.get("labels"), heads, source),
     )
-    return Stored(method, tables, heads, conventions, source, stacks, also_trained=also, base=base, labels=labels)
+    return Stored(
+        method,
+        tables,
+        heads,
+        conventions,
+        source,
+        stacks,
+        also_trained=also,
+        base=base,
+        labels=labels,
+        added=added,
+        added_ids=read_ids(told.get("added_tokens"), added, source),
+    )
 
 
 def _is_told(stack: Any) -> bool:

@@ -52,7 +52,7 @@ class SoftPromptCallback(TrainerCallback):
     Args:
         method: what to train.
         name: under which to attach it.
-        train_head, trainable, freeze_dropout, injection: as in `attach`.
+        train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
         check_frozen: when to compare the digests of the base model: at the "end" of training; also before each "save", so that no
             checkpoint is written beside a base that has moved (True means this); also at each "log"; or never, False.
         model: the Trainer's model, if it is quantised: the prompt is attached at once, for the Trainer takes such a model only
@@ -79,6 +79,7 @@ class SoftPromptCallback(TrainerCallback):
         injection: Injection | None = None,
         check_frozen: CheckFrozen = "save",
         model: nn.Module | None = None,
+        train_added_tokens: bool | Sequence[int] = False,
     ) -> None:
         self.method = method
         self.name = name
@@ -94,6 +95,7 @@ class SoftPromptCallback(TrainerCallback):
             "train_head": train_head,
             "trainable": (trainable,) if isinstance(trainable, str) else tuple(trainable),
             "freeze_dropout": freeze_dropout,
+            "train_added_tokens": train_added_tokens,
         }
 
         if model is not None:

@@ -264,6 +264,7 @@ class Saver:
             "share of the base that trains": ", ".join(names) or "none",
             "base model": None if record is None else record.fingerprint(dict(self.prompt.model.named_parameters())),
             "dropout of the base": "off (freeze_dropout)" if self.prompt.host.freeze_dropout else "as the model has it",
+            "tokens whose rows train": "none" if self.prompt.added is None else str(self.prompt.added.ids.tolist()),
             "optimizer": self.optimizer,
         }
 
