@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 from softhooks.errors import UnsupportedModeError, explain
@@ -52,6 +54,19 @@ def require_servable(host: Host) -> None:
     )
 
 
+class _Loop:
+    """A manager's loop, which a thread of its own runs, within the `with` blocks that the manager was made in."""
+
+    def __init__(self, manager: Any, own: Callable[[Any], None]) -> None:
+        self._manager = manager
+        self._own = own
+        self._context = copy_context()
+
+    def __call__(self) -> None:
+        """Run it."""
+        self._context.run(self._own, self._manager)
+
+
 class _Start(Noting):
     """A model's own `init_continuous_batching`, which asks first."""
 
@@ -75,6 +90,7 @@ class _Start(Noting):
             if manager is not kept:
                 manager.destroy()
             raise
+        manager._run_generation_loop = _Loop(manager, type(manager)._run_generation_loop)
         return manager
 
     def _require_masks(self, config: Any) -> None:
