@@ -99,8 +99,10 @@ class SignedForward:
         return own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's own forward."""
-        return self._own()(*args, **kwargs)
+        """Run the model's own forward; not `_own`, for `torch.compile` would take a bound method for this object."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
 
 
 def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:

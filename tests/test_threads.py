@@ -475,6 +475,31 @@ def test_generate_inside_a_hook() -> None:
     assert all(torch.equal(one, texts) for one in found)
 
 
+@pytest.mark.parametrize("way", ["shared", "context"])
+def test_a_compiled_model(way: str) -> None:
+    """Its hooks know their forward by the frame that calls them, which compiled code has too."""
+    torch._dynamo.reset()
+    model, prompt, _ = build(way)
+    compiled = torch.compile(model, backend="eager")
+    first, second = CASES[way][3:]
+    expected = [answer(lambda call=call: model(**call).logits) for call in (first, second)]
+    with softhooks.disabled(model):
+        bare = answer(lambda: model(**first).logits)
+        torch.testing.assert_close(answer(lambda: compiled(**first).logits), bare)
+    torch.testing.assert_close(answer(lambda: compiled(**first).logits), expected[0])
+    choose = prompt.encoder.choose
+    prompt.encoder.choose = lambda *given: running.stop() or choose(*given)
+    running = Paused(lambda: compiled(**first).logits)
+    with running:
+        assert running.reached
+        assert refused(answer(lambda: compiled(**second)))
+        assert refused(answer(lambda: model(**second)))
+    torch.testing.assert_close(running.result, expected[0])
+    torch.testing.assert_close(answer(lambda: compiled(**second).logits), expected[1])
+    assert prompt.host.running._innermost is None
+    torch._dynamo.reset()
+
+
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
