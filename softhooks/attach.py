@@ -38,6 +38,9 @@ from softhooks.trainer.offload import device_of
 from softhooks.trainer.sharding import refuse_partitioned
 from softhooks.vocabulary import warn_of_added
 
+_LEAST_TEXT = 5
+"""How many tokens of text the first probe of a prompt has."""
+
 
 def attach(
     model: nn.Module,
@@ -173,9 +176,12 @@ def attach_encoder(
         _prove_reached(prompt)
         method.check(prompt)
         host.sign()
-    except BaseException:
+    except BaseException as error:
         detach(host, name)
         host.active = before
+        limit = anatomy.entry.positions.limit
+        if isinstance(error, PromptTooLongError) and error.text is not None and limit is not None:
+            raise _no_room(method.where.columns, limit, error.text) from None
         raise
     prompt.is_attached = True
     if method.columns:
@@ -220,14 +226,25 @@ def _check_length(anatomy: Anatomy, method: Method) -> None:
     limit = positions.limit if positions.limit is not None else positions.trained
     length = method.where.columns
     if method.enters != "branch" and limit is not None and length >= limit:
-        raise PromptTooLongError(
-            explain(
-                "a prompt must leave room for text among the model's positions.",
-                "Use a shorter prompt.",
-                prompt=length,
-                positions=limit,
-            )
+        raise _no_room(length, limit, _LEAST_TEXT)
+
+
+def _no_room(length: int, limit: int, text: int) -> PromptTooLongError:
+    """What to say of a prompt that leaves too little room for text.
+
+    Args:
+        text: how many tokens of text shall fit beside it.
+    """
+    room = max(limit - text, 0)
+    return PromptTooLongError(
+        explain(
+            "a prompt must leave room for text among the model's positions.",
+            f"Use a prompt of {room} virtual tokens or fewer; of {room}, texts have the other {limit - room} positions.",
+            virtual_tokens=length,
+            positions=limit,
+            room_for=f"{room} virtual tokens and a text of {text}, the least that a prompt is tried with",
         )
+    )
 
 
 def _prove_reached(prompt: SoftPrompt) -> None:

@@ -46,7 +46,13 @@ class UnsupportedMethodError(AttachError):
 
 
 class PromptTooLongError(AttachError):
-    """The prompt, or prompt and text together, exceed the model's positions."""
+    """The prompt, or prompt and text together, exceed the model's positions.
+
+    Attributes:
+        text: how many tokens of text did not fit beside the prompt, where a text was at hand.
+    """
+
+    text: int | None = None
 
 
 class PromptMismatchError(SoftHooksError):

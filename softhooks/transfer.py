@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
 
 
-def rows_of(source: Any) -> Tensor:
+_START = "a prompt can be the start of another only if it folds to rows of embeddings."
+_COMPARED = "prompts can be compared only if they fold to rows of embeddings."
+
+
+def rows_of(source: Any, rule: str = _START) -> Tensor:
     """The rows of a prompt that enters as embeddings, [P, H].
 
     Args:
         source: a handle; or a directory or repository that `load` reads, also one of PEFT; or the rows themselves.
+        rule: what an error says of a prompt that has no rows.
 
     Raises:
         OptionError: it is none of these, or a prompt that does not fold to rows of embeddings.
@@ -45,7 +50,7 @@ def rows_of(source: Any) -> Tensor:
     if set(tables) != {EMBEDDINGS}:
         raise OptionError(
             explain(
-                "a prompt can be the start of another only if it folds to rows of embeddings.",
+                rule,
                 "Take a prompt of PromptTuning or of another method that enters as embeddings.",
                 prompt=what,
                 holds=", ".join(sorted(tables)),
@@ -76,8 +81,8 @@ def most_similar(
     named: Mapping[str, Any] = prompts if isinstance(prompts, Mapping) else {str(source): source for source in prompts}
     if isinstance(prompts, str) or not named:
         raise OptionError(f"prompts must be one or more, by name or in a list; it is {prompts!r}.")
-    goal = rows_of(to).mean(0).cpu()
-    pooled = {name: rows_of(source).mean(0).cpu() for name, source in named.items()}
+    goal = rows_of(to, _COMPARED).mean(0).cpu()
+    pooled = {name: rows_of(source, _COMPARED).mean(0).cpu() for name, source in named.items()}
     foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}
     if foreign:
         raise PromptMismatchError(

@@ -21,6 +21,9 @@ _AT_ONCE = 8192
 """How many words are compared with a prompt at a time."""
 
 
+_RULE = "words are near to a prompt only if it is rows of embeddings; keys and values lie in another space than words."
+
+
 class Word(NamedTuple):
     """A word of the vocabulary, and how near it is to a virtual token."""
 
@@ -52,7 +55,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
             "the words nearest to a prompt need the whole vocabulary, and a sharded model's is in parts; save the prompt, load "
             "it onto the model in one process and ask there."
         )
-    rows, known = rows_of(prompt), tokenizer_of(tokenizer)
+    rows, known = rows_of(prompt, _RULE), tokenizer_of(tokenizer)
     anatomy = prompt.host.anatomy
     size = min(anatomy.vocabulary, len(known))
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:

@@ -284,7 +284,7 @@ def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 
 
 def _refuse_beyond(limit: int, longest: int, length: int) -> None:
     if longest + length > limit:
-        raise PromptTooLongError(
+        error = PromptTooLongError(
             explain(
                 "prompt and text together must fit into the model's positions.",
                 "Truncate the text earlier, or use a shorter prompt.",
@@ -293,3 +293,5 @@ def _refuse_beyond(limit: int, longest: int, length: int) -> None:
                 positions=limit,
             )
         )
+        error.text = longest
+        raise error

@@ -6,6 +6,7 @@ tokenizer's mask, any other `{name}` is a field of the data. `{{` and `}}` are b
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,13 +67,14 @@ def parse(template: str) -> list[Part]:
     while place < len(template):
         match = _PIECE.match(template, place)
         if match is None or match["field"] == "soft" or (match["count"] is not None and int(match["count"]) == 0):
+            wrong = re.match(r"\{[^{}]*\}", template[place:])
             raise OptionError(
                 explain(
                     'a template\'s braces must hold a field, `mask`, or slots such as {soft:3}, {soft:"some words"}, '
                     "{soft:2, name=a}.",
-                    "Write a brace of the text twice.",
+                    _remedy(wrong[0][1:-1].strip() if wrong else None),
                     template=repr(template),
-                    not_understood=repr(template[place : place + 30]),
+                    not_understood=repr(wrong[0] if wrong else template[place : place + 30]),
                 )
             )
         place = match.end()
@@ -87,6 +89,22 @@ def parse(template: str) -> list[Part]:
     if text.rstrip(" "):
         parts.append(Part("text", text.rstrip(" ")))
     return parts
+
+
+def _remedy(inside: str | None) -> str:
+    """What to write in the place of braces that say nothing; None: of a brace that opens or closes nothing."""
+    if inside is None:
+        return "Write a brace of the text twice: {{ or }}."
+    word = (re.match(r"\w*", inside) or [""])[0]
+    if difflib.get_close_matches(word.lower(), ["soft"], cutoff=0.7) or re.search(r"[:=]\s*\d+$", inside):
+        return (
+            'Say how many slots there are, {soft:3}, or the words that they start as, {soft:"some words"}; slots of one name are '
+            "written {soft:3, name=a}."
+        )
+    return (
+        "Name a field as its column is named, with letters, digits and _: {text}; the mask is {mask}. Write braces of the text "
+        "twice: {{ and }}."
+    )
 
 
 def _part(match: re.Match[str], space: str) -> Part:

@@ -141,7 +141,7 @@ class PTuning(Method):
         layout = Layout.from_json(self.layout) if isinstance(self.layout, dict) else self.layout
         if layout is not None:
             if not isinstance(layout, Layout):
-                raise OptionError(f"layout must be a Layout; it is {layout!r}.")
+                raise OptionError(f"layout must be a Layout, such as Layout('{{soft:3}} {{text}}'); it is {layout!r}.")
             layout = layout.bound(self.tokenizer)
             if self.num_virtual_tokens not in (0, layout.num_virtual_tokens):
                 raise OptionError(
@@ -150,6 +150,10 @@ class PTuning(Method):
                 )
             object.__setattr__(self, "layout", layout)
             object.__setattr__(self, "num_virtual_tokens", layout.num_virtual_tokens)
+        elif self.num_virtual_tokens == 0:
+            raise OptionError(
+                "PTuning needs to know its virtual tokens; pass `num_virtual_tokens`, such as PTuning(20), or a `layout`."
+            )
         super().__post_init__()
         choice("encoder", self.encoder, ("lstm", "mlp", "none"))
         choice("shape", self.shape, ("lama", "fewshot"))
