@@ -37,11 +37,16 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-    """A call, the same call with other ids from a column on, and that column; None where a layout leaves none to change."""
+    """A call, the same call with other ids from a column on, and that column; None where there is none to change."""
     anatomy, layout = prompt.host.anatomy, prompt.layout
     length = layout.columns if prompt.method.enters != "branch" else 0
-    rooms = [room - length - 1 for room in map(_room, anatomy.stacks) if room is not None]
-    columns, cut = probe_length(stack.module, min(rooms, default=None), length)
+    short = probe_ids(prompt.model, anatomy.vocabulary, 2)
+    anchors = layout.probe(short)[0].shape[1] - short.shape[1]
+    rooms = [room - length - anchors for room in map(_room, anatomy.stacks) if room is not None]
+    room = min(rooms, default=None)
+    if room is not None and room < short.shape[1]:
+        return None
+    columns, cut = probe_length(stack.module, room, length)
     each = []
     for seed in (0, 1):
         ids, extra = layout.probe(probe_ids(prompt.model, anatomy.vocabulary, columns, seed))

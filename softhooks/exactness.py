@@ -36,7 +36,9 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
         return False
     shared = _states(prompt, "shared", call)
     plain = None if shared is None else _states(prompt, "slots", call)
-    if shared is None or plain is None:
+    if shared is not None and plain is None:  # a model around the stack makes masks that slots cannot widen
+        shared, plain, without = (_states(prompt, way, call, alone=True) for way in ("shared", "slots", None))
+    if shared is None or plain is None or without is None:
         return False
     real = call["attention_mask"].flatten(0, -2).bool()
     shared, plain, without = (states[real].float() for states in (shared, plain, without))
@@ -95,8 +97,14 @@ def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, **extra}
 
 
-def _states(prompt: SoftPrompt, injection: Injection | None, call: dict[str, Tensor]) -> Tensor | None:
-    """The stack's last states in a call with one way in, or without the prompt; None where that fails."""
+def _states(
+    prompt: SoftPrompt, injection: Injection | None, call: dict[str, Tensor], alone: bool = False
+) -> Tensor | None:
+    """The stack's last states in a call with one way in, or without the prompt; None where that fails.
+
+    Args:
+        alone: call the stack itself, not the model around it.
+    """
     kept: list[Tensor] = []
     host, stack = prompt.host, prompt.host.anatomy.entry
 
@@ -110,14 +118,15 @@ def _states(prompt: SoftPrompt, injection: Injection | None, call: dict[str, Ten
 
     before = prompt.injection, prompt.shares_always
     handles = [stack.module.register_forward_hook(keep)]
-    if injection is None:
+    if injection is None and not alone:
         handles.append(stack.module.register_forward_pre_hook(begin, with_kwargs=True))
+    if injection is None:
         call = {name: value for name, value in call.items() if name not in host.columns}
     else:
         prompt.injection, prompt.shares_always = injection, injection == "shared"
     try:
         with at_rest(prompt.model), Block(host, off=True) if injection is None else nullcontext():
-            prompt.model(**call)
+            (stack.module if alone else prompt.model)(**call)
     except _FAILURES:
         return None
     finally:
