@@ -24,6 +24,7 @@ from softhooks import (
     PTuning,
     PTuningV2,
     UnsupportedModeError,
+    UnsupportedModelError,
 )
 
 P, NEW = 3, 4
