@@ -220,9 +220,11 @@ def _what_is_missing(lookup: Call | None, around: Sequence[Call], name: str, ids
     ids_of = f"the {name}'s ids"
     if lookup is None:
         return f"no nn.Embedding that is given {ids_of} as they are"
-    counts = sorted({tuple(call.state.shape) for call in around if call.state is not None})
-    if not any(shape[:2] == tuple(ids.shape) and len(shape) > 2 for shape in counts):
-        return f"nothing around the embedding returns one state for each of {ids_of}, but {[list(s) for s in counts]}"
+    states = [call.state for call in around if call.state is not None and call.state.dim() == 3]
+    fewer = [state for state in states if state.shape[1] != ids.shape[1]]
+    if fewer or not states:
+        returned = [list(state.shape) for state in fewer or (call.state for call in around if call.state is not None)]
+        return f"nothing but the embeddings returns one state for each of {ids_of}, {list(ids.shape)}, but {returned[-1]}"
     if not all(bool(call.state.isfinite().all()) for call in around if call.state is not None):
         return "states that are not finite numbers"
     return f"no state around the embedding depends on another of {ids_of}"
