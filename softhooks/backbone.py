@@ -224,7 +224,9 @@ def _what_is_missing(lookup: Call | None, around: Sequence[Call], name: str, ids
     fewer = [state for state in states if state.shape[1] != ids.shape[1]]
     if fewer or not states:
         returned = [list(state.shape) for state in fewer or (call.state for call in around if call.state is not None)]
-        return f"nothing but the embeddings returns one state for each of {ids_of}, {list(ids.shape)}, but {returned[-1]}"
+        return (
+            f"nothing but the embeddings returns one state for each of {ids_of}, {list(ids.shape)}, but {returned[-1]}"
+        )
     if not all(bool(call.state.isfinite().all()) for call in around if call.state is not None):
         return "states that are not finite numbers"
     return f"no state around the embedding depends on another of {ids_of}"

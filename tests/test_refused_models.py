@@ -104,7 +104,16 @@ class Failing(nn.Module):
         return self.inner(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
-REFUSED: list[Callable[[], Any]] = [fsmt, prophetnet, prophetnet_decoder, clip, vision_encoder_decoder, whisper, idefics, funnel]
+REFUSED: list[Callable[[], Any]] = [
+    fsmt,
+    prophetnet,
+    prophetnet_decoder,
+    clip,
+    vision_encoder_decoder,
+    whisper,
+    idefics,
+    funnel,
+]
 
 
 def _state(model: nn.Module) -> list[Any]:
