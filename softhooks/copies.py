@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softhooks.inject.interface import open_interface
+from softhooks.own_loop import watch_steps
 from softhooks.running import Running
+
+if TYPE_CHECKING:
+    from softhooks.host import Host
 
 
 def state_of(own: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +24,7 @@ def state_of(own: dict[str, Any]) -> dict[str, Any]:
     return {**own, "running": Running(), "_stays": []}
 
 
-def reopen(host: object, files: Iterable[str]) -> None:
+def reopen(host: Host, files: Iterable[str]) -> None:
     """Wrap the attention functions for a host that was copied or unpickled.
 
     Its model may be half made at this moment, so it is known by the names of its files. They are imported, for in another
@@ -30,3 +34,4 @@ def reopen(host: object, files: Iterable[str]) -> None:
         with suppress(ImportError):
             import_module(name)
     open_interface(host, files)
+    watch_steps(host)

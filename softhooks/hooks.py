@@ -21,6 +21,7 @@ from softhooks.inject.passes import Pass
 from softhooks.inject.provenance import note_caches, note_encoded, require_encoded
 from softhooks.inject.slots import SlotPass
 from softhooks.objectives import refuse_backward
+from softhooks.own_loop import tell_frozen
 from softhooks.running import Call, Held, module_call
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class ModelHooks:
         require_search(trainable, call.given)
         trained = next((prompt for prompt in trainable if prompt.objective is not None), None)
         if trained is None:
+            call.finish = None if trainable else tell_frozen
             return args, kwargs
         if not host.model.training:
             call.finish = refuse_backward(trained)

@@ -34,6 +34,7 @@ from softhooks.inject.provenance import cache_of, require_own_cache
 from softhooks.inject.reuse import borne_by
 from softhooks.labels import LabelNames
 from softhooks.overrides import Overrides
+from softhooks.own_loop import unwatch_steps, watch_steps
 from softhooks.probe import unwrapped
 from softhooks.running import Running
 from softhooks.selection import Selection, select
@@ -201,6 +202,7 @@ class Host:
         watch_generate(self)
         self._files = files_of(m for stack in self.anatomy.stacks for m in stack.module.modules())
         open_interface(self, self._files)
+        watch_steps(self)
 
     def add_head(self, path: str) -> None:
         """Let the prompts' own heads answer in the place of one of the model's."""
@@ -291,6 +293,7 @@ class Host:
             stack.owner = None
         unmark(self.anatomy.stacks)
         close_interface(self)
+        unwatch_steps(self)
 
     @property
     def is_own_call(self) -> bool:

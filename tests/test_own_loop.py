@@ -1,0 +1,236 @@
+"""Loops of one's own that would train nothing are told so at the first backward or step; all others run as they are."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch.optim import optimizer as torch_optimizer
+from untouched import remove_all
+
+import softhooks
+from softhooks import PrefixTuning, PromptTuning, SoftPrompt, TrainerError
+
+IDS = zoo.text(2, 6)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    yield
+    remove_all()
+
+
+def loss_of(model: Any) -> Any:
+    return model(input_ids=IDS, labels=IDS).loss
+
+
+def loaded(folder: Path, arch: str = "llama", **options: Any) -> tuple[Any, SoftPrompt]:
+    model = zoo.build(arch)
+    with softhooks.attach(model, PromptTuning(4)) as prompt:
+        prompt.save_pretrained(folder)
+    return model, softhooks.load(model, folder, **options)
+
+
+# --- a loaded prompt --------------------------------------------------------------------------------------------------
+
+BACKWARDS: dict[str, Callable[[Any], Any]] = {
+    "loss.backward()": lambda model: loss_of(model).backward(),
+    "(loss / 4).backward()": lambda model: (loss_of(model) / 4).backward(),
+    "a sum": lambda model: (loss_of(model) + 0.5 * loss_of(model)).backward(),
+    "a tuple": lambda model: model(input_ids=IDS, labels=IDS, return_dict=False)[0].backward(),
+    "scaled": lambda model: torch.amp.GradScaler("cpu").scale(loss_of(model)).backward(),
+}
+
+
+@pytest.mark.parametrize("way", BACKWARDS)
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_training_a_prompt_that_was_loaded_frozen_names_trainable(
+    arch: str, is_training: bool, way: str, tmp_path: Path
+) -> None:
+    model, _ = loaded(tmp_path, arch)
+    model.train(is_training)
+    with pytest.raises(TrainerError, match="trainable=True"):
+        BACKWARDS[way](model)
+
+
+def test_training_a_prompt_that_was_loaded_frozen_through_accelerate(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, _ = loaded(tmp_path)
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared = accelerator.prepare(model)
+    with pytest.raises(TrainerError, match="trainable=True"):
+        accelerator.backward(loss_of(prepared))
+
+
+def test_a_prompt_that_was_loaded_to_be_trained_trains(tmp_path: Path) -> None:
+    model, prompt = loaded(tmp_path, trainable=True)
+    start = prompt.embeddings().detach().clone()
+    optimizer = torch.optim.AdamW(prompt.parameters(), lr=0.1)
+    loss_of(model).backward()
+    optimizer.step()
+    assert not torch.equal(prompt.embeddings(), start)
+
+
+def test_the_loss_of_a_frozen_prompt_is_read_as_any_other(tmp_path: Path) -> None:
+    model, _ = loaded(tmp_path)
+    loss = loss_of(model)
+    with torch.no_grad():
+        expected = loss_of(model)
+    assert type(expected) is torch.Tensor
+    assert not loss.requires_grad
+    assert loss.item() == float(loss) == float(loss.numpy()) == expected.item()
+    assert torch.equal(torch.stack([loss, loss]).mean(), expected)
+    assert type(pickle.loads(pickle.dumps(loss))) is torch.Tensor
+
+
+def test_a_frozen_prompt_is_a_teacher(tmp_path: Path) -> None:
+    """Its logits and its loss are constants in the loss of another model."""
+    teacher, _ = loaded(tmp_path)
+    student = zoo.build("gpt2")
+    prompt = softhooks.attach(student, PromptTuning(4))
+    given = teacher(input_ids=IDS, labels=IDS)
+    found = student(input_ids=IDS, labels=IDS)
+    distance = (found.logits - given.logits).square().mean()
+    (distance + found.loss * given.loss + given.loss + found.loss / given.loss).backward()
+    assert any(p.grad is not None for p in prompt.parameters())
+
+
+def test_lora_trains_under_a_frozen_prompt(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = zoo.build("llama")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with softhooks.attach(model, PromptTuning(4)) as prompt:
+        prompt.save_pretrained(tmp_path)
+    softhooks.load(model, tmp_path)
+    lora = [p for name, p in model.named_parameters() if "lora_" in name]
+    for parameter in lora:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(lora, lr=0.1)
+    loss_of(model).backward()
+    optimizer.step()
+    assert all(p.grad is not None for p in lora)
+
+
+def test_gradients_of_embeddings_pass_a_frozen_prompt(tmp_path: Path) -> None:
+    model, _ = loaded(tmp_path)
+    embedded = model.get_input_embeddings()(IDS).requires_grad_(True)
+    model(inputs_embeds=embedded, labels=IDS).loss.backward()
+    assert embedded.grad is not None
+
+
+# --- an optimizer from before -----------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    "fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", [PromptTuning(4), PrefixTuning(4)])
+@pytest.mark.parametrize("arch", ["llama", "t5"])
+def test_an_optimizer_made_before_attach_is_told_at_its_first_step(arch: str, method: Any, optimizer: str) -> None:
+    model = zoo.build(arch, "seq2seq" if arch == "t5" else "causal")
+    early = OPTIMIZERS[optimizer](model.parameters())
+    softhooks.attach(model, method)
+    loss_of(model).backward()
+    with pytest.raises(TrainerError, match=r"(?s)Make it after `softhooks\.attach`"):
+        early.step()
+
+
+def test_an_optimizer_of_a_frozen_model_made_before_attach_is_told() -> None:
+    model = zoo.build("llama").requires_grad_(False)
+    early = torch.optim.AdamW(model.parameters(), lr=0.1)
+    softhooks.attach(model, PromptTuning(4))
+    loss_of(model).backward()
+    with pytest.raises(TrainerError, match="trains nothing"):
+        early.step()
+
+
+def test_an_optimizer_prepared_by_accelerate_before_attach_is_told() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = zoo.build("llama")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, early = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    softhooks.attach(model, PromptTuning(4))
+    accelerator.backward(loss_of(model))
+    with pytest.raises(TrainerError, match="trains nothing"):
+        early.step()
+
+
+def test_an_optimizer_that_the_prompt_was_added_to_trains() -> None:
+    model = zoo.build("llama")
+    early = torch.optim.AdamW(model.parameters(), lr=0.1)
+    prompt = softhooks.attach(model, PromptTuning(4))
+    early.add_param_group({"params": list(prompt.parameters())})
+    start = prompt.embeddings().detach().clone()
+    loss_of(model).backward()
+    early.step()
+    assert not torch.equal(prompt.embeddings(), start)
+
+
+def test_an_optimizer_of_the_base_beside_one_of_the_prompt_is_no_mistake() -> None:
+    """Several optimizers that step in turn, as adversarial training has them."""
+    model = zoo.build("llama")
+    base = torch.optim.AdamW(model.parameters(), lr=0.1)
+    prompt = softhooks.attach(model, PromptTuning(4))
+    own = torch.optim.AdamW(prompt.parameters(), lr=0.1)
+    for _ in range(2):
+        loss_of(model).backward()
+        base.step()
+        own.step()
+        own.zero_grad()
+    prompt.verify_frozen()
+
+
+def test_optimizers_of_other_models_and_of_nothing_yet_are_left_alone() -> None:
+    model, other = zoo.build("llama"), zoo.build("gpt2")
+    early = torch.optim.AdamW(model.parameters(), lr=0.1)
+    prompt = softhooks.attach(model, PromptTuning(4))
+    early.step()  # no gradient has reached the prompt
+    loss_of(model).backward()
+    strange = torch.optim.AdamW(other.parameters(), lr=0.1)
+    strange.step()
+    loss_of(other).backward()
+    strange.step()
+    assert any(p.grad is not None for p in prompt.parameters())
+
+
+def test_an_optimizer_of_lora_that_stays_trainable_steps() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(zoo.build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    early = torch.optim.AdamW(model.parameters(), lr=0.1)
+    softhooks.attach(model, PromptTuning(4), trainable="*lora_*")
+    loss_of(model).backward()
+    early.step()
+
+
+def test_two_prompts_with_an_optimizer_each() -> None:
+    model = zoo.build("llama")
+    optimizers = {}
+    for name in ("a", "b"):
+        prompt = softhooks.attach(model, PromptTuning(4), name)
+        optimizers[name] = torch.optim.AdamW(prompt.encoder.parameters(), lr=0.1)
+    softhooks.activate(model, "b")
+    loss_of(model).backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+
+
+def test_nobody_listens_when_the_last_prompt_is_gone() -> None:
+    before = len(torch_optimizer._global_optimizer_post_hooks)
+    model = zoo.build("llama")
+    early = torch.optim.AdamW(model.parameters(), lr=0.1)
+    prompt = softhooks.attach(model, PromptTuning(4))
+    assert len(torch_optimizer._global_optimizer_post_hooks) == before + 1
+    prompt.remove()
+    assert len(torch_optimizer._global_optimizer_post_hooks) == before
+    loss_of(model).backward()
+    early.step()
