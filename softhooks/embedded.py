@@ -81,7 +81,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     prompt = host.prompts[host.active]
     missing = needed(prompt)
     causal = host.anatomy.entry.causal and not host.anatomy.is_encoder_decoder
-    if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or not causal:
+    if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
             explain(
                 "a server takes embedding rows for a decoder, and nothing else of a prompt.",
@@ -90,7 +90,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
                 method=prompt.method.kind,
                 enters="as embedding rows" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
                 heads=", ".join(prompt.heads) or "none",
-                needs=missing or "nothing more",
+                needs=missing or ("rows of added tokens" if prompt.added else "nothing more"),
                 model=f"{type(model).__name__}, {'a decoder' if causal else 'no decoder alone'}",
             )
         )

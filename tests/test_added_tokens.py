@@ -27,6 +27,7 @@ from softhooks import (
     SoftPromptCallback,
     UnsupportedModelError,
 )
+from softhooks.embedded import sequence_embeddings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows of the vocabulary")
 
@@ -286,3 +287,23 @@ def test_a_copy_has_rows_of_its_own() -> None:
     stir(prompt)
     assert same_bits(answer(twin, CASES[0]), expected)
     assert not same_bits(answer(model, CASES[0]), expected)
+
+
+def test_formats_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
+    model = resized(CASES[0])
+    prompt = softhooks.attach(model, PromptTuning(4), train_added_tokens=NEW)
+    with pytest.raises(softhooks.UnsupportedMethodError, match="rows of 3 added tokens"):
+        prompt.save_pretrained(tmp_path, as_peft=True)
+    with pytest.raises(softhooks.UnsupportedMethodError, match="rows of added tokens"):
+        sequence_embeddings(model, [1, V, 5])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trainer_goes_on_only_with_the_same_rows(tmp_path: Path) -> None:
+    model = resized(CASES[0])
+    prompt = softhooks.attach(model, PromptTuning(4), train_added_tokens=NEW)
+    with pytest.raises(softhooks.NameTakenError, match="rows of 3 added tokens"):
+        training.make(tmp_path, model, "causal", [SoftPromptCallback(PromptTuning(4))])
+    callback = SoftPromptCallback(PromptTuning(4), train_added_tokens=True)
+    training.make(tmp_path, model, "causal", [callback])
+    assert callback.soft_prompt is prompt

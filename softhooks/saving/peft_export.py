@@ -92,6 +92,8 @@ def adapter(export: Export) -> Parts:
     """
     stored = export.stored
     task = _task(export)
+    if stored.added_ids:
+        raise _refusal(export, f"rows of {len(stored.added_ids)} added tokens", "a prompt and heads")
     how = _WRITERS.get(stored.method.kind)
     if how is None:
         raise _refusal(export, f"method {stored.method.kind!r}", f"one of {', '.join(sorted(_WRITERS))}")

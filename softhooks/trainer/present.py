@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import TrainerControl
 
+from softhooks.added_tokens import chosen_ids
 from softhooks.errors import NameTakenError, TrainerError, explain
 from softhooks.heads import find_heads
 from softhooks.host import CONTAINER
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
     from softhooks.trainer.callback import SoftPromptCallback
 
 
-def check_equal(present: SoftPrompt, method: Method, *, train_head: bool, trainable: tuple[str, ...], **_: Any) -> None:
+def check_equal(
+    present: SoftPrompt,
+    method: Method,
+    *,
+    train_head: bool,
+    trainable: tuple[str, ...],
+    train_added_tokens: bool | Sequence[int] = False,
+    **_: Any,
+) -> None:
     """Check that a prompt that is there already is what a callback would have attached.
 
     Raises:
@@ -32,20 +41,23 @@ def check_equal(present: SoftPrompt, method: Method, *, train_head: bool, traina
     wanted = {name for pattern in trainable for name in fnmatch.filter(names, pattern)}
     held = {name for name, _ in present.named_parameters() if not name.startswith(f"{CONTAINER}.")}
     own_head = train_head and bool(find_heads(model, present.host.anatomy))
-    if present.method == method and held == wanted and bool(len(present.heads)) == own_head:
+    rows = () if present.added is None else tuple(present.added.ids.tolist())
+    asked = chosen_ids(train_added_tokens, model, present.host.anatomy)
+    if present.method == method and held == wanted and bool(len(present.heads)) == own_head and rows == asked:
         return
     raise NameTakenError(
         explain(
             "a Trainer goes on with a prompt only if method and options are equal.",
             "Remove the other prompt, or give this callback another `name=`.",
-            attached=f"{present.name!r}: {present.method!r}{_besides(len(present.heads), len(held))}",
-            asked=f"{present.name!r}: {method!r}{_besides(own_head, len(wanted))}",
+            attached=f"{present.name!r}: {present.method!r}{_besides(len(present.heads), len(held), len(rows))}",
+            asked=f"{present.name!r}: {method!r}{_besides(own_head, len(wanted), len(asked))}",
         )
     )
 
 
-def _besides(heads: int, parameters: int) -> str:
+def _besides(heads: int, parameters: int, rows: int) -> str:
     head = ", with its own head" if heads else ""
+    head += f", with the rows of {rows} added tokens" if rows else ""
     return head + (f", with {parameters} parameters of the base" if parameters else "")
 
 
