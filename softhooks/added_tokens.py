@@ -82,8 +82,8 @@ class AddedTokens(nn.Module):
 # --- which rows -------------------------------------------------------------------------------------------------------
 
 
-def chosen_ids(asked: bool | Sequence[int], model: nn.Module, anatomy: Anatomy) -> tuple[int, ...]:
-    """The ids of the rows to train: those that were named, or those that were added.
+def chosen_ids(asked: Any, model: nn.Module, anatomy: Anatomy) -> tuple[int, ...]:
+    """The ids of the rows to train: those that were named, or those that were added; to a tokenizer, if one is given.
 
     Raises:
         OptionError: an id is not in the vocabulary; or nothing tells which rows were added.
@@ -101,6 +101,8 @@ def chosen_ids(asked: bool | Sequence[int], model: nn.Module, anatomy: Anatomy) 
                 )
             )
         return tuple(range(base, anatomy.vocabulary))
+    if hasattr(asked, "get_added_vocab"):
+        asked = _added_to(asked, model, anatomy)
     try:
         ids = [asked] if isinstance(asked, int) else [number.__index__() for number in asked]
     except (TypeError, AttributeError) as error:
@@ -116,6 +118,13 @@ def chosen_ids(asked: bool | Sequence[int], model: nn.Module, anatomy: Anatomy) 
             )
         )
     return tuple(sorted(set(ids)))
+
+
+def _added_to(tokenizer: Any, model: nn.Module, anatomy: Anatomy) -> list[int]:
+    """The tokens that were added to a tokenizer and have rows beyond the model's own, or else beyond the tokenizer's own."""
+    base = base_rows(model, anatomy)
+    first = tokenizer.vocab_size if base is None else base
+    return sorted(number for number in tokenizer.get_added_vocab().values() if number >= first)
 
 
 def copy_rows(ids: Sequence[int], model: nn.Module, anatomy: Anatomy) -> AddedTokens:

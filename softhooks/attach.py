@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from softhooks.frozen import FrozenRecord
 from softhooks.generation import keep_from_assistants
 from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
+from softhooks.initializers import tokenizer_of
 from softhooks.inject.fills import find_fills
 from softhooks.labels import Labels
 from softhooks.method import Method, PromptEncoder
@@ -38,6 +39,9 @@ from softhooks.trainer.offload import device_of
 from softhooks.trainer.sharding import refuse_partitioned
 from softhooks.vocabulary import warn_of_added
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _LEAST_TEXT = 5
 """How many tokens of text the first probe of a prompt has."""
 
@@ -51,7 +55,7 @@ def attach(
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
     injection: Injection | None = None,
-    train_added_tokens: bool | Sequence[int] = False,
+    train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
 ) -> SoftPrompt:
     """Attach a soft prompt to a model and freeze everything else.
 
@@ -67,7 +71,8 @@ def attach(
         injection: the way in; None lets a check at attach choose the fastest that is exact, and takes slots for single calls in
             which it is not; 'shared' refuses those.
         train_added_tokens: train rows of the vocabulary with the prompt, and save them with it: True, those that
-            `resize_token_embeddings` has added since the model was made or loaded; or the ids of tokens. The model's rows stay.
+            `resize_token_embeddings` has added since the model was made or loaded; or the ids of tokens; or the tokenizer that
+            they were added to. The model's rows stay.
 
     Returns:
         the handle; also a context manager that removes the prompt.
@@ -89,11 +94,14 @@ def attach(
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=True,
-        make_added=lambda anatomy: _added(train_added_tokens, model, anatomy),
+        make_added=lambda anatomy: _added(train_added_tokens, method, model, anatomy),
     )
 
 
-def _added(asked: bool | Sequence[int], model: nn.Module, anatomy: Anatomy) -> AddedTokens | None:
+def _added(asked: Any, method: Method, model: nn.Module, anatomy: Anatomy) -> AddedTokens | None:
+    tokenizer = getattr(method, "tokenizer", None)
+    if asked is True and tokenizer is not None:
+        asked = tokenizer_of(tokenizer)
     ids = chosen_ids(asked, model, anatomy)
     return copy_rows(ids, model, anatomy) if ids else None
 

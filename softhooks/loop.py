@@ -6,13 +6,16 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from torch import nn
 
 from softhooks.attach import attach
 from softhooks.errors import OptionError, explain
 from softhooks.method import Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,7 +33,7 @@ def tune(
     train_head: bool = True,
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
-    train_added_tokens: bool | Sequence[int] = False,
+    train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
 ) -> Callable[[Callable[P, R]], Callable[..., R]]:
     """Attach a prompt for each call of a function: it is attached, trained by the function, checked, saved, and removed.
 

@@ -7,11 +7,13 @@ that the model was loaded from, and an attribute of the module inside, which tra
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
+import weakref
 from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -19,6 +21,12 @@ from softhooks.anatomy import Anatomy
 from softhooks.errors import PromptMismatchError, explain
 from softhooks.probe import unwrapped
 
+if TYPE_CHECKING:
+    from softhooks.prompt import SoftPrompt
+
+logger = logging.getLogger(__name__)
+
+_said: weakref.WeakSet[SoftPrompt] = weakref.WeakSet()
 _SMALL = 16 * 2**20  # no config is larger
 
 
@@ -92,6 +100,22 @@ def warn_of_added(model: nn.Module, anatomy: Anatomy, covered: Container[int]) -
             UserWarning,
             stacklevel=stack_level(),
         )
+
+
+def say_unsaved(prompt: SoftPrompt) -> None:
+    """Say once, when a prompt is saved, that rows which a script has added are not in its file."""
+    base = base_rows(prompt.model, prompt.host.anatomy)
+    if base is None or prompt in _said:
+        return
+    _said.add(prompt)
+    held = set() if prompt.added is None else set(prompt.added.ids.tolist())
+    left_out = [row for row in range(base, prompt.host.anatomy.vocabulary) if row not in held]
+    if left_out:
+        logger.warning(
+            "%d rows of the vocabulary (%d to %d) were added by `resize_token_embeddings`; they are not in the file of "
+            "the prompt %r: save the resized model too, or attach with `train_added_tokens=`.",
+            len(left_out), left_out[0], left_out[-1], prompt.name,
+        )  # fmt: skip
 
 
 def stack_level() -> int:

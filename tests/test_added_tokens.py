@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import pytest
+import tokens
 import torch
 import training
 import zoo
@@ -125,8 +126,8 @@ def test_they_generate_as_written_rows_do(case: zoo.Case) -> None:
     twin = written(resized(case), prompt)
     plain = softhooks.attach(twin, PromptTuning(4))
     plain.encoder.load_state_dict(prompt.encoder.state_dict())
-    for beams, tokens in found.items():
-        assert torch.equal(twin.generate(text, num_beams=beams, **options), tokens)
+    for beams, generated in found.items():
+        assert torch.equal(twin.generate(text, num_beams=beams, **options), generated)
 
 
 def test_each_row_has_its_prompts_rows() -> None:
@@ -307,3 +308,22 @@ def test_a_trainer_goes_on_only_with_the_same_rows(tmp_path: Path) -> None:
     callback = SoftPromptCallback(PromptTuning(4), train_added_tokens=True)
     training.make(tmp_path, model, "causal", [callback])
     assert callback.soft_prompt is prompt
+
+
+@pytest.mark.parametrize("way", ["attach", "method", "callback"])
+def test_a_tokenizer_tells_which_tokens_were_added(way: str, tmp_path: Path) -> None:
+    tokenizer = tokens.tokenizer()
+    tokenizer.add_tokens(["<new-a>", "<new-b>"])
+    added = tokenizer.convert_tokens_to_ids(["<new-a>", "<new-b>"])
+    model = zoo.build("gpt2", vocab_size=len(tokenizer) - 2)
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16, mean_resizing=False)
+    if way == "callback":
+        callback = SoftPromptCallback(PromptTuning(4), train_added_tokens=True)
+        training.make(tmp_path, model, "causal", [callback], given={"processing_class": tokenizer})
+        prompt = callback.soft_prompt
+    elif way == "method":
+        method = PromptTuning(4, init="text", init_text="a b c d", tokenizer=tokenizer)
+        prompt = softhooks.attach(model, method, train_added_tokens=True)
+    else:
+        prompt = softhooks.attach(model, PromptTuning(4), train_added_tokens=tokenizer)
+    assert prompt.added.ids.tolist() == added

@@ -82,3 +82,19 @@ def test_a_base_with_a_smaller_vocabulary_is_refused(arch: str, tmp_path: Path) 
     assert "96" in str(error.value)
     assert "70" in str(error.value)
     assert not hasattr(small, "soft_prompt")
+
+
+@pytest.mark.filterwarnings("ignore:.*rows of the vocabulary")
+def test_saving_says_once_what_the_file_lacks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = zoo.build("llama")
+    softhooks.attach(model, PromptTuning(4)).save_pretrained(tmp_path)
+    model = zoo.build("llama")
+    model.resize_token_embeddings(zoo.VOCABULARY + 3, mean_resizing=False)
+    lacking = softhooks.attach(model, PromptTuning(4))
+    whole = softhooks.attach(model, PromptTuning(4), "whole", train_added_tokens=True)
+    assert "the file of" not in caplog.text
+    for prompt in (whole, lacking, lacking):
+        prompt.save_pretrained(tmp_path)
+    said = [record.getMessage() for record in caplog.records if "not in the file" in record.getMessage()]
+    assert len(said) == 1
+    assert "'default'" in said[0]

@@ -27,6 +27,7 @@ from softhooks.prompt import Injection, SoftPrompt
 from softhooks.saving.files import write_json, write_tensors
 from softhooks.saving.missing import explain_missing
 from softhooks.saving.stored import ADDED, FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, outline, read_own
+from softhooks.vocabulary import say_unsaved
 
 DESCRIPTION = "soft_prompt.json"
 TENSORS = "soft_prompt.safetensors"
@@ -42,6 +43,7 @@ def save(prompt: SoftPrompt, folder: Path) -> None:
         NotAttachedError: the prompt was removed.
     """
     write_stored(stored_of(prompt), folder)
+    say_unsaved(prompt)
 
 
 def write_stored(stored: Stored, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.attach import attach, frozen_names
 from softhooks.constraint import begin_step, end_step
@@ -79,7 +79,7 @@ class SoftPromptCallback(TrainerCallback):
         injection: Injection | None = None,
         check_frozen: CheckFrozen = "save",
         model: nn.Module | None = None,
-        train_added_tokens: bool | Sequence[int] = False,
+        train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
     ) -> None:
         self.method = method
         self.name = name
@@ -118,6 +118,8 @@ class SoftPromptCallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Attach before the Trainer makes its optimizer; a user's own optimizer is mended in place."""
+        if self._options["train_added_tokens"] is True and hasattr(kwargs.get("processing_class"), "get_added_vocab"):
+            self._options["train_added_tokens"] = kwargs["processing_class"]
         check_launch(args, kwargs["model"], self.method)
         check_framework(args, kwargs["model"], self.method, self._options["trainable"])
         optimizer = kwargs.get("optimizer")

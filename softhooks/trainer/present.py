@@ -19,6 +19,8 @@ from softhooks.prompt import SoftPrompt
 from softhooks.trainer.resume import saver_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from softhooks.trainer.callback import SoftPromptCallback
 
 
@@ -28,7 +30,7 @@ def check_equal(
     *,
     train_head: bool,
     trainable: tuple[str, ...],
-    train_added_tokens: bool | Sequence[int] = False,
+    train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
     **_: Any,
 ) -> None:
     """Check that a prompt that is there already is what a callback would have attached.
