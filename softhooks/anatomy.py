@@ -53,24 +53,38 @@ class Site:
 
 
 @dataclass(eq=False)
+class Table:
+    """A module that answers with rows of a matrix of its own, one position after another.
+
+    Attributes:
+        weight: the name of the matrix.
+        first: the row of a text's first token.
+    """
+
+    module: nn.Module
+    weight: str
+    first: int
+
+
+@dataclass(eq=False)
 class Positions:
     """How a stack learns where its tokens stand.
 
     Attributes:
-        argument: whether its forward takes `position_ids`.
-        table: its learned position embedding, if it has one.
-        start: the id of the first real token in that table (RoBERTa: padding_idx + 1).
-        padding: the id of a padding column.
+        argument: whether its forward takes `position_ids`, and heeds them.
+        table: where it does not: its position table, if that can answer for each row of a batch.
+        start: the id that the first token of a row has in a bare forward (RoBERTa: padding_idx + 1; PaliGemma: 1).
+        padding: the id of a padding column, where that is one of its own.
         limit: how many real positions there are, where exceeding them is an error rather than a loss of quality.
         trained: how many positions the config declares.
         changes: from how many positions on the model rotates every position otherwise (dynamic RoPE, LongRoPE); None: never.
-        by_column: whether a token's position is its column in every row, padding or not, and nothing can tell the stack another.
+        by_column: whether padding before a text moves it away from a prefix, whatever the stack is told.
     """
 
     argument: bool
-    table: nn.Embedding | None
+    table: Table | None
     start: int
-    padding: int
+    padding: int | None
     limit: int | None
     trained: int | None
     by_column: bool = False
@@ -79,7 +93,7 @@ class Positions:
     @property
     def movable(self) -> bool:
         """Whether the stack can be told that its text stands behind a prefix."""
-        return self.argument
+        return self.argument or self.table is not None
 
 
 @dataclass(eq=False)

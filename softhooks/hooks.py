@@ -20,6 +20,7 @@ from softhooks.inject.cross import note_of, strip_encoder_state
 from softhooks.inject.passes import Pass
 from softhooks.inject.provenance import note_caches, note_encoded, require_encoded
 from softhooks.inject.slots import SlotPass
+from softhooks.inject.where import BROUGHT
 from softhooks.objectives import refuse_backward
 from softhooks.own_loop import tell_frozen
 from softhooks.running import Call, Held, module_call
@@ -47,7 +48,8 @@ class ModelHooks:
         call.is_on = host.is_on
         host.refuse_unused(kwargs)
         call.given = take(kwargs, host.columns)
-        call.positions = kwargs.get("position_ids")
+        named = self._named(args, kwargs)
+        call.brought = {name: named.get(name) for name in BROUGHT}
         if host.anatomy.choices is not None:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
@@ -91,6 +93,12 @@ class ModelHooks:
         """Let an objective, or a check, run the model: that run has no objective."""
         return self.host.running.held("a run without objective", aside=True)
 
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name."""
+        if not args:
+            return kwargs
+        return dict(zip(inspect.signature(self.host.model.forward).parameters, args, strict=False)) | kwargs
+
     def _trainable(self) -> list[SoftPrompt]:
         """The prompts in use that are not frozen."""
         host = self.host
@@ -104,7 +112,7 @@ class ModelHooks:
         """Let a prompt's objective join the call."""
         host, objective = self.host, prompt.objective
         assert objective is not None
-        call = dict(zip(inspect.signature(host.model.forward).parameters, args, strict=False)) | kwargs
+        call = self._named(args, kwargs)
         if host.rows is not None or call.get("labels") is None:
             raise UnsupportedModeError(
                 explain(
@@ -135,8 +143,9 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """Let what is said for a row hold for each of its choices, which the stack meets as rows of their own."""
     rows, call.choices = choices_of(args, kwargs)
     call.given = for_each_choice(call.given, rows, call.choices)
-    if isinstance(call.positions, Tensor) and call.positions.dim() == 3:
-        call.positions = call.positions.flatten(0, 1)
+    for name, value in (call.brought or {}).items():
+        if isinstance(value, Tensor) and value.dim() == 3 and call.brought is not None:
+            call.brought[name] = value.flatten(0, 1)
 
 
 class StackHooks:

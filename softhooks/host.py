@@ -32,11 +32,12 @@ from softhooks.inject.paged import paged_cache, require_same_prompt
 from softhooks.inject.passes import Pass
 from softhooks.inject.provenance import cache_of, require_own_cache
 from softhooks.inject.reuse import borne_by
+from softhooks.inject.where import Outer
 from softhooks.labels import LabelNames
 from softhooks.overrides import Overrides
 from softhooks.own_loop import unwatch_steps, watch_steps
 from softhooks.probe import unwrapped
-from softhooks.running import Running
+from softhooks.running import Call, Running
 from softhooks.selection import Selection, select
 from softhooks.within.direct import DirectForward
 
@@ -343,13 +344,15 @@ class Host:
             require_own_cache(cache, made())
         columns = text.shape[1] if isinstance(text, Tensor) else 0
         own = call.get("position_ids")
-        packed = documents(forward.positions if own is None else own, call.get("attention_mask"), columns)
+        outer = _outer(forward, stack)
+        positions = outer.positions if own is None and outer is not None else own
+        packed = documents(positions, call.get("attention_mask"), columns)
         if packed is not None:
             require_masks(stack, packed, by_position=own is not None)
         if self.freeze_dropout:
             self._rest(stack)
         with borne_by(paged, self):
-            opened = open_pass(stack, call, selection, self.placeholder)
+            opened = open_pass(stack, call, selection, self.placeholder, outer)
         if packed is not None:
             guard(opened, packed)
         require_same_prompt(paged, opened, self.selection)
@@ -369,3 +372,11 @@ class Host:
         call.cleanups.append(wake)
         for module in resting:
             module.training = False
+
+
+def _outer(forward: Call, stack: Stack) -> Outer | None:
+    """What the forward of the model that is under way brought for a stack."""
+    if forward.brought is None:
+        return None
+    prefix = "decoder_" if stack.name == "decoder" else ""
+    return Outer(forward.brought.get(f"{prefix}position_ids"), forward.brought.get(f"{prefix}attention_mask"))

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softhooks.anatomy import Anatomy, Positions, Stack, StackName, at_rest, decoder_ids, probe_ids
+from softhooks.anatomy import Anatomy, Stack, StackName, at_rest, decoder_ids, probe_ids
 from softhooks.backbone import Call, find_stack, record
 from softhooks.errors import UnsupportedModelError, explain
 from softhooks.inject.survey import survey
+from softhooks.numbering import numbering
 from softhooks.probing import INSIDE, probing
 from softhooks.seeing import is_rounding, probe_length, sees_later
 
@@ -137,7 +137,12 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
     module = found.stack.module
     parameters = inspect.signature(module.forward).parameters
     assert isinstance(found.lookup.output, Tensor)
-    positions = _positions(module, parameters, runs.calls)
+
+    def run(rows: int) -> None:
+        model(**{key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in runs.inputs.items()})
+
+    positions = numbering(run, module, found.lookup.module, "position_ids" in parameters)
+    positions.changes = _changes(module)
     room = positions.limit if positions.limit is not None else positions.trained
     return Stack(
         name=name,
@@ -192,37 +197,6 @@ def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, room
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _positions(module: nn.Module, parameters: Any, calls: list[Call]) -> Positions:
-    table = None
-    for path, part in module.named_modules():
-        name = path.rsplit(".", 1)[-1]
-        if isinstance(part, nn.Embedding) and ("position" in name or name == "wpe") and "relative" not in name:
-            table = part
-    config = getattr(module, "config", None)
-    trained = getattr(config, "max_position_embeddings", None)
-    start, padding, by_column = 0, 0, False
-    limit: int | None = None
-    if table is not None:
-        if table.padding_idx is not None and getattr(table, "offset", None) is None:
-            start, padding = table.padding_idx + 1, table.padding_idx
-        limit = table.num_embeddings - start - int(getattr(table, "offset", 0))
-        answers = [call.output for call in calls if call.module is table]
-        if answers and isinstance(answers[-1], Tensor) and answers[-1].dim() == 2:
-            table, by_column = None, "position_ids" not in parameters  # RoFormer: one answer for all rows
-    elif any("embed_positions" in name for name, _ in module.named_buffers()):
-        limit = trained
-    return Positions(
-        argument="position_ids" in parameters,
-        table=table,
-        start=start,
-        padding=padding,
-        limit=limit,
-        trained=trained if isinstance(trained, int) else None,
-        by_column=by_column,
-        changes=_changes(module),
-    )
 
 
 def _changes(module: nn.Module) -> int | None:

@@ -63,7 +63,7 @@ class Call:
         is_on: whether prompts are on in it.
         given: the extra arguments of the forward.
         choices: how many choices each row of the model's batch has, which are rows of their own in a stack.
-        positions: its position_ids, which not every model hands to its stack.
+        brought: its masks and positions, as the caller gave them; None in a stack's forward.
         encoded: where slots stand in the encoder's states that its decoder attends to.
         batch: the rows of the first pass that a prompt was put in by; None until then.
         finish: what an objective makes of its output.
@@ -83,7 +83,7 @@ class Call:
         self.is_on = False
         self.given: dict[str, Tensor] = {}
         self.choices = 1
-        self.positions: Any = None
+        self.brought: dict[str, Any] | None = None
         self.encoded: Written | None = None
         self.batch: int | None = None
         self.finish: Finish | None = None

@@ -11,8 +11,8 @@ from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.fills import COPIED, fill
 from softhooks.inject.provenance import is_recurrent
+from softhooks.inject.where import Outer, padding_mask
 from softhooks.inject.widened import Widened
-from softhooks.layout.places import text_positions
 
 _UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "cross_attention_states"}
 _ZERO_AT_SLOTS = ("token_type_ids", "visual_pos_masks", "image_embeds_position_mask")
@@ -56,18 +56,70 @@ def refuse_static(cache: Any) -> None:
         )
 
 
-def refuse_moved_positions(positions: Any, mask: Tensor) -> None:
-    """Refuse positions that are not the text's own count: packed documents would not each see the prompt."""
-    if positions is None:
-        return
-    expected = text_positions(mask)
-    given = positions.expand_as(expected) if positions.dim() == 2 else None
-    if given is None or not torch.equal(given[mask.bool()], expected[mask.bool()]):
+def mask_of_text(
+    call: dict[str, Any], outer: Outer | None, shape: tuple[int, int], device: torch.device, causal: bool
+) -> Tensor:
+    """The mask of a call's text, of the given shape; one that a model in between has prepared must say the same.
+
+    Raises:
+        UnsupportedModeError: it says more, or the caller gave it so.
+    """
+    given, flat = call.get("attention_mask"), padding_mask(call, outer)
+    if given is not None and flat is None and outer is not None and outer.mask is None:
+        flat = torch.ones(shape, dtype=torch.long, device=device)
+    if given is not flat and flat is not None:
+        refuse_other_masks(given, flat, causal)
+        given = flat
+    return flat_mask(given, *shape, device)
+
+
+def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
+    """Refuse masks that a model around the stack has prepared, where they show more than the mask that they are made of.
+
+    Args:
+        prepared: [B, 1, T, K], bool (True: seen) or additive, or several by name.
+        flat: the caller's, [B, K].
+
+    Raises:
+        UnsupportedModeError: tokens see ahead (those of an image see each other), or the masks are of another form.
+    """
+    for mask in prepared.values() if isinstance(prepared, dict) else [prepared]:
+        if mask is None:
+            continue
+        if isinstance(mask, Tensor) and mask.dim() == 4 and not bool(_more(mask, flat, causal).any()):
+            continue
         raise UnsupportedModeError(
             explain(
-                "slots in the sequence stand once in every row, so positions must count each row's text from 0.",
-                "Unpack the documents into rows of their own, or use a prompt that enters as keys and values.",
-                position_ids=f"{list(positions.shape)}, not the count of the attention mask",
+                "slots in the sequence need a mask of one number a token.",
+                "Use a prompt that enters as keys and values (`prompt.injection`), or rows without images.",
+                mask=f"{list(mask.shape)}, in which tokens see ahead"
+                if isinstance(mask, Tensor)
+                else f"{type(mask).__name__}, prepared by the model around the text model",
+            )
+        )
+
+
+def _more(mask: Tensor, flat: Tensor, causal: bool) -> Tensor:
+    """What a prepared mask shows of the call's own columns beyond those that are text, and no later ones in a decoder."""
+    queries = mask.shape[-2]
+    seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[..., -queries:]
+    real = flat.to(seen.device).bool()[:, None, None, -queries:]
+    if queries == 1:  # of a mask for keys alone nothing else can be told
+        return seen & ~real if not causal else torch.zeros_like(seen)
+    hidden = ~real | torch.ones(queries, queries, dtype=torch.bool, device=seen.device).triu(1) if causal else ~real
+    return seen & hidden & real.transpose(-1, -2)
+
+
+def refuse_later_text(gap: Tensor, live: Tensor, columns: int) -> None:
+    """Refuse a row whose text begins in a later chunk: padding stood where the slots belong, and sliding windows see it."""
+    last = torch.where(live, gap, 0).amax(-1)
+    if bool((last > columns).any()):
+        raise UnsupportedModeError(
+            explain(
+                "slots need a row's first token in the first chunk of a prefill.",
+                "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
+                chunk=f"{columns} columns",
+                row=f"{int(last.argmax())}, whose text begins later",
             )
         )
 

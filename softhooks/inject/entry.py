@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Role, Stack
-from softhooks.errors import PromptNotReachedError, PromptTooLongError, UnsupportedModeError, explain
+from softhooks.errors import PromptTooLongError, UnsupportedModeError, explain
 from softhooks.inject.attention import PrefixPass
 from softhooks.inject.branch import open_branch
 from softhooks.inject.cachepass import CachePass
@@ -21,7 +21,7 @@ from softhooks.inject.paged import longest_text
 from softhooks.inject.passes import Pass
 from softhooks.inject.positions import place_at_table
 from softhooks.inject.slots import SlotPass, Slots
-from softhooks.layout.places import text_positions
+from softhooks.inject.where import Outer, order_in_text, padding_mask, past_of, positions_in_text, text_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,19 +30,22 @@ if TYPE_CHECKING:
     from softhooks.selection import Selection
 
 
-def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, placeholder: int) -> Pass:
+def open_pass(
+    stack: Stack, call: dict[str, Any], selection: Selection, placeholder: int, outer: Outer | None = None
+) -> Pass:
     """Open the pass for one forward of a stack; the call's arguments are changed in place.
 
     Args:
         selection: the prompts in use, and which row meets which.
         placeholder: an ordinary id for slots.
+        outer: what the call of the model brought; None where the stack is called by itself.
 
     Raises:
         UnsupportedModeError: the prompts or the call cannot be served together.
     """
     prompts = selection.prompts
     if any(prompt.injection == "branch" for prompt in prompts):
-        return _open_branch(stack, call, selection)
+        return _open_branch(stack, call, selection, outer)
     reached = _reached(stack, call, prompts)
     in_sequence = {prompt: prompt.injection == "slots" or bool(reached[prompt]) for prompt in prompts}
     if set(in_sequence.values()) == {True, False}:
@@ -57,11 +60,11 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, placehol
         )
     fallen_back = next((names for names in reached.values() if names), [])
     if not in_sequence[prompts[0]]:
-        return _open_prefix(stack, call, selection)
+        return _open_prefix(stack, call, selection, outer)
     if not fallen_back:
-        return _open_slots(stack, call, selection, placeholder)
+        return _open_slots(stack, call, selection, placeholder, outer)
     try:
-        return _open_slots(stack, call, selection, placeholder, is_fallback=True)
+        return _open_slots(stack, call, selection, placeholder, outer, is_fallback=True)
     except UnsupportedModeError as error:
         raise refusal(fallen_back, error) from error
 
@@ -94,6 +97,7 @@ def _open_slots(
     call: dict[str, Any],
     selection: Selection,
     placeholder: int,
+    outer: Outer | None,
     is_fallback: bool = False,
 ) -> Pass:
     slots = _slots_of(stack, selection)
@@ -107,34 +111,35 @@ def _open_slots(
                 injection="slots",
             )
         )
-    check_length(stack, call, slots.columns, cached=slots.columns)
+    check_length(stack, call, slots.columns, cached=slots.columns, outer=outer)
     if is_fallback:
-        return FallbackPass(stack, slots, call, placeholder)
-    return SlotPass(stack, slots, call, placeholder, keep=stack.name == "encoder")
+        return FallbackPass(stack, slots, call, placeholder, outer=outer)
+    return SlotPass(stack, slots, call, placeholder, keep=stack.name == "encoder", outer=outer)
 
 
 # --- a gated branch ---------------------------------------------------------------------------------------------------
 
 
-def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection) -> Pass:
+def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: Outer | None) -> Pass:
     """Open a branch; a text behind padding stands where it would stand alone, for queries know their absolute positions."""
     batch, columns = text_shape(call)
     opened = open_branch(stack, selection, batch)
-    mask = call.get("attention_mask")
-    if call.get("position_ids") is None and isinstance(mask, Tensor) and mask.dim() == 2:
-        positions = _positions(stack, call, columns)
-        if positions is not None:
-            own = torch.arange(columns, device=mask.device) + _past(call)
-            _move_positions(
-                stack, call, 0, torch.where(mask[:, -columns:] == 0, own, positions), columns, opened.handles
-            )
+    mask = padding_mask(call, outer)
+    by_caller = outer is None or outer.positions is not None
+    if mask is None or not _takes_positions(stack, 0) or (by_caller and call.get("position_ids") is not None):
+        return opened
+    positions = positions_in_text(stack, call, outer)
+    if positions.dim() == 2:
+        own = torch.arange(columns, device=mask.device) + past_of(call)
+        positions = torch.where(mask[:, -columns:] == 0, own, positions)
+    _move_positions(stack, call, 0, positions, mask, opened.handles)
     return opened
 
 
 # --- keys and values --------------------------------------------------------------------------------------------------
 
 
-def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection) -> Pass:
+def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer: Outer | None) -> Pass:
     rows = selection.rows
     each = [prompt.key_values(stack, variants) for prompt, variants in selection.by_prompt()]
     roles: list[Role] = ["self", "cross"]
@@ -147,18 +152,19 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection) -> Pa
         return _Untouched(stack)
     own = prefixes["self"]
     batch, columns = text_shape(call)
-    check_length(stack, call, own.length if own.shifted is not False else 0)
-    _refuse_left_padding(stack, call)
-    positions = _positions(stack, call, columns)
+    check_length(stack, call, own.length if own.shifted is not False else 0, outer=outer)
+    mask = padding_mask(call, outer)
+    _refuse_left_padding(stack, mask)
+    positions = positions_in_text(stack, call, outer) if _takes_positions(stack, own.shift()) else None
     handles: list[Any] = []
     if positions is not None:
-        _move_positions(stack, call, own.shift(), positions, columns, handles)
+        _move_positions(stack, call, own.shift(), positions, mask, handles)
     opened: PrefixPass
     try:
         if stack.through == "cache":
             opened = CachePass(stack, own, call, (batch, columns))
         else:
-            opened = PrefixPass(stack, prefixes, _order(positions, call, columns), stack.module.training)
+            opened = PrefixPass(stack, prefixes, order_in_text(positions, call, outer), stack.module.training)
     except BaseException:
         for handle in handles:
             handle.remove()
@@ -175,58 +181,16 @@ class _Untouched(Pass):
         self.touched = True
 
 
-def text_shape(call: dict[str, Any]) -> tuple[int, int]:
-    """Batch and columns of the text in a call.
-
-    Raises:
-        PromptNotReachedError: the call has neither ids nor embeddings.
-    """
-    text = call.get("input_ids")
-    text = call.get("inputs_embeds") if text is None else text
-    if not isinstance(text, Tensor):
-        raise PromptNotReachedError(
-            "a prompt needs `input_ids` or `inputs_embeds` in the call of the model's backbone."
-        )
-    return text.shape[0], text.shape[1]
+def _takes_positions(stack: Stack, shift: int | Tensor) -> bool:
+    """Whether a stack is to be told where its text stands; a decoder beside an encoder counts its columns by itself."""
+    where = stack.positions
+    beside = stack.name == "decoder" and isinstance(shift, int) and shift == 0
+    return where.argument or (where.table is not None and not beside)
 
 
-def _past(call: dict[str, Any]) -> Any:
-    cache = call.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
-
-
-def _positions(stack: Stack, call: dict[str, Any], columns: int) -> Tensor | None:
-    """Where the text stands, counted from 0 in each row (or document), [B or 1, T]; None where the stack has no use for it."""
-    if not stack.positions.argument and (stack.positions.table is None or stack.causal):
-        return None
-    given = call.get("position_ids")
-    if given is not None:
-        return torch.as_tensor(given) - stack.positions.start
-    mask = call.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return text_positions(mask)[:, -columns:]
-    text = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
-    counted: Tensor = torch.arange(columns, device=text.device) + _past(call)
-    return counted[None]
-
-
-def _order(positions: Tensor | None, call: dict[str, Any], columns: int) -> Tensor | None:
-    """Where tokens stand among those before them; positions of several axes (M-RoPE) say where they stand in an image."""
-    if positions is None or positions.dim() < 3:
-        return positions
-    if positions.shape[0] == 4:  # the text's own come first
-        return positions[0]
-    mask = call.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return text_positions(mask)[:, -columns:]
-    counted: Tensor = torch.arange(columns, device=positions.device) + _past(call)
-    return counted[None]
-
-
-def _refuse_left_padding(stack: Stack, call: dict[str, Any]) -> None:
+def _refuse_left_padding(stack: Stack, mask: Tensor | None) -> None:
     """Refuse rows that begin with padding where it would move the text away from the prefix."""
-    mask = call.get("attention_mask")
-    if stack.positions.by_column and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
+    if stack.positions.by_column and mask is not None and not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
             explain(
                 "a prefix needs rows that begin with text, in a model that counts padding as positions.",
@@ -238,27 +202,26 @@ def _refuse_left_padding(stack: Stack, call: dict[str, Any]) -> None:
 
 
 def _move_positions(
-    stack: Stack, call: dict[str, Any], shift: int | Tensor, positions: Tensor, columns: int, handles: list[Any]
+    stack: Stack, call: dict[str, Any], shift: int | Tensor, positions: Tensor, mask: Tensor | None, handles: list[Any]
 ) -> None:
     """Tell the stack where the text stands, in its own numbering: `shift` behind where it would stand alone."""
     where = stack.positions
     ids = positions + where.start + (shift.to(positions.device) if isinstance(shift, Tensor) else shift)
-    given = call.get("attention_mask")
-    mask = given if isinstance(given, Tensor) and given.dim() == 2 else None
-    if where.start and mask is not None:
-        ids = ids.masked_fill(mask[:, -columns:] == 0, where.padding)
+    if where.padding is not None and mask is not None:
+        ids = ids.masked_fill(mask[:, -ids.shape[-1] :] == 0, where.padding)
     if where.argument:
         call["position_ids"] = ids
-    elif where.table is not None and mask is not None:
+    elif where.table is not None and (mask is not None or isinstance(shift, Tensor) or shift):
         place_at_table(where.table, ids, handles)
 
 
-def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 0) -> None:
+def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 0, outer: Outer | None = None) -> None:
     """Refuse a text that would stand beyond the last learned position.
 
     Args:
         length: the virtual tokens.
         cached: how many of them a cache that is not empty holds.
+        outer: what the call of the model brought.
 
     Raises:
         PromptTooLongError: prompt and text together exceed the table. Padding does not count.
@@ -271,13 +234,13 @@ def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 
         _refuse_beyond(limit, paged, length)
         return
     _, columns = text_shape(call)
-    past = _past(call)
+    past = past_of(call)
     past = past - cached if past else past
     if isinstance(past, Tensor) or past + columns + length <= limit:
         return
-    mask = call.get("attention_mask")
+    mask = padding_mask(call, outer)
     longest = past + columns
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    if mask is not None:
         longest = int(mask.long().sum(-1).max())
     _refuse_beyond(limit, longest, length)
 

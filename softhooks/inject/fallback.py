@@ -8,13 +8,16 @@ from softhooks.anatomy import Stack
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.checkpointing import CheckpointedPass
 from softhooks.inject.slots import SlotPass, Slots
+from softhooks.inject.where import Outer
 
 
 class FallbackPass(SlotPass, CheckpointedPass):
     """Slots in a stack whose attention layers expect a pass of their own, also when a checkpoint runs them again."""
 
-    def __init__(self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int) -> None:
-        super().__init__(stack, slots, call, placeholder)
+    def __init__(
+        self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, outer: Outer | None = None
+    ) -> None:
+        super().__init__(stack, slots, call, placeholder, outer=outer)
         if stack.module.training:
             self.follow_checkpointing()
 

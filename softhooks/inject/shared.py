@@ -57,7 +57,7 @@ def prefill(stack: Stack, rows: Tensor, placeholder: int) -> KeyValues:
     variants, length = rows.shape[:2]
     inputs: dict[str, Any] = {"input_ids": torch.full((variants, length), placeholder, device=rows.device)}
     if stack.positions.argument:
-        inputs["position_ids"] = torch.arange(length, device=rows.device)[None]
+        inputs["position_ids"] = torch.arange(length, device=rows.device)[None] + stack.positions.start
     if "use_cache" in stack.parameters:
         inputs["use_cache"] = False
     cache = ListeningCache() if stack.through == "cache" else None

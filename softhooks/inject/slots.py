@@ -17,18 +17,19 @@ from torch.nn import functional
 from softhooks.anatomy import Stack, first_state
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.accept import (
-    flat_mask,
     mask_of_lengths,
+    mask_of_text,
+    refuse_later_text,
     refuse_more_columns,
-    refuse_moved_positions,
     refuse_static,
     refuse_unknown,
     widen_known,
 )
 from softhooks.inject.passes import Pass
-from softhooks.inject.positions import place_at_table, positions_of
+from softhooks.inject.positions import place_at_table, positions_of, widened_positions
 from softhooks.inject.provenance import cache_of, caches_in, is_filled, is_recurrent
 from softhooks.inject.strip import strip_attentions, strip_last, strip_output
+from softhooks.inject.where import Outer, given_positions, padding_mask
 from softhooks.inject.widened import Places, Widened, gaps, widen
 from softhooks.inject.written import Written, note_written, written_in
 from softhooks.layout.places import Layout
@@ -126,12 +127,22 @@ class SlotPass(Pass):
         call: the arguments of the forward, by name; widened in place.
         placeholder: an ordinary id that is not padding.
         keep: whether the returned last state keeps the slots, for a decoder that attends to it.
+        outer: what the call of the model brought.
     """
 
-    def __init__(self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, keep: bool = False) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        slots: Slots,
+        call: dict[str, Any],
+        placeholder: int,
+        keep: bool = False,
+        outer: Outer | None = None,
+    ) -> None:
         super().__init__(stack)
         self.slots = slots
         self.keep = keep
+        self.outer = outer
         self.placeholder = placeholder
         self._wide: Widened | None = None
         self._cached: Widened | None = None
@@ -158,8 +169,8 @@ class SlotPass(Pass):
     def _begin(self, call: dict[str, Any]) -> None:
         refuse_unknown(call, self.stack, self.batch, self.columns)
         given = call.get("attention_mask")
-        mask = flat_mask(given, self.batch, self.columns, self.device)
-        refuse_moved_positions(call.get("position_ids"), mask)
+        mask = mask_of_text(call, self.outer, (self.batch, self.columns), self.device, self.stack.causal)
+        positions = given_positions(self.stack, call, self.outer)
         places = self.slots.places(mask, call.get("input_ids"))
         self._written = Written(places, gaps(mask, places.offsets), self.columns)
         self._wide = self._widened(places, mask)
@@ -175,7 +186,7 @@ class SlotPass(Pass):
             self._ids = call.get("input_ids")
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
-        self._place(call, wide_mask, self._wide.columns)
+        self._place(call, widened_positions(self.stack, positions, mask, self._wide, wide_mask))
         self._keep_states(call)
 
     def _keep_states(self, call: dict[str, Any]) -> None:
@@ -186,10 +197,9 @@ class SlotPass(Pass):
             self._asked = asked
             call["logits_to_keep"] = self._wide.columns - int(self._wide.text[:, -asked:].min())
 
-    def _place(self, call: dict[str, Any], wide_mask: Tensor, last: int) -> None:
-        """Tell the stack where the last columns of the widened mask stand."""
+    def _place(self, call: dict[str, Any], ids: Tensor) -> None:
+        """Tell the stack where the columns of the call stand, by ids in its own numbering."""
         positions = self.stack.positions
-        ids = positions_of(self.stack, wide_mask)[:, -last:]
         if positions.argument:
             call["position_ids"] = ids
         elif positions.table is not None:
@@ -221,11 +231,12 @@ class SlotPass(Pass):
     def _continue(self, call: dict[str, Any], cache: Any, past: int) -> None:
         written = written_in(cache)
         slots = 0 if written is None else written.places.offsets.shape[1]
-        given = call.get("attention_mask")
+        given, positions = call.get("attention_mask"), given_positions(self.stack, call, self.outer)
         total = past - slots + self.columns
-        seen = None if given is None else given.shape[-1]
-        if given is None and call.get("position_ids") is not None:
-            seen = int(call["position_ids"].max()) + 1
+        flat = padding_mask(call, self.outer)
+        seen = None if flat is None else flat.shape[-1]
+        if flat is None and positions is not None and positions.dim() == 2:
+            seen = int(positions.max()) + 1 - self.stack.positions.start
         places = None if written is None else written.places_in(self.batch)
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
@@ -238,13 +249,14 @@ class SlotPass(Pass):
                     f"{total} expected",
                 )
             )
-        mask = flat_mask(given, self.batch, total, self.device)
-        self._refuse_later(gaps(mask, places.offsets), places.live, written.columns)
+        mask = mask_of_text(call, self.outer, (self.batch, total), self.device, self.stack.causal)
+        refuse_later_text(gaps(mask, places.offsets), places.live, written.columns)
         wide = self._cached = self._widened(places, mask)
         wide_mask = wide.spread_mask(mask)
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
-        self._place(call, wide_mask, self.columns)
+        counted = positions_of(self.stack, wide_mask)[:, -self.columns :]
+        self._place(call, counted if positions is None else positions + places.live.sum(-1, keepdim=True))
         self.touched = True
 
     def _continue_state(self, cache: Any) -> None:
@@ -261,19 +273,6 @@ class SlotPass(Pass):
             )
         self.touched = True
 
-    def _refuse_later(self, gap: Tensor, live: Tensor, columns: int) -> None:
-        """Refuse a row whose text begins in a later chunk: padding stood where the slots belong, and sliding windows see it."""
-        last = torch.where(live, gap, 0).amax(-1)
-        if bool((last > columns).any()):
-            raise UnsupportedModeError(
-                explain(
-                    "slots need a row's first token in the first chunk of a prefill.",
-                    "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
-                    chunk=f"{columns} columns",
-                    row=f"{int(last.argmax())}, whose text begins later",
-                )
-            )
-
     def _widened(self, places: Places, mask: Tensor) -> Widened:
         """The map of this batch. In a decoder spare slots go to the left, for text will be generated at the right."""
         spare_first = self.stack.causal and not self.keep
@@ -283,10 +282,9 @@ class SlotPass(Pass):
 
     def strip(self, states: Tensor) -> Tensor:
         """Bring states back to the text's columns, [B, N, H] -> [B, T, H]."""
-        assert self._wide is not None
-        if self.stack.causal:
-            return self._wide.predicting_states(states, self._mask)
-        return self._wide.own_states(states)
+        wide = self._wide
+        assert wide is not None
+        return wide.predicting_states(states, self._mask) if self.stack.causal else wide.own_states(states)
 
     def leave(self, output: Any) -> Any:
         """Strip states, hidden states and attentions; for a decoder that attends to this stack, keep the last state."""
