@@ -51,8 +51,8 @@ def test_the_way_in_is_chosen_by_a_check_and_visible(arch: str, head: str, metho
         assert way in repr(prompt)
 
 
-def test_a_decoder_that_cannot_share_its_prompt_gets_slots() -> None:
-    """BART's decoder takes no positions: computed once, the text would stand where the prompt does."""
+def test_a_decoder_that_takes_no_positions_is_told_them_at_its_table() -> None:
+    """Computed once, BART's prompt would else stand where the text does."""
     from transformers import BartForCausalLM
 
     config = zoo.CONFIGS["bart"]()
@@ -63,7 +63,7 @@ def test_a_decoder_that_cannot_share_its_prompt_gets_slots() -> None:
             parameter.normal_(std=0.2)
     ids = zoo.text(2, 6)
     with softhooks.attach(model, PromptTuning(3)) as prompt:
-        assert prompt.injection == "slots"
+        assert prompt.injection == "shared"
         rows = prompt.encoder("embeddings")
         logits = model(ids).logits
         with softhooks.disabled(model):

@@ -153,8 +153,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
         r"trainable='\*lora\*' names no parameter of LlamaForCausalLM",
     ),
     "positions that cannot be shifted": (
-        lambda: zoo.build("bart", "seq2seq"), lambda: PrefixTuning(3, shift_positions=True), {}, UnsupportedMethodError,
-        r"forward takes `position_ids`(.|\n)*model: *BartEncoder\nLeave shift_positions out",
+        lambda: zoo.build("t5", "seq2seq"), lambda: PrefixTuning(3, shift_positions=True), {}, UnsupportedMethodError,
+        r"told where its text stands(.|\n)*model: *T5Stack\nLeave shift_positions out",
     ),
 }  # fmt: skip
 

@@ -111,7 +111,7 @@ class DeepPrefix(Method):
             if self.shift_positions:
                 raise UnsupportedMethodError(
                     explain(
-                        "positions can be shifted only in a model whose forward takes `position_ids`.",
+                        "positions can be shifted only in a model that can be told where its text stands.",
                         "Leave shift_positions out.",
                         model=type(stack.module).__name__,
                     )
