@@ -397,7 +397,9 @@ def test_other_models_are_refused_by_name(case: zoo.Case) -> None:
 def test_a_decoder_that_cannot_share_its_prompt_is_refused() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=zoo.VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8)).eval()
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=zoo.VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=8)
+    ).eval()
     with untouched(model), pytest.raises(UnsupportedMethodError, match="'slots'"):
         softhooks.attach(model, method())
     with pytest.raises(UnsupportedMethodError, match="'slots'"):
