@@ -116,6 +116,7 @@ def _language_model() -> type:
         Args:
             pretrained: as HFLM takes it: a name, a directory, or a model; one that carries a prompt is taken with it.
             prompt: a saved prompt to load; None: the model carries one.
+            strict: as in `softhooks.load`.
             kwargs: HFLM's own. A `max_length` that is given is the context's whole length, of which the prompt takes its part.
 
         Raises:
@@ -123,7 +124,7 @@ def _language_model() -> type:
             UnsupportedMethodError: the prompt needs more than rows of ids. The model is as it was.
         """
 
-        def __init__(self, pretrained: Any, prompt: str | None = None, **kwargs: Any) -> None:
+        def __init__(self, pretrained: Any, prompt: str | None = None, strict: bool = True, **kwargs: Any) -> None:
             carries = not isinstance(pretrained, str) and host_of(pretrained) is not None
             if carries == (prompt is not None):
                 raise OptionError(
@@ -141,7 +142,7 @@ def _language_model() -> type:
                 for each in host.prompts.values():
                     require_plain_rows(each)
                 return
-            loaded = load(self.model, str(prompt))
+            loaded = load(self.model, str(prompt), strict=strict)
             try:
                 require_plain_rows(loaded)
             except UnsupportedMethodError:

@@ -55,8 +55,12 @@ def serve(prompt: str | Path, model: str, **options: Any) -> Any:
 
 
 @contextmanager
-def prompted(prompt: str | Path) -> Iterator[None]:
+def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
     """Let every server that is made meanwhile load its model with a prompt.
+
+    Args:
+        prompt: a saved prompt.
+        strict: as in `softhooks.load`.
 
     Raises:
         SoftHooksError: what serving needs is not installed.
@@ -70,7 +74,7 @@ def prompted(prompt: str | Path) -> Iterator[None]:
     from transformers.cli.serving import model_manager, utils
 
     before = model_manager.ModelManager, utils.GenerationState
-    model_manager.ModelManager = _manager(model_manager.ModelManager, str(prompt))  # type: ignore[misc]
+    model_manager.ModelManager = _manager(model_manager.ModelManager, str(prompt), strict)  # type: ignore[misc]
     utils.GenerationState = _state(utils.GenerationState)  # type: ignore[misc]
     try:
         yield
@@ -78,7 +82,7 @@ def prompted(prompt: str | Path) -> Iterator[None]:
         model_manager.ModelManager, utils.GenerationState = before  # type: ignore[misc]
 
 
-def _manager(base: Any, prompt: str) -> Any:
+def _manager(base: Any, prompt: str, strict: bool) -> Any:
     """The class of managers that load a model with a prompt."""
 
     class PromptedModelManager(base):
@@ -105,7 +109,7 @@ def _manager(base: Any, prompt: str) -> Any:
             from softhooks.batching import require_servable
 
             model = super()._load_model(*args, **kwargs)
-            loaded = load(model, prompt)
+            loaded = load(model, prompt, strict=strict)
             if self._batches:
                 require_servable(loaded.host)
             return model
@@ -135,11 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `transformers serve`, with one option more: `--prompt`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt")
+    parser.add_argument("--no-strict", action="store_true")
     own, rest = parser.parse_known_args(arguments)
     with reported(), usage():
         if own.prompt is None and "--help" not in rest:
             raise OptionError("the server needs `--prompt DIR`; without a prompt, run `transformers serve`.")
-    with reported(), prompted(own.prompt):
+    with reported(), prompted(own.prompt, strict=not own.no_strict):
         import typer
         from transformers.cli.serve import Serve
 

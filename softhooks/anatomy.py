@@ -105,6 +105,7 @@ class Stack:
         owner: the host whose prompts enter here.
         proven: the plain arguments of the call on which the ways in were compared; the same again change nothing.
         pooled: the module in it whose first column is handed to a pooler, where the pooler never sees the others.
+        reads_ids: whether its states depend on ids beside their embeddings, once that was measured.
     """
 
     name: StackName
@@ -121,6 +122,7 @@ class Stack:
     owner: Host | None = None
     proven: dict[str, Any] = field(default_factory=dict)
     pooled: nn.Module | None = None
+    reads_ids: bool | None = None
     _live: Pass | None = field(default=None, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from softhooks.causality import check_causality
 from softhooks.constraint import unwatch, watch
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
 from softhooks.exclusive import exclusive
+from softhooks.fingerprint import take
 from softhooks.fit import choose_injection, probe_inputs
 from softhooks.frozen import FrozenRecord
 from softhooks.generation import keep_from_assistants
@@ -29,6 +30,7 @@ from softhooks.labels import Labels
 from softhooks.method import Method, PromptEncoder
 from softhooks.model_saving import stand_in
 from softhooks.peft_base import home, keep_wrapped, refuse_prompts
+from softhooks.placeholder import BUFFER, fresh_ids, reads_ids, stored_ids
 from softhooks.probe import examine
 from softhooks.probing import probing, proving
 from softhooks.prompt import Injection, SoftPrompt, host_of
@@ -125,6 +127,7 @@ def attach_encoder(
     check: Callable[[Anatomy], None] | None = None,
     make_added: Callable[[Anatomy], AddedTokens | None] | None = None,
     take_added: Callable[[AddedTokens], None] | None = None,
+    check_base: Callable[[Anatomy], None] | None = None,
 ) -> SoftPrompt:
     """Attach an encoder that the method builds or that was saved. See `attach`.
 
@@ -137,7 +140,8 @@ def attach_encoder(
         frozen_record: take the digests that `verify_frozen` compares with.
         make_added: copies rows of the vocabulary that the prompt trains, or none.
         take_added: puts stored rows into these copies.
-        check: raises if the encoder was made for another model.
+        check: raises if the encoder was made for a model of another kind.
+        check_base: raises if it was made for another model of the kind; the heads fit then.
     """
     present = host_of(model)
     _check_request(model, method, name, present, trainable)
@@ -145,13 +149,21 @@ def attach_encoder(
     model = present.model if present else model  # a wrapper around a model with a prompt stands for that model
     with unpacked(model), _AllOff(present):
         anatomy = present.anatomy if present else examine(model)
+        needs_ids = method.enters == "embeddings" and reads_ids(model, anatomy)
         if check is not None:
             check(anatomy)
         _check_length(anatomy, method)
         encoder = make(anatomy)
-    conventions = method.conventions(anatomy) if conventions is None else conventions
     encoder.to(device_of(anatomy.entry.embedding))
     module = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict()})
+    count = method.num_virtual_tokens
+    if conventions is None:
+        ids = fresh_ids(model, anatomy, count, encoder.start_ids) if needs_ids else None
+        conventions = method.conventions(anatomy)
+    else:
+        ids, conventions = stored_ids(model, anatomy, count, conventions, source, needed=needs_ids)
+    if ids is not None:
+        module.register_buffer(BUFFER, ids.to(encoder.device))
     heads = find_heads(model, anatomy)
     if head_states is not None:
         head_states = {home(model) + path: state for path, state in head_states.items()}
@@ -162,6 +174,8 @@ def attach_encoder(
     if added is not None:
         module[ADDED] = added
     warn_of_added(model, anatomy, () if added is None else frozenset(added.ids.tolist()))
+    if check_base is not None:
+        check_base(anatomy)
     module.train(model.training)
 
     host = present or Host(model, anatomy)
@@ -315,6 +329,7 @@ def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
     )
     if frozen_record:
         host.record = FrozenRecord(model, frozen_names(model))
+    host.fingerprint = take(model, host.anatomy, frozen=True)
     keep_unpacked(host)
     keep_wrapped(host)
     stand_in(host)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.batching import needed
-from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, explain
+from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError, explain
 from softhooks.method import EMBEDDINGS
 from softhooks.prompt import SoftPrompt, require_host
 from softhooks.served import ServerName, for_server
@@ -79,6 +79,14 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
             f"one prompt must be on, for one text; on are {names!r}{', disabled' if host.disabled else ''}."
         )
     prompt = host.prompts[host.active]
+    if host.anatomy.entry.reads_ids:
+        raise UnsupportedModelError(
+            explain(
+                "a sequence of embedding rows must be all that a model looks at; this one looks at the ids behind them too.",
+                "Serve this model with `softhooks.integrations.transformers_serve`.",
+                model=type(model).__name__,
+            )
+        )
     missing = needed(prompt)
     causal = host.anatomy.entry.causal and not host.anatomy.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:

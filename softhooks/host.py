@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.added_hooks import AddedHooks
-from softhooks.anatomy import Anatomy, Stack, probe_ids
+from softhooks.anatomy import Anatomy, Stack
 from softhooks.batching import require_servable, watch_batching
 from softhooks.blocks import alone_of, generation_of, is_off, repeats_of, rows_of
 from softhooks.columns import TAKEN_BY, SignedForward, refuse_unused, take
 from softhooks.copies import reopen, state_of
 from softhooks.errors import UnsupportedModeError, explain
+from softhooks.fingerprint import Fingerprint
 from softhooks.frozen import FrozenRecord
 from softhooks.generation import watch_generate
 from softhooks.gradients import SetAside
@@ -36,6 +37,7 @@ from softhooks.inject.where import Outer
 from softhooks.labels import LabelNames
 from softhooks.overrides import Overrides
 from softhooks.own_loop import unwatch_steps, watch_steps
+from softhooks.placeholder import ordinary_ids
 from softhooks.probe import unwrapped
 from softhooks.running import Call, Running
 from softhooks.selection import Selection, select
@@ -88,8 +90,9 @@ class Host:
         self.set_aside = SetAside()
         self.token = token_of(model)
         self.record: FrozenRecord | None = None
+        self.fingerprint: Fingerprint | None = None  # of the base when the first prompt came, before it may be sharded
         self.noted: dict[str, Tensor] | None = None  # the shapes of the last state dict with prompts that was loaded
-        self.placeholder = int(probe_ids(model, anatomy.vocabulary, columns=2)[0, 0])
+        self.placeholder = ordinary_ids(model, anatomy.entry, anatomy.vocabulary)[0]
         self.outermost = ModelHooks(self)
         self._handles: list[Any] = []
         self._embedding: list[tuple[Stack, StackHooks, Any]] = []

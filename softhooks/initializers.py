@@ -20,6 +20,9 @@ from softhooks.inject.keyvalues import flatten
 from softhooks.inject.shared import CapturePass
 from softhooks.trainer.offload import device_of
 
+Words = Sequence[int | None] | None
+"""The id of the word that each row is, if it is one; see `PromptEncoder.start_ids`."""
+
 COMMON_IDS = 5000
 """The first ids of a vocabulary are its most frequent words; Lester et al. draw from these."""
 
@@ -84,21 +87,29 @@ def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
     return [int(i) for i in ids]
 
 
-def text_rows(anatomy: Anatomy, count: int, ids: Sequence[int]) -> Tensor:
-    """Take a text's rows; what it lacks comes from the vocabulary. -> [P, H]."""
-    rows = embed_ids(anatomy, list(ids[:count]))
-    missing = count - rows.shape[0]
-    return torch.cat([rows, embed_ids(anatomy, vocabulary_ids(anatomy, missing)).to(rows)]) if missing else rows
+def filled(anatomy: Anatomy, count: int, ids: Sequence[int]) -> list[int]:
+    """Take P ids of a text; what it lacks comes from the vocabulary."""
+    known = list(ids[:count])
+    missing = count - len(known)
+    return known + (vocabulary_ids(anatomy, missing).tolist() if missing else [])
 
 
-def label_rows(anatomy: Anatomy, count: int, labels: Sequence[str], tokenizer: Any) -> Tensor:
-    """Take one row a label, the mean of its tokens' rows; what is missing comes from the vocabulary. -> [P, H]."""
+def label_rows(anatomy: Anatomy, count: int, labels: Sequence[str], tokenizer: Any) -> tuple[Tensor, Words]:
+    """Take one row a label, the mean of its tokens' rows; what is missing comes from the vocabulary.
+
+    Returns:
+        the rows, [P, H], and the id of each that is one word.
+    """
     if isinstance(labels, str) or not labels:
         raise OptionError(f"init_labels must be a list of one label or more; it is {labels!r}.")
     ids = [tokenize(label, tokenizer, "init_labels") for label in labels]
     rows = torch.stack([embed_ids(anatomy, label).mean(0) for label in ids])[:count]
+    words: list[int | None] = [label[0] if len(label) == 1 else None for label in ids[:count]]
     missing = count - rows.shape[0]
-    return torch.cat([rows, embed_ids(anatomy, vocabulary_ids(anatomy, missing)).to(rows)]) if missing else rows
+    if not missing:
+        return rows, words
+    more = vocabulary_ids(anatomy, missing)
+    return torch.cat([rows, embed_ids(anatomy, more).to(rows)]), [*words, *more.tolist()]
 
 
 def tensor_rows(anatomy: Anatomy, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:

@@ -41,6 +41,9 @@ class PromptEncoder(nn.Module):
     """
 
     groups: tuple[str, ...] = ()
+    start_ids: Sequence[int | None] | None = None
+    """The ids of the words that a new prompt's embedding rows are, None where a row is no word; None: no row is one."""
+
     is_constrained: ClassVar[bool] = False
     """Whether `constrain` must run after each optimizer step."""
 

@@ -26,6 +26,7 @@ from softhooks.inject.reuse import Memory
 from softhooks.inject.shared import every_tensor, prefill
 from softhooks.labels import Labels
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder
+from softhooks.placeholder import BUFFER
 from softhooks.trainer.sharding import gathered, refuse_sharded
 
 Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
@@ -105,6 +106,21 @@ class SoftPrompt:
         """How often keys and values were computed: once a forward; once in all of a `generate` call, or inside `kept`."""
         return sum(memory.computed for kept in (self._memory, self._branches) for memory in kept.values())
 
+    @property
+    def placeholder(self) -> Tensor:
+        """The ids behind its virtual tokens, [P]; which ones is of no matter where the model looks at embeddings alone."""
+        own = self._module._buffers.get(BUFFER)
+        if own is not None:
+            return own
+        count = self.method.num_virtual_tokens
+        return torch.full((count,), self._host.placeholder, device=self.encoder.device)
+
+    @property
+    def stored_conventions(self) -> dict[str, Any]:
+        """The conventions as a file holds them, with the ids behind virtual tokens where the model looks at them."""
+        own = self._module._buffers.get(BUFFER)
+        return dict(self.conventions) if own is None else {**self.conventions, BUFFER: own.tolist()}
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trainable parameter, by its name in the model: the prompt's, its heads', and those kept trainable."""
         for name, parameter in self.model.named_parameters():
@@ -155,7 +171,8 @@ class SoftPrompt:
         memory = self._memory.setdefault(stack.name, Memory())
         base = every_tensor(stack.module) if self.method.enters == "embeddings" else ()
         refuse_sharded(base)
-        own = every_tensor(self.encoder)
+        ids = self._module._buffers.get(BUFFER)
+        own = [*every_tensor(self.encoder), *(() if ids is None else (ids,))]
         return memory.recall(stack, own, base, lambda: self._compute(stack, variants), variants)
 
     @contextmanager
@@ -203,7 +220,7 @@ class SoftPrompt:
     def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
         if self.method.enters == "embeddings":
             rows = torch.stack([self.embeddings(variant) for variant in variants])
-            return {"self": prefill(stack, rows, self._host.placeholder)}
+            return {"self": prefill(stack, rows, self.placeholder)}
         result: dict[Role, KeyValues] = {}
         for group, (owner, role) in groups_of(self._host.anatomy).items():
             if owner is stack:

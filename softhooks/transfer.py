@@ -15,8 +15,10 @@ from torch.nn import functional
 
 from softhooks.errors import OptionError, PromptMismatchError, explain
 from softhooks.method import EMBEDDINGS
+from softhooks.placeholder import BUFFER
 
 if TYPE_CHECKING:
+    from softhooks.anatomy import Anatomy
     from softhooks.prompt import SoftPrompt
 
 
@@ -24,23 +26,27 @@ _START = "a prompt can be the start of another only if it folds to rows of embed
 _COMPARED = "prompts can be compared only if they fold to rows of embeddings."
 
 
-def rows_of(source: Any, rule: str = _START) -> Tensor:
+def rows_of(source: Any, rule: str = _START, *, anatomy: Anatomy | None = None) -> Tensor:
     """The rows of a prompt that enters as embeddings, [P, H].
 
     Args:
         source: a handle; or a directory or repository that `load` reads, also one of PEFT; or the rows themselves.
+        anatomy: of the model that they are to enter, which must be the base that they were trained with.
         rule: what an error says of a prompt that has no rows.
 
     Raises:
         OptionError: it is none of these, or a prompt that does not fold to rows of embeddings.
         CheckpointError: nothing that can be read is there.
+        PromptMismatchError: it was trained with another base.
     """
     from softhooks.prompt import SoftPrompt
     from softhooks.saving import checkpoint
+    from softhooks.saving.base_check import require_base
 
     if isinstance(source, Tensor):
         return source.detach().float()
     if isinstance(source, SoftPrompt):
+        stored = checkpoint.stored_of(source) if source.is_attached else None
         tables, what = source.encoder.folded(), f"{source.name!r}: {source.method.kind}"
     elif isinstance(source, (str, Path)):
         stored = checkpoint.find(source)
@@ -56,7 +62,22 @@ def rows_of(source: Any, rule: str = _START) -> Tensor:
                 holds=", ".join(sorted(tables)),
             )
         )
+    fits = anatomy is not None and tables[EMBEDDINGS].shape[1] == anatomy.entry.width
+    if anatomy is not None and fits and stored is not None:
+        require_base(stored, anatomy.entry.module, anatomy, override="or start from its rows alone, as a tensor")
     return tables[EMBEDDINGS].detach().float()
+
+
+def ids_behind(source: Any) -> list[int] | None:
+    """The ids behind a prompt's virtual tokens, where its model looked at them; None: they are not known."""
+    from softhooks.prompt import SoftPrompt
+    from softhooks.saving import checkpoint
+
+    if isinstance(source, SoftPrompt):
+        ids = source.stored_conventions.get(BUFFER)
+    else:
+        ids = checkpoint.find(source).conventions.get(BUFFER) if isinstance(source, (str, Path)) else None
+    return None if ids is None else list(ids)
 
 
 def most_similar(

@@ -325,7 +325,9 @@ def test_a_loaded_cartridge_goes_on_with_its_document(tmp_path: Path) -> None:
         model.train()
         assert torch.equal(model(ids, labels=ids).loss, expected)
         assert again.num_parameters == (P - 1) * again.encoder("text").shape[1]
-    with softhooks.load(zoo.build("llama", "sequence"), tmp_path) as elsewhere:
+    classifier = zoo.build("llama", "sequence")
+    classifier.model.load_state_dict(model.model.state_dict(), strict=False)
+    with softhooks.load(classifier, tmp_path) as elsewhere:
         width = elsewhere.encoder("text").shape[1]
         assert elsewhere.num_parameters == (P - 1) * width, "to use it, no language model is needed"
         assert not list(elsewhere.parameters()), "and nothing of it trains"
@@ -378,7 +380,7 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
         classifier = softhooks.attach(zoo.build("llama", "sequence"), method(distill=False))
         with pytest.raises(OptionError, match="without heads"):
             Cartridge.concatenate(model, [one, classifier], "joined")
-        with pytest.raises(PromptTooLongError), pytest.warns(UserWarning, match="24 cartridges were joined"):
+        with pytest.raises(PromptTooLongError):
             Cartridge.concatenate(model, [one] * 24, "joined")
         assert list(one.host.prompts) == ["one"]
 

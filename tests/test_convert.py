@@ -400,7 +400,8 @@ def test_a_pickle_of_a_base_is_not_read(tmp_path: Path, prompt: Path) -> None:
 def test_a_head_of_any_number_of_labels_finds_its_base(tmp_path: Path) -> None:
     """The folder of a language model does not say how many labels there are; the prompt does."""
     expected = saved(tmp_path / "ours", "llama", "sequence", PrefixTuning(P))
-    run(tmp_path / "ours", tmp_path / "theirs", "--base", base(tmp_path / "model", "llama", "causal", num_labels=2))
+    model = base(tmp_path / "model", "llama", "causal", num_labels=2)  # its weights were drawn in another order
+    run(tmp_path / "ours", tmp_path / "theirs", "--no-strict", "--base", model)
     torch.testing.assert_close(loaded(tmp_path / "theirs", "llama", "sequence"), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -162,6 +162,9 @@ def convert(
             file_okay=False,
         ),
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="Refuse a base with other weights than those in training.")
+    ] = True,
 ) -> None:
     """Convert prompts between softhooks and PEFT, both ways.
 
@@ -190,7 +193,7 @@ def convert(
     with usage(CheckpointError):
         prompts_in(source)
     with usage():
-        converted = convert_prompts(source, target, None if to is None else to.value, base)
+        converted = convert_prompts(source, target, None if to is None else to.value, base, strict)
     for name, stored in converted.items():
         where = target if name == "default" else target / name
         typer.echo(f"{name}: {stored.method.kind}, {stored.method.num_virtual_tokens} virtual tokens -> {where}")

@@ -37,7 +37,9 @@ _AUTO = {
 }
 
 
-def convert(source: Path, target: Path, to: Format | None = None, base: Path | None = None) -> dict[str, Stored]:
+def convert(
+    source: Path, target: Path, to: Format | None = None, base: Path | None = None, strict: bool = True
+) -> dict[str, Stored]:
     """Convert a prompt, or all prompts of a folder. The whole of `target` appears at once, or nothing does.
 
     Args:
@@ -45,6 +47,7 @@ def convert(source: Path, target: Path, to: Format | None = None, base: Path | N
         target: a folder that is not there yet, or is empty.
         to: the format to write; None: the one that `source` has not.
         base: the folder of the model; what is written is then proven on it.
+        strict: refuse a base with other weights than those in training.
 
     Returns:
         what was written, by name.
@@ -72,7 +75,7 @@ def convert(source: Path, target: Path, to: Format | None = None, base: Path | N
         for name, path in found.items():
             stored = checkpoint.read(path)
             _say_what_is_left(stored)
-            write = _writer(stored, wanted, base)
+            write = _writer(stored, wanted, base, strict)
             write(folder if name == "default" else folder / name)
             written[name] = stored
     return written
@@ -115,14 +118,15 @@ def _say_what_is_left(stored: Stored) -> None:
 # --- how it is written ------------------------------------------------------------------------------------------------
 
 
-def _writer(stored: Stored, wanted: Format, base: Path | None) -> Callable[[Path], None]:
+def _writer(stored: Stored, wanted: Format, base: Path | None, strict: bool) -> Callable[[Path], None]:
     """Check everything, and give what writes the files."""
     model = None if base is None else _load_base(stored, base)
     if model is not None:
-        with checkpoint.attach_stored(model, stored, "default") as prompt:
+        with checkpoint.attach_stored(model, stored, "default", strict=strict) as prompt:
             if wanted == "softhooks":
                 known = checkpoint.stored_of(prompt)
                 known.base["name_or_path"] = stored.base_name
+                known.base["revision"] = stored.base.get("revision") or known.base.get("revision")
                 return lambda folder: checkpoint.write_stored(known, folder)
             parts = peft_export.adapter(peft_export.of_prompt(prompt))
             parts[0]["base_model_name_or_path"] = stored.base_name or None

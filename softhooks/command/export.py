@@ -40,6 +40,9 @@ def export(
     served_name: Annotated[
         str | None, typer.Option(help="vLLM's name for the model, if it is another.", show_default=False)
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="Refuse a base with other weights than those in training.")
+    ] = True,
 ) -> None:
     """Write a text with its prompt as embeddings, for vLLM or SGLang.
 
@@ -55,7 +58,7 @@ def export(
         if (text is None) == (text_file is None):
             raise OptionError("softhooks export needs one of --text and --text-file.")
     said = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
-    rows = _rows(prompt, model, said, chat, to)  # torch and transformers take seconds to import
+    rows = _rows(prompt, model, said, chat, to, strict)  # torch and transformers take seconds to import
     if to is Server.vllm:
         from softhooks.integrations import vllm
 
@@ -69,7 +72,7 @@ def export(
     typer.echo(f"{output / REQUEST_FILE}: {to.value}")
 
 
-def _rows(prompt: str, model: str, text: str, chat: bool, to: Server) -> Any:
+def _rows(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bool) -> Any:
     """Load the base model with its prompt, and make the rows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,7 +91,7 @@ def _rows(prompt: str, model: str, text: str, chat: bool, to: Server) -> Any:
                 cause=" ".join(str(error).split()),
             )
         ) from error
-    load(base, prompt)
+    load(base, prompt, strict=strict)
     said: Any = text
     if chat:
         messages = [{"role": "user", "content": text}]

@@ -165,11 +165,14 @@ def _is_flat(value: object) -> bool:
 
 def _base(stored: Stored) -> dict[str, Any]:
     """What is known of the base model; None where it is not."""
+    from softhooks.saving.base_check import known_by  # torch takes seconds to import
+
     numbers = {key: stored.base.get(key) for key in ("width", "vocabulary")}
     return {
         "class": stored.base_class or None,
         "task": stored.task or None,
         "name_or_path": stored.base_name or None,
+        **known_by(stored.base, stored.source),
         **{key: value if type(value) is int else None for key, value in numbers.items()},
         "slides": stored.slides,
         "stacks": stored.stacks,
@@ -253,6 +256,7 @@ def _tensors(tensors: list[dict[str, Any]]) -> Table:
 def _facts(told: dict[str, Any]) -> list[tuple[str, str]]:
     base, parameters, live = told["base"], told["parameters"], told["live"]
     names = [base["class"] or base["task"] or "a model", base["name_or_path"] or "without a name"]
+    known = [f"{key} {base[key]}" for key in ("revision", "digest") if base[key] is not None]
     sizes = [f"{key} {base[key]}" for key in ("width", "vocabulary") if base[key] is not None]
     sizes += ["sliding windows"] if base["slides"] else []
     facts = [
@@ -260,6 +264,7 @@ def _facts(told: dict[str, Any]) -> list[tuple[str, str]]:
         ("options", _listed(told["options"])),
         ("conventions", _listed(told["conventions"])),
         ("base", ", ".join([*names, *sizes])),
+        *([("", ", ".join(known))] if known else []),
         *[("", _stack(name, stack)) for name, stack in base["stacks"].items()],
         ("versions", ", ".join(f"{name} {version}" for name, version in told["versions"].items()) or "not told"),
         ("heads", ", ".join(told["heads"]) or "none"),

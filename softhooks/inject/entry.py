@@ -88,8 +88,9 @@ def _slots_of(stack: Stack, selection: Selection) -> Slots:
     """The prompts in use, as slots."""
     tables = [use.prompt.embeddings(use.variant) for use in selection.uses]
     layouts = [use.prompt.layout for use in selection.uses]
+    ids = [use.prompt.placeholder for use in selection.uses] if stack.reads_ids else None
     searched = selection.prompts[0].host.prompt_columns if stack.name == "text" else None
-    return Slots(tables, layouts, selection.rows, selection.given, searched)
+    return Slots(tables, layouts, selection.rows, selection.given, searched, ids)
 
 
 def _open_slots(

@@ -47,15 +47,15 @@ class CapturePass(Pass):
         return attend_alone(attention, window_of(args[0], kwargs), args, kwargs)
 
 
-def prefill(stack: Stack, rows: Tensor, placeholder: int) -> KeyValues:
+def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
     """Run virtual tokens through a stack, each variant of a prompt in one row.
 
     Args:
         rows: the prompt, [R, P, H]; R is 1 where all rows of the batch share one.
-        placeholder: an ordinary id, for what looks at ids beyond the lookup.
+        placeholder: the ids behind the virtual tokens, for what looks at ids beyond the lookup, [P].
     """
     variants, length = rows.shape[:2]
-    inputs: dict[str, Any] = {"input_ids": torch.full((variants, length), placeholder, device=rows.device)}
+    inputs: dict[str, Any] = {"input_ids": placeholder.to(rows.device).expand(variants, length)}
     if stack.positions.argument:
         inputs["position_ids"] = torch.arange(length, device=rows.device)[None] + stack.positions.start
     if "use_cache" in stack.parameters:

@@ -46,6 +46,7 @@ class Slots:
         choice: for each row of the batch, which prompt (None: no prompt); None: the first, for every row.
         given: the extra arguments of the forward.
         searched: how many columns of the text are a prompt, where the rest is generated; None: there is no telling.
+        ids: those behind the virtual tokens of each prompt, [P], where the stack looks at ids; None where it does not.
     """
 
     tables: Sequence[Tensor]
@@ -53,6 +54,7 @@ class Slots:
     choice: Sequence[int | None] | None
     given: dict[str, Tensor]
     searched: int | None = None
+    ids: Sequence[Tensor] | None = None
 
     @property
     def columns(self) -> int:
@@ -106,9 +108,17 @@ class Slots:
 
     def stacked(self, like: Tensor) -> Tensor:
         """The embedding rows of all slots, [1 or B, S, H], in the precision of the text's."""
+        return self._stacked(self.tables, like)
+
+    def stacked_ids(self, like: Tensor) -> Tensor | None:
+        """The ids behind all slots, [1 or B, S]; None where they are of no matter."""
+        return None if self.ids is None else self._stacked([ids[:, None] for ids in self.ids], like)[..., 0]
+
+    def _stacked(self, tables: Sequence[Tensor], like: Tensor) -> Tensor:
+        """What each slot takes of the tables [P, N] of the prompts, [1 or B, S, N]."""
         each = [
             table if layout.table_rows == list(range(table.shape[0])) else table[layout.table_rows]
-            for table, layout in zip(self.tables, self.layouts, strict=True)
+            for table, layout in zip(tables, self.layouts, strict=True)
         ]
         if self.choice is None:
             return each[0].to(like)[None]
@@ -177,7 +187,16 @@ class SlotPass(Pass):
         self._mask = mask
         wide_mask = self._wide.spread_mask(mask)
         if call.get("input_ids") is not None:
-            call["input_ids"] = self._wide.spread(call["input_ids"], self.placeholder)
+            call["input_ids"] = self._with_ids(self._wide, call["input_ids"])
+        elif self.slots.ids is not None:
+            raise UnsupportedModeError(
+                explain(
+                    "slots in the sequence need the text's ids, in a model that looks at ids beyond their embeddings.",
+                    "Call the model with `input_ids`.",
+                    model=type(self.stack.module).__name__,
+                    text="given as `inputs_embeds`",
+                )
+            )
         else:
             call["inputs_embeds"] = self._overwrite(self._wide.spread(call["inputs_embeds"], 0))
             self.touched = True
@@ -196,6 +215,12 @@ class SlotPass(Pass):
             assert self._wide is not None
             self._asked = asked
             call["logits_to_keep"] = self._wide.columns - int(self._wide.text[:, -asked:].min())
+
+    def _with_ids(self, wide: Widened, ids: Tensor) -> Tensor:
+        """The ids of the widened sequence, [B, T] -> [B, N]."""
+        spread = wide.spread(ids, self.placeholder)
+        behind = self.slots.stacked_ids(ids)
+        return spread if behind is None else spread.scatter(1, wide.slots, behind.expand_as(wide.slots))
 
     def _place(self, call: dict[str, Any], ids: Tensor) -> None:
         """Tell the stack where the columns of the call stand, by ids in its own numbering."""

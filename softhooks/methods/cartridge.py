@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -189,26 +190,22 @@ class Cartridge(ReadPrefix):
 
         stored = [_stored(source) for source in sources]
         _check_joinable(stored)
-        first = stored[0]
+        first = dataclasses.replace(stored[0])
         tables = {group: torch.cat([part.tables[group].cpu() for part in stored]) for group in first.tables}
         frozen = first.method.frozen_slots if isinstance(first.method, Cartridge) else 0
         count = next(iter(tables.values())).shape[0]
         first.method = Cartridge(count, frozen_slots=frozen, distill=False)
         first.tables, first.source = tables, " + ".join(part.source for part in stored)
+        joined = attach_stored(model, first, name, trainable=trainable, parts=stored)
         warnings.warn(_JOINED.format(count=len(stored)), UserWarning, stacklevel=2)
-        return attach_stored(model, first, name, trainable=trainable)
+        return joined
 
 
 def _stored(source: str | Path | SoftPrompt) -> Stored:
     """A cartridge as it would be read from a file."""
     from softhooks.saving import checkpoint
-    from softhooks.saving.stored import Stored, outline
 
-    if isinstance(source, (str, Path)):
-        return checkpoint.find(source)
-    heads = {key.replace("/", "."): head.state_dict() for key, head in source.heads.items()}
-    stacks = outline(source.host.anatomy)
-    return Stored(source.method, source.encoder.folded(), heads, dict(source.conventions), source.name, stacks)
+    return checkpoint.find(source) if isinstance(source, (str, Path)) else checkpoint.stored_of(source)
 
 
 def _check_joinable(parts: list[Stored]) -> None:

@@ -202,6 +202,7 @@ class ContextAwarePromptTuning(Method):
         ]
         bounds = [math.inf if limit is None else limit * math.sqrt(width / _WIDTH) for limit in limits]
         encoder = ContextEncoder(context, words, bounds, self.leave_one_out)
+        encoder.start_ids = list(context.ids)
         low, high = encoder.reach.min(), encoder.reach.max()
         logger.info(
             "a context of %d tokens and %d examples; %d tokens move, by %.3g to %.3g of the length of their words",

@@ -26,6 +26,7 @@ from softhooks.methods.mpt_encoder import (
 from softhooks.methods.mpt_start import SEVERAL, front, ones, taught, vectors
 from softhooks.methods.prompt_tuning import PromptTuning
 from softhooks.sampling import WEIGHTS, TaskSampler, column
+from softhooks.transfer import ids_behind
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
@@ -176,6 +177,12 @@ class MultitaskPromptTuning(Method):
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
         """Make P*, u and v, and what there is of teachers."""
+        encoder = self._built(anatomy)
+        if self.source is not None:
+            encoder.start_ids = ids_behind(self.source)
+        return encoder
+
+    def _built(self, anatomy: Anatomy) -> PromptEncoder:
         start = self._start(anatomy) if self.source is None else self._adapt(anatomy, self.source)
         if self.teachers is None:
             return MultitaskEncoder(self.names, *start, self.task_rate)

@@ -42,6 +42,7 @@ def front(what: str, path: str | Path, anatomy: Anatomy) -> Stored:
         CheckpointError: there is none, or it is another kind.
         PromptMismatchError: it does not fit the model.
     """
+    from softhooks.saving.base_check import require_base
     from softhooks.saving.checkpoint import find
 
     stored = find(path)
@@ -58,6 +59,7 @@ def front(what: str, path: str | Path, anatomy: Anatomy) -> Stored:
             )
         )
     stored.check_fit(anatomy)
+    require_base(stored, anatomy.entry.module, anatomy, override="or give its rows as a tensor")
     return stored
 
 

@@ -179,14 +179,18 @@ class PTuning(Method):
         starts = self.where.starts
         words = dict(zip(starts, initializers.embed_ids(anatomy, list(starts.values())), strict=True))
         if self.encoder == "none":
-            rows = initializers.embed_ids(anatomy, initializers.vocabulary_ids(anatomy, count))
+            ids = initializers.vocabulary_ids(anatomy, count).tolist()
+            rows = initializers.embed_ids(anatomy, ids)
             for row, value in words.items():
-                rows[row] = value
-            return TableEncoder({EMBEDDINGS: rows})
+                rows[row], ids[row] = value, starts[row]
+            table = TableEncoder({EMBEDDINGS: rows})
+            table.start_ids = ids
+            return table
         lstm = self.encoder == "lstm"
         published = width // 2 if lstm and self.shape == "lama" else width
         built = ReparametrisedRows(count, width, lstm, self.hidden_size or published, self.num_layers)
         built.start_at(words)
+        built.start_ids = [starts.get(row) for row in range(count)]
         return built
 
     def _check_ids(self, anatomy: Anatomy) -> None:

@@ -13,7 +13,7 @@ from softhooks import initializers
 from softhooks.errors import OptionError
 from softhooks.layout.places import Layout, Placement
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder, TableEncoder, choice
-from softhooks.transfer import rows_of
+from softhooks.transfer import ids_behind, rows_of
 
 if TYPE_CHECKING:
     from softhooks.anatomy import Anatomy
@@ -100,21 +100,30 @@ class PromptTuning(Method):
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
         """Make the [P, H] parameter, initialised."""
-        return TableEncoder({EMBEDDINGS: self.rows(anatomy)})
+        rows, words = self.start(anatomy)
+        encoder = TableEncoder({EMBEDDINGS: rows})
+        encoder.start_ids = words
+        return encoder
 
     def rows(self, anatomy: Anatomy) -> Tensor:
         """Make the rows that the prompt starts from, [P, H]."""
+        return self.start(anatomy)[0]
+
+    def start(self, anatomy: Anatomy) -> tuple[Tensor, initializers.Words]:
+        """Make the rows that the prompt starts from, [P, H], and tell the ids of those that are words."""
         count = self.num_virtual_tokens
         if self.init == "random":
-            return initializers.random_rows(anatomy, count)
+            return initializers.random_rows(anatomy, count), None
         if self.init == "text":
             ids = initializers.tokenize(self.init_text or "", self.tokenizer, "init_text")
-            return initializers.text_rows(anatomy, count, ids)
+            ids = initializers.filled(anatomy, count, ids)
+            return initializers.embed_ids(anatomy, ids), ids
         if self.init == "class_labels":
             return initializers.label_rows(anatomy, count, self.init_labels or (), self.tokenizer)
         if self.init == "tensor":
-            return initializers.tensor_rows(anatomy, count, self.init_tensor)
+            return initializers.tensor_rows(anatomy, count, self.init_tensor), None
         if self.init == "prompt":
-            return initializers.tensor_rows(anatomy, count, rows_of(self.init_from), "init_from")
+            rows = initializers.tensor_rows(anatomy, count, rows_of(self.init_from, anatomy=anatomy), "init_from")
+            return rows, ids_behind(self.init_from)
         sampled = initializers.vocabulary_ids(anatomy, count, whole=self.whole_vocabulary)
-        return initializers.embed_ids(anatomy, sampled)
+        return initializers.embed_ids(anatomy, sampled), sampled.tolist()

@@ -91,7 +91,10 @@ class ResidualPromptTuning(PromptTuning):
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
         """Make the rows, initialised, and the MLP."""
-        return self._encoder(self.rows(anatomy))
+        rows, words = self.start(anatomy)
+        encoder = self._encoder(rows)
+        encoder.start_ids = words
+        return encoder
 
     def rebuild(self, anatomy: Anatomy, tables: dict[str, Tensor]) -> PromptEncoder:
         """Put a new MLP, which adds nothing yet, on a folded prompt."""

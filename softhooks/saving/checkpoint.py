@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,19 @@ from torch import nn
 
 import softhooks
 from softhooks.added_tokens import copy_rows, take_rows
+from softhooks.anatomy import Anatomy
 from softhooks.attach import attach_encoder
 from softhooks.errors import CheckpointError, explain
+from softhooks.fingerprint import Fingerprint, take, without_rows
 from softhooks.host import CONTAINER
 from softhooks.peft_base import home
 from softhooks.probe import unwrapped
 from softhooks.prompt import Injection, SoftPrompt
+from softhooks.saving.base_check import about_base, require_base
 from softhooks.saving.files import write_json, write_tensors
 from softhooks.saving.missing import explain_missing
 from softhooks.saving.stored import ADDED, FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, outline, read_own
+from softhooks.trainer.sharding import shards
 from softhooks.vocabulary import say_unsaved
 
 DESCRIPTION = "soft_prompt.json"
@@ -56,6 +61,9 @@ def write_stored(stored: Stored, folder: Path) -> None:
     description = describe(stored)
     description["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
     write_tensors(folder / TENSORS, tensors, {"format": "pt", FORMAT: json.dumps(description)})
+    known = description["base"].get("fingerprint")
+    if known is not None:  # its numbers say nothing to people
+        description["base"] = {**description["base"], "fingerprint": known["digest"]}
     write_json(folder / DESCRIPTION, description)
 
 
@@ -72,13 +80,13 @@ def stored_of(prompt: SoftPrompt) -> Stored:
         prompt.method,
         prompt.encoder.folded(),
         {key.replace("/", ".").removeprefix(inner): head.state_dict() for key, head in prompt.heads.items()},
-        prompt.conventions,
+        prompt.stored_conventions,
         prompt.name,
         outline(anatomy),
         also_trained=[name for name, _ in prompt.named_parameters() if not name.startswith(f"{CONTAINER}.")],
         base={
-            "class": type(model).__name__,
-            "name_or_path": str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""),
+            **about_base(model),
+            "fingerprint": _fingerprint(prompt).to_json(),
             "width": anatomy.entry.width,
             "vocabulary": anatomy.vocabulary,
             "slides": bool(getattr(getattr(model, "config", None), "sliding_window", None)),
@@ -88,6 +96,14 @@ def stored_of(prompt: SoftPrompt) -> Stored:
         added_ids=() if prompt.added is None else tuple(prompt.added.ids.tolist()),
         is_file=False,
     )
+
+
+def _fingerprint(prompt: SoftPrompt) -> Fingerprint:
+    """The fingerprint of a prompt's base; of a sharded one, of which a process has parts, the one that was taken at attach."""
+    host = prompt.host
+    kept = host.fingerprint if shards(host.model) else None
+    own = frozenset(prompt.added.ids.tolist()) if prompt.added is not None else ()
+    return without_rows(kept or take(host.model, host.anatomy, frozen=True), own)
 
 
 def describe(stored: Stored) -> dict[str, Any]:
@@ -125,6 +141,7 @@ def load(
     injection: Injection | None = None,
     revision: str | None = None,
     token: str | None = None,
+    strict: bool = True,
 ) -> SoftPrompt:
     """Load a saved prompt onto its base model and turn it on.
 
@@ -136,13 +153,15 @@ def load(
         trainable: go on training it. Otherwise its parameters are frozen too, and no record of the base is taken.
         freeze_dropout, injection: as in `attach`.
         revision, token: for the hub.
+        strict: refuse a base model that has other weights than the one that the prompt was trained with. A few of its numbers are
+            stored with the prompt and compared; conversions of precision do not count, and files without them are not compared.
 
     Returns:
         the handle.
 
     Raises:
         CheckpointError: there is no prompt, or its file is truncated, foreign or hostile.
-        PromptMismatchError: the prompt does not fit the model.
+        PromptMismatchError: the prompt does not fit the model, or the model is another base.
         AttachError: it fits and cannot be attached. The model is as it was, whatever is raised.
     """
     stored = find(path, revision, token)
@@ -152,7 +171,9 @@ def load(
             f"({', '.join(stored.also_trained[:3])}, ...) and are not saved with it; load them too.",
             stacklevel=2,
         )
-    return attach_stored(model, stored, name, trainable=trainable, freeze_dropout=freeze_dropout, injection=injection)
+    return attach_stored(
+        model, stored, name, trainable=trainable, freeze_dropout=freeze_dropout, injection=injection, strict=strict
+    )
 
 
 def attach_stored(
@@ -163,8 +184,21 @@ def attach_stored(
     trainable: bool = False,
     freeze_dropout: bool = False,
     injection: Injection | None = None,
+    strict: bool = True,
+    parts: Sequence[Stored] = (),
 ) -> SoftPrompt:
-    """Attach a prompt that was read. See `load`."""
+    """Attach a prompt that was read. See `load`.
+
+    Args:
+        parts: the prompts that it was put together from, each of which knows its base.
+    """
+
+    def check_base(anatomy: Anatomy) -> None:
+        for part in parts:
+            require_base(part, model, anatomy, override="or leave this one out")
+        if not parts:
+            require_base(stored, model, anatomy, strict=strict)
+
     prompt = attach_encoder(
         model,
         stored.method,
@@ -179,7 +213,8 @@ def attach_stored(
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,
-        check=stored.check_fit,
+        check=lambda anatomy: stored.check_fit(anatomy, strict=strict),
+        check_base=check_base,
     )
     prompt.heads.requires_grad_(trainable)
     if prompt.added is not None:

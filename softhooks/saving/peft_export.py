@@ -19,6 +19,7 @@ from softhooks.anatomy import Anatomy
 from softhooks.errors import UnsupportedMethodError, explain
 from softhooks.method import EMBEDDINGS
 from softhooks.methods import ContextAwarePromptTuning, LlamaAdapter
+from softhooks.placeholder import BUFFER
 from softhooks.probe import unwrapped
 from softhooks.saving import peft_adapter
 from softhooks.saving.files import write_json, write_tensors
@@ -97,13 +98,15 @@ def adapter(export: Export) -> Parts:
     how = _WRITERS.get(stored.method.kind)
     if how is None:
         raise _refusal(export, f"method {stored.method.kind!r}", f"one of {', '.join(sorted(_WRITERS))}")
+    if BUFFER in stored.conventions:
+        raise _refusal(export, "an id behind each virtual token", "a model that looks at embeddings alone")
     config, tensors = how(export)
     heads = {f"base_model.{path}.{name}": value for path, head in stored.heads.items() for name, value in head.items()}
     described = {
         "auto_mapping": None,
         "base_model_name_or_path": stored.base_name or None,
         "inference_mode": True,
-        "revision": None,
+        "revision": stored.base.get("revision"),
         "task_type": task,
         **({} if config["peft_type"] == peft_adapter.KIND else {"modules_to_save": list(stored.heads) or None}),
         **config,

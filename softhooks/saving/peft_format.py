@@ -85,6 +85,7 @@ def parse(config: dict[str, Any], tensors: dict[str, Tensor], path: str) -> Stor
     stored = _parse(config, tensors, path)
     name, task = config.get("base_model_name_or_path"), config.get("task_type")
     stored.base = {"name_or_path": name if isinstance(name, str) else "", "task": task if isinstance(task, str) else ""}
+    stored.base["revision"] = config.get("revision")
     return stored
 
 

@@ -19,6 +19,8 @@ from softhooks.groups import check_tables
 from softhooks.labels import Labels, read_labels
 from softhooks.method import Method, PromptEncoder, TableEncoder
 from softhooks.methods import METHODS
+from softhooks.saving.base_check import fingerprint_of
+from softhooks.saving.conventions import read_conventions
 from softhooks.saving.files import parse_json, read_tensors
 from softhooks.vocabulary import require_rows
 
@@ -49,8 +51,8 @@ class Stored:
         remedy: what to do if the model is another.
         also_trained: names of base parameters that were trained beside it, and are not in the file.
         also_fits: raises if the file means something else on a model.
-        base: `class`, `name_or_path`, `width`, `vocabulary` of its model and whether its windows slide (`slides`), as far as they
-            are known; where PEFT wrote it the `task` stands for the class.
+        base: `class`, `name_or_path`, `revision`, `quantization`, `fingerprint`, `width`, `vocabulary` of its model and whether
+            its windows slide (`slides`), as far as they are known; where PEFT wrote it the `task` stands for the class.
         added: the prompt's own rows of the vocabulary, by name; and `added_ids`, of which tokens.
         labels: the names of its heads' labels, where they are known.
         is_file: whether it was read, so that its numbers are checked; one that is to be written may have diverged.
@@ -123,14 +125,24 @@ class Stored:
             return self.method.rebuild(anatomy, self.tables)
         return self.method.folded_encoder(self.tables).requires_grad_(False)
 
-    def check_fit(self, anatomy: Anatomy) -> None:
+    def check_fit(self, anatomy: Anatomy, *, strict: bool = True) -> None:
         """Compare the model that the prompt was made for with one that it shall enter.
 
         Raises:
             PromptMismatchError: stacks, their direction, the shape of their attention, or the prompt's own shape differ.
         """
         self._check_kind(anatomy)
-        require_rows(self.base.get("vocabulary"), anatomy, self.source)
+        if strict:
+            require_rows(self.base.get("vocabulary"), anatomy, self.source)
+        if "task" in self.base and self.method.enters == "embeddings" and anatomy.entry.reads_ids:
+            raise PromptMismatchError(
+                explain(
+                    "PEFT hands a model embeddings without ids, and this model's states depend on ids too.",
+                    "Train the prompt with softhooks.",
+                    prompt=self.source,
+                    model=type(anatomy.entry.module).__name__,
+                )
+            )
         if self.also_fits is not None:
             self.also_fits(anatomy)
         check_tables(anatomy, self.method, self.tables, self.source)
@@ -210,8 +222,9 @@ def read_own(path: Path) -> Stored:
         raise CheckpointError(f"{source} must list what was trained beside the prompt; it says {also!r}.")
     if not isinstance(stacks, dict) or set(stacks) not in _STACKS or not all(map(_is_told, stacks.values())):
         raise CheckpointError(f"{source} must describe the base model; it does not.")
+    fingerprint_of(base, source)
     conventions, labels = (
-        _conventions(told.get("conventions"), method, source),
+        read_conventions(told.get("conventions"), method, source),
         read_labels(told.get("labels"), heads, source),
     )
     return Stored(
@@ -297,27 +310,3 @@ def _is_like(value: Any, default: object) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is type(default)
-
-
-def _conventions(value: Any, method: Method, source: str) -> dict[str, Any]:
-    allowed = {key: _as_the_options_say(method, key, values) for key, values in method.conventions_allowed.items()}
-    if "placement" in allowed:
-        allowed["placement"] = (method.where.placement,)
-    held = _of(value)
-    if set(held) != set(allowed) or not all(held[key] in allowed[key] for key in allowed):
-        raise CheckpointError(
-            explain(
-                "a prompt must say the conventions that it was trained with, and no others.",
-                "If a newer softhooks wrote it, upgrade this one.",
-                file=source,
-                expected={key: list(values) for key, values in allowed.items()},
-                found=value,
-            )
-        )
-    return held
-
-
-def _as_the_options_say(method: Method, key: str, allowed: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values that a convention may have beside the options; an option that is None leaves all of them."""
-    option = getattr(method, key, None)
-    return (option,) if option in allowed else allowed
