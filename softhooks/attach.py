@@ -36,6 +36,7 @@ from softhooks.probing import probing, proving
 from softhooks.prompt import Injection, SoftPrompt, host_of
 from softhooks.quantised import keep_unpacked, unpacked
 from softhooks.reach import prove_reach
+from softhooks.recomputed import Met
 from softhooks.remedies import names_tried_remedies
 from softhooks.trainer.offload import device_of
 from softhooks.trainer.sharding import refuse_partitioned
@@ -206,6 +207,7 @@ def attach_encoder(
             raise _no_room(method.where.columns, limit, error.text) from None
         raise
     prompt.is_attached = True
+    host.met = Met()  # probes count for nothing
     if method.columns:
         keep_from_assistants(host)
     return prompt

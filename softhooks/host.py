@@ -39,6 +39,7 @@ from softhooks.overrides import Overrides
 from softhooks.own_loop import unwatch_steps, watch_steps
 from softhooks.placeholder import ordinary_ids
 from softhooks.probe import unwrapped
+from softhooks.recomputed import Met
 from softhooks.running import Call, Running
 from softhooks.selection import Selection, select
 from softhooks.within.direct import DirectForward
@@ -84,6 +85,7 @@ class Host:
         self.prompts: dict[str, SoftPrompt] = {}
         self.labels = LabelNames(self)
         self.running = Running()
+        self.met = Met()
         self._active: str | None = None
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
@@ -323,6 +325,7 @@ class Host:
 
     def open(self, stack: Stack, call: dict[str, Any]) -> Pass | None:
         """Open the pass of a forward of a stack, if a prompt is on."""
+        self.met.note(self.selection if self.is_in_use else "none", stack.module.training)
         cache = cache_of(call) if self.is_in_use else call.get("past_key_values")
         if not self.is_in_use:
             require_own_cache(cache, None)

@@ -16,6 +16,7 @@ import zoo
 from paused import Paused, answer
 from table import BY_NAME
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from untouched import remove_all, untouched
 
 import softhooks
@@ -560,6 +561,29 @@ def test_a_bare_forward_whose_layers_run_again_after_its_block(way: str) -> None
     expected = gradient()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_whole_model_that_runs_again(reentrant: bool) -> None:
+    """It meets the prompts that are on where the backward is called: refused where these may be others."""
+    model, ids = zoo.build("llama").train(), zoo.text(2, 6)
+    prompts = [softhooks.attach(model, PrefixTuning(3), name) for name in ("a", "b")]
+    embedded = model.get_input_embeddings()(ids).requires_grad_()
+
+    def logits(embedded: Tensor) -> Tensor:
+        return model(inputs_embeds=embedded).logits
+
+    def run(again: bool, name: str | None) -> Tensor:
+        with softhooks.rows(model, [name, "b"]) if name else contextlib.nullcontext():
+            loss = checkpoint(logits, embedded, use_reentrant=reentrant) if again else logits(embedded)
+        return loss.square().sum()
+
+    (expected,) = torch.autograd.grad(run(False, None), prompts[1].encoder.parameters())
+    run(True, None).backward()
+    torch.testing.assert_close(next(prompts[1].encoder.parameters()).grad, expected)
+    with pytest.raises(UnsupportedModeError, match="must meet the prompts that its first run met"):
+        run(True, "a").backward()
+    assert require_host(model).running._innermost is None
 
 
 # --- without any order ------------------------------------------------------------------------------------------------
