@@ -327,3 +327,17 @@ def test_a_tokenizer_tells_which_tokens_were_added(way: str, tmp_path: Path) -> 
     else:
         prompt = softhooks.attach(model, PromptTuning(4), train_added_tokens=tokenizer)
     assert prompt.added.ids.tolist() == added
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[6]], ids=str)
+@pytest.mark.parametrize("method", [PromptTuning(4), PTuning(4)], ids=lambda m: m.kind)
+def test_virtual_tokens_stand_on_no_added_token(method: Any, case: zoo.Case) -> None:
+    model, text = zoo.build(case.arch, case.head), zoo.text(2, 6)
+    others = sorted(set(range(V)) - set(text.flatten().tolist()))
+    prompt = softhooks.attach(model, method, train_added_tokens=others)
+    call = zoo.inputs(case, text)
+    kept = [number for number in range(V) if number not in others] if case.head == "causal" else [0, 1, 2]
+    with torch.no_grad():
+        before = zoo.main_output(model(**call))[..., kept]
+        stir(prompt)
+        assert torch.equal(zoo.main_output(model(**call))[..., kept], before)
