@@ -341,3 +341,15 @@ def test_virtual_tokens_stand_on_no_added_token(method: Any, case: zoo.Case) -> 
         before = zoo.main_output(model(**call))[..., kept]
         stir(prompt)
         assert torch.equal(zoo.main_output(model(**call))[..., kept], before)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_cache_is_not_taken_up_when_the_rows_have_changed(method: Any) -> None:
+    model = resized(CASES[0])
+    prompt = softhooks.attach(model, method, train_added_tokens=NEW)
+    with torch.no_grad():
+        cache = model(ids(CASES[0]), use_cache=True).past_key_values
+        model(ids(CASES[0])[:, :1], past_key_values=copy.deepcopy(cache))
+        stir(prompt)
+        with pytest.raises(softhooks.UnsupportedModeError):
+            model(ids(CASES[0])[:, :1], past_key_values=cache)
