@@ -33,6 +33,7 @@ from softhooks.inject.paged import paged_cache, require_same_prompt
 from softhooks.inject.passes import Pass
 from softhooks.inject.provenance import cache_of, require_own_cache
 from softhooks.inject.reuse import borne_by
+from softhooks.inject.standing import Standing
 from softhooks.inject.where import Outer
 from softhooks.labels import LabelNames
 from softhooks.overrides import Overrides
@@ -91,6 +92,7 @@ class Host:
         self.was_trainable: dict[str, bool] = {}
         self.set_aside = SetAside()
         self.token = token_of(model)
+        self._standing = {stack.name: Standing(stack) for stack in anatomy.stacks}
         self.record: FrozenRecord | None = None
         self.fingerprint: Fingerprint | None = None  # of the base when the first prompt came, before it may be sharded
         self.noted: dict[str, Tensor] | None = None  # the shapes of the last state dict with prompts that was loaded
@@ -345,6 +347,7 @@ class Host:
         forward.batch = batch if forward.batch is None else forward.batch
         if not selection.uses:
             return None
+        self._standing[stack.name].check(stack)
         made = partial(self.made, selection)
         if cache is not None:
             require_own_cache(cache, made())

@@ -438,3 +438,58 @@ def test_kept_is_of_one_model() -> None:
     bare = zoo.build("llama")
     with pytest.raises(softhooks.NotAttachedError), softhooks.kept(bare):
         pass
+
+
+# --- modules that a prompt enters at ----------------------------------------------------------------------------------
+
+
+def _another_attention(model: Any) -> None:
+    model.model.layers[0].self_attn = zoo.build("llama").model.layers[0].self_attn
+
+
+def _another_layer(model: Any) -> None:
+    model.model.layers[1] = zoo.build("llama").model.layers[1]
+
+
+def _other_layers(model: Any) -> None:
+    model.model.layers = nn.ModuleList(zoo.build("llama").model.layers)
+
+
+def _another_embedding(model: Any) -> None:
+    model.set_input_embeddings(zoo.build("llama").get_input_embeddings())
+
+
+@pytest.mark.parametrize("swap", [_another_attention, _another_layer, _other_layers, _another_embedding])
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_module_in_the_place_of_one_that_the_prompt_enters_at_is_refused(kind: str, swap: Any) -> None:
+    """It has no hook, so its layer would run without the prompt."""
+    model = zoo.build("llama").eval()
+    prompt = attached(model, kind)
+    swap(model)
+    with pytest.raises(softhooks.SoftHooksError, match="when it was attached"):
+        model(IDS)
+    with softhooks.disabled(model):
+        model(IDS)
+    prompt.remove()
+    attached(model, kind)
+    model(IDS)
+
+
+class _Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_wrapper_around_a_module_and_a_move_change_nothing(kind: str) -> None:
+    model = zoo.build("llama").eval()
+    attached(model, kind)
+    before = logits(model)
+    model.model.layers[0].self_attn = _Wrapper(model.model.layers[0].self_attn)
+    model.model.layers = nn.ModuleList(list(model.model.layers))
+    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(copy.deepcopy(model)), before)

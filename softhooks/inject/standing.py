@@ -1,0 +1,68 @@
+"""Whether the modules that a prompt enters at are still those that were found at attach.
+
+A module that is put in the place of one of them has no hook and no mark: its layer would run without the prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from softhooks.anatomy import Stack
+from softhooks.errors import UnsupportedModeError, explain
+
+
+class Standing:
+    """Where a stack's embedding and attention modules stand in it.
+
+    Args:
+        stack: as it is at attach.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self._wanted = _wanted(stack)
+        self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: it finds the places in its own model."""
+        return {"_wanted": self._wanted, "_places": None}
+
+    def check(self, stack: Stack) -> None:
+        """Check that each stands where it did, or somewhere in the stack: asked once a forward.
+
+        Raises:
+            UnsupportedModeError: one of them has been replaced.
+        """
+        places = self._places
+        if places is None or any(parent.get(name) is not module for parent, name, module in places):
+            self._places = self._find(stack)
+
+    def _find(self, stack: Stack) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+        paths = {id(module): path for path, module in stack.module.named_modules(remove_duplicate=False)}
+        gone = [type(module).__name__ for module in self._wanted if id(module) not in paths]
+        if gone:
+            raise UnsupportedModeError(
+                explain(
+                    "the modules that a prompt enters at must be those that the model had when it was attached.",
+                    "Put the old ones back, or save the prompt, remove it, and load it onto the model as it is now.",
+                    model=type(stack.module).__name__,
+                    replaced=", ".join(dict.fromkeys(gone)),
+                )
+            )
+        places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
+        for module in self._wanted:
+            parent = stack.module
+            for name in filter(None, paths[id(module)].split(".")):
+                child = parent._modules[name]
+                assert child is not None
+                places[id(parent), name] = parent._modules, name, child
+                parent = child
+        return list(places.values())
+
+
+def _wanted(stack: Stack) -> list[nn.Module]:
+    """The embedding, where it is a part of the stack, and every attention module."""
+    inside = {id(module) for module in stack.module.modules()}
+    wanted = {id(module): module for module in (stack.embedding, *(site.module for site in stack.sites))}
+    return [module for key, module in wanted.items() if key in inside]
