@@ -40,6 +40,7 @@ from softhooks.recomputed import Met
 from softhooks.remedies import names_tried_remedies
 from softhooks.trainer.offload import device_of
 from softhooks.trainer.sharding import refuse_partitioned
+from softhooks.unread import check_unread
 from softhooks.vocabulary import warn_of_added
 
 if TYPE_CHECKING:
@@ -280,6 +281,7 @@ def _prove_reached(prompt: SoftPrompt) -> None:
     prove_reach(prompt)
     with proving(prompt.model):
         check_causality(prompt)
+        check_unread(prompt)
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------

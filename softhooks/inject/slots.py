@@ -174,6 +174,16 @@ class SlotPass(Pass):
         else:
             self._continue(call, cache, int(cache.get_seq_length()))
 
+    @property
+    def slot_columns(self) -> Tensor | None:
+        """Where the slots stand in the widened sequence, [B, S]; None where a cache holds them."""
+        return None if self._wide is None else self._wide.slots
+
+    @property
+    def total_columns(self) -> int:
+        """How wide the sequence is in this forward."""
+        return self.columns if self._wide is None else self._wide.columns
+
     # --- the first forward: the slots go in ---------------------------------------------------------------------------
 
     def _begin(self, call: dict[str, Any]) -> None:
