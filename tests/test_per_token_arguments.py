@@ -88,7 +88,7 @@ def by_hand(model: Any, rows: Tensor, given: dict[str, Tensor], values: dict[str
     return logits[:, count:]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "layoutlmv3"])
+@pytest.mark.parametrize("name", CASES)
 def test_slots_stand_where_padding_stands(name: str) -> None:
     build, given, values, _ = CASES[name]
     model = build()
