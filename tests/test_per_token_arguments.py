@@ -137,6 +137,34 @@ def test_an_argument_without_a_known_value_is_refused_by_name() -> None:
             stack(input_ids=IDS, attention_mask=MASK, token_scores=torch.ones(2, 8))
 
 
+# --- TAPAS: positions that begin anew in each cell of a table -----------------------------------------------------------
+
+
+def test_positions_that_a_model_makes_of_a_table_are_left_to_it() -> None:
+    config = tf.TapasConfig(**zoo.SMALL, type_vocab_sizes=[3, 16, 16, 2, 2, 4, 4], num_labels=3)
+    whole = _build(tf.TapasForSequenceClassification(config))
+    model = whole.tapas
+    cells = torch.zeros(2, 8, 7, dtype=torch.long)
+    cells[:, 3:, 0], cells[:, 3:5, 1:3], cells[:, 5:, 1], cells[:, 5:, 2] = 1, 1, 2, 1
+    with torch.no_grad(), softhooks.attach(whole, PromptTuning(3)) as prompt:
+        next(prompt.encoder.parameters()).normal_()
+        found = model(input_ids=IDS, attention_mask=MASK, token_type_ids=cells).last_hidden_state
+        with pytest.raises(UnsupportedModeError, match=r"begin with text(.|\n)*Pad on the right"):
+            model(input_ids=IDS, attention_mask=MASK.flip(1), token_type_ids=cells)
+        rows = prompt.encoder("embeddings")
+        with softhooks.disabled(whole):
+
+            def put_in(_module: Any, _args: Any, output: Tensor) -> Tensor:
+                return torch.cat([rows.expand(2, -1, -1), output[:, 3:]], 1)
+
+            ids = torch.cat([torch.full((2, 3), 40), IDS], 1)
+            mask = torch.cat([torch.ones(2, 3, dtype=torch.long), MASK], 1)
+            types = torch.cat([torch.zeros(2, 3, 7, dtype=torch.long), cells], 1)
+            with model.get_input_embeddings().register_forward_hook(put_in):
+                expected = model(input_ids=ids, attention_mask=mask, token_type_ids=types).last_hidden_state[:, 3:]
+    torch.testing.assert_close(found[MASK.bool()], expected[MASK.bool()], rtol=1e-4, atol=1e-4)
+
+
 # --- XLM: languages, lengths, segments in the table of the words ------------------------------------------------------
 
 

@@ -169,6 +169,29 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
             )
 
 
+def stand_by_types(call: dict[str, Any], mask: Tensor) -> bool:
+    """Whether types of several numbers a token say where it stands: in which cell of a table (TAPAS), where counting begins anew.
+
+    Then the model makes the positions itself. It counts padding too.
+
+    Raises:
+        UnsupportedModeError: a row begins with padding.
+    """
+    types = call.get("token_type_ids")
+    if not isinstance(types, Tensor) or types.dim() != 3 or call.get("position_ids") is not None:
+        return False
+    if not bool(mask[:, 0].all()):
+        raise UnsupportedModeError(
+            explain(
+                "slots need rows that begin with text, in a model that makes positions of the types of tokens.",
+                "Pad on the right.",
+                token_type_ids=list(types.shape),
+                attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
+            )
+        )
+    return True
+
+
 def refuse_more_columns(output: Any, text: int, wide: int) -> None:
     """Refuse a stack's states where they are not one a column: behind the text it may have put an image (LayoutLMv3)."""
     columns = first_state(output).shape[1]

@@ -23,6 +23,7 @@ from softhooks.inject.accept import (
     refuse_more_columns,
     refuse_static,
     refuse_unknown,
+    stand_by_types,
     widen_known,
 )
 from softhooks.inject.passes import Pass
@@ -215,7 +216,8 @@ class SlotPass(Pass):
             self._ids = call.get("input_ids")
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
-        self._place(call, widened_positions(self.stack, positions, mask, self._wide, wide_mask))
+        if not stand_by_types(call, mask):
+            self._place(call, widened_positions(self.stack, positions, mask, self._wide, wide_mask))
         self._keep_states(call)
 
     def _keep_states(self, call: dict[str, Any]) -> None:
