@@ -14,6 +14,7 @@ from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.attention import PrefixPass
 from softhooks.inject.caches import PrefixCache, PrefixPair
 from softhooks.inject.keyvalues import KeyValues
+from softhooks.inject.padded import behind_padding
 
 _BY_COLUMN = ("attention_mask", "alibi")
 """What a layer is given for each column that it may attend to, in the last dimension."""
@@ -49,7 +50,8 @@ class CachePass(PrefixPass):
                 inner = EncoderDecoderCache(inner, DynamicCache(config=config))
         self.inner = inner
         own = inner.self_attention_cache if isinstance(inner, EncoderDecoderCache) else inner
-        self.prefixed = PrefixCache(self.prefixes["self"], own)
+        self._behind = behind_padding(call.get("attention_mask"), self.prefixes["self"].length)
+        self.prefixed = PrefixCache(self.prefixes["self"], own, self._behind)
         crosses = crosses or own is not inner
         self.cache = PrefixPair(self.prefixed, inner) if crosses else self.prefixed
         call["past_key_values"] = self.cache
@@ -59,16 +61,19 @@ class CachePass(PrefixPass):
 
     def prepare(self) -> list[Any]:
         """Take the prefix's columns, which all layers are given, out of the masks of the layers that have no prefix."""
-        length = self.prefixes["self"].length
 
         def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
             call = dict(zip(names, args, strict=False)) | kwargs
-            narrowed = {name: call[name][..., length:] for name in _BY_COLUMN if isinstance(call.get(name), Tensor)}
+            narrowed = {name: self._own(call[name]) for name in _BY_COLUMN if isinstance(call.get(name), Tensor)}
             return (), {**call, **narrowed}
 
         bare = [site for site in self.stack.sites if site.index not in self.prefixes["self"].keys]
         return [site.module.register_forward_pre_hook(narrow, with_kwargs=True) for site in bare]
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Take the prefix's columns out of the last dimension."""
+        return tensor[..., self.prefixes["self"].length :] if self._behind is None else self._behind.own(tensor)
 
     def _wants_cache(self, call: dict[str, Any]) -> bool:
         asked = call.get("use_cache")
@@ -116,7 +121,8 @@ class CachePass(PrefixPass):
             else present
         )
         if mask.dim() == 2:
-            return torch.cat([seen.to(mask.dtype).expand(mask.shape[0], -1), mask], dim=-1)
+            wide = torch.cat([seen.to(mask.dtype).expand(mask.shape[0], -1), mask], dim=-1)
+            return wide if self._behind is None else self._behind.arrange(wide, 1)
         seen = seen[:, None, None, :].expand(mask.shape[0], mask.shape[1], mask.shape[2], -1)
         if mask.dtype != torch.bool:
             seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, torch.finfo(mask.dtype).min)
@@ -140,7 +146,7 @@ class CachePass(PrefixPass):
             return value
         prefix = self.prefixes["self"]
         bare = [place for place, site in enumerate(self.stack.sites) if site.index not in prefix.keys]
-        return tuple(weights if place in bare else weights[..., prefix.length :] for place, weights in enumerate(value))
+        return tuple(weights if place in bare else self._own(weights) for place, weights in enumerate(value))
 
     def close(self) -> None:
         """Take back what the checkpointed layers were told."""

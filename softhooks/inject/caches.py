@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.keyvalues import KeyValues
+from softhooks.inject.padded import BehindPadding
 
 
 class ListeningCache(Cache):
@@ -54,11 +55,13 @@ class PrefixCache(Cache):
     Args:
         prefix: keys and values by layer.
         inner: the caller's cache.
+        behind: the order of keys, where rows begin with padding.
     """
 
-    def __init__(self, prefix: KeyValues, inner: Cache | None) -> None:
+    def __init__(self, prefix: KeyValues, inner: Cache | None, behind: BehindPadding | None = None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.prefix = prefix
+        self.behind = behind
         self.inner = inner
         self.touched = False
         if inner is not None and any(getattr(layer, "is_sliding", False) for layer in inner.layers):
@@ -77,7 +80,8 @@ class PrefixCache(Cache):
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx not in self.prefix.keys:
             return key_states, value_states
-        return self.prefix.before(layer_idx, key_states, value_states)
+        key, value = self.prefix.before(layer_idx, key_states, value_states)
+        return (key, value) if self.behind is None else (self.behind.arrange(key, 2), self.behind.arrange(value, 2))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The prefix is past, and so is what the caller's cache holds."""

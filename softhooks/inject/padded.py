@@ -1,0 +1,59 @@
+"""A prefix behind the padding of its row, next to the text: for layers whose biases and windows count columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BehindPadding:
+    """The order of keys in rows that begin with padding: the padding, the prefix, the text.
+
+    Attributes:
+        order: which column of prefix and text, [B, P + K], stands in each place.
+        text: the place of each column of the text, [B, K].
+    """
+
+    order: Tensor
+    text: Tensor
+
+    def arrange(self, tensor: Tensor, dim: int) -> Tensor:
+        """Put columns of prefix and text in order. [B, ..., P + K, ...] -> the same."""
+        return _gather(tensor, self.order, dim)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """Take the text's columns out of the last dimension. [B * n, ..., P + K] -> [B * n, ..., K]."""
+        batch = self.text.shape[0]
+        if tensor.shape[0] % batch:
+            tensor = tensor.expand(batch, *tensor.shape[1:])
+        rows = tensor.reshape(batch, -1, tensor.shape[-1])
+        return _gather(rows, self.text, 2).reshape(*tensor.shape[:-1], -1)
+
+
+def behind_padding(mask: Tensor | None, length: int) -> BehindPadding | None:
+    """The order of keys behind a prefix of `length`; None where no row begins with padding.
+
+    Args:
+        mask: the text's, [B, K].
+    """
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):
+        return None
+    lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    places = torch.arange(length + mask.shape[1], device=mask.device)[None]
+    prefix = torch.where(places < lead + length, places - lead, places)
+    columns = torch.arange(mask.shape[1], device=mask.device)[None]
+    return BehindPadding(
+        order=torch.where(places < lead, places + length, prefix),
+        text=torch.where(columns < lead, columns, columns + length),
+    )
+
+
+def _gather(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = index.shape
+    target = list(tensor.shape)
+    target[dim] = index.shape[1]
+    return tensor.gather(dim, index.to(tensor.device).view(shape).expand(target))
