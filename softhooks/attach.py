@@ -160,7 +160,7 @@ def attach_encoder(
     module = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict()})
     count = method.num_virtual_tokens
     if conventions is None:
-        ids = fresh_ids(model, anatomy, count, encoder.start_ids) if needs_ids else None
+        ids = fresh_ids(model, anatomy, count, encoder) if needs_ids else None
         conventions = method.conventions(anatomy)
     else:
         ids, conventions = stored_ids(model, anatomy, count, conventions, source, needed=needs_ids)

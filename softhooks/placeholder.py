@@ -9,7 +9,6 @@ of the text's config, or 0. The ids are stored with the prompt.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +16,15 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack, at_rest, decoder_ids, first_state, probe_ids
 from softhooks.errors import PromptMismatchError, explain
+from softhooks.method import EMBEDDINGS, PromptEncoder
 from softhooks.probe import as_choices
 from softhooks.probing import probing
+from softhooks.trainer.offload import device_of
 
 BUFFER = "placeholder"
 """The name of a prompt's ids in its module, and among its stored conventions."""
 
-_COLUMNS = 5
+_COLUMNS, _SCANNED = 5, 8192
 
 
 def reads_ids(model: nn.Module, anatomy: Anatomy) -> bool:
@@ -106,10 +107,33 @@ def usual_id(model: nn.Module, vocabulary: int) -> int:
     return pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
 
 
-def fresh_ids(model: nn.Module, anatomy: Anatomy, count: int, words: Sequence[int | None] | None) -> Tensor:
+@torch.no_grad()
+def words_among(anatomy: Anatomy, rows: Tensor) -> list[int | None]:
+    """The id of each row that is a word's embedding, number by number; transformers finds ids behind embeddings so too.
+
+    Shape:
+        rows [P, H] -> P ids
+    """
+    stack = anatomy.entry
+    rows = rows.to(device_of(stack.embedding)).float()
+    found: list[int | None] = [None] * len(rows)
+    for start in range(0, anatomy.vocabulary, _SCANNED):
+        ids = torch.arange(start, min(start + _SCANNED, anatomy.vocabulary), device=rows.device)
+        with at_rest(stack.embedding):
+            words = stack.embedding(ids[None])[0].float()
+        for row, word in (rows[:, None, 0] == words[None, :, 0]).nonzero().tolist():
+            if found[row] is None and torch.equal(rows[row], words[word]):
+                found[row] = start + word
+    return found
+
+
+def fresh_ids(model: nn.Module, anatomy: Anatomy, count: int, encoder: PromptEncoder) -> Tensor:
     """The ids behind a new prompt's virtual tokens: those of the words that it starts from, else the usual one. -> [P]."""
-    usual = usual_id(model, anatomy.vocabulary)
-    known = [None] * count if words is None else list(words)
+    usual, known = usual_id(model, anatomy.vocabulary), encoder.start_ids
+    if known is None:
+        rows = encoder.folded().get(EMBEDDINGS)
+        alone = rows is not None and rows.shape == (count, anatomy.entry.width)
+        known = words_among(anatomy, rows) if rows is not None and alone else [None] * count
     return torch.tensor([usual if word is None else word for word in known])
 
 

@@ -77,6 +77,9 @@ def deepseek_v4() -> Any:
 
 
 MODELS: dict[str, Callable[[], Any]] = {"gemma4": gemma4, "gemma3n": gemma3n, "deepseek_v4": deepseek_v4}
+WAYS: list[tuple[str, Any]] = [
+    ("gemma4", "shared"), ("gemma4", "slots"), ("gemma3n", "shared"), ("gemma3n", "slots"), ("deepseek_v4", "slots"),
+]  # fmt: skip
 WORDS = [11, 12, 13, 14]
 TEXT = " ".join(f"word{i}" for i in WORDS)
 
@@ -118,9 +121,8 @@ def before(model: Any, first: list[int], ids: torch.Tensor) -> torch.Tensor:
 # --- saved and loaded -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("injection", ["shared", "slots"])
 @pytest.mark.parametrize("init", ["vocab", "random"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "injection"), WAYS)
 def test_a_loaded_prompt_answers_alike_whatever_the_padding_id_is_now(
     tmp_path: Path, name: str, init: str, injection: Any
 ) -> None:
@@ -161,9 +163,8 @@ AS_WORDS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("injection", ["shared", "slots"])
 @pytest.mark.parametrize("method", ["text", "labels", "residual"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "injection"), WAYS)
 def test_a_prompt_of_words_is_these_words(tmp_path: Path, name: str, method: str, injection: Any) -> None:
     model, ids = build(name), zoo.text(2, 6)
     expected = before(model, words(), ids)
@@ -173,6 +174,19 @@ def test_a_prompt_of_words_is_these_words(tmp_path: Path, name: str, method: str
         prompt.save_pretrained(tmp_path)
     with softhooks.load(model, tmp_path, injection=injection, trainable=True) as prompt:
         torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "injection"), WAYS)
+def test_rows_that_are_words_number_by_number_have_their_ids(name: str, injection: Any) -> None:
+    model, ids = build(name), zoo.text(2, 6)
+    expected = before(model, WORDS, ids)
+    rows = model.get_input_embeddings()(torch.tensor(WORDS)).detach()
+    with softhooks.attach(model, PromptTuning(4, init="tensor", init_tensor=rows), injection=injection) as prompt:
+        assert prompt.placeholder.tolist() == WORDS
+        torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+    rows[1, -1] += 1e-3
+    with softhooks.attach(model, PromptTuning(4, init="tensor", init_tensor=rows), injection=injection) as prompt:
+        assert prompt.placeholder.tolist() == [11, 0, 13, 14]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -232,11 +246,28 @@ def test_a_prompt_that_starts_from_another_has_its_ids(tmp_path: Path) -> None:
         assert prompt.placeholder.tolist() == [9] * 4
 
 
+def test_words_before_a_text_that_may_have_images_are_these_words() -> None:
+    """The model around the stack makes the embeddings of the layers from the text's ids, and hands them over."""
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    outside = {f"{name}_token_id": 90 + n for n, name in enumerate(("image", "video", "audio", "boi", "eoi"))}
+    config = tf.Gemma4Config(text_config=gemma4().config.to_dict(), vision_config=vision, **outside)
+    torch.manual_seed(0)
+    model, ids = tf.Gemma4ForConditionalGeneration(config).eval(), zoo.text(2, 6).clamp(max=80)
+    expected = before(model, words(), ids)
+    with softhooks.attach(model, AS_WORDS["text"]()):
+        torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+
+
 # --- several prompts, ways of calling -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("injection", ["shared", "slots"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "injection"), WAYS)
 def test_each_row_has_its_own_prompt_s_ids(name: str, injection: Any) -> None:
     model, ids = build(name), zoo.text(3, 6)
     methods = {"a": AS_WORDS["text"](), "b": PromptTuning(2, init="random")}
