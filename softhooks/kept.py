@@ -16,7 +16,8 @@ def kept(model: nn.Module) -> Iterator[nn.Module]:
     """Compute each prompt once for all forwards inside, as one call of `generate` does by itself.
 
     Without it every forward computes its prompt afresh, which is right whatever has changed since the last one. Use it around a
-    loop of forwards without gradients: an evaluation, or decoding by hand with `past_key_values`.
+    loop of forwards without gradients: an evaluation, or decoding by hand with `past_key_values`; and around the training of a
+    cartridge, whose document is then read once.
 
     The caller promises that nothing of the base changes inside: no weight through `.data`, no hook, no attribute of a module,
     no module that is swapped, no setting of the config. Some changes are seen all the same: the prompt's own parameters are

@@ -89,7 +89,7 @@ class SelfDistillation(Objective):
         return _select(output.logits, chosen)
 
     def _read(self, prompt: SoftPrompt) -> dict[str, Tensor]:
-        """The document's keys and values; read again only if the base has changed."""
+        """The document's keys and values; read once inside `softhooks.kept`, else in every step."""
         anatomy = prompt.host.anatomy
         stack = anatomy.entry
         return self._memory.recall(stack, (), every_tensor(stack.module), lambda: key_values_of(anatomy, self.document))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -466,3 +467,18 @@ def test_it_learns_to_answer_as_with_the_document() -> None:
     assert before <= 0.5
     assert losses[-1] < 0.1 * losses[0]
     assert after >= 0.9
+
+
+def test_a_trainer_inside_kept_reads_the_document_once(tmp_path: Path) -> None:
+    """And it learns what it learns outside, where the document is read in each step."""
+    trained = []
+    for keeps in (True, False):
+        model = zoo.build("llama")
+        torch.manual_seed(0)
+        trainer, callback = training.prompted(tmp_path / str(keeps), model, "causal", method(), max_steps=3)
+        read = callback.soft_prompt.objective._memory
+        with softhooks.kept(model) if keeps else contextlib.nullcontext():
+            trainer.train()
+        assert read.computed == (1 if keeps else 3)
+        trained.append([p.detach().clone() for p in callback.soft_prompt.parameters()])
+    assert all(map(torch.equal, *trained))

@@ -60,8 +60,9 @@ class Cartridge(ReadPrefix):
     whole document before the text, the student the same model with the cartridge there. The loss is the KL divergence on the
     teacher's likeliest tokens, at the positions whose next token is labelled; labels equal to the ids train on the whole text.
     The texts are questions and answers about the document, written by the model or by anybody; the labels' tokens are not a
-    target themselves. The document runs once and its keys and values serve all rows, so the teacher costs one forward of the text
-    alone, without gradients. Evaluation reports the model's own loss on the labels.
+    target themselves. The document runs once a step, without gradients, and its keys and values serve all rows; train inside
+    `with softhooks.kept(model):` (`trainer.train()` too) to run it once for all steps. Evaluation reports the model's own loss on
+    the labels.
 
     Start from AdamW with a learning rate of 2e-2 (the paper). The first slot is frozen, for many models keep an attention sink
     there.
