@@ -1,4 +1,4 @@
-"""Layers whose biases and windows count columns (ALiBi in MPT, local attention in GPT-Neo): padding parts no text from a prompt."""
+"""Layers whose biases and windows count columns (ALiBi in MPT, local attention in GPT-Neo) keep text and prompt together."""
 
 from __future__ import annotations
 

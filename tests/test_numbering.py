@@ -1,0 +1,73 @@
+"""How a stack numbers its columns is learned by watching it: slots stand where words would, wherever the numbers start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import real_words
+import torch
+import transformers as tf
+import zoo
+
+import softhooks
+
+TINY: dict[str, Any] = {
+    "vocab_size": 160, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "max_position_embeddings": 64, "pad_token_id": 1,
+}  # fmt: skip
+
+
+def _bart_decoder() -> Any:
+    config = zoo.CONFIGS["bart"]()
+    config.is_decoder, config.is_encoder_decoder = True, False
+    return tf.BartForCausalLM(config)
+
+
+def _nystromformer() -> Any:
+    return tf.NystromformerForMaskedLM(tf.NystromformerConfig(**TINY, num_landmarks=64, segment_means_seq_len=64))
+
+
+STARTS: dict[str, tuple[Any, int]] = {
+    "luke": (lambda: tf.LukeForMaskedLM(tf.LukeConfig(**TINY, entity_vocab_size=8, entity_emb_size=16)), 2),
+    "nystromformer": (_nystromformer, 2),
+    "yoso": (lambda: tf.YosoForMaskedLM(tf.YosoConfig(**TINY)), 2),
+    "roberta": (lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**TINY)), 2),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**TINY)), 0),
+    "bart decoder": (_bart_decoder, 0),
+}
+
+
+def _model(name: str) -> Any:
+    torch.manual_seed(0)
+    model = STARTS[name][0]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.requires_grad:
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_first_token_has_the_number_that_the_bare_model_gives_it(name):
+    with softhooks.attach(_model(name), softhooks.PromptTuning(3)) as prompt:
+        positions = prompt.host.anatomy.entry.positions
+    assert positions.start == STARTS[name][1]
+    assert positions.movable
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_words_as_slots_are_these_words(name):
+    assert real_words.slots_gap(_model(name), zoo.text(1, 9), 3) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["luke", "roberta", "bart decoder"])
+def test_padding_does_not_move_words_in_slots(name):
+    for padding in ({"left": 3}, {"right": 2}):
+        assert real_words.slots_gap(_model(name), zoo.text(1, 9), 3, **padding) < 1e-5
+
+
+def test_a_decoder_told_at_its_table_takes_prefixes_and_shared_prompts():
+    for padding in ({}, {"right": 2}):
+        assert real_words.prefix_gap(_model("bart decoder"), zoo.text(1, 9), 3, **padding) < 1e-5
+        assert real_words.front_gap(_model("bart decoder"), zoo.text(1, 9), 3, **padding) < 1e-5
