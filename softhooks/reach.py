@@ -92,7 +92,12 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 
 
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
-    """Name what gets no gradient: parameters, and of what the encoder computes the parts for single layers."""
+    """Name what gets no gradient: parameters, and of what the encoder computes the parts for single layers.
+
+    A layer may run without gradients in some of its turns (HRM). What stood there would take part in every answer as it was
+    drawn, untrained; and to share another turn's keys and values would make a prefix of real words differ from the words. So
+    such a model is refused, and the refusal names the parts.
+    """
     made: dict[str, Tensor] = {}
 
     def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
