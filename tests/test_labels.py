@@ -106,7 +106,7 @@ def test_each_prompt_shows_its_own(tmp_path: Path) -> None:
     for name, names in {"colours": list(colours), "animals": list(animals), "new": own}.items():
         softhooks.activate(model, name)
         assert shown(model) == names
-    softhooks.load(model, tmp_path / "none", "headless")
+    softhooks.load(model, tmp_path / "none", "headless", strict=False)
     assert shown(model) == own, "without a head of its own the model's answers"
     softhooks.activate(model, "animals")
     one.save_pretrained(tmp_path / "again")
