@@ -77,6 +77,8 @@ class Positions:
         padding: the id of a padding column, where that is one of its own.
         limit: how many real positions there are, where exceeding them is an error rather than a loss of quality.
         trained: how many positions the config declares.
+        rotary: how many its rotary embeddings are made for; beyond, quality is lost. None: it has none, or they adapt.
+        warned: whether it was said that a prompt and its text stand beyond those.
         changes: from how many positions on the model rotates every position otherwise (dynamic RoPE, LongRoPE); None: never.
         by_column: whether padding before a text moves it away from a prefix, whatever the stack is told.
     """
@@ -88,6 +90,8 @@ class Positions:
     limit: int | None
     trained: int | None
     by_column: bool = False
+    rotary: int | None = None
+    warned: bool = False
     changes: int | None = None
 
     @property

@@ -25,6 +25,7 @@ from softhooks.generation import keep_from_assistants
 from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
 from softhooks.initializers import tokenizer_of
+from softhooks.inject.beyond import unwarned
 from softhooks.inject.fills import find_fills
 from softhooks.labels import Labels
 from softhooks.method import Method, PromptEncoder
@@ -190,15 +191,16 @@ def attach_encoder(
         elif frozen_record and host.record is None:
             host.record = FrozenRecord(model, frozen_names(model))
         _add(host, prompt, heads, freeze_dropout)
-        with probing(model):
-            prompt.injection = choose_injection(prompt, injection)
-        if added is not None:
-            prove_rows(prompt, probe_inputs(prompt))
-            if take_added is not None:
-                take_added(added)
-        prompt.shares_always = injection == "shared"
-        _prove_reached(prompt)
-        method.check(prompt)
+        with unwarned(anatomy):
+            with probing(model):
+                prompt.injection = choose_injection(prompt, injection)
+            if added is not None:
+                prove_rows(prompt, probe_inputs(prompt))
+                if take_added is not None:
+                    take_added(added)
+            prompt.shares_always = injection == "shared"
+            _prove_reached(prompt)
+            method.check(prompt)
         host.sign()
     except BaseException as error:
         detach(host, name)
@@ -248,7 +250,8 @@ def _check_request(
 
 def _check_length(anatomy: Anatomy, method: Method) -> None:
     positions = anatomy.entry.positions
-    limit = positions.limit if positions.limit is not None else positions.trained
+    trained = positions.trained if positions.rotary is None else positions.rotary
+    limit = positions.limit if positions.limit is not None else trained
     length = method.where.columns
     if method.enters != "branch" and limit is not None and length >= limit:
         raise _no_room(length, limit, _LEAST_TEXT)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from softhooks.anatomy import Anatomy, Stack, StackName, at_rest, decoder_ids, probe_ids
 from softhooks.backbone import Call, find_stack, record
 from softhooks.errors import UnsupportedModelError, explain
+from softhooks.inject.beyond import rotary_limit
 from softhooks.inject.survey import survey
 from softhooks.numbering import numbering
 from softhooks.probing import INSIDE, probing
@@ -142,7 +143,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
         model(**{key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in runs.inputs.items()})
 
     positions = numbering(run, module, found.lookup.module, "position_ids" in parameters)
-    positions.changes = _changes(module)
+    positions.changes, positions.rotary = _changes(module), rotary_limit(module)
     room = positions.limit if positions.limit is not None else positions.trained
     return Stack(
         name=name,

@@ -11,6 +11,7 @@ from torch import Tensor
 from softhooks.anatomy import Role, Stack
 from softhooks.errors import PromptTooLongError, UnsupportedModeError, explain
 from softhooks.inject.attention import PrefixPass
+from softhooks.inject.beyond import warn_beyond
 from softhooks.inject.branch import open_branch
 from softhooks.inject.cachepass import CachePass
 from softhooks.inject.cross import CrossSlotPass
@@ -217,7 +218,7 @@ def _move_positions(
 
 
 def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 0, outer: Outer | None = None) -> None:
-    """Refuse a text that would stand beyond the last learned position.
+    """Refuse a text that would stand beyond the last learned position; warn of one beyond what rotary ones are made for.
 
     Args:
         length: the virtual tokens.
@@ -227,23 +228,25 @@ def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 
     Raises:
         PromptTooLongError: prompt and text together exceed the table. Padding does not count.
     """
-    limit = stack.positions.limit
-    if limit is None or length == 0:
+    positions = stack.positions
+    limit = positions.limit if positions.limit is not None else positions.rotary
+    if limit is None or length == 0 or (positions.limit is None and positions.warned):
         return
-    paged = longest_text(call)
-    if paged is not None:
-        _refuse_beyond(limit, paged, length)
-        return
-    _, columns = text_shape(call)
-    past = past_of(call)
-    past = past - cached if past else past
-    if isinstance(past, Tensor) or past + columns + length <= limit:
-        return
-    mask = padding_mask(call, outer)
-    longest = past + columns
-    if mask is not None:
-        longest = int(mask.long().sum(-1).max())
-    _refuse_beyond(limit, longest, length)
+    longest = longest_text(call)
+    if longest is None:
+        _, columns = text_shape(call)
+        past = past_of(call)
+        past = past - cached if past else past
+        if isinstance(past, Tensor) or past + columns + length <= limit:
+            return
+        mask = padding_mask(call, outer)
+        longest = past + columns
+        if mask is not None:
+            longest = int(mask.long().sum(-1).max())
+    if positions.limit is None:
+        warn_beyond(positions, longest, length)
+    else:
+        _refuse_beyond(limit, longest, length)
 
 
 def _refuse_beyond(limit: int, longest: int, length: int) -> None:
