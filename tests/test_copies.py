@@ -318,6 +318,22 @@ def test_constraints_hold_on_a_copy() -> None:
     assert not any(encoder is own.encoder for encoder in constraint.watched)
 
 
+@pytest.mark.parametrize(
+    "block", [lambda model: softhooks.rows(model, ["one", None]), softhooks.kept], ids=["rows", "kept"]
+)
+@each_way
+def test_what_a_block_holds_for_its_model_no_copy_has(duplicate: Callable[[Any], Any], block: Any) -> None:
+    model, ids = zoo.build("llama"), zoo.text(2, 6)
+    for name in ("one", "two"):
+        softhooks.attach(model, PrefixTuning(3), name)
+    expected = answer(model, {"input_ids": ids})
+    with block(model):
+        twin = duplicate(model)
+        assert torch.equal(answer(twin, {"input_ids": ids}), expected)
+    assert torch.equal(answer(twin, {"input_ids": ids}), expected)
+    assert torch.equal(twin.generate(ids, max_new_tokens=3), model.generate(ids, max_new_tokens=3))
+
+
 # --- Trainers ---------------------------------------------------------------------------------------------------------
 
 
