@@ -167,7 +167,8 @@ def _standing_in(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[Prompt
     stand_in = copy.deepcopy(own).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in stand_in.parameters():
+        held = [buffer for buffer in stand_in.buffers() if buffer.is_floating_point()]
+        for parameter in list(stand_in.parameters()) or held:  # a context that is done has no parameters
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             spread = parameter.float().square().mean().sqrt().clamp(min=0.1, max=10.0).nan_to_num(0.1)
             parameter.add_(noise * (scale * spread).to(parameter))
