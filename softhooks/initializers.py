@@ -18,13 +18,17 @@ from softhooks.inject.caches import ListeningCache
 from softhooks.inject.interface import marked
 from softhooks.inject.keyvalues import flatten
 from softhooks.inject.shared import CapturePass
-from softhooks.trainer.offload import device_of
+from softhooks.trainer.offload import device_of, read
+from softhooks.trainer.sharding import full
 
 Words = Sequence[int | None] | None
 """The id of the word that each row is, if it is one; see `PromptEncoder.start_ids`."""
 
 COMMON_IDS = 5000
 """The first ids of a vocabulary are its most frequent words; Lester et al. draw from these."""
+
+_SCANNED = 8192
+"""How many words are compared with rows at a time."""
 
 
 def random_rows(anatomy: Anatomy, count: int) -> Tensor:
@@ -110,6 +114,71 @@ def label_rows(anatomy: Anatomy, count: int, labels: Sequence[str], tokenizer: A
         return rows, words
     more = vocabulary_ids(anatomy, missing)
     return torch.cat([rows, embed_ids(anatomy, more).to(rows)]), [*words, *more.tolist()]
+
+
+def given_rows(anatomy: Anatomy, count: int, tensor: Any) -> Tensor:
+    """Take the rows that a user gives; those of the embedding's weight mean their words, also where a scale follows.
+
+    Raises:
+        PromptMismatchError: the shape is not [P, H].
+    """
+    rows = tensor_rows(anatomy, count, tensor)
+    words = words_of_weight(anatomy, rows)
+    found = [row for row, word in enumerate(words) if word is not None]
+    if found:
+        embedded = embed_ids(anatomy, [word for word in words if word is not None])
+        rows = rows.index_put((torch.tensor(found, device=rows.device),), embedded.to(rows))
+    return rows
+
+
+@torch.no_grad()
+def words_of_weight(anatomy: Anatomy, rows: Tensor) -> list[int | None]:
+    """The word of each row that equals, number by number, a row of the embedding's weight and is no output of the embedding.
+
+    Such rows exist only where the embedding does more than look rows up: Gemma's multiplies them by sqrt(H).
+
+    Shape:
+        rows [P, H] -> P ids
+    """
+    embedding = anatomy.entry.embedding
+    weight = full(read(embedding, "weight", embedding.weight)).detach()  # type: ignore[arg-type]
+    found: list[int | None] = [None] * len(rows)
+    if weight.dim() != 2 or weight.shape[1] != rows.shape[1] or not weight.is_floating_point() or weight.is_meta:
+        return found
+    known = _words_with(weight, rows.to(weight.device))
+    words = sorted({word for word in known if word is not None})
+    if not words or torch.equal(embed_ids(anatomy, words), weight[words].float()):
+        return found
+    outputs = words_among(anatomy, rows)
+    return [word if output is None else None for word, output in zip(known, outputs, strict=True)]
+
+
+@torch.no_grad()
+def words_among(anatomy: Anatomy, rows: Tensor) -> list[int | None]:
+    """The id of each row that is a word's embedding, number by number; transformers finds ids behind embeddings so too.
+
+    Shape:
+        rows [P, H] -> P ids
+    """
+    found: list[int | None] = [None] * len(rows)
+    for start in range(0, anatomy.vocabulary, _SCANNED):
+        ids = range(start, min(start + _SCANNED, anatomy.vocabulary))
+        table = embed_ids(anatomy, list(ids))
+        here = _words_with(table, rows.to(table.device))
+        found = [
+            start + word if before is None and word is not None else before
+            for before, word in zip(found, here, strict=True)
+        ]
+    return found
+
+
+def _words_with(table: Tensor, rows: Tensor) -> list[int | None]:
+    """The first row of a table that each row equals. [V, H], [P, H] -> P numbers."""
+    found: list[int | None] = [None] * len(rows)
+    for row, word in (rows[:, None, 0] == table[None, :, 0].float()).nonzero().tolist():
+        if found[row] is None and torch.equal(rows[row], table[word].float()):
+            found[row] = word
+    return found
 
 
 def tensor_rows(anatomy: Anatomy, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:

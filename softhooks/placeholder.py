@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack, at_rest, decoder_ids, first_state, probe_ids
 from softhooks.errors import PromptMismatchError, explain
+from softhooks.initializers import words_among
 from softhooks.method import EMBEDDINGS, PromptEncoder
 from softhooks.probe import as_choices
 from softhooks.probing import probing
-from softhooks.trainer.offload import device_of
 
 BUFFER = "placeholder"
 """The name of a prompt's ids in its module, and among its stored conventions."""
 
-_COLUMNS, _SCANNED = 5, 8192
+_COLUMNS = 5
 
 
 def reads_ids(model: nn.Module, anatomy: Anatomy) -> bool:
@@ -105,26 +105,6 @@ def usual_id(model: nn.Module, vocabulary: int) -> int:
     pad = getattr(_text_config(getattr(model, "config", None)), "pad_token_id", None)
     pad = pad[0] if isinstance(pad, (list, tuple)) and pad else pad
     return pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
-
-
-@torch.no_grad()
-def words_among(anatomy: Anatomy, rows: Tensor) -> list[int | None]:
-    """The id of each row that is a word's embedding, number by number; transformers finds ids behind embeddings so too.
-
-    Shape:
-        rows [P, H] -> P ids
-    """
-    stack = anatomy.entry
-    rows = rows.to(device_of(stack.embedding)).float()
-    found: list[int | None] = [None] * len(rows)
-    for start in range(0, anatomy.vocabulary, _SCANNED):
-        ids = torch.arange(start, min(start + _SCANNED, anatomy.vocabulary), device=rows.device)
-        with at_rest(stack.embedding):
-            words = stack.embedding(ids[None])[0].float()
-        for row, word in (rows[:, None, 0] == words[None, :, 0]).nonzero().tolist():
-            if found[row] is None and torch.equal(rows[row], words[word]):
-                found[row] = start + word
-    return found
 
 
 def fresh_ids(model: nn.Module, anatomy: Anatomy, count: int, encoder: PromptEncoder) -> Tensor:

@@ -149,6 +149,23 @@ def test_rows_of_a_scaled_embedding_enter_after_the_scale() -> None:
     torch.testing.assert_close(rows(model, method), model.model.embed_tokens.weight[[9, 8]].detach() * scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_given_rows_of_a_scaled_embedding_s_weight_are_their_words(dtype: torch.dtype) -> None:
+    model = zoo.build("gemma3").to(dtype)
+    embedding, words = model.get_input_embeddings(), torch.tensor([9, 8, 9])
+    weight, outputs = embedding.weight[words].detach(), embedding(words).detach().float()
+    own, near = torch.randn(32), weight[0].float() * (1 + 2**-7)
+    given = torch.stack([own, weight[0].float(), outputs[1], near, weight[2].float()])
+    expected = torch.stack([own, outputs[0], outputs[1], near, outputs[2]])
+    assert torch.equal(rows(model, PromptTuning(5, init="tensor", init_tensor=given)), expected)
+
+
+def test_given_rows_of_a_plain_embedding_s_weight_stay_as_they_are() -> None:
+    model = zoo.build("llama")
+    given = model.get_input_embeddings().weight[[9, 8]].detach()
+    assert torch.equal(rows(model, PromptTuning(2, init="tensor", init_tensor=given)), given)
+
+
 def test_rows_of_a_half_precision_model_are_exact() -> None:
     model = zoo.build("llama").to(torch.bfloat16)
     method = PromptTuning(2, init="text", init_text=tokens.words([9, 8]), tokenizer=TOKENIZER)

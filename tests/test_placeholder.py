@@ -189,6 +189,16 @@ def test_rows_that_are_words_number_by_number_have_their_ids(name: str, injectio
         assert prompt.placeholder.tolist() == [11, 0, 13, 14]
 
 
+@pytest.mark.parametrize(("name", "injection"), WAYS)
+def test_rows_of_the_embedding_s_weight_are_their_words(name: str, injection: Any) -> None:
+    model, ids = build(name), zoo.text(2, 6)
+    expected = before(model, WORDS, ids)
+    rows = model.get_input_embeddings().weight[WORDS].detach()
+    with softhooks.attach(model, PromptTuning(4, init="tensor", init_tensor=rows), injection=injection) as prompt:
+        assert prompt.placeholder.tolist() == WORDS
+        torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_sampled_words_are_these_words(name: str) -> None:
     model, ids = build(name), zoo.text(2, 6)

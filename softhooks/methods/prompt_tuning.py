@@ -44,7 +44,8 @@ class PromptTuning(Method):
             Rows that a text or labels do not fill are sampled from the vocabulary.
         init_text: the text, cut to P tokens, without special tokens.
         init_labels: the labels.
-        init_tensor: another prompt's rows, [P, H].
+        init_tensor: another prompt's rows, [P, H]. Rows of the embedding's weight are their words: where the embedding multiplies
+            them (Gemma), the prompt starts from the products.
         init_from: another prompt of P virtual tokens: a directory or repository that `load` reads, or a handle.
         tokenizer: the model's tokenizer or its name, for `text` and `class_labels`.
         whole_vocabulary: let `vocab` draw from every id.
@@ -121,7 +122,7 @@ class PromptTuning(Method):
         if self.init == "class_labels":
             return initializers.label_rows(anatomy, count, self.init_labels or (), self.tokenizer)
         if self.init == "tensor":
-            return initializers.tensor_rows(anatomy, count, self.init_tensor), None
+            return initializers.given_rows(anatomy, count, self.init_tensor), None
         if self.init == "prompt":
             rows = initializers.tensor_rows(anatomy, count, rows_of(self.init_from, anatomy=anatomy), "init_from")
             return rows, ids_behind(self.init_from)
