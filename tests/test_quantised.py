@@ -102,7 +102,7 @@ def test_softhooks_run_needs_no_line_for_a_quantised_model(tmp_path: Path) -> No
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model, for bitsandbytes quantises what it loads."""
     folder = tmp_path_factory.mktemp("base")
-    zoo.build("llama").save_pretrained(folder)
+    zoo.build("llama", hidden_size=64, head_dim=16, intermediate_size=128).save_pretrained(folder)
     return folder
 
 
