@@ -7,6 +7,7 @@ model can have its own.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,15 +56,17 @@ def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
     copies = nn.ModuleDict()
     for path, head in heads.items():
         own = _copy(worn(head))
-        own._forward_hooks.clear()
         copies[path.replace(".", "/")] = own.float().to(device_of(worn(head))).requires_grad_(True)
     return copies
 
 
 def _copy(head: nn.Module) -> nn.Module:
-    """Copy a head with its weights, also where accelerate keeps them elsewhere."""
+    """Copy a head with its weights, also where accelerate keeps them elsewhere.
+
+    Its hooks are left out: those of other prompts on the model hold it, and the whole model would be copied with them.
+    """
     with unhooked(head):
-        own = copy.deepcopy(head)
+        own = copy.deepcopy(head, {id(head._forward_hooks): OrderedDict()})
     if any(parameter.is_meta for parameter in own.parameters()):
         own.load_state_dict({name: read(head, name, value) for name, value in head.state_dict().items()}, assign=True)
     return own

@@ -205,7 +205,9 @@ def test_several_prompts_load_side_by_side(tmp_path: Path) -> None:
 def test_the_description_can_be_read_by_people(saved: Path) -> None:
     told = json.loads((saved / DESCRIPTION).read_text())
     with safe_open(saved / TENSORS, framework="pt") as file:
-        assert told == json.loads(file.metadata()[FORMAT])
+        whole = json.loads(file.metadata()[FORMAT])
+    whole["base"]["fingerprint"] = whole["base"]["fingerprint"]["digest"]  # its numbers say nothing to people
+    assert told == whole
     assert told["method"] == "prefix_tuning"
     assert told["options"]["num_virtual_tokens"] == 3
     assert told["heads"] == ["classifier"]

@@ -178,6 +178,16 @@ def test_a_copy_of_a_copy() -> None:
         assert torch.equal(answer(model, {"input_ids": ids}), expected)
 
 
+def test_a_second_prompt_copies_the_head_and_not_the_model_with_it() -> None:
+    """The first prompt's hook on the head holds the model."""
+    gc.collect()
+    before = set(map(id, interface.users))
+    model = zoo.build("bert", "sequence")
+    with softhooks.attach(model, PromptTuning(3)) as first, softhooks.attach(model, PromptTuning(3), "other") as second:
+        assert not second.heads["classifier"]._forward_hooks
+        assert set(map(id, interface.users)) - before == {id(first.host)}
+
+
 @each_way
 def test_two_prompts_of_a_copy(duplicate: Callable[[Any], Any]) -> None:
     model, ids = zoo.build("bert", "sequence"), zoo.text(3, 6)
