@@ -22,7 +22,7 @@ from softhooks.inject.provenance import note_caches, note_encoded, require_encod
 from softhooks.inject.slots import SlotPass
 from softhooks.inject.where import BROUGHT
 from softhooks.objectives import refuse_backward
-from softhooks.own_loop import tell_frozen
+from softhooks.own_loop import prompts_on, takes_gradients, tell_frozen
 from softhooks.running import Call, Held, module_call
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ModelHooks:
         call.encoded = note_of(encoded)
         if call.is_aside or not host.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
-        trainable = self._trainable()
+        trainable = [prompt for prompt in prompts_on(host) if takes_gradients(prompt)]
         require_search(trainable, call.given)
         trained = next((prompt for prompt in trainable if prompt.objective is not None), None)
         if trained is None:
@@ -98,13 +98,6 @@ class ModelHooks:
         if not args:
             return kwargs
         return dict(zip(inspect.signature(self.host.model.forward).parameters, args, strict=False)) | kwargs
-
-    def _trainable(self) -> list[SoftPrompt]:
-        """The prompts in use that are not frozen."""
-        host = self.host
-        names = [host.active] if host.rows is None else host.rows
-        used = [host.prompts[name] for name in dict.fromkeys(names) if name is not None and name in host.prompts]
-        return [prompt for prompt in used if any(p.requires_grad for p in prompt.encoder.parameters())]
 
     def _begin(
         self, joined: Call, prompt: SoftPrompt, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -214,6 +207,12 @@ class StackHooks:
                 note_encoded(changed, opened.made())
             else:
                 note_caches(changed, opened.made)
+            if (
+                begun.forward is begun
+                and torch.is_grad_enabled()
+                and not any(map(takes_gradients, prompts_on(self.host)))
+            ):
+                return tell_frozen(changed)  # called by itself, without the model around it
             return changed
         finally:
             self.host.running.end(begun)

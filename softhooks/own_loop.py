@@ -7,6 +7,7 @@ one hook listens while a prompt is attached anywhere.
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -15,20 +16,21 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from softhooks.errors import TrainerError, explain
-from softhooks.objectives import with_loss
 from softhooks.users import Users
+from softhooks.vocabulary import stack_level
 
 if TYPE_CHECKING:
     from softhooks.host import Host
+    from softhooks.prompt import SoftPrompt
 
 
 # --- a loss that reaches nothing --------------------------------------------------------------------------------------
 
 
-class FrozenLoss(Tensor):
-    """The loss of a forward in which nothing takes a gradient. It is read as any other; so are numbers made of it.
+class FrozenOutput(Tensor):
+    """What a forward in which nothing takes a gradient returns: a loss, or logits and states that a loss is computed from.
 
-    A sum with a loss that does take gradients takes them, and goes backward as it would.
+    It is read as any other tensor; so is what is computed from it. A loss that also takes gradients from elsewhere goes backward.
     """
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
@@ -53,27 +55,38 @@ class FrozenLoss(Tensor):
 
 
 def tell_frozen(output: Any) -> Any:
-    """Let the loss in a model's output say what is missing, should it go backward."""
-    loss: Any = None
-    if isinstance(output, tuple):
-        loss = output[0] if output else None
-    elif isinstance(output, dict):
-        loss = output.get("loss")
-    if (
-        type(loss) is not Tensor
-        or loss.ndim
-        or not loss.is_floating_point()
-        or loss.requires_grad
-        or loss.is_inference()
-    ):
+    """Let a loss that is in a model's output, or is computed from it, say what is missing, should it go backward."""
+    if type(output) is tuple:
+        return tuple(map(_told, output))
+    if isinstance(output, dict):
+        for name, value in output.items():
+            if (told := _told(value)) is not value:
+                output[name] = told
         return output
-    return with_loss(output, loss.as_subclass(FrozenLoss), has_loss=True)
+    return _told(output)
+
+
+def prompts_on(host: Host) -> list[SoftPrompt]:
+    """The prompts that are on, each once."""
+    names = [host.active] if host.rows is None else host.rows
+    return [host.prompts[name] for name in dict.fromkeys(names) if name is not None and name in host.prompts]
+
+
+def takes_gradients(prompt: SoftPrompt) -> bool:
+    """Whether a prompt is not frozen."""
+    return any(parameter.requires_grad for parameter in prompt.encoder.parameters())
+
+
+def _told(value: Any) -> Any:
+    plain = type(value) is Tensor and value.is_floating_point() and not value.requires_grad and not value.is_inference()
+    return value.as_subclass(FrozenOutput) if plain else value
 
 
 # --- an optimizer that does not hold the prompt -----------------------------------------------------------------------
 
 _handle: Any = None
-_fine: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those that step beside one that holds the prompt
+_held_elsewhere: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[SoftPrompt]] = weakref.WeakKeyDictionary()
+"""Of optimizers the prompts that they, or others, hold, as far as that was looked up."""
 
 
 def _stop_listening() -> None:
@@ -102,40 +115,51 @@ def unwatch_steps(host: Host) -> None:
 
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    held = _held(optimizer)
-    if any(parameter.grad is not None for parameter in held) or optimizer in _fine:
-        return  # it trains something
     for host in watched:
-        _require_held(host, optimizer, {id(parameter) for parameter in held})
+        reached = [prompt for prompt in prompts_on(host) if _has_gradient(prompt._module.parameters())]
+        if any(prompt not in _held_elsewhere.get(optimizer, ()) for prompt in reached):
+            _require_held(host, optimizer, reached)
 
 
 def _held(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _require_held(host: Host, optimizer: Optimizer, held: set[int]) -> None:
-    """Refuse a step that trains nothing, of an optimizer that holds frozen parameters of the base and not the prompt.
+def _require_held(host: Host, optimizer: Optimizer, reached: list[SoftPrompt]) -> None:
+    """Refuse a step on a model whose prompt takes gradients and is in no optimizer; warn where it trains something else.
 
     Raises:
-        TrainerError: gradients have reached a prompt, and no optimizer holds it.
+        TrainerError: the step trains nothing.
     """
-    reached = [prompt.name for prompt in host.prompts.values() if _has_gradient(prompt._module.parameters())]
+    held = {id(parameter) for parameter in _held(optimizer)}
     own = [parameter for parameter in host.model.parameters() if id(parameter) in held]
-    if not reached or not own or any(parameter.requires_grad for parameter in own):
+    if not own:
         return
-    wanted = {id(p) for name in reached for p in host.prompts[name]._module.parameters() if p.grad is not None}
-    others = (one for one in gc.get_objects() if issubclass(type(one), Optimizer) and one is not optimizer)
-    if any(id(parameter) in wanted for other in others for parameter in _held(other)):
-        _fine.add(optimizer)
+    forgotten = [prompt for prompt in reached if not _is_held(prompt, optimizer)]
+    _held_elsewhere.setdefault(optimizer, weakref.WeakSet()).update(reached)
+    if not forgotten:
         return
-    raise TrainerError(
-        explain(
-            "an optimizer must hold the prompt's parameters; this one holds frozen ones of the base, so its step trains nothing.",
-            "Make it after `softhooks.attach`, of `prompt.parameters()`.",
-            optimizer=f"{type(optimizer).__name__} of {len(own)} parameters of {type(host.model).__name__}",
-            prompt=", ".join(map(repr, reached)) + ", which has gradients",
-        )
+    trains = any(parameter.grad is not None for parameter in own)
+    sentence = explain(
+        "an optimizer must hold the prompt's parameters; neither this one nor another one does, "
+        + ("so the prompt is not trained." if trains else "so its step trains nothing."),
+        "Make it after `softhooks.attach`, of `prompt.parameters()`.",
+        optimizer=f"{type(optimizer).__name__} of {len(own)} parameters of {type(host.model).__name__}",
+        prompt=", ".join(repr(prompt.name) for prompt in forgotten) + ", which has gradients",
     )
+    if not trains:
+        del _held_elsewhere[optimizer]  # say it at the next step too
+        raise TrainerError(sentence)
+    warnings.warn(sentence, UserWarning, stacklevel=stack_level())
+
+
+def _is_held(prompt: SoftPrompt, first: Optimizer) -> bool:
+    """Whether an optimizer holds a parameter of a prompt that takes gradients: this one, or any other that is alive."""
+    wanted = {id(parameter) for parameter in prompt._module.parameters() if parameter.grad is not None}
+    if any(id(parameter) in wanted for parameter in _held(first)):
+        return True
+    others = (one for one in gc.get_objects() if issubclass(type(one), Optimizer))
+    return any(id(parameter) in wanted for other in others for parameter in _held(other))
 
 
 def _has_gradient(parameters: Iterable[nn.Parameter]) -> bool:

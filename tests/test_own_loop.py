@@ -43,6 +43,11 @@ BACKWARDS: dict[str, Callable[[Any], Any]] = {
     "(loss / 4).backward()": lambda model: (loss_of(model) / 4).backward(),
     "a sum": lambda model: (loss_of(model) + 0.5 * loss_of(model)).backward(),
     "a tuple": lambda model: model(input_ids=IDS, labels=IDS, return_dict=False)[0].backward(),
+    "of logits": lambda model: torch.nn.functional.cross_entropy(
+        model(IDS).logits.flatten(0, 1), IDS.flatten()
+    ).backward(),
+    "of a tuple's logits": lambda model: model(IDS, return_dict=False)[0].square().mean().backward(),
+    "of a state": lambda model: model.base_model(IDS).last_hidden_state.sum().backward(),
     "scaled": lambda model: torch.amp.GradScaler("cpu").scale(loss_of(model)).backward(),
 }
 
@@ -87,6 +92,9 @@ def test_the_loss_of_a_frozen_prompt_is_read_as_any_other(tmp_path: Path) -> Non
     assert loss.item() == float(loss) == float(loss.numpy()) == expected.item()
     assert torch.equal(torch.stack([loss, loss]).mean(), expected)
     assert type(pickle.loads(pickle.dumps(loss))) is torch.Tensor
+    logits = model(IDS).logits
+    assert not logits.requires_grad
+    assert logits.argmax(-1).numpy().shape == IDS.shape
 
 
 def test_a_frozen_prompt_is_a_teacher(tmp_path: Path) -> None:
@@ -207,9 +215,53 @@ def test_an_optimizer_of_lora_that_stays_trainable_steps() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(zoo.build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     early = torch.optim.AdamW(model.parameters(), lr=0.1)
-    softhooks.attach(model, PromptTuning(4), trainable="*lora_*")
+    prompt = softhooks.attach(model, PromptTuning(4), trainable="*lora_*")
+    loss_of(model).backward()
+    with pytest.warns(UserWarning, match="so the prompt is not trained"):
+        early.step()
+    loss_of(model).backward()
+    early.step()  # said once
+    own = torch.optim.AdamW(prompt.encoder.parameters(), lr=0.1)
+    early.step()
+    own.step()
+
+
+def test_an_optimizer_of_lora_beside_one_of_the_prompt_is_no_mistake() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(zoo.build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    early = torch.optim.AdamW(model.parameters(), lr=0.1)
+    prompt = softhooks.attach(model, PromptTuning(4), trainable="*lora_*")
+    own = torch.optim.AdamW(prompt.encoder.parameters(), lr=0.1)
     loss_of(model).backward()
     early.step()
+    own.step()
+
+
+def test_an_optimizer_of_the_first_prompt_is_told_when_a_second_one_trains() -> None:
+    model = zoo.build("llama")
+    first = softhooks.attach(model, PromptTuning(4), "first")
+    optimizer = torch.optim.AdamW(first.parameters(), lr=0.1)
+    loss_of(model).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    second = softhooks.attach(model, PromptTuning(4), "second")
+    for _ in range(2):
+        loss_of(model).backward()
+        with pytest.raises(TrainerError, match=r"(?s)trains nothing.*'second'"):
+            optimizer.step()
+    optimizer.add_param_group({"params": list(second.parameters())})
+    optimizer.step()
+
+
+def test_an_optimizer_whose_prompt_rests_is_no_mistake() -> None:
+    model = zoo.build("llama")
+    first = softhooks.attach(model, PromptTuning(4), "first")
+    loss_of(model).backward()
+    assert any(parameter.grad is not None for parameter in first.parameters())
+    second = softhooks.attach(model, PromptTuning(4), "second")
+    optimizer = torch.optim.AdamW(second.parameters(), lr=0.1)
+    loss_of(model).backward()
+    optimizer.step()
 
 
 def test_two_prompts_with_an_optimizer_each() -> None:
