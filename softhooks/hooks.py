@@ -47,6 +47,7 @@ class ModelHooks:
             host.labels.show()
         call.is_on = host.is_on
         host.refuse_unused(kwargs)
+        host.require_standing()
         call.given = take(kwargs, host.columns)
         named = self._named(args, kwargs)
         call.brought = {name: named.get(name) for name in BROUGHT}

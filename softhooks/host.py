@@ -6,7 +6,7 @@ One host serves all prompts of a model. Its hooks decide, forward by forward, wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from softhooks.inject.paged import paged_cache, require_same_prompt
 from softhooks.inject.passes import Pass
 from softhooks.inject.provenance import cache_of, require_own_cache
 from softhooks.inject.reuse import borne_by
-from softhooks.inject.standing import Standing
+from softhooks.inject.standing import Standing, entered
 from softhooks.inject.where import Outer
 from softhooks.labels import LabelNames
 from softhooks.overrides import Overrides
@@ -92,7 +92,8 @@ class Host:
         self.was_trainable: dict[str, bool] = {}
         self.set_aside = SetAside()
         self.token = token_of(model)
-        self._standing = {stack.name: Standing(stack) for stack in anatomy.stacks}
+        self._standing = {stack.name: Standing(entered(stack)) for stack in anatomy.stacks}
+        self._answering = Standing()  # heads, which stand outside of the stacks
         self.record: FrozenRecord | None = None
         self.fingerprint: Fingerprint | None = None  # of the base when the first prompt came, before it may be sharded
         self.noted: dict[str, Tensor] | None = None  # the shapes of the last state dict with prompts that was loaded
@@ -214,13 +215,28 @@ class Host:
 
     def add_head(self, path: str) -> None:
         """Let the prompts' own heads answer in the place of one of the model's."""
-        hooks = HeadHooks(self, path.replace(".", "/"))
-        self._handles.append(self.model.get_submodule(path).register_forward_hook(hooks.answer, with_kwargs=True))
+        hooks, head = HeadHooks(self, path.replace(".", "/")), self.model.get_submodule(path)
+        self._handles.append(head.register_forward_hook(hooks.answer, with_kwargs=True))
+        self._answering.add([head])
 
     def add_tokens(self) -> None:
         """Let the prompts' own rows of the vocabulary stand in the place of the model's."""
         if self._added is None:
             self._added = AddedHooks(self)
+            self._answering.add([] if self._added.head is None else [self._added.head])
+
+    def require_standing(self) -> None:
+        """Check that the heads that prompts answer for are the model's still, while a prompt is in use.
+
+        Raises:
+            UnsupportedModeError: one has been replaced.
+        """
+        if self.is_in_use:
+            self._answering.check(self.model)
+
+    def watch_parts(self, stack: Stack, modules: Iterable[nn.Module]) -> None:
+        """Refuse forwards in which one of a stack's modules has been replaced."""
+        self._standing[stack.name].add(modules)
 
     def keep(self, handle: Any, *, is_copied: bool = True) -> None:
         """Remove a hook with the last prompt.
@@ -347,7 +363,7 @@ class Host:
         forward.batch = batch if forward.batch is None else forward.batch
         if not selection.uses:
             return None
-        self._standing[stack.name].check(stack)
+        self._standing[stack.name].check(stack.module)
         made = partial(self.made, selection)
         if cache is not None:
             require_own_cache(cache, made())

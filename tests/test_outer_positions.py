@@ -97,6 +97,21 @@ def test_a_row_with_an_adapter_does_not_depend_on_its_padding(name, left, right,
         torch.testing.assert_close(found, model(**_padded(ids, 0, 0)).logits, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_positions_that_a_decoder_does_not_take_leave_an_adapter_as_the_mask_alone_does():
+    config = tf.BartConfig(
+        vocab_size=160, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, encoder_layers=2,
+        encoder_attention_heads=4, encoder_ffn_dim=48, max_position_embeddings=64,
+    )  # fmt: skip
+    model, ids = tf.BartForCausalLM(config).eval(), zoo.text(1, 7)
+    with softhooks.attach(model, softhooks.LlamaAdapter(3)):
+        batch = _padded(ids, 3, 0)
+        expected = model(**_padded(ids, 0, 0)).logits
+        for more in ({}, {"position_ids": (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)}):
+            found = model(**batch, **more).logits[:, 3:]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_generation_does_not_depend_on_padding(name):

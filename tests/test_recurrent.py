@@ -126,3 +126,20 @@ def test_a_state_that_cannot_tell_what_it_holds_is_refused() -> None:
         assert model(ROWS[0][None]).logits.shape == (1, 7, zoo.VOCABULARY)
         with pytest.raises(UnsupportedModeError, match="state"):
             model.generate(ROWS[0][None], max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in CONFIGS if arch not in PURE])
+@torch.no_grad()
+def test_an_offset_of_an_adapter_moves_no_padding_that_recurrent_layers_read(arch: str) -> None:
+    model, batch = model_of(arch), naive.left_padded(ROWS)
+    with softhooks.attach(model, softhooks.LlamaAdapter(P, scale_and_bias=True)) as prompt:
+        for parameter in prompt.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        alone = [model(row[None]).logits[0] for row in ROWS]
+        for number, own in enumerate(alone):
+            torch.testing.assert_close(model(**batch).logits[number, -len(own) :], own, **CLOSE)
+        found = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        for number, row in enumerate(ROWS):
+            kept = found[number, batch["input_ids"].shape[1] - len(row) :]
+            whole = model.generate(row[None], attention_mask=torch.ones_like(row[None]), max_new_tokens=NEW)[0]
+            assert torch.equal(kept, whole)

@@ -493,3 +493,49 @@ def test_a_wrapper_around_a_module_and_a_move_change_nothing(kind: str) -> None:
     model.model.layers = nn.ModuleList(list(model.model.layers))
     assert torch.equal(logits(model), before)
     assert torch.equal(logits(copy.deepcopy(model)), before)
+
+
+def _another_score(model: Any) -> None:
+    model.score = nn.Linear(model.config.hidden_size, 2, bias=False)
+
+
+def _another_classifier(model: Any) -> None:
+    model.classifier = nn.Linear(model.config.hidden_size, 2)
+
+
+def _another_pooler(model: Any) -> None:
+    model.bert.pooler = zoo.build("bert", "sequence").bert.pooler
+
+
+@pytest.mark.parametrize(
+    ("arch", "swap"), [("llama", _another_score), ("bert", _another_classifier), ("bert", _another_pooler)]
+)
+def test_a_head_or_a_pooler_in_the_place_of_the_one_at_attach_is_refused(arch: str, swap: Any) -> None:
+    """It has no hook: the prompt's own head would not answer, and a pooler would read virtual slots."""
+    model = zoo.build(arch, "sequence").eval()
+    prompt = softhooks.attach(model, softhooks.PromptTuning(3))
+    swap(model)
+    with pytest.raises(softhooks.SoftHooksError, match="when it was attached"):
+        model(IDS)
+    with softhooks.disabled(model):
+        model(IDS)
+    prompt.remove()
+    softhooks.attach(model, softhooks.PromptTuning(3))
+    model(IDS)
+
+
+def test_a_linear_layer_in_the_place_of_one_that_an_adapter_scales_is_refused() -> None:
+    model = zoo.build("llama").eval()
+    softhooks.attach(model, softhooks.LlamaAdapter(3, scale_and_bias=True))
+    layer = model.model.layers[0].mlp
+    layer.up_proj = zoo.build("llama").model.layers[0].mlp.up_proj
+    with pytest.raises(softhooks.SoftHooksError, match="when it was attached"):
+        model(IDS)
+
+
+def test_output_embeddings_in_the_place_of_those_that_added_tokens_answer_for_are_refused() -> None:
+    model = zoo.build("llama").eval()
+    softhooks.attach(model, softhooks.PromptTuning(3), train_added_tokens=[zoo.VOCABULARY - 1])
+    model.lm_head = zoo.build("llama").lm_head
+    with pytest.raises(softhooks.SoftHooksError, match="when it was attached"):
+        model(IDS)

@@ -18,7 +18,7 @@ from softhooks.anatomy import Site, Stack
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.checkpointing import CheckpointedPass
 from softhooks.inject.feed import keys_and_values
-from softhooks.inject.passes import AttentionFunction, Pass
+from softhooks.inject.passes import AttentionFunction
 from softhooks.inject.scale import Scaled, scale
 from softhooks.trainer.sharding import is_sharded
 
@@ -103,11 +103,15 @@ class BranchPass(CheckpointedPass):
         stack: the stack.
         branch: keys and gated values.
         training: whether layers may be checkpointed in this forward.
+
+    Attributes:
+        blank: the columns that are padding before text, [B, T] bool; None: there are none.
     """
 
     def __init__(self, stack: Stack, branch: Branch, training: bool = False) -> None:
         super().__init__(stack)
         self.branch = branch
+        self.blank: Tensor | None = None
         self.touched = not branch.keys and not branch.pending
         if training:
             self.follow_checkpointing()
@@ -146,7 +150,7 @@ class BranchPass(CheckpointedPass):
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
         """Scale and move the output of one of the stack's linear layers."""
-        return scale(self.branch.scaled, name, output)
+        return scale(self.branch.scaled, name, output, self.blank)
 
     def injected(self) -> list[Tensor]:
         """Every key and value, factor and offset."""
@@ -171,7 +175,7 @@ class BranchPass(CheckpointedPass):
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
-def open_branch(stack: Stack, selection: Selection, batch: int) -> Pass:
+def open_branch(stack: Stack, selection: Selection, batch: int) -> BranchPass:
     """Open the pass of prompts that enter as branches.
 
     Raises:

@@ -21,6 +21,7 @@ from softhooks.inject.material import reaching
 from softhooks.inject.paged import longest_text
 from softhooks.inject.passes import Pass
 from softhooks.inject.positions import place_at_table
+from softhooks.inject.scale import blanks
 from softhooks.inject.slots import SlotPass, Slots
 from softhooks.inject.where import Outer, order_in_text, padding_mask, past_of, positions_in_text, text_shape
 
@@ -127,7 +128,9 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
     batch, columns = text_shape(call)
     opened = open_branch(stack, selection, batch)
     mask = padding_mask(call, outer)
-    by_caller = outer is None or outer.positions is not None
+    if opened.branch.scaled:
+        opened.blank = blanks(mask, columns)
+    by_caller = stack.positions.argument and (outer is None or outer.positions is not None)
     if mask is None or not _takes_positions(stack, 0) or (by_caller and call.get("position_ids") is not None):
         return opened
     positions = positions_in_text(stack, call, outer)

@@ -28,8 +28,28 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
-def scale(scaled: Scaled, name: str, output: Tensor) -> Tensor | None:
+def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
+    """Which columns of a text are padding, where any stands before text; else None.
+
+    Recurrent layers read the columns in turn, and pass over padding because its states are 0: no offset may move them.
+
+    Args:
+        mask: one number a column, [B, past + T].
+        columns: T.
+
+    Shape:
+        -> [B, T] bool
+    """
+    if mask is None or columns == 1 or not bool((mask[:, -columns:].long().diff(dim=1) > 0).any()):
+        return None
+    return mask[:, -columns:] == 0
+
+
+def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None) -> Tensor | None:
     """Scale and move the output of a linear layer; None where nothing is said about it.
+
+    Args:
+        blank: the columns that are scaled but not moved, [B, T] bool.
 
     Shape:
         output [B, ..., out], or [N, out] where all rows share one factor
@@ -52,7 +72,10 @@ def scale(scaled: Scaled, name: str, output: Tensor) -> Tensor | None:
             )
         )
     shape = (rows, *[1] * (output.dim() - 2), -1) if rows > 1 else (-1,)
-    return output * factor.view(shape) + offset.view(shape)
+    offset = offset.view(shape)
+    if blank is not None and output.dim() > 2 and output.shape[:2] == blank.shape:
+        offset = offset.masked_fill(blank.to(output.device).view(*blank.shape, *[1] * (output.dim() - 2)), 0.0)
+    return output * factor.view(shape) + offset
 
 
 class ScaleHook:
@@ -70,7 +93,9 @@ class ScaleHook:
 def hook_linears(host: Host) -> None:
     """Hook every linear layer of a model's stacks, once, until its last prompt is removed."""
     for stack in host.anatomy.stacks:
-        for name, (module, _) in linears(stack).items():
+        layers = linears(stack)
+        host.watch_parts(stack, [module for module, _ in layers.values()])
+        for name, (module, _) in layers.items():
             hooked = any(isinstance(getattr(h, "__self__", None), ScaleHook) for h in module._forward_hooks.values())
             if not hooked:
                 host.keep(module.register_forward_hook(ScaleHook(stack, name).scale))
