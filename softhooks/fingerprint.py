@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack
 from softhooks.heads import find_heads
+from softhooks.merged import Adapted, adapted_weights, is_packed, is_whole
 from softhooks.trainer.offload import read
 from softhooks.trainer.sharding import full, is_sharded
 
@@ -35,7 +36,6 @@ _PLACES, _ROWS, _MOST = 2, 16, 128
 _READ_WHOLE = 2**16
 """The size up to which a weight that is not on this device, or only in part, is brought in."""
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CODES = {"float64": "d", "float32": "f", "bfloat16": "b", "float16": "h", PACKED: "q"}
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.", "original_module.")
 _GOLDEN = 0.6180339887498949
@@ -48,10 +48,12 @@ class Part:
     Attributes:
         precision: the name of their dtype, or `packed`.
         numbers: fp32; not a number where it was not read.
+        sizes: where they are sums that others may have rounded: how large what was added is.
     """
 
     precision: str
     numbers: Tensor
+    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,28 @@ class Fingerprint:
     Attributes:
         vocabulary: how many rows its embedding has.
         parts: by group and by a short form of the name, in which layers are `*`.
+        merged: the matrices that adapters change, as they are once the adapters are merged; none where that is not known.
     """
 
     vocabulary: int
     parts: dict[Group, dict[str, Part]] = field(default_factory=dict)
+    merged: dict[str, Part] = field(default_factory=dict)
+
+    def with_merged(self) -> Fingerprint:
+        """The fingerprint of the same base with its adapters merged."""
+        return self._with({name: part.numbers for name, part in self.merged.items()})
+
+    def with_unmerged(self) -> Fingerprint:
+        """The same base, whose adapters may have been merged and unmerged, which rounds."""
+        own = self.parts.get("matrices", {})
+        return self._with({name: own[name].numbers for name in self.merged})
+
+    def _with(self, numbers: dict[str, Tensor]) -> Fingerprint:
+        own = dict(self.parts.get("matrices", {}))
+        for name, found in numbers.items():
+            sizes = own[name].numbers.abs() + self.merged[name].numbers.abs()
+            own[name] = Part(own[name].precision, found, sizes)
+        return Fingerprint(self.vocabulary, {**self.parts, "matrices": own})
 
     @property
     def digest(self) -> str:
@@ -76,9 +96,10 @@ class Fingerprint:
     def to_json(self) -> dict[str, Any]:
         """The form in which a file holds it."""
         parts: dict[str, Any] = {
-            group: {name: _CODES[part.precision] + _packed(part.numbers) for name, part in named.items()}
-            for group, named in self.parts.items()
+            group: {name: _coded(part) for name, part in named.items()} for group, named in self.parts.items()
         }
+        if self.merged:
+            parts["merged"] = {name: _coded(part) for name, part in self.merged.items()}
         return {"vocabulary": self.vocabulary, "digest": self.digest, **parts}
 
     @classmethod
@@ -90,17 +111,24 @@ class Fingerprint:
         """
         if not isinstance(told, dict) or type(told.get("vocabulary")) is not int or told["vocabulary"] < 1:
             raise ValueError("a fingerprint must be an object with its vocabulary")
-        parts: dict[Group, dict[str, Part]] = {}
-        for group in GROUPS:
-            named = told.get(group, {})
-            if not isinstance(named, dict) or not all(isinstance(value, str) for value in named.values()):
-                raise ValueError(f"a fingerprint must hold its {group} as text")
-            parts[group] = {name: Part(*_unpacked(value)) for name, value in named.items()}
-        return cls(told["vocabulary"], parts)
+        parts = {group: _read(told, group) for group in GROUPS}
+        merged = _read(told, "merged")
+        for name, part in merged.items():
+            own = parts["matrices"].get(name)
+            if own is None or own.numbers.shape != part.numbers.shape:
+                raise ValueError("a fingerprint must hold each merged matrix as it is unmerged, too")
+        return cls(told["vocabulary"], parts, merged)
 
 
-def _packed(numbers: Tensor) -> str:
-    return base64.b64encode(numbers.numpy().astype("<f4").tobytes()).decode("ascii")
+def _read(told: dict[str, Any], group: str) -> dict[str, Part]:
+    named = told.get(group, {})
+    if not isinstance(named, dict) or not all(isinstance(value, str) for value in named.values()):
+        raise ValueError(f"a fingerprint must hold its {group} as text")
+    return {name: Part(*_unpacked(value)) for name, value in named.items()}
+
+
+def _coded(part: Part) -> str:
+    return _CODES[part.precision] + base64.b64encode(part.numbers.numpy().astype("<f4").tobytes()).decode("ascii")
 
 
 def _unpacked(text: str) -> tuple[str, Tensor]:
@@ -125,7 +153,9 @@ def take(model: nn.Module, anatomy: Anatomy, *, like: Fingerprint | None = None,
     weights: dict[Group, dict[str, list[Tensor]]] = {group: {} for group in GROUPS}
     for group, name, tensor in _weights(model, anatomy):
         weights[group].setdefault(name, []).append(tensor)
+    adapted = adapted_weights(model)
     parts: dict[Group, dict[str, Part]] = {}
+    merged: dict[str, Part] = {}
     for group, named in weights.items():
         parts[group] = {}
         for name, tensors in named.items():
@@ -136,8 +166,11 @@ def take(model: nn.Module, anatomy: Anatomy, *, like: Fingerprint | None = None,
                 _nothing(rows) if out else _numbers(tensor, name, rows)
                 for tensor, out in zip(chosen, left_out, strict=True)
             ]
-            parts[group][name] = Part(_precision(chosen[0]), _together(numbers))
-    return Fingerprint(anatomy.vocabulary, parts)
+            parts[group][name] = own = Part(_precision(chosen[0]), _together(numbers))
+            if group == "matrices" and any(id(tensor) in adapted for tensor in chosen):
+                changes = _together(_changes(chosen, name, adapted))
+                merged[name] = Part(own.precision, own.numbers + changes)
+    return Fingerprint(anatomy.vocabulary, parts, merged)
 
 
 def _together(numbers: list[Tensor]) -> Tensor:
@@ -199,23 +232,17 @@ def _brought(weight: Tensor, model: nn.Module) -> Tensor:
 
 
 def _precision(weight: Tensor) -> str:
-    return PACKED if _is_packed(weight) else str(weight.dtype).removeprefix("torch.")
-
-
-def _is_packed(weight: Tensor) -> bool:
-    plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
-    return not plain or weight.dtype not in _FLOATS
+    return PACKED if is_packed(weight) else str(weight.dtype).removeprefix("torch.")
 
 
 def _numbers(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:
     """The numbers of one weight at its places, fp32."""
     if is_sharded(weight) and weight.numel() <= _READ_WHOLE:
         weight = full(weight.detach())
-    if _is_packed(weight) or is_sharded(weight) or weight.is_meta or not weight.numel():
+    if not is_whole(weight):
         return _nothing(vocabulary)
     if vocabulary is None:
-        index = torch.tensor([int(place * weight.numel()) for place in _places(name, _PLACES)], device=weight.device)
-        return torch.take(weight.detach(), index).float()
+        return torch.take(weight.detach(), _index(weight, name)).float()
     width = weight.shape[1]
     rows = _rows(name, vocabulary)
     columns = [int((place * 7919) % 1 * width) for place in _places(name, _ROWS)]
@@ -225,6 +252,21 @@ def _numbers(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:
         device=weight.device,
     )
     return torch.where(there, torch.take(weight.detach(), index).float(), torch.nan)
+
+
+def _index(weight: Tensor, name: str) -> Tensor:
+    """The places at which a weight that is no embedding is read, in its flat form."""
+    return torch.tensor([int(place * weight.numel()) for place in _places(name, _PLACES)], device=weight.device)
+
+
+def _changes(weights: list[Tensor], name: str, adapted: dict[int, Adapted]) -> list[Tensor]:
+    """What merging the adapters adds to the numbers of some weights."""
+    changes = []
+    for weight in weights:
+        known = adapted.get(id(weight))
+        change = None if known is None else known.change(_index(weight, name), weight.shape[-1])
+        changes.append(torch.zeros(_PLACES, device=weight.device) if change is None else change)
+    return changes
 
 
 def _places(name: str, count: int) -> list[float]:
@@ -245,7 +287,7 @@ def without_rows(known: Fingerprint, ids: Collection[int]) -> Fingerprint:
         name: Part(part.precision, part.numbers.masked_fill(_are_among(name, known.vocabulary, ids), torch.nan))
         for name, part in known.parts.get("embeddings", {}).items()
     }
-    return Fingerprint(known.vocabulary, {**known.parts, "embeddings": named})
+    return Fingerprint(known.vocabulary, {**known.parts, "embeddings": named}, known.merged)
 
 
 def _are_among(name: str, vocabulary: int, ids: Collection[int]) -> Tensor:

@@ -182,6 +182,84 @@ def test_merged_adapters_are_refused_by_name(tmp_path: Path, rank_scale: float) 
         softhooks.load(zoo.build("llama"), other)
 
 
+def adapted(arch: str = "llama", *, scale: float = 0.3, seed: int = 5, **options: Any) -> Any:
+    """A model under LoRA whose matrices are random, small next to the weights if `scale` is."""
+    peft = pytest.importorskip("peft")
+    target = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "down_proj"]}[arch]
+    config = peft.LoraConfig(target_modules=target, r=4, fan_in_fan_out=arch == "gpt2", **options)
+    model = peft.get_peft_model(zoo.build(arch), config).eval()
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn_like(parameter) * scale
+    return model
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "precision"),
+    [
+        ("llama", {}, torch.float32),
+        ("llama", {}, torch.bfloat16),
+        ("llama", {}, torch.float16),
+        ("gpt2", {"use_rslora": True, "lora_alpha": 3}, torch.float32),
+        ("gpt2", {"use_rslora": True, "lora_alpha": 3}, torch.bfloat16),
+    ],
+)
+def test_the_same_lora_may_be_merged_or_not(
+    tmp_path: Path, arch: str, options: dict[str, Any], precision: torch.dtype
+) -> None:
+    over = saved(adapted(arch, **options).to(precision), tmp_path / "over")
+    merged = adapted(arch, **options).to(precision).merge_and_unload()
+    softhooks.load(merged, over).remove()
+    softhooks.load(adapted(arch, **options).merge_and_unload().to(precision), over).remove()
+    into = saved(merged, tmp_path / "into")
+    softhooks.load(adapted(arch, **options).to(precision), into).remove()
+    softhooks.load(adapted(arch, **options), into).remove()
+
+
+def test_lora_may_be_merged_in_place_and_unmerged(tmp_path: Path) -> None:
+    model = adapted()
+    folder = saved(model, tmp_path / "before")
+    model.merge_adapter()
+    softhooks.load(model, folder).remove()
+    within = saved(model, tmp_path / "within")
+    model.unmerge_adapter()
+    softhooks.load(model, folder).remove()
+    softhooks.load(model, within).remove()
+    softhooks.load(adapted(), within).remove()
+
+
+def test_two_adapters_are_merged_together(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted()
+    model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    folder = saved(model, tmp_path)
+    softhooks.load(copy.deepcopy(model).merge_and_unload(), folder).remove()
+    model.set_adapter("default")
+    with pytest.raises(PromptMismatchError, match="merged adapters"):
+        softhooks.load(model.merge_and_unload(), folder)
+
+
+@pytest.mark.parametrize("difference", ["trained on", "another", "scaled", "off", "of another kind"])
+def test_another_lora_merged_is_refused(tmp_path: Path, difference: str) -> None:
+    folder = saved(adapted(use_dora=difference == "of another kind"), tmp_path)
+    other = adapted(
+        seed=6 if difference == "another" else 5,
+        lora_alpha=9 if difference == "scaled" else 8,
+        use_dora=difference == "of another kind",
+    )
+    if difference == "trained on":
+        moved(other, 1e-2, lambda name: "lora_B" in name)
+    merged = other.merge_and_unload()
+    if difference == "off":
+        model = adapted()
+        with model.disable_adapter():
+            folder = saved(model, tmp_path / "off")
+    with pytest.raises(PromptMismatchError, match="merged adapters"):
+        softhooks.load(merged, folder)
+
+
 @pytest.mark.filterwarnings("ignore:.* rows of the vocabulary")  # that the rows are drawn anew in each process
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("change", [-5, 7])

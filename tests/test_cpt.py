@@ -324,10 +324,12 @@ def test_what_is_hidden_are_an_examples_keys_and_values() -> None:
         before, plain = model(ids, example_ids=own).logits, model(ids).logits
         torch.testing.assert_close(before[2], plain[2], **CLOSE)
         assert not torch.allclose(before[:2], plain[:2], atol=1e-3)
-        kept = prompt.key_values(prompt.host.anatomy.entry)["self"]
-        for value in kept.values.values():
-            value[:, :, list(OWN[1])] = 1e4
-        after = model(ids, example_ids=own).logits
+        with softhooks.kept(model):
+            model(ids, example_ids=own)
+            kept = prompt.key_values(prompt.host.anatomy.entry)["self"]
+            for value in kept.values.values():
+                value[:, :, list(OWN[1])] = 1e4
+            after = model(ids, example_ids=own).logits
         torch.testing.assert_close(after[1], before[1], **CLOSE)
         assert not torch.allclose(after[0], before[0], atol=1e-3)
 

@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 
 Finding = Literal["same", "quantized", "merged", "resized", "tuned", "another"]
 
+_SAME: tuple[Finding, ...] = ("same", "quantized")
+
 _LIKENESS = 0.7
 """The least cosine between the numbers of a model and of a variant of it; those of two trainings apart have none."""
 
 _AT_TIES = 0.125
 """The share of numbers that may round to a neighbour after two conversions of precision."""
+
+_PRODUCT = 1e-6
+"""How exact the product of LoRA's matrices is, in parts of the largest number."""
 
 _SENTENCES: dict[Finding, str] = {
     "merged": "it looks like the same model with merged adapters (or weights quantized and written back): its embeddings and "
@@ -34,7 +39,7 @@ _SENTENCES: dict[Finding, str] = {
     "another": "its weights are others",
 }
 _REMEDIES: dict[Finding, str] = {
-    "merged": "Load it onto the base as it was in training, with its adapters merged, or not, as then;",
+    "merged": "Load it onto the base with the adapters that it was trained with, and no others; plain LoRA may be merged or not;",
     "resized": "Resize the embeddings as in training (`resize_token_embeddings`);",
     "tuned": "Load it onto the base that it was trained with, in the same revision;",
     "another": "Load it onto the base that it was trained with;",
@@ -185,7 +190,19 @@ def _require_revision(stored: Stored, about: dict[str, Any], override: str) -> N
 
 
 def compare(then: Fingerprint, now: Fingerprint) -> Finding:
-    """Tell whether two fingerprints are of one base model, and if not, what the difference looks like."""
+    """Tell whether two fingerprints are of one base model, and if not, what the difference looks like.
+
+    A base with LoRA is the same model as the one that LoRA has been merged into.
+    """
+    found = _compare(then, now)
+    if found != "merged":
+        return found
+    others = [(then.with_merged(), now)] if then.merged else []
+    others += [(then, now.with_merged()), (then, now.with_unmerged())] if now.merged else []
+    return next((same for same in (_compare(one, other) for one, other in others) if same in _SAME), found)
+
+
+def _compare(then: Fingerprint, now: Fingerprint) -> Finding:
     groups: list[Group] = ["embeddings", "vectors", "matrices"]
     embeddings, vectors, matrices = (_likeness(then.parts.get(g, {}), now.parts.get(g, {})) for g in groups)
     found = [one for one in (embeddings, vectors, matrices) if one.known]
@@ -214,7 +231,10 @@ def _likeness(then: dict[str, Part], now: dict[str, Part]) -> _Likeness:
             return _Likeness(known=True, same=False, cosine=0.0)
         there = ~(one.numbers.isnan() | other.numbers.isnan())
         a, b = one.numbers[there], other.numbers[there]
-        off, close = _differing(a, b, one.precision, other.precision)
+        if one.sizes is not None or other.sizes is not None:
+            off, close = _apart(one, other, there), 0
+        else:
+            off, close = _differing(a, b, one.precision, other.precision)
         same = same and not off
         near += close
         total += a.numel()
@@ -235,9 +255,22 @@ def _differing(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, int]:
     """
     if one == other:
         return int((a != b).sum()), 0
-    coarse = max((getattr(torch, one), getattr(torch, other)), key=lambda kind: torch.finfo(kind).eps)
+    coarse = _coarser(one, other)
     a, b = a.to(coarse).float(), b.to(coarse).float()
     step = torch.finfo(coarse).eps * torch.maximum(a.abs(), b.abs())
     step = step.clamp(min=6e-8 if "float16" in (one, other) else 0.0)
     off = (a - b).abs() > step
     return int(off.sum()), int(((a != b) & ~off).sum())
+
+
+def _apart(one: Part, other: Part, there: Tensor) -> int:
+    """How many numbers differ by more than the roundings of a merge: of the product, of the sum and of a later conversion."""
+    sizes = torch.stack([part.sizes for part in (one, other) if part.sizes is not None]).amax(0)[there]
+    a, b = one.numbers[there], other.numbers[there]
+    allowed = 2 * torch.finfo(_coarser(one.precision, other.precision)).eps * sizes
+    return int(((a - b).abs() > allowed + _PRODUCT * sizes.amax()).sum()) if a.numel() else 0
+
+
+def _coarser(one: str, other: str) -> torch.dtype:
+    kinds: list[torch.dtype] = [getattr(torch, one), getattr(torch, other)]
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
