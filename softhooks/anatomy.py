@@ -242,10 +242,9 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
     """Make one row of ordinary ids that ends, where the model has one, in its end-of-text id. -> [1, columns]."""
     config = getattr(model, "config", None)
-    special: set[int | None] = set()
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
-        value = getattr(config, name, None)
-        special.update(value if isinstance(value, list) else [value])
+    inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
+    special = {getattr(model.get_input_embeddings(), "padding_idx", None)}  # type: ignore[operator]
+    special = special.union(*(special_ids(one) for one in (config, *inner)))
     ordinary = [i for i in range(min(vocabulary, 64)) if i not in special] or [0]
     ids = [ordinary[(7 * seed + 3 * column) % len(ordinary)] for column in range(columns)]
     end = getattr(config, "eos_token_id", None)
@@ -254,6 +253,15 @@ def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) ->
     if end is not None and end < vocabulary:
         ids[-1] = end
     return torch.tensor([ids], device=_device(model))
+
+
+def special_ids(config: Any) -> set[int | None]:
+    """The ids that a config gives a meaning: models count padding by its id, and look for the end of a text."""
+    special: set[int | None] = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
+        value = getattr(config, name, None)
+        special.update(value if isinstance(value, list) else [value])
+    return special
 
 
 def decoder_ids(ids: Tensor) -> Tensor:

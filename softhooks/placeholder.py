@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.anatomy import Anatomy, Stack, at_rest, decoder_ids, first_state, probe_ids
+from softhooks.anatomy import Anatomy, Stack, at_rest, decoder_ids, first_state, probe_ids, special_ids
 from softhooks.errors import PromptMismatchError, explain
 from softhooks.initializers import words_among
 from softhooks.method import EMBEDDINGS, PromptEncoder
@@ -145,7 +145,8 @@ def stored_ids(
         return torch.tensor(list(held)), others
     if not needed:
         return None, others
-    rule = int(probe_ids(model, anatomy.vocabulary, columns=2)[0, 0])
+    special = special_ids(getattr(model, "config", None))
+    rule = next((one for one in range(min(anatomy.vocabulary, 64)) if one not in special), 0)
     warnings.warn(
         f"{source} was saved by a softhooks that did not store the id behind virtual tokens, on which {type(model).__name__} "
         f"depends. {rule} is taken: the first id that is none of the special ids in the config. If these were others in training "

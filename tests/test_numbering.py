@@ -28,6 +28,18 @@ def _nystromformer() -> Any:
     return tf.NystromformerForMaskedLM(tf.NystromformerConfig(**TINY, num_landmarks=64, segment_means_seq_len=64))
 
 
+def _kosmos() -> Any:
+    text = {
+        "vocab_size": 160, "embed_dim": 32, "layers": 2, "ffn_dim": 48, "attention_heads": 4, "max_position_embeddings": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0,
+    }  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = tf.Kosmos2_5Config(
+        text_config=text, vision_config={**vision, "head_dim": 8, "patch_embed_hidden_size": 32}
+    )
+    return tf.Kosmos2_5ForConditionalGeneration(config)
+
+
 STARTS: dict[str, tuple[Any, int]] = {
     "luke": (lambda: tf.LukeForMaskedLM(tf.LukeConfig(**TINY, entity_vocab_size=8, entity_emb_size=16)), 2),
     "nystromformer": (_nystromformer, 2),
@@ -35,6 +47,7 @@ STARTS: dict[str, tuple[Any, int]] = {
     "roberta": (lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**TINY)), 2),
     "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**TINY)), 0),
     "bart decoder": (_bart_decoder, 0),
+    "kosmos-2.5": (_kosmos, 1),
 }
 
 
@@ -71,3 +84,11 @@ def test_a_decoder_told_at_its_table_takes_prefixes_and_shared_prompts():
     for padding in ({}, {"right": 2}):
         assert real_words.prefix_gap(_model("bart decoder"), zoo.text(1, 9), 3, **padding) < 1e-5
         assert real_words.front_gap(_model("bart decoder"), zoo.text(1, 9), 3, **padding) < 1e-5
+
+
+@pytest.mark.parametrize("padding", [{}, {"left": 3}, {"right": 2}], ids=["none", "left", "right"])
+def test_a_model_that_counts_padding_by_its_id_is_watched_on_words(padding):
+    """The padding id stands in the text's config alone; a probe with that id would seem to start at the padding's row."""
+    model = _model("kosmos-2.5")
+    for measure in (real_words.prefix_gap, real_words.front_gap, real_words.slots_gap):
+        assert measure(model, zoo.text(1, 9), 3, **padding) < 1e-5, measure.__name__
