@@ -112,6 +112,8 @@ class Fingerprint:
         if not isinstance(told, dict) or type(told.get("vocabulary")) is not int or told["vocabulary"] < 1:
             raise ValueError("a fingerprint must be an object with its vocabulary")
         parts = {group: _read(told, group) for group in GROUPS}
+        if not any(parts.values()):
+            raise ValueError("a fingerprint must hold numbers of some weights")
         merged = _read(told, "merged")
         for name, part in merged.items():
             own = parts["matrices"].get(name)
@@ -124,11 +126,21 @@ def _read(told: dict[str, Any], group: str) -> dict[str, Part]:
     named = told.get(group, {})
     if not isinstance(named, dict) or not all(isinstance(value, str) for value in named.values()):
         raise ValueError(f"a fingerprint must hold its {group} as text")
-    return {name: Part(*_unpacked(value)) for name, value in named.items()}
+    return {name: _part(group, value) for name, value in named.items()}
 
 
 def _coded(part: Part) -> str:
     return _CODES[part.precision] + base64.b64encode(part.numbers.numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def _part(group: str, text: str) -> Part:
+    """Read what is told of the weights of one name; no more numbers, and no others, than `take` finds."""
+    part = Part(*_unpacked(text))
+    count = part.numbers.numel()
+    is_whole = count == _ROWS if group == "embeddings" else 0 < count <= _PLACES * _MOST and count % _PLACES == 0
+    if not is_whole or (part.precision == PACKED and not part.numbers.isnan().all()):
+        raise ValueError(f"a fingerprint must hold the numbers of each weight, not {count} of {part.precision} {group}")
+    return part
 
 
 def _unpacked(text: str) -> tuple[str, Tensor]:

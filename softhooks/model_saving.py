@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from softhooks.errors import PromptMismatchError, explain
 from softhooks.host import CONTAINER, Host
+from softhooks.outer_saving import SaveFromOutside
 from softhooks.trainer.sharding import gathered
 
 if TYPE_CHECKING:
@@ -100,11 +101,11 @@ class SavePrompts:
         """Write what else is trained: PEFT's adapters, parameters of the base; and what a Trainer resumes from."""
         model: Any = self.host.model
         has_adapters = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-        is_checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
+        resumed = is_checkpoint(folder)
         kept = self._trained_base()
-        if has_adapters or (kept and not is_checkpoint):
+        if has_adapters or (kept and not resumed):
             self.save_base({**call, "push_to_hub": False})
-        if is_checkpoint or (kept and has_adapters):
+        if resumed or (kept and has_adapters):
             from softhooks.trainer.kept import live_tensors
             from softhooks.trainer.resume import write_live
 
@@ -112,7 +113,7 @@ class SavePrompts:
             for prompt in self.host.prompts.values():
                 live |= live_tensors(prompt)
             write_live(folder, live)
-        if kept and not is_checkpoint:
+        if kept and not resumed:
             where = "the parameters that train" if has_adapters else "the base"
             logger.warning("%d parameters of the base train beside the prompt; %s: %s too", len(kept), where, folder)
 
@@ -213,6 +214,13 @@ def stand_in(host: Host) -> None:
         saving = SavePrompts(host)
         host.override("save_pretrained", saving)
         host.keep(host.model.register_load_state_dict_pre_hook(saving.check))
+    container: Any = host.model._modules[CONTAINER]
+    container.register_state_dict_post_hook(SaveFromOutside(host))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a Trainer names its checkpoints so."""
+    return _CHECKPOINT.fullmatch(folder.name) is not None
 
 
 def _is_prompts(name: str) -> bool:

@@ -289,14 +289,24 @@ class SoftPrompt:
             if writes:
                 write(self, Path(save_directory))
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload what `save_pretrained` writes; further arguments go to `huggingface_hub.HfApi.upload_folder`."""
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """Upload what `save_pretrained` writes.
+
+        Args:
+            repo_id: the repository; made if it is not there.
+            private: make it a private one.
+            token: as in `huggingface_hub`.
+            kwargs: for `huggingface_hub.HfApi.upload_folder`: `commit_message`, `revision`, `create_pr`, ...
+        """
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api = HfApi()
-            api.create_repo(repo_id, exist_ok=True)
+            api = HfApi() if token is None else HfApi(token=token)
+            about: dict[str, Any] = {} if private is None else {"private": private}
+            api.create_repo(repo_id, exist_ok=True, **about)
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
     def remove(self) -> None:

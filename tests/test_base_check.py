@@ -346,8 +346,14 @@ def test_a_file_without_a_fingerprint_loads_as_it_did(tmp_path: Path) -> None:
         {"vocabulary": 96, "matrices": {"a": "f???"}},
         {"vocabulary": 96, "matrices": {"a": "xAACAPw=="}},
         {"vocabulary": 96, "matrices": {"a": "fAACA"}},
+        {"vocabulary": 96},
+        {"vocabulary": 96, "embeddings": {}, "vectors": {}, "matrices": {}},
+        {"vocabulary": 96, "embeddings": {"a": "fAACAPwAAgD8="}},  # two numbers of an embedding
+        {"vocabulary": 96, "vectors": {"a": "f"}},
+        {"vocabulary": 96, "matrices": {"a": "q" + "A" * 100_000}},
+        {"vocabulary": 96, "matrices": {"a": "qAACAPwAAgD8="}},  # codes of a quantizer are never read
     ],
-    ids=str,
+    ids=lambda told: str(told)[:60],
 )
 def test_a_foreign_fingerprint_is_refused(tmp_path: Path, told: Any) -> None:
     folder = saved(zoo.build("llama"), tmp_path)

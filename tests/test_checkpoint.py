@@ -697,6 +697,25 @@ def test_a_prompt_is_pushed_as_it_is_saved(tmp_path: Path, monkeypatch: pytest.M
     assert pushed == ["me/prompt", ({DESCRIPTION, TENSORS}, {"commit_message": "hello"})]
 
 
+def test_a_prompt_is_pushed_into_a_private_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = softhooks.attach(zoo.build("llama"), PromptTuning(4))
+    asked: list[Any] = []
+
+    class Api:
+        def __init__(self, token: str) -> None:
+            asked.append(token)
+
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+            asked.append((repo_id, private))
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, revision: str) -> None:
+            asked.append((repo_id, revision))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    prompt.push_to_hub("me/prompt", private=True, token="mine", revision="v1")
+    assert asked == ["mine", ("me/prompt", True), ("me/prompt", "v1")]
+
+
 @pytest.mark.parametrize("method", [PromptTuning(4), PrefixTuning(4)], ids=["prompt", "prefix"])
 @pytest.mark.parametrize("head", ["causal", "sequence"])
 def test_parameters_count_whether_they_train_or_not(method: Any, head: str, tmp_path: Path) -> None:
