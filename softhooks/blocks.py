@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from softhooks.host import Host
@@ -73,29 +73,39 @@ def generation_of(host: Host) -> Block | None:
     return next((block for block in reversed(blocks_of(host)) if block.generates), None)
 
 
-def rows_of(host: Host) -> Sequence[str | None] | None:
-    """One prompt name a row, where a `with` block names them."""
-    for block in reversed(blocks_of(host)):
-        if block.alone is not None:
-            return None
-        if block.rows is not None:
-            return block.rows
-    return None
+class Choice(NamedTuple):
+    """What the blocks of a model say about its prompts.
+
+    Attributes:
+        rows: one prompt name a row, where a block names them.
+        off: whether a block turns every prompt off.
+        alone: the prompt that a block has on, in the place of the model's own choice and of what is said outside of it.
+    """
+
+    rows: Sequence[str | None] | None = None
+    off: bool = False
+    alone: str | None = None
 
 
-def is_off(host: Host) -> bool:
-    """Whether a `with` block turns every prompt off."""
-    for block in reversed(blocks_of(host)):
+_NOTHING_SAID = Choice()
+
+
+def choice_of(host: Host) -> Choice:
+    """What holds in this context. Asked several times a token, so all is found in one walk."""
+    rows, off = None, False
+    for block in reversed(_blocks.get()):
+        if block.host is not host or block._left:
+            continue
         if block.alone is not None:
-            return False
-        if block.off:
-            return True
-    return False
+            return Choice(rows, off, block.alone)
+        rows = block.rows if rows is None else rows
+        off = off or block.off
+    return _NOTHING_SAID if rows is None and not off else Choice(rows, off)
 
 
 def alone_of(host: Host) -> str | None:
     """The prompt that a `with` block has on, in the place of the model's own choice."""
-    return next((block.alone for block in reversed(blocks_of(host)) if block.alone is not None), None)
+    return choice_of(host).alone
 
 
 def repeats_of(host: Host) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from softhooks.added_hooks import AddedHooks
 from softhooks.anatomy import Anatomy, Stack
 from softhooks.batching import require_servable, watch_batching
-from softhooks.blocks import alone_of, generation_of, is_off, repeats_of, rows_of
+from softhooks.blocks import choice_of, generation_of, repeats_of
 from softhooks.columns import TAKEN_BY, SignedForward, refuse_unused, take
 from softhooks.copies import reopen, state_of
 from softhooks.errors import UnsupportedModeError, explain
@@ -119,7 +119,7 @@ class Host:
     @property
     def active(self) -> str | None:
         """The prompt that is on where no row names another; the model's config shows its labels' names."""
-        alone = alone_of(self)
+        alone = choice_of(self).alone
         return self._active if alone is None else alone
 
     @active.setter
@@ -130,12 +130,12 @@ class Host:
     @property
     def rows(self) -> Sequence[str | None] | None:
         """One prompt name a row, in this thread or task."""
-        return rows_of(self)
+        return choice_of(self).rows
 
     @property
     def disabled(self) -> bool:
         """Whether every prompt is off, in this thread or task."""
-        return is_off(self)
+        return choice_of(self).off
 
     @property
     def prompt_columns(self) -> int | None:
@@ -152,12 +152,18 @@ class Host:
     @property
     def is_on(self) -> bool:
         """Whether a forward now meets a prompt."""
-        return not self.disabled and bool(self.prompts) and (self.rows is not None or self.active is not None)
+        rows, off, alone = choice_of(self)
+        return not off and bool(self.prompts) and (rows is not None or alone is not None or self._active is not None)
 
     @property
     def is_in_use(self) -> bool:
         """Whether a forward now meets a prompt in some row."""
-        return self.is_on and (self.rows is None or any(name is not None for name in self.rows))
+        rows, off, alone = choice_of(self)
+        if off or not self.prompts:
+            return False
+        if rows is not None:
+            return any(name is not None for name in rows)
+        return alone is not None or self._active is not None
 
     def in_use(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
         """The prompts of a forward, and for each row which of them.
@@ -292,9 +298,11 @@ class Host:
 
     def refuse_unused(self, call: dict[str, Any], own: Sequence[str] = ()) -> None:
         """Refuse columns in a call that no prompt in use takes. See `softhooks.columns.refuse_unused`."""
-        if self.is_in_use:
-            model = inspect.signature(type(unwrapped(self.model)).forward).parameters if call.keys() & TAKEN_BY else {}
-            refuse_unused(call, self.accepted(), self.columns, (*own, *model))
+        columns = self.columns
+        if (TAKEN_BY.keys().isdisjoint(call) and call.keys().isdisjoint(columns)) or not self.is_in_use:
+            return
+        model = inspect.signature(type(unwrapped(self.model)).forward).parameters if call.keys() & TAKEN_BY else {}
+        refuse_unused(call, self.accepted(), columns, (*own, *model))
 
     def embed_last(self) -> None:
         """Put a prompt's rows in after everybody else's hooks on the embedding, such as NEFTune's noise."""
@@ -343,14 +351,15 @@ class Host:
 
     def open(self, stack: Stack, call: dict[str, Any]) -> Pass | None:
         """Open the pass of a forward of a stack, if a prompt is on."""
-        self.met.note(self.selection if self.is_in_use else "none", stack.module.training)
-        cache = cache_of(call) if self.is_in_use else call.get("past_key_values")
-        if not self.is_in_use:
+        in_use = self.is_in_use
+        self.met.note(self.selection if in_use else "none", stack.module.training)
+        cache = cache_of(call) if in_use else call.get("past_key_values")
+        if not in_use:
             require_own_cache(cache, None)
         self.refuse_unused(call, stack.parameters)
         given = take(call, self.columns)  # where a stack is called by itself, as generate calls an encoder
         paged = paged_cache(call)
-        if not self.is_on:
+        if not (in_use or self.is_on):
             require_same_prompt(paged, None, None)
             return None
         if paged is not None:
@@ -380,7 +389,8 @@ class Host:
             opened = open_pass(stack, call, selection, self.placeholder, outer)
         if packed is not None:
             guard(opened, packed)
-        require_same_prompt(paged, opened, self.selection)
+        if paged is not None:
+            require_same_prompt(paged, opened, self.selection)
         opened.made = made
         return opened
 

@@ -159,10 +159,13 @@ class LabelNames:
 
     def show(self) -> None:
         """Let the config show the names of the prompt that is on; those of the model where none with a head is."""
-        host, config = self._host, self._config
+        host = self._host
         prompt = None if host.disabled or host.active is None else host.prompts.get(host.active)
         name = prompt.name if prompt is not None and len(prompt.heads) else None
-        if config is None or name == self._shown:
+        if name == self._shown:
+            return
+        config = self._config
+        if config is None:
             return
         now, before = Labels.of(config), host.prompts.get(self._shown or "")
         if before is not None:
