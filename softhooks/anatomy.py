@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from softhooks.errors import UnsupportedModelError
 from softhooks.trainer.offload import device_of
+from softhooks.walk import every_module
 
 if TYPE_CHECKING:
     from softhooks.host import Host
@@ -226,7 +227,7 @@ class Anatomy:
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Run probes without gradient, dropout, autocast or a trace in the random state; restore every mode."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in every_module(model) if module.training]
     state = torch.get_rng_state()
     for module in training:
         module.training = False

@@ -136,10 +136,10 @@ def find_stack(
                 found=_what_is_missing(lookup, around, name, ids),
             )
         )
-    candidates = [_fed(stacks[-1], lookup, calls, twins), *reversed(stacks)]
-    if name != "encoder":
-        candidates = [call for call in candidates if not _runs_on(model, inputs, call, calls, twins)]
-    if not candidates:
+    candidates = dict.fromkeys([_fed(stacks[-1], lookup, calls, twins), *reversed(stacks)])
+    is_whole = (call for call in candidates if name == "encoder" or not _runs_on(model, inputs, call, calls, twins))
+    chosen = next(is_whole, None)
+    if chosen is None:
         raise UnsupportedModelError(
             explain(
                 "a soft prompt needs one stack that the text runs through as a whole.",
@@ -148,7 +148,6 @@ def find_stack(
                 found=f"tokens still look at one another behind {stacks[0].path or 'what returns their states'}",
             )
         )
-    chosen = candidates[0]
     first, other = (_state(call)[:, 0].float() for call in (chosen, twins[id(chosen.module), chosen.turn]))
     return Found(chosen, lookup, causal=bool((first - other).abs().max() <= 1e-6 * first.abs().max().clamp(min=1e-6)))
 
@@ -179,8 +178,8 @@ def _fed(holder: Call, lookup: Call, calls: Sequence[Call], twins: dict[tuple[in
     """
     shape = _state(holder).shape[:2]
     for call in reversed(calls):
-        takes = holder.holds(call) and "inputs_embeds" in inspect.signature(call.module.forward).parameters
-        if takes and call.given(lookup.output) and _mixes(call, twins, shape):
+        is_fed = holder.holds(call) and call.given(lookup.output) and _mixes(call, twins, shape)
+        if is_fed and "inputs_embeds" in inspect.signature(call.module.forward).parameters:
             return call
     return holder
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from softhooks.prompt import Injection, SoftPrompt
 
 _PADDED = 3
+_WAYS: tuple[Injection, Injection] = ("shared", "slots")
 _FAILURES = (SoftHooksError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
 
 
@@ -31,18 +32,19 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
     if _looks_far(stack):
         return False
     call = _call(prompt, stack)
-    without = _states(prompt, None, call)
-    if without is None:
-        return False
     shared = _states(prompt, "shared", call)
     plain = None if shared is None else _states(prompt, "slots", call)
-    if shared is not None and plain is None:  # a model around the stack makes masks that slots cannot widen
-        shared, plain, without = (_states(prompt, way, call, alone=True) for way in ("shared", "slots", None))
-    if shared is None or plain is None or without is None:
+    is_alone = shared is not None and plain is None
+    if is_alone:  # a model around the stack makes masks that slots cannot widen
+        shared, plain = (_states(prompt, way, call, alone=True) for way in _WAYS)
+    if shared is None or plain is None:
         return False
-    real = call["attention_mask"].flatten(0, -2).bool()
-    shared, plain, without = (states[real].float() for states in (shared, plain, without))
-    return agree(shared, plain, without, _precision(stack))
+    real, precision = call["attention_mask"].flatten(0, -2).bool(), _precision(stack)
+    shared, plain = shared[real].float(), plain[real].float()
+    if _is_rounding(shared, plain, precision):
+        return True
+    without = _states(prompt, None, call, alone=is_alone)
+    return without is not None and agree(shared, plain, without[real].float(), precision)
 
 
 def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bool:
@@ -52,13 +54,21 @@ def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bo
         without: what comes out where there is no prompt: a difference that is as large as the prompt's effect is no rounding.
         precision: of the numbers that the states were computed in.
     """
-    difference, effect = _size(ours - theirs), _size(theirs - without)
-    if not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
+    if not _are_finite(ours, theirs):
         return False
-    if difference <= 4 * precision * _size(theirs):
+    if _is_rounding(ours, theirs, precision):
         return True
     worst = (ours - theirs).abs().amax() / theirs.abs().amax().clamp(min=1e-6)
-    return bool(worst <= 200 * precision**0.9) and difference <= 0.05 * effect
+    return bool(worst <= 200 * precision**0.9) and _size(ours - theirs) <= 0.05 * _size(theirs - without)
+
+
+def _is_rounding(ours: Tensor, theirs: Tensor, precision: float) -> bool:
+    """Whether a difference is that of the order of a sum, however little the prompt changes."""
+    return _are_finite(ours, theirs) and _size(ours - theirs) <= 4 * precision * _size(theirs)
+
+
+def _are_finite(*states: Tensor) -> bool:
+    return all(bool(one.isfinite().all()) for one in states)
 
 
 def _size(states: Tensor) -> float:
@@ -109,8 +119,9 @@ def _states(
     host, stack = prompt.host, prompt.host.anatomy.entry
 
     def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = dict(zip(stack.parameters, args, strict=False)) | kwargs
-        stack.proven = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
+        if stack.live is None:
+            given = dict(zip(stack.parameters, args, strict=False)) | kwargs
+            stack.proven = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         if stack.live is None:  # not the prompt's own rows
@@ -118,8 +129,8 @@ def _states(
 
     before = prompt.injection, prompt.shares_always
     handles = [stack.module.register_forward_hook(keep)]
-    if injection is None and not alone:
-        handles.append(stack.module.register_forward_pre_hook(begin, with_kwargs=True))
+    if injection == "shared" and not alone:  # before the prompt's own hook, which changes the call
+        handles.append(stack.module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
     if injection is None:
         call = {name: value for name, value in call.items() if name not in host.columns}
     else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Positions, Table, first_state
 from softhooks.inject.positions import place_at_table
+from softhooks.trainer.offload import device_of
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 """What a model may raise on positions that it does not take."""
@@ -109,6 +110,8 @@ class _Watch:
     def __init__(self, run: Callable[[int], Any], module: nn.Module, embedding: nn.Module) -> None:
         self.run = run
         self.module = module
+        # `torch.manual_seed` also notes for CUDA who has called it, which takes as long as a small model's forward.
+        self._seed = torch.default_generator.manual_seed if device_of(module).type == "cpu" else torch.manual_seed
         self.parts = [
             part
             for part in module.modules()
@@ -142,7 +145,7 @@ class _Watch:
             place_at_table(table, ids, handles)
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                self._seed(0)
                 self.run(1 if ids is None else len(ids))
         finally:
             for handle in handles:

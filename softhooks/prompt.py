@@ -23,11 +23,12 @@ from softhooks.inject.branch import Branch, branch_of
 from softhooks.inject.fingerprint import Snapshot, snapshot
 from softhooks.inject.keyvalues import KeyValues, split
 from softhooks.inject.reuse import Memory
-from softhooks.inject.shared import every_tensor, prefill
+from softhooks.inject.shared import prefill
 from softhooks.labels import Labels
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder
 from softhooks.placeholder import BUFFER
 from softhooks.trainer.sharding import gathered, refuse_sharded
+from softhooks.walk import every_tensor
 
 Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
 

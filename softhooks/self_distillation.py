@@ -13,8 +13,8 @@ from softhooks.errors import UnsupportedMethodError, UnsupportedModeError, expla
 from softhooks.initializers import key_values_of
 from softhooks.inject.keyvalues import KeyValues, split
 from softhooks.inject.reuse import Memory
-from softhooks.inject.shared import every_tensor
 from softhooks.objectives import Finish, Objective, kl_divergence, with_loss
+from softhooks.walk import every_tensor
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt

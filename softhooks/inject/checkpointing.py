@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Site, Stack
 from softhooks.inject.passes import Pass
+from softhooks.walk import every_module
 
 
 class CheckpointedPass(Pass):
@@ -28,8 +29,8 @@ class CheckpointedPass(Pass):
 
     def follow_checkpointing(self) -> None:
         """Make each checkpointed layer remember this pass, for the backward runs it again when the pass is over."""
-        for module in self.stack.module.modules():
-            if getattr(module, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in module.__dict__:
+        for module in every_module(self.stack.module):
+            if "_gradient_checkpointing_func" in module.__dict__ and is_checkpointed(module):
                 function: Any = module._gradient_checkpointing_func
                 self._replaced.append((module, function))
                 module._gradient_checkpointing_func = _Remembering(self, function)  # type: ignore[assignment]
@@ -125,6 +126,12 @@ class _Anchor(torch.autograd.Function):
         for leaf in ctx.leaves:
             handed += [leaf.grad, None]
         return tuple(handed)
+
+
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether a module is asked to checkpoint its layers, or itself; most modules know nothing of it, and are asked quickly."""
+    own = module.__dict__.get("gradient_checkpointing")
+    return bool(getattr(type(module), "gradient_checkpointing", False) if own is None else own)
 
 
 def _is_reentrant(function: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.inject.reuse import scope_of
-from softhooks.inject.shared import every_tensor
+from softhooks.walk import every_tensor
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt

@@ -17,9 +17,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from softhooks.anatomy import Site, Stack, first_state
 from softhooks.inject.attention import window_of
 from softhooks.inject.caches import ListeningCache
+from softhooks.inject.checkpointing import is_checkpointed
 from softhooks.inject.keyvalues import KeyValues
 from softhooks.inject.paged import attend_alone
 from softhooks.inject.passes import AttentionFunction, Pass
+from softhooks.walk import every_module
 
 
 class CapturePass(Pass):
@@ -105,7 +107,7 @@ def logits_of(model: nn.Module, stack: Stack, states: Tensor, placeholder: int) 
 @contextmanager
 def _without_checkpointing(module: nn.Module) -> Iterator[None]:
     """Keep the few rows of a prompt out of checkpoints: their keys and values must stay in the graph."""
-    layers = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
+    layers = [part for part in every_module(module) if is_checkpointed(part)]
     for part in layers:
         part.gradient_checkpointing = False  # type: ignore[assignment]
     try:
@@ -113,19 +115,3 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
     finally:
         for part in layers:
             part.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-def every_tensor(module: nn.Module) -> list[Tensor]:
-    """List every parameter and buffer of a module; a shared one may come twice.
-
-    Asked for once a token: `module.parameters()` takes five times as long, for it joins names that nobody reads.
-    """
-    found: list[Tensor | None] = []
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        part = waiting.pop()
-        if part is not None:
-            found += part._parameters.values()
-            found += part._buffers.values()
-            waiting += part._modules.values()
-    return [tensor for tensor in found if tensor is not None]
