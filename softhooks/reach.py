@@ -23,6 +23,7 @@ from softhooks.method import PromptEncoder
 from softhooks.probe import unwrapped
 from softhooks.probing import OTHER_METHOD, proving
 from softhooks.prompt import SoftPrompt
+from softhooks.walk import every_module
 
 _SCALES = (1.0, 0.1, 10.0)
 """How far the copies are moved, in turn, where one shows nothing: too far overflows, too little drowns in a low precision."""
@@ -127,7 +128,7 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
 def _noting_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
     """Note which modules are called: an expert that no token is sent to is not."""
     called: set[nn.Module] = set()
-    handles = [part.register_forward_pre_hook(lambda module, _args: called.add(module)) for part in model.modules()]
+    handles = [part.register_forward_pre_hook(lambda module, _args: called.add(module)) for part in every_module(model)]
     try:
         yield called
     finally:

@@ -55,9 +55,8 @@ def _size(config: Any) -> int | None:
 def _size_inside(model: nn.Module, anatomy: Anatomy) -> int | None:
     """What a module inside that holds the embedding says of its size, as `LlamaModel.vocab_size`."""
     embedding = anatomy.entry.embedding
-    holders = (m for m in model.modules() if m is not model and any(part is embedding for part in m.modules()))
-    sizes = [size for holder in holders if type(size := holder.__dict__.get("vocab_size")) is int]
-    return min(sizes, default=None)
+    sizes = [(size, m) for m in model.modules() if m is not model and type(size := m.__dict__.get("vocab_size")) is int]
+    return min((size for size, holder in sizes if any(part is embedding for part in holder.modules())), default=None)
 
 
 def _size_of_checkpoint(config: Any) -> int | None:
