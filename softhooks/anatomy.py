@@ -60,11 +60,13 @@ class Table:
     Attributes:
         weight: the name of the matrix.
         first: the row of a text's first token.
+        by_row: whether its answers may differ from row to row of a batch.
     """
 
     module: nn.Module
     weight: str
     first: int
+    by_row: bool = True
 
 
 @dataclass(eq=False)
@@ -73,7 +75,7 @@ class Positions:
 
     Attributes:
         argument: whether its forward takes `position_ids`, and heeds them.
-        table: where it does not: its position table, if that can answer for each row of a batch.
+        table: where it does not: its position table, if that can answer for it.
         start: the id that the first token of a row has in a bare forward (RoBERTa: padding_idx + 1; PaliGemma: 1).
         padding: the id of a padding column, where that is one of its own.
         limit: how many real positions there are, where exceeding them is an error rather than a loss of quality.
@@ -81,7 +83,6 @@ class Positions:
         rotary: how many its rotary embeddings are made for; beyond, quality is lost. None: it has none, or they adapt.
         warned: whether it was said that a prompt and its text stand beyond those.
         changes: from how many positions on the model rotates every position otherwise (dynamic RoPE, LongRoPE); None: never.
-        by_column: whether padding before a text moves it away from a prefix, whatever the stack is told.
     """
 
     argument: bool
@@ -90,7 +91,6 @@ class Positions:
     padding: int | None
     limit: int | None
     trained: int | None
-    by_column: bool = False
     rotary: int | None = None
     warned: bool = False
     changes: int | None = None

@@ -28,6 +28,7 @@ from softhooks.initializers import tokenizer_of
 from softhooks.inject.beyond import unwarned
 from softhooks.inject.fills import find_fills
 from softhooks.labels import Labels
+from softhooks.left_padding import takes_left_padding
 from softhooks.method import Method, PromptEncoder
 from softhooks.model_saving import stand_in
 from softhooks.peft_base import home, keep_wrapped, refuse_prompts
@@ -285,6 +286,7 @@ def _prove_reached(prompt: SoftPrompt) -> None:
     with proving(prompt.model):
         check_causality(prompt)
         check_unread(prompt)
+        prompt.takes_left_padding = takes_left_padding(prompt)
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ _FAILURES = (SoftHooksError, RuntimeError, TypeError, ValueError, AttributeError
 
 
 def shares_exactly(prompt: SoftPrompt) -> bool:
-    """Compare a prompt computed once with the prompt in the sequence, on two rows of text, one of them padded.
+    """Compare a prompt computed once with the prompt in the sequence, on rows of text, padded on either side too.
 
     The text is longer than the short windows and chunks that the model has, so that they count. The difference is held against
     the precision of the states, and against what the prompt changes at all. What cannot be compared is not exact.
@@ -92,15 +92,16 @@ def _looks_far(stack: Stack) -> bool:
 
 
 def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
-    """Two rows, the second of which ends in padding."""
+    """Three rows, of which the second ends in padding and the third begins with it."""
     positions, length = stack.positions, prompt.layout.columns
     rooms = [room for room in (positions.limit, positions.trained, positions.changes) if room is not None]
     columns, _ = probe_length(stack.module, min(rooms) - length if rooms else None, length)
-    rows = [probe_ids(prompt.model, prompt.host.anatomy.vocabulary, columns, seed) for seed in (0, 1)]
+    rows = [probe_ids(prompt.model, prompt.host.anatomy.vocabulary, columns, seed) for seed in (0, 1, 2)]
     ids = torch.cat(rows)
     mask = torch.ones_like(ids)
     mask[1, max(columns - _PADDED, 1) :] = 0
-    extra = {name: torch.cat([value, value]) for name, value in prompt.method.probe_arguments().items()}
+    mask[2, : min(_PADDED, columns - 1)] = 0
+    extra = {name: torch.cat([value] * 3) for name, value in prompt.method.probe_arguments().items()}
     choices = prompt.host.anatomy.choices
     if choices is not None:
         ids, mask = as_choices(ids, choices), as_choices(mask, choices)

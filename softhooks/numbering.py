@@ -46,10 +46,10 @@ def numbering(run: Callable[[int], Any], module: nn.Module, embedding: nn.Module
     counted = torch.arange(columns, device=bare.states.device)[None]
     start = _start(watch, bare, counted) if takes else None
     found = bare.tables[0] if len({id(table.module) for table in bare.tables}) == 1 else None
-    answers, by_column = None, False
+    answers = None
     if start is None and found is not None:
-        answers = found if _answers_rows(watch, bare, found, counted) else None
-        by_column = answers is None
+        found.by_row = _answers(watch, bare, found, torch.cat([counted, counted + 1]))
+        answers = found if found.by_row or _answers(watch, bare, found, counted[0]) else None
     config: Any = getattr(module, "config", None)
     trained = getattr(config, "max_position_embeddings", None)
     limits = [len(getattr(table.module, table.weight)) - table.first for table in bare.tables]
@@ -63,7 +63,6 @@ def numbering(run: Callable[[int], Any], module: nn.Module, embedding: nn.Module
         padding=padding if start and padding == start - 1 else None,
         limit=min(limits, default=None),
         trained=trained if isinstance(trained, int) else None,
-        by_column=by_column,
     )
 
 
@@ -85,9 +84,9 @@ def _start(watch: _Watch, bare: _Seen, counted: Tensor) -> int | None:
     return None
 
 
-def _answers_rows(watch: _Watch, bare: _Seen, table: Table, counted: Tensor) -> bool:
-    """Whether a table's answers may differ from row to row of a batch."""
-    return _same(watch, bare, table=table, ids=torch.cat([counted, counted + 1]))
+def _answers(watch: _Watch, bare: _Seen, table: Table, ids: Tensor) -> bool:
+    """Whether a table can be made to answer for ids: [2, T], the first row as in the bare forward, or [T], for all rows."""
+    return _same(watch, bare, table=table, ids=ids)
 
 
 def _same(watch: _Watch, bare: _Seen, exactly: bool = False, **change: Any) -> bool:
@@ -123,7 +122,7 @@ class _Watch:
 
         Args:
             told: positions to hand to the stack.
-            table, ids: a table, and what it is to answer for, in two equal rows.
+            table, ids: a table, and what it is to answer for, in as many equal rows.
         """
         states: list[Tensor] = []
         handed: list[Any] = []
@@ -146,7 +145,7 @@ class _Watch:
         try:
             with torch.random.fork_rng(devices=[]):
                 self._seed(0)
-                self.run(1 if ids is None else len(ids))
+                self.run(len(ids) if ids is not None and ids.dim() == 2 else 1)
         finally:
             for handle in handles:
                 handle.remove()

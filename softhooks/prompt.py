@@ -48,6 +48,7 @@ class SoftPrompt:
         injection: the way in: `attention`, `written_out`, `cache`, `shared`, `slots` or `branch`. A shared prompt stands in the
             sequence, as slots, for a call that brings more than a text (encoder states, token types, ...).
         shares_always: whether the prompt was attached with `injection='shared'`, and such calls are refused.
+        takes_left_padding: whether rows may begin with padding; a model that counts padding would give them another answer.
         conventions: what the prompt takes for granted about the pass; stored with it.
     """
 
@@ -62,6 +63,7 @@ class SoftPrompt:
         self.objective = method.objective()
         self.injection: Injection = "slots"
         self.shares_always = False
+        self.takes_left_padding = True
         self.is_attached = False
         self.labels: Labels | None = None
         self._host = host

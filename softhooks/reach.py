@@ -53,7 +53,7 @@ def _show_effect(prompt: SoftPrompt) -> None:
     for scale in _SCALES:
         outputs = []
         for seed in (0, 1):
-            with _standing_in(prompt, scale, seed):
+            with standing_in(prompt, scale, seed):
                 outputs.append(_output(prompt))
         one, other = outputs
         if one is not None and other is not None and not torch.equal(one, other):
@@ -85,7 +85,7 @@ def _show_gradient(prompt: SoftPrompt) -> None:
     """Run backward from the output to a copy of the encoder, and name every part that nothing reaches."""
     dead: list[str] = []
     for scale in _SCALES:
-        with torch.enable_grad(), _standing_in(prompt, scale, seed=0) as encoder:
+        with torch.enable_grad(), standing_in(prompt, scale, seed=0) as encoder:
             dead = _dead_parts(prompt, encoder)
         if not dead:
             return
@@ -162,7 +162,7 @@ def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
 
 
 @contextmanager
-def _standing_in(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[PromptEncoder]:
+def standing_in(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[PromptEncoder]:
     """Let a copy of the encoder, moved at random, stand in its place; nothing that it computes is kept."""
     own = prompt.encoder
     stand_in = copy.deepcopy(own).eval()

@@ -121,7 +121,7 @@ def test_every_kind_of_relative_attention(arch: str, changes: dict[str, Any]) ->
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("arch", [*zoo.WRITTEN_OUT, "esm"])
 def test_padding_changes_nothing(arch: str, side: str) -> None:
-    """RoFormer counts padding as positions, so that padding on the left would move its text away from a prefix."""
+    """RoFormer gives all rows of a batch the same positions, so that a prefix takes no rows that begin in different columns."""
     model = zoo.build(arch, "tokens")
     batch = naive.left_padded(ROWS) if side == "left" else right_padded(ROWS)
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, zoo.pad_id(model))
@@ -129,7 +129,7 @@ def test_padding_changes_nothing(arch: str, side: str) -> None:
         with torch.no_grad(), softhooks.attach(model, method) as prompt:
             sizeable(prompt)
             if (arch, side, prompt.injection) == ("roformer", "left", "written_out"):
-                with pytest.raises(UnsupportedModeError, match="2 rows begin with padding"):
+                with pytest.raises(UnsupportedModeError, match="the same positions"):
                     model(**batch)
                 continue
             together = model(**batch).logits

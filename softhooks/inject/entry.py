@@ -46,6 +46,8 @@ def open_pass(
         UnsupportedModeError: the prompts or the call cannot be served together.
     """
     prompts = selection.prompts
+    if stack is prompts[0].host.anatomy.entry and not all(prompt.takes_left_padding for prompt in prompts):
+        _refuse_left_padding(stack, padding_mask(call, outer))
     if any(prompt.injection == "branch" for prompt in prompts):
         return _open_branch(stack, call, selection, outer)
     reached = _reached(stack, call, prompts)
@@ -137,7 +139,11 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
     if positions.dim() == 2:
         own = torch.arange(columns, device=mask.device) + past_of(call)
         positions = torch.where(mask[:, -columns:] == 0, own, positions)
-    _move_positions(stack, call, 0, positions, mask, opened.handles)
+    try:
+        _move_positions(stack, call, 0, positions, mask, opened.handles)
+    except BaseException:
+        opened.close()
+        raise
     return opened
 
 
@@ -159,7 +165,6 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
     batch, columns = text_shape(call)
     check_length(stack, call, own.length if own.shifted is not False else 0, outer=outer)
     mask = padding_mask(call, outer)
-    _refuse_left_padding(stack, mask)
     positions = positions_in_text(stack, call, outer) if _takes_positions(stack, own.shift()) else None
     handles: list[Any] = []
     if positions is not None:
@@ -194,12 +199,12 @@ def _takes_positions(stack: Stack, shift: int | Tensor) -> bool:
 
 
 def _refuse_left_padding(stack: Stack, mask: Tensor | None) -> None:
-    """Refuse rows that begin with padding where it would move the text away from the prefix."""
-    if stack.positions.by_column and mask is not None and not bool(mask[:, 0].all()):
+    """Refuse rows that begin with padding where it would change the answer with a prompt."""
+    if mask is not None and not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
             explain(
-                "a prefix needs rows that begin with text, in a model that counts padding as positions.",
-                "Pad on the right, or use a prompt that enters as slots.",
+                "a prompt needs rows that begin with text, in a model whose answer changes with padding before the text.",
+                "Pad on the right, or run rows of one length together, without padding.",
                 model=type(stack.module).__name__,
                 attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
             )
@@ -217,7 +222,28 @@ def _move_positions(
     if where.argument:
         call["position_ids"] = ids
     elif where.table is not None and (mask is not None or isinstance(shift, Tensor) or shift):
-        place_at_table(where.table, ids, handles)
+        place_at_table(where.table, ids if where.table.by_row else _for_all_rows(stack, ids, mask), handles)
+
+
+def _for_all_rows(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The one numbering of all rows, [B or 1, T] -> [T], for a table that answers for the batch.
+
+    Raises:
+        UnsupportedModeError: rows differ in it.
+    """
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[-1] :].bool().to(ids.device)
+    one = torch.where(real, ids, 0).amax(0)
+    if bool((real & (ids != one)).any()):
+        raise UnsupportedModeError(
+            explain(
+                "a prompt that enters attention needs rows whose texts start in one column behind prompts of one length, in a "
+                "model that gives all rows of a batch the same positions.",
+                "Pad on the right, and run rows with other prompts in batches of their own.",
+                model=type(stack.module).__name__,
+                rows=len(ids),
+            )
+        )
+    return one
 
 
 def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 0, outer: Outer | None = None) -> None:

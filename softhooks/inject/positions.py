@@ -67,8 +67,20 @@ class _Answer:
         self.before = self.module.__dict__.get("forward")
         self.module.__dict__["forward"] = self
 
-    def __call__(self, *_args: Any, **_kwargs: Any) -> Tensor:
-        return functional.embedding(self.ids, getattr(self.module, self.weight))
+    def __call__(self, asked: Any = None, *_args: Any, **_kwargs: Any) -> Tensor:
+        return functional.embedding(self._ids_for(asked), getattr(self.module, self.weight))
+
+    def _ids_for(self, asked: Any) -> Tensor:
+        """The ids, and more of the last one for the columns by which a stack has lengthened its text (LED, to whole windows).
+
+        Args:
+            asked: what the table is asked for: ids, or the shape of ids.
+        """
+        shape = asked.shape if isinstance(asked, Tensor) else asked
+        more = shape[1] - self.ids.shape[-1] if isinstance(shape, tuple) and len(shape) > 1 else 0
+        if more <= 0:
+            return self.ids
+        return torch.cat([self.ids, self.ids[..., -1:].expand(*self.ids.shape[:-1], more)], -1)
 
     def remove(self) -> None:
         del self.module.__dict__["forward"]

@@ -239,7 +239,7 @@ class SlotPass(Pass):
         positions = self.stack.positions
         if positions.argument:
             call["position_ids"] = ids
-        elif positions.table is not None:
+        elif positions.table is not None and positions.table.by_row:
             place_at_table(positions.table, ids, self.handles)
 
     def is_text(self, args: tuple[Any, ...]) -> bool:
