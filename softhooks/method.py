@@ -47,6 +47,11 @@ class PromptEncoder(nn.Module):
     is_constrained: ClassVar[bool] = False
     """Whether `constrain` must run after each optimizer step."""
 
+    @property
+    def unmoved(self) -> frozenset[str]:
+        """The names of parameters whose gradient is zero whatever the model does, such as recurrent weights over one row."""
+        return frozenset()
+
     def forward(self, group: str, variant: int = 0) -> Tensor:
         """Compute one group's prompt, [P, H] or [P, numbers of the group's sites]."""
         raise NotImplementedError(f"{type(self).__name__} must compute its groups {self.groups}.")

@@ -186,12 +186,12 @@ def test_packed_positions_and_slots() -> None:
     model = zoo.build("llama")
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
     with softhooks.attach(model, AS_SLOTS["slots"]):
-        message = r"stand once in every row(.|\n)*position ids: *\[2, 6\], not the count(.|\n)*Unpack the documents"
+        message = r"stand once in every row(.|\n)*position ids: *\[2, 6\], not the count(.|\n)*Unpack documents"
         refused(model, UnsupportedModeError, message, lambda: model(IDS, position_ids=packed))
-        message = message.replace("2, 6", "1, 6")
-        refused(model, UnsupportedModeError, message, lambda: model(IDS, position_ids=torch.arange(3, 9)[None]))
         plain = model(IDS).logits
         assert torch.equal(model(IDS, position_ids=torch.arange(6)[None]).logits, plain)
+        later = torch.arange(3, 9)[None]  # the caller says where to start; rotary distances stay
+        torch.testing.assert_close(model(IDS, position_ids=later).logits, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mask_of_four_dimensions_and_slots() -> None:
@@ -200,17 +200,6 @@ def test_a_mask_of_four_dimensions_and_slots() -> None:
     with softhooks.attach(model, AS_SLOTS["slots"]):
         message = r"one number a token(.|\n)*mask: *\[2, 1, 6, 6\]\nexpected: *\[2, 6\]\nUse a dynamic cache"
         refused(model, UnsupportedModeError, message, lambda: model(IDS, attention_mask=mask))
-
-
-def test_an_argument_for_each_token_and_slots() -> None:
-    sizes = {key: value for key, value in zoo.SMALL.items() if not key.endswith("_id") or key == "pad_token_id"}
-    model = tf.LayoutLMForMaskedLM(tf.LayoutLMConfig(**sizes)).eval()
-    boxes = torch.zeros(2, 6, 4, dtype=torch.long)
-    with softhooks.attach(model, PromptTuning(P)):
-        message = r"a value at the virtual slots(.|\n)*argument: *bbox \[2, 6, 4\]\nLeave `bbox` out"
-        refused(model, UnsupportedModeError, message, lambda: model(IDS, bbox=boxes))
-    with softhooks.attach(model, PrefixTuning(P)):
-        assert torch.equal(model(IDS, bbox=boxes).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize(("name", "more"), [

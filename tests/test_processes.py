@@ -46,7 +46,9 @@ def _alone(folder: Path, name: str) -> tuple[list[float], dict[str, torch.Tensor
 
 
 def _close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return set(one) == set(other) and all(torch.allclose(one[name], other[name], atol=2e-5) for name in one)
+    """To rounding, which Adam enlarges where a gradient is next to nothing: to a hundredth of one step."""
+    atol = training.QUIET["learning_rate"] / 100
+    return set(one) == set(other) and all(torch.allclose(one[name], other[name], atol=atol) for name in one)
 
 
 @pytest.mark.parametrize("wrapper", WAYS)

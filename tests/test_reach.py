@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import softhooks
 from softhooks import AttachError, LlamaAdapter, PrefixTuning, PromptTuning, PTuningV2, UnsupportedModelError, reach
+from softhooks.probe import examine
 
 METHODS = [PromptTuning(3), PrefixTuning(3), LlamaAdapter(3)]
 
@@ -65,6 +66,19 @@ def test_the_proof_leaves_nothing_behind(entry: Entry, case: zoo.Case, monkeypat
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [entry for entry, _ in fitting(TABLE, [zoo.Case("llama", "causal")]) if "template" not in entry.name],
+    ids=str,
+)
+def test_one_virtual_token_is_attached(entry: Entry) -> None:
+    """An LSTM that makes one step has recurrent weights that nothing moves."""
+    model = zoo.build("llama")
+    with softhooks.attach(model, entry.make(1)) as prompt:
+        assert not prompt.encoder.unmoved or "weight_hh" in "".join(prompt.encoder.unmoved)
+    assert not entry.make(2).build(examine(model)).unmoved
 
 
 @pytest.mark.parametrize("method", [PrefixTuning(3), PTuningV2(3), LlamaAdapter(3)], ids=lambda m: m.kind)

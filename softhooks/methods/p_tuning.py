@@ -42,6 +42,13 @@ class ReparametrisedRows(PromptEncoder):
         self.down = nn.Linear(2 * hidden_size, width) if lstm else nn.Linear(width, hidden_size)
         self.up = nn.Linear(width if lstm else hidden_size, width)
 
+    @property
+    def unmoved(self) -> frozenset[str]:
+        """Name the LSTM's recurrent weights where it makes one step, from a state of zeros."""
+        if self.rows.shape[0] > 1:
+            return frozenset()
+        return frozenset(name for name, _ in self.named_parameters() if name.startswith("lstm.weight_hh"))
+
     def forward(self, group: str, variant: int = 0) -> Tensor:
         """Compute the rows in one pass over all of them, in the order of the layout, [P, H]."""
         result: Tensor = self.up(self._hidden())
