@@ -40,7 +40,8 @@ from softhooks.probe import examine, unwrapped
 from softhooks.prompt import SoftPrompt, host_of
 from softhooks.saving import peft_export, peft_format
 from softhooks.saving.checkpoint import attach_stored
-from softhooks.saving.stored import Stored, outline
+from softhooks.saving.outline import outline
+from softhooks.saving.stored import Stored
 from softhooks.switch import activate
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softhooks.errors import CheckpointError, OptionError
 from softhooks.groups import groups_of, require_sites
 from softhooks.layout.places import Layout
+from softhooks.parts import Part, cut
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
@@ -119,29 +120,6 @@ class TableEncoder(PromptEncoder):
         """Return the parameter itself, [P, numbers]."""
         table: Tensor = getattr(self, group)
         return table
-
-
-class Part(NamedTuple):
-    """A part of what an encoder computes, that serves one module of the model.
-
-    Attributes:
-        rows, columns: where it stands in its group.
-    """
-
-    name: str
-    rows: slice
-    columns: slice
-    module: nn.Module
-
-
-def cut(parts: Sequence[tuple[str, int, nn.Module]], by_rows: bool = False) -> list[Part]:
-    """Cut a group into parts that stand side by side, each with its name, its size and the module that it serves."""
-    found, first = [], 0
-    for name, size, module in parts:
-        own = slice(first, first + size)
-        found.append(Part(name, own if by_rows else slice(None), slice(None) if by_rows else own, module))
-        first += size
-    return found
 
 
 @dataclass(frozen=True)

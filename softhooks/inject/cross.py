@@ -10,7 +10,7 @@ from softhooks.anatomy import Stack
 from softhooks.errors import PromptNotReachedError, explain
 from softhooks.inject.accept import flat_mask
 from softhooks.inject.passes import Pass
-from softhooks.inject.slots import Slots
+from softhooks.inject.slot_rows import Slots
 from softhooks.inject.widened import Widened
 from softhooks.inject.written import Written, written_in
 

@@ -22,7 +22,8 @@ from softhooks.inject.paged import longest_text
 from softhooks.inject.passes import Pass
 from softhooks.inject.positions import place_at_table
 from softhooks.inject.scale import blanks
-from softhooks.inject.slots import SlotPass, Slots
+from softhooks.inject.slot_rows import Slots
+from softhooks.inject.slots import SlotPass
 from softhooks.inject.where import Outer, order_in_text, padding_mask, past_of, positions_in_text, text_shape
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any
 from softhooks.anatomy import Stack
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.inject.checkpointing import CheckpointedPass
-from softhooks.inject.slots import SlotPass, Slots
+from softhooks.inject.slot_rows import Slots
+from softhooks.inject.slots import SlotPass
 from softhooks.inject.where import Outer
 
 

@@ -15,32 +15,15 @@ from softhooks.inject.branch import CONTEXT, Gated, Given
 from softhooks.inject.feed import feed_of
 from softhooks.inject.feedprobe import find_feeds
 from softhooks.inject.scale import linears
-from softhooks.method import Method, Part, PromptEncoder, TableEncoder, choice, cut
+from softhooks.method import Method, PromptEncoder, choice
+from softhooks.methods.llama_adapter_encoder import GATES, AdapterEncoder
+from softhooks.parts import Part, cut
 
 if TYPE_CHECKING:
     from softhooks.anatomy import Anatomy, Role, Site, Stack
 
-PROMPTS, GATES, FACTORS, OFFSETS = "prompts", "gates", "factors", "offsets"
+PROMPTS, FACTORS, OFFSETS = "prompts", "factors", "offsets"
 CONTEXT_WEIGHT, CONTEXT_BIAS = "context_weight", "context_bias"
-
-
-class AdapterEncoder(TableEncoder):
-    """Rows, gates and what else is trained, each a table of its own.
-
-    Args:
-        tables: by name; those of gates are [1, layers * Hq] or [1, layers].
-        gate: what of g multiplies, `tanh` or `raw`.
-    """
-
-    def __init__(self, tables: dict[str, Tensor], gate: str) -> None:
-        super().__init__(tables)
-        self.gate = gate
-
-    def metrics(self) -> dict[str, float]:
-        """How far the gates are open: the mean of what multiplies, without its sign, and the largest."""
-        gates = torch.cat([self(group)[0] for group in self.groups if group.endswith(GATES)]).detach()
-        opening = (torch.tanh(gates) if self.gate == "tanh" else gates).abs()
-        return {"gate": float(opening.mean()), "gate_max": float(opening.max())}
 
 
 @dataclass(frozen=True)

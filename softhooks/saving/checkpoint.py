@@ -30,7 +30,8 @@ from softhooks.prompt import Injection, SoftPrompt
 from softhooks.saving.base_check import about_base, require_base
 from softhooks.saving.files import write_json, write_tensors
 from softhooks.saving.missing import explain_missing
-from softhooks.saving.stored import ADDED, FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, outline, read_own
+from softhooks.saving.outline import outline
+from softhooks.saving.stored import ADDED, FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored, read_own
 from softhooks.trainer.sharding import shards
 from softhooks.vocabulary import say_unsaved
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softhooks.added_tokens import read_ids
-from softhooks.anatomy import Anatomy, Role, Stack
+from softhooks.anatomy import Anatomy
 from softhooks.errors import CheckpointError, PromptMismatchError, SoftHooksError, explain
 from softhooks.groups import check_tables
 from softhooks.labels import Labels, read_labels
@@ -22,6 +21,7 @@ from softhooks.methods import METHODS
 from softhooks.saving.base_check import fingerprint_of
 from softhooks.saving.conventions import read_conventions
 from softhooks.saving.files import parse_json, read_tensors
+from softhooks.saving.outline import in_words, outline
 from softhooks.vocabulary import require_rows
 
 FORMAT = "softhooks"
@@ -161,8 +161,8 @@ class Stored:
                 explain(
                     "a prompt must enter a model of the kind that it was trained with.",
                     self.remedy,
-                    prompt=f"{_in_words(known)} ({self.source})",
-                    model=_in_words(
+                    prompt=f"{in_words(known)} ({self.source})",
+                    model=in_words(
                         {
                             name: {k: v for k, v in stack.items() if k in known.get(name, stack)}
                             for name, stack in model.items()
@@ -170,24 +170,6 @@ class Stored:
                     ),
                 )
             )
-
-
-def outline(anatomy: Anatomy) -> dict[str, dict[str, Any]]:
-    """What a prompt takes for granted about a model, as JSON can hold it.
-
-    For each stack whether it is causal, and for each role its attention: runs of `[layers, heads, key size, value size]`.
-    """
-    return {stack.name: {"causal": stack.causal, **_sites(stack)} for stack in anatomy.stacks}
-
-
-def _sites(stack: Stack) -> dict[str, list[list[int]]]:
-    roles: list[Role] = ["self", "cross"]
-    shapes = {role: [[s.heads, s.key_dim, s.value_dim] for s in stack.sites_of(role)] for role in roles}
-    return {role: [[len(list(run)), *shape] for shape, run in groupby(shapes[role])] for role in roles}
-
-
-def _in_words(stacks: dict[str, dict[str, Any]]) -> str:
-    return ", ".join(" ".join([name, *[f"{k}={v}" for k, v in stack.items()]]) for name, stack in stacks.items())
 
 
 # --- our own format ---------------------------------------------------------------------------------------------------
