@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,11 +15,12 @@ from softhooks.anatomy import Anatomy
 from softhooks.blocks import Block
 from softhooks.causality import check_causality
 from softhooks.constraint import unwatch, watch
-from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
+from softhooks.errors import PromptTooLongError
 from softhooks.exclusive import exclusive
 from softhooks.fingerprint import take
 from softhooks.fit import choose_injection, probe_inputs
 from softhooks.frozen import FrozenRecord
+from softhooks.frozen_names import frozen_names
 from softhooks.generation import keep_from_assistants
 from softhooks.heads import check_heads, copy_heads, find_heads
 from softhooks.host import CONTAINER, Container, Host
@@ -40,16 +40,13 @@ from softhooks.quantised import keep_unpacked, unpacked
 from softhooks.reach import prove_reach
 from softhooks.recomputed import Met
 from softhooks.remedies import names_tried_remedies
+from softhooks.request import check_length, check_request, no_room
 from softhooks.trainer.offload import device_of
-from softhooks.trainer.sharding import refuse_partitioned
 from softhooks.unread import check_unread
 from softhooks.vocabulary import warn_of_added
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_LEAST_TEXT = 5
-"""How many tokens of text the first probe of a prompt has."""
 
 
 def attach(
@@ -148,15 +145,15 @@ def attach_encoder(
         check_base: raises if it was made for another model of the kind; the heads fit then.
     """
     present = host_of(model)
-    _check_request(model, method, name, present, trainable)
+    check_request(model, method, name, present, trainable)
     refuse_prompts(model)
     model = present.model if present else model  # a wrapper around a model with a prompt stands for that model
-    with unpacked(model), _AllOff(present):
+    with unpacked(model), _all_off(present):
         anatomy = present.anatomy if present else examine(model)
         needs_ids = method.enters == "embeddings" and reads_ids(model, anatomy)
         if check is not None:
             check(anatomy)
-        _check_length(anatomy, method)
+        check_length(anatomy, method)
         encoder = make(anatomy)
     encoder.to(device_of(anatomy.entry.embedding))
     module = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict()})
@@ -208,7 +205,7 @@ def attach_encoder(
         host.active = before
         limit = anatomy.entry.positions.limit
         if isinstance(error, PromptTooLongError) and error.text is not None and limit is not None:
-            raise _no_room(method.where.columns, limit, error.text) from None
+            raise no_room(method.where.columns, limit, error.text) from None
         raise
     prompt.is_attached = True
     host.met = Met()  # probes count for nothing
@@ -217,70 +214,14 @@ def attach_encoder(
     return prompt
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check_request(
-    model: nn.Module, method: Method, name: str, present: Host | None, trainable: tuple[str, ...]
-) -> None:
-    if not isinstance(method, Method):
-        raise UnsupportedMethodError(
-            f"attach takes a method such as PromptTuning(20); it was given {type(method).__name__}."
-        )
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name) or name in ("training", "host"):
-        raise AttachError(f"a prompt's name must be letters, digits, - and _, and no module attribute; it is {name!r}.")
-    refuse_partitioned(model)
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise AttachError("attach a prompt before `torch.compile`: compiled code does not see hooks that come later.")
-    if present and name in present.prompts:
-        raise NameTakenError(
-            explain(
-                "a name belongs to one prompt.",
-                "Remove the other prompt first, or attach this one under another `name=`.",
-                attached=f"{name!r}: {present.prompts[name].method!r}",
-                asked=f"{name!r}: {method!r}",
-            )
-        )
-    if present is None and hasattr(model, CONTAINER):
-        raise AttachError(f"the model has an attribute {CONTAINER!r} of its own; softhooks needs that name.")
-    names = [parameter for parameter, _ in model.named_parameters()]
-    for pattern in trainable:
-        if not fnmatch.filter(names, pattern):
-            raise AttachError(f"trainable={pattern!r} names no parameter of {type(model).__name__}.")
-
-
-def _check_length(anatomy: Anatomy, method: Method) -> None:
-    positions = anatomy.entry.positions
-    trained = positions.trained if positions.rotary is None else positions.rotary
-    limit = positions.limit if positions.limit is not None else trained
-    length = method.where.columns
-    if method.enters != "branch" and limit is not None and length >= limit:
-        raise _no_room(length, limit, _LEAST_TEXT)
-
-
-def _no_room(length: int, limit: int, text: int) -> PromptTooLongError:
-    """What to say of a prompt that leaves too little room for text.
-
-    Args:
-        text: how many tokens of text shall fit beside it.
-    """
-    room = max(limit - text, 0)
-    return PromptTooLongError(
-        explain(
-            "a prompt must leave room for text among the model's positions.",
-            f"Use a prompt of {room} virtual tokens or fewer; of {room}, texts have the other {limit - room} positions.",
-            virtual_tokens=length,
-            positions=limit,
-            room_for=f"{room} virtual tokens and a text of {text}, the least that a prompt is tried with",
-        )
-    )
+# --- proofs -----------------------------------------------------------------------------------------------------------
 
 
 def _prove_reached(prompt: SoftPrompt) -> None:
     """Run the probes of what was attached."""
     entry = prompt.host.anatomy.entry
     if prompt.injection == "slots" and not entry.fills:
-        with probing(prompt.model), _AllOff(prompt.host):
+        with probing(prompt.model), _all_off(prompt.host):
             entry.fills = find_fills(entry, probe_inputs(prompt)["input_ids"].flatten(0, -2)[:1])
     prove_reach(prompt)
     with proving(prompt.model):
@@ -292,34 +233,9 @@ def _prove_reached(prompt: SoftPrompt) -> None:
 # --- changes ----------------------------------------------------------------------------------------------------------
 
 
-class _AllOff:
+def _all_off(host: Host | None) -> AbstractContextManager[object]:
     """Turn a model's prompts off while its own keys and values are read."""
-
-    def __init__(self, host: Host | None) -> None:
-        self.block = None if host is None else Block(host, off=True)
-
-    def __enter__(self) -> None:
-        if self.block is not None:
-            self.block.__enter__()
-
-    def __exit__(self, *_error: object) -> None:
-        if self.block is not None:
-            self.block.__exit__(None, None, None)
-
-
-@dataclass(frozen=True)
-class _FrozenNames:
-    """Tells, by name, which tensors must not move; an object and not a closure, so that it can be pickled."""
-
-    trained: frozenset[str]
-
-    def __call__(self, name: str) -> bool:
-        return name not in self.trained and not name.startswith(f"{CONTAINER}.")
-
-
-def frozen_names(model: nn.Module) -> Callable[[str], bool]:
-    """Tell, by name, which tensors of a model must not move from now on."""
-    return _FrozenNames(frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad))
+    return nullcontext() if host is None else Block(host, off=True)
 
 
 def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:

@@ -14,9 +14,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.attach import attach, frozen_names
+from softhooks.attach import attach
 from softhooks.constraint import begin_step, end_step
 from softhooks.frozen import FrozenRecord, FrozenReport
+from softhooks.frozen_names import frozen_names
 from softhooks.gradients import SetAside
 from softhooks.method import Method
 from softhooks.objectives import refuse_smoothing

@@ -11,10 +11,10 @@ from torch import distributed, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from softhooks.attach import frozen_names
 from softhooks.errors import TrainerError, explain
 from softhooks.fit import choose_injection
 from softhooks.frozen import FrozenRecord, digest
+from softhooks.frozen_names import frozen_names
 from softhooks.idle import REMEDY, RULE
 from softhooks.method import Method
 from softhooks.prompt import Injection, SoftPrompt, host_of
