@@ -166,6 +166,24 @@ def test_a_fine_tuned_variant_is_refused_by_name(tmp_path: Path, precision: torc
         softhooks.load(moved(zoo.build("llama"), 1e-2).to(torch.bfloat16), folder)
 
 
+@pytest.mark.parametrize("arch", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_base_that_was_converted_and_back_is_warned_of(tmp_path: Path, precision: torch.dtype, arch: str) -> None:
+    folder = saved(built(arch), tmp_path)
+    name = str(precision).removeprefix("torch.")
+    with pytest.warns(UserWarning, match=f"converted to {name} and back"):
+        softhooks.load(built(arch).to(precision).float(), folder).remove()
+    with pytest.raises(PromptMismatchError, match="fine-tuned variant"):
+        softhooks.load(moved(built(arch), 3e-2).to(precision).float(), folder)
+
+
+def test_a_small_step_from_a_base_of_low_precision_is_refused(tmp_path: Path) -> None:
+    """The base holds nothing but numbers of bf16; each step from it is smaller than what bf16 can tell."""
+    folder = saved(zoo.build("llama").bfloat16().float(), tmp_path)
+    with pytest.raises(PromptMismatchError, match="fine-tuned variant"):
+        softhooks.load(moved(zoo.build("llama").bfloat16().float(), 1e-5), folder)
+
+
 @pytest.mark.parametrize("rank_scale", [1e-2, 1.0])
 def test_merged_adapters_are_refused_by_name(tmp_path: Path, rank_scale: float) -> None:
     peft = pytest.importorskip("peft")

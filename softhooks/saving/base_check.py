@@ -18,7 +18,7 @@ from softhooks.probe import unwrapped
 if TYPE_CHECKING:
     from softhooks.saving.stored import Stored
 
-Finding = Literal["same", "quantized", "merged", "resized", "tuned", "another"]
+Finding = Literal["same", "quantized", "converted", "merged", "resized", "tuned", "another"]
 
 _SAME: tuple[Finding, ...] = ("same", "quantized")
 
@@ -46,6 +46,10 @@ _REMEDIES: dict[Finding, str] = {
 }
 _QUANTIZED = (
     "{source}: the base looks like the same model under another quantization ({then}, now {now}). The answers with this prompt "
+    "will be near those in training, and not the same."
+)
+_CONVERTED = (
+    "{source}: the base looks like the same model whose weights were converted to {kind} and back. The answers with this prompt "
     "will be near those in training, and not the same."
 )
 _SHA = re.compile(r"[0-9a-f]{7,40}")
@@ -152,6 +156,9 @@ def require_base(
         said = stored.base.get("quantization") or "none", about.get("quantization") or "none"
         warnings.warn(_QUANTIZED.format(source=stored.source, then=said[0], now=said[1]), UserWarning, stacklevel=2)
         return
+    if finding == "converted":
+        warnings.warn(_CONVERTED.format(source=stored.source, kind=_lowered(now)[1]), UserWarning, stacklevel=2)
+        return
     raise PromptMismatchError(
         explain(
             f"a prompt must enter the base model that it was trained with; {_SENTENCES[finding]}.",
@@ -195,6 +202,8 @@ def compare(then: Fingerprint, now: Fingerprint) -> Finding:
     A base with LoRA is the same model as the one that LoRA has been merged into.
     """
     found = _compare(then, now)
+    if found not in _SAME and _compare(then, _lowered(now)[0]) == "same":
+        return "converted"  # in this direction alone: small steps of training round to where they began
     if found != "merged":
         return found
     others = [(then.with_merged(), now)] if then.merged else []
@@ -213,6 +222,26 @@ def _compare(then: Fingerprint, now: Fingerprint) -> Finding:
     if embeddings.same and vectors.same and (embeddings.known or vectors.known):
         return "merged"
     return "tuned" if all(one.cosine >= _LIKENESS for one in found) else "another"
+
+
+def _lowered(known: Fingerprint) -> tuple[Fingerprint, str]:
+    """Take weights in fp32 that hold nothing but numbers of bf16, or of fp16, for weights of that precision."""
+    parts = [part for named in known.parts.values() for part in named.values() if part.precision == "float32"]
+    for kind in ("bfloat16", "float16"):
+        if all(torch.equal(_rounded(part.numbers, kind), part.numbers.nan_to_num()) for part in parts):
+            lower = {
+                group: {
+                    name: Part(kind, part.numbers) if part.precision == "float32" else part
+                    for name, part in named.items()
+                }
+                for group, named in known.parts.items()
+            }
+            return Fingerprint(known.vocabulary, lower), kind
+    return known, "fp32"
+
+
+def _rounded(numbers: Tensor, kind: str) -> Tensor:
+    return numbers.nan_to_num().to(getattr(torch, kind)).float()
 
 
 def _packed(known: Fingerprint) -> set[str]:
