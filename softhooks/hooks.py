@@ -22,6 +22,7 @@ from softhooks.inject.provenance import note_caches, note_encoded, require_encod
 from softhooks.inject.slots import SlotPass
 from softhooks.inject.where import BROUGHT
 from softhooks.objectives import refuse_backward
+from softhooks.opening import open_forward
 from softhooks.own_loop import prompts_on, takes_gradients, tell_frozen
 from softhooks.running import Call, Held, module_call
 
@@ -158,7 +159,7 @@ class StackHooks:
             return None  # the prompt's own rows on their way through
         begun = self.host.running.begin(self, f"the forward of {type(module).__name__}", module_call())
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
-        begun.opened = self.host.open(self.stack, call)
+        begun.opened = open_forward(self.host, self.stack, call)
         self._meet(begun, Through(self.stack) if begun.opened is None else begun.opened)
         if begun.opened is None:
             return None if call.keys() >= kwargs.keys() else ((), call)  # the model never sees extra arguments

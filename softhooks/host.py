@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from softhooks.added_hooks import AddedHooks
 from softhooks.anatomy import Anatomy, Stack
-from softhooks.batching import require_servable, watch_batching
+from softhooks.batching import watch_batching
 from softhooks.blocks import choice_of, generation_of, repeats_of
-from softhooks.columns import TAKEN_BY, SignedForward, refuse_unused, take
+from softhooks.columns import TAKEN_BY, SignedForward, refuse_unused
 from softhooks.copies import reopen, state_of
 from softhooks.errors import UnsupportedModeError, explain
 from softhooks.fingerprint import Fingerprint
@@ -25,23 +24,16 @@ from softhooks.frozen import FrozenRecord
 from softhooks.generation import watch_generate
 from softhooks.gradients import SetAside
 from softhooks.hooks import HeadHooks, ModelHooks, StackHooks
-from softhooks.inject.entry import open_pass
 from softhooks.inject.fingerprint import Made, made_with, token_of
 from softhooks.inject.interface import close_interface, files_of, mark, open_interface, unmark
-from softhooks.inject.packed import documents, guard, require_masks
-from softhooks.inject.paged import paged_cache, require_same_prompt
-from softhooks.inject.passes import Pass
-from softhooks.inject.provenance import cache_of, require_own_cache
-from softhooks.inject.reuse import borne_by
 from softhooks.inject.standing import Standing, entered
-from softhooks.inject.where import Outer
 from softhooks.labels import LabelNames
 from softhooks.overrides import Overrides
 from softhooks.own_loop import unwatch_steps, watch_steps
 from softhooks.placeholder import ordinary_ids
 from softhooks.probe import unwrapped
 from softhooks.recomputed import Met
-from softhooks.running import Call, Running
+from softhooks.running import Running
 from softhooks.selection import Selection, select
 from softhooks.within.direct import DirectForward
 
@@ -240,6 +232,14 @@ class Host:
         if self.is_in_use:
             self._answering.check(self.model)
 
+    def require_place_of(self, stack: Stack) -> None:
+        """Check that the modules of a stack that prompts enter at are the model's still.
+
+        Raises:
+            UnsupportedModeError: one has been replaced.
+        """
+        self._standing[stack.name].check(stack.module)
+
     def watch_parts(self, stack: Stack, modules: Iterable[nn.Module]) -> None:
         """Refuse forwards in which one of a stack's modules has been replaced."""
         self._standing[stack.name].add(modules)
@@ -346,72 +346,3 @@ class Host:
         """
         names = dict.fromkeys([self.active] if self.rows is None else self.rows)
         return made_with([self.prompts[name] for name in names if name], self.selection, self.token, selection)
-
-    # --- passes -------------------------------------------------------------------------------------------------------
-
-    def open(self, stack: Stack, call: dict[str, Any]) -> Pass | None:
-        """Open the pass of a forward of a stack, if a prompt is on."""
-        in_use = self.is_in_use
-        self.met.note(self.selection if in_use else "none", stack.module.training)
-        cache = cache_of(call) if in_use else call.get("past_key_values")
-        if not in_use:
-            require_own_cache(cache, None)
-        self.refuse_unused(call, stack.parameters)
-        given = take(call, self.columns)  # where a stack is called by itself, as generate calls an encoder
-        paged = paged_cache(call)
-        if not (in_use or self.is_on):
-            require_same_prompt(paged, None, None)
-            return None
-        if paged is not None:
-            require_servable(self)
-        text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-        batch = text.shape[0] if isinstance(text, Tensor) else 0
-        forward = self.running.forward
-        assert forward is not None, "a stack's hook has begun a call"
-        selection = self.in_use(batch, given or forward.given)
-        forward.batch = batch if forward.batch is None else forward.batch
-        if not selection.uses:
-            return None
-        self._standing[stack.name].check(stack.module)
-        made = partial(self.made, selection)
-        if cache is not None:
-            require_own_cache(cache, made())
-        columns = text.shape[1] if isinstance(text, Tensor) else 0
-        own = call.get("position_ids")
-        outer = _outer(forward, stack)
-        positions = outer.positions if own is None and outer is not None else own
-        packed = documents(positions, call.get("attention_mask"), columns)
-        if packed is not None:
-            require_masks(stack, packed, by_position=own is not None)
-        if self.freeze_dropout:
-            self._rest(stack)
-        with borne_by(paged, self):
-            opened = open_pass(stack, call, selection, self.placeholder, outer)
-        if packed is not None:
-            guard(opened, packed)
-        if paged is not None:
-            require_same_prompt(paged, opened, self.selection)
-        opened.made = made
-        return opened
-
-    def _rest(self, stack: Stack) -> None:
-        """Keep a backbone's dropout off until the call ends."""
-        resting = [module for module in stack.module.modules() if module.training]
-
-        def wake() -> None:
-            for module in resting:
-                module.training = True
-
-        call = self.running.call
-        assert call is not None, "a stack's hook has begun a call"
-        call.cleanups.append(wake)
-        for module in resting:
-            module.training = False
-
-
-def _outer(forward: Call, stack: Stack) -> Outer | None:
-    """What the forward of the model that is under way brought for a stack."""
-    if forward.brought is None:
-        return None
-    prefix = "decoder_" if stack.name == "decoder" else ""
-    return Outer(forward.brought.get(f"{prefix}position_ids"), forward.brought.get(f"{prefix}attention_mask"))
