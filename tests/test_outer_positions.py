@@ -170,3 +170,30 @@ def test_an_adapter_with_closed_gates_is_the_base_bit_for_bit():
         bare = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         with softhooks.attach(model, softhooks.LlamaAdapter(3)):
             assert torch.equal(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, bare), name
+
+
+@torch.no_grad()
+def test_a_prompt_moves_along_with_a_text_that_starts_elsewhere():
+    """As slots do, and as its rows before the text do, at the positions from there on."""
+    for name in ("gpt2", "llama"):
+        model, ids = zoo.build(name), zoo.text(2, 6)
+        there = torch.arange(4, 10)[None]
+        with softhooks.attach(model, softhooks.PromptTuning(3, init="random")) as prompt:
+            assert prompt.injection == "shared"
+            found = model(input_ids=ids, position_ids=there).logits
+            with softhooks.disabled(model):
+                words = model.get_input_embeddings()(ids)
+                rows = torch.cat([prompt.embeddings().expand(2, -1, -1), words], 1)
+                expected = model(inputs_embeds=rows, position_ids=torch.arange(4, 13)[None]).logits[:, 3:]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prefix_is_refused_before_a_text_that_starts_elsewhere():
+    model, ids = zoo.build("llama"), zoo.text(2, 6)
+    with softhooks.attach(model, softhooks.PrefixTuning(3, init="random")):
+        model(input_ids=ids, position_ids=torch.arange(6)[None])
+        with pytest.raises(softhooks.UnsupportedModeError, match="position_ids that start at 4"):
+            model(input_ids=ids, position_ids=torch.arange(4, 10)[None])
+        cached = model(input_ids=ids[:, :4], use_cache=True)
+        model(input_ids=ids[:, 4:], past_key_values=cached.past_key_values, position_ids=torch.arange(4, 6)[None])

@@ -15,6 +15,7 @@ from softhooks.inject.beyond import warn_beyond
 from softhooks.inject.branch import open_branch
 from softhooks.inject.cachepass import CachePass
 from softhooks.inject.cross import CrossSlotPass
+from softhooks.inject.elsewhere import refuse_elsewhere, starts_elsewhere
 from softhooks.inject.fallback import FallbackPass, refusal, require_sharing
 from softhooks.inject.keyvalues import KeyValues, mix
 from softhooks.inject.material import reaching
@@ -51,7 +52,7 @@ def open_pass(
         _refuse_left_padding(stack, padding_mask(call, outer))
     if any(prompt.injection == "branch" for prompt in prompts):
         return _open_branch(stack, call, selection, outer)
-    reached = _reached(stack, call, prompts)
+    reached = _reached(stack, call, prompts, outer)
     in_sequence = {prompt: prompt.injection == "slots" or bool(reached[prompt]) for prompt in prompts}
     if set(in_sequence.values()) == {True, False}:
         raise UnsupportedModeError(
@@ -74,10 +75,15 @@ def open_pass(
         raise refusal(fallen_back, error) from error
 
 
-def _reached(stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt]) -> dict[SoftPrompt, list[str]]:
+def _reached(
+    stack: Stack, call: dict[str, Any], prompts: Sequence[SoftPrompt], outer: Outer | None
+) -> dict[SoftPrompt, list[str]]:
     """What in the call could change the states of each prompt that is computed once as a rule."""
+    refuse_elsewhere(stack, moved := starts_elsewhere(stack, call, outer), prompts)
     found = {
-        prompt: reaching(stack, call, prompt.layout.columns) if prompt.injection == "shared" else []
+        prompt: reaching(stack, call, prompt.layout.columns) + ([moved] if moved else [])
+        if prompt.injection == "shared"
+        else []
         for prompt in prompts
     }
     for prompt, names in found.items():
