@@ -31,6 +31,7 @@ from softhooks.labels import Labels
 from softhooks.left_padding import takes_left_padding
 from softhooks.method import Method, PromptEncoder
 from softhooks.model_saving import stand_in
+from softhooks.own_masks import require_common_masks
 from softhooks.peft_base import home, keep_wrapped, refuse_prompts
 from softhooks.placeholder import BUFFER, fresh_ids, reads_ids, stored_ids
 from softhooks.probe import examine
@@ -227,6 +228,7 @@ def _prove_reached(prompt: SoftPrompt) -> None:
     with proving(prompt.model):
         check_causality(prompt)
         check_unread(prompt)
+        require_common_masks(prompt)
         prompt.takes_left_padding = takes_left_padding(prompt)
 
 

@@ -1,0 +1,49 @@
+"""Prefixes in models that make their masks of the text's own keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import real_words
+import torch
+import transformers as tf
+import zoo
+
+import softhooks
+from softhooks import Cartridge, ContextTuning, PrefixTuning, PTuningV2, UnsupportedMethodError
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": zoo.VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": zoo.PAD, "max_position_embeddings": 64,
+}  # fmt: skip
+_METHODS = (
+    PrefixTuning(3),
+    PTuningV2(3),
+    ContextTuning(demonstrations=[[5, 6, 7]]),
+    Cartridge(3, document=[5, 6, 7, 8], distill=False),
+)
+
+
+@torch.no_grad()
+def _wide(model: Any) -> Any:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", _METHODS, ids=lambda method: method.kind)
+def test_a_prefix_is_refused_where_masks_are_made_of_values(method: Any) -> None:
+    """Doge adds to each key's scores what it makes of its value, which a prefix would be without."""
+    model = _wide(tf.DogeForCausalLM(tf.DogeConfig(**_SIZES)))
+    with pytest.raises(UnsupportedMethodError, match="masks that do not depend on what a text says"):
+        softhooks.attach(model, method)
+    assert real_words.front_gap(model, zoo.text(1, 12), 4) < 1e-5  # what the message recommends
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3", "mistral", "bert", "t5", "bart"])
+def test_other_models_have_the_same_masks_for_every_text(arch: str) -> None:
+    model = zoo.build(arch, "seq2seq" if arch in ("t5", "bart") else "masked" if arch == "bert" else "causal").eval()
+    softhooks.attach(model, PrefixTuning(3)).remove()
