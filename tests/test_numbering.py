@@ -92,3 +92,12 @@ def test_a_model_that_counts_padding_by_its_id_is_watched_on_words(padding):
     model = _model("kosmos-2.5")
     for measure in (real_words.prefix_gap, real_words.front_gap, real_words.slots_gap):
         assert measure(model, zoo.text(1, 9), 3, **padding) < 1e-5, measure.__name__
+
+
+def test_a_document_that_was_read_stands_before_the_text_of_a_decoder_told_at_its_table():
+    model, ids = _model("bart decoder"), zoo.text(1, 12)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[:, 8:]
+        with softhooks.attach(model, softhooks.Cartridge(8, document=ids[0, :8].tolist())) as prompt:
+            assert prompt.conventions["shift_positions"]
+            torch.testing.assert_close(model(input_ids=ids[:, 8:]).logits, expected, atol=1e-4, rtol=1e-4)

@@ -28,7 +28,7 @@ class ReadPrefix(Method):
     def conventions(self, anatomy: Anatomy) -> dict[str, Any]:
         """Positions move behind the text wherever the model can be told so; sliding layers see it as tokens."""
         stack = anatomy.entry
-        shift = stack.causal and (stack.positions.argument or stack.through == "cache")
+        shift = stack.causal and (stack.positions.movable or stack.through == "cache")
         return {"shift_positions": shift, "windowed": True}
 
     @staticmethod
