@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Positions, Table, first_state
 from softhooks.inject.positions import place_at_table
-from softhooks.trainer.offload import device_of
+from softhooks.trainer.offload import read
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 """What a model may raise on positions that it does not take."""
@@ -110,7 +110,8 @@ class _Watch:
         self.run = run
         self.module = module
         # `torch.manual_seed` also notes for CUDA who has called it, which takes as long as a small model's forward.
-        self._seed = torch.default_generator.manual_seed if device_of(module).type == "cpu" else torch.manual_seed
+        on_cpu = all(weight.device.type == "cpu" for weight in module.parameters())
+        self._seed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed
         self.parts = [
             part
             for part in module.modules()
@@ -132,12 +133,12 @@ class _Watch:
             handed.append(kwargs.get("position_ids"))
             return None if told is None else (args, {**kwargs, "position_ids": told})
 
-        def read(part: nn.Module, _args: Any, output: Any) -> None:
+        def note(part: nn.Module, _args: Any, output: Any) -> None:
             found = _where(part, output)
             if found is not None and all(one.module is not part for one in tables):
                 tables.append(found)
 
-        handles = [part.register_forward_hook(read) for part in self.parts]
+        handles = [part.register_forward_hook(note) for part in self.parts]
         handles.append(self.module.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(self.module.register_forward_hook(lambda _m, _a, out: states.append(first_state(out).detach())))
         if table is not None and ids is not None:
@@ -168,6 +169,10 @@ def _where(part: nn.Module, output: Any) -> Table | None:
     for name, matrix in _own(part):
         if matrix.shape[1] != rows.shape[1] or len(matrix) < len(rows):
             continue
+        matrix = read(part, name, matrix)  # it may be offloaded
+        if matrix.is_meta:
+            continue
+        matrix = matrix.to(rows.device)
         for first in (matrix == rows[0]).all(-1).nonzero().flatten().tolist():
             if torch.equal(matrix[first : first + len(rows)], rows):
                 return Table(part, name, first)
