@@ -43,6 +43,17 @@ def test_a_prefix_is_refused_where_masks_are_made_of_values(method: Any) -> None
     assert real_words.front_gap(model, zoo.text(1, 12), 4) < 1e-5  # what the message recommends
 
 
+def test_a_model_that_reads_keys_past_the_cache_of_an_encoder_decoder_is_refused() -> None:
+    """BigBird takes the keys of its own text for those of the encoder, where there is a cache."""
+    config = tf.BigBirdConfig(**_SIZES, is_decoder=True, add_cross_attention=True, attention_type="original_full")
+    model = tf.BigBirdForCausalLM(config).eval()
+    ids, states = zoo.text(2, 5), torch.randn(2, 4, 32)
+    with softhooks.attach(model, PrefixTuning(3)):
+        model(ids)
+        with pytest.raises(softhooks.UnsupportedModeError, match="keep the keys of an encoder apart"):
+            model(ids, encoder_hidden_states=states)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3", "mistral", "bert", "t5", "bart"])
 def test_other_models_have_the_same_masks_for_every_text(arch: str) -> None:
     model = zoo.build(arch, "seq2seq" if arch in ("t5", "bart") else "masked" if arch == "bert" else "causal").eval()

@@ -113,6 +113,21 @@ class PrefixPair(EncoderDecoderCache):
         super().__init__(prefixed, ListeningCache() if own is None else own.cross_attention_cache)
         self.is_updated = _Never() if own is None else own.is_updated
 
+    @property
+    def layers(self) -> Any:  # type: ignore[override]
+        """Refuse a model that reads keys out of the cache by itself, past `update`, and knows of one kind of keys only.
+
+        Raises:
+            UnsupportedModeError: always.
+        """
+        raise UnsupportedModeError(
+            explain(
+                "a prefix that enters through a cache needs layers that keep the keys of an encoder apart from their own.",
+                "Use a prompt that enters as embeddings, such as PromptTuning.",
+                asked="`past_key_values.layers`, of a cache with the keys of an encoder",
+            )
+        )
+
 
 class _Never(dict[int, bool]):
     """Notes of which layers have keys for cross-attention, where none are kept."""
