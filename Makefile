@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
 KILLS ?= 50
+SURVEY_ARGS ?=
 EXTRAS ?=
 # Two workers with one thread each: torch's own threads would otherwise fight over the same cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest
@@ -22,7 +23,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit properties kill-test benchmark test-oldest test-extras clean
+.PHONY: help install demo test lint types unit properties survey kill-test benchmark test-oldest test-extras clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -46,6 +47,9 @@ unit: $(INTEGRATED)  ## pytest alone
 
 properties: $(INTEGRATED)  ## the property-based tests with many more examples
 	HYPOTHESIS_PROFILE=thorough $(call PYTEST,$(BIN)) -n 2 -m hypothesis $(PYTEST_ARGS)
+
+survey: $(INTEGRATED)  ## try every architecture in transformers' Auto mappings (SURVEY_ARGS="--tasks causal --only llama")
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.survey $(SURVEY_ARGS)
 
 kill-test: $(INSTALLED)  ## kill trainings of every method at 50 random moments, resume each, compare them bit by bit
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/kills.py --kills $(KILLS)

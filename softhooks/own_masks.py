@@ -30,7 +30,7 @@ class _MaskPass(Pass):
     def embed(self, output: Tensor) -> Tensor:
         """Return the same rows at the start of a graph."""
         self.rows = output.detach().requires_grad_(torch.is_grad_enabled())
-        return self.rows
+        return self.rows.clone()  # CTRL scales its embeddings in place, which a leaf does not allow
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note the mask, and go on."""

@@ -20,6 +20,7 @@ from softhooks.groups import groups_of
 from softhooks.inject.caches import ListeningCache
 from softhooks.inject.keyvalues import flatten
 from softhooks.inject.shared import CapturePass
+from softhooks.probe import examine
 
 
 @torch.no_grad()
@@ -77,9 +78,9 @@ def front_gap(model: Any, ids: Tensor, length: int, **padding: Any) -> float:
 def _embedded_gap(
     model: Any, ids: Tensor, length: int, injection: Any, left: int = 0, right: int = 0, positions: bool = False
 ) -> float:
-    method = softhooks.PromptTuning(length, init="random")
+    words = examine(model).entry.embedding(ids[:, :length])[0]
+    method = softhooks.PromptTuning(length, init="tensor", init_tensor=words)
     with softhooks.attach(model, method, train_head=False, injection=injection) as prompt:
-        prompt.encoder.embeddings.copy_(prompt.host.anatomy.entry.embedding(ids[:, :length])[0])
         with softhooks.disabled(model):
             expected = _run(model, prompt, _call(prompt, ids, ids.roll(1, -1)))
         return _gap(expected, _text(model, prompt, ids, length, left, right, positions), length)

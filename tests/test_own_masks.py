@@ -58,3 +58,10 @@ def test_a_model_that_reads_keys_past_the_cache_of_an_encoder_decoder_is_refused
 def test_other_models_have_the_same_masks_for_every_text(arch: str) -> None:
     model = zoo.build(arch, "seq2seq" if arch in ("t5", "bart") else "masked" if arch == "bert" else "causal").eval()
     softhooks.attach(model, PrefixTuning(3)).remove()
+
+
+def test_a_model_that_scales_its_embeddings_in_place_takes_a_prefix() -> None:
+    """CTRL multiplies what its embedding returns in place, which torch forbids where gradients start."""
+    config = tf.CTRLConfig(vocab_size=zoo.VOCABULARY, n_embd=32, dff=48, n_layer=2, n_head=4, n_positions=64)
+    model = _wide(tf.CTRLLMHeadModel(config))
+    assert real_words.prefix_gap(model, zoo.text(1, 12), 3, left=2) < 1e-5

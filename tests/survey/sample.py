@@ -1,0 +1,90 @@
+"""The fixed sample: architectures of every kind that differs in what a prompt depends on, and what is refused on them."""
+
+from __future__ import annotations
+
+from tests.survey.findings import Case
+
+_ARCHITECTURES = {
+    "causal": (
+        "afmoe arcee bamba bart bert biogpt bloom codegen cohere2 ctrl deepseek_v3 deepseek_v32 deepseek_v4 diffllama exaone4 "
+        "falcon gemma2 gemma3_text gemma3n_text gemma4_text glm4 gpt2 gpt_neo gpt_neox gpt_oss gptj granitemoehybrid "
+        "hrm_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 opt persimmon phi3 "
+        "qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet"
+    ),
+    "masked": (
+        "albert bert big_bird camembert convbert deberta-v2 distilbert electra esm fnet ibert layoutlm luke mobilebert "
+        "modernbert mpnet nystromformer rembert roberta roformer squeezebert tapas xlm yoso"
+    ),
+    "qa": "lilt layoutlmv3 markuplm splinter",
+    "sequence": "funnel gpt2 llama roberta t5",
+    "seq2seq": "bart fsmt m2m_100 marian pegasus prophetnet t5",
+    "image_text": "exaone4_5 fuyu gemma3 gemma4 kosmos-2.5 llava mllama paligemma qwen2_vl",
+}
+
+_CROSS = (("add_cross_attention", True),)
+
+SAMPLE = [
+    *[Case(task, arch) for task, names in _ARCHITECTURES.items() for arch in names.split()],
+    Case("causal", "gpt2", _CROSS, ("encoder_hidden_states",)),
+    Case("causal", "bert", _CROSS, ("encoder_hidden_states",)),
+    Case("causal", "trocr", (), ("encoder_hidden_states",)),
+    Case("causal", "gpt2", (), ("token_type_ids",)),
+]
+"""Every case that the tests run."""
+
+_REASONS: list[tuple[str, str, str]] = [
+    (
+        "a gated branch needs attention that goes through transformers' attention interface",
+        "adapter",
+        (
+            "bloom-causal codegen-causal falcon-causal gpt_neo-causal gptj-causal mamba2-causal mpt-causal "
+            "trocr-causal xglm-causal big_bird-masked convbert-masked fnet-masked luke-masked nystromformer-masked "
+            "squeezebert-masked tapas-masked xlm-masked yoso-masked lilt-qa layoutlmv3-qa prophetnet-seq2seq "
+            "trocr-causal-encoder_hidden_states"
+        ),
+    ),
+    (
+        "a gated branch needs layers whose keys and values are made of their input alone",
+        "adapter",
+        "ctrl-causal diffllama-causal mobilebert-masked",
+    ),
+    (
+        "a key-value prefix needs masks that do not depend on what a text says",
+        "prefix",
+        "deepseek_v32-causal",
+    ),
+    (
+        "no gradient reaches",
+        "prefix adapter",
+        "hrm_text-causal",
+    ),
+    (
+        "a key-value prefix needs attention that goes through transformers' attention interface",
+        "prefix",
+        (
+            "mamba2-causal big_bird-masked convbert-masked fnet-masked luke-masked nystromformer-masked "
+            "squeezebert-masked tapas-masked xlm-masked yoso-masked lilt-qa layoutlmv3-qa prophetnet-seq2seq"
+        ),
+    ),
+    (
+        "no nn.Embedding that is given the text's ids as they are",
+        "prompt prefix adapter",
+        "xlnet-causal ibert-masked",
+    ),
+    (
+        "nothing but the embeddings returns one state for each of the text's ids",
+        "prompt prefix adapter",
+        "funnel-sequence",
+    ),
+    (
+        "a soft prompt needs a model that runs in each of the probes at attach",
+        "prompt prefix adapter",
+        "fsmt-seq2seq",
+    ),
+]
+"""Words of the sentence with which attach refuses, the kinds of prompt, and the cases."""
+
+REFUSED = {
+    f"{case}: {kind}": words for words, kinds, cases in _REASONS for kind in kinds.split() for case in cases.split()
+}
+"""What attach refuses, by case and kind, and words of its sentence."""
