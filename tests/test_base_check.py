@@ -21,8 +21,8 @@ from softhooks import Cartridge, PrefixTuning, PromptTuning
 from softhooks.errors import CheckpointError, PromptMismatchError
 from softhooks.fingerprint import Fingerprint, take
 from softhooks.host import Host
+from softhooks.likeness import compare
 from softhooks.probe import examine
-from softhooks.saving.base_check import compare
 
 ARCHS = ["llama", "gpt2", "bert", "t5", "roberta", "mixtral", "gemma3", "deberta"]
 METHODS = {"prompt": PromptTuning(3), "prefix": PrefixTuning(3), "slots": PromptTuning(3, placement="after_first")}
@@ -91,13 +91,36 @@ def test_a_head_and_a_pooler_of_its_own_are_no_other_base(tmp_path: Path) -> Non
     softhooks.load(other, folder).remove()
 
 
-def test_adapters_beside_the_base_are_no_other_base(tmp_path: Path) -> None:
+def _with_lora(seed: int, **options: Any) -> Any:
     peft = pytest.importorskip("peft")
+    model = zoo.build("llama")
+    torch.manual_seed(seed)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], **options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "loaded_onto"), [("lora", "bare"), ("bare", "lora"), ("lora", "other"), ("lora", "off")]
+)
+def test_adapters_that_are_on_are_part_of_the_base(tmp_path: Path, trained_on: str, loaded_onto: str) -> None:
+    def make(which: str) -> Any:
+        if which == "bare":
+            return zoo.build("llama")
+        model = _with_lora(1 if which == "other" else 0, init_lora_weights=False)
+        if which == "off":
+            model.base_model.disable_adapter_layers()
+        return model
+
+    folder = saved(make(trained_on), tmp_path)
+    softhooks.load(make(trained_on), folder).remove()
+    with pytest.raises(PromptMismatchError, match=r"other adapters \(LoRA\) are on, or none"):
+        softhooks.load(make(loaded_onto), folder)
+    softhooks.load(make(loaded_onto), folder, strict=False).remove()
+
+
+def test_adapters_that_change_nothing_or_train_with_the_prompt_are_no_other_base(tmp_path: Path) -> None:
     folder = saved(zoo.build("llama"), tmp_path / "bare")
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    lora = peft.get_peft_model(zoo.build("llama"), config).eval()
-    softhooks.load(lora, folder).remove()
-    folder = saved(lora, tmp_path / "over", trainable="*lora_*")
+    softhooks.load(_with_lora(0), folder).remove()  # fresh LoRA adds nothing
+    folder = saved(_with_lora(0, init_lora_weights=False), tmp_path / "over", trainable="*lora_*")
     with pytest.warns(UserWarning, match="parameters of the base were trained beside"):
         softhooks.load(zoo.build("llama"), folder).remove()
 
