@@ -35,6 +35,7 @@ class Site:
         heads: Hk. key_dim, value_dim: D of the keys and of the values.
         turns: where one module serves several layers, as in ALBERT: their sites, in the order of its calls in a forward.
         feed: how to give rows to the module, once that was found out.
+        is_windowed: whether its masks hide what is farther than the config's `sliding_window`, of which its calls do not tell.
     """
 
     stack: Stack
@@ -46,6 +47,7 @@ class Site:
     value_dim: int
     turns: list[Site] = field(default_factory=list)
     feed: Feed | None = None
+    is_windowed: bool = False
 
     @property
     def numbers(self) -> int:

@@ -20,6 +20,7 @@ from softhooks.inject.joined import attend_joined, can_join, join_mask
 from softhooks.inject.keyvalues import KeyValues
 from softhooks.inject.paged import JoinedCache, paged_cache
 from softhooks.inject.passes import AttentionFunction, function_name
+from softhooks.inject.reaches import require_one_chunk, window_of
 from softhooks.inject.remade import remade
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
@@ -39,6 +40,7 @@ class PrefixPass(CheckpointedPass):
         self, stack: Stack, prefixes: dict[Role, KeyValues], positions: Tensor | None, training: bool = False
     ) -> None:
         super().__init__(stack)
+        require_one_chunk(stack, prefixes.get("self"), positions)
         self.prefixes = prefixes
         self.positions = positions
         self._masks: dict[tuple[Any, ...], tuple[Any, Any]] = {}
@@ -91,7 +93,7 @@ class PrefixPass(CheckpointedPass):
     ) -> Any:
         """Widen the mask over the prefix; equal for all layers with one window, so built once a forward."""
         name = function_name(attention)
-        window = window_of(module, kwargs) if site.role == "self" else None
+        window = window_of(site, kwargs) if site.role == "self" else None
         everywhere = not self.stack.causal or self.prefixes[site.role].windowed is False
         refuse_attention(name, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))
         window = window if self.stack.causal else None  # around a token, a window is the mask's alone
@@ -114,7 +116,7 @@ class PrefixPass(CheckpointedPass):
         self, site: Site, module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool
     ) -> Tensor:
         """The mask of rows joined behind one prefix; built once a forward, as the widened one."""
-        window = window_of(module, kwargs) if self.stack.causal else None
+        window = window_of(site, kwargs) if self.stack.causal else None
         causal = causal and query.shape[2] > 1
         bare = site.index if site.index in self.prefixes[site.role].bare else None
         place = ("joined", bare, window, causal, id(mask), query.shape, query.device)
@@ -164,12 +166,6 @@ class PrefixPass(CheckpointedPass):
             keys = {index: self.cut_off(tensor) for index, tensor in prefix.keys.items()}
             values = {index: self.cut_off(tensor) for index, tensor in prefix.values.items()}
             self.prefixes[role] = replace(prefix, keys=keys, values=values)
-
-
-def window_of(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """How many tokens, itself among them, a token of a site sees; None: all."""
-    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-    return window if isinstance(window, int) and window > 0 else None
 
 
 def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, masked: bool = False) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from softhooks.anatomy import Site, Stack, first_state
-from softhooks.inject.attention import window_of
 from softhooks.inject.caches import ListeningCache
 from softhooks.inject.checkpointing import is_checkpointed
 from softhooks.inject.keyvalues import KeyValues
 from softhooks.inject.paged import attend_alone
 from softhooks.inject.passes import AttentionFunction, Pass
+from softhooks.inject.reaches import window_of
 from softhooks.walk import every_module
 
 
@@ -46,7 +46,7 @@ class CapturePass(Pass):
         self.touched = True
         self.keys[site.role][site.index] = args[2]
         self.values[site.role][site.index] = args[3]
-        return attend_alone(attention, window_of(args[0], kwargs), args, kwargs)
+        return attend_alone(attention, window_of(site, kwargs), args, kwargs)
 
 
 def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softhooks.anatomy import Role, Site, Stack, first_state
 from softhooks.inject.caches import ListeningCache
 from softhooks.inject.interface import MARK, close_interface, files_of, open_interface
+from softhooks.inject.reaches import SHORT, hides_distant, short_window
 from softhooks.inject.written_out import is_replaced, known, written_out_attention
 
 
@@ -23,6 +24,7 @@ class _Heard:
     module: nn.Module
     key: torch.Size
     value: torch.Size
+    hides_distant: bool = False
 
 
 def survey(stacks: list[Stack], ids: Tensor) -> None:
@@ -34,6 +36,7 @@ def survey(stacks: list[Stack], ids: Tensor) -> None:
         stack.sites = _sites(stack, heard, ids.shape[1])
         if stack.sites:
             stack.through = "attention"
+            _note_windows(stack, inputs)
             continue
         stack.sites = _sites(stack, _listen_at_written_out(stack, inputs), ids.shape[1])
         if stack.sites:
@@ -55,7 +58,8 @@ class _Listener:
 
     def attend(self, _site: Any, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module, _query, key, value = args[:4]
-        self.heard.append(_Heard(module, key.shape, value.shape))
+        mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
+        self.heard.append(_Heard(module, key.shape, value.shape, hides_distant(mask)))
         return attention(*args, **kwargs)
 
 
@@ -89,6 +93,20 @@ def _sites(stack: Stack, heard: list[_Heard], encoded: int) -> list[Site]:
         sites.append(site)
         count[role] += 1
     return sites
+
+
+def _note_windows(stack: Stack, inputs: dict[str, Tensor]) -> None:
+    """Run a stack whose config has windows with a short one, and note the sites whose masks follow."""
+    config = short_window(stack)
+    if config is None:
+        return
+    window, config.sliding_window = config.sliding_window, SHORT
+    try:
+        heard, _ = _listen_at_attention(stack, inputs)
+    finally:
+        config.sliding_window = window
+    for site, call in zip(stack.sites, heard, strict=False):
+        site.is_windowed = site.role == "self" and call.hides_distant
 
 
 # --- attention that is written out ------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ _ARCHITECTURES = {
     "causal": (
         "afmoe arcee bamba bart bert biogpt bloom codegen cohere2 ctrl deepseek_v3 deepseek_v32 deepseek_v4 diffllama exaone4 "
         "falcon gemma2 gemma3_text gemma3n_text gemma4_text glm4 gpt2 gpt_neo gpt_neox gpt_oss gptj granitemoehybrid "
-        "hrm_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 opt persimmon phi3 "
-        "qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet"
+        "hrm_text inkling_text jamba lfm2 llama llama4_text mamba2 mistral mixtral modernbert-decoder mpt olmo2 opt persimmon "
+        "phi3 phimoe qwen3 qwen3_next smollm3 stablelm trocr xglm xlnet"
     ),
     "masked": (
         "albert bert big_bird camembert convbert deberta-v2 distilbert electra esm fnet ibert layoutlm luke mobilebert "
