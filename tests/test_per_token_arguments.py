@@ -225,3 +225,17 @@ def test_segments_that_are_looked_up_in_the_table_of_words_do_not_bring_the_prom
             with model.get_input_embeddings().register_forward_hook(put_in):
                 expected = model(input_ids=wide, token_type_ids=types).logits
     torch.testing.assert_close(found[:, 1:], expected[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_point_at_words_are_refused_beside_slots() -> None:
+    """Luke's entities name the columns of their words, which slots move."""
+    config = tf.LukeConfig(**ROBERTA, entity_vocab_size=8, entity_emb_size=16)
+    model = _build(tf.LukeModel(config))
+    entities = {"entity_ids": torch.tensor([[1, 2]] * 2), "entity_position_ids": torch.tensor([[[1, 2], [3, -1]]] * 2)}
+    bare = model(IDS, attention_mask=MASK, **entities).last_hidden_state
+    with softhooks.attach(model, PromptTuning(3)):
+        model(IDS, attention_mask=MASK)
+        with pytest.raises(UnsupportedModeError, match="positions that point at words"):
+            model(IDS, attention_mask=MASK, **entities)
+        with softhooks.disabled(model):
+            assert torch.equal(model(IDS, attention_mask=MASK, **entities).last_hidden_state, bare)

@@ -149,6 +149,14 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
     for key, value in call.items():
         if not isinstance(value, Tensor) or key in known:
             continue
+        if key.endswith("_position_ids") and not key.startswith("decoder_"):
+            raise UnsupportedModeError(
+                explain(
+                    "virtual tokens among the text move its words, and positions that point at words cannot follow.",
+                    f"Leave `{key}` out, or disable the prompt for this call.",
+                    argument=f"{key} {list(value.shape)}",
+                )
+            )
         of_encoder = (
             key == "encoder_attention_mask"
         )  # [B, S], whatever S is; one with more dimensions is for each query
