@@ -114,12 +114,14 @@ def _padding(case: Case, model: Any, prompt: Any, text: Text) -> Iterator[str]:
     """Pad the rows and tell it by the mask alone.
 
     Not where the bare model reads padding whatever the mask says (FNet, convolutions), and on the left not where it pools the
-    first column, which padding then is.
+    first column, which padding then is, or makes its decoder's ids of the text's (BART with a classifier).
     """
     if not _heeds_masks(model, text):
         return
-    pools_first = case.task == "sequence" and not prompt.host.anatomy.entry.causal
-    for side in ("left", "right") if not pools_first else ("right",):
+    anatomy = prompt.host.anatomy
+    pools_first = case.task == "sequence" and not anatomy.entry.causal
+    copies_text = anatomy.is_encoder_decoder and case.task != "seq2seq"
+    for side in ("right",) if pools_first or copies_text else ("left", "right"):
         try:
             moved = checks.padding(model, text, side, _pad(model))
         except UnsupportedModeError:
@@ -193,7 +195,7 @@ def _takes_embeddings(model: Any, text: Text) -> bool:
 def _real_words(case: Case, model: Any, kind: str, text: Text) -> Iterator[str]:
     """Compare a prompt of real words with these words in the text, behind padding too."""
     compare = {"prompt": real_words.front_gap, "prefix": real_words.prefix_gap}.get(kind)
-    if compare is None or case.brings or case.task not in PER_TOKEN or (kind == "prefix" and _is_apart(model)):
+    if compare is None or case.brings or case.task not in PER_TOKEN or (kind == "prefix" and _is_apart(case, model)):
         return
     for left in (0, 3) if _heeds_masks(model, text) else (0,):
         try:
@@ -204,15 +206,21 @@ def _real_words(case: Case, model: Any, kind: str, text: Text) -> Iterator[str]:
             yield f"real words as a {kind} differ by {gap:.1g} from themselves ({left} columns of padding)"
 
 
-def _is_apart(model: Any) -> bool:
-    """Whether a prefix means something else than words by definition.
+def _is_apart(case: Case, model: Any) -> bool:
+    """Whether a prefix means something else than words by definition, or cannot be compared with them.
 
     Recurrent and convolutional layers read the text alone, a prefix has no relative bias, words that are joined with their
-    neighbours at the embedding have none, and in an encoder every token sees the whole prefix, whatever its window.
+    neighbours at the embedding have none, and in an encoder every token sees the whole prefix, whatever its window. Heads for
+    questions let no cache through, by which some models' keys are read.
     """
     config = model.config.get_text_config()
-    if hasattr(config, "relative_attention_num_buckets") or getattr(config, "trigram_input", False):
+    if (
+        hasattr(config, "relative_attention_num_buckets")
+        or getattr(config, "trigram_input", False)
+        or case.task == "qa"
+    ):
         return True
     kinds = set(getattr(config, "layer_types", None) or ()) | set(getattr(config, "layers_block_type", None) or ())
     is_hybrid = bool(kinds - {"full_attention", "sliding_attention", "chunked_attention", "attention"})
-    return is_hybrid or bool(getattr(config, "local_attention", None) and not getattr(config, "is_decoder", False))
+    has_window = any(getattr(config, name, None) for name in ("local_attention", "sliding_window"))
+    return is_hybrid or (has_window and case.task != "causal" and case.task != "image_text")
