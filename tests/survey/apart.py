@@ -8,6 +8,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from tests.survey import checks
 from tests.survey.findings import KINDS, Case, examine
 
 _context = multiprocessing.get_context("forkserver")
@@ -33,8 +34,9 @@ def _examine(case: Case, answer: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        case.build()
-    except Exception as error:  # noqa: BLE001 - the tiny config does not suit the model: nothing to examine
+        model = case.build()
+        checks.answer(model, checks.text_for(model, case.task, case.brings).call())
+    except Exception as error:  # noqa: BLE001 - the tiny config does not suit the model, or it does not run on ids alone
         answer.send(dict.fromkeys(KINDS, f"not run: {type(error).__name__}: {' '.join(str(error).split())[:200]}"))
         return
     try:
