@@ -104,12 +104,14 @@ def test_it_generates_beside_other_prompts(entry: Entry) -> None:
         names.append("prefix")
     model.eval()
     batch = naive.left_padded([zoo.text(1, 3 + n, seed=n)[0] for n in range(len(names))])
-    batch |= entry.extra(range(len(names)))
+    columns = entry.extra(range(len(names)))
+    batch |= columns
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     with softhooks.rows(model, names):
         together = model.generate(**batch, **options)
     for row, name in enumerate(names):
-        alone = {key: value[row : row + 1] for key, value in batch.items()}
+        taken = [key for key in batch if name != "prefix" or key not in columns]  # a prefix alone takes no column
+        alone = {key: batch[key][row : row + 1] for key in taken}
         with softhooks.rows(model, [name]):
             assert torch.equal(model.generate(**alone, **options)[0], together[row]), name
     for name in [name for name in names if name]:
