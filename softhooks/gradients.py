@@ -1,4 +1,4 @@
-"""Gradients that frozen parameters hold from before: an optimizer over all parameters would step by them, clipping count them."""
+"""Set aside the gradients that frozen parameters already had: an optimizer over all parameters would apply them."""
 
 from __future__ import annotations
 

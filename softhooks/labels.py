@@ -34,7 +34,7 @@ class Labels:
 
     @classmethod
     def of(cls, config: Any) -> Labels:
-        """What a config holds now."""
+        """Read the label names from a config."""
         named, numbered = getattr(config, "id2label", None), getattr(config, "label2id", None)
         return cls(
             dict(named) if isinstance(named, Mapping) else named,

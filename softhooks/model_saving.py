@@ -63,7 +63,7 @@ class SavePrompts:
         return self._save_prompts(Path(call["save_directory"]), call)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by their names: the second is another one in PEFT than in transformers."""
+        """Name the arguments of a call; the second positional argument differs between PEFT and transformers."""
         model: Any = self.host.model
         signature = inspect.signature(self._before or type(model).save_pretrained)
         names = [name for name in signature.parameters if name != "self"]

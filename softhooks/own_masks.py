@@ -72,7 +72,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
 
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
-    """Run a text without the prompt, through the model or, where that takes more than ids, through the stack."""
+    """Run a text without the prompt: through the whole model, or through the stack alone if the model needs more than ids."""
     live, anatomy = _MaskPass(stack), prompt.host.anatomy
     by_itself = anatomy.is_encoder_decoder or anatomy.choices is not None
     ids = probe_ids(prompt.model, anatomy.vocabulary, columns, seed)

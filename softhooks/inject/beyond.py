@@ -1,4 +1,4 @@
-"""Prompt and text beyond the positions that rotary embeddings were trained for: no error there, but answers get worse."""
+"""Warn when prompt and text exceed `max_position_embeddings` of rotary embeddings: no error, but worse answers."""
 
 from __future__ import annotations
 

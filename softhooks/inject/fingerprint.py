@@ -43,7 +43,7 @@ class Snapshot:
         self.facts = facts
 
     def __deepcopy__(self, _memo: object) -> Snapshot:
-        """It never changes, so copies of a cache share it."""
+        """Return the same object: it is immutable, so copies of a cache can share it."""
         return self
 
     def equals(self, values: list[Tensor], facts: tuple[Any, ...]) -> bool:

@@ -185,7 +185,7 @@ class LlamaAdapter(Method):
         return self.context_size is not None and CONTEXT not in given
 
     def parts(self, anatomy: Anatomy, group: str) -> list[Part]:
-        """Rows and gates of each layer, factors and offsets of each linear layer; those for a context need one to be reached."""
+        """List the rows and gates of each layer, and the factors and offsets of each linear layer."""
         stack = next(stack for stack in anatomy.stacks if group.startswith(f"{stack.name}_"))
         kind = group.removeprefix(f"{stack.name}_")
         if kind in (FACTORS, OFFSETS):

@@ -106,7 +106,7 @@ class SoftPromptCallback(TrainerCallback):
         expect(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up a copied or unpickled state, and be told of Trainers as the first one is."""
+        """Restore a copied or unpickled callback, and register it for the Trainers that are made later."""
         self.__dict__.update(state)
         expect(self)
 
