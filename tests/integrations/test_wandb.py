@@ -70,7 +70,7 @@ def runs(home: Path) -> Iterator[Runs]:
 
 
 def records(folders: list[Path]) -> dict[str, list[Any]]:
-    """The records of some runs, by kind; the format is LevelDB's log."""
+    """The whole records of some runs, by kind; the format is LevelDB's log."""
     from wandb.proto import wandb_internal_pb2
 
     found: dict[str, list[Any]] = {}
@@ -82,6 +82,8 @@ def records(folders: list[Path]) -> dict[str, list[Any]]:
                 place += BLOCK - place % BLOCK
                 continue
             length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+            if place + 7 + length > len(data):  # the service is still writing this one
+                break
             whole += data[place + 7 : place + 7 + length]
             place += 7 + length
             if kind in (1, 4):
@@ -90,6 +92,18 @@ def records(folders: list[Path]) -> dict[str, list[Any]]:
                 found.setdefault(record.WhichOneof("record_type"), []).append(record)
                 whole = b""
     return found
+
+
+def test_a_record_that_is_still_being_written_is_left_for_the_next_look(tmp_path: Path) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    record = wandb_internal_pb2.Record(exit=wandb_internal_pb2.RunExitRecord(exit_code=0, runtime=7))
+    body = record.SerializeToString()
+    data = b":W&B" + bytes(3) + (bytes(4) + struct.pack("<HB", len(body), 1) + body) * 2
+    for size in range(7, len(data) + 1):
+        (tmp_path / "run.wandb").write_bytes(data[:size])
+        whole = (size - 7) // (7 + len(body))
+        assert len(records([tmp_path]).get("exit", ())) == whole
 
 
 def rows_of(found: dict[str, list[Any]]) -> list[dict[str, Any]]:
