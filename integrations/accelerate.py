@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.files import read_tensors, write_tensors
 from softhooks.trainer.optimizer import require_held
@@ -89,12 +89,10 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
     for other in others:
         if other.prompt is not None and other.prompt.model is prompt.model:
             raise TrainerError(
-                explain(
-                    "an Accelerator tracks one prompt of a model.",
-                    "Remove the other prompt, or attach this one to a model of its own.",
-                    tracked=repr(other.prompt.name),
-                    asked=repr(prompt.name),
-                )
+                "an Accelerator tracks one prompt of a model.",
+                "Remove the other prompt, or attach this one to a model of its own.",
+                tracked=repr(other.prompt.name),
+                asked=repr(prompt.name),
             )
     agree(prompt, accelerator.device)
     number = max((other.number + 1 for other in others), default=0)
@@ -107,20 +105,16 @@ def _refuse(accelerator: Any, prompt: SoftPrompt) -> None:
     kind = accelerator.distributed_type.value
     if kind in _PARTS or shards(prompt.model):
         raise TrainerError(
-            explain(
-                "an Accelerator's checkpoints hold a prompt only where each process holds the whole model.",
-                "Train with DDP, or with `transformers.Trainer` and SoftPromptCallback, which knows FSDP2.",
-                launched=_PARTS.get(kind, "the model is sharded"),
-            )
+            "an Accelerator's checkpoints hold a prompt only where each process holds the whole model.",
+            "Train with DDP, or with `transformers.Trainer` and SoftPromptCallback, which knows FSDP2.",
+            launched=_PARTS.get(kind, "the model is sharded"),
         )
     if not is_alone() and any(holds(model, prompt.model) for model in accelerator._models):
         raise TrainerError(
-            explain(
-                "in several processes a prompt must be on its model, and tracked, before the model is prepared.",
-                "Call `softhooks.attach`, then `track`, then `accelerator.prepare`: DDP shares the gradients that it knows then.",
-                processes=accelerator.num_processes,
-                prompt=f"{prompt.name!r} on a model that is prepared already",
-            )
+            "in several processes a prompt must be on its model, and tracked, before the model is prepared.",
+            "Call `softhooks.attach`, then `track`, then `accelerator.prepare`: DDP shares the gradients that it knows then.",
+            processes=accelerator.num_processes,
+            prompt=f"{prompt.name!r} on a model that is prepared already",
         )
     _optimizer_of(accelerator, prompt)
 
@@ -207,12 +201,10 @@ class Tracker:
         beside = around(bare(model), prompt.model)
         if beside or not safe_serialization:
             raise TrainerError(
-                explain(
-                    "`save_model` of a prompted model writes the prompt, in safetensors, and nothing else.",
-                    "Call `prompt.save_pretrained(directory)`, and save what stands around the model by itself.",
-                    safe_serialization=safe_serialization,
-                    around=", ".join(list(beside)[:8]) or "nothing",
-                )
+                "`save_model` of a prompted model writes the prompt, in safetensors, and nothing else.",
+                "Call `prompt.save_pretrained(directory)`, and save what stands around the model by itself.",
+                safe_serialization=safe_serialization,
+                around=", ".join(list(beside)[:8]) or "nothing",
             )
         if _writes(accelerator):
             prompt.save_pretrained(save_directory)
@@ -230,12 +222,10 @@ class Tracker:
         saver.require_own(state)
         if not saver.loaded:
             raise TrainerError(
-                explain(
-                    "a run goes on from a checkpoint that holds its prompt.",
-                    "Load one that `save_state` wrote while the prompt was tracked.",
-                    checkpoint=folder,
-                    expected=LIVE,
-                )
+                "a run goes on from a checkpoint that holds its prompt.",
+                "Load one that `save_state` wrote while the prompt was tracked.",
+                checkpoint=folder,
+                expected=LIVE,
             )
         beside = read_tensors(folder / AROUND)[0] if (folder / AROUND).is_file() else {}
         require_same(beside, around(model, prompt.model))
@@ -263,12 +253,10 @@ def _require_prepared(models: list[nn.Module], prompt: SoftPrompt) -> nn.Module:
         if holds(model, prompt.model):
             return bare(model)
     raise TrainerError(
-        explain(
-            "a tracked prompt must be on a model that the Accelerator has prepared.",
-            "Pass the model to `accelerator.prepare`, or remove the prompt.",
-            prompt=f"{prompt.name!r} on {type(prompt.model).__name__}",
-            prepared=", ".join(type(bare(model)).__name__ for model in models) or "none",
-        )
+        "a tracked prompt must be on a model that the Accelerator has prepared.",
+        "Pass the model to `accelerator.prepare`, or remove the prompt.",
+        prompt=f"{prompt.name!r} on {type(prompt.model).__name__}",
+        prepared=", ".join(type(bare(model)).__name__ for model in models) or "none",
     )
 
 
@@ -284,12 +272,10 @@ def _place_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
     if len(found) == 1:
         return found[0]
     raise TrainerError(
-        explain(
-            "the weights that accelerate is about to write must hold the prompt once, in its model.",
-            "Let no other hook of `register_save_state_pre_hook` take them away before.",
-            prompt=repr(prompt.name),
-            found=f"{len(found)} times among the weights of {len(weights)} models",
-        )
+        "the weights that accelerate is about to write must hold the prompt once, in its model.",
+        "Let no other hook of `register_save_state_pre_hook` take them away before.",
+        prompt=repr(prompt.name),
+        found=f"{len(found)} times among the weights of {len(weights)} models",
     )
 
 

@@ -38,7 +38,7 @@ from typing import Any
 from torch import nn
 
 from softhooks.command.request import from_sections
-from softhooks.errors import AttachError, SoftHooksError, TrainerError, explain
+from softhooks.errors import AttachError, SoftHooksError, TrainerError
 from softhooks.method import Method
 from softhooks.prompt import host_of
 from softhooks.trainer.callback import SoftPromptCallback
@@ -65,30 +65,24 @@ def read(cfg: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
     section = cfg.get(SECTION)
     if not section:
         raise TrainerError(
-            explain(
-                "the plugin of softhooks takes its options from the configuration.",
-                f"Write a section `{SECTION}:` with `method:` and `options:`, or take the plugin out of `plugins:`.",
-                found=f"{SECTION}: {section!r}",
-            )
+            "the plugin of softhooks takes its options from the configuration.",
+            f"Write a section `{SECTION}:` with `method:` and `options:`, or take the plugin out of `plugins:`.",
+            found=f"{SECTION}: {section!r}",
         )
     method, options = from_sections(section, f"the section `{SECTION}:`")
     for key, what in _UNTRIED.items():
         if cfg.get(key):
             raise TrainerError(
-                explain(
-                    "a prompt trains in Axolotl's supervised fine-tuning and pre-training.",
-                    f"Take `{key}` out, or train with softhooks' other integrations (TRL, Trainer).",
-                    asked=f"{key}: {cfg.get(key)!r}",
-                    that_is=what,
-                )
+                "a prompt trains in Axolotl's supervised fine-tuning and pre-training.",
+                f"Take `{key}` out, or train with softhooks' other integrations (TRL, Trainer).",
+                asked=f"{key}: {cfg.get(key)!r}",
+                that_is=what,
             )
     if cfg.get("adapter") and not options.get("trainable"):
         raise TrainerError(
-            explain(
-                "with a prompt attached, an adapter is frozen unless it is named.",
-                'Write `callback: {trainable: "*lora_*"}` to train both, or take `adapter` out.',
-                adapter=repr(cfg.get("adapter")),
-            )
+            "with a prompt attached, an adapter is frozen unless it is named.",
+            'Write `callback: {trainable: "*lora_*"}` to train both, or take `adapter` out.',
+            adapter=repr(cfg.get("adapter")),
         )
     return method, options
 
@@ -113,11 +107,9 @@ def check(cfg: Mapping[str, Any], model: nn.Module) -> tuple[Method, dict[str, A
     host = host_of(model)
     if host is not None:
         raise AttachError(
-            explain(
-                "Axolotl's model must come without a prompt; the plugin brings it.",
-                "Name the plugin once, and attach nothing in other plugins.",
-                attached=", ".join(map(repr, host.prompts)),
-            )
+            "Axolotl's model must come without a prompt; the plugin brings it.",
+            "Name the plugin once, and attach nothing in other plugins.",
+            attached=", ".join(map(repr, host.prompts)),
         )
     return read(cfg)
 

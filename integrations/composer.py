@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.errors import AttachError, SoftHooksError, TrainerError, explain
+from softhooks.errors import AttachError, SoftHooksError, TrainerError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt, host_of
 from softhooks.trainer.kept import live_tensors
@@ -150,12 +150,10 @@ class _Events:
         foreign = sorted(set(found) - set(own))
         if wrong or foreign:
             raise TrainerError(
-                explain(
-                    "a checkpoint must hold what this prompt trains, name by name and shape by shape, and nothing else.",
-                    "Resume with the method, the name and the options that wrote it.",
-                    missing_or_of_another_shape=", ".join(wrong[:4]) or "none",
-                    unknown=", ".join(foreign[:4]) or "none",
-                )
+                "a checkpoint must hold what this prompt trains, name by name and shape by shape, and nothing else.",
+                "Resume with the method, the name and the options that wrote it.",
+                missing_or_of_another_shape=", ".join(wrong[:4]) or "none",
+                unknown=", ".join(foreign[:4]) or "none",
             )
         self._loaded = {name: value.detach().clone() for name, value in found.items()}
         for name, tensor in model.state_dict().items():
@@ -163,7 +161,7 @@ class _Events:
 
 
 def _refusal(what: str, found: object, expected: str, remedy: str) -> TrainerError:
-    return TrainerError(explain(f"a prompt trains in Composer with {expected} ({what}).", remedy, found=found))
+    return TrainerError(f"a prompt trains in Composer with {expected} ({what}).", remedy, found=found)
 
 
 def _algorithm() -> type:

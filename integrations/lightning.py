@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 import softhooks
-from softhooks.errors import OptionError, SoftHooksError, TrainerError, explain
+from softhooks.errors import OptionError, SoftHooksError, TrainerError
 from softhooks.frozen import FrozenReport
 from softhooks.method import Method
 from softhooks.objectives import refuse_evaluation
@@ -182,12 +182,10 @@ class _Callback:
         for other in trainer.callbacks:
             if isinstance(other, _Callback) and other is not self and other.name == self.name:
                 raise TrainerError(
-                    explain(
-                        "each SoftPromptCallback of a Trainer needs a name of its own, by which its files are told apart.",
-                        "Give one of them another `name=`.",
-                        first=f"{self.name!r} for {self.attribute!r}: {self.method!r}",
-                        second=f"{other.name!r} for {other.attribute!r}: {other.method!r}",
-                    )
+                    "each SoftPromptCallback of a Trainer needs a name of its own, by which its files are told apart.",
+                    "Give one of them another `name=`.",
+                    first=f"{self.name!r} for {self.attribute!r}: {self.method!r}",
+                    second=f"{other.name!r} for {other.attribute!r}: {other.method!r}",
                 )
         path = find_model(pl_module, self.attribute)
         host = host_of(pl_module.get_submodule(path))
@@ -257,26 +255,20 @@ def _refuse(trainer: Any) -> None:
     strategy = trainer.strategy
     if not _kinds(strategy) & _KNOWN or _kinds(strategy) & _UNKNOWN:
         raise TrainerError(
-            explain(
-                "a prompt trains with Lightning where each process holds the whole model.",
-                "Use one device, or `strategy='ddp'`; a transformers Trainer with SoftPromptCallback knows FSDP2.",
-                strategy=type(strategy).__name__,
-            )
+            "a prompt trains with Lightning where each process holds the whole model.",
+            "Use one device, or `strategy='ddp'`; a transformers Trainer with SoftPromptCallback knows FSDP2.",
+            strategy=type(strategy).__name__,
         )
     if "_MultiProcessingLauncher" in _kinds(strategy.launcher):
         raise TrainerError(
-            explain(
-                "a prompt must outlive the processes that train it.",
-                "Use `strategy='ddp'`, which starts the script anew in each process.",
-                strategy=f"{type(strategy).__name__}, in processes that are spawned or forked",
-            )
+            "a prompt must outlive the processes that train it.",
+            "Use `strategy='ddp'`, which starts the script anew in each process.",
+            strategy=f"{type(strategy).__name__}, in processes that are spawned or forked",
         )
     for callback in trainer.callbacks:
         if _kinds(callback) & _AVERAGING:
             raise TrainerError(
-                explain(
-                    "weights cannot be averaged while a prompt trains: averaging copies the model, hooks and all.",
-                    "Leave the callback out.",
-                    callback=type(callback).__name__,
-                )
+                "weights cannot be averaged while a prompt trains: averaging copies the model, hooks and all.",
+                "Leave the callback out.",
+                callback=type(callback).__name__,
             )

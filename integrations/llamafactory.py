@@ -34,7 +34,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from softhooks.errors import SoftHooksError, TrainerError, explain
+from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.method import Method
 from softhooks.trainer.callback import SoftPromptCallback
 
@@ -109,4 +109,4 @@ def callback_for(args: Mapping[str, Any], method: Method, **options: Any) -> Sof
 
 def _refusal(asked: str, why: str, remedy: str) -> TrainerError:
     rule = "a prompt trains in LLaMA-Factory's supervised fine-tuning and pre-training, and nothing else trains."
-    return TrainerError(explain(rule, remedy, asked=asked, because=why))
+    return TrainerError(rule, remedy, asked=asked, because=why)

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from softhooks.errors import OptionError, SoftHooksError, UnsupportedMethodError, explain
+from softhooks.errors import OptionError, SoftHooksError, UnsupportedMethodError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,12 +83,10 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
     needs = "slots that are looked for in each row" if prompt.layout.searches else needed(prompt)
     if needs:
         raise UnsupportedMethodError(
-            explain(
-                "the harness gives a model rows of ids, in which every continuation is scored at its own place.",
-                "Use a prompt that stands at the front; of a multitask prompt, one task.",
-                method=prompt.method.kind,
-                needs=needs,
-            )
+            "the harness gives a model rows of ids, in which every continuation is scored at its own place.",
+            "Use a prompt that stands at the front; of a multitask prompt, one task.",
+            method=prompt.method.kind,
+            needs=needs,
         )
 
 
@@ -128,12 +126,10 @@ def _language_model() -> type:
             carries = not isinstance(pretrained, str) and host_of(pretrained) is not None
             if carries == (prompt is not None):
                 raise OptionError(
-                    explain(
-                        "a model is scored with one prompt: one that is loaded, or one that it carries.",
-                        "Give `prompt=DIR` with a bare model; for the bare model alone, use the harness's own `hf`.",
-                        model="carries a prompt" if carries else "carries none",
-                        prompt=prompt,
-                    )
+                    "a model is scored with one prompt: one that is loaded, or one that it carries.",
+                    "Give `prompt=DIR` with a bare model; for the bare model alone, use the harness's own `hf`.",
+                    model="carries a prompt" if carries else "carries none",
+                    prompt=prompt,
                 )
             super().__init__(pretrained, **kwargs)
             if prompt is None:

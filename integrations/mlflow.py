@@ -44,7 +44,7 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.errors import SoftHooksError, TrainerError, explain
+from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.report import ABOUT, WORDS, PromptReport, table_of
 from softhooks.words import Word
@@ -83,20 +83,16 @@ class PromptArtifact(PromptReport):
         """
         if os.environ.get(_EAGER, "").upper() in _TRUE:
             raise TrainerError(
-                explain(
-                    "a checkpoint of a prompt is no model that `pyfunc` could load.",
-                    f"Unset {_EAGER}: PromptArtifact keeps the prompt's files.",
-                    **{_EAGER: os.environ[_EAGER]},
-                )
+                "a checkpoint of a prompt is no model that `pyfunc` could load.",
+                f"Unset {_EAGER}: PromptArtifact keeps the prompt's files.",
+                **{_EAGER: os.environ[_EAGER]},
             )
         self._run_id = self._of_trial(state) if state.is_hyper_param_search else _active()
         if self._run_id is None:
             raise TrainerError(
-                explain(
-                    "PromptArtifact adds to a run of MLflow; none is under way.",
-                    "Set report_to='mlflow', which starts one, or call `mlflow.start_run()` before `train()`.",
-                    run=None,
-                )
+                "PromptArtifact adds to a run of MLflow; none is under way.",
+                "Set report_to='mlflow', which starts one, or call `mlflow.start_run()` before `train()`.",
+                run=None,
             )
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 

@@ -45,7 +45,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from softhooks.attach import attach
 from softhooks.candidate import Candidate, Chosen
-from softhooks.errors import CheckpointError, OptionError, SoftHooksError, TrainerError, explain
+from softhooks.errors import CheckpointError, OptionError, SoftHooksError, TrainerError, format_message
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.trainer.callback import SoftPromptCallback
@@ -100,12 +100,10 @@ class PromptSpace:
             return self.suggest(_optuna().trial.FixedTrial(dict(parameters)))
         except (ValueError, KeyError) as error:
             raise OptionError(
-                explain(
-                    "what was found must be of this space.",
-                    "Give the space that was searched.",
-                    found=dict(parameters),
-                    candidates=", ".join(self.candidates),
-                )
+                "what was found must be of this space.",
+                "Give the space that was searched.",
+                found=dict(parameters),
+                candidates=", ".join(self.candidates),
             ) from error
 
     # --- with a Trainer -----------------------------------------------------------------------------------------------
@@ -132,11 +130,9 @@ class PromptSpace:
         own = [one for one in trainer.callback_handler.callbacks if isinstance(one, _Searching) and one.space is self]
         if not own:
             raise TrainerError(
-                explain(
-                    "a Trainer settles on what its own callback has searched.",
-                    "Pass `space.callback()` to it in `callbacks=[...]`.",
-                    callbacks=", ".join(type(one).__name__ for one in trainer.callback_handler.callbacks),
-                )
+                "a Trainer settles on what its own callback has searched.",
+                "Pass `space.callback()` to it in `callbacks=[...]`.",
+                callbacks=", ".join(type(one).__name__ for one in trainer.callback_handler.callbacks),
             )
         own[0].settled = chosen.method
         for name, value in getattr(found, "hyperparameters", {}).items():
@@ -231,18 +227,16 @@ def checkpoint_of(best: Any, args: Any) -> Path:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is None:
         raise CheckpointError(
-            explain(
-                "a run comes back from a checkpoint that it has saved.",
-                "Search with save_strategy='steps' or 'epoch' and without `hp_name`, or train it again after "
-                "`space.settle(best, trainer)`.",
-                looked_in=folder,
-            )
+            "a run comes back from a checkpoint that it has saved.",
+            "Search with save_strategy='steps' or 'epoch' and without `hp_name`, or train it again after "
+            "`space.settle(best, trainer)`.",
+            looked_in=folder,
         )
     return Path(last)
 
 
 def _together(trial: Any) -> str:
-    return explain(
+    return format_message(
         "the trials of a search share one Trainer or one model, so they follow one another.",
         "Search with n_jobs=1; let several processes share the study's storage instead.",
         trial=f"{trial.number}, while another one is under way",

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from softhooks.errors import NameTakenError, OptionError, PromptMismatchError, SoftHooksError, explain
+from softhooks.errors import NameTakenError, OptionError, PromptMismatchError, SoftHooksError
 from softhooks.probe import examine, unwrapped
 from softhooks.prompt import SoftPrompt, host_of
 from softhooks.saving import peft_export, peft_format
@@ -156,12 +156,10 @@ def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) ->
     unknown = [name for name in chosen if name not in configs]
     if unknown or not chosen or len(set(chosen.values())) < len(chosen):
         raise OptionError(
-            explain(
-                "`names` must name adapters of the PEFT model, each once, and give each a name of its own.",
-                "Leave it out to take all of them.",
-                asked=chosen,
-                adapters=list(configs),
-            )
+            "`names` must name adapters of the PEFT model, each once, and give each a name of its own.",
+            "Leave it out to take all of them.",
+            asked=chosen,
+            adapters=list(configs),
         )
     return chosen
 
@@ -240,12 +238,10 @@ def _require_one_model(prompts: list[SoftPrompt]) -> None:
     detached = [prompt.name for prompt in prompts if not prompt.is_attached]
     if len(models) != 1 or detached:
         raise OptionError(
-            explain(
-                "`to_peft` takes prompts that are attached to one model.",
-                "Attach or load them first; call it once for each model.",
-                models=len(models),
-                removed=detached or "none",
-            )
+            "`to_peft` takes prompts that are attached to one model.",
+            "Attach or load them first; call it once for each model.",
+            models=len(models),
+            removed=detached or "none",
         )
 
 
@@ -260,12 +256,10 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
     others = sorted(set(host.prompts) - {prompt.name for prompt in prompts}) if host and model is own else []
     if hasattr(model, "peft_config") or (host is not None and model is not own) or others:
         raise OptionError(
-            explain(
-                "PEFT wraps a bare model.",
-                "Load the base model anew, or remove its other prompts first; merge its LoRA.",
-                model=type(model).__name__,
-                carries=f"prompts {others or sorted(host.prompts)}" if host is not None else "adapters of PEFT",
-            )
+            "PEFT wraps a bare model.",
+            "Load the base model anew, or remove its other prompts first; merge its LoRA.",
+            model=type(model).__name__,
+            carries=f"prompts {others or sorted(host.prompts)}" if host is not None else "adapters of PEFT",
         )
     if model is own:
         return
@@ -275,13 +269,11 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
     ]
     if mine != theirs or heads:
         raise PromptMismatchError(
-            explain(
-                "a prompt must enter a model of the kind that it was trained with.",
-                "Load the base model that it was trained with.",
-                prompt=mine,
-                model=theirs,
-                heads_that_do_not_fit=heads or "none",
-            )
+            "a prompt must enter a model of the kind that it was trained with.",
+            "Load the base model that it was trained with.",
+            prompt=mine,
+            model=theirs,
+            heads_that_do_not_fit=heads or "none",
         )
 
 

@@ -42,7 +42,7 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from softhooks.errors import SoftHooksError, TrainerError, explain
+from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.trainer.processes import is_alone
 
 CHECKPOINT = "checkpoint"
@@ -101,13 +101,11 @@ def last_checkpoint(start: Any = None) -> Iterator[str | None]:
         path = Path(folder) / CHECKPOINT
         if not path.is_dir():
             raise TrainerError(
-                explain(
-                    "a run goes on from a checkpoint that ReportCallback has reported.",
-                    "Give the run another name or storage path, or resume from such a checkpoint.",
-                    checkpoint=repr(checkpoint),
-                    holds=", ".join(sorted(entry.name for entry in Path(folder).iterdir())) or "nothing",
-                    expected=f"{CHECKPOINT}/",
-                )
+                "a run goes on from a checkpoint that ReportCallback has reported.",
+                "Give the run another name or storage path, or resume from such a checkpoint.",
+                checkpoint=repr(checkpoint),
+                holds=", ".join(sorted(entry.name for entry in Path(folder).iterdir())) or "nothing",
+                expected=f"{CHECKPOINT}/",
             )
         yield str(path)
 
@@ -116,11 +114,9 @@ def _copy(folder: Path, target: Path) -> None:
     """Copy a checkpoint, without what only its writer needs: locks and temporary files."""
     if not folder.is_dir():
         raise TrainerError(
-            explain(
-                "a Trainer's save must leave a checkpoint to report.",
-                "Use the Trainer's own `output_dir` and names.",
-                expected=folder,
-            )
+            "a Trainer's save must leave a checkpoint to report.",
+            "Use the Trainer's own `output_dir` and names.",
+            expected=folder,
         )
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns(".*"))
 

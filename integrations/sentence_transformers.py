@@ -47,7 +47,6 @@ import softhooks
 from softhooks.errors import (
     CheckpointError,
     TrainerError,
-    explain,
 )
 from softhooks.frozen import FrozenRecord
 from softhooks.host import CONTAINER
@@ -125,13 +124,11 @@ def load(folder: str | Path, **options: Any) -> Any:
         raise CheckpointError(f"{folder} must hold a sentence model; it does not: {error}") from error
     if KIND not in kinds or family not in FAMILIES:
         raise CheckpointError(
-            explain(
-                "only a model that was saved with its prompt is loaded so.",
-                "Load any other with sentence-transformers itself.",
-                folder=folder,
-                model=family,
-                modules=", ".join(map(str, kinds)),
-            )
+            "only a model that was saved with its prompt is loaded so.",
+            "Load any other with sentence-transformers itself.",
+            folder=folder,
+            model=family,
+            modules=", ".join(map(str, kinds)),
         )
     classes = {KIND: prompted_transformer()}
     return getattr(library, family)._load_with_module_classes(str(folder), classes, **options)
@@ -181,11 +178,9 @@ class SentencePromptCallback(SoftPromptCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and self._saver is not None and not self._saver.loaded:
             raise TrainerError(
-                explain(
-                    "a run that should end with its best prompt must have loaded it; the library only logs why it has not.",
-                    "See the error logged above; `load_prompt` reads the checkpoint.",
-                    best=best,
-                )
+                "a run that should end with its best prompt must have loaded it; the library only logs why it has not.",
+                "See the error logged above; `load_prompt` reads the checkpoint.",
+                best=best,
             )
         super().on_train_end(args, state, control, **kwargs)
         if self._around is not None:
@@ -198,11 +193,9 @@ def _refuse_arguments(args: Any) -> None:
         found.append("fsdp (accelerate's configuration)")
     if found:
         raise TrainerError(
-            explain(
-                "a prompt on a sentence model trains uncompiled and unsharded; several processes train it with DDP.",
-                "Leave this out.",
-                found=", ".join(found),
-            )
+            "a prompt on a sentence model trains uncompiled and unsharded; several processes train it with DDP.",
+            "Leave this out.",
+            found=", ".join(found),
         )
 
 
@@ -212,11 +205,9 @@ def _refuse_weights_of_losses(optimizer: Any, model: nn.Module) -> None:
     shapes = [list(p.shape) for group in groups for p in group["params"] if p.requires_grad and id(p) not in known]
     if shapes:
         raise TrainerError(
-            explain(
-                "a loss must have no weights of its own: the library's checkpoints lose them.",
-                "Use a loss without, such as MultipleNegativesRankingLoss or CoSENTLoss; for classes, a CrossEncoder or SetFit.",
-                found=f"{len(shapes)} tensors {shapes}",
-            )
+            "a loss must have no weights of its own: the library's checkpoints lose them.",
+            "Use a loss without, such as MultipleNegativesRankingLoss or CoSENTLoss; for classes, a CrossEncoder or SetFit.",
+            found=f"{len(shapes)} tensors {shapes}",
         )
 
 

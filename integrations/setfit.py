@@ -39,7 +39,7 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.errors import TrainerError, UnsupportedModelError, explain
+from softhooks.errors import TrainerError, UnsupportedModelError
 from softhooks.integrations.sentence_transformers import SentencePromptCallback
 from softhooks.prompt import require_host
 from softhooks.within.sentences import transformer_of
@@ -82,13 +82,11 @@ class SetFitPromptCallback(SentencePromptCallback):
         known = None if self.soft_prompt is None else self.soft_prompt.model
         if known is not None and transformer_of(body).model is not known:
             raise TrainerError(
-                explain(
-                    "a setfit.Trainer must train the model that it was made with: it runs that one in its forwards, whatever its "
-                    "`model` is now, and steps the other.",
-                    "Make a new Trainer, with a callback of its own, for each model and each trial.",
-                    made_with=f"{type(known).__name__} at {id(known):#x}",
-                    found=f"{type(body.transformers_model).__name__} at {id(body.transformers_model):#x}",
-                )
+                "a setfit.Trainer must train the model that it was made with: it runs that one in its forwards, whatever its "
+                "`model` is now, and steps the other.",
+                "Make a new Trainer, with a callback of its own, for each model and each trial.",
+                made_with=f"{type(known).__name__} at {id(known):#x}",
+                found=f"{type(body.transformers_model).__name__} at {id(body.transformers_model):#x}",
             )
 
 
@@ -96,20 +94,16 @@ def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
     """SetFit's model, and what sentence-transformers would have told of the body's training."""
     if "st_model" not in kwargs:
         raise TrainerError(
-            explain(
-                "this callback is for a setfit.Trainer.",
-                "Use SentencePromptCallback, or SoftPromptCallback with a Trainer of transformers.",
-                model=type(kwargs.get("model")).__name__,
-            )
+            "this callback is for a setfit.Trainer.",
+            "Use SentencePromptCallback, or SoftPromptCallback with a Trainer of transformers.",
+            model=type(kwargs.get("model")).__name__,
         )
     model = kwargs["model"]
     if any(kind.__name__ == "SpanSetFitModel" for kind in type(model).__mro__):
         raise UnsupportedModelError(
-            explain(
-                "one callback trains one model; aspect-based sentiment analysis trains two with it.",
-                "Train the aspect and the polarity model without a prompt, or as two SetFit models.",
-                model=type(model).__name__,
-            )
+            "one callback trains one model; aspect-based sentiment analysis trains two with it.",
+            "Train the aspect and the polarity model without a prompt, or as two SetFit models.",
+            model=type(model).__name__,
         )
     return model, kwargs["st_args"], {**kwargs, "model": kwargs["st_model"]}
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from softhooks.embedded import sequence_embeddings
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,11 +69,9 @@ def request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **op
     others = [name for name in ("text", "input_ids") if options.get(name) is not None]
     if others:
         raise OptionError(
-            explain(
-                "a request says its prompt once: as text, as ids, or as embeddings.",
-                "Leave the others out; the rows hold the text already.",
-                others=", ".join(others),
-            )
+            "a request says its prompt once: as text, as ids, or as embeddings.",
+            "Leave the others out; the rows hold the text already.",
+            others=", ".join(others),
         )
     return {
         "input_embeds": rows.detach().float().cpu().tolist(),

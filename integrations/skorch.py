@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError, explain
+from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
 from softhooks.host import CONTAINER, Container
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt, host_of
@@ -169,20 +169,16 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     made = model if isinstance(model, nn.Module) else model() if callable(model) else None
     if not isinstance(made, nn.Module):
         raise OptionError(
-            explain(
-                "a PromptedModule takes a model, or a function without arguments that makes one.",
-                "Give `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
-                model=f"{type(model).__name__}" + (f", which gives {type(made).__name__}" if callable(model) else ""),
-            )
+            "a PromptedModule takes a model, or a function without arguments that makes one.",
+            "Give `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
+            model=f"{type(model).__name__}" + (f", which gives {type(made).__name__}" if callable(model) else ""),
         )
     if host_of(made) is not None:
         raise AttachError(
-            explain(
-                "a PromptedModule attaches its prompt itself: a copy of a model that has one would hold two.",
-                "Give the bare model, and the method as `module__method`.",
-                model=type(made).__name__,
-                carries=", ".join(map(repr, host_of(made).prompts)),  # type: ignore[union-attr]
-            )
+            "a PromptedModule attaches its prompt itself: a copy of a model that has one would hold two.",
+            "Give the bare model, and the method as `module__method`.",
+            model=type(made).__name__,
+            carries=", ".join(map(repr, host_of(made).prompts)),  # type: ignore[union-attr]
         )
     if made is not model:
         return made
@@ -197,11 +193,9 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 def _refuse_own_loss(method: Method) -> None:
     if isinstance(method, Method) and method.objective() is not None:
         raise UnsupportedMethodError(
-            explain(
-                "skorch gives the labels to its criterion, and not to the model.",
-                "Train this method with a Trainer or a loop of your own.",
-                method=f"{method.kind}, which has a loss of its own and needs the labels in the forward",
-            )
+            "skorch gives the labels to its criterion, and not to the model.",
+            "Train this method with a Trainer or a loop of your own.",
+            method=f"{method.kind}, which has a loss of its own and needs the labels in the forward",
         )
 
 
@@ -215,11 +209,9 @@ def _prompts(net: Any) -> list[SoftPrompt]:
     found = [prompt for host in hosts for prompt in host.prompts.values() if prompt.name == host.active]
     if not found:
         raise TrainerError(
-            explain(
-                "FrozenCheck watches a net whose module has a prompt.",
-                "Use PromptedModule, or call `softhooks.attach` in the module's `__init__`.",
-                modules=", ".join(type(module).__name__ for module in modules),
-            )
+            "FrozenCheck watches a net whose module has a prompt.",
+            "Use PromptedModule, or call `softhooks.attach` in the module's `__init__`.",
+            modules=", ".join(type(module).__name__ for module in modules),
         )
     return found
 

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.errors import SoftHooksError, TrainerError, explain
+from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.initializers import embed_ids
 from softhooks.prompt import SoftPrompt
 from softhooks.report import ABOUT, WORDS, PromptReport, table_of
@@ -73,11 +73,9 @@ class PromptBoard(PromptReport):
         """Refuse a second reporter of the same kind."""
         if "tensorboard" in (args.report_to or []):
             raise TrainerError(
-                explain(
-                    "one callback writes a training's curves for TensorBoard.",
-                    "Set report_to='none', or leave 'tensorboard' out of the list; or leave PromptBoard out.",
-                    report_to=args.report_to,
-                )
+                "one callback writes a training's curves for TensorBoard.",
+                "Set report_to='none', or leave 'tensorboard' out of the list; or leave PromptBoard out.",
+                report_to=args.report_to,
             )
 
     def on_train_begin(

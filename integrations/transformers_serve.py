@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from softhooks.command.exits import reported, usage
-from softhooks.errors import OptionError, SoftHooksError, explain
+from softhooks.errors import OptionError, SoftHooksError
 
 
 def serve(prompt: str | Path, model: str, **options: Any) -> Any:
@@ -96,12 +96,10 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
             super()._validate_args()
             if self.force_model is None:
                 raise OptionError(
-                    explain(
-                        "a server with a prompt must be pinned to the model that the prompt was trained with.",
-                        "Name the model when the server starts.",
-                        prompt=prompt,
-                        model="any that a request names",
-                    )
+                    "a server with a prompt must be pinned to the model that the prompt was trained with.",
+                    "Name the model when the server starts.",
+                    prompt=prompt,
+                    model="any that a request names",
                 )
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:

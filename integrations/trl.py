@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import at_rest
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.host import Host
 from softhooks.method import Method
 from softhooks.prompt import host_of
@@ -76,7 +76,7 @@ def check(args: Any, model: nn.Module, method: Method, trainable: Sequence[str])
         TrainerError: naming the setting.
     """
     for found, rule, remedy in (*_unserved(args, model, method), *_adapters(args, model, trainable)):
-        raise TrainerError(explain(rule, remedy, found=found))
+        raise TrainerError(rule, remedy, found=found)
 
 
 def _kind(args: Any) -> str:
@@ -196,11 +196,9 @@ def _comparing(original: Callable[..., Any]) -> Callable[..., Any]:
             _require_bare(self)
             if self.ref_model is None and not self.precompute_ref_logps:
                 raise TrainerError(
-                    explain(
-                        "a reference must be without the prompt that trains.",
-                        "Set `precompute_ref_log_probs=True`, for which adapter and prompt are off, or pass a `ref_model`.",
-                        found="an adapter of PEFT and no `ref_model`: TRL turns off the adapter, and the prompt stays on",
-                    )
+                    "a reference must be without the prompt that trains.",
+                    "Set `precompute_ref_log_probs=True`, for which adapter and prompt are off, or pass a `ref_model`.",
+                    found="an adapter of PEFT and no `ref_model`: TRL turns off the adapter, and the prompt stays on",
                 )
         return original(self, *args, **kwargs)
 
@@ -231,10 +229,8 @@ def _require_bare(trainer: Any) -> None:
     encoders = [prompt.encoder for prompt in host.prompts.values()]
     if any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters()):
         raise TrainerError(
-            explain(
-                "a reference must be without the prompt that trains.",
-                "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with a prompt that was trained before, "
-                "load it on the model under another name, and name it: `reference(model, prompt=name)`.",
-                reference=f"{type(trainer.ref_model).__name__} with a copy of the prompt {host.selection}",
-            )
+            "a reference must be without the prompt that trains.",
+            "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with a prompt that was trained before, "
+            "load it on the model under another name, and name it: `reference(model, prompt=name)`.",
+            reference=f"{type(trainer.ref_model).__name__} with a copy of the prompt {host.selection}",
         )

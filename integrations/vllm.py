@@ -33,7 +33,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from softhooks.embedded import sequence_embeddings
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,11 +71,9 @@ def request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
     """
     if options.get("prompt"):
         raise OptionError(
-            explain(
-                "a request says its prompt once: as embeddings of the whole text, or as text.",
-                "Leave `prompt` out; the rows hold the text already.",
-                prompt=repr(options["prompt"]),
-            )
+            "a request says its prompt once: as embeddings of the whole text, or as text.",
+            "Leave `prompt` out; the rows hold the text already.",
+            prompt=repr(options["prompt"]),
         )
     return {"model": model, "prompt_embeds": encode(rows), **options}
 

@@ -36,7 +36,7 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from softhooks.errors import SoftHooksError, TrainerError, explain
+from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.report import ABOUT, WORDS, PromptReport, table_of
 from softhooks.words import Word
@@ -86,11 +86,9 @@ class PromptArtifact(PromptReport):
         run = _wandb().run
         if run is None:
             raise TrainerError(
-                explain(
-                    "PromptArtifact adds to a run of Weights & Biases; none is under way.",
-                    "Set report_to='wandb', which starts one, or call `wandb.init()` before `train()`.",
-                    run=None,
-                )
+                "PromptArtifact adds to a run of Weights & Biases; none is under way.",
+                "Set report_to='wandb', which starts one, or call `wandb.init()` before `train()`.",
+                run=None,
             )
         return run
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softhooks.anatomy import Anatomy
-from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, UnsupportedModelError, explain
+from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, UnsupportedModelError
 from softhooks.probe import unwrapped
 from softhooks.trainer.offload import device_of
 from softhooks.vocabulary import base_rows
@@ -94,11 +94,9 @@ def chosen_ids(asked: Any, model: nn.Module, anatomy: Anatomy) -> tuple[int, ...
         base = base_rows(model, anatomy)
         if base is None:
             raise OptionError(
-                explain(
-                    "train_added_tokens=True trains the rows that `resize_token_embeddings` has added; nothing tells of any.",
-                    "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
-                    model=f"{type(unwrapped(model)).__name__}, {anatomy.vocabulary} rows",
-                )
+                "train_added_tokens=True trains the rows that `resize_token_embeddings` has added; nothing tells of any.",
+                "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
+                model=f"{type(unwrapped(model)).__name__}, {anatomy.vocabulary} rows",
             )
         return tuple(range(base, anatomy.vocabulary))
     if hasattr(asked, "get_added_vocab"):
@@ -110,12 +108,10 @@ def chosen_ids(asked: Any, model: nn.Module, anatomy: Anatomy) -> tuple[int, ...
     beyond = [number for number in ids if not 0 <= number < anatomy.vocabulary]
     if not ids or beyond:
         raise OptionError(
-            explain(
-                "train_added_tokens must name rows of the model's vocabulary.",
-                "Call `model.resize_token_embeddings(len(tokenizer))` before, or mend the ids.",
-                ids=beyond or "none",
-                vocabulary=f"{anatomy.vocabulary} rows",
-            )
+            "train_added_tokens must name rows of the model's vocabulary.",
+            "Call `model.resize_token_embeddings(len(tokenizer))` before, or mend the ids.",
+            ids=beyond or "none",
+            vocabulary=f"{anatomy.vocabulary} rows",
         )
     return tuple(sorted(set(ids)))
 
@@ -161,12 +157,10 @@ def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
     found = {name: list(table.shape) for name, table in tables.items()}
     if expected != found:
         raise PromptMismatchError(
-            explain(
-                "a prompt's rows of added tokens must fit the tables of the model.",
-                "Load the base model that it was trained with.",
-                prompt=f"{found} ({source})",
-                model=expected,
-            )
+            "a prompt's rows of added tokens must fit the tables of the model.",
+            "Load the base model that it was trained with.",
+            prompt=f"{found} ({source})",
+            model=expected,
         )
     with torch.no_grad():
         for name, parameter in own.named_parameters():
@@ -193,13 +187,11 @@ def read_ids(told: Any, tables: dict[str, Tensor], source: str) -> tuple[int, ..
     )
     if not is_sound:
         raise CheckpointError(
-            explain(
-                "a file must hold one row for each added token that it names.",
-                "Save the prompt again.",
-                file=source,
-                tokens=told,
-                rows={name: list(table.shape) for name, table in tables.items()},
-            )
+            "a file must hold one row for each added token that it names.",
+            "Save the prompt again.",
+            file=source,
+            tokens=told,
+            rows={name: list(table.shape) for name, table in tables.items()},
         )
     return tuple(told)
 
@@ -241,10 +233,8 @@ def refuse_tables(model: nn.Module, found: str) -> NoReturn:
         UnsupportedModelError: saying what was found.
     """
     raise UnsupportedModelError(
-        explain(
-            "rows of added tokens are trained where one whole, unquantized table is looked up, and ids are used nowhere else.",
-            "Attach without `train_added_tokens`, and save the resized model beside the prompt.",
-            model=type(unwrapped(model)).__name__,
-            found=found,
-        )
+        "rows of added tokens are trained where one whole, unquantized table is looked up, and ids are used nowhere else.",
+        "Attach without `train_added_tokens`, and save the resized model beside the prompt.",
+        model=type(unwrapped(model)).__name__,
+        found=found,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.errors import UnsupportedModelError, explain
+from softhooks.errors import UnsupportedModelError
 
 
 @dataclass(eq=False)
@@ -128,25 +128,21 @@ def find_stack(
     stacks = [call for call in around if _mixes(call, twins, ids.shape)]
     if lookup is None or not stacks:
         raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs a stack that looks token ids up in an embedding and returns one state a token, which "
-                "depends on the other tokens.",
-                "No prompt can enter this model; tune it with adapters on its weights, such as LoRA.",
-                model=type(model).__name__,
-                found=_what_is_missing(lookup, around, name, ids),
-            )
+            "a soft prompt needs a stack that looks token ids up in an embedding and returns one state a token, which "
+            "depends on the other tokens.",
+            "No prompt can enter this model; tune it with adapters on its weights, such as LoRA.",
+            model=type(model).__name__,
+            found=_what_is_missing(lookup, around, name, ids),
         )
     candidates = dict.fromkeys([_fed(stacks[-1], lookup, calls, twins), *reversed(stacks)])
     is_whole = (call for call in candidates if name == "encoder" or not _runs_on(model, inputs, call, calls, twins))
     chosen = next(is_whole, None)
     if chosen is None:
         raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs one stack that the text runs through as a whole.",
-                "No prompt can enter this model; tune it with adapters on its weights, such as LoRA.",
-                model=type(model).__name__,
-                found=f"tokens still look at one another behind {stacks[0].path or 'what returns their states'}",
-            )
+            "a soft prompt needs one stack that the text runs through as a whole.",
+            "No prompt can enter this model; tune it with adapters on its weights, such as LoRA.",
+            model=type(model).__name__,
+            found=f"tokens still look at one another behind {stacks[0].path or 'what returns their states'}",
         )
     first, other = (_state(call)[:, 0].float() for call in (chosen, twins[id(chosen.module), chosen.turn]))
     return Found(chosen, lookup, causal=bool((first - other).abs().max() <= 1e-6 * first.abs().max().clamp(min=1e-6)))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.generation import Noting
 from softhooks.probe import unwrapped
 
@@ -34,23 +34,19 @@ def require_servable(host: Host) -> None:
     """
     if host.rows is not None:
         raise UnsupportedModeError(
-            explain(
-                "a continuous batch has one row, in which requests come and go: they all meet one prompt.",
-                "Name it with `softhooks.activate`, and serve the others by managers of their own, one after the other.",
-                rows=host.selection,
-            )
+            "a continuous batch has one row, in which requests come and go: they all meet one prompt.",
+            "Name it with `softhooks.activate`, and serve the others by managers of their own, one after the other.",
+            rows=host.selection,
         )
     prompt = host.prompts[str(host.active)]
     needs = needed(prompt)
     if prompt.injection in ("attention", "shared", "branch") and not needs:
         return
     raise UnsupportedModeError(
-        explain(
-            "in a continuous batch, a prompt must enter at attention and be the same for every request.",
-            "Use a prefix, or `placement='front'` on a model that can share its prompt; of a multitask prompt, one task.",
-            prompt=f"{prompt.name!r}: {prompt.method.kind}, which enters as {prompt.injection}",
-            **({"each request would need": needs} if needs else {}),
-        )
+        "in a continuous batch, a prompt must enter at attention and be the same for every request.",
+        "Use a prefix, or `placement='front'` on a model that can share its prompt; of a multitask prompt, one task.",
+        prompt=f"{prompt.name!r}: {prompt.method.kind}, which enters as {prompt.injection}",
+        **({"each request would need": needs} if needs else {}),
     )
 
 
@@ -103,14 +99,12 @@ class _Start(Noting):
         graphs = any(config.cuda_graph_booleans)
         if (joins and attention.removeprefix("paged|") not in ("sdpa", "eager")) or compiled or graphs:
             raise UnsupportedModeError(
-                explain(
-                    "a continuous batch meets a prompt where attention has a mask and each forward runs its hooks.",
-                    "Use 'sdpa' or 'eager' attention and `ContinuousBatchingConfig(auto_switch_to_flash=False, "
-                    "use_cuda_graph=False)`, without compiling.",
-                    attention=attention,
-                    cuda_graphs=graphs,
-                    compiled=compiled,
-                )
+                "a continuous batch meets a prompt where attention has a mask and each forward runs its hooks.",
+                "Use 'sdpa' or 'eager' attention and `ContinuousBatchingConfig(auto_switch_to_flash=False, "
+                "use_cuda_graph=False)`, without compiling.",
+                attention=attention,
+                cuda_graphs=graphs,
+                compiled=compiled,
             )
 
 

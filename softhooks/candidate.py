@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.method import Method
 
 
@@ -60,13 +60,11 @@ class Candidate:
             return self.make(length, **options)
         except TypeError as error:
             raise OptionError(
-                explain(
-                    "a candidate's options must be options of its method.",
-                    "Look at the method's documentation.",
-                    method=getattr(self.make, "__name__", self.make),
-                    options=", ".join(options) or "none",
-                    but=error,
-                )
+                "a candidate's options must be options of its method.",
+                "Look at the method's documentation.",
+                method=getattr(self.make, "__name__", self.make),
+                options=", ".join(options) or "none",
+                but=error,
             ) from error
 
     def suggest(self, trial: Any, name: str) -> Chosen:
@@ -94,11 +92,9 @@ def _check_choices(name: str, values: Any) -> None:
     )
     if not plain:
         raise OptionError(
-            explain(
-                "an option's values to choose from are a list of texts, numbers, truth values or None; of anything else there "
-                "can be one only.",
-                "Write init=['vocab', 'random'], or layers=[[0, 1]] for a value that is a list itself.",
-                option=name,
-                values=repr(values),
-            )
+            "an option's values to choose from are a list of texts, numbers, truth values or None; of anything else there "
+            "can be one only.",
+            "Write init=['vocab', 'random'], or layers=[[0, 1]] for a value that is a list itself.",
+            option=name,
+            values=repr(values),
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Stack, at_rest, decoder_ids, probe_ids
-from softhooks.errors import UnsupportedMethodError, explain
+from softhooks.errors import UnsupportedMethodError
 from softhooks.probe import as_choices
 from softhooks.prompt import SoftPrompt
 from softhooks.seeing import is_rounding, probe_length, sees_later
@@ -90,19 +90,15 @@ def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMeth
     }
     if stack.causal:
         return UnsupportedMethodError(
-            explain(
-                "with a prompt, as without, no token of a causal model may depend on a later one.",
-                "Use a method whose virtual tokens stand in the sequence, such as PromptTuning with injection='slots'.",
-                **about,
-                found=f"earlier states move by {change:.2g} of their size when later ids change",
-                because="its layers choose what a token sees by its position, which the prompt has moved",
-            )
+            "with a prompt, as without, no token of a causal model may depend on a later one.",
+            "Use a method whose virtual tokens stand in the sequence, such as PromptTuning with injection='slots'.",
+            **about,
+            found=f"earlier states move by {change:.2g} of their size when later ids change",
+            because="its layers choose what a token sees by its position, which the prompt has moved",
         )
     return UnsupportedMethodError(
-        explain(
-            "in an encoder, tokens must see those behind them, with a prompt as without.",
-            "Use another method, or another attention function (`model.set_attn_implementation`).",
-            **about,
-            found="no earlier state moves when later ids change",
-        )
+        "in an encoder, tokens must see those behind them, with a prompt as without.",
+        "Use another method, or another attention function (`model.set_attn_implementation`).",
+        **about,
+        found="no earlier state moves when later ids change",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softhooks.errors import AttachError, UnsupportedModeError, explain
+from softhooks.errors import AttachError, UnsupportedModeError
 
 TAKEN_BY = {
     "task_ids": "MultitaskPromptTuning",
@@ -39,13 +39,11 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
         if call.get(name) is None or name in used or name in own:
             continue
         raise UnsupportedModeError(
-            explain(
-                "a column for prompts needs a prompt in use that takes it; it would be ignored.",
-                f"Leave `{name}` out, or use a prompt that takes it (`softhooks.activate`).",
-                column=f"`{name}`",
-                taken_by=TAKEN_BY.get(name, "another prompt of this model"),
-                prompts_in_use=f"take {', '.join(f'`{column}`' for column in used) or 'no column'}",
-            )
+            "a column for prompts needs a prompt in use that takes it; it would be ignored.",
+            f"Leave `{name}` out, or use a prompt that takes it (`softhooks.activate`).",
+            column=f"`{name}`",
+            taken_by=TAKEN_BY.get(name, "another prompt of this model"),
+            prompts_in_use=f"take {', '.join(f'`{column}`' for column in used) or 'no column'}",
         )
 
 
@@ -74,12 +72,10 @@ class SignedForward:
         taken = [name for name in names if name in signature.parameters]
         if taken:
             raise AttachError(
-                explain(
-                    "a prompt's extra arguments must not be the model's own.",
-                    "Use another method for this model.",
-                    model=type(model).__name__,
-                    both=", ".join(taken),
-                )
+                "a prompt's extra arguments must not be the model's own.",
+                "Use another method for this model.",
+                model=type(model).__name__,
+                both=", ".join(taken),
             )
 
     @property
@@ -118,12 +114,10 @@ def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
             continue
         if not isinstance(value, Tensor):
             raise UnsupportedModeError(
-                explain(
-                    "an extra argument of the forward must be a tensor with one entry a row.",
-                    "Let the collator make a tensor of it.",
-                    argument=name,
-                    found=type(value).__name__,
-                )
+                "an extra argument of the forward must be a tensor with one entry a row.",
+                "Let the collator make a tensor of it.",
+                argument=name,
+                found=type(value).__name__,
             )
         taken[name] = value
     return taken
@@ -137,11 +131,9 @@ def require(given: dict[str, Tensor], name: str, why: str) -> Tensor:
     """
     if name not in given:
         raise UnsupportedModeError(
-            explain(
-                f"this prompt needs the argument `{name}` in each call of the model.",
-                f"Add a column `{name}` to the batch, or pass it to the model.",
-                because=why,
-                given=", ".join(given) or "no extra argument",
-            )
+            f"this prompt needs the argument `{name}` in each call of the model.",
+            f"Add a column `{name}` to the batch, or pass it to the model.",
+            because=why,
+            given=", ".join(given) or "no extra argument",
         )
     return given[name]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.layout.rendering import encode
 from softhooks.layout.template import Part, parse
 
@@ -53,13 +53,11 @@ class Context:
             own = last if token_type == 0 else (token_type - 1) // 4
             if own not in (last, last + 1):
                 raise OptionError(
-                    explain(
-                        "token_types must count the examples in order: those of example i are 4i+1 to 4i+4, separators 0.",
-                        "Make them with `examples=`, `template=` and `tokenizer=`, or count from 0 without a gap.",
-                        token=f"{place}, of type {token_type}",
-                        example=own,
-                        after_example=last,
-                    )
+                    "token_types must count the examples in order: those of example i are 4i+1 to 4i+4, separators 0.",
+                    "Make them with `examples=`, `template=` and `tokenizer=`, or count from 0 without a gap.",
+                    token=f"{place}, of type {token_type}",
+                    example=own,
+                    after_example=last,
                 )
             examples.append(own)
             last = own
@@ -98,12 +96,10 @@ class Context:
         if missing or 0 in self.labels:
             example = missing[0] if missing else 0
             raise OptionError(
-                explain(
-                    "a loss over the context needs a label in every example (type 4i+4), and a token before it.",
-                    "Mark the labels, or choose context_loss=False.",
-                    example=example,
-                    types=[t for t, own in zip(self.types, self.examples, strict=True) if own == example],
-                )
+                "a loss over the context needs a label in every example (type 4i+4), and a token before it.",
+                "Mark the labels, or choose context_loss=False.",
+                example=example,
+                types=[t for t, own in zip(self.types, self.examples, strict=True) if own == example],
             )
 
     def example_of(self, row: Sequence[int]) -> int:
@@ -142,13 +138,11 @@ class ExampleTemplate:
         other = [part.kind for part in self.parts if part.kind not in ("text", "field")]
         if fields.count(_LABEL) != 1 or fields[-1] != _LABEL or not self.inputs or other:
             raise OptionError(
-                explain(
-                    "the template of a context must have an input or more and, behind them, {label} once; slots and masks "
-                    "have no place in it.",
-                    "Write it such as 'Text: {input}{sep}Label: {label}'.",
-                    template=repr(template),
-                    fields=", ".join(fields) or "none",
-                )
+                "the template of a context must have an input or more and, behind them, {label} once; slots and masks "
+                "have no place in it.",
+                "Write it such as 'Text: {input}{sep}Label: {label}'.",
+                template=repr(template),
+                fields=", ".join(fields) or "none",
             )
 
     def context(self, examples: Iterable[Any], tokenizer: Any) -> Context:
@@ -190,12 +184,10 @@ class ExampleTemplate:
         if is_pair and len(self.inputs) == 1:
             return {self.inputs[0]: example[0], _LABEL: example[1]}
         raise OptionError(
-            explain(
-                "an example must be a mapping of the template's fields; a pair of input and label where there is one input.",
-                "Give it such as {'input': 'a text', 'label': 'its label'}.",
-                fields=", ".join([*self.inputs, _LABEL]),
-                example=repr(example),
-            )
+            "an example must be a mapping of the template's fields; a pair of input and label where there is one input.",
+            "Give it such as {'input': 'a text', 'label': 'its label'}.",
+            fields=", ".join([*self.inputs, _LABEL]),
+            example=repr(example),
         )
 
     def _pieces(self, fields: Mapping[str, Any], tokenizer: Any) -> list[tuple[list[int], int]]:
@@ -229,13 +221,11 @@ def _value(part: Part, fields: Mapping[str, Any]) -> str:
         return ""
     if not isinstance(value, str):
         raise OptionError(
-            explain(
-                "every field of a template must be given as text.",
-                "Rename the field in the template, or write numbers as words.",
-                field=part.text,
-                found="nothing" if value is None else repr(value),
-                given=", ".join(map(str, fields)),
-            )
+            "every field of a template must be given as text.",
+            "Rename the field in the template, or write numbers as words.",
+            field=part.text,
+            found="nothing" if value is None else repr(value),
+            given=", ".join(map(str, fields)),
         )
     return part.space + value if value else ""
 

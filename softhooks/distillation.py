@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import at_rest
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.objectives import Finish, Objective, Texts, kl_divergence, with_loss
 from softhooks.trainer.sharding import gather_again
 
@@ -115,12 +115,10 @@ class Lesson:
         logits = output.logits
         if logits.shape[:-1] != self.labelled.shape or logits.shape[-1] < 2:
             raise UnsupportedModeError(
-                explain(
-                    "a student learns from its teacher's distribution over classes, of which each has a label.",
-                    "Train this head without teachers.",
-                    logits=list(logits.shape),
-                    labels=list(self.labelled.shape),
-                )
+                "a student learns from its teacher's distribution over classes, of which each has a label.",
+                "Train this head without teachers.",
+                logits=list(logits.shape),
+                labels=list(self.labelled.shape),
             )
         if not self.two_stacks:
             return logits[self.labelled], [output.hidden_states[-1]]
@@ -168,20 +166,16 @@ def _check(call: dict[str, Any]) -> None:
     begun = [name for name in ("past_key_values", "encoder_outputs") if call.get(name) is not None]
     if begun:
         raise UnsupportedModeError(
-            explain(
-                "where a teacher reads the text too, a call must begin with the text.",
-                f"Leave out {' and '.join(begun)}, which one prompt alone has made.",
-                given=", ".join(begun),
-            )
+            "where a teacher reads the text too, a call must begin with the text.",
+            f"Leave out {' and '.join(begun)}, which one prompt alone has made.",
+            given=", ".join(begun),
         )
     if (mask is not None and mask.dim() != 2) or labels.is_floating_point():
         raise UnsupportedModeError(
-            explain(
-                "distillation needs to know which columns are text, and which classes the labels name.",
-                "Give a mask of one number a token, and labels that are whole numbers.",
-                attention_mask="none" if mask is None else list(mask.shape),
-                labels=f"{list(labels.shape)} {labels.dtype}",
-            )
+            "distillation needs to know which columns are text, and which classes the labels name.",
+            "Give a mask of one number a token, and labels that are whole numbers.",
+            attention_mask="none" if mask is None else list(mask.shape),
+            labels=f"{list(labels.shape)} {labels.dtype}",
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.batching import needed
-from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError, explain
+from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError
 from softhooks.method import EMBEDDINGS
 from softhooks.prompt import SoftPrompt, require_host
 from softhooks.served import ServerName, for_server
@@ -49,12 +49,10 @@ def sequence_embeddings(
     limit = stack.positions.limit
     if limit is not None and length > limit:
         raise PromptTooLongError(
-            explain(
-                "prompt and text together must fit into the model's positions.",
-                "Truncate the text.",
-                prompt_and_text=length,
-                positions=limit,
-            )
+            "prompt and text together must fit into the model's positions.",
+            "Truncate the text.",
+            prompt_and_text=length,
+            positions=limit,
         )
     with disabled(model):
         words = stack.embedding(ids)[0]
@@ -81,26 +79,22 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     prompt = host.prompts[host.active]
     if host.anatomy.entry.reads_ids:
         raise UnsupportedModelError(
-            explain(
-                "a sequence of embedding rows must be all that a model looks at; this one looks at the ids behind them too.",
-                "Serve this model with `softhooks.integrations.transformers_serve`.",
-                model=type(model).__name__,
-            )
+            "a sequence of embedding rows must be all that a model looks at; this one looks at the ids behind them too.",
+            "Serve this model with `softhooks.integrations.transformers_serve`.",
+            model=type(model).__name__,
         )
     missing = needed(prompt)
     causal = host.anatomy.entry.causal and not host.anatomy.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
-            explain(
-                "a server takes embedding rows for a decoder, and nothing else of a prompt.",
-                "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`; of a multitask prompt, "
-                "one task.",
-                method=prompt.method.kind,
-                enters="as embedding rows" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
-                heads=", ".join(prompt.heads) or "none",
-                needs=missing or ("rows of added tokens" if prompt.added else "nothing more"),
-                model=f"{type(model).__name__}, {'a decoder' if causal else 'no decoder alone'}",
-            )
+            "a server takes embedding rows for a decoder, and nothing else of a prompt.",
+            "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`; of a multitask prompt, "
+            "one task.",
+            method=prompt.method.kind,
+            enters="as embedding rows" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
+            heads=", ".join(prompt.heads) or "none",
+            needs=missing or ("rows of added tokens" if prompt.added else "nothing more"),
+            model=f"{type(model).__name__}, {'a decoder' if causal else 'no decoder alone'}",
         )
     return prompt
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softhooks.errors import OptionError, UnsupportedModeError, explain
+from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.method import choice
 from softhooks.prompt import require_host
 from softhooks.switch import rows
@@ -96,12 +96,10 @@ class PromptEnsemble:
         logits = output.get("logits")
         if not isinstance(logits, Tensor):
             raise UnsupportedModeError(
-                explain(
-                    "an ensemble combines the `logits` of a model.",
-                    "Run the prompts with `softhooks.rows` and combine what the model returns.",
-                    model=type(self.model).__name__,
-                    output=", ".join(output),
-                )
+                "an ensemble combines the `logits` of a model.",
+                "Run the prompts with `softhooks.rows` and combine what the model returns.",
+                model=type(self.model).__name__,
+                output=", ".join(output),
             )
         return self._combined(logits.unflatten(0, (len(self.names), batch)))
 

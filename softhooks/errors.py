@@ -15,14 +15,30 @@
     ├── FrozenModifiedError                   a frozen tensor has moved
     └── TrainerError                          the Trainer holds what the callback cannot train
 
-Every message states the rule, the values on both sides, and the remedy.
+Every message states what was found, the values on both sides, and the remedy.
 """
 
 from __future__ import annotations
 
 
+def format_message(found: str, /, *remedy: str, **values: object) -> str:
+    """Compose a message: what was found, one line for each value, the remedy."""
+    width = max((len(name) for name in values), default=0) + 1
+    lines = [f"{name.replace('_', ' ') + ':':<{width}} {value}" for name, value in values.items()]
+    return "\n".join([found, *lines, *remedy])
+
+
 class SoftHooksError(Exception):
-    """The root of every error that softhooks raises on purpose."""
+    """The base class of every error that softhooks raises on purpose.
+
+    Args:
+        found: what is wrong, and the rule; a traceback shows this line first.
+        remedy: what to do about it.
+        values: what was found on each side, by name; underscores are shown as spaces.
+    """
+
+    def __init__(self, found: str, /, *remedy: str, **values: object) -> None:
+        super().__init__(format_message(found, *remedy, **values))
 
 
 class OptionError(SoftHooksError, ValueError):
@@ -81,10 +97,3 @@ class FrozenModifiedError(SoftHooksError):
 
 class TrainerError(SoftHooksError):
     """The Trainer holds a model or an optimizer that the callback cannot train rightly."""
-
-
-def explain(rule: str, remedy: str, **values: object) -> str:
-    """Compose a message: the rule, one line a value, the remedy."""
-    width = max((len(name) for name in values), default=0) + 1
-    lines = [f"{name.replace('_', ' ') + ':':<{width}} {value}" for name, value in values.items()]
-    return "\n".join([rule, *lines, remedy])

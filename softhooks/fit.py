@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import decoder_ids, probe_ids
-from softhooks.errors import UnsupportedMethodError, explain
+from softhooks.errors import UnsupportedMethodError
 from softhooks.exactness import shares_exactly
 from softhooks.groups import require_sites
 from softhooks.inject.scale import hook_linears
@@ -62,13 +62,11 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
 def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> Injection:
     if asked not in (None, possible):
         raise UnsupportedMethodError(
-            explain(
-                "a way into the model must exist and be exact.",
-                "Leave `injection` out.",
-                asked=repr(asked),
-                possible=repr(possible),
-                model=type(prompt.model).__name__,
-            )
+            "a way into the model must exist and be exact.",
+            "Leave `injection` out.",
+            asked=repr(asked),
+            possible=repr(possible),
+            model=type(prompt.model).__name__,
         )
     return possible
 
@@ -78,11 +76,9 @@ def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
     can_generate = getattr(prompt.model, "can_generate", None)
     if prompt.layout.has_tail and prompt.host.anatomy.entry.causal and can_generate is not None and can_generate():
         raise UnsupportedMethodError(
-            explain(
-                "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
-                "Use placement='front' or 'after_first', or a layout with an anchor or a field behind its last slots, such as a "
-                "field for what is to be generated.",
-                model=type(prompt.model).__name__,
-                placement=prompt.layout if prompt.layout.placement == "layout" else "end",
-            )
+            "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
+            "Use placement='front' or 'after_first', or a layout with an anchor or a field behind its last slots, such as a "
+            "field for what is to be generated.",
+            model=type(prompt.model).__name__,
+            placement=prompt.layout if prompt.layout.placement == "layout" else "end",
         )

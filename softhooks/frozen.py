@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from softhooks.errors import FrozenModifiedError, explain
+from softhooks.errors import FrozenModifiedError
 from softhooks.trainer.offload import read
 from softhooks.trainer.sharding import full
 
@@ -136,14 +136,12 @@ class FrozenRecord:
         moved += [f"{name}: gone" for name in gone]
         if moved:
             raise FrozenModifiedError(
-                explain(
-                    "every frozen parameter and buffer must keep its bits while a prompt is attached.",
-                    "Look for code that writes to the base model: an optimizer that holds its parameters, another "
-                    "callback, a conversion of its precision.",
-                    moved=f"{len(moved)} of {len(self._digests)} tensors",
-                    names=_listed(moved),
-                    **where,
-                )
+                "every frozen parameter and buffer must keep its bits while a prompt is attached.",
+                "Look for code that writes to the base model: an optimizer that holds its parameters, another "
+                "callback, a conversion of its precision.",
+                moved=f"{len(moved)} of {len(self._digests)} tensors",
+                names=_listed(moved),
+                **where,
             )
         count = len(self._digests) - len(unread)
         return FrozenReport(count, size, time.perf_counter() - start, tuple(unread))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from softhooks.blocks import Block, generation_of
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.reuse import generating
 from softhooks.probe import unwrapped
 
@@ -72,11 +72,9 @@ class _Expand(Noting):
             generation.repeats = expand_size
         elif self.host.is_in_use and (self.host.rows is not None or _searches(self.host)):
             raise UnsupportedModeError(
-                explain(
-                    "a prompt must know of a `generate` which rows and columns are whose.",
-                    "Call `model.generate(...)`, not the function of its class.",
-                    model=type(self.model).__name__,
-                )
+                "a prompt must know of a `generate` which rows and columns are whose.",
+                "Call `model.generate(...)`, not the function of its class.",
+                model=type(self.model).__name__,
             )
         return self.own()(expand_size, *args, **kwargs)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from softhooks.errors import PromptMismatchError, UnsupportedMethodError, explain
+from softhooks.errors import PromptMismatchError, UnsupportedMethodError
 from softhooks.probing import OTHER_METHOD
 
 if TYPE_CHECKING:
@@ -37,14 +37,10 @@ def check_tables(anatomy: Anatomy, method: Method, tables: dict[str, Tensor], so
         if table is None or tuple(table.shape) != expected.get(group):
             shape = "absent" if table is None else str(list(table.shape))
             raise PromptMismatchError(
-                explain(
-                    "a prompt must be as wide as the model that it enters.",
-                    "Load it onto the base model that it was trained with.",
-                    prompt=f"{group} {shape} ({source})",
-                    model=f"{group} {list(expected[group])}"
-                    if group in expected
-                    else f"no {group} ({sorted(expected)})",
-                )
+                "a prompt must be as wide as the model that it enters.",
+                "Load it onto the base model that it was trained with.",
+                prompt=f"{group} {shape} ({source})",
+                model=f"{group} {list(expected[group])}" if group in expected else f"no {group} ({sorted(expected)})",
             )
 
 
@@ -57,10 +53,8 @@ def require_sites(anatomy: Anatomy) -> None:
     for stack in anatomy.stacks:
         if stack.through is None:
             raise UnsupportedMethodError(
-                explain(
-                    "a key-value prefix needs attention that goes through transformers' attention interface or a cache, or "
-                    "that softhooks knows.",
-                    OTHER_METHOD,
-                    model=f"{type(stack.module).__name__}, whose attention does neither",
-                )
+                "a key-value prefix needs attention that goes through transformers' attention interface or a cache, or "
+                "that softhooks knows.",
+                OTHER_METHOD,
+                model=f"{type(stack.module).__name__}, whose attention does neither",
             )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy
-from softhooks.errors import PromptMismatchError, explain
+from softhooks.errors import PromptMismatchError
 from softhooks.trainer.offload import device_of, read, unhooked
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs", "classification_head", "pre_classifier")
@@ -112,11 +112,9 @@ def check_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source
         found = {name: list(value.shape) for name, value in state.items()}
         if head is None or expected != found:
             raise PromptMismatchError(
-                explain(
-                    "a prompt's trained head must fit the head of the model.",
-                    "Load the base with the same task class and number of labels.",
-                    prompt=f"{path}: {found} ({source})",
-                    model=f"{path}: {expected or 'no such head'}",
-                )
+                "a prompt's trained head must fit the head of the model.",
+                "Load the base with the same task class and number of labels.",
+                prompt=f"{path}: {found} ({source})",
+                model=f"{path}: {expected or 'no such head'}",
             )
         head.load_state_dict(state)

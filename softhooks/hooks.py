@@ -12,7 +12,7 @@ from softhooks.anatomy import Stack
 from softhooks.blocks import alone_of
 from softhooks.choices import choices_of, for_each_choice
 from softhooks.columns import take
-from softhooks.errors import PromptNotReachedError, UnsupportedModeError, explain
+from softhooks.errors import PromptNotReachedError, UnsupportedModeError
 from softhooks.heads import answer, answer_rows
 from softhooks.idle import require_search
 from softhooks.inject.checkpointing import CheckpointedPass, Through
@@ -110,14 +110,12 @@ class ModelHooks:
         call = self._named(args, kwargs)
         if host.rows is not None or call.get("labels") is None:
             raise UnsupportedModeError(
-                explain(
-                    "a method with an objective of its own trains one prompt, in forwards that bring their labels.",
-                    "Pass `labels` to the model and train on `output.loss`; a Trainer's label smoothing and "
-                    "`compute_loss_func` would keep them from it.",
-                    method=prompt.method.kind,
-                    labels="given" if call.get("labels") is not None else "not given",
-                    prompts=host.selection,
-                )
+                "a method with an objective of its own trains one prompt, in forwards that bring their labels.",
+                "Pass `labels` to the model and train on `output.loss`; a Trainer's label smoothing and "
+                "`compute_loss_func` would keep them from it.",
+                method=prompt.method.kind,
+                labels="given" if call.get("labels") is not None else "not given",
+                prompts=host.selection,
             )
         joined.finish = objective.begin(prompt, call, joined.given)
         return (), call
@@ -125,12 +123,10 @@ class ModelHooks:
     def _not_reached(self) -> PromptNotReachedError:
         host = self.host
         return PromptNotReachedError(
-            explain(
-                "every forward of a model with a prompt must go through the prompt.",
-                "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with `softhooks.disabled(model)`.",
-                model=type(host.model).__name__,
-                stacks=", ".join(stack.path or "the model itself" for stack in host.anatomy.stacks),
-            )
+            "every forward of a model with a prompt must go through the prompt.",
+            "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with `softhooks.disabled(model)`.",
+            model=type(host.model).__name__,
+            stacks=", ".join(stack.path or "the model itself" for stack in host.anatomy.stacks),
         )
 
 
@@ -198,12 +194,10 @@ class StackHooks:
             changed = opened.leave(output)
             if not opened.touched:
                 raise PromptNotReachedError(
-                    explain(
-                        "a prompt must be put in once the forward of its stack is under way.",
-                        "Register attention functions before the prompt is attached; do not replace the embedding after.",
-                        stack=f"{type(self.stack.module).__name__} ({self.stack.path or 'the model itself'})",
-                        way=type(opened).__name__,
-                    )
+                    "a prompt must be put in once the forward of its stack is under way.",
+                    "Register attention functions before the prompt is attached; do not replace the embedding after.",
+                    stack=f"{type(self.stack.module).__name__} ({self.stack.path or 'the model itself'})",
+                    way=type(opened).__name__,
                 )
             if self.stack.name == "encoder":
                 note_encoded(changed, opened.made())

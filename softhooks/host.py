@@ -18,7 +18,7 @@ from softhooks.batching import watch_batching
 from softhooks.blocks import choice_of, generation_of, repeats_of
 from softhooks.columns import TAKEN_BY, SignedForward, refuse_unused
 from softhooks.copies import reopen, state_of
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.fingerprint import Fingerprint
 from softhooks.frozen import FrozenRecord
 from softhooks.generation import watch_generate
@@ -175,12 +175,10 @@ class Host:
         named = len(rows) * (1 if forward is None else forward.choices)
         if batch not in (named, named * repeats_of(self)):
             raise UnsupportedModeError(
-                explain(
-                    "`rows` must name one prompt for each row of the batch (in generate, beams and samples are their row's).",
-                    "Name as many prompts as the batch has rows.",
-                    rows=len(rows),
-                    batch=batch,
-                )
+                "`rows` must name one prompt for each row of the batch (in generate, beams and samples are their row's).",
+                "Name as many prompts as the batch has rows.",
+                rows=len(rows),
+                batch=batch,
             )
         each = [name for name in rows for _ in range(batch // len(rows))]
         return select(self.prompts, each, batch, given)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
@@ -39,4 +39,4 @@ def require_search(prompts: Iterable[SoftPrompt], given: Mapping[str, Tensor]) -
     for prompt in prompts:
         if prompt.method.has_idle(given):
             found = f"find_unused_parameters={wrapper.find_unused_parameters}, static_graph={wrapper.static_graph}"
-            raise TrainerError(explain(RULE, REMEDY, method=prompt.method.kind, found=found))
+            raise TrainerError(RULE, REMEDY, method=prompt.method.kind, found=found)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Anatomy, Stack, at_rest
-from softhooks.errors import OptionError, PromptMismatchError, explain
+from softhooks.errors import OptionError, PromptMismatchError
 from softhooks.groups import groups_of
 from softhooks.inject.caches import ListeningCache
 from softhooks.inject.interface import marked
@@ -50,12 +50,10 @@ def embed_ids(anatomy: Anatomy, ids: Tensor | Sequence[int]) -> Tensor:
     ids = torch.as_tensor(ids, dtype=torch.long)
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= anatomy.vocabulary):
         raise OptionError(
-            explain(
-                "the ids of an initial text must be in the model's vocabulary.",
-                "Give the tokenizer that belongs to the model.",
-                ids=f"{int(ids.min())} to {int(ids.max())}",
-                vocabulary=f"0 to {anatomy.vocabulary - 1}",
-            )
+            "the ids of an initial text must be in the model's vocabulary.",
+            "Give the tokenizer that belongs to the model.",
+            ids=f"{int(ids.min())} to {int(ids.max())}",
+            vocabulary=f"0 to {anatomy.vocabulary - 1}",
         )
     with at_rest(stack.embedding):
         rows: Tensor = stack.embedding(ids[None].to(device_of(stack.embedding)))[0]
@@ -79,11 +77,9 @@ def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
     """
     if tokenizer is None:
         raise OptionError(
-            explain(
-                "initialising from text needs a tokenizer.",
-                "Pass `tokenizer=`: the model's own, or its name.",
-                **{option: repr(text)},
-            )
+            "initialising from text needs a tokenizer.",
+            "Pass `tokenizer=`: the model's own, or its name.",
+            **{option: repr(text)},
         )
     ids = tokenizer_of(tokenizer)(text, add_special_tokens=False)["input_ids"]
     if not ids:
@@ -190,12 +186,10 @@ def tensor_rows(anatomy: Anatomy, count: int, tensor: Any, option: str = "init_t
     rows = torch.as_tensor(tensor).detach().float()
     if tuple(rows.shape) != (count, anatomy.entry.width):
         raise PromptMismatchError(
-            explain(
-                "the initial rows must be one a virtual token, as wide as the model's embeddings.",
-                "Set num_virtual_tokens to their number, and take them from the same base model.",
-                **{option: list(rows.shape)},
-                expected=[count, anatomy.entry.width],
-            )
+            "the initial rows must be one a virtual token, as wide as the model's embeddings.",
+            "Set num_virtual_tokens to their number, and take them from the same base model.",
+            **{option: list(rows.shape)},
+            expected=[count, anatomy.entry.width],
         )
     return rows
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softhooks.errors import CheckpointError, explain
+from softhooks.errors import CheckpointError
 from softhooks.probe import unwrapped
 
 if TYPE_CHECKING:
@@ -93,13 +93,11 @@ def read_labels(told: Any, heads: Mapping[str, Mapping[str, Tensor]], source: st
     )
     if not is_sound:
         raise CheckpointError(
-            explain(
-                "the labels of a prompt's head must be named by number, as many as the head has rows.",
-                "Save the prompt again.",
-                file=source,
-                labels=told,
-                rows=sorted(rows) or "no head",
-            )
+            "the labels of a prompt's head must be named by number, as many as the head has rows.",
+            "Save the prompt again.",
+            file=source,
+            labels=told,
+            rows=sorted(rows) or "no head",
         )
     assert isinstance(named, dict)
     assert isinstance(numbered, dict)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from torch import nn
 
 from softhooks.attach import attach
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.method import Method
 
 if TYPE_CHECKING:
@@ -89,11 +89,9 @@ def _refuse_deferred(function: Callable[..., Any]) -> None:
     deferred = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
     if any(kind(function) for kind in deferred):
         raise OptionError(
-            explain(
-                "a function decorated with tune must have done its work when it returns.",
-                "Use `with softhooks.attach(model, method) as prompt:` inside it.",
-                function=f"{getattr(function, '__name__', function)}, a coroutine or a generator",
-            )
+            "a function decorated with tune must have done its work when it returns.",
+            "Use `with softhooks.attach(model, method) as prompt:` inside it.",
+            function=f"{getattr(function, '__name__', function)}, a coroutine or a generator",
         )
 
 
@@ -116,11 +114,9 @@ def _find_model(given: dict[str, Any], name: str | None, function: str) -> nn.Mo
     if isinstance(found, nn.Module):
         return found
     raise OptionError(
-        explain(
-            "a function decorated with tune must be called with a model.",
-            "Pass the model itself, or name its parameter: `@softhooks.tune(method, model='net')`.",
-            function=function,
-            expected="a module among its arguments" if name is None else f"a module as {name!r}",
-            given=", ".join(f"{key}: {type(value).__name__}" for key, value in given.items()) or "nothing",
-        )
+        "a function decorated with tune must be called with a model.",
+        "Pass the model itself, or name its parameter: `@softhooks.tune(method, model='net')`.",
+        function=function,
+        expected="a module among its arguments" if name is None else f"a module as {name!r}",
+        given=", ".join(f"{key}: {type(value).__name__}" for key, value in given.items()) or "nothing",
     )

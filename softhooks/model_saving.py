@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from softhooks.errors import PromptMismatchError, explain
+from softhooks.errors import PromptMismatchError
 from softhooks.host import CONTAINER, Host
 from softhooks.outer_saving import SaveFromOutside
 from softhooks.trainer.sharding import gathered
@@ -165,12 +165,10 @@ class SavePrompts:
         known = {key: shape for key, shape in found.items() if not key.endswith(".description")}
         if known != expected:
             raise PromptMismatchError(
-                explain(
-                    "the prompts in a state dict must be those that the model carries, name by name and shape by shape.",
-                    "Attach the prompt with the method, the name and the options that wrote the checkpoint.",
-                    checkpoint=known,
-                    model=expected or ", ".join(map(repr, self.host.prompts)),
-                )
+                "the prompts in a state dict must be those that the model carries, name by name and shape by shape.",
+                "Attach the prompt with the method, the name and the options that wrote the checkpoint.",
+                checkpoint=known,
+                model=expected or ", ".join(map(repr, self.host.prompts)),
             )
 
 

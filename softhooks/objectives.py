@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.errors import TrainerError, UnsupportedModeError, explain
+from softhooks.errors import TrainerError, UnsupportedModeError
 from softhooks.inject.packed import documents
 from softhooks.inject.shared import logits_of
 
@@ -60,12 +60,10 @@ def refuse_smoothing(args: TrainingArguments, method: Method) -> None:
     """
     if args.label_smoothing_factor and method.objective() is not None:
         raise TrainerError(
-            explain(
-                "a method with an objective of its own trains on `output.loss`; the Trainer would put another loss in its place.",
-                "Set label_smoothing_factor to 0, and pass no `compute_loss_func`.",
-                method=method.kind,
-                label_smoothing_factor=args.label_smoothing_factor,
-            )
+            "a method with an objective of its own trains on `output.loss`; the Trainer would put another loss in its place.",
+            "Set label_smoothing_factor to 0, and pass no `compute_loss_func`.",
+            method=method.kind,
+            label_smoothing_factor=args.label_smoothing_factor,
         )
 
 
@@ -99,12 +97,10 @@ def refuse_backward(prompt: SoftPrompt) -> Finish:
 
 def _in_evaluation(prompt: SoftPrompt) -> TrainerError:
     return TrainerError(
-        explain(
-            "a method with an objective of its own trains a model in training mode.",
-            "Call `model.train()` first: `from_pretrained` gives a model in evaluation mode, and some loops leave it there.",
-            method=prompt.method.kind,
-            model=f"{type(prompt.model).__name__} in evaluation mode",
-        )
+        "a method with an objective of its own trains a model in training mode.",
+        "Call `model.train()` first: `from_pretrained` gives a model in evaluation mode, and some loops leave it there.",
+        method=prompt.method.kind,
+        model=f"{type(prompt.model).__name__} in evaluation mode",
     )
 
 
@@ -188,12 +184,10 @@ class WeightedLabels(Objective):
         states, host = prompt.states, prompt.host
         if states is None:
             raise UnsupportedModeError(
-                explain(
-                    "an objective over the prompt's own tokens needs a call in which the prompt is computed once.",
-                    "Leave out what the call brings beside the text, such as `token_type_ids` or an encoder's states.",
-                    prompt=prompt.name,
-                    method=prompt.method.kind,
-                )
+                "an objective over the prompt's own tokens needs a call in which the prompt is computed once.",
+                "Leave out what the call brings beside the text, such as `token_type_ids` or an encoder's states.",
+                prompt=prompt.name,
+                method=prompt.method.kind,
             )
         chosen = states[:, (self.places - 1).to(states.device)]
         logits = logits_of(prompt.model, host.anatomy.entry, chosen, host.placeholder)[0].float()
@@ -244,12 +238,10 @@ def _label_sums(logits: Tensor, targets: Tensor, texts: Texts) -> tuple[Tensor, 
     """Sum the cross-entropy of each text's label tokens, and count them. [B, T, V], [B, T] -> [texts], [texts]."""
     if logits.shape[:2] != targets.shape:
         raise UnsupportedModeError(
-            explain(
-                "a loss over labels needs a logit for each of them.",
-                "Leave `logits_to_keep` out in training.",
-                logits=list(logits.shape[:2]),
-                labels=list(targets.shape),
-            )
+            "a loss over labels needs a logit for each of them.",
+            "Leave `logits_to_keep` out in training.",
+            logits=list(logits.shape[:2]),
+            labels=list(targets.shape),
         )
     targets = targets.to(logits.device)
     is_label = targets != IGNORED

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError, format_message
 from softhooks.users import Users
 from softhooks.vocabulary import stack_level
 
@@ -41,11 +41,9 @@ class FrozenOutput(Tensor):
         """
         if not self.requires_grad:
             raise TrainerError(
-                explain(
-                    "a prompt that is to be trained must take gradients; everything in this forward is frozen.",
-                    "Load the prompt with `softhooks.load(model, path, trainable=True)`, before the optimizer is made.",
-                    loss="made of frozen parameters only",
-                )
+                "a prompt that is to be trained must take gradients; everything in this forward is frozen.",
+                "Load the prompt with `softhooks.load(model, path, trainable=True)`, before the optimizer is made.",
+                loss="made of frozen parameters only",
             )
         super().backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -140,7 +138,7 @@ def _require_held(host: Host, optimizer: Optimizer, reached: list[SoftPrompt]) -
     if not forgotten:
         return
     trains = any(parameter.grad is not None for parameter in own)
-    sentence = explain(
+    sentence = format_message(
         "an optimizer must hold the prompt's parameters; neither this one nor another one does, "
         + ("so the prompt is not trained." if trains else "so its step trains nothing."),
         "Make it after `softhooks.attach`, of `prompt.parameters()`.",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Site, Stack, at_rest, probe_ids
-from softhooks.errors import UnsupportedMethodError, explain
+from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.passes import AttentionFunction, Pass
 from softhooks.prompt import SoftPrompt
 from softhooks.seeing import probe_length
@@ -60,14 +60,12 @@ def require_common_masks(prompt: SoftPrompt) -> None:
         )
     if own:
         raise UnsupportedMethodError(
-            explain(
-                "a key-value prefix needs masks that do not depend on what a text says.",
-                "Use a prompt that enters as embeddings, such as PromptTuning.",
-                model=f"{type(prompt.model).__name__} ({stack.path or 'the model itself'})",
-                method=prompt.method.kind,
-                found="masks that are computed from the states of the text",
-                because="its layers make them of the text's own keys or values, in which a prefix would have no part",
-            )
+            "a key-value prefix needs masks that do not depend on what a text says.",
+            "Use a prompt that enters as embeddings, such as PromptTuning.",
+            model=f"{type(prompt.model).__name__} ({stack.path or 'the model itself'})",
+            method=prompt.method.kind,
+            found="masks that are computed from the states of the text",
+            because="its layers make them of the text's own keys or values, in which a prefix would have no part",
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from softhooks.errors import AttachError, UnsupportedModelError, explain
+from softhooks.errors import AttachError, UnsupportedModelError
 from softhooks.host import Host
 from softhooks.probe import unwrapped
 
@@ -34,11 +34,9 @@ def refuse_prompts(model: nn.Module) -> None:
     found = {name: _kind(config) for name, config in configs.items() if _is_prompt(config)}
     if found:
         raise UnsupportedModelError(
-            explain(
-                "a prompt of softhooks cannot stand on a model that PEFT prompts.",
-                "Bring its prompts onto the bare model with `softhooks.integrations.peft.from_peft(peft_model, model)`.",
-                adapters=", ".join(f"{name!r} ({kind})" for name, kind in found.items()),
-            )
+            "a prompt of softhooks cannot stand on a model that PEFT prompts.",
+            "Bring its prompts onto the bare model with `softhooks.integrations.peft.from_peft(peft_model, model)`.",
+            adapters=", ".join(f"{name!r} ({kind})" for name, kind in found.items()),
         )
 
 
@@ -61,12 +59,10 @@ class _Refusal:
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise AttachError(
-            explain(
-                f"`{self._name}` gives back a model without the wrapper that carries the prompts, heads and hooks.",
-                "Save the prompt and remove it, merge, and load it onto the merged model; or keep the wrapper: "
-                "`merge_adapter()` merges in place.",
-                called=self._name,
-            )
+            f"`{self._name}` gives back a model without the wrapper that carries the prompts, heads and hooks.",
+            "Save the prompt and remove it, merge, and load it onto the merged model; or keep the wrapper: "
+            "`merge_adapter()` merges in place.",
+            called=self._name,
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack, at_rest, decoder_ids, first_state, probe_ids, special_ids
-from softhooks.errors import PromptMismatchError, explain
+from softhooks.errors import PromptMismatchError
 from softhooks.initializers import words_among
 from softhooks.method import EMBEDDINGS, PromptEncoder
 from softhooks.probe import as_choices
@@ -135,12 +135,10 @@ def stored_ids(
     if held is not None:
         if max(held) >= anatomy.vocabulary:
             raise PromptMismatchError(
-                explain(
-                    "the ids behind a prompt's virtual tokens must be in the model's vocabulary.",
-                    "Load it onto the base model that it was trained with.",
-                    prompt=f"{source}: ids up to {max(held)}",
-                    vocabulary=f"0 to {anatomy.vocabulary - 1}",
-                )
+                "the ids behind a prompt's virtual tokens must be in the model's vocabulary.",
+                "Load it onto the base model that it was trained with.",
+                prompt=f"{source}: ids up to {max(held)}",
+                vocabulary=f"0 to {anatomy.vocabulary - 1}",
             )
         return torch.tensor(list(held)), others
     if not needed:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Stack, StackName, at_rest, decoder_ids, probe_ids
 from softhooks.backbone import Call, find_stack, record
-from softhooks.errors import UnsupportedModelError, explain
+from softhooks.errors import UnsupportedModelError
 from softhooks.inject.beyond import rotary_limit
 from softhooks.inject.survey import survey
 from softhooks.numbering import numbering
@@ -43,12 +43,10 @@ def _vocabulary(model: nn.Module) -> int:
         return int(embedding.weight.shape[0])
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs a model that embeds tokens.",
-                f"{INSIDE} Attach to the transformers model itself, if this is a wrapper around one; to a sentence-transformers "
-                "model with `softhooks.integrations.sentence_transformers`.",
-                model=f"{type(model).__name__}, which has no input embeddings",
-            )
+            "a soft prompt needs a model that embeds tokens.",
+            f"{INSIDE} Attach to the transformers model itself, if this is a wrapper around one; to a sentence-transformers "
+            "model with `softhooks.integrations.sentence_transformers`.",
+            model=f"{type(model).__name__}, which has no input embeddings",
         ) from error
 
 
@@ -111,12 +109,10 @@ def _recorded(model: nn.Module, inputs: dict[str, Tensor]) -> list[Call]:
         return record(model, inputs)
     except Exception as error:
         raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs a model that runs on token ids alone.",
-                INSIDE,
-                model=type(model).__name__,
-                cause=f"{type(error).__name__}: {error}",
-            )
+            "a soft prompt needs a model that runs on token ids alone.",
+            INSIDE,
+            model=type(model).__name__,
+            cause=f"{type(error).__name__}: {error}",
         ) from error
 
 

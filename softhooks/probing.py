@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, UnsupportedModelError, explain
+from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, UnsupportedModelError
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
 OTHER_METHOD = "Use another method, if one can enter this model."
@@ -27,12 +27,10 @@ def probing(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs a model that runs in each of the probes at attach.",
-                "See the cause; if the model runs on `input_ids` and `attention_mask` by itself, this is a limit of softhooks.",
-                model=type(model).__name__,
-                cause=f"{type(error).__name__}: {error}",
-            )
+            "a soft prompt needs a model that runs in each of the probes at attach.",
+            "See the cause; if the model runs on `input_ids` and `attention_mask` by itself, this is a limit of softhooks.",
+            model=type(model).__name__,
+            cause=f"{type(error).__name__}: {error}",
         ) from error
 
 
@@ -55,10 +53,8 @@ def proving(model: nn.Module) -> Iterator[None]:
     except SoftHooksError as error:
         kind = _RefusedModeError if isinstance(error, UnsupportedModeError) else UnsupportedModelError
         raise kind(
-            explain(
-                "a prompt can be attached to a model only if a forward of plain text goes through it.",
-                OTHER_METHOD,
-                model=type(model).__name__,
-                cause=f"{type(error).__name__}: {error}",
-            )
+            "a prompt can be attached to a model only if a forward of plain text goes through it.",
+            OTHER_METHOD,
+            model=type(model).__name__,
+            cause=f"{type(error).__name__}: {error}",
         ) from error

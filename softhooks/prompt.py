@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from softhooks.added_tokens import ADDED, AddedTokens
 from softhooks.anatomy import Role, Stack
 from softhooks.constraint import unwatch
-from softhooks.errors import NotAttachedError, explain
+from softhooks.errors import NotAttachedError
 from softhooks.frozen import FrozenReport
 from softhooks.groups import groups_of
 from softhooks.host import CONTAINER, Container, Host
@@ -375,11 +375,9 @@ def require_host(model: nn.Module, name: str | None = None) -> Host:
         raise NotAttachedError(f"{type(model).__name__} carries no prompt; attach or load one first.")
     if name is not None and name not in host.prompts:
         raise NotAttachedError(
-            explain(
-                "a prompt must be attached before it is used.",
-                "Load it under this name first.",
-                asked=repr(name),
-                attached=", ".join(map(repr, host.prompts)),
-            )
+            "a prompt must be attached before it is used.",
+            "Load it under this name first.",
+            asked=repr(name),
+            attached=", ".join(map(repr, host.prompts)),
         )
     return host

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.host import Host
 
 _CARRIES_ADAPTER = "_hf_peft_config_loaded"
@@ -32,12 +32,10 @@ def require_trainable(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or not quantizer.is_trainable:
         raise TrainerError(
-            explain(
-                "a prompt trains on a quantised model only if gradients pass through its weights.",
-                "Quantise with a method that trains (bitsandbytes), or train on the model as it is.",
-                model=type(model).__name__,
-                quantised_by=getattr(model, "quantization_method", "an unknown method"),
-            )
+            "a prompt trains on a quantised model only if gradients pass through its weights.",
+            "Quantise with a method that trains (bitsandbytes), or train on the model as it is.",
+            model=type(model).__name__,
+            quantised_by=getattr(model, "quantization_method", "an unknown method"),
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from softhooks.anatomy import at_rest
 from softhooks.constraint import unwatch
-from softhooks.errors import UnsupportedModelError, explain
+from softhooks.errors import UnsupportedModelError
 from softhooks.fit import probe_inputs
 from softhooks.method import PromptEncoder
 from softhooks.probe import unwrapped
@@ -148,14 +148,12 @@ def _listed(names: list[str]) -> str:
 
 def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        explain(
-            "a prompt must reach the model's output, and be reached by its gradient where it is trained.",
-            OTHER_METHOD,
-            model=type(prompt.model).__name__,
-            method=repr(prompt.method),
-            stack=", ".join(stack.path or "the model itself" for stack in prompt.host.anatomy.stacks),
-            found=found,
-        )
+        "a prompt must reach the model's output, and be reached by its gradient where it is trained.",
+        OTHER_METHOD,
+        model=type(prompt.model).__name__,
+        method=repr(prompt.method),
+        stack=", ".join(stack.path or "the model itself" for stack in prompt.host.anatomy.stacks),
+        found=found,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 
 
 class Met:
@@ -36,12 +36,10 @@ class Met:
         if torch._C._current_graph_task_id() != -1:
             if self.differs or self.seen != selection:
                 raise UnsupportedModeError(
-                    explain(
-                        "a forward that a backward runs again must meet the prompts that its first run met.",
-                        "Checkpoint the layers with `gradient_checkpointing_enable()` in the place of the whole model.",
-                        before="several" if self.differs else self.seen or "unknown",
-                        now=selection,
-                    )
+                    "a forward that a backward runs again must meet the prompts that its first run met.",
+                    "Checkpoint the layers with `gradient_checkpointing_enable()` in the place of the whole model.",
+                    before="several" if self.differs else self.seen or "unknown",
+                    now=selection,
                 )
         elif training or torch.is_grad_enabled():
             self.differs = self.differs or self.seen not in (None, selection)

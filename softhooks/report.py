@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt, host_of
 from softhooks.words import Word, nearest_words
 
@@ -90,10 +90,8 @@ def _prompt_of(model: Any, asking: str) -> SoftPrompt:
     host = host_of(model)
     if host is None or host.active is None:
         raise TrainerError(
-            explain(
-                f"{asking} tells a tracker of the prompt that a Trainer trains.",
-                "Pass `SoftPromptCallback(method)` to the Trainer too.",
-                model=f"{type(model).__name__}, without a prompt",
-            )
+            f"{asking} tells a tracker of the prompt that a Trainer trains.",
+            "Pass `SoftPromptCallback(method)` to the Trainer too.",
+            model=f"{type(model).__name__}, without a prompt",
         )
     return host.prompts[host.active]

@@ -8,7 +8,7 @@ import re
 from torch import nn
 
 from softhooks.anatomy import Anatomy
-from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError, explain
+from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError
 from softhooks.host import CONTAINER, Host
 from softhooks.method import Method
 from softhooks.trainer.sharding import refuse_partitioned
@@ -39,12 +39,10 @@ def check_request(
         raise AttachError("attach a prompt before `torch.compile`: compiled code does not see hooks that come later.")
     if present and name in present.prompts:
         raise NameTakenError(
-            explain(
-                "a name belongs to one prompt.",
-                "Remove the other prompt first, or attach this one under another `name=`.",
-                attached=f"{name!r}: {present.prompts[name].method!r}",
-                asked=f"{name!r}: {method!r}",
-            )
+            "a name belongs to one prompt.",
+            "Remove the other prompt first, or attach this one under another `name=`.",
+            attached=f"{name!r}: {present.prompts[name].method!r}",
+            asked=f"{name!r}: {method!r}",
         )
     if present is None and hasattr(model, CONTAINER):
         raise AttachError(f"the model has an attribute {CONTAINER!r} of its own; softhooks needs that name.")
@@ -76,11 +74,9 @@ def no_room(length: int, limit: int, text: int) -> PromptTooLongError:
     """
     room = max(limit - text, 0)
     return PromptTooLongError(
-        explain(
-            "a prompt must leave room for text among the model's positions.",
-            f"Use a prompt of {room} virtual tokens or fewer; of {room}, texts have the other {limit - room} positions.",
-            virtual_tokens=length,
-            positions=limit,
-            room_for=f"{room} virtual tokens and a text of {text}, the least that a prompt is tried with",
-        )
+        "a prompt must leave room for text among the model's positions.",
+        f"Use a prompt of {room} virtual tokens or fewer; of {room}, texts have the other {limit - room} positions.",
+        virtual_tokens=length,
+        positions=limit,
+        room_for=f"{room} virtual tokens and a text of {text}, the least that a prompt is tried with",
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 
 if TYPE_CHECKING:
     from softhooks.inject.keyvalues import KeyValues
@@ -244,9 +244,7 @@ def refusal(what: str, ident: int) -> UnsupportedModeError:
     """
     thread = next((thread.name for thread in threading.enumerate() if thread.ident == ident), "not Python's")
     return UnsupportedModeError(
-        explain(
-            "a model with a prompt runs one forward at a time; what it puts in belongs to that one.",
-            "Call it under a lock, or give each thread a model of its own.",
-            running=f"{what}, in another thread ({thread})",
-        )
+        "a model with a prompt runs one forward at a time; what it puts in belongs to that one.",
+        "Call it under a lock, or give each thread a model of its own.",
+        running=f"{what}, in another thread ({thread})",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.data import BatchSampler, RandomSampler, Sampler
 
-from softhooks.errors import OptionError, TrainerError, explain
+from softhooks.errors import OptionError, TrainerError
 
 if TYPE_CHECKING:
     from softhooks.method import Method
@@ -130,13 +130,11 @@ def arrange(loader: Any, method: Method, seed: int) -> Any:
     present = getattr(batches, "sampler", None)
     if not isinstance(batches, BatchSampler) or not isinstance(present, (RandomSampler, TaskSampler)):
         raise TrainerError(
-            explain(
-                "a method's own order of rows takes the place of the Trainer's random one.",
-                "Leave the order to the Trainer (`sampling=None`), or train on a data set with a length, in random order.",
-                method=method.kind,
-                rows=type(getattr(loader, "dataset", loader)).__name__,
-                order=type(present).__name__,
-            )
+            "a method's own order of rows takes the place of the Trainer's random one.",
+            "Leave the order to the Trainer (`sampling=None`), or train on a data set with a length, in random order.",
+            method=method.kind,
+            rows=type(getattr(loader, "dataset", loader)).__name__,
+            order=type(present).__name__,
         )
     if isinstance(present, TaskSampler):
         return present
@@ -155,10 +153,8 @@ def column(rows: Any, name: str) -> list[int]:
         return [int(value) for value in whole]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise TrainerError(
-            explain(
-                "a data set of several tasks must say the task of each row.",
-                f"Add a column {name!r} of whole numbers to the data set.",
-                dataset=type(rows).__name__,
-                cause=f"{type(error).__name__}: {error}",
-            )
+            "a data set of several tasks must say the task of each row.",
+            f"Add a column {name!r} of whole numbers to the data set.",
+            dataset=type(rows).__name__,
+            cause=f"{type(error).__name__}: {error}",
         ) from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.errors import NotAttachedError, UnsupportedModeError, explain
+from softhooks.errors import NotAttachedError, UnsupportedModeError
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
@@ -108,12 +108,10 @@ def _variants(prompt: SoftPrompt, given: dict[str, Tensor], batch: int) -> Seque
         return [0] * batch
     if len(chosen) != batch:
         raise UnsupportedModeError(
-            explain(
-                "an extra argument of the forward must have a value for each row of the batch.",
-                "Give one value a row.",
-                prompt=prompt.name,
-                values=len(chosen),
-                batch=batch,
-            )
+            "an extra argument of the forward must have a value for each row of the batch.",
+            "Give one value a row.",
+            prompt=prompt.name,
+            values=len(chosen),
+            batch=batch,
         )
     return chosen

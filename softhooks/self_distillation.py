@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Role, Stack, at_rest
-from softhooks.errors import UnsupportedMethodError, UnsupportedModeError, explain
+from softhooks.errors import UnsupportedMethodError, UnsupportedModeError
 from softhooks.initializers import key_values_of
 from softhooks.inject.keyvalues import KeyValues, split
 from softhooks.inject.reuse import Memory
@@ -54,11 +54,9 @@ class SelfDistillation(Objective):
         if stack.name == "text" and stack.causal and can_generate is not None and can_generate():
             return
         raise UnsupportedMethodError(
-            explain(
-                "self-distillation needs a causal language model: it compares what is predicted next.",
-                "Choose distill=False, to train on the model's own loss.",
-                model=type(prompt.model).__name__,
-            )
+            "self-distillation needs a causal language model: it compares what is predicted next.",
+            "Choose distill=False, to train on the model's own loss.",
+            model=type(prompt.model).__name__,
         )
 
     def begin(self, prompt: SoftPrompt, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
@@ -106,11 +104,9 @@ def _select(logits: Tensor, chosen: Tensor) -> Tensor:
     """The logits of the positions whose next token is chosen. [B, T, V] and [B, T - 1] -> [N, V]."""
     if logits.shape[1] != chosen.shape[1] + 1:
         raise UnsupportedModeError(
-            explain(
-                "self-distillation needs the logits of every column that has a label.",
-                "Call the model without `logits_to_keep`.",
-                logits=list(logits.shape),
-                labels=f"{chosen.shape[1] + 1} columns",
-            )
+            "self-distillation needs the logits of every column that has a label.",
+            "Call the model without `logits_to_keep`.",
+            logits=list(logits.shape),
+            labels=f"{chosen.shape[1] + 1} columns",
         )
     return logits[:, :-1][chosen.to(logits.device)]

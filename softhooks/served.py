@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Stack, at_rest
-from softhooks.errors import OptionError, UnsupportedModelError, explain
+from softhooks.errors import OptionError, UnsupportedModelError
 
 ServerName = Literal["vllm", "sglang"]
 
@@ -101,12 +101,10 @@ def factor_behind(model: nn.Module, stack: Stack) -> float | None:
                 model(inputs_embeds=given, use_cache=False)
         except Exception as error:
             raise UnsupportedModelError(
-                explain(
-                    "a server takes embedding rows; so must the model.",
-                    "Serve this model with `softhooks.integrations.transformers_serve`.",
-                    model=type(model).__name__,
-                    cause=f"{type(error).__name__}: {error}",
-                )
+                "a server takes embedding rows; so must the model.",
+                "Serve this model with `softhooks.integrations.transformers_serve`.",
+                model=type(model).__name__,
+                cause=f"{type(error).__name__}: {error}",
             ) from error
         finally:
             handle.remove()
@@ -144,12 +142,10 @@ def _require_known(model: nn.Module, stack: Stack, server: Server, inside: float
         factors["behind the embedding"] = round(behind or 0.0, 4)
     if (factors and _kind(model) not in server.known) or width != stack.width:
         raise UnsupportedModelError(
-            explain(
-                "the rows must mean to a server what they mean to transformers.",
-                "Serve this model with `softhooks.integrations.transformers_serve`.",
-                model=_kind(model),
-                factors=factors or "none",
-                known=f"of {server.label}: {', '.join(server.known)}",
-                width=f"{stack.width} of rows, {width} of states",
-            )
+            "the rows must mean to a server what they mean to transformers.",
+            "Serve this model with `softhooks.integrations.transformers_serve`.",
+            model=_kind(model),
+            factors=factors or "none",
+            known=f"of {server.label}: {', '.join(server.known)}",
+            width=f"{stack.width} of rows, {width} of states",
         )

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from torch import nn
 
 from softhooks.blocks import Block
-from softhooks.errors import OptionError, UnsupportedModeError, explain
+from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.host import Host
 from softhooks.prompt import SoftPrompt, require_host
 
@@ -25,13 +25,11 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
     """
     if not isinstance(name, str):
         raise OptionError(
-            explain(
-                "`activate` turns one prompt on, for all rows.",
-                "For one prompt a row use `softhooks.rows(model, names)`, for several that answer together "
-                "`softhooks.PromptEnsemble(model, names)`, for the bare model `softhooks.disabled(model)`.",
-                name=repr(name),
-                attached=", ".join(map(repr, require_host(model).prompts)),
-            )
+            "`activate` turns one prompt on, for all rows.",
+            "For one prompt a row use `softhooks.rows(model, names)`, for several that answer together "
+            "`softhooks.PromptEnsemble(model, names)`, for the bare model `softhooks.disabled(model)`.",
+            name=repr(name),
+            attached=", ".join(map(repr, require_host(model).prompts)),
         )
     host = require_host(model, name)
     with host.running.held("`activate`"):

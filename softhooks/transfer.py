@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.errors import OptionError, PromptMismatchError, explain
+from softhooks.errors import OptionError, PromptMismatchError
 from softhooks.method import EMBEDDINGS
 from softhooks.placeholder import BUFFER
 
@@ -55,12 +55,10 @@ def rows_of(source: Any, rule: str = _START, *, anatomy: Anatomy | None = None) 
         raise OptionError(f"a prompt must be a handle, a directory or a tensor; it is a {type(source).__name__}.")
     if set(tables) != {EMBEDDINGS}:
         raise OptionError(
-            explain(
-                rule,
-                "Take a prompt of PromptTuning or of another method that enters as embeddings.",
-                prompt=what,
-                holds=", ".join(sorted(tables)),
-            )
+            rule,
+            "Take a prompt of PromptTuning or of another method that enters as embeddings.",
+            prompt=what,
+            holds=", ".join(sorted(tables)),
         )
     fits = anatomy is not None and tables[EMBEDDINGS].shape[1] == anatomy.entry.width
     if anatomy is not None and fits and stored is not None:
@@ -107,12 +105,10 @@ def most_similar(
     foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}
     if foreign:
         raise PromptMismatchError(
-            explain(
-                "prompts can be compared only if they are of one base model.",
-                "Leave the others out.",
-                to=f"width {list(goal.shape)}",
-                prompts=foreign,
-            )
+            "prompts can be compared only if they are of one base model.",
+            "Leave the others out.",
+            to=f"width {list(goal.shape)}",
+            prompts=foreign,
         )
     cosines = {name: float(functional.cosine_similarity(mean, goal, dim=0)) for name, mean in pooled.items()}
     return sorted(cosines.items(), key=lambda item: -item[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Stack, at_rest
-from softhooks.errors import UnsupportedMethodError, explain
+from softhooks.errors import UnsupportedMethodError
 from softhooks.fit import probe_inputs
 from softhooks.inject.slots import SlotPass
 from softhooks.prompt import SoftPrompt
@@ -48,14 +48,12 @@ def check_unread(prompt: SoftPrompt) -> None:
     moved = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
     if moved:
         raise UnsupportedMethodError(
-            explain(
-                "nothing behind a model's layers may read a virtual token.",
-                "Use another placement, such as placement='after_first', or a prompt that enters as keys and values, such as "
-                "PrefixTuning.",
-                model=type(prompt.model).__name__,
-                placement=prompt.layout.placement,
-                reads=f"the state of a slot goes into {', '.join(moved)}",
-            )
+            "nothing behind a model's layers may read a virtual token.",
+            "Use another placement, such as placement='after_first', or a prompt that enters as keys and values, such as "
+            "PrefixTuning.",
+            model=type(prompt.model).__name__,
+            placement=prompt.layout.placement,
+            reads=f"the state of a slot goes into {', '.join(moved)}",
         )
 
 

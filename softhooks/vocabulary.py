@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from softhooks.anatomy import Anatomy
-from softhooks.errors import PromptMismatchError, explain
+from softhooks.errors import PromptMismatchError
 from softhooks.probe import unwrapped
 
 if TYPE_CHECKING:
@@ -133,11 +133,9 @@ def require_rows(told: Any, anatomy: Anatomy, source: str) -> None:
     """
     if type(told) is int and anatomy.vocabulary < told:
         raise PromptMismatchError(
-            explain(
-                "a prompt must enter a model whose vocabulary holds the words that it was trained with.",
-                "Load the base model that it was trained with; if tokens were added then, add them and call "
-                "`resize_token_embeddings` before.",
-                prompt=f"{told} words ({source})",
-                model=f"{anatomy.vocabulary} words",
-            )
+            "a prompt must enter a model whose vocabulary holds the words that it was trained with.",
+            "Load the base model that it was trained with; if tokens were added then, add them and call "
+            "`resize_token_embeddings` before.",
+            prompt=f"{told} words ({source})",
+            model=f"{anatomy.vocabulary} words",
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.errors import OptionError, UnsupportedModeError, explain
+from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.initializers import embed_ids, tokenizer_of
 from softhooks.switch import disabled
 from softhooks.trainer.sharding import shards
@@ -60,7 +60,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
     size = min(anatomy.vocabulary, len(known))
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
         raise OptionError(
-            explain("`count` must be a number of words of the vocabulary.", "Ask for fewer.", count=count, words=size)
+            "`count` must be a number of words of the vocabulary.", "Ask for fewer.", count=count, words=size
         )
     goal = functional.normalize(rows, dim=1)
     best, ids = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)

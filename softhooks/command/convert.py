@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from softhooks.errors import CheckpointError, OptionError, explain
+from softhooks.errors import CheckpointError, OptionError
 from softhooks.saving import checkpoint, peft_export, peft_format
 from softhooks.saving.stored import Stored
 
@@ -62,12 +62,10 @@ def convert(
     wanted: Format = to or ("peft" if present == "softhooks" else "softhooks")
     if wanted == present:
         raise OptionError(
-            explain(
-                "a prompt is converted to the format that it has not.",
-                "Leave `--to` out, or copy the folder.",
-                found=f"{source / _MARKS[present]}: the format of {present}",
-                asked=f"--to {wanted}",
-            )
+            "a prompt is converted to the format that it has not.",
+            "Leave `--to` out, or copy the folder.",
+            found=f"{source / _MARKS[present]}: the format of {present}",
+            asked=f"--to {wanted}",
         )
     _require_free(target)
     written: dict[str, Stored] = {}
@@ -97,12 +95,10 @@ def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
         if found:
             return found, present
     raise CheckpointError(
-        explain(
-            "a saved prompt is a directory with its tensors.",
-            "Give the directory that `save_pretrained` wrote, of softhooks or of PEFT.",
-            directory=source,
-            expected=" or ".join(_MARKS.values()),
-        )
+        "a saved prompt is a directory with its tensors.",
+        "Give the directory that `save_pretrained` wrote, of softhooks or of PEFT.",
+        directory=source,
+        expected=" or ".join(_MARKS.values()),
     )
 
 
@@ -148,13 +144,11 @@ def _require_known(stored: Stored) -> None:
     if open_ or stored.also_fits is not None:
         what = "whether its model is causal" if open_ else "whether its model computes the same"
         raise CheckpointError(
-            explain(
-                "a prompt is stored with what it takes for granted about its model.",
-                "Give the folder of its base model with `--base`.",
-                file=stored.source,
-                not_told=what,
-                base=stored.base_name or "not named",
-            )
+            "a prompt is stored with what it takes for granted about its model.",
+            "Give the folder of its base model with `--base`.",
+            file=stored.source,
+            not_told=what,
+            base=stored.base_name or "not named",
         )
 
 
@@ -183,13 +177,11 @@ def _load_base(stored: Stored, base: Path) -> nn.Module:
             )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
-            explain(
-                "`--base` must be the folder of the model that the prompt was trained on.",
-                "Give the folder that `save_pretrained` of the model wrote, with its config.json and safetensors.",
-                base=base,
-                asked=f"{name}.from_pretrained",
-                found=f"{type(error).__name__}: {error}",
-            )
+            "`--base` must be the folder of the model that the prompt was trained on.",
+            "Give the folder that `save_pretrained` of the model wrote, with its config.json and safetensors.",
+            base=base,
+            asked=f"{name}.from_pretrained",
+            found=f"{type(error).__name__}: {error}",
         ) from error
     return model.eval()
 
@@ -236,11 +228,9 @@ def _require_free(target: Path) -> None:
     taken = (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir()))
     if taken:
         raise OptionError(
-            explain(
-                "a conversion writes a new folder, and overwrites nothing.",
-                "Name a folder that is not there yet, or remove this one.",
-                out=target,
-            )
+            "a conversion writes a new folder, and overwrites nothing.",
+            "Name a folder that is not there yet, or remove this one.",
+            out=target,
         )
 
 
@@ -258,7 +248,7 @@ def _appearing(target: Path) -> Iterator[Path]:
         part.replace(target)
     except OSError as error:
         raise OptionError(
-            explain("OUT must be a folder that can be written.", "Name another one.", out=target, found=error)
+            "OUT must be a folder that can be written.", "Name another one.", out=target, found=error
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

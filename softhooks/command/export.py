@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from softhooks.command.exits import usage
-from softhooks.errors import CheckpointError, OptionError, explain
+from softhooks.errors import CheckpointError, OptionError
 
 EMBEDDINGS_FILE = "prompt_embeds.safetensors"
 REQUEST_FILE = "request.json"
@@ -84,12 +84,10 @@ def _rows(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bo
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            explain(
-                "--model must be a language model with its tokenizer.",
-                "Give the directory that `save_pretrained` of both has written, or a name on the Hub.",
-                model=model,
-                cause=" ".join(str(error).split()),
-            )
+            "--model must be a language model with its tokenizer.",
+            "Give the directory that `save_pretrained` of both has written, or a name on the Hub.",
+            model=model,
+            cause=" ".join(str(error).split()),
         ) from error
     load(base, prompt, strict=strict)
     said: Any = text

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from softhooks.errors import explain
+from softhooks.errors import format_message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ def _problem(path: Path) -> str | None:
             found = "a file" if path.exists() else "nothing"
     except OSError as error:  # a name too long for any file, a directory that may not be read
         found = str(error)
-    return explain(
+    return format_message(
         "`softhooks inspect` takes the directory of a saved prompt.",
         "Give the directory that `save_pretrained`, a Trainer or PEFT wrote; the hub is not asked.",
         path=path,

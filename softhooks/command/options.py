@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.method import Method
 
 REQUIRED = dataclasses.MISSING
@@ -69,25 +69,21 @@ class Option:
         """
         if not self.takes:
             raise OptionError(
-                explain(
-                    f"{self.flag} takes what only Python can make.",
-                    "Leave it out here, or call `softhooks.attach` in the script.",
-                    takes=getattr(self.hint, "__name__", str(self.hint)),
-                    given=repr(value),
-                )
+                f"{self.flag} takes what only Python can make.",
+                "Leave it out here, or call `softhooks.attach` in the script.",
+                takes=getattr(self.hint, "__name__", str(self.hint)),
+                given=repr(value),
             )
         try:
             return _convert(value, self.hint)
         except ValueError:
             raise OptionError(
-                explain(
-                    f"an option must have its type: {self.flag}.",
-                    f"Write `{self.flag}`, or `--no-{self.flag[2:]}`."
-                    if self.is_switch
-                    else f"Give {self.takes}; a list is written as [1, 2] or by repeating the option.",
-                    takes=self.takes,
-                    given=repr(value),
-                )
+                f"an option must have its type: {self.flag}.",
+                f"Write `{self.flag}`, or `--no-{self.flag[2:]}`."
+                if self.is_switch
+                else f"Give {self.takes}; a list is written as [1, 2] or by repeating the option.",
+                takes=self.takes,
+                given=repr(value),
             ) from None
 
 

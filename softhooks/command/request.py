@@ -12,7 +12,7 @@ import yaml
 
 from softhooks.attach import attach
 from softhooks.command.options import REQUIRED, Option, argument_options, method_options
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.method import Method
 from softhooks.methods import METHODS
 from softhooks.trainer.callback import SoftPromptCallback
@@ -83,12 +83,10 @@ def parse(arguments: list[str]) -> Request | Help:
     script: Path | str = rest[0] if is_module else Path(rest[0])
     if isinstance(script, Path) and not script.is_file():
         raise OptionError(
-            explain(
-                "the script to run must be a file.",
-                "Options of `softhooks run` stand before the script; a module is run with `-m`.",
-                script=repr(rest[0]),
-                found="a directory" if script.is_dir() else "no such file",
-            )
+            "the script to run must be a file.",
+            "Options of `softhooks run` stand before the script; a module is run with `-m`.",
+            script=repr(rest[0]),
+            found="a directory" if script.is_dir() else "no such file",
         )
     given.pop("m", None)
     method, callback = resolve(kind, config, given)
@@ -180,12 +178,10 @@ def _kind(name: Any) -> str:
         if plain in (kind.replace("_", ""), method.__name__.lower()):
             return kind
     raise OptionError(
-        explain(
-            "a method must be one of those that softhooks has.",
-            _suggestion(str(name).replace("-", "_"), METHODS, "{}") or "`softhooks run --help` describes them.",
-            asked=repr(name),
-            methods=", ".join(METHODS),
-        )
+        "a method must be one of those that softhooks has.",
+        _suggestion(str(name).replace("-", "_"), METHODS, "{}") or "`softhooks run --help` describes them.",
+        asked=repr(name),
+        methods=", ".join(METHODS),
     )
 
 
@@ -201,13 +197,11 @@ def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str
         others = [kind for kind, method in METHODS.items() if name in method_options(method)]
         if others:
             raise OptionError(
-                explain(
-                    "an option belongs to its method.",
-                    f"Leave it out, or name the method: `--method {others[0]}`.",
-                    option=name,
-                    belongs_to=", ".join(others),
-                    asked=owner,
-                )
+                "an option belongs to its method.",
+                f"Leave it out, or name the method: `--method {others[0]}`.",
+                option=name,
+                belongs_to=", ".join(others),
+                asked=owner,
             )
         raise _unknown(name, options)
 
@@ -215,12 +209,10 @@ def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str
 def _unknown(name: str, known: Iterable[str]) -> OptionError:
     plain = name.lstrip("-").replace("-", "_")
     return OptionError(
-        explain(
-            "an option must be one of the method's, of the callback's, or of `softhooks run`.",
-            (_suggestion(plain, known, "--{}") or "Options of the script stand behind the script.")
-            + " `softhooks run --help` lists all.",
-            unknown=name,
-        )
+        "an option must be one of the method's, of the callback's, or of `softhooks run`.",
+        (_suggestion(plain, known, "--{}") or "Options of the script stand behind the script.")
+        + " `softhooks run --help` lists all.",
+        unknown=name,
     )
 
 
@@ -245,12 +237,10 @@ def _configuration(paths: list[str] | None) -> dict[str, Any]:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(
-            explain(
-                "a configuration must be a YAML or JSON file.",
-                "Name one that holds `method:` and `options:`.",
-                file=path,
-                cause=" ".join(str(error).split()),
-            )
+            "a configuration must be a YAML or JSON file.",
+            "Name one that holds `method:` and `options:`.",
+            file=path,
+            cause=" ".join(str(error).split()),
         ) from error
     return _sections(found, str(path))
 
@@ -264,13 +254,11 @@ def _sections(found: Any, source: str) -> dict[str, Any]:
         if name not in _SECTIONS or not isinstance(value, wanted):
             suggestion = _suggestion(str(name), _SECTIONS, "{}:")
             raise OptionError(
-                explain(
-                    "a configuration holds a method's name, its options by name, and options of the callback by name.",
-                    suggestion or "Write `method: prompt_tuning`, and `options:` with one option a line below it.",
-                    file=source,
-                    found=f"{name}: {value!r}" if name else repr(found),
-                    sections=", ".join(_SECTIONS),
-                )
+                "a configuration holds a method's name, its options by name, and options of the callback by name.",
+                suggestion or "Write `method: prompt_tuning`, and `options:` with one option a line below it.",
+                file=source,
+                found=f"{name}: {value!r}" if name else repr(found),
+                sections=", ".join(_SECTIONS),
             )
     spelled = {
         name: {str(key).replace("-", "_"): value for key, value in section.items()} if name != "method" else section

@@ -24,7 +24,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from softhooks.command.exits import usage
 from softhooks.command.request import Help, Request, parse
 from softhooks.command.usage import explained
-from softhooks.errors import OptionError, TrainerError, explain
+from softhooks.errors import OptionError, TrainerError
 from softhooks.quantised import needs_admission
 from softhooks.trainer.callback import SoftPromptCallback
 
@@ -88,13 +88,11 @@ def _require_module(name: str) -> None:
         spec, can_run = None, False
     if not can_run:
         raise OptionError(
-            explain(
-                "`softhooks run -m` runs a module that `python -m` would run here.",
-                "Name it with dots and without `.py`, and run the command where it can be imported.",
-                module=repr(name),
-                found="a package without `__main__`" if spec is not None else "no such module",
-                looked_in=f"{sys.path[0]} and where Python is installed",
-            )
+            "`softhooks run -m` runs a module that `python -m` would run here.",
+            "Name it with dots and without `.py`, and run the command where it can be imported.",
+            module=repr(name),
+            found="a package without `__main__`" if spec is not None else "no such module",
+            looked_in=f"{sys.path[0]} and where Python is installed",
         )
 
 

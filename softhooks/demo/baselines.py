@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import nn
 
 from softhooks.demo.data import EncodedData, Rows
-from softhooks.errors import SoftHooksError, explain
+from softhooks.errors import SoftHooksError
 
 FOLDS = 4
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
@@ -50,11 +50,9 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise SoftHooksError(
-            explain(
-                "the demo compares the prompts with a logistic regression, which needs scikit-learn.",
-                "Install it: pip install 'softhooks[demo]'",
-                missing=error.name,
-            )
+            "the demo compares the prompts with a logistic regression, which needs scikit-learn.",
+            "Install it: pip install 'softhooks[demo]'",
+            missing=error.name,
         ) from error
     start = time.perf_counter()
     features = mean_pooled(model, data.train, data, batch_size)

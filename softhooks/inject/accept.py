@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Stack, first_state
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.fills import COPIED, fill
 from softhooks.inject.provenance import is_recurrent
 from softhooks.inject.where import Outer, padding_mask
@@ -30,12 +30,10 @@ def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tens
         return torch.ones(batch, columns, dtype=torch.long, device=device)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != columns:
         raise UnsupportedModeError(
-            explain(
-                "slots in the sequence need a mask of one number a token.",
-                "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
-                mask=f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}",
-                expected=f"[{batch}, {columns}]",
-            )
+            "slots in the sequence need a mask of one number a token.",
+            "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
+            mask=f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}",
+            expected=f"[{batch}, {columns}]",
         )
     return mask
 
@@ -48,11 +46,9 @@ def refuse_static(cache: Any) -> None:
     """
     if getattr(cache, "is_compileable", False) is True and not is_recurrent(cache):
         raise UnsupportedModeError(
-            explain(
-                "slots in the sequence need a cache that grows.",
-                "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
-                cache=type(cache).__name__,
-            )
+            "slots in the sequence need a cache that grows.",
+            "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
+            cache=type(cache).__name__,
         )
 
 
@@ -89,13 +85,11 @@ def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
         if isinstance(mask, Tensor) and mask.dim() == 4 and not bool(_more(mask, flat, causal).any()):
             continue
         raise UnsupportedModeError(
-            explain(
-                "slots in the sequence need a mask of one number a token.",
-                "Use a prompt that enters as keys and values (`prompt.injection`), or rows without images.",
-                mask=f"{list(mask.shape)}, in which tokens see ahead"
-                if isinstance(mask, Tensor)
-                else f"{type(mask).__name__}, prepared by the model around the text model",
-            )
+            "slots in the sequence need a mask of one number a token.",
+            "Use a prompt that enters as keys and values (`prompt.injection`), or rows without images.",
+            mask=f"{list(mask.shape)}, in which tokens see ahead"
+            if isinstance(mask, Tensor)
+            else f"{type(mask).__name__}, prepared by the model around the text model",
         )
 
 
@@ -115,12 +109,10 @@ def refuse_later_text(gap: Tensor, live: Tensor, columns: int) -> None:
     last = torch.where(live, gap, 0).amax(-1)
     if bool((last > columns).any()):
         raise UnsupportedModeError(
-            explain(
-                "slots need a row's first token in the first chunk of a prefill.",
-                "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
-                chunk=f"{columns} columns",
-                row=f"{int(last.argmax())}, whose text begins later",
-            )
+            "slots need a row's first token in the first chunk of a prefill.",
+            "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
+            chunk=f"{columns} columns",
+            row=f"{int(last.argmax())}, whose text begins later",
         )
 
 
@@ -151,11 +143,9 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
             continue
         if key.endswith("_position_ids") and not key.startswith("decoder_"):
             raise UnsupportedModeError(
-                explain(
-                    "virtual tokens among the text move its words, and positions that point at words cannot follow.",
-                    f"Leave `{key}` out, or disable the prompt for this call.",
-                    argument=f"{key} {list(value.shape)}",
-                )
+                "virtual tokens among the text move its words, and positions that point at words cannot follow.",
+                f"Leave `{key}` out, or disable the prompt for this call.",
+                argument=f"{key} {list(value.shape)}",
             )
         of_encoder = (
             key == "encoder_attention_mask"
@@ -169,11 +159,9 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
                 else ", or use a prompt that enters as keys and values, such as PrefixTuning"
             )
             raise UnsupportedModeError(
-                explain(
-                    "every per-token argument must have a value at the virtual slots.",
-                    f"Leave `{key}` out{other}.",
-                    argument=f"{key} {list(value.shape)}",
-                )
+                "every per-token argument must have a value at the virtual slots.",
+                f"Leave `{key}` out{other}.",
+                argument=f"{key} {list(value.shape)}",
             )
 
 
@@ -190,12 +178,10 @@ def stand_by_types(call: dict[str, Any], mask: Tensor) -> bool:
         return False
     if not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
-            explain(
-                "slots need rows that begin with text, in a model that makes positions of the types of tokens.",
-                "Pad on the right.",
-                token_type_ids=list(types.shape),
-                attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
-            )
+            "slots need rows that begin with text, in a model that makes positions of the types of tokens.",
+            "Pad on the right.",
+            token_type_ids=list(types.shape),
+            attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
         )
     return True
 
@@ -205,10 +191,8 @@ def refuse_more_columns(output: Any, text: int, wide: int) -> None:
     columns = first_state(output).shape[1]
     if columns not in (text, wide):
         raise UnsupportedModeError(
-            explain(
-                "slots need a stack that returns one state for each column that it is given.",
-                "Call the model with text alone.",
-                given=f"{wide} columns, {wide - text} of them slots",
-                returned=f"{columns} columns",
-            )
+            "slots need a stack that returns one state for each column that it is given.",
+            "Call the model with text alone.",
+            given=f"{wide} columns, {wide - text} of them slots",
+            returned=f"{columns} columns",
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from softhooks.anatomy import Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 
 _PER_ROW = ("adapter_names", "alora_offsets")
 """What PEFT hands to its layers for the rows of one forward, in hooks that last as long as that forward."""
@@ -64,13 +64,11 @@ def _require_one_for_all(layer: nn.Module, stack: Stack) -> None:
         if given is not None:
             _drop_hooks(stack.module if stack.owner is None else stack.owner.model)
             raise UnsupportedModeError(
-                explain(
-                    "keys and values that a prompt has from the base are computed once for all rows, so one adapter of PEFT "
-                    "must serve them all.",
-                    "Attach the prompt with `injection='slots'`, or call the model once for each adapter.",
-                    given=f"`{given}`: an adapter of its own for each row",
-                    adapters_in=type(layer).__name__,
-                )
+                "keys and values that a prompt has from the base are computed once for all rows, so one adapter of PEFT "
+                "must serve them all.",
+                "Attach the prompt with `injection='slots'`, or call the model once for each adapter.",
+                given=f"`{given}`: an adapter of its own for each row",
+                adapters_in=type(layer).__name__,
             )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softhooks.anatomy import Role, Site, Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.checkpointing import CheckpointedPass
 from softhooks.inject.joined import attend_joined, can_join, join_mask
 from softhooks.inject.keyvalues import KeyValues
@@ -185,11 +185,9 @@ def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, maske
     unmasked = not masked and ("paged" in name or paged_cache(kwargs) is not None)
     if "flex" in name or unmasked or packed or cut:
         raise UnsupportedModeError(
-            explain(
-                "a key-value prefix needs an attention function whose mask it can widen.",
-                "Use `model.set_attn_implementation('sdpa')` or 'eager'.",
-                function=name + (" with packed sequences" if packed else " with windows" if cut else ""),
-            )
+            "a key-value prefix needs an attention function whose mask it can widen.",
+            "Use `model.set_attn_implementation('sdpa')` or 'eager'.",
+            function=name + (" with packed sequences" if packed else " with windows" if cut else ""),
         )
 
 
@@ -236,11 +234,9 @@ def _widen_flat_mask(mask: Tensor | None, length: int, visible: Tensor | None) -
     """Widen the [B, K] mask of flash attention, which is causal from the lower right on its own."""
     if visible is not None:
         raise UnsupportedModeError(
-            explain(
-                "flash attention shows every query the whole prefix.",
-                "Use `model.set_attn_implementation('sdpa')` for prompts of different lengths in one batch and for models "
-                "with sliding windows.",
-                asked="a prefix that some queries do not see",
-            )
+            "flash attention shows every query the whole prefix.",
+            "Use `model.set_attn_implementation('sdpa')` for prompts of different lengths in one batch and for models "
+            "with sliding windows.",
+            asked="a prefix that some queries do not see",
         )
     return None if mask is None else torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=-1)

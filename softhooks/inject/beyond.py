@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from softhooks.anatomy import Anatomy, Positions
-from softhooks.errors import explain
+from softhooks.errors import format_message
 
 _ADAPTS = ("dynamic",)
 """Kinds of rotary embeddings that stretch themselves over whatever length comes."""
@@ -54,7 +54,7 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
         return
     positions.warned = True
     warnings.warn(
-        explain(
+        format_message(
             "prompt and text together stand beyond the positions that the model was trained for; its answers get worse there.",
             "Truncate the text earlier, use a shorter prompt, or scale the model's rotary embeddings (`rope_parameters`).",
             prompt=length,

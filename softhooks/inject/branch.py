@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.anatomy import Site, Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.checkpointing import CheckpointedPass
 from softhooks.inject.feed import keys_and_values
 from softhooks.inject.passes import AttentionFunction
@@ -184,21 +184,17 @@ def open_branch(stack: Stack, selection: Selection, batch: int) -> BranchPass:
     prompts = selection.prompts
     if any(prompt.injection != "branch" for prompt in prompts):
         raise UnsupportedModeError(
-            explain(
-                "a gated branch and a prompt that enters in another way cannot share a batch.",
-                "Run their rows in batches of their own.",
-                prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
-            )
+            "a gated branch and a prompt that enters in another way cannot share a batch.",
+            "Run their rows in batches of their own.",
+            prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
         )
     context = selection.given.get(CONTEXT)
     if context is not None and context.shape[0] != batch:
         raise UnsupportedModeError(
-            explain(
-                f"`{CONTEXT}` must have one entry for each row of the batch.",
-                "Give each row its own context, in the order of the rows.",
-                context=list(context.shape),
-                batch=batch,
-            )
+            f"`{CONTEXT}` must have one entry for each row of the batch.",
+            "Give each row its own context, in the order of the rows.",
+            context=list(context.shape),
+            batch=batch,
         )
     choice = selection.choice_of_prompts()
     if choice is None:
@@ -208,11 +204,9 @@ def open_branch(stack: Stack, selection: Selection, batch: int) -> BranchPass:
         branches = [prompt.branch(stack, context, own) for prompt, own in zip(prompts, rows, strict=True)]
         if any(one.pending for one in branches):
             raise UnsupportedModeError(
-                explain(
-                    "in a sharded model (FSDP) all rows of a batch have one gated branch.",
-                    "Run the rows of each prompt in batches of their own.",
-                    prompts=", ".join(prompt.name for prompt in prompts),
-                )
+                "in a sharded model (FSDP) all rows of a batch have one gated branch.",
+                "Run the rows of each prompt in batches of their own.",
+                prompts=", ".join(prompt.name for prompt in prompts),
             )
         branch = mix_branches(branches, rows, batch)
     return BranchPass(stack, branch, stack.module.training)

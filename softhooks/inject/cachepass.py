@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from softhooks.anatomy import Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.attention import PrefixPass
 from softhooks.inject.caches import PrefixCache, PrefixPair
 from softhooks.inject.keyvalues import KeyValues
@@ -88,11 +88,9 @@ class CachePass(PrefixPass):
                 if module is self.stack.module:
                     continue
                 raise UnsupportedModeError(
-                    explain(
-                        "a prefix that enters through a cache needs layers that keep a read-only cache when checkpointed.",
-                        "Turn gradient checkpointing off.",
-                        layer=type(module).__name__,
-                    )
+                    "a prefix that enters through a cache needs layers that keep a read-only cache when checkpointed.",
+                    "Turn gradient checkpointing off.",
+                    layer=type(module).__name__,
                 )
             module._can_checkpoint_with_cache = True  # type: ignore[assignment]
             self._kept.append(module)
@@ -102,12 +100,10 @@ class CachePass(PrefixPass):
         prefix = self.prefixes["self"]
         if prefix.bare:
             raise UnsupportedModeError(
-                explain(
-                    "in a model whose prefixes enter through a cache, the prompts of one batch must enter the same layers.",
-                    "Run their rows in batches of their own.",
-                    model=type(self.stack.module).__name__,
-                    layers=f"{sorted(prefix.bare)} have no prefix in some rows",
-                )
+                "in a model whose prefixes enter through a cache, the prompts of one batch must enter the same layers.",
+                "Run their rows in batches of their own.",
+                model=type(self.stack.module).__name__,
+                layers=f"{sorted(prefix.bare)} have no prefix in some rows",
             )
         device = prefix.any_key.device
         present = prefix.present(device)

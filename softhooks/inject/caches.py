@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.keyvalues import KeyValues
 from softhooks.inject.padded import BehindPadding
 
@@ -66,11 +66,9 @@ class PrefixCache(Cache):
         self.touched = False
         if inner is not None and any(getattr(layer, "is_sliding", False) for layer in inner.layers):
             raise UnsupportedModeError(
-                explain(
-                    "a prefix that enters through a cache cannot stand before a sliding cache.",
-                    "Generate with the default cache of full length.",
-                    cache=type(inner).__name__,
-                )
+                "a prefix that enters through a cache cannot stand before a sliding cache.",
+                "Generate with the default cache of full length.",
+                cache=type(inner).__name__,
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -121,11 +119,9 @@ class PrefixPair(EncoderDecoderCache):
             UnsupportedModeError: always.
         """
         raise UnsupportedModeError(
-            explain(
-                "a prefix that enters through a cache needs layers that keep the keys of an encoder apart from their own.",
-                "Use a prompt that enters as embeddings, such as PromptTuning.",
-                asked="`past_key_values.layers`, of a cache with the keys of an encoder",
-            )
+            "a prefix that enters through a cache needs layers that keep the keys of an encoder apart from their own.",
+            "Use a prompt that enters as embeddings, such as PromptTuning.",
+            asked="`past_key_values.layers`, of a cache with the keys of an encoder",
         )
 
 

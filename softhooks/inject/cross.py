@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from softhooks.anatomy import Stack
-from softhooks.errors import PromptNotReachedError, explain
+from softhooks.errors import PromptNotReachedError
 from softhooks.inject.accept import flat_mask
 from softhooks.inject.passes import Pass
 from softhooks.inject.slot_rows import Slots
@@ -37,12 +37,10 @@ class CrossSlotPass(Pass):
         wide = _wide_of(states, encoder)
         if wide is None or (given is not None and given.shape[-1] != columns):
             raise PromptNotReachedError(
-                explain(
-                    "a decoder must be given the states of an encoder that ran with the prompt.",
-                    "Let the model run its encoder itself, or call the encoder while the prompt is on.",
-                    states=f"{states.shape[1]} columns",
-                    mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
-                )
+                "a decoder must be given the states of an encoder that ran with the prompt.",
+                "Let the model run its encoder itself, or call the encoder while the prompt is on.",
+                states=f"{states.shape[1]} columns",
+                mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
             )
         self._wide = wide
         if given is not None or slots.uneven:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from softhooks.anatomy import Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.paged import paged_cache
 from softhooks.inject.provenance import cache_of, is_filled
 from softhooks.inject.where import Outer, given_positions, padding_mask
@@ -49,10 +49,8 @@ def refuse_elsewhere(stack: Stack, found: str, prompts: Sequence[SoftPrompt]) ->
     stays = [prompt for prompt in prompts if prompt.injection in ("attention", "written_out", "cache")]
     if found and any(prompt.conventions.get("shift_positions", True) for prompt in stays):
         raise UnsupportedModeError(
-            explain(
-                "keys and values of a prompt stand at the first positions, and the text right behind them.",
-                "Leave `position_ids` out or count it by the attention mask; or use PromptTuning, which moves along.",
-                call=found,
-                model=f"{type(stack.module).__name__}, which starts at {stack.positions.start}",
-            )
+            "keys and values of a prompt stand at the first positions, and the text right behind them.",
+            "Leave `position_ids` out or count it by the attention mask; or use PromptTuning, which moves along.",
+            call=found,
+            model=f"{type(stack.module).__name__}, which starts at {stack.positions.start}",
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Role, Stack
-from softhooks.errors import PromptTooLongError, UnsupportedModeError, explain
+from softhooks.errors import PromptTooLongError, UnsupportedModeError
 from softhooks.inject.attention import PrefixPass
 from softhooks.inject.beyond import warn_beyond
 from softhooks.inject.branch import open_branch
@@ -56,13 +56,11 @@ def open_pass(
     in_sequence = {prompt: prompt.injection == "slots" or bool(reached[prompt]) for prompt in prompts}
     if set(in_sequence.values()) == {True, False}:
         raise UnsupportedModeError(
-            explain(
-                "prompts in one batch must all enter as slots, or all as keys and values.",
-                "Attach them with one `injection=`, or run their rows in batches of their own.",
-                prompts=", ".join(
-                    f"{prompt.name}: {'slots' if slots else prompt.injection}" for prompt, slots in in_sequence.items()
-                ),
-            )
+            "prompts in one batch must all enter as slots, or all as keys and values.",
+            "Attach them with one `injection=`, or run their rows in batches of their own.",
+            prompts=", ".join(
+                f"{prompt.name}: {'slots' if slots else prompt.injection}" for prompt, slots in in_sequence.items()
+            ),
         )
     fallen_back = next((names for names in reached.values() if names), [])
     if not in_sequence[prompts[0]]:
@@ -117,11 +115,9 @@ def _open_slots(
         return CrossSlotPass(stack, selection.prompts[0].host.anatomy.entry, slots, call)
     if selection.hidden(text_shape(call)[0], slots.columns) is not None:
         raise UnsupportedModeError(
-            explain(
-                "virtual tokens can be hidden from some rows only where they enter as keys and values.",
-                "Use a causal decoder whose prompt is computed once (`prompt.injection`).",
-                injection="slots",
-            )
+            "virtual tokens can be hidden from some rows only where they enter as keys and values.",
+            "Use a causal decoder whose prompt is computed once (`prompt.injection`).",
+            injection="slots",
         )
     check_length(stack, call, slots.columns, cached=slots.columns, outer=outer)
     if is_fallback:
@@ -209,12 +205,10 @@ def _refuse_left_padding(stack: Stack, mask: Tensor | None) -> None:
     """Refuse rows that begin with padding where it would change the answer with a prompt."""
     if mask is not None and not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
-            explain(
-                "a prompt needs rows that begin with text, in a model whose answer changes with padding before the text.",
-                "Pad on the right, or run rows of one length together, without padding.",
-                model=type(stack.module).__name__,
-                attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
-            )
+            "a prompt needs rows that begin with text, in a model whose answer changes with padding before the text.",
+            "Pad on the right, or run rows of one length together, without padding.",
+            model=type(stack.module).__name__,
+            attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
         )
 
 
@@ -242,13 +236,11 @@ def _for_all_rows(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:
     one = torch.where(real, ids, 0).amax(0)
     if bool((real & (ids != one)).any()):
         raise UnsupportedModeError(
-            explain(
-                "a prompt that enters attention needs rows whose texts start in one column behind prompts of one length, in a "
-                "model that gives all rows of a batch the same positions.",
-                "Pad on the right, and run rows with other prompts in batches of their own.",
-                model=type(stack.module).__name__,
-                rows=len(ids),
-            )
+            "a prompt that enters attention needs rows whose texts start in one column behind prompts of one length, in a "
+            "model that gives all rows of a batch the same positions.",
+            "Pad on the right, and run rows with other prompts in batches of their own.",
+            model=type(stack.module).__name__,
+            rows=len(ids),
         )
     return one
 
@@ -288,13 +280,11 @@ def check_length(stack: Stack, call: dict[str, Any], length: int, cached: int = 
 def _refuse_beyond(limit: int, longest: int, length: int) -> None:
     if longest + length > limit:
         error = PromptTooLongError(
-            explain(
-                "prompt and text together must fit into the model's positions.",
-                "Truncate the text earlier, or use a shorter prompt.",
-                prompt=length,
-                text=longest,
-                positions=limit,
-            )
+            "prompt and text together must fit into the model's positions.",
+            "Truncate the text earlier, or use a shorter prompt.",
+            prompt=length,
+            text=longest,
+            positions=limit,
         )
         error.text = longest
         raise error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from softhooks.anatomy import Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.checkpointing import CheckpointedPass
 from softhooks.inject.slot_rows import Slots
 from softhooks.inject.slots import SlotPass
@@ -41,11 +41,9 @@ def require_sharing(name: str, reached: list[str]) -> None:
         UnsupportedModeError: always.
     """
     raise UnsupportedModeError(
-        explain(
-            "a prompt that is computed once must not depend on what a call brings beside its text.",
-            "Leave the argument out, or attach the prompt without `injection='shared'`: it then stands in the sequence for such "
-            "calls.",
-            prompt=name,
-            call=", ".join(reached),
-        )
+        "a prompt that is computed once must not depend on what a call brings beside its text.",
+        "Leave the argument out, or attach the prompt without `injection='shared'`: it then stands in the sequence for such "
+        "calls.",
+        prompt=name,
+        call=", ".join(reached),
     )

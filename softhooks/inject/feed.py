@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from softhooks.anatomy import Site, Stack
-from softhooks.errors import UnsupportedMethodError, explain
+from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.passes import AttentionFunction, Pass
 from softhooks.inject.scale import Scaled, scale
 
@@ -103,12 +103,10 @@ def feed_of(site: Site) -> Feed:
     assert site.feed is not None, "find_feeds comes first"
     if site.feed.failure:
         raise UnsupportedMethodError(
-            explain(
-                "a gated branch needs layers whose keys and values are made of their input alone.",
-                "Use another method, such as PrefixTuning; `num_layers` leaves layers out from below.",
-                layer=f"{type(site.module).__name__}, number {site.index} of {site.stack.path or 'the model'}",
-                because=site.feed.failure,
-            )
+            "a gated branch needs layers whose keys and values are made of their input alone.",
+            "Use another method, such as PrefixTuning; `num_layers` leaves layers out from below.",
+            layer=f"{type(site.module).__name__}, number {site.index} of {site.stack.path or 'the model'}",
+            because=site.feed.failure,
         )
     return site.feed
 

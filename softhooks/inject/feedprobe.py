@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Anatomy, Site, Stack, at_rest, first_state
-from softhooks.errors import UnsupportedMethodError, explain
+from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.feed import Feed, keys_and_values
 from softhooks.inject.interface import marked
 from softhooks.inject.passes import AttentionFunction, Pass
@@ -30,12 +30,10 @@ def find_feeds(anatomy: Anatomy) -> None:
     for stack in anatomy.stacks:
         if stack.through not in ("attention", "written_out"):
             raise UnsupportedMethodError(
-                explain(
-                    "a gated branch needs attention that goes through transformers' attention interface, or that softhooks "
-                    "knows.",
-                    OTHER_METHOD,
-                    model=f"{type(stack.module).__name__}, whose attention does neither",
-                )
+                "a gated branch needs attention that goes through transformers' attention interface, or that softhooks "
+                "knows.",
+                OTHER_METHOD,
+                model=f"{type(stack.module).__name__}, whose attention does neither",
             )
         if all(site.feed is not None for site in stack.sites_of("self")):
             continue

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 from softhooks.anatomy import Site, Stack
-from softhooks.errors import PromptNotReachedError, explain
+from softhooks.errors import PromptNotReachedError
 from softhooks.inject.passes import AttentionFunction, Pass
 from softhooks.inject.written_out import rewrite, unwrite
 from softhooks.users import Users
@@ -138,11 +138,9 @@ def pass_of(module: nn.Module) -> Pass | None:
         if site.stack.owner is not None:
             site.stack.owner.running.require_free()
         raise PromptNotReachedError(
-            explain(
-                "an attention layer may only run inside a forward that went through the model's hooks.",
-                "Call the model, not its `forward`; checkpoint its layers with `gradient_checkpointing_enable()`; or "
-                "turn the prompt off with `softhooks.disabled(model)`.",
-                layer=f"{type(module).__name__} of {site.stack.path or 'the model'}",
-            )
+            "an attention layer may only run inside a forward that went through the model's hooks.",
+            "Call the model, not its `forward`; checkpoint its layers with `gradient_checkpointing_enable()`; or "
+            "turn the prompt off with `softhooks.disabled(model)`.",
+            layer=f"{type(module).__name__} of {site.stack.path or 'the model'}",
         )
     return site.stack.live

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.anatomy import Site
-from softhooks.errors import PromptNotReachedError, explain
+from softhooks.errors import PromptNotReachedError
 
 
 @dataclass
@@ -57,11 +57,9 @@ class KeyValues:
         for key in self.keys.values():
             return key
         raise PromptNotReachedError(
-            explain(
-                "a prompt that enters as keys and values must have been seen by the attention of the model.",
-                "Do not replace attention modules or functions while a prompt is attached; or attach with `injection='slots'`.",
-                sites_with_keys="none",
-            )
+            "a prompt that enters as keys and values must have been seen by the attention of the model.",
+            "Do not replace attention modules or functions while a prompt is attached; or attach with `injection='slots'`.",
+            sites_with_keys="none",
         )
 
     def before(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

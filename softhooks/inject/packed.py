@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Site, Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.passes import AttentionFunction, Pass, function_name
 
 _REMEDY = (
@@ -102,10 +102,8 @@ def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
 
 def _refusal(numbers: Tensor, mask: str) -> UnsupportedModeError:
     return UnsupportedModeError(
-        explain(
-            "documents packed into one row must not see each other.",
-            _REMEDY,
-            documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, by position_ids that start again",
-            mask=mask,
-        )
+        "documents packed into one row must not see each other.",
+        _REMEDY,
+        documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, by position_ids that start again",
+        mask=mask,
     )

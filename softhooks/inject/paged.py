@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.keyvalues import KeyValues
 from softhooks.inject.passes import AttentionFunction, Pass, function_name
 
@@ -119,12 +119,10 @@ def require_same_prompt(cache: PagedAttentionCache | None, live: Pass | None, se
         if live is not None:
             live.close()
         raise UnsupportedModeError(
-            explain(
-                "a paged cache serves the prompt that it was filled with: every key in it depends on it.",
-                "Stop the manager and start another after `activate`, `disabled` or a step of training.",
-                filled=f"with {made}" if made else "without a prompt",
-                now=f"with {selection}" + (", which has changed since" if made == selection else "")
-                if selection
-                else "without",
-            )
+            "a paged cache serves the prompt that it was filled with: every key in it depends on it.",
+            "Stop the manager and start another after `activate`, `disabled` or a step of training.",
+            filled=f"with {made}" if made else "without a prompt",
+            now=f"with {selection}" + (", which has changed since" if made == selection else "")
+            if selection
+            else "without",
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from softhooks.anatomy import Site, Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 
 if TYPE_CHECKING:
     from softhooks.inject.fingerprint import Made
@@ -71,12 +71,10 @@ class Pass:
         count = self.calls.get((site.role, site.index), 0)
         if count == len(site.turns):
             raise UnsupportedModeError(
-                explain(
-                    "a layer that is shared must run as often in every forward as it did when the prompt was attached.",
-                    "Attach the prompt after the model's number of layers is settled.",
-                    layer=type(site.module).__name__,
-                    calls=f"more than {count}",
-                )
+                "a layer that is shared must run as often in every forward as it did when the prompt was attached.",
+                "Attach the prompt after the model's number of layers is settled.",
+                layer=type(site.module).__name__,
+                calls=f"more than {count}",
             )
         self.calls[site.role, site.index] = count + 1
         return site.turns[count]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.anatomy import Stack, Table
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.widened import Widened
 from softhooks.layout.places import text_positions
 
@@ -46,12 +46,10 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
     before = torch.where(wide.live, wide.slots, 0).amax(-1) < torch.where(real, wide.text, wide.columns).amin(-1)
     if given.dim() == 2 or not bool(before.all()):
         raise UnsupportedModeError(
-            explain(
-                "slots in the sequence stand once in every row, so positions must count each row's text by one.",
-                "Unpack documents into rows of their own; use `placement='front'` before images, or a prompt that enters as "
-                "keys and values.",
-                position_ids=f"{list(given.shape)}, not the count of the attention mask",
-            )
+            "slots in the sequence stand once in every row, so positions must count each row's text by one.",
+            "Unpack documents into rows of their own; use `placement='front'` before images, or a prompt that enters as "
+            "keys and values.",
+            position_ids=f"{list(given.shape)}, not the count of the attention mask",
         )
     moved = given + wide.live.sum(-1, keepdim=True)
     return own.expand(*given.shape[:-1], -1).scatter(-1, wide.text.expand_as(moved), moved)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from softhooks.anatomy import first_state
-from softhooks.errors import PromptNotReachedError, UnsupportedModeError, explain
+from softhooks.errors import PromptNotReachedError, UnsupportedModeError
 from softhooks.inject.fingerprint import Made
 
 _NOTE = "_softhooks_made_with"
@@ -23,11 +23,9 @@ def cache_of(call: dict[str, Any]) -> Any:
     """
     if call.get("state") is not None:
         raise UnsupportedModeError(
-            explain(
-                "a prompt needs a state that can tell whether it holds the prompt already.",
-                "Generate with `use_cache=False`.",
-                state=f"a {type(call['state']).__name__} of tensors",
-            )
+            "a prompt needs a state that can tell whether it holds the prompt already.",
+            "Generate with `use_cache=False`.",
+            state=f"a {type(call['state']).__name__} of tensors",
         )
     cache = call.get("past_key_values")
     return call.get("cache_params") if cache is None else cache
@@ -78,12 +76,10 @@ def require_own_cache(cache: Any, now: Made | None) -> None:
         return
     if is_filled(cache):
         raise UnsupportedModeError(
-            explain(
-                "a cache serves the prompts that it was filled with: every key in it depends on them.",
-                "Continue with these prompts on, or start again from the text without the cache.",
-                filled=_told(made, now, difference),
-                now=f"with {now.words}" if now else "without a prompt",
-            )
+            "a cache serves the prompts that it was filled with: every key in it depends on them.",
+            "Continue with these prompts on, or start again from the text without the cache.",
+            filled=_told(made, now, difference),
+            now=f"with {now.words}" if now else "without a prompt",
         )
     setattr(cache, _NOTE, now)
 
@@ -114,11 +110,9 @@ def require_encoded(given: Any, now: Made) -> None:
     differences = [now.difference(one) for one in made]
     if None not in differences:
         raise PromptNotReachedError(
-            explain(
-                "a decoder must be given the states of an encoder that ran with the prompt.",
-                "Let the model run its encoder itself, or call the encoder while the prompt is on and pass its output as "
-                "it is.",
-                encoder_outputs=f"made {_told(made[0], now, str(differences[0]))}" if made else "made without",
-                now=now.words,
-            )
+            "a decoder must be given the states of an encoder that ran with the prompt.",
+            "Let the model run its encoder itself, or call the encoder while the prompt is on and pass its output as "
+            "it is.",
+            encoder_outputs=f"made {_told(made[0], now, str(differences[0]))}" if made else "made without",
+            now=now.words,
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Site, Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.keyvalues import KeyValues
 
 SHORT = 2
@@ -64,11 +64,9 @@ def require_one_chunk(stack: Stack, prefix: KeyValues | None, positions: Tensor 
     longest = None if positions is None else int(positions.max()) + 1
     if longest is None or longest + prefix.length > chunk:
         raise UnsupportedModeError(
-            explain(
-                "a prefix and its text must fit into one chunk of a model with chunked attention.",
-                "Shorten the text, or use PromptTuning, whose virtual tokens are cut into chunks with the text.",
-                prefix=f"{prefix.length} virtual tokens",
-                text="of unknown length" if longest is None else f"{longest} tokens",
-                chunk=f"{chunk} tokens",
-            )
+            "a prefix and its text must fit into one chunk of a model with chunked attention.",
+            "Shorten the text, or use PromptTuning, whose virtual tokens are cut into chunks with the text.",
+            prefix=f"{prefix.length} virtual tokens",
+            text="of unknown length" if longest is None else f"{longest} tokens",
+            chunk=f"{chunk} tokens",
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from softhooks.anatomy import Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 
 if TYPE_CHECKING:
     from softhooks.host import Host
@@ -63,13 +63,11 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
     rows = factor.shape[0]
     if rows > 1 and output.shape[0] != rows:
         raise UnsupportedModeError(
-            explain(
-                "prompts that scale linear layers share a batch only where every layer keeps the rows apart.",
-                "Run the rows of each prompt in a batch of their own.",
-                layer=name,
-                rows=rows,
-                output=list(output.shape),
-            )
+            "prompts that scale linear layers share a batch only where every layer keeps the rows apart.",
+            "Run the rows of each prompt in a batch of their own.",
+            layer=name,
+            rows=rows,
+            output=list(output.shape),
         )
     shape = (rows, *[1] * (output.dim() - 2), -1) if rows > 1 else (-1,)
     offset = offset.view(shape)

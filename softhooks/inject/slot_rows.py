@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.widened import Places
 from softhooks.layout.places import Layout
 from softhooks.layout.template import COLUMN
@@ -77,12 +77,10 @@ class Slots:
     def _refuse_chunk(self, columns: int, prompt: int) -> None:
         if columns < prompt:
             raise UnsupportedModeError(
-                explain(
-                    "a layout that looks for anchors or for the end of a prompt must see all of it at once.",
-                    "Leave `prefill_chunk_size` out.",
-                    prompt=f"{prompt} columns",
-                    first_chunk=f"{columns} columns",
-                )
+                "a layout that looks for anchors or for the end of a prompt must see all of it at once.",
+                "Leave `prefill_chunk_size` out.",
+                prompt=f"{prompt} columns",
+                first_chunk=f"{columns} columns",
             )
 
     def stacked(self, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Stack, first_state
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.accept import (
     mask_of_lengths,
     mask_of_text,
@@ -105,12 +105,10 @@ class SlotPass(Pass):
             call["input_ids"] = self._with_ids(self._wide, call["input_ids"])
         elif self.slots.ids is not None:
             raise UnsupportedModeError(
-                explain(
-                    "slots in the sequence need the text's ids, in a model that looks at ids beyond their embeddings.",
-                    "Call the model with `input_ids`.",
-                    model=type(self.stack.module).__name__,
-                    text="given as `inputs_embeds`",
-                )
+                "slots in the sequence need the text's ids, in a model that looks at ids beyond their embeddings.",
+                "Call the model with `input_ids`.",
+                model=type(self.stack.module).__name__,
+                text="given as `inputs_embeds`",
             )
         else:
             call["inputs_embeds"] = self._overwrite(self._wide.spread(call["inputs_embeds"], 0))
@@ -181,14 +179,12 @@ class SlotPass(Pass):
         places = None if written is None else written.places_in(self.batch)
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
-                explain(
-                    "slots in the sequence need a cache that their own generation has filled, token by token.",
-                    "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate from the "
-                    "whole text, without a cache from before.",
-                    cache=f"{past} columns, {slots} of them slots",
-                    call=f"{self.batch} rows, {self.columns} new tokens of {'unknown' if seen is None else seen} in all, "
-                    f"{total} expected",
-                )
+                "slots in the sequence need a cache that their own generation has filled, token by token.",
+                "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate from the "
+                "whole text, without a cache from before.",
+                cache=f"{past} columns, {slots} of them slots",
+                call=f"{self.batch} rows, {self.columns} new tokens of {'unknown' if seen is None else seen} in all, "
+                f"{total} expected",
             )
         mask = mask_of_text(call, self.outer, (self.batch, total), self.device, self.stack.causal)
         refuse_later_text(gaps(mask, places.offsets), places.live, written.columns)
@@ -205,12 +201,10 @@ class SlotPass(Pass):
         written = written_in(cache)
         if written is None or written.places_in(self.batch) is None:
             raise UnsupportedModeError(
-                explain(
-                    "slots in the sequence need a state that their own generation has made.",
-                    "Start again from the text, without the state.",
-                    state=type(cache).__name__,
-                    rows=self.batch,
-                )
+                "slots in the sequence need a state that their own generation has made.",
+                "Start again from the text, without the state.",
+                state=type(cache).__name__,
+                rows=self.batch,
             )
         self.touched = True
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from softhooks.anatomy import Stack
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 
 
 class Standing:
@@ -49,12 +49,10 @@ class Standing:
         gone = [type(module).__name__ for module in self._wanted if id(module) not in paths]
         if gone:
             raise UnsupportedModeError(
-                explain(
-                    "the modules that a prompt enters at must be those that the model had when it was attached.",
-                    "Put the old ones back, or save the prompt, remove it, and load it onto the model as it is now.",
-                    model=type(root).__name__,
-                    replaced=", ".join(dict.fromkeys(gone)),
-                )
+                "the modules that a prompt enters at must be those that the model had when it was attached.",
+                "Put the old ones back, or save the prompt, remove it, and load it onto the model as it is now.",
+                model=type(root).__name__,
+                replaced=", ".join(dict.fromkeys(gone)),
             )
         places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
         for module in self._wanted:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.anatomy import Site
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.passes import AttentionFunction, Pass
 
 Recipe = Callable[[nn.Module, dict[str, Any], AttentionFunction], Any]
@@ -215,11 +215,9 @@ def _forward(
     output = own.follow(module, args, kwargs, attention)
     if output is None:
         raise UnsupportedModeError(
-            explain(
-                "a prefix enters a layer that writes its attention out only where the layer attends to its own states.",
-                "Turn the prompt off for this forward with `softhooks.disabled(model)`.",
-                layer=type(module).__name__,
-                given=", ".join(name for name in _ELSEWHERE if name in kwargs) or "positional arguments",
-            )
+            "a prefix enters a layer that writes its attention out only where the layer attends to its own states.",
+            "Turn the prompt off for this forward with `softhooks.disabled(model)`.",
+            layer=type(module).__name__,
+            given=", ".join(name for name in _ELSEWHERE if name in kwargs) or "positional arguments",
         )
     return output

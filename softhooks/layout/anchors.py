@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 
 Which = Literal["first", "last"]
 Said = str | int | tuple[int, ...]
@@ -102,12 +102,10 @@ def _ways(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
             ways.append(row)
     if not ways:
         raise OptionError(
-            explain(
-                "an anchor must be something that the tokenizer can write.",
-                "Give another anchor, or its ids as a tuple.",
-                anchor=repr(words),
-                tokenizer=f"{type(tokenizer).__name__}, which knows it as {tokenizer.unk_token!r} only",
-            )
+            "an anchor must be something that the tokenizer can write.",
+            "Give another anchor, or its ids as a tuple.",
+            anchor=repr(words),
+            tokenizer=f"{type(tokenizer).__name__}, which knows it as {tokenizer.unk_token!r} only",
         )
     return tuple(dict.fromkeys(ways))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.layout.rendering import Row, render_row
 from softhooks.layout.template import COLUMN, Template
 
@@ -139,13 +139,11 @@ class Collator:
         fields = [part.text for part in self.mapper.template.parts if part.kind == "field"]
         if fields and not any(name in example for name in fields):
             raise OptionError(
-                explain(
-                    "a layout's collator needs rows that have the template's fields, or rows that its mapper has rendered.",
-                    "A Trainer removes columns that the model's forward does not name: train with `SoftPromptCallback`, which "
-                    "keeps them, or set `TrainingArguments(remove_unused_columns=False)`.",
-                    fields=", ".join(fields),
-                    given=", ".join(map(str, example)) or "nothing",
-                )
+                "a layout's collator needs rows that have the template's fields, or rows that its mapper has rendered.",
+                "A Trainer removes columns that the model's forward does not name: train with `SoftPromptCallback`, which "
+                "keeps them, or set `TrainingArguments(remove_unused_columns=False)`.",
+                fields=", ".join(fields),
+                given=", ".join(map(str, example)) or "nothing",
             )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, UnsupportedModeError, explain
+from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.inject.widened import Places
 from softhooks.layout.anchors import Anchor, Which, anchor_of, as_ids, count_of
 
@@ -124,11 +124,9 @@ class Insertion:
     def _ids(self, ids: Tensor | None) -> Tensor:
         if ids is None:
             raise UnsupportedModeError(
-                explain(
-                    "slots next to an anchor need `input_ids`: an anchor is found in ids.",
-                    "Pass ids in the place of embeddings, or use a layout with start and end only.",
-                    layout=self,
-                )
+                "slots next to an anchor need `input_ids`: an anchor is found in ids.",
+                "Pass ids in the place of embeddings, or use a layout with start and end only.",
+                layout=self,
             )
         return ids
 
@@ -137,12 +135,10 @@ class Insertion:
             return
         lacking = [rows[i] for i, is_there in enumerate(found.tolist()) if not is_there]
         raise UnsupportedModeError(
-            explain(
-                "every row must hold the anchors that slots stand next to.",
-                "Do not cut the anchor off, prefill a prompt in one chunk, or leave the slots out with missing='skip'.",
-                anchor=f"{anchor.said!r}, ids {' or '.join(map(str, anchor.ids))}",
-                rows=f"{', '.join(map(str, lacking))} of the batch",
-            )
+            "every row must hold the anchors that slots stand next to.",
+            "Do not cut the anchor off, prefill a prompt in one chunk, or leave the slots out with missing='skip'.",
+            anchor=f"{anchor.said!r}, ids {' or '.join(map(str, anchor.ids))}",
+            rows=f"{', '.join(map(str, lacking))} of the batch",
         )
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

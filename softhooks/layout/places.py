@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.inject.widened import Places
 from softhooks.layout.anchors import Which, anchors_from, count_of
 from softhooks.layout.insertion import At, Group, Insertion, Missing
@@ -163,11 +163,9 @@ class Layout:
             return self
         if tokenizer is None:
             raise OptionError(
-                explain(
-                    "a layout with words needs the tokenizer that makes ids of them.",
-                    "Pass `tokenizer=` to the layout or to the method: the model's own, or its name.",
-                    layout=self,
-                )
+                "a layout with words needs the tokenizer that makes ids of them.",
+                "Pass `tokenizer=` to the layout or to the method: the model's own, or its name.",
+                layout=self,
             )
         return self._of(self._form.bound(tokenizer))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.layout.template import Message, Part, Template
 
 _SENTINEL = re.compile("\ue000(\\d+)\ue001")
@@ -72,12 +72,10 @@ def shares(lengths: Mapping[int, int], budget: int, max_length: int, fixed: int)
     """
     if budget < 0:
         raise OptionError(
-            explain(
-                "a row must have room for the anchors, special tokens and slots of its layout: they are never cut.",
-                "Raise max_length, or shorten the template.",
-                max_length=max_length,
-                anchors_and_slots=fixed,
-            )
+            "a row must have room for the anchors, special tokens and slots of its layout: they are never cut.",
+            "Raise max_length, or shorten the template.",
+            max_length=max_length,
+            anchors_and_slots=fixed,
         )
     kept = dict(lengths)
     while sum(kept.values()) > budget:
@@ -97,13 +95,11 @@ def _ids_of(part: Part, tokenizer: Any, fields: Mapping[str, Any]) -> list[int]:
     value = fields.get(part.text)
     if not isinstance(value, str):
         raise OptionError(
-            explain(
-                "every field of a template must be given as text.",
-                "Rename the field in the template, or the column of the data.",
-                field=part.text,
-                found="nothing" if value is None else repr(value),
-                given=", ".join(map(str, fields)),
-            )
+            "every field of a template must be given as text.",
+            "Rename the field in the template, or the column of the data.",
+            field=part.text,
+            found="nothing" if value is None else repr(value),
+            given=", ".join(map(str, fields)),
         )
     return encode(part.space + value, tokenizer) if value else []
 
@@ -158,12 +154,10 @@ def in_chat(
     pieces = _SENTINEL.split(text)
     if [int(number) for number in pieces[1::2]] != list(range(len(held))):
         raise OptionError(
-            explain(
-                "a chat template must keep the slots and fields of its messages, each once and in order.",
-                "Give the messages as the template expects them.",
-                parts=len(held),
-                kept=", ".join(pieces[1::2]) or "none",
-            )
+            "a chat template must keep the slots and fields of its messages, each once and in order.",
+            "Give the messages as the template expects them.",
+            parts=len(held),
+            kept=", ".join(pieces[1::2]) or "none",
         )
     result = []
     for i, piece in enumerate(pieces):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, UnsupportedModeError, explain
+from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.inject.widened import Places
 from softhooks.layout.anchors import as_ids
 
@@ -69,13 +69,11 @@ def parse(template: str) -> list[Part]:
         if match is None or match["field"] == "soft" or (match["count"] is not None and int(match["count"]) == 0):
             wrong = re.match(r"\{[^{}]*\}", template[place:])
             raise OptionError(
-                explain(
-                    'a template\'s braces must hold a field, `mask`, or slots such as {soft:3}, {soft:"some words"}, '
-                    "{soft:2, name=a}.",
-                    _remedy(wrong[0][1:-1].strip() if wrong else None),
-                    template=repr(template),
-                    not_understood=repr(wrong[0] if wrong else template[place : place + 30]),
-                )
+                'a template\'s braces must hold a field, `mask`, or slots such as {soft:3}, {soft:"some words"}, '
+                "{soft:2, name=a}.",
+                _remedy(wrong[0][1:-1].strip() if wrong else None),
+                template=repr(template),
+                not_understood=repr(wrong[0] if wrong else template[place : place + 30]),
             )
         place = match.end()
         if match["text"] is not None or match["brace"] is not None:
@@ -231,22 +229,18 @@ class Template:
         columns = len(self.table_rows)
         if given is None or tuple(given.shape) != (len(rows), columns):
             raise UnsupportedModeError(
-                explain(
-                    f"a template needs the column `{COLUMN}`, which says where the slots of each row stand.",
-                    "Make the batch with the layout's own `render`, `mapper` or `collator`, and keep the column.",
-                    given="absent" if given is None else list(given.shape),
-                    expected=[len(rows), columns],
-                )
+                f"a template needs the column `{COLUMN}`, which says where the slots of each row stand.",
+                "Make the batch with the layout's own `render`, `mapper` or `collator`, and keep the column.",
+                given="absent" if given is None else list(given.shape),
+                expected=[len(rows), columns],
             )
         offsets = given.to(real)
         if bool(((offsets < 0) | (offsets > real[:, None])).any()):
             raise UnsupportedModeError(
-                explain(
-                    "a row must hold every token that stands before its slots.",
-                    "Cut text with the layout's `max_length`, which cuts fields only, and prefill a prompt in one chunk.",
-                    tokens=real.tolist(),
-                    soft_slots=offsets.amax(-1).tolist(),
-                )
+                "a row must hold every token that stands before its slots.",
+                "Cut text with the layout's `max_length`, which cuts fields only, and prefill a prompt in one chunk.",
+                tokens=real.tolist(),
+                soft_slots=offsets.amax(-1).tolist(),
             )
         return Places(offsets, torch.ones_like(offsets).bool())
 

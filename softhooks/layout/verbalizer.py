@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 
 IGNORED = -100
 
@@ -119,12 +119,10 @@ class Verbalizer:
         if not bool(matches.any(-1).all()):
             unknown = sorted(set(labels[~matches.any(-1)].tolist()))
             raise OptionError(
-                explain(
-                    "every label must be the word of a class, or -100.",
-                    "Make labels with `Layout.mapper(..., verbalizer=)`, or with `Verbalizer.labels`.",
-                    labels=unknown,
-                    words=dict(zip(self.words, self.ids, strict=True)),
-                )
+                "every label must be the word of a class, or -100.",
+                "Make labels with `Layout.mapper(..., verbalizer=)`, or with `Verbalizer.labels`.",
+                labels=unknown,
+                words=dict(zip(self.words, self.ids, strict=True)),
             )
         return matches.long().argmax(-1)
 
@@ -135,12 +133,10 @@ class Verbalizer:
         wrong = (at.sum(-1) != 1).nonzero()[:, 0].tolist()
         if wrong:
             raise OptionError(
-                explain(
-                    "every row must hold the mask once.",
-                    "Put one {mask} into the template, and none into the text.",
-                    rows=", ".join(map(str, wrong)),
-                    masks=at.sum(-1)[wrong].tolist(),
-                )
+                "every row must hold the mask once.",
+                "Put one {mask} into the template, and none into the text.",
+                rows=", ".join(map(str, wrong)),
+                masks=at.sum(-1)[wrong].tolist(),
             )
         return at
 
@@ -151,13 +147,11 @@ def _places(labels: Tensor) -> Tensor:
     wrong = (at.sum(-1) != 1).nonzero()[:, 0].tolist()
     if wrong:
         raise OptionError(
-            explain(
-                "every row must have one label that is not -100: the word of its class.",
-                "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, ask "
-                "`verbalizer.scores(logits, input_ids)`.",
-                rows=", ".join(map(str, wrong)),
-                labels=at.sum(-1)[wrong].tolist(),
-            )
+            "every row must have one label that is not -100: the word of its class.",
+            "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, ask "
+            "`verbalizer.scores(logits, input_ids)`.",
+            rows=", ".join(map(str, wrong)),
+            labels=at.sum(-1)[wrong].tolist(),
         )
     return at
 
@@ -172,11 +166,9 @@ def _token_of(word: str | int, tokenizer: Any) -> int:
     ids = encode(f" {word}", tokenizer)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise OptionError(
-            explain(
-                "a verbalizer's word must be one token.",
-                "Choose another word, or give the id of a token.",
-                word=repr(word),
-                tokens=tokenizer.convert_ids_to_tokens(ids),
-            )
+            "a verbalizer's word must be one token.",
+            "Choose another word, or give the id of a token.",
+            word=repr(word),
+            tokens=tokenizer.convert_ids_to_tokens(ids),
         )
     return ids[0]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongError, explain
+from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongError
 from softhooks.method import PromptEncoder
 from softhooks.methods.read_prefix import ReadPrefix, ids_of, opening
 from softhooks.self_distillation import SelfDistillation
@@ -119,12 +119,10 @@ class Cartridge(ReadPrefix):
         object.__setattr__(self, "document", ids)
         if len(ids) < self.num_virtual_tokens:
             raise OptionError(
-                explain(
-                    "a cartridge must not be longer than its document.",
-                    "Use fewer virtual tokens.",
-                    num_virtual_tokens=self.num_virtual_tokens,
-                    document=f"{len(ids)} tokens",
-                )
+                "a cartridge must not be longer than its document.",
+                "Use fewer virtual tokens.",
+                num_virtual_tokens=self.num_virtual_tokens,
+                document=f"{len(ids)} tokens",
             )
 
     @property
@@ -153,13 +151,11 @@ class Cartridge(ReadPrefix):
         window = positions.trained if positions.limit is None else positions.limit
         if window is not None and len(self.ids) >= window:
             raise PromptTooLongError(
-                explain(
-                    "a document must fit into the model's window, and leave room for text: the teacher reads it whole.",
-                    "Shorten it, or make a cartridge for each part of it and use the one that a question is about. Parts joined "
-                    "with `Cartridge.concatenate` need training together.",
-                    document=len(self.ids),
-                    window=window,
-                )
+                "a document must fit into the model's window, and leave room for text: the teacher reads it whole.",
+                "Shorten it, or make a cartridge for each part of it and use the one that a question is about. Parts joined "
+                "with `Cartridge.concatenate` need training together.",
+                document=len(self.ids),
+                window=window,
             )
 
     @staticmethod
@@ -213,12 +209,10 @@ def _check_joinable(parts: list[Stored]) -> None:
     kinds = {part.source: part.method.kind for part in parts}
     if len(parts) < 2 or set(kinds.values()) != {Cartridge.kind} or any(part.heads for part in parts):
         raise OptionError(
-            explain(
-                "to concatenate, two cartridges or more are needed, without heads of their own.",
-                "Train them on language models, whose heads stay the base's.",
-                found=kinds,
-                heads=[part.source for part in parts if part.heads] or "none",
-            )
+            "to concatenate, two cartridges or more are needed, without heads of their own.",
+            "Train them on language models, whose heads stay the base's.",
+            found=kinds,
+            heads=[part.source for part in parts if part.heads] or "none",
         )
     widths = {part.source: {group: table.shape[1] for group, table in part.tables.items()} for part in parts}
     first = next(iter(widths.values()))
@@ -226,10 +220,8 @@ def _check_joinable(parts: list[Stored]) -> None:
         part.conventions != parts[0].conventions for part in parts
     ):
         raise PromptMismatchError(
-            explain(
-                "cartridges can be put together only if they are of one base model.",
-                "Concatenate those of one model.",
-                numbers=widths,
-                conventions=[part.conventions for part in parts],
-            )
+            "cartridges can be put together only if they are of one base model.",
+            "Concatenate those of one model.",
+            numbers=widths,
+            conventions=[part.conventions for part in parts],
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softhooks.columns import require
-from softhooks.errors import OptionError, UnsupportedModeError, explain
+from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.method import PromptEncoder, TableEncoder
 from softhooks.methods.read_prefix import ReadPrefix, ids_of, opening
 
@@ -64,13 +64,11 @@ class DemonstrationEncoder(TableEncoder):
         if whole and rows.numel() == batch and int(rows.min()) >= -1 and int(rows.max()) < self.demonstrations:
             return rows.reshape(batch)
         raise UnsupportedModeError(
-            explain(
-                "`example_ids` must say of each row which demonstration it is, counted from 0; -1 where it is none.",
-                "Give one whole number a row.",
-                example_ids=f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}",
-                batch=batch,
-                demonstrations=self.demonstrations,
-            )
+            "`example_ids` must say of each row which demonstration it is, counted from 0; -1 where it is none.",
+            "Give one whole number a row.",
+            example_ids=f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}",
+            batch=batch,
+            demonstrations=self.demonstrations,
         )
 
 
@@ -131,12 +129,10 @@ class ContextTuning(ReadPrefix):
         whole = isinstance(given, (list, tuple)) and all(type(n) is int and n > 0 for n in given)
         if not whole or not given:
             raise OptionError(
-                explain(
-                    "context tuning needs its demonstrations: one or more.",
-                    "Pass `demonstrations=`, a list of texts with a `tokenizer=`, or of lists of ids.",
-                    demonstrations=repr(self.demonstrations),
-                    lengths=repr(given),
-                )
+                "context tuning needs its demonstrations: one or more.",
+                "Pass `demonstrations=`, a list of texts with a `tokenizer=`, or of lists of ids.",
+                demonstrations=repr(self.demonstrations),
+                lengths=repr(given),
             )
         object.__setattr__(self, "lengths", tuple(given))
         super().__post_init__()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softhooks import initializers
 from softhooks.context import INPUT, Context, ExampleTemplate, whole_numbers
-from softhooks.errors import OptionError, UnsupportedMethodError, explain
+from softhooks.errors import OptionError, UnsupportedMethodError
 from softhooks.method import EMBEDDINGS, Method
 from softhooks.methods.cpt_encoder import EXAMPLE_IDS, ContextEncoder, FoldedContext
 from softhooks.objectives import IGNORED, WeightedLabels
@@ -120,12 +120,10 @@ class ContextAwarePromptTuning(Method):
     def _given(self) -> Context:
         if self.context_ids is None or self.token_types is None:
             raise OptionError(
-                explain(
-                    "a context is made of examples, or given as ids and types.",
-                    "Pass `examples=`, `template=` and `tokenizer=`; or `context_ids=` and `token_types=`.",
-                    context_ids="missing" if self.context_ids is None else "given",
-                    token_types="missing" if self.token_types is None else "given",
-                )
+                "a context is made of examples, or given as ids and types.",
+                "Pass `examples=`, `template=` and `tokenizer=`; or `context_ids=` and `token_types=`.",
+                context_ids="missing" if self.context_ids is None else "given",
+                token_types="missing" if self.token_types is None else "given",
             )
         return Context(whole_numbers(self.context_ids, "context_ids"), whole_numbers(self.token_types, "token_types"))
 
@@ -220,13 +218,11 @@ class ContextAwarePromptTuning(Method):
         if prompt.injection == "shared" and can_generate is not None and can_generate():
             return
         raise UnsupportedMethodError(
-            explain(
-                "a context needs a causal language model whose front prompt is computed once and shared by all rows.",
-                "Leave `injection` out and the model whole (no FSDP), use such a model, or use PromptTuning with init='text'.",
-                method=self.kind,
-                model=type(prompt.model).__name__,
-                injection=repr(prompt.injection),
-            )
+            "a context needs a causal language model whose front prompt is computed once and shared by all rows.",
+            "Leave `injection` out and the model whole (no FSDP), use such a model, or use PromptTuning with init='text'.",
+            method=self.kind,
+            model=type(prompt.model).__name__,
+            injection=repr(prompt.injection),
         )
 
     def objective(self) -> Objective | None:

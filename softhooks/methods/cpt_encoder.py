@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softhooks.columns import require
 from softhooks.context import Context
-from softhooks.errors import PromptMismatchError, UnsupportedModeError, explain
+from softhooks.errors import PromptMismatchError, UnsupportedModeError
 from softhooks.method import EMBEDDINGS, PromptEncoder
 
 EXAMPLE_IDS = "example_ids"
@@ -54,13 +54,11 @@ class ContextRows(PromptEncoder):
         if whole and rows.numel() == batch and int(rows.min()) >= -1 and int(rows.max()) < self.count:
             return rows.reshape(batch)
         raise UnsupportedModeError(
-            explain(
-                f"`{EXAMPLE_IDS}` must say of each row which example of the context it is, counted from 0; -1 where it is none.",
-                "Give one whole number a row.",
-                example_ids=f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}",
-                batch=batch,
-                examples=self.count,
-            )
+            f"`{EXAMPLE_IDS}` must say of each row which example of the context it is, counted from 0; -1 where it is none.",
+            "Give one whole number a row.",
+            example_ids=f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}",
+            batch=batch,
+            examples=self.count,
         )
 
 
@@ -121,12 +119,10 @@ class ContextEncoder(ContextRows):
         off = torch.linalg.vector_norm(moved, dim=1) / torch.linalg.vector_norm(self.words, dim=1).clamp(min=1e-12)
         if bool((off[fixed] > _SAME_WORD).any()):
             raise PromptMismatchError(
-                explain(
-                    "the labels and separators of a context never move: they must be the model's own words.",
-                    "Load it onto the base model that it was trained with.",
-                    token=int((off * fixed).argmax()),
-                    off_by=f"{float(off[fixed].max()):.2g} of its word's length",
-                )
+                "the labels and separators of a context never move: they must be the model's own words.",
+                "Load it onto the base model that it was trained with.",
+                token=int((off * fixed).argmax()),
+                off_by=f"{float(off[fixed].max()):.2g} of its word's length",
             )
         self.delta.copy_(moved[self.movable])
         beyond = int((torch.linalg.vector_norm(self.delta, dim=1) > self.bounds * (1 + _SAME_WORD)).sum())

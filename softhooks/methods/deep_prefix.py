@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softhooks.errors import OptionError, UnsupportedMethodError, explain
+from softhooks.errors import OptionError, UnsupportedMethodError
 from softhooks.groups import groups_of, require_sites
 from softhooks.method import Method, PromptEncoder, TableEncoder
 
@@ -110,11 +110,9 @@ class DeepPrefix(Method):
         if shift and not movable and not (stack.causal and stack.through == "cache"):
             if self.shift_positions:
                 raise UnsupportedMethodError(
-                    explain(
-                        "positions can be shifted only in a model that can be told where its text stands.",
-                        "Leave shift_positions out.",
-                        model=type(stack.module).__name__,
-                    )
+                    "positions can be shifted only in a model that can be told where its text stands.",
+                    "Leave shift_positions out.",
+                    model=type(stack.module).__name__,
                 )
             shift = False
         return {"shift_positions": shift, "windowed": self.windowed}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModeError, explain
+from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.branch import CONTEXT, Gated, Given
 from softhooks.inject.feed import feed_of
 from softhooks.inject.feedprobe import find_feeds
@@ -230,13 +230,11 @@ class LlamaAdapter(Method):
         count = len(sites) - self.early_fusion if self.num_layers is None else self.num_layers
         if count < 1 or count + self.early_fusion > len(sites):
             raise UnsupportedMethodError(
-                explain(
-                    "there must be a layer for the prompts, and as many layers as they and an early context are to enter.",
-                    "Use fewer layers.",
-                    num_layers=self.num_layers,
-                    early_fusion=self.early_fusion,
-                    layers_with_attention=f"{len(sites)} in {stack.path or type(stack.module).__name__}",
-                )
+                "there must be a layer for the prompts, and as many layers as they and an early context are to enter.",
+                "Use fewer layers.",
+                num_layers=self.num_layers,
+                early_fusion=self.early_fusion,
+                layers_with_attention=f"{len(sites)} in {stack.path or type(stack.module).__name__}",
             )
         return sites[: self.early_fusion], sites[len(sites) - count :]
 
@@ -248,12 +246,10 @@ class LlamaAdapter(Method):
         count = vectors.shape[1] if self.early_fusion else self.num_virtual_tokens
         if not context.is_floating_point() or vectors.dim() != 3 or vectors.shape[1:] not in ((1, size), (count, size)):
             raise UnsupportedModeError(
-                explain(
-                    f"`{CONTEXT}` must bring each row of the batch one vector, or one for each virtual token.",
-                    "Set `context_size` to the width of the vectors if it is not the model's.",
-                    prompt_context=f"{list(context.shape)}, {context.dtype}",
-                    expected=f"[B, {size}] or [B, {'any' if self.early_fusion else count}, {size}], floating-point",
-                )
+                f"`{CONTEXT}` must bring each row of the batch one vector, or one for each virtual token.",
+                "Set `context_size` to the width of the vectors if it is not the model's.",
+                prompt_context=f"{list(context.shape)}, {context.dtype}",
+                expected=f"[B, {size}] or [B, {'any' if self.early_fusion else count}, {size}], floating-point",
             )
         vectors = vectors.float()
         if self.context_size is None:
@@ -278,10 +274,8 @@ def _width(sites: Sequence[Site]) -> int:
     widths = sorted({feed_of(site).width for site in sites})
     if len(widths) > 1:
         raise UnsupportedMethodError(
-            explain(
-                "the layers that get rows must have one width.",
-                "Use fewer layers with `num_layers`, or another method.",
-                widths=widths,
-            )
+            "the layers that get rows must have one width.",
+            "Use fewer layers with `num_layers`, or another method.",
+            widths=widths,
         )
     return widths[0]

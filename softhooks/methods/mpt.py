@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softhooks.distillation import Distillation
-from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, explain
+from softhooks.errors import CheckpointError, OptionError, PromptMismatchError
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder, choice
 from softhooks.methods.mpt_encoder import (
     TASK_IDS,
@@ -148,12 +148,10 @@ class MultitaskPromptTuning(Method):
         named = set(given) == set(self.names) if isinstance(given, Mapping) else len(given) == len(self.names)
         if not named:
             raise OptionError(
-                explain(
-                    "there must be one teacher for each task.",
-                    "Give a list in the order of the tasks, or a dictionary by name.",
-                    tasks=", ".join(self.names),
-                    teachers=list(given) if isinstance(given, Mapping) else len(given),
-                )
+                "there must be one teacher for each task.",
+                "Give a list in the order of the tasks, or a dictionary by name.",
+                tasks=", ".join(self.names),
+                teachers=list(given) if isinstance(given, Mapping) else len(given),
             )
 
     @property
@@ -207,12 +205,10 @@ class MultitaskPromptTuning(Method):
         rank = tables["left"].shape[1] if "left" in tables else self.rank
         if (length, rank) != (self.num_virtual_tokens, self.rank):
             raise PromptMismatchError(
-                explain(
-                    "a prompt must be as long as the source that it starts from, and of its rank.",
-                    "Set num_virtual_tokens and rank to those of the source.",
-                    source=f"{length} tokens, rank {rank} ({stored.source})",
-                    asked=f"{self.num_virtual_tokens} tokens, rank {self.rank}",
-                )
+                "a prompt must be as long as the source that it starts from, and of its rank.",
+                "Set num_virtual_tokens and rank to those of the source.",
+                source=f"{length} tokens, rank {rank} ({stored.source})",
+                asked=f"{self.num_virtual_tokens} tokens, rank {self.rank}",
             )
         if EMBEDDINGS in tables:
             return tables[EMBEDDINGS], *ones(len(self.names), tables[EMBEDDINGS].shape, self.rank)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.columns import require
-from softhooks.errors import UnsupportedModeError, explain
+from softhooks.errors import UnsupportedModeError
 from softhooks.method import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.trainer.sharding import full
 
@@ -57,12 +57,10 @@ def check_task(number: int, names: Sequence[str]) -> int:
     """
     if not 0 <= number < len(names):
         raise UnsupportedModeError(
-            explain(
-                "a row's task must be one of the prompt's.",
-                "Number the tasks in the order in which the method names them.",
-                task_ids=number,
-                tasks=", ".join(f"{i}: {name}" for i, name in enumerate(names)),
-            )
+            "a row's task must be one of the prompt's.",
+            "Number the tasks in the order in which the method names them.",
+            task_ids=number,
+            tasks=", ".join(f"{i}: {name}" for i, name in enumerate(names)),
         )
     return number
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softhooks import initializers
-from softhooks.errors import CheckpointError, explain
+from softhooks.errors import CheckpointError
 from softhooks.method import EMBEDDINGS
 
 if TYPE_CHECKING:
@@ -49,14 +49,12 @@ def front(what: str, path: str | Path, anatomy: Anatomy) -> Stored:
     place = stored.conventions.get("placement")
     if stored.heads or place != "front" or set(stored.tables) not in ({EMBEDDINGS}, set(SEVERAL)):
         raise CheckpointError(
-            explain(
-                f"{what} must be a prompt of rows at the front of the text, without a head of its own.",
-                "Give a prompt of prompt tuning or multitask prompt tuning, of a model without a new head.",
-                file=stored.source,
-                method=stored.method.kind,
-                placement=place,
-                heads=", ".join(stored.heads) or "none",
-            )
+            f"{what} must be a prompt of rows at the front of the text, without a head of its own.",
+            "Give a prompt of prompt tuning or multitask prompt tuning, of a model without a new head.",
+            file=stored.source,
+            method=stored.method.kind,
+            placement=place,
+            heads=", ".join(stored.heads) or "none",
         )
     stored.check_fit(anatomy)
     require_base(stored, anatomy.entry.module, anatomy, override="or give its rows as a tensor")

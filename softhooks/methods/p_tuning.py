@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks import initializers
-from softhooks.errors import OptionError, PromptMismatchError, explain
+from softhooks.errors import OptionError, PromptMismatchError
 from softhooks.layout.places import Layout
 from softhooks.method import EMBEDDINGS, Method, PromptEncoder, TableEncoder, choice
 
@@ -79,13 +79,11 @@ class ReparametrisedRows(PromptEncoder):
         off = float((self.up(hidden) - target).abs().max() / target.abs().max())
         if off > _CLOSE:
             raise OptionError(
-                explain(
-                    "slots that start as words need a network wide enough to make every row at will.",
-                    "Use a larger hidden_size, fewer slots, or encoder='none'.",
-                    slots=self.rows.shape[0],
-                    hidden=hidden.shape[1],
-                    off_by=f"{off:.1e} of the largest number",
-                )
+                "slots that start as words need a network wide enough to make every row at will.",
+                "Use a larger hidden_size, fewer slots, or encoder='none'.",
+                slots=self.rows.shape[0],
+                hidden=hidden.shape[1],
+                off_by=f"{off:.1e} of the largest number",
             )
 
 
@@ -204,10 +202,8 @@ class PTuning(Method):
         beyond = [token for token in self.where.ids if token >= anatomy.vocabulary]
         if beyond:
             raise PromptMismatchError(
-                explain(
-                    "the ids of a layout must be in the model's vocabulary.",
-                    "Give the layout the tokenizer that belongs to the model.",
-                    ids=beyond,
-                    vocabulary=f"0 to {anatomy.vocabulary - 1}",
-                )
+                "the ids of a layout must be in the model's vocabulary.",
+                "Give the layout the tokenizer that belongs to the model.",
+                ids=beyond,
+                vocabulary=f"0 to {anatomy.vocabulary - 1}",
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from softhooks.errors import OptionError, explain
+from softhooks.errors import OptionError
 from softhooks.methods.deep_prefix import DeepPrefix
 
 if TYPE_CHECKING:
@@ -79,11 +79,9 @@ class PTuningV2(DeepPrefix):
         chosen = [layer + count if layer < 0 else layer for layer in self.layers]
         if not all(0 <= layer < count for layer in chosen) or len(set(chosen)) < len(chosen):
             raise OptionError(
-                explain(
-                    "`layers` must name layers that the model has, each once.",
-                    "Count from 0, or from the top with -1.",
-                    layers=list(self.layers),
-                    model=f"{type(stack.module).__name__}, {count} layers with {role}-attention: {-count} to {count - 1}",
-                )
+                "`layers` must name layers that the model has, each once.",
+                "Count from 0, or from the top with -1.",
+                layers=list(self.layers),
+                model=f"{type(stack.module).__name__}, {count} layers with {role}-attention: {-count} to {count - 1}",
             )
         return [site for place, site in enumerate(sites) if place in chosen]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from softhooks.anatomy import Anatomy
-from softhooks.errors import CheckpointError, PromptMismatchError, explain
+from softhooks.errors import CheckpointError, PromptMismatchError
 from softhooks.fingerprint import Fingerprint, take
 from softhooks.likeness import Finding, compare, lowered
 from softhooks.probe import unwrapped
@@ -133,13 +133,11 @@ def require_base(
         warnings.warn(_CONVERTED.format(source=stored.source, kind=lowered(now)[1]), UserWarning, stacklevel=2)
         return
     raise PromptMismatchError(
-        explain(
-            f"a prompt must enter the base model that it was trained with; {_SENTENCES[finding]}.",
-            f"{_REMEDIES[finding]} {override}.",
-            trained_with=_named(stored.base, then),
-            model=_named(about, take(model, anatomy)),
-            prompt=stored.source,
-        )
+        f"a prompt must enter the base model that it was trained with; {_SENTENCES[finding]}.",
+        f"{_REMEDIES[finding]} {override}.",
+        trained_with=_named(stored.base, then),
+        model=_named(about, take(model, anatomy)),
+        prompt=stored.source,
     )
 
 
@@ -159,11 +157,9 @@ def _require_revision(stored: Stored, about: dict[str, Any], override: str) -> N
     if now.startswith(then):
         return
     raise PromptMismatchError(
-        explain(
-            "a prompt must enter the revision of its base model that it was trained with.",
-            f"Load the model with `revision={then!r}`; {override}.",
-            trained_with=_named(stored.base),
-            model=_named(about),
-            prompt=stored.source,
-        )
+        "a prompt must enter the revision of its base model that it was trained with.",
+        f"Load the model with `revision={then!r}`; {override}.",
+        trained_with=_named(stored.base),
+        model=_named(about),
+        prompt=stored.source,
     )

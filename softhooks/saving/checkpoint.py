@@ -21,7 +21,7 @@ import softhooks
 from softhooks.added_tokens import copy_rows, take_rows
 from softhooks.anatomy import Anatomy
 from softhooks.attach import attach_encoder
-from softhooks.errors import CheckpointError, explain
+from softhooks.errors import CheckpointError
 from softhooks.fingerprint import Fingerprint, take, without_rows
 from softhooks.host import CONTAINER
 from softhooks.peft_base import home
@@ -262,10 +262,8 @@ def _download(repository: str, revision: str | None, token: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            explain(
-                "a prompt is loaded from a directory or from a repository on the hub.",
-                "Check the path; a directory must exist on this machine.",
-                asked=repository,
-                hub=f"{type(error).__name__}: {error}",
-            )
+            "a prompt is loaded from a directory or from a repository on the hub.",
+            "Check the path; a directory must exist on this machine.",
+            asked=repository,
+            hub=f"{type(error).__name__}: {error}",
         ) from error

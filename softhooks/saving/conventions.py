@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from softhooks.errors import CheckpointError, explain
+from softhooks.errors import CheckpointError
 from softhooks.method import Method
 from softhooks.placeholder import BUFFER
 
@@ -22,13 +22,11 @@ def read_conventions(value: Any, method: Method, source: str) -> dict[str, Any]:
     ids = held.pop(BUFFER, None)
     if set(held) != set(allowed) or not all(held[key] in allowed[key] for key in allowed):
         raise CheckpointError(
-            explain(
-                "a prompt must say the conventions that it was trained with, and no others.",
-                "If a newer softhooks wrote it, upgrade this one.",
-                file=source,
-                expected={key: list(values) for key, values in allowed.items()},
-                found=value,
-            )
+            "a prompt must say the conventions that it was trained with, and no others.",
+            "If a newer softhooks wrote it, upgrade this one.",
+            file=source,
+            expected={key: list(values) for key, values in allowed.items()},
+            found=value,
         )
     if ids is None:
         return held
@@ -36,13 +34,11 @@ def read_conventions(value: Any, method: Method, source: str) -> dict[str, Any]:
     whole = isinstance(ids, list) and len(ids) == count and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     if not whole or method.enters != "embeddings":
         raise CheckpointError(
-            explain(
-                "a prompt of embedding rows may say which id stands behind each virtual token.",
-                "Save the prompt again.",
-                file=source,
-                expected=f"{count} ids" if method.enters == "embeddings" else "none",
-                found=str(ids)[:80],
-            )
+            "a prompt of embedding rows may say which id stands behind each virtual token.",
+            "Save the prompt again.",
+            file=source,
+            expected=f"{count} ids" if method.enters == "embeddings" else "none",
+            found=str(ids)[:80],
         )
     return held | {BUFFER: ids}
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from softhooks.errors import CheckpointError, explain
+from softhooks.errors import CheckpointError
 
 _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, OverflowError)
 """What reading bytes that are no safetensors file, or a file of a precision that torch lacks, may raise."""
@@ -67,12 +67,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except _UNREADABLE as error:
         raise CheckpointError(
-            explain(
-                "a prompt's tensors must be in a whole safetensors file.",
-                "Save the prompt again; files of other formats are not read.",
-                file=path,
-                found=f"{type(error).__name__}: {error}",
-            )
+            "a prompt's tensors must be in a whole safetensors file.",
+            "Save the prompt again; files of other formats are not read.",
+            file=path,
+            found=f"{type(error).__name__}: {error}",
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
-from softhooks.errors import CheckpointError, explain
+from softhooks.errors import CheckpointError
 from softhooks.host import CONTAINER
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -36,12 +36,10 @@ def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
     if stray:
         return _whole_model(folder, stray)
     return CheckpointError(
-        explain(
-            "a saved prompt is a directory with its tensors.",
-            "Give the directory that `save_pretrained` wrote.",
-            directory=folder,
-            expected=" or ".join(marks),
-        )
+        "a saved prompt is a directory with its tensors.",
+        "Give the directory that `save_pretrained` wrote.",
+        directory=folder,
+        expected=" or ".join(marks),
     )
 
 
@@ -59,21 +57,19 @@ def _prompts_inside(folder: Path, inside: list[Path]) -> CheckpointError:
     remedy = f"Load one of them: `softhooks.load(model, {str(wanted)!r})`."
     if best is not None and best != checkpoints[-1]:
         remedy = remedy[:-1] + f" (the best), `softhooks.load(model, {str(checkpoints[-1])!r})` (the last)."
-    return CheckpointError(explain("this directory holds no prompt itself, but directories that do.", remedy, **values))
+    return CheckpointError("this directory holds no prompt itself, but directories that do.", remedy, **values)
 
 
 def _whole_model(folder: Path, stray: list[str]) -> CheckpointError:
     return CheckpointError(
-        explain(
-            "this directory holds the weights of a whole model and, among them, the live tensors of a prompt, as softhooks 0.1.0 "
-            "and tools that save a plain state dict write it; `from_pretrained` would drop the prompt.",
-            "Attach the prompt again with the method and the name that it was trained with, load these tensors with "
-            "`model.load_state_dict(tensors, strict=False)`, where tensors = {name: tensor for name, tensor in "
-            f'safetensors.torch.load_file(file).items() if "{CONTAINER}." in name}}, and save it with '
-            "`prompt.save_pretrained(directory)`.",
-            directory=folder,
-            found=", ".join(stray[:3]) + (f" and {len(stray) - 3} more" if len(stray) > 3 else ""),
-        )
+        "this directory holds the weights of a whole model and, among them, the live tensors of a prompt, as softhooks 0.1.0 "
+        "and tools that save a plain state dict write it; `from_pretrained` would drop the prompt.",
+        "Attach the prompt again with the method and the name that it was trained with, load these tensors with "
+        "`model.load_state_dict(tensors, strict=False)`, where tensors = {name: tensor for name, tensor in "
+        f'safetensors.torch.load_file(file).items() if "{CONTAINER}." in name}}, and save it with '
+        "`prompt.save_pretrained(directory)`.",
+        directory=folder,
+        found=", ".join(stray[:3]) + (f" and {len(stray) - 3} more" if len(stray) > 3 else ""),
     )
 
 

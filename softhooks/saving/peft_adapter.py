@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softhooks.anatomy import Anatomy
-from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, explain
+from softhooks.errors import CheckpointError, OptionError, PromptMismatchError
 from softhooks.methods import LlamaAdapter
 from softhooks.saving.stored import Stored
 
@@ -36,12 +36,10 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Sto
         match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
-                explain(
-                    "a LLaMA-Adapter of PEFT must hold prompts and gates of Llama's or Mistral's layers only.",
-                    "In GPT-2 PEFT adds its branch behind the output projection, unprojected; train that one with softhooks.",
-                    file=source,
-                    found=name,
-                )
+                "a LLaMA-Adapter of PEFT must hold prompts and gates of Llama's or Mistral's layers only.",
+                "In GPT-2 PEFT adds its branch behind the output projection, unprojected; train that one with softhooks.",
+                file=source,
+                found=name,
             )
         found.setdefault(int(match[1]), {})[match[2]] = tensor
     layers = sorted(found)
@@ -51,14 +49,12 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Sto
     whole = whole and all(part.is_floating_point() for part in parts)
     if not layers or not whole or layers != list(range(layers[0], layers[-1] + 1)) or not _are_sound(shapes):
         raise CheckpointError(
-            explain(
-                "a LLaMA-Adapter of PEFT must hold a prompt [1, K, H] and a gate [1], of floating-point numbers, for each of the "
-                "top layers.",
-                "Save the adapter again with PEFT.",
-                file=source,
-                layers=layers,
-                shapes=shapes,
-            )
+            "a LLaMA-Adapter of PEFT must hold a prompt [1, K, H] and a gate [1], of floating-point numbers, for each of the "
+            "top layers.",
+            "Save the adapter again with PEFT.",
+            file=source,
+            layers=layers,
+            shapes=shapes,
         )
     prompts = torch.cat([found[layer]["prompt"][0] for layer in layers])
     gates = torch.stack([found[layer]["gate"] for layer in layers], dim=1)
@@ -98,13 +94,11 @@ def _require_same(anatomy: Anatomy, layers: list[int], source: str) -> None:
     if found is None:
         return
     raise PromptMismatchError(
-        explain(
-            "a LLaMA-Adapter of PEFT computes what one of softhooks does only behind output projections without a bias, in the "
-            "top layers of Llama and Mistral.",
-            "Train the adapter with softhooks.",
-            prompt=f"layers {layers[0]} to {layers[-1]} ({source})",
-            model=found,
-        )
+        "a LLaMA-Adapter of PEFT computes what one of softhooks does only behind output projections without a bias, in the "
+        "top layers of Llama and Mistral.",
+        "Train the adapter with softhooks.",
+        prompt=f"layers {layers[0]} to {layers[-1]} ({source})",
+        model=found,
     )
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from softhooks.anatomy import Anatomy
-from softhooks.errors import UnsupportedMethodError, explain
+from softhooks.errors import UnsupportedMethodError
 from softhooks.method import EMBEDDINGS
 from softhooks.methods import ContextAwarePromptTuning, LlamaAdapter
 from softhooks.placeholder import BUFFER
@@ -278,11 +278,9 @@ def _generates(name: str) -> bool:
 
 def _refusal(export: Export, found: object, possible: object) -> UnsupportedMethodError:
     return UnsupportedMethodError(
-        explain(
-            "a prompt can be written for PEFT only where PEFT computes the same.",
-            "Save it with `save_pretrained(directory)`, and load it with softhooks.",
-            prompt=export.stored.source,
-            found=found,
-            possible=possible,
-        )
+        "a prompt can be written for PEFT only where PEFT computes the same.",
+        "Save it with `save_pretrained(directory)`, and load it with softhooks.",
+        prompt=export.stored.source,
+        found=found,
+        possible=possible,
     )

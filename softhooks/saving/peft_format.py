@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softhooks.errors import CheckpointError, OptionError, explain
+from softhooks.errors import CheckpointError, OptionError
 from softhooks.method import EMBEDDINGS, Method
 from softhooks.methods import (
     Cartridge,
@@ -60,13 +60,11 @@ def require_kind(config: dict[str, Any], source: object) -> None:
     kind = config.get("peft_type")
     if kind not in _READ:
         raise CheckpointError(
-            explain(
-                "of PEFT's adapters, those of prompts, prefixes, LLaMA-Adapter and cartridges can be loaded.",
-                "Load other adapters with PEFT; a prompt of softhooks can stand on top of them.",
-                file=source,
-                expected=f"peft_type {', '.join(_READ)}",
-                found=f"peft_type {kind!r}",
-            )
+            "of PEFT's adapters, those of prompts, prefixes, LLaMA-Adapter and cartridges can be loaded.",
+            "Load other adapters with PEFT; a prompt of softhooks can stand on top of them.",
+            file=source,
+            expected=f"peft_type {', '.join(_READ)}",
+            found=f"peft_type {kind!r}",
         )
 
 
@@ -99,14 +97,12 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], path: str) -> Sto
     stacks = _tables_of_rows(config) if kind in (*_ROWS, _TASKS) else 1
     if table is None or not is_count or table.dim() != 2 or table.shape[0] != count * stacks:  # type: ignore[operator]
         raise CheckpointError(
-            explain(
-                "a prompt of PEFT must hold one row a virtual token, in an encoder-decoder two.",
-                "Save the adapter again with PEFT.",
-                file=path,
-                prompt_embeddings="absent" if table is None else list(table.shape),
-                num_virtual_tokens=repr(count),
-                task_type=config.get("task_type"),
-            )
+            "a prompt of PEFT must hold one row a virtual token, in an encoder-decoder two.",
+            "Save the adapter again with PEFT.",
+            file=path,
+            prompt_embeddings="absent" if table is None else list(table.shape),
+            num_virtual_tokens=repr(count),
+            task_type=config.get("task_type"),
         )
     if kind in _ROWS:
         method, tables = _checked(_ROWS[kind], path, **_options(config)), {EMBEDDINGS: table[:count]}
@@ -160,13 +156,11 @@ def _multitask(
         or not all(part.is_floating_point() for part in (table, left, right))
     ):
         raise CheckpointError(
-            explain(
-                "a multitask prompt of PEFT must hold a row's and a column's vector for each task.",
-                "Save the adapter again with PEFT.",
-                file=source,
-                found=dict(zip(("prefix_task_cols", "prefix_task_rows"), shapes, strict=True)),
-                expected=expected,
-            )
+            "a multitask prompt of PEFT must hold a row's and a column's vector for each task.",
+            "Save the adapter again with PEFT.",
+            file=source,
+            found=dict(zip(("prefix_task_cols", "prefix_task_rows"), shapes, strict=True)),
+            expected=expected,
         )
     shared, left, right = table[:count].float(), left[:, :count].float(), right.mT.float()
     try:
@@ -189,15 +183,13 @@ def _prefix(table: Tensor, config: dict[str, Any], heads: dict[str, dict[str, Te
     sizes = [value for value in (layers, numbers, count) if isinstance(value, int) and value > 0]
     if len(sizes) < 3 or sizes[1] % sizes[2] or table.shape[1] != 2 * sizes[0] * sizes[1]:
         raise CheckpointError(
-            explain(
-                "a prefix of PEFT must hold a key and a value for each layer.",
-                "Save the adapter again with PEFT.",
-                file=source,
-                prompt_embeddings=list(table.shape),
-                num_layers=repr(layers),
-                token_dim=repr(numbers),
-                num_attention_heads=repr(count),
-            )
+            "a prefix of PEFT must hold a key and a value for each layer.",
+            "Save the adapter again with PEFT.",
+            file=source,
+            prompt_embeddings=list(table.shape),
+            num_layers=repr(layers),
+            token_dim=repr(numbers),
+            num_attention_heads=repr(count),
         )
     size = sizes[1] // sizes[2]
     stacks: dict[str, dict[str, Any]] = {"text": {"self": [[sizes[0], sizes[2], size, size]]}}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softhooks.added_tokens import read_ids
 from softhooks.anatomy import Anatomy
-from softhooks.errors import CheckpointError, PromptMismatchError, SoftHooksError, explain
+from softhooks.errors import CheckpointError, PromptMismatchError, SoftHooksError
 from softhooks.groups import check_tables
 from softhooks.labels import Labels, read_labels
 from softhooks.method import Method, PromptEncoder, TableEncoder
@@ -110,13 +110,11 @@ class Stored:
             if tensor.dtype not in _FLOATS or not bool(torch.isfinite(tensor).all()):
                 kind = tensor.dtype if tensor.dtype not in _FLOATS else "numbers that are infinite or not a number"
                 raise CheckpointError(
-                    explain(
-                        "a prompt must consist of finite floating-point numbers.",
-                        "Use a checkpoint from before the training diverged.",
-                        file=self.source,
-                        tensor=name,
-                        holds=kind,
-                    )
+                    "a prompt must consist of finite floating-point numbers.",
+                    "Use a checkpoint from before the training diverged.",
+                    file=self.source,
+                    tensor=name,
+                    holds=kind,
                 )
 
     def encoder(self, anatomy: Anatomy, trainable: bool) -> PromptEncoder:
@@ -136,12 +134,10 @@ class Stored:
             require_rows(self.base.get("vocabulary"), anatomy, self.source)
         if "task" in self.base and self.method.enters == "embeddings" and anatomy.entry.reads_ids:
             raise PromptMismatchError(
-                explain(
-                    "PEFT hands a model embeddings without ids, and this model's states depend on ids too.",
-                    "Train the prompt with softhooks.",
-                    prompt=self.source,
-                    model=type(anatomy.entry.module).__name__,
-                )
+                "PEFT hands a model embeddings without ids, and this model's states depend on ids too.",
+                "Train the prompt with softhooks.",
+                prompt=self.source,
+                model=type(anatomy.entry.module).__name__,
             )
         if self.also_fits is not None:
             self.also_fits(anatomy)
@@ -158,17 +154,15 @@ class Stored:
         )
         if not same:
             raise PromptMismatchError(
-                explain(
-                    "a prompt must enter a model of the kind that it was trained with.",
-                    self.remedy,
-                    prompt=f"{in_words(known)} ({self.source})",
-                    model=in_words(
-                        {
-                            name: {k: v for k, v in stack.items() if k in known.get(name, stack)}
-                            for name, stack in model.items()
-                        }
-                    ),
-                )
+                "a prompt must enter a model of the kind that it was trained with.",
+                self.remedy,
+                prompt=f"{in_words(known)} ({self.source})",
+                model=in_words(
+                    {
+                        name: {k: v for k, v in stack.items() if k in known.get(name, stack)}
+                        for name, stack in model.items()
+                    }
+                ),
             )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.trainer.optimizer import is_mended, mend_optimizer
 from softhooks.trainer.resume import saver_of
 from softhooks.trainer.rows import mind_rows
@@ -122,11 +122,9 @@ def _refuse_unattended(callback: SoftPromptCallback) -> None:
     saver = None if prompt is None else saver_of(prompt.model)
     if saver is not None and saver.owner[0] is callback:
         raise TrainerError(
-            explain(
-                "a prompt that a Trainer's callback has attached trains under that callback.",
-                "Remove the prompt too (`callback.soft_prompt.remove()`), or add the callback again.",
-                removed=f"the callback of {callback.name!r}, after it met the model",
-            )
+            "a prompt that a Trainer's callback has attached trains under that callback.",
+            "Remove the prompt too (`callback.soft_prompt.remove()`), or add the callback again.",
+            removed=f"the callback of {callback.name!r}, after it met the model",
         )
 
 
@@ -185,11 +183,9 @@ def _introduce(callback: SoftPromptCallback) -> None:
         return
     if any(frame.f_locals.get("self") is trainer and frame.f_code.co_name == "train" for frame in _frames()):
         raise TrainerError(
-            explain(
-                "a prompt must be on the model when its training begins.",
-                "Add the callback before `train()`, or pass it to the Trainer in `callbacks=[...]`.",
-                added=f"at step {trainer.state.global_step} of a training that is under way",
-            )
+            "a prompt must be on the model when its training begins.",
+            "Add the callback before `train()`, or pass it to the Trainer in `callbacks=[...]`.",
+            added=f"at step {trainer.state.global_step} of a training that is under way",
         )
     handler = trainer.callback_handler
     handler.model, handler.optimizer = trainer.model, trainer.optimizer
@@ -218,13 +214,11 @@ def refuse_late(args: TrainingArguments, state: TrainerState, what: str) -> None
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:
         raise TrainerError(
-            explain(
-                "a prompt must be on the model when the Trainer makes its optimizer, so that it is resumed and shared rightly.",
-                "Pass `model=` or `model_init=`, and `callbacks=[SoftPromptCallback(...)]`, to the Trainer, or call "
-                "`trainer.add_callback` before `train()`; where checkpoints are not needed, set save_strategy='no'.",
-                found=what,
-                but=reason,
-            )
+            "a prompt must be on the model when the Trainer makes its optimizer, so that it is resumed and shared rightly.",
+            "Pass `model=` or `model_init=`, and `callbacks=[SoftPromptCallback(...)]`, to the Trainer, or call "
+            "`trainer.add_callback` before `train()`; where checkpoints are not needed, set save_strategy='no'.",
+            found=what,
+            but=reason,
         )
 
 
@@ -236,12 +230,10 @@ def require_loaded(state: TrainerState, name: str, loaded: bool) -> None:
     """
     if state.global_step and not loaded:
         raise TrainerError(
-            explain(
-                "a resumed run must have loaded its prompt.",
-                "Resume from a checkpoint that this callback wrote, under the same name.",
-                trained=repr(name),
-                resumed=f"at step {state.global_step}, from a checkpoint without a prompt of that name",
-            )
+            "a resumed run must have loaded its prompt.",
+            "Resume from a checkpoint that this callback wrote, under the same name.",
+            trained=repr(name),
+            resumed=f"at step {state.global_step}, from a checkpoint without a prompt of that name",
         )
 
 
@@ -253,10 +245,8 @@ def require_present(prompt: SoftPrompt | None, name: str, state: TrainerState) -
     """
     if prompt is None or not prompt.is_attached:
         raise TrainerError(
-            explain(
-                "a prompt must be on the model from the first step of its training to the last.",
-                "Pass the callback to the Trainer in `callbacks=[...]`; remove the prompt after `train()`.",
-                missing=f"{name!r}, before step {state.global_step + 1}",
-            )
+            "a prompt must be on the model from the first step of its training to the last.",
+            "Pass the callback to the Trainer in `callbacks=[...]`; remove the prompt after `train()`.",
+            missing=f"{name!r}, before step {state.global_step + 1}",
         )
     return prompt

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.errors import UnsupportedModelError, explain
+from softhooks.errors import UnsupportedModelError
 
 _HOOKED = ("_hf_hook", "_old_forward", "forward")
 """What accelerate sets on the instance of a module that it looks after."""
@@ -25,11 +25,9 @@ def device_of(module: nn.Module) -> torch.device:
     weight = next(chain(module.parameters(), module.buffers()), None)
     if weight is None:
         raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs a module with weights, to lie where they lie.",
-                "Attach to the model that holds the embedding of its tokens.",
-                module=f"{type(module).__name__}, without parameters and buffers",
-            )
+            "a soft prompt needs a module with weights, to lie where they lie.",
+            "Attach to the model that holds the embedding of its tokens.",
+            module=f"{type(module).__name__}, without parameters and buffers",
         )
     if not weight.is_meta:
         return weight.device
@@ -37,12 +35,10 @@ def device_of(module: nn.Module) -> torch.device:
     device = getattr(hook, "execution_device", None)
     if device is None:
         raise UnsupportedModelError(
-            explain(
-                "a soft prompt needs a model whose weights are there.",
-                "Load the weights, or let accelerate offload each module by itself (without `preload_module_classes`).",
-                module=type(module).__name__,
-                weights="on the meta device, with no hook that brings them in",
-            )
+            "a soft prompt needs a model whose weights are there.",
+            "Load the weights, or let accelerate offload each module by itself (without `preload_module_classes`).",
+            module=type(module).__name__,
+            weights="on the meta device, with no hook that brings them in",
         )
     return torch.device(device)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.heads import worn
 from softhooks.prompt import SoftPrompt
 
@@ -35,11 +35,9 @@ def refuse_fused(name: str) -> None:
     """
     if name.endswith(_FUSED):
         raise TrainerError(
-            explain(
-                "an optimizer must hold the prompt's parameters and their state; one that steps inside the backward does not.",
-                "Choose another, such as 'adamw_torch': a prompt's optimizer state is small anyway.",
-                optim=repr(name),
-            )
+            "an optimizer must hold the prompt's parameters and their state; one that steps inside the backward does not.",
+            "Choose another, such as 'adamw_torch': a prompt's optimizer state is small anyway.",
+            optim=repr(name),
         )
 
 
@@ -114,13 +112,11 @@ def require_gradient(prompt: SoftPrompt, step: int) -> None:
     """
     if all(parameter.grad is None for parameter in prompt.encoder.parameters()):
         raise TrainerError(
-            explain(
-                "the loss must reach the prompt with a gradient.",
-                "Look for weights that pass none on (quantised for inference), a loss computed without the model's output, or "
-                "`torch.no_grad`.",
-                prompt=repr(prompt),
-                step=step + 1,
-            )
+            "the loss must reach the prompt with a gradient.",
+            "Look for weights that pass none on (quantised for inference), a loss computed without the model's output, or "
+            "`torch.no_grad`.",
+            prompt=repr(prompt),
+            step=step + 1,
         )
 
 
@@ -153,11 +149,9 @@ def require_held(optimizers: Sequence[Any], prompt: SoftPrompt, remedy: str) -> 
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
     if missing:
         raise TrainerError(
-            explain(
-                "a loop's optimizers must hold all that the prompt trains.",
-                remedy,
-                missing=", ".join(missing[:8]),
-                optimizers=", ".join(kinds) or "none",
-            )
+            "a loop's optimizers must hold all that the prompt trains.",
+            remedy,
+            missing=", ".join(missing[:8]),
+            optimizers=", ".join(kinds) or "none",
         )
     return ", ".join(kind for kind, ids in zip(kinds, held, strict=True) if ids & set(names))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerControl
 
 from softhooks.added_tokens import chosen_ids
-from softhooks.errors import NameTakenError, TrainerError, explain
+from softhooks.errors import NameTakenError, TrainerError
 from softhooks.heads import find_heads
 from softhooks.host import CONTAINER
 from softhooks.method import Method
@@ -48,12 +48,10 @@ def check_equal(
     if present.method == method and held == wanted and bool(len(present.heads)) == own_head and rows == asked:
         return
     raise NameTakenError(
-        explain(
-            "a Trainer goes on with a prompt only if method and options are equal.",
-            "Remove the other prompt, or give this callback another `name=`.",
-            attached=f"{present.name!r}: {present.method!r}{_besides(len(present.heads), len(held), len(rows))}",
-            asked=f"{present.name!r}: {method!r}{_besides(own_head, len(wanted), len(asked))}",
-        )
+        "a Trainer goes on with a prompt only if method and options are equal.",
+        "Remove the other prompt, or give this callback another `name=`.",
+        attached=f"{present.name!r}: {present.method!r}{_besides(len(present.heads), len(held), len(rows))}",
+        asked=f"{present.name!r}: {method!r}{_besides(own_head, len(wanted), len(asked))}",
     )
 
 
@@ -71,11 +69,9 @@ def refuse_done(prompt: SoftPrompt) -> None:
     """
     if next(prompt.encoder.parameters(), None) is None:
         raise TrainerError(
-            explain(
-                "a Trainer goes on only with a prompt that has parameters; this one is folded for good.",
-                "Load it with `trainable=True`.",
-                prompt=f"{prompt.name!r}: {prompt.method!r}",
-            )
+            "a Trainer goes on only with a prompt that has parameters; this one is folded for good.",
+            "Load it with `trainable=True`.",
+            prompt=f"{prompt.name!r}: {prompt.method!r}",
         )
 
 
@@ -87,11 +83,9 @@ def refuse_resting(prompt: SoftPrompt) -> None:
     """
     if not any(parameter.requires_grad for parameter in prompt.encoder.parameters()):
         raise TrainerError(
-            explain(
-                "a prompt that trains must have parameters that do.",
-                "Load it with `trainable=True`.",
-                prompt=f"{prompt.name!r}: {prompt.method!r}",
-            )
+            "a prompt that trains must have parameters that do.",
+            "Load it with `trainable=True`.",
+            prompt=f"{prompt.name!r}: {prompt.method!r}",
         )
 
 
@@ -107,12 +101,10 @@ def refuse_second(callback: SoftPromptCallback, owner: tuple[Any, object], contr
     first, its_control = owner
     if first is not callback and its_control is control:
         raise TrainerError(
-            explain(
-                "a Trainer trains one prompt.",
-                first.remedy,
-                first=f"{first.name!r}: {first.method!r}",
-                second=f"{callback.name!r}: {callback.method!r}",
-            )
+            "a Trainer trains one prompt.",
+            first.remedy,
+            first=f"{first.name!r}: {first.method!r}",
+            second=f"{callback.name!r}: {callback.method!r}",
         )
 
 
@@ -131,12 +123,10 @@ def leave_behind(callback: SoftPromptCallback, model: nn.Module, trial: Any) -> 
         saver.prompt.remove()
     elif saver.begun and trial is not None:
         raise TrainerError(
-            explain(
-                "every trial of a search begins with a prompt that none has trained.",
-                "Let `model_init` return a model without this prompt (the callback attaches it), or attach a new one inside.",
-                trial=getattr(trial, "number", trial),
-                prompt=f"{saver.prompt.name!r}, attached by the script and trained by another trial",
-            )
+            "every trial of a search begins with a prompt that none has trained.",
+            "Let `model_init` return a model without this prompt (the callback attaches it), or attach a new one inside.",
+            trial=getattr(trial, "number", trial),
+            prompt=f"{saver.prompt.name!r}, attached by the script and trained by another trial",
         )
 
 

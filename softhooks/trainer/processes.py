@@ -11,7 +11,7 @@ from torch import distributed, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.fit import choose_injection
 from softhooks.frozen import FrozenRecord, digest
 from softhooks.frozen_names import frozen_names
@@ -43,7 +43,7 @@ def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> N
             optimizer.
     """
     for found, rule, remedy in _obstacles(args, model):
-        raise TrainerError(explain(rule, remedy, found=found))
+        raise TrainerError(rule, remedy, found=found)
     if args.world_size > 1 and method.has_idle(method.columns):
         _check_idle(args, method)
 
@@ -51,15 +51,13 @@ def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> N
 def _check_idle(args: TrainingArguments, method: Method) -> None:
     if fsdp_plugin() is None:
         for found in _hindrances(args):
-            raise TrainerError(explain(RULE, REMEDY, method=method.kind, found=found))
+            raise TrainerError(RULE, REMEDY, method=method.kind, found=found)
     elif SaveStrategy(args.save_strategy) != SaveStrategy.NO and not args.save_only_model:
         raise TrainerError(
-            explain(
-                "of a sharded model (FSDP) torch loads an optimizer only if each parameter has had a step when it was saved.",
-                "Set `save_only_model=True` or `save_strategy='no'`, or use DDP.",
-                method=f"{method.kind}, of which some parameters have no part in some steps",
-                found=f"save_strategy={SaveStrategy(args.save_strategy).value!r}",
-            )
+            "of a sharded model (FSDP) torch loads an optimizer only if each parameter has had a step when it was saved.",
+            "Set `save_only_model=True` or `save_strategy='no'`, or use DDP.",
+            method=f"{method.kind}, of which some parameters have no part in some steps",
+            found=f"save_strategy={SaveStrategy(args.save_strategy).value!r}",
         )
 
 
@@ -133,11 +131,9 @@ def way_in(method: Method, asked: Injection | None) -> Injection | None:
         return asked
     if asked not in (None, "slots"):
         raise TrainerError(
-            explain(
-                "in a sharded model (FSDP) a prompt of embeddings enters as slots.",
-                "Leave `injection` out, or give `injection='slots'`.",
-                injection=repr(asked),
-            )
+            "in a sharded model (FSDP) a prompt of embeddings enters as slots.",
+            "Leave `injection` out, or give `injection='slots'`.",
+            injection=repr(asked),
         )
     return "slots"
 
@@ -213,13 +209,11 @@ def _require_equal(mine: dict[str, str], what: str) -> None:
         if names:
             own, first = values[names[0]]
             raise TrainerError(
-                explain(
-                    f"all ranks {what}.",
-                    "Give every rank the same script, files and checkpoint; let no code change parameters on one rank only.",
-                    differing=", ".join(names),
-                    rank_0=f"{names[0]}: {first}",
-                    **{f"rank_{rank}": f"{names[0]}: {own}"},
-                )
+                f"all ranks {what}.",
+                "Give every rank the same script, files and checkpoint; let no code change parameters on one rank only.",
+                differing=", ".join(names),
+                rank_0=f"{names[0]}: {first}",
+                **{f"rank_{rank}": f"{names[0]}: {own}"},
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from softhooks.errors import FrozenModifiedError, OptionError, TrainerError, explain
+from softhooks.errors import FrozenModifiedError, OptionError, TrainerError
 from softhooks.frozen import FrozenReport
 from softhooks.prompt import SoftPrompt
 
@@ -46,13 +46,11 @@ class Proof:
         converted = record.converted(prompt.model) if record is not None and self.asked else []
         if converted:
             raise TrainerError(
-                explain(
-                    "the base must keep its precision and its shapes from the moment that the prompt is attached.",
-                    "`bf16_full_eval` and `fp16_full_eval` convert a model that is evaluated outside of a training: load it in "
-                    "that precision, or evaluate after the training. Lightning's `bf16-true` converts, `bf16-mixed` does not.",
-                    converted=f"{len(converted)} tensors",
-                    first=converted[0],
-                )
+                "the base must keep its precision and its shapes from the moment that the prompt is attached.",
+                "`bf16_full_eval` and `fp16_full_eval` convert a model that is evaluated outside of a training: load it in "
+                "that precision, or evaluate after the training. Lightning's `bf16-true` converts, `bf16-mixed` does not.",
+                converted=f"{len(converted)} tensors",
+                first=converted[0],
             )
 
     def check(self, prompt: SoftPrompt, moment: Moment, step: int, rescue: Path | None = None) -> None:

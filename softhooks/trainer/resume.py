@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.host import CONTAINER
 from softhooks.model_saving import SavePrompts
 from softhooks.prompt import SoftPrompt
@@ -227,12 +227,10 @@ class Saver:
         own = {name: shape for name, shape in live.items() if name.startswith(f"{CONTAINER}.")}
         if any(found.get(name) != shape for name, shape in own.items()) or (described and set(state) != set(live)):
             raise TrainerError(
-                explain(
-                    "a checkpoint must hold what is trained, name by name and shape by shape.",
-                    "Resume with the method, the name and the options that wrote the checkpoint.",
-                    checkpoint={key: list(value.shape) for key, value in state.items()} if described else found,
-                    trained=live if described else own,
-                )
+                "a checkpoint must hold what is trained, name by name and shape by shape.",
+                "Resume with the method, the name and the options that wrote the checkpoint.",
+                checkpoint={key: list(value.shape) for key, value in state.items()} if described else found,
+                trained=live if described else own,
             )
         self.loaded, self.described = True, described
 
@@ -246,12 +244,10 @@ class Saver:
         for key, value in (described or {}).items():
             if key in mine and mine[key] and value and mine[key] != value:
                 raise TrainerError(
-                    explain(
-                        f"a run goes on only with the {key} that it began with.",
-                        "Resume with what wrote the checkpoint, or begin anew in another `output_dir`.",
-                        checkpoint=value,
-                        now=mine[key],
-                    )
+                    f"a run goes on only with the {key} that it began with.",
+                    "Resume with what wrote the checkpoint, or begin anew in another `output_dir`.",
+                    checkpoint=value,
+                    now=mine[key],
                 )
 
     def _describe(self) -> dict[str, Any]:

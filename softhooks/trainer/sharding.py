@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, distributed, nn
 
-from softhooks.errors import UnsupportedModeError, UnsupportedModelError, explain
+from softhooks.errors import UnsupportedModeError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
@@ -81,12 +81,10 @@ def refuse_sharded(base: Iterable[Tensor]) -> None:
     """
     if distributed.is_available() and distributed.is_initialized() and any(map(is_sharded, base)):
         raise UnsupportedModeError(
-            explain(
-                "a prompt that is computed once for all rows needs a model that is not sharded.",
-                "Attach it with `injection='slots'`, before the model is sharded.",
-                injection="'shared'",
-                model="sharded (fully_shard)",
-            )
+            "a prompt that is computed once for all rows needs a model that is not sharded.",
+            "Attach it with `injection='slots'`, before the model is sharded.",
+            injection="'shared'",
+            model="sharded (fully_shard)",
         )
 
 
@@ -99,10 +97,8 @@ def refuse_partitioned(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
-                explain(
-                    "a soft prompt needs a model whose weights are there.",
-                    "Load the model without DeepSpeed; where it does not fit on one device, shard it with FSDP2.",
-                    weight=name,
-                    weights="taken apart by DeepSpeed (ZeRO stage 3)",
-                )
+                "a soft prompt needs a model whose weights are there.",
+                "Load the model without DeepSpeed; where it does not fit on one device, shard it with FSDP2.",
+                weight=name,
+                weights="taken apart by DeepSpeed (ZeRO stage 3)",
             )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.host import CONTAINER
 from softhooks.prompt import SoftPrompt
 from softhooks.trainer.kept import live_tensors
@@ -48,12 +48,10 @@ def find_model(module: nn.Module, attribute: str | None) -> str:
     if len(found) == 1:
         return found[0]
     raise TrainerError(
-        explain(
-            "a module's prompt goes to its only transformers model, made in `__init__`.",
-            "Say which with `attribute=`.",
-            module=type(module).__name__,
-            models=", ".join(found) or "none",
-        )
+        "a module's prompt goes to its only transformers model, made in `__init__`.",
+        "Say which with `attribute=`.",
+        module=type(module).__name__,
+        models=", ".join(found) or "none",
     )
 
 
@@ -71,12 +69,10 @@ def around(module: nn.Module, prompted: nn.Module) -> dict[str, Tensor]:
     path = next((path for path, part in module.named_modules() if part is prompted), None)
     if path is None:
         raise TrainerError(
-            explain(
-                "a module must hold the model whose prompt it saves.",
-                "Attach the prompt to the model that the module has now.",
-                module=type(module).__name__,
-                prompted=f"another {type(prompted).__name__}",
-            )
+            "a module must hold the model whose prompt it saves.",
+            "Attach the prompt to the model that the module has now.",
+            module=type(module).__name__,
+            prompted=f"another {type(prompted).__name__}",
         )
     state: dict[str, Any] = module.state_dict() if path else {}
     found = {name: value for name, value in state.items() if not name.startswith(f"{path}.")}
@@ -97,12 +93,10 @@ def require_same(stored: dict[str, Tensor], present: dict[str, Tensor]) -> None:
     shapes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (stored, present)]
     if shapes[0] != shapes[1]:
         raise TrainerError(
-            explain(
-                "a checkpoint must hold what stands around the prompted model, name by name and shape by shape.",
-                "Load it into the module that it was saved from.",
-                checkpoint=shapes[0] or "nothing",
-                module=shapes[1] or "nothing",
-            )
+            "a checkpoint must hold what stands around the prompted model, name by name and shape by shape.",
+            "Load it into the module that it was saved from.",
+            checkpoint=shapes[0] or "nothing",
+            module=shapes[1] or "nothing",
         )
 
 
@@ -170,12 +164,10 @@ class Carrier:
                     del state[key]  # the description
         elif strict or self._left_out() & set(state):
             raise TrainerError(
-                explain(
-                    "a module that carries a prompt loads checkpoints that hold it.",
-                    "Load a model's own weights before the prompt is attached.",
-                    module=f"{type(self.module).__name__}, {self.prompt.name!r} on {self._prefix[:-1]!r}",
-                    checkpoint=f"{len(state)} tensors, none of them the prompt's",
-                )
+                "a module that carries a prompt loads checkpoints that hold it.",
+                "Load a model's own weights before the prompt is attached.",
+                module=f"{type(self.module).__name__}, {self.prompt.name!r} on {self._prefix[:-1]!r}",
+                checkpoint=f"{len(state)} tensors, none of them the prompt's",
             )
 
     def _excuse(self, _module: nn.Module, incompatible: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softhooks.errors import CheckpointError, UnsupportedModeError, explain
+from softhooks.errors import CheckpointError, UnsupportedModeError
 from softhooks.host import CONTAINER, Host
 from softhooks.saving.files import read_tensors
 from softhooks.trainer.resume import LIVE, saver_of
@@ -46,7 +46,7 @@ def refuse_bare(folder: Path, remedy: str) -> None:
     """
     if (folder / LIVE).is_file():
         rule = "a Trainer's checkpoint holds the prompt alone; its base is not in it."
-        raise CheckpointError(explain(rule, remedy, folder=folder))
+        raise CheckpointError(rule, remedy, folder=folder)
 
 
 class Trained(nn.Module):
@@ -156,11 +156,9 @@ class _NoPool:
             UnsupportedModeError: always.
         """
         raise UnsupportedModeError(
-            explain(
-                "a prompt lives in the process that it was attached in; a pool would start others without it.",
-                "Encode here, on one device, or load the saved model in processes of your own.",
-                asked="a multi-process pool",
-            )
+            "a prompt lives in the process that it was attached in; a pool would start others without it.",
+            "Encode here, on one device, or load the saved model in processes of your own.",
+            asked="a multi-process pool",
         )
 
 

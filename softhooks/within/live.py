@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.frozen import FrozenReport
 from softhooks.host import CONTAINER
 from softhooks.prompt import SoftPrompt
@@ -42,21 +42,17 @@ class LivePrompt:
         prompt._require_attached()
         if not any(parameter.requires_grad for parameter in prompt.encoder.parameters()):
             raise TrainerError(
-                explain(
-                    "a prompt must have something to train.",
-                    "Load it with `trainable=True`; to use it as it is, nothing need be kept of it.",
-                    prompt=repr(prompt),
-                )
+                "a prompt must have something to train.",
+                "Load it with `trainable=True`; to use it as it is, nothing need be kept of it.",
+                prompt=repr(prompt),
             )
         present = saver_of(prompt.model)
         if present is not None and present.prompt is not prompt and present.prompt.is_attached:
             raise TrainerError(
-                explain(
-                    "the checkpoints of a model hold one prompt.",
-                    "Remove the other prompt, or attach this one to a model of its own.",
-                    kept=repr(present.prompt.name),
-                    asked=repr(prompt.name),
-                )
+                "the checkpoints of a model hold one prompt.",
+                "Remove the other prompt, or attach this one to a model of its own.",
+                kept=repr(present.prompt.name),
+                asked=repr(prompt.name),
             )
         if optimizer is not None:
             require_optimizer(prompt, optimizer)
@@ -93,12 +89,10 @@ class LivePrompt:
         self._saver.require_own(state)
         if not self._saver.loaded:
             raise TrainerError(
-                explain(
-                    "a run that goes on must find its prompt in the checkpoint.",
-                    "Load a checkpoint that was written with the prompt among its objects, under the same name.",
-                    expected=f"{CONTAINER}.{self.prompt.name}.*",
-                    found=", ".join(sorted(state)[:3]) or "nothing",
-                )
+                "a run that goes on must find its prompt in the checkpoint.",
+                "Load a checkpoint that was written with the prompt among its objects, under the same name.",
+                expected=f"{CONTAINER}.{self.prompt.name}.*",
+                found=", ".join(sorted(state)[:3]) or "nothing",
             )
         self.prompt.model.load_state_dict(state, strict=False)
 
@@ -129,10 +123,8 @@ def require_optimizer(prompt: SoftPrompt, optimizer: Any) -> None:
         return
     held, trained = sum(len(group["params"]) for group in optimizer.param_groups), list(prompt.parameters())
     raise TrainerError(
-        explain(
-            "the optimizer must hold exactly the parameters that the prompt trains.",
-            "Make it after `attach`, from `prompt.parameters()`.",
-            optimizer=f"{type(optimizer).__name__} of {held} tensors",
-            prompt=f"{len(trained)} tensors, {sum(parameter.numel() for parameter in trained):,} parameters",
-        )
+        "the optimizer must hold exactly the parameters that the prompt trains.",
+        "Make it after `attach`, from `prompt.parameters()`.",
+        optimizer=f"{type(optimizer).__name__} of {held} tensors",
+        prompt=f"{len(trained)} tensors, {sum(parameter.numel() for parameter in trained):,} parameters",
     )

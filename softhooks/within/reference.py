@@ -10,7 +10,7 @@ from torch import nn
 
 from softhooks.anatomy import at_rest
 from softhooks.blocks import Block
-from softhooks.errors import TrainerError, explain
+from softhooks.errors import TrainerError
 from softhooks.host import CONTAINER
 from softhooks.prompt import host_of, require_host
 from softhooks.switch import disabled
@@ -98,18 +98,14 @@ def require_fixed(model: nn.Module, prompt: str | None) -> None:
     moving = [key for key, p in model.named_parameters() if p.requires_grad and _belongs(key, prompt)]
     if moving:
         raise TrainerError(
-            explain(
-                "a reference must stay as it is while the policy trains.",
-                "Train only the prompt (no `trainable=`, and a prompt that rests), or give `ref_model` a model of its own.",
-                reference=f"{type(model).__name__} with {'no prompt' if prompt is None else f'the prompt {prompt!r}'}",
-                trains=f"{len(moving)} of its tensors, {moving[0]} first",
-            )
+            "a reference must stay as it is while the policy trains.",
+            "Train only the prompt (no `trainable=`, and a prompt that rests), or give `ref_model` a model of its own.",
+            reference=f"{type(model).__name__} with {'no prompt' if prompt is None else f'the prompt {prompt!r}'}",
+            trains=f"{len(moving)} of its tensors, {moving[0]} first",
         )
     if shards(model):
         raise TrainerError(
-            explain(
-                "a sharded model runs as a whole, and cannot be its own reference.",
-                "Give `ref_model` a model of its own.",
-                found="FSDP",
-            )
+            "a sharded model runs as a whole, and cannot be its own reference.",
+            "Give `ref_model` a model of its own.",
+            found="FSDP",
         )

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from softhooks.errors import SoftHooksError, UnsupportedModeError, UnsupportedModelError, explain
+from softhooks.errors import SoftHooksError, UnsupportedModeError, UnsupportedModelError
 from softhooks.prompt import require_host
 from softhooks.saving.checkpoint import attach_stored, find
 from softhooks.trainer.resume import LIVE, saver_of
@@ -67,12 +67,10 @@ def transformer_of(model: Any) -> Any:
         why = "it carries an adapter of PEFT"
     if why:
         raise UnsupportedModelError(
-            explain(
-                "a prompt enters a SentenceTransformer, CrossEncoder or SparseEncoder that begins with its only Transformer.",
-                "Take a model of that kind, on the torch backend, with adapters merged; SetFit's Trainer takes a "
-                "`SetFitPromptCallback` (softhooks.integrations.setfit).",
-                model=f"{type(model).__name__}: {why}",
-            )
+            "a prompt enters a SentenceTransformer, CrossEncoder or SparseEncoder that begins with its only Transformer.",
+            "Take a model of that kind, on the torch backend, with adapters merged; SetFit's Trainer takes a "
+            "`SetFitPromptCallback` (softhooks.integrations.setfit).",
+            model=f"{type(model).__name__}: {why}",
         )
     return first
 
@@ -106,12 +104,10 @@ def prompted_transformer() -> Any:
             host = require_host(self.model)
             if host.rows is not None:
                 raise UnsupportedModeError(
-                    explain(
-                        "the texts of a sentence model share one prompt: the library sorts them before it batches them, so that "
-                        "rows would meet each other's.",
-                        "Encode the texts of each prompt by themselves, with `softhooks.activate(model, name)` before.",
-                        rows=host.rows,
-                    )
+                    "the texts of a sentence model share one prompt: the library sorts them before it batches them, so that "
+                    "rows would meet each other's.",
+                    "Encode the texts of each prompt by themselves, with `softhooks.activate(model, name)` before.",
+                    rows=host.rows,
                 )
             return super().forward(features, **kwargs)
 
@@ -123,11 +119,9 @@ def prompted_transformer() -> Any:
                 return
             if len(host.prompts) > 1:
                 raise UnsupportedModeError(
-                    explain(
-                        "a sentence model is saved with one prompt.",
-                        "Remove the others, or save each with its own `save_pretrained`.",
-                        prompts=", ".join(map(repr, host.prompts)),
-                    )
+                    "a sentence model is saved with one prompt.",
+                    "Remove the others, or save each with its own `save_pretrained`.",
+                    prompts=", ".join(map(repr, host.prompts)),
                 )
             with saving_itself(self.model) as state:
                 self.model.save_pretrained(folder, state_dict=state)
