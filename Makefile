@@ -49,10 +49,10 @@ properties: $(INTEGRATED)  ## the property-based tests with many more examples
 	HYPOTHESIS_PROFILE=thorough $(call PYTEST,$(BIN)) -n 2 -m hypothesis $(PYTEST_ARGS)
 
 survey: $(INTEGRATED)  ## try every architecture in transformers' Auto mappings (SURVEY_ARGS="--tasks causal --only llama")
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.survey $(SURVEY_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(BIN)/python -m tests.survey $(SURVEY_ARGS)
 
 kill-test: $(INSTALLED)  ## kill trainings of every method at 50 random moments, resume each, compare them bit by bit
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/kills.py --kills $(KILLS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/support/kills.py --kills $(KILLS)
 
 benchmark: $(INSTALLED)  ## speed and memory against PEFT and the bare model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCHMARK_ARGS)
@@ -61,7 +61,7 @@ test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and 
 	$(call PYTEST,$(OLDEST_VENV)/bin) -n 2 $(PYTEST_ARGS)
 
 test-extras: $(INSTALLED)  ## each extra from a built wheel in a fresh environment, running its example (EXTRAS="trl ...")
-	$(BIN)/python tests/extras.py --torch="$(TORCH_PIP_ARGS)" $(EXTRAS)
+	$(BIN)/python tests/support/extras.py --torch="$(TORCH_PIP_ARGS)" $(EXTRAS)
 
 clean:  ## remove the environments, builds and caches
 	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

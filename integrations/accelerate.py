@@ -42,15 +42,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
+from softhooks.formats.files import read_tensors, write_tensors
 from softhooks.prompt import SoftPrompt
-from softhooks.saving.files import read_tensors, write_tensors
+from softhooks.trainer.checkpoint import LIVE, Saver, saver_of
+from softhooks.trainer.checks import refuse_resting
 from softhooks.trainer.optimizer import require_held
-from softhooks.trainer.present import refuse_resting
-from softhooks.trainer.processes import agree, is_alone, require_agreement
-from softhooks.trainer.resume import LIVE, Saver, saver_of
-from softhooks.trainer.sharding import shards
-from softhooks.within.around import around, bare, holds, require_same
+from softhooks.trainer.ranks import agree, is_alone, require_agreement
+
+from ._carrier import around, bare, holds, require_same
 
 if TYPE_CHECKING:
     from accelerate.accelerator import Accelerator

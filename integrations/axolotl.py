@@ -37,10 +37,10 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.command.request import from_sections
+from softhooks.cli.run_arguments import from_sections
 from softhooks.errors import AttachError, SoftHooksError, TrainerError
 from softhooks.method import Method
-from softhooks.prompt import host_of
+from softhooks.runtime.state import host_of
 from softhooks.trainer.callback import SoftPromptCallback
 
 SECTION = "softhooks"

@@ -38,13 +38,15 @@ from torch import Tensor, nn
 from softhooks.attach import attach
 from softhooks.errors import AttachError, SoftHooksError, TrainerError
 from softhooks.method import Method
-from softhooks.prompt import SoftPrompt, host_of
-from softhooks.trainer.kept import live_tensors
+from softhooks.prompt import SoftPrompt
+from softhooks.runtime.state import host_of
+from softhooks.saving.state_dict import live_tensors
 from softhooks.trainer.optimizer import mend_optimizer
-from softhooks.within.live import LivePrompt, require_optimizer
+
+from ._training_state import LivePrompt, require_optimizer
 
 if TYPE_CHECKING:
-    from softhooks.frozen import FrozenReport
+    from softhooks.base_model.digest import FrozenReport
 
 _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 

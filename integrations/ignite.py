@@ -40,8 +40,9 @@ from torch.optim import Optimizer
 
 from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.prompt import SoftPrompt
-from softhooks.trainer.processes import agree, require_agreement
-from softhooks.within.live import LivePrompt, require_optimizer
+from softhooks.trainer.ranks import agree, require_agreement
+
+from ._training_state import LivePrompt, require_optimizer
 
 if TYPE_CHECKING:
     from ignite.engine import Engine

@@ -47,17 +47,19 @@ from pathlib import Path
 from typing import Any
 
 import softhooks
+from softhooks.base_model.digest import FrozenReport
 from softhooks.errors import OptionError, SoftHooksError, TrainerError
-from softhooks.frozen import FrozenReport
 from softhooks.method import Method
-from softhooks.objectives import refuse_evaluation
-from softhooks.prompt import SoftPrompt, host_of
+from softhooks.objectives.base import refuse_evaluation
+from softhooks.prompt import SoftPrompt
+from softhooks.runtime.state import host_of
+from softhooks.trainer.checks import check_equal, refuse_resting
+from softhooks.trainer.frozen_check import CheckFrozen, Proof
 from softhooks.trainer.optimizer import drop_frozen, held_by, require_gradient, require_held
-from softhooks.trainer.present import check_equal, refuse_resting
-from softhooks.trainer.processes import agree, require_agreement
-from softhooks.trainer.proof import CheckFrozen, Proof
-from softhooks.within.around import Carrier, find_model
-from softhooks.within.beside import PromptFiles, layers_of
+from softhooks.trainer.ranks import agree, require_agreement
+
+from ._carrier import Carrier, find_model
+from ._checkpoint_io import PromptFiles, layers_of
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _KNOWN = {"SingleDeviceStrategy", "DDPStrategy"}

@@ -56,7 +56,7 @@ def register() -> None:
 
 def room_taken(model: nn.Module) -> int:
     """How many of a model's positions its prompts take now: the longest of those that are on; 0 where none is."""
-    from softhooks.prompt import host_of
+    from softhooks.runtime.state import host_of
 
     host = host_of(model)
     if host is None or not host.is_in_use:
@@ -78,7 +78,7 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: naming what it needs.
     """
-    from softhooks.batching import needed
+    from softhooks.runtime.continuous_batching import needed
 
     needs = "slots that are looked for in each row" if prompt.layout.searches else needed(prompt)
     if needs:
@@ -105,8 +105,8 @@ def _language_model() -> type:
     _harness()
     from lm_eval.models.huggingface import HFLM
 
-    from softhooks.prompt import host_of
-    from softhooks.saving.checkpoint import load
+    from softhooks.load import load
+    from softhooks.runtime.state import host_of
 
     class SoftPromptLM(HFLM):
         """HFLM with a prompt.
@@ -163,7 +163,7 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run the harness's command line with the model type in it."""
-    from softhooks.command.exits import reported, usage
+    from softhooks.cli.exit_codes import reported, usage
 
     with reported(), usage():
         register()

@@ -45,9 +45,10 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.nearest_words import Word
 from softhooks.prompt import SoftPrompt
-from softhooks.report import ABOUT, WORDS, PromptReport, table_of
-from softhooks.words import Word
+
+from ._report import ABOUT, WORDS, PromptReport, table_of
 
 _TRUE = ("1", "TRUE", "ON", "YES")
 _EAGER = "HF_MLFLOW_LOG_ARTIFACTS"

@@ -44,11 +44,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from softhooks.attach import attach
-from softhooks.candidate import Candidate, Chosen
 from softhooks.errors import CheckpointError, OptionError, SoftHooksError, TrainerError, format_message
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.trainer.callback import SoftPromptCallback
+
+from ._search_space import Candidate, Chosen
 
 __all__ = ["METHOD", "Candidate", "Chosen", "PromptSpace", "checkpoint_of"]
 

@@ -35,13 +35,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from softhooks.backbone.examine import examine, unwrapped
 from softhooks.errors import NameTakenError, OptionError, PromptMismatchError, SoftHooksError
-from softhooks.probe import examine, unwrapped
-from softhooks.prompt import SoftPrompt, host_of
-from softhooks.saving import peft_export, peft_format
-from softhooks.saving.checkpoint import attach_stored
-from softhooks.saving.outline import outline
-from softhooks.saving.stored import Stored
+from softhooks.formats import peft_read, peft_write
+from softhooks.formats.stack_outline import outline
+from softhooks.formats.stored import Stored
+from softhooks.load import attach_stored
+from softhooks.prompt import SoftPrompt
+from softhooks.runtime.state import host_of
 from softhooks.switch import activate
 
 if TYPE_CHECKING:
@@ -121,11 +122,11 @@ def read(peft_model: PeftModel, adapter: str) -> Stored:
     config = peft_model.peft_config[adapter]
     told = json.loads(json.dumps(config.to_dict(), default=_plain))
     source = f"the adapter {adapter!r} of {type(peft_model).__name__}"
-    peft_format.require_kind(told, source)
+    peft_read.require_kind(told, source)
     with torch.no_grad(), _kept(peft_model):
         tensors = _peft().get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
         copied = {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
-    return peft_format.parse(told, copied, source)
+    return peft_read.parse(told, copied, source)
 
 
 @contextmanager
@@ -200,7 +201,7 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
     peft = _peft()
     given = [prompts] if isinstance(prompts, SoftPrompt) else list(prompts)
     _require_one_model(given)
-    parts = {prompt.name: peft_export.adapter(peft_export.of_prompt(prompt)) for prompt in given}
+    parts = {prompt.name: peft_write.adapter(peft_write.of_prompt(prompt)) for prompt in given}
     kinds = {config["peft_type"] for config, _ in parts.values()}
     if len(kinds) > 1:
         raise OptionError(
@@ -265,7 +266,7 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
         return
     mine, theirs = _told(unwrapped(own)), _told(model)
     heads = [
-        name for name, stored in ((p.name, peft_export.of_prompt(p).stored) for p in prompts) if not _fit(stored, model)
+        name for name, stored in ((p.name, peft_write.of_prompt(p).stored) for p in prompts) if not _fit(stored, model)
     ]
     if mine != theirs or heads:
         raise PromptMismatchError(

@@ -43,7 +43,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from softhooks.errors import SoftHooksError, TrainerError
-from softhooks.trainer.processes import is_alone
+from softhooks.trainer.ranks import is_alone
 
 CHECKPOINT = "checkpoint"
 """Where in a directory that is reported the Trainer's checkpoint lies: as Ray's own callback has it."""

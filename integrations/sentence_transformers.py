@@ -44,18 +44,19 @@ from typing import Any
 from torch import nn
 
 import softhooks
+from softhooks.backbone.container import CONTAINER
+from softhooks.base_model.digest import FrozenRecord
 from softhooks.errors import (
     CheckpointError,
     TrainerError,
 )
-from softhooks.frozen import FrozenRecord
-from softhooks.host import CONTAINER
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.trainer.callback import SoftPromptCallback
-from softhooks.trainer.processes import fsdp_plugin
-from softhooks.within.inside import refuse_bare
-from softhooks.within.sentences import (
+from softhooks.trainer.ranks import fsdp_plugin
+
+from ._sentence_module import refuse_bare
+from ._sentence_transformers import (
     FAMILIES,
     KIND,
     PROMPTED,

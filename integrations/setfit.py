@@ -41,8 +41,9 @@ from torch import nn
 
 from softhooks.errors import TrainerError, UnsupportedModelError
 from softhooks.integrations.sentence_transformers import SentencePromptCallback
-from softhooks.prompt import require_host
-from softhooks.within.sentences import transformer_of
+from softhooks.runtime.state import require_host
+
+from ._sentence_transformers import transformer_of
 
 _FREEZE = "_freeze_or_not"
 """What SetFit's `freeze` and `unfreeze` call."""

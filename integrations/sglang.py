@@ -29,8 +29,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from softhooks.embedded import sequence_embeddings
 from softhooks.errors import OptionError
+from softhooks.serving.embeddings import sequence_embeddings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +50,7 @@ def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any 
         -> [P + T, H], on the CPU, in the model's precision.
 
     Raises:
-        SoftHooksError: as `softhooks.embedded.sequence_embeddings`.
+        SoftHooksError: as `softhooks.serving.embeddings.sequence_embeddings`.
     """
     return sequence_embeddings(model, text, tokenizer, server="sglang").cpu()
 

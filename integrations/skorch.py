@@ -40,12 +40,14 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.attach import attach
+from softhooks.backbone.container import CONTAINER, Container
 from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
-from softhooks.host import CONTAINER, Container
 from softhooks.method import Method
-from softhooks.prompt import SoftPrompt, host_of
+from softhooks.prompt import SoftPrompt
+from softhooks.runtime.state import host_of
 from softhooks.trainer.optimizer import require_gradient
-from softhooks.within.live import LivePrompt
+
+from ._training_state import LivePrompt
 
 _BASE = "model."
 _MADE_ANEW = ("model", "prompt", "_live")

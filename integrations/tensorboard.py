@@ -37,13 +37,14 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import SoftHooksError, TrainerError
-from softhooks.initializers import embed_ids
+from softhooks.nearest_words import Word
 from softhooks.prompt import SoftPrompt
-from softhooks.report import ABOUT, WORDS, PromptReport, table_of
+from softhooks.similarity import rows_of
 from softhooks.switch import disabled
-from softhooks.transfer import rows_of
-from softhooks.words import Word
+
+from ._report import ABOUT, WORDS, PromptReport, table_of
 
 
 class PromptBoard(PromptReport):

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from softhooks.command.exits import reported, usage
+from softhooks.cli.exit_codes import reported, usage
 from softhooks.errors import OptionError, SoftHooksError
 
 
@@ -104,7 +104,7 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
             from softhooks import load
-            from softhooks.batching import require_servable
+            from softhooks.runtime.continuous_batching import require_servable
 
             model = super()._load_model(*args, **kwargs)
             loaded = load(model, prompt, strict=strict)

@@ -43,13 +43,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.anatomy import at_rest
+from softhooks.backbone.stack import at_rest
 from softhooks.errors import TrainerError
-from softhooks.host import Host
 from softhooks.method import Method
-from softhooks.prompt import host_of
+from softhooks.runtime.state import Host, host_of
 from softhooks.switch import disabled
-from softhooks.within.reference import Reference, require_fixed
+from softhooks.trainer.reference import Reference, require_fixed
 
 _TRAINERS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO")
 _COMPARING = {"DPOConfig": "DPOTrainer", "KTOConfig": "KTOTrainer"}

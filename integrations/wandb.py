@@ -37,9 +37,10 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 
 from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.nearest_words import Word
 from softhooks.prompt import SoftPrompt
-from softhooks.report import ABOUT, WORDS, PromptReport, table_of
-from softhooks.words import Word
+
+from ._report import ABOUT, WORDS, PromptReport, table_of
 
 KIND = "soft-prompt"
 """The type of the artifact."""

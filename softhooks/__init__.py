@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from softhooks.attach import attach
+    from softhooks.base_model.digest import FrozenReport
     from softhooks.ensemble import EnsembleOutput, EnsembleTexts, PromptEnsemble
     from softhooks.errors import (
         AttachError,
@@ -30,11 +31,10 @@ if TYPE_CHECKING:
         UnsupportedModeError,
         UnsupportedModelError,
     )
-    from softhooks.frozen import FrozenReport
     from softhooks.kept import kept
-    from softhooks.layout.places import Layout
+    from softhooks.layout.layout import Layout
     from softhooks.layout.verbalizer import Verbalizer
-    from softhooks.loop import tune
+    from softhooks.load import load
     from softhooks.methods import (
         Cartridge,
         ContextAwarePromptTuning,
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
         PTuningV2,
         ResidualPromptTuning,
     )
+    from softhooks.methods.task_sampling import TaskSampler
+    from softhooks.nearest_words import nearest_words
     from softhooks.prompt import SoftPrompt
-    from softhooks.sampling import TaskSampler
-    from softhooks.saving.checkpoint import load
+    from softhooks.similarity import most_similar
     from softhooks.switch import activate, disabled, rows
     from softhooks.trainer.callback import SoftPromptCallback
-    from softhooks.transfer import most_similar
-    from softhooks.words import nearest_words
+    from softhooks.tune import tune
 
 __all__ = [
     "AttachError",
@@ -108,22 +108,22 @@ _PLACES = {
         "PromptMismatchError PromptNotReachedError PromptTooLongError SoftHooksError TrainerError "
         "UnsupportedMethodError UnsupportedModeError UnsupportedModelError"
     ),
-    "frozen": "FrozenReport",
+    "base_model.digest": "FrozenReport",
     "kept": "kept",
-    "layout.places": "Layout",
+    "layout.layout": "Layout",
     "layout.verbalizer": "Verbalizer",
-    "loop": "tune",
+    "tune": "tune",
     "methods": (
         "Cartridge ContextAwarePromptTuning ContextTuning LlamaAdapter MultitaskPromptTuning "
         "PrefixTuning PromptTuning PTuning PTuningV2 ResidualPromptTuning"
     ),
     "prompt": "SoftPrompt",
-    "sampling": "TaskSampler",
-    "saving.checkpoint": "load",
+    "methods.task_sampling": "TaskSampler",
+    "load": "load",
     "switch": "activate disabled rows",
     "trainer.callback": "SoftPromptCallback",
-    "transfer": "most_similar",
-    "words": "nearest_words",
+    "similarity": "most_similar",
+    "nearest_words": "nearest_words",
 }
 """The names of each module."""
 

@@ -9,42 +9,44 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from softhooks.added_hooks import prove_rows
-from softhooks.added_tokens import ADDED, AddedTokens, chosen_ids, copy_rows
-from softhooks.anatomy import Anatomy
-from softhooks.blocks import Block
-from softhooks.causality import check_causality
+from softhooks.backbone.added_vocabulary import warn_of_added
+from softhooks.backbone.container import CONTAINER, Container
+from softhooks.backbone.examine import examine
+from softhooks.backbone.heads import check_heads, copy_heads, find_heads
+from softhooks.backbone.max_positions import unwarned
+from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids, reads_ids, stored_ids
+from softhooks.backbone.probing import probing, proving
+from softhooks.backbone.stack import Anatomy
+from softhooks.base_model.digest import FrozenRecord
+from softhooks.base_model.fingerprint import take
+from softhooks.base_model.frozen_names import frozen_names
+from softhooks.checks.causality import check_causality
+from softhooks.checks.content_masks import require_common_masks
+from softhooks.checks.head_columns import check_unread
+from softhooks.checks.injection import choose_injection, probe_inputs
+from softhooks.checks.left_padding import takes_left_padding
+from softhooks.checks.reach import prove_reach
+from softhooks.checks.remedies import names_tried_remedies
+from softhooks.checks.request import check_length, check_request, no_room
+from softhooks.compat.bitsandbytes import keep_unpacked, unpacked
+from softhooks.compat.offload import device_of
+from softhooks.compat.peft import home, keep_wrapped, refuse_prompts
 from softhooks.constraint import unwatch, watch
+from softhooks.encoder import PromptEncoder
 from softhooks.errors import PromptTooLongError
-from softhooks.exclusive import exclusive
-from softhooks.fingerprint import take
-from softhooks.fit import choose_injection, probe_inputs
-from softhooks.frozen import FrozenRecord
-from softhooks.frozen_names import frozen_names
-from softhooks.generation import keep_from_assistants
-from softhooks.heads import check_heads, copy_heads, find_heads
-from softhooks.host import CONTAINER, Container, Host
-from softhooks.initializers import tokenizer_of
-from softhooks.inject.beyond import unwarned
-from softhooks.inject.fills import find_fills
-from softhooks.labels import Labels
-from softhooks.left_padding import takes_left_padding
-from softhooks.method import Method, PromptEncoder
-from softhooks.model_saving import stand_in
-from softhooks.own_masks import require_common_masks
-from softhooks.peft_base import home, keep_wrapped, refuse_prompts
-from softhooks.placeholder import BUFFER, fresh_ids, reads_ids, stored_ids
-from softhooks.probe import examine
-from softhooks.probing import probing, proving
-from softhooks.prompt import Injection, SoftPrompt, host_of
-from softhooks.quantised import keep_unpacked, unpacked
-from softhooks.reach import prove_reach
-from softhooks.recomputed import Met
-from softhooks.remedies import names_tried_remedies
-from softhooks.request import check_length, check_request, no_room
-from softhooks.trainer.offload import device_of
-from softhooks.unread import check_unread
-from softhooks.vocabulary import warn_of_added
+from softhooks.inject.slots.argument_values import find_fills
+from softhooks.layout.tokenizing import tokenizer_of
+from softhooks.method import Method
+from softhooks.prompt import Injection, SoftPrompt
+from softhooks.runtime.added_token_hooks import prove_rows
+from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_rows
+from softhooks.runtime.contexts import Block
+from softhooks.runtime.exclusive import exclusive
+from softhooks.runtime.generate import keep_from_assistants
+from softhooks.runtime.label_names import Labels
+from softhooks.runtime.recomputed_forward import Met
+from softhooks.runtime.state import Host, host_of
+from softhooks.saving.model import stand_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,15 +6,28 @@ torch tells of every step of every optimizer; while a constrained prompt is atta
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from softhooks.method import PromptEncoder
-from softhooks.users import Users
+from softhooks.patching.shared import Users
 
-_done: weakref.WeakSet[PromptEncoder] = weakref.WeakSet()  # since a Trainer's step began
+
+class Constrained(Protocol):
+    """A module whose parameters have bounds."""
+
+    is_constrained: ClassVar[bool]
+
+    def constrain(self) -> None:
+        """Bring the parameters back within their bounds."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The parameters that an optimizer may hold."""
+
+
+_done: weakref.WeakSet[Constrained] = weakref.WeakSet()  # since a Trainer's step began
 _handle: Any = None
 
 
@@ -25,11 +38,11 @@ def _stop_listening() -> None:
         _handle = None
 
 
-watched: Users[PromptEncoder] = Users(_stop_listening)
+watched: Users[Constrained] = Users(_stop_listening)
 """The encoders that are constrained."""
 
 
-def watch(encoder: PromptEncoder) -> None:
+def watch(encoder: Constrained) -> None:
     """Constrain an encoder after each step of an optimizer that holds its parameters."""
     global _handle
     if not encoder.is_constrained:
@@ -40,24 +53,24 @@ def watch(encoder: PromptEncoder) -> None:
             _handle = register_optimizer_step_post_hook(_after_step)
 
 
-def unwatch(encoder: PromptEncoder) -> None:
+def unwatch(encoder: Constrained) -> None:
     """Let an encoder go; with the last one, the hook."""
     watched.discard(encoder)
 
 
-def constrain(encoder: PromptEncoder) -> None:
+def constrain(encoder: Constrained) -> None:
     """Bring an encoder's parameters back to where they may be."""
     if encoder.is_constrained:
         with torch.no_grad():
             encoder.constrain()
 
 
-def begin_step(encoder: PromptEncoder) -> None:
+def begin_step(encoder: Constrained) -> None:
     """Note that a Trainer's optimizer is about to step."""
     _done.discard(encoder)
 
 
-def end_step(encoder: PromptEncoder) -> None:
+def end_step(encoder: Constrained) -> None:
     """Constrain an encoder after a Trainer's step, unless the optimizer is torch's and has had it done."""
     if encoder not in _done:
         constrain(encoder)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.method import choice
-from softhooks.prompt import require_host
+from softhooks.runtime.state import require_host
 from softhooks.switch import rows
 
 Combine = Literal["vote", "logits", "probabilities"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from softhooks.inject.reuse import opened
-from softhooks.prompt import require_host
+from softhooks.runtime.state import require_host
 
 
 @contextmanager

@@ -12,23 +12,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softhooks.added_tokens import ADDED, AddedTokens
-from softhooks.anatomy import Role, Stack
+from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.entry_points import groups_of
+from softhooks.backbone.module_walk import every_tensor
+from softhooks.backbone.placeholder_ids import BUFFER
+from softhooks.backbone.stack import Role, Stack
+from softhooks.base_model.digest import FrozenReport
+from softhooks.compat.sharding import gathered, refuse_sharded
 from softhooks.constraint import unwatch
+from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import NotAttachedError
-from softhooks.frozen import FrozenReport
-from softhooks.groups import groups_of
-from softhooks.host import CONTAINER, Container, Host
-from softhooks.inject.branch import Branch, branch_of
-from softhooks.inject.fingerprint import Snapshot, snapshot
-from softhooks.inject.keyvalues import KeyValues, split
+from softhooks.inject.branch.branch import Branch, branch_of
+from softhooks.inject.prefill import prefill
+from softhooks.inject.prefix.key_values import KeyValues, split
+from softhooks.inject.prompt_state import Snapshot, snapshot
 from softhooks.inject.reuse import Memory
-from softhooks.inject.shared import prefill
-from softhooks.labels import Labels
-from softhooks.method import EMBEDDINGS, Method, PromptEncoder
-from softhooks.placeholder import BUFFER
-from softhooks.trainer.sharding import gathered, refuse_sharded
-from softhooks.walk import every_tensor
+from softhooks.method import Method
+from softhooks.runtime.added_tokens import ADDED, AddedTokens
+from softhooks.runtime.label_names import Labels
+from softhooks.runtime.state import Host
 
 Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
 
@@ -285,9 +287,10 @@ class SoftPrompt:
         Raises:
             UnsupportedMethodError: PEFT has nothing that computes the same.
         """
-        from softhooks.saving import checkpoint, peft_export
+        from softhooks.formats import peft_write
+        from softhooks.load import save
 
-        write = peft_export.write if as_peft else checkpoint.save
+        write = peft_write.write if as_peft else save
         with gathered(self) as writes:
             if writes:
                 write(self, Path(save_directory))
@@ -353,31 +356,3 @@ class SoftPrompt:
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
-
-
-def host_of(model: nn.Module) -> Host | None:
-    """The host of a model, if it carries a prompt; also through `torch.compile`, a wrapper's `module` and a sentence model."""
-    for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
-        container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
-        if isinstance(container, Container):
-            return container.host
-    return None
-
-
-def require_host(model: nn.Module, name: str | None = None) -> Host:
-    """The host of a model that must carry a prompt.
-
-    Raises:
-        NotAttachedError: it carries none, or none of that name.
-    """
-    host = host_of(model)
-    if host is None:
-        raise NotAttachedError(f"{type(model).__name__} carries no prompt; attach or load one first.")
-    if name is not None and name not in host.prompts:
-        raise NotAttachedError(
-            "a prompt must be attached before it is used.",
-            "Load it under this name first.",
-            asked=repr(name),
-            attached=", ".join(map(repr, host.prompts)),
-        )
-    return host

@@ -7,10 +7,10 @@ from contextlib import contextmanager, suppress
 
 from torch import nn
 
-from softhooks.blocks import Block
 from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.host import Host
-from softhooks.prompt import SoftPrompt, require_host
+from softhooks.prompt import SoftPrompt
+from softhooks.runtime.contexts import Block
+from softhooks.runtime.state import Host, require_host
 
 
 def activate(model: nn.Module, name: str) -> SoftPrompt:

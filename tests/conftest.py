@@ -15,8 +15,8 @@ import transformers
 from untouched import leave_libraries_alone
 
 from softhooks import constraint
-from softhooks.inject import interface
-from softhooks.trainer import late, reporting
+from softhooks.backbone import attention_interface
+from softhooks.trainer import log, model_init
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -40,5 +40,5 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _no_prompt_left() -> None:
     """Collect what the test before dropped with a prompt on, some of it not before it was over: libraries are bare then."""
-    if any(users for users in (interface.users, constraint.watched, late.users, reporting.users)):
+    if any(users for users in (attention_interface.users, constraint.watched, model_init.users, log.users)):
         gc.collect()

@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, PTuningV2, errors
-from softhooks.inject import interface
+from softhooks.backbone import attention_interface
 from softhooks.methods import METHODS
 
 
@@ -88,15 +88,15 @@ def test_remove_gives_the_model_back(entry: Entry, case: zoo.Case) -> None:
     before = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()], list(model.state_dict())
     training = [m.training for m in model.modules()]
     prompt = entry.attach(model, 3)
-    assert hasattr(AttentionInterface._global_mapping["sdpa"], interface.MARK)
+    assert hasattr(AttentionInterface._global_mapping["sdpa"], attention_interface.MARK)
     prompt.remove()
     prompt.remove()
     after = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()], list(model.state_dict())
     assert before == after
     assert training == [m.training for m in model.modules()]
-    if not interface.users:  # another test's model may still be alive with its prompt
-        assert not hasattr(AttentionInterface._global_mapping["sdpa"], interface.MARK)
-        assert not hasattr(modeling_llama.eager_attention_forward, interface.MARK)
+    if not attention_interface.users:  # another test's model may still be alive with its prompt
+        assert not hasattr(AttentionInterface._global_mapping["sdpa"], attention_interface.MARK)
+        assert not hasattr(modeling_llama.eager_attention_forward, attention_interface.MARK)
 
 
 @pytest.mark.parametrize(("arch", "head"), [("llama", "sequence"), ("bert", "tokens"), ("bart", "sequence")])
@@ -127,8 +127,8 @@ def test_attention_is_bare_again_when_the_last_model_with_a_prompt_has_been_coll
     for left in (1, 0):
         del models[0]
         gc.collect()
-        assert hasattr(AttentionInterface._global_mapping["sdpa"], interface.MARK) == (left > 0)
-        assert hasattr(modeling_llama.eager_attention_forward, interface.MARK) == (left > 0)
+        assert hasattr(AttentionInterface._global_mapping["sdpa"], attention_interface.MARK) == (left > 0)
+        assert hasattr(modeling_llama.eager_attention_forward, attention_interface.MARK) == (left > 0)
 
 
 def test_attach_does_not_disturb_the_random_state_beyond_its_own_draws() -> None:

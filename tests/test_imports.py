@@ -10,7 +10,7 @@ import pytest
 from transformers.trainer import TRAINER_STATE_NAME
 
 import softhooks
-from softhooks.trainer import incomplete
+from softhooks.trainer import recovery
 
 NOBODY = (
     "transformers.trainer",
@@ -52,7 +52,7 @@ from softhooks import *
         ("", ("torch", "transformers", "numpy", "safetensors", *OF_THE_TRAINER)),
         (ATTACHED, OF_THE_TRAINER),
         (CALLBACK, NOBODY),
-        ("import softhooks.command.cli", ("torch", "transformers", "numpy", *OF_THE_TRAINER)),
+        ("import softhooks.cli.app", ("torch", "transformers", "numpy", *OF_THE_TRAINER)),
     ],
     ids=["import", "attach", "callback", "command line"],
 )
@@ -65,7 +65,7 @@ def test_what_is_not_imported(code: str, absent: tuple[str, ...], tmp_path: obje
 
 def test_help_does_without_torch(tmp_path: object) -> None:
     code = (
-        "import sys\nfrom softhooks.command.cli import main\n"
+        "import sys\nfrom softhooks.cli.app import main\n"
         "for command in ([], ['demo'], ['convert'], ['export'], ['inspect']):\n"
         "    sys.argv = ['softhooks', *command, '--help']\n"
         "    try: main()\n    except SystemExit as left: assert not left.code\n"
@@ -98,4 +98,4 @@ def test_every_name_is_there_and_a_module_never_hides_a_function(tmp_path: objec
 
 
 def test_the_trainers_constant_is_what_it_was() -> None:
-    assert incomplete._STATE == TRAINER_STATE_NAME
+    assert recovery._STATE == TRAINER_STATE_NAME

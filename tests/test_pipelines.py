@@ -1,6 +1,6 @@
 """Pipelines of transformers answer with the prompt that is on: the model's own numbers, text by text, also in padded batches.
 
-Text generation stands in `test_generation_outputs.py`.
+Text generation stands in `test_generate_outputs.py`.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, Trai
 
 import softhooks
 from softhooks import SoftPromptCallback
+from softhooks.base_model.digest import FrozenRecord, FrozenReport
 from softhooks.demo.data import EncodedData
 from softhooks.demo.models import Checkpoint
-from softhooks.frozen import FrozenRecord, FrozenReport
 from softhooks.method import Method
 
 Logits: TypeAlias = npt.NDArray[np.float32]

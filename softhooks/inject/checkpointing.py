@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.anatomy import Site, Stack
-from softhooks.inject.passes import Pass
-from softhooks.walk import every_module
+from softhooks.backbone.forward_pass import Pass
+from softhooks.backbone.module_walk import every_module
+from softhooks.backbone.stack import Site, Stack
 
 
 class CheckpointedPass(Pass):

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from softhooks.anatomy import first_state
+from softhooks.backbone.stack import first_state
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
-from softhooks.inject.fingerprint import Made
+from softhooks.inject.prompt_state import Made
 
 _NOTE = "_softhooks_made_with"
 

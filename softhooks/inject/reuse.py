@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from softhooks.anatomy import Stack
-from softhooks.inject.adapters import switches
+from softhooks.backbone.stack import Stack
+from softhooks.compat.peft_layers import switches
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.inject.widened import Places
 from softhooks.layout.anchors import Anchor, Which, anchor_of, as_ids, count_of
+from softhooks.layout.slot_map import Places
 
 Missing = Literal["error", "skip"]
 At = Literal["start", "first", "after", "before", "end"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.inject.widened import Places
 from softhooks.layout.anchors import as_ids
+from softhooks.layout.slot_map import Places
 
 COLUMN = "soft_slots"
 """The batch column that says, for each slot of a template, how many real tokens of its row stand before it."""
@@ -179,7 +179,7 @@ class Template:
 
     def bound(self, tokenizer: Any) -> Template:
         """The template with every slot known."""
-        from softhooks.initializers import tokenize
+        from softhooks.layout.tokenizing import tokenize
 
         worded = [part for part in self.parts if part.kind == "soft" and part.text]
         return Template(self.source, [tuple(tokenize(part.text, tokenizer, "soft")) for part in worded])

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from softhooks.encoder import PromptEncoder
 from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongError
-from softhooks.method import PromptEncoder
-from softhooks.methods.read_prefix import ReadPrefix, ids_of, opening
-from softhooks.self_distillation import SelfDistillation
+from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
+from softhooks.objectives.self_distillation import SelfDistillation
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy
-    from softhooks.objectives import Objective
+    from softhooks.backbone.stack import Anatomy
+    from softhooks.formats.stored import Stored
+    from softhooks.objectives.base import Objective
     from softhooks.prompt import SoftPrompt
-    from softhooks.saving.stored import Stored
 
 
 _JOINED = (
@@ -183,7 +183,7 @@ class Cartridge(ReadPrefix):
             OptionError: fewer than two, or one of them is no cartridge, or brings a head of its own.
             PromptMismatchError: they are of different models.
         """
-        from softhooks.saving.checkpoint import attach_stored
+        from softhooks.load import attach_stored
 
         stored = [_stored(source) for source in sources]
         _check_joinable(stored)
@@ -200,9 +200,10 @@ class Cartridge(ReadPrefix):
 
 def _stored(source: str | Path | SoftPrompt) -> Stored:
     """A cartridge as it would be read from a file."""
-    from softhooks.saving import checkpoint
+    from softhooks.formats.find import find
+    from softhooks.load import stored_of
 
-    return checkpoint.find(source) if isinstance(source, (str, Path)) else checkpoint.stored_of(source)
+    return find(source) if isinstance(source, (str, Path)) else stored_of(source)
 
 
 def _check_joinable(parts: list[Stored]) -> None:

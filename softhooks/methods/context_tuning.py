@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from softhooks.columns import require
+from softhooks.encoder import PromptEncoder, TableEncoder
 from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.method import PromptEncoder, TableEncoder
-from softhooks.methods.read_prefix import ReadPrefix, ids_of, opening
+from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
+from softhooks.runtime.arguments import require
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy
+    from softhooks.backbone.stack import Anatomy
 
 EXAMPLE_IDS = "example_ids"
 

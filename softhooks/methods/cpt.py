@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from softhooks import initializers
-from softhooks.context import INPUT, Context, ExampleTemplate, whole_numbers
+from softhooks.backbone.word_embeddings import embed_ids
+from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import OptionError, UnsupportedMethodError
-from softhooks.method import EMBEDDINGS, Method
+from softhooks.layout.few_shot import INPUT, Context, ExampleTemplate, whole_numbers
+from softhooks.layout.tokenizing import tokenizer_of
+from softhooks.method import Method
 from softhooks.methods.cpt_encoder import EXAMPLE_IDS, ContextEncoder, FoldedContext
-from softhooks.objectives import IGNORED, WeightedLabels
+from softhooks.objectives.base import IGNORED, WeightedLabels
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy
-    from softhooks.objectives import Objective
+    from softhooks.backbone.stack import Anatomy
+    from softhooks.objectives.base import Objective
     from softhooks.prompt import SoftPrompt
 
 logger = logging.getLogger(__name__)
@@ -135,7 +137,7 @@ class ContextAwarePromptTuning(Method):
         if self.template is None or self.tokenizer is None:
             missing = "template" if self.template is None else "tokenizer"
             raise OptionError(f"examples need a template and a tokenizer; {missing}= is missing.")
-        return self._template().context(examples, initializers.tokenizer_of(self.tokenizer))
+        return self._template().context(examples, tokenizer_of(self.tokenizer))
 
     def _template(self) -> ExampleTemplate:
         if self.template is None:
@@ -177,7 +179,7 @@ class ContextAwarePromptTuning(Method):
         fields = {template.inputs[0]: row} if single else template.fields_of(row)
         if label is not None:
             fields["label"] = label
-        known = initializers.tokenizer_of(self.tokenizer if tokenizer is None else tokenizer)
+        known = tokenizer_of(self.tokenizer if tokenizer is None else tokenizer)
         ids, answer = template.row(fields, known)
         rendered: dict[str, Any] = {"input_ids": ids + answer, "attention_mask": [1] * len(ids + answer)}
         if fields.get("label") is None:
@@ -194,7 +196,7 @@ class ContextAwarePromptTuning(Method):
     def build(self, anatomy: Anatomy) -> ContextEncoder:
         """Look the context's words up, with nothing learned yet."""
         context, width = self.context, anatomy.entry.width
-        words = initializers.embed_ids(anatomy, context.ids)
+        words = embed_ids(anatomy, context.ids)
         limits = [
             self.epsilon_input if context.kinds[place] == INPUT else self.epsilon_format for place in context.movable
         ]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softhooks.columns import require
-from softhooks.context import Context
+from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import PromptMismatchError, UnsupportedModeError
-from softhooks.method import EMBEDDINGS, PromptEncoder
+from softhooks.layout.few_shot import Context
+from softhooks.runtime.arguments import require
 
 EXAMPLE_IDS = "example_ids"
 """The batch column that says which example of the context a row is."""

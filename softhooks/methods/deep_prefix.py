@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from softhooks.backbone.entry_points import groups_of, require_sites
+from softhooks.encoder import PromptEncoder, TableEncoder
 from softhooks.errors import OptionError, UnsupportedMethodError
-from softhooks.groups import groups_of, require_sites
-from softhooks.method import Method, PromptEncoder, TableEncoder
+from softhooks.method import Method
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy
+    from softhooks.backbone.stack import Anatomy
 
 RANDOM_STD = 0.02
 

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softhooks.backbone.parts import Part, cut
+from softhooks.encoder import PromptEncoder
 from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModeError
-from softhooks.inject.branch import CONTEXT, Gated, Given
-from softhooks.inject.feed import feed_of
-from softhooks.inject.feedprobe import find_feeds
-from softhooks.inject.scale import linears
-from softhooks.method import Method, PromptEncoder, choice
+from softhooks.inject.branch.branch import CONTEXT, Gated, Given
+from softhooks.inject.branch.linear_scaling import linears
+from softhooks.inject.branch.projection_probe import find_feeds
+from softhooks.inject.branch.projections import feed_of
+from softhooks.method import Method, choice
 from softhooks.methods.llama_adapter_encoder import GATES, AdapterEncoder
-from softhooks.parts import Part, cut
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy, Role, Site, Stack
+    from softhooks.backbone.stack import Anatomy, Role, Site, Stack
 
 PROMPTS, FACTORS, OFFSETS = "prompts", "factors", "offsets"
 CONTEXT_WEIGHT, CONTEXT_BIAS = "context_weight", "context_bias"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softhooks.method import TableEncoder
+from softhooks.encoder import TableEncoder
 
 GATES = "gates"
 

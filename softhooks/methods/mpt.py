@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from softhooks.distillation import Distillation
+from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError
-from softhooks.method import EMBEDDINGS, Method, PromptEncoder, choice
+from softhooks.method import Method, choice
 from softhooks.methods.mpt_encoder import (
     TASK_IDS,
     FoldedTask,
@@ -23,16 +23,17 @@ from softhooks.methods.mpt_encoder import (
     are_tasks,
     check_task,
 )
-from softhooks.methods.mpt_start import SEVERAL, front, ones, taught, vectors
+from softhooks.methods.mpt_init import SEVERAL, front, ones, taught, vectors
 from softhooks.methods.prompt_tuning import PromptTuning
-from softhooks.sampling import WEIGHTS, TaskSampler, column
-from softhooks.transfer import ids_behind
+from softhooks.methods.task_sampling import WEIGHTS, TaskSampler, column
+from softhooks.objectives.distillation import Distillation
+from softhooks.similarity import ids_behind
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
 
-    from softhooks.anatomy import Anatomy
-    from softhooks.objectives import Objective
+    from softhooks.backbone.stack import Anatomy
+    from softhooks.objectives.base import Objective
     from softhooks.prompt import SoftPrompt
 
 NOISE = 0.02

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from softhooks.columns import require
+from softhooks.compat.sharding import full
+from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.errors import UnsupportedModeError
-from softhooks.method import EMBEDDINGS, PromptEncoder, TableEncoder
-from softhooks.trainer.sharding import full
+from softhooks.runtime.arguments import require
 
 TASK_IDS = "task_ids"
 """The column of a batch that says each row's task."""

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softhooks import initializers
+from softhooks.backbone.word_embeddings import embed_ids
+from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.errors import OptionError, PromptMismatchError
-from softhooks.layout.places import Layout
-from softhooks.method import EMBEDDINGS, Method, PromptEncoder, TableEncoder, choice
+from softhooks.layout.layout import Layout
+from softhooks.method import Method, choice
+from softhooks.methods import initializers
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy
+    from softhooks.backbone.stack import Anatomy
 
 _CLOSE = 1e-3
 """How near a slot must start to its word, as a part of the largest number in the words' rows."""
@@ -182,10 +184,10 @@ class PTuning(Method):
         count, width = self.num_virtual_tokens, anatomy.entry.width
         self._check_ids(anatomy)
         starts = self.where.starts
-        words = dict(zip(starts, initializers.embed_ids(anatomy, list(starts.values())), strict=True))
+        words = dict(zip(starts, embed_ids(anatomy, list(starts.values())), strict=True))
         if self.encoder == "none":
             ids = initializers.vocabulary_ids(anatomy, count).tolist()
-            rows = initializers.embed_ids(anatomy, ids)
+            rows = embed_ids(anatomy, ids)
             for row, value in words.items():
                 rows[row], ids[row] = value, starts[row]
             table = TableEncoder({EMBEDDINGS: rows})

@@ -10,7 +10,7 @@ from softhooks.errors import OptionError
 from softhooks.methods.deep_prefix import DeepPrefix
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Role, Site, Stack
+    from softhooks.backbone.stack import Role, Site, Stack
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from softhooks import initializers
+from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError
+from softhooks.inject.text_key_values import key_values_of
+from softhooks.layout.tokenizing import tokenize
 from softhooks.method import choice
+from softhooks.methods import initializers
 from softhooks.methods.deep_prefix import DeepPrefix
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy
+    from softhooks.backbone.stack import Anatomy
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class PrefixTuning(DeepPrefix):
     def start(self, anatomy: Anatomy) -> dict[str, Tensor]:
         """The keys and values that each group starts from, [P, numbers]."""
         if self.init == "text":
-            return initializers.key_values_of(anatomy, self._ids(anatomy))
+            return key_values_of(anatomy, self._ids(anatomy))
         tables = super().start(anatomy)
         return tables if self.init == "random" else {group: torch.zeros_like(t) for group, t in tables.items()}
 
@@ -85,9 +88,9 @@ class PrefixTuning(DeepPrefix):
             return initializers.vocabulary_ids(anatomy, count)
         ids = self.init_ids
         if ids is None:
-            ids = initializers.tokenize(self.init_text or "", self.tokenizer, "init_text")
+            ids = tokenize(self.init_text or "", self.tokenizer, "init_text")
         if not len(ids):
             raise OptionError("init_ids must hold at least one id; it is empty.")
         repeated = torch.as_tensor(list(ids)).repeat(-(-count // len(ids)))[:count]
-        initializers.embed_ids(anatomy, repeated)  # refuses ids outside the vocabulary
+        embed_ids(anatomy, repeated)  # refuses ids outside the vocabulary
         return repeated

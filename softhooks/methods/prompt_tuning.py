@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from softhooks import initializers
+from softhooks.backbone.word_embeddings import embed_ids
+from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.errors import OptionError
-from softhooks.layout.places import Layout, Placement
-from softhooks.method import EMBEDDINGS, Method, PromptEncoder, TableEncoder, choice
-from softhooks.transfer import ids_behind, rows_of
+from softhooks.layout.layout import Layout, Placement
+from softhooks.layout.tokenizing import tokenize
+from softhooks.method import Method, choice
+from softhooks.methods import initializers
+from softhooks.similarity import ids_behind, rows_of
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy
+    from softhooks.backbone.stack import Anatomy
     from softhooks.prompt import SoftPrompt
 
 _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "init_tensor", "prompt": "init_from"}
@@ -116,9 +119,9 @@ class PromptTuning(Method):
         if self.init == "random":
             return initializers.random_rows(anatomy, count), None
         if self.init == "text":
-            ids = initializers.tokenize(self.init_text or "", self.tokenizer, "init_text")
+            ids = tokenize(self.init_text or "", self.tokenizer, "init_text")
             ids = initializers.filled(anatomy, count, ids)
-            return initializers.embed_ids(anatomy, ids), ids
+            return embed_ids(anatomy, ids), ids
         if self.init == "class_labels":
             return initializers.label_rows(anatomy, count, self.init_labels or (), self.tokenizer)
         if self.init == "tensor":
@@ -127,4 +130,4 @@ class PromptTuning(Method):
             rows = initializers.tensor_rows(anatomy, count, rows_of(self.init_from, anatomy=anatomy), "init_from")
             return rows, ids_behind(self.init_from)
         sampled = initializers.vocabulary_ids(anatomy, count, whole=self.whole_vocabulary)
-        return initializers.embed_ids(anatomy, sampled), sampled.tolist()
+        return embed_ids(anatomy, sampled), sampled.tolist()

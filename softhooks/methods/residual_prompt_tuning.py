@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
+from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import OptionError
-from softhooks.method import EMBEDDINGS, PromptEncoder
 from softhooks.methods.prompt_tuning import PromptTuning
 
 if TYPE_CHECKING:
-    from softhooks.anatomy import Anatomy
+    from softhooks.backbone.stack import Anatomy
 
 
 class ResidualEncoder(PromptEncoder):

@@ -15,25 +15,26 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.attach import attach
+from softhooks.base_model.digest import FrozenRecord, FrozenReport
+from softhooks.base_model.frozen_names import frozen_names
+from softhooks.base_model.gradients import SetAside
+from softhooks.compat.bitsandbytes import admit, dismiss, require_trainable
+from softhooks.compat.sharding import shards
 from softhooks.constraint import begin_step, end_step
-from softhooks.frozen import FrozenRecord, FrozenReport
-from softhooks.frozen_names import frozen_names
-from softhooks.gradients import SetAside
 from softhooks.method import Method
-from softhooks.objectives import refuse_smoothing
-from softhooks.prompt import Injection, SoftPrompt, host_of
-from softhooks.quantised import admit, dismiss, require_trainable
-from softhooks.sampling import arrange
-from softhooks.trainer.frameworks import check_framework, guard_framework
-from softhooks.trainer.incomplete import drop, set_aside, stand_ins
-from softhooks.trainer.late import expect, meet, refuse_late, require_loaded, require_present
+from softhooks.methods.task_sampling import arrange
+from softhooks.objectives.base import refuse_smoothing
+from softhooks.prompt import Injection, SoftPrompt
+from softhooks.runtime.state import host_of
+from softhooks.trainer.checkpoint import Saver, saver_of
+from softhooks.trainer.checks import bare_after_error, check_equal, leave_behind, refuse_done, refuse_second
+from softhooks.trainer.frozen_check import CheckFrozen, Proof
+from softhooks.trainer.log import Showing, Watch
+from softhooks.trainer.model_init import expect, meet, refuse_late, require_loaded, require_present
 from softhooks.trainer.optimizer import is_mended, mend_optimizer, name_of, refuse_fused, require_gradient
-from softhooks.trainer.present import bare_after_error, check_equal, leave_behind, refuse_done, refuse_second
-from softhooks.trainer.processes import agree, check_launch, redirect, require_agreement, way_in
-from softhooks.trainer.proof import CheckFrozen, Proof
-from softhooks.trainer.reporting import Showing, Watch
-from softhooks.trainer.resume import Saver, saver_of
-from softhooks.trainer.sharding import shards
+from softhooks.trainer.ranks import agree, check_launch, redirect, require_agreement, way_in
+from softhooks.trainer.recovery import drop, set_aside, stand_ins
+from softhooks.trainer.trl import check_framework, guard_framework
 
 
 class SoftPromptCallback(TrainerCallback):

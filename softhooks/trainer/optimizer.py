@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from softhooks.backbone.heads import worn
 from softhooks.errors import TrainerError
-from softhooks.heads import worn
 from softhooks.prompt import SoftPrompt
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ import softhooks
 from softhooks import PrefixTuning, PromptTuning, PTuning, SoftPromptCallback, TrainerError
 from softhooks.errors import FrozenModifiedError
 from softhooks.integrations.accelerate import track
-from softhooks.prompt import host_of
-from softhooks.trainer.resume import LIVE
+from softhooks.runtime.state import host_of
+from softhooks.trainer.checkpoint import LIVE
 
 
 @pytest.fixture(autouse=True)

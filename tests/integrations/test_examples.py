@@ -10,7 +10,7 @@ import examples
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "integrations").glob("*.py") if path.stem != "__init__")
+NAMES = sorted(path.stem for path in (ROOT / "integrations").glob("*.py") if not path.stem.startswith("_"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -32,8 +32,8 @@ from softhooks import (
     TrainerError,
 )
 from softhooks.errors import FrozenModifiedError
-from softhooks.prompt import host_of
-from softhooks.trainer.resume import saver_of
+from softhooks.runtime.state import host_of
+from softhooks.trainer.checkpoint import saver_of
 
 pytest.importorskip("lightning")
 pytestmark = [
@@ -586,7 +586,7 @@ def test_pytorch_lightning_is_served_by_the_same_callback(tmp_path: Path) -> Non
 
 
 def environment() -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 

@@ -36,9 +36,9 @@ from softhooks import (
     SoftHooksError,
     UnsupportedMethodError,
 )
+from softhooks.formats.peft_llama_adapter import KIND
+from softhooks.formats.peft_read import _READ
 from softhooks.integrations.peft import from_peft, to_peft
-from softhooks.saving.peft_adapter import KIND
-from softhooks.saving.peft_format import _READ
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported")

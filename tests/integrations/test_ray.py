@@ -21,10 +21,10 @@ import zoo
 
 import softhooks
 from softhooks import PrefixTuning, SoftHooksError, TrainerError
+from softhooks.formats.files import read_tensors
 from softhooks.integrations import ray as integration
 from softhooks.integrations.ray import ReportCallback, last_checkpoint
-from softhooks.saving.files import read_tensors
-from softhooks.trainer.resume import LIVE
+from softhooks.trainer.checkpoint import LIVE
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own, in threads of its own
 

@@ -200,7 +200,7 @@ def test_a_pickled_net_answers_the_same_in_another_process(tmp_path: Path) -> No
     )
     told = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False,
-        env={"PYTHONPATH": f"{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": f"{ROOT / 'tests' / 'support'}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert told.returncode == 0, told.stderr[-2000:]
     assert told.stdout.startswith("same frozen: ")

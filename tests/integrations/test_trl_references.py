@@ -23,7 +23,7 @@ from untouched import remove_all, untouched
 import softhooks
 from softhooks import ContextAwarePromptTuning, PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
 from softhooks.integrations.trl import reference
-from softhooks.prompt import host_of
+from softhooks.runtime.state import host_of
 
 METHODS = [PromptTuning(4), PrefixTuning(4)]
 NAMES = ["prompt", "prefix"]

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import real_words
 import torch
 
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, SoftHooksError, UnsupportedModeError
-from softhooks.prompt import host_of
-from tests import real_words
+from softhooks.runtime.state import host_of
 from tests.survey import checks, models
 from tests.survey.checks import ROUNDING, VIRTUAL, Text
 

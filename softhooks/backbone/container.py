@@ -1,0 +1,30 @@
+"""The submodule that holds the parameters of every prompt on a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+CONTAINER = "soft_prompt"
+"""The name of the submodule that holds every prompt's parameters."""
+
+
+class Container(nn.ModuleDict):
+    """The one submodule that is added to a model: each prompt's encoder and heads, by name.
+
+    Attributes:
+        host: the host of the model; not a module, so not in the state dict.
+    """
+
+    host: Any
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Container:
+        """Follow the model to another device, but stay in fp32: these are the master weights."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,0 +1,80 @@
+"""Warn when prompt and text exceed `max_position_embeddings` of rotary embeddings: no error, but worse answers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from softhooks.backbone.stack import Anatomy, Positions
+from softhooks.errors import format_message
+
+_ADAPTS = ("dynamic",)
+"""Kinds of rotary embeddings that stretch themselves over whatever length comes."""
+
+
+def rotary_limit(module: nn.Module) -> int | None:
+    """How many positions a stack's rotary embeddings are made for; None where it has none, or they adapt to any length.
+
+    A scale that the config declares counts: `max_position_embeddings` is what the model was pretrained for where the scale is
+    `linear`, and may be where it is another (YaRN).
+    """
+    config = getattr(module, "config", None)
+    trained = getattr(config, "max_position_embeddings", None)
+    rotates = any("inv_freq" in name for name, _ in module.named_buffers())
+    if (
+        not isinstance(trained, int) or not rotates or getattr(config, "alibi", False)
+    ):  # Falcon computes both, and uses one
+        return None
+    scaled: Any = getattr(config, "rope_parameters", None)
+    scaled = scaled if isinstance(scaled, dict) else {}
+    if scaled.get("rope_type", "default") in _ADAPTS:
+        return None
+    factor, original = scaled.get("factor"), scaled.get("original_max_position_embeddings")
+    if original is None and scaled.get("rope_type") == "linear":
+        original = trained
+    if isinstance(factor, (int, float)) and isinstance(original, int):
+        return max(trained, int(factor * original))
+    return trained
+
+
+def warn_beyond(positions: Positions, text: int, length: int) -> None:
+    """Warn, once for a model, where prompt and text together exceed these positions.
+
+    Args:
+        text: its tokens, without padding.
+        length: the virtual tokens.
+    """
+    limit = positions.rotary
+    if limit is None or positions.warned or text + length <= limit or torch.compiler.is_compiling():
+        return
+    positions.warned = True
+    warnings.warn(
+        format_message(
+            "prompt and text together stand beyond the positions that the model was trained for; its answers get worse there.",
+            "Truncate the text earlier, use a shorter prompt, or scale the model's rotary embeddings (`rope_parameters`).",
+            prompt=length,
+            text=text,
+            max_position_embeddings=limit,
+        ),
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+@contextmanager
+def unwarned(anatomy: Anatomy) -> Iterator[None]:
+    """Let the probes of an attach go by: their text is none of the user's."""
+    each = [stack.positions for stack in anatomy.stacks]
+    before = [positions.warned for positions in each]
+    for positions in each:
+        positions.warned = True
+    try:
+        yield
+    finally:
+        for positions, warned in zip(each, before, strict=True):
+            positions.warned = warned

@@ -1,0 +1,287 @@
+"""What a model is made of: its stacks, their attention, their positions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.module_walk import every_module
+from softhooks.compat.offload import device_of
+from softhooks.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from softhooks.backbone.forward_pass import Pass
+    from softhooks.inject.branch.projections import Feed
+    from softhooks.inject.slots.notes import Written
+    from softhooks.runtime.state import Host
+
+Role = Literal["self", "cross"]
+StackName = Literal["text", "encoder", "decoder"]
+
+
+@dataclass(eq=False)
+class Site:
+    """One attention module that a key-value prefix can enter.
+
+    Attributes:
+        module: the module that calls the attention function, or that hands its keys to the cache.
+        index: its place among the sites of its stack and role; the layer's index where a cache is the way in.
+        heads: Hk. key_dim, value_dim: D of the keys and of the values.
+        turns: where one module serves several layers, as in ALBERT: their sites, in the order of its calls in a forward.
+        feed: how to give rows to the module, once that was found out.
+        is_windowed: whether its masks hide what is farther than the config's `sliding_window`, of which its calls do not tell.
+    """
+
+    stack: Stack
+    role: Role
+    index: int
+    module: nn.Module
+    heads: int
+    key_dim: int
+    value_dim: int
+    turns: list[Site] = field(default_factory=list)
+    feed: Feed | None = None
+    is_windowed: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers one virtual token takes here."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(eq=False)
+class Table:
+    """A module that answers with rows of a matrix of its own, one position after another.
+
+    Attributes:
+        weight: the name of the matrix.
+        first: the row of a text's first token.
+        by_row: whether its answers may differ from row to row of a batch.
+    """
+
+    module: nn.Module
+    weight: str
+    first: int
+    by_row: bool = True
+
+
+@dataclass(eq=False)
+class Positions:
+    """How a stack learns where its tokens stand.
+
+    Attributes:
+        argument: whether its forward takes `position_ids`, and heeds them.
+        table: where it does not: its position table, if that can answer for it.
+        start: the id that the first token of a row has in a bare forward (RoBERTa: padding_idx + 1; PaliGemma: 1).
+        padding: the id of a padding column, where that is one of its own.
+        limit: how many real positions there are, where exceeding them is an error rather than a loss of quality.
+        trained: how many positions the config declares.
+        rotary: how many its rotary embeddings are made for; beyond, quality is lost. None: it has none, or they adapt.
+        warned: whether it was said that a prompt and its text stand beyond those.
+        changes: from how many positions on the model rotates every position otherwise (dynamic RoPE, LongRoPE); None: never.
+    """
+
+    argument: bool
+    table: Table | None
+    start: int
+    padding: int | None
+    limit: int | None
+    trained: int | None
+    rotary: int | None = None
+    warned: bool = False
+    changes: int | None = None
+
+    @property
+    def movable(self) -> bool:
+        """Whether the stack can be told that its text stands behind a prefix."""
+        return self.argument or self.table is not None
+
+
+@dataclass(eq=False)
+class Stack:
+    """A text backbone: what takes ids and returns one state a token.
+
+    Attributes:
+        fills: the per-token arguments that a virtual slot has a value for, found out where slots are used.
+        owner: the host whose prompts enter here.
+        proven: the plain arguments of the call on which the ways in were compared; the same again change nothing.
+        pooled: the module in it whose first column is handed to a pooler, where the pooler never sees the others.
+        reads_ids: whether its states depend on ids beside their embeddings, once that was measured.
+    """
+
+    name: StackName
+    path: str
+    module: nn.Module
+    embedding: nn.Module
+    width: int
+    causal: bool
+    positions: Positions
+    parameters: list[str]
+    sites: list[Site] = field(default_factory=list)
+    through: Literal["attention", "written_out", "cache"] | None = None
+    fills: dict[str, int] = field(default_factory=dict)
+    owner: Host | None = None
+    proven: dict[str, Any] = field(default_factory=dict)
+    pooled: nn.Module | None = None
+    reads_ids: bool | None = None
+    _live: Pass | None = field(default=None, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has: no forward is under way in it."""
+        return self.__dict__ | {"_live": None}
+
+    @property
+    def live(self) -> Pass | None:
+        """The forward that is under way in it in this thread, if any; attention and embedding look here."""
+        live = self._live
+        if live is None or torch.compiler.is_compiling() or live.thread == threading.get_ident():
+            return live
+        return None
+
+    @live.setter
+    def live(self, live: Pass | None) -> None:
+        if live is not None:
+            live.thread = threading.get_ident()
+        self._live = live
+
+    @contextmanager
+    def alone(self, live: Pass) -> Iterator[None]:
+        """Let the library call the stack by itself, while no other thread runs the model.
+
+        Raises:
+            UnsupportedModeError: one does.
+        """
+        held = nullcontext() if self.owner is None else self.owner.running.held("a prompt's own rows")
+        with held:
+            outer, self.live = self.live, live
+            try:
+                yield
+            finally:
+                self.live = outer
+
+    @contextmanager
+    def again(self, live: Pass) -> Iterator[None]:
+        """Let layers run a second time inside the pass of their forward, in whatever thread the backward runs them."""
+        outer, self.live = self._live, live
+        try:
+            yield
+        finally:
+            self._live = outer
+
+    @property
+    def encoded(self) -> Written | None:
+        """Where slots stand in the states of an encoder that its decoder attends to, in the forward that is under way."""
+        forward = None if self.owner is None else self.owner.running.forward
+        return None if forward is None else forward.encoded
+
+    @encoded.setter
+    def encoded(self, written: Written | None) -> None:
+        forward = None if self.owner is None else self.owner.running.forward
+        if forward is not None:
+            forward.encoded = written
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def expects_pass(self) -> bool:
+        """Whether attention may run here only inside a pass: every forward that went through the hooks has one.
+
+        A backward may run layers again whose forward was in another context: so it is enough that some prompt enters attention.
+        """
+        if self.owner is None:
+            return False
+        if torch._C._current_graph_task_id() != -1:
+            return any(prompt.injection != "slots" for prompt in self.owner.prompts.values())
+        return self.owner.is_in_use
+
+    def sites_of(self, role: Role) -> list[Site]:
+        """The sites of one role, in order of index."""
+        return [site for site in self.sites if site.role == role]
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """The stacks of a model. An encoder-decoder has two, everything else one.
+
+    Attributes:
+        choices: how many choices a row had in the probes, where the model takes rows of choices, [B, C, T]; else None.
+    """
+
+    stacks: list[Stack]
+    vocabulary: int
+    choices: int | None = None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether a decoder attends to an encoder here."""
+        return len(self.stacks) == 2
+
+    @property
+    def entry(self) -> Stack:
+        """The stack that the user's `input_ids` enter."""
+        return self.stacks[0]
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Run probes without gradient, dropout, autocast or a trace in the random state; restore every mode."""
+    training = [module for module in every_module(model) if module.training]
+    state = torch.get_rng_state()
+    for module in training:
+        module.__dict__["training"] = False  # past the setter of nn.Module, which looks among parameters first
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_rng_state(state)
+        for module in training:
+            module.__dict__["training"] = True
+
+
+def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
+    """Make one row of ordinary ids that ends, where the model has one, in its end-of-text id. -> [1, columns]."""
+    config = getattr(model, "config", None)
+    inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
+    special = {getattr(model.get_input_embeddings(), "padding_idx", None)}  # type: ignore[operator]
+    special = special.union(*(special_ids(one) for one in (config, *inner)))
+    ordinary = [i for i in range(min(vocabulary, 64)) if i not in special] or [0]
+    ids = [ordinary[(7 * seed + 3 * column) % len(ordinary)] for column in range(columns)]
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, list):
+        end = end[0]
+    if end is not None and end < vocabulary:
+        ids[-1] = end
+    return torch.tensor([ids], device=_device(model))
+
+
+def special_ids(config: Any) -> set[int | None]:
+    """The ids that a config gives a meaning: models count padding by its id, and look for the end of a text."""
+    special: set[int | None] = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
+        value = getattr(config, name, None)
+        special.update(value if isinstance(value, list) else [value])
+    return special
+
+
+def decoder_ids(ids: Tensor) -> Tensor:
+    """Decoder ids that are as many as the encoder's (some heads ask for that) and not the same."""
+    return ids.roll(1, dims=-1)
+
+
+def _device(model: nn.Module) -> torch.device:
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return device_of(embedding if isinstance(getattr(embedding, "weight", None), Tensor) else model)
+
+
+def first_state(output: Any) -> Tensor:
+    """The last hidden state of a stack's output, whatever form the output has."""
+    state = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(state, Tensor):
+        raise UnsupportedModelError(
+            f"a stack must return a tensor of states first; it returned {type(state).__name__}."
+        )
+    return state

@@ -1,0 +1,104 @@
+"""Whether tokens see what they see without a prompt: nothing later in a causal stack, the whole text in an encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softhooks.backbone.examine import as_choices
+from softhooks.backbone.stack import Stack, at_rest, decoder_ids, probe_ids
+from softhooks.backbone.visibility import is_rounding, probe_length, sees_later
+from softhooks.errors import UnsupportedMethodError
+from softhooks.prompt import SoftPrompt
+
+
+def check_causality(prompt: SoftPrompt) -> None:
+    """Check that a prompt changes which tokens see each other in none of the model's stacks.
+
+    Raises:
+        UnsupportedMethodError: it does.
+    """
+    anatomy = prompt.host.anatomy
+    for number, stack in enumerate(anatomy.stacks):
+        calls = _calls(prompt, stack, number)
+        if calls is None:
+            continue
+        with at_rest(prompt.model):
+            change = _change(prompt, stack, *calls)
+        # An encoder with fresh weights barely listens; yet it does, and in one made causal nothing moves at all.
+        if (not is_rounding(change, _dtype(stack))) if stack.causal else change == 0:
+            raise _refusal(prompt, stack, change)
+
+
+def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor], changed: dict[str, Tensor]) -> float:
+    def run(other: bool) -> None:
+        prompt.model(**(changed if other else call))
+
+    return sees_later(stack.module, cut, run, lambda: stack.live is None)
+
+
+def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
+    """A call, the same call with other ids from a column on, and that column; None where there is none to change."""
+    anatomy, layout = prompt.host.anatomy, prompt.layout
+    length = layout.columns if prompt.method.enters != "branch" else 0
+    short = probe_ids(prompt.model, anatomy.vocabulary, 2)
+    anchors = layout.probe(short)[0].shape[1] - short.shape[1]
+    rooms = [room - length - anchors for room in map(_room, anatomy.stacks) if room is not None]
+    room = min(rooms, default=None)
+    if room is not None and room < short.shape[1]:
+        return None
+    columns, cut = probe_length(stack.module, room, length)
+    each = []
+    for seed in (0, 1):
+        ids, extra = layout.probe(probe_ids(prompt.model, anatomy.vocabulary, columns, seed))
+        each.append((ids, extra))
+    (ids, extra), (other, _) = each
+    if other.shape != ids.shape:
+        return None
+    if layout.placement == "layout":
+        cut = ids.shape[1] // 2
+    late = torch.arange(ids.shape[1], device=ids.device) >= cut
+    mixed = torch.where(late, other, ids)
+    if torch.equal(mixed, ids):
+        return None
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra, **prompt.method.probe_arguments()}
+    if anatomy.choices is not None:
+        inputs["input_ids"], mixed = as_choices(ids, anatomy.choices), as_choices(mixed, anatomy.choices)
+        inputs["attention_mask"] = torch.ones_like(mixed)
+    if not anatomy.is_encoder_decoder:
+        return cut, inputs, {**inputs, "input_ids": mixed}
+    inputs["decoder_input_ids"] = decoder_ids(ids)
+    if number == 0:
+        return cut, inputs, {**inputs, "input_ids": mixed}
+    return cut, {**inputs, "decoder_input_ids": ids}, {**inputs, "decoder_input_ids": mixed}
+
+
+def _room(stack: Stack) -> int | None:
+    positions = stack.positions
+    return positions.limit if positions.limit is not None else positions.trained
+
+
+def _dtype(stack: Stack) -> torch.dtype:
+    return next((p.dtype for p in stack.module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMethodError:
+    about = {
+        "model": f"{type(prompt.model).__name__} ({stack.path or 'the model itself'})",
+        "method": prompt.method.kind,
+        "way_in": repr(prompt.injection),
+    }
+    if stack.causal:
+        return UnsupportedMethodError(
+            "with a prompt, as without, no token of a causal model may depend on a later one.",
+            "Use a method whose virtual tokens stand in the sequence, such as PromptTuning with injection='slots'.",
+            **about,
+            found=f"earlier states move by {change:.2g} of their size when later ids change",
+            because="its layers choose what a token sees by its position, which the prompt has moved",
+        )
+    return UnsupportedMethodError(
+        "in an encoder, tokens must see those behind them, with a prompt as without.",
+        "Use another method, or another attention function (`model.set_attn_implementation`).",
+        **about,
+        found="no earlier state moves when later ids change",
+    )

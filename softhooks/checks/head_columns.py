@@ -1,0 +1,101 @@
+"""Whether anything behind the layers of an encoder reads a virtual slot: a head or a pooler that takes a column by its number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.stack import Stack, at_rest
+from softhooks.checks.injection import probe_inputs
+from softhooks.errors import UnsupportedMethodError
+from softhooks.inject.slots.slots import SlotPass
+from softhooks.prompt import SoftPrompt
+
+_Change = Callable[[nn.Module, Tensor], Tensor]
+
+
+def check_unread(prompt: SoftPrompt) -> None:
+    """Change the states that the last layer gives for slots, and see whether the model's answer moves.
+
+    Slots have done their work by then: layers have attended to them. In a decoder the last slot before a token predicts it, and
+    the decoder of an encoder-decoder attends to them; there, they are read on purpose.
+
+    Raises:
+        UnsupportedMethodError: it moves.
+    """
+    stack = prompt.host.anatomy.entry
+    if prompt.injection != "slots" or stack.causal or stack.name != "text":
+        return
+    with at_rest(prompt.model):
+        with _watched(stack, lambda _module, states: states) as calls:
+            answer = _answer(prompt)
+        if not calls:
+            return  # nothing in it gives a state for each column; what the stack returns is checked where slots are stripped
+        last, count = calls[-1], sum(call is calls[-1] for call in calls)
+        passed: list[nn.Module] = []
+
+        def disturb(module: nn.Module, states: Tensor) -> Tensor:
+            passed.append(module)
+            is_last = module is last and sum(one is last for one in passed) == count
+            return _disturbed(stack, states) if is_last else states
+
+        with _watched(stack, disturb):
+            other = _answer(prompt)
+    moved = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
+    if moved:
+        raise UnsupportedMethodError(
+            "nothing behind a model's layers may read a virtual token.",
+            "Use another placement, such as placement='after_first', or a prompt that enters as keys and values, such as "
+            "PrefixTuning.",
+            model=type(prompt.model).__name__,
+            placement=prompt.layout.placement,
+            reads=f"the state of a slot goes into {', '.join(moved)}",
+        )
+
+
+def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
+    """What a forward returns, without the states of its layers."""
+    with prompt.host.outermost.aside():
+        output: Any = prompt.model(**probe_inputs(prompt))
+    named = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
+    return {
+        f"`{name}`": value.float() for name, value in named if isinstance(value, Tensor) and value.is_floating_point()
+    }
+
+
+@contextmanager
+def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
+    """Note, in order, the layers that give a state for each column of the widened sequence, and change what they give."""
+    called: list[nn.Module] = []
+
+    def after(module: nn.Module, _args: Any, output: Any) -> Any:
+        states = output[0] if isinstance(output, tuple) and output else output
+        live = stack.live
+        if not isinstance(live, SlotPass) or not isinstance(states, Tensor) or states.dim() != 3:
+            return None
+        if live.slot_columns is None or states.shape[1] != live.total_columns:
+            return None
+        called.append(module)
+        changed = change(module, states)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    layers = {part for holder in stack.module.modules() if isinstance(holder, nn.ModuleList) for part in holder}
+    handles = [layer.register_forward_hook(after) for layer in layers]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _disturbed(stack: Stack, states: Tensor) -> Tensor:
+    live = stack.live
+    assert isinstance(live, SlotPass)
+    assert live.slot_columns is not None
+    index = live.slot_columns.expand(states.shape[0], -1)[..., None].expand(-1, -1, states.shape[2])
+    noise = torch.linspace(-1, 1, states.shape[2], device=states.device) * states.float().abs().amax().clamp(min=1.0)
+    return states.scatter(1, index, noise.to(states).expand_as(index).contiguous())

@@ -1,0 +1,84 @@
+"""Choose a prompt's way into a model: the fastest that is exact, checked by running it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from softhooks.backbone.entry_points import require_sites
+from softhooks.backbone.examine import as_choices
+from softhooks.backbone.stack import decoder_ids, probe_ids
+from softhooks.checks.exactness import shares_exactly
+from softhooks.errors import UnsupportedMethodError
+from softhooks.inject.branch.linear_scaling import hook_linears
+
+if TYPE_CHECKING:
+    from softhooks.prompt import Injection, SoftPrompt
+
+PROBE_COLUMNS = 5
+
+
+def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
+    """A call of a few ordinary tokens and the anchors of the prompt, with what else the model and the method want."""
+    anatomy = prompt.host.anatomy
+    ids, columns = prompt.layout.probe(probe_ids(prompt.model, anatomy.vocabulary, PROBE_COLUMNS))
+    text = ids if anatomy.choices is None else as_choices(ids, anatomy.choices)
+    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **columns, **prompt.method.probe_arguments()}
+    if anatomy.is_encoder_decoder:
+        inputs["decoder_input_ids"] = decoder_ids(ids)
+    return inputs
+
+
+def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
+    """Choose the way in, or check the one that was asked for.
+
+    Raises:
+        UnsupportedMethodError: the way asked for does not exist here, or would give other results.
+    """
+    anatomy = prompt.host.anatomy
+    if prompt.method.enters == "branch":
+        if prompt.method.scales_linears:
+            hook_linears(prompt.host)
+        return _only(prompt, asked, "branch")
+    if prompt.method.enters == "attention":
+        require_sites(anatomy)
+        through = anatomy.entry.through
+        assert through is not None
+        return _only(prompt, asked, through)
+    _refuse_end_of_generation(prompt)
+    stack = anatomy.entry
+    could_share = (
+        stack.name == "text" and stack.causal and stack.through is not None and prompt.layout.placement == "front"
+    )
+    if asked == "slots" or not could_share:
+        return _only(prompt, asked, "slots")
+    if shares_exactly(prompt):
+        return _only(prompt, asked, "shared")
+    return _only(prompt, asked, "slots")
+
+
+def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> Injection:
+    if asked not in (None, possible):
+        raise UnsupportedMethodError(
+            "a way into the model must exist and be exact.",
+            "Leave `injection` out.",
+            asked=repr(asked),
+            possible=repr(possible),
+            model=type(prompt.model).__name__,
+        )
+    return possible
+
+
+def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
+    """Behind the text of a language model a prompt would steer no training token, and move as the text grows."""
+    can_generate = getattr(prompt.model, "can_generate", None)
+    if prompt.layout.has_tail and prompt.host.anatomy.entry.causal and can_generate is not None and can_generate():
+        raise UnsupportedMethodError(
+            "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
+            "Use placement='front' or 'after_first', or a layout with an anchor or a field behind its last slots, such as a "
+            "field for what is to be generated.",
+            model=type(prompt.model).__name__,
+            placement=prompt.layout if prompt.layout.placement == "layout" else "end",
+        )

@@ -1,0 +1,106 @@
+"""The command `softhooks export`: a text with its prompt, in the form that an inference server takes."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softhooks.cli.exit_codes import usage
+from softhooks.errors import CheckpointError, OptionError
+
+EMBEDDINGS_FILE = "prompt_embeds.safetensors"
+REQUEST_FILE = "request.json"
+
+
+class Server(StrEnum):
+    """What a prompt can be exported to."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+
+
+def export(
+    prompt: Annotated[
+        str, typer.Argument(help="The saved prompt: a directory, a name on the Hub, or PEFT's checkpoint.")
+    ],
+    to: Annotated[Server, typer.Option("--to", help="The server.")],
+    model: Annotated[str, typer.Option(help="The base model: a directory or a name on the Hub.")],
+    output: Annotated[Path, typer.Option(help="The folder to write to.", file_okay=False)],
+    text: Annotated[str | None, typer.Option(help="What stands behind the prompt.", show_default=False)] = None,
+    text_file: Annotated[
+        Path | None, typer.Option(help="A file with it.", exists=True, dir_okay=False, show_default=False)
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the tokenizer's chat template around it.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of the request: how many tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the request.")] = 0.0,
+    served_name: Annotated[
+        str | None, typer.Option(help="vLLM's name for the model, if it is another.", show_default=False)
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict/--no-strict", help="Refuse a base with other weights than those in training.")
+    ] = True,
+) -> None:
+    """Write a text with its prompt as embeddings, for vLLM or SGLang.
+
+    A server that knows nothing of soft prompts takes the embeddings of a whole prompt in the place of its ids. Two files
+    are written: [bold]prompt_embeds.safetensors[/] with the rows, and [bold]request.json[/], ready to be posted to
+    /v1/completions (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, with --disable-radix-cache).
+
+    [bold]Example[/]
+
+      softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
+    """
+    with usage():
+        if (text is None) == (text_file is None):
+            raise OptionError("softhooks export needs one of --text and --text-file.")
+    said = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
+    rows = _rows(prompt, model, said, chat, to, strict)  # torch and transformers take seconds to import
+    if to is Server.vllm:
+        from softhooks.integrations import vllm
+
+        body = vllm.request(served_name or model, rows, max_tokens=max_tokens, temperature=temperature)
+    else:
+        from softhooks.integrations import sglang
+
+        body = sglang.request(rows, sampling_params={"max_new_tokens": max_tokens, "temperature": temperature})
+    _write(output, rows, body, {"prompt": prompt, "model": model, "server": to.value})
+    typer.echo(f"{output / EMBEDDINGS_FILE}: {rows.shape[0]} rows of {rows.shape[1]}, {rows.dtype}")
+    typer.echo(f"{output / REQUEST_FILE}: {to.value}")
+
+
+def _rows(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bool) -> Any:
+    """Load the base model with its prompt, and make the rows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from softhooks.load import load
+    from softhooks.serving.embeddings import sequence_embeddings
+
+    try:
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "--model must be a language model with its tokenizer.",
+            "Give the directory that `save_pretrained` of both has written, or a name on the Hub.",
+            model=model,
+            cause=" ".join(str(error).split()),
+        ) from error
+    load(base, prompt, strict=strict)
+    said: Any = text
+    if chat:
+        messages = [{"role": "user", "content": text}]
+        said = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return sequence_embeddings(base, said, tokenizer, server=to.value).cpu()
+
+
+def _write(folder: Path, rows: Any, body: dict[str, Any], about: dict[str, str]) -> None:
+    """Write both files, each in one step."""
+    from softhooks.formats.files import replacing, write_tensors
+
+    write_tensors(folder / EMBEDDINGS_FILE, {"prompt_embeds": rows}, {"format": "pt", **about})
+    with replacing(folder / REQUEST_FILE) as part:
+        part.write_text(json.dumps(body) + "\n", encoding="utf-8")

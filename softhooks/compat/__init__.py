@@ -1,0 +1,1 @@
+"""Bases that other libraries have wrapped, quantized, offloaded or sharded."""

@@ -1,0 +1,81 @@
+"""Quantised bases: what the Trainer asks of them before any callback exists, and what bitsandbytes does to them on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from softhooks.errors import TrainerError
+from softhooks.runtime.state import Host
+
+_CARRIES_ADAPTER = "_hf_peft_config_loaded"
+"""What the Trainer asks of a quantised model."""
+
+
+def needs_admission(model: object) -> bool:
+    """Whether the Trainer would refuse a model as purely quantised."""
+    return bool(getattr(model, "is_quantized", False)) and not (
+        hasattr(model, "peft_config") or getattr(model, _CARRIES_ADAPTER, False)
+    )
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Check that gradients pass through a quantised model.
+
+    Raises:
+        TrainerError: they do not.
+    """
+    if not needs_admission(model):
+        return
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not quantizer.is_trainable:
+        raise TrainerError(
+            "a prompt trains on a quantised model only if gradients pass through its weights.",
+            "Quantise with a method that trains (bitsandbytes), or train on the model as it is.",
+            model=type(model).__name__,
+            quantised_by=getattr(model, "quantization_method", "an unknown method"),
+        )
+
+
+def admit(host: Host) -> None:
+    """Say that a quantised model carries trainable parameters, as it does now, until the Trainer has asked."""
+    if needs_admission(host.model):
+        host.override(_CARRIES_ADAPTER, True)
+
+
+def dismiss(host: Host) -> None:
+    """Take back what `admit` said: other code would look for an adapter of PEFT."""
+    host.restore(_CARRIES_ADAPTER)
+
+
+# --- bitsandbytes on a CPU --------------------------------------------------------------------------------------------
+
+_PACKS = "support_avx512bf16_for_cpu"
+"""Set on bitsandbytes' 4-bit layers, on CPUs with AVX-512 BF16: the first evaluation packs their weights, and from then on they
+pass no gradient and have other bits."""
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Keep 4-bit layers from packing their weights while they are probed; unpack those that have done it."""
+    packing = _packing(model)
+    for layer in packing:
+        layer.__dict__[_PACKS] = False
+        layer.state_dict()  # unpacks in place
+    try:
+        yield
+    finally:
+        for layer in packing:
+            layer.__dict__[_PACKS] = True
+
+
+def keep_unpacked(host: Host) -> None:
+    """Keep 4-bit layers from packing their weights until the last prompt is removed."""
+    for layer in _packing(host.model):
+        host.override(_PACKS, False, layer)
+
+
+def _packing(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module.__dict__.get(_PACKS)]

@@ -1,0 +1,75 @@
+"""A base that PEFT has wrapped: where the model lies in it, and what would tear a prompt off."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from softhooks.backbone.examine import unwrapped
+from softhooks.errors import AttachError, UnsupportedModelError
+from softhooks.runtime.state import Host
+
+_UNLOADS = ("merge_and_unload", "unload")
+
+
+def home(model: nn.Module) -> str:
+    """The path of the transformers model inside a PEFT model, with a dot behind; empty for any other model.
+
+    Heads are stored by their path from there on, so that a prompt that was trained over LoRA fits the merged model too.
+    """
+    inner = unwrapped(model)
+    return "" if inner is model else next(f"{path}." for path, part in model.named_modules() if part is inner)
+
+
+def refuse_prompts(model: nn.Module) -> None:
+    """Refuse a PEFT model whose adapters are prompts themselves: two libraries would each put theirs in.
+
+    Raises:
+        UnsupportedModelError: naming them.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return
+    found = {name: _kind(config) for name, config in configs.items() if _is_prompt(config)}
+    if found:
+        raise UnsupportedModelError(
+            "a prompt of softhooks cannot stand on a model that PEFT prompts.",
+            "Bring its prompts onto the bare model with `softhooks.integrations.peft.from_peft(peft_model, model)`.",
+            adapters=", ".join(f"{name!r} ({kind})" for name, kind in found.items()),
+        )
+
+
+def keep_wrapped(host: Host) -> None:
+    """Until the last prompt is removed, keep PEFT from taking the model out of the wrapper that carries the prompts."""
+    model = host.model
+    if unwrapped(model) is model or not hasattr(model, "peft_config"):
+        return
+    for module in (model, getattr(model, "base_model", model)):
+        for name in _UNLOADS:
+            if hasattr(module, name):
+                host.override(name, _Refusal(name), module)
+
+
+class _Refusal:
+    """What stands in for a method that would leave a prompt behind."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise AttachError(
+            f"`{self._name}` gives back a model without the wrapper that carries the prompts, heads and hooks.",
+            "Save the prompt and remove it, merge, and load it onto the merged model; or keep the wrapper: "
+            "`merge_adapter()` merges in place.",
+            called=self._name,
+        )
+
+
+def _kind(config: Any) -> str:
+    kind = getattr(config, "peft_type", None)
+    return str(getattr(kind, "value", kind))
+
+
+def _is_prompt(config: Any) -> bool:
+    return bool(getattr(config, "is_prompt_learning", False)) or _kind(config) == "ADAPTION_PROMPT"

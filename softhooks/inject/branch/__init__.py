@@ -1,0 +1,1 @@
+"""A gated attention over the prompt, added to the output of attention."""

@@ -1,0 +1,264 @@
+"""A gated branch beside attention: each query also attends to the prompt's rows, in a softmax of its own, times a gate.
+
+`output = attention(q, k, v) + gate * softmax(q kP^T) vP`, put together before the output projection: with the gates at 0 every
+bit is the base model's. The text's own attention runs as it is, so masks, caches, windows and kernels need no care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from softhooks.backbone.forward_pass import AttentionFunction
+from softhooks.backbone.stack import Site, Stack
+from softhooks.compat.sharding import is_sharded
+from softhooks.errors import UnsupportedModeError
+from softhooks.inject.branch.linear_scaling import Scaled, scale
+from softhooks.inject.branch.projections import keys_and_values
+from softhooks.inject.checkpointing import CheckpointedPass
+
+if TYPE_CHECKING:
+    from softhooks.runtime.selection import Selection
+
+CONTEXT = "prompt_context"
+"""The extra argument of the forward that brings each row a context of its own: the vectors of an image, say."""
+
+
+@dataclass
+class Gated:
+    """What a prompt gives to one site.
+
+    Attributes:
+        rows: [K, H], or [B, K, H] where each row of the batch has its own.
+        gate: [Hq], as it multiplies.
+    """
+
+    site: Site
+    rows: Tensor
+    gate: Tensor
+
+
+@dataclass
+class Given:
+    """What a prompt gives to one stack.
+
+    Attributes:
+        gated: what each site gets.
+        scaled: a factor and an offset for the output of linear layers, by name, [1, out] each.
+    """
+
+    gated: list[Gated]
+    scaled: Scaled = field(default_factory=dict)
+
+
+@dataclass
+class Branch:
+    """The keys and the gated values of a stack's sites.
+
+    Attributes:
+        keys, values: [R, Hq, K, D] for each site index; R is 1 (shared by every row) or B. Gates are part of the values.
+        seen: which of them each row has, [B, 1, 1, K] bool, for the sites where rows differ in that.
+        pending: the sites whose weights come and go with their layer's forward (FSDP2), where their rows are run.
+        scaled: factor and offset of linear layers, by name, [R, out] each.
+    """
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    pending: dict[int, Gated] = field(default_factory=dict)
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    scaled: Scaled = field(default_factory=dict)
+
+
+def branch_of(given: Given) -> Branch:
+    """Make keys and gated values of a prompt's rows, without a batch dimension where the rows have none."""
+    branch = Branch({}, {}, scaled=given.scaled)
+    for gated in given.gated:
+        index = gated.site.index
+        if any(map(is_sharded, gated.site.module.parameters())):
+            branch.pending[index] = gated
+        else:
+            branch.keys[index], branch.values[index] = _made_of(gated, given.scaled)
+    return branch
+
+
+def _made_of(gated: Gated, scaled: Scaled) -> tuple[Tensor, Tensor]:
+    """The keys and the gated values of one site's rows, [R, Hq, K, D]."""
+    site, rows = gated.site, gated.rows if gated.rows.dim() == 3 else gated.rows[None]
+    repeats = gated.gate.shape[0] // site.heads
+    both = [part.unflatten(0, rows.shape[:2]) for part in keys_and_values(site, rows.flatten(0, 1), scaled)]
+    both = [part.transpose(1, 2) for part in both]
+    key, value = (part.repeat_interleave(repeats, dim=1) if repeats > 1 else part for part in both)
+    return key, (value * gated.gate.to(value.device)[:, None, None]).to(value.dtype)
+
+
+class BranchPass(CheckpointedPass):
+    """A gated branch at each site that the prompt has rows for.
+
+    Args:
+        stack: the stack.
+        branch: keys and gated values.
+        training: whether layers may be checkpointed in this forward.
+
+    Attributes:
+        blank: the columns that are padding before text, [B, T] bool; None: there are none.
+    """
+
+    def __init__(self, stack: Stack, branch: Branch, training: bool = False) -> None:
+        super().__init__(stack)
+        self.branch = branch
+        self.blank: Tensor | None = None
+        self.touched = not branch.keys and not branch.pending
+        if training:
+            self.follow_checkpointing()
+
+    def enters(self, site: Site) -> bool:
+        """Tell whether a site has rows."""
+        return site.role == "self" and (site.index in self.branch.keys or site.index in self.branch.pending)
+
+    def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the attention function over the text, and add the branch to its output, [B, T, Hq, D]."""
+        output, weights = attention(*args, **kwargs)
+        if not self.enters(site):
+            return output, weights
+        self.touched = True
+        return output + self._added(site.index, args[1], kwargs).to(output), weights
+
+    def _added(self, index: int, query: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the queries find among the rows. [B, Hq, T, D] -> [B, T, Hq, Dv]."""
+        scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        pending = self.branch.pending.get(index)
+        if pending is None:
+            keys, values = self.branch.keys[index], self.branch.values[index]
+        else:
+            keys, values = _made_of(pending, self.branch.scaled)
+        scores = query @ (keys.to(query) * scaling).transpose(-1, -2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        seen = self.branch.seen.get(index)
+        if seen is not None:
+            scores = scores.masked_fill(~seen.to(scores.device), torch.finfo(scores.dtype).min)
+        values = values.to(query)
+        precise = torch.promote_types(scores.dtype, torch.float32)
+        found: Tensor = scores.softmax(-1, dtype=precise).to(values.dtype) @ values
+        return found.transpose(1, 2)
+
+    def scale(self, name: str, output: Tensor) -> Tensor | None:
+        """Scale and move the output of one of the stack's linear layers."""
+        return scale(self.branch.scaled, name, output, self.blank)
+
+    def injected(self) -> list[Tensor]:
+        """Every key and value, factor and offset."""
+        scaled = [part for both in self.branch.scaled.values() for part in both]
+        return [*self.branch.keys.values(), *self.branch.values.values(), *scaled]
+
+    def detach_injected(self) -> None:
+        """Cut every key, value, factor and offset off from the prompt's graph."""
+        branch = self.branch
+        self.branch = Branch(
+            keys={index: self.cut_off(tensor) for index, tensor in branch.keys.items()},
+            values={index: self.cut_off(tensor) for index, tensor in branch.values.items()},
+            pending={
+                index: Gated(gated.site, self.cut_off(gated.rows), self.cut_off(gated.gate))
+                for index, gated in branch.pending.items()
+            },
+            seen=branch.seen,
+            scaled={name: (self.cut_off(a), self.cut_off(b)) for name, (a, b) in branch.scaled.items()},
+        )
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_branch(stack: Stack, selection: Selection, batch: int) -> BranchPass:
+    """Open the pass of prompts that enter as branches.
+
+    Raises:
+        UnsupportedModeError: a prompt in the batch enters in another way, or an extra argument has other rows than the batch.
+    """
+    prompts = selection.prompts
+    if any(prompt.injection != "branch" for prompt in prompts):
+        raise UnsupportedModeError(
+            "a gated branch and a prompt that enters in another way cannot share a batch.",
+            "Run their rows in batches of their own.",
+            prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
+        )
+    context = selection.given.get(CONTEXT)
+    if context is not None and context.shape[0] != batch:
+        raise UnsupportedModeError(
+            f"`{CONTEXT}` must have one entry for each row of the batch.",
+            "Give each row its own context, in the order of the rows.",
+            context=list(context.shape),
+            batch=batch,
+        )
+    choice = selection.choice_of_prompts()
+    if choice is None:
+        branch = prompts[0].branch(stack, context)
+    else:
+        rows = [tuple(row for row, chosen in enumerate(choice) if chosen == i) for i in range(len(prompts))]
+        branches = [prompt.branch(stack, context, own) for prompt, own in zip(prompts, rows, strict=True)]
+        if any(one.pending for one in branches):
+            raise UnsupportedModeError(
+                "in a sharded model (FSDP) all rows of a batch have one gated branch.",
+                "Run the rows of each prompt in batches of their own.",
+                prompts=", ".join(prompt.name for prompt in prompts),
+            )
+        branch = mix_branches(branches, rows, batch)
+    return BranchPass(stack, branch, stack.module.training)
+
+
+def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batch: int) -> Branch:
+    """Give each row of a batch its own prompt's branch; a row, or a site, without one gets values of 0.
+
+    Args:
+        branches: the prompts' branches, R_i being 1 or the number of the prompt's rows.
+        rows: the rows of each.
+        batch: the number of rows.
+
+    Shape:
+        keys and values [R_i, Hq, K_i, D] -> [B, Hq, max K_i, D]
+    """
+    mixed = Branch({}, {})
+    for index in sorted({index for branch in branches for index in branch.keys}):
+        own = [(branch, where) for branch, where in zip(branches, rows, strict=True) if index in branch.keys]
+        longest = max(branch.keys[index].shape[2] for branch, _ in own)
+        where = [where for _, where in own]
+        mixed.keys[index] = _spread([_pad(branch.keys[index], longest) for branch, _ in own], where, batch)
+        mixed.values[index] = _spread([_pad(branch.values[index], longest) for branch, _ in own], where, batch)
+        lengths = [longest] * batch
+        for branch, places in own:
+            for row in places:
+                lengths[row] = branch.keys[index].shape[2]
+        if min(lengths) < longest:
+            device = mixed.keys[index].device
+            columns = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+            mixed.seen[index] = columns[:, None, None, :]
+    for name in dict.fromkeys(name for branch in branches for name in branch.scaled):
+        own = [(branch, where) for branch, where in zip(branches, rows, strict=True) if name in branch.scaled]
+        where = [where for _, where in own]
+        factor, offset = (_spread([branch.scaled[name][i] for branch, _ in own], where, batch) for i in (0, 1))
+        without = torch.ones(batch, 1, device=factor.device)
+        without[[row for places in where for row in places]] = 0.0
+        mixed.scaled[name] = factor + without, offset
+    return mixed
+
+
+def _pad(tensor: Tensor, length: int) -> Tensor:
+    return functional.pad(tensor, (0, 0, 0, length - tensor.shape[2]))
+
+
+def _spread(tensors: Sequence[Tensor], rows: Sequence[Sequence[int]], batch: int) -> Tensor:
+    """Put each tensor [1 or n, ...] into its n rows of a batch; the other rows are 0. -> [B, ...]."""
+    count = sum(tensor.shape[0] for tensor in tensors)
+    source, first = [count] * batch, 0
+    for tensor, places in zip(tensors, rows, strict=True):
+        for number, row in enumerate(places):
+            source[row] = first + (number if tensor.shape[0] > 1 else 0)
+        first += tensor.shape[0]
+    index = torch.tensor(source, device=tensors[0].device)
+    return torch.cat([*tensors, torch.zeros_like(tensors[0][:1])]).index_select(0, index)

@@ -1,0 +1,99 @@
+"""A factor and an offset on the output of every linear layer of a stack's blocks, by hooks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from softhooks.backbone.stack import Stack
+from softhooks.errors import UnsupportedModeError
+
+if TYPE_CHECKING:
+    from softhooks.runtime.state import Host
+
+Scaled = dict[str, tuple[Tensor, Tensor]]
+"""Factor and offset of linear layers by name, [R, out] each; R is 1 (shared by every row) or B."""
+
+
+def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
+    """Every linear layer in the blocks of a stack, by name, and the width of its output; the factors of LoRA are none."""
+    blocks = {name for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList)}
+    found: dict[str, tuple[nn.Module, int]] = {}
+    for name, module in stack.module.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in blocks)
+        if inside and isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name:
+            found[name] = module, module.out_features if isinstance(module, nn.Linear) else module.nf
+    return found
+
+
+def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
+    """Which columns of a text are padding, where any stands before text; else None.
+
+    Recurrent layers read the columns in turn, and pass over padding because its states are 0: no offset may move them.
+
+    Args:
+        mask: one number a column, [B, past + T].
+        columns: T.
+
+    Shape:
+        -> [B, T] bool
+    """
+    if mask is None or columns == 1 or not bool((mask[:, -columns:].long().diff(dim=1) > 0).any()):
+        return None
+    return mask[:, -columns:] == 0
+
+
+def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None) -> Tensor | None:
+    """Scale and move the output of a linear layer; None where nothing is said about it.
+
+    Args:
+        blank: the columns that are scaled but not moved, [B, T] bool.
+
+    Shape:
+        output [B, ..., out], or [N, out] where all rows share one factor
+
+    Raises:
+        UnsupportedModeError: rows differ, and the layer does not keep them apart.
+    """
+    if name not in scaled:
+        return None
+    factor, offset = (part.to(output) for part in scaled[name])
+    rows = factor.shape[0]
+    if rows > 1 and output.shape[0] != rows:
+        raise UnsupportedModeError(
+            "prompts that scale linear layers share a batch only where every layer keeps the rows apart.",
+            "Run the rows of each prompt in a batch of their own.",
+            layer=name,
+            rows=rows,
+            output=list(output.shape),
+        )
+    shape = (rows, *[1] * (output.dim() - 2), -1) if rows > 1 else (-1,)
+    offset = offset.view(shape)
+    if blank is not None and output.dim() > 2 and output.shape[:2] == blank.shape:
+        offset = offset.masked_fill(blank.to(output.device).view(*blank.shape, *[1] * (output.dim() - 2)), 0.0)
+    return output * factor.view(shape) + offset
+
+
+class ScaleHook:
+    """The hook of one linear layer: the pass that is under way knows its factor."""
+
+    def __init__(self, stack: Stack, name: str) -> None:
+        self.stack = stack
+        self.name = name
+
+    def scale(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """Scale the output if the pass says so."""
+        return None if self.stack.live is None else self.stack.live.scale(self.name, output)
+
+
+def hook_linears(host: Host) -> None:
+    """Hook every linear layer of a model's stacks, once, until its last prompt is removed."""
+    for stack in host.anatomy.stacks:
+        layers = linears(stack)
+        host.watch_parts(stack, [module for module, _ in layers.values()])
+        for name, (module, _) in layers.items():
+            hooked = any(isinstance(getattr(h, "__self__", None), ScaleHook) for h in module._forward_hooks.values())
+            if not hooked:
+                host.keep(module.register_forward_hook(ScaleHook(stack, name).scale))

@@ -1,0 +1,194 @@
+"""Find out, by running it, how rows are given to each attention module of a model, and prove that it works."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.attention_interface import marked
+from softhooks.backbone.forward_pass import AttentionFunction, Pass
+from softhooks.backbone.probing import OTHER_METHOD
+from softhooks.backbone.stack import Anatomy, Site, Stack, at_rest, first_state
+from softhooks.compat.offload import device_of
+from softhooks.errors import UnsupportedMethodError
+from softhooks.inject.branch.projections import Feed, keys_and_values
+
+_PROBE_ID = 63
+
+
+def find_feeds(anatomy: Anatomy) -> None:
+    """Find out how rows are given to every self-attention of a model; once for each model.
+
+    Raises:
+        UnsupportedMethodError: a stack's attention does not go through the interface.
+    """
+    encoded: Tensor | None = None
+    for stack in anatomy.stacks:
+        if stack.through not in ("attention", "written_out"):
+            raise UnsupportedMethodError(
+                "a gated branch needs attention that goes through transformers' attention interface, or that softhooks "
+                "knows.",
+                OTHER_METHOD,
+                model=f"{type(stack.module).__name__}, whose attention does neither",
+            )
+        if all(site.feed is not None for site in stack.sites_of("self")):
+            continue
+        if stack.name == "decoder":
+            encoded = _encode(anatomy.entry, anatomy.vocabulary)
+        seen = _watch(stack, anatomy.vocabulary, encoded)
+        with at_rest(stack.module), marked(stack):
+            for site in stack.sites_of("self"):
+                site.feed = _feed(seen[site.index])
+                site.feed.failure = _failure(site, site.feed, seen[site.index])
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What passed through one site in a forward of one token.
+
+    Attributes:
+        args, kwargs: of the call of its module.
+        calls: how often the module was called in all, for however many sites.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Any
+    calls: int = 0
+
+
+class _WatchPass(Pass):
+    """A forward of which every self-attention is noted."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__(stack)
+        self.seen: dict[int, _Seen] = {}
+        self._called: dict[int, list[tuple[Any, Any]]] = {}
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note a call of an attention module."""
+        self._called.setdefault(id(module), []).append((args, dict(kwargs)))
+
+    def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note a call of the attention function."""
+        output = attention(*args, **kwargs)
+        if site.role == "self":
+            call, (query, key, value) = self._called[id(site.module)][-1], args[1:4]
+            self.seen[site.index] = _Seen(*call, query, key, value, output[0])
+        return output
+
+    def count(self) -> dict[int, _Seen]:
+        """What was seen, with the number of calls of each module."""
+        for site in self.stack.sites_of("self"):
+            self.seen[site.index].calls = len(self._called[id(site.module)])
+        return self.seen
+
+
+def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _Seen]:
+    """Run one token through a stack."""
+    inputs: dict[str, Any] = {"input_ids": _one_id(stack, vocabulary)}
+    if encoded is not None:
+        inputs["encoder_hidden_states"] = encoded
+    live = _WatchPass(stack)
+    with at_rest(stack.module), marked(stack), ExitStack() as hooks:
+        for module in {id(site.module): site.module for site in stack.sites_of("self")}.values():
+            hooks.callback(module.register_forward_pre_hook(live.note, with_kwargs=True).remove)
+        outer, stack.live = stack.live, live
+        try:
+            stack.module(**inputs)
+        finally:
+            stack.live = outer
+    return live.count()
+
+
+def _encode(stack: Stack, vocabulary: int) -> Tensor:
+    outer, stack.live = stack.live, Pass(stack)
+    try:
+        with at_rest(stack.module), marked(stack):
+            return first_state(stack.module(input_ids=_one_id(stack, vocabulary)))
+    finally:
+        stack.live = outer
+
+
+def _one_id(stack: Stack, vocabulary: int) -> Tensor:
+    return torch.tensor([[min(_PROBE_ID, vocabulary - 1)]], device=device_of(stack.embedding))
+
+
+def _feed(seen: _Seen) -> Feed:
+    """Turn a call that was seen into one for rows that stand nowhere."""
+    given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
+    place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
+    return Feed(
+        width=width,
+        query_heads=seen.query.shape[1],
+        args=[None if number == place else _nowhere(value) for number, value in enumerate(seen.args)],
+        kwargs={name: None if name == place else _nowhere(value) for name, value in seen.kwargs.items()},
+        place=place,
+    )
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3 and value.shape[:2] == (1, 1)
+
+
+def _nowhere(value: Any) -> Any:
+    """An argument for a row without rotation and cache; whatever else there is stays, masks of one token too."""
+    if hasattr(value, "get_seq_length"):
+        return None
+    if isinstance(value, Tensor):
+        return torch.ones_like(value) if value.is_complex() else value
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
+        cosine, sine = value
+        if cosine.shape == sine.shape and cosine.is_floating_point():
+            return torch.ones_like(cosine), torch.zeros_like(sine)
+    return value
+
+
+# --- proof ------------------------------------------------------------------------------------------------------------
+
+
+def _failure(site: Site, feed: Feed, seen: _Seen) -> str:
+    """Why the keys and values of rows at a site are not what they must be; empty if they are.
+
+    The token that was seen stands at position 0, where rotations do nothing (some scale their keys, which is no part of the
+    projection): its value must come out again, and its key but for a factor. Another row beside it must change neither, and must
+    give a key and a value of its own.
+    """
+    if feed.place == "":
+        return "its input is no sequence of states"
+    if seen.calls != len(site.turns):
+        return f"it calls the attention function {len(site.turns) / seen.calls:g} times"
+    if getattr(seen.output, "shape", None) != (1, 1, feed.query_heads, site.value_dim):
+        return "its attention function does not return [B, T, heads, head size]"
+    own: Tensor = (seen.args[feed.place] if isinstance(feed.place, int) else seen.kwargs[feed.place])[0]
+    other = torch.arange(1.0, own.shape[-1] + 1, device=own.device).sin().to(own)[None]
+    try:
+        keys, values = keys_and_values(site, torch.cat([own, other]))
+        alone = keys_and_values(site, other)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        return f"it cannot run on rows alone: {type(error).__name__}: {error}"
+    if keys.shape != (2, site.heads, site.key_dim) or values.shape != (2, site.heads, site.value_dim):
+        return f"its keys {list(keys.shape)} and values {list(values.shape)} are not the rows'"
+    if not _close(values[0], seen.value[0, :, 0]) or not _collinear(keys[0], seen.key[0, :, 0]):
+        return "its keys and values depend on more than its input"
+    if not _close(keys[1], alone[0][0]) or not _close(values[1], alone[1][0]) or torch.equal(*values):
+        return "its rows depend on each other"
+    return ""
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    precision = torch.finfo(other.dtype).eps
+    scale = other.float().abs().amax().clamp(min=1e-6)
+    return bool((one.float() - other.float()).abs().amax() <= 20 * precision**0.9 * scale)
+
+
+def _collinear(one: Tensor, other: Tensor) -> bool:
+    factor = (one.double() * other.double()).sum() / (one.double() ** 2).sum().clamp(min=1e-30)
+    return bool(factor > 0) and _close((one.double() * factor).to(other.dtype), other)

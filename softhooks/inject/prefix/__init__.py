@@ -1,0 +1,1 @@
+"""Keys and values of a prompt at the attention function or in a cache."""

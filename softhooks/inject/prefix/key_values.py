@@ -1,0 +1,171 @@
+"""The keys and values of a prompt, as attention takes them: one row shared by all, or one a row of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from softhooks.backbone.stack import Site
+from softhooks.errors import PromptNotReachedError
+
+
+@dataclass
+class KeyValues:
+    """Keys and values for every site of one role.
+
+    Attributes:
+        keys, values: [R, Hk, P, D] for each site index that has a prefix; R is 1 (shared by every row), B, or the number of a
+            prompt's variants.
+        states: the virtual tokens' own last states, [R, P, H], where the prompt was run through the stack.
+        hidden: which virtual tokens a row does not see, [B or 1, P] bool; None: it sees all that it has.
+        lengths: how many of the P virtual tokens each row has, [B]; they stand rightmost, next to the text. None: all have P.
+        windowed: whether sliding layers see the prefix as tokens at the positions before the text; a bool, or [B] bool.
+        shifted: whether the text's positions start behind the prefix; a bool, or [B] bool.
+        bare: the rows without a prefix at a site where other rows have one, [B] bool by site index.
+    """
+
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    lengths: Tensor | None = None
+    windowed: bool | Tensor = True
+    shifted: bool | Tensor = True
+    states: Tensor | None = None
+    hidden: Tensor | None = None
+    bare: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def variants(self) -> int:
+        """R."""
+        return self.any_key.shape[0]
+
+    @property
+    def length(self) -> int:
+        """P, the longest row's virtual tokens."""
+        return self.any_key.shape[2]
+
+    @property
+    def any_key(self) -> Tensor:
+        """The keys of some site; all have the same rows and virtual tokens.
+
+        Raises:
+            PromptNotReachedError: no site has any, for no attention was seen when the prompt ran through the stack.
+        """
+        for key in self.keys.values():
+            return key
+        raise PromptNotReachedError(
+            "a prompt that enters as keys and values must have been seen by the attention of the model.",
+            "Do not replace attention modules or functions while a prompt is attached; or attach with `injection='slots'`.",
+            sites_with_keys="none",
+        )
+
+    def before(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a site's prefix before the text's keys and values. [B, Hk, K, D] -> [B, Hk, P + K, D]."""
+        batch = key.shape[0]
+        prefix_key = self.keys[index].to(key).expand(batch, -1, -1, -1)
+        prefix_value = self.values[index].to(value).expand(batch, -1, -1, -1)
+        return torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+
+    def shift(self) -> int | Tensor:
+        """How far the text's positions move: P or 0, or [B, 1] where rows differ."""
+        if isinstance(self.shifted, Tensor) and self.lengths is not None:
+            return (self.lengths * self.shifted)[:, None]
+        return self.length if self.shifted else 0
+
+    def present(self, device: torch.device, index: int | None = None) -> Tensor | None:
+        """Which virtual tokens each row has and sees, [B or 1, P] bool; None: all.
+
+        Args:
+            index: the site, where prompts differ in the layers that they enter.
+        """
+        seen = None if self.hidden is None else ~self.hidden.to(device)
+        bare = None if index is None else self.bare.get(index)
+        if bare is not None:
+            has = ~bare.to(device)[:, None].expand(-1, self.length)
+            seen = has if seen is None else has & seen
+        if self.lengths is None:
+            return seen
+        columns = torch.arange(self.length, device=device)
+        has = columns >= self.length - self.lengths.to(device)[:, None]
+        return has if seen is None else has & seen
+
+
+def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
+    """Cut the flat form of a prefix into the keys and values of its sites.
+
+    Shape:
+        [P, sum over sites of Hk * (Dk + Dv)] -> keys [1, Hk, P, Dk], values [1, Hk, P, Dv] each; keys come first.
+    """
+    virtual = flat.shape[0]
+    first = sites[0]
+    # Cut with `unbind` and `split`, whose backward is one copy; that of indexing fills a full-size tensor for every layer.
+    if all((s.heads, s.key_dim, s.value_dim) == (first.heads, first.key_dim, first.key_dim) for s in sites):
+        # One copy for all layers instead of one view a layer: every later `cat` then reads contiguous rows.
+        stacked = flat.view(virtual, 2 * len(sites), first.heads, first.key_dim).permute(1, 2, 0, 3).contiguous()
+        parts = stacked.unsqueeze(1).unbind(0)
+    else:
+        shapes = [(site.heads, dim) for site in sites for dim in (site.key_dim, site.value_dim)]
+        columns = flat.split_with_sizes([heads * dim for heads, dim in shapes], dim=1)
+        parts = tuple(
+            column.view(virtual, *shape).transpose(0, 1).unsqueeze(0)
+            for column, shape in zip(columns, shapes, strict=True)
+        )
+    return KeyValues(
+        keys={site.index: key for site, key in zip(sites, parts[0::2], strict=True)},
+        values={site.index: value for site, value in zip(sites, parts[1::2], strict=True)},
+    )
+
+
+def flatten(keys: dict[int, Tensor], values: dict[int, Tensor], sites: Sequence[Site]) -> Tensor:
+    """The inverse of `split`: [1, Hk, P, D] for each site -> [P, numbers]."""
+    parts = []
+    for site in sites:
+        parts += [tensor[0].transpose(0, 1).flatten(1) for tensor in (keys[site.index], values[site.index])]
+    return torch.cat(parts, dim=-1)
+
+
+def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
+    """Give each row of a batch its own prompt; None gives a row no prompt.
+
+    Args:
+        prompts: the prompts in use; each may leave sites out.
+        rows: for each row, which of all their variants, counted through.
+
+    Shape:
+        prompts [R_i, Hk, P_i, D] -> [B, Hk, max P_i, D]
+    """
+    longest = max(prompt.length for prompt in prompts)
+    device = prompts[0].any_key.device
+    sites = sorted({site for prompt in prompts for site in prompt.keys})
+    owners = [prompt for prompt in prompts for _ in range(prompt.variants)]
+    lengths = [0 if row is None else owners[row].length for row in rows]
+    windowed = [row is not None and bool(owners[row].windowed) for row in rows]
+    shifted = [row is not None and bool(owners[row].shifted) for row in rows]
+    even = len(set(zip(lengths, windowed, shifted, strict=True))) == 1 and lengths[0] == longest
+    index = torch.tensor([len(owners) if row is None else row for row in rows], device=device)
+
+    def gather(given: list[Tensor | None]) -> Tensor:
+        like = next(tensor for tensor in given if tensor is not None)  # some prompt has the site
+        nothing = like.new_zeros(1, like.shape[1], longest, like.shape[3])
+        parts = [
+            nothing.expand(prompt.variants, -1, -1, -1)
+            if tensor is None
+            else functional.pad(tensor, (0, 0, longest - tensor.shape[2], 0))
+            for prompt, tensor in zip(prompts, given, strict=True)
+        ]
+        return torch.cat([*parts, nothing]).index_select(0, index)
+
+    def without(site: int) -> list[bool]:
+        return [row is not None and site not in owners[row].keys for row in rows]
+
+    return KeyValues(
+        keys={site: gather([prompt.keys.get(site) for prompt in prompts]) for site in sites},
+        values={site: gather([prompt.values.get(site) for prompt in prompts]) for site in sites},
+        lengths=None if even else torch.tensor(lengths, device=device),
+        windowed=windowed[0] if even else torch.tensor(windowed, device=device),
+        shifted=shifted[0] if even else torch.tensor(shifted, device=device),
+        bare={site: torch.tensor(without(site), device=device) for site in sites if any(without(site))},
+    )

@@ -1,0 +1,109 @@
+"""Documents packed into one row: each sees the prompt and itself, or the forward is refused.
+
+A prompt that enters as keys and values stands before every document, and the positions of each start behind it. Whether documents
+see each other is the mask's affair, which transformers makes: it separates them in most models, without an attention mask and
+without a cache. So the mask is looked at, whatever the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softhooks.backbone.forward_pass import AttentionFunction, Pass, function_name
+from softhooks.backbone.stack import Site, Stack
+from softhooks.errors import UnsupportedModeError
+
+_REMEDY = (
+    "Give the packed row no attention mask, pass `use_cache=False` (a Trainer does), and use 'sdpa' or 'eager' attention; where "
+    "the model has no masks for packed rows, give each document a row of its own."
+)
+
+
+def documents(positions: Any, mask: Any, columns: int) -> Tensor | None:
+    """Number the documents of each row by the places where its positions restart; None where none does.
+
+    Args:
+        positions: as the caller gives them.
+        mask: the caller's mask: padding, whose positions mean nothing, is passed over. One that is prepared for attention already
+            says itself what is seen.
+
+    Shape:
+        positions [B or 1, T], or [4, B, T], text first -> [B or 1, T]
+    """
+    if not isinstance(positions, Tensor) or columns < 2 or (mask is not None and not _is_flat(mask)):
+        return None
+    rows = positions[0] if positions.dim() == 3 and positions.shape[0] == 4 else positions
+    if rows.dim() != 2 or rows.shape[1] != columns:
+        return None
+    last = torch.arange(columns, device=rows.device)[None]
+    real = None if mask is None else mask[:, -columns:].to(rows.device).bool()
+    if real is not None:
+        rows = rows.expand(real.shape[0], -1)
+        last = torch.where(real, last, 0).cummax(-1).values  # the last real column up to each
+    before = rows.gather(1, last.expand_as(rows)[:, :-1])
+    restarts = rows[:, 1:] <= before
+    if real is not None:
+        restarts = restarts & real[:, 1:] & (real.long().cumsum(-1)[:, :-1] > 0)
+    if not bool(restarts.any()):
+        return None
+    return torch.nn.functional.pad(restarts.long().cumsum(-1), (1, 0))
+
+
+def _is_flat(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
+    """Refuse documents in a stack whose masks do not come by the prompt's hooks.
+
+    Args:
+        numbers: the documents of each row, [B or 1, T].
+        by_position: whether the stack was given the positions; another one does not even know of the documents.
+    """
+    if stack.through != "attention" or not by_position:
+        raise _refusal(numbers, f"not seen: {type(stack.module).__name__} makes it from no positions, or out of reach")
+
+
+def guard(live: Pass, numbers: Tensor) -> None:
+    """Have a pass refuse attention in which documents see each other."""
+    attend: Callable[..., Any] = live.attend
+    separating: list[Any] = []
+
+    def attend_apart(site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
+        if site.role == "self" and not any(mask is one for one in separating):
+            _check(numbers, mask, args[2].shape[2], function_name(attention))
+            separating.append(mask)
+        return attend(site, attention, args, kwargs)
+
+    live.__dict__["attend"] = attend_apart
+
+
+def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
+    """Check that no query sees a key of another document.
+
+    Raises:
+        UnsupportedModeError: one does, or that cannot be told.
+    """
+    if function.startswith("flash"):
+        raise _refusal(numbers, f"{function} tells documents apart by itself, and not with a prompt before them")
+    if not isinstance(mask, Tensor) or keys != numbers.shape[1] or mask.shape[-1] != keys:
+        raise _refusal(numbers, "none that tells them apart")
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    asking = numbers[:, -mask.shape[-2] :]  # the last ones, where a layer is asked for those alone
+    other = asking[:, None, :, None] != numbers[:, None, None, :]
+    if bool((seen & other.to(mask.device)).any()):
+        raise _refusal(numbers, f"{list(mask.shape)}, in which they see each other")
+
+
+def _refusal(numbers: Tensor, mask: str) -> UnsupportedModeError:
+    return UnsupportedModeError(
+        "documents packed into one row must not see each other.",
+        _REMEDY,
+        documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, by position_ids that start again",
+        mask=mask,
+    )

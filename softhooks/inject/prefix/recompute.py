@@ -1,0 +1,84 @@
+"""Keys and values behind a prefix that rows share: made again in the backward, instead of kept until then.
+
+Attention takes a row's own keys and values behind a copy of the prefix's. Autograd would keep that copy for every row and layer;
+here it keeps the prefix, once, and the text's, and puts them together again when they are asked for.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from softhooks.inject.prefix.key_values import KeyValues
+
+_SHARE = 0.5
+"""How long a prefix must be, of the text's length, for it to pay."""
+
+_HOOKS = ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled")
+"""What torch has no public name for; without them everything is kept as ever."""
+
+
+def remade(prefix: KeyValues, index: int, text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> Any:
+    """Let what autograd keeps of whole keys and values, within this context, be made again.
+
+    Args:
+        index: the site's.
+        text: the text's keys and values, [B, Hk, K, D].
+        whole: the prefix's and the text's, as `KeyValues.before` has put them together.
+    """
+    heads = (prefix.keys[index], prefix.values[index])
+    if not _pays(prefix, text[0]) or not all(map(_keeps, heads)) or _is_hooked():
+        return nullcontext()
+    return _Remade(heads, text, whole).hooks()
+
+
+def _pays(prefix: KeyValues, key: Tensor) -> bool:
+    batch, _, columns, _ = key.shape
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or key.is_meta:
+        return False
+    return batch > 1 and prefix.variants == 1 and prefix.length >= _SHARE * columns
+
+
+def _keeps(part: Tensor) -> bool:
+    """Whether a prefix will be in the backward what it is now: a parameter may have been stepped by then."""
+    base = part._base if part._is_view() else part
+    return base is not None and not (base.is_leaf and base.requires_grad)
+
+
+def _is_hooked() -> bool:
+    """Whether somebody else looks after what is kept (layers that run again, memory elsewhere), or nobody may (`torch.func`)."""
+    top, may = (getattr(torch._C._autograd, name, None) for name in _HOOKS)
+    return top is None or may is None or not may() or top(True) is not None
+
+
+class _Remade:
+    """The keys and the values of one site in one forward."""
+
+    def __init__(self, heads: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:
+        self._parts = {
+            made.untyped_storage().data_ptr(): (head.detach(), own.detach())
+            for head, own, made in zip(heads, text, whole, strict=True)
+        }
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, kept: Tensor) -> Any:
+        parts = self._parts.get(kept.untyped_storage().data_ptr())
+        if parts is None or kept.dtype != parts[1].dtype:
+            return kept
+        return parts, [part._version for part in parts], kept.shape, kept.stride(), kept.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        (head, own), versions, *view = packed
+        if versions != [head._version, own._version]:
+            raise RuntimeError("keys or values that the backward needs have been modified in place since the forward.")
+        with torch.no_grad():
+            made = torch.cat([head.to(own).expand(len(own), -1, -1, -1), own], dim=2)
+        return made.as_strided(*view)

@@ -1,0 +1,1 @@
+"""Virtual slots in the sequence, whose rows are the prompt."""

@@ -1,0 +1,85 @@
+"""What per-token arguments say at virtual slots: what they say where a model is called without them.
+
+Boxes of a page, paths of an element, segments: for tokens that stand nowhere on a page their tokenizers give the padding's value,
+and the models take the same one where the argument is left out. That they do is probed at attach. Languages are the text's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softhooks.backbone.stack import Stack, at_rest, first_state
+from softhooks.layout.slot_map import Widened
+
+_PADDED: dict[str, tuple[str, str | int]] = {
+    # argument: where the config has the value (or the value), and how many numbers a token has
+    "token_type_ids": ("", 0),
+    "bbox": ("", 4),
+    "xpath_tags_seq": ("tag_pad_id", "max_depth"),
+    "xpath_subs_seq": ("subs_pad_id", "max_depth"),
+}
+COPIED = ("langs",)
+"""Arguments whose value at a slot is that of the row's first token."""
+
+
+def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
+    """Find the per-token arguments of a stack that a slot has a value for: filled with it, they must be as if left out.
+
+    The stack's prompts must be off.
+
+    Args:
+        ids: some text, [1, T].
+    """
+    config = getattr(stack.module, "config", None)
+    fills: dict[str, int] = {}
+    asked = [name for name in _PADDED if name in stack.parameters]
+    if not asked:
+        return fills
+    with at_rest(stack.module):
+        without = _state(stack, {"input_ids": ids})
+        for name in asked:
+            place, size = _PADDED[name]
+            value = getattr(config, place, None) if place else 0
+            numbers = getattr(config, size, None) if isinstance(size, str) else size
+            if not isinstance(value, int) or not isinstance(numbers, int):
+                continue
+            shape = (*ids.shape, numbers) if numbers else tuple(ids.shape)
+            filled = _state(stack, {"input_ids": ids, name: torch.full(shape, value, device=ids.device)})
+            if name == "token_type_ids" or _equal(without, filled):
+                fills[name] = value
+    return fills
+
+
+def _state(stack: Stack, inputs: dict[str, Tensor]) -> Tensor | None:
+    try:
+        return first_state(stack.module(**inputs))
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        IndexError,
+        KeyError,
+    ):  # then slots have no value for it
+        return None
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
+
+
+def fill(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
+    """Widen the per-token arguments of a call whose value at slots is known, in place."""
+    columns = wide.text.shape[1]
+    for name, value in call.items():
+        if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != columns:
+            continue
+        if name in fills:
+            call[name] = wide.spread(value, fills[name])
+        elif name in COPIED:
+            widened = wide.spread(value, 0)
+            first = value[:, :1].expand(-1, wide.slots.shape[1])
+            call[name] = widened.scatter(1, wide.slots, first)

@@ -1,0 +1,88 @@
+"""What a decoder must know about the slots of its encoder: they are there, and may be attended to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from softhooks.backbone.forward_pass import Pass
+from softhooks.backbone.stack import Stack
+from softhooks.errors import PromptNotReachedError
+from softhooks.inject.slots.checks import flat_mask
+from softhooks.inject.slots.notes import Written, written_in
+from softhooks.inject.slots.rows import Slots
+from softhooks.layout.slot_map import Widened
+
+
+class CrossSlotPass(Pass):
+    """A decoder's forward over an encoder's widened states: its cross-attention mask grows by the slots.
+
+    Args:
+        stack: the decoder.
+        encoder: the encoder.
+        slots: the prompts that stand in the encoder.
+        call: the arguments of the decoder's forward; the encoder's mask is replaced in place.
+    """
+
+    def __init__(self, stack: Stack, encoder: Stack, slots: Slots, call: dict[str, Any]) -> None:
+        super().__init__(stack)
+        states = call.get("encoder_hidden_states")
+        self._wide: Widened | None = None
+        self.touched = True
+        if not isinstance(states, Tensor):
+            return
+        batch, columns = states.shape[0], states.shape[1] - slots.columns
+        given = call.get("encoder_attention_mask")
+        wide = _wide_of(states, encoder)
+        if wide is None or (given is not None and given.shape[-1] != columns):
+            raise PromptNotReachedError(
+                "a decoder must be given the states of an encoder that ran with the prompt.",
+                "Let the model run its encoder itself, or call the encoder while the prompt is on.",
+                states=f"{states.shape[1]} columns",
+                mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
+            )
+        self._wide = wide
+        if given is not None or slots.uneven:
+            call["encoder_attention_mask"] = wide.spread_mask(flat_mask(given, batch, columns, states.device))
+
+    def leave(self, output: Any) -> Any:
+        """Give cross-attentions the text's columns only."""
+        wide = self._wide
+        if wide is None or isinstance(output, tuple) or output.get("cross_attentions") is None:
+            return output
+        index = wide.text[:, None, None, :]
+        output["cross_attentions"] = tuple(
+            weights.gather(3, index.expand(-1, weights.shape[1], weights.shape[2], -1))
+            if isinstance(weights, Tensor)
+            else weights
+            for weights in output["cross_attentions"]
+        )
+        return output
+
+
+def note_of(encoded: Any) -> Written | None:
+    """Where slots stand in an encoder's output that a caller brings along; the output or its states bear the note."""
+    parts = [encoded, *([encoded[0]] if isinstance(encoded, (tuple, list, dict)) and len(encoded) else [])]
+    return next((note for note in map(written_in, parts) if note is not None), None)
+
+
+def strip_encoder_state(output: Any, encoder: Stack) -> Any:
+    """Bring the encoder's last state in a task model's output back to the text's columns."""
+
+    def strip(state: Any) -> Any:
+        wide = _wide_of(state, encoder) if isinstance(state, Tensor) else None
+        return state if wide is None else wide.own_states(state)
+
+    if isinstance(output, tuple):
+        return tuple(strip(item) if written_in(item) is not None else item for item in output)
+    if not isinstance(output, Tensor) and output.get("encoder_last_hidden_state") is not None:
+        output["encoder_last_hidden_state"] = strip(output["encoder_last_hidden_state"])
+    return output
+
+
+def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
+    """The map that the encoder's own pass used for these states; beams are copies of their row's."""
+    written = written_in(states) or encoder.encoded
+    wide = None if written is None else written.widened(states.shape[0])
+    return wide if wide is not None and wide.columns == states.shape[1] else None

@@ -1,0 +1,105 @@
+"""The prompts of a batch as slots: where each row has them, and which rows of embeddings they take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from softhooks.errors import UnsupportedModeError
+from softhooks.layout.layout import Layout
+from softhooks.layout.slot_map import Places
+from softhooks.layout.template import COLUMN
+
+
+@dataclass
+class Slots:
+    """The prompts of a batch, as slots.
+
+    Attributes:
+        tables: [P, H] for each prompt in use.
+        layouts: where the slots of each stand.
+        choice: for each row of the batch, which prompt (None: no prompt); None: the first, for every row.
+        given: the extra arguments of the forward.
+        searched: how many columns of the text are a prompt, where the rest is generated; None: there is no telling.
+        ids: those behind the virtual tokens of each prompt, [P], where the stack looks at ids; None where it does not.
+    """
+
+    tables: Sequence[Tensor]
+    layouts: Sequence[Layout]
+    choice: Sequence[int | None] | None
+    given: dict[str, Tensor]
+    searched: int | None = None
+    ids: Sequence[Tensor] | None = None
+
+    @property
+    def columns(self) -> int:
+        """S, the slots of the prompt with the most."""
+        return max(layout.columns for layout in self.layouts)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some row may leave slots unused."""
+        if any(layout.may_skip for layout in self.layouts):
+            return True
+        return self.choice is not None and any(
+            row is None or self.layouts[row].columns < self.columns for row in self.choice
+        )
+
+    def places(self, mask: Tensor, ids: Tensor | None) -> Places:
+        """Find where the slots stand in a text.
+
+        Args:
+            mask: 1 for real tokens, [B, T].
+            ids: the text's, [B, T]; None where it came as embeddings.
+        """
+        batch, columns = mask.shape
+        if self.searched is not None and any(layout.searches for layout in self.layouts):
+            self._refuse_chunk(columns, self.searched)
+            mask, ids = mask[:, : self.searched], None if ids is None else ids[:, : self.searched]
+        given = self.given.get(COLUMN)
+        if self.choice is None:
+            return self.layouts[0].places(mask, ids, given, range(batch))
+        offsets = torch.zeros(batch, self.columns, dtype=torch.long, device=mask.device)
+        live = torch.zeros_like(offsets, dtype=torch.bool)
+        for part, layout in enumerate(self.layouts):
+            rows = [row for row, chosen in enumerate(self.choice) if chosen == part]
+            index = torch.tensor(rows, device=mask.device)
+            own = None if given is None else given.to(mask.device)[index, : layout.columns]
+            found = layout.places(mask[index], None if ids is None else ids[index], own, rows)
+            offsets[index, : layout.columns] = found.offsets
+            live[index, : layout.columns] = found.live
+        return Places(offsets, live)
+
+    def _refuse_chunk(self, columns: int, prompt: int) -> None:
+        if columns < prompt:
+            raise UnsupportedModeError(
+                "a layout that looks for anchors or for the end of a prompt must see all of it at once.",
+                "Leave `prefill_chunk_size` out.",
+                prompt=f"{prompt} columns",
+                first_chunk=f"{columns} columns",
+            )
+
+    def stacked(self, like: Tensor) -> Tensor:
+        """The embedding rows of all slots, [1 or B, S, H], in the precision of the text's."""
+        return self._stacked(self.tables, like)
+
+    def stacked_ids(self, like: Tensor) -> Tensor | None:
+        """The ids behind all slots, [1 or B, S]; None where they are of no matter."""
+        return None if self.ids is None else self._stacked([ids[:, None] for ids in self.ids], like)[..., 0]
+
+    def _stacked(self, tables: Sequence[Tensor], like: Tensor) -> Tensor:
+        """What each slot takes of the tables [P, N] of the prompts, [1 or B, S, N]."""
+        each = [
+            table if layout.table_rows == list(range(table.shape[0])) else table[layout.table_rows]
+            for table, layout in zip(tables, self.layouts, strict=True)
+        ]
+        if self.choice is None:
+            return each[0].to(like)[None]
+        padded = [functional.pad(rows, (0, 0, 0, self.columns - rows.shape[0])) for rows in each]
+        table = torch.stack([*padded, torch.zeros_like(padded[0])]).to(like)
+        index = [len(padded) if row is None else row for row in self.choice]
+        return table[torch.tensor(index, device=like.device)]

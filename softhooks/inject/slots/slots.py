@@ -1,0 +1,245 @@
+"""Virtual slots in the sequence: placeholders put into the ids, their embedding rows overwritten, their states stripped.
+
+For encoders, for prompts that do not stand at the front, and for decoders whose front prompt cannot be shared. Outside the stack
+every shape is what it was; only a decoder that attends to an encoder sees the encoder's slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softhooks.backbone.forward_pass import Pass
+from softhooks.backbone.position_table import place_at_table, positions_of, widened_positions
+from softhooks.backbone.stack import Stack, first_state
+from softhooks.errors import UnsupportedModeError
+from softhooks.inject.provenance import cache_of, caches_in, is_filled, is_recurrent
+from softhooks.inject.slots.checks import (
+    mask_of_lengths,
+    mask_of_text,
+    refuse_later_text,
+    refuse_more_columns,
+    refuse_static,
+    refuse_unknown,
+    stand_by_types,
+    widen_known,
+)
+from softhooks.inject.slots.notes import Written, note_written, written_in
+from softhooks.inject.slots.rows import Slots
+from softhooks.inject.slots.strip import strip_attentions, strip_last, strip_output
+from softhooks.inject.text_position import Outer, given_positions, padding_mask
+from softhooks.layout.slot_map import Places, Widened, gaps, widen
+
+
+class SlotPass(Pass):
+    """One forward with slots in the sequence.
+
+    Args:
+        stack: the stack.
+        slots: the prompts.
+        call: the arguments of the forward, by name; widened in place.
+        placeholder: an ordinary id that is not padding.
+        keep: whether the returned last state keeps the slots, for a decoder that attends to it.
+        outer: what the call of the model brought.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        slots: Slots,
+        call: dict[str, Any],
+        placeholder: int,
+        keep: bool = False,
+        outer: Outer | None = None,
+    ) -> None:
+        super().__init__(stack)
+        self.slots = slots
+        self.keep = keep
+        self.outer = outer
+        self.placeholder = placeholder
+        self._wide: Widened | None = None
+        self._cached: Widened | None = None
+        self._asked = 0  # how many of the text's last columns the stack is to return; 0: all
+        self._embeds_given = call.get("input_ids") is None
+        self._ids: Tensor | None = None  # only where something else may be looked up in the same table
+        text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        if not isinstance(text, Tensor):
+            raise UnsupportedModeError("slots need `input_ids` or `inputs_embeds` in the call of the model's backbone.")
+        self.batch, self.columns = text.shape[:2]
+        self.device = text.device
+        mask_of_lengths(call, self.batch, self.columns)
+        cache = cache_of(call)
+        refuse_static(cache)
+        if not is_filled(cache):
+            self._begin(call)
+        elif is_recurrent(cache):
+            self._continue_state(cache)
+        else:
+            self._continue(call, cache, int(cache.get_seq_length()))
+
+    @property
+    def slot_columns(self) -> Tensor | None:
+        """Where the slots stand in the widened sequence, [B, S]; None where a cache holds them."""
+        return None if self._wide is None else self._wide.slots
+
+    @property
+    def total_columns(self) -> int:
+        """How wide the sequence is in this forward."""
+        return self.columns if self._wide is None else self._wide.columns
+
+    # --- the first forward: the slots go in ---------------------------------------------------------------------------
+
+    def _begin(self, call: dict[str, Any]) -> None:
+        refuse_unknown(call, self.stack, self.batch, self.columns)
+        given = call.get("attention_mask")
+        mask = mask_of_text(call, self.outer, (self.batch, self.columns), self.device, self.stack.causal)
+        positions = given_positions(self.stack, call, self.outer)
+        places = self.slots.places(mask, call.get("input_ids"))
+        self._written = Written(places, gaps(mask, places.offsets), self.columns)
+        self._wide = self._widened(places, mask)
+        self._mask = mask
+        wide_mask = self._wide.spread_mask(mask)
+        if call.get("input_ids") is not None:
+            call["input_ids"] = self._with_ids(self._wide, call["input_ids"])
+        elif self.slots.ids is not None:
+            raise UnsupportedModeError(
+                "slots in the sequence need the text's ids, in a model that looks at ids beyond their embeddings.",
+                "Call the model with `input_ids`.",
+                model=type(self.stack.module).__name__,
+                text="given as `inputs_embeds`",
+            )
+        else:
+            call["inputs_embeds"] = self._overwrite(self._wide.spread(call["inputs_embeds"], 0))
+            self.touched = True
+        widen_known(call, self._wide, self.stack.fills)
+        if call.get("token_type_ids") is not None:
+            self._ids = call.get("input_ids")
+        if given is not None or self.slots.uneven:
+            call["attention_mask"] = wide_mask
+        if not stand_by_types(call, mask):
+            self._place(call, widened_positions(self.stack, positions, mask, self._wide, wide_mask))
+        self._keep_states(call)
+
+    def _keep_states(self, call: dict[str, Any]) -> None:
+        """Where the stack itself leaves columns out (Gemma 4), ask for those in which the text's last ones end."""
+        asked = call.get("logits_to_keep")
+        if isinstance(asked, int) and asked > 0:
+            assert self._wide is not None
+            self._asked = asked
+            call["logits_to_keep"] = self._wide.columns - int(self._wide.text[:, -asked:].min())
+
+    def _with_ids(self, wide: Widened, ids: Tensor) -> Tensor:
+        """The ids of the widened sequence, [B, T] -> [B, N]."""
+        spread = wide.spread(ids, self.placeholder)
+        behind = self.slots.stacked_ids(ids)
+        return spread if behind is None else spread.scatter(1, wide.slots, behind.expand_as(wide.slots))
+
+    def _place(self, call: dict[str, Any], ids: Tensor) -> None:
+        """Tell the stack where the columns of the call stand, by ids in its own numbering."""
+        positions = self.stack.positions
+        if positions.argument:
+            call["position_ids"] = ids
+        elif positions.table is not None and positions.table.by_row:
+            place_at_table(positions.table, ids, self.handles)
+
+    def is_text(self, args: tuple[Any, ...]) -> bool:
+        """Tell the ids from token types, which GPT-2 and CTRL look up in the same table."""
+        ids = self._ids
+        if self._embeds_given:
+            return False
+        if ids is None or not args or not isinstance(args[0], Tensor) or args[0].numel() != ids.numel():
+            return True
+        return torch.equal(args[0].flatten(), ids.flatten())
+
+    def embed(self, output: Tensor) -> Tensor:
+        """Overwrite the slots' rows of the embedding's output, [B, N, H]."""
+        if self._wide is None or output.shape[1] != self._wide.columns:
+            return output
+        self.touched = True
+        return self._overwrite(output)
+
+    def _overwrite(self, output: Tensor) -> Tensor:
+        assert self._wide is not None
+        rows = self.slots.stacked(output).expand(output.shape[0], -1, -1)
+        return output.scatter(1, self._wide.slots[..., None].expand_as(rows), rows)
+
+    # --- later forwards of a generation: the slots are in the cache ---------------------------------------------------
+
+    def _continue(self, call: dict[str, Any], cache: Any, past: int) -> None:
+        written = written_in(cache)
+        slots = 0 if written is None else written.places.offsets.shape[1]
+        given, positions = call.get("attention_mask"), given_positions(self.stack, call, self.outer)
+        total = past - slots + self.columns
+        flat = padding_mask(call, self.outer)
+        seen = None if flat is None else flat.shape[-1]
+        if flat is None and positions is not None and positions.dim() == 2:
+            seen = int(positions.max()) + 1 - self.stack.positions.start
+        places = None if written is None else written.places_in(self.batch)
+        if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
+            raise UnsupportedModeError(
+                "slots in the sequence need a cache that their own generation has filled, token by token.",
+                "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate from the "
+                "whole text, without a cache from before.",
+                cache=f"{past} columns, {slots} of them slots",
+                call=f"{self.batch} rows, {self.columns} new tokens of {'unknown' if seen is None else seen} in all, "
+                f"{total} expected",
+            )
+        mask = mask_of_text(call, self.outer, (self.batch, total), self.device, self.stack.causal)
+        refuse_later_text(gaps(mask, places.offsets), places.live, written.columns)
+        wide = self._cached = self._widened(places, mask)
+        wide_mask = wide.spread_mask(mask)
+        if given is not None or self.slots.uneven:
+            call["attention_mask"] = wide_mask
+        counted = positions_of(self.stack, wide_mask)[:, -self.columns :]
+        self._place(call, counted if positions is None else positions + places.live.sum(-1, keepdim=True))
+        self.touched = True
+
+    def _continue_state(self, cache: Any) -> None:
+        """Go on from the state of recurrent layers alone: what they have read, slots and all, is in it."""
+        written = written_in(cache)
+        if written is None or written.places_in(self.batch) is None:
+            raise UnsupportedModeError(
+                "slots in the sequence need a state that their own generation has made.",
+                "Start again from the text, without the state.",
+                state=type(cache).__name__,
+                rows=self.batch,
+            )
+        self.touched = True
+
+    def _widened(self, places: Places, mask: Tensor) -> Widened:
+        """The map of this batch. In a decoder spare slots go to the left, for text will be generated at the right."""
+        spare_first = self.stack.causal and not self.keep
+        return widen(gaps(mask, places.offsets), places.live, mask.shape[1], spare_first=spare_first)
+
+    # --- the way out --------------------------------------------------------------------------------------------------
+
+    def strip(self, states: Tensor) -> Tensor:
+        """Bring states back to the text's columns, [B, N, H] -> [B, T, H]."""
+        wide = self._wide
+        assert wide is not None
+        return wide.predicting_states(states, self._mask) if self.stack.causal else wide.own_states(states)
+
+    def leave(self, output: Any) -> Any:
+        """Strip states, hidden states and attentions; for a decoder that attends to this stack, keep the last state."""
+        if self._wide is None:
+            return output if self._cached is None else strip_attentions(output, self._cached)
+        if self.stack.causal:
+            for cache in caches_in(output):
+                note_written(cache, self._written)
+        if self._asked and first_state(output).shape[1] < self._wide.columns:
+            return strip_last(output, self._wide, self.strip, self._asked)
+        refuse_more_columns(output, self.columns, self._wide.columns)
+        stripped = strip_output(output, self._wide, self.strip, self.keep)
+        if self.keep:
+            self.stack.encoded = self._written
+            note_written(stripped, self._written)
+            note_written(first_state(stripped), self._written)
+        return stripped
+
+    def pooled(self, states: Any) -> Any:
+        """What a pooler inside the stack may see."""
+        if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
+            return states
+        return self._wide.own_states(states)

@@ -1,0 +1,94 @@
+"""Bring what a stack returns back to the text's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from softhooks.backbone.stack import first_state
+from softhooks.layout.slot_map import Widened
+
+_PER_COLUMN = ("last_hidden_state", "hidden_states", "attentions", "router_logits")
+
+
+def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], keep_last: bool) -> Any:
+    """Bring every per-column tensor of a stack's output back to the text's columns.
+
+    Args:
+        wide: the map of the widened sequence.
+        states: how states are brought back, [B, N, H] -> [B, T, H].
+        keep_last: leave the last state as it is, for a decoder that attends to it.
+    """
+    if isinstance(output, Tensor):
+        return output if keep_last else _strip(output, wide, states)
+    if isinstance(output, tuple):
+        return tuple(item if keep_last and i == 0 else _strip(item, wide, states) for i, item in enumerate(output))
+    for key in _PER_COLUMN:
+        if output.get(key) is not None and not (keep_last and key == "last_hidden_state"):
+            output[key] = _strip(output[key], wide, states)
+    return output
+
+
+def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
+    """Strip one value by its form: states [B, N, H], attentions [B, Hq, N, N], a router's logits [B * N, E], or a tuple."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_strip(item, wide, states) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    batch, columns = wide.text.shape[0], wide.columns
+    if value.dim() == 4 and columns in value.shape[2:]:
+        for dim in (2, 3):
+            value = _gather(value, wide.text, dim) if value.shape[dim] == columns else value
+        return value
+    if value.dim() == 3 and value.shape[1] == columns:
+        return states(value)
+    if value.dim() == 2 and value.shape[0] == batch * columns:
+        return wide.own_states(value.unflatten(0, (batch, columns))).flatten(0, 1)
+    return value
+
+
+def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], asked: int) -> Any:
+    """Bring the last states, which are all that a stack has computed, back to the text's last columns.
+
+    Args:
+        asked: how many columns of the text.
+    """
+    computed = first_state(output)
+    last = states(functional.pad(computed, (0, 0, wide.columns - computed.shape[1], 0)))[:, -asked:]
+    if isinstance(output, tuple):
+        return last, *output[1:]
+    output["last_hidden_state"] = last
+    return output
+
+
+def strip_attentions(output: Any, wide: Widened) -> Any:
+    """Take the slots' columns out of attentions to a cache, [B, Hq, T, K]; a sliding layer holds the last K columns only."""
+
+    def strip(weights: Any) -> Any:
+        if not isinstance(weights, Tensor):
+            return weights
+        held = weights.shape[3]
+        text = _gather(functional.pad(weights, (wide.columns - held, 0)), wide.text, 3)
+        return text if held == wide.columns else text[..., -held:]
+
+    if isinstance(output, tuple):
+        return tuple(tuple(map(strip, item)) if _is_attentions(item, wide.text.shape[0]) else item for item in output)
+    if not isinstance(output, Tensor) and output.get("attentions") is not None:
+        output["attentions"] = tuple(map(strip, output["attentions"]))
+    return output
+
+
+def _is_attentions(item: Any, batch: int) -> bool:
+    first = item[0] if isinstance(item, tuple) and item else None
+    return isinstance(first, Tensor) and first.dim() == 4 and first.shape[0] == batch
+
+
+def _gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
+    shape = [weights.shape[0], 1, 1, 1]
+    shape[dim] = index.shape[1]
+    target = list(weights.shape)
+    target[dim] = index.shape[1]
+    return weights.gather(dim, index.view(shape).expand(target))

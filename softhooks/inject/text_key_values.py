@@ -1,0 +1,60 @@
+"""The keys and values that the frozen model computes for a text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from softhooks.backbone.attention_interface import marked
+from softhooks.backbone.entry_points import groups_of
+from softhooks.backbone.stack import Anatomy, Stack, at_rest
+from softhooks.compat.offload import device_of
+from softhooks.inject.prefill import CapturePass
+from softhooks.inject.prefix.key_values import flatten
+from softhooks.inject.prefix.prefix_cache import ListeningCache
+
+
+def key_values_of(anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+    """Run a text through the frozen model and take its keys and values, for every group.
+
+    In an encoder-decoder the text goes through both sides. Every token is kept, also in sliding layers.
+
+    Shape:
+        ids [P] -> {group: [P, numbers]}
+    """
+    ids = ids.to(device_of(anatomy.entry.embedding))[None]
+    groups = groups_of(anatomy)
+    captured: dict[str, Tensor] = {}
+    encoded: Tensor | None = None
+    for stack in anatomy.stacks:
+        with at_rest(stack.module), marked(stack):
+            keys, values, output = _capture(stack, ids, encoded)
+        encoded = output
+        for group, (owner, role) in groups.items():
+            if owner is stack:
+                captured[group] = flatten(keys[role], values[role], stack.sites_of(role)).float()
+    return captured
+
+
+def _capture(stack: Stack, ids: Tensor, encoded: Tensor | None) -> tuple[Any, Any, Tensor]:
+    """Run one stack over [1, P] ids and note its keys and values by role and index."""
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if encoded is not None:
+        inputs["encoder_hidden_states"] = encoded
+    if "use_cache" in stack.parameters and stack.causal:
+        inputs["use_cache"] = False
+    cache = ListeningCache() if stack.through == "cache" else None
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    live = CapturePass(stack)
+    outer, stack.live = stack.live, live
+    try:
+        output = stack.module(**inputs)
+    finally:
+        stack.live = outer
+    state: Tensor = output[0]
+    if cache is not None:
+        heard = cache.heard
+        return {"self": {i: k for i, (k, _) in heard.items()}}, {"self": {i: v for i, (_, v) in heard.items()}}, state
+    return live.keys, live.values, state

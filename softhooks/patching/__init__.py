@@ -1,0 +1,1 @@
+"""Attributes and functions of other objects, replaced and put back."""

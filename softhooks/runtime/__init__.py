@@ -1,0 +1,1 @@
+"""What runs while prompts are attached: state, hooks, and the choice of what a forward does."""

@@ -1,0 +1,137 @@
+"""The hooks that put a prompt's own rows of the vocabulary in the place of the model's, and the proof that they are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.stack import at_rest
+from softhooks.runtime.added_tokens import AddedTokens, output_of, refuse_tables
+from softhooks.runtime.contexts import Block
+
+if TYPE_CHECKING:
+    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.state import Host
+
+# --- in a forward -----------------------------------------------------------------------------------------------------
+
+
+class AddedHooks:
+    """The hooks that put prompts' own rows in the place of the model's.
+
+    Args:
+        host: the model's.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        tables = {id(stack.embedding): stack.embedding for stack in host.anatomy.stacks}
+        for embedding in tables.values():
+            host.keep(embedding.register_forward_hook(self.embed, with_kwargs=True))
+        self.head = output_of(host.model)
+        if self.head is not None:
+            host.keep(self.head.register_forward_hook(self.answer, with_kwargs=True))
+        host.embed_last()  # a prompt's virtual tokens stand on any id
+
+    def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """Look added tokens up in the prompt's own rows."""
+        ids = args[0] if args else kwargs["input"]
+        changed = output
+        for added, rows in self._uses(ids.shape[0]):
+            own, here = added.look_up(module, ids, output)
+            here = here if rows is None else here & rows.view(-1, *[1] * (ids.dim() - 1))
+            changed = torch.where(here.unsqueeze(-1), own, changed)
+        return None if changed is output else changed
+
+    def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Compute added tokens' logits from the prompt's own rows."""
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        for added, rows in self._uses(output.shape[0]):
+            own = added.logits(hidden, output)
+            if rows is not None:
+                own = torch.where(rows.view(-1, *[1] * (output.dim() - 1)), own, output[..., added.ids])
+            output = output.index_copy(-1, added.ids, own)
+        return output
+
+    def _uses(self, batch: int) -> Iterator[tuple[AddedTokens, Tensor | None]]:
+        """The rows in use, each with the rows of the batch that they serve; None: all."""
+        host = self.host
+        if not host.is_on:
+            return
+        if host.rows is None:
+            added = _added_of(host, host.active)
+            if added is not None:
+                yield added, None
+            return
+        if not host.rows or batch % len(host.rows):
+            return  # a prompt on its own way through the stack
+        for name in dict.fromkeys(host.rows):
+            added = _added_of(host, name)
+            if added is not None:
+                chosen = torch.tensor([one == name for one in host.rows], device=added.ids.device)
+                yield added, chosen.repeat_interleave(batch // len(host.rows))
+
+
+def _added_of(host: Host, name: str | None) -> AddedTokens | None:
+    prompt = host.prompts.get(name) if name is not None else None
+    return None if prompt is None else prompt.added
+
+
+# --- the proof --------------------------------------------------------------------------------------------------------
+
+
+def prove_rows(prompt: SoftPrompt, inputs: dict[str, Tensor]) -> None:
+    """Check that a prompt's copies, which still equal the model's rows, compute what the model computes with these.
+
+    Args:
+        inputs: a call of the model.
+
+    Raises:
+        UnsupportedModelError: they do not; or the ids reach a second table, or the logits no output embeddings.
+    """
+    added, host = prompt.added, prompt.host
+    if added is None:
+        return
+    model = host.model
+    head = output_of(model)
+    ids = next(value for value in inputs.values() if not value.is_floating_point())
+    tables: dict[int, nn.Module] = {id(stack.embedding): stack.embedding for stack in host.anatomy.stacks}
+    heard: list[tuple[Tensor, Tensor]] = []
+
+    def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module is head:
+            heard.append(((args or tuple(kwargs.values()))[0], output))
+        elif isinstance(module, nn.Embedding) and id(module) not in tables:
+            given = (args or tuple(kwargs.values()))[0]
+            if isinstance(given, Tensor) and given.shape == ids.shape and torch.equal(given, ids):
+                refuse_tables(model, f"the ids are looked up in a second table ({type(module).__name__})")
+
+    with at_rest(model), _hooked(model, listen):
+        with Block(host, off=True):
+            answered = model(**inputs)
+            for embedding in tables.values():
+                expected = embedding(added.ids[None])
+                if not torch.equal(added.look_up(embedding, added.ids[None], expected)[0], expected):
+                    refuse_tables(model, f"an embedding that does more than look rows up ({type(embedding).__name__})")
+        logits = getattr(answered, "logits", None)
+        is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == host.anatomy.vocabulary
+        if is_vocabulary and not heard:
+            refuse_tables(model, "logits of the vocabulary that are not computed by the output embeddings")
+        for hidden, output in heard:
+            mine, theirs = added.logits(hidden, output), output[..., added.ids]
+            if float((mine - theirs).abs().max()) > 1e-2 * float(theirs.abs().max()) + 1e-6:
+                refuse_tables(model, f"output embeddings that do more than multiply ({type(head).__name__})")
+
+
+@contextmanager
+def _hooked(model: nn.Module, listen: Any) -> Iterator[None]:
+    handles = [module.register_forward_hook(listen, with_kwargs=True) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

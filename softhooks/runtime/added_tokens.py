@@ -1,0 +1,240 @@
+"""Rows of the vocabulary that a prompt trains as its own: those of tokens that a script has added.
+
+The prompt holds copies of the rows; hooks put them in the place of the model's, where the embedding looks ids up and where the
+output embeddings (`lm_head`) compute these tokens' logits. The model's own tables keep every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from softhooks.backbone.added_vocabulary import base_rows
+from softhooks.backbone.examine import unwrapped
+from softhooks.backbone.stack import Anatomy
+from softhooks.compat.offload import device_of
+from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, UnsupportedModelError
+
+ADDED = "added"
+"""Under which name a prompt's module holds them."""
+
+
+class AddedTokens(nn.Module):
+    """A prompt's own rows of the vocabulary, in fp32.
+
+    Args:
+        ids: which.
+        vocabulary: how many rows the model has.
+        rows: of the input embedding, [N, E]; where the output embeddings are tied to it, theirs too.
+        output_rows, output_bias: of output embeddings that are not tied, [N, H], and of their bias, [N].
+    """
+
+    ids: Tensor
+    places: Tensor
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        vocabulary: int,
+        rows: Tensor,
+        output_rows: Tensor | None = None,
+        output_bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        places = torch.full((vocabulary,), -1)
+        places[list(ids)] = torch.arange(len(ids))
+        self.register_buffer("ids", torch.tensor(list(ids)), persistent=False)
+        self.register_buffer("places", places, persistent=False)
+        self.rows = nn.Parameter(rows.detach().float().clone())
+        self.output_rows = None if output_rows is None else nn.Parameter(output_rows.detach().float().clone())
+        self.output_bias = None if output_bias is None else nn.Parameter(output_bias.detach().float().clone())
+
+    def look_up(self, embedding: nn.Module, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Look ids up as an embedding does, in the prompt's own rows: its factors apply to them too.
+
+        Returns:
+            the rows, and which of the ids are the prompt's own.
+        """
+        places = self.places[ids]
+        own: Any = object.__new__(type(embedding))
+        table: Any = embedding.weight
+        own.__dict__.update(embedding.__dict__)
+        own.__dict__["_parameters"] = {"weight": self.rows.to(table.dtype)}
+        own.__dict__["padding_idx"] = None
+        found: Tensor = type(embedding).forward(own, places.clamp(min=0))
+        return found.to(output.dtype), places >= 0
+
+    def logits(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """These tokens' logits, [..., N]."""
+        rows = self.rows if self.output_rows is None else self.output_rows
+        bias = None if self.output_bias is None else self.output_bias.to(hidden.dtype)
+        return functional.linear(hidden, rows.to(hidden.dtype), bias).to(output.dtype)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Everything, by name, as a file holds it."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+
+# --- which rows -------------------------------------------------------------------------------------------------------
+
+
+def chosen_ids(asked: Any, model: nn.Module, anatomy: Anatomy) -> tuple[int, ...]:
+    """The ids of the rows to train: those that were named, or those that were added; to a tokenizer, if one is given.
+
+    Raises:
+        OptionError: an id is not in the vocabulary; or nothing tells which rows were added.
+    """
+    if isinstance(asked, bool):
+        if not asked:
+            return ()
+        base = base_rows(model, anatomy)
+        if base is None:
+            raise OptionError(
+                "train_added_tokens=True trains the rows that `resize_token_embeddings` has added; nothing tells of any.",
+                "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
+                model=f"{type(unwrapped(model)).__name__}, {anatomy.vocabulary} rows",
+            )
+        return tuple(range(base, anatomy.vocabulary))
+    if hasattr(asked, "get_added_vocab"):
+        asked = _added_to(asked, model, anatomy)
+    try:
+        ids = [asked] if isinstance(asked, int) else [number.__index__() for number in asked]
+    except (TypeError, AttributeError) as error:
+        raise OptionError(f"train_added_tokens must be True, False or ids of tokens; it is {asked!r}.") from error
+    beyond = [number for number in ids if not 0 <= number < anatomy.vocabulary]
+    if not ids or beyond:
+        raise OptionError(
+            "train_added_tokens must name rows of the model's vocabulary.",
+            "Call `model.resize_token_embeddings(len(tokenizer))` before, or mend the ids.",
+            ids=beyond or "none",
+            vocabulary=f"{anatomy.vocabulary} rows",
+        )
+    return tuple(sorted(set(ids)))
+
+
+def _added_to(tokenizer: Any, model: nn.Module, anatomy: Anatomy) -> list[int]:
+    """The tokens that were added to a tokenizer and have rows beyond the model's own, or else beyond the tokenizer's own."""
+    base = base_rows(model, anatomy)
+    first = tokenizer.vocab_size if base is None else base
+    return sorted(number for number in tokenizer.get_added_vocab().values() if number >= first)
+
+
+def copy_rows(ids: Sequence[int], model: nn.Module, anatomy: Anatomy) -> AddedTokens:
+    """Copy rows of a model's vocabulary.
+
+    Raises:
+        UnsupportedModelError: its tables are of a kind whose rows cannot be replaced.
+    """
+    table, head = _input_of(model, anatomy), output_of(model)
+    tables = {id(head), *(id(stack.embedding) for stack in anatomy.stacks)}
+    for module in model.modules():
+        is_adapter = hasattr(module, "base_layer") or hasattr(module, "original_module")
+        if is_adapter and any(id(part) in tables for part in module.modules()):
+            refuse_tables(model, f"a table that an adapter of PEFT trains ({type(module).__name__})")
+    index = torch.tensor(list(ids), device=table.device)
+    rows, output_rows, output_bias = table.detach()[index], None, None
+    if head is not None:
+        weight: Any = getattr(head, "weight", None)
+        bias: Any = getattr(head, "bias", None)
+        if not _is_table(weight, anatomy.vocabulary) or (bias is not None and bias.shape != weight.shape[:1]):
+            refuse_tables(model, f"output embeddings of another form ({type(head).__name__})")
+        output_rows = None if weight is table else weight.detach()[index]
+        output_bias = None if bias is None else bias.detach()[index]
+    return AddedTokens(ids, anatomy.vocabulary, rows, output_rows, output_bias).to(device_of(anatomy.entry.embedding))
+
+
+def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
+    """Put stored rows into a prompt's copies.
+
+    Raises:
+        PromptMismatchError: their shape, or whether tables are tied, is another.
+    """
+    expected = {name: list(table.shape) for name, table in own.tables().items()}
+    found = {name: list(table.shape) for name, table in tables.items()}
+    if expected != found:
+        raise PromptMismatchError(
+            "a prompt's rows of added tokens must fit the tables of the model.",
+            "Load the base model that it was trained with.",
+            prompt=f"{found} ({source})",
+            model=expected,
+        )
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            parameter.copy_(tables[name])
+
+
+def read_ids(told: Any, tables: dict[str, Tensor], source: str) -> tuple[int, ...]:
+    """Read of which tokens a file holds rows, and check that it holds one for each.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if told is None and not tables:
+        return ()
+    known = {"rows": 2, "output_rows": 2, "output_bias": 1}
+    is_sound = (
+        isinstance(told, list)
+        and all(type(number) is int and number >= 0 for number in told)
+        and 0 < len(told) == len(set(told))
+        and "rows" in tables
+        and all(
+            name in known and tables[name].dim() == known[name] and len(tables[name]) == len(told) for name in tables
+        )
+    )
+    if not is_sound:
+        raise CheckpointError(
+            "a file must hold one row for each added token that it names.",
+            "Save the prompt again.",
+            file=source,
+            tokens=told,
+            rows={name: list(table.shape) for name, table in tables.items()},
+        )
+    return tuple(told)
+
+
+def _input_of(model: nn.Module, anatomy: Anatomy) -> Tensor:
+    """The one table in which all stacks look ids up."""
+    tables = [getattr(stack.embedding, "weight", None) for stack in anatomy.stacks]
+    for stack, table in zip(anatomy.stacks, tables, strict=True):
+        if not isinstance(stack.embedding, nn.Embedding) or not _is_table(table, anatomy.vocabulary):
+            refuse_tables(model, f"an embedding of another kind ({type(stack.embedding).__name__})")
+        if stack.embedding.max_norm is not None:
+            refuse_tables(model, "an embedding that changes its rows as it looks them up (max_norm)")
+    if any(table is not tables[0] for table in tables):
+        refuse_tables(model, "encoder and decoder look ids up in tables of their own")
+    table = tables[0]
+    assert isinstance(table, Tensor)
+    return table
+
+
+def output_of(model: nn.Module) -> nn.Module | None:
+    """The output embeddings of a model, if it has some."""
+    plain: Any = unwrapped(model)
+    try:
+        head = plain.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _is_table(weight: Any, rows: int) -> bool:
+    is_whole = isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == rows and not weight.is_meta
+    return is_whole and weight.is_floating_point() and weight.element_size() >= 2 and not hasattr(weight, "full_tensor")
+
+
+def refuse_tables(model: nn.Module, found: str) -> NoReturn:
+    """Refuse a model whose tables are of another kind.
+
+    Raises:
+        UnsupportedModelError: saying what was found.
+    """
+    raise UnsupportedModelError(
+        "rows of added tokens are trained where one whole, unquantized table is looked up, and ids are used nowhere else.",
+        "Attach without `train_added_tokens`, and save the resized model beside the prompt.",
+        model=type(unwrapped(model)).__name__,
+        found=found,
+    )

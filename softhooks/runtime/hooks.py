@@ -1,0 +1,251 @@
+"""The hooks that a host registers. Bound methods, so that a deep copy of the model copies them with it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.forward_pass import Pass
+from softhooks.backbone.heads import answer, answer_rows
+from softhooks.backbone.multiple_choice import choices_of, for_each_choice
+from softhooks.backbone.stack import Stack
+from softhooks.errors import PromptNotReachedError, UnsupportedModeError
+from softhooks.inject.checkpointing import CheckpointedPass, Through
+from softhooks.inject.provenance import note_caches, note_encoded, require_encoded
+from softhooks.inject.slots.cross_attention import note_of, strip_encoder_state
+from softhooks.inject.slots.slots import SlotPass
+from softhooks.inject.text_position import BROUGHT
+from softhooks.objectives.base import refuse_backward
+from softhooks.runtime.arguments import take
+from softhooks.runtime.contexts import alone_of
+from softhooks.runtime.open_pass import open_forward
+from softhooks.runtime.running import Call, Held, module_call
+from softhooks.runtime.training_loop import prompts_on, takes_gradients, tell_frozen
+from softhooks.runtime.unused_parameters import require_search
+
+if TYPE_CHECKING:
+    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.state import Host
+
+
+class ModelHooks:
+    """The first and the last hook of a model's forward: extra arguments, objectives, and whether the prompt was reached."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take the extra arguments out of the call, and let an objective join it."""
+        host = self.host
+        if host.is_own_call:
+            return None
+        call = host.running.begin(self, f"the forward of {type(module).__name__}", module_call(), is_model=True)
+        if call.outer is None and alone_of(host) is None:
+            host.labels.show()
+        call.is_on = host.is_on
+        host.refuse_unused(kwargs)
+        host.require_standing()
+        call.given = take(kwargs, host.columns)
+        named = self._named(args, kwargs)
+        call.brought = {name: named.get(name) for name in BROUGHT}
+        if host.anatomy.choices is not None:
+            _note_choices(call, args, kwargs)
+        encoded = kwargs.get("encoder_outputs")
+        if host.is_in_use and encoded is not None and host.anatomy.is_encoder_decoder:
+            require_encoded(encoded, host.made())
+        call.encoded = note_of(encoded)
+        if call.is_aside or not host.is_in_use or not torch.is_grad_enabled():
+            return args, kwargs
+        trainable = [prompt for prompt in prompts_on(host) if takes_gradients(prompt)]
+        require_search(trainable, call.given)
+        trained = next((prompt for prompt in trainable if prompt.objective is not None), None)
+        if trained is None:
+            call.finish = None if trainable else tell_frozen
+            return args, kwargs
+        if not host.model.training:
+            call.finish = refuse_backward(trained)
+            return args, kwargs
+        return self._begin(call, trained, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def leave(self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
+        """Check that the prompt was reached, and finish the output; runs after an error too, with no output then."""
+        host = self.host
+        call = host.running.find(self, module_call())
+        if call is None:
+            return None
+        try:
+            if output is None or not call.is_on or not host.is_on:
+                return None
+            if call.batch is None:
+                raise self._not_reached()
+            if host.anatomy.is_encoder_decoder and call.batch:
+                selection = host.in_use(call.batch)
+                if selection.uses and selection.prompts[0].injection == "slots":
+                    output = strip_encoder_state(output, host.anatomy.entry)
+            return output if call.finish is None else call.finish(output)
+        finally:
+            host.running.end(call)
+
+    def aside(self) -> Held:
+        """Let an objective, or a check, run the model: that run has no objective."""
+        return self.host.running.held("a run without objective", aside=True)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name."""
+        if not args:
+            return kwargs
+        return dict(zip(inspect.signature(self.host.model.forward).parameters, args, strict=False)) | kwargs
+
+    def _begin(
+        self, joined: Call, prompt: SoftPrompt, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let a prompt's objective join the call."""
+        host, objective = self.host, prompt.objective
+        assert objective is not None
+        call = self._named(args, kwargs)
+        if host.rows is not None or call.get("labels") is None:
+            raise UnsupportedModeError(
+                "a method with an objective of its own trains one prompt, in forwards that bring their labels.",
+                "Pass `labels` to the model and train on `output.loss`; a Trainer's label smoothing and "
+                "`compute_loss_func` would keep them from it.",
+                method=prompt.method.kind,
+                labels="given" if call.get("labels") is not None else "not given",
+                prompts=host.selection,
+            )
+        joined.finish = objective.begin(prompt, call, joined.given)
+        return (), call
+
+    def _not_reached(self) -> PromptNotReachedError:
+        host = self.host
+        return PromptNotReachedError(
+            "every forward of a model with a prompt must go through the prompt.",
+            "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with `softhooks.disabled(model)`.",
+            model=type(host.model).__name__,
+            stacks=", ".join(stack.path or "the model itself" for stack in host.anatomy.stacks),
+        )
+
+
+def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let what is said for a row hold for each of its choices, which the stack meets as rows of their own."""
+    rows, call.choices = choices_of(args, kwargs)
+    call.given = for_each_choice(call.given, rows, call.choices)
+    for name, value in (call.brought or {}).items():
+        if isinstance(value, Tensor) and value.dim() == 3 and call.brought is not None:
+            call.brought[name] = value.flatten(0, 1)
+
+
+class StackHooks:
+    """The hooks of one stack."""
+
+    def __init__(self, host: Host, stack: Stack) -> None:
+        self.host = host
+        self.stack = stack
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Open the pass and change the call's arguments."""
+        own = self.stack.live
+        if own is not None and not own.entered:
+            own.entered = True
+            return None  # the prompt's own rows on their way through
+        begun = self.host.running.begin(self, f"the forward of {type(module).__name__}", module_call())
+        call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
+        begun.opened = open_forward(self.host, self.stack, call)
+        self._meet(begun, Through(self.stack) if begun.opened is None else begun.opened)
+        if begun.opened is None:
+            return None if call.keys() >= kwargs.keys() else ((), call)  # the model never sees extra arguments
+        return (), call
+
+    def _meet(self, begun: Call, live: Pass) -> None:
+        """Let attention and embedding meet a pass until the call ends, and then what they met before."""
+        stack, outer = self.stack, self.stack.live
+
+        def restore() -> None:
+            stack._live = outer
+            live.close()
+
+        begun.cleanups.append(restore)
+        live.entered = True
+        stack.live = live
+        if not stack.module.training or not torch.is_grad_enabled():
+            return
+        if isinstance(live, Through):
+            live.follow_checkpointing()
+        elif not isinstance(live, CheckpointedPass):
+            layers = Through(stack)
+            begun.cleanups.append(layers.close)
+            layers.follow_checkpointing()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Close the pass and change the output; runs after an error too, with no output then."""
+        begun = self.host.running.find(self, module_call())
+        if begun is None:
+            return None
+        opened = begun.opened
+        try:
+            if opened is None or output is None:
+                return None
+            changed = opened.leave(output)
+            if not opened.touched:
+                raise PromptNotReachedError(
+                    "a prompt must be put in once the forward of its stack is under way.",
+                    "Register attention functions before the prompt is attached; do not replace the embedding after.",
+                    stack=f"{type(self.stack.module).__name__} ({self.stack.path or 'the model itself'})",
+                    way=type(opened).__name__,
+                )
+            if self.stack.name == "encoder":
+                note_encoded(changed, opened.made())
+            else:
+                note_caches(changed, opened.made)
+            if (
+                begun.forward is begun
+                and torch.is_grad_enabled()
+                and not any(map(takes_gradients, prompts_on(self.host)))
+            ):
+                return tell_frozen(changed)  # called by itself, without the model around it
+            return changed
+        finally:
+            self.host.running.end(begun)
+
+    def embed(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Change the embedding's output where a pass asks for it."""
+        live = self.stack.live
+        return None if live is None or not live.is_text(args) else live.embed(output)
+
+    def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Keep virtual slots from a pooler inside the stack."""
+        live = self.stack.live
+        if isinstance(live, SlotPass):
+            return (live.pooled(args[0]), *args[1:])
+        return None
+
+    def unslot(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """Strip virtual slots before a pooler, where it is handed one column and cannot tell a slot from text."""
+        return self.stack.live.leave(output) if isinstance(self.stack.live, SlotPass) else None
+
+
+class HeadHooks:
+    """The hook of one of the model's heads."""
+
+    def __init__(self, host: Host, key: str) -> None:
+        self.host = host
+        self.key = key
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Answer with the prompt's own head, or each row with its prompt's."""
+        host = self.host
+        if not host.is_on or not isinstance(output, Tensor):
+            return None
+        selection = host.in_use(output.shape[0])
+        heads = [prompt.head(self.key) for prompt in selection.prompts]
+        choice = selection.choice_of_prompts()
+        if choice is not None:
+            return answer_rows(heads, choice, args, kwargs, output)
+        return output if heads[0] is None else answer(heads[0], args, kwargs, output)

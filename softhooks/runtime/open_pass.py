@@ -1,0 +1,92 @@
+"""What happens as the forward of a stack begins: the call is looked at, and the pass of the prompts in use is opened."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from softhooks.backbone.forward_pass import Pass
+from softhooks.backbone.stack import Stack
+from softhooks.inject.prefix.packed import documents, guard, require_masks
+from softhooks.inject.prefix.paged import paged_cache, require_same_prompt
+from softhooks.inject.provenance import cache_of, require_own_cache
+from softhooks.inject.reuse import borne_by
+from softhooks.inject.text_position import Outer
+from softhooks.runtime.arguments import take
+from softhooks.runtime.continuous_batching import require_servable
+from softhooks.runtime.dispatch import open_pass
+from softhooks.runtime.running import Call
+
+if TYPE_CHECKING:
+    from softhooks.runtime.state import Host
+
+
+def open_forward(host: Host, stack: Stack, call: dict[str, Any]) -> Pass | None:
+    """Open the pass of a forward of a stack, if a prompt is on."""
+    in_use = host.is_in_use
+    host.met.note(host.selection if in_use else "none", stack.module.training)
+    cache = cache_of(call) if in_use else call.get("past_key_values")
+    if not in_use:
+        require_own_cache(cache, None)
+    host.refuse_unused(call, stack.parameters)
+    given = take(call, host.columns)  # where a stack is called by itself, as generate calls an encoder
+    paged = paged_cache(call)
+    if not (in_use or host.is_on):
+        require_same_prompt(paged, None, None)
+        return None
+    if paged is not None:
+        require_servable(host)
+    text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+    batch = text.shape[0] if isinstance(text, Tensor) else 0
+    forward = host.running.forward
+    assert forward is not None, "a stack's hook has begun a call"
+    selection = host.in_use(batch, given or forward.given)
+    forward.batch = batch if forward.batch is None else forward.batch
+    if not selection.uses:
+        return None
+    host.require_place_of(stack)
+    made = partial(host.made, selection)
+    if cache is not None:
+        require_own_cache(cache, made())
+    columns = text.shape[1] if isinstance(text, Tensor) else 0
+    own = call.get("position_ids")
+    outer = _outer(forward, stack)
+    positions = outer.positions if own is None and outer is not None else own
+    packed = documents(positions, call.get("attention_mask"), columns)
+    if packed is not None:
+        require_masks(stack, packed, by_position=own is not None)
+    if host.freeze_dropout:
+        _keep_dropout_off(host, stack)
+    with borne_by(paged, host):
+        opened = open_pass(stack, call, selection, host.placeholder, outer)
+    if packed is not None:
+        guard(opened, packed)
+    if paged is not None:
+        require_same_prompt(paged, opened, host.selection)
+    opened.made = made
+    return opened
+
+
+def _keep_dropout_off(host: Host, stack: Stack) -> None:
+    """Keep a backbone's dropout off until the call ends."""
+    resting = [module for module in stack.module.modules() if module.training]
+
+    def wake() -> None:
+        for module in resting:
+            module.training = True
+
+    call = host.running.call
+    assert call is not None, "a stack's hook has begun a call"
+    call.cleanups.append(wake)
+    for module in resting:
+        module.training = False
+
+
+def _outer(forward: Call, stack: Stack) -> Outer | None:
+    """What the forward of the model that is under way brought for a stack."""
+    if forward.brought is None:
+        return None
+    prefix = "decoder_" if stack.name == "decoder" else ""
+    return Outer(forward.brought.get(f"{prefix}position_ids"), forward.brought.get(f"{prefix}attention_mask"))

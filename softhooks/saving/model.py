@@ -1,0 +1,264 @@
+"""What `model.save_pretrained` writes while prompts are attached: the prompts, as PEFT writes adapters, and not the base.
+
+The base is frozen and somebody has it already; written with a prompt among its weights it would be a model of which
+`from_pretrained` drops the prompt without an error. A Trainer without a callback saves through here too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from softhooks.backbone.container import CONTAINER
+from softhooks.compat.sharding import gathered
+from softhooks.errors import PromptMismatchError
+from softhooks.runtime.state import Host
+from softhooks.saving.outer_model import SaveFromOutside
+
+if TYPE_CHECKING:
+    from softhooks.prompt import SoftPrompt
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # how a Trainer names its checkpoints
+_IGNORED = "_keys_to_ignore_on_save"
+
+
+class SavePrompts:
+    """Stands in for `save_pretrained` of a model that carries prompts.
+
+    An object and not a closure, so that a deep copy of the model saves its own prompts.
+
+    Args:
+        host: the model's.
+
+    Attributes:
+        below: what it stands in for.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._before: Any = host.model.__dict__.get("save_pretrained")
+        self._said = False
+
+    def below(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what stood there before: the class's own method."""
+        model: Any = self.host.model
+        return self._before(*args, **kwargs) if self._before else type(model).save_pretrained(model, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the prompts; with the prompts turned off, the model without them."""
+        call = self._call(args, kwargs)
+        state = call.get("state_dict")
+        if not self.host.prompts:
+            return self.below(**call)
+        if self.host.disabled or (state is not None and not any(map(_is_prompts, state))):
+            return self.save_base(call)
+        return self._save_prompts(Path(call["save_directory"]), call)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Name the arguments of a call; the second positional argument differs between PEFT and transformers."""
+        model: Any = self.host.model
+        signature = inspect.signature(self._before or type(model).save_pretrained)
+        names = [name for name in signature.parameters if name != "self"]
+        return dict(zip(names, args, strict=False)) | kwargs
+
+    # --- the prompts --------------------------------------------------------------------------------------------------
+
+    def _save_prompts(self, folder: Path, call: dict[str, Any]) -> None:
+        state, writes = call.get("state_dict"), call.get("is_main_process", True)
+        places, before = self.places(folder), _stamps(folder) if call.get("push_to_hub") else {}
+        with ExitStack() as whole:
+            for prompt in places:
+                writes = whole.enter_context(gathered(prompt, state)) and writes
+            if writes:
+                for prompt, place in places.items():
+                    prompt.save_pretrained(place)
+                self._save_besides(folder, call)
+        if writes and not self._said:
+            self._said = True
+            logger.warning(
+                "save_pretrained of a model with prompts writes the prompts (%s), which softhooks.load reads, and not the base; "
+                "the base: `with softhooks.disabled(model): model.save_pretrained(directory)`",
+                ", ".join(f"{prompt.name!r} to {place}" for prompt, place in places.items()),
+            )
+        if writes and call.get("push_to_hub"):
+            _push(folder, before, call)
+
+    def places(self, folder: Path) -> dict[SoftPrompt, Path]:
+        """Where each prompt goes: `default`, or else the one that is on, into the folder; others by name into folders inside."""
+        prompts = self.host.prompts
+        top = "default" if "default" in prompts else self.host.active or next(reversed(prompts))
+        return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
+
+    def _save_besides(self, folder: Path, call: dict[str, Any]) -> None:
+        """Write what else is trained: PEFT's adapters, parameters of the base; and what a Trainer resumes from."""
+        model: Any = self.host.model
+        has_adapters = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+        resumed = is_checkpoint(folder)
+        kept = self._trained_base()
+        if has_adapters or (kept and not resumed):
+            self.save_base({**call, "push_to_hub": False})
+        if resumed or (kept and has_adapters):
+            from softhooks.saving.state_dict import live_tensors
+            from softhooks.trainer.checkpoint import write_live
+
+            live: dict[str, Tensor] = {}
+            for prompt in self.host.prompts.values():
+                live |= live_tensors(prompt)
+            write_live(folder, live)
+        if kept and not resumed:
+            where = "the parameters that train" if has_adapters else "the base"
+            logger.warning("%d parameters of the base train beside the prompt; %s: %s too", len(kept), where, folder)
+
+    def _trained_base(self) -> list[str]:
+        """The parameters of the base that train beside the prompts, and are of no adapter."""
+        model = self.host.model
+        adapters = tuple(
+            f"{path}.{name}." if path else f"{name}."
+            for path, module in model.named_modules()
+            for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
+        )
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return [
+            name
+            for name in trained
+            if not _is_prompts(name) and not name.startswith(adapters) and ".modules_to_save." not in name
+        ]
+
+    # --- the base -----------------------------------------------------------------------------------------------------
+
+    def save_base(self, call: dict[str, Any]) -> Any:
+        """Write the model as it would be without its prompts."""
+        state = call.get("state_dict")
+        if state is not None:
+            call = {**call, "state_dict": {name: value for name, value in state.items() if not _is_prompts(name)}}
+        with _without_prompts(self.host.model), self.host.labels.model_shown():
+            return self.below(**call)
+
+    # --- load ---------------------------------------------------------------------------------------------------------
+
+    def check(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+        """Refuse a state dict with other prompts than the model carries: `strict=False` would pass them over.
+
+        Raises:
+            PromptMismatchError: naming both sides.
+        """
+        found = {name: list(value.shape) for name, value in state.items() if _is_prompts(name)}
+        if prefix or not found or self.host.model.__dict__.get("save_pretrained") is not self:
+            return  # a callback's own saver checks more
+        from softhooks.saving.state_dict import live_tensors
+
+        expected: dict[str, list[int]] = {}
+        for name, prompt in self.host.prompts.items():
+            if any(key.startswith(f"{CONTAINER}.{name}.") for key in found):
+                own = {key: list(value.shape) for key, value in live_tensors(prompt).items() if _is_prompts(key)}
+                frozen = prompt._module.state_dict(prefix=f"{CONTAINER}.{name}.")
+                expected |= own
+                expected |= {key: list(value.shape) for key, value in frozen.items() if key in found}
+        known = {key: shape for key, shape in found.items() if not key.endswith(".description")}
+        if known != expected:
+            raise PromptMismatchError(
+                "the prompts in a state dict must be those that the model carries, name by name and shape by shape.",
+                "Attach the prompt with the method, the name and the options that wrote the checkpoint.",
+                checkpoint=known,
+                model=expected or ", ".join(map(repr, self.host.prompts)),
+            )
+
+
+class LoadAdapter:
+    """Stands in for `load_adapter` of a PEFT model, by which a Trainer resumes: a checkpoint's prompts are loaded with it.
+
+    PEFT freezes whatever is no adapter when it loads one; prompts go on training.
+
+    Args:
+        host: the model's.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self._before: Any = host.model.__dict__.get("load_adapter")
+
+    def __call__(self, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load the adapter and, from a checkpoint, the prompts."""
+        from softhooks.formats.files import read_tensors
+        from softhooks.trainer.checkpoint import LIVE
+
+        model: Any = self.host.model
+        load = self._before or type(model).load_adapter.__get__(model)
+        given = Path(str(model_id))
+        live = next((folder / LIVE for folder in (given, given.parent) if (folder / LIVE).is_file()), None)
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        result = load(model_id, *args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if _is_prompts(name) or (live is not None and name in before):
+                parameter.requires_grad_(before[name])
+        if live is not None:
+            model.load_state_dict(read_tensors(live)[0], strict=False)
+        return result
+
+
+def stand_in(host: Host) -> None:
+    """Let the model's `save_pretrained`, if it has one, write its prompts, until the last is removed."""
+    if hasattr(host.model, "peft_config") and hasattr(host.model, "load_adapter"):
+        host.override("load_adapter", LoadAdapter(host))
+    if hasattr(host.model, "save_pretrained"):
+        saving = SavePrompts(host)
+        host.override("save_pretrained", saving)
+        host.keep(host.model.register_load_state_dict_pre_hook(saving.check))
+    container: Any = host.model._modules[CONTAINER]
+    container.register_state_dict_post_hook(SaveFromOutside(host))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a Trainer names its checkpoints so."""
+    return _CHECKPOINT.fullmatch(folder.name) is not None
+
+
+def _is_prompts(name: str) -> bool:
+    return name.startswith(f"{CONTAINER}.")
+
+
+@contextmanager
+def _without_prompts(model: nn.Module) -> Iterator[None]:
+    """Take the prompts' parameters out of a model while it is written, and what a callback leaves out of its checkpoints."""
+    from softhooks.saving.state_dict import NotSaved
+
+    modules = dict(model._modules)
+    ignored = model.__dict__.get(_IGNORED)
+    model._modules.pop(CONTAINER, None)
+    if isinstance(ignored, NotSaved):
+        del model.__dict__[_IGNORED]
+    try:
+        yield
+    finally:
+        model._modules.clear()
+        model._modules.update(modules)  # in the order in which they were
+        if isinstance(ignored, NotSaved):
+            model.__dict__[_IGNORED] = ignored
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def _stamps(folder: Path) -> dict[str, int]:
+    files = (file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else ()
+    return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in files}
+
+
+def _push(folder: Path, before: dict[str, int], call: dict[str, Any]) -> None:
+    """Upload what was written, as `save_pretrained(push_to_hub=True)` does."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=call.get("token"))
+    about = {name: call[name] for name in ("commit_message", "create_pr", "revision") if name in call}
+    repository = api.create_repo(call.get("repo_id", folder.name), private=call.get("private"), exist_ok=True).repo_id
+    written = [file for file, stamp in _stamps(folder).items() if before.get(file) != stamp]
+    api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=written, **about)

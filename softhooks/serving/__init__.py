@@ -1,0 +1,1 @@
+"""Prompts as embedding rows, for inference servers."""

@@ -1,0 +1,118 @@
+"""Rows of a template in a Trainer: its default collator does not pad them, and it removes the fields that a collator renders.
+
+Both are settled on the Trainer's instance when it meets a callback whose method has a template. A script's own collator is left
+as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import DataCollatorWithPadding, default_data_collator
+
+from softhooks.layout.collate import IGNORED, Collator, padded_labels
+from softhooks.runtime.state import host_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from softhooks.method import Method
+
+_FILL = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
+
+
+class PaddedRows:
+    """A Trainer's default collator, for rows of unequal length too.
+
+    Args:
+        default: the Trainer's own: `default_data_collator`, or a `DataCollatorWithPadding`.
+        pad_token_id: the id of a padding column, where there is no tokenizer to ask.
+    """
+
+    def __init__(self, default: Any, pad_token_id: int) -> None:
+        self.default = default
+        self.pad_token_id = pad_token_id
+        if isinstance(default, DataCollatorWithPadding):
+            self.tokenizer = default.tokenizer  # which the Trainer saves
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        """Pad what has another length in each row, and let the default make a batch of it."""
+        rows = [dict(row) if isinstance(row, Mapping) else dict(vars(row)) for row in features]
+        ragged = {name for name in rows[0] if len({_length(row.get(name)) for row in rows}) > 1}
+        if not ragged:
+            return self.default(features)
+        if isinstance(self.default, DataCollatorWithPadding):
+            return self._by_tokenizer(rows)
+        for name in ragged:
+            fill = self.pad_token_id if name == "input_ids" else _FILL.get(name, 0)
+            longest = max(_length(row[name]) for row in rows)
+            for row in rows:
+                row[name] = [*map(_plain, row[name]), *[fill] * (longest - _length(row[name]))]
+        return self.default(rows)
+
+    def _by_tokenizer(self, rows: list[dict[str, Any]]) -> Any:
+        """Let the tokenizer pad, at its own side, all but the labels, which it does not know."""
+        labels = [row.pop("labels") for row in rows if "labels" in row]
+        if labels:
+            for row in rows:
+                row.pop("label", None)  # the class whose word the labels are
+        batch = self.default(rows)
+        if labels:
+            batch["labels"] = padded_labels(labels, batch["attention_mask"])
+        return batch
+
+
+def _length(value: Any) -> int:
+    """The number of entries of a row's column; -1 of a single one, or of a text, which no collator makes a tensor of."""
+    if isinstance(value, str) or not hasattr(value, "__len__") or (isinstance(value, Tensor) and not value.dim()):
+        return -1
+    return len(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+class KeptColumns:
+    """What stands in on a Trainer for the search for the columns that its model takes: a layout's collator takes more.
+
+    Args:
+        trainer: the Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer: Any = trainer
+        self._own = trainer._set_signature_columns_if_needed
+        trainer.__dict__["_set_signature_columns_if_needed"] = self.find
+
+    def find(self) -> None:
+        """Find the columns; add those that the collator renders, and the prompts' own, which may be newer than the search."""
+        self._own()
+        trainer, host = self._trainer, host_of(self._trainer.model)
+        more = [*(host.columns if host else ()), *_columns_of(trainer.data_collator)]
+        if trainer._signature_columns is not None:
+            trainer._signature_columns += [
+                name for name in dict.fromkeys(more) if name not in trainer._signature_columns
+            ]
+
+
+def _columns_of(collator: Any) -> tuple[str, ...]:
+    return collator.columns if isinstance(collator, Collator) else ()
+
+
+def mind_rows(trainer: Trainer, method: Method) -> None:
+    """Let a Trainer make batches of a template's rows, rendered or not, whichever of the documented ways the script took."""
+    if not method.where.batch_columns:
+        return
+    collator = trainer.data_collator
+    by_default = collator is default_data_collator or (
+        type(collator) is DataCollatorWithPadding and collator.tokenizer is trainer.processing_class
+    )
+    if by_default:
+        pad = getattr(getattr(trainer.model, "config", None), "pad_token_id", None)
+        trainer.data_collator = PaddedRows(collator, pad if isinstance(pad, int) and pad >= 0 else 0)
+    present = getattr(trainer.__dict__.get("_set_signature_columns_if_needed"), "__self__", None)
+    if not isinstance(present, KeptColumns):
+        KeptColumns(trainer)

@@ -1,0 +1,263 @@
+"""Two processes train one prompt, equal to one process to rounding; what they cannot train is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training
+import transformers as tf
+import zoo
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from launch import SCRIPTS, results
+from processes import mpt, train
+from torch.distributed.fsdp import StateDictType
+from untouched import untouched
+
+import softhooks
+from softhooks import PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError, UnsupportedModelError
+from softhooks.trainer import ranks
+
+METHODS = {"prompt": PromptTuning(4), "prefix": PrefixTuning(4)}
+WAYS = {
+    "ddp": {
+        "prompt": "shared", "prefix": "attention", "mpt-tasks": "shared", "mpt-taught": "shared", "cpt": "shared",
+        "p-tuning": "shared", "p-tuning-v2-projection": "attention", "adapter": "branch", "cartridge-distilled": "attention",
+    },
+    "fsdp": {"prompt": "slots", "prefix": "attention", "adapter": "branch", "p-tuning": "slots", "mpt-tasks": "slots"},
+}  # fmt: skip
+"""What trains under each wrapper, and how each enters."""
+
+
+def _alone(folder: Path, name: str) -> tuple[list[float], dict[str, torch.Tensor], float]:
+    """The same training in one process, which takes the processes' batches one after the other before each step."""
+    method, rows = train.entry_of(name)
+    model = zoo.build("llama")
+    torch.manual_seed(7)
+    trainer, callback = training.prompted(
+        folder, model, "causal", method, given={"train_dataset": rows, "eval_dataset": rows},
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    return training.losses(trainer), training.trained(callback), trainer.evaluate()["eval_loss"]
+
+
+def _close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """To rounding, which Adam enlarges where a gradient is next to nothing: to a hundredth of one step."""
+    atol = training.QUIET["learning_rate"] / 100
+    return set(one) == set(other) and all(torch.allclose(one[name], other[name], atol=atol) for name in one)
+
+
+@pytest.mark.parametrize("wrapper", WAYS)
+def test_two_processes_train_and_resume_as_one_does(tmp_path: Path, wrapper: str) -> None:
+    first, second = results(tmp_path, SCRIPTS / "train.py", wrapper, tmp_path)
+    for name, way in WAYS[wrapper].items():
+        losses, trained, evaluated = _alone(tmp_path / "alone" / name, name)
+        assert first[name]["way"] == way
+        assert first[name]["losses"] == pytest.approx(losses, abs=2e-5)
+        assert first[name]["evaluated"] == second[name]["evaluated"] == pytest.approx(evaluated, abs=2e-5)
+        assert first[name]["checked"] == 23
+        for run in (name, f"{name} resumed"):
+            assert _close(first[run]["trained"], trained)
+            assert training.equal(first[run]["trained"], second[run]["trained"])
+        assert first[f"{name} resumed"]["losses"] == first[name]["losses"]
+        assert training.equal(first[f"{name} resumed"]["trained"], first[name]["trained"])
+    for name in METHODS:
+        _check_saved(tmp_path / name, name, first[name]["trained"])
+    if wrapper == "fsdp":
+        _check_sharded(first, second)
+
+
+def _check_saved(folder: Path, name: str, trained: dict[str, torch.Tensor]) -> None:
+    """What was saved, and what a checkpoint holds, answers as what was trained."""
+    batch = tf.default_data_collator(training.rows("causal"))
+    outputs = []
+    for saved in (folder / "saved", folder / "checkpoint-4"):
+        model = zoo.build("llama")
+        softhooks.load(model, saved)
+        with torch.no_grad():
+            outputs.append(model(**batch).logits)
+    model = zoo.build("llama")
+    prompt = softhooks.attach(model, METHODS[name])
+    model.load_state_dict(trained, strict=False)
+    with torch.no_grad():
+        outputs.append(model(**batch).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    assert prompt.injection == WAYS["ddp"][name]
+
+
+def _check_sharded(*ranks: dict[str, Any]) -> None:
+    for seen in ranks:
+        again = seen["adapter, layers run again"]
+        assert again["losses"] == pytest.approx(seen["adapter"]["losses"], abs=2e-5)
+        assert _close(again["trained"], seen["adapter"]["trained"])
+        assert seen["asked"].startswith(
+            "TrainerError: in a sharded model (FSDP) a prompt of embeddings enters as slots."
+        )
+        assert "'shared'" in seen["asked"]
+        assert seen["context"].startswith("UnsupportedMethodError: a context needs a causal language model whose front")
+        assert "(no FSDP)" in seen["context"]
+        assert seen["bare loop"].startswith("UnsupportedModeError: a prompt that is computed once for all rows")
+        assert "injection='slots'" in seen["bare loop"]
+        assert "sharded already" in seen["late"]
+        assert "found: `SHARDED_STATE_DICT`" in seen["in shards"]
+        assert "'state_dict_type': 'FULL_STATE_DICT'" in seen["in shards"]
+        assert seen["rows"].startswith(
+            "UnsupportedModeError: in a sharded model (FSDP) all rows of a batch have one gated"
+        )
+
+
+def test_models_and_callbacks_that_come_late_are_shared_too(tmp_path: Path) -> None:
+    first, second = results(tmp_path, SCRIPTS / "train.py", "late", tmp_path)
+    for way in ("of_model_init", "added"):
+        assert len(first[way]["losses"]) == 4
+        assert first[way]["checked"] == 23
+        assert training.equal(first[way]["trained"], second[way]["trained"])
+        for rank in (first, second):
+            assert training.equal(rank[f"{way} resumed"]["trained"], first[way]["trained"])
+        assert first[f"{way} resumed"]["losses"] == first[way]["losses"]
+
+
+def test_ranks_hold_one_prompt_or_say_so(tmp_path: Path) -> None:
+    first, second = results(tmp_path, SCRIPTS / "train.py", "ranks", tmp_path)
+    assert not torch.equal(first["own head"], second["own head"])
+    assert training.equal(first["start"], second["start"])
+    head = "soft_prompt.default.heads.classifier.weight"
+    assert torch.equal(first["start"][head], first["own head"])
+    assert training.equal(first["seeds"], second["seeds"])
+    assert torch.equal(second["seeds"]["base"]["classifier.weight"], first["own head"])
+    assert all(not torch.equal(value, first["start"][name]) for name, value in first["seeds"]["trained"].items())
+
+    for seen in (first, second):
+        assert seen["apart"].startswith("TrainerError: all ranks must hold the same prompt.")
+        assert "rank 1:" in seen["apart"]
+        assert "soft_prompt.default.encoder.embeddings" in seen["apart"]
+        assert seen["methods"].startswith("TrainerError: all ranks must attach one method to one model.")
+        assert "num_virtual_tokens=4" in seen["methods"]
+        assert "num_virtual_tokens=5" in seen["methods"]
+
+
+def test_teachers_and_students_train_in_two_processes_as_in_one(tmp_path: Path) -> None:
+    """What has no part in a step is searched for, also where layers run again; where it would not be, that is refused."""
+    first, second = results(tmp_path, SCRIPTS / "mpt.py", tmp_path)
+    alone = mpt.train(tmp_path / "alone", size=8, steps=1)
+    for way in ("as it is", "again", "reentrant", "sharded", "sharded, again"):
+        assert training.equal(first[way], second[way])
+        assert set(first[way]) == set(alone)
+        assert all(torch.allclose(first[way][name], alone[name], rtol=1e-5, atol=1e-6) for name in alone)
+    for seen in (first, second):
+        for name, found in {
+            "checkpointing": "gradient_checkpointing=True",
+            "not searching": "ddp_find_unused_parameters=False",
+            "static": "ddp_static_graph=True",
+            "loop": "find_unused_parameters=False",
+            "loop of texts": "find_unused_parameters=False",
+        }.items():
+            assert seen[name].startswith("TrainerError: where parameters have no part in some steps"), name
+            assert f"found:  {found}" in seen[name]
+            assert f"method: {'llama_adapter' if 'texts' in name else 'multitask_prompt_tuning'}" in seen[name]
+            assert "`ddp_find_unused_parameters=True`" in seen[name]
+        assert all(bool(tensor.isfinite().all()) for tensor in seen["in parts"].values())
+        assert seen["saved in shards"].startswith(
+            "TrainerError: of a sharded model (FSDP) torch loads an optimizer only if"
+        )
+        assert "found:  save_strategy='steps'" in seen["saved in shards"]
+        context = {"text_context_weight", "text_context_bias"}
+        gradients = seen["gradients"]
+        assert set(gradients["teachers"]) == {"shared", "left", "right"}, (
+            "the vanilla prompts, in the third step, have none"
+        )
+        assert not context & set(gradients["texts"])
+        assert context < set(gradients["images"])
+        assert context < set(gradients["mixed"])
+    assert training.equal(first["gradients"], second["gradients"])
+    assert training.equal(first["in parts"], second["in parts"])
+
+
+# --- launches that cannot be right ------------------------------------------------------------------------------------
+
+
+class Plugin:
+    """What accelerate says about FSDP, as far as the callback asks."""
+
+    def __init__(
+        self,
+        fsdp_version: int = 2,
+        cpu_ram_efficient_loading: bool = False,
+        state_dict_type: StateDictType = StateDictType.FULL_STATE_DICT,
+    ) -> None:
+        self.fsdp_version = fsdp_version
+        self.cpu_ram_efficient_loading = cpu_ram_efficient_loading
+        self.state_dict_type = state_dict_type
+
+
+@pytest.mark.parametrize(
+    ("plugin", "found", "remedy"),
+    [
+        (Plugin(fsdp_version=1), "FSDP 1", "fsdp_config={'version': 2}"),
+        (Plugin(cpu_ram_efficient_loading=True), "cpu_ram_efficient_loading", "to false"),
+        (Plugin(state_dict_type=StateDictType.SHARDED_STATE_DICT), "SHARDED_STATE_DICT", "FULL_STATE_DICT"),
+    ],
+    ids=["fsdp1", "empty ranks", "in shards"],
+)
+def test_shardings_that_cannot_train_a_prompt_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: Plugin, found: str, remedy: str
+) -> None:
+    monkeypatch.setattr(ranks, "fsdp_plugin", lambda: plugin)
+    model = zoo.build("llama")
+    with untouched(model), pytest.raises(TrainerError, match=found) as refused:
+        training.prompted(tmp_path, model, "causal", METHODS["prefix"])
+    assert remedy in str(refused.value)
+
+
+def test_data_parallel_is_refused(tmp_path: Path) -> None:
+    model = zoo.build("llama")
+    arguments = tf.TrainingArguments(str(tmp_path), **training.QUIET)
+    arguments._n_gpu = 2
+    with pytest.raises(TrainerError, match="DataParallel") as refused:
+        tf.Trainer(model=model, args=arguments, callbacks=[SoftPromptCallback(METHODS["prompt"])])
+    assert "torchrun" in str(refused.value)
+    assert softhooks.runtime.state.host_of(model) is None
+
+
+ZERO_3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"}}
+
+
+@pytest.mark.parametrize("told_by", ["a file", "a configuration", "accelerate"])
+def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by: str) -> None:
+    model = zoo.build("llama")
+    trainer = training.make(tmp_path, model, "causal", [])
+    if told_by == "accelerate":
+        monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    else:
+        trainer.args.deepspeed = ZERO_3 if told_by == "a configuration" else "zero3.json"
+    callback = SoftPromptCallback(METHODS["prompt"])
+    with untouched(model), pytest.raises(TrainerError, match="DeepSpeed") as refused:
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
+    assert "FSDP2" in str(refused.value)
+    assert softhooks.runtime.state.host_of(model) is None
+
+
+def test_weights_that_zero_3_has_taken_apart_are_refused() -> None:
+    """As `zero.Init` leaves a model: each weight is empty, and knows what it was."""
+    model = zoo.build("llama")
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_shape = number, parameter.shape
+        parameter.data = torch.empty(0)
+    with untouched(model), pytest.raises(UnsupportedModelError, match="taken apart by DeepSpeed") as refused:
+        softhooks.attach(model, METHODS["prefix"])
+    assert "FSDP2" in str(refused.value)
+
+
+def test_a_callback_passes_its_way_in_on(tmp_path: Path) -> None:
+    callback = SoftPromptCallback(METHODS["prompt"], injection="slots")
+    model = zoo.build("llama")
+    attached = softhooks.attach(model, METHODS["prompt"])
+    assert attached.injection == "shared"
+    training.make(tmp_path, model, "causal", [callback])
+    assert callback.soft_prompt is attached
+    assert attached.injection == "slots"
