@@ -116,7 +116,7 @@ def rows_of(tasks: Tensor, count: int, generator: torch.Generator, named: float,
     return torch.cat([first, letters, torch.full_like(answer, EQUALS), answer, torch.full_like(answer, END)], dim=-1)
 
 
-def labelled(rows: Tensor) -> Batch:
+def labeled(rows: Tensor) -> Batch:
     """Rows as far as their answers, which alone are trained. [..., ROW] -> [-1, ROW - 1]."""
     ids = rows[..., :-1].flatten(0, -2)
     labels = torch.full_like(ids, IGNORED)
@@ -178,8 +178,8 @@ def adapt(
     generator = torch.Generator().manual_seed(seed)
     task = torch.tensor([seed % TASKS])
     context = rows_of(task, shots, generator, named=0.0)
-    tested = labelled(rows_of(task, TESTED, torch.Generator().manual_seed(seed + 1000), named=0.0))
-    batch = labelled(context)
+    tested = labeled(rows_of(task, TESTED, torch.Generator().manual_seed(seed + 1000), named=0.0))
+    batch = labeled(context)
     method = softhooks.ContextAwarePromptTuning(context_ids=context.flatten(), token_types=types_of(shots), **options)
     if method.leave_one_out:
         batch["example_ids"] = torch.arange(shots)

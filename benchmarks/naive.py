@@ -37,7 +37,7 @@ def backward(base: LlamaForCausalLM, pair: Pair, prompt: list[Tensor], batch: Ba
     if pair is PROMPT:
         logits = _prepended(base, leaves[0], batch)
     elif pair is P_TUNING:
-        logits = _prepended(base, _reparametrised(leaves), batch)
+        logits = _prepended(base, _reparameterized(leaves), batch)
     elif pair is ADAPTER:
         logits = _branched(base, leaves[0], leaves[1][0], batch)
     elif pair is ADAPTER_DEFAULT:
@@ -85,7 +85,7 @@ def _prepended(base: LlamaForCausalLM, rows: Tensor, batch: Batch) -> Tensor:
     return logits[:, rows.shape[-2] :]
 
 
-def _reparametrised(prompt: list[Tensor]) -> Tensor:
+def _reparameterized(prompt: list[Tensor]) -> Tensor:
     """Run rows through an LSTM of two layers, each way, and a small network."""
     rows, *weights, down, down_bias, up, up_bias = prompt
     for layer in (weights[:8], weights[8:]):

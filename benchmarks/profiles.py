@@ -56,7 +56,7 @@ class Profile:
     """One run's sizes.
 
     Attributes:
-        name: how the results are labelled.
+        name: how the results are labeled.
         model: the model that trains and generates.
         shapes: the cases of the training step and of generation.
         memory_shapes, exact_shapes: the cases of those two.

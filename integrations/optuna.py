@@ -1,4 +1,4 @@
-"""Search with Optuna over methods, their length, their initialisation and the learning rate.
+"""Search with Optuna over methods, their length, their initialization and the learning rate.
 
 A `PromptSpace` says what to try. Its `callback()` takes the place of a `SoftPromptCallback`, and the space itself is the
 `hp_space` of `trainer.hyperparameter_search`: each trial trains a new prompt of its own method on the model that `model_init`

@@ -1,6 +1,6 @@
 """Soft prompts in sentence-transformers: embedding models, cross-encoders and sparse encoders.
 
-The prompt stands on the transformers model inside (`model.transformers_model`); pooling, normalisation and all that follows see
+The prompt stands on the transformers model inside (`model.transformers_model`); pooling, normalization and all that follows see
 the text alone. `SentencePromptCallback` trains it with the library's trainers and losses; everything else in the model stays as
 it is. `attach` puts a prompt on without a Trainer; `softhooks.disabled` and `activate` take the sentence model itself.
 

@@ -4,7 +4,7 @@ The curves of a prompt (norm, gradient, distance from the start, gates, share pr
 `report_to="tensorboard"` by themselves, as `train/soft_prompt/*`. This callback takes that reporter's place and writes the same
 curves; with a tokenizer, at the end of training (of the best model, where that is loaded), also
 
-- the projector: virtual tokens among the words nearest to them (`soft_prompt`), labelled;
+- the projector: virtual tokens among the words nearest to them (`soft_prompt`), labeled;
 - a table of these words with their cosines.
 
 Refused by name: `report_to="tensorboard"` at the same time (every curve would be written twice); a tokenizer for a prompt that

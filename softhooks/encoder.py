@@ -56,7 +56,7 @@ class PromptEncoder(nn.Module):
         return {}
 
     def folded(self) -> dict[str, Tensor]:
-        """Run the reparametrisation once and keep only its result, in fp32."""
+        """Run the reparameterization once and keep only its result, in fp32."""
         with self._at_rest():
             return {group: self(group).detach().float().clone() for group in self.groups}
 

@@ -56,7 +56,7 @@ class Method:
             raise OptionError(f"num_virtual_tokens must be a whole number of 1 or more; it is {count!r}.")
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
-        """Make the encoder for a model, initialised."""
+        """Make the encoder for a model, initialized."""
         raise NotImplementedError(f"{type(self).__name__} must build its encoder.")
 
     def probe_arguments(self) -> dict[str, Tensor]:

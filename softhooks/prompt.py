@@ -243,7 +243,7 @@ class SoftPrompt:
     # --- what a user asks ---------------------------------------------------------------------------------------------
 
     def fold(self) -> SoftPrompt:
-        """Run the reparametrisation once and keep only its result; exact, and final.
+        """Run the reparameterization once and keep only its result; exact, and final.
 
         Raises:
             UnsupportedModeError: another thread runs the model.

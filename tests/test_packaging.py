@@ -53,7 +53,7 @@ def test_wheel_has_every_source_file_and_no_other(wheel_files: set[str]) -> None
     assert {file for file in wheel_files if ".dist-info/" not in file} == _source_files()
 
 
-def test_wheel_has_integrations_marker_licence_and_command(wheel_files: set[str]) -> None:
+def test_wheel_has_integrations_marker_license_and_command(wheel_files: set[str]) -> None:
     assert "softhooks/integrations/__init__.py" in wheel_files
     assert "softhooks/py.typed" in wheel_files
     assert any(file.endswith("licenses/LICENSE") for file in wheel_files)

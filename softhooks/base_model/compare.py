@@ -18,7 +18,7 @@ _LIKENESS = 0.7
 """The least cosine between the numbers of a model and of a variant of it; those of two trainings apart have none."""
 
 _AT_TIES = 0.125
-"""The share of numbers that may round to a neighbour after two conversions of precision."""
+"""The share of numbers that may round to a neighbor after two conversions of precision."""
 
 _PRODUCT = 1e-6
 """How exact the product of LoRA's matrices is, in parts of the largest number."""
@@ -128,9 +128,9 @@ def _likeness(then: dict[str, Part], now: dict[str, Part]) -> _Likeness:
 
 
 def _differing(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, int]:
-    """How many numbers differ, and how many are neighbours in the coarser of two precisions.
+    """How many numbers differ, and how many are neighbors in the coarser of two precisions.
 
-    In one precision every difference counts. A conversion rounds, two of them may round to a neighbour, and fp16 knows no
+    In one precision every difference counts. A conversion rounds, two of them may round to a neighbor, and fp16 knows no
     numbers below 6e-8.
     """
     if one == other:

@@ -22,7 +22,7 @@ class FrozenReport:
     """What a check of the frozen tensors has read.
 
     Attributes:
-        tensors: how many parameters and buffers were compared, and scales of quantised weights.
+        tensors: how many parameters and buffers were compared, and scales of quantized weights.
         bytes: their size.
         seconds: how long it took.
         unread: the names of those that could not be read, for they lie on the meta device and nothing brings them in.
@@ -62,7 +62,7 @@ def digest(tensor: Tensor) -> Digest:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Walk every parameter and buffer, shared once, offloaded brought in one by one; then what quantised layers hold."""
+    """Walk every parameter and buffer, shared once, offloaded brought in one by one; then what quantized layers hold."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield name, read(model, name, tensor)
     for name, module in model.named_modules():

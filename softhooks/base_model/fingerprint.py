@@ -28,7 +28,7 @@ Group = Literal["embeddings", "vectors", "matrices"]
 
 GROUPS: tuple[Group, ...] = ("embeddings", "vectors", "matrices")
 PACKED = "packed"
-"""The precision of a weight whose numbers are codes of a quantiser."""
+"""The precision of a weight whose numbers are codes of a quantizer."""
 
 _PLACES, _ROWS, _MOST = 2, 16, 128
 """Numbers of each weight, of each embedding, and weights of one name in all layers."""

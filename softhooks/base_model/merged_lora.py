@@ -45,7 +45,7 @@ class Adapted:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether the numbers of a weight are codes of a quantiser."""
+    """Whether the numbers of a weight are codes of a quantizer."""
     plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
     return not plain or weight.dtype not in FLOATS
 
@@ -59,7 +59,7 @@ def adapted_weights(model: nn.Module) -> dict[int, Adapted]:
     """The weights that merging the adapters that are on would change, by their id.
 
     None are told where it is not known of all of them what they would become: adapters other than plain LoRA on linear layers
-    (DoRA, LoHa, embeddings, biases, rows of tokens), and weights that are quantised, sharded or offloaded.
+    (DoRA, LoHa, embeddings, biases, rows of tokens), and weights that are quantized, sharded or offloaded.
     """
     layers, tuners = (sys.modules.get(f"peft.{name}") for name in ("tuners.lora.layer", "tuners.tuners_utils"))
     found: dict[int, Adapted] = {}

@@ -1,4 +1,4 @@
-"""Quantised bases: what the Trainer asks of them before any callback exists, and what bitsandbytes does to them on a CPU."""
+"""Quantized bases: what the Trainer asks of them before any callback exists, and what bitsandbytes does to them on a CPU."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from softhooks.errors import TrainerError
 from softhooks.runtime.state import Host
 
 _CARRIES_ADAPTER = "_hf_peft_config_loaded"
-"""What the Trainer asks of a quantised model."""
+"""What the Trainer asks of a quantized model."""
 
 
 def needs_admission(model: object) -> bool:
-    """Whether the Trainer would refuse a model as purely quantised."""
+    """Whether the Trainer would refuse a model as purely quantized."""
     return bool(getattr(model, "is_quantized", False)) and not (
         hasattr(model, "peft_config") or getattr(model, _CARRIES_ADAPTER, False)
     )
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Check that gradients pass through a quantised model.
+    """Check that gradients pass through a quantized model.
 
     Raises:
         TrainerError: they do not.
@@ -32,15 +32,15 @@ def require_trainable(model: nn.Module) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or not quantizer.is_trainable:
         raise TrainerError(
-            "a prompt trains on a quantised model only if gradients pass through its weights.",
-            "Quantise with a method that trains (bitsandbytes), or train on the model as it is.",
+            "a prompt trains on a quantized model only if gradients pass through its weights.",
+            "Quantize with a method that trains (bitsandbytes), or train on the model as it is.",
             model=type(model).__name__,
-            quantised_by=getattr(model, "quantization_method", "an unknown method"),
+            quantized_by=getattr(model, "quantization_method", "an unknown method"),
         )
 
 
 def admit(host: Host) -> None:
-    """Say that a quantised model carries trainable parameters, as it does now, until the Trainer has asked."""
+    """Say that a quantized model carries trainable parameters, as it does now, until the Trainer has asked."""
     if needs_admission(host.model):
         host.override(_CARRIES_ADAPTER, True)
 

@@ -38,7 +38,7 @@ def majority_class(data: EncodedData) -> Baseline:
 def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) -> Baseline:
     """Fit a linear classifier on the untouched encoder's mean-pooled hidden states.
 
-    Its regularisation is chosen by cross-validation on the training rows alone, with whole source files held out.
+    Its regularization is chosen by cross-validation on the training rows alone, with whole source files held out.
 
     Raises:
         SoftHooksError: scikit-learn is not installed.

@@ -215,7 +215,7 @@ def _cartridge(export: Export) -> Parts:
 
 
 def _multitask(export: Export) -> Parts:
-    """Several tasks. PEFT's initialisation must read nothing; one task is a plain prompt, which needs no task ids."""
+    """Several tasks. PEFT's initialization must read nothing; one task is a plain prompt, which needs no task ids."""
     tables = export.stored.tables
     if EMBEDDINGS in tables:
         return _prompt(export)

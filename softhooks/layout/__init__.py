@@ -1,1 +1,1 @@
-"""Where virtual tokens, anchors and text stand: as a template over fields, or put into batches that are tokenised already."""
+"""Where virtual tokens, anchors and text stand: as a template over fields, or put into batches that are tokenized already."""

@@ -65,7 +65,7 @@ class Mapper:
         labels = self._labels(row, fields)
         return found if labels is None else found | {"labels": labels}
 
-    def labelled(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def labeled(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row that is rendered already; with a verbalizer, its class becomes the labels that it lacks.
 
         Raises:
@@ -125,7 +125,7 @@ class Collator:
 
     def _rendered(self, example: Mapping[str, Any]) -> dict[str, Any]:
         if "input_ids" in example:
-            row = self.mapper.labelled(example)
+            row = self.mapper.labeled(example)
         else:
             self._require_fields(example)
             row = self.mapper.render(example)

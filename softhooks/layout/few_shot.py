@@ -116,7 +116,7 @@ class ExampleTemplate:
     """How an example reads: text with fields in braces, `{label}` the last of them.
 
     Text before the last input is its format, text behind it that of the label. `{sep}` is a separator, which never moves, and
-    ends the input's format. Each part is tokenised alone, so that no token spans two of them; blanks before a field belong to it.
+    ends the input's format. Each part is tokenized alone, so that no token spans two of them; blanks before a field belong to it.
 
     Args:
         template: such as "Text: {input}{sep}Label: {label}".

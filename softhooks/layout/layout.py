@@ -36,7 +36,7 @@ def text_positions(mask: Tensor) -> Tensor:
 class Layout:
     """Where virtual slots, hard anchors and the input's parts stand.
 
-    As a template, for data still to be tokenised: `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`. Text outside
+    As a template, for data still to be tokenized: `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`. Text outside
     braces is an anchor with its frozen embeddings; `{mask}` is the tokenizer's mask; `{soft:3}` are three slots, `{soft:"some
     words"}` as many as the words have tokens, which start as they are, `{soft:2, name=a}` slots that are the same wherever they
     have this name; any other `{name}` is a field. Messages of a chat whose contents are templates go through the tokenizer's
@@ -194,7 +194,7 @@ class Layout:
     ) -> dict[str, list[int]]:
         """Make a row of a template's fields.
 
-        Anchors and fields are tokenised each on its own, so that nothing merges across them: an anchor's tokens are the same
+        Anchors and fields are tokenized each on its own, so that nothing merges across them: an anchor's tokens are the same
         whatever stands beside it. Blanks before a field go with the field; those before slots, the mask and the end are dropped.
         A tokenizer that begins every text as a new word (SentencePiece) begins each of them so.
 

@@ -105,7 +105,7 @@ def _ids_of(part: Part, tokenizer: Any, fields: Mapping[str, Any]) -> list[int]:
 
 
 def encode(text: str, tokenizer: Any) -> list[int]:
-    """Tokenise a piece of running text.
+    """Tokenize a piece of running text.
 
     A tokenizer that marks the first word of a text as if a blank stood before it must not be given that blank too.
     """

@@ -45,7 +45,7 @@ class Part:
         count: how many slots; 0 while only a tokenizer could tell.
         tie: the name under which slots are tied.
         ids: the words' ids.
-        space: the blanks before a field, which are tokenised with its text.
+        space: the blanks before a field, which are tokenized with its text.
     """
 
     kind: Literal["text", "field", "mask", "soft"]

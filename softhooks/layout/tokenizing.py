@@ -24,7 +24,7 @@ def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
     """
     if tokenizer is None:
         raise OptionError(
-            "initialising from text needs a tokenizer.",
+            "initializing from text needs a tokenizer.",
             "Pass `tokenizer=`: the model's own, or its name.",
             **{option: repr(text)},
         )

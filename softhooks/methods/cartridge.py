@@ -58,7 +58,7 @@ class Cartridge(ReadPrefix):
 
     They start as the document's first P and learn by self-distillation: for each row the teacher is the frozen model with the
     whole document before the text, the student the same model with the cartridge there. The loss is the KL divergence on the
-    teacher's likeliest tokens, at the positions whose next token is labelled; labels equal to the ids train on the whole text.
+    teacher's likeliest tokens, at the positions whose next token is labeled; labels equal to the ids train on the whole text.
     The texts are questions and answers about the document, written by the model or by anybody; the labels' tokens are not a
     target themselves. The document runs once a step, without gradients, and its keys and values serve all rows; train inside
     `with softhooks.kept(model):` (`trainer.train()` too) to run it once for all steps. Evaluation reports the model's own loss on
@@ -76,7 +76,7 @@ class Cartridge(ReadPrefix):
     Args:
         num_virtual_tokens: P.
         document: a text or ids. A saved cartridge keeps the ids, to go on training. With a tokenizer that has a BOS token, that
-            comes first; then tokenise rows without.
+            comes first; then tokenize rows without.
         tokenizer: the model's tokenizer or its name, for a text.
         frozen_slots: how many of the first slots never move.
         distill: train by self-distillation, in language models; False: on the model's own loss, in any model.

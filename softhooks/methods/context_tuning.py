@@ -83,7 +83,7 @@ class ContextTuning(ReadPrefix):
       brings its id is masked in evaluation too.
     - `token_dropout`: in training each virtual token is hidden from a row with this probability, one draw a row and forward.
 
-    Start from AdamW with a learning rate of 1e-3. Rows must be tokenised as they would follow the demonstrations: where those
+    Start from AdamW with a learning rate of 1e-3. Rows must be tokenized as they would follow the demonstrations: where those
     begin with BOS, without another.
 
     Source: Lu et al. 2025, arXiv:2507.04221, its key-value variant (CT-KV). Differs: `instruction` is ours, and so are

@@ -119,7 +119,7 @@ class DeepPrefix(Method):
         return {"shift_positions": shift, "windowed": self.windowed}
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
-        """Make the prefix for every group of the model, initialised."""
+        """Make the prefix for every group of the model, initialized."""
         require_sites(anatomy)
         tables = self.start(anatomy)
         if self.projection:

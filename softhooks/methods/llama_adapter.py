@@ -117,7 +117,7 @@ class LlamaAdapter(Method):
         return {name: self.gate if name == "gate" else allowed[0] for name, allowed in self.conventions_allowed.items()}
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
-        """Make rows and gates for every stack of the model, initialised."""
+        """Make rows and gates for every stack of the model, initialized."""
         tables = {group: torch.zeros(shape) for group, shape in self.shapes(anatomy).items()}
         for group, table in tables.items():
             if group.endswith(PROMPTS):

@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens anywhere among the text, reparametrised by an LSTM or an MLP."""
+"""P-tuning: virtual tokens anywhere among the text, reparameterized by an LSTM or an MLP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CLOSE = 1e-3
 """How near a slot must start to its word, as a part of the largest number in the words' rows."""
 
 
-class ReparametrisedRows(PromptEncoder):
+class ReparameterizedRows(PromptEncoder):
     """Rows of embeddings that a network makes of learned ones: `h = MLP(BiLSTM(Z))`, or `h = MLP(Z)`.
 
     Args:
@@ -180,7 +180,7 @@ class PTuning(Method):
         return super().where if self.layout is None else self.layout
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
-        """Make the network and its rows, initialised."""
+        """Make the network and its rows, initialized."""
         count, width = self.num_virtual_tokens, anatomy.entry.width
         self._check_ids(anatomy)
         starts = self.where.starts
@@ -195,7 +195,7 @@ class PTuning(Method):
             return table
         lstm = self.encoder == "lstm"
         published = width // 2 if lstm and self.shape == "lama" else width
-        built = ReparametrisedRows(count, width, lstm, self.hidden_size or published, self.num_layers)
+        built = ReparameterizedRows(count, width, lstm, self.hidden_size or published, self.num_layers)
         built.start_at(words)
         built.start_ids = [starts.get(row) for row in range(count)]
         return built

@@ -103,7 +103,7 @@ class PromptTuning(Method):
         return Layout.placed(self.placement, self.num_virtual_tokens)
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
-        """Make the [P, H] parameter, initialised."""
+        """Make the [P, H] parameter, initialized."""
         rows, words = self.start(anatomy)
         encoder = TableEncoder({EMBEDDINGS: rows})
         encoder.start_ids = words

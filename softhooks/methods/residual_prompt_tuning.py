@@ -90,7 +90,7 @@ class ResidualPromptTuning(PromptTuning):
             raise OptionError(f"dropout must be at least 0 and below 1; it is {self.dropout}.")
 
     def build(self, anatomy: Anatomy) -> PromptEncoder:
-        """Make the rows, initialised, and the MLP."""
+        """Make the rows, initialized, and the MLP."""
         rows, words = self.start(anatomy)
         encoder = self._encoder(rows)
         encoder.start_ids = words

@@ -32,7 +32,7 @@ class Distillation(Objective):
     """Train on `L + weight * (KL(teacher || student) + MSE(hidden states))`.
 
     Logits are compared where a label is: these are the distributions that the model's own loss trains. Hidden states are the last
-    ones, of every text token that the attention mask shows; in an encoder-decoder those of the encoder's text and of the labelled
+    ones, of every text token that the attention mask shows; in an encoder-decoder those of the encoder's text and of the labeled
     decoder tokens, half each. Both terms are sums over labels divided by as many labels as the model's loss is, a row's hidden
     states having the weight of its labels: so gradients that are accumulated equal those of one large batch. Of documents packed
     into one row each counts as a row.
@@ -74,7 +74,7 @@ class Lesson:
     """What a teacher and a student are compared in.
 
     Attributes:
-        labelled: which logits a label is for, [B, T] bool, or [B] for a classifier of rows.
+        labeled: which logits a label is for, [B, T] bool, or [B] for a classifier of rows.
         text: which columns are text, [B, T] bool.
         texts: what stands in the rows.
         share: the part of the loss's labels that each text has, [B], or more where documents are packed.
@@ -82,7 +82,7 @@ class Lesson:
         two_stacks: whether there is a decoder beside the text's encoder.
     """
 
-    labelled: Tensor
+    labeled: Tensor
     text: Tensor
     texts: Texts
     share: Tensor
@@ -102,37 +102,37 @@ class Lesson:
         assert given is not None
         mask = call.get("attention_mask")
         text = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if mask is None else mask.bool()
-        labelled = _labelled(prompt, call)
-        is_one = labelled.shape == text.shape and not prompt.host.anatomy.is_encoder_decoder
+        labeled = _labeled(prompt, call)
+        is_one = labeled.shape == text.shape and not prompt.host.anatomy.is_encoder_decoder
         texts = Texts.of(call if is_one else {}, text)
-        rows = texts.sums(labelled.long()) if is_one else labelled.long().reshape(len(labelled), -1).sum(-1)
+        rows = texts.sums(labeled.long()) if is_one else labeled.long().reshape(len(labeled), -1).sum(-1)
         count = call.get("num_items_in_batch")
         count = torch.as_tensor(rows.sum() if count is None else count, device=labels.device).clamp(min=1)
-        return cls(labelled, text, texts, rows / count, count, prompt.host.anatomy.is_encoder_decoder)
+        return cls(labeled, text, texts, rows / count, count, prompt.host.anatomy.is_encoder_decoder)
 
     def read(self, output: Any) -> tuple[Tensor, list[Tensor]]:
         """Take from an output the logits of labels, [N, V], and the last hidden states of each stack, [B, T, H]."""
         logits = output.logits
-        if logits.shape[:-1] != self.labelled.shape or logits.shape[-1] < 2:
+        if logits.shape[:-1] != self.labeled.shape or logits.shape[-1] < 2:
             raise UnsupportedModeError(
                 "a student learns from its teacher's distribution over classes, of which each has a label.",
                 "Train this head without teachers.",
                 logits=list(logits.shape),
-                labels=list(self.labelled.shape),
+                labels=list(self.labeled.shape),
             )
         if not self.two_stacks:
-            return logits[self.labelled], [output.hidden_states[-1]]
+            return logits[self.labeled], [output.hidden_states[-1]]
         states = [output.encoder_last_hidden_state]
-        if self.labelled.dim() > 1:
+        if self.labeled.dim() > 1:
             states.append(output.decoder_hidden_states[-1])
-        return logits[self.labelled], states
+        return logits[self.labeled], states
 
     def compare(
         self, teacher: tuple[Tensor, list[Tensor]], student: tuple[Tensor, list[Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """The divergence of the logits and the distance of the states, both exactly 0 between equals."""
         divergence = kl_divergence(teacher[0], student[0]).sum() / self.count
-        columns = [self.text, self.labelled]
+        columns = [self.text, self.labeled]
         apart = [
             (mean_square(*states, columns[stack], self.texts) * self.share).sum()
             for stack, states in enumerate(zip(teacher[1], student[1], strict=True))
@@ -146,19 +146,17 @@ def mean_square(teacher: Tensor, student: Tensor, shown: Tensor, texts: Texts) -
     return texts.sums(squares) / texts.sums(shown.long()).clamp(min=1)
 
 
-def _labelled(prompt: SoftPrompt, call: dict[str, Any]) -> Tensor:
+def _labeled(prompt: SoftPrompt, call: dict[str, Any]) -> Tensor:
     """Which logits the model's own loss compares with a label."""
     if call.get("shift_labels") is not None:
         return torch.as_tensor(call["shift_labels"] != IGNORED)
-    labelled: Tensor = call["labels"] != IGNORED
+    labeled: Tensor = call["labels"] != IGNORED
     stack = prompt.host.anatomy.entry
     can_generate = getattr(prompt.model, "can_generate", None)
     if stack.name == "text" and stack.causal and can_generate is not None and can_generate():
-        nothing = torch.zeros_like(labelled[:, :1])
-        labelled = torch.cat(
-            [labelled[:, 1:], nothing], 1
-        )  # a language model's logits answer to the next token's label
-    return labelled
+        nothing = torch.zeros_like(labeled[:, :1])
+        labeled = torch.cat([labeled[:, 1:], nothing], 1)  # a language model's logits answer to the next token's label
+    return labeled
 
 
 def _check(call: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ _OF_THE_STUDENT = (
 
 
 class SelfDistillation(Objective):
-    """KL(teacher || student) where the next token is labelled: the teacher reads a document, the student has the prompt instead.
+    """KL(teacher || student) where the next token is labeled: the teacher reads a document, the student has the prompt instead.
 
     Args:
         document: the ids that the teacher reads before each row.

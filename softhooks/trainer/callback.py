@@ -57,7 +57,7 @@ class SoftPromptCallback(TrainerCallback):
         train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
         check_frozen: when to compare the digests of the base model: at the "end" of training; also before each "save", so that no
             checkpoint is written beside a base that has moved (True means this); also at each "log"; or never, False.
-        model: the Trainer's model, if it is quantised: the prompt is attached at once, for the Trainer takes such a model only
+        model: the Trainer's model, if it is quantized: the prompt is attached at once, for the Trainer takes such a model only
             with something trainable on it.
 
     Attributes:

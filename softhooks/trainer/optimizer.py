@@ -113,7 +113,7 @@ def require_gradient(prompt: SoftPrompt, step: int) -> None:
     if all(parameter.grad is None for parameter in prompt.encoder.parameters()):
         raise TrainerError(
             "the loss must reach the prompt with a gradient.",
-            "Look for weights that pass none on (quantised for inference), a loss computed without the model's output, or "
+            "Look for weights that pass none on (quantized for inference), a loss computed without the model's output, or "
             "`torch.no_grad`.",
             prompt=repr(prompt),
             step=step + 1,

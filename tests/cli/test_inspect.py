@@ -435,7 +435,7 @@ def test_in_a_pipe_it_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(lines) == len(run(tmp_path).splitlines())
 
 
-def test_in_a_terminal_it_has_colours_and_fits(checkpoint: Path) -> None:
+def test_in_a_terminal_it_has_colors_and_fits(checkpoint: Path) -> None:
     screen = io.StringIO()
     show(
         [about(checkpoint)],

@@ -1,4 +1,4 @@
-"""Quantised bases: the Trainer refuses them before a callback exists, unless the prompt is on them already."""
+"""Quantized bases: the Trainer refuses them before a callback exists, unless the prompt is on them already."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _clean() -> Iterator[None]:
     remove_all()
 
 
-def _quantised(trainable: bool = True) -> Any:
+def _quantized(trainable: bool = True) -> Any:
     """A model that says of itself what one from `from_pretrained(..., quantization_config=...)` says."""
     model = zoo.build("llama")
     model.is_quantized = True
@@ -40,10 +40,10 @@ def _quantised(trainable: bool = True) -> Any:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_quantised_model_trains_if_the_callback_has_it_before_the_trainer(tmp_path: Path, method: str) -> None:
+def test_a_quantized_model_trains_if_the_callback_has_it_before_the_trainer(tmp_path: Path, method: str) -> None:
     with pytest.raises(ValueError, match="purely quantized"):
-        training.prompted(tmp_path, _quantised(), "causal", METHODS[method])
-    model = _quantised()
+        training.prompted(tmp_path, _quantized(), "causal", METHODS[method])
+    model = _quantized()
     torch.manual_seed(training.QUIET["seed"])  # as the Trainer does before it calls its callbacks
     callback = SoftPromptCallback(METHODS[method], model=model)
     trainer = training.make(tmp_path, model, "causal", [callback])
@@ -56,7 +56,7 @@ def test_a_quantised_model_trains_if_the_callback_has_it_before_the_trainer(tmp_
 
 
 def test_the_model_tells_nobody_but_the_trainer_of_an_adapter(tmp_path: Path) -> None:
-    model = _quantised()
+    model = _quantized()
     with untouched(model):
         callback = SoftPromptCallback(METHODS["prefix"], model=model)
         validate_quantization_for_training(model)
@@ -75,15 +75,15 @@ def test_the_model_tells_nobody_but_the_trainer_of_an_adapter(tmp_path: Path) ->
 
 
 def test_weights_that_pass_no_gradient_are_refused_by_name() -> None:
-    model = _quantised(trainable=False)
+    model = _quantized(trainable=False)
     with pytest.raises(TrainerError, match="gradients pass through") as refused:
         SoftPromptCallback(METHODS["prompt"], model=model)
     assert "bitsandbytes" in str(refused.value)
     assert softhooks.runtime.state.host_of(model) is None
 
 
-def test_softhooks_run_needs_no_line_for_a_quantised_model(tmp_path: Path) -> None:
-    script = tmp_path / "quantised.py"
+def test_softhooks_run_needs_no_line_for_a_quantized_model(tmp_path: Path) -> None:
+    script = tmp_path / "quantized.py"
     text = (SCRIPTS / "plain.py").read_text()
     told = "model.is_quantized, model.hf_quantizer = True, SimpleNamespace(is_trainable=True, is_qat_trainable=False)"
     text = text.replace(
@@ -100,7 +100,7 @@ def test_softhooks_run_needs_no_line_for_a_quantised_model(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model, for bitsandbytes quantises what it loads."""
+    """A saved model, for bitsandbytes quantizes what it loads."""
     folder = tmp_path_factory.mktemp("base")
     zoo.build("llama", hidden_size=64, head_dim=16, intermediate_size=128).save_pretrained(folder)
     return folder
@@ -167,7 +167,7 @@ def test_a_base_of_bitsandbytes_trains_resumes_and_is_given_back(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_one_bit_of_a_quantised_weight_is_noticed(base: Path, bits: int) -> None:
+def test_one_bit_of_a_quantized_weight_is_noticed(base: Path, bits: int) -> None:
     model = _by_bitsandbytes(base, bits)
     with softhooks.attach(model, METHODS["prefix"]) as prompt:
         model.model.layers[1].mlp.up_proj.weight.data[0, 0] ^= 1

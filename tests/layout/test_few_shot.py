@@ -55,7 +55,7 @@ def test_a_tokenizer_without_bos_begins_with_the_first_example() -> None:
     assert method.token_types[0] == 1
 
 
-def test_parts_are_tokenised_separately() -> None:
+def test_parts_are_tokenized_separately() -> None:
     """No token spans two parts, though the tokenizer merges across them; a blank before a field belongs to the field."""
     tokenizer = tokens.merged()
     method = ContextAwarePromptTuning(

@@ -43,7 +43,7 @@ def behind(model: Any, context: list[int], ids: Tensor) -> Tensor:
 
 
 def divergence(teacher: Tensor, student: Tensor, labels: Tensor) -> Tensor:
-    """The mean KL over the labelled positions, by hand."""
+    """The mean KL over the labeled positions, by hand."""
     total, count = torch.zeros(()), 0
     for row in range(labels.shape[0]):
         for column in range(1, labels.shape[1]):
@@ -213,9 +213,9 @@ def test_the_output_is_what_the_caller_asked_for() -> None:
         assert torch.equal(as_tuple[0], output.loss)
         assert torch.equal(as_tuple[1], plain)
         model.eval()
-        labelled = model(ids, labels=ids).loss
+        labeled = model(ids, labels=ids).loss
         expected = functional.cross_entropy(plain[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        torch.testing.assert_close(labelled, expected)
+        torch.testing.assert_close(labeled, expected)
 
 
 def test_no_label_is_no_loss_and_no_error() -> None:

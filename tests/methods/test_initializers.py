@@ -1,4 +1,4 @@
-"""Where prompts start: the exact rows of every initialiser, and what a prompt made of words computes."""
+"""Where prompts start: the exact rows of every initializer, and what a prompt made of words computes."""
 
 from __future__ import annotations
 

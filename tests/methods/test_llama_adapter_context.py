@@ -177,7 +177,7 @@ def test_a_wrong_context_is_refused(name: str) -> None:
 
 
 def test_a_trainer_keeps_the_column(tmp_path: Any) -> None:
-    """The label is in the context alone: what the Trainer drops cannot be learnt."""
+    """The label is in the context alone: what the Trainer drops cannot be learned."""
     from transformers import Trainer
 
     model = zoo.build("llama", "sequence").requires_grad_(False)

@@ -109,7 +109,7 @@ def test_a_masked_model_learns_which_task_is_meant(tmp_path: Path, encoder: Any)
 
 @pytest.mark.parametrize("form", ["template", "insert"])
 def test_a_language_model_learns_which_task_is_meant(tmp_path: Path, form: str) -> None:
-    """The same slots, in rows that the layout makes and in rows that a script has tokenised itself; then it generates."""
+    """The same slots, in rows that the layout makes and in rows that a script has tokenized itself; then it generates."""
     model, tokenizer = schooled("llama", "causal")
     template = Layout("{letters} ? {soft:2} : {answer}")
     inserted = Layout.insert(after={"?": 2}, tokenizer=tokenizer)

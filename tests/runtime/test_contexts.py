@@ -161,7 +161,7 @@ def test_what_a_task_inherits(prompted: Any) -> None:
     assert on(prompted) == "a"
 
 
-def test_a_task_that_is_cancelled(prompted: Any) -> None:
+def test_a_task_that_is_canceled(prompted: Any) -> None:
     after: list[str | None] = []
 
     async def work() -> None:

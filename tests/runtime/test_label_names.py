@@ -93,17 +93,17 @@ def test_a_pipeline_says_the_names(head: str, tmp_path: Path) -> None:
 
 
 def test_each_prompt_shows_its_own(tmp_path: Path) -> None:
-    colours, animals = ("red", "green", "blue"), ("cat", "dog", "cow")
-    saved(tmp_path / "colours", named(names=colours))
+    colors, animals = ("red", "green", "blue"), ("cat", "dog", "cow")
+    saved(tmp_path / "colors", named(names=colors))
     saved(tmp_path / "animals", named(names=animals))
     saved(tmp_path / "none", zoo.build("bert", "masked"))
     model = zoo.build("bert", "sequence")
     own = shown(model)
-    one = softhooks.load(model, tmp_path / "colours", "colours")
+    one = softhooks.load(model, tmp_path / "colors", "colors")
     other = softhooks.load(model, tmp_path / "animals", "animals")
     softhooks.attach(model, PromptTuning(3), "new")
     assert shown(model) == own, "a new head is a copy of the model's"
-    for name, names in {"colours": list(colours), "animals": list(animals), "new": own}.items():
+    for name, names in {"colors": list(colors), "animals": list(animals), "new": own}.items():
         softhooks.activate(model, name)
         assert shown(model) == names
     softhooks.load(model, tmp_path / "none", "headless", strict=False)
@@ -111,16 +111,16 @@ def test_each_prompt_shows_its_own(tmp_path: Path) -> None:
     softhooks.activate(model, "animals")
     one.save_pretrained(tmp_path / "again")
     assert list(json.loads((tmp_path / "again" / DESCRIPTION).read_text())["labels"]["id2label"].values()) == list(
-        colours
+        colors
     )
     other.remove()
     assert shown(model) == own
-    softhooks.activate(model, "colours")
+    softhooks.activate(model, "colors")
     model.save_pretrained(tmp_path / "all")
     with softhooks.disabled(model):
         model.save_pretrained(tmp_path / "base")
     assert list(tf.AutoConfig.from_pretrained(tmp_path / "base").id2label.values()) == own
-    assert shown(model) == list(colours)
+    assert shown(model) == list(colors)
 
 
 def test_names_given_after_attach_are_saved_and_stay(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ PAIRS = fitting(TABLE, zoo.CASES)
 """Every method on every architecture with every head."""
 
 TRAINED = [BY_NAME["prompt"], BY_NAME["prefix-mlp"]]
-"""What a Trainer trains with every option there is: a way with a reparametrisation, and one without."""
+"""What a Trainer trains with every option there is: a way with a reparameterization, and one without."""
 
 LEARNERS = [*TRAINED, *(entry for entry in (*TABLE, *TRAINERS) if entry not in TRAINED)]
 """What a Trainer trains, shows, saves, resumes after a kill, and evaluates: everything."""

@@ -210,7 +210,7 @@ def _is_apart(case: Case, model: Any) -> bool:
     """Whether a prefix means something else than words by definition, or cannot be compared with them.
 
     Recurrent and convolutional layers read the text alone, a prefix has no relative bias, words that are joined with their
-    neighbours at the embedding have none, and in an encoder every token sees the whole prefix, whatever its window. Heads for
+    neighbors at the embedding have none, and in an encoder every token sees the whole prefix, whatever its window. Heads for
     questions let no cache through, by which some models' keys are read.
     """
     config = model.config.get_text_config()

@@ -1,4 +1,4 @@
-"""A tiny SetFit model, labelled texts, and arguments for its Trainer."""
+"""A tiny SetFit model, labeled texts, and arguments for its Trainer."""
 
 from __future__ import annotations
 
