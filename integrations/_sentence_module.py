@@ -166,7 +166,7 @@ class _NoPool:
 def leave_room(module: Any, host: Host) -> None:
     """Cut texts so much earlier (`max_seq_length`) that slots fit among the positions beside them, until the last prompt goes."""
     slots = [prompt.layout.columns for prompt in host.prompts.values() if prompt.injection in ("slots", "shared")]
-    limit, asked = host.anatomy.entry.positions.limit, module.max_seq_length
+    limit, asked = host.structure.entry.positions.limit, module.max_seq_length
     if slots and limit is not None and asked is not None and asked + max(slots) > limit:
         host.keep(_Longer(module, asked))
         module.max_seq_length = limit - max(slots)

@@ -280,8 +280,8 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
 
 def _told(model: nn.Module) -> str:
     host = host_of(model)
-    anatomy = examine(model) if host is None else host.anatomy
-    return f"{type(model).__name__}, width {anatomy.entry.width}, {outline(anatomy)}"
+    structure = examine(model) if host is None else host.structure
+    return f"{type(model).__name__}, width {structure.entry.width}, {outline(structure)}"
 
 
 def _fit(stored: Stored, model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from softhooks.backbone.heads import check_heads, copy_heads, find_heads
 from softhooks.backbone.max_positions import unwarned
 from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids, reads_ids, stored_ids
 from softhooks.backbone.probing import probing, proving
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.digest import FrozenRecord
 from softhooks.base_model.fingerprint import take
 from softhooks.base_model.frozen_names import frozen_names
@@ -92,7 +92,7 @@ def attach(
         model,
         method,
         name,
-        make=lambda anatomy: method.build(anatomy),
+        make=lambda structure: method.build(structure),
         conventions=None,
         head_states=None if train_head else {},
         source="given",
@@ -100,16 +100,16 @@ def attach(
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=True,
-        make_added=lambda anatomy: _added(train_added_tokens, method, model, anatomy),
+        make_added=lambda structure: _added(train_added_tokens, method, model, structure),
     )
 
 
-def _added(asked: Any, method: Method, model: nn.Module, anatomy: Anatomy) -> AddedTokens | None:
+def _added(asked: Any, method: Method, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
     tokenizer = getattr(method, "tokenizer", None)
     if asked is True and tokenizer is not None:
         asked = tokenizer_of(tokenizer)
-    ids = chosen_ids(asked, model, anatomy)
-    return copy_rows(ids, model, anatomy) if ids else None
+    ids = chosen_ids(asked, model, structure)
+    return copy_rows(ids, model, structure) if ids else None
 
 
 @exclusive
@@ -119,7 +119,7 @@ def attach_encoder(
     method: Method,
     name: str,
     *,
-    make: Callable[[Anatomy], PromptEncoder],
+    make: Callable[[ModelStructure], PromptEncoder],
     conventions: dict[str, Any] | None,
     head_states: dict[str, dict[str, Tensor]] | None,
     source: str,
@@ -128,10 +128,10 @@ def attach_encoder(
     frozen_record: bool,
     trainable: tuple[str, ...] = (),
     labels: Labels | None = None,
-    check: Callable[[Anatomy], None] | None = None,
-    make_added: Callable[[Anatomy], AddedTokens | None] | None = None,
+    check: Callable[[ModelStructure], None] | None = None,
+    make_added: Callable[[ModelStructure], AddedTokens | None] | None = None,
     take_added: Callable[[AddedTokens], None] | None = None,
-    check_base: Callable[[Anatomy], None] | None = None,
+    check_base: Callable[[ModelStructure], None] | None = None,
 ) -> SoftPrompt:
     """Attach an encoder that the method builds or that was saved. See `attach`.
 
@@ -152,37 +152,37 @@ def attach_encoder(
     refuse_prompts(model)
     model = present.model if present else model  # a wrapper around a model with a prompt stands for that model
     with unpacked(model), _all_off(present):
-        anatomy = present.anatomy if present else examine(model)
-        needs_ids = method.enters == "embeddings" and reads_ids(model, anatomy)
+        structure = present.structure if present else examine(model)
+        needs_ids = method.enters == "embeddings" and reads_ids(model, structure)
         if check is not None:
-            check(anatomy)
-        check_length(anatomy, method)
-        encoder = make(anatomy)
-    encoder.to(device_of(anatomy.entry.embedding))
+            check(structure)
+        check_length(structure, method)
+        encoder = make(structure)
+    encoder.to(device_of(structure.entry.embedding))
     module = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict()})
     count = method.num_virtual_tokens
     if conventions is None:
-        ids = fresh_ids(model, anatomy, count, encoder) if needs_ids else None
-        conventions = method.conventions(anatomy)
+        ids = fresh_ids(model, structure, count, encoder) if needs_ids else None
+        conventions = method.conventions(structure)
     else:
-        ids, conventions = stored_ids(model, anatomy, count, conventions, source, needed=needs_ids)
+        ids, conventions = stored_ids(model, structure, count, conventions, source, needed=needs_ids)
     if ids is not None:
         module.register_buffer(BUFFER, ids.to(encoder.device))
-    heads = find_heads(model, anatomy)
+    heads = find_heads(model, structure)
     if head_states is not None:
         head_states = {home(model) + path: state for path, state in head_states.items()}
         heads = {path: head for path, head in heads.items() if path in head_states}
     module["heads"] = own = copy_heads(heads)
     check_heads(own, head_states or {}, source)
-    added = None if make_added is None else make_added(anatomy)
+    added = None if make_added is None else make_added(structure)
     if added is not None:
         module[ADDED] = added
-    warn_of_added(model, anatomy, () if added is None else frozenset(added.ids.tolist()))
+    warn_of_added(model, structure, () if added is None else frozenset(added.ids.tolist()))
     if check_base is not None:
-        check_base(anatomy)
+        check_base(structure)
     module.train(model.training)
 
-    host = present or Host(model, anatomy)
+    host = present or Host(model, structure)
     prompt = SoftPrompt(host, name, method, module, conventions)
     prompt.labels = labels
     before = host.active
@@ -192,7 +192,7 @@ def attach_encoder(
         elif frozen_record and host.record is None:
             host.record = FrozenRecord(model, frozen_names(model))
         _add(host, prompt, heads, freeze_dropout)
-        with unwarned(anatomy):
+        with unwarned(structure):
             with probing(model):
                 prompt.injection = choose_injection(prompt, injection)
             if added is not None:
@@ -206,7 +206,7 @@ def attach_encoder(
     except BaseException as error:
         detach(host, name)
         host.active = before
-        limit = anatomy.entry.positions.limit
+        limit = structure.entry.positions.limit
         if isinstance(error, PromptTooLongError) and error.text is not None and limit is not None:
             raise no_room(method.where.columns, limit, error.text) from None
         raise
@@ -222,7 +222,7 @@ def attach_encoder(
 
 def _prove_reached(prompt: SoftPrompt) -> None:
     """Run the probes of what was attached."""
-    entry = prompt.host.anatomy.entry
+    entry = prompt.host.structure.entry
     if prompt.injection == "slots" and not entry.fills:
         with probing(prompt.model), _all_off(prompt.host):
             entry.fills = find_fills(entry, probe_inputs(prompt)["input_ids"].flatten(0, -2)[:1])
@@ -258,7 +258,7 @@ def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
     )
     if frozen_record:
         host.record = FrozenRecord(model, frozen_names(model))
-    host.fingerprint = take(model, host.anatomy, frozen=True)
+    host.fingerprint = take(model, host.structure, frozen=True)
     keep_unpacked(host)
     keep_wrapped(host)
     stand_in(host)

@@ -124,7 +124,7 @@ class PromptEnsemble:
         batch, repeated = self._repeat(inputs)
         with rows(self.model, self._each(batch)):
             found: Tensor = self.model.generate(**repeated)  # type: ignore[operator]
-        if not require_host(self.model).anatomy.is_encoder_decoder and inputs.get("input_ids") is not None:
+        if not require_host(self.model).structure.is_encoder_decoder and inputs.get("input_ids") is not None:
             found = found[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
         members = [texts[start : start + batch] for start in range(0, len(texts), batch)]

@@ -17,7 +17,7 @@ from softhooks.attach import attach_encoder
 from softhooks.backbone.added_vocabulary import say_unsaved
 from softhooks.backbone.container import CONTAINER
 from softhooks.backbone.examine import unwrapped
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.check import about_base, require_base
 from softhooks.base_model.fingerprint import Fingerprint, take, without_rows
 from softhooks.compat.peft import home
@@ -49,7 +49,7 @@ def stored_of(prompt: SoftPrompt) -> Stored:
         NotAttachedError: the prompt was removed.
     """
     prompt._require_attached()
-    anatomy, model = prompt.host.anatomy, unwrapped(prompt.model)
+    structure, model = prompt.host.structure, unwrapped(prompt.model)
     inner = home(prompt.model)
     return Stored(
         prompt.method,
@@ -57,13 +57,13 @@ def stored_of(prompt: SoftPrompt) -> Stored:
         {key.replace("/", ".").removeprefix(inner): head.state_dict() for key, head in prompt.heads.items()},
         prompt.stored_conventions,
         prompt.name,
-        outline(anatomy),
+        outline(structure),
         also_trained=[name for name, _ in prompt.named_parameters() if not name.startswith(f"{CONTAINER}.")],
         base={
             **about_base(model),
             "fingerprint": _fingerprint(prompt).to_json(),
-            "width": anatomy.entry.width,
-            "vocabulary": anatomy.vocabulary,
+            "width": structure.entry.width,
+            "vocabulary": structure.vocabulary,
             "slides": bool(getattr(getattr(model, "config", None), "sliding_window", None)),
         },
         labels=prompt.host.labels.of(prompt),
@@ -78,7 +78,7 @@ def _fingerprint(prompt: SoftPrompt) -> Fingerprint:
     host = prompt.host
     kept = host.fingerprint if shards(host.model) else None
     own = frozenset(prompt.added.ids.tolist()) if prompt.added is not None else ()
-    return without_rows(kept or take(host.model, host.anatomy, frozen=True), own)
+    return without_rows(kept or take(host.model, host.structure, frozen=True), own)
 
 
 # --- load -------------------------------------------------------------------------------------------------------------
@@ -146,27 +146,27 @@ def attach_stored(
         parts: the prompts that it was put together from, each of which knows its base.
     """
 
-    def check_base(anatomy: Anatomy) -> None:
+    def check_base(structure: ModelStructure) -> None:
         for part in parts:
-            require_base(part, model, anatomy, override="or leave this one out")
+            require_base(part, model, structure, override="or leave this one out")
         if not parts:
-            require_base(stored, model, anatomy, strict=strict)
+            require_base(stored, model, structure, strict=strict)
 
     prompt = attach_encoder(
         model,
         stored.method,
         name,
-        make=lambda anatomy: stored.encoder(anatomy, trainable),
+        make=lambda structure: stored.encoder(structure, trainable),
         conventions=stored.conventions,
         head_states=stored.heads,
         source=stored.source,
         labels=stored.labels,
-        make_added=lambda anatomy: copy_rows(stored.added_ids, model, anatomy) if stored.added_ids else None,
+        make_added=lambda structure: copy_rows(stored.added_ids, model, structure) if stored.added_ids else None,
         take_added=lambda own: take_rows(own, stored.added, stored.source),
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,
-        check=lambda anatomy: stored.check_fit(anatomy, strict=strict),
+        check=lambda structure: stored.check_fit(structure, strict=strict),
         check_base=check_base,
     )
     prompt.heads.requires_grad_(trainable)

@@ -22,7 +22,7 @@ from softhooks.layout.layout import Layout
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
 
-    from softhooks.backbone.stack import Anatomy, Role, Site, Stack
+    from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
     from softhooks.inject.branch.branch import Given
     from softhooks.objectives.base import Objective
     from softhooks.prompt import SoftPrompt
@@ -55,7 +55,7 @@ class Method:
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise OptionError(f"num_virtual_tokens must be a whole number of 1 or more; it is {count!r}.")
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the encoder for a model, initialized."""
         raise NotImplementedError(f"{type(self).__name__} must build its encoder.")
 
@@ -99,14 +99,14 @@ class Method:
         """The sites of a stack that this method enters; a table of keys and values holds theirs, in this order."""
         return stack.sites_of(role)
 
-    def parts(self, anatomy: Anatomy, group: str) -> list[Part]:
+    def parts(self, structure: ModelStructure, group: str) -> list[Part]:
         """The parts of a group that each must get a gradient when the prompt trains.
 
         Of keys and values, those of each site. Embedding rows have none: a layout need not use all of them in every text.
         """
         if self.enters != "attention":
             return []
-        stack, role = groups_of(anatomy)[group]
+        stack, role = groups_of(structure)[group]
         sites = self.sites(stack, role)
         return cut([(f"the keys and values of {group} {role}-attention {s.index}", s.numbers, s.module) for s in sites])
 
@@ -128,18 +128,18 @@ class Method:
 
     # --- a folded prompt ----------------------------------------------------------------------------------------------
 
-    def shapes(self, anatomy: Anatomy) -> dict[str, tuple[int, int]]:
+    def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
         """The tables of a folded prompt and their shapes, on a model.
 
         Raises:
             UnsupportedMethodError: the prompt cannot enter the model.
         """
         if self.enters == "embeddings":
-            return {EMBEDDINGS: (self.num_virtual_tokens, anatomy.entry.width)}
-        require_sites(anatomy)
+            return {EMBEDDINGS: (self.num_virtual_tokens, structure.entry.width)}
+        require_sites(structure)
         return {
             group: (self.num_virtual_tokens, sum(site.numbers for site in self.sites(stack, role)))
-            for group, (stack, role) in groups_of(anatomy).items()
+            for group, (stack, role) in groups_of(structure).items()
         }
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
@@ -160,7 +160,7 @@ class Method:
         """Make the encoder of a prompt that is folded."""
         return TableEncoder(tables)
 
-    def rebuild(self, anatomy: Anatomy, tables: dict[str, Tensor]) -> PromptEncoder:
+    def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
         """Make the encoder that goes on training a folded prompt."""
         return self.folded_encoder(tables)
 
@@ -169,7 +169,7 @@ class Method:
         """Where the virtual tokens stand."""
         return Layout.placed("front", self.num_virtual_tokens)
 
-    def conventions(self, anatomy: Anatomy) -> dict[str, Any]:
+    def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """What a prompt trained so takes for granted about the model's pass; stored with it."""
         return {"placement": self.where.placement}
 

@@ -57,8 +57,8 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
             "it onto the model in one process and ask there."
         )
     rows, known = rows_of(prompt, _RULE), tokenizer_of(tokenizer)
-    anatomy = prompt.host.anatomy
-    size = min(anatomy.vocabulary, len(known))
+    structure = prompt.host.structure
+    size = min(structure.vocabulary, len(known))
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
         raise OptionError(
             "`count` must be a number of words of the vocabulary.", "Ask for fewer.", count=count, words=size
@@ -68,7 +68,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
     with disabled(prompt.model):
         for start in range(0, size, _AT_ONCE):
             some = torch.arange(start, min(start + _AT_ONCE, size))
-            near = goal @ functional.normalize(embed_ids(anatomy, some), dim=1).to(goal).T
+            near = goal @ functional.normalize(embed_ids(structure, some), dim=1).to(goal).T
             best, ids = _first(
                 torch.cat([best, near], 1), torch.cat([ids, some.to(ids).expand(len(rows), -1)], 1), count
             )

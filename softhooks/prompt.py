@@ -227,7 +227,7 @@ class SoftPrompt:
             rows = torch.stack([self.embeddings(variant) for variant in variants])
             return {"self": prefill(stack, rows, self.placeholder)}
         result: dict[Role, KeyValues] = {}
-        for group, (owner, role) in groups_of(self._host.anatomy).items():
+        for group, (owner, role) in groups_of(self._host.structure).items():
             if owner is stack:
                 result[role] = split(self._encode(group), self.method.sites(stack, role))
                 result[role].windowed = bool(self.conventions.get("windowed", True))

@@ -18,7 +18,7 @@ from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import OptionError, PromptMismatchError
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
     from softhooks.prompt import SoftPrompt
 
 
@@ -26,12 +26,12 @@ _START = "a prompt can be the start of another only if it folds to rows of embed
 _COMPARED = "prompts can be compared only if they fold to rows of embeddings."
 
 
-def rows_of(source: Any, rule: str = _START, *, anatomy: Anatomy | None = None) -> Tensor:
+def rows_of(source: Any, rule: str = _START, *, structure: ModelStructure | None = None) -> Tensor:
     """The rows of a prompt that enters as embeddings, [P, H].
 
     Args:
         source: a handle; or a directory or repository that `load` reads, also one of PEFT; or the rows themselves.
-        anatomy: of the model that they are to enter, which must be the base that they were trained with.
+        structure: of the model that they are to enter, which must be the base that they were trained with.
         rule: what an error says of a prompt that has no rows.
 
     Raises:
@@ -61,9 +61,9 @@ def rows_of(source: Any, rule: str = _START, *, anatomy: Anatomy | None = None) 
             prompt=what,
             holds=", ".join(sorted(tables)),
         )
-    fits = anatomy is not None and tables[EMBEDDINGS].shape[1] == anatomy.entry.width
-    if anatomy is not None and fits and stored is not None:
-        require_base(stored, anatomy.entry.module, anatomy, override="or start from its rows alone, as a tensor")
+    fits = structure is not None and tables[EMBEDDINGS].shape[1] == structure.entry.width
+    if structure is not None and fits and stored is not None:
+        require_base(stored, structure.entry.module, structure, override="or start from its rows alone, as a tensor")
     return tables[EMBEDDINGS].detach().float()
 
 

@@ -55,7 +55,7 @@ class TwiceTheLoss(Objective):
     """Doubles the loss, and adds the mean square of the prompt's own logits."""
 
     def begin(self, prompt: Any, call: dict[str, Any], given: dict[str, Tensor]) -> Any:
-        stack = prompt.host.anatomy.entry
+        stack = prompt.host.structure.entry
 
         def finish(output: Any) -> Any:
             logits = logits_of(prompt.model, stack, prompt.states, prompt.host.placeholder)
@@ -71,8 +71,8 @@ class Toy(Method):
     num_virtual_tokens: int = P
     own_objective: bool = False
 
-    def build(self, anatomy: Any) -> PromptEncoder:
-        return Several(anatomy.entry.width)
+    def build(self, structure: Any) -> PromptEncoder:
+        return Several(structure.entry.width)
 
     def objective(self) -> Objective | None:
         return TwiceTheLoss() if self.own_objective else None
@@ -156,7 +156,7 @@ def test_a_hidden_token_is_not_seen_by_its_row(arch: str) -> None:
         torch.testing.assert_close(logits[0], plain[0], **CLOSE)
         assert not torch.allclose(logits[1], plain[1], atol=1e-3)
         # The others still carry what they read of it: hiding is not leaving out. A poisoned value must not come through.
-        stack = prompt.host.anatomy.entry
+        stack = prompt.host.structure.entry
         kept = prompt.key_values(stack)["self"]
         for value in kept.values.values():
             value[:, :, 1] = 1e4

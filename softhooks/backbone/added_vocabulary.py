@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from softhooks.backbone.examine import unwrapped
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import PromptMismatchError
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ _said: weakref.WeakSet[SoftPrompt] = weakref.WeakSet()
 _SMALL = 16 * 2**20  # no config is larger
 
 
-def base_rows(model: nn.Module, anatomy: Anatomy) -> int | None:
+def base_rows(model: nn.Module, structure: ModelStructure) -> int | None:
     """How many rows the vocabulary had before a script added some; None where nothing tells that it did."""
     plain: Any = unwrapped(model)
     config = getattr(plain, "config", None)
-    rows = anatomy.vocabulary
+    rows = structure.vocabulary
     if config is None or _size(_text(config)) != rows:
         return None  # not what resizing leaves: the table has more rows than words for reasons of its own
-    told = [_size_inside(plain, anatomy), _size_of_checkpoint(config)]
+    told = [_size_inside(plain, structure), _size_of_checkpoint(config)]
     known = [size for size in told if size is not None and 0 < size < rows]
     return min(known, default=None)
 
@@ -52,9 +52,9 @@ def _size(config: Any) -> int | None:
     return size if type(size) is int else None
 
 
-def _size_inside(model: nn.Module, anatomy: Anatomy) -> int | None:
+def _size_inside(model: nn.Module, structure: ModelStructure) -> int | None:
     """What a module inside that holds the embedding says of its size, as `LlamaModel.vocab_size`."""
-    embedding = anatomy.entry.embedding
+    embedding = structure.entry.embedding
     sizes = [(size, m) for m in model.modules() if m is not model and type(size := m.__dict__.get("vocab_size")) is int]
     return min((size for size, holder in sizes if any(part is embedding for part in holder.modules())), default=None)
 
@@ -83,14 +83,14 @@ def _size_of_checkpoint(config: Any) -> int | None:
     return next((size for size in sizes if size is not None), None)
 
 
-def warn_of_added(model: nn.Module, anatomy: Anatomy, covered: Container[int]) -> None:
+def warn_of_added(model: nn.Module, structure: ModelStructure, covered: Container[int]) -> None:
     """Say that rows which a script has added are neither trained nor saved with a prompt.
 
     Args:
         covered: the ids whose rows are.
     """
-    base = base_rows(model, anatomy)
-    added = [] if base is None else [row for row in range(base, anatomy.vocabulary) if row not in covered]
+    base = base_rows(model, structure)
+    added = [] if base is None else [row for row in range(base, structure.vocabulary) if row not in covered]
     if added:
         warnings.warn(
             f"{len(added)} rows of the vocabulary ({added[0]} to {added[-1]}) were added by `resize_token_embeddings` and are in "
@@ -103,12 +103,12 @@ def warn_of_added(model: nn.Module, anatomy: Anatomy, covered: Container[int]) -
 
 def say_unsaved(prompt: SoftPrompt) -> None:
     """Say once, when a prompt is saved, that rows which a script has added are not in its file."""
-    base = base_rows(prompt.model, prompt.host.anatomy)
+    base = base_rows(prompt.model, prompt.host.structure)
     if base is None or prompt in _said:
         return
     _said.add(prompt)
     held = set() if prompt.added is None else set(prompt.added.ids.tolist())
-    left_out = [row for row in range(base, prompt.host.anatomy.vocabulary) if row not in held]
+    left_out = [row for row in range(base, prompt.host.structure.vocabulary) if row not in held]
     if left_out:
         logger.warning(
             "%d rows of the vocabulary (%d to %d) were added by `resize_token_embeddings`; they are not in the file of "
@@ -125,17 +125,17 @@ def stack_level() -> int:
     return level
 
 
-def require_rows(told: Any, anatomy: Anatomy, source: str) -> None:
+def require_rows(told: Any, structure: ModelStructure, source: str) -> None:
     """Refuse a base whose vocabulary is smaller than that of the base of a stored prompt.
 
     Raises:
         PromptMismatchError: naming both sizes.
     """
-    if type(told) is int and anatomy.vocabulary < told:
+    if type(told) is int and structure.vocabulary < told:
         raise PromptMismatchError(
             "a prompt must enter a model whose vocabulary holds the words that it was trained with.",
             "Load the base model that it was trained with; if tokens were added then, add them and call "
             "`resize_token_embeddings` before.",
             prompt=f"{told} words ({source})",
-            model=f"{anatomy.vocabulary} words",
+            model=f"{structure.vocabulary} words",
         )

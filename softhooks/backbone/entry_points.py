@@ -10,28 +10,28 @@ from softhooks.backbone.probing import OTHER_METHOD
 from softhooks.errors import PromptMismatchError, UnsupportedMethodError
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy, Stack
+    from softhooks.backbone.stack import ModelStructure, Stack
     from softhooks.method import Method
 
 
-def groups_of(anatomy: Anatomy) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
+def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
     """Name the places that keys and values can enter: `text`, or `encoder`, `decoder` and `cross`."""
     groups: dict[str, tuple[Stack, Literal["self", "cross"]]] = {}
-    for stack in anatomy.stacks:
+    for stack in structure.stacks:
         groups[stack.name] = (stack, "self")
         if stack.sites_of("cross"):
             groups["cross"] = (stack, "cross")
     return groups
 
 
-def check_tables(anatomy: Anatomy, method: Method, tables: dict[str, Tensor], source: str) -> None:
+def check_tables(structure: ModelStructure, method: Method, tables: dict[str, Tensor], source: str) -> None:
     """Check that a folded prompt fits a model.
 
     Raises:
         PromptMismatchError: tables or their shapes differ.
         UnsupportedMethodError: the prompt cannot enter the model.
     """
-    expected = method.shapes(anatomy)
+    expected = method.shapes(structure)
     for group in sorted(set(expected) | set(tables)):
         table = tables.get(group)
         if table is None or tuple(table.shape) != expected.get(group):
@@ -44,13 +44,13 @@ def check_tables(anatomy: Anatomy, method: Method, tables: dict[str, Tensor], so
             )
 
 
-def require_sites(anatomy: Anatomy) -> None:
+def require_sites(structure: ModelStructure) -> None:
     """Check that keys and values can enter every stack.
 
     Raises:
         UnsupportedMethodError: naming the stack that they cannot enter.
     """
-    for stack in anatomy.stacks:
+    for stack in structure.stacks:
         if stack.through is None:
             raise UnsupportedMethodError(
                 "a key-value prefix needs attention that goes through transformers' attention interface or a cache, or "

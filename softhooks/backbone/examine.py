@@ -17,12 +17,12 @@ from softhooks.backbone.find_stack import Call, find_stack, record
 from softhooks.backbone.max_positions import rotary_limit
 from softhooks.backbone.position_numbering import numbering
 from softhooks.backbone.probing import INSIDE, probing
-from softhooks.backbone.stack import Anatomy, Stack, StackName, at_rest, decoder_ids, probe_ids
+from softhooks.backbone.stack import ModelStructure, Stack, StackName, at_rest, decoder_ids, probe_ids
 from softhooks.backbone.visibility import is_rounding, probe_length, sees_later
 from softhooks.errors import UnsupportedModelError
 
 
-def examine(model: nn.Module) -> Anatomy:
+def examine(model: nn.Module) -> ModelStructure:
     """Find the stacks of a model with probe forwards of four tokens.
 
     Raises:
@@ -34,7 +34,7 @@ def examine(model: nn.Module) -> Anatomy:
         runs = _run(model, ids)
         stacks = [_stack(model, name, given, runs) for name, given in runs.ids.items()]
         survey(stacks, ids)
-    return Anatomy(stacks=stacks, vocabulary=vocabulary, choices=runs.choices)
+    return ModelStructure(stacks=stacks, vocabulary=vocabulary, choices=runs.choices)
 
 
 def _vocabulary(model: nn.Module) -> int:

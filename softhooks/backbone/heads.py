@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of, read, unhooked
 from softhooks.errors import PromptMismatchError
 
@@ -22,14 +22,14 @@ HEAD_NAMES = ("score", "classifier", "qa_outputs", "classification_head", "pre_c
 """The names of the heads that transformers makes anew for a task. Language-model heads are not among them."""
 
 
-def find_heads(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Module]:
     """Find the new heads of a task model, by path; what lies inside a stack, or belongs to a prompt, is no head.
 
     A pooler beside a classifier is new too: DeBERTa pools outside its stack.
     """
     from softhooks.backbone.container import CONTAINER
 
-    inside = {id(module) for stack in anatomy.stacks for module in stack.module.modules()}
+    inside = {id(module) for stack in structure.stacks for module in stack.module.modules()}
     prompts = model._modules.get(CONTAINER)
     inside |= {id(module) for module in prompts.modules()} if prompts is not None else set()
     heads: dict[str, nn.Module] = {}

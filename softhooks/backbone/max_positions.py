@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from softhooks.backbone.stack import Anatomy, Positions
+from softhooks.backbone.stack import ModelStructure, Positions
 from softhooks.errors import format_message
 
 _ADAPTS = ("dynamic",)
@@ -67,9 +67,9 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 
 
 @contextmanager
-def unwarned(anatomy: Anatomy) -> Iterator[None]:
+def unwarned(structure: ModelStructure) -> Iterator[None]:
     """Let the probes of an attach go by: their text is none of the user's."""
-    each = [stack.positions for stack in anatomy.stacks]
+    each = [stack.positions for stack in structure.stacks]
     before = [positions.warned for positions in each]
     for positions in each:
         positions.warned = True

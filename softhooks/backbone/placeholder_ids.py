@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.examine import as_choices
 from softhooks.backbone.probing import probing
-from softhooks.backbone.stack import Anatomy, Stack, at_rest, decoder_ids, first_state, probe_ids, special_ids
+from softhooks.backbone.stack import ModelStructure, Stack, at_rest, decoder_ids, first_state, probe_ids, special_ids
 from softhooks.backbone.word_embeddings import words_among
 from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import PromptMismatchError
@@ -27,11 +27,11 @@ BUFFER = "placeholder"
 _COLUMNS = 5
 
 
-def reads_ids(model: nn.Module, anatomy: Anatomy) -> bool:
+def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
     """Whether a model's states depend on ids beside their embeddings: measured once, with two texts of the same embeddings."""
-    stack = anatomy.entry
+    stack = structure.entry
     if stack.reads_ids is None:
-        stack.reads_ids = _states_differ(model, anatomy)
+        stack.reads_ids = _states_differ(model, structure)
     return stack.reads_ids
 
 
@@ -68,9 +68,9 @@ class _Rows:
         return self.kept[self._calls - 1] if self._calls <= len(self.kept) else output
 
 
-def _states_differ(model: nn.Module, anatomy: Anatomy) -> bool:
+def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
     """Run two texts whose ids differ and whose embeddings are made the same."""
-    stack, vocabulary = anatomy.entry, anatomy.vocabulary
+    stack, vocabulary = structure.entry, structure.vocabulary
     ordinary = ordinary_ids(model, stack, vocabulary)
     if len(ordinary) < 2:
         return True  # nothing to compare
@@ -89,8 +89,8 @@ def _states_differ(model: nn.Module, anatomy: Anatomy) -> bool:
         with at_rest(model), probing(model):
             for text in texts:
                 rows.begin()
-                given = text if anatomy.choices is None else as_choices(text, anatomy.choices)
-                more = {"decoder_input_ids": decoder_ids(texts[0])} if anatomy.is_encoder_decoder else {}
+                given = text if structure.choices is None else as_choices(text, structure.choices)
+                more = {"decoder_input_ids": decoder_ids(texts[0])} if structure.is_encoder_decoder else {}
                 model(input_ids=given, attention_mask=torch.ones_like(given), **more)
     finally:
         for handle in handles:
@@ -107,18 +107,18 @@ def usual_id(model: nn.Module, vocabulary: int) -> int:
     return pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
 
 
-def fresh_ids(model: nn.Module, anatomy: Anatomy, count: int, encoder: PromptEncoder) -> Tensor:
+def fresh_ids(model: nn.Module, structure: ModelStructure, count: int, encoder: PromptEncoder) -> Tensor:
     """The ids behind a new prompt's virtual tokens: those of the words that it starts from, else the usual one. -> [P]."""
-    usual, known = usual_id(model, anatomy.vocabulary), encoder.start_ids
+    usual, known = usual_id(model, structure.vocabulary), encoder.start_ids
     if known is None:
         rows = encoder.folded().get(EMBEDDINGS)
-        alone = rows is not None and rows.shape == (count, anatomy.entry.width)
-        known = words_among(anatomy, rows) if rows is not None and alone else [None] * count
+        alone = rows is not None and rows.shape == (count, structure.entry.width)
+        known = words_among(structure, rows) if rows is not None and alone else [None] * count
     return torch.tensor([usual if word is None else word for word in known])
 
 
 def stored_ids(
-    model: nn.Module, anatomy: Anatomy, count: int, conventions: dict[str, Any], source: str, *, needed: bool
+    model: nn.Module, structure: ModelStructure, count: int, conventions: dict[str, Any], source: str, *, needed: bool
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """The ids behind a saved prompt's virtual tokens, [P], and its other conventions.
 
@@ -133,18 +133,18 @@ def stored_ids(
     held = conventions.get(BUFFER)
     others = {key: value for key, value in conventions.items() if key != BUFFER}
     if held is not None:
-        if max(held) >= anatomy.vocabulary:
+        if max(held) >= structure.vocabulary:
             raise PromptMismatchError(
                 "the ids behind a prompt's virtual tokens must be in the model's vocabulary.",
                 "Load it onto the base model that it was trained with.",
                 prompt=f"{source}: ids up to {max(held)}",
-                vocabulary=f"0 to {anatomy.vocabulary - 1}",
+                vocabulary=f"0 to {structure.vocabulary - 1}",
             )
         return torch.tensor(list(held)), others
     if not needed:
         return None, others
     special = special_ids(getattr(model, "config", None))
-    rule = next((one for one in range(min(anatomy.vocabulary, 64)) if one not in special), 0)
+    rule = next((one for one in range(min(structure.vocabulary, 64)) if one not in special), 0)
     warnings.warn(
         f"{source} was saved by a softhooks that did not store the id behind virtual tokens, on which {type(model).__name__} "
         f"depends. {rule} is taken: the first id that is none of the special ids in the config. If these were others in training "

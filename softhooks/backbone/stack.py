@@ -204,7 +204,7 @@ class Stack:
 
 
 @dataclass(eq=False)
-class Anatomy:
+class ModelStructure:
     """The stacks of a model. An encoder-decoder has two, everything else one.
 
     Attributes:

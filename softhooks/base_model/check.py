@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from softhooks.backbone.examine import unwrapped
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.compare import Finding, compare, lowered
 from softhooks.base_model.fingerprint import Fingerprint, take
 from softhooks.errors import CheckpointError, PromptMismatchError
@@ -103,7 +103,7 @@ _OVERRIDE = (
 
 
 def require_base(
-    stored: Stored, model: nn.Module, anatomy: Anatomy, *, strict: bool = True, override: str = _OVERRIDE
+    stored: Stored, model: nn.Module, structure: ModelStructure, *, strict: bool = True, override: str = _OVERRIDE
 ) -> None:
     """Compare the base that a prompt was trained with and a model; what is not known is not compared.
 
@@ -121,7 +121,7 @@ def require_base(
     if then is None:
         _require_revision(stored, about, override)
         return
-    now = take(model, anatomy, like=then)
+    now = take(model, structure, like=then)
     finding = compare(then, now, adapters=not any("lora_" in name for name in stored.also_trained))
     if finding == "same":
         return
@@ -136,7 +136,7 @@ def require_base(
         f"a prompt must enter the base model that it was trained with; {_SENTENCES[finding]}.",
         f"{_REMEDIES[finding]} {override}.",
         trained_with=_named(stored.base, then),
-        model=_named(about, take(model, anatomy)),
+        model=_named(about, take(model, structure)),
         prompt=stored.source,
     )
 

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor, nn
 
 from softhooks.backbone.heads import find_heads
-from softhooks.backbone.stack import Anatomy, Stack
+from softhooks.backbone.stack import ModelStructure, Stack
 from softhooks.base_model.merged_lora import Adapted, adapted_weights, is_packed, is_whole
 from softhooks.compat.offload import read
 from softhooks.compat.sharding import full, is_sharded
@@ -154,16 +154,18 @@ def _unpacked(text: str) -> tuple[str, Tensor]:
 # --- take -------------------------------------------------------------------------------------------------------------
 
 
-def take(model: nn.Module, anatomy: Anatomy, *, like: Fingerprint | None = None, frozen: bool = False) -> Fingerprint:
+def take(
+    model: nn.Module, structure: ModelStructure, *, like: Fingerprint | None = None, frozen: bool = False
+) -> Fingerprint:
     """Take the fingerprint of a model; some milliseconds, for few numbers are read.
 
     Args:
         like: the one to be compared with, whose rows of the vocabulary are read.
         frozen: leave out what trains, where everything else is frozen.
     """
-    vocabulary = anatomy.vocabulary if like is None else like.vocabulary
+    vocabulary = structure.vocabulary if like is None else like.vocabulary
     weights: dict[Group, dict[str, list[Tensor]]] = {group: {} for group in GROUPS}
-    for group, name, tensor in _weights(model, anatomy):
+    for group, name, tensor in _weights(model, structure):
         weights[group].setdefault(name, []).append(tensor)
     adapted = adapted_weights(model)
     parts: dict[Group, dict[str, Part]] = {}
@@ -182,7 +184,7 @@ def take(model: nn.Module, anatomy: Anatomy, *, like: Fingerprint | None = None,
             if group == "matrices" and any(id(tensor) in adapted for tensor in chosen):
                 changes = _together(_changes(chosen, name, adapted))
                 merged[name] = Part(own.precision, own.numbers + changes)
-    return Fingerprint(anatomy.vocabulary, parts, merged)
+    return Fingerprint(structure.vocabulary, parts, merged)
 
 
 def _together(numbers: list[Tensor]) -> Tensor:
@@ -193,10 +195,10 @@ def _together(numbers: list[Tensor]) -> Tensor:
     return torch.cat([tensor.cpu() for tensor in numbers])
 
 
-def _weights(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[Group, str, Tensor]]:
+def _weights(model: nn.Module, structure: ModelStructure) -> Iterator[tuple[Group, str, Tensor]]:
     """Each weight of the base with its group and its name, tied ones once."""
-    seen = {id(p) for head in find_heads(model, anatomy).values() for p in head.parameters()}
-    for stack in anatomy.stacks:
+    seen = {id(p) for head in find_heads(model, structure).values() for p in head.parameters()}
+    for stack in structure.stacks:
         weight: Any = stack.embedding.weight
         if id(weight) not in seen:
             seen.add(id(weight))

@@ -18,8 +18,8 @@ def check_causality(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: it does.
     """
-    anatomy = prompt.host.anatomy
-    for number, stack in enumerate(anatomy.stacks):
+    structure = prompt.host.structure
+    for number, stack in enumerate(structure.stacks):
         calls = _calls(prompt, stack, number)
         if calls is None:
             continue
@@ -39,18 +39,18 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
     """A call, the same call with other ids from a column on, and that column; None where there is none to change."""
-    anatomy, layout = prompt.host.anatomy, prompt.layout
+    structure, layout = prompt.host.structure, prompt.layout
     length = layout.columns if prompt.method.enters != "branch" else 0
-    short = probe_ids(prompt.model, anatomy.vocabulary, 2)
+    short = probe_ids(prompt.model, structure.vocabulary, 2)
     anchors = layout.probe(short)[0].shape[1] - short.shape[1]
-    rooms = [room - length - anchors for room in map(_room, anatomy.stacks) if room is not None]
+    rooms = [room - length - anchors for room in map(_room, structure.stacks) if room is not None]
     room = min(rooms, default=None)
     if room is not None and room < short.shape[1]:
         return None
     columns, cut = probe_length(stack.module, room, length)
     each = []
     for seed in (0, 1):
-        ids, extra = layout.probe(probe_ids(prompt.model, anatomy.vocabulary, columns, seed))
+        ids, extra = layout.probe(probe_ids(prompt.model, structure.vocabulary, columns, seed))
         each.append((ids, extra))
     (ids, extra), (other, _) = each
     if other.shape != ids.shape:
@@ -62,10 +62,10 @@ def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str
     if torch.equal(mixed, ids):
         return None
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra, **prompt.method.probe_arguments()}
-    if anatomy.choices is not None:
-        inputs["input_ids"], mixed = as_choices(ids, anatomy.choices), as_choices(mixed, anatomy.choices)
+    if structure.choices is not None:
+        inputs["input_ids"], mixed = as_choices(ids, structure.choices), as_choices(mixed, structure.choices)
         inputs["attention_mask"] = torch.ones_like(mixed)
-    if not anatomy.is_encoder_decoder:
+    if not structure.is_encoder_decoder:
         return cut, inputs, {**inputs, "input_ids": mixed}
     inputs["decoder_input_ids"] = decoder_ids(ids)
     if number == 0:

@@ -48,7 +48,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: they are made of the text, where keys and values of words would not be what these words are.
     """
-    stack = prompt.host.anatomy.entry
+    stack = prompt.host.structure.entry
     if prompt.injection != "attention":
         return
     limits = [room for room in (stack.positions.limit, stack.positions.trained) if room is not None]
@@ -71,9 +71,9 @@ def require_common_masks(prompt: SoftPrompt) -> None:
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
     """Run a text without the prompt: through the whole model, or through the stack alone if the model needs more than ids."""
-    live, anatomy = _MaskPass(stack), prompt.host.anatomy
-    by_itself = anatomy.is_encoder_decoder or anatomy.choices is not None
-    ids = probe_ids(prompt.model, anatomy.vocabulary, columns, seed)
+    live, structure = _MaskPass(stack), prompt.host.structure
+    by_itself = structure.is_encoder_decoder or structure.choices is not None
+    ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)
     with stack.alone(live):
         (stack.module if by_itself else prompt.model)(input_ids=ids, attention_mask=torch.ones_like(ids))
     return live

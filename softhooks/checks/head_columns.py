@@ -27,7 +27,7 @@ def check_unread(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: it moves.
     """
-    stack = prompt.host.anatomy.entry
+    stack = prompt.host.structure.entry
     if prompt.injection != "slots" or stack.causal or stack.name != "text":
         return
     with at_rest(prompt.model):

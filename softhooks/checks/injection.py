@@ -22,11 +22,11 @@ PROBE_COLUMNS = 5
 
 def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
     """A call of a few ordinary tokens and the anchors of the prompt, with what else the model and the method want."""
-    anatomy = prompt.host.anatomy
-    ids, columns = prompt.layout.probe(probe_ids(prompt.model, anatomy.vocabulary, PROBE_COLUMNS))
-    text = ids if anatomy.choices is None else as_choices(ids, anatomy.choices)
+    structure = prompt.host.structure
+    ids, columns = prompt.layout.probe(probe_ids(prompt.model, structure.vocabulary, PROBE_COLUMNS))
+    text = ids if structure.choices is None else as_choices(ids, structure.choices)
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **columns, **prompt.method.probe_arguments()}
-    if anatomy.is_encoder_decoder:
+    if structure.is_encoder_decoder:
         inputs["decoder_input_ids"] = decoder_ids(ids)
     return inputs
 
@@ -37,18 +37,18 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
     Raises:
         UnsupportedMethodError: the way asked for does not exist here, or would give other results.
     """
-    anatomy = prompt.host.anatomy
+    structure = prompt.host.structure
     if prompt.method.enters == "branch":
         if prompt.method.scales_linears:
             hook_linears(prompt.host)
         return _only(prompt, asked, "branch")
     if prompt.method.enters == "attention":
-        require_sites(anatomy)
-        through = anatomy.entry.through
+        require_sites(structure)
+        through = structure.entry.through
         assert through is not None
         return _only(prompt, asked, through)
     _refuse_end_of_generation(prompt)
-    stack = anatomy.entry
+    stack = structure.entry
     could_share = (
         stack.name == "text" and stack.causal and stack.through is not None and prompt.layout.placement == "front"
     )
@@ -74,7 +74,7 @@ def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> I
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
     """Behind the text of a language model a prompt would steer no training token, and move as the text grows."""
     can_generate = getattr(prompt.model, "can_generate", None)
-    if prompt.layout.has_tail and prompt.host.anatomy.entry.causal and can_generate is not None and can_generate():
+    if prompt.layout.has_tail and prompt.host.structure.entry.causal and can_generate is not None and can_generate():
         raise UnsupportedMethodError(
             "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
             "Use placement='front' or 'after_first', or a layout with an anchor or a field behind its last slots, such as a "

@@ -33,8 +33,8 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
     if _is_told(prompt):
         return True
     inputs = probe_inputs(prompt)
-    pad = usual_id(prompt.model, prompt.host.anatomy.vocabulary)
-    other = next((i for i in ordinary_ids(prompt.model, prompt.host.anatomy.entry, 64) if i != pad), pad)
+    pad = usual_id(prompt.model, prompt.host.structure.vocabulary)
+    other = next((i for i in ordinary_ids(prompt.model, prompt.host.structure.entry, 64) if i != pad), pad)
     with at_rest(prompt.model):
         try:
             with Block(prompt.host, off=True):
@@ -52,7 +52,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 def _is_told(prompt: SoftPrompt) -> bool:
     """Whether the stack is told by row where its text stands, and no cache takes columns that its masks may not know of."""
-    entry = prompt.host.anatomy.entry
+    entry = prompt.host.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.argument or (table is not None and table.by_row)
     return by_row and (prompt.injection == "slots" or entry.through != "cache")
@@ -66,8 +66,8 @@ def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
 def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
     """The last stack's states of the text, [.., T, H]."""
     kept: list[Tensor] = []
-    anatomy = prompt.host.anatomy
-    stack = anatomy.stacks[-1]
+    structure = prompt.host.structure
+    stack = structure.stacks[-1]
     outer = stack.live
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -80,7 +80,7 @@ def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
             prompt.model(**inputs)
     finally:
         handle.remove()
-    return kept[-1][:, _PADDING:] if cut and not anatomy.is_encoder_decoder else kept[-1]
+    return kept[-1][:, _PADDING:] if cut and not structure.is_encoder_decoder else kept[-1]
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

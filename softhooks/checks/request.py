@@ -8,7 +8,7 @@ import re
 from torch import nn
 
 from softhooks.backbone.container import CONTAINER
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.sharding import refuse_partitioned
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError
 from softhooks.method import Method
@@ -53,13 +53,13 @@ def check_request(
             raise AttachError(f"trainable={pattern!r} names no parameter of {type(model).__name__}.")
 
 
-def check_length(anatomy: Anatomy, method: Method) -> None:
+def check_length(structure: ModelStructure, method: Method) -> None:
     """Check that a prompt leaves room for text.
 
     Raises:
         PromptTooLongError: it does not.
     """
-    positions = anatomy.entry.positions
+    positions = structure.entry.positions
     trained = positions.trained if positions.rotary is None else positions.rotary
     limit = positions.limit if positions.limit is not None else trained
     length = method.where.columns

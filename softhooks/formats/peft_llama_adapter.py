@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError
 from softhooks.formats.stored import Stored
 from softhooks.methods import LlamaAdapter
@@ -64,8 +64,8 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Sto
         raise CheckpointError(f"{source}: {error}") from error
     conventions = {key: allowed[0] for key, allowed in method.conventions_allowed.items()} | {"gate": "raw"}
 
-    def computes_the_same(anatomy: Anatomy) -> None:
-        _require_same(anatomy, layers, source)
+    def computes_the_same(structure: ModelStructure) -> None:
+        _require_same(structure, layers, source)
 
     stacks = {"text": {"causal": True}}
     return Stored(
@@ -84,13 +84,13 @@ def _are_sound(shapes: list[tuple[int, ...]]) -> bool:
     return len(shapes) == 2 and shapes[0] == (1,) and len(shapes[1]) == 3 and shapes[1][0] == 1 and shapes[1][1] > 0
 
 
-def _require_same(anatomy: Anatomy, layers: list[int], source: str) -> None:
+def _require_same(structure: ModelStructure, layers: list[int], source: str) -> None:
     """Check that a model is one in which PEFT adds what softhooks adds.
 
     Raises:
         PromptMismatchError: the layers are not its top ones, or PEFT computes something else in them.
     """
-    found = _differs(anatomy, layers)
+    found = _differs(structure, layers)
     if found is None:
         return
     raise PromptMismatchError(
@@ -102,9 +102,9 @@ def _require_same(anatomy: Anatomy, layers: list[int], source: str) -> None:
     )
 
 
-def _differs(anatomy: Anatomy, layers: list[int]) -> str | None:
+def _differs(structure: ModelStructure, layers: list[int]) -> str | None:
     """What of a model makes PEFT compute something else in its top layers; None if nothing does."""
-    stack = anatomy.entry
+    stack = structure.entry
     sites = stack.sites_of("self")
     config: Any = getattr(stack.module, "config", None)
     kind = getattr(config, "model_type", None)
@@ -118,24 +118,24 @@ def _differs(anatomy: Anatomy, layers: list[int]) -> str | None:
 # --- write ------------------------------------------------------------------------------------------------------------
 
 
-def obstacle(method: LlamaAdapter, stored: Stored, anatomy: Anatomy | None) -> tuple[str, str] | None:
+def obstacle(method: LlamaAdapter, stored: Stored, structure: ModelStructure | None) -> tuple[str, str] | None:
     """What keeps an adapter from being written for PEFT, and what could be; None if nothing does.
 
     Args:
-        anatomy: of the model; a file alone does not say whether output projections have biases.
+        structure: of the model; a file alone does not say whether output projections have biases.
     """
     if method.scale_and_bias or method.early_fusion or method.context_size is not None:
         return "factors, offsets or a context", "prompts and gates alone"
     if stored.heads:
         return f"a trained head ({', '.join(stored.heads)})", "no head: PEFT saves none beside a LLaMA-Adapter"
-    if anatomy is None:
+    if structure is None:
         return (
             "an adapter without its model (biases of output projections are not in its file)",
             "the same with `--base`",
         )
-    sites = anatomy.entry.sites_of("self")
+    sites = structure.entry.sites_of("self")
     count = len(sites) if method.num_layers is None else method.num_layers
-    differs = _differs(anatomy, list(range(len(sites) - count, len(sites))))
+    differs = _differs(structure, list(range(len(sites) - count, len(sites))))
     if differs is not None:
         return differs, "Llama or Mistral, output projections without a bias"
     gates = stored.tables["text_gates"].view(count, -1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.placeholder_ids import BUFFER
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import UnsupportedMethodError
 from softhooks.formats import peft_llama_adapter
@@ -48,12 +48,12 @@ class Export:
 
     Attributes:
         stored: the prompt, folded.
-        anatomy: of its model, where there is one; a file knows less.
+        structure: of its model, where there is one; a file knows less.
         generates: whether its model is a language model that generates; None: its class says.
     """
 
     stored: Stored
-    anatomy: Anatomy | None = None
+    structure: ModelStructure | None = None
     generates: bool | None = None
 
     @property
@@ -82,7 +82,7 @@ def of_prompt(prompt: SoftPrompt) -> Export:
 
     stored, model = stored_of(prompt), unwrapped(prompt.model)
     can_generate = getattr(model, "can_generate", None)
-    return Export(stored, prompt.host.anatomy, can_generate is not None and bool(can_generate()))
+    return Export(stored, prompt.host.structure, can_generate is not None and bool(can_generate()))
 
 
 def adapter(export: Export) -> Parts:
@@ -232,7 +232,7 @@ def _multitask(export: Export) -> Parts:
 def _llama_adapter(export: Export) -> Parts:
     method = export.stored.method
     assert isinstance(method, LlamaAdapter)
-    found = peft_llama_adapter.obstacle(method, export.stored, export.anatomy)
+    found = peft_llama_adapter.obstacle(method, export.stored, export.structure)
     if found is not None:
         raise _refusal(export, *found)
     return peft_llama_adapter.parts(method, export.stored.tables, export.stacks["text"]["self"])

@@ -5,15 +5,15 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from softhooks.backbone.stack import Anatomy, Role, Stack
+from softhooks.backbone.stack import ModelStructure, Role, Stack
 
 
-def outline(anatomy: Anatomy) -> dict[str, dict[str, Any]]:
+def outline(structure: ModelStructure) -> dict[str, dict[str, Any]]:
     """What a prompt takes for granted about a model, as JSON can hold it.
 
     For each stack whether it is causal, and for each role its attention: runs of `[layers, heads, key size, value size]`.
     """
-    return {stack.name: {"causal": stack.causal, **_sites(stack)} for stack in anatomy.stacks}
+    return {stack.name: {"causal": stack.causal, **_sites(stack)} for stack in structure.stacks}
 
 
 def _sites(stack: Stack) -> dict[str, list[list[int]]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softhooks.backbone.added_vocabulary import require_rows
 from softhooks.backbone.entry_points import check_tables
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.check import fingerprint_of
 from softhooks.encoder import PromptEncoder, TableEncoder
 from softhooks.errors import CheckpointError, PromptMismatchError, SoftHooksError
@@ -67,7 +67,7 @@ class Stored:
     stacks: dict[str, dict[str, Any]]
     remedy: str = "Load it onto the base model that it was trained with."
     also_trained: list[str] = field(default_factory=list)
-    also_fits: Callable[[Anatomy], None] | None = None
+    also_fits: Callable[[ModelStructure], None] | None = None
     base: dict[str, Any] = field(default_factory=dict)
     labels: Labels | None = None
     added: dict[str, Tensor] = field(default_factory=dict)
@@ -118,34 +118,34 @@ class Stored:
                     holds=kind,
                 )
 
-    def encoder(self, anatomy: Anatomy, trainable: bool) -> PromptEncoder:
+    def encoder(self, structure: ModelStructure, trainable: bool) -> PromptEncoder:
         """Make the encoder: folded, or one that goes on training."""
         if trainable:
-            return self.method.rebuild(anatomy, self.tables)
+            return self.method.rebuild(structure, self.tables)
         return self.method.folded_encoder(self.tables).requires_grad_(False)
 
-    def check_fit(self, anatomy: Anatomy, *, strict: bool = True) -> None:
+    def check_fit(self, structure: ModelStructure, *, strict: bool = True) -> None:
         """Compare the model that the prompt was made for with one that it shall enter.
 
         Raises:
             PromptMismatchError: stacks, their direction, the shape of their attention, or the prompt's own shape differ.
         """
-        self._check_kind(anatomy)
+        self._check_kind(structure)
         if strict:
-            require_rows(self.base.get("vocabulary"), anatomy, self.source)
-        if "task" in self.base and self.method.enters == "embeddings" and anatomy.entry.reads_ids:
+            require_rows(self.base.get("vocabulary"), structure, self.source)
+        if "task" in self.base and self.method.enters == "embeddings" and structure.entry.reads_ids:
             raise PromptMismatchError(
                 "PEFT hands a model embeddings without ids, and this model's states depend on ids too.",
                 "Train the prompt with softhooks.",
                 prompt=self.source,
-                model=type(anatomy.entry.module).__name__,
+                model=type(structure.entry.module).__name__,
             )
         if self.also_fits is not None:
-            self.also_fits(anatomy)
-        check_tables(anatomy, self.method, self.tables, self.source)
+            self.also_fits(structure)
+        check_tables(structure, self.method, self.tables, self.source)
 
-    def _check_kind(self, anatomy: Anatomy) -> None:
-        model = outline(anatomy)
+    def _check_kind(self, structure: ModelStructure) -> None:
+        model = outline(structure)
         if self.method.enters == "embeddings":
             known = {name: {k: v for k, v in stack.items() if k == "causal"} for name, stack in self.stacks.items()}
         else:

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from softhooks.backbone.attention_interface import marked
 from softhooks.backbone.entry_points import groups_of
-from softhooks.backbone.stack import Anatomy, Stack, at_rest
+from softhooks.backbone.stack import ModelStructure, Stack, at_rest
 from softhooks.compat.offload import device_of
 from softhooks.inject.prefill import CapturePass
 from softhooks.inject.prefix.key_values import flatten
 from softhooks.inject.prefix.prefix_cache import ListeningCache
 
 
-def key_values_of(anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
+def key_values_of(structure: ModelStructure, ids: Tensor) -> dict[str, Tensor]:
     """Run a text through the frozen model and take its keys and values, for every group.
 
     In an encoder-decoder the text goes through both sides. Every token is kept, also in sliding layers.
@@ -23,11 +23,11 @@ def key_values_of(anatomy: Anatomy, ids: Tensor) -> dict[str, Tensor]:
     Shape:
         ids [P] -> {group: [P, numbers]}
     """
-    ids = ids.to(device_of(anatomy.entry.embedding))[None]
-    groups = groups_of(anatomy)
+    ids = ids.to(device_of(structure.entry.embedding))[None]
+    groups = groups_of(structure)
     captured: dict[str, Tensor] = {}
     encoded: Tensor | None = None
-    for stack in anatomy.stacks:
+    for stack in structure.stacks:
         with at_rest(stack.module), marked(stack):
             keys, values, output = _capture(stack, ids, encoded)
         encoded = output

@@ -18,7 +18,7 @@ from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
 from softhooks.objectives.self_distillation import SelfDistillation
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
     from softhooks.formats.stored import Stored
     from softhooks.objectives.base import Objective
     from softhooks.prompt import SoftPrompt
@@ -134,20 +134,20 @@ class Cartridge(ReadPrefix):
         """Distill the document, or train on the model's own loss."""
         return SelfDistillation(self.ids, self.top_k) if self.distill else None
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Read the document with the frozen model, and keep its first P tokens."""
         if self.document is None:
             raise OptionError("a cartridge needs its document to begin; `load` goes on without it.")
-        self._check_window(anatomy)
-        tables = self.read(anatomy, self.ids)
+        self._check_window(structure)
+        tables = self.read(structure, self.ids)
         return self.folded_encoder({group: table[: self.num_virtual_tokens] for group, table in tables.items()})
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
         """Make the encoder, whose folded form is itself: the frozen slots stay frozen."""
         return CartridgeEncoder(tables, self.frozen_slots)
 
-    def _check_window(self, anatomy: Anatomy) -> None:
-        positions = anatomy.entry.positions
+    def _check_window(self, structure: ModelStructure) -> None:
+        positions = structure.entry.positions
         window = positions.trained if positions.limit is None else positions.limit
         if window is not None and len(self.ids) >= window:
             raise PromptTooLongError(

@@ -15,7 +15,7 @@ from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
 from softhooks.runtime.arguments import require
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
 
 EXAMPLE_IDS = "example_ids"
 
@@ -162,12 +162,12 @@ class ContextTuning(ReadPrefix):
         for option, value in kept.items():
             object.__setattr__(self, option, value)
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Read the demonstrations with the frozen model."""
         if not len(self.demonstrations):
             raise OptionError("context tuning needs its demonstrations to begin; `load` goes on without them.")
         ids = [*(self.instruction or ()), *(i for shot in self.demonstrations for i in shot)]
-        return self.folded_encoder(self.read(anatomy, ids))
+        return self.folded_encoder(self.read(structure, ids))
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
         """Make the encoder, whose folded form is itself; the masks come with it."""

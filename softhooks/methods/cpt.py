@@ -20,7 +20,7 @@ from softhooks.methods.cpt_encoder import EXAMPLE_IDS, ContextEncoder, FoldedCon
 from softhooks.objectives.base import IGNORED, WeightedLabels
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
     from softhooks.objectives.base import Objective
     from softhooks.prompt import SoftPrompt
 
@@ -193,10 +193,10 @@ class ContextAwarePromptTuning(Method):
 
     # --- on a model ---------------------------------------------------------------------------------------------------
 
-    def build(self, anatomy: Anatomy) -> ContextEncoder:
+    def build(self, structure: ModelStructure) -> ContextEncoder:
         """Look the context's words up, with nothing learned yet."""
-        context, width = self.context, anatomy.entry.width
-        words = embed_ids(anatomy, context.ids)
+        context, width = self.context, structure.entry.width
+        words = embed_ids(structure, context.ids)
         limits = [
             self.epsilon_input if context.kinds[place] == INPUT else self.epsilon_format for place in context.movable
         ]
@@ -240,9 +240,9 @@ class ContextAwarePromptTuning(Method):
         """Make the encoder of a context that is done."""
         return FoldedContext(self.context, tables[EMBEDDINGS])
 
-    def rebuild(self, anatomy: Anatomy, tables: dict[str, Tensor]) -> ContextEncoder:
+    def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> ContextEncoder:
         """Tell the model's words and what was learned apart again."""
-        encoder = self.build(anatomy)
+        encoder = self.build(structure)
         encoder.take(tables[EMBEDDINGS])
         return encoder
 

@@ -15,7 +15,7 @@ from softhooks.errors import OptionError, UnsupportedMethodError
 from softhooks.method import Method
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
 
 RANDOM_STD = 0.02
 
@@ -103,9 +103,9 @@ class DeepPrefix(Method):
         if self.hidden_size < 1:
             raise OptionError(f"hidden_size must be 1 or more; it is {self.hidden_size}.")
 
-    def conventions(self, anatomy: Anatomy) -> dict[str, Any]:
+    def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """Whether positions move and sliding layers see the prefix as tokens."""
-        stack = anatomy.entry
+        stack = structure.entry
         shift = stack.causal if self.shift_positions is None else self.shift_positions
         movable = stack.positions.movable
         if shift and not movable and not (stack.causal and stack.through == "cache"):
@@ -118,17 +118,17 @@ class DeepPrefix(Method):
             shift = False
         return {"shift_positions": shift, "windowed": self.windowed}
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the prefix for every group of the model, initialized."""
-        require_sites(anatomy)
-        tables = self.start(anatomy)
+        require_sites(structure)
+        tables = self.start(structure)
         if self.projection:
-            return PrefixEncoder(tables, anatomy.entry.width, self.hidden_size, self.dropout)
+            return PrefixEncoder(tables, structure.entry.width, self.hidden_size, self.dropout)
         return LeafPrefix(tables, self.dropout)
 
-    def start(self, anatomy: Anatomy) -> dict[str, Tensor]:
+    def start(self, structure: ModelStructure) -> dict[str, Tensor]:
         """The keys and values that each group starts from, [P, numbers of its sites]: from N(0, 0.02)."""
         return {
             group: torch.randn(self.num_virtual_tokens, sum(s.numbers for s in self.sites(stack, role))) * RANDOM_STD
-            for group, (stack, role) in groups_of(anatomy).items()
+            for group, (stack, role) in groups_of(structure).items()
         }

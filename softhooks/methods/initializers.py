@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import embed_ids, words_of_weight
 from softhooks.errors import OptionError, PromptMismatchError
 from softhooks.layout.tokenizing import tokenize
@@ -23,27 +23,27 @@ COMMON_IDS = 5000
 """The first ids of a vocabulary are its most frequent words; Lester et al. draw from these."""
 
 
-def random_rows(anatomy: Anatomy, count: int) -> Tensor:
+def random_rows(structure: ModelStructure, count: int) -> Tensor:
     """Draw from U[-0.5, 0.5]. -> [P, H]."""
-    return torch.rand(count, anatomy.entry.width) - 0.5
+    return torch.rand(count, structure.entry.width) - 0.5
 
 
-def vocabulary_ids(anatomy: Anatomy, count: int, whole: bool = False) -> Tensor:
+def vocabulary_ids(structure: ModelStructure, count: int, whole: bool = False) -> Tensor:
     """Draw ids of the vocabulary, without replacement where it is large enough. -> [P]."""
-    size = anatomy.vocabulary if whole or count > COMMON_IDS else min(anatomy.vocabulary, COMMON_IDS)
+    size = structure.vocabulary if whole or count > COMMON_IDS else min(structure.vocabulary, COMMON_IDS)
     if count > size:
         return torch.randint(size, (count,))
     return torch.randperm(size)[:count]
 
 
-def filled(anatomy: Anatomy, count: int, ids: Sequence[int]) -> list[int]:
+def filled(structure: ModelStructure, count: int, ids: Sequence[int]) -> list[int]:
     """Take P ids of a text; what it lacks comes from the vocabulary."""
     known = list(ids[:count])
     missing = count - len(known)
-    return known + (vocabulary_ids(anatomy, missing).tolist() if missing else [])
+    return known + (vocabulary_ids(structure, missing).tolist() if missing else [])
 
 
-def label_rows(anatomy: Anatomy, count: int, labels: Sequence[str], tokenizer: Any) -> tuple[Tensor, Words]:
+def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tokenizer: Any) -> tuple[Tensor, Words]:
     """Take one row a label, the mean of its tokens' rows; what is missing comes from the vocabulary.
 
     Returns:
@@ -52,42 +52,42 @@ def label_rows(anatomy: Anatomy, count: int, labels: Sequence[str], tokenizer: A
     if isinstance(labels, str) or not labels:
         raise OptionError(f"init_labels must be a list of one label or more; it is {labels!r}.")
     ids = [tokenize(label, tokenizer, "init_labels") for label in labels]
-    rows = torch.stack([embed_ids(anatomy, label).mean(0) for label in ids])[:count]
+    rows = torch.stack([embed_ids(structure, label).mean(0) for label in ids])[:count]
     words: list[int | None] = [label[0] if len(label) == 1 else None for label in ids[:count]]
     missing = count - rows.shape[0]
     if not missing:
         return rows, words
-    more = vocabulary_ids(anatomy, missing)
-    return torch.cat([rows, embed_ids(anatomy, more).to(rows)]), [*words, *more.tolist()]
+    more = vocabulary_ids(structure, missing)
+    return torch.cat([rows, embed_ids(structure, more).to(rows)]), [*words, *more.tolist()]
 
 
-def given_rows(anatomy: Anatomy, count: int, tensor: Any) -> Tensor:
+def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
     """Take the rows that a user gives; those of the embedding's weight mean their words, also where a scale follows.
 
     Raises:
         PromptMismatchError: the shape is not [P, H].
     """
-    rows = tensor_rows(anatomy, count, tensor)
-    words = words_of_weight(anatomy, rows)
+    rows = tensor_rows(structure, count, tensor)
+    words = words_of_weight(structure, rows)
     found = [row for row, word in enumerate(words) if word is not None]
     if found:
-        embedded = embed_ids(anatomy, [word for word in words if word is not None])
+        embedded = embed_ids(structure, [word for word in words if word is not None])
         rows = rows.index_put((torch.tensor(found, device=rows.device),), embedded.to(rows))
     return rows
 
 
-def tensor_rows(anatomy: Anatomy, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:
+def tensor_rows(structure: ModelStructure, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:
     """Take another prompt's rows.
 
     Raises:
         PromptMismatchError: its shape is not [P, H].
     """
     rows = torch.as_tensor(tensor).detach().float()
-    if tuple(rows.shape) != (count, anatomy.entry.width):
+    if tuple(rows.shape) != (count, structure.entry.width):
         raise PromptMismatchError(
             "the initial rows must be one a virtual token, as wide as the model's embeddings.",
             "Set num_virtual_tokens to their number, and take them from the same base model.",
             **{option: list(rows.shape)},
-            expected=[count, anatomy.entry.width],
+            expected=[count, structure.entry.width],
         )
     return rows

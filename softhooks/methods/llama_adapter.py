@@ -21,7 +21,7 @@ from softhooks.method import Method, choice
 from softhooks.methods.llama_adapter_encoder import GATES, AdapterEncoder
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy, Role, Site, Stack
+    from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
 
 PROMPTS, FACTORS, OFFSETS = "prompts", "factors", "offsets"
 CONTEXT_WEIGHT, CONTEXT_BIAS = "context_weight", "context_bias"
@@ -112,13 +112,13 @@ class LlamaAdapter(Method):
         if not isinstance(self.init_std, (int, float)) or not 0.0 <= self.init_std < float("inf"):
             raise OptionError(f"init_std must be 0 or more; it is {self.init_std!r}.")
 
-    def conventions(self, anatomy: Anatomy) -> dict[str, Any]:
+    def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """The gate's form, and where the branch comes in."""
         return {name: self.gate if name == "gate" else allowed[0] for name, allowed in self.conventions_allowed.items()}
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make rows and gates for every stack of the model, initialized."""
-        tables = {group: torch.zeros(shape) for group, shape in self.shapes(anatomy).items()}
+        tables = {group: torch.zeros(shape) for group, shape in self.shapes(structure).items()}
         for group, table in tables.items():
             if group.endswith(PROMPTS):
                 table.normal_(std=self.init_std)
@@ -126,15 +126,15 @@ class LlamaAdapter(Method):
                 table.normal_(std=table.shape[1] ** -0.5)
         return AdapterEncoder(tables, self.gate)
 
-    def shapes(self, anatomy: Anatomy) -> dict[str, tuple[int, int]]:
+    def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
         """The tables of every stack.
 
         Raises:
             UnsupportedMethodError: rows cannot be given to a layer.
         """
-        find_feeds(anatomy)
+        find_feeds(structure)
         shapes: dict[str, tuple[int, int]] = {}
-        for stack in anatomy.stacks:
+        for stack in structure.stacks:
             fused, prompted = self._layers(stack)
             width = _width([*fused, *prompted])
             shapes[f"{stack.name}_{PROMPTS}"] = (len(prompted) * self.num_virtual_tokens, width)
@@ -185,9 +185,9 @@ class LlamaAdapter(Method):
         """Say whether the linear layer has no context to work on."""
         return self.context_size is not None and CONTEXT not in given
 
-    def parts(self, anatomy: Anatomy, group: str) -> list[Part]:
+    def parts(self, structure: ModelStructure, group: str) -> list[Part]:
         """List the rows and gates of each layer, and the factors and offsets of each linear layer."""
-        stack = next(stack for stack in anatomy.stacks if group.startswith(f"{stack.name}_"))
+        stack = next(stack for stack in structure.stacks if group.startswith(f"{stack.name}_"))
         kind = group.removeprefix(f"{stack.name}_")
         if kind in (FACTORS, OFFSETS):
             return cut([(f"{kind} of {name}", size, module) for name, (module, size) in linears(stack).items()])

@@ -32,7 +32,7 @@ from softhooks.similarity import ids_behind
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
 
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
     from softhooks.objectives.base import Objective
     from softhooks.prompt import SoftPrompt
 
@@ -174,34 +174,34 @@ class MultitaskPromptTuning(Method):
 
     # --- the encoder --------------------------------------------------------------------------------------------------
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make P*, u and v, and what there is of teachers."""
-        encoder = self._built(anatomy)
+        encoder = self._built(structure)
         if self.source is not None:
             encoder.start_ids = ids_behind(self.source)
         return encoder
 
-    def _built(self, anatomy: Anatomy) -> PromptEncoder:
-        start = self._start(anatomy) if self.source is None else self._adapt(anatomy, self.source)
+    def _built(self, structure: ModelStructure) -> PromptEncoder:
+        start = self._start(structure) if self.source is None else self._adapt(structure, self.source)
         if self.teachers is None:
             return MultitaskEncoder(self.names, *start, self.task_rate)
         if self.teacher_steps is None:
-            teachers = taught(self.names, self.teachers, self.num_virtual_tokens, anatomy)
+            teachers = taught(self.names, self.teachers, self.num_virtual_tokens, structure)
             return MultitaskEncoder(self.names, *start, self.task_rate, teachers)
-        vanilla = torch.stack([self._vanilla().rows(anatomy) for _ in self.names])
+        vanilla = torch.stack([self._vanilla().rows(structure) for _ in self.names])
         return LearningEncoder(self.names, *start, self.task_rate, vanilla, self.teacher_steps)
 
-    def _start(self, anatomy: Anatomy) -> tuple[Tensor, Tensor, Tensor]:
+    def _start(self, structure: ModelStructure) -> tuple[Tensor, Tensor, Tensor]:
         """P* from words, and u and v near ones."""
-        shared = self._vanilla().rows(anatomy)
+        shared = self._vanilla().rows(structure)
         left, right = ones(len(self.names), shared.shape, self.rank)
         left[..., 0] += NOISE * torch.randn_like(left[..., 0])
         right[..., 0] += NOISE * torch.randn_like(right[..., 0])
         return shared, left, right
 
-    def _adapt(self, anatomy: Anatomy, source: str | Path) -> tuple[Tensor, Tensor, Tensor]:
+    def _adapt(self, structure: ModelStructure, source: str | Path) -> tuple[Tensor, Tensor, Tensor]:
         """P* of a source prompt, and for each task the mean of its u and v."""
-        stored = front("source", source, anatomy)
+        stored = front("source", source, structure)
         tables, length = stored.tables, stored.method.num_virtual_tokens
         rank = tables["left"].shape[1] if "left" in tables else self.rank
         if (length, rank) != (self.num_virtual_tokens, self.rank):
@@ -249,9 +249,9 @@ class MultitaskPromptTuning(Method):
 
     # --- a folded prompt ----------------------------------------------------------------------------------------------
 
-    def shapes(self, anatomy: Anatomy) -> dict[str, tuple[int, int]]:
+    def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
         """One task: [P, H]. Several: P* [P, H], u [K * P, r], v [K * H, r]."""
-        whole = super().shapes(anatomy)
+        whole = super().shapes(structure)
         count, (length, width) = len(self.names), whole[EMBEDDINGS]
         if count == 1:
             return whole
@@ -278,7 +278,7 @@ class MultitaskPromptTuning(Method):
         """Make the encoder of a prompt that is folded."""
         return FoldedTask(self.names[0], tables) if len(self.names) == 1 else FoldedTasks(self.names, tables)
 
-    def rebuild(self, anatomy: Anatomy, tables: dict[str, Tensor]) -> PromptEncoder:
+    def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
         """Make the encoder that goes on training a folded prompt, without teachers; one task's starts from ones again."""
         if EMBEDDINGS in tables:
             rows = tables[EMBEDDINGS]

@@ -14,7 +14,7 @@ from softhooks.errors import CheckpointError
 from softhooks.methods import initializers
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
     from softhooks.formats.stored import Stored
 
 SEVERAL = ("shared", "left", "right")
@@ -35,7 +35,7 @@ def vectors(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return tables["left"].unflatten(0, (-1, length)), tables["right"].unflatten(0, (-1, width))
 
 
-def front(what: str, path: str | Path, anatomy: Anatomy) -> Stored:
+def front(what: str, path: str | Path, structure: ModelStructure) -> Stored:
     """Read a saved prompt that consists of rows at the front and nothing else.
 
     Raises:
@@ -56,12 +56,12 @@ def front(what: str, path: str | Path, anatomy: Anatomy) -> Stored:
             placement=place,
             heads=", ".join(stored.heads) or "none",
         )
-    stored.check_fit(anatomy)
-    require_base(stored, anatomy.entry.module, anatomy, override="or give its rows as a tensor")
+    stored.check_fit(structure)
+    require_base(stored, structure.entry.module, structure, override="or give its rows as a tensor")
     return stored
 
 
-def taught(names: Sequence[str], teachers: Any, length: int, anatomy: Anatomy) -> Tensor:
+def taught(names: Sequence[str], teachers: Any, length: int, structure: ModelStructure) -> Tensor:
     """Read the teachers that were given, in the order of the tasks, [K, P, H].
 
     Raises:
@@ -70,11 +70,11 @@ def taught(names: Sequence[str], teachers: Any, length: int, anatomy: Anatomy) -
     each, rows = [teachers[name] for name in names] if isinstance(teachers, Mapping) else teachers, []
     for name, teacher in zip(names, each, strict=True):
         if isinstance(teacher, (str, Path)):
-            stored = front(f"the teacher of {name!r}", teacher, anatomy)
+            stored = front(f"the teacher of {name!r}", teacher, structure)
             if EMBEDDINGS not in stored.tables:
                 raise CheckpointError(
                     f"{stored.source} must hold one prompt to teach {name!r}; it holds several tasks."
                 )
             teacher = stored.tables[EMBEDDINGS]
-        rows.append(initializers.tensor_rows(anatomy, length, teacher))
+        rows.append(initializers.tensor_rows(structure, length, teacher))
     return torch.stack(rows)

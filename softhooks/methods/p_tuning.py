@@ -18,7 +18,7 @@ from softhooks.method import Method, choice
 from softhooks.methods import initializers
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
 
 _CLOSE = 1e-3
 """How near a slot must start to its word, as a part of the largest number in the words' rows."""
@@ -179,15 +179,15 @@ class PTuning(Method):
         """Where the virtual tokens stand."""
         return super().where if self.layout is None else self.layout
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the network and its rows, initialized."""
-        count, width = self.num_virtual_tokens, anatomy.entry.width
-        self._check_ids(anatomy)
+        count, width = self.num_virtual_tokens, structure.entry.width
+        self._check_ids(structure)
         starts = self.where.starts
-        words = dict(zip(starts, embed_ids(anatomy, list(starts.values())), strict=True))
+        words = dict(zip(starts, embed_ids(structure, list(starts.values())), strict=True))
         if self.encoder == "none":
-            ids = initializers.vocabulary_ids(anatomy, count).tolist()
-            rows = embed_ids(anatomy, ids)
+            ids = initializers.vocabulary_ids(structure, count).tolist()
+            rows = embed_ids(structure, ids)
             for row, value in words.items():
                 rows[row], ids[row] = value, starts[row]
             table = TableEncoder({EMBEDDINGS: rows})
@@ -200,12 +200,12 @@ class PTuning(Method):
         built.start_ids = [starts.get(row) for row in range(count)]
         return built
 
-    def _check_ids(self, anatomy: Anatomy) -> None:
-        beyond = [token for token in self.where.ids if token >= anatomy.vocabulary]
+    def _check_ids(self, structure: ModelStructure) -> None:
+        beyond = [token for token in self.where.ids if token >= structure.vocabulary]
         if beyond:
             raise PromptMismatchError(
                 "the ids of a layout must be in the model's vocabulary.",
                 "Give the layout the tokenizer that belongs to the model.",
                 ids=beyond,
-                vocabulary=f"0 to {anatomy.vocabulary - 1}",
+                vocabulary=f"0 to {structure.vocabulary - 1}",
             )

@@ -18,7 +18,7 @@ from softhooks.methods import initializers
 from softhooks.methods.deep_prefix import DeepPrefix
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,22 @@ class PrefixTuning(DeepPrefix):
                 "init_text needs a tokenizer; none is given. Pass `tokenizer=`, or the ids as `init_ids=`."
             )
 
-    def start(self, anatomy: Anatomy) -> dict[str, Tensor]:
+    def start(self, structure: ModelStructure) -> dict[str, Tensor]:
         """The keys and values that each group starts from, [P, numbers]."""
         if self.init == "text":
-            return key_values_of(anatomy, self._ids(anatomy))
-        tables = super().start(anatomy)
+            return key_values_of(structure, self._ids(structure))
+        tables = super().start(structure)
         return tables if self.init == "random" else {group: torch.zeros_like(t) for group, t in tables.items()}
 
-    def _ids(self, anatomy: Anatomy) -> Tensor:
+    def _ids(self, structure: ModelStructure) -> Tensor:
         count = self.num_virtual_tokens
         if self.init_ids is None and self.init_text is None:
-            return initializers.vocabulary_ids(anatomy, count)
+            return initializers.vocabulary_ids(structure, count)
         ids = self.init_ids
         if ids is None:
             ids = tokenize(self.init_text or "", self.tokenizer, "init_text")
         if not len(ids):
             raise OptionError("init_ids must hold at least one id; it is empty.")
         repeated = torch.as_tensor(list(ids)).repeat(-(-count // len(ids)))[:count]
-        embed_ids(anatomy, repeated)  # refuses ids outside the vocabulary
+        embed_ids(structure, repeated)  # refuses ids outside the vocabulary
         return repeated

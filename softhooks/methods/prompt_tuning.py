@@ -19,7 +19,7 @@ from softhooks.methods import initializers
 from softhooks.similarity import ids_behind, rows_of
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
     from softhooks.prompt import SoftPrompt
 
 _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "init_tensor", "prompt": "init_from"}
@@ -102,32 +102,32 @@ class PromptTuning(Method):
         """Where the virtual tokens stand."""
         return Layout.placed(self.placement, self.num_virtual_tokens)
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the [P, H] parameter, initialized."""
-        rows, words = self.start(anatomy)
+        rows, words = self.start(structure)
         encoder = TableEncoder({EMBEDDINGS: rows})
         encoder.start_ids = words
         return encoder
 
-    def rows(self, anatomy: Anatomy) -> Tensor:
+    def rows(self, structure: ModelStructure) -> Tensor:
         """Make the rows that the prompt starts from, [P, H]."""
-        return self.start(anatomy)[0]
+        return self.start(structure)[0]
 
-    def start(self, anatomy: Anatomy) -> tuple[Tensor, initializers.Words]:
+    def start(self, structure: ModelStructure) -> tuple[Tensor, initializers.Words]:
         """Make the rows that the prompt starts from, [P, H], and tell the ids of those that are words."""
         count = self.num_virtual_tokens
         if self.init == "random":
-            return initializers.random_rows(anatomy, count), None
+            return initializers.random_rows(structure, count), None
         if self.init == "text":
             ids = tokenize(self.init_text or "", self.tokenizer, "init_text")
-            ids = initializers.filled(anatomy, count, ids)
-            return embed_ids(anatomy, ids), ids
+            ids = initializers.filled(structure, count, ids)
+            return embed_ids(structure, ids), ids
         if self.init == "class_labels":
-            return initializers.label_rows(anatomy, count, self.init_labels or (), self.tokenizer)
+            return initializers.label_rows(structure, count, self.init_labels or (), self.tokenizer)
         if self.init == "tensor":
-            return initializers.given_rows(anatomy, count, self.init_tensor), None
+            return initializers.given_rows(structure, count, self.init_tensor), None
         if self.init == "prompt":
-            rows = initializers.tensor_rows(anatomy, count, rows_of(self.init_from, anatomy=anatomy), "init_from")
+            rows = initializers.tensor_rows(structure, count, rows_of(self.init_from, structure=structure), "init_from")
             return rows, ids_behind(self.init_from)
-        sampled = initializers.vocabulary_ids(anatomy, count, whole=self.whole_vocabulary)
-        return embed_ids(anatomy, sampled), sampled.tolist()
+        sampled = initializers.vocabulary_ids(structure, count, whole=self.whole_vocabulary)
+        return embed_ids(structure, sampled), sampled.tolist()

@@ -13,7 +13,7 @@ from softhooks.errors import OptionError
 from softhooks.methods.prompt_tuning import PromptTuning
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
 
 
 class ResidualEncoder(PromptEncoder):
@@ -89,14 +89,14 @@ class ResidualPromptTuning(PromptTuning):
         if not 0.0 <= self.dropout < 1.0:
             raise OptionError(f"dropout must be at least 0 and below 1; it is {self.dropout}.")
 
-    def build(self, anatomy: Anatomy) -> PromptEncoder:
+    def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the rows, initialized, and the MLP."""
-        rows, words = self.start(anatomy)
+        rows, words = self.start(structure)
         encoder = self._encoder(rows)
         encoder.start_ids = words
         return encoder
 
-    def rebuild(self, anatomy: Anatomy, tables: dict[str, Tensor]) -> PromptEncoder:
+    def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
         """Put a new MLP, which adds nothing yet, on a folded prompt."""
         return self._encoder(tables[EMBEDDINGS])
 

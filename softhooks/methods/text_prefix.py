@@ -17,7 +17,7 @@ from softhooks.layout.tokenizing import tokenize, tokenizer_of
 from softhooks.method import Method
 
 if TYPE_CHECKING:
-    from softhooks.backbone.stack import Anatomy
+    from softhooks.backbone.stack import ModelStructure
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class ReadPrefix(Method):
     enters: ClassVar[Literal["embeddings", "attention"]] = "attention"
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"shift_positions": (True, False), "windowed": (True,)}
 
-    def conventions(self, anatomy: Anatomy) -> dict[str, Any]:
+    def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """Positions move behind the text wherever the model can be told so; sliding layers see it as tokens."""
-        stack = anatomy.entry
+        stack = structure.entry
         shift = stack.causal and (stack.positions.movable or stack.through == "cache")
         return {"shift_positions": shift, "windowed": True}
 
     @staticmethod
-    def read(anatomy: Anatomy, ids: Sequence[int]) -> dict[str, Tensor]:
+    def read(structure: ModelStructure, ids: Sequence[int]) -> dict[str, Tensor]:
         """Run a text through the frozen model and take its keys and values. -> {group: [P, numbers]}."""
-        require_sites(anatomy)
+        require_sites(structure)
         tokens = torch.tensor(list(ids), dtype=torch.long)
-        embed_ids(anatomy, tokens)  # refuses ids outside the vocabulary
-        return key_values_of(anatomy, tokens)
+        embed_ids(structure, tokens)  # refuses ids outside the vocabulary
+        return key_values_of(structure, tokens)
 
 
 def ids_of(text: Any, tokenizer: Any, option: str) -> tuple[int, ...]:

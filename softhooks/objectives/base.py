@@ -190,7 +190,7 @@ class WeightedLabels(Objective):
                 method=prompt.method.kind,
             )
         chosen = states[:, (self.places - 1).to(states.device)]
-        logits = logits_of(prompt.model, host.anatomy.entry, chosen, host.placeholder)[0].float()
+        logits = logits_of(prompt.model, host.structure.entry, chosen, host.placeholder)[0].float()
         losses = functional.cross_entropy(logits, self.targets.to(logits.device), reduction="none")
         return losses * self.weights.to(logits.device)
 

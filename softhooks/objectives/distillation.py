@@ -103,12 +103,12 @@ class Lesson:
         mask = call.get("attention_mask")
         text = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if mask is None else mask.bool()
         labeled = _labeled(prompt, call)
-        is_one = labeled.shape == text.shape and not prompt.host.anatomy.is_encoder_decoder
+        is_one = labeled.shape == text.shape and not prompt.host.structure.is_encoder_decoder
         texts = Texts.of(call if is_one else {}, text)
         rows = texts.sums(labeled.long()) if is_one else labeled.long().reshape(len(labeled), -1).sum(-1)
         count = call.get("num_items_in_batch")
         count = torch.as_tensor(rows.sum() if count is None else count, device=labels.device).clamp(min=1)
-        return cls(labeled, text, texts, rows / count, count, prompt.host.anatomy.is_encoder_decoder)
+        return cls(labeled, text, texts, rows / count, count, prompt.host.structure.is_encoder_decoder)
 
     def read(self, output: Any) -> tuple[Tensor, list[Tensor]]:
         """Take from an output the logits of labels, [N, V], and the last hidden states of each stack, [B, T, H]."""
@@ -151,7 +151,7 @@ def _labeled(prompt: SoftPrompt, call: dict[str, Any]) -> Tensor:
     if call.get("shift_labels") is not None:
         return torch.as_tensor(call["shift_labels"] != IGNORED)
     labeled: Tensor = call["labels"] != IGNORED
-    stack = prompt.host.anatomy.entry
+    stack = prompt.host.structure.entry
     can_generate = getattr(prompt.model, "can_generate", None)
     if stack.name == "text" and stack.causal and can_generate is not None and can_generate():
         nothing = torch.zeros_like(labeled[:, :1])

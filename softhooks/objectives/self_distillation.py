@@ -49,7 +49,7 @@ class SelfDistillation(Objective):
         Raises:
             UnsupportedMethodError: it is not.
         """
-        stack = prompt.host.anatomy.entry
+        stack = prompt.host.structure.entry
         can_generate = getattr(prompt.model, "can_generate", None)
         if stack.name == "text" and stack.causal and can_generate is not None and can_generate():
             return
@@ -88,9 +88,11 @@ class SelfDistillation(Objective):
 
     def _read(self, prompt: SoftPrompt) -> dict[str, Tensor]:
         """The document's keys and values; read once inside `softhooks.kept`, else in every step."""
-        anatomy = prompt.host.anatomy
-        stack = anatomy.entry
-        return self._memory.recall(stack, (), every_tensor(stack.module), lambda: key_values_of(anatomy, self.document))
+        structure = prompt.host.structure
+        stack = structure.entry
+        return self._memory.recall(
+            stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document)
+        )
 
 
 def _as_prefix(prompt: SoftPrompt, stack: Stack, tables: dict[str, Tensor]) -> dict[Role, KeyValues]:

@@ -29,7 +29,7 @@ class AddedHooks:
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        tables = {id(stack.embedding): stack.embedding for stack in host.anatomy.stacks}
+        tables = {id(stack.embedding): stack.embedding for stack in host.structure.stacks}
         for embedding in tables.values():
             host.keep(embedding.register_forward_hook(self.embed, with_kwargs=True))
         self.head = output_of(host.model)
@@ -99,7 +99,7 @@ def prove_rows(prompt: SoftPrompt, inputs: dict[str, Tensor]) -> None:
     model = host.model
     head = output_of(model)
     ids = next(value for value in inputs.values() if not value.is_floating_point())
-    tables: dict[int, nn.Module] = {id(stack.embedding): stack.embedding for stack in host.anatomy.stacks}
+    tables: dict[int, nn.Module] = {id(stack.embedding): stack.embedding for stack in host.structure.stacks}
     heard: list[tuple[Tensor, Tensor]] = []
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -118,7 +118,7 @@ def prove_rows(prompt: SoftPrompt, inputs: dict[str, Tensor]) -> None:
                 if not torch.equal(added.look_up(embedding, added.ids[None], expected)[0], expected):
                     refuse_tables(model, f"an embedding that does more than look rows up ({type(embedding).__name__})")
         logits = getattr(answered, "logits", None)
-        is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == host.anatomy.vocabulary
+        is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == host.structure.vocabulary
         if is_vocabulary and not heard:
             refuse_tables(model, "logits of the vocabulary that are not computed by the output embeddings")
         for hidden, output in heard:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from softhooks.backbone.added_vocabulary import base_rows
 from softhooks.backbone.examine import unwrapped
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, UnsupportedModelError
 
@@ -82,7 +82,7 @@ class AddedTokens(nn.Module):
 # --- which rows -------------------------------------------------------------------------------------------------------
 
 
-def chosen_ids(asked: Any, model: nn.Module, anatomy: Anatomy) -> tuple[int, ...]:
+def chosen_ids(asked: Any, model: nn.Module, structure: ModelStructure) -> tuple[int, ...]:
     """The ids of the rows to train: those that were named, or those that were added; to a tokenizer, if one is given.
 
     Raises:
@@ -91,46 +91,46 @@ def chosen_ids(asked: Any, model: nn.Module, anatomy: Anatomy) -> tuple[int, ...
     if isinstance(asked, bool):
         if not asked:
             return ()
-        base = base_rows(model, anatomy)
+        base = base_rows(model, structure)
         if base is None:
             raise OptionError(
                 "train_added_tokens=True trains the rows that `resize_token_embeddings` has added; nothing tells of any.",
                 "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
-                model=f"{type(unwrapped(model)).__name__}, {anatomy.vocabulary} rows",
+                model=f"{type(unwrapped(model)).__name__}, {structure.vocabulary} rows",
             )
-        return tuple(range(base, anatomy.vocabulary))
+        return tuple(range(base, structure.vocabulary))
     if hasattr(asked, "get_added_vocab"):
-        asked = _added_to(asked, model, anatomy)
+        asked = _added_to(asked, model, structure)
     try:
         ids = [asked] if isinstance(asked, int) else [number.__index__() for number in asked]
     except (TypeError, AttributeError) as error:
         raise OptionError(f"train_added_tokens must be True, False or ids of tokens; it is {asked!r}.") from error
-    beyond = [number for number in ids if not 0 <= number < anatomy.vocabulary]
+    beyond = [number for number in ids if not 0 <= number < structure.vocabulary]
     if not ids or beyond:
         raise OptionError(
             "train_added_tokens must name rows of the model's vocabulary.",
             "Call `model.resize_token_embeddings(len(tokenizer))` before, or mend the ids.",
             ids=beyond or "none",
-            vocabulary=f"{anatomy.vocabulary} rows",
+            vocabulary=f"{structure.vocabulary} rows",
         )
     return tuple(sorted(set(ids)))
 
 
-def _added_to(tokenizer: Any, model: nn.Module, anatomy: Anatomy) -> list[int]:
+def _added_to(tokenizer: Any, model: nn.Module, structure: ModelStructure) -> list[int]:
     """The tokens that were added to a tokenizer and have rows beyond the model's own, or else beyond the tokenizer's own."""
-    base = base_rows(model, anatomy)
+    base = base_rows(model, structure)
     first = tokenizer.vocab_size if base is None else base
     return sorted(number for number in tokenizer.get_added_vocab().values() if number >= first)
 
 
-def copy_rows(ids: Sequence[int], model: nn.Module, anatomy: Anatomy) -> AddedTokens:
+def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -> AddedTokens:
     """Copy rows of a model's vocabulary.
 
     Raises:
         UnsupportedModelError: its tables are of a kind whose rows cannot be replaced.
     """
-    table, head = _input_of(model, anatomy), output_of(model)
-    tables = {id(head), *(id(stack.embedding) for stack in anatomy.stacks)}
+    table, head = _input_of(model, structure), output_of(model)
+    tables = {id(head), *(id(stack.embedding) for stack in structure.stacks)}
     for module in model.modules():
         is_adapter = hasattr(module, "base_layer") or hasattr(module, "original_module")
         if is_adapter and any(id(part) in tables for part in module.modules()):
@@ -140,11 +140,13 @@ def copy_rows(ids: Sequence[int], model: nn.Module, anatomy: Anatomy) -> AddedTo
     if head is not None:
         weight: Any = getattr(head, "weight", None)
         bias: Any = getattr(head, "bias", None)
-        if not _is_table(weight, anatomy.vocabulary) or (bias is not None and bias.shape != weight.shape[:1]):
+        if not _is_table(weight, structure.vocabulary) or (bias is not None and bias.shape != weight.shape[:1]):
             refuse_tables(model, f"output embeddings of another form ({type(head).__name__})")
         output_rows = None if weight is table else weight.detach()[index]
         output_bias = None if bias is None else bias.detach()[index]
-    return AddedTokens(ids, anatomy.vocabulary, rows, output_rows, output_bias).to(device_of(anatomy.entry.embedding))
+    return AddedTokens(ids, structure.vocabulary, rows, output_rows, output_bias).to(
+        device_of(structure.entry.embedding)
+    )
 
 
 def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
@@ -196,11 +198,11 @@ def read_ids(told: Any, tables: dict[str, Tensor], source: str) -> tuple[int, ..
     return tuple(told)
 
 
-def _input_of(model: nn.Module, anatomy: Anatomy) -> Tensor:
+def _input_of(model: nn.Module, structure: ModelStructure) -> Tensor:
     """The one table in which all stacks look ids up."""
-    tables = [getattr(stack.embedding, "weight", None) for stack in anatomy.stacks]
-    for stack, table in zip(anatomy.stacks, tables, strict=True):
-        if not isinstance(stack.embedding, nn.Embedding) or not _is_table(table, anatomy.vocabulary):
+    tables = [getattr(stack.embedding, "weight", None) for stack in structure.stacks]
+    for stack, table in zip(structure.stacks, tables, strict=True):
+        if not isinstance(stack.embedding, nn.Embedding) or not _is_table(table, structure.vocabulary):
             refuse_tables(model, f"an embedding of another kind ({type(stack.embedding).__name__})")
         if stack.embedding.max_norm is not None:
             refuse_tables(model, "an embedding that changes its rows as it looks them up (max_norm)")

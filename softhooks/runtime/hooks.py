@@ -52,10 +52,10 @@ class ModelHooks:
         call.given = take(kwargs, host.columns)
         named = self._named(args, kwargs)
         call.brought = {name: named.get(name) for name in BROUGHT}
-        if host.anatomy.choices is not None:
+        if host.structure.choices is not None:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
-        if host.is_in_use and encoded is not None and host.anatomy.is_encoder_decoder:
+        if host.is_in_use and encoded is not None and host.structure.is_encoder_decoder:
             require_encoded(encoded, host.made())
         call.encoded = note_of(encoded)
         if call.is_aside or not host.is_in_use or not torch.is_grad_enabled():
@@ -83,10 +83,10 @@ class ModelHooks:
                 return None
             if call.batch is None:
                 raise self._not_reached()
-            if host.anatomy.is_encoder_decoder and call.batch:
+            if host.structure.is_encoder_decoder and call.batch:
                 selection = host.in_use(call.batch)
                 if selection.uses and selection.prompts[0].injection == "slots":
-                    output = strip_encoder_state(output, host.anatomy.entry)
+                    output = strip_encoder_state(output, host.structure.entry)
             return output if call.finish is None else call.finish(output)
         finally:
             host.running.end(call)
@@ -126,7 +126,7 @@ class ModelHooks:
             "every forward of a model with a prompt must go through the prompt.",
             "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with `softhooks.disabled(model)`.",
             model=type(host.model).__name__,
-            stacks=", ".join(stack.path or "the model itself" for stack in host.anatomy.stacks),
+            stacks=", ".join(stack.path or "the model itself" for stack in host.structure.stacks),
         )
 
 

@@ -16,7 +16,7 @@ from softhooks.backbone.attention_interface import close_interface, files_of, ma
 from softhooks.backbone.container import CONTAINER, Container
 from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.placeholder_ids import ordinary_ids
-from softhooks.backbone.stack import Anatomy, Stack
+from softhooks.backbone.stack import ModelStructure, Stack
 from softhooks.base_model.digest import FrozenRecord
 from softhooks.base_model.fingerprint import Fingerprint
 from softhooks.base_model.gradients import SetAside
@@ -47,12 +47,12 @@ class Host:
 
     Args:
         model: the model as the user holds it.
-        anatomy: what it is made of.
+        structure: what it is made of.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, structure: ModelStructure) -> None:
         self.model = model
-        self.anatomy = anatomy
+        self.structure = structure
         self.prompts: dict[str, SoftPrompt] = {}
         self.labels = LabelNames(self)
         self.running = Running()
@@ -62,12 +62,12 @@ class Host:
         self.was_trainable: dict[str, bool] = {}
         self.set_aside = SetAside()
         self.token = token_of(model)
-        self._standing = {stack.name: Standing(entered(stack)) for stack in anatomy.stacks}
+        self._standing = {stack.name: Standing(entered(stack)) for stack in structure.stacks}
         self._answering = Standing()  # heads, which stand outside of the stacks
         self.record: FrozenRecord | None = None
         self.fingerprint: Fingerprint | None = None  # of the base when the first prompt came, before it may be sharded
         self.noted: dict[str, Tensor] | None = None  # the shapes of the last state dict with prompts that was loaded
-        self.placeholder = ordinary_ids(model, anatomy.entry, anatomy.vocabulary)[0]
+        self.placeholder = ordinary_ids(model, structure.entry, structure.vocabulary)[0]
         self.outermost = ModelHooks(self)
         self._handles: list[Any] = []
         self._embedding: list[tuple[Stack, StackHooks, Any]] = []
@@ -167,7 +167,7 @@ class Host:
         """Register every hook and mark every attention site."""
         add = self._handles.append
         add(self.model.register_forward_pre_hook(self.outermost.enter, with_kwargs=True))
-        for stack in self.anatomy.stacks:
+        for stack in self.structure.stacks:
             stack.owner = self
             hooks = StackHooks(self, stack)
             add(stack.module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
@@ -180,10 +180,10 @@ class Host:
                 add(pooler.register_forward_pre_hook(hooks.pool))
         add(self.model.register_load_state_dict_pre_hook(self._note))
         add(self.model.register_forward_hook(self.outermost.leave, with_kwargs=True, always_call=True))
-        mark(self.anatomy.stacks)
+        mark(self.structure.stacks)
         watch_batching(self)
         watch_generate(self)
-        self._files = files_of(m for stack in self.anatomy.stacks for m in stack.module.modules())
+        self._files = files_of(m for stack in self.structure.stacks for m in stack.module.modules())
         open_interface(self, self._files)
         watch_steps(self)
 
@@ -297,16 +297,16 @@ class Host:
         self._stays.clear()
         self._files = frozenset()
         self._overrides.undo()
-        for stack in self.anatomy.stacks:
+        for stack in self.structure.stacks:
             stack.owner = None
-        unmark(self.anatomy.stacks)
+        unmark(self.structure.stacks)
         close_interface(self)
         unwatch_steps(self)
 
     @property
     def is_own_call(self) -> bool:
         """Whether the call that begins is of the prompt's own rows: where the model is the stack, they come by the model."""
-        return any(live is not None and not live.entered for live in (stack.live for stack in self.anatomy.stacks))
+        return any(live is not None and not live.entered for live in (stack.live for stack in self.structure.stacks))
 
     @property
     def selection(self) -> str:

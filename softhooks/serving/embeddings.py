@@ -43,7 +43,7 @@ def sequence_embeddings(
         PromptTooLongError: prompt and text together exceed the model's positions.
     """
     prompt = _require_rows(model)
-    stack = prompt.host.anatomy.entry
+    stack = prompt.host.structure.entry
     ids = _ids(text, tokenizer).to(stack.embedding.weight.device)  # type: ignore[arg-type]
     places = prompt.layout.places(torch.ones_like(ids), ids, None, range(1))
     length = ids.shape[1] + int(places.live.sum())
@@ -78,14 +78,14 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
             f"one prompt must be on, for one text; on are {names!r}{', disabled' if host.disabled else ''}."
         )
     prompt = host.prompts[host.active]
-    if host.anatomy.entry.reads_ids:
+    if host.structure.entry.reads_ids:
         raise UnsupportedModelError(
             "a sequence of embedding rows must be all that a model looks at; this one looks at the ids behind them too.",
             "Serve this model with `softhooks.integrations.transformers_serve`.",
             model=type(model).__name__,
         )
     missing = needed(prompt)
-    causal = host.anatomy.entry.causal and not host.anatomy.is_encoder_decoder
+    causal = host.structure.entry.causal and not host.structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
             "a server takes embedding rows for a decoder, and nothing else of a prompt.",

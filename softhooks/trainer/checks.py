@@ -42,9 +42,9 @@ def check_equal(
     names = [name for name, _ in model.named_parameters() if not name.startswith(f"{CONTAINER}.")]
     wanted = {name for pattern in trainable for name in fnmatch.filter(names, pattern)}
     held = {name for name, _ in present.named_parameters() if not name.startswith(f"{CONTAINER}.")}
-    own_head = train_head and bool(find_heads(model, present.host.anatomy))
+    own_head = train_head and bool(find_heads(model, present.host.structure))
     rows = () if present.added is None else tuple(present.added.ids.tolist())
-    asked = chosen_ids(train_added_tokens, model, present.host.anatomy)
+    asked = chosen_ids(train_added_tokens, model, present.host.structure)
     if present.method == method and held == wanted and bool(len(present.heads)) == own_head and rows == asked:
         return
     raise NameTakenError(

@@ -100,7 +100,7 @@ class Headed(nn.Module):
 def test_embeddings_that_hold_lists_of_modules_are_no_stack() -> None:
     model = markuplm()
     with softhooks.attach(model, PromptTuning(5, init="random")) as prompt:
-        assert prompt.host.anatomy.entry.path == "markuplm"
+        assert prompt.host.structure.entry.path == "markuplm"
         out = model(input_ids=IDS, labels=torch.tensor([0, 1]))
         out.loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prompt.encoder.parameters())
@@ -113,7 +113,7 @@ def test_embeddings_that_hold_lists_of_modules_are_no_stack() -> None:
 @pytest.mark.parametrize("method", [PrefixTuning(3), LlamaAdapter(3)], ids=repr)
 def test_an_encoder_with_lists_in_its_embeddings_takes_what_enters_attention(method: Any) -> None:
     with softhooks.attach(markuplm(), method) as prompt:
-        assert len(prompt.host.anatomy.entry.sites) == 2
+        assert len(prompt.host.structure.entry.sites) == 2
 
 
 @pytest.mark.parametrize("held", ["list", "sequential", "attributes", "shared", "behind a mixing front"])
@@ -124,7 +124,7 @@ def test_layers_may_be_held_in_any_way(held: str) -> None:
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     with softhooks.attach(model, PromptTuning(3, init="random")) as prompt:
-        assert prompt.host.anatomy.entry.path == "backbone"
+        assert prompt.host.structure.entry.path == "backbone"
         ids = torch.randint(0, 64, (2, 6))
         found = model(ids)
         embeddings = model.backbone.embeddings.words
@@ -183,7 +183,7 @@ class Misled(TwoStacks):
 
 def test_of_two_stacks_the_one_of_the_named_embedding_is_taken() -> None:
     with softhooks.attach(TwoStacks(), PromptTuning(3)) as prompt:
-        assert prompt.host.anatomy.entry.path == "backbone"
+        assert prompt.host.structure.entry.path == "backbone"
 
 
 def test_a_stack_that_feeds_no_output_is_refused() -> None:

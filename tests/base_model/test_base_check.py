@@ -427,9 +427,9 @@ class Counting(TorchDispatchMode):
 
 def test_only_a_few_numbers_are_read() -> None:
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**zoo.SMALL, "hidden_size": 512, "intermediate_size": 2048}))
-    anatomy = examine(model)
+    structure = examine(model)
     with Counting() as counting:
-        take(model, anatomy)
+        take(model, structure)
     assert counting.total < 0.01 * sum(parameter.numel() for parameter in model.parameters())
 
 

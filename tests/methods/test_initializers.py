@@ -14,7 +14,7 @@ from torch import Tensor
 import softhooks
 from softhooks import PromptTuning
 from softhooks.backbone.examine import examine
-from softhooks.backbone.stack import Anatomy
+from softhooks.backbone.stack import ModelStructure
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 TOKENIZER = tokens.tokenizer()
@@ -43,15 +43,15 @@ def ids_of(found: Tensor, model: Any) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def large() -> tuple[Any, Anatomy]:
+def large() -> tuple[Any, ModelStructure]:
     """A model of 6,000 words, so that the first 5,000 are not all."""
     model = zoo.build("gpt2", vocab_size=6000)
     return model, examine(model)
 
 
-def drawn(large: tuple[Any, Anatomy], method: PromptTuning) -> list[int]:
-    model, anatomy = large
-    return ids_of(method.build(anatomy)("embeddings").detach(), model)
+def drawn(large: tuple[Any, ModelStructure], method: PromptTuning) -> list[int]:
+    model, structure = large
+    return ids_of(method.build(structure)("embeddings").detach(), model)
 
 
 def test_random_rows_fill_the_range() -> None:
@@ -71,20 +71,20 @@ def test_vocabulary_rows_are_words_without_replacement() -> None:
     assert ids_of(rows(model, PromptTuning(90)), model) != ids
 
 
-def test_vocabulary_rows_are_among_the_first_5000(large: tuple[Any, Anatomy]) -> None:
+def test_vocabulary_rows_are_among_the_first_5000(large: tuple[Any, ModelStructure]) -> None:
     ids = drawn(large, PromptTuning(4000))
     assert len(set(ids)) == 4000
     assert 4900 < max(ids) < 5000
     assert sorted(drawn(large, PromptTuning(5000))) == list(range(5000))
 
 
-def test_the_whole_vocabulary(large: tuple[Any, Anatomy]) -> None:
+def test_the_whole_vocabulary(large: tuple[Any, ModelStructure]) -> None:
     ids = drawn(large, PromptTuning(4000, whole_vocabulary=True))
     assert len(set(ids)) == 4000
     assert max(ids) > 5900
 
 
-def test_more_rows_than_5000_draw_from_the_whole_vocabulary(large: tuple[Any, Anatomy]) -> None:
+def test_more_rows_than_5000_draw_from_the_whole_vocabulary(large: tuple[Any, ModelStructure]) -> None:
     ids = drawn(large, PromptTuning(5500))
     assert len(set(ids)) == 5500
     assert max(ids) > 5900

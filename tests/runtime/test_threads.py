@@ -115,9 +115,9 @@ WAYS_IN: dict[str, Callable[[Any, softhooks.SoftPrompt, Path], Any]] = {
     "forward": lambda model, prompt, folder: model(zoo.text(1, 5)),
     "the stack": lambda model, prompt, folder: model.model(zoo.text(1, 5)),
     "generate": lambda model, prompt, folder: model.generate(zoo.text(1, 5), **NEW),
-    "keys and values": lambda model, prompt, folder: prompt.key_values(prompt.host.anatomy.entry),
+    "keys and values": lambda model, prompt, folder: prompt.key_values(prompt.host.structure.entry),
     "logits of states": lambda model, prompt, folder: logits_of(
-        model, prompt.host.anatomy.entry, torch.randn(1, 2, 32), 5
+        model, prompt.host.structure.entry, torch.randn(1, 2, 32), 5
     ),
     "attach": lambda model, prompt, folder: softhooks.attach(model, PrefixTuning(3), "more"),
     "load": lambda model, prompt, folder: softhooks.load(model, folder, name="more"),
@@ -177,7 +177,7 @@ def test_a_forward_while_another_thread_is_in(first: str) -> None:
         "forward": lambda: model(ids).logits,
         "bare": bare,
         "stack": lambda: model.model(ids)[0],
-        "keys and values": lambda: prompt.key_values(prompt.host.anatomy.entry)["self"].states,
+        "keys and values": lambda: prompt.key_values(prompt.host.structure.entry)["self"].states,
     }
     expected = {name: answer(call) for name, call in calls.items()}
     fresh(prompt)
@@ -667,4 +667,4 @@ def test_nothing_is_held_after_a_forward() -> None:
         model(torch.full((1, 3), zoo.VOCABULARY + 5))
     model.generate(ids, **NEW)
     assert require_host(model).running._innermost is None
-    assert all(stack._live is None for stack in require_host(model).anatomy.stacks)
+    assert all(stack._live is None for stack in require_host(model).structure.stacks)

@@ -118,9 +118,9 @@ def _padding(case: Case, model: Any, prompt: Any, text: Text) -> Iterator[str]:
     """
     if not _heeds_masks(model, text):
         return
-    anatomy = prompt.host.anatomy
-    pools_first = case.task == "sequence" and not anatomy.entry.causal
-    copies_text = anatomy.is_encoder_decoder and case.task != "seq2seq"
+    structure = prompt.host.structure
+    pools_first = case.task == "sequence" and not structure.entry.causal
+    copies_text = structure.is_encoder_decoder and case.task != "seq2seq"
     for side in ("right",) if pools_first or copies_text else ("left", "right"):
         try:
             moved = checks.padding(model, text, side, _pad(model))

@@ -123,8 +123,8 @@ class Gated(TableEncoder):
 
 
 class Gating(PromptTuning):
-    def build(self, anatomy: Any) -> PromptEncoder:
-        return Gated(super().build(anatomy).folded())
+    def build(self, structure: Any) -> PromptEncoder:
+        return Gated(super().build(structure).folded())
 
 
 def test_a_method_shows_numbers_of_its_own_where_a_log_is_due(tmp_path: Path, reporter: Reporter) -> None:

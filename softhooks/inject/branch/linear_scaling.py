@@ -90,7 +90,7 @@ class ScaleHook:
 
 def hook_linears(host: Host) -> None:
     """Hook every linear layer of a model's stacks, once, until its last prompt is removed."""
-    for stack in host.anatomy.stacks:
+    for stack in host.structure.stacks:
         layers = linears(stack)
         host.watch_parts(stack, [module for module, _ in layers.values()])
         for name, (module, _) in layers.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softhooks.backbone.attention_interface import marked
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
 from softhooks.backbone.probing import OTHER_METHOD
-from softhooks.backbone.stack import Anatomy, Site, Stack, at_rest, first_state
+from softhooks.backbone.stack import ModelStructure, Site, Stack, at_rest, first_state
 from softhooks.compat.offload import device_of
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.projections import Feed, keys_and_values
@@ -20,14 +20,14 @@ from softhooks.inject.branch.projections import Feed, keys_and_values
 _PROBE_ID = 63
 
 
-def find_feeds(anatomy: Anatomy) -> None:
+def find_feeds(structure: ModelStructure) -> None:
     """Find out how rows are given to every self-attention of a model; once for each model.
 
     Raises:
         UnsupportedMethodError: a stack's attention does not go through the interface.
     """
     encoded: Tensor | None = None
-    for stack in anatomy.stacks:
+    for stack in structure.stacks:
         if stack.through not in ("attention", "written_out"):
             raise UnsupportedMethodError(
                 "a gated branch needs attention that goes through transformers' attention interface, or that softhooks "
@@ -38,8 +38,8 @@ def find_feeds(anatomy: Anatomy) -> None:
         if all(site.feed is not None for site in stack.sites_of("self")):
             continue
         if stack.name == "decoder":
-            encoded = _encode(anatomy.entry, anatomy.vocabulary)
-        seen = _watch(stack, anatomy.vocabulary, encoded)
+            encoded = _encode(structure.entry, structure.vocabulary)
+        seen = _watch(stack, structure.vocabulary, encoded)
         with at_rest(stack.module), marked(stack):
             for site in stack.sites_of("self"):
                 site.feed = _feed(seen[site.index])
