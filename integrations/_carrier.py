@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.state_dict import live_tensors
@@ -140,7 +140,7 @@ class Carrier:
         """The names of all that is the frozen base's, wherever the module has it."""
         model, live = self.prompt.model, live_tensors(self.prompt)
         named = (*model.named_parameters(), *model.named_buffers())
-        base = {id(t) for name, t in named if name not in live and not name.startswith(f"{CONTAINER}.")}
+        base = {id(t) for name, t in named if name not in live and not is_prompt_key(name)}
         return {name for name, value in self.module.state_dict(keep_vars=True).items() if id(value) in base}
 
     def prune(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import is_prompt_key
 from softhooks.errors import CheckpointError, UnsupportedModeError
 from softhooks.formats.files import read_tensors
 from softhooks.runtime.state import Host
-from softhooks.trainer.checkpoint import LIVE, saver_of
+from softhooks.saving.state_dict import LIVE
+from softhooks.trainer.checkpoint import saver_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def saving_itself(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     names = ("save_pretrained", "_keys_to_ignore_on_save")
     kept = {name: model.__dict__.pop(name) for name in names if name in model.__dict__}
     try:
-        yield {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{CONTAINER}.")}
+        yield {name: tensor for name, tensor in model.state_dict().items() if not is_prompt_key(name)}
     finally:
         model.__dict__.update(kept)
 
@@ -78,7 +79,7 @@ def complete(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) 
     """
     saver = saver_of(model)
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    base = {name for name in model.state_dict() if not name.startswith(f"{CONTAINER}.")}
+    base = {name for name in model.state_dict() if not is_prompt_key(name)}
     if not prefix or saver is None or base <= mine.keys():
         return
     checked = dict(mine)

@@ -14,7 +14,8 @@ from softhooks.errors import SoftHooksError, UnsupportedModeError, UnsupportedMo
 from softhooks.formats.find import find
 from softhooks.load import attach_stored
 from softhooks.runtime.state import require_host
-from softhooks.trainer.checkpoint import LIVE, saver_of
+from softhooks.saving.state_dict import LIVE
+from softhooks.trainer.checkpoint import saver_of
 
 from ._sentence_module import Dress, Trained, dress_of, leave_room, refuse_bare, saving_itself
 

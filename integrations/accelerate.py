@@ -46,7 +46,8 @@ from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.formats.files import read_tensors, write_tensors
 from softhooks.prompt import SoftPrompt
-from softhooks.trainer.checkpoint import LIVE, Saver, saver_of
+from softhooks.saving.state_dict import LIVE
+from softhooks.trainer.checkpoint import Saver, saver_of
 from softhooks.trainer.checks import refuse_resting
 from softhooks.trainer.optimizer import require_held
 from softhooks.trainer.ranks import agree, is_alone, require_agreement

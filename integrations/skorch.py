@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.backbone.container import CONTAINER, Container
+from softhooks.backbone.container import Container, is_prompt_key
 from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
@@ -163,7 +163,7 @@ def _made_anew(cls: type[PromptedModule], arguments: dict[str, Any]) -> Prompted
 def _trained(module: PromptedModule) -> dict[str, Tensor]:
     """The parameters and buffers of a module's prompt, by their names in the model; the objects themselves."""
     named = [*module.model.named_parameters(), *module.model.named_buffers()]
-    return {name: tensor for name, tensor in named if name.startswith(f"{CONTAINER}.")}
+    return {name: tensor for name, tensor in named if is_prompt_key(name)}
 
 
 def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import nn
 
 from softhooks.attach import attach_encoder
 from softhooks.backbone.added_vocabulary import say_unsaved
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.check import about_base, require_base
@@ -58,7 +58,7 @@ def stored_of(prompt: SoftPrompt) -> Stored:
         prompt.stored_conventions,
         prompt.name,
         outline(structure),
-        also_trained=[name for name, _ in prompt.named_parameters() if not name.startswith(f"{CONTAINER}.")],
+        also_trained=[name for name, _ in prompt.named_parameters() if not is_prompt_key(name)],
         base={
             **about_base(model),
             "fingerprint": _fingerprint(prompt).to_json(),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.module_walk import every_tensor
 from softhooks.backbone.placeholder_ids import BUFFER
@@ -129,8 +129,8 @@ class SoftPrompt:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trainable parameter, by its name in the model: the prompt's, its heads', and those kept trainable."""
         for name, parameter in self.model.named_parameters():
-            mine = name.startswith(f"{CONTAINER}.{self.name}.")
-            if parameter.requires_grad and (mine or not name.startswith(f"{CONTAINER}.")):
+            mine = is_prompt_key(name, self.name)
+            if parameter.requires_grad and (mine or not is_prompt_key(name)):
                 yield name, parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -147,7 +147,7 @@ class SoftPrompt:
         own = sum(p.numel() for p in self.encoder.parameters()) or sum(
             t.numel() for t in self.encoder.folded().values()
         )
-        beside = [p for n, p in self.model.named_parameters() if p.requires_grad and not n.startswith(f"{CONTAINER}.")]
+        beside = [p for n, p in self.model.named_parameters() if p.requires_grad and not is_prompt_key(n)]
         beside += [*self.heads.parameters(), *(self.added.parameters() if self.added else ())]
         return own + sum(parameter.numel() for parameter in beside)
 

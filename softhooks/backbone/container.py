@@ -10,6 +10,11 @@ CONTAINER = "soft_prompt"
 """The name of the submodule that holds every prompt's parameters."""
 
 
+def is_prompt_key(key: str, prompt: str | None = None) -> bool:
+    """Whether a key of a model's state dict belongs to a prompt: to the one of that name, or, without a name, to any."""
+    return key.startswith(f"{CONTAINER}." if prompt is None else f"{CONTAINER}.{prompt}.")
+
+
 class Container(nn.ModuleDict):
     """The one submodule that is added to a model: each prompt's encoder and heads, by name.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import is_prompt_key
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class _FrozenNames:
     trained: frozenset[str]
 
     def __call__(self, name: str) -> bool:
-        return name not in self.trained and not name.startswith(f"{CONTAINER}.")
+        return name not in self.trained and not is_prompt_key(name)
 
 
 def frozen_names(model: nn.Module) -> Callable[[str], bool]:

@@ -205,16 +205,16 @@ def _live(folder: Path) -> dict[str, Any] | None:
     """
     import torch
 
-    from softhooks.backbone.container import CONTAINER
+    from softhooks.backbone.container import CONTAINER, is_prompt_key
     from softhooks.formats.files import parse_json, read_tensors
-    from softhooks.trainer.checkpoint import LIVE
+    from softhooks.saving.state_dict import LIVE
 
     path = folder / LIVE
     if not path.is_file():
         return None
     tensors, _ = read_tensors(path)
     name, optimizer = None, None
-    for key in [key for key in tensors if key.startswith(f"{CONTAINER}.") and key.endswith(".description")]:
+    for key in [key for key in tensors if is_prompt_key(key) and key.endswith(".description")]:
         if tensors[key].dtype is torch.uint8 and tensors[key].dim() == 1:
             name = key[len(CONTAINER) + 1 : -len(".description")]
             optimizer = parse_json(bytes(tensors.pop(key).tolist()), str(path)).get("optimizer")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.attention_interface import close_interface, files_of, mark, open_interface, unmark
-from softhooks.backbone.container import CONTAINER, Container
+from softhooks.backbone.container import CONTAINER, Container, is_prompt_key
 from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.placeholder_ids import ordinary_ids
 from softhooks.backbone.stack import ModelStructure, Stack
@@ -231,7 +231,7 @@ class Host:
 
     def _note(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
         """Remember what was loaded, for a callback that meets the model only afterwards; of weights only the shapes."""
-        if not prefix and any(key.startswith(f"{CONTAINER}.") for key in state):
+        if not prefix and any(is_prompt_key(key) for key in state):
             self.noted = {key: v if v.dtype == torch.uint8 else v.to("meta") for key, v in state.items()}
 
     def override(self, attribute: str, value: Any, module: nn.Module | None = None) -> None:

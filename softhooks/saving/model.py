@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import PromptMismatchError
 from softhooks.runtime.state import Host
@@ -59,7 +59,7 @@ class SavePrompts:
         state = call.get("state_dict")
         if not self.host.prompts:
             return self.below(**call)
-        if self.host.disabled or (state is not None and not any(map(_is_prompts, state))):
+        if self.host.disabled or (state is not None and not any(map(is_prompt_key, state))):
             return self.save_base(call)
         return self._save_prompts(Path(call["save_directory"]), call)
 
@@ -107,8 +107,7 @@ class SavePrompts:
         if has_adapters or (kept and not resumed):
             self.save_base({**call, "push_to_hub": False})
         if resumed or (kept and has_adapters):
-            from softhooks.saving.state_dict import live_tensors
-            from softhooks.trainer.checkpoint import write_live
+            from softhooks.saving.state_dict import live_tensors, write_live
 
             live: dict[str, Tensor] = {}
             for prompt in self.host.prompts.values():
@@ -130,7 +129,7 @@ class SavePrompts:
         return [
             name
             for name in trained
-            if not _is_prompts(name) and not name.startswith(adapters) and ".modules_to_save." not in name
+            if not is_prompt_key(name) and not name.startswith(adapters) and ".modules_to_save." not in name
         ]
 
     # --- the base -----------------------------------------------------------------------------------------------------
@@ -139,7 +138,7 @@ class SavePrompts:
         """Write the model as it would be without its prompts."""
         state = call.get("state_dict")
         if state is not None:
-            call = {**call, "state_dict": {name: value for name, value in state.items() if not _is_prompts(name)}}
+            call = {**call, "state_dict": {name: value for name, value in state.items() if not is_prompt_key(name)}}
         with _without_prompts(self.host.model), self.host.labels.model_shown():
             return self.below(**call)
 
@@ -151,15 +150,15 @@ class SavePrompts:
         Raises:
             PromptMismatchError: naming both sides.
         """
-        found = {name: list(value.shape) for name, value in state.items() if _is_prompts(name)}
+        found = {name: list(value.shape) for name, value in state.items() if is_prompt_key(name)}
         if prefix or not found or self.host.model.__dict__.get("save_pretrained") is not self:
             return  # a callback's own saver checks more
         from softhooks.saving.state_dict import live_tensors
 
         expected: dict[str, list[int]] = {}
         for name, prompt in self.host.prompts.items():
-            if any(key.startswith(f"{CONTAINER}.{name}.") for key in found):
-                own = {key: list(value.shape) for key, value in live_tensors(prompt).items() if _is_prompts(key)}
+            if any(is_prompt_key(key, name) for key in found):
+                own = {key: list(value.shape) for key, value in live_tensors(prompt).items() if is_prompt_key(key)}
                 frozen = prompt._module.state_dict(prefix=f"{CONTAINER}.{name}.")
                 expected |= own
                 expected |= {key: list(value.shape) for key, value in frozen.items() if key in found}
@@ -189,7 +188,7 @@ class LoadAdapter:
     def __call__(self, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the adapter and, from a checkpoint, the prompts."""
         from softhooks.formats.files import read_tensors
-        from softhooks.trainer.checkpoint import LIVE
+        from softhooks.saving.state_dict import LIVE
 
         model: Any = self.host.model
         load = self._before or type(model).load_adapter.__get__(model)
@@ -198,7 +197,7 @@ class LoadAdapter:
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         result = load(model_id, *args, **kwargs)
         for name, parameter in model.named_parameters():
-            if _is_prompts(name) or (live is not None and name in before):
+            if is_prompt_key(name) or (live is not None and name in before):
                 parameter.requires_grad_(before[name])
         if live is not None:
             model.load_state_dict(read_tensors(live)[0], strict=False)
@@ -220,10 +219,6 @@ def stand_in(host: Host) -> None:
 def is_checkpoint(folder: Path) -> bool:
     """Whether a Trainer names its checkpoints so."""
     return _CHECKPOINT.fullmatch(folder.name) is not None
-
-
-def _is_prompts(name: str) -> bool:
-    return name.startswith(f"{CONTAINER}.")
 
 
 @contextmanager

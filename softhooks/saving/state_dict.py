@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import overload
 
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from softhooks.backbone.container import CONTAINER
 from softhooks.backbone.placeholder_ids import BUFFER
+from softhooks.formats.files import write_json, write_tensors
 from softhooks.prompt import SoftPrompt
+
+LIVE = "soft_prompt.live.safetensors"
+"""The file of a checkpoint with the live parameters, from which training resumes."""
+
+DESCRIPTION = "description"
+"""The entry of a live file that describes the prompt, its base and its optimizer."""
+
+_NOTE = "A soft prompt, not a model. Load the base model, then this directory with softhooks.load(model, directory)."
 
 
 def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
@@ -49,3 +60,14 @@ class NotSaved(Sequence[str]):
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         return self._keys()[index]
+
+
+def write_live(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the live parameters, and an index that names their file.
+
+    The index is one of the files that a Trainer resumes from. `from_pretrained` stops at it, because it lacks the `metadata` of a
+    model's index; a `model.safetensors` would not stop it, and a model with random weights would be built.
+    """
+    write_tensors(folder / LIVE, state, {"format": "pt"})
+    weight_map = dict.fromkeys((name for name in state if not name.endswith(f".{DESCRIPTION}")), LIVE)
+    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"about": _NOTE, "weight_map": weight_map})

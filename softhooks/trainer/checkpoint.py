@@ -18,23 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import TrainerError
-from softhooks.formats.files import parse_json, read_tensors, write_json, write_tensors
+from softhooks.formats.files import parse_json, read_tensors
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.model import SavePrompts
-from softhooks.saving.state_dict import NotSaved, live_tensors
+from softhooks.saving.state_dict import DESCRIPTION, LIVE, NotSaved, live_tensors, write_live
 from softhooks.trainer.recovery import Lock
 
 if TYPE_CHECKING:
     from softhooks.trainer.log import Watch
 
-LIVE = "soft_prompt.live.safetensors"
-_NOTE = "A soft prompt, not a model. Load the base model, then this directory with softhooks.load(model, directory)."
-_DESCRIPTION = "description"
 _ADAPTER = "adapter_config.json"
 
 
@@ -146,7 +142,7 @@ class Saver:
 
     @property
     def _description(self) -> str:
-        return f"{CONTAINER}.{self.prompt.name}.{_DESCRIPTION}"
+        return f"{CONTAINER}.{self.prompt.name}.{DESCRIPTION}"
 
     # --- load ---------------------------------------------------------------------------------------------------------
 
@@ -215,7 +211,7 @@ class Saver:
         Raises:
             TrainerError: the checkpoint is of another prompt, or of another base.
         """
-        found = {key: list(value.shape) for key, value in state.items() if key.startswith(f"{CONTAINER}.")}
+        found = {key: list(value.shape) for key, value in state.items() if is_prompt_key(key)}
         self.loaded = False
         if not found:
             return
@@ -224,7 +220,7 @@ class Saver:
         described = parse_json(bytes(text.tolist()), "the checkpoint") if isinstance(text, Tensor) else None
         self.require_same(described)
         live = {name: list(tensor.shape) for name, tensor in live_tensors(self.prompt).items()}
-        own = {name: shape for name, shape in live.items() if name.startswith(f"{CONTAINER}.")}
+        own = {name: shape for name, shape in live.items() if is_prompt_key(name)}
         if any(found.get(name) != shape for name, shape in own.items()) or (described and set(state) != set(live)):
             raise TrainerError(
                 "a checkpoint must hold what is trained, name by name and shape by shape.",
@@ -254,7 +250,7 @@ class Saver:
         """What must be the same when a run goes on."""
         method, record = self.prompt.method, self.prompt.host.record
         options = {k: v for k, v in method.options().items() if k not in method.start_options}
-        names = [name for name, _ in self.prompt.named_parameters() if not name.startswith(f"{CONTAINER}.")]
+        names = [name for name, _ in self.prompt.named_parameters() if not is_prompt_key(name)]
         return {
             "method": {"kind": method.kind, **options, **self.prompt.conventions},
             "share of the base that trains": ", ".join(names) or "none",
@@ -263,13 +259,6 @@ class Saver:
             "tokens whose rows train": "none" if self.prompt.added is None else str(self.prompt.added.ids.tolist()),
             "optimizer": self.optimizer,
         }
-
-
-def write_live(folder: Path, state: dict[str, Tensor]) -> None:
-    """Write what training goes on from, by its names in the model, and an index by which nobody takes it for a model."""
-    write_tensors(folder / LIVE, state, {"format": "pt"})
-    weight_map = dict.fromkeys((name for name in state if not name.endswith(f".{_DESCRIPTION}")), LIVE)
-    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"about": _NOTE, "weight_map": weight_map})
 
 
 def saver_of(model: nn.Module) -> Saver | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerControl
 
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.heads import find_heads
 from softhooks.errors import NameTakenError, TrainerError
 from softhooks.method import Method
@@ -39,9 +39,9 @@ def check_equal(
         NameTakenError: it is another.
     """
     model = present.model
-    names = [name for name, _ in model.named_parameters() if not name.startswith(f"{CONTAINER}.")]
+    names = [name for name, _ in model.named_parameters() if not is_prompt_key(name)]
     wanted = {name for pattern in trainable for name in fnmatch.filter(names, pattern)}
-    held = {name for name, _ in present.named_parameters() if not name.startswith(f"{CONTAINER}.")}
+    held = {name for name, _ in present.named_parameters() if not is_prompt_key(name)}
     own_head = train_head and bool(find_heads(model, present.host.structure))
     rows = () if present.added is None else tuple(present.added.ids.tolist())
     asked = chosen_ids(train_added_tokens, model, present.host.structure)

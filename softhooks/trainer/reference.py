@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.backbone.container import CONTAINER
+from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.stack import at_rest
 from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
@@ -83,7 +83,7 @@ class Reference(nn.Module):
 
 def _belongs(key: str, prompt: str | None) -> bool:
     """Whether a tensor of the model is one of a reference, by its name."""
-    return not key.startswith(f"{CONTAINER}.") or (prompt is not None and key.startswith(f"{CONTAINER}.{prompt}."))
+    return not is_prompt_key(key) or (prompt is not None and is_prompt_key(key, prompt))
 
 
 def require_fixed(model: nn.Module, prompt: str | None) -> None:

@@ -28,7 +28,7 @@ from softhooks.backbone.container import CONTAINER
 from softhooks.cli import app
 from softhooks.cli.inspect import about, show
 from softhooks.formats.native import DESCRIPTION, TENSORS
-from softhooks.trainer.checkpoint import LIVE
+from softhooks.saving.state_dict import LIVE
 
 P = 4
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"

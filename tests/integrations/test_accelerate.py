@@ -26,7 +26,7 @@ from softhooks import PrefixTuning, PromptTuning, PTuning, SoftPromptCallback, T
 from softhooks.errors import FrozenModifiedError
 from softhooks.integrations.accelerate import track
 from softhooks.runtime.state import host_of
-from softhooks.trainer.checkpoint import LIVE
+from softhooks.saving.state_dict import LIVE
 
 
 @pytest.fixture(autouse=True)
