@@ -46,7 +46,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import softhooks
+from softhooks.attach import attach as attach_to_model
 from softhooks.base_model.digest import FrozenReport
 from softhooks.errors import OptionError, SoftHooksError, TrainerError
 from softhooks.method import Method
@@ -125,7 +125,7 @@ def attach(
             raise TrainerError(
                 "attach a prompt to a LightningModule before `torch.compile`: compiled code may not see it."
             )
-        prompt = softhooks.attach(model, method, name, **options)
+        prompt = attach_to_model(model, method, name, **options)
     prompt.host.active = name
     Carrier.of(prompt, module, path)
     return prompt

@@ -43,13 +43,14 @@ from typing import Any
 
 from torch import nn
 
-import softhooks
+from softhooks.attach import attach as attach_to_model
 from softhooks.backbone.container import CONTAINER
 from softhooks.base_model.digest import FrozenRecord
 from softhooks.errors import (
     CheckpointError,
     TrainerError,
 )
+from softhooks.load import load as load_onto_model
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.trainer.callback import SoftPromptCallback
@@ -85,7 +86,7 @@ def attach(model: Any, method: Method, name: str = "default", **options: Any) ->
         AttachError: the prompt cannot be attached. The model is as it was.
     """
     transformer = transformer_of(model)
-    prompt = softhooks.attach(transformer.model, method, name, **options)
+    prompt = attach_to_model(transformer.model, method, name, **options)
     dress(model)
     return prompt
 
@@ -100,7 +101,7 @@ def load_prompt(model: Any, path: str | Path, name: str = "default", **options: 
     Raises:
         CheckpointError, PromptMismatchError, AttachError: as in `softhooks.load`. The model is as it was.
     """
-    prompt = softhooks.load(transformer_of(model).model, path, name, **options)
+    prompt = load_onto_model(transformer_of(model).model, path, name, **options)
     dress(model)
     return prompt
 

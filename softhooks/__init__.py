@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from softhooks._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from softhooks.attach import attach

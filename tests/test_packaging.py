@@ -1,12 +1,15 @@
-"""The wheel holds what the editable install holds: the integrations and the typing marker too."""
+"""The wheel holds what the editable install holds, and the import contracts cover every file of it."""
 
 import importlib
 import importlib.metadata
+import os
 import pkgutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,3 +94,56 @@ def test_every_constraint_is_an_exact_pin() -> None:
 
 def test_minilm_is_pinned_by_hash() -> None:
     assert "--hash=sha256:" in (ROOT / "requirements-minilm.txt").read_text()
+
+
+# --- import contracts -------------------------------------------------------------------------------------------------
+
+
+def _contracts() -> list[dict[str, Any]]:
+    contracts: list[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ]
+    return contracts
+
+
+def test_no_import_is_exempt_from_the_contracts() -> None:
+    assert not [
+        contract["name"] for contract in _contracts() if {"ignore_imports", "exhaustive_ignores"} & set(contract)
+    ]
+
+
+def test_every_layer_but_the_integrations_is_kept_from_importing_frameworks() -> None:
+    layers, frameworks = (next(c for c in _contracts() if c["type"] == kind) for kind in ("layers", "forbidden"))
+    names = {name for layer in layers["layers"] for name in layer.split(" | ")} - {"__main__", "integrations"}
+    assert set(frameworks["source_modules"]) == {f"softhooks.{name}" for name in names}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "complaint"),
+    [
+        ("softhooks/errors.py", "def f():\n    import softhooks.attach\n", "softhooks.errors -> softhooks.attach"),
+        (
+            "softhooks/layout/template.py",
+            "if TYPE_CHECKING:\n    import softhooks.integrations.trl\n",
+            "softhooks.layout.template -> softhooks.integrations.trl",
+        ),
+        ("softhooks/stray.py", "", "softhooks.stray"),
+        ("softhooks/compat/peft.py", "def f():\n    import peft\n", "softhooks.compat.peft -> peft"),
+        ("integrations/trl.py", "import softhooks\n", "softhooks.integrations.trl -> softhooks "),
+    ],
+    ids=["upward", "upward for types", "without a layer", "framework", "root package"],
+)
+def test_a_broken_import_fails_the_lint(file: str, text: str, complaint: str, tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "softhooks", "integrations"):
+        _copy(ROOT / name, tmp_path / name)
+    with (tmp_path / file).open("a") as edited:
+        edited.write(text)
+    linted = subprocess.run(
+        [sys.executable, str(ROOT / ".ci" / "lint_imports.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert linted.returncode == 1
+    assert complaint in linted.stdout

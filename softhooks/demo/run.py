@@ -11,7 +11,6 @@ import torch
 import transformers
 from rich.console import Console
 
-from softhooks import PrefixTuning, PromptTuning
 from softhooks.demo.baselines import logistic_regression, majority_class
 from softhooks.demo.corpus import read_corpus
 from softhooks.demo.data import EncodedData, encode
@@ -19,6 +18,7 @@ from softhooks.demo.models import Checkpoint, minilm, tiny_model
 from softhooks.demo.options import DemoOptions
 from softhooks.demo.report import Line, Reloaded, Report, print_report
 from softhooks.demo.train import Recipe, Result, load_and_predict, train_head, train_soft_prompt
+from softhooks.methods import PrefixTuning, PromptTuning
 
 HEAD = "head"
 PROMPT = "prompt-tuning"

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-import softhooks
-from softhooks import SoftPromptCallback
 from softhooks.base_model.digest import FrozenRecord, FrozenReport
 from softhooks.demo.data import EncodedData
 from softhooks.demo.models import Checkpoint
+from softhooks.load import load
 from softhooks.method import Method
+from softhooks.trainer.callback import SoftPromptCallback
 
 Logits: TypeAlias = npt.NDArray[np.float32]
 
@@ -107,7 +107,7 @@ def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, direc
     """Load a saved prompt into a fresh model, whose own new head is random, and classify the test rows."""
     set_seed(seed)
     model = checkpoint.classifier(data.tokenizer, data.labels)
-    softhooks.load(model, directory)
+    load(model, directory)
     return predict(model, data, directory)
 
 

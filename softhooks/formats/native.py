@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-import softhooks
+from softhooks._version import __version__
 from softhooks.formats.files import write_json, write_tensors
 from softhooks.formats.stored import ADDED, FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored
 
@@ -50,7 +50,7 @@ def describe(stored: Stored) -> dict[str, Any]:
         "also_trained": stored.also_trained,
         "base": {**stored.base, "stacks": stored.stacks},
         "versions": {
-            "softhooks": softhooks.__version__,
+            "softhooks": __version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
         },
