@@ -50,8 +50,8 @@ from softhooks.attach import attach as attach_to_model
 from softhooks.base_model.digest import FrozenReport
 from softhooks.errors import OptionError, SoftHooksError, TrainerError
 from softhooks.method import Method
-from softhooks.objectives.base import refuse_evaluation
 from softhooks.prompt import SoftPrompt
+from softhooks.runtime.evaluation_mode import refuse_evaluation
 from softhooks.runtime.state import host_of
 from softhooks.trainer.checks import check_equal, refuse_resting
 from softhooks.trainer.frozen_check import CheckFrozen, Proof
@@ -207,7 +207,7 @@ class _Callback:
         carrier = self.carrier
         assert carrier is not None, "Lightning calls setup first"
         prompt, saver = carrier.prompt, carrier.saver
-        refuse_evaluation(prompt)
+        refuse_evaluation(prompt.method, prompt.model)
         self._proof.begin(prompt, trainer.global_step)
         remedy = "Make it from `self.parameters()` in `configure_optimizers`, not in `__init__`; what is frozen is taken out."
         saver.optimizer = require_held(trainer.optimizers, prompt, remedy)

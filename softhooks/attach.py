@@ -46,6 +46,7 @@ from softhooks.runtime.generate import keep_from_assistants
 from softhooks.runtime.label_names import Labels
 from softhooks.runtime.recomputed_forward import Met
 from softhooks.runtime.state import Host, host_of
+from softhooks.runtime.training_loop import takes_gradients
 from softhooks.saving.model import stand_in
 
 if TYPE_CHECKING:
@@ -202,6 +203,8 @@ def attach_encoder(
             prompt.shares_always = injection == "shared"
             _prove_reached(prompt)
             method.check(prompt)
+            if prompt.objective is not None and takes_gradients(prompt):
+                prompt.objective.check(prompt)
         host.sign()
     except BaseException as error:
         detach(host, name)

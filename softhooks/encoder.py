@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.constraint import watch
+from softhooks.errors import UnsupportedModeError
 
 EMBEDDINGS = "embeddings"
 """The group of an encoder whose prompt enters as embedding rows."""
@@ -101,3 +102,19 @@ class TableEncoder(PromptEncoder):
         """Return the parameter itself, [P, numbers]."""
         table: Tensor = getattr(self, group)
         return table
+
+
+def require(given: dict[str, Tensor], name: str, why: str) -> Tensor:
+    """An extra argument that a prompt cannot do without.
+
+    Raises:
+        UnsupportedModeError: the call did not bring it.
+    """
+    if name not in given:
+        raise UnsupportedModeError(
+            f"this prompt needs the argument `{name}` in each call of the model.",
+            f"Add a column `{name}` to the batch, or pass it to the model.",
+            because=why,
+            given=", ".join(given) or "no extra argument",
+        )
+    return given[name]

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
     from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
     from softhooks.inject.branch.branch import Given
-    from softhooks.objectives.base import Objective
-    from softhooks.prompt import SoftPrompt
+    from softhooks.objectives.base import Objective, PromptOnModel
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,8 @@ class Method:
         """What to train on beside, or in the place of, the model's own loss; None: the model's loss."""
         return None
 
-    def check(self, prompt: SoftPrompt) -> None:
-        """Refuse a model, or a way into it, that the method cannot serve; at attach, once the way in is known."""
-        if prompt.objective is not None and any(q.requires_grad for q in prompt.encoder.parameters()):
-            prompt.objective.check(prompt)
+    def check(self, prompt: PromptOnModel) -> None:
+        """Refuse a model or an injection that the method does not support. Called at attach, once the injection is known."""
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
         """The sites of a stack that this method enters; a table of keys and values holds theirs, in this order."""

@@ -16,7 +16,7 @@ from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.module_walk import every_tensor
 from softhooks.backbone.placeholder_ids import BUFFER
-from softhooks.backbone.stack import Role, Stack
+from softhooks.backbone.stack import ModelStructure, Role, Stack
 from softhooks.base_model.digest import FrozenReport
 from softhooks.compat.sharding import gathered, refuse_sharded
 from softhooks.constraint import unwatch
@@ -30,6 +30,7 @@ from softhooks.inject.reuse import Memory
 from softhooks.method import Method
 from softhooks.runtime.added_tokens import ADDED, AddedTokens
 from softhooks.runtime.label_names import Labels
+from softhooks.runtime.running import Held
 from softhooks.runtime.state import Host
 
 Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
@@ -105,6 +106,20 @@ class SoftPrompt:
     def host(self) -> Host:
         """What the model's prompts share."""
         return self._host
+
+    @property
+    def structure(self) -> ModelStructure:
+        """The model's stacks, embeddings and attention layers."""
+        return self._host.structure
+
+    @property
+    def placeholder_id(self) -> int:
+        """An ordinary id of the vocabulary, for calls in which only the number of ids matters."""
+        return self._host.placeholder
+
+    def without_objective(self) -> Held:
+        """Run the model inside the context without this prompt's objective."""
+        return self._host.running.held("a run without objective", aside=True)
 
     @property
     def computed(self) -> int:

@@ -59,7 +59,7 @@ def check_unread(prompt: SoftPrompt) -> None:
 
 def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
     """What a forward returns, without the states of its layers."""
-    with prompt.host.outermost.aside():
+    with prompt.without_objective():
         output: Any = prompt.model(**probe_inputs(prompt))
     named = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
     return {

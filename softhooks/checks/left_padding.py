@@ -76,7 +76,7 @@ def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
 
     handle = stack.module.register_forward_hook(keep)
     try:
-        with prompt.host.outermost.aside():
+        with prompt.without_objective():
             prompt.model(**inputs)
     finally:
         handle.remove()

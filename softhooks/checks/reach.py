@@ -63,7 +63,7 @@ def _show_effect(prompt: SoftPrompt) -> None:
 
 def _output(prompt: SoftPrompt) -> Tensor | None:
     """What the model is run for: the first floating-point tensor that it returns. None if it has numbers that are not finite."""
-    with prompt.host.outermost.aside():
+    with prompt.without_objective():
         output: Any = prompt.model(**probe_inputs(prompt), **_without_cache(prompt.model))
     values = [output] if isinstance(output, Tensor) else output.values() if hasattr(output, "values") else output
     found = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from softhooks.encoder import PromptEncoder, TableEncoder
+from softhooks.encoder import PromptEncoder, TableEncoder, require
 from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
-from softhooks.runtime.arguments import require
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

@@ -21,8 +21,7 @@ from softhooks.objectives.base import IGNORED, WeightedLabels
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
-    from softhooks.objectives.base import Objective
-    from softhooks.prompt import SoftPrompt
+    from softhooks.objectives.base import Objective, PromptOnModel
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +209,7 @@ class ContextAwarePromptTuning(Method):
         )  # fmt: skip
         return encoder
 
-    def check(self, prompt: SoftPrompt) -> None:
+    def check(self, prompt: PromptOnModel) -> None:
         """Refuse what is no causal language model, or cannot share its prompt.
 
         Raises:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
+from softhooks.encoder import EMBEDDINGS, PromptEncoder, require
 from softhooks.errors import PromptMismatchError, UnsupportedModeError
 from softhooks.layout.few_shot import Context
-from softhooks.runtime.arguments import require
 
 EXAMPLE_IDS = "example_ids"
 """The batch column that says which example of the context a row is."""

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Sampler
 
     from softhooks.backbone.stack import ModelStructure
-    from softhooks.objectives.base import Objective
-    from softhooks.prompt import SoftPrompt
+    from softhooks.objectives.base import Objective, PromptOnModel
 
 NOISE = 0.02
 """Of u and v around 1 at the start."""
@@ -286,7 +285,7 @@ class MultitaskPromptTuning(Method):
         return MultitaskEncoder(self.names, tables["shared"], *vectors(tables), self.task_rate)
 
 
-def _speak(prompt: SoftPrompt) -> AbstractContextManager[None] | None:
+def _speak(prompt: PromptOnModel) -> AbstractContextManager[None] | None:
     """Let the teachers speak, once they are trained."""
     encoder = prompt.encoder
     if not isinstance(encoder, MultitaskEncoder) or encoder.teachers is None or encoder.is_learning_from_scratch:

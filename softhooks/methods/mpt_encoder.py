@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.compat.sharding import full
-from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
+from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder, require
 from softhooks.errors import UnsupportedModeError
-from softhooks.runtime.arguments import require
 
 TASK_IDS = "task_ids"
 """The column of a batch that says each row's task."""

@@ -7,23 +7,21 @@ after; so a Trainer, and any loop that reads `output.loss`, trains on it with no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from softhooks.errors import TrainerError, UnsupportedModeError
+from softhooks.backbone.stack import ModelStructure, Role, Stack
+from softhooks.encoder import PromptEncoder
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefill import logits_of
+from softhooks.inject.prefix.key_values import KeyValues
 from softhooks.inject.prefix.packed import documents
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-    from softhooks.method import Method
-    from softhooks.prompt import SoftPrompt
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
@@ -32,14 +30,56 @@ Finish = Callable[[Any], Any]
 """What an objective makes of the model's output."""
 
 
+class PromptOnModel(Protocol):
+    """A prompt that is attached to a model, as objectives and methods see it."""
+
+    @property
+    def name(self) -> str:
+        """The name under which it is attached."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as the user gave it."""
+
+    @property
+    def structure(self) -> ModelStructure:
+        """The model's stacks, embeddings and attention layers."""
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The module that computes the prompt."""
+
+    @property
+    def injection(self) -> str:
+        """How the prompt enters the model; see `SoftPrompt`."""
+
+    @property
+    def conventions(self) -> Mapping[str, Any]:
+        """What the prompt assumes about the forward pass: shifted positions, sliding windows, placement."""
+
+    @property
+    def placeholder_id(self) -> int:
+        """An ordinary id of the vocabulary, for calls in which only the number of ids matters."""
+
+    @property
+    def states(self) -> Tensor | None:
+        """The virtual tokens' last hidden states in the current forward, [R, P, H]; None if the prompt was not run alone."""
+
+    def without_objective(self) -> AbstractContextManager[Any]:
+        """Run the model inside the context without this prompt's objective."""
+
+    def standing_in(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> AbstractContextManager[None]:
+        """Use other keys and values, of any length, in place of the prompt's inside the context."""
+
+
 class Objective(ABC):
     """What a method trains on. A method returns one from `Method.objective`."""
 
-    def check(self, prompt: SoftPrompt) -> None:  # noqa: B027 - most objectives suit every model
+    def check(self, prompt: PromptOnModel) -> None:  # noqa: B027 - most objectives suit every model
         """Refuse a model that cannot be trained so, when a prompt is attached to be trained."""
 
     @abstractmethod
-    def begin(self, prompt: SoftPrompt, call: dict[str, Any], given: dict[str, Tensor]) -> Finish | None:
+    def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish | None:
         """Join one training forward.
 
         Args:
@@ -50,58 +90,6 @@ class Objective(ABC):
         Returns:
             what to make of the output; None leaves it alone.
         """
-
-
-def refuse_smoothing(args: TrainingArguments, method: Method) -> None:
-    """Refuse a loss of the Trainer's own where the method has one.
-
-    Raises:
-        TrainerError: labels are to be smoothed.
-    """
-    if args.label_smoothing_factor and method.objective() is not None:
-        raise TrainerError(
-            "a method with an objective of its own trains on `output.loss`; the Trainer would put another loss in its place.",
-            "Set label_smoothing_factor to 0, and pass no `compute_loss_func`.",
-            method=method.kind,
-            label_smoothing_factor=args.label_smoothing_factor,
-        )
-
-
-def refuse_evaluation(prompt: SoftPrompt) -> None:
-    """Refuse to train a model in evaluation mode where the method's objective would have no part in it.
-
-    Raises:
-        TrainerError: naming the method.
-    """
-    if prompt.objective is not None and not prompt.model.training:
-        raise _in_evaluation(prompt)
-
-
-def refuse_backward(prompt: SoftPrompt) -> Finish:
-    """Refuse the same where it shows: when the loss of a forward in evaluation mode, without the objective, goes backward.
-
-    That loss may be read. Its `backward` raises TrainerError, naming the method.
-    """
-
-    def refuse(_gradient: Tensor) -> None:
-        raise _in_evaluation(prompt)
-
-    def finish(output: Any) -> Any:
-        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad:
-            loss.register_hook(refuse)
-        return output
-
-    return finish
-
-
-def _in_evaluation(prompt: SoftPrompt) -> TrainerError:
-    return TrainerError(
-        "a method with an objective of its own trains a model in training mode.",
-        "Call `model.train()` first: `from_pretrained` gives a model in evaluation mode, and some loops leave it there.",
-        method=prompt.method.kind,
-        model=f"{type(prompt.model).__name__} in evaluation mode",
-    )
 
 
 def with_loss(output: Any, loss: Tensor, has_loss: bool) -> Any:
@@ -161,7 +149,7 @@ class WeightedLabels(Objective):
         self.targets = torch.tensor(targets)
         self.weights = torch.tensor(weights)
 
-    def begin(self, prompt: SoftPrompt, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
+    def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
         """Take the labels out of the call, so that the model does not compute a loss too."""
         labels, shifted = call.pop("labels"), call.pop("shift_labels", None)
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if shifted is None else shifted
@@ -179,22 +167,21 @@ class WeightedLabels(Objective):
 
         return finish
 
-    def _own_losses(self, prompt: SoftPrompt) -> Tensor:
+    def _own_losses(self, prompt: PromptOnModel) -> Tensor:
         """The weighted loss of each of the prompt's label tokens; the state before it predicts it."""
-        states, host = prompt.states, prompt.host
+        states = prompt.states
         if states is None:
             raise UnsupportedModeError(
                 "an objective over the prompt's own tokens needs a call in which the prompt is computed once.",
                 "Leave out what the call brings beside the text, such as `token_type_ids` or an encoder's states.",
                 prompt=prompt.name,
-                method=prompt.method.kind,
             )
         chosen = states[:, (self.places - 1).to(states.device)]
-        logits = logits_of(prompt.model, host.structure.entry, chosen, host.placeholder)[0].float()
+        logits = logits_of(prompt.model, prompt.structure.entry, chosen, prompt.placeholder_id)[0].float()
         losses = functional.cross_entropy(logits, self.targets.to(logits.device), reduction="none")
         return losses * self.weights.to(logits.device)
 
-    def _seen(self, prompt: SoftPrompt, given: dict[str, Tensor], batch: int) -> Tensor:
+    def _seen(self, prompt: PromptOnModel, given: dict[str, Tensor], batch: int) -> Tensor:
         """Which of the prompt's label tokens count for each row, [B, labels] bool."""
         hidden = prompt.encoder.hidden(given, batch)
         if hidden is None:

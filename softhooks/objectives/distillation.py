@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +17,11 @@ from torch import Tensor
 from softhooks.backbone.stack import at_rest
 from softhooks.compat.sharding import gather_again
 from softhooks.errors import UnsupportedModeError
-from softhooks.objectives.base import Finish, Objective, Texts, kl_divergence, with_loss
-
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+from softhooks.objectives.base import Finish, Objective, PromptOnModel, Texts, kl_divergence, with_loss
 
 IGNORED = -100
 
-Speak = Callable[["SoftPrompt"], AbstractContextManager[None] | None]
+Speak = Callable[["PromptOnModel"], AbstractContextManager[None] | None]
 """Lets the teacher speak in the model's forwards inside the context; None: there is nothing to learn from it now."""
 
 
@@ -46,7 +43,7 @@ class Distillation(Objective):
         self.weight = weight
         self.speak = speak
 
-    def begin(self, prompt: SoftPrompt, call: dict[str, Any], given: dict[str, Tensor]) -> Finish | None:
+    def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish | None:
         """Run the teacher, and let the student show its hidden states.
 
         Raises:
@@ -57,7 +54,7 @@ class Distillation(Objective):
             return None
         lesson = Lesson.of(prompt, call)
         view = _View.of(prompt.model, call)
-        with torch.no_grad(), at_rest(prompt.model), prompt.host.outermost.aside(), context:
+        with torch.no_grad(), at_rest(prompt.model), prompt.without_objective(), context:
             taught = lesson.read(prompt.model(**call, **given))
         gather_again(prompt.model)
 
@@ -90,7 +87,7 @@ class Lesson:
     two_stacks: bool
 
     @classmethod
-    def of(cls, prompt: SoftPrompt, call: dict[str, Any]) -> Lesson:
+    def of(cls, prompt: PromptOnModel, call: dict[str, Any]) -> Lesson:
         """Read the masks and labels of a call.
 
         Raises:
@@ -103,12 +100,12 @@ class Lesson:
         mask = call.get("attention_mask")
         text = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if mask is None else mask.bool()
         labeled = _labeled(prompt, call)
-        is_one = labeled.shape == text.shape and not prompt.host.structure.is_encoder_decoder
+        is_one = labeled.shape == text.shape and not prompt.structure.is_encoder_decoder
         texts = Texts.of(call if is_one else {}, text)
         rows = texts.sums(labeled.long()) if is_one else labeled.long().reshape(len(labeled), -1).sum(-1)
         count = call.get("num_items_in_batch")
         count = torch.as_tensor(rows.sum() if count is None else count, device=labels.device).clamp(min=1)
-        return cls(labeled, text, texts, rows / count, count, prompt.host.structure.is_encoder_decoder)
+        return cls(labeled, text, texts, rows / count, count, prompt.structure.is_encoder_decoder)
 
     def read(self, output: Any) -> tuple[Tensor, list[Tensor]]:
         """Take from an output the logits of labels, [N, V], and the last hidden states of each stack, [B, T, H]."""
@@ -146,12 +143,12 @@ def mean_square(teacher: Tensor, student: Tensor, shown: Tensor, texts: Texts) -
     return texts.sums(squares) / texts.sums(shown.long()).clamp(min=1)
 
 
-def _labeled(prompt: SoftPrompt, call: dict[str, Any]) -> Tensor:
+def _labeled(prompt: PromptOnModel, call: dict[str, Any]) -> Tensor:
     """Which logits the model's own loss compares with a label."""
     if call.get("shift_labels") is not None:
         return torch.as_tensor(call["shift_labels"] != IGNORED)
     labeled: Tensor = call["labels"] != IGNORED
-    stack = prompt.host.structure.entry
+    stack = prompt.structure.entry
     can_generate = getattr(prompt.model, "can_generate", None)
     if stack.name == "text" and stack.causal and can_generate is not None and can_generate():
         nothing = torch.zeros_like(labeled[:, :1])

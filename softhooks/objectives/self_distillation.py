@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,7 @@ from softhooks.errors import UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues, split
 from softhooks.inject.reuse import Memory
 from softhooks.inject.text_key_values import key_values_of
-from softhooks.objectives.base import Finish, Objective, kl_divergence, with_loss
-
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+from softhooks.objectives.base import Finish, Objective, PromptOnModel, kl_divergence, with_loss
 
 _OF_THE_STUDENT = (
     "labels",
@@ -43,13 +40,13 @@ class SelfDistillation(Objective):
         self.top_k = top_k
         self._memory: Memory[dict[str, Tensor]] = Memory()
 
-    def check(self, prompt: SoftPrompt) -> None:
+    def check(self, prompt: PromptOnModel) -> None:
         """Check that the model is a causal language model.
 
         Raises:
             UnsupportedMethodError: it is not.
         """
-        stack = prompt.host.structure.entry
+        stack = prompt.structure.entry
         can_generate = getattr(prompt.model, "can_generate", None)
         if stack.name == "text" and stack.causal and can_generate is not None and can_generate():
             return
@@ -59,7 +56,7 @@ class SelfDistillation(Objective):
             model=type(prompt.model).__name__,
         )
 
-    def begin(self, prompt: SoftPrompt, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
+    def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
         """Ask the teacher, and take the labels: they only say where the two are compared."""
         labels = call.pop("labels")
         items = call.pop("num_items_in_batch", None)
@@ -75,27 +72,27 @@ class SelfDistillation(Objective):
 
         return finish
 
-    def _teach(self, prompt: SoftPrompt, call: dict[str, Any], chosen: Tensor) -> Tensor:
+    def _teach(self, prompt: PromptOnModel, call: dict[str, Any], chosen: Tensor) -> Tensor:
         """The teacher's logits where they are compared, [N, V]."""
         if call.get("past_key_values") is not None:
             raise UnsupportedModeError("self-distillation runs each text twice; train without `past_key_values`.")
         asked = {key: value for key, value in call.items() if key not in _OF_THE_STUDENT}
-        with at_rest(prompt.model), prompt.host.outermost.aside():
+        with at_rest(prompt.model), prompt.without_objective():
             tables = self._read(prompt)
             with prompt.standing_in(lambda stack: _as_prefix(prompt, stack, tables)):
                 output = prompt.model(**asked, use_cache=False, return_dict=True)
         return _select(output.logits, chosen)
 
-    def _read(self, prompt: SoftPrompt) -> dict[str, Tensor]:
+    def _read(self, prompt: PromptOnModel) -> dict[str, Tensor]:
         """The document's keys and values; read once inside `softhooks.kept`, else in every step."""
-        structure = prompt.host.structure
+        structure = prompt.structure
         stack = structure.entry
         return self._memory.recall(
             stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document)
         )
 
 
-def _as_prefix(prompt: SoftPrompt, stack: Stack, tables: dict[str, Tensor]) -> dict[Role, KeyValues]:
+def _as_prefix(prompt: PromptOnModel, stack: Stack, tables: dict[str, Tensor]) -> dict[Role, KeyValues]:
     prefix = split(tables[stack.name], stack.sites_of("self"))
     prefix.windowed = bool(prompt.conventions["windowed"])
     prefix.shifted = bool(prompt.conventions["shift_positions"])

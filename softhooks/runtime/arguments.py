@@ -121,19 +121,3 @@ def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
             )
         taken[name] = value
     return taken
-
-
-def require(given: dict[str, Tensor], name: str, why: str) -> Tensor:
-    """An extra argument that a prompt cannot do without.
-
-    Raises:
-        UnsupportedModeError: the call did not bring it.
-    """
-    if name not in given:
-        raise UnsupportedModeError(
-            f"this prompt needs the argument `{name}` in each call of the model.",
-            f"Add a column `{name}` to the batch, or pass it to the model.",
-            because=why,
-            given=", ".join(given) or "no extra argument",
-        )
-    return given[name]

@@ -18,11 +18,11 @@ from softhooks.inject.provenance import note_caches, note_encoded, require_encod
 from softhooks.inject.slots.cross_attention import note_of, strip_encoder_state
 from softhooks.inject.slots.slots import SlotPass
 from softhooks.inject.text_position import BROUGHT
-from softhooks.objectives.base import refuse_backward
 from softhooks.runtime.arguments import take
 from softhooks.runtime.contexts import alone_of
+from softhooks.runtime.evaluation_mode import refuse_backward
 from softhooks.runtime.open_pass import open_forward
-from softhooks.runtime.running import Call, Held, module_call
+from softhooks.runtime.running import Call, module_call
 from softhooks.runtime.training_loop import prompts_on, takes_gradients, tell_frozen
 from softhooks.runtime.unused_parameters import require_search
 
@@ -67,7 +67,7 @@ class ModelHooks:
             call.finish = None if trainable else tell_frozen
             return args, kwargs
         if not host.model.training:
-            call.finish = refuse_backward(trained)
+            call.finish = refuse_backward(trained.method, host.model)
             return args, kwargs
         return self._begin(call, trained, args, kwargs)
 
@@ -90,10 +90,6 @@ class ModelHooks:
             return output if call.finish is None else call.finish(output)
         finally:
             host.running.end(call)
-
-    def aside(self) -> Held:
-        """Let an objective, or a check, run the model: that run has no objective."""
-        return self.host.running.held("a run without objective", aside=True)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""

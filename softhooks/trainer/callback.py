@@ -23,11 +23,17 @@ from softhooks.compat.sharding import shards
 from softhooks.constraint import begin_step, end_step
 from softhooks.method import Method
 from softhooks.methods.task_sampling import arrange
-from softhooks.objectives.base import refuse_smoothing
 from softhooks.prompt import Injection, SoftPrompt
 from softhooks.runtime.state import host_of
 from softhooks.trainer.checkpoint import Saver, saver_of
-from softhooks.trainer.checks import bare_after_error, check_equal, leave_behind, refuse_done, refuse_second
+from softhooks.trainer.checks import (
+    bare_after_error,
+    check_equal,
+    leave_behind,
+    refuse_done,
+    refuse_second,
+    refuse_smoothing,
+)
 from softhooks.trainer.frozen_check import CheckFrozen, Proof
 from softhooks.trainer.log import Showing, Watch
 from softhooks.trainer.model_init import expect, meet, refuse_late, require_loaded, require_present

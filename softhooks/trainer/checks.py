@@ -19,6 +19,12 @@ from softhooks.runtime.added_tokens import chosen_ids
 from softhooks.trainer.checkpoint import saver_of
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from softhooks.method import Method
+    from softhooks.prompt import SoftPrompt
+
+if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from softhooks.trainer.callback import SoftPromptCallback
@@ -141,3 +147,18 @@ def bare_after_error(model: nn.Module) -> Iterator[None]:
         if saver is not None and saver is not before and saver.made:
             saver.prompt.remove()
         raise
+
+
+def refuse_smoothing(args: TrainingArguments, method: Method) -> None:
+    """Refuse a loss of the Trainer's own where the method has one.
+
+    Raises:
+        TrainerError: labels are to be smoothed.
+    """
+    if args.label_smoothing_factor and method.objective() is not None:
+        raise TrainerError(
+            "a method with an objective of its own trains on `output.loss`; the Trainer would put another loss in its place.",
+            "Set label_smoothing_factor to 0, and pass no `compute_loss_func`.",
+            method=method.kind,
+            label_smoothing_factor=args.label_smoothing_factor,
+        )
