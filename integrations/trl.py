@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,6 +45,8 @@ from torch import Tensor, nn
 from softhooks.backbone.stack import at_rest
 from softhooks.errors import TrainerError
 from softhooks.method import Method
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
 from softhooks.runtime.state import Host, host_of
 from softhooks.switch import disabled
 from softhooks.trainer.reference import Reference, require_fixed
@@ -161,30 +162,22 @@ def guard(args: Any, host: Host) -> None:
         host.keep(_Guard(getattr(trl, name)), is_copied=False)
 
 
-_guards: weakref.WeakSet[_Guard] = weakref.WeakSet()
-_wrapped: list[tuple[type, str, Callable[..., Any], Callable[..., Any]]] = []
-
-
 class _Guard:
     """Keeps two methods of a trainer's class wrapped, for no callback meets the trainer itself; the last one puts them back."""
 
     def __init__(self, trainer: type) -> None:
-        _guards.add(self)
-        for name, wrap in (("compute_loss", _comparing), ("compute_ref_log_probs", _computing)):
-            original = getattr(trainer, name)
-            if not any(held is trainer and key == name for held, key, _, _ in _wrapped):
-                wrapper = wrap(original)
-                setattr(trainer, name, wrapper)
-                _wrapped.append((trainer, name, original, wrapper))
+        _guards.add(self, trainer)
 
     def remove(self) -> None:
         _guards.discard(self)
-        if len(_guards):
-            return
-        for trainer, name, original, wrapper in _wrapped:
-            if trainer.__dict__.get(name) is wrapper:
-                setattr(trainer, name, original)
-        _wrapped.clear()
+
+
+def _wrap_trainer(patches: Patches, trainer: type) -> None:
+    patches.wrap(trainer, "compute_loss", _comparing)
+    patches.wrap(trainer, "compute_ref_log_probs", _computing)
+
+
+_guards: SharedPatches[_Guard] = SharedPatches(_wrap_trainer)
 
 
 def _comparing(original: Callable[..., Any]) -> Callable[..., Any]:

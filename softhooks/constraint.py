@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from softhooks.patching.shared import Users
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
 
 
 class Constrained(Protocol):
@@ -28,29 +29,21 @@ class Constrained(Protocol):
 
 
 _done: weakref.WeakSet[Constrained] = weakref.WeakSet()  # since a Trainer's step began
-_handle: Any = None
 
 
-def _stop_listening() -> None:
-    global _handle
-    if _handle is not None:
-        _handle.remove()
-        _handle = None
+def _listen(patches: Patches) -> None:
+    if not patches:
+        patches.keep(register_optimizer_step_post_hook(_after_step))
 
 
-watched: Users[Constrained] = Users(_stop_listening)
+watched: SharedPatches[Constrained] = SharedPatches(_listen)
 """The encoders that are constrained."""
 
 
 def watch(encoder: Constrained) -> None:
     """Constrain an encoder after each step of an optimizer that holds its parameters."""
-    global _handle
-    if not encoder.is_constrained:
-        return
-    with watched.lock:
+    if encoder.is_constrained:
         watched.add(encoder)
-        if _handle is None:
-            _handle = register_optimizer_step_post_hook(_after_step)
 
 
 def unwatch(encoder: Constrained) -> None:

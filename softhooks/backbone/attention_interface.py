@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,24 +19,13 @@ from softhooks.backbone.forward_pass import AttentionFunction, Pass
 from softhooks.backbone.inline_attention import rewrite, unwrite
 from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import PromptNotReachedError
-from softhooks.patching.shared import Users
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
 
 MARK = "_softhooks_site"
 """The attribute of an attention module that holds its `Site`, the first of several where it serves several layers."""
 
 _EAGER = "eager_attention_forward"
-_wrapped: list[tuple[MutableMapping[str, Any], str, AttentionFunction, AttentionFunction]] = []
-
-
-def _put_back() -> None:
-    for mapping, key, original, wrapper in _wrapped:
-        if mapping.get(key) is wrapper:
-            mapping[key] = original
-    _wrapped.clear()
-
-
-users: Users[object] = Users(_put_back)
-"""Who needs the wrapped functions: models with a prompt, and readers for a moment."""
 
 
 def files_of(modules: Iterable[nn.Module]) -> frozenset[str]:
@@ -46,13 +35,7 @@ def files_of(modules: Iterable[nn.Module]) -> frozenset[str]:
 
 def open_interface(user: object, files: Iterable[str]) -> None:
     """Wrap the attention functions that modules of these files can call, for as long as `user` is open and alive."""
-    with users.lock:
-        users.add(user)
-        _wrap_all(AttentionInterface._global_mapping, list(AttentionInterface._global_mapping))
-        for name in files:
-            namespace = vars(sys.modules[name]) if name in sys.modules else {}
-            if _EAGER in namespace:
-                _wrap_all(namespace, [_EAGER])
+    users.add(user, files)
 
 
 def close_interface(user: object) -> None:
@@ -100,14 +83,18 @@ def marked(stack: Stack) -> Iterator[None]:
         close_interface(reader)
 
 
-def _wrap_all(mapping: MutableMapping[str, Any], keys: list[str]) -> None:
-    for key in keys:
-        original = mapping[key]
-        if hasattr(original, MARK):
-            continue
-        wrapper = _dispatching(original)
-        mapping[key] = wrapper
-        _wrapped.append((mapping, key, original, wrapper))
+def _wrap_functions(patches: Patches, files: Iterable[str]) -> None:
+    functions: dict[str, AttentionFunction] = AttentionInterface._global_mapping
+    namespaces = [vars(sys.modules[name]) for name in files if name in sys.modules]
+    wanted = [(functions, name) for name in functions]
+    wanted += [(namespace, _EAGER) for namespace in namespaces if _EAGER in namespace]
+    for mapping, name in wanted:
+        if not hasattr(mapping[name], MARK):  # else it is wrapped already, perhaps under a wrapper of somebody else
+            patches.set(mapping, name, _dispatching(mapping[name]))
+
+
+users: SharedPatches[object] = SharedPatches(_wrap_functions)
+"""Who needs the wrapped functions: models with a prompt, and readers for a moment."""
 
 
 def _dispatching(attention: AttentionFunction) -> AttentionFunction:

@@ -1,1 +1,1 @@
-"""Attributes and functions of other objects, replaced and put back."""
+"""Attributes, functions and hooks that are set on other people's objects, and put back."""

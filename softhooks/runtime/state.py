@@ -23,7 +23,7 @@ from softhooks.base_model.gradients import SetAside
 from softhooks.errors import NotAttachedError, UnsupportedModeError
 from softhooks.inject.prompt_state import Made, made_with, token_of
 from softhooks.inject.replaced_modules import Standing, entered
-from softhooks.patching.attributes import Overrides
+from softhooks.patching.patches import Patches
 from softhooks.runtime.added_token_hooks import AddedHooks
 from softhooks.runtime.arguments import TAKEN_BY, SignedForward, refuse_unused
 from softhooks.runtime.contexts import choice_of, generation_of, repeats_of
@@ -72,7 +72,7 @@ class Host:
         self._handles: list[Any] = []
         self._embedding: list[tuple[Stack, StackHooks, Any]] = []
         self._added: AddedHooks | None = None
-        self._overrides = Overrides()
+        self._overrides = Patches()
         self._stays: list[Any] = []
         self._files: frozenset[str] = frozenset()
 

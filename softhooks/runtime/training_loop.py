@@ -17,7 +17,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from softhooks.backbone.added_vocabulary import stack_level
 from softhooks.errors import TrainerError, format_message
-from softhooks.patching.shared import Users
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
@@ -82,29 +83,22 @@ def _told(value: Any) -> Any:
 
 # --- an optimizer that does not hold the prompt -----------------------------------------------------------------------
 
-_handle: Any = None
 _held_elsewhere: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[SoftPrompt]] = weakref.WeakKeyDictionary()
 """Of optimizers the prompts that they, or others, hold, as far as that was looked up."""
 
 
-def _stop_listening() -> None:
-    global _handle
-    if _handle is not None:
-        _handle.remove()
-        _handle = None
+def _listen(patches: Patches) -> None:
+    if not patches:
+        patches.keep(register_optimizer_step_post_hook(_after_step))
 
 
-watched: Users[Host] = Users(_stop_listening)
+watched: SharedPatches[Host] = SharedPatches(_listen)
 """The hosts whose prompts must be stepped by whoever steps their model."""
 
 
 def watch_steps(host: Host) -> None:
     """Tell of steps that leave the prompt where it is, until the last prompt is removed."""
-    global _handle
-    with watched.lock:
-        watched.add(host)
-        if _handle is None:
-            _handle = register_optimizer_step_post_hook(_after_step)
+    watched.add(host)
 
 
 def unwatch_steps(host: Host) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import CallbackHandler
 
-from softhooks.patching.shared import Users
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.state import host_of
 from softhooks.trainer.checkpoint import Saver, saver_of
@@ -71,19 +73,6 @@ def _norm(tensors: list[Tensor]) -> Tensor:
 
 # --- before the reporters ---------------------------------------------------------------------------------------------
 
-_original: Any = None
-
-
-def _put_back() -> None:
-    global _original
-    if _original is not None:
-        CallbackHandler.on_log = _original  # type: ignore[method-assign]
-        _original = None
-
-
-users: Users[Saver] = Users(_put_back)
-"""What callbacks keep on the models whose numbers are shown."""
-
 
 class Showing:
     """The numbers of a prompt in the logs of the Trainer that trains its model, until it is removed.
@@ -95,7 +84,6 @@ class Showing:
     def __init__(self, saver: Saver) -> None:
         self._saver = weakref.ref(saver)
         users.add(saver)
-        _open()
 
     def remove(self) -> None:
         """Show them no more. Calling it again does nothing."""
@@ -104,12 +92,7 @@ class Showing:
             users.discard(saver)
 
 
-def _open() -> None:
-    global _original
-    if _original is not None:
-        return
-    original = _original = CallbackHandler.on_log
-
+def _with_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def on_log(handler: Any, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> Any:
         """Add the prompt's numbers to a training log, also to the copy that the Trainer has kept of it."""
@@ -122,4 +105,12 @@ def _open() -> None:
                 state.log_history[-1].update(found)
         return original(handler, args, state, control, logs, **kwargs)
 
-    CallbackHandler.on_log = on_log  # type: ignore[assignment, method-assign]
+    return on_log
+
+
+def _wrap_on_log(patches: Patches) -> None:
+    patches.wrap(CallbackHandler, "on_log", _with_metrics)
+
+
+users: SharedPatches[Saver] = SharedPatches(_wrap_on_log)
+"""What callbacks keep on the models whose numbers are shown."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from softhooks.errors import TrainerError
-from softhooks.patching.shared import Users
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
 from softhooks.trainer.checkpoint import saver_of
 from softhooks.trainer.optimizer import is_mended, mend_optimizer
 from softhooks.trainer.template_rows import mind_rows
@@ -130,31 +131,13 @@ def _refuse_unattended(callback: SoftPromptCallback) -> None:
 
 # --- add_callback -----------------------------------------------------------------------------------------------------
 
-_original: Any = None
-_wrapper: Any = None
-
-
-def _put_back() -> None:
-    global _original
-    # What has been put around it meanwhile stays, and so does ours.
-    if _original is not None and CallbackHandler.add_callback is _wrapper:
-        CallbackHandler.add_callback = _original  # type: ignore[method-assign]
-        _original = None
-
-
-users: Users[SoftPromptCallback] = Users(_put_back)
-"""The callbacks of ours."""
-
 
 def expect(callback: SoftPromptCallback) -> None:
     """Let a callback know of the Trainers that it is added to when they are made already."""
-    global _original, _wrapper
     users.add(callback)
-    if _original is not None:
-        return
-    original: Any = CallbackHandler.add_callback
-    _original = original
 
+
+def _introducing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_callback(handler: Any, callback: Any) -> None:
         """Add it; one that comes after the Trainer's construction meets the model now."""
@@ -169,7 +152,15 @@ def expect(callback: SoftPromptCallback) -> None:
             handler.callbacks.remove(added)
             raise
 
-    CallbackHandler.add_callback = _wrapper = add_callback  # type: ignore[method-assign]
+    return add_callback
+
+
+def _wrap_add_callback(patches: Patches) -> None:
+    patches.wrap(CallbackHandler, "add_callback", _introducing)
+
+
+users: SharedPatches[SoftPromptCallback] = SharedPatches(_wrap_add_callback)
+"""The callbacks of ours."""
 
 
 def _introduce(callback: SoftPromptCallback) -> None:
