@@ -48,6 +48,14 @@ class FrozenOutput(Tensor):
             )
         super().backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def __format__(self, format_spec: str) -> str:
+        """Format as a plain tensor: torch gives only those `f"{loss:.2f}"`."""
+        return format(self.as_subclass(Tensor), format_spec)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Print as a plain tensor."""
+        return repr(self.as_subclass(Tensor))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as a plain tensor."""
         return self.as_subclass(Tensor).__reduce_ex__(protocol)

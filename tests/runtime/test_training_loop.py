@@ -91,6 +91,9 @@ def test_the_loss_of_a_frozen_prompt_is_read_as_any_other(tmp_path: Path) -> Non
     assert not loss.requires_grad
     assert loss.item() == float(loss) == float(loss.numpy()) == expected.item()
     assert torch.equal(torch.stack([loss, loss]).mean(), expected)
+    assert f"{loss:.3f} {2 * loss:.3f}" == f"{expected:.3f} {2 * expected:.3f}"
+    assert str(loss) == str(expected)
+    assert str(torch.stack([loss, loss])) == str(torch.stack([expected, expected]))
     assert type(pickle.loads(pickle.dumps(loss))) is torch.Tensor
     logits = model(IDS).logits
     assert not logits.requires_grad
