@@ -118,7 +118,7 @@ class Carrier:
             module.register_load_state_dict_pre_hook(self._check),
             module.register_load_state_dict_post_hook(self._excuse),
         ]
-        prompt.host.keep(self)
+        prompt.prompted_model.keep(self)
 
     @classmethod
     def of(cls, prompt: SoftPrompt, module: nn.Module, path: str) -> Carrier:
@@ -154,7 +154,7 @@ class Carrier:
         if prefix or not self.prompt.is_attached:
             return
         own = f"{self._prefix}{CONTAINER}."
-        others = {f"{own}{name}." for name in self.prompt.host.prompts if name != self.prompt.name}
+        others = {f"{own}{name}." for name in self.prompt.prompted_model.prompts if name != self.prompt.name}
         mine = [key for key in state if key.startswith(self._prefix) and not any(map(key.startswith, others))]
         if any(key.startswith(own) for key in mine):
             inner = {key.removeprefix(self._prefix): state[key] for key in mine}

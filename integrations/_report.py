@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from softhooks.errors import TrainerError
 from softhooks.nearest_words import Word, nearest_words
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 
 ABOUT = "soft_prompt"
 """Under which name trackers keep it."""
@@ -88,11 +88,11 @@ def _prompt_of(model: Any, asking: str) -> SoftPrompt:
     Raises:
         TrainerError: there is none.
     """
-    host = host_of(model)
-    if host is None or host.active is None:
+    prompted = prompted_model_of(model)
+    if prompted is None or prompted.active is None:
         raise TrainerError(
             f"{asking} tells a tracker of the prompt that a Trainer trains.",
             "Pass `SoftPromptCallback(method)` to the Trainer too.",
             model=f"{type(model).__name__}, without a prompt",
         )
-    return host.prompts[host.active]
+    return prompted.prompts[prompted.active]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from softhooks.backbone.container import is_prompt_key
 from softhooks.errors import CheckpointError, UnsupportedModeError
 from softhooks.formats.files import read_tensors
-from softhooks.runtime.state import Host
+from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.saving.state_dict import LIVE
 from softhooks.trainer.checkpoint import saver_of
 
@@ -98,33 +98,33 @@ _POOL = "start_multi_process_pool"
 
 
 class Dress:
-    """What the module around a model wears while the model carries a prompt; the host takes it off with the last one.
+    """What the module around a model wears while the model carries a prompt; until its last prompt is removed.
 
     Args:
         module: the module, whose `model` is the inner one.
         kind: its class meanwhile: a subclass of its own that saves and loads the prompt.
-        host: the inner model's.
+        prompted: the state of the model's prompts.
     """
 
-    def __init__(self, module: Any, kind: type[Any], host: Host) -> None:
+    def __init__(self, module: Any, kind: type[Any], prompted: PromptedModel) -> None:
         self.module = module
-        self.host = host
+        self.prompted = prompted
         self.plain = (
             type(module) if type(module) is not kind else kind.__mro__[1]
         )  # a loaded one is of the kind already
         self.covered: list[tuple[nn.Parameter, bool]] = []
-        host.heed_direct_calls()
+        prompted.heed_direct_calls()
         if getattr(module, _FLATTENS, False):
-            host.override(_FLATTENS, False, module)
-        host.keep(host.model.register_load_state_dict_pre_hook(complete))
-        host.keep(self)
+            prompted.override(_FLATTENS, False, module)
+        prompted.keep(prompted.model.register_load_state_dict_pre_hook(complete))
+        prompted.keep(self)
         module.__dict__[_DRESS] = self
         module.__class__ = kind
 
     def cover(self, model: nn.Module) -> None:
         """Freeze what else the outer model has, and keep it to one process."""
         if not isinstance(model.__dict__.get(_POOL), _NoPool):
-            self.host.override(_POOL, _NoPool(), model)
+            self.prompted.override(_POOL, _NoPool(), model)
         known = {id(parameter) for parameter in self.module.model.parameters()}
         known |= {id(parameter) for parameter, _ in self.covered}
         for parameter in model.parameters():
@@ -164,12 +164,12 @@ class _NoPool:
         )
 
 
-def leave_room(module: Any, host: Host) -> None:
+def leave_room(module: Any, prompted: PromptedModel) -> None:
     """Cut texts so much earlier (`max_seq_length`) that slots fit among the positions beside them, until the last prompt goes."""
-    slots = [prompt.layout.columns for prompt in host.prompts.values() if prompt.injection in ("slots", "shared")]
-    limit, asked = host.structure.entry.positions.limit, module.max_seq_length
+    slots = [prompt.layout.columns for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
+    limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length
     if slots and limit is not None and asked is not None and asked + max(slots) > limit:
-        host.keep(_Longer(module, asked))
+        prompted.keep(_Longer(module, asked))
         module.max_seq_length = limit - max(slots)
         logger.warning(
             "texts are cut after %d tokens, not %d, as long as the prompt is on: its %d slots need positions too",

@@ -13,7 +13,7 @@ from typing import Any
 from softhooks.errors import SoftHooksError, UnsupportedModeError, UnsupportedModelError
 from softhooks.formats.find import find
 from softhooks.load import attach_stored
-from softhooks.runtime.state import require_host
+from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.saving.state_dict import LIVE
 from softhooks.trainer.checkpoint import saver_of
 
@@ -82,12 +82,14 @@ def dress(model: Any) -> None:
     """Let a sentence model call, save and load its inner model with the prompt; once is enough."""
     transformer = transformer_of(model)
     _dress_module(transformer).cover(model)
-    leave_room(transformer, require_host(transformer.model))
+    leave_room(transformer, require_prompted_model(transformer.model))
 
 
 def _dress_module(transformer: Any) -> Dress:
     worn = dress_of(transformer)
-    return Dress(transformer, prompted_transformer(), require_host(transformer.model)) if worn is None else worn
+    return (
+        Dress(transformer, prompted_transformer(), require_prompted_model(transformer.model)) if worn is None else worn
+    )
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -104,31 +106,31 @@ def prompted_transformer() -> Any:
 
         def forward(self, features: dict[str, Any], **kwargs: Any) -> Any:
             """Refuse one prompt a row: the library sorts texts by their length before it batches them."""
-            host = require_host(self.model)
-            if host.rows is not None:
+            prompted = require_prompted_model(self.model)
+            if prompted.rows is not None:
                 raise UnsupportedModeError(
                     "the texts of a sentence model share one prompt: the library sorts them before it batches them, so that "
                     "rows would meet each other's.",
                     "Encode the texts of each prompt by themselves, with `softhooks.activate(model, name)` before.",
-                    rows=host.rows,
+                    rows=prompted.rows,
                 )
             return super().forward(features, **kwargs)
 
         def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
             """Save model, prompt, processor and config; into a Trainer's checkpoint the prompt in the model's place."""
-            host, folder = require_host(self.model), Path(output_path)
+            prompted, folder = require_prompted_model(self.model), Path(output_path)
             if saver_of(self.model) is not None and re.fullmatch(r"checkpoint-\d+", folder.name):
                 super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
                 return
-            if len(host.prompts) > 1:
+            if len(prompted.prompts) > 1:
                 raise UnsupportedModeError(
                     "a sentence model is saved with one prompt.",
                     "Remove the others, or save each with its own `save_pretrained`.",
-                    prompts=", ".join(map(repr, host.prompts)),
+                    prompts=", ".join(map(repr, prompted.prompts)),
                 )
             with saving_itself(self.model) as state:
                 self.model.save_pretrained(folder, state_dict=state)
-            (prompt,) = host.prompts.values()
+            (prompt,) = prompted.prompts.values()
             prompt.save_pretrained(folder)
             self.processor.save_pretrained(output_path)
             self.save_config(output_path)

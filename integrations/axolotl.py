@@ -40,7 +40,7 @@ from torch import nn
 from softhooks.cli.run_arguments import from_sections
 from softhooks.errors import AttachError, SoftHooksError, TrainerError
 from softhooks.method import Method
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.callback import SoftPromptCallback
 
 SECTION = "softhooks"
@@ -104,12 +104,12 @@ def check(cfg: Mapping[str, Any], model: nn.Module) -> tuple[Method, dict[str, A
         OptionError, TrainerError: as `read`.
         AttachError: the model carries a prompt already.
     """
-    host = host_of(model)
-    if host is not None:
+    prompted = prompted_model_of(model)
+    if prompted is not None:
         raise AttachError(
             "Axolotl's model must come without a prompt; the plugin brings it.",
             "Name the plugin once, and attach nothing in other plugins.",
-            attached=", ".join(map(repr, host.prompts)),
+            attached=", ".join(map(repr, prompted.prompts)),
         )
     return read(cfg)
 

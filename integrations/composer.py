@@ -39,7 +39,7 @@ from softhooks.attach import attach
 from softhooks.errors import AttachError, SoftHooksError, TrainerError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.saving.state_dict import live_tensors
 from softhooks.trainer.optimizer import mend_optimizer
 
@@ -120,7 +120,7 @@ class _Events:
         optimizers = list(state.optimizers or ())
         if len(optimizers) != 1:
             raise _refusal("optimizers", len(optimizers), "one", "Give the Trainer one in `optimizers=`.")
-        present = host_of(model)
+        present = prompted_model_of(model)
         if present is not None:
             raise AttachError(
                 f"the model must come without a prompt; it carries {', '.join(map(repr, present.prompts))}."
@@ -128,8 +128,8 @@ class _Events:
         prompt = attach(model, self.method, **self.options)
         mend_optimizer(optimizers[0], prompt)
         self._live = LivePrompt(prompt, optimizers[0])
-        prompt.host.keep(model.register_state_dict_post_hook(lambda *given: self._leave_out_base(*given)))
-        prompt.host.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
+        prompt.prompted_model.keep(model.register_state_dict_post_hook(lambda *given: self._leave_out_base(*given)))
+        prompt.prompted_model.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
 
     def _leave_out_base(self, model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
         """Keep of a state what is trained, where the model is part of a larger one: Composer's."""

@@ -52,7 +52,7 @@ from softhooks.errors import OptionError, SoftHooksError, TrainerError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.evaluation_mode import refuse_evaluation
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checks import check_equal, refuse_resting
 from softhooks.trainer.frozen_check import CheckFrozen, Proof
 from softhooks.trainer.optimizer import drop_frozen, held_by, require_gradient, require_held
@@ -115,8 +115,8 @@ def attach(
     model = module.get_submodule(path)
     patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
     options: dict[str, Any] = {"train_head": train_head, "trainable": patterns, "freeze_dropout": freeze_dropout}
-    host = host_of(model)
-    present = host.prompts.get(name) if host else None
+    prompted = prompted_model_of(model)
+    present = prompted.prompts.get(name) if prompted else None
     if present is not None:
         check_equal(present, method, **options)
         prompt = present
@@ -126,7 +126,7 @@ def attach(
                 "attach a prompt to a LightningModule before `torch.compile`: compiled code may not see it."
             )
         prompt = attach_to_model(model, method, name, **options)
-    prompt.host.active = name
+    prompt.prompted_model.active = name
     Carrier.of(prompt, module, path)
     return prompt
 
@@ -190,8 +190,8 @@ class _Callback:
                     second=f"{other.name!r} for {other.attribute!r}: {other.method!r}",
                 )
         path = find_model(pl_module, self.attribute)
-        host = host_of(pl_module.get_submodule(path))
-        self._may_undo = host is None or self.name not in host.prompts
+        prompted = prompted_model_of(pl_module.get_submodule(path))
+        self._may_undo = prompted is None or self.name not in prompted.prompts
         prompt = attach(pl_module, self.method, self.name, attribute=path, **self._options)  # type: ignore[arg-type]
         self.carrier = Carrier.of(prompt, pl_module, path)
         if stage == "fit":

@@ -56,13 +56,13 @@ def register() -> None:
 
 def room_taken(model: nn.Module) -> int:
     """How many of a model's positions its prompts take now: the longest of those that are on; 0 where none is."""
-    from softhooks.runtime.state import host_of
+    from softhooks.runtime.prompted_model import prompted_model_of
 
-    host = host_of(model)
-    if host is None or not host.is_in_use:
+    prompted = prompted_model_of(model)
+    if prompted is None or not prompted.is_in_use:
         return 0
-    names = [host.active] if host.rows is None else host.rows
-    return max(_room(host.prompts[name]) for name in names if name is not None)
+    names = [prompted.active] if prompted.rows is None else prompted.rows
+    return max(_room(prompted.prompts[name]) for name in names if name is not None)
 
 
 def _room(prompt: SoftPrompt) -> int:
@@ -106,7 +106,7 @@ def _language_model() -> type:
     from lm_eval.models.huggingface import HFLM
 
     from softhooks.load import load
-    from softhooks.runtime.state import host_of
+    from softhooks.runtime.prompted_model import prompted_model_of
 
     class SoftPromptLM(HFLM):
         """HFLM with a prompt.
@@ -123,7 +123,7 @@ def _language_model() -> type:
         """
 
         def __init__(self, pretrained: Any, prompt: str | None = None, strict: bool = True, **kwargs: Any) -> None:
-            carries = not isinstance(pretrained, str) and host_of(pretrained) is not None
+            carries = not isinstance(pretrained, str) and prompted_model_of(pretrained) is not None
             if carries == (prompt is not None):
                 raise OptionError(
                     "a model is scored with one prompt: one that is loaded, or one that it carries.",
@@ -133,9 +133,9 @@ def _language_model() -> type:
                 )
             super().__init__(pretrained, **kwargs)
             if prompt is None:
-                host = host_of(pretrained)
-                assert host is not None
-                for each in host.prompts.values():
+                prompted = prompted_model_of(pretrained)
+                assert prompted is not None
+                for each in prompted.prompts.values():
                     require_plain_rows(each)
                 return
             loaded = load(self.model, str(prompt), strict=strict)

@@ -42,7 +42,7 @@ from softhooks.formats.stack_outline import outline
 from softhooks.formats.stored import Stored
 from softhooks.load import attach_stored
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.switch import activate
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def from_peft(
     chosen = _chosen(peft_model, names)
     found = {name: read(peft_model, adapter) for adapter, name in chosen.items()}
     _require_plain(model)
-    before = host_of(model)
+    before = prompted_model_of(model)
     was_active = before.active if before else None
     taken = [name for name in found if before is not None and name in before.prompts]
     if taken:
@@ -207,7 +207,7 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
         raise OptionError(
             f"a PEFT model holds prompts of one kind; these are {sorted(kinds)}. Make a model for each kind."
         )
-    active = given[0].host.active
+    active = given[0].prompted_model.active
     _require_base(given, model)
     settings = {name: _settings(peft, config, trainable) for name, (config, _) in parts.items()}
     if model is given[0].model:
@@ -253,14 +253,14 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
         OptionError, PromptMismatchError: it is not.
     """
     own = prompts[0].model
-    host = host_of(model)
-    others = sorted(set(host.prompts) - {prompt.name for prompt in prompts}) if host and model is own else []
-    if hasattr(model, "peft_config") or (host is not None and model is not own) or others:
+    prompted = prompted_model_of(model)
+    others = sorted(set(prompted.prompts) - {prompt.name for prompt in prompts}) if prompted and model is own else []
+    if hasattr(model, "peft_config") or (prompted is not None and model is not own) or others:
         raise OptionError(
             "PEFT wraps a bare model.",
             "Load the base model anew, or remove its other prompts first; merge its LoRA.",
             model=type(model).__name__,
-            carries=f"prompts {others or sorted(host.prompts)}" if host is not None else "adapters of PEFT",
+            carries=f"prompts {others or sorted(prompted.prompts)}" if prompted is not None else "adapters of PEFT",
         )
     if model is own:
         return
@@ -279,8 +279,8 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
 
 
 def _told(model: nn.Module) -> str:
-    host = host_of(model)
-    structure = examine(model) if host is None else host.structure
+    prompted = prompted_model_of(model)
+    structure = examine(model) if prompted is None else prompted.structure
     return f"{type(model).__name__}, width {structure.entry.width}, {outline(structure)}"
 
 

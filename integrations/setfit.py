@@ -41,7 +41,7 @@ from torch import nn
 
 from softhooks.errors import TrainerError, UnsupportedModelError
 from softhooks.integrations.sentence_transformers import SentencePromptCallback
-from softhooks.runtime.state import require_host
+from softhooks.runtime.prompted_model import require_prompted_model
 
 from ._sentence_transformers import transformer_of
 
@@ -137,4 +137,4 @@ class _Freeze:
 def _keep_frozen(model: Any) -> None:
     """Let SetFit thaw no more of a body than trains, as long as a prompt is on it."""
     if not isinstance(model.__dict__.get(_FREEZE), _Freeze):
-        require_host(transformer_of(model.model_body).model).override(_FREEZE, _Freeze(model), model)
+        require_prompted_model(transformer_of(model.model_body).model).override(_FREEZE, _Freeze(model), model)

@@ -44,7 +44,7 @@ from softhooks.backbone.container import Container, is_prompt_key
 from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.optimizer import require_gradient
 
 from ._training_state import LivePrompt
@@ -125,7 +125,7 @@ class PromptedModule(nn.Module):
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as: the arguments, and what is trained. Hooks and the host are made anew."""
+        """Copy and pickle as: the arguments, and what is trained. Hooks and the state of the prompts are made anew."""
         own = {name: value for name, value in self.__dict__.items() if name not in (*_MADE_ANEW, "_modules")}
         state = {
             "own": own,
@@ -175,12 +175,12 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
             "Give `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
             model=f"{type(model).__name__}" + (f", which gives {type(made).__name__}" if callable(model) else ""),
         )
-    if host_of(made) is not None:
+    if prompted_model_of(made) is not None:
         raise AttachError(
             "a PromptedModule attaches its prompt itself: a copy of a model that has one would hold two.",
             "Give the bare model, and the method as `module__method`.",
             model=type(made).__name__,
-            carries=", ".join(map(repr, host_of(made).prompts)),  # type: ignore[union-attr]
+            carries=", ".join(map(repr, prompted_model_of(made).prompts)),  # type: ignore[union-attr]
         )
     if made is not model:
         return made
@@ -207,8 +207,12 @@ def _refuse_own_loss(method: Method) -> None:
 def _prompts(net: Any) -> list[SoftPrompt]:
     """The prompts of a net's modules, also of modules that attach theirs by themselves."""
     modules = [getattr(net, f"{name}_") for name in net._modules]
-    hosts = [sub.host for module in modules for sub in module.modules() if isinstance(sub, Container)]
-    found = [prompt for host in hosts for prompt in host.prompts.values() if prompt.name == host.active]
+    prompted_models = [
+        sub.prompted_model for module in modules for sub in module.modules() if isinstance(sub, Container)
+    ]
+    found = [
+        prompt for prompted in prompted_models for prompt in prompted.prompts.values() if prompt.name == prompted.active
+    ]
     if not found:
         raise TrainerError(
             "FrozenCheck watches a net whose module has a prompt.",

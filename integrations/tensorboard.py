@@ -117,7 +117,7 @@ class PromptBoard(PromptReport):
 
         near = {word.id: word.token for row in words for word in row}
         with disabled(prompt.model):
-            known = embed_ids(prompt.host.structure, list(near)).cpu()
+            known = embed_ids(prompt.prompted_model.structure, list(near)).cpu()
         labels = [(_plain(f"{number}: {row[0].token}"), "virtual token") for number, row in enumerate(words)]
         labels += [(_plain(token), "word") for token in near.values()]
         rows = torch.cat([rows_of(prompt).cpu(), known])

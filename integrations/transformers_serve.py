@@ -109,7 +109,7 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
             model = super()._load_model(*args, **kwargs)
             loaded = load(model, prompt, strict=strict)
             if self._batches:
-                require_servable(loaded.host)
+                require_servable(loaded.prompted_model)
             return model
 
     return PromptedModelManager

@@ -47,7 +47,7 @@ from softhooks.errors import TrainerError
 from softhooks.method import Method
 from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
-from softhooks.runtime.state import Host, host_of
+from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.switch import disabled
 from softhooks.trainer.reference import Reference, require_fixed
 
@@ -136,7 +136,7 @@ def _adapters(args: Any, model: nn.Module, trainable: Sequence[str]) -> Iterator
         return
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     frozen = [name for name in trained if not any(fnmatch.fnmatch(name, pattern) for pattern in trainable)]
-    if frozen and host_of(model) is None:
+    if frozen and prompted_model_of(model) is None:
         yield (
             f"{len(frozen)} tensors of an adapter, {frozen[0]} first",
             "`peft_config` asks TRL to train an adapter, and a prompt would freeze it.",
@@ -153,13 +153,13 @@ def _adapters(args: Any, model: nn.Module, trainable: Sequence[str]) -> Iterator
 # --- trainers that compare --------------------------------------------------------------------------------------------
 
 
-def guard(args: Any, host: Host) -> None:
+def guard(args: Any, prompted: PromptedModel) -> None:
     """Mind the reference of a DPO or KTO trainer until the model's last prompt is removed. `SoftPromptCallback` calls this."""
     name = _COMPARING.get(_kind(args))
     if name is not None:
         import trl
 
-        host.keep(_Guard(getattr(trl, name)), is_copied=False)
+        prompted.keep(_Guard(getattr(trl, name)), is_copied=False)
 
 
 class _Guard:
@@ -183,8 +183,8 @@ _guards: SharedPatches[_Guard] = SharedPatches(_wrap_trainer)
 def _comparing(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
-        host = host_of(self.model)
-        if host is not None and host.is_on:
+        prompted = prompted_model_of(self.model)
+        if prompted is not None and prompted.is_on:
             _require_bare(self)
             if self.ref_model is None and not self.precompute_ref_logps:
                 raise TrainerError(
@@ -200,7 +200,7 @@ def _comparing(original: Callable[..., Any]) -> Callable[..., Any]:
 def _computing(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     @functools.wraps(original)
     def compute_ref_log_probs(self: Any, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
-        if host_of(self.model) is None:
+        if prompted_model_of(self.model) is None:
             return original(self, model, inputs)
         _require_bare(self)
         if self.ref_model is not None:
@@ -215,14 +215,14 @@ def _computing(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., 
 
 def _require_bare(trainer: Any) -> None:
     """Refuse a reference with a prompt that could train, as a deep copy of a policy has; a prompt that was loaded may stay."""
-    host = None if trainer.ref_model is None else host_of(trainer.ref_model)
-    if host is None or not host.is_on:
+    prompted = None if trainer.ref_model is None else prompted_model_of(trainer.ref_model)
+    if prompted is None or not prompted.is_on:
         return
-    encoders = [prompt.encoder for prompt in host.prompts.values()]
+    encoders = [prompt.encoder for prompt in prompted.prompts.values()]
     if any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters()):
         raise TrainerError(
             "a reference must be without the prompt that trains.",
             "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with a prompt that was trained before, "
             "load it on the model under another name, and name it: `reference(model, prompt=name)`.",
-            reference=f"{type(trainer.ref_model).__name__} with a copy of the prompt {host.selection}",
+            reference=f"{type(trainer.ref_model).__name__} with a copy of the prompt {prompted.selection}",
         )

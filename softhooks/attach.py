@@ -44,8 +44,8 @@ from softhooks.runtime.contexts import Block
 from softhooks.runtime.exclusive import exclusive
 from softhooks.runtime.generate import keep_from_assistants
 from softhooks.runtime.label_names import Labels
+from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.runtime.recomputed_forward import Met
-from softhooks.runtime.state import Host, host_of
 from softhooks.runtime.training_loop import takes_gradients
 from softhooks.saving.model import stand_in
 
@@ -148,7 +148,7 @@ def attach_encoder(
         check: raises if the encoder was made for a model of another kind.
         check_base: raises if it was made for another model of the kind; the heads fit then.
     """
-    present = host_of(model)
+    present = prompted_model_of(model)
     check_request(model, method, name, present, trainable)
     refuse_prompts(model)
     model = present.model if present else model  # a wrapper around a model with a prompt stands for that model
@@ -183,16 +183,16 @@ def attach_encoder(
         check_base(structure)
     module.train(model.training)
 
-    host = present or Host(model, structure)
-    prompt = SoftPrompt(host, name, method, module, conventions)
+    prompted = present or PromptedModel(model, structure)
+    prompt = SoftPrompt(prompted, name, method, module, conventions)
     prompt.labels = labels
-    before = host.active
+    before = prompted.active
     try:
         if present is None:
-            _open(host, trainable, frozen_record)
-        elif frozen_record and host.record is None:
-            host.record = FrozenRecord(model, frozen_names(model))
-        _add(host, prompt, heads, freeze_dropout)
+            _open(prompted, trainable, frozen_record)
+        elif frozen_record and prompted.record is None:
+            prompted.record = FrozenRecord(model, frozen_names(model))
+        _add(prompted, prompt, heads, freeze_dropout)
         with unwarned(structure):
             with probing(model):
                 prompt.injection = choose_injection(prompt, injection)
@@ -205,18 +205,18 @@ def attach_encoder(
             method.check(prompt)
             if prompt.objective is not None and takes_gradients(prompt):
                 prompt.objective.check(prompt)
-        host.sign()
+        prompted.sign()
     except BaseException as error:
-        detach(host, name)
-        host.active = before
+        detach(prompted, name)
+        prompted.active = before
         limit = structure.entry.positions.limit
         if isinstance(error, PromptTooLongError) and error.text is not None and limit is not None:
             raise no_room(method.where.columns, limit, error.text) from None
         raise
     prompt.is_attached = True
-    host.met = Met()  # probes count for nothing
+    prompted.met = Met()  # probes count for nothing
     if method.columns:
-        keep_from_assistants(host)
+        keep_from_assistants(prompted)
     return prompt
 
 
@@ -225,9 +225,9 @@ def attach_encoder(
 
 def _prove_reached(prompt: SoftPrompt) -> None:
     """Run the probes of what was attached."""
-    entry = prompt.host.structure.entry
+    entry = prompt.prompted_model.structure.entry
     if prompt.injection == "slots" and not entry.fills:
-        with probing(prompt.model), _all_off(prompt.host):
+        with probing(prompt.model), _all_off(prompt.prompted_model):
             entry.fills = find_fills(entry, probe_inputs(prompt)["input_ids"].flatten(0, -2)[:1])
     prove_reach(prompt)
     with proving(prompt.model):
@@ -240,64 +240,64 @@ def _prove_reached(prompt: SoftPrompt) -> None:
 # --- changes ----------------------------------------------------------------------------------------------------------
 
 
-def _all_off(host: Host | None) -> AbstractContextManager[object]:
+def _all_off(prompted: PromptedModel | None) -> AbstractContextManager[object]:
     """Turn a model's prompts off while its own keys and values are read."""
-    return nullcontext() if host is None else Block(host, off=True)
+    return nullcontext() if prompted is None else Block(prompted, off=True)
 
 
-def _open(host: Host, trainable: tuple[str, ...], frozen_record: bool) -> None:
+def _open(prompted: PromptedModel, trainable: tuple[str, ...], frozen_record: bool) -> None:
     """Freeze the model, put the container in, register the hooks."""
-    model = host.model
+    model = prompted.model
     for name, parameter in model.named_parameters():
-        host.was_trainable[name] = parameter.requires_grad
+        prompted.was_trainable[name] = parameter.requires_grad
     container = Container()
-    container.host = host
+    container.prompted_model = prompted
     container.training = model.training
     model.add_module(CONTAINER, container)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in trainable))
-    host.set_aside.take(
+    prompted.set_aside.take(
         (name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad
     )
     if frozen_record:
-        host.record = FrozenRecord(model, frozen_names(model))
-    host.fingerprint = take(model, host.structure, frozen=True)
-    keep_unpacked(host)
-    keep_wrapped(host)
-    stand_in(host)
-    host.install()
+        prompted.record = FrozenRecord(model, frozen_names(model))
+    prompted.fingerprint = take(model, prompted.structure, frozen=True)
+    keep_unpacked(prompted)
+    keep_wrapped(prompted)
+    stand_in(prompted)
+    prompted.install()
 
 
-def _add(host: Host, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dropout: bool) -> None:
-    container: Container = getattr(host.model, CONTAINER)
+def _add(prompted: PromptedModel, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dropout: bool) -> None:
+    container: Container = getattr(prompted.model, CONTAINER)
     container[prompt.name] = prompt._module
-    host.labels.begin(prompt)
-    host.prompts[prompt.name] = prompt
-    host.active = prompt.name
+    prompted.labels.begin(prompt)
+    prompted.prompts[prompt.name] = prompt
+    prompted.active = prompt.name
     watch(prompt.encoder)
     if prompt.added is not None:
-        host.add_tokens()
-    host.freeze_dropout = host.freeze_dropout or freeze_dropout
+        prompted.add_tokens()
+    prompted.freeze_dropout = prompted.freeze_dropout or freeze_dropout
     for path in heads:
-        host.add_head(path)
+        prompted.add_head(path)
 
 
-def detach(host: Host, name: str) -> None:
+def detach(prompted: PromptedModel, name: str) -> None:
     """Take one prompt away; with the last one, everything. The prompt attached before it is on again."""
-    model = host.model
+    model = prompted.model
     container = model._modules.get(CONTAINER)
-    prompt = host.prompts.pop(name, None)
+    prompt = prompted.prompts.pop(name, None)
     if prompt is not None:
         unwatch(prompt.encoder)
     if isinstance(container, Container) and name in container:
         del container[name]
-    if host.active == name:
-        host.active = next(reversed(host.prompts), None)
-    if host.prompts:
+    if prompted.active == name:
+        prompted.active = next(reversed(prompted.prompts), None)
+    if prompted.prompts:
         return
-    host.uninstall()
+    prompted.uninstall()
     model._modules.pop(CONTAINER, None)
     for parameter_name, parameter in model.named_parameters():
-        if parameter_name in host.was_trainable:
-            parameter.requires_grad_(host.was_trainable[parameter_name])
-    host.set_aside.restore(model.named_parameters())
+        if parameter_name in prompted.was_trainable:
+            parameter.requires_grad_(prompted.was_trainable[parameter_name])
+    prompted.set_aside.restore(model.named_parameters())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.method import choice
-from softhooks.runtime.state import require_host
+from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.switch import rows
 
 Combine = Literal["vote", "logits", "probabilities"]
@@ -72,7 +72,7 @@ class PromptEnsemble:
             raise OptionError(f"an ensemble must name its prompts in a list, one or more; it is {names!r}.")
         choice("combine", combine, ("vote", "logits", "probabilities"))
         for name in names:
-            require_host(model, name)
+            require_prompted_model(model, name)
         self.model = model
         self.names = list(names)
         self.combine = combine
@@ -124,7 +124,7 @@ class PromptEnsemble:
         batch, repeated = self._repeat(inputs)
         with rows(self.model, self._each(batch)):
             found: Tensor = self.model.generate(**repeated)  # type: ignore[operator]
-        if not require_host(self.model).structure.is_encoder_decoder and inputs.get("input_ids") is not None:
+        if not require_prompted_model(self.model).structure.is_encoder_decoder and inputs.get("input_ids") is not None:
             found = found[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
         members = [texts[start : start + batch] for start in range(0, len(texts), batch)]

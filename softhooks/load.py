@@ -49,7 +49,7 @@ def stored_of(prompt: SoftPrompt) -> Stored:
         NotAttachedError: the prompt was removed.
     """
     prompt._require_attached()
-    structure, model = prompt.host.structure, unwrapped(prompt.model)
+    structure, model = prompt.prompted_model.structure, unwrapped(prompt.model)
     inner = home(prompt.model)
     return Stored(
         prompt.method,
@@ -66,7 +66,7 @@ def stored_of(prompt: SoftPrompt) -> Stored:
             "vocabulary": structure.vocabulary,
             "slides": bool(getattr(getattr(model, "config", None), "sliding_window", None)),
         },
-        labels=prompt.host.labels.of(prompt),
+        labels=prompt.prompted_model.labels.of(prompt),
         added={} if prompt.added is None else prompt.added.tables(),
         added_ids=() if prompt.added is None else tuple(prompt.added.ids.tolist()),
         is_file=False,
@@ -75,10 +75,10 @@ def stored_of(prompt: SoftPrompt) -> Stored:
 
 def _fingerprint(prompt: SoftPrompt) -> Fingerprint:
     """The fingerprint of a prompt's base; of a sharded one, of which a process has parts, the one that was taken at attach."""
-    host = prompt.host
-    kept = host.fingerprint if shards(host.model) else None
+    prompted = prompt.prompted_model
+    kept = prompted.fingerprint if shards(prompted.model) else None
     own = frozenset(prompt.added.ids.tolist()) if prompt.added is not None else ()
-    return without_rows(kept or take(host.model, host.structure, frozen=True), own)
+    return without_rows(kept or take(prompted.model, prompted.structure, frozen=True), own)
 
 
 # --- load -------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
             "it onto the model in one process and ask there."
         )
     rows, known = rows_of(prompt, _RULE), tokenizer_of(tokenizer)
-    structure = prompt.host.structure
+    structure = prompt.prompted_model.structure
     size = min(structure.vocabulary, len(known))
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
         raise OptionError(

@@ -30,8 +30,8 @@ from softhooks.inject.reuse import Memory
 from softhooks.method import Method
 from softhooks.runtime.added_tokens import ADDED, AddedTokens
 from softhooks.runtime.label_names import Labels
+from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.running import Held
-from softhooks.runtime.state import Host
 
 Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
 
@@ -56,11 +56,11 @@ class SoftPrompt:
     """
 
     def __init__(
-        self, host: Host, name: str, method: Method, module: nn.ModuleDict, conventions: dict[str, Any]
+        self, prompted: PromptedModel, name: str, method: Method, module: nn.ModuleDict, conventions: dict[str, Any]
     ) -> None:
         self.name = name
         self.method = method
-        self.model = host.model
+        self.model = prompted.model
         self.conventions = conventions
         self.layout = method.where
         self.objective = method.objective()
@@ -69,7 +69,7 @@ class SoftPrompt:
         self.takes_left_padding = True
         self.is_attached = False
         self.labels: Labels | None = None
-        self._host = host
+        self._prompted = prompted
         self._module = module
         self._memory: dict[str, Memory[dict[Role, KeyValues]]] = {}
         self._branches: dict[str, Memory[Branch]] = {}
@@ -103,23 +103,23 @@ class SoftPrompt:
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
     @property
-    def host(self) -> Host:
-        """What the model's prompts share."""
-        return self._host
+    def prompted_model(self) -> PromptedModel:
+        """The state that all prompts of the model share."""
+        return self._prompted
 
     @property
     def structure(self) -> ModelStructure:
         """The model's stacks, embeddings and attention layers."""
-        return self._host.structure
+        return self._prompted.structure
 
     @property
     def placeholder_id(self) -> int:
         """An ordinary id of the vocabulary, for calls in which only the number of ids matters."""
-        return self._host.placeholder
+        return self._prompted.placeholder
 
     def without_objective(self) -> Held:
         """Run the model inside the context without this prompt's objective."""
-        return self._host.running.held("a run without objective", aside=True)
+        return self._prompted.running.held("a run without objective", aside=True)
 
     @property
     def computed(self) -> int:
@@ -133,7 +133,7 @@ class SoftPrompt:
         if own is not None:
             return own
         count = self.method.num_virtual_tokens
-        return torch.full((count,), self._host.placeholder, device=self.encoder.device)
+        return torch.full((count,), self._prompted.placeholder, device=self.encoder.device)
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
@@ -178,9 +178,9 @@ class SoftPrompt:
         Raises:
             UnsupportedModeError: another thread runs the model.
         """
-        with self._host.running.held("a prompt's own rows"):
+        with self._prompted.running.held("a prompt's own rows"):
             found = self._key_values(stack, variants)
-        forward = self._host.running.forward
+        forward = self._prompted.running.forward
         if forward is not None:
             forward.prefilled[id(self)] = found
         return found
@@ -217,7 +217,7 @@ class SoftPrompt:
         memory = self._branches.setdefault(stack.name, Memory())
         own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
         base = [tensor for site in self.method.sites(stack, "self") for tensor in every_tensor(site.module)]
-        with self._host.running.held("a prompt's own rows"):
+        with self._prompted.running.held("a prompt's own rows"):
             return memory.recall(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
 
     def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
@@ -228,7 +228,7 @@ class SoftPrompt:
     @property
     def states(self) -> Tensor | None:
         """The virtual tokens' own last states in the forward that is under way, [R, P, H], where they were run alone."""
-        forward = self._host.running.forward
+        forward = self._prompted.running.forward
         kept = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
         return None if kept is None else kept.states
 
@@ -242,7 +242,7 @@ class SoftPrompt:
             rows = torch.stack([self.embeddings(variant) for variant in variants])
             return {"self": prefill(stack, rows, self.placeholder)}
         result: dict[Role, KeyValues] = {}
-        for group, (owner, role) in groups_of(self._host.structure).items():
+        for group, (owner, role) in groups_of(self._prompted.structure).items():
             if owner is stack:
                 result[role] = split(self._encode(group), self.method.sites(stack, role))
                 result[role].windowed = bool(self.conventions.get("windowed", True))
@@ -263,7 +263,7 @@ class SoftPrompt:
         Raises:
             UnsupportedModeError: another thread runs the model.
         """
-        with self._host.running.held("`fold`"):
+        with self._prompted.running.held("`fold`"):
             self._fold()
         return self
 
@@ -284,11 +284,11 @@ class SoftPrompt:
             NotAttachedError: the prompt was removed, or loaded without a record.
         """
         self._require_attached()
-        if self._host.record is None:
+        if self._prompted.record is None:
             raise NotAttachedError(
                 "no record of the frozen tensors was taken; load the prompt with `trainable=True` to take one."
             )
-        return self._host.record.verify(self.model)
+        return self._prompted.record.verify(self.model)
 
     def save_pretrained(self, save_directory: str | Path, *, as_peft: bool = False) -> None:
         """Write the prompt, folded, and its trained heads: `soft_prompt.json` and `soft_prompt.safetensors`.
@@ -336,12 +336,12 @@ class SoftPrompt:
         Raises:
             UnsupportedModeError: another thread runs the model.
         """
-        with self._host.running.held("`remove`"):
+        with self._prompted.running.held("`remove`"):
             if self.is_attached:
                 self.is_attached = False
                 from softhooks.attach import detach
 
-                detach(self._host, self.name)
+                detach(self._prompted, self.name)
 
     def __copy__(self) -> SoftPrompt:
         """Return the same: a second handle of the same state would not know what the first has done."""

@@ -10,7 +10,7 @@ from torch import nn
 from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.contexts import Block
-from softhooks.runtime.state import Host, require_host
+from softhooks.runtime.prompted_model import PromptedModel, require_prompted_model
 
 
 def activate(model: nn.Module, name: str) -> SoftPrompt:
@@ -29,12 +29,12 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
             "For one prompt a row use `softhooks.rows(model, names)`, for several that answer together "
             "`softhooks.PromptEnsemble(model, names)`, for the bare model `softhooks.disabled(model)`.",
             name=repr(name),
-            attached=", ".join(map(repr, require_host(model).prompts)),
+            attached=", ".join(map(repr, require_prompted_model(model).prompts)),
         )
-    host = require_host(model, name)
-    with host.running.held("`activate`"):
-        host.active = name
-    return host.prompts[name]
+    prompted = require_prompted_model(model, name)
+    with prompted.running.held("`activate`"):
+        prompted.active = name
+    return prompted.prompts[name]
 
 
 @contextmanager
@@ -44,19 +44,19 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         NotAttachedError: the model carries no prompt.
     """
-    host = require_host(model)
+    prompted = require_prompted_model(model)
     try:
-        with Block(host, off=True):
-            _show_labels(host)
+        with Block(prompted, off=True):
+            _show_labels(prompted)
             yield model
     finally:
-        _show_labels(host)
+        _show_labels(prompted)
 
 
-def _show_labels(host: Host) -> None:
+def _show_labels(prompted: PromptedModel) -> None:
     """Let the config show the names of this thread's labels; while another one runs the model, it shows that one's."""
-    with suppress(UnsupportedModeError), host.running.held("the names of labels"):
-        host.labels.show()
+    with suppress(UnsupportedModeError), prompted.running.held("the names of labels"):
+        prompted.labels.show()
 
 
 @contextmanager
@@ -77,6 +77,6 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     if not listed or not all(name is None or isinstance(name, str) for name in listed):
         raise OptionError(f"rows must be a list of one prompt name a row, or None; it is {names!r}.")
     for name in dict.fromkeys(listed):
-        require_host(model, name)
-    with Block(require_host(model), rows=listed):
+        require_prompted_model(model, name)
+    with Block(require_prompted_model(model), rows=listed):
         yield model

@@ -97,7 +97,7 @@ def test_a_forward_past_the_hooks(arch: str, way: str) -> None:
     model = zoo.build(arch)
     with softhooks.attach(model, (AS_KEYS | AS_SLOTS)[way]) as prompt:
         assert prompt.injection == way
-        stack = prompt.host.structure.entry.module
+        stack = prompt.prompted_model.structure.entry.module
         message = r"went through the model's hooks(.|\n)*layer: *\w*Attention(.|\n)*softhooks\.disabled"
         refused(model, PromptNotReachedError, message, lambda: stack.forward(IDS))
         assert torch.equal(model.forward(IDS).logits, model(IDS).logits)  # only the model's own hooks are skipped

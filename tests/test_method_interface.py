@@ -55,10 +55,10 @@ class TwiceTheLoss(Objective):
     """Doubles the loss, and adds the mean square of the prompt's own logits."""
 
     def begin(self, prompt: Any, call: dict[str, Any], given: dict[str, Tensor]) -> Any:
-        stack = prompt.host.structure.entry
+        stack = prompt.prompted_model.structure.entry
 
         def finish(output: Any) -> Any:
-            logits = logits_of(prompt.model, stack, prompt.states, prompt.host.placeholder)
+            logits = logits_of(prompt.model, stack, prompt.states, prompt.prompted_model.placeholder)
             return with_loss(output, 2 * output["loss"] + logits.square().mean(), has_loss=True)
 
         return finish
@@ -156,7 +156,7 @@ def test_a_hidden_token_is_not_seen_by_its_row(arch: str) -> None:
         torch.testing.assert_close(logits[0], plain[0], **CLOSE)
         assert not torch.allclose(logits[1], plain[1], atol=1e-3)
         # The others still carry what they read of it: hiding is not leaving out. A poisoned value must not come through.
-        stack = prompt.host.structure.entry
+        stack = prompt.prompted_model.structure.entry
         kept = prompt.key_values(stack)["self"]
         for value in kept.values.values():
             value[:, :, 1] = 1e4

@@ -91,7 +91,7 @@ def test_everything_is_put_back_after_an_error(entry: Entry, data: st.DataObject
     with entry.attach(model, 3) as prompt:
         model.eval()
         expected = zoo.main_output(model(**call))
-        stack = data.draw(st.sampled_from(prompt.host.structure.stacks), "stack")
+        stack = data.draw(st.sampled_from(prompt.prompted_model.structure.stacks), "stack")
         layers = next(m for m in stack.module.modules() if isinstance(m, torch.nn.ModuleList))
         before = snapshot(model)
 
@@ -102,7 +102,7 @@ def test_everything_is_put_back_after_an_error(entry: Entry, data: st.DataObject
         with pytest.raises(ArithmeticError):
             model(**call)
         handle.remove()
-        assert all(stack.live is None for stack in prompt.host.structure.stacks)
+        assert all(stack.live is None for stack in prompt.prompted_model.structure.stacks)
         assert not differences(before, snapshot(model))
         assert torch.equal(zoo.main_output(model(**call)), expected)
     assert not differences(never_attached, snapshot(model))

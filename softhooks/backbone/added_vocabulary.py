@@ -103,12 +103,12 @@ def warn_of_added(model: nn.Module, structure: ModelStructure, covered: Containe
 
 def say_unsaved(prompt: SoftPrompt) -> None:
     """Say once, when a prompt is saved, that rows which a script has added are not in its file."""
-    base = base_rows(prompt.model, prompt.host.structure)
+    base = base_rows(prompt.model, prompt.prompted_model.structure)
     if base is None or prompt in _said:
         return
     _said.add(prompt)
     held = set() if prompt.added is None else set(prompt.added.ids.tolist())
-    left_out = [row for row in range(base, prompt.host.structure.vocabulary) if row not in held]
+    left_out = [row for row in range(base, prompt.prompted_model.structure.vocabulary) if row not in held]
     if left_out:
         logger.warning(
             "%d rows of the vocabulary (%d to %d) were added by `resize_token_embeddings`; they are not in the file of "

@@ -19,10 +19,10 @@ class Container(nn.ModuleDict):
     """The one submodule that is added to a model: each prompt's encoder and heads, by name.
 
     Attributes:
-        host: the host of the model; not a module, so not in the state dict.
+        prompted_model: the state of the model's prompts; not a module, so not in the state dict.
     """
 
-    host: Any
+    prompted_model: Any
 
     def _apply(self, fn: Any, recurse: bool = True) -> Container:
         """Follow the model to another device, but stay in fp32: these are the master weights."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from softhooks.backbone.forward_pass import Pass
     from softhooks.inject.branch.projections import Feed
     from softhooks.inject.slots.notes import Written
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 Role = Literal["self", "cross"]
 StackName = Literal["text", "encoder", "decoder"]
@@ -109,7 +109,7 @@ class Stack:
 
     Attributes:
         fills: the per-token arguments that a virtual slot has a value for, found out where slots are used.
-        owner: the host whose prompts enter here.
+        owner: the prompted model that the stack is part of.
         proven: the plain arguments of the call on which the ways in were compared; the same again change nothing.
         pooled: the module in it whose first column is handed to a pooler, where the pooler never sees the others.
         reads_ids: whether its states depend on ids beside their embeddings, once that was measured.
@@ -126,7 +126,7 @@ class Stack:
     sites: list[Site] = field(default_factory=list)
     through: Literal["attention", "written_out", "cache"] | None = None
     fills: dict[str, int] = field(default_factory=dict)
-    owner: Host | None = None
+    owner: PromptedModel | None = None
     proven: dict[str, Any] = field(default_factory=dict)
     pooled: nn.Module | None = None
     reads_ids: bool | None = None

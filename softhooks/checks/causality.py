@@ -18,7 +18,7 @@ def check_causality(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: it does.
     """
-    structure = prompt.host.structure
+    structure = prompt.prompted_model.structure
     for number, stack in enumerate(structure.stacks):
         calls = _calls(prompt, stack, number)
         if calls is None:
@@ -39,7 +39,7 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
     """A call, the same call with other ids from a column on, and that column; None where there is none to change."""
-    structure, layout = prompt.host.structure, prompt.layout
+    structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.columns if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)
     anchors = layout.probe(short)[0].shape[1] - short.shape[1]

@@ -48,7 +48,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: they are made of the text, where keys and values of words would not be what these words are.
     """
-    stack = prompt.host.structure.entry
+    stack = prompt.prompted_model.structure.entry
     if prompt.injection != "attention":
         return
     limits = [room for room in (stack.positions.limit, stack.positions.trained) if room is not None]
@@ -71,7 +71,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
     """Run a text without the prompt: through the whole model, or through the stack alone if the model needs more than ids."""
-    live, structure = _MaskPass(stack), prompt.host.structure
+    live, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)
     with stack.alone(live):

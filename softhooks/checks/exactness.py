@@ -28,7 +28,7 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
     The text is longer than the short windows and chunks that the model has, so that they count. The difference is held against
     the precision of the states, and against what the prompt changes at all. What cannot be compared is not exact.
     """
-    stack = prompt.host.structure.entry
+    stack = prompt.prompted_model.structure.entry
     if _looks_far(stack):
         return False
     call = _call(prompt, stack)
@@ -96,13 +96,13 @@ def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
     positions, length = stack.positions, prompt.layout.columns
     rooms = [room for room in (positions.limit, positions.trained, positions.changes) if room is not None]
     columns, _ = probe_length(stack.module, min(rooms) - length if rooms else None, length)
-    rows = [probe_ids(prompt.model, prompt.host.structure.vocabulary, columns, seed) for seed in (0, 1, 2)]
+    rows = [probe_ids(prompt.model, prompt.prompted_model.structure.vocabulary, columns, seed) for seed in (0, 1, 2)]
     ids = torch.cat(rows)
     mask = torch.ones_like(ids)
     mask[1, max(columns - _PADDED, 1) :] = 0
     mask[2, : min(_PADDED, columns - 1)] = 0
     extra = {name: torch.cat([value] * 3) for name, value in prompt.method.probe_arguments().items()}
-    choices = prompt.host.structure.choices
+    choices = prompt.prompted_model.structure.choices
     if choices is not None:
         ids, mask = as_choices(ids, choices), as_choices(mask, choices)
     return {"input_ids": ids, "attention_mask": mask, **extra}
@@ -117,7 +117,7 @@ def _states(
         alone: call the stack itself, not the model around it.
     """
     kept: list[Tensor] = []
-    host, stack = prompt.host, prompt.host.structure.entry
+    prompted, stack = prompt.prompted_model, prompt.prompted_model.structure.entry
 
     def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if stack.live is None:
@@ -133,11 +133,11 @@ def _states(
     if injection == "shared" and not alone:  # before the prompt's own hook, which changes the call
         handles.append(stack.module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
     if injection is None:
-        call = {name: value for name, value in call.items() if name not in host.columns}
+        call = {name: value for name, value in call.items() if name not in prompted.columns}
     else:
         prompt.injection, prompt.shares_always = injection, injection == "shared"
     try:
-        with at_rest(prompt.model), Block(host, off=True) if injection is None else nullcontext():
+        with at_rest(prompt.model), Block(prompted, off=True) if injection is None else nullcontext():
             (stack.module if alone else prompt.model)(**call)
     except _FAILURES:
         return None

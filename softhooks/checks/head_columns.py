@@ -27,7 +27,7 @@ def check_unread(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: it moves.
     """
-    stack = prompt.host.structure.entry
+    stack = prompt.prompted_model.structure.entry
     if prompt.injection != "slots" or stack.causal or stack.name != "text":
         return
     with at_rest(prompt.model):

@@ -22,7 +22,7 @@ PROBE_COLUMNS = 5
 
 def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
     """A call of a few ordinary tokens and the anchors of the prompt, with what else the model and the method want."""
-    structure = prompt.host.structure
+    structure = prompt.prompted_model.structure
     ids, columns = prompt.layout.probe(probe_ids(prompt.model, structure.vocabulary, PROBE_COLUMNS))
     text = ids if structure.choices is None else as_choices(ids, structure.choices)
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **columns, **prompt.method.probe_arguments()}
@@ -37,10 +37,10 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
     Raises:
         UnsupportedMethodError: the way asked for does not exist here, or would give other results.
     """
-    structure = prompt.host.structure
+    structure = prompt.prompted_model.structure
     if prompt.method.enters == "branch":
         if prompt.method.scales_linears:
-            hook_linears(prompt.host)
+            hook_linears(prompt.prompted_model)
         return _only(prompt, asked, "branch")
     if prompt.method.enters == "attention":
         require_sites(structure)
@@ -74,7 +74,12 @@ def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> I
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
     """Behind the text of a language model a prompt would steer no training token, and move as the text grows."""
     can_generate = getattr(prompt.model, "can_generate", None)
-    if prompt.layout.has_tail and prompt.host.structure.entry.causal and can_generate is not None and can_generate():
+    if (
+        prompt.layout.has_tail
+        and prompt.prompted_model.structure.entry.causal
+        and can_generate is not None
+        and can_generate()
+    ):
         raise UnsupportedMethodError(
             "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
             "Use placement='front' or 'after_first', or a layout with an anchor or a field behind its last slots, such as a "

@@ -33,11 +33,11 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
     if _is_told(prompt):
         return True
     inputs = probe_inputs(prompt)
-    pad = usual_id(prompt.model, prompt.host.structure.vocabulary)
-    other = next((i for i in ordinary_ids(prompt.model, prompt.host.structure.entry, 64) if i != pad), pad)
+    pad = usual_id(prompt.model, prompt.prompted_model.structure.vocabulary)
+    other = next((i for i in ordinary_ids(prompt.model, prompt.prompted_model.structure.entry, 64) if i != pad), pad)
     with at_rest(prompt.model):
         try:
-            with Block(prompt.host, off=True):
+            with Block(prompt.prompted_model, off=True):
                 if not _equal(
                     _states(prompt, _padded(inputs, pad), cut=True), _states(prompt, _padded(inputs, other), cut=True)
                 ):
@@ -52,7 +52,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 def _is_told(prompt: SoftPrompt) -> bool:
     """Whether the stack is told by row where its text stands, and no cache takes columns that its masks may not know of."""
-    entry = prompt.host.structure.entry
+    entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.argument or (table is not None and table.by_row)
     return by_row and (prompt.injection == "slots" or entry.through != "cache")
@@ -66,7 +66,7 @@ def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
 def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
     """The last stack's states of the text, [.., T, H]."""
     kept: list[Tensor] = []
-    structure = prompt.host.structure
+    structure = prompt.prompted_model.structure
     stack = structure.stacks[-1]
     outer = stack.live
 

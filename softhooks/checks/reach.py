@@ -119,7 +119,7 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
     if prompt.method.has_idle(prompt.method.probe_arguments()):
         dead = dead if len(dead) == len(parameters) else []
     for group, own in zip(made, gradients[len(parameters) :], strict=True):
-        for part in prompt.method.parts(prompt.host.structure, group):
+        for part in prompt.method.parts(prompt.prompted_model.structure, group):
             if part.module in called and not (own is not None and _lives(own[part.rows, part.columns])):
                 dead.append(part.name)
     return dead
@@ -152,7 +152,7 @@ def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
         OTHER_METHOD,
         model=type(prompt.model).__name__,
         method=repr(prompt.method),
-        stack=", ".join(stack.path or "the model itself" for stack in prompt.host.structure.stacks),
+        stack=", ".join(stack.path or "the model itself" for stack in prompt.prompted_model.structure.stacks),
         found=found,
     )
 

@@ -12,7 +12,7 @@ from torch import nn
 from softhooks.backbone.probing import INSIDE, OTHER_METHOD
 from softhooks.errors import AttachError, SoftHooksError
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 
 if TYPE_CHECKING:
     from softhooks.method import Method
@@ -37,7 +37,11 @@ def names_tried_remedies(attach: Callable[Arguments, SoftPrompt]) -> Callable[Ar
             model, method, name = args[:3]
             assert isinstance(model, nn.Module)
             message = str(error)
-            if name == _TRIAL or host_of(model) is not None or not (INSIDE in message or OTHER_METHOD in message):
+            if (
+                name == _TRIAL
+                or prompted_model_of(model) is not None
+                or not (INSIDE in message or OTHER_METHOD in message)
+            ):
                 raise
             told = type(error)(_with_tried(message, model, cast("Method", method)))
             cause = error.__cause__

@@ -12,14 +12,14 @@ from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.sharding import refuse_partitioned
 from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, UnsupportedMethodError
 from softhooks.method import Method
-from softhooks.runtime.state import Host
+from softhooks.runtime.prompted_model import PromptedModel
 
 _LEAST_TEXT = 5
 """How many tokens of text the first probe of a prompt has."""
 
 
 def check_request(
-    model: nn.Module, method: Method, name: str, present: Host | None, trainable: tuple[str, ...]
+    model: nn.Module, method: Method, name: str, present: PromptedModel | None, trainable: tuple[str, ...]
 ) -> None:
     """Check what is asked for against the model and the prompts that it carries.
 
@@ -33,7 +33,11 @@ def check_request(
         raise UnsupportedMethodError(
             f"attach takes a method such as PromptTuning(20); it was given {type(method).__name__}."
         )
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name) or name in ("training", "host"):
+    if (
+        not re.fullmatch(r"[A-Za-z0-9_-]+", name)
+        or hasattr(nn.ModuleDict, name)
+        or name in ("training", "prompted_model")
+    ):
         raise AttachError(f"a prompt's name must be letters, digits, - and _, and no module attribute; it is {name!r}.")
     refuse_partitioned(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:

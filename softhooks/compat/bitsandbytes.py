@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from softhooks.errors import TrainerError
-from softhooks.runtime.state import Host
+from softhooks.runtime.prompted_model import PromptedModel
 
 _CARRIES_ADAPTER = "_hf_peft_config_loaded"
 """What the Trainer asks of a quantized model."""
@@ -39,15 +39,15 @@ def require_trainable(model: nn.Module) -> None:
         )
 
 
-def admit(host: Host) -> None:
+def admit(prompted: PromptedModel) -> None:
     """Say that a quantized model carries trainable parameters, as it does now, until the Trainer has asked."""
-    if needs_admission(host.model):
-        host.override(_CARRIES_ADAPTER, True)
+    if needs_admission(prompted.model):
+        prompted.override(_CARRIES_ADAPTER, True)
 
 
-def dismiss(host: Host) -> None:
+def dismiss(prompted: PromptedModel) -> None:
     """Take back what `admit` said: other code would look for an adapter of PEFT."""
-    host.restore(_CARRIES_ADAPTER)
+    prompted.restore(_CARRIES_ADAPTER)
 
 
 # --- bitsandbytes on a CPU --------------------------------------------------------------------------------------------
@@ -71,10 +71,10 @@ def unpacked(model: nn.Module) -> Iterator[None]:
             layer.__dict__[_PACKS] = True
 
 
-def keep_unpacked(host: Host) -> None:
+def keep_unpacked(prompted: PromptedModel) -> None:
     """Keep 4-bit layers from packing their weights until the last prompt is removed."""
-    for layer in _packing(host.model):
-        host.override(_PACKS, False, layer)
+    for layer in _packing(prompted.model):
+        prompted.override(_PACKS, False, layer)
 
 
 def _packing(model: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from softhooks.backbone.examine import unwrapped
 from softhooks.errors import AttachError, UnsupportedModelError
-from softhooks.runtime.state import Host
+from softhooks.runtime.prompted_model import PromptedModel
 
 _UNLOADS = ("merge_and_unload", "unload")
 
@@ -40,15 +40,15 @@ def refuse_prompts(model: nn.Module) -> None:
         )
 
 
-def keep_wrapped(host: Host) -> None:
+def keep_wrapped(prompted: PromptedModel) -> None:
     """Until the last prompt is removed, keep PEFT from taking the model out of the wrapper that carries the prompts."""
-    model = host.model
+    model = prompted.model
     if unwrapped(model) is model or not hasattr(model, "peft_config"):
         return
     for module in (model, getattr(model, "base_model", model)):
         for name in _UNLOADS:
             if hasattr(module, name):
-                host.override(name, _Refusal(name), module)
+                prompted.override(name, _Refusal(name), module)
 
 
 class _Refusal:

@@ -82,7 +82,7 @@ def of_prompt(prompt: SoftPrompt) -> Export:
 
     stored, model = stored_of(prompt), unwrapped(prompt.model)
     can_generate = getattr(model, "can_generate", None)
-    return Export(stored, prompt.host.structure, can_generate is not None and bool(can_generate()))
+    return Export(stored, prompt.prompted_model.structure, can_generate is not None and bool(can_generate()))
 
 
 def adapter(export: Export) -> Parts:

@@ -7,5 +7,5 @@
     branch      rows that each query attends to beside the text, in a softmax of their own, times a gate
     slots       virtual slots in the sequence, their states stripped on the way out
 
-Each forward of a stack is one `Pass` (see `passes`); the host chooses which kind.
+Each forward of a stack is one `Pass` (see `passes`); `softhooks.runtime.dispatch` chooses which kind.
 """

@@ -68,7 +68,7 @@ def snapshot(prompt: SoftPrompt, before: Snapshot | None) -> Snapshot:
     In a `generate` call, where nothing changes by its promise, tensors are known by where they lie and by their version.
     """
     tensors = [*every_tensor(prompt.encoder), *(prompt.added.parameters() if prompt.added else ())]
-    scope = scope_of(prompt.host)
+    scope = scope_of(prompt.prompted_model)
     place = None
     if scope is not None and not scope.is_explicit and not any(tensor.is_inference() for tensor in tensors):
         place = [(id(prompt.encoder), prompt.injection), *[(t.data_ptr(), t._version) for t in tensors]]

@@ -35,7 +35,7 @@ class Scope:
     """A stretch of time in which nothing of a model and its prompts changes.
 
     Args:
-        owner: the host of the model.
+        owner: the prompted model.
         is_explicit: whether the user opened it, rather than a `generate` call.
     """
 

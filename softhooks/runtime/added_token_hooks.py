@@ -15,7 +15,7 @@ from softhooks.runtime.contexts import Block
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 # --- in a forward -----------------------------------------------------------------------------------------------------
 
@@ -24,18 +24,18 @@ class AddedHooks:
     """The hooks that put prompts' own rows in the place of the model's.
 
     Args:
-        host: the model's.
+        prompted: the state of the model's prompts.
     """
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        tables = {id(stack.embedding): stack.embedding for stack in host.structure.stacks}
+    def __init__(self, prompted: PromptedModel) -> None:
+        self.prompted = prompted
+        tables = {id(stack.embedding): stack.embedding for stack in prompted.structure.stacks}
         for embedding in tables.values():
-            host.keep(embedding.register_forward_hook(self.embed, with_kwargs=True))
-        self.head = output_of(host.model)
+            prompted.keep(embedding.register_forward_hook(self.embed, with_kwargs=True))
+        self.head = output_of(prompted.model)
         if self.head is not None:
-            host.keep(self.head.register_forward_hook(self.answer, with_kwargs=True))
-        host.embed_last()  # a prompt's virtual tokens stand on any id
+            prompted.keep(self.head.register_forward_hook(self.answer, with_kwargs=True))
+        prompted.embed_last()  # a prompt's virtual tokens stand on any id
 
     def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         """Look added tokens up in the prompt's own rows."""
@@ -59,25 +59,25 @@ class AddedHooks:
 
     def _uses(self, batch: int) -> Iterator[tuple[AddedTokens, Tensor | None]]:
         """The rows in use, each with the rows of the batch that they serve; None: all."""
-        host = self.host
-        if not host.is_on:
+        prompted = self.prompted
+        if not prompted.is_on:
             return
-        if host.rows is None:
-            added = _added_of(host, host.active)
+        if prompted.rows is None:
+            added = _added_of(prompted, prompted.active)
             if added is not None:
                 yield added, None
             return
-        if not host.rows or batch % len(host.rows):
+        if not prompted.rows or batch % len(prompted.rows):
             return  # a prompt on its own way through the stack
-        for name in dict.fromkeys(host.rows):
-            added = _added_of(host, name)
+        for name in dict.fromkeys(prompted.rows):
+            added = _added_of(prompted, name)
             if added is not None:
-                chosen = torch.tensor([one == name for one in host.rows], device=added.ids.device)
-                yield added, chosen.repeat_interleave(batch // len(host.rows))
+                chosen = torch.tensor([one == name for one in prompted.rows], device=added.ids.device)
+                yield added, chosen.repeat_interleave(batch // len(prompted.rows))
 
 
-def _added_of(host: Host, name: str | None) -> AddedTokens | None:
-    prompt = host.prompts.get(name) if name is not None else None
+def _added_of(prompted: PromptedModel, name: str | None) -> AddedTokens | None:
+    prompt = prompted.prompts.get(name) if name is not None else None
     return None if prompt is None else prompt.added
 
 
@@ -93,13 +93,13 @@ def prove_rows(prompt: SoftPrompt, inputs: dict[str, Tensor]) -> None:
     Raises:
         UnsupportedModelError: they do not; or the ids reach a second table, or the logits no output embeddings.
     """
-    added, host = prompt.added, prompt.host
+    added, prompted = prompt.added, prompt.prompted_model
     if added is None:
         return
-    model = host.model
+    model = prompted.model
     head = output_of(model)
     ids = next(value for value in inputs.values() if not value.is_floating_point())
-    tables: dict[int, nn.Module] = {id(stack.embedding): stack.embedding for stack in host.structure.stacks}
+    tables: dict[int, nn.Module] = {id(stack.embedding): stack.embedding for stack in prompted.structure.stacks}
     heard: list[tuple[Tensor, Tensor]] = []
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -111,14 +111,14 @@ def prove_rows(prompt: SoftPrompt, inputs: dict[str, Tensor]) -> None:
                 refuse_tables(model, f"the ids are looked up in a second table ({type(module).__name__})")
 
     with at_rest(model), _hooked(model, listen):
-        with Block(host, off=True):
+        with Block(prompted, off=True):
             answered = model(**inputs)
             for embedding in tables.values():
                 expected = embedding(added.ids[None])
                 if not torch.equal(added.look_up(embedding, added.ids[None], expected)[0], expected):
                     refuse_tables(model, f"an embedding that does more than look rows up ({type(embedding).__name__})")
         logits = getattr(answered, "logits", None)
-        is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == host.structure.vocabulary
+        is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == prompted.structure.vocabulary
         if is_vocabulary and not heard:
             refuse_tables(model, "logits of the vocabulary that are not computed by the output embeddings")
         for hidden, output in heard:

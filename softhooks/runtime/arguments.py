@@ -1,7 +1,7 @@
 """Extra arguments of a model's forward: columns of the batch that prompts take and the model never sees.
 
 The Trainer keeps the columns that `forward`'s signature names, and `generate` passes on the arguments that it names. So the
-instance gets a `forward` whose signature names them; the host takes them out of each call before the model is reached.
+instance gets a `forward` whose signature names them; a hook takes them out of each call before the model is reached.
 """
 
 from __future__ import annotations

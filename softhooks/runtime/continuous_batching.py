@@ -12,7 +12,7 @@ from softhooks.runtime.generate import Noting
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 _START = "init_continuous_batching"
 
@@ -26,19 +26,19 @@ def needed(prompt: SoftPrompt) -> str:
     return ", ".join(prompt.layout.batch_columns)
 
 
-def require_servable(host: Host) -> None:
+def require_servable(prompted: PromptedModel) -> None:
     """Refuse prompts that a row of many sequences cannot meet.
 
     Raises:
         UnsupportedModeError: each row has its own, or the prompt on is a matter of each row.
     """
-    if host.rows is not None:
+    if prompted.rows is not None:
         raise UnsupportedModeError(
             "a continuous batch has one row, in which requests come and go: they all meet one prompt.",
             "Name it with `softhooks.activate`, and serve the others by managers of their own, one after the other.",
-            rows=host.selection,
+            rows=prompted.selection,
         )
-    prompt = host.prompts[str(host.active)]
+    prompt = prompted.prompts[str(prompted.active)]
     needs = needed(prompt)
     if prompt.injection in ("attention", "shared", "branch") and not needs:
         return
@@ -67,8 +67,8 @@ class _Start(Noting):
     """A model's own `init_continuous_batching`, which asks first."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.host.is_in_use:
-            require_servable(self.host)
+        if self.prompted.is_in_use:
+            require_servable(self.prompted)
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
         manager = self.own()(*args, **kwargs)
         if kept is not None and manager is kept and not kept.is_running():
@@ -76,7 +76,7 @@ class _Start(Noting):
                 None  # its cache finds blocks of earlier sessions by their ids, whatever the prompt was
             )
         try:
-            if self.host.is_in_use:
+            if self.prompted.is_in_use:
                 self._require_masks(manager.continuous_batching_config)
         except UnsupportedModeError:
             before = getattr(manager, "_original_attn_impl", None)
@@ -92,7 +92,7 @@ class _Start(Noting):
     def _require_masks(self, config: Any) -> None:
         """Refuse what runs without a mask that can be widened, or without the hooks."""
         attention = str(self.model.config._attn_implementation)  # type: ignore[union-attr]
-        joins = self.host.prompts[str(self.host.active)].injection != "branch"
+        joins = self.prompted.prompts[str(self.prompted.active)].injection != "branch"
         compiled = any(
             getattr(config, name, None) is not None for name in ("varlen_compile_config", "decode_compile_config")
         )
@@ -108,8 +108,8 @@ class _Start(Noting):
             )
 
 
-def watch_batching(host: Host) -> None:
+def watch_batching(prompted: PromptedModel) -> None:
     """Ask before a model starts a continuous batch, until its last prompt is removed."""
-    model = unwrapped(host.model)
+    model = unwrapped(prompted.model)
     if hasattr(model, _START):
-        host.override(_START, _Start(host, model, _START), model)
+        prompted.override(_START, _Start(prompted, model, _START), model)

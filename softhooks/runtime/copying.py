@@ -1,4 +1,4 @@
-"""What a copy or a pickle of a model with a prompt has of its host: everything but what belongs to a forward or a block.
+"""The state that a copy or a pickle of a prompted model gets: everything except the state of a forward or a `with` block.
 
 Hooks, marks and prompts are copied with the model, for they are objects on it. What is wrapped once for the whole process is not:
 it is wrapped for a copy too when the copy comes to life.
@@ -16,16 +16,16 @@ from softhooks.runtime.running import Running
 from softhooks.runtime.training_loop import watch_steps
 
 if TYPE_CHECKING:
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 
 def state_of(own: dict[str, Any]) -> dict[str, Any]:
-    """The state of a host as a copy has it: nothing runs on it, and the first model's `with` blocks are not its own."""
+    """The state of a prompted model as a copy has it: nothing runs on it, and the first model's `with` blocks are not its own."""
     return {**own, "running": Running(), "_stays": []}
 
 
-def reopen(host: Host, files: Iterable[str]) -> None:
-    """Wrap the attention functions for a host that was copied or unpickled.
+def reopen(prompted: PromptedModel, files: Iterable[str]) -> None:
+    """Wrap the attention functions for a prompted model that was copied or unpickled.
 
     Its model may be half made at this moment, so it is known by the names of its files. They are imported, for in another
     process they may come after this.
@@ -33,5 +33,5 @@ def reopen(host: Host, files: Iterable[str]) -> None:
     for name in files:
         with suppress(ImportError):
             import_module(name)
-    open_interface(host, files)
-    watch_steps(host)
+    open_interface(prompted, files)
+    watch_steps(prompted)

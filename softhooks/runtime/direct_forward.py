@@ -1,6 +1,6 @@
 """Callers that run a model's `forward` itself, past `__call__` and every hook: they are sent through `__call__`.
 
-sentence-transformers does so. Only integrations ask for it (`Host.heed_direct_calls`); elsewhere such a call is an error.
+sentence-transformers does so. Only integrations use it (`PromptedModel.heed_direct_calls`); elsewhere such a call is an error.
 """
 
 from __future__ import annotations

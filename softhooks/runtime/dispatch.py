@@ -48,7 +48,7 @@ def open_pass(
         UnsupportedModeError: the prompts or the call cannot be served together.
     """
     prompts = selection.prompts
-    if stack is prompts[0].host.structure.entry and not all(prompt.takes_left_padding for prompt in prompts):
+    if stack is prompts[0].prompted_model.structure.entry and not all(prompt.takes_left_padding for prompt in prompts):
         _refuse_left_padding(stack, padding_mask(call, outer))
     if any(prompt.injection == "branch" for prompt in prompts):
         return _open_branch(stack, call, selection, outer)
@@ -98,7 +98,7 @@ def _slots_of(stack: Stack, selection: Selection) -> Slots:
     tables = [use.prompt.embeddings(use.variant) for use in selection.uses]
     layouts = [use.prompt.layout for use in selection.uses]
     ids = [use.prompt.placeholder for use in selection.uses] if stack.reads_ids else None
-    searched = selection.prompts[0].host.prompt_columns if stack.name == "text" else None
+    searched = selection.prompts[0].prompted_model.prompt_columns if stack.name == "text" else None
     return Slots(tables, layouts, selection.rows, selection.given, searched, ids)
 
 
@@ -112,7 +112,7 @@ def _open_slots(
 ) -> Pass:
     slots = _slots_of(stack, selection)
     if stack.name == "decoder":
-        return CrossSlotPass(stack, selection.prompts[0].host.structure.entry, slots, call)
+        return CrossSlotPass(stack, selection.prompts[0].prompted_model.structure.entry, slots, call)
     if selection.hidden(text_shape(call)[0], slots.columns) is not None:
         raise UnsupportedModeError(
             "virtual tokens can be hidden from some rows only where they enter as keys and values.",

@@ -11,8 +11,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.runtime.running import refusal
-from softhooks.runtime.state import host_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,7 +27,7 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
 
     @functools.wraps(change)
     def alone(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        present = host_of(model)
+        present = prompted_model_of(model)
         if present is not None:
             with present.running.held(WHAT):
                 return change(model, *args, **kwargs)

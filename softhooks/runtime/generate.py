@@ -14,7 +14,7 @@ from softhooks.inject.reuse import generating
 from softhooks.runtime.contexts import Block, generation_of
 
 if TYPE_CHECKING:
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 _EXPAND = "_expand_inputs_for_generation"
 _DRAFT = "_get_candidate_generator"
@@ -24,13 +24,13 @@ class Noting:
     """One of a model's own functions, noting what passes. An object, so that a deep copy of the model calls its own.
 
     Args:
-        host: where it is noted.
+        prompted: where it is noted.
         model: whose function it is.
         name: of the function.
     """
 
-    def __init__(self, host: Host, model: nn.Module, name: str) -> None:
-        self.host = host
+    def __init__(self, prompted: PromptedModel, model: nn.Module, name: str) -> None:
+        self.prompted = prompted
         self.model = model
         self.name = name
         self.before: Callable[..., Any] | None = model.__dict__.get(name)
@@ -55,22 +55,22 @@ class _Generate(Noting):
         return inspect.signature(self.own())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held, block = self.host.running.held("its `generate`"), Block(self.host, generates=True)
-        with held, block, generating(self.host):
-            self.host.refuse_unused(kwargs)
+        held, block = self.prompted.running.held("its `generate`"), Block(self.prompted, generates=True)
+        with held, block, generating(self.prompted):
+            self.prompted.refuse_unused(kwargs)
             return self.own()(*args, **kwargs)
 
 
 class _Expand(Noting):
     def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        generation = generation_of(self.host)
+        generation = generation_of(self.prompted)
         if generation is not None:
             text = kwargs.get("input_ids")
             if not isinstance(text, Tensor) or not text.shape[-1]:
                 text = kwargs.get("inputs_embeds")
             generation.prompt_columns = text.shape[1] if isinstance(text, Tensor) else None
             generation.repeats = expand_size
-        elif self.host.is_in_use and (self.host.rows is not None or _searches(self.host)):
+        elif self.prompted.is_in_use and (self.prompted.rows is not None or _searches(self.prompted)):
             raise UnsupportedModeError(
                 "a prompt must know of a `generate` which rows and columns are whose.",
                 "Call `model.generate(...)`, not the function of its class.",
@@ -86,26 +86,26 @@ class _Draft(Noting):
         assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
         if assistant is not None and given:
             named = inspect.signature(assistant.forward).parameters
-            own = set(self.host.columns).difference(named)
+            own = set(self.prompted.columns).difference(named)
             kwargs["model_kwargs"] = {key: value for key, value in given.items() if key not in own}
         return self.own()(*args, **kwargs)
 
 
-def _searches(host: Host) -> bool:
-    return any(prompt.layout.searches for prompt in host.prompts.values())
+def _searches(prompted: PromptedModel) -> bool:
+    return any(prompt.layout.searches for prompt in prompted.prompts.values())
 
 
-def keep_from_assistants(host: Host) -> None:
+def keep_from_assistants(prompted: PromptedModel) -> None:
     """Keep the columns that the prompts take from assistant models, unless these take them too."""
-    model = unwrapped(host.model)
+    model = unwrapped(prompted.model)
     if hasattr(model, _DRAFT) and not isinstance(model.__dict__.get(_DRAFT), _Draft):
-        host.override(_DRAFT, _Draft(host, model, _DRAFT), model)
+        prompted.override(_DRAFT, _Draft(prompted, model, _DRAFT), model)
 
 
-def watch_generate(host: Host) -> None:
+def watch_generate(prompted: PromptedModel) -> None:
     """Note what `generate` is given and how it repeats rows, for as long as it runs, until the last prompt is removed."""
-    model = unwrapped(host.model)
+    model = unwrapped(prompted.model)
     if callable(getattr(model, "generate", None)):
-        host.override("generate", _Generate(host, model, "generate"), model)
+        prompted.override("generate", _Generate(prompted, model, "generate"), model)
     if hasattr(model, _EXPAND):
-        host.override(_EXPAND, _Expand(host, model, _EXPAND), model)
+        prompted.override(_EXPAND, _Expand(prompted, model, _EXPAND), model)

@@ -1,4 +1,4 @@
-"""The hooks that a host registers. Bound methods, so that a deep copy of the model copies them with it."""
+"""The hooks that a prompted registers. Bound methods, so that a deep copy of the model copies them with it."""
 
 from __future__ import annotations
 
@@ -28,101 +28,101 @@ from softhooks.runtime.unused_parameters import require_search
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 
 class ModelHooks:
     """The first and the last hook of a model's forward: extra arguments, objectives, and whether the prompt was reached."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, prompted: PromptedModel) -> None:
+        self.prompted = prompted
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the extra arguments out of the call, and let an objective join it."""
-        host = self.host
-        if host.is_own_call:
+        prompted = self.prompted
+        if prompted.is_own_call:
             return None
-        call = host.running.begin(self, f"the forward of {type(module).__name__}", module_call(), is_model=True)
-        if call.outer is None and alone_of(host) is None:
-            host.labels.show()
-        call.is_on = host.is_on
-        host.refuse_unused(kwargs)
-        host.require_standing()
-        call.given = take(kwargs, host.columns)
+        call = prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call(), is_model=True)
+        if call.outer is None and alone_of(prompted) is None:
+            prompted.labels.show()
+        call.is_on = prompted.is_on
+        prompted.refuse_unused(kwargs)
+        prompted.require_standing()
+        call.given = take(kwargs, prompted.columns)
         named = self._named(args, kwargs)
         call.brought = {name: named.get(name) for name in BROUGHT}
-        if host.structure.choices is not None:
+        if prompted.structure.choices is not None:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
-        if host.is_in_use and encoded is not None and host.structure.is_encoder_decoder:
-            require_encoded(encoded, host.made())
+        if prompted.is_in_use and encoded is not None and prompted.structure.is_encoder_decoder:
+            require_encoded(encoded, prompted.made())
         call.encoded = note_of(encoded)
-        if call.is_aside or not host.is_in_use or not torch.is_grad_enabled():
+        if call.is_aside or not prompted.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
-        trainable = [prompt for prompt in prompts_on(host) if takes_gradients(prompt)]
+        trainable = [prompt for prompt in prompts_on(prompted) if takes_gradients(prompt)]
         require_search(trainable, call.given)
         trained = next((prompt for prompt in trainable if prompt.objective is not None), None)
         if trained is None:
             call.finish = None if trainable else tell_frozen
             return args, kwargs
-        if not host.model.training:
-            call.finish = refuse_backward(trained.method, host.model)
+        if not prompted.model.training:
+            call.finish = refuse_backward(trained.method, prompted.model)
             return args, kwargs
         return self._begin(call, trained, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
         """Check that the prompt was reached, and finish the output; runs after an error too, with no output then."""
-        host = self.host
-        call = host.running.find(self, module_call())
+        prompted = self.prompted
+        call = prompted.running.find(self, module_call())
         if call is None:
             return None
         try:
-            if output is None or not call.is_on or not host.is_on:
+            if output is None or not call.is_on or not prompted.is_on:
                 return None
             if call.batch is None:
                 raise self._not_reached()
-            if host.structure.is_encoder_decoder and call.batch:
-                selection = host.in_use(call.batch)
+            if prompted.structure.is_encoder_decoder and call.batch:
+                selection = prompted.in_use(call.batch)
                 if selection.uses and selection.prompts[0].injection == "slots":
-                    output = strip_encoder_state(output, host.structure.entry)
+                    output = strip_encoder_state(output, prompted.structure.entry)
             return output if call.finish is None else call.finish(output)
         finally:
-            host.running.end(call)
+            prompted.running.end(call)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""
         if not args:
             return kwargs
-        return dict(zip(inspect.signature(self.host.model.forward).parameters, args, strict=False)) | kwargs
+        return dict(zip(inspect.signature(self.prompted.model.forward).parameters, args, strict=False)) | kwargs
 
     def _begin(
         self, joined: Call, prompt: SoftPrompt, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let a prompt's objective join the call."""
-        host, objective = self.host, prompt.objective
+        prompted, objective = self.prompted, prompt.objective
         assert objective is not None
         call = self._named(args, kwargs)
-        if host.rows is not None or call.get("labels") is None:
+        if prompted.rows is not None or call.get("labels") is None:
             raise UnsupportedModeError(
                 "a method with an objective of its own trains one prompt, in forwards that bring their labels.",
                 "Pass `labels` to the model and train on `output.loss`; a Trainer's label smoothing and "
                 "`compute_loss_func` would keep them from it.",
                 method=prompt.method.kind,
                 labels="given" if call.get("labels") is not None else "not given",
-                prompts=host.selection,
+                prompts=prompted.selection,
             )
         joined.finish = objective.begin(prompt, call, joined.given)
         return (), call
 
     def _not_reached(self) -> PromptNotReachedError:
-        host = self.host
+        prompted = self.prompted
         return PromptNotReachedError(
             "every forward of a model with a prompt must go through the prompt.",
             "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with `softhooks.disabled(model)`.",
-            model=type(host.model).__name__,
-            stacks=", ".join(stack.path or "the model itself" for stack in host.structure.stacks),
+            model=type(prompted.model).__name__,
+            stacks=", ".join(stack.path or "the model itself" for stack in prompted.structure.stacks),
         )
 
 
@@ -138,8 +138,8 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 class StackHooks:
     """The hooks of one stack."""
 
-    def __init__(self, host: Host, stack: Stack) -> None:
-        self.host = host
+    def __init__(self, prompted: PromptedModel, stack: Stack) -> None:
+        self.prompted = prompted
         self.stack = stack
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -149,9 +149,9 @@ class StackHooks:
         if own is not None and not own.entered:
             own.entered = True
             return None  # the prompt's own rows on their way through
-        begun = self.host.running.begin(self, f"the forward of {type(module).__name__}", module_call())
+        begun = self.prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call())
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
-        begun.opened = open_forward(self.host, self.stack, call)
+        begun.opened = open_forward(self.prompted, self.stack, call)
         self._meet(begun, Through(self.stack) if begun.opened is None else begun.opened)
         if begun.opened is None:
             return None if call.keys() >= kwargs.keys() else ((), call)  # the model never sees extra arguments
@@ -180,7 +180,7 @@ class StackHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Close the pass and change the output; runs after an error too, with no output then."""
-        begun = self.host.running.find(self, module_call())
+        begun = self.prompted.running.find(self, module_call())
         if begun is None:
             return None
         opened = begun.opened
@@ -202,12 +202,12 @@ class StackHooks:
             if (
                 begun.forward is begun
                 and torch.is_grad_enabled()
-                and not any(map(takes_gradients, prompts_on(self.host)))
+                and not any(map(takes_gradients, prompts_on(self.prompted)))
             ):
                 return tell_frozen(changed)  # called by itself, without the model around it
             return changed
         finally:
-            self.host.running.end(begun)
+            self.prompted.running.end(begun)
 
     def embed(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Change the embedding's output where a pass asks for it."""
@@ -229,17 +229,17 @@ class StackHooks:
 class HeadHooks:
     """The hook of one of the model's heads."""
 
-    def __init__(self, host: Host, key: str) -> None:
-        self.host = host
+    def __init__(self, prompted: PromptedModel, key: str) -> None:
+        self.prompted = prompted
         self.key = key
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Answer with the prompt's own head, or each row with its prompt's."""
-        host = self.host
-        if not host.is_on or not isinstance(output, Tensor):
+        prompted = self.prompted
+        if not prompted.is_on or not isinstance(output, Tensor):
             return None
-        selection = host.in_use(output.shape[0])
+        selection = prompted.in_use(output.shape[0])
         heads = [prompt.head(self.key) for prompt in selection.prompts]
         choice = selection.choice_of_prompts()
         if choice is not None:

@@ -18,7 +18,7 @@ from softhooks.errors import CheckpointError
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 """What transformers knows as `config.problem_type`."""
@@ -121,18 +121,18 @@ class LabelNames:
     """Which prompt's label names a model's config shows.
 
     Args:
-        host: the model's.
+        prompted: the state of the model's prompts.
     """
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, prompted: PromptedModel) -> None:
+        self._prompted = prompted
         self._model: Labels | None = None  # the model's own, while a prompt's are shown
         self._shown: str | None = None
         self._brought: set[str] = set()  # the prompts whose names were not the model's when they were attached
 
     @property
     def _config(self) -> Any:
-        return getattr(unwrapped(self._host.model), "config", None)
+        return getattr(unwrapped(self._prompted.model), "config", None)
 
     def of(self, prompt: SoftPrompt) -> Labels | None:
         """The names of a prompt's head as they are now; None where it has no head."""
@@ -148,7 +148,7 @@ class LabelNames:
             self._brought.add(prompt.name)
             return
         self._brought.discard(prompt.name)
-        before, now = self._host.prompts.get(self._shown or ""), Labels.of(self._config)
+        before, now = self._prompted.prompts.get(self._shown or ""), Labels.of(self._config)
         if before is not None and before.labels == now:
             now = self._model or now  # a new head is a copy of the model's, and is named like it
         elif before is not None:
@@ -157,15 +157,15 @@ class LabelNames:
 
     def show(self) -> None:
         """Let the config show the names of the prompt that is on; those of the model where none with a head is."""
-        host = self._host
-        prompt = None if host.disabled or host.active is None else host.prompts.get(host.active)
+        prompted = self._prompted
+        prompt = None if prompted.disabled or prompted.active is None else prompted.prompts.get(prompted.active)
         name = prompt.name if prompt is not None and len(prompt.heads) else None
         if name == self._shown:
             return
         config = self._config
         if config is None:
             return
-        now, before = Labels.of(config), host.prompts.get(self._shown or "")
+        now, before = Labels.of(config), prompted.prompts.get(self._shown or "")
         if before is not None:
             before.labels = now
         if self._model is None:
@@ -174,7 +174,7 @@ class LabelNames:
             self._model = now  # its prompt is gone, and was attached to a model that had these names
         self._shown = name
         ((prompt.labels if prompt is not None and name is not None else None) or self._model).put(config)
-        if name is None and not host.prompts:
+        if name is None and not prompted.prompts:
             self._model = None
 
     @contextmanager

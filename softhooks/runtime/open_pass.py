@@ -20,34 +20,34 @@ from softhooks.runtime.dispatch import open_pass
 from softhooks.runtime.running import Call
 
 if TYPE_CHECKING:
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 
-def open_forward(host: Host, stack: Stack, call: dict[str, Any]) -> Pass | None:
+def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
     """Open the pass of a forward of a stack, if a prompt is on."""
-    in_use = host.is_in_use
-    host.met.note(host.selection if in_use else "none", stack.module.training)
+    in_use = prompted.is_in_use
+    prompted.met.note(prompted.selection if in_use else "none", stack.module.training)
     cache = cache_of(call) if in_use else call.get("past_key_values")
     if not in_use:
         require_own_cache(cache, None)
-    host.refuse_unused(call, stack.parameters)
-    given = take(call, host.columns)  # where a stack is called by itself, as generate calls an encoder
+    prompted.refuse_unused(call, stack.parameters)
+    given = take(call, prompted.columns)  # where a stack is called by itself, as generate calls an encoder
     paged = paged_cache(call)
-    if not (in_use or host.is_on):
+    if not (in_use or prompted.is_on):
         require_same_prompt(paged, None, None)
         return None
     if paged is not None:
-        require_servable(host)
+        require_servable(prompted)
     text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     batch = text.shape[0] if isinstance(text, Tensor) else 0
-    forward = host.running.forward
+    forward = prompted.running.forward
     assert forward is not None, "a stack's hook has begun a call"
-    selection = host.in_use(batch, given or forward.given)
+    selection = prompted.in_use(batch, given or forward.given)
     forward.batch = batch if forward.batch is None else forward.batch
     if not selection.uses:
         return None
-    host.require_place_of(stack)
-    made = partial(host.made, selection)
+    prompted.require_place_of(stack)
+    made = partial(prompted.made, selection)
     if cache is not None:
         require_own_cache(cache, made())
     columns = text.shape[1] if isinstance(text, Tensor) else 0
@@ -57,19 +57,19 @@ def open_forward(host: Host, stack: Stack, call: dict[str, Any]) -> Pass | None:
     packed = documents(positions, call.get("attention_mask"), columns)
     if packed is not None:
         require_masks(stack, packed, by_position=own is not None)
-    if host.freeze_dropout:
-        _keep_dropout_off(host, stack)
-    with borne_by(paged, host):
-        opened = open_pass(stack, call, selection, host.placeholder, outer)
+    if prompted.freeze_dropout:
+        _keep_dropout_off(prompted, stack)
+    with borne_by(paged, prompted):
+        opened = open_pass(stack, call, selection, prompted.placeholder, outer)
     if packed is not None:
         guard(opened, packed)
     if paged is not None:
-        require_same_prompt(paged, opened, host.selection)
+        require_same_prompt(paged, opened, prompted.selection)
     opened.made = made
     return opened
 
 
-def _keep_dropout_off(host: Host, stack: Stack) -> None:
+def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
     """Keep a backbone's dropout off until the call ends."""
     resting = [module for module in stack.module.modules() if module.training]
 
@@ -77,7 +77,7 @@ def _keep_dropout_off(host: Host, stack: Stack) -> None:
         for module in resting:
             module.training = True
 
-    call = host.running.call
+    call = prompted.running.call
     assert call is not None, "a stack's hook has begun a call"
     call.cleanups.append(wake)
     for module in resting:

@@ -22,7 +22,7 @@ from softhooks.patching.shared_patches import SharedPatches
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 
 # --- a loss that reaches nothing --------------------------------------------------------------------------------------
@@ -73,10 +73,10 @@ def tell_frozen(output: Any) -> Any:
     return _told(output)
 
 
-def prompts_on(host: Host) -> list[SoftPrompt]:
+def prompts_on(prompted: PromptedModel) -> list[SoftPrompt]:
     """The prompts that are on, each once."""
-    names = [host.active] if host.rows is None else host.rows
-    return [host.prompts[name] for name in dict.fromkeys(names) if name is not None and name in host.prompts]
+    names = [prompted.active] if prompted.rows is None else prompted.rows
+    return [prompted.prompts[name] for name in dict.fromkeys(names) if name is not None and name in prompted.prompts]
 
 
 def takes_gradients(prompt: SoftPrompt) -> bool:
@@ -100,39 +100,39 @@ def _listen(patches: Patches) -> None:
         patches.keep(register_optimizer_step_post_hook(_after_step))
 
 
-watched: SharedPatches[Host] = SharedPatches(_listen)
+watched: SharedPatches[PromptedModel] = SharedPatches(_listen)
 """The hosts whose prompts must be stepped by whoever steps their model."""
 
 
-def watch_steps(host: Host) -> None:
+def watch_steps(prompted: PromptedModel) -> None:
     """Tell of steps that leave the prompt where it is, until the last prompt is removed."""
-    watched.add(host)
+    watched.add(prompted)
 
 
-def unwatch_steps(host: Host) -> None:
-    """Let a host go; with the last one, the hook."""
-    watched.discard(host)
+def unwatch_steps(prompted: PromptedModel) -> None:
+    """Let a prompted go; with the last one, the hook."""
+    watched.discard(prompted)
 
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for host in watched:
-        reached = [prompt for prompt in prompts_on(host) if _has_gradient(prompt._module.parameters())]
+    for prompted in watched:
+        reached = [prompt for prompt in prompts_on(prompted) if _has_gradient(prompt._module.parameters())]
         if any(prompt not in _held_elsewhere.get(optimizer, ()) for prompt in reached):
-            _require_held(host, optimizer, reached)
+            _require_held(prompted, optimizer, reached)
 
 
 def _held(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _require_held(host: Host, optimizer: Optimizer, reached: list[SoftPrompt]) -> None:
+def _require_held(prompted: PromptedModel, optimizer: Optimizer, reached: list[SoftPrompt]) -> None:
     """Refuse a step on a model whose prompt takes gradients and is in no optimizer; warn where it trains something else.
 
     Raises:
         TrainerError: the step trains nothing.
     """
     held = {id(parameter) for parameter in _held(optimizer)}
-    own = [parameter for parameter in host.model.parameters() if id(parameter) in held]
+    own = [parameter for parameter in prompted.model.parameters() if id(parameter) in held]
     if not own:
         return
     forgotten = [prompt for prompt in reached if not _is_held(prompt, optimizer)]
@@ -144,7 +144,7 @@ def _require_held(host: Host, optimizer: Optimizer, reached: list[SoftPrompt]) -
         "an optimizer must hold the prompt's parameters; neither this one nor another one does, "
         + ("so the prompt is not trained." if trains else "so its step trains nothing."),
         "Make it after `softhooks.attach`, of `prompt.parameters()`.",
-        optimizer=f"{type(optimizer).__name__} of {len(own)} parameters of {type(host.model).__name__}",
+        optimizer=f"{type(optimizer).__name__} of {len(own)} parameters of {type(prompted.model).__name__}",
         prompt=", ".join(repr(prompt.name) for prompt in forgotten) + ", which has gradients",
     )
     if not trains:

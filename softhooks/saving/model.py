@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import PromptMismatchError
-from softhooks.runtime.state import Host
+from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.saving.outer_model import SaveFromOutside
 
 if TYPE_CHECKING:
@@ -37,35 +37,35 @@ class SavePrompts:
     An object and not a closure, so that a deep copy of the model saves its own prompts.
 
     Args:
-        host: the model's.
+        prompted: the state of the model's prompts.
 
     Attributes:
         below: what it stands in for.
     """
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self._before: Any = host.model.__dict__.get("save_pretrained")
+    def __init__(self, prompted: PromptedModel) -> None:
+        self.prompted = prompted
+        self._before: Any = prompted.model.__dict__.get("save_pretrained")
         self._said = False
 
     def below(self, *args: Any, **kwargs: Any) -> Any:
         """Call what stood there before: the class's own method."""
-        model: Any = self.host.model
+        model: Any = self.prompted.model
         return self._before(*args, **kwargs) if self._before else type(model).save_pretrained(model, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Write the prompts; with the prompts turned off, the model without them."""
         call = self._call(args, kwargs)
         state = call.get("state_dict")
-        if not self.host.prompts:
+        if not self.prompted.prompts:
             return self.below(**call)
-        if self.host.disabled or (state is not None and not any(map(is_prompt_key, state))):
+        if self.prompted.disabled or (state is not None and not any(map(is_prompt_key, state))):
             return self.save_base(call)
         return self._save_prompts(Path(call["save_directory"]), call)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call; the second positional argument differs between PEFT and transformers."""
-        model: Any = self.host.model
+        model: Any = self.prompted.model
         signature = inspect.signature(self._before or type(model).save_pretrained)
         names = [name for name in signature.parameters if name != "self"]
         return dict(zip(names, args, strict=False)) | kwargs
@@ -94,13 +94,13 @@ class SavePrompts:
 
     def places(self, folder: Path) -> dict[SoftPrompt, Path]:
         """Where each prompt goes: `default`, or else the one that is on, into the folder; others by name into folders inside."""
-        prompts = self.host.prompts
-        top = "default" if "default" in prompts else self.host.active or next(reversed(prompts))
+        prompts = self.prompted.prompts
+        top = "default" if "default" in prompts else self.prompted.active or next(reversed(prompts))
         return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
 
     def _save_besides(self, folder: Path, call: dict[str, Any]) -> None:
         """Write what else is trained: PEFT's adapters, parameters of the base; and what a Trainer resumes from."""
-        model: Any = self.host.model
+        model: Any = self.prompted.model
         has_adapters = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
         resumed = is_checkpoint(folder)
         kept = self._trained_base()
@@ -110,7 +110,7 @@ class SavePrompts:
             from softhooks.saving.state_dict import live_tensors, write_live
 
             live: dict[str, Tensor] = {}
-            for prompt in self.host.prompts.values():
+            for prompt in self.prompted.prompts.values():
                 live |= live_tensors(prompt)
             write_live(folder, live)
         if kept and not resumed:
@@ -119,7 +119,7 @@ class SavePrompts:
 
     def _trained_base(self) -> list[str]:
         """The parameters of the base that train beside the prompts, and are of no adapter."""
-        model = self.host.model
+        model = self.prompted.model
         adapters = tuple(
             f"{path}.{name}." if path else f"{name}."
             for path, module in model.named_modules()
@@ -139,7 +139,7 @@ class SavePrompts:
         state = call.get("state_dict")
         if state is not None:
             call = {**call, "state_dict": {name: value for name, value in state.items() if not is_prompt_key(name)}}
-        with _without_prompts(self.host.model), self.host.labels.model_shown():
+        with _without_prompts(self.prompted.model), self.prompted.labels.model_shown():
             return self.below(**call)
 
     # --- load ---------------------------------------------------------------------------------------------------------
@@ -151,12 +151,12 @@ class SavePrompts:
             PromptMismatchError: naming both sides.
         """
         found = {name: list(value.shape) for name, value in state.items() if is_prompt_key(name)}
-        if prefix or not found or self.host.model.__dict__.get("save_pretrained") is not self:
+        if prefix or not found or self.prompted.model.__dict__.get("save_pretrained") is not self:
             return  # a callback's own saver checks more
         from softhooks.saving.state_dict import live_tensors
 
         expected: dict[str, list[int]] = {}
-        for name, prompt in self.host.prompts.items():
+        for name, prompt in self.prompted.prompts.items():
             if any(is_prompt_key(key, name) for key in found):
                 own = {key: list(value.shape) for key, value in live_tensors(prompt).items() if is_prompt_key(key)}
                 frozen = prompt._module.state_dict(prefix=f"{CONTAINER}.{name}.")
@@ -168,7 +168,7 @@ class SavePrompts:
                 "the prompts in a state dict must be those that the model carries, name by name and shape by shape.",
                 "Attach the prompt with the method, the name and the options that wrote the checkpoint.",
                 checkpoint=known,
-                model=expected or ", ".join(map(repr, self.host.prompts)),
+                model=expected or ", ".join(map(repr, self.prompted.prompts)),
             )
 
 
@@ -178,19 +178,19 @@ class LoadAdapter:
     PEFT freezes whatever is no adapter when it loads one; prompts go on training.
 
     Args:
-        host: the model's.
+        prompted: the state of the model's prompts.
     """
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self._before: Any = host.model.__dict__.get("load_adapter")
+    def __init__(self, prompted: PromptedModel) -> None:
+        self.prompted = prompted
+        self._before: Any = prompted.model.__dict__.get("load_adapter")
 
     def __call__(self, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the adapter and, from a checkpoint, the prompts."""
         from softhooks.formats.files import read_tensors
         from softhooks.saving.state_dict import LIVE
 
-        model: Any = self.host.model
+        model: Any = self.prompted.model
         load = self._before or type(model).load_adapter.__get__(model)
         given = Path(str(model_id))
         live = next((folder / LIVE for folder in (given, given.parent) if (folder / LIVE).is_file()), None)
@@ -204,16 +204,16 @@ class LoadAdapter:
         return result
 
 
-def stand_in(host: Host) -> None:
+def stand_in(prompted: PromptedModel) -> None:
     """Let the model's `save_pretrained`, if it has one, write its prompts, until the last is removed."""
-    if hasattr(host.model, "peft_config") and hasattr(host.model, "load_adapter"):
-        host.override("load_adapter", LoadAdapter(host))
-    if hasattr(host.model, "save_pretrained"):
-        saving = SavePrompts(host)
-        host.override("save_pretrained", saving)
-        host.keep(host.model.register_load_state_dict_pre_hook(saving.check))
-    container: Any = host.model._modules[CONTAINER]
-    container.register_state_dict_post_hook(SaveFromOutside(host))
+    if hasattr(prompted.model, "peft_config") and hasattr(prompted.model, "load_adapter"):
+        prompted.override("load_adapter", LoadAdapter(prompted))
+    if hasattr(prompted.model, "save_pretrained"):
+        saving = SavePrompts(prompted)
+        prompted.override("save_pretrained", saving)
+        prompted.keep(prompted.model.register_load_state_dict_pre_hook(saving.check))
+    container: Any = prompted.model._modules[CONTAINER]
+    container.register_state_dict_post_hook(SaveFromOutside(prompted))
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from softhooks.compat.sharding import shards
 
 if TYPE_CHECKING:
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ class SaveFromOutside:
     """A hook on the container's state dict: writes the prompts where a model around theirs is saved.
 
     Args:
-        host: the prompts' own.
+        prompted: the state of the model's prompts.
     """
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, prompted: PromptedModel) -> None:
+        self.prompted = prompted
         self._said = False
 
     def __call__(self, _container: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -41,14 +41,14 @@ class SaveFromOutside:
         A Trainer resumes from the weights in its checkpoints, so there they stay. So they do in a sharded model, in which a
         prompt cannot be written by one process alone. With the prompts turned off, the model is written without them.
         """
-        call = None if prefix.count(".") < 2 else _saving_call(self.host.model)
-        if call is None or not self.host.prompts:
+        call = None if prefix.count(".") < 2 else _saving_call(self.prompted.model)
+        if call is None or not self.prompted.prompts:
             return
         from softhooks.saving.model import SavePrompts, is_checkpoint
 
         folder, writes = Path(call["save_directory"]), call.get("is_main_process", True)
-        off = self.host.disabled
-        places = {} if off or shards(self.host.model) else SavePrompts(self.host).places(folder)
+        off = self.prompted.disabled
+        places = {} if off or shards(self.prompted.model) else SavePrompts(self.prompted).places(folder)
         for prompt, place in places.items() if writes else ():
             prompt.save_pretrained(place)
         stays = not off and (is_checkpoint(folder) or not places)
@@ -59,7 +59,7 @@ class SaveFromOutside:
             self._say(type(call["self"]).__name__, places, stays, folder)
 
     def _say(self, outer: str, places: dict[Any, Path], stays: bool, folder: Path) -> None:
-        inner = type(self.host.model).__name__
+        inner = type(self.prompted.model).__name__
         found = ", ".join(f"{prompt.name!r} to {place}" for prompt, place in places.items())
         if not places:
             logger.warning(

@@ -15,7 +15,7 @@ from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.continuous_batching import needed
-from softhooks.runtime.state import require_host
+from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.serving.servers import ServerName, for_server
 from softhooks.switch import disabled
 
@@ -43,7 +43,7 @@ def sequence_embeddings(
         PromptTooLongError: prompt and text together exceed the model's positions.
     """
     prompt = _require_rows(model)
-    stack = prompt.host.structure.entry
+    stack = prompt.prompted_model.structure.entry
     ids = _ids(text, tokenizer).to(stack.embedding.weight.device)  # type: ignore[arg-type]
     places = prompt.layout.places(torch.ones_like(ids), ids, None, range(1))
     length = ids.shape[1] + int(places.live.sum())
@@ -71,21 +71,21 @@ def sequence_embeddings(
 
 def _require_rows(model: nn.Module) -> SoftPrompt:
     """The prompt that is on, if it is embedding rows and nothing else."""
-    host = require_host(model)
-    names = [host.active] if host.rows is None else list(host.rows)
-    if host.rows is not None or host.active is None or host.disabled:
+    prompted = require_prompted_model(model)
+    names = [prompted.active] if prompted.rows is None else list(prompted.rows)
+    if prompted.rows is not None or prompted.active is None or prompted.disabled:
         raise OptionError(
-            f"one prompt must be on, for one text; on are {names!r}{', disabled' if host.disabled else ''}."
+            f"one prompt must be on, for one text; on are {names!r}{', disabled' if prompted.disabled else ''}."
         )
-    prompt = host.prompts[host.active]
-    if host.structure.entry.reads_ids:
+    prompt = prompted.prompts[prompted.active]
+    if prompted.structure.entry.reads_ids:
         raise UnsupportedModelError(
             "a sequence of embedding rows must be all that a model looks at; this one looks at the ids behind them too.",
             "Serve this model with `softhooks.integrations.transformers_serve`.",
             model=type(model).__name__,
         )
     missing = needed(prompt)
-    causal = host.structure.entry.causal and not host.structure.is_encoder_decoder
+    causal = prompted.structure.entry.causal and not prompted.structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
             "a server takes embedding rows for a decoder, and nothing else of a prompt.",

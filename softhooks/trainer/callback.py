@@ -24,7 +24,7 @@ from softhooks.constraint import begin_step, end_step
 from softhooks.method import Method
 from softhooks.methods.task_sampling import arrange
 from softhooks.prompt import Injection, SoftPrompt
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checkpoint import Saver, saver_of
 from softhooks.trainer.checks import (
     bare_after_error,
@@ -109,7 +109,7 @@ class SoftPromptCallback(TrainerCallback):
         if model is not None:
             require_trainable(model)
             self.soft_prompt = self._attach(model)
-            admit(self.soft_prompt.host)
+            admit(self.soft_prompt.prompted_model)
         expect(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class SoftPromptCallback(TrainerCallback):
                 set_aside(Path(str(args.output_dir)))
                 self._stand_ins = stand_ins(Path(str(args.output_dir)))
         with bare_after_error(kwargs["model"]):
-            guard_framework(args, (prompt := self._take(kwargs["model"], control)).host)
+            guard_framework(args, (prompt := self._take(kwargs["model"], control)).prompted_model)
             agree(prompt, args.device)
             if optimizer is not None:
                 mend_optimizer(optimizer, prompt)
@@ -151,7 +151,7 @@ class SoftPromptCallback(TrainerCallback):
         check_launch(args, model, self.method)
         check_framework(args, model, self.method, self._options["trainable"])
         leave_behind(self, model, trial)
-        guard_framework(args, (prompt := self._take(model, control)).host)
+        guard_framework(args, (prompt := self._take(model, control)).prompted_model)
         agree(prompt, args.device)
         self._name_optimizer(args, None)
 
@@ -180,7 +180,7 @@ class SoftPromptCallback(TrainerCallback):
             refuse_fused(name_of(args))
             self._name_optimizer(args, None)
         if not is_known:
-            guard_framework(args, prompt.host)
+            guard_framework(args, prompt.prompted_model)
             saver.recall()
         self._is_sharded = shards(model)
         require_loaded(state, self.name, saver.loaded)
@@ -190,7 +190,7 @@ class SoftPromptCallback(TrainerCallback):
             mend_optimizer(optimizer, prompt)
         require_agreement(prompt)
         self._proof.begin(prompt, state.global_step)
-        prompt.host.embed_last()
+        prompt.prompted_model.embed_last()
         saver.prove = None if self._is_sharded else lambda: self._proof.check(prompt, "save", state.global_step)
         seed = args.seed if args.data_seed is None else args.data_seed  # by which the Trainer would order its rows
         self._sampler = arrange(kwargs.get("train_dataloader"), self.method, seed)
@@ -270,8 +270,8 @@ class SoftPromptCallback(TrainerCallback):
         saver = saver_of(model)
         if saver is not None and saver.prompt.is_attached:
             refuse_second(self, saver.owner, control)
-        host = host_of(model)
-        present = host.prompts.get(self.name) if host else None
+        prompted = prompted_model_of(model)
+        present = prompted.prompts.get(self.name) if prompted else None
         if present is None:
             prompt = self._attach(model)
         else:
@@ -279,23 +279,23 @@ class SoftPromptCallback(TrainerCallback):
             refuse_done(present)
             prompt = present
             redirect(prompt, way_in(self.method, self._injection))
-        host = prompt.host
-        dismiss(host)
-        host.active = self.name
-        for other in host.prompts.values():
+        prompted = prompt.prompted_model
+        dismiss(prompted)
+        prompted.active = self.name
+        for other in prompted.prompts.values():
             for part in (other.encoder, other.heads):
                 for name, parameter in part.named_parameters(f"{other.name}.{type(part).__name__}"):
                     if other is not prompt and parameter.requires_grad:
                         self._resting.append((name, parameter))
                     parameter.requires_grad_(other is prompt)
         self._set_aside.take(self._resting)
-        if host.record is None:
-            host.record = FrozenRecord(model, frozen_names(model))
+        if prompted.record is None:
+            prompted.record = FrozenRecord(model, frozen_names(model))
         self.soft_prompt = prompt
         if saver is None or saver.prompt is not prompt or saver.owner[0] is not self:
             saver = Saver(prompt, (self, control))
             saver.watch, saver.made = Watch(prompt), present is None
-            host.keep(Showing(saver), is_copied=False)
+            prompted.keep(Showing(saver), is_copied=False)
         saver.owner = (self, control)  # a Trainer that restores its callbacks' states has a new control
         return prompt
 
@@ -317,6 +317,6 @@ class SoftPromptCallback(TrainerCallback):
 
     def _is_ready(self, model: nn.Module, optimizer: Any) -> bool:
         """Whether a model that came late brought the prompt along, and the optimizer knows it."""
-        host = host_of(model)
-        present = host.prompts.get(self.name) if host else None
+        prompted = prompted_model_of(model)
+        present = prompted.prompts.get(self.name) if prompted else None
         return present is not None and is_mended(optimizer, present)

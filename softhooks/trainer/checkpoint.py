@@ -71,13 +71,13 @@ class Saver:
         self._set_adapter: Any = before._set_adapter if before else getattr(model, "set_adapter", None)
         if before:
             before.close()
-        prompt.host.override("save_pretrained", self.save)
-        prompt.host.override("_keys_to_ignore_on_save", NotSaved(prompt))
+        prompt.prompted_model.override("save_pretrained", self.save)
+        prompt.prompted_model.override("_keys_to_ignore_on_save", NotSaved(prompt))
         if _is_peft(model):
-            prompt.host.override("load_adapter", self.load_adapter)
-            prompt.host.override("set_adapter", self.set_adapter)
+            prompt.prompted_model.override("load_adapter", self.load_adapter)
+            prompt.prompted_model.override("set_adapter", self.set_adapter)
         self._handle = model.register_load_state_dict_pre_hook(self._check)
-        prompt.host.keep(self._handle)
+        prompt.prompted_model.keep(self._handle)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle of the model has: a Trainer, its callback and its run stay with the first model."""
@@ -97,7 +97,7 @@ class Saver:
         Raises:
             TrainerError: asked to push the model to the hub.
         """
-        if self._plain is not None and (not self.prompt.is_attached or self.prompt.host.disabled):
+        if self._plain is not None and (not self.prompt.is_attached or self.prompt.prompted_model.disabled):
             return self._plain(save_directory, is_main_process=is_main_process, **kwargs)
         if kwargs.get("push_to_hub"):
             raise TrainerError(
@@ -186,7 +186,7 @@ class Saver:
         Raises:
             TrainerError: the checkpoint is of another prompt, or of another base.
         """
-        noted, self.prompt.host.noted = self.prompt.host.noted, None
+        noted, self.prompt.prompted_model.noted = self.prompt.prompted_model.noted, None
         if noted is not None:
             self._check(self.prompt.model, noted, "")
 
@@ -248,14 +248,16 @@ class Saver:
 
     def _describe(self) -> dict[str, Any]:
         """What must be the same when a run goes on."""
-        method, record = self.prompt.method, self.prompt.host.record
+        method, record = self.prompt.method, self.prompt.prompted_model.record
         options = {k: v for k, v in method.options().items() if k not in method.start_options}
         names = [name for name, _ in self.prompt.named_parameters() if not is_prompt_key(name)]
         return {
             "method": {"kind": method.kind, **options, **self.prompt.conventions},
             "share of the base that trains": ", ".join(names) or "none",
             "base model": None if record is None else record.fingerprint(dict(self.prompt.model.named_parameters())),
-            "dropout of the base": "off (freeze_dropout)" if self.prompt.host.freeze_dropout else "as the model has it",
+            "dropout of the base": "off (freeze_dropout)"
+            if self.prompt.prompted_model.freeze_dropout
+            else "as the model has it",
             "tokens whose rows train": "none" if self.prompt.added is None else str(self.prompt.added.ids.tolist()),
             "optimizer": self.optimizer,
         }

@@ -48,9 +48,9 @@ def check_equal(
     names = [name for name, _ in model.named_parameters() if not is_prompt_key(name)]
     wanted = {name for pattern in trainable for name in fnmatch.filter(names, pattern)}
     held = {name for name, _ in present.named_parameters() if not is_prompt_key(name)}
-    own_head = train_head and bool(find_heads(model, present.host.structure))
+    own_head = train_head and bool(find_heads(model, present.prompted_model.structure))
     rows = () if present.added is None else tuple(present.added.ids.tolist())
-    asked = chosen_ids(train_added_tokens, model, present.host.structure)
+    asked = chosen_ids(train_added_tokens, model, present.prompted_model.structure)
     if present.method == method and held == wanted and bool(len(present.heads)) == own_head and rows == asked:
         return
     raise NameTakenError(

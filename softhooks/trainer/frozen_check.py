@@ -42,7 +42,7 @@ class Proof:
             TrainerError: naming a tensor.
         """
         self._proven = step
-        record = prompt.host.record
+        record = prompt.prompted_model.record
         converted = record.converted(prompt.model) if record is not None and self.asked else []
         if converted:
             raise TrainerError(
@@ -64,7 +64,7 @@ class Proof:
         """
         if not isinstance(self.asked, str) or moment not in _MOMENTS[self.asked]:
             return
-        record = prompt.host.record
+        record = prompt.prompted_model.record
         assert record is not None, "a prompt that trains has a record"
         self.report = None
         where: dict[str, object] = {"when": f"after step {self._proven}, and found at step {step}"}

@@ -19,7 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checkpoint import Saver, saver_of
 
 PREFIX = "soft_prompt"
@@ -96,8 +96,8 @@ def _with_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def on_log(handler: Any, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> Any:
         """Add the prompt's numbers to a training log, also to the copy that the Trainer has kept of it."""
-        host = host_of(handler.model) if isinstance(handler.model, nn.Module) else None
-        saver = None if host is None else saver_of(host.model)
+        prompted = prompted_model_of(handler.model) if isinstance(handler.model, nn.Module) else None
+        saver = None if prompted is None else saver_of(prompted.model)
         if saver is not None and saver.watch is not None and "loss" in logs:
             found = saver.watch.metrics()
             logs.update(found)

@@ -18,7 +18,7 @@ from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.method import Method
 from softhooks.prompt import Injection, SoftPrompt
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.runtime.unused_parameters import REMEDY, RULE
 from softhooks.saving.state_dict import live_tensors
 
@@ -95,7 +95,7 @@ def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str,
             "a prompt is saved, alone, where the Trainer saves full state dicts.",
             "Set `fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}`, or `fsdp_state_dict_type` in accelerate's configuration.",
         )
-    if host_of(model) is None and shards(model):
+    if prompted_model_of(model) is None and shards(model):
         yield (
             "a model whose weights are sharded already",
             "a prompt must be on the model before it is sharded, so that it is shared rightly.",
@@ -167,11 +167,11 @@ def agree(prompt: SoftPrompt, device: torch.device) -> None:
     """
     if is_alone() or shards(prompt.model):
         return
-    host = prompt.host
+    prompted = prompt.prompted_model
     tensors = {**dict(prompt.model.named_parameters()), **dict(prompt.model.named_buffers()), **live_tensors(prompt)}
     shapes = {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
     _require_equal({"method": repr(prompt.method), **shapes}, "must attach one method to one model")
-    known = {} if host.record is None else host.record.digests
+    known = {} if prompted.record is None else prompted.record.digests
     mine = {name: known[name].bits if name in known else digest(tensor).bits for name, tensor in tensors.items()}
     theirs = _from_first(mine)
     here = sorted(name for name in mine if mine[name] != theirs[name])
@@ -183,7 +183,7 @@ def agree(prompt: SoftPrompt, device: torch.device) -> None:
             if name in here:
                 tensors[name].copy_(shared)
     if any(name in known for name in here):
-        host.record = FrozenRecord(prompt.model, frozen_names(prompt.model))
+        prompted.record = FrozenRecord(prompt.model, frozen_names(prompt.model))
     if anywhere:
         logger.info("ranks differed in %d tensors, and hold those of rank 0 now: %s", len(anywhere), anywhere[:8])
 

@@ -13,7 +13,7 @@ from softhooks.backbone.stack import at_rest
 from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.runtime.contexts import Block
-from softhooks.runtime.state import host_of, require_host
+from softhooks.runtime.prompted_model import prompted_model_of, require_prompted_model
 from softhooks.switch import disabled
 
 
@@ -69,15 +69,15 @@ class Reference(nn.Module):
     @contextmanager
     def _fixed(self) -> Iterator[None]:
         require_fixed(self.policy, self.prompt)
-        host = host_of(self.policy)
+        prompted = prompted_model_of(self.policy)
         with at_rest(self.policy):
-            if host is None:
+            if prompted is None:
                 yield
             elif self.prompt is None:
                 with disabled(self.policy):
                     yield
             else:
-                with Block(host, alone=self.prompt):
+                with Block(prompted, alone=self.prompt):
                     yield
 
 
@@ -94,7 +94,7 @@ def require_fixed(model: nn.Module, prompt: str | None) -> None:
         NotAttachedError: the model carries no prompt of that name.
     """
     if prompt is not None:
-        require_host(model, prompt)
+        require_prompted_model(model, prompt)
     moving = [key for key, p in model.named_parameters() if p.requires_grad and _belongs(key, prompt)]
     if moving:
         raise TrainerError(

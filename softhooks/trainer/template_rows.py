@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, default_data_collator
 
 from softhooks.layout.collate import IGNORED, Collator, padded_labels
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -90,8 +90,8 @@ class KeptColumns:
     def find(self) -> None:
         """Find the columns; add those that the collator renders, and the prompts' own, which may be newer than the search."""
         self._own()
-        trainer, host = self._trainer, host_of(self._trainer.model)
-        more = [*(host.columns if host else ()), *_columns_of(trainer.data_collator)]
+        trainer, prompted = self._trainer, prompted_model_of(self._trainer.model)
+        more = [*(prompted.columns if prompted else ()), *_columns_of(trainer.data_collator)]
         if trainer._signature_columns is not None:
             trainer._signature_columns += [
                 name for name in dict.fromkeys(more) if name not in trainer._signature_columns

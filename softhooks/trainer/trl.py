@@ -12,10 +12,10 @@ from transformers import TrainingArguments
 from softhooks.method import Method
 
 if TYPE_CHECKING:
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 _MINDED = {"trl": "softhooks.integrations.trl"}
-"""For each package, the module whose `check(args, model, method, trainable)` and `guard(args, host)` mind its trainers."""
+"""For each package, the module whose `check(args, model, method, trainable)` and `guard(args, prompted)` mind its trainers."""
 
 
 def check_framework(args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
@@ -29,11 +29,11 @@ def check_framework(args: TrainingArguments, model: nn.Module, method: Method, t
         minding.check(args, model, method, trainable)
 
 
-def guard_framework(args: TrainingArguments, host: Host) -> None:
+def guard_framework(args: TrainingArguments, prompted: PromptedModel) -> None:
     """Stay beside a framework's trainer for as long as its model carries a prompt."""
     minding = _minding(args)
     if minding is not None:
-        minding.guard(args, host)
+        minding.guard(args, prompted)
 
 
 def _minding(args: TrainingArguments) -> Any:

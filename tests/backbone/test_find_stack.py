@@ -100,7 +100,7 @@ class Headed(nn.Module):
 def test_embeddings_that_hold_lists_of_modules_are_no_stack() -> None:
     model = markuplm()
     with softhooks.attach(model, PromptTuning(5, init="random")) as prompt:
-        assert prompt.host.structure.entry.path == "markuplm"
+        assert prompt.prompted_model.structure.entry.path == "markuplm"
         out = model(input_ids=IDS, labels=torch.tensor([0, 1]))
         out.loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prompt.encoder.parameters())
@@ -113,7 +113,7 @@ def test_embeddings_that_hold_lists_of_modules_are_no_stack() -> None:
 @pytest.mark.parametrize("method", [PrefixTuning(3), LlamaAdapter(3)], ids=repr)
 def test_an_encoder_with_lists_in_its_embeddings_takes_what_enters_attention(method: Any) -> None:
     with softhooks.attach(markuplm(), method) as prompt:
-        assert len(prompt.host.structure.entry.sites) == 2
+        assert len(prompt.prompted_model.structure.entry.sites) == 2
 
 
 @pytest.mark.parametrize("held", ["list", "sequential", "attributes", "shared", "behind a mixing front"])
@@ -124,7 +124,7 @@ def test_layers_may_be_held_in_any_way(held: str) -> None:
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     with softhooks.attach(model, PromptTuning(3, init="random")) as prompt:
-        assert prompt.host.structure.entry.path == "backbone"
+        assert prompt.prompted_model.structure.entry.path == "backbone"
         ids = torch.randint(0, 64, (2, 6))
         found = model(ids)
         embeddings = model.backbone.embeddings.words
@@ -134,7 +134,7 @@ def test_layers_may_be_held_in_any_way(held: str) -> None:
             def put_in(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
                 return torch.cat([rows.expand(2, -1, -1), output[:, 3:]], 1)
 
-            placeholder = torch.full((2, 3), prompt.host.placeholder)
+            placeholder = torch.full((2, 3), prompt.prompted_model.placeholder)
             with embeddings.register_forward_hook(put_in):
                 expected = model(torch.cat([placeholder, ids], 1))[:, 3:]
     torch.testing.assert_close(found, expected)
@@ -183,7 +183,7 @@ class Misled(TwoStacks):
 
 def test_of_two_stacks_the_one_of_the_named_embedding_is_taken() -> None:
     with softhooks.attach(TwoStacks(), PromptTuning(3)) as prompt:
-        assert prompt.host.structure.entry.path == "backbone"
+        assert prompt.prompted_model.structure.entry.path == "backbone"
 
 
 def test_a_stack_that_feeds_no_output_is_refused() -> None:

@@ -176,7 +176,7 @@ def test_words_keys_are_what_the_projections_make_of_them() -> None:
             (key, value), _ = pairs_of(prompt, 2)
             with softhooks.disabled(model):
                 states = model(torch.tensor([spoken]), output_hidden_states=True).hidden_states[0]
-            stack = prompt.host.structure.entry.module
+            stack = prompt.prompted_model.structure.entry.module
             if arch == "megatron-bert":
                 attention = stack.encoder.layer[0].attention
                 made = (getattr(attention.self, name)(attention.ln(states)) for name in ("key", "value"))
@@ -295,7 +295,7 @@ def test_as_decoders_they_generate_with_their_cache(arch: str) -> None:
         with softhooks.attach(model, method) as prompt:
             sizeable(prompt)
             assert prompt.injection == "written_out"
-            assert prompt.host.structure.entry.causal
+            assert prompt.prompted_model.structure.entry.causal
             for row in ROWS:
                 expected = row[None]
                 for _ in range(5):
@@ -344,7 +344,7 @@ def test_a_copy_has_a_prompt_of_its_own() -> None:
 def test_a_forward_past_the_hooks_is_refused(arch: str) -> None:
     model, ids = zoo.build(arch, "tokens"), zoo.text(2, T)
     with softhooks.attach(model, PTuningV2(P)) as prompt:
-        stack = prompt.host.structure.entry.module
+        stack = prompt.prompted_model.structure.entry.module
         with pytest.raises(PromptNotReachedError, match=r"went through the model's hooks(.|\n)*SelfAttention"):
             stack.forward(ids)
         with softhooks.disabled(model):

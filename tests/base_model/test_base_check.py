@@ -22,7 +22,7 @@ from softhooks.backbone.examine import examine
 from softhooks.base_model.compare import compare
 from softhooks.base_model.fingerprint import Fingerprint, take
 from softhooks.errors import CheckpointError, PromptMismatchError
-from softhooks.runtime.state import Host
+from softhooks.runtime.prompted_model import PromptedModel
 
 ARCHS = ["llama", "gpt2", "bert", "t5", "roberta", "mixtral", "gemma3", "deberta"]
 METHODS = {"prompt": PromptTuning(3), "prefix": PrefixTuning(3), "slots": PromptTuning(3, placement="after_first")}
@@ -466,8 +466,8 @@ def test_a_sharded_base_has_the_fingerprint_of_when_it_was_whole(
     model = zoo.build("llama")
     with softhooks.attach(model, PrefixTuning(3)) as prompt:
         monkeypatch.setattr("softhooks.load.shards", lambda _model: True)
-        host: Host = prompt.host
-        kept = host.fingerprint
+        prompted: PromptedModel = prompt.prompted_model
+        kept = prompted.fingerprint
         assert kept is not None
         moved(model, 1.0)
         prompt.save_pretrained(tmp_path)

@@ -79,7 +79,7 @@ def test_weights_that_pass_no_gradient_are_refused_by_name() -> None:
     with pytest.raises(TrainerError, match="gradients pass through") as refused:
         SoftPromptCallback(METHODS["prompt"], model=model)
     assert "bitsandbytes" in str(refused.value)
-    assert softhooks.runtime.state.host_of(model) is None
+    assert softhooks.runtime.prompted_model.prompted_model_of(model) is None
 
 
 def test_softhooks_run_needs_no_line_for_a_quantized_model(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_an_image_beside_the_text_is_refused_where_its_columns_cannot_be_told_fr
 def test_an_argument_without_a_known_value_is_refused_by_name() -> None:
     model = layoutlm()
     with softhooks.attach(model, PromptTuning(3)) as prompt:
-        stack = prompt.host.structure.entry.module
+        stack = prompt.prompted_model.structure.entry.module
         with pytest.raises(UnsupportedModeError, match=r"argument: token_scores \[2, 8\]\nLeave .*PrefixTuning"):
             stack(input_ids=IDS, attention_mask=MASK, token_scores=torch.ones(2, 8))
 

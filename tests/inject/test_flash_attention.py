@@ -107,7 +107,7 @@ def test_deep_prompts_on_an_encoder_are_those_of_sdpa() -> None:
         torch.manual_seed(0)
         with torch.no_grad(), softhooks.attach(model, PTuningV2(P)) as prompt:
             prompt.encoder.eval().text.normal_()
-            assert not prompt.host.structure.entry.causal
+            assert not prompt.prompted_model.structure.entry.causal
             logits.append(model(**naive.left_padded(ROWS)).logits[naive.left_padded(ROWS)["attention_mask"].bool()])
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 

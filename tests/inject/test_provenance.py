@@ -152,7 +152,7 @@ def test_a_cache_is_taken_while_nothing_changes(kind: str, tmp_path: Path) -> No
     if kind == "shared":
         prompt.save_pretrained(tmp_path)
         for name in ("other", "default"):
-            model.soft_prompt.host.prompts[name].remove()
+            model.soft_prompt.prompted_model.prompts[name].remove()
         softhooks.load(model, tmp_path)
         assert torch.equal(continued(model, copy.deepcopy(cache)), expected)
 

@@ -25,7 +25,7 @@ import softhooks
 from softhooks import PrefixTuning, PromptTuning, PTuning, SoftPromptCallback, TrainerError
 from softhooks.errors import FrozenModifiedError
 from softhooks.integrations.accelerate import track
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.saving.state_dict import LIVE
 
 
@@ -174,7 +174,9 @@ def test_a_head_and_what_stands_around_the_model_go_on_too(tmp_path: Path) -> No
     again[0].load_state(str(tmp_path))
     step(*again)
     assert training.equal(dict(run[1].state_dict()), dict(again[1].state_dict()))
-    assert "soft_prompt.default.heads.classifier.weight" in dict(host_of(again[1].model).model.named_parameters())
+    assert "soft_prompt.default.heads.classifier.weight" in dict(
+        prompted_model_of(again[1].model).model.named_parameters()
+    )
     with pytest.raises(TrainerError, match="own"):
         run[0].save_model(run[1], tmp_path / "model")
 

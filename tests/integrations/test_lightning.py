@@ -32,7 +32,7 @@ from softhooks import (
     TrainerError,
 )
 from softhooks.errors import FrozenModifiedError
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checkpoint import saver_of
 
 pytest.importorskip("lightning")
@@ -221,7 +221,7 @@ def test_a_base_in_bf16_trains_in_true_bf16_and_no_other_does(lit: Any, callback
     module = lit()
     with pytest.raises(TrainerError, match="bf16-mixed"):
         trainer_of(callback_of(METHODS["prompt"]), precision="bf16-true").fit(module, loader())
-    assert host_of(module.model) is None
+    assert prompted_model_of(module.model) is None
     module, callback = lit(), callback_of(METHODS["prompt"])
     module.model.to(torch.bfloat16)
     trainer_of(callback, precision="bf16-true").fit(module, loader())
@@ -336,7 +336,7 @@ def test_load_from_checkpoint_restores_a_module_that_attaches_itself(
             attach(self, METHODS["mlp"])
 
     module, callback = Own(), callback_of(METHODS["mlp"])
-    prompt = host_of(module.model).prompts["default"]
+    prompt = prompted_model_of(module.model).prompts["default"]
     trainer_of(callback, each_epoch(pl, tmp_path)).fit(module, loader())
     assert callback.soft_prompt is prompt
     path = tmp_path / "epoch=1.ckpt"
@@ -539,7 +539,7 @@ def test_without_its_prompt_a_module_is_as_before(lit: Any, callback_of: Any, tr
         callback.soft_prompt.remove()
     assert [len(found) for found in hooks] == before
     assert saver_of(module.model) is None
-    assert host_of(module.model) is None
+    assert prompted_model_of(module.model) is None
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
     assert (tmp_path / "whole.ckpt").stat().st_size > 80_000
     assert not (tmp_path / "whole.prompt").exists()

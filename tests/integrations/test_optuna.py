@@ -142,7 +142,7 @@ def test_a_trainer_searches_and_the_best_comes_back(tmp_path: Path, shared: bool
             found = kwargs["model"]
             assert training.equal(training.base_of(found), base)
             assert list(found.soft_prompt) == ["default"]
-            [method] = [prompt.method for prompt in found.soft_prompt.host.prompts.values()]
+            [method] = [prompt.method for prompt in found.soft_prompt.prompted_model.prompts.values()]
             if state.is_hyper_param_search:
                 assert tried.chosen(state.trial_params) == (method, args.learning_rate)
                 seen.append(type(method))

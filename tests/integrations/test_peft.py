@@ -220,7 +220,7 @@ def test_several_adapters_become_several_prompts_by_name_and_come_back(arch: str
     model = zoo.build(arch, head)
     prompts = from_peft(theirs, model)
     assert tuple(prompts) == names
-    assert prompts["en"].host.active == "de", "what was active there is on here"
+    assert prompts["en"].prompted_model.active == "de", "what was active there is on here"
     assert theirs.active_adapter == "de"
     for name in names:
         softhooks.activate(model, name)
@@ -240,7 +240,7 @@ def test_some_adapters_under_other_names_beside_a_prompt_that_is_there() -> None
         from_peft(theirs, model, {"a": "own"})
     assert list(from_peft(theirs, model, {"b": "second"})) == ["second"]
     assert list(from_peft(theirs, model, ["a"])) == ["a"]
-    assert list(own.host.prompts) == ["own", "second", "a"]
+    assert list(own.prompted_model.prompts) == ["own", "second", "a"]
     theirs.set_adapter("b")
     softhooks.activate(model, "second")
     torch.testing.assert_close(
@@ -462,7 +462,7 @@ def test_nothing_stays_attached_if_one_of_several_does_not_fit() -> None:
     own = softhooks.attach(model, PrefixTuning(2), "own")
     with untouched(model), pytest.raises(AttachError, match=r"bad name"):
         from_peft(theirs, model)
-    assert own.host.active == "own"
+    assert own.prompted_model.active == "own"
     assert list(from_peft(theirs, model, {"good": "good", "bad name": "better"})) == ["good", "better"]
 
 

@@ -154,7 +154,7 @@ def test_removing_gives_the_whole_model_back(tmp_path):
         integration.attach(model, PromptTuning(2), "second")
         softhooks.activate(model, "default")
         prompt.remove()
-        softhooks.runtime.state.require_host(model).prompts["second"].remove()
+        softhooks.runtime.prompted_model.require_prompted_model(model).prompts["second"].remove()
         assert type(model[0]) is Transformer
     assert (model.encode(made.TEXTS) == before).all()
 
@@ -220,7 +220,7 @@ def test_a_saved_model_comes_back_with_its_prompt_bit_for_bit(tmp_path, method):
             assert (loaded.encode(made.TEXTS) == bare).all()
     loaded.save_pretrained(str(tmp_path / "again"))
     assert (integration.load(tmp_path / "again", device="cpu").encode(made.TEXTS) == prompted).all()
-    softhooks.runtime.state.require_host(loaded).prompts["default"].remove()
+    softhooks.runtime.prompted_model.require_prompted_model(loaded).prompts["default"].remove()
     assert type(loaded[0]) is Transformer
     loaded.save_pretrained(str(tmp_path / "bare"))
     assert (SentenceTransformer(str(tmp_path / "bare"), device="cpu").encode(made.TEXTS) == bare).all()

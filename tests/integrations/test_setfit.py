@@ -207,4 +207,4 @@ def test_the_two_models_of_aspect_based_sentiment_are_refused(setfit, tmp_path):
 def test_the_example_runs(setfit):
     names = examples.run("setfit")
     assert list(names["answers"]) == list(names["model"].predict(["a text", "another"]))
-    assert softhooks.runtime.state.host_of(names["model"].model_body) is not None
+    assert softhooks.runtime.prompted_model.prompted_model_of(names["model"].model_body) is not None

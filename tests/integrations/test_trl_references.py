@@ -23,7 +23,7 @@ from untouched import remove_all, untouched
 import softhooks
 from softhooks import ContextAwarePromptTuning, PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
 from softhooks.integrations.trl import reference
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 
 METHODS = [PromptTuning(4), PrefixTuning(4)]
 NAMES = ["prompt", "prefix"]
@@ -254,7 +254,7 @@ def test_what_would_be_wrong_is_refused_before_anything_is_attached(
     given = {"ref_model": build(kind)} if kind in ("DPO", "KTO") else {}
     with untouched(model), pytest.raises(TrainerError, match=said):
         prompted(kind, tmp_path, model, method, given=given, **options)
-    assert host_of(model) is None
+    assert prompted_model_of(model) is None
 
 
 def test_kernels_put_in_later_are_refused(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_callback_that_comes_late_refuses_too(tmp_path: Path) -> None:
     trainer = make("SFT", tmp_path, model, [])
     with pytest.raises(TrainerError, match="objective of its own"):
         trainer.add_callback(SoftPromptCallback(SHOT))
-    assert host_of(model) is None
+    assert prompted_model_of(model) is None
 
 
 def test_arguments_derived_from_trls_are_known_and_its_other_trainers_refused(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_samplers_with_an_adapter_and_a_reference_are_refused(tmp_path: Path) ->
 
 def test_the_example_runs() -> None:
     left = examples.run("trl")
-    prompt = host_of(left["model"]).prompts["default"]  # type: ignore[union-attr]
+    prompt = prompted_model_of(left["model"]).prompts["default"]  # type: ignore[union-attr]
     prompt.verify_frozen()
     margins = [entry["rewards/margins"] for entry in training.logs(left["trainer"])]
     assert len(margins) == 4

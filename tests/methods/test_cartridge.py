@@ -383,7 +383,7 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
             Cartridge.concatenate(model, [one, classifier], "joined")
         with pytest.raises(PromptTooLongError):
             Cartridge.concatenate(model, [one] * 24, "joined")
-        assert list(one.host.prompts) == ["one"]
+        assert list(one.prompted_model.prompts) == ["one"]
 
 
 def test_pefts_own_composition_is_ours(tmp_path: Path) -> None:

@@ -326,7 +326,7 @@ def test_what_is_hidden_are_an_examples_keys_and_values() -> None:
         assert not torch.allclose(before[:2], plain[:2], atol=1e-3)
         with softhooks.kept(model):
             model(ids, example_ids=own)
-            kept = prompt.key_values(prompt.host.structure.entry)["self"]
+            kept = prompt.key_values(prompt.prompted_model.structure.entry)["self"]
             for value in kept.values.values():
                 value[:, :, list(OWN[1])] = 1e4
             after = model(ids, example_ids=own).logits

@@ -172,7 +172,7 @@ def test_a_cap_on_the_models_scores_is_on_the_branchs_too() -> None:
         adapters.stir(prompt)
         prompt.encoder.text_prompts.mul_(20)
         seen: list[torch.Tensor] = []
-        module = prompt.host.structure.entry.sites[0].module
+        module = prompt.prompted_model.structure.entry.sites[0].module
         handle = module.o_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
         model(zoo.text(1, 5))
         seen = seen[1:]  # the rows come first

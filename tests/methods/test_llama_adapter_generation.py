@@ -205,7 +205,7 @@ def test_a_scale_on_rotated_keys_is_no_part_of_the_projection() -> None:
     assert model.model.rotary_emb.attention_scaling > 1.05
     with softhooks.attach(model, METHOD) as prompt:
         rows = torch.randn(K, 32)
-        keys, values = keys_and_values(prompt.host.structure.entry.sites[1], rows)
+        keys, values = keys_and_values(prompt.prompted_model.structure.entry.sites[1], rows)
         attention = model.model.layers[1].self_attn
     torch.testing.assert_close(keys, attention.k_proj(rows).view(K, 2, 8))
     torch.testing.assert_close(values, attention.v_proj(rows).view(K, 2, 8))

@@ -87,7 +87,7 @@ def test_deep_prompts_on_a_decoder_are_a_seeded_cache(arch: str, heads: int, hea
         sizeable(prompt)
         ours = zoo.main_output(model(ids))
         keys, values = oracles.cut_table(prompt.encoder("text"), 2, heads)
-        stack = prompt.host.structure.entry.module
+        stack = prompt.prompted_model.structure.entry.module
         with softhooks.disabled(model):
             mask = torch.ones(1, P + T, dtype=torch.long)
             caches = [oracles.seeded_cache(model, keys, values) for _ in ids]
@@ -120,7 +120,7 @@ def _every_layer_but_the_first_is_bare(prompt: Any, model: Any) -> Iterator[None
     """Torch's attention with the prefix in its first call; the text stands P positions further."""
     ((key, value),) = pairs_of(prompt, 1, 2)
     original, calls = functional.scaled_dot_product_attention, []
-    stack = prompt.host.structure.entry.module
+    stack = prompt.prompted_model.structure.entry.module
 
     def attend(query: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, is_causal: bool = False, **kw: Any) -> Any:
         calls.append(None)
@@ -253,7 +253,7 @@ def test_layers_where_prompts_enter_through_a_cache(arch: str, chosen: int) -> N
     with torch.no_grad(), softhooks.attach(model, PTuningV2(P, layers=[chosen])) as prompt:
         sizeable(prompt)
         assert prompt.injection == "cache"
-        ((key, value),) = pairs_of(prompt, 1, prompt.host.structure.entry.sites[0].heads)
+        ((key, value),) = pairs_of(prompt, 1, prompt.prompted_model.structure.entry.sites[0].heads)
         logits = model(ids).logits
         attentions = model(ids, output_attentions=True).attentions  # with these, Falcon's own logits are others
         assert [tuple(weights.shape) for weights in attentions] == [(2, 4, T, T)] * 2

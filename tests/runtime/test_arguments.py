@@ -69,7 +69,7 @@ def test_a_column_that_no_prompt_takes_is_refused_by_name(way: str, arch: str, c
     match = rf"(?s){column}.*{TAKEN_BY[column].split()[0].rstrip(',')}"
     ways = {
         "model": lambda: model(**call, **given),
-        "stack": lambda: prompt.host.structure.entry.module(input_ids=IDS, **given),
+        "stack": lambda: prompt.prompted_model.structure.entry.module(input_ids=IDS, **given),
         "generate": lambda: model.generate(IDS, max_new_tokens=2, **given),
     }
     with pytest.raises(UnsupportedModeError, match=match):

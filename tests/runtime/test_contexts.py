@@ -271,7 +271,7 @@ def test_a_reference_in_another_thread(prompted: Any) -> None:
     seen: list[str | None] = []
 
     def look(*_call: Any) -> None:
-        seen.append(softhooks.runtime.state.require_host(model).active)
+        seen.append(softhooks.runtime.prompted_model.require_prompted_model(model).active)
 
     with ThreadPoolExecutor(1) as pool, torch.no_grad(), named(model, None):
         handle = model.lm_head.register_forward_pre_hook(lambda *_: pool.submit(look).result())

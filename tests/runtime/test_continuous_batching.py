@@ -152,7 +152,7 @@ def test_a_deep_copy_serves_its_own_prompt() -> None:
     model = zoo.build("llama")
     wake(softhooks.attach(model, PrefixTuning(4)))
     other = copy.deepcopy(model)
-    wake(softhooks.runtime.state.require_host(other).prompts["default"])
+    wake(softhooks.runtime.prompted_model.require_prompted_model(other).prompts["default"])
     expected = generated(other)
     assert expected[0] != generated(model)[0]
     assert_same(served(other), expected)

@@ -185,7 +185,7 @@ def test_a_second_prompt_copies_the_head_and_not_the_model_with_it() -> None:
     model = zoo.build("bert", "sequence")
     with softhooks.attach(model, PromptTuning(3)) as first, softhooks.attach(model, PromptTuning(3), "other") as second:
         assert not second.heads["classifier"]._forward_hooks
-        assert set(map(id, attention_interface.users)) - before == {id(first.host)}
+        assert set(map(id, attention_interface.users)) - before == {id(first.prompted_model)}
 
 
 @each_way

@@ -22,8 +22,8 @@ from untouched import remove_all, untouched
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, UnsupportedModeError
 from softhooks.inject.prefill import logits_of
+from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.runtime.running import Running
-from softhooks.runtime.state import require_host
 
 REFUSAL = r"one forward at a time(.|\n)*another thread(.|\n)*under a lock"
 NEW = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": zoo.PAD}
@@ -115,9 +115,9 @@ WAYS_IN: dict[str, Callable[[Any, softhooks.SoftPrompt, Path], Any]] = {
     "forward": lambda model, prompt, folder: model(zoo.text(1, 5)),
     "the stack": lambda model, prompt, folder: model.model(zoo.text(1, 5)),
     "generate": lambda model, prompt, folder: model.generate(zoo.text(1, 5), **NEW),
-    "keys and values": lambda model, prompt, folder: prompt.key_values(prompt.host.structure.entry),
+    "keys and values": lambda model, prompt, folder: prompt.key_values(prompt.prompted_model.structure.entry),
     "logits of states": lambda model, prompt, folder: logits_of(
-        model, prompt.host.structure.entry, torch.randn(1, 2, 32), 5
+        model, prompt.prompted_model.structure.entry, torch.randn(1, 2, 32), 5
     ),
     "attach": lambda model, prompt, folder: softhooks.attach(model, PrefixTuning(3), "more"),
     "load": lambda model, prompt, folder: softhooks.load(model, folder, name="more"),
@@ -157,7 +157,7 @@ def test_whatever_another_thread_asks_meanwhile(asked: str, tmp_path: Path) -> N
             assert prompt.verify_frozen().tensors
             prompt.save_pretrained(tmp_path)
         assert torch.equal(first.result, expected)
-        assert list(prompt.host.prompts) == ["default"]
+        assert list(prompt.prompted_model.prompts) == ["default"]
         assert prompt.is_attached
     assert torch.equal(answer(lambda: model(ids).logits), expected)
     found = answer(lambda: WAYS_IN[asked](model, prompt, tmp_path))  # nothing is in the way any more
@@ -177,7 +177,7 @@ def test_a_forward_while_another_thread_is_in(first: str) -> None:
         "forward": lambda: model(ids).logits,
         "bare": bare,
         "stack": lambda: model.model(ids)[0],
-        "keys and values": lambda: prompt.key_values(prompt.host.structure.entry)["self"].states,
+        "keys and values": lambda: prompt.key_values(prompt.prompted_model.structure.entry)["self"].states,
     }
     expected = {name: answer(call) for name, call in calls.items()}
     fresh(prompt)
@@ -229,7 +229,7 @@ def test_generate_keeps_the_model_between_its_forwards() -> None:
         assert first.reached
         for other in (
             lambda: model(ids), lambda: model.generate(ids, **NEW), lambda: softhooks.activate(model, "a"),
-            lambda: softhooks.attach(model, PromptTuning(2), "c"), model.soft_prompt.host.prompts["a"].remove,
+            lambda: softhooks.attach(model, PromptTuning(2), "c"), model.soft_prompt.prompted_model.prompts["a"].remove,
         ):  # fmt: skip
             assert refused(answer(other))
     assert torch.equal(first.result, expected)
@@ -292,7 +292,7 @@ def test_a_layer_that_another_thread_calls_past_the_hooks() -> None:
 def test_direct_calls_of_a_models_forward() -> None:
     model, ids, other = zoo.build("llama"), zoo.text(1, 6), zoo.text(1, 6, seed=3)
     softhooks.attach(model, PromptTuning(3))
-    require_host(model).heed_direct_calls()
+    require_prompted_model(model).heed_direct_calls()
     expected = answer(lambda: model.forward(ids).logits)
     model.register_forward_pre_hook(lambda *_: first.stop())
     first = Paused(lambda: model.forward(ids).logits)
@@ -329,7 +329,7 @@ def test_a_forward_while_another_thread_attaches(attached: int) -> None:
             for asked in (model, model.model):
                 assert refused(answer(lambda asked=asked: asked(ids)))
             assert refused(answer(lambda: softhooks.attach(model, PrefixTuning(3), "other")))
-        assert list(require_host(model).prompts)[attached:] == ["more"]
+        assert list(require_prompted_model(model).prompts)[attached:] == ["more"]
         first.result.remove()
         assert torch.equal(answer(lambda: model(ids).logits), expected)
 
@@ -497,7 +497,7 @@ def test_a_compiled_model(way: str) -> None:
         assert refused(answer(lambda: model(**second)))
     torch.testing.assert_close(running.result, expected[0])
     torch.testing.assert_close(answer(lambda: compiled(**second).logits), expected[1])
-    assert prompt.host.running._innermost is None
+    assert prompt.prompted_model.running._innermost is None
     torch._dynamo.reset()
 
 
@@ -583,7 +583,7 @@ def test_a_whole_model_that_runs_again(reentrant: bool) -> None:
     torch.testing.assert_close(next(prompts[1].encoder.parameters()).grad, expected)
     with pytest.raises(UnsupportedModeError, match="must meet the prompts that its first run met"):
         run(True, "a").backward()
-    assert require_host(model).running._innermost is None
+    assert require_prompted_model(model).running._innermost is None
 
 
 # --- without any order ------------------------------------------------------------------------------------------------
@@ -649,7 +649,7 @@ def test_a_model_for_each_thread() -> None:
 def test_what_runs_is_not_copied() -> None:
     model, ids = zoo.build("llama"), zoo.text(1, 6)
     softhooks.attach(model, PrefixTuning(3))
-    running = require_host(model).running
+    running = require_prompted_model(model).running
     with running.held("a test"):
         for other in (copy.deepcopy(running), pickle.loads(pickle.dumps(running))):
             assert isinstance(other, Running)
@@ -666,5 +666,5 @@ def test_nothing_is_held_after_a_forward() -> None:
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, 3), zoo.VOCABULARY + 5))
     model.generate(ids, **NEW)
-    assert require_host(model).running._innermost is None
-    assert all(stack._live is None for stack in require_host(model).structure.stacks)
+    assert require_prompted_model(model).running._innermost is None
+    assert all(stack._live is None for stack in require_prompted_model(model).structure.stacks)

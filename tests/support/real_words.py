@@ -54,7 +54,7 @@ def prefix_gap(
 
 def movable(prompt: Any) -> bool:
     """Whether a prefix can move the positions of a model's text, which it does by default in decoders alone."""
-    return prompt.host.structure.entry.positions.movable
+    return prompt.prompted_model.structure.entry.positions.movable
 
 
 @torch.no_grad()
@@ -91,14 +91,14 @@ def _embedded_gap(
 
 def _call(prompt: Any, ids: Tensor, decoder_ids: Tensor) -> dict[str, Tensor]:
     call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return call | ({"decoder_input_ids": decoder_ids} if prompt.host.structure.is_encoder_decoder else {})
+    return call | ({"decoder_input_ids": decoder_ids} if prompt.prompted_model.structure.is_encoder_decoder else {})
 
 
 def _text(
     model: Any, prompt: Any, ids: Tensor, length: int, left: int, right: int, positions: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Run the text behind the prompt, with padding around it, and cut the padding off."""
-    encoder_decoder = prompt.host.structure.is_encoder_decoder
+    encoder_decoder = prompt.prompted_model.structure.is_encoder_decoder
     shortened = length if prompt.method.enters == "attention" else 0  # a slot stands in the encoder alone
     call = _call(prompt, ids[:, length:], ids.roll(1, -1)[:, shortened:])
     pad = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
@@ -107,7 +107,7 @@ def _text(
         call[key] = torch.nn.functional.pad(call[key], (left, right), value=value)
     if positions:
         call["position_ids"] = (call["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        call["position_ids"] += prompt.host.structure.entry.positions.start
+        call["position_ids"] += prompt.prompted_model.structure.entry.positions.start
     states, logits = _run(model, prompt, call)
     if encoder_decoder:
         return states, logits
@@ -118,7 +118,7 @@ def _text(
 def _run(model: Any, prompt: Any, call: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Run the model and take the last stack's states, and the logits where each column has its own."""
     kept: list[Tensor] = []
-    stacks = prompt.host.structure.stacks
+    stacks = prompt.prompted_model.structure.stacks
     inside = [stack.live for stack in stacks]
 
     def keep(_module: Any, _args: Any, output: Any) -> None:
@@ -138,7 +138,7 @@ def _captured(
     model: Any, prompt: Any, ids: Tensor, length: int
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor | None]]:
     """Run words and text through the bare model; take the words' keys and values by group, and the states."""
-    structure = prompt.host.structure
+    structure = prompt.prompted_model.structure
     cache = ListeningCache() if structure.entry.through == "cache" else None
     call: dict[str, Any] = _call(prompt, ids, ids.roll(1, -1)) | ({} if cache is None else {"past_key_values": cache})
     if structure.is_encoder_decoder:

@@ -25,8 +25,8 @@ def leave_libraries_alone() -> None:
 def remove_all() -> None:
     """Remove what tests have left attached, so that the next one finds transformers as it is."""
     gc.collect()
-    for host in attention_interface.users:
-        for prompt in list(getattr(host, "prompts", {}).values()):
+    for user in attention_interface.users:
+        for prompt in list(getattr(user, "prompts", {}).values()):
             prompt.remove()
     attention_interface.close_interface(remove_all)
 

@@ -12,7 +12,7 @@ import torch
 
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, SoftHooksError, UnsupportedModeError
-from softhooks.runtime.state import host_of
+from softhooks.runtime.prompted_model import prompted_model_of
 from tests.survey import checks, models
 from tests.survey.checks import ROUNDING, VIRTUAL, Text
 
@@ -118,7 +118,7 @@ def _padding(case: Case, model: Any, prompt: Any, text: Text) -> Iterator[str]:
     """
     if not _heeds_masks(model, text):
         return
-    structure = prompt.host.structure
+    structure = prompt.prompted_model.structure
     pools_first = case.task == "sequence" and not structure.entry.causal
     copies_text = structure.is_encoder_decoder and case.task != "seq2seq"
     for side in ("right",) if pools_first or copies_text else ("left", "right"):
@@ -137,7 +137,7 @@ def _heeds_masks(model: Any, text: Text) -> bool:
     """
     if _selects_keys(model):
         return False
-    with softhooks.disabled(model) if host_of(model) else contextlib.nullcontext():
+    with softhooks.disabled(model) if prompted_model_of(model) else contextlib.nullcontext():
         return all(checks.padding(model, one, "right", _pad(model)) <= ROUNDING for one in (text, _longer(text)))
 
 

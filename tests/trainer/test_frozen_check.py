@@ -276,13 +276,13 @@ def test_noise_on_the_embeddings_spares_the_prompt(tmp_path: Path, injection: An
     )
     seen: list[torch.Tensor] = []
     embed = model.get_input_embeddings()
-    original = prompt.host.embed_last
+    original = prompt.prompted_model.embed_last
 
     def listen() -> None:
         original()
         embed.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
 
-    prompt.host.embed_last = listen  # type: ignore[method-assign]
+    prompt.prompted_model.embed_last = listen  # type: ignore[method-assign]
     trainer.train()
     rows = prompt.embeddings().detach()
     assert any(torch.equal(output[0, :4], rows) for output in seen), "the prompt itself"

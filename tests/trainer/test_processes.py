@@ -221,7 +221,7 @@ def test_data_parallel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainerError, match="DataParallel") as refused:
         tf.Trainer(model=model, args=arguments, callbacks=[SoftPromptCallback(METHODS["prompt"])])
     assert "torchrun" in str(refused.value)
-    assert softhooks.runtime.state.host_of(model) is None
+    assert softhooks.runtime.prompted_model.prompted_model_of(model) is None
 
 
 ZERO_3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"}}
@@ -239,7 +239,7 @@ def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     with untouched(model), pytest.raises(TrainerError, match="DeepSpeed") as refused:
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
     assert "FSDP2" in str(refused.value)
-    assert softhooks.runtime.state.host_of(model) is None
+    assert softhooks.runtime.prompted_model.prompted_model_of(model) is None
 
 
 def test_weights_that_zero_3_has_taken_apart_are_refused() -> None:

@@ -11,7 +11,7 @@ from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 
 if TYPE_CHECKING:
-    from softhooks.runtime.state import Host
+    from softhooks.runtime.prompted_model import PromptedModel
 
 Scaled = dict[str, tuple[Tensor, Tensor]]
 """Factor and offset of linear layers by name, [R, out] each; R is 1 (shared by every row) or B."""
@@ -88,12 +88,12 @@ class ScaleHook:
         return None if self.stack.live is None else self.stack.live.scale(self.name, output)
 
 
-def hook_linears(host: Host) -> None:
+def hook_linears(prompted: PromptedModel) -> None:
     """Hook every linear layer of a model's stacks, once, until its last prompt is removed."""
-    for stack in host.structure.stacks:
+    for stack in prompted.structure.stacks:
         layers = linears(stack)
-        host.watch_parts(stack, [module for module, _ in layers.values()])
+        prompted.watch_parts(stack, [module for module, _ in layers.values()])
         for name, (module, _) in layers.items():
             hooked = any(isinstance(getattr(h, "__self__", None), ScaleHook) for h in module._forward_hooks.values())
             if not hooked:
-                host.keep(module.register_forward_hook(ScaleHook(stack, name).scale))
+                prompted.keep(module.register_forward_hook(ScaleHook(stack, name).scale))

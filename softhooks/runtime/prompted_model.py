@@ -1,6 +1,6 @@
 """What softhooks keeps on one model: the hooks, the prompts by name, and which of them is on.
 
-One host serves all prompts of a model. Its hooks decide, forward by forward, which pass to open.
+One object serves all prompts of a model. Its hooks decide, forward by forward, which pass to open.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt
 
 
-class Host:
+class PromptedModel:
     """The prompts of one model and the hooks that serve them.
 
     Args:
@@ -324,30 +324,30 @@ class Host:
         return made_with([self.prompts[name] for name in names if name], self.selection, self.token, selection)
 
 
-def host_of(model: nn.Module) -> Host | None:
-    """The host of a model, if it carries a prompt; also through `torch.compile`, a wrapper's `module` and a sentence model."""
+def prompted_model_of(model: nn.Module) -> PromptedModel | None:
+    """The state of a model's prompts, if it has any; also through `torch.compile`, a wrapper's `module` and a sentence model."""
     for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
         container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
         if isinstance(container, Container):
-            host: Host = container.host
-            return host
+            prompted: PromptedModel = container.prompted_model
+            return prompted
     return None
 
 
-def require_host(model: nn.Module, name: str | None = None) -> Host:
-    """The host of a model that must carry a prompt.
+def require_prompted_model(model: nn.Module, name: str | None = None) -> PromptedModel:
+    """The state of a model that must carry a prompt.
 
     Raises:
         NotAttachedError: it carries none, or none of that name.
     """
-    host = host_of(model)
-    if host is None:
+    prompted = prompted_model_of(model)
+    if prompted is None:
         raise NotAttachedError(f"{type(model).__name__} carries no prompt; attach or load one first.")
-    if name is not None and name not in host.prompts:
+    if name is not None and name not in prompted.prompts:
         raise NotAttachedError(
             "a prompt must be attached before it is used.",
             "Load it under this name first.",
             asked=repr(name),
-            attached=", ".join(map(repr, host.prompts)),
+            attached=", ".join(map(repr, prompted.prompts)),
         )
-    return host
+    return prompted
