@@ -114,7 +114,7 @@ def _added(asked: Any, method: Method, model: nn.Module, structure: ModelStructu
 
 
 @exclusive
-@names_tried_remedies
+@names_tried_remedies(attach)
 def attach_encoder(
     model: nn.Module,
     method: Method,

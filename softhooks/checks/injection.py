@@ -12,7 +12,7 @@ from softhooks.backbone.examine import as_choices
 from softhooks.backbone.stack import decoder_ids, probe_ids
 from softhooks.checks.exactness import shares_exactly
 from softhooks.errors import UnsupportedMethodError
-from softhooks.inject.branch.linear_scaling import hook_linears
+from softhooks.inject.branch.linear_scaling import hook_linears, linears
 
 if TYPE_CHECKING:
     from softhooks.prompt import Injection, SoftPrompt
@@ -40,7 +40,7 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
     structure = prompt.prompted_model.structure
     if prompt.method.enters == "branch":
         if prompt.method.scales_linears:
-            hook_linears(prompt.prompted_model)
+            _hook_linears(prompt)
         return _only(prompt, asked, "branch")
     if prompt.method.enters == "attention":
         require_sites(structure)
@@ -57,6 +57,14 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
     if shares_exactly(prompt):
         return _only(prompt, asked, "shared")
     return _only(prompt, asked, "slots")
+
+
+def _hook_linears(prompt: SoftPrompt) -> None:
+    """Hook the linear layers that the prompt scales, until the model's last prompt is removed."""
+    for stack in prompt.prompted_model.structure.stacks:
+        prompt.prompted_model.watch_parts(stack, [module for module, _ in linears(stack).values()])
+        for handle in hook_linears(stack):
+            prompt.prompted_model.keep(handle)
 
 
 def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> Injection:

@@ -5,60 +5,68 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ParamSpec, cast
+from typing import ParamSpec
 
 from torch import nn
 
 from softhooks.backbone.probing import INSIDE, OTHER_METHOD
 from softhooks.errors import AttachError, SoftHooksError
+from softhooks.method import Method
+from softhooks.methods import LlamaAdapter, PrefixTuning, PromptTuning
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.prompted_model import prompted_model_of
 
-if TYPE_CHECKING:
-    from softhooks.method import Method
-
 Arguments = ParamSpec("Arguments")
+Attach = Callable[[nn.Module, Method, str], SoftPrompt]
 
 _TRIAL = "softhooks_trial"
 
 
-def names_tried_remedies(attach: Callable[Arguments, SoftPrompt]) -> Callable[Arguments, SoftPrompt]:
-    """Let a refused attach say what works here, found by trying it on the model, in the place of what might.
+def names_tried_remedies(
+    attach: Attach,
+) -> Callable[[Callable[Arguments, SoftPrompt]], Callable[Arguments, SoftPrompt]]:
+    """Decorate a function that attaches, so that its errors name remedies that were tried on the model and work.
+
+    The decorated function takes the model, the method and the name first, and undoes everything when it raises.
 
     Args:
-        attach: is called with the model, the method and the name first; undoes all when it raises.
+        attach: attaches a method to a model under a name, to try what works.
     """
 
-    @functools.wraps(attach)
-    def attach_or_tell(*args: Arguments.args, **kwargs: Arguments.kwargs) -> SoftPrompt:
-        try:
-            return attach(*args, **kwargs)
-        except AttachError as error:
-            model, method, name = args[:3]
-            assert isinstance(model, nn.Module)
-            message = str(error)
-            if (
-                name == _TRIAL
-                or prompted_model_of(model) is not None
-                or not (INSIDE in message or OTHER_METHOD in message)
-            ):
-                raise
-            told = type(error)(_with_tried(message, model, cast("Method", method)))
-            cause = error.__cause__
-        raise told from cause
+    def decorate(function: Callable[Arguments, SoftPrompt]) -> Callable[Arguments, SoftPrompt]:
+        @functools.wraps(function)
+        def attach_or_advise(*args: Arguments.args, **kwargs: Arguments.kwargs) -> SoftPrompt:
+            try:
+                return function(*args, **kwargs)
+            except AttachError as error:
+                model, method, name = args[:3]
+                assert isinstance(model, nn.Module)
+                assert isinstance(method, Method)
+                message = str(error)
+                if (
+                    name == _TRIAL
+                    or prompted_model_of(model) is not None
+                    or not (INSIDE in message or OTHER_METHOD in message)
+                ):
+                    raise
+                advice = type(error)(_with_tried(attach, message, model, method))
+                cause = error.__cause__
+            raise advice from cause
 
-    return attach_or_tell
+        return attach_or_advise
+
+    return decorate
 
 
-def _with_tried(message: str, model: nn.Module, method: Method) -> str:
+def _with_tried(attach: Attach, message: str, model: nn.Module, method: Method) -> str:
     if INSIDE in message:
-        message = message.replace(INSIDE, _inside(model, method))
+        message = message.replace(INSIDE, _inside(attach, model, method))
     if OTHER_METHOD in message:
-        message = message.replace(OTHER_METHOD, _other_method(model, method))
+        message = message.replace(OTHER_METHOD, _other_method(attach, model, method))
     return message
 
 
-def _inside(model: nn.Module, method: Method) -> str:
+def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
     """Name the text model inside that the method can be attached to.
 
     One that attends to what another part of the model makes is none: by itself it would run without.
@@ -66,7 +74,7 @@ def _inside(model: nn.Module, method: Method) -> str:
     for path, part in model.named_modules():
         if part is model or not hasattr(part, "config") or not callable(getattr(part, "get_input_embeddings", None)):
             continue
-        if not _is_fed(part) and _fits(part, method):
+        if not _is_fed(part) and _fits(attach, part, method):
             return f"Attach to the text model inside: `model.{path}`, a {type(part).__name__}."
     return "Attach to another model: nothing in this one runs on token ids alone."
 
@@ -77,20 +85,16 @@ def _is_fed(part: nn.Module) -> bool:
     return any(name.endswith("_states") and name not in ("hidden_states", "output_hidden_states") for name in arguments)
 
 
-def _other_method(model: nn.Module, method: Method) -> str:
+def _other_method(attach: Attach, model: nn.Module, method: Method) -> str:
     """Name the methods that can enter the model."""
-    from softhooks.methods import LlamaAdapter, PrefixTuning, PromptTuning
-
     others: list[Method] = [PromptTuning(1), PrefixTuning(1), LlamaAdapter(1)]
-    names = [type(other).__name__ for other in others if other.enters != method.enters and _fits(model, other)]
+    names = [type(other).__name__ for other in others if other.enters != method.enters and _fits(attach, model, other)]
     if not names:
         return "No other method can enter this model either; tune it with adapters on its weights, such as LoRA."
     return f"Use a method that can enter this model, such as {' or '.join(names)}."
 
 
-def _fits(model: nn.Module, method: Method) -> bool:
-    from softhooks.attach import attach
-
+def _fits(attach: Attach, model: nn.Module, method: Method) -> bool:
     try:
         attach(model, method, _TRIAL).remove()
     except SoftHooksError:

@@ -5,17 +5,13 @@ Slots in the sequence do. Keys and values that are computed or trained once stan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.paged import paged_cache
 from softhooks.inject.provenance import cache_of, is_filled
 from softhooks.inject.text_position import Outer, given_positions, padding_mask
-
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
 
 
 def starts_elsewhere(stack: Stack, call: dict[str, Any], outer: Outer | None) -> str:
@@ -37,20 +33,16 @@ def starts_elsewhere(stack: Stack, call: dict[str, Any], outer: Outer | None) ->
     return f"position_ids that start at {int(given[:, 0].max())}" if bool((starts > 0).any()) else ""
 
 
-def refuse_elsewhere(stack: Stack, found: str, prompts: Sequence[SoftPrompt]) -> None:
-    """Refuse such a call for a prompt of keys and values that the text's positions start behind.
+def later_start_error(stack: Stack, found: str) -> UnsupportedModeError:
+    """The error for such a call where the prompt's keys and values stay at the first positions.
 
     Args:
         found: what `starts_elsewhere` has found.
-
-    Raises:
-        UnsupportedModeError: the text starts elsewhere, and one of the prompts cannot move along.
     """
-    stays = [prompt for prompt in prompts if prompt.injection in ("attention", "written_out", "cache")]
-    if found and any(prompt.conventions.get("shift_positions", True) for prompt in stays):
-        raise UnsupportedModeError(
-            "keys and values of a prompt stand at the first positions, and the text right behind them.",
-            "Leave `position_ids` out or count it by the attention mask; or use PromptTuning, which moves along.",
-            call=found,
-            model=f"{type(stack.module).__name__}, which starts at {stack.positions.start}",
-        )
+    return UnsupportedModeError(
+        f"the call brings {found}, but a prompt that enters as keys and values takes the first positions, and the text those "
+        "right after it.",
+        "Leave `position_ids` out or count it by the attention mask; or use PromptTuning, which moves along.",
+        call=found,
+        model=f"{type(stack.module).__name__}, which starts at {stack.positions.start}",
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,9 @@ from torch.nn import functional
 from softhooks.backbone.forward_pass import AttentionFunction
 from softhooks.backbone.stack import Site, Stack
 from softhooks.compat.sharding import is_sharded
-from softhooks.errors import UnsupportedModeError
 from softhooks.inject.branch.linear_scaling import Scaled, scale
 from softhooks.inject.branch.projections import keys_and_values
 from softhooks.inject.checkpointing import CheckpointedPass
-
-if TYPE_CHECKING:
-    from softhooks.runtime.selection import Selection
 
 CONTEXT = "prompt_context"
 """The extra argument of the forward that brings each row a context of its own: the vectors of an image, say."""
@@ -170,46 +166,6 @@ class BranchPass(CheckpointedPass):
             seen=branch.seen,
             scaled={name: (self.cut_off(a), self.cut_off(b)) for name, (a, b) in branch.scaled.items()},
         )
-
-
-# --- opening ----------------------------------------------------------------------------------------------------------
-
-
-def open_branch(stack: Stack, selection: Selection, batch: int) -> BranchPass:
-    """Open the pass of prompts that enter as branches.
-
-    Raises:
-        UnsupportedModeError: a prompt in the batch enters in another way, or an extra argument has other rows than the batch.
-    """
-    prompts = selection.prompts
-    if any(prompt.injection != "branch" for prompt in prompts):
-        raise UnsupportedModeError(
-            "a gated branch and a prompt that enters in another way cannot share a batch.",
-            "Run their rows in batches of their own.",
-            prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
-        )
-    context = selection.given.get(CONTEXT)
-    if context is not None and context.shape[0] != batch:
-        raise UnsupportedModeError(
-            f"`{CONTEXT}` must have one entry for each row of the batch.",
-            "Give each row its own context, in the order of the rows.",
-            context=list(context.shape),
-            batch=batch,
-        )
-    choice = selection.choice_of_prompts()
-    if choice is None:
-        branch = prompts[0].branch(stack, context)
-    else:
-        rows = [tuple(row for row, chosen in enumerate(choice) if chosen == i) for i in range(len(prompts))]
-        branches = [prompt.branch(stack, context, own) for prompt, own in zip(prompts, rows, strict=True)]
-        if any(one.pending for one in branches):
-            raise UnsupportedModeError(
-                "in a sharded model (FSDP) all rows of a batch have one gated branch.",
-                "Run the rows of each prompt in batches of their own.",
-                prompts=", ".join(prompt.name for prompt in prompts),
-            )
-        branch = mix_branches(branches, rows, batch)
-    return BranchPass(stack, branch, stack.module.training)
 
 
 def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batch: int) -> Branch:

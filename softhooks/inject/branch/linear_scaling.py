@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
-
-if TYPE_CHECKING:
-    from softhooks.runtime.prompted_model import PromptedModel
 
 Scaled = dict[str, tuple[Tensor, Tensor]]
 """Factor and offset of linear layers by name, [R, out] each; R is 1 (shared by every row) or B."""
@@ -88,12 +86,10 @@ class ScaleHook:
         return None if self.stack.live is None else self.stack.live.scale(self.name, output)
 
 
-def hook_linears(prompted: PromptedModel) -> None:
-    """Hook every linear layer of a model's stacks, once, until its last prompt is removed."""
-    for stack in prompted.structure.stacks:
-        layers = linears(stack)
-        prompted.watch_parts(stack, [module for module, _ in layers.values()])
-        for name, (module, _) in layers.items():
-            hooked = any(isinstance(getattr(h, "__self__", None), ScaleHook) for h in module._forward_hooks.values())
-            if not hooked:
-                prompted.keep(module.register_forward_hook(ScaleHook(stack, name).scale))
+def hook_linears(stack: Stack) -> list[RemovableHandle]:
+    """Hook every linear layer of a stack that has no such hook yet, and return the handles."""
+    handles = []
+    for name, (module, _) in linears(stack).items():
+        if not any(isinstance(getattr(hook, "__self__", None), ScaleHook) for hook in module._forward_hooks.values()):
+            handles.append(module.register_forward_hook(ScaleHook(stack, name).scale))
+    return handles

@@ -80,7 +80,7 @@ def guard(live: Pass, numbers: Tensor) -> None:
             separating.append(mask)
         return attend(site, attention, args, kwargs)
 
-    live.__dict__["attend"] = attend_apart
+    live.attend = attend_apart  # type: ignore[method-assign]  # of this pass alone
 
 
 def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:

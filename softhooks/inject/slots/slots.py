@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.forward_pass import Pass
-from softhooks.backbone.position_table import place_at_table, positions_of, widened_positions
+from softhooks.backbone.position_table import positions_of, widened_positions
 from softhooks.backbone.stack import Stack, first_state
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.provenance import cache_of, caches_in, is_filled, is_recurrent
+from softhooks.inject.shift_positions import set_position_ids
 from softhooks.inject.slots.checks import (
     mask_of_lengths,
     mask_of_text,
@@ -137,12 +138,10 @@ class SlotPass(Pass):
         return spread if behind is None else spread.scatter(1, wide.slots, behind.expand_as(wide.slots))
 
     def _place(self, call: dict[str, Any], ids: Tensor) -> None:
-        """Tell the stack where the columns of the call stand, by ids in its own numbering."""
-        positions = self.stack.positions
-        if positions.argument:
-            call["position_ids"] = ids
-        elif positions.table is not None and positions.table.by_row:
-            place_at_table(positions.table, ids, self.handles)
+        """Give the stack the positions of the call's columns; one that gives all rows the same positions counts them itself."""
+        where = self.stack.positions
+        if where.argument or (where.table is not None and where.table.by_row):
+            set_position_ids(self.stack, call, ids, self.handles)
 
     def is_text(self, args: tuple[Any, ...]) -> bool:
         """Tell the ids from token types, which GPT-2 and CTRL look up in the same table."""

@@ -1,0 +1,79 @@
+"""Give a stack the positions of its text, shifted by the length of a prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softhooks.backbone.position_table import place_at_table
+from softhooks.backbone.stack import Stack
+from softhooks.errors import UnsupportedModeError
+
+
+def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: list[Any]) -> None:
+    """Give a stack the position ids of its columns: in the call, or through a hook on its position table.
+
+    Args:
+        call: the arguments of the forward; changed in place where the stack takes `position_ids`.
+        ids: in the stack's own numbering, [B or 1, T]; [T] for a table that gives all rows of a batch the same positions.
+        handles: the handle of the hook is added here.
+    """
+    if stack.positions.argument:
+        call["position_ids"] = ids
+    elif stack.positions.table is not None:
+        place_at_table(stack.positions.table, ids, handles)
+
+
+def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:
+    """Whether a stack must be given the positions of its text.
+
+    The decoder of an encoder-decoder whose positions come from a table counts its own columns, which is right without a shift.
+    """
+    where = stack.positions
+    counts_itself = stack.name == "decoder" and isinstance(shift, int) and shift == 0
+    return where.argument or (where.table is not None and not counts_itself)
+
+
+def shift_positions(
+    stack: Stack, call: dict[str, Any], shift: int | Tensor, positions: Tensor, mask: Tensor | None, handles: list[Any]
+) -> None:
+    """Place the text of a call `shift` positions after where it would be without a prompt.
+
+    Args:
+        call: the arguments of the forward, changed in place.
+        shift: an int, or [B, 1] where rows differ.
+        positions: of the text without a prompt, counted from 0, [B or 1, T], or [A, B, T] with several axes (M-RoPE).
+        mask: 1 for real tokens, [B, past + T]; None: all are real.
+        handles: the handles of hooks for this forward are added here.
+    """
+    where = stack.positions
+    ids = positions + where.start + (shift.to(positions.device) if isinstance(shift, Tensor) else shift)
+    if where.padding is not None and mask is not None:
+        ids = ids.masked_fill(mask[:, -ids.shape[-1] :] == 0, where.padding)
+    if not where.argument and where.table is not None:
+        if mask is None and isinstance(shift, int) and shift == 0:
+            return  # the table's own answer is right
+        if not where.table.by_row:
+            ids = _common_positions(stack, ids, mask)
+    set_position_ids(stack, call, ids, handles)
+
+
+def _common_positions(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The positions that all rows share, [B or 1, T] -> [T]; padding may have any.
+
+    Raises:
+        UnsupportedModeError: rows differ in them.
+    """
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[-1] :].bool().to(ids.device)
+    common = torch.where(real, ids, 0).amax(0)
+    if bool((real & (ids != common)).any()):
+        raise UnsupportedModeError(
+            f"{type(stack.module).__name__} gives all rows of a batch the same positions, but the texts of these {len(ids)} "
+            "rows need different ones.",
+            "Pad on the right, and run rows with other prompts in batches of their own.",
+            model=type(stack.module).__name__,
+            rows=len(ids),
+        )
+    return common
