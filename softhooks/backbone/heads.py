@@ -22,6 +22,18 @@ HEAD_NAMES = ("score", "classifier", "qa_outputs", "classification_head", "pre_c
 """The names of the heads that transformers makes anew for a task. Language-model heads are not among them."""
 
 
+def can_generate(model: nn.Module) -> bool:
+    """Whether `generate` runs on a model."""
+    method = getattr(model, "can_generate", None)
+    return method is not None and bool(method())
+
+
+def is_causal_lm(model: nn.Module, structure: ModelStructure) -> bool:
+    """Whether a model is a causal language model, whose logits predict the next token."""
+    stack = structure.entry
+    return stack.name == "text" and stack.causal and can_generate(model)
+
+
 def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Module]:
     """Find the new heads of a task model, by path; what lies inside a stack, or belongs to a prompt, is no head.
 

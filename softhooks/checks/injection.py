@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softhooks.backbone.entry_points import require_sites
 from softhooks.backbone.examine import as_choices
+from softhooks.backbone.heads import can_generate
 from softhooks.backbone.stack import decoder_ids, probe_ids
 from softhooks.checks.exactness import shares_exactly
 from softhooks.errors import UnsupportedMethodError
@@ -81,13 +82,7 @@ def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> I
 
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
     """Behind the text of a language model a prompt would steer no training token, and move as the text grows."""
-    can_generate = getattr(prompt.model, "can_generate", None)
-    if (
-        prompt.layout.has_tail
-        and prompt.prompted_model.structure.entry.causal
-        and can_generate is not None
-        and can_generate()
-    ):
+    if prompt.layout.has_tail and prompt.prompted_model.structure.entry.causal and can_generate(prompt.model):
         raise UnsupportedMethodError(
             "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
             "Use placement='front' or 'after_first', or a layout with an anchor or a field behind its last slots, such as a "

@@ -12,12 +12,10 @@ from torch import Tensor
 from softhooks.errors import OptionError
 from softhooks.layout.rendering import Row, render_row
 from softhooks.layout.template import COLUMN, Template
+from softhooks.layout.tokenizing import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from softhooks.layout.verbalizer import Verbalizer
-
-IGNORED = -100
-"""The label of a token that is not to be predicted."""
 
 _LABELS = ("labels", "label", "label_ids")
 
@@ -78,12 +76,12 @@ class Mapper:
         places = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if len(places) != 1:
             raise OptionError(f"a rendered row must hold the mask once, for its class; one has it {len(places)} times.")
-        labels = [IGNORED] * len(ids)
+        labels = [IGNORE_INDEX] * len(ids)
         labels[places[0]] = self.verbalizer.token(int(row[self.label]))
         return found | {"labels": labels}
 
     def _labels(self, row: Row, fields: Mapping[str, Any]) -> list[int] | None:
-        labels = [IGNORED] * len(row.ids)
+        labels = [IGNORE_INDEX] * len(row.ids)
         if self.target is not None:
             ((start, end),) = row.spans[self.target]
             labels[start:end] = row.ids[start:end]
@@ -156,7 +154,7 @@ def padded_labels(labels: Sequence[Any], mask: Tensor) -> Tensor:
     rows = [torch.as_tensor(row) for row in labels]
     if not rows[0].dim():
         return torch.stack(rows)
-    padded = torch.full(mask.shape, IGNORED)
+    padded = torch.full(mask.shape, IGNORE_INDEX)
     for i, row in enumerate(rows):
         padded[i, mask[i].bool()] = row
     return padded

@@ -6,6 +6,9 @@ from typing import Any
 
 from softhooks.errors import OptionError
 
+IGNORE_INDEX = -100
+"""The label of a token that the loss ignores, as in transformers."""
+
 
 def tokenizer_of(tokenizer: Any) -> Any:
     """The tokenizer itself, also where its name is given."""

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.errors import OptionError
-
-IGNORED = -100
+from softhooks.layout.tokenizing import IGNORE_INDEX
 
 
 class Verbalizer:
@@ -59,7 +58,7 @@ class Verbalizer:
         """Put each row's word where its mask stands, and -100 elsewhere. [B, T], [B] -> [B, T]."""
         at = self._masks(input_ids)
         words = torch.tensor([self.token(int(label)) for label in classes], device=input_ids.device)
-        return torch.full_like(input_ids, IGNORED).masked_scatter(at, words.to(input_ids.dtype))
+        return torch.full_like(input_ids, IGNORE_INDEX).masked_scatter(at, words.to(input_ids.dtype))
 
     def scores(self, logits: Tensor, input_ids: Tensor) -> Tensor:
         """The logits of each class at the mask. [B, T, V], [B, T] -> [B, C]."""
@@ -106,7 +105,7 @@ class Verbalizer:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self.causal:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        at = labels != IGNORED
+        at = labels != IGNORE_INDEX
         words = torch.tensor(self.ids, device=labels.device)
         wanted = self._class_of(labels[at])
         total = functional.cross_entropy(logits[at][:, words].float(), wanted, reduction="sum")
@@ -143,7 +142,7 @@ class Verbalizer:
 
 def _places(labels: Tensor) -> Tensor:
     """Where labels stand, once in every row. [B, T] -> [B, T] bool."""
-    at = labels != IGNORED
+    at = labels != IGNORE_INDEX
     wrong = (at.sum(-1) != 1).nonzero()[:, 0].tolist()
     if wrong:
         raise OptionError(

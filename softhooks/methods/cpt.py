@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from softhooks.backbone.heads import can_generate
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import OptionError, UnsupportedMethodError
 from softhooks.layout.few_shot import INPUT, Context, ExampleTemplate, whole_numbers
-from softhooks.layout.tokenizing import tokenizer_of
+from softhooks.layout.tokenizing import IGNORE_INDEX, tokenizer_of
 from softhooks.method import Method
 from softhooks.methods.cpt_encoder import EXAMPLE_IDS, ContextEncoder, FoldedContext
-from softhooks.objectives.base import IGNORED, WeightedLabels
+from softhooks.objectives.weighted_labels import WeightedLabels
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
@@ -185,7 +186,7 @@ class ContextAwarePromptTuning(Method):
             return rendered
         if not answer:
             raise OptionError(f"a label must hold at least one token; it is {fields['label']!r}.")
-        rendered["labels"] = [IGNORED] * len(ids) + answer
+        rendered["labels"] = [IGNORE_INDEX] * len(ids) + answer
         if self.leave_one_out:
             rendered[EXAMPLE_IDS] = self.context.example_of(ids + answer)
         return rendered
@@ -215,8 +216,7 @@ class ContextAwarePromptTuning(Method):
         Raises:
             UnsupportedMethodError: naming the model and its way in.
         """
-        can_generate = getattr(prompt.model, "can_generate", None)
-        if prompt.injection == "shared" and can_generate is not None and can_generate():
+        if prompt.injection == "shared" and can_generate(prompt.model):
             return
         raise UnsupportedMethodError(
             "a context needs a causal language model whose front prompt is computed once and shared by all rows.",

@@ -1,1 +1,1 @@
-"""Training objectives in addition to, or in place of, the loss of the model."""
+"""Training objectives that add to, or replace, the model's own loss."""

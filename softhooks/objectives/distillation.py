@@ -1,7 +1,7 @@
-"""Distillation: draw a prompt to a teacher that is another prompt on the same frozen model, or the model with a longer text.
+"""Distillation from another prompt on the same frozen model.
 
-The model runs twice, once as the teacher, without gradients and at rest; there is no second model in memory. What is compared
-are logits where a label is, and hidden states wherever text is.
+The model runs twice in each step: as the teacher, in evaluation mode and without gradients, and as the student. There is no
+second model in memory. Logits are compared where there is a label, hidden states at every text token.
 """
 
 from __future__ import annotations
@@ -14,69 +14,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softhooks.backbone.heads import is_causal_lm
 from softhooks.backbone.stack import at_rest
 from softhooks.compat.sharding import gather_again
 from softhooks.errors import UnsupportedModeError
-from softhooks.objectives.base import Finish, Objective, PromptOnModel, Texts, kl_divergence, with_loss
+from softhooks.layout.tokenizing import IGNORE_INDEX
+from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_loss
+from softhooks.objectives.losses import Texts, kl_divergence
 
-IGNORED = -100
-
-Speak = Callable[["PromptOnModel"], AbstractContextManager[None] | None]
-"""Lets the teacher speak in the model's forwards inside the context; None: there is nothing to learn from it now."""
+Teacher = Callable[[PromptOnModel], AbstractContextManager[None] | None]
+"""Returns a context in which the model runs with the teacher's prompt; None if there is no teacher in this step."""
 
 
 class Distillation(Objective):
     """Train on `L + weight * (KL(teacher || student) + MSE(hidden states))`.
 
-    Logits are compared where a label is: these are the distributions that the model's own loss trains. Hidden states are the last
-    ones, of every text token that the attention mask shows; in an encoder-decoder those of the encoder's text and of the labeled
-    decoder tokens, half each. Both terms are sums over labels divided by as many labels as the model's loss is, a row's hidden
-    states having the weight of its labels: so gradients that are accumulated equal those of one large batch. Of documents packed
-    into one row each counts as a row.
+    Logits are compared where there is a label, because these are the distributions that the model's own loss trains. The hidden
+    states are the last ones, of every text token that the attention mask shows; in an encoder-decoder half of the weight goes to
+    the encoder's text and half to the labeled decoder tokens.
+
+    Both terms are sums over labels, divided by the number of labels that the model's loss is divided by; the hidden states of a
+    text have the weight of its labels. So accumulated gradients equal those of one large batch. Each document of a packed row
+    counts as a text.
 
     Args:
         weight: lambda.
-        speak: lets the teacher speak.
+        teacher: switches the model to the teacher's prompt.
     """
 
-    def __init__(self, weight: float, speak: Speak) -> None:
+    def __init__(self, weight: float, teacher: Teacher) -> None:
         self.weight = weight
-        self.speak = speak
+        self.teacher = teacher
 
     def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish | None:
-        """Run the teacher, and let the student show its hidden states.
+        """Run the teacher, and ask the student's forward for its hidden states.
 
         Raises:
-            UnsupportedModeError: the call does not begin with the text, or its labels are no classes.
+            UnsupportedModeError: the call does not start with the text, or its labels are not classes.
         """
-        context = self.speak(prompt)
+        context = self.teacher(prompt)
         if context is None:
             return None
-        lesson = Lesson.of(prompt, call)
-        view = _View.of(prompt.model, call)
+        comparison = Comparison.of(prompt, call)
+        requested = _RequestedOutput.of(prompt.model, call)
         with torch.no_grad(), at_rest(prompt.model), prompt.without_objective(), context:
-            taught = lesson.read(prompt.model(**call, **given))
+            target = comparison.read(prompt.model(**call, **given))
         gather_again(prompt.model)
 
         def finish(output: Any) -> Any:
-            divergence, distance = lesson.compare(taught, lesson.read(output))
+            divergence, distance = comparison.compare(target, comparison.read(output))
             loss = output["loss"] + self.weight * (divergence + distance)
-            return view.show(with_loss(output, loss, has_loss=True))
+            return requested.restore(with_loss(output, loss, has_loss=True))
 
         return finish
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a teacher and a student are compared in.
+class Comparison:
+    """Where the outputs of teacher and student are compared in one batch, and with which weights.
 
     Attributes:
-        labeled: which logits a label is for, [B, T] bool, or [B] for a classifier of rows.
+        labeled: which logits have a label, [B, T] bool, or [B] for a classifier of rows.
         text: which columns are text, [B, T] bool.
-        texts: what stands in the rows.
-        share: the part of the loss's labels that each text has, [B], or more where documents are packed.
-        count: how many labels the loss is divided by.
-        two_stacks: whether there is a decoder beside the text's encoder.
+        texts: which text each column belongs to.
+        share: the share of the labels that each text has, [B], or more where documents are packed.
+        count: the number of labels that the loss is divided by.
+        two_stacks: whether the model is an encoder-decoder.
     """
 
     labeled: Tensor
@@ -87,11 +90,11 @@ class Lesson:
     two_stacks: bool
 
     @classmethod
-    def of(cls, prompt: PromptOnModel, call: dict[str, Any]) -> Lesson:
+    def of(cls, prompt: PromptOnModel, call: dict[str, Any]) -> Comparison:
         """Read the masks and labels of a call.
 
         Raises:
-            UnsupportedModeError: it does not begin with the text, or its labels are no classes.
+            UnsupportedModeError: the call does not start with the text, or its labels are not classes.
         """
         _check(call)
         labels = call["labels"]
@@ -100,19 +103,21 @@ class Lesson:
         mask = call.get("attention_mask")
         text = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if mask is None else mask.bool()
         labeled = _labeled(prompt, call)
-        is_one = labeled.shape == text.shape and not prompt.structure.is_encoder_decoder
-        texts = Texts.of(call if is_one else {}, text)
-        rows = texts.sums(labeled.long()) if is_one else labeled.long().reshape(len(labeled), -1).sum(-1)
+        two_stacks = prompt.structure.is_encoder_decoder
+        has_text_labels = labeled.shape == text.shape and not two_stacks  # one label for each text column
+        texts = Texts.of(call if has_text_labels else {}, text)
+        sums = texts.sums(labeled.long()) if has_text_labels else labeled.long().reshape(len(labeled), -1).sum(-1)
         count = call.get("num_items_in_batch")
-        count = torch.as_tensor(rows.sum() if count is None else count, device=labels.device).clamp(min=1)
-        return cls(labeled, text, texts, rows / count, count, prompt.structure.is_encoder_decoder)
+        count = torch.as_tensor(sums.sum() if count is None else count, device=labels.device).clamp(min=1)
+        return cls(labeled, text, texts, sums / count, count, two_stacks)
 
     def read(self, output: Any) -> tuple[Tensor, list[Tensor]]:
-        """Take from an output the logits of labels, [N, V], and the last hidden states of each stack, [B, T, H]."""
+        """Take the labeled logits, [N, V], and the last hidden states of each stack, [B, T, H], from an output."""
         logits = output.logits
         if logits.shape[:-1] != self.labeled.shape or logits.shape[-1] < 2:
             raise UnsupportedModeError(
-                "a student learns from its teacher's distribution over classes, of which each has a label.",
+                f"the logits {list(logits.shape)} are not one distribution over classes for each label; distillation compares "
+                "such distributions.",
                 "Train this head without teachers.",
                 logits=list(logits.shape),
                 labels=list(self.labeled.shape),
@@ -127,63 +132,61 @@ class Lesson:
     def compare(
         self, teacher: tuple[Tensor, list[Tensor]], student: tuple[Tensor, list[Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """The divergence of the logits and the distance of the states, both exactly 0 between equals."""
+        """Compute the KL divergence of the logits and the MSE of the states; both are exactly 0 for equal outputs."""
         divergence = kl_divergence(teacher[0], student[0]).sum() / self.count
         columns = [self.text, self.labeled]
-        apart = [
+        distances = [
             (mean_square(*states, columns[stack], self.texts) * self.share).sum()
             for stack, states in enumerate(zip(teacher[1], student[1], strict=True))
         ]
-        return divergence, torch.stack(apart).mean()
+        return divergence, torch.stack(distances).mean()
 
 
-def mean_square(teacher: Tensor, student: Tensor, shown: Tensor, texts: Texts) -> Tensor:
-    """Each text's mean square difference over the columns that are shown, in fp32. [B, T, H], [B, T] -> [texts]."""
-    squares = (teacher.float() - student.float()).square().mean(-1).masked_fill(~shown, 0.0)
-    return texts.sums(squares) / texts.sums(shown.long()).clamp(min=1)
+def mean_square(teacher: Tensor, student: Tensor, visible: Tensor, texts: Texts) -> Tensor:
+    """Compute each text's mean squared difference over its visible columns, in fp32. [B, T, H], [B, T] -> [texts]."""
+    squares = (teacher.float() - student.float()).square().mean(-1).masked_fill(~visible, 0.0)
+    return texts.sums(squares) / texts.sums(visible.long()).clamp(min=1)
 
 
 def _labeled(prompt: PromptOnModel, call: dict[str, Any]) -> Tensor:
-    """Which logits the model's own loss compares with a label."""
+    """Tell which logits the model's own loss compares with a label."""
     if call.get("shift_labels") is not None:
-        return torch.as_tensor(call["shift_labels"] != IGNORED)
-    labeled: Tensor = call["labels"] != IGNORED
-    stack = prompt.structure.entry
-    can_generate = getattr(prompt.model, "can_generate", None)
-    if stack.name == "text" and stack.causal and can_generate is not None and can_generate():
-        nothing = torch.zeros_like(labeled[:, :1])
-        labeled = torch.cat([labeled[:, 1:], nothing], 1)  # a language model's logits answer to the next token's label
+        return torch.as_tensor(call["shift_labels"] != IGNORE_INDEX)
+    labeled: Tensor = call["labels"] != IGNORE_INDEX
+    if is_causal_lm(prompt.model, prompt.structure):
+        # The logits of a column predict the label of the next one.
+        labeled = torch.cat([labeled[:, 1:], torch.zeros_like(labeled[:, :1])], 1)
     return labeled
 
 
 def _check(call: dict[str, Any]) -> None:
     mask, labels = call.get("attention_mask"), call["labels"]
-    begun = [name for name in ("past_key_values", "encoder_outputs") if call.get(name) is not None]
-    if begun:
+    computed = [name for name in ("past_key_values", "encoder_outputs") if call.get(name) is not None]
+    if computed:
         raise UnsupportedModeError(
-            "where a teacher reads the text too, a call must begin with the text.",
-            f"Leave out {' and '.join(begun)}, which one prompt alone has made.",
-            given=", ".join(begun),
+            f"the call has {' and '.join(computed)}; teacher and student must both read the whole text.",
+            f"Leave out {' and '.join(computed)}.",
+            given=", ".join(computed),
         )
     if (mask is not None and mask.dim() != 2) or labels.is_floating_point():
         raise UnsupportedModeError(
-            "distillation needs to know which columns are text, and which classes the labels name.",
-            "Give a mask of one number a token, and labels that are whole numbers.",
+            "the call has an attention mask that is not [B, T], or labels that are not classes; distillation needs both.",
+            "Pass a mask with one number for each token, and labels that are whole numbers.",
             attention_mask="none" if mask is None else list(mask.shape),
             labels=f"{list(labels.shape)} {labels.dtype}",
         )
 
 
 @dataclass(frozen=True)
-class _View:
-    """How the caller wants to see the output, which names its hidden states for us meanwhile."""
+class _RequestedOutput:
+    """The form of output that the caller asked for; the objective itself needs hidden states, by name."""
 
     hidden_states: bool
     named: bool
 
     @classmethod
-    def of(cls, model: Any, call: dict[str, Any]) -> _View:
-        """Note what is asked for, and ask for hidden states, by name."""
+    def of(cls, model: Any, call: dict[str, Any]) -> _RequestedOutput:
+        """Note what the call asks for, and change it to ask for a `ModelOutput` with hidden states."""
         hidden, named = call.get("output_hidden_states"), call.get("return_dict")
         hidden = getattr(model.config, "output_hidden_states", False) if hidden is None else hidden
         named = getattr(model.config, "return_dict", True) if named is None else named
@@ -192,8 +195,8 @@ class _View:
             call["return_dict"] = True
         return cls(bool(hidden), bool(named))
 
-    def show(self, output: Any) -> Any:
-        """Drop what was not asked for."""
+    def restore(self, output: Any) -> Any:
+        """Drop what the caller did not ask for."""
         if not self.hidden_states:
             kept = {key: value for key, value in output.items() if not key.endswith("hidden_states")}
             output = type(output)(**kept)

@@ -1,4 +1,4 @@
-"""Self-distillation: a prompt learns to do what a document in the context does, with the bare model as its own teacher."""
+"""Self-distillation: the prompt learns to replace a document, with the frozen model that reads the document as teacher."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softhooks.backbone.heads import is_causal_lm
 from softhooks.backbone.module_walk import every_tensor
 from softhooks.backbone.stack import Role, Stack, at_rest
 from softhooks.errors import UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues, split
 from softhooks.inject.reuse import Memory
 from softhooks.inject.text_key_values import key_values_of
-from softhooks.objectives.base import Finish, Objective, PromptOnModel, kl_divergence, with_loss
+from softhooks.layout.tokenizing import IGNORE_INDEX
+from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_loss
+from softhooks.objectives.losses import kl_divergence
 
-_OF_THE_STUDENT = (
+_STUDENT_ONLY = (
     "labels",
     "num_items_in_batch",
     "output_attentions",
@@ -24,15 +27,17 @@ _OF_THE_STUDENT = (
     "return_dict",
     "use_cache",
 )
-"""Arguments of a call that are none of the teacher's."""
+"""Arguments of a call that the teacher's forward does not get."""
 
 
 class SelfDistillation(Objective):
-    """KL(teacher || student) where the next token is labeled: the teacher reads a document, the student has the prompt instead.
+    """KL(teacher || student) at the positions whose next token is labeled.
+
+    The teacher is the frozen model with the document before each row; the student is the same model with the prompt instead.
 
     Args:
         document: the ids that the teacher reads before each row.
-        top_k: how many of the teacher's likeliest tokens are told apart.
+        top_k: how many of the teacher's most likely tokens are compared one by one.
     """
 
     def __init__(self, document: Sequence[int], top_k: int) -> None:
@@ -46,47 +51,49 @@ class SelfDistillation(Objective):
         Raises:
             UnsupportedMethodError: it is not.
         """
-        stack = prompt.structure.entry
-        can_generate = getattr(prompt.model, "can_generate", None)
-        if stack.name == "text" and stack.causal and can_generate is not None and can_generate():
+        if is_causal_lm(prompt.model, prompt.structure):
             return
         raise UnsupportedMethodError(
-            "self-distillation needs a causal language model: it compares what is predicted next.",
+            f"{type(prompt.model).__name__} is not a causal language model; self-distillation compares predictions of the next "
+            "token.",
             "Choose distill=False, to train on the model's own loss.",
             model=type(prompt.model).__name__,
         )
 
     def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
-        """Ask the teacher, and take the labels: they only say where the two are compared."""
+        """Run the teacher and remove the labels, which only say where the two are compared."""
         labels = call.pop("labels")
         items = call.pop("num_items_in_batch", None)
-        chosen = labels[:, 1:] != -100
-        wanted = self._teach(prompt, call, chosen)
+        compared = labels[:, 1:] != IGNORE_INDEX
+        target = self._teach(prompt, call, compared)
 
         def finish(output: Any) -> Any:
-            found = _select(output[0] if isinstance(output, tuple) else output.logits, chosen)
-            total = kl_divergence(wanted, found, self.top_k).sum()
-            count = chosen.sum().clamp(min=1) if items is None else items
+            predicted = _select(output[0] if isinstance(output, tuple) else output.logits, compared)
+            total = kl_divergence(target, predicted, self.top_k).sum()
+            count = compared.sum().clamp(min=1) if items is None else items
             count = count.to(total.device) if isinstance(count, Tensor) else count
             return with_loss(output, total / count, has_loss=False)
 
         return finish
 
-    def _teach(self, prompt: PromptOnModel, call: dict[str, Any], chosen: Tensor) -> Tensor:
-        """The teacher's logits where they are compared, [N, V]."""
+    def _teach(self, prompt: PromptOnModel, call: dict[str, Any], compared: Tensor) -> Tensor:
+        """Compute the teacher's logits where the two are compared, [N, V]."""
         if call.get("past_key_values") is not None:
-            raise UnsupportedModeError("self-distillation runs each text twice; train without `past_key_values`.")
-        asked = {key: value for key, value in call.items() if key not in _OF_THE_STUDENT}
+            raise UnsupportedModeError(
+                "the call has `past_key_values`; self-distillation runs each text from its start, once as teacher and once as "
+                "student. Train without them."
+            )
+        inputs = {key: value for key, value in call.items() if key not in _STUDENT_ONLY}
         with at_rest(prompt.model), prompt.without_objective():
             tables = self._read(prompt)
+            # The document enters as the prompt does, so its keys and values are computed at batch 1 and shared by all rows.
             with prompt.standing_in(lambda stack: _as_prefix(prompt, stack, tables)):
-                output = prompt.model(**asked, use_cache=False, return_dict=True)
-        return _select(output.logits, chosen)
+                output = prompt.model(**inputs, use_cache=False, return_dict=True)
+        return _select(output.logits, compared)
 
     def _read(self, prompt: PromptOnModel) -> dict[str, Tensor]:
-        """The document's keys and values; read once inside `softhooks.kept`, else in every step."""
-        structure = prompt.structure
-        stack = structure.entry
+        """Compute the document's keys and values: once inside `softhooks.kept`, else in every step."""
+        structure, stack = prompt.structure, prompt.structure.entry
         return self._memory.recall(
             stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document)
         )
@@ -99,13 +106,14 @@ def _as_prefix(prompt: PromptOnModel, stack: Stack, tables: dict[str, Tensor]) -
     return {"self": prefix}
 
 
-def _select(logits: Tensor, chosen: Tensor) -> Tensor:
-    """The logits of the positions whose next token is chosen. [B, T, V] and [B, T - 1] -> [N, V]."""
-    if logits.shape[1] != chosen.shape[1] + 1:
+def _select(logits: Tensor, compared: Tensor) -> Tensor:
+    """Take the logits of the positions whose next token is labeled. [B, T, V] and [B, T - 1] -> [N, V]."""
+    if logits.shape[1] != compared.shape[1] + 1:
         raise UnsupportedModeError(
-            "self-distillation needs the logits of every column that has a label.",
+            f"the model returned logits for {logits.shape[1]} columns, and the labels have {compared.shape[1] + 1}; "
+            "self-distillation needs the logits of every labeled column.",
             "Call the model without `logits_to_keep`.",
             logits=list(logits.shape),
-            labels=f"{chosen.shape[1] + 1} columns",
+            labels=f"{compared.shape[1] + 1} columns",
         )
-    return logits[:, :-1][chosen.to(logits.device)]
+    return logits[:, :-1][compared.to(logits.device)]

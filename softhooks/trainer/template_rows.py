@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import DataCollatorWithPadding, default_data_collator
 
-from softhooks.layout.collate import IGNORED, Collator, padded_labels
+from softhooks.layout.collate import Collator, padded_labels
+from softhooks.layout.tokenizing import IGNORE_INDEX
 from softhooks.runtime.prompted_model import prompted_model_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from softhooks.method import Method
 
-_FILL = {"labels": IGNORED, "attention_mask": 0, "token_type_ids": 0}
+_FILL = {"labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0}
 
 
 class PaddedRows:

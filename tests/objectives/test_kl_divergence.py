@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from softhooks.objectives.base import kl_divergence
+from softhooks.objectives.losses import kl_divergence
 
 
 def by_hand(teacher: torch.Tensor, student: torch.Tensor, kept: int) -> float:

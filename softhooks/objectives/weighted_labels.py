@@ -1,0 +1,94 @@
+"""Cross-entropy on label tokens of the prompt and of the text; the objective of context-aware prompt tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from softhooks.errors import UnsupportedModeError
+from softhooks.inject.prefill import logits_of
+from softhooks.layout.tokenizing import IGNORE_INDEX
+from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_loss
+from softhooks.objectives.losses import Texts
+
+
+class WeightedLabels(Objective):
+    """Cross-entropy on label tokens of the prompt itself, weighted, and on those of the text.
+
+    A text's loss is the mean over both. A label token of the prompt that is hidden from the row counts neither in the sum nor in
+    the number. Texts are weighted by their own label tokens: `sum_b n_b loss_b / N`, where N is the call's `num_items_in_batch`
+    if a Trainer passes it, and else the sum of n_b. With `num_items_in_batch`, any split into micro-batches and processes gives
+    the same result as one batch. Each document of a packed row counts as a text.
+
+    The prompt's logits are computed once, at its labels only; everything from the logits on is fp32.
+
+    Args:
+        places: the positions of the prompt's label tokens; never 0.
+        targets: their ids.
+        weights: their weights; labels of the text have weight 1.
+    """
+
+    def __init__(self, places: Sequence[int], targets: Sequence[int], weights: Sequence[float]) -> None:
+        self.places = torch.tensor(places)
+        self.targets = torch.tensor(targets)
+        self.weights = torch.tensor(weights)
+
+    def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
+        """Remove the labels from the call, so that the model does not compute its own loss."""
+        labels, shifted = call.pop("labels"), call.pop("shift_labels", None)
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) if shifted is None else shifted
+        items = call.pop("num_items_in_batch", None)
+        texts = Texts.of(call, targets)
+
+        def finish(output: Any) -> Any:
+            sums, counts = _label_sums(output[0], targets, texts)
+            prompt_losses = self._prompt_losses(prompt).to(sums)
+            visible = self._visible(prompt, given, len(targets)).to(sums)
+            visible = visible.repeat_interleave(texts.per_row, dim=0)
+            losses = (visible @ prompt_losses + sums) / (visible.sum(-1) + counts).clamp(min=1)
+            total = counts.sum().clamp(min=1) if items is None else torch.as_tensor(items).to(sums)
+            return with_loss(output, (counts * losses).sum() / total, has_loss=False)
+
+        return finish
+
+    def _prompt_losses(self, prompt: PromptOnModel) -> Tensor:
+        """Compute the weighted loss of each label token of the prompt, [labels]."""
+        states = prompt.states
+        if states is None:
+            raise UnsupportedModeError(
+                "the loss over the prompt's own label tokens is not available: this call does not compute the prompt once for "
+                "all rows.",
+                "Leave out inputs other than the text, such as `token_type_ids` or the states of an encoder.",
+                prompt=prompt.name,
+            )
+        chosen = states[:, (self.places - 1).to(states.device)]  # the state before a token predicts it
+        logits = logits_of(prompt.model, prompt.structure.entry, chosen, prompt.placeholder_id)[0].float()
+        losses = functional.cross_entropy(logits, self.targets.to(logits.device), reduction="none")
+        return losses * self.weights.to(logits.device)
+
+    def _visible(self, prompt: PromptOnModel, given: dict[str, Tensor], batch: int) -> Tensor:
+        """Tell which of the prompt's label tokens each row sees, [B, labels] bool."""
+        hidden = prompt.encoder.hidden(given, batch)
+        if hidden is None:
+            return torch.ones(batch, len(self.places), dtype=torch.bool)
+        return ~hidden[:, self.places.to(hidden.device)].expand(batch, -1)
+
+
+def _label_sums(logits: Tensor, targets: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Sum the cross-entropy of each text's label tokens, and count them. [B, T, V], [B, T] -> [texts], [texts]."""
+    if logits.shape[:2] != targets.shape:
+        raise UnsupportedModeError(
+            f"the model returned logits for {logits.shape[1]} columns, and the labels have {targets.shape[1]}; the loss needs a "
+            "logit for each label.",
+            "Leave `logits_to_keep` out in training.",
+            logits=list(logits.shape[:2]),
+            labels=list(targets.shape),
+        )
+    targets = targets.to(logits.device)
+    is_label = targets != IGNORE_INDEX
+    losses = functional.cross_entropy(logits[is_label].float(), targets[is_label], reduction="none")
+    return texts.sums(losses.new_zeros(targets.shape).masked_scatter(is_label, losses)), texts.sums(is_label.long())
