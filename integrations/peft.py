@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from softhooks.backbone.examine import examine, unwrapped
+from softhooks.backbone.examine import examine
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import NameTakenError, OptionError, PromptMismatchError, SoftHooksError
 from softhooks.formats import peft_read, peft_write
 from softhooks.formats.stack_outline import outline

@@ -32,7 +32,7 @@ from softhooks.compat.bitsandbytes import keep_unpacked, unpacked
 from softhooks.compat.offload import device_of
 from softhooks.compat.peft import home, keep_wrapped, refuse_prompts
 from softhooks.constraint import unwatch, watch
-from softhooks.encoder import PromptEncoder
+from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import PromptTooLongError
 from softhooks.inject.slots.argument_values import find_fills
 from softhooks.layout.tokenizing import tokenizer_of
@@ -163,7 +163,9 @@ def attach_encoder(
     module = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict()})
     count = method.num_virtual_tokens
     if conventions is None:
-        ids = fresh_ids(model, structure, count, encoder) if needs_ids else None
+        known = encoder.start_ids
+        rows = encoder.folded().get(EMBEDDINGS) if needs_ids and known is None else None
+        ids = fresh_ids(model, structure, count, known, rows) if needs_ids else None
         conventions = method.conventions(structure)
     else:
         ids, conventions = stored_ids(model, structure, count, conventions, source, needed=needs_ids)
@@ -262,8 +264,8 @@ def _open(prompted: PromptedModel, trainable: tuple[str, ...], frozen_record: bo
     if frozen_record:
         prompted.record = FrozenRecord(model, frozen_names(model))
     prompted.fingerprint = take(model, prompted.structure, frozen=True)
-    keep_unpacked(prompted)
-    keep_wrapped(prompted)
+    keep_unpacked(model, prompted.patches)
+    keep_wrapped(model, prompted.patches)
     stand_in(prompted)
     prompted.install()
 

@@ -16,11 +16,10 @@ from torch import nn
 from softhooks.attach import attach_encoder
 from softhooks.backbone.added_vocabulary import say_unsaved
 from softhooks.backbone.container import is_prompt_key
-from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.check import about_base, require_base
 from softhooks.base_model.fingerprint import Fingerprint, take, without_rows
-from softhooks.compat.peft import home
+from softhooks.compat.peft import home, unwrapped
 from softhooks.compat.sharding import shards
 from softhooks.formats.find import find
 from softhooks.formats.native import write_stored
@@ -39,7 +38,8 @@ def save(prompt: SoftPrompt, folder: Path) -> None:
         NotAttachedError: the prompt was removed.
     """
     write_stored(stored_of(prompt), folder)
-    say_unsaved(prompt)
+    saved = () if prompt.added is None else frozenset(prompt.added.ids.tolist())
+    say_unsaved(prompt, prompt.name, prompt.model, prompt.prompted_model.structure, saved)
 
 
 def stored_of(prompt: SoftPrompt) -> Stored:

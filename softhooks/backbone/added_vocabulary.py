@@ -13,20 +13,17 @@ import warnings
 import weakref
 from collections.abc import Container
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.stack import ModelStructure
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import PromptMismatchError
-
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
 
 logger = logging.getLogger(__name__)
 
-_said: weakref.WeakSet[SoftPrompt] = weakref.WeakSet()
+_said: weakref.WeakSet[object] = weakref.WeakSet()
 _SMALL = 16 * 2**20  # no config is larger
 
 
@@ -101,19 +98,22 @@ def warn_of_added(model: nn.Module, structure: ModelStructure, covered: Containe
         )
 
 
-def say_unsaved(prompt: SoftPrompt) -> None:
-    """Say once, when a prompt is saved, that rows which a script has added are not in its file."""
-    base = base_rows(prompt.model, prompt.prompted_model.structure)
+def say_unsaved(prompt: object, name: str, model: nn.Module, structure: ModelStructure, saved: Container[int]) -> None:
+    """Say once for a prompt, when it is saved, that rows which a script has added are not in its file.
+
+    Args:
+        saved: the ids whose rows are.
+    """
+    base = base_rows(model, structure)
     if base is None or prompt in _said:
         return
     _said.add(prompt)
-    held = set() if prompt.added is None else set(prompt.added.ids.tolist())
-    left_out = [row for row in range(base, prompt.prompted_model.structure.vocabulary) if row not in held]
+    left_out = [row for row in range(base, structure.vocabulary) if row not in saved]
     if left_out:
         logger.warning(
             "%d rows of the vocabulary (%d to %d) were added by `resize_token_embeddings`; they are not in the file of "
             "the prompt %r: save the resized model too, or attach with `train_added_tokens=`.",
-            len(left_out), left_out[0], left_out[-1], prompt.name,
+            len(left_out), left_out[0], left_out[-1], name,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -11,7 +12,6 @@ from softhooks.errors import PromptMismatchError, UnsupportedMethodError
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure, Stack
-    from softhooks.method import Method
 
 
 def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
@@ -24,14 +24,16 @@ def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self
     return groups
 
 
-def check_tables(structure: ModelStructure, method: Method, tables: dict[str, Tensor], source: str) -> None:
+def check_tables(expected: Mapping[str, tuple[int, ...]], tables: dict[str, Tensor], source: str) -> None:
     """Check that a folded prompt fits a model.
+
+    Args:
+        expected: the shape of each table that fits the model.
 
     Raises:
         PromptMismatchError: tables or their shapes differ.
         UnsupportedMethodError: the prompt cannot enter the model.
     """
-    expected = method.shapes(structure)
     for group in sorted(set(expected) | set(tables)):
         table = tables.get(group)
         if table is None or tuple(table.shape) != expected.get(group):

@@ -19,6 +19,7 @@ from softhooks.backbone.position_numbering import numbering
 from softhooks.backbone.probing import INSIDE, probing
 from softhooks.backbone.stack import ModelStructure, Stack, StackName, at_rest, decoder_ids, probe_ids
 from softhooks.backbone.visibility import is_rounding, probe_length, sees_later
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModelError
 
 
@@ -120,12 +121,6 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     plain = unwrapped(model)
     takes = "decoder_input_ids" in inspect.signature(plain.forward).parameters
     return bool(getattr(plain.config, "is_encoder_decoder", False)) and takes
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model; any other model as it is."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
 
 
 def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from softhooks.backbone.attention_interface import MARK, close_interface, files_of, open_interface
 from softhooks.backbone.inline_attention import is_replaced, known, written_out_attention
+from softhooks.backbone.listening_cache import ListeningCache
 from softhooks.backbone.stack import Role, Site, Stack, first_state
 from softhooks.backbone.windows import SHORT, hides_distant, short_window
-from softhooks.inject.prefix.prefix_cache import ListeningCache
 
 
 @dataclass

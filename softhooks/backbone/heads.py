@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softhooks.backbone.container import CONTAINER
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of, read, unhooked
 from softhooks.errors import PromptMismatchError
@@ -39,8 +40,6 @@ def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Modu
 
     A pooler beside a classifier is new too: DeBERTa pools outside its stack.
     """
-    from softhooks.backbone.container import CONTAINER
-
     inside = {id(module) for stack in structure.stacks for module in stack.module.modules()}
     prompts = model._modules.get(CONTAINER)
     inside |= {id(module) for module in prompts.modules()} if prompts is not None else set()

@@ -9,6 +9,7 @@ of the text's config, or 0. The ids are stored with the prompt.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from softhooks.backbone.examine import as_choices
 from softhooks.backbone.probing import probing
 from softhooks.backbone.stack import ModelStructure, Stack, at_rest, decoder_ids, first_state, probe_ids, special_ids
 from softhooks.backbone.word_embeddings import words_among
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import PromptMismatchError
 
 BUFFER = "placeholder"
@@ -107,11 +107,17 @@ def usual_id(model: nn.Module, vocabulary: int) -> int:
     return pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
 
 
-def fresh_ids(model: nn.Module, structure: ModelStructure, count: int, encoder: PromptEncoder) -> Tensor:
-    """The ids behind a new prompt's virtual tokens: those of the words that it starts from, else the usual one. -> [P]."""
-    usual, known = usual_id(model, structure.vocabulary), encoder.start_ids
+def fresh_ids(
+    model: nn.Module, structure: ModelStructure, count: int, known: Sequence[int | None] | None, rows: Tensor | None
+) -> Tensor:
+    """The ids behind a new prompt's virtual tokens: those of the words that it starts from, else the usual one. -> [P].
+
+    Args:
+        known: the ids of these words, None for a row that is no word; None: they are looked up by the rows.
+        rows: the prompt's embedding rows, [P, H].
+    """
+    usual = usual_id(model, structure.vocabulary)
     if known is None:
-        rows = encoder.folded().get(EMBEDDINGS)
         alone = rows is not None and rows.shape == (count, structure.entry.width)
         known = words_among(structure, rows) if rows is not None and alone else [None] * count
     return torch.tensor([usual if word is None else word for word in known])

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.prefix.key_values import KeyValues
 
 SHORT = 2
 """A window that a probe of four tokens shows."""
@@ -46,11 +45,11 @@ def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
     return told if isinstance(told, int) and told > 0 else None
 
 
-def require_one_chunk(stack: Stack, prefix: KeyValues | None, positions: Tensor | None) -> None:
+def require_one_chunk(stack: Stack, virtual_tokens: int, positions: Tensor | None) -> None:
     """Refuse a text that leaves its first chunk behind a prefix: its chunks would be cut P tokens too late.
 
     Args:
-        prefix: of self-attention.
+        virtual_tokens: how many stand before the text in self-attention, at positions of their own.
         positions: where the text stands, counted from 0 in each row, [B or 1, T].
 
     Raises:
@@ -59,14 +58,14 @@ def require_one_chunk(stack: Stack, prefix: KeyValues | None, positions: Tensor 
     config: Any = getattr(stack.module, "config", None)
     chunk = getattr(config, "attention_chunk_size", None)
     is_chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
-    if not is_chunked or not isinstance(chunk, int) or prefix is None or prefix.windowed is False:
+    if not is_chunked or not isinstance(chunk, int) or not virtual_tokens:
         return
     longest = None if positions is None else int(positions.max()) + 1
-    if longest is None or longest + prefix.length > chunk:
+    if longest is None or longest + virtual_tokens > chunk:
         raise UnsupportedModeError(
             "a prefix and its text must fit into one chunk of a model with chunked attention.",
             "Shorten the text, or use PromptTuning, whose virtual tokens are cut into chunks with the text.",
-            prefix=f"{prefix.length} virtual tokens",
+            prefix=f"{virtual_tokens} virtual tokens",
             text="of unknown length" if longest is None else f"{longest} tokens",
             chunk=f"{chunk} tokens",
         )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.compare import Finding, compare, lowered
 from softhooks.base_model.fingerprint import Fingerprint, take
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import CheckpointError, PromptMismatchError
 
 if TYPE_CHECKING:

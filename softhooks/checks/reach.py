@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.module_walk import every_module
 from softhooks.backbone.probing import OTHER_METHOD, proving
 from softhooks.backbone.stack import at_rest
 from softhooks.checks.injection import probe_inputs
+from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
 from softhooks.encoder import PromptEncoder
 from softhooks.errors import UnsupportedModelError

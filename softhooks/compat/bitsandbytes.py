@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from softhooks.errors import TrainerError
-from softhooks.runtime.prompted_model import PromptedModel
+from softhooks.patching.patches import Patches
 
 _CARRIES_ADAPTER = "_hf_peft_config_loaded"
 """What the Trainer asks of a quantized model."""
@@ -39,15 +39,15 @@ def require_trainable(model: nn.Module) -> None:
         )
 
 
-def admit(prompted: PromptedModel) -> None:
+def admit(model: nn.Module, patches: Patches) -> None:
     """Say that a quantized model carries trainable parameters, as it does now, until the Trainer has asked."""
-    if needs_admission(prompted.model):
-        prompted.override(_CARRIES_ADAPTER, True)
+    if needs_admission(model):
+        patches.set(model, _CARRIES_ADAPTER, True)
 
 
-def dismiss(prompted: PromptedModel) -> None:
+def dismiss(model: nn.Module, patches: Patches) -> None:
     """Take back what `admit` said: other code would look for an adapter of PEFT."""
-    prompted.restore(_CARRIES_ADAPTER)
+    patches.restore(model, _CARRIES_ADAPTER)
 
 
 # --- bitsandbytes on a CPU --------------------------------------------------------------------------------------------
@@ -60,21 +60,17 @@ pass no gradient and have other bits."""
 @contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """Keep 4-bit layers from packing their weights while they are probed; unpack those that have done it."""
-    packing = _packing(model)
-    for layer in packing:
-        layer.__dict__[_PACKS] = False
-        layer.state_dict()  # unpacks in place
-    try:
+    with Patches() as patches:
+        for layer in _packing(model):
+            patches.set(layer, _PACKS, False)
+            layer.state_dict()  # unpacks in place
         yield
-    finally:
-        for layer in packing:
-            layer.__dict__[_PACKS] = True
 
 
-def keep_unpacked(prompted: PromptedModel) -> None:
+def keep_unpacked(model: nn.Module, patches: Patches) -> None:
     """Keep 4-bit layers from packing their weights until the last prompt is removed."""
-    for layer in _packing(prompted.model):
-        prompted.override(_PACKS, False, layer)
+    for layer in _packing(model):
+        patches.set(layer, _PACKS, False)
 
 
 def _packing(model: nn.Module) -> list[nn.Module]:

@@ -6,9 +6,8 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from softhooks.backbone.examine import unwrapped
 from softhooks.errors import AttachError, UnsupportedModelError
-from softhooks.runtime.prompted_model import PromptedModel
+from softhooks.patching.patches import Patches
 
 _UNLOADS = ("merge_and_unload", "unload")
 
@@ -40,15 +39,14 @@ def refuse_prompts(model: nn.Module) -> None:
         )
 
 
-def keep_wrapped(prompted: PromptedModel) -> None:
+def keep_wrapped(model: nn.Module, patches: Patches) -> None:
     """Until the last prompt is removed, keep PEFT from taking the model out of the wrapper that carries the prompts."""
-    model = prompted.model
     if unwrapped(model) is model or not hasattr(model, "peft_config"):
         return
     for module in (model, getattr(model, "base_model", model)):
         for name in _UNLOADS:
             if hasattr(module, name):
-                prompted.override(name, _Refusal(name), module)
+                patches.set(module, name, _Refusal(name))
 
 
 class _Refusal:
@@ -73,3 +71,9 @@ def _kind(config: Any) -> str:
 
 def _is_prompt(config: Any) -> bool:
     return bool(getattr(config, "is_prompt_learning", False)) or _kind(config) == "ADAPTION_PROMPT"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; any other model as it is."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model

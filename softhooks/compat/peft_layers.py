@@ -7,23 +7,25 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 
 _PER_ROW = ("adapter_names", "alora_offsets")
 """What PEFT hands to its layers for the rows of one forward, in hooks that last as long as that forward."""
 
 
-def switches(stack: Stack) -> tuple[Any, ...]:
-    """Tell which adapters in a stack are on, and how strong: `disable_adapter`, `set_adapter` and `set_scale` move no tensor.
+def switches(module: nn.Module, model: nn.Module) -> tuple[Any, ...]:
+    """Tell which adapters in a module are on, and how strong: `disable_adapter`, `set_adapter` and `set_scale` move no tensor.
+
+    Args:
+        model: the model that holds the module, for hooks to be removed from.
 
     Raises:
         UnsupportedModeError: each row of this forward has an adapter of its own, and what asks is the same for all rows.
     """
     found = []
-    for layer in _layers(stack.module):
+    for layer in _layers(module):
         own = layer.__dict__
-        _require_one_for_all(layer, stack)
+        _require_one_for_all(layer, model)
         scaling = own.get("scaling")
         strengths = tuple(scaling.items()) if isinstance(scaling, dict) else ()
         active = own.get("_active_adapter", ())
@@ -58,11 +60,11 @@ def _per_row(hook: Any) -> str | None:
     return next((name for name in _PER_ROW if keywords.get(name) is not None), None)
 
 
-def _require_one_for_all(layer: nn.Module, stack: Stack) -> None:
+def _require_one_for_all(layer: nn.Module, model: nn.Module) -> None:
     for hook in layer._forward_pre_hooks.values():
         given = _per_row(hook)
         if given is not None:
-            _drop_hooks(stack.module if stack.owner is None else stack.owner.model)
+            _drop_hooks(model)
             raise UnsupportedModeError(
                 "keys and values that a prompt has from the base are computed once for all rows, so one adapter of PEFT "
                 "must serve them all.",

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, distributed, nn
 
 from softhooks.errors import UnsupportedModeError, UnsupportedModelError
 
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+
+class Prompt(Protocol):
+    """A prompt on a model, as far as its parameters go."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which holds the prompt's parameters."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable parameters, by their names in the model."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -42,7 +50,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(prompt: SoftPrompt, state: Mapping[str, Tensor] | None = None) -> Iterator[bool]:
+def gathered(prompt: Prompt, state: Mapping[str, Tensor] | None = None) -> Iterator[bool]:
     """Let a prompt's sharded parameters be whole for a while, so that they can be written.
 
     Args:

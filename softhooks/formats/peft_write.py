@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure
+from softhooks.compat.peft import unwrapped
 from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import UnsupportedMethodError
 from softhooks.formats import peft_llama_adapter

@@ -142,7 +142,7 @@ class Stored:
             )
         if self.also_fits is not None:
             self.also_fits(structure)
-        check_tables(structure, self.method, self.tables, self.source)
+        check_tables(self.method.shapes(structure), self.tables, self.source)
 
     def _check_kind(self, structure: ModelStructure) -> None:
         model = outline(structure)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
+from softhooks.backbone.listening_cache import ListeningCache
 from softhooks.backbone.module_walk import every_module
 from softhooks.backbone.stack import Site, Stack, first_state
 from softhooks.backbone.windows import window_of
 from softhooks.inject.checkpointing import is_checkpointed
 from softhooks.inject.prefix.key_values import KeyValues
 from softhooks.inject.prefix.paged import attend_alone
-from softhooks.inject.prefix.prefix_cache import ListeningCache
 
 
 class CapturePass(Pass):

@@ -157,7 +157,7 @@ class Memory(Generic[T]):
             UnsupportedModeError: the rows of this forward have adapters of PEFT of their own.
         """
         own, base = list(own), list(base)
-        switched = switches(stack) if base else ()
+        switched = switches(stack.module, stack.module if stack.owner is None else stack.owner.model) if base else ()
         scope = scope_of(stack.owner)
         if scope is None:
             return self._compute(compute)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from softhooks.backbone.attention_interface import marked
 from softhooks.backbone.entry_points import groups_of
+from softhooks.backbone.listening_cache import ListeningCache
 from softhooks.backbone.stack import ModelStructure, Stack, at_rest
 from softhooks.compat.offload import device_of
 from softhooks.inject.prefill import CapturePass
 from softhooks.inject.prefix.key_values import flatten
-from softhooks.inject.prefix.prefix_cache import ListeningCache
 
 
 def key_values_of(structure: ModelStructure, ids: Tensor) -> dict[str, Tensor]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softhooks.backbone.added_vocabulary import base_rows
-from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, UnsupportedModelError
 
 ADDED = "added"

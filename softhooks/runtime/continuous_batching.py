@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from softhooks.backbone.examine import unwrapped
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
 from softhooks.runtime.generate import Noting
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from softhooks.backbone.examine import unwrapped
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.reuse import generating
 from softhooks.runtime.contexts import Block, generation_of

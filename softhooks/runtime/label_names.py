@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from softhooks.backbone.examine import unwrapped
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import CheckpointError
 
 if TYPE_CHECKING:

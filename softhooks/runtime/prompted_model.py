@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from softhooks.backbone.attention_interface import close_interface, files_of, mark, open_interface, unmark
 from softhooks.backbone.container import CONTAINER, Container, is_prompt_key
-from softhooks.backbone.examine import unwrapped
 from softhooks.backbone.placeholder_ids import ordinary_ids
 from softhooks.backbone.stack import ModelStructure, Stack
 from softhooks.base_model.digest import FrozenRecord
 from softhooks.base_model.fingerprint import Fingerprint
 from softhooks.base_model.gradients import SetAside
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import NotAttachedError, UnsupportedModeError
 from softhooks.inject.prompt_state import Made, made_with, token_of
 from softhooks.inject.replaced_modules import Standing, entered
@@ -72,7 +72,7 @@ class PromptedModel:
         self._handles: list[Any] = []
         self._embedding: list[tuple[Stack, StackHooks, Any]] = []
         self._added: AddedHooks | None = None
-        self._overrides = Patches()
+        self.patches = Patches()
         self._stays: list[Any] = []
         self._files: frozenset[str] = frozenset()
 
@@ -236,11 +236,11 @@ class PromptedModel:
 
     def override(self, attribute: str, value: Any, module: nn.Module | None = None) -> None:
         """Set an attribute on the instance of the model, or of a module of it, until the last prompt is removed."""
-        self._overrides.set(self.model if module is None else module, attribute, value)
+        self.patches.set(self.model if module is None else module, attribute, value)
 
     def restore(self, attribute: str) -> None:
         """Take back what was set last on the instance of the model under a name, if anything was."""
-        self._overrides.restore(self.model, attribute)
+        self.patches.restore(self.model, attribute)
 
     def sign(self) -> None:
         """Let the signature of the model's forward name the columns that its prompts take."""
@@ -255,7 +255,7 @@ class PromptedModel:
 
     def heed_direct_calls(self) -> None:
         """Let callers of `model.forward`, who go past every hook, meet the prompts like callers of the model."""
-        if not any(isinstance(value, DirectForward) for value in self._overrides.values()):
+        if not any(isinstance(value, DirectForward) for value in self.patches.values()):
             direct = DirectForward(self.model)
             self.override("forward", direct)
             self.keep(self.model.register_forward_pre_hook(direct.enter))
@@ -296,7 +296,7 @@ class PromptedModel:
         self._handles.clear()
         self._stays.clear()
         self._files = frozenset()
-        self._overrides.undo()
+        self.patches.undo()
         for stack in self.structure.stacks:
             stack.owner = None
         unmark(self.structure.stacks)

@@ -109,7 +109,7 @@ class SoftPromptCallback(TrainerCallback):
         if model is not None:
             require_trainable(model)
             self.soft_prompt = self._attach(model)
-            admit(self.soft_prompt.prompted_model)
+            admit(self.soft_prompt.model, self.soft_prompt.prompted_model.patches)
         expect(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -280,7 +280,7 @@ class SoftPromptCallback(TrainerCallback):
             prompt = present
             redirect(prompt, way_in(self.method, self._injection))
         prompted = prompt.prompted_model
-        dismiss(prompted)
+        dismiss(prompted.model, prompted.patches)
         prompted.active = self.name
         for other in prompted.prompts.values():
             for part in (other.encoder, other.heads):

@@ -17,10 +17,10 @@ from torch import Tensor
 import softhooks
 from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.examine import examine
+from softhooks.backbone.listening_cache import ListeningCache
 from softhooks.backbone.stack import first_state
 from softhooks.inject.prefill import CapturePass
 from softhooks.inject.prefix.key_values import flatten
-from softhooks.inject.prefix.prefix_cache import ListeningCache
 
 
 @torch.no_grad()

@@ -40,7 +40,8 @@ class PrefixPass(CheckpointedPass):
         self, stack: Stack, prefixes: dict[Role, KeyValues], positions: Tensor | None, training: bool = False
     ) -> None:
         super().__init__(stack)
-        require_one_chunk(stack, prefixes.get("self"), positions)
+        own = prefixes.get("self")
+        require_one_chunk(stack, 0 if own is None or own.windowed is False else own.length, positions)
         self.prefixes = prefixes
         self.positions = positions
         self._masks: dict[tuple[Any, ...], tuple[Any, Any]] = {}
