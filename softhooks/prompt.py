@@ -25,7 +25,7 @@ from softhooks.errors import NotAttachedError
 from softhooks.inject.branch.branch import Branch, branch_of
 from softhooks.inject.prefill import prefill
 from softhooks.inject.prefix.key_values import KeyValues, split
-from softhooks.inject.prompt_state import Snapshot, snapshot
+from softhooks.inject.provenance import Snapshot, snapshot
 from softhooks.inject.reuse import Memory
 from softhooks.method import Method
 from softhooks.runtime.added_tokens import ADDED, AddedTokens

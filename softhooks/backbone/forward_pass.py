@@ -13,7 +13,7 @@ from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
 
 if TYPE_CHECKING:
-    from softhooks.inject.prompt_state import Made
+    from softhooks.inject.provenance import Provenance
 
 AttentionFunction = Callable[..., Any]
 
@@ -49,7 +49,7 @@ class Pass:
         self.entered = False
         self.touched = False
         self.handles: list[Any] = []
-        self.made: Callable[[], Made]
+        self.made: Callable[[], Provenance]
         self.calls: dict[tuple[str, int], int] = {}
 
     def embed(self, output: Tensor) -> Tensor:

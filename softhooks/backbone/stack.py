@@ -18,7 +18,7 @@ from softhooks.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from softhooks.backbone.forward_pass import Pass
     from softhooks.inject.branch.projections import Feed
-    from softhooks.inject.slots.notes import Written
+    from softhooks.inject.notes import WrittenSlots
     from softhooks.runtime.prompted_model import PromptedModel
 
 Role = Literal["self", "cross"]
@@ -175,13 +175,13 @@ class Stack:
             self._live = outer
 
     @property
-    def encoded(self) -> Written | None:
+    def encoded(self) -> WrittenSlots | None:
         """Where slots stand in the states of an encoder that its decoder attends to, in the forward that is under way."""
         forward = None if self.owner is None else self.owner.running.forward
         return None if forward is None else forward.encoded
 
     @encoded.setter
-    def encoded(self, written: Written | None) -> None:
+    def encoded(self, written: WrittenSlots | None) -> None:
         forward = None if self.owner is None else self.owner.running.forward
         if forward is not None:
             forward.encoded = written

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from softhooks.backbone.stack import Stack
+from softhooks.inject.caches import cache_of, is_filled
+from softhooks.inject.notes import slots_in
 from softhooks.inject.prefix.paged import paged_cache
-from softhooks.inject.provenance import cache_of, is_filled
-from softhooks.inject.slots.notes import written_in
 
 _TEXT = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
@@ -42,7 +42,7 @@ def reaching(stack: Stack, call: dict[str, Any], length: int) -> list[str]:
         return []
     cache = cache_of(call)
     if is_filled(cache):
-        return ["past_key_values, which hold the prompt's slots"] if written_in(cache) is not None else []
+        return ["past_key_values, which hold the prompt's slots"] if slots_in(cache) is not None else []
     found = [name for name, value in call.items() if value is not None and name not in _KNOWN]
     found = [name for name in found if not _same(call[name], stack.proven.get(name))]
     if isinstance(cache, EncoderDecoderCache) and is_filled(cache.cross_attention_cache):

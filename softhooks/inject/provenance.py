@@ -1,118 +1,163 @@
-"""Notes on what a forward hands out and takes back, caches and encoder states: the prompts that it was made with."""
+"""The prompts that a cache or an encoder's output was computed with, in the state that they were in.
+
+A name does not identify a prompt: a step of training, `.data`, a fold or another prompt of the same name change it. So its
+tensors are compared by value, with a copy that all notes of the same state share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import uuid
+import weakref
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+import torch
+from torch import Tensor, nn
 
-from softhooks.backbone.stack import first_state
-from softhooks.errors import PromptNotReachedError, UnsupportedModeError
-from softhooks.inject.prompt_state import Made
+from softhooks.backbone.module_walk import every_tensor
+from softhooks.inject.reuse import scope_of
 
-_NOTE = "_softhooks_made_with"
-
-
-def cache_of(call: dict[str, Any]) -> Any:
-    """The cache in the arguments of a stack's forward; models of recurrent layers alone have another name for it.
-
-    Raises:
-        UnsupportedModeError: the model keeps its state in a form that cannot tell what it holds.
-    """
-    if call.get("state") is not None:
-        raise UnsupportedModeError(
-            "a prompt needs a state that can tell whether it holds the prompt already.",
-            "Generate with `use_cache=False`.",
-            state=f"a {type(call['state']).__name__} of tensors",
-        )
-    cache = call.get("past_key_values")
-    return call.get("cache_params") if cache is None else cache
+_PLAIN = (bool, int, float, str, type(None))
+_tokens: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
-def is_recurrent(cache: Any) -> bool:
-    """Whether a cache holds the states of recurrent layers alone, which have no columns to count."""
-    layers = getattr(cache, "layers", None) or ()
-    return bool(len(layers)) and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
+def token_of(model: nn.Module) -> str:
+    """An id of a model that is unique across processes; copies of the model share it."""
+    return _tokens.setdefault(model, uuid.uuid4().hex)
 
 
-def is_filled(cache: Any) -> bool:
-    """Whether a cache holds anything: keys and values, or the state of a recurrent layer."""
-    for layer in getattr(cache, "layers", None) or ():
-        states = getattr(layer, "has_previous_state", False)  # one answer, or one for each state of the layer
-        if any(states.values()) if isinstance(states, dict) else states:
-            return True
-    return cache is not None and not is_recurrent(cache) and bool(int(cache.get_seq_length()))
+class Prompt(Protocol):
+    """An attached prompt, as far as its state goes."""
+
+    @property
+    def prompted_model(self) -> object:
+        """What the model's prompts share."""
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module that computes the prompt."""
+
+    @property
+    def added(self) -> nn.Module | None:
+        """The prompt's own rows of the vocabulary, if it trains some."""
+
+    @property
+    def injection(self) -> str:
+        """How it enters the model."""
+
+    @property
+    def conventions(self) -> dict[str, Any]:
+        """The conventions that are stored with it."""
 
 
-def caches_in(output: Any) -> list[Any]:
-    """The cache in a stack's output, whether the caller gave it or the stack made it."""
-    items = [] if isinstance(output, Tensor) else output if isinstance(output, tuple) else output.values()
-    return [item for item in items if hasattr(item, "get_seq_length")]
-
-
-def note_caches(output: Any, made: Callable[[], Made]) -> None:
-    """Note on a cache that the stack has made which prompts it was filled with; one that was given has its note."""
-    for cache in caches_in(output):
-        if getattr(cache, _NOTE, None) is None:
-            setattr(cache, _NOTE, made())
-
-
-def require_own_cache(cache: Any, now: Made | None) -> None:
-    """Check that what a cache holds was computed with the prompts that are on, as they are; note them on an empty one.
+class Snapshot:
+    """The state of a prompt at one moment.
 
     Args:
-        now: the prompts that are on; None: the bare model.
-
-    Raises:
-        UnsupportedModeError: it was filled without, with others, or before they changed.
+        values: copies of its tensors, which never change.
+        facts: everything else: its injection and conventions, and the plain attributes and hooks of its modules.
     """
-    if not hasattr(cache, "get_seq_length"):
-        return
-    made: Made | None = getattr(cache, _NOTE, None)
-    difference = ("others" if made else None) if now is None else now.difference(made)
-    if difference is None:
-        return
-    if is_filled(cache):
-        raise UnsupportedModeError(
-            "a cache serves the prompts that it was filled with: every key in it depends on them.",
-            "Continue with these prompts on, or start again from the text without the cache.",
-            filled=_told(made, now, difference),
-            now=f"with {now.words}" if now else "without a prompt",
-        )
-    setattr(cache, _NOTE, now)
+
+    def __init__(self, values: list[Tensor], facts: tuple[Any, ...]) -> None:
+        self.values = values
+        self.facts = facts
+
+    def __deepcopy__(self, _memo: object) -> Snapshot:
+        """Return the same object: it is immutable, so copies of a cache can share it."""
+        return self
+
+    def equals(self, values: list[Tensor], facts: tuple[Any, ...]) -> bool:
+        """Whether a prompt with these tensors and facts is in this state."""
+        return facts == self.facts and len(values) == len(self.values) and all(map(_equal, values, self.values))
 
 
-def _told(made: Made | None, now: Made | None, difference: str) -> str:
-    if made is None:
-        return "without a prompt"
-    return f"with {made.words}" + ("" if now is None or made.words != now.words else f", {difference}")
+def _equal(now: Tensor, before: Tensor) -> bool:
+    return torch.equal(now, before if before.device == now.device else before.to(now.device))
 
 
-def note_encoded(output: Any, made: Made) -> None:
-    """Note on an encoder's output, and on its states, which prompts it ran with."""
-    for part in (output, first_state(output)):
-        if not isinstance(part, tuple):
-            setattr(part, _NOTE, made)
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    local: Any = getattr(tensor, "to_local", None)
+    own: Tensor = tensor.detach() if local is None else local().detach()
+    return own
 
 
-def require_encoded(given: Any, now: Made) -> None:
-    """Check that an encoder's output, which a caller brings along, was made with the prompts that are on.
+def snapshot(prompt: Prompt, before: Snapshot | None) -> Snapshot:
+    """Take a prompt's state; return the snapshot from before if nothing has changed.
 
-    Beams copy the states and keep the output that holds them; so either may bear the note.
-
-    Raises:
-        PromptNotReachedError: it was made without, with others, or before they changed.
+    Nothing changes inside a `generate` call. There the address and version of each tensor replace the comparison of values.
     """
-    parts = [given, *([first_state(given)] if isinstance(given, (tuple, list, dict)) and len(given) else [])]
-    made = [getattr(part, _NOTE) for part in parts if hasattr(part, _NOTE)]
-    differences = [now.difference(one) for one in made]
-    if None not in differences:
-        raise PromptNotReachedError(
-            "a decoder must be given the states of an encoder that ran with the prompt.",
-            "Let the model run its encoder itself, or call the encoder while the prompt is on and pass its output as "
-            "it is.",
-            encoder_outputs=f"made {_told(made[0], now, str(differences[0]))}" if made else "made without",
-            now=now.words,
+    tensors = [*every_tensor(prompt.encoder), *(prompt.added.parameters() if prompt.added else ())]
+    scope = scope_of(prompt.prompted_model)
+    place = None
+    if scope is not None and not scope.is_explicit and not any(tensor.is_inference() for tensor in tensors):
+        place = [(id(prompt.encoder), prompt.injection), *[(t.data_ptr(), t._version) for t in tensors]]
+        known = scope.snapshots.get(id(prompt))
+        if known is not None and known[0] == place:
+            found: Snapshot = known[1]
+            return found
+    values, facts = [_local(tensor) for tensor in tensors], _facts(prompt)
+    if before is None or not before.equals(values, facts):
+        before = Snapshot([value.clone() for value in values], facts)
+    if scope is not None and place is not None:
+        scope.snapshots[id(prompt)] = place, before
+    return before
+
+
+def _facts(prompt: Prompt) -> tuple[Any, ...]:
+    modules = tuple(
+        (
+            type(module).__qualname__,
+            tuple((key, value) for key, value in vars(module).items() if key != "training" and type(value) in _PLAIN),
+            tuple(map(id, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))),
         )
+        for module in prompt.encoder.modules()
+    )
+    return prompt.injection, tuple(sorted((key, repr(value)) for key, value in prompt.conventions.items())), modules
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The prompts that a cache or an encoder's output was computed with.
+
+    Attributes:
+        words: their names, for messages.
+        model: the token of their model.
+        prompts: the name and the state of each.
+        variants: each row's variant, or the one of all rows; None: unknown.
+    """
+
+    words: str
+    model: str
+    prompts: tuple[tuple[str, Snapshot], ...]
+    variants: tuple[int | None, ...] | None = None
+
+    def __deepcopy__(self, _memo: object) -> Provenance:
+        """Return the same object: it is immutable, so copies of a cache can share it."""
+        return self
+
+    def difference(self, other: Provenance | None) -> str | None:
+        """How another provenance differs, in words for a message; None if it does not.
+
+        Args:
+            other: None stands for the model without a prompt.
+        """
+        if other is None or other.words != self.words:
+            return "others"
+        if other.model != self.model:
+            return "of another model"
+        for (_, now), (_, before) in zip(self.prompts, other.prompts, strict=True):
+            if now is not before and not now.equals(before.values, before.facts):
+                return "which have changed since"
+        if self.variants and other.variants and not _same_rows(self.variants, other.variants):
+            return "in other variants (tasks) of theirs"
+        return None
+
+
+def _same_rows(now: tuple[int | None, ...], before: tuple[int | None, ...]) -> bool:
+    """Whether rows have the variants that they had; each row may be repeated, all equally often."""
+    if len(set(now)) == len(set(before)) == 1:
+        return now[0] == before[0]
+    if not len(now) or len(now) % len(before):
+        return False
+    return all(one == before[row // (len(now) // len(before))] for row, one in enumerate(now))

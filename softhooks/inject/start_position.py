@@ -9,8 +9,8 @@ from typing import Any
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
+from softhooks.inject.caches import cache_of, is_filled
 from softhooks.inject.prefix.paged import paged_cache
-from softhooks.inject.provenance import cache_of, is_filled
 from softhooks.inject.text_position import Outer, given_positions, padding_mask
 
 

@@ -14,8 +14,8 @@ from softhooks.backbone.multiple_choice import choices_of, for_each_choice
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
 from softhooks.inject.checkpointing import CheckpointedPass, Through
-from softhooks.inject.provenance import note_caches, note_encoded, require_encoded
-from softhooks.inject.slots.cross_attention import note_of, strip_encoder_state
+from softhooks.inject.notes import encoded_slots, note_caches, note_encoded, require_encoded
+from softhooks.inject.slots.cross_attention import strip_encoder_state
 from softhooks.inject.slots.slots import SlotPass
 from softhooks.inject.text_position import BROUGHT
 from softhooks.runtime.arguments import take
@@ -57,7 +57,7 @@ class ModelHooks:
         encoded = kwargs.get("encoder_outputs")
         if prompted.is_in_use and encoded is not None and prompted.structure.is_encoder_decoder:
             require_encoded(encoded, prompted.made())
-        call.encoded = note_of(encoded)
+        call.encoded = encoded_slots(encoded)
         if call.is_aside or not prompted.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
         trainable = [prompt for prompt in prompts_on(prompted) if takes_gradients(prompt)]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
+from softhooks.inject.caches import cache_of
+from softhooks.inject.notes import require_own_cache, require_same_prompt
 from softhooks.inject.prefix.packed import documents, guard, require_masks
-from softhooks.inject.prefix.paged import paged_cache, require_same_prompt
-from softhooks.inject.provenance import cache_of, require_own_cache
+from softhooks.inject.prefix.paged import paged_cache
 from softhooks.inject.reuse import borne_by
 from softhooks.inject.text_position import Outer
 from softhooks.runtime.arguments import take

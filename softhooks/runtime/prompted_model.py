@@ -21,7 +21,7 @@ from softhooks.base_model.fingerprint import Fingerprint
 from softhooks.base_model.gradients import SetAside
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import NotAttachedError, UnsupportedModeError
-from softhooks.inject.prompt_state import Made, made_with, token_of
+from softhooks.inject.provenance import Provenance, token_of
 from softhooks.inject.replaced_modules import Standing, entered
 from softhooks.patching.patches import Patches
 from softhooks.runtime.added_token_hooks import AddedHooks
@@ -314,14 +314,15 @@ class PromptedModel:
         names = [self.active] if self.rows is None else list(self.rows)
         return repr(names[0] if len(set(names)) == 1 else names)
 
-    def made(self, selection: Selection | None = None) -> Made:
+    def made(self, selection: Selection | None = None) -> Provenance:
         """The state of the prompts that are on, for a note on what a forward makes with them.
 
         Args:
             selection: which row meets which, if that is known.
         """
         names = dict.fromkeys([self.active] if self.rows is None else self.rows)
-        return made_with([self.prompts[name] for name in names if name], self.selection, self.token, selection)
+        on = tuple((name, self.prompts[name].snapshot()) for name in names if name)
+        return Provenance(self.selection, self.token, on, None if selection is None else selection.variants)
 
 
 def prompted_model_of(model: nn.Module) -> PromptedModel | None:

@@ -19,8 +19,8 @@ from softhooks.errors import UnsupportedModeError
 
 if TYPE_CHECKING:
     from softhooks.backbone.forward_pass import Pass
+    from softhooks.inject.notes import WrittenSlots
     from softhooks.inject.prefix.key_values import KeyValues
-    from softhooks.inject.slots.notes import Written
     from softhooks.objectives.base import Finish
 
 _local = threading.local()
@@ -84,7 +84,7 @@ class Call:
         self.given: dict[str, Tensor] = {}
         self.choices = 1
         self.brought: dict[str, Any] | None = None
-        self.encoded: Written | None = None
+        self.encoded: WrittenSlots | None = None
         self.batch: int | None = None
         self.finish: Finish | None = None
         self.aside = False

@@ -49,6 +49,13 @@ class Selection:
         for prompt, uses in groupby(self.uses, key=lambda use: use.prompt):
             yield prompt, tuple(use.variant for use in uses)
 
+    @property
+    def variants(self) -> tuple[int | None, ...]:
+        """Each row's variant (None: no prompt), or the one of all rows."""
+        if self.rows is None:
+            return (self.uses[0].variant,)
+        return tuple(None if row is None else self.uses[row].variant for row in self.rows)
+
     def choice_of_prompts(self) -> Sequence[int | None] | None:
         """For each row, which of `prompts` it meets, whatever the variant."""
         if self.rows is None:

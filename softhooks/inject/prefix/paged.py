@@ -15,11 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
-from softhooks.backbone.forward_pass import AttentionFunction, Pass, function_name
-from softhooks.errors import UnsupportedModeError
+from softhooks.backbone.forward_pass import AttentionFunction, function_name
 from softhooks.inject.prefix.key_values import KeyValues
-
-_NOTE = "_softhooks_made_with"
 
 
 def paged_cache(arguments: dict[str, Any]) -> PagedAttentionCache | None:
@@ -62,9 +59,6 @@ def _behind(own: Tensor, read: Tensor) -> Tensor:
     return torch.cat([own.to(read), read], dim=2)
 
 
-# --- the prompt alone ---------------------------------------------------------------------------------------------------
-
-
 def attend_alone(
     attention: AttentionFunction, window: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -91,38 +85,3 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
     """The attention function that a model's file brings along, unwrapped."""
     function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     return getattr(function, "__wrapped__", function)
-
-
-# --- what a cache was filled with ---------------------------------------------------------------------------------------
-
-
-def require_same_prompt(cache: PagedAttentionCache | None, live: Pass | None, selection: str | None) -> None:
-    """Check that what a paged cache holds was computed with the prompt that is on now; note it on a new one.
-
-    Args:
-        cache: of a continuous batch; None where this is none.
-        live: the pass that was opened, and is closed on an error; None where no prompt is on.
-        selection: the prompt that is on, in words.
-
-    Raises:
-        UnsupportedModeError: it was another one, or has been trained since.
-    """
-    if cache is None:
-        return
-    now = [] if live is None else live.injected()
-    noted = cache.__dict__.get(_NOTE)
-    if noted is None:
-        cache.__dict__[_NOTE] = selection, now
-        return
-    made, before = noted
-    if len(now) != len(before) or not all(a is b or torch.equal(a, b) for a, b in zip(now, before, strict=True)):
-        if live is not None:
-            live.close()
-        raise UnsupportedModeError(
-            "a paged cache serves the prompt that it was filled with: every key in it depends on it.",
-            "Stop the manager and start another after `activate`, `disabled` or a step of training.",
-            filled=f"with {made}" if made else "without a prompt",
-            now=f"with {selection}" + (", which has changed since" if made == selection else "")
-            if selection
-            else "without",
-        )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softhooks.backbone.stack import Stack, first_state
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.provenance import is_recurrent
+from softhooks.inject.caches import is_recurrent
 from softhooks.inject.slots.argument_values import COPIED, fill
 from softhooks.inject.text_position import Outer, padding_mask
 from softhooks.layout.slot_map import Widened

@@ -9,8 +9,8 @@ from torch import Tensor
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError
+from softhooks.inject.notes import slots_in
 from softhooks.inject.slots.checks import flat_mask
-from softhooks.inject.slots.notes import Written, written_in
 from softhooks.inject.slots.rows import Slots
 from softhooks.layout.slot_map import Widened
 
@@ -61,12 +61,6 @@ class CrossSlotPass(Pass):
         return output
 
 
-def note_of(encoded: Any) -> Written | None:
-    """Where slots stand in an encoder's output that a caller brings along; the output or its states bear the note."""
-    parts = [encoded, *([encoded[0]] if isinstance(encoded, (tuple, list, dict)) and len(encoded) else [])]
-    return next((note for note in map(written_in, parts) if note is not None), None)
-
-
 def strip_encoder_state(output: Any, encoder: Stack) -> Any:
     """Bring the encoder's last state in a task model's output back to the text's columns."""
 
@@ -75,7 +69,7 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
         return state if wide is None else wide.own_states(state)
 
     if isinstance(output, tuple):
-        return tuple(strip(item) if written_in(item) is not None else item for item in output)
+        return tuple(strip(item) if slots_in(item) is not None else item for item in output)
     if not isinstance(output, Tensor) and output.get("encoder_last_hidden_state") is not None:
         output["encoder_last_hidden_state"] = strip(output["encoder_last_hidden_state"])
     return output
@@ -83,6 +77,6 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
 
 def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
     """The map that the encoder's own pass used for these states; beams are copies of their row's."""
-    written = written_in(states) or encoder.encoded
+    written = slots_in(states) or encoder.encoded
     wide = None if written is None else written.widened(states.shape[0])
     return wide if wide is not None and wide.columns == states.shape[1] else None

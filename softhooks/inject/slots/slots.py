@@ -15,7 +15,8 @@ from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.position_table import positions_of, widened_positions
 from softhooks.backbone.stack import Stack, first_state
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.provenance import cache_of, caches_in, is_filled, is_recurrent
+from softhooks.inject.caches import cache_of, caches_in, is_filled, is_recurrent
+from softhooks.inject.notes import WrittenSlots, note_slots, slots_in
 from softhooks.inject.shift_positions import set_position_ids
 from softhooks.inject.slots.checks import (
     mask_of_lengths,
@@ -27,7 +28,6 @@ from softhooks.inject.slots.checks import (
     stand_by_types,
     widen_known,
 )
-from softhooks.inject.slots.notes import Written, note_written, written_in
 from softhooks.inject.slots.rows import Slots
 from softhooks.inject.slots.strip import strip_attentions, strip_last, strip_output
 from softhooks.inject.text_position import Outer, given_positions, padding_mask
@@ -98,7 +98,7 @@ class SlotPass(Pass):
         mask = mask_of_text(call, self.outer, (self.batch, self.columns), self.device, self.stack.causal)
         positions = given_positions(self.stack, call, self.outer)
         places = self.slots.places(mask, call.get("input_ids"))
-        self._written = Written(places, gaps(mask, places.offsets), self.columns)
+        self._written = WrittenSlots(places, gaps(mask, places.offsets), self.columns)
         self._wide = self._widened(places, mask)
         self._mask = mask
         wide_mask = self._wide.spread_mask(mask)
@@ -167,7 +167,7 @@ class SlotPass(Pass):
     # --- later forwards of a generation: the slots are in the cache ---------------------------------------------------
 
     def _continue(self, call: dict[str, Any], cache: Any, past: int) -> None:
-        written = written_in(cache)
+        written = slots_in(cache)
         slots = 0 if written is None else written.places.offsets.shape[1]
         given, positions = call.get("attention_mask"), given_positions(self.stack, call, self.outer)
         total = past - slots + self.columns
@@ -197,7 +197,7 @@ class SlotPass(Pass):
 
     def _continue_state(self, cache: Any) -> None:
         """Go on from the state of recurrent layers alone: what they have read, slots and all, is in it."""
-        written = written_in(cache)
+        written = slots_in(cache)
         if written is None or written.places_in(self.batch) is None:
             raise UnsupportedModeError(
                 "slots in the sequence need a state that their own generation has made.",
@@ -226,15 +226,15 @@ class SlotPass(Pass):
             return output if self._cached is None else strip_attentions(output, self._cached)
         if self.stack.causal:
             for cache in caches_in(output):
-                note_written(cache, self._written)
+                note_slots(cache, self._written)
         if self._asked and first_state(output).shape[1] < self._wide.columns:
             return strip_last(output, self._wide, self.strip, self._asked)
         refuse_more_columns(output, self.columns, self._wide.columns)
         stripped = strip_output(output, self._wide, self.strip, self.keep)
         if self.keep:
             self.stack.encoded = self._written
-            note_written(stripped, self._written)
-            note_written(first_state(stripped), self._written)
+            note_slots(stripped, self._written)
+            note_slots(first_state(stripped), self._written)
         return stripped
 
     def pooled(self, states: Any) -> Any:
