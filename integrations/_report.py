@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from softhooks.errors import TrainerError
 from softhooks.nearest_words import Word, nearest_words
-from softhooks.prompt import SoftPrompt
+from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.prompted_model import prompted_model_of
 
 ABOUT = "soft_prompt"
@@ -95,4 +95,4 @@ def _prompt_of(model: Any, asking: str) -> SoftPrompt:
             "Pass `SoftPromptCallback(method)` to the Trainer too.",
             model=f"{type(model).__name__}, without a prompt",
         )
-    return prompted.prompts[prompted.active]
+    return soft_prompts_of(prompted)[prompted.active]

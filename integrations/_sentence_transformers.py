@@ -13,6 +13,7 @@ from typing import Any
 from softhooks.errors import SoftHooksError, UnsupportedModeError, UnsupportedModelError
 from softhooks.formats.find import find
 from softhooks.load import attach_stored
+from softhooks.prompt import soft_prompts_of
 from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.saving.state_dict import LIVE
 from softhooks.trainer.checkpoint import saver_of
@@ -130,7 +131,7 @@ def prompted_transformer() -> Any:
                 )
             with saving_itself(self.model) as state:
                 self.model.save_pretrained(folder, state_dict=state)
-            (prompt,) = prompted.prompts.values()
+            (prompt,) = soft_prompts_of(prompted).values()
             prompt.save_pretrained(folder)
             self.processor.save_pretrained(output_path)
             self.save_config(output_path)

@@ -50,7 +50,7 @@ from softhooks.attach import attach as attach_to_model
 from softhooks.base_model.digest import FrozenReport
 from softhooks.errors import OptionError, SoftHooksError, TrainerError
 from softhooks.method import Method
-from softhooks.prompt import SoftPrompt
+from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.evaluation_mode import refuse_evaluation
 from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checks import check_equal, refuse_resting
@@ -116,7 +116,7 @@ def attach(
     patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
     options: dict[str, Any] = {"train_head": train_head, "trainable": patterns, "freeze_dropout": freeze_dropout}
     prompted = prompted_model_of(model)
-    present = prompted.prompts.get(name) if prompted else None
+    present = soft_prompts_of(prompted).get(name) if prompted else None
     if present is not None:
         check_equal(present, method, **options)
         prompt = present

@@ -56,13 +56,14 @@ def register() -> None:
 
 def room_taken(model: nn.Module) -> int:
     """How many of a model's positions its prompts take now: the longest of those that are on; 0 where none is."""
+    from softhooks.prompt import soft_prompts_of
     from softhooks.runtime.prompted_model import prompted_model_of
 
     prompted = prompted_model_of(model)
     if prompted is None or not prompted.is_in_use:
         return 0
     names = [prompted.active] if prompted.rows is None else prompted.rows
-    return max(_room(prompted.prompts[name]) for name in names if name is not None)
+    return max(_room(soft_prompts_of(prompted)[name]) for name in names if name is not None)
 
 
 def _room(prompt: SoftPrompt) -> int:
@@ -106,6 +107,7 @@ def _language_model() -> type:
     from lm_eval.models.huggingface import HFLM
 
     from softhooks.load import load
+    from softhooks.prompt import soft_prompts_of
     from softhooks.runtime.prompted_model import prompted_model_of
 
     class SoftPromptLM(HFLM):
@@ -135,7 +137,7 @@ def _language_model() -> type:
             if prompt is None:
                 prompted = prompted_model_of(pretrained)
                 assert prompted is not None
-                for each in prompted.prompts.values():
+                for each in soft_prompts_of(prompted).values():
                     require_plain_rows(each)
                 return
             loaded = load(self.model, str(prompt), strict=strict)

@@ -43,7 +43,7 @@ from softhooks.attach import attach
 from softhooks.backbone.container import Container, is_prompt_key
 from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
 from softhooks.method import Method
-from softhooks.prompt import SoftPrompt
+from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.optimizer import require_gradient
 
@@ -211,7 +211,10 @@ def _prompts(net: Any) -> list[SoftPrompt]:
         sub.prompted_model for module in modules for sub in module.modules() if isinstance(sub, Container)
     ]
     found = [
-        prompt for prompted in prompted_models for prompt in prompted.prompts.values() if prompt.name == prompted.active
+        prompt
+        for prompted in prompted_models
+        for prompt in soft_prompts_of(prompted).values()
+        if prompt.name == prompted.active
     ]
     if not found:
         raise TrainerError(

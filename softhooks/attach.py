@@ -37,9 +37,10 @@ from softhooks.errors import PromptTooLongError
 from softhooks.inject.slots.argument_values import find_fills
 from softhooks.layout.tokenizing import tokenizer_of
 from softhooks.method import Method
-from softhooks.prompt import Injection, SoftPrompt
+from softhooks.prompt import SoftPrompt
 from softhooks.runtime.added_token_hooks import prove_rows
 from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_rows
+from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.contexts import Block
 from softhooks.runtime.exclusive import exclusive
 from softhooks.runtime.generate import keep_from_assistants
@@ -244,7 +245,7 @@ def _prove_reached(prompt: SoftPrompt) -> None:
 
 def _all_off(prompted: PromptedModel | None) -> AbstractContextManager[object]:
     """Turn a model's prompts off while its own keys and values are read."""
-    return nullcontext() if prompted is None else Block(prompted, off=True)
+    return nullcontext() if prompted is None else Block(prompted.model, off=True)
 
 
 def _open(prompted: PromptedModel, trainable: tuple[str, ...], frozen_record: bool) -> None:
@@ -272,7 +273,7 @@ def _open(prompted: PromptedModel, trainable: tuple[str, ...], frozen_record: bo
 
 def _add(prompted: PromptedModel, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dropout: bool) -> None:
     container: Container = getattr(prompted.model, CONTAINER)
-    container[prompt.name] = prompt._module
+    container[prompt.name] = prompt.module
     prompted.labels.begin(prompt)
     prompted.prompts[prompt.name] = prompt
     prompted.active = prompt.name

@@ -32,5 +32,5 @@ def kept(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         NotAttachedError: the model carries no prompt.
     """
-    with opened(require_prompted_model(model), is_explicit=True):
+    with opened(require_prompted_model(model).model, is_explicit=True):
         yield model

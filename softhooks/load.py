@@ -25,8 +25,9 @@ from softhooks.formats.find import find
 from softhooks.formats.native import write_stored
 from softhooks.formats.stack_outline import outline
 from softhooks.formats.stored import Stored
-from softhooks.prompt import Injection, SoftPrompt
+from softhooks.prompt import SoftPrompt
 from softhooks.runtime.added_tokens import copy_rows, take_rows
+from softhooks.runtime.attached_prompt import Injection
 
 # --- save -------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from torch import nn
 
 from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.prompt import SoftPrompt
+from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.contexts import Block
 from softhooks.runtime.prompted_model import PromptedModel, require_prompted_model
 
@@ -34,7 +34,7 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
     prompted = require_prompted_model(model, name)
     with prompted.running.held("`activate`"):
         prompted.active = name
-    return prompted.prompts[name]
+    return soft_prompts_of(prompted)[name]
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """
     prompted = require_prompted_model(model)
     try:
-        with Block(prompted, off=True):
+        with Block(prompted.model, off=True):
             _show_labels(prompted)
             yield model
     finally:
@@ -78,5 +78,5 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         raise OptionError(f"rows must be a list of one prompt name a row, or None; it is {names!r}.")
     for name in dict.fromkeys(listed):
         require_prompted_model(model, name)
-    with Block(require_prompted_model(model), rows=listed):
+    with Block(require_prompted_model(model).model, rows=listed):
         yield model

@@ -15,7 +15,8 @@ from softhooks.errors import SoftHooksError
 from softhooks.runtime.contexts import Block
 
 if TYPE_CHECKING:
-    from softhooks.prompt import Injection, SoftPrompt
+    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import Injection
 
 _PADDED = 3
 _WAYS: tuple[Injection, Injection] = ("shared", "slots")
@@ -137,7 +138,7 @@ def _states(
     else:
         prompt.injection, prompt.shares_always = injection, injection == "shared"
     try:
-        with at_rest(prompt.model), Block(prompted, off=True) if injection is None else nullcontext():
+        with at_rest(prompt.model), Block(prompt.model, off=True) if injection is None else nullcontext():
             (stack.module if alone else prompt.model)(**call)
     except _FAILURES:
         return None

@@ -16,7 +16,8 @@ from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import hook_linears, linears
 
 if TYPE_CHECKING:
-    from softhooks.prompt import Injection, SoftPrompt
+    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import Injection
 
 PROBE_COLUMNS = 5
 

@@ -37,7 +37,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
     other = next((i for i in ordinary_ids(prompt.model, prompt.prompted_model.structure.entry, 64) if i != pad), pad)
     with at_rest(prompt.model):
         try:
-            with Block(prompt.prompted_model, off=True):
+            with Block(prompt.model, off=True):
                 if not _equal(
                     _states(prompt, _padded(inputs, pad), cut=True), _states(prompt, _padded(inputs, other), cut=True)
                 ):

@@ -174,10 +174,10 @@ def standing_in(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[PromptE
             parameter.add_(noise * (scale * spread).to(parameter))
     kept = prompt._memory, prompt._branches
     prompt._memory, prompt._branches = {}, {}
-    prompt._module["encoder"] = stand_in
+    prompt.module["encoder"] = stand_in
     try:
         yield stand_in
     finally:
         unwatch(stand_in)
-        prompt._module["encoder"] = own
+        prompt.module["encoder"] = own
         prompt._memory, prompt._branches = kept

@@ -30,8 +30,8 @@ class Prompt(Protocol):
     """An attached prompt, as far as its state goes."""
 
     @property
-    def prompted_model(self) -> object:
-        """What the model's prompts share."""
+    def model(self) -> nn.Module:
+        """The model, as the user gave it."""
 
     @property
     def encoder(self) -> nn.Module:
@@ -88,7 +88,7 @@ def snapshot(prompt: Prompt, before: Snapshot | None) -> Snapshot:
     Nothing changes inside a `generate` call. There the address and version of each tensor replace the comparison of values.
     """
     tensors = [*every_tensor(prompt.encoder), *(prompt.added.parameters() if prompt.added else ())]
-    scope = scope_of(prompt.prompted_model)
+    scope = scope_of(prompt.model)
     place = None
     if scope is not None and not scope.is_explicit and not any(tensor.is_inference() for tensor in tensors):
         place = [(id(prompt.encoder), prompt.injection), *[(t.data_ptr(), t._version) for t in tensors]]

@@ -35,12 +35,12 @@ class Scope:
     """A stretch of time in which nothing of a model and its prompts changes.
 
     Args:
-        owner: the prompted model.
+        model: the model, as the user gave it when the first prompt was attached.
         is_explicit: whether the user opened it, rather than a `generate` call.
     """
 
-    def __init__(self, owner: object, is_explicit: bool = False) -> None:
-        self.owner = owner
+    def __init__(self, model: object, is_explicit: bool = False) -> None:
+        self.model = model
         self.is_explicit = is_explicit
         self.is_open = True
         self.results: dict[Memory[Any], _Result] = {}
@@ -64,9 +64,9 @@ class Scope:
 _scopes: ContextVar[tuple[Scope, ...]] = ContextVar("softhooks_scopes", default=())
 
 
-def scope_of(owner: object) -> Scope | None:
+def scope_of(model: object) -> Scope | None:
     """The innermost scope of a model that is open in this thread and task."""
-    return next((scope for scope in reversed(_scopes.get()) if scope.owner is owner and scope.is_open), None)
+    return next((scope for scope in reversed(_scopes.get()) if scope.model is model and scope.is_open), None)
 
 
 @contextmanager
@@ -80,9 +80,9 @@ def entered(scope: Scope) -> Iterator[None]:
 
 
 @contextmanager
-def opened(owner: object, is_explicit: bool = False) -> Iterator[None]:
+def opened(model: object, is_explicit: bool = False) -> Iterator[None]:
     """Open a scope of its own, and end it after, also after an error."""
-    scope = Scope(owner, is_explicit)
+    scope = Scope(model, is_explicit)
     try:
         with entered(scope):
             yield
@@ -91,13 +91,13 @@ def opened(owner: object, is_explicit: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def generating(owner: object) -> Iterator[None]:
+def generating(model: object) -> Iterator[None]:
     """Open a scope for one call of `generate`; inside `softhooks.kept` that one serves."""
-    outer = scope_of(owner)
+    outer = scope_of(model)
     if outer is not None and outer.is_explicit:
         yield
         return
-    with opened(owner):
+    with opened(model):
         yield
 
 
@@ -105,7 +105,7 @@ _BORNE = "_softhooks_scope"
 
 
 @contextmanager
-def borne_by(holder: Any, owner: object) -> Iterator[None]:
+def borne_by(holder: Any, model: object) -> Iterator[None]:
     """Hold the scope that lasts as long as something else: the paged cache of a continuous batch.
 
     Args:
@@ -115,8 +115,8 @@ def borne_by(holder: Any, owner: object) -> Iterator[None]:
         yield
         return
     scope = holder.__dict__.get(_BORNE)
-    if scope is None or scope.owner is not owner:
-        scope = holder.__dict__[_BORNE] = Scope(owner)
+    if scope is None or scope.model is not model:
+        scope = holder.__dict__[_BORNE] = Scope(model)
     with entered(scope):
         yield
 
@@ -157,8 +157,9 @@ class Memory(Generic[T]):
             UnsupportedModeError: the rows of this forward have adapters of PEFT of their own.
         """
         own, base = list(own), list(base)
-        switched = switches(stack.module, stack.module if stack.owner is None else stack.owner.model) if base else ()
-        scope = scope_of(stack.owner)
+        model = None if stack.owner is None else stack.owner.model
+        switched = switches(stack.module, stack.module if model is None else model) if base else ()
+        scope = None if model is None else scope_of(model)
         if scope is None:
             return self._compute(compute)
         trained = [tensor for tensor in (*own, *base) if tensor.requires_grad]

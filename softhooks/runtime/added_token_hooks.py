@@ -14,7 +14,7 @@ from softhooks.runtime.added_tokens import AddedTokens, output_of, refuse_tables
 from softhooks.runtime.contexts import Block
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import AttachedPrompt
     from softhooks.runtime.prompted_model import PromptedModel
 
 # --- in a forward -----------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def _added_of(prompted: PromptedModel, name: str | None) -> AddedTokens | None:
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def prove_rows(prompt: SoftPrompt, inputs: dict[str, Tensor]) -> None:
+def prove_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
     """Check that a prompt's copies, which still equal the model's rows, compute what the model computes with these.
 
     Args:
@@ -93,13 +93,12 @@ def prove_rows(prompt: SoftPrompt, inputs: dict[str, Tensor]) -> None:
     Raises:
         UnsupportedModelError: they do not; or the ids reach a second table, or the logits no output embeddings.
     """
-    added, prompted = prompt.added, prompt.prompted_model
+    added, model = prompt.added, prompt.model
     if added is None:
         return
-    model = prompted.model
     head = output_of(model)
     ids = next(value for value in inputs.values() if not value.is_floating_point())
-    tables: dict[int, nn.Module] = {id(stack.embedding): stack.embedding for stack in prompted.structure.stacks}
+    tables: dict[int, nn.Module] = {id(stack.embedding): stack.embedding for stack in prompt.structure.stacks}
     heard: list[tuple[Tensor, Tensor]] = []
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -111,14 +110,14 @@ def prove_rows(prompt: SoftPrompt, inputs: dict[str, Tensor]) -> None:
                 refuse_tables(model, f"the ids are looked up in a second table ({type(module).__name__})")
 
     with at_rest(model), _hooked(model, listen):
-        with Block(prompted, off=True):
+        with Block(prompt.model, off=True):
             answered = model(**inputs)
             for embedding in tables.values():
                 expected = embedding(added.ids[None])
                 if not torch.equal(added.look_up(embedding, added.ids[None], expected)[0], expected):
                     refuse_tables(model, f"an embedding that does more than look rows up ({type(embedding).__name__})")
         logits = getattr(answered, "logits", None)
-        is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == prompted.structure.vocabulary
+        is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == prompt.structure.vocabulary
         if is_vocabulary and not heard:
             refuse_tables(model, "logits of the vocabulary that are not computed by the output embeddings")
         for hidden, output in heard:

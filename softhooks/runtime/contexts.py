@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from softhooks.runtime.prompted_model import PromptedModel
+from torch import nn
 
 _blocks: ContextVar[tuple[Block, ...]] = ContextVar("softhooks_blocks", default=())
 
@@ -23,7 +22,7 @@ class Block:
     """One `with` block, or one call of `generate`, on one model.
 
     Attributes:
-        prompted: of the model.
+        model: the model, as the user gave it when the first prompt was attached.
         rows: one prompt name a row, as `softhooks.rows` names them.
         off: the bare model, as in `softhooks.disabled`.
         alone: one prompt on for all rows, whatever is named outside.
@@ -32,7 +31,7 @@ class Block:
         prompt_columns: how many columns it was given.
     """
 
-    prompted: PromptedModel
+    model: nn.Module
     rows: Sequence[str | None] | None = None
     off: bool = False
     alone: str | None = None
@@ -62,15 +61,15 @@ class Block:
         _blocks.set(tuple(block for block in now if block is not self))
 
 
-def blocks_of(prompted: PromptedModel) -> Sequence[Block]:
+def blocks_of(model: nn.Module) -> Sequence[Block]:
     """The blocks of one model that hold in this context, the outermost first."""
     found = _blocks.get()
-    return found and [block for block in found if block.prompted is prompted and not block._left]
+    return found and [block for block in found if block.model is model and not block._left]
 
 
-def generation_of(prompted: PromptedModel) -> Block | None:
+def generation_of(model: nn.Module) -> Block | None:
     """The innermost call of `generate` on a model in this context."""
-    return next((block for block in reversed(blocks_of(prompted)) if block.generates), None)
+    return next((block for block in reversed(blocks_of(model)) if block.generates), None)
 
 
 class Choice(NamedTuple):
@@ -90,11 +89,11 @@ class Choice(NamedTuple):
 _NOTHING_SAID = Choice()
 
 
-def choice_of(prompted: PromptedModel) -> Choice:
+def choice_of(model: nn.Module) -> Choice:
     """What holds in this context. Asked several times a token, so all is found in one walk."""
     rows, off = None, False
     for block in reversed(_blocks.get()):
-        if block.prompted is not prompted or block._left:
+        if block.model is not model or block._left:
             continue
         if block.alone is not None:
             return Choice(rows, off, block.alone)
@@ -103,14 +102,14 @@ def choice_of(prompted: PromptedModel) -> Choice:
     return _NOTHING_SAID if rows is None and not off else Choice(rows, off)
 
 
-def alone_of(prompted: PromptedModel) -> str | None:
+def alone_of(model: nn.Module) -> str | None:
     """The prompt that a `with` block has on, in the place of the model's own choice."""
-    return choice_of(prompted).alone
+    return choice_of(model).alone
 
 
-def repeats_of(prompted: PromptedModel) -> int:
+def repeats_of(model: nn.Module) -> int:
     """How many rows of the batch each named row stands for: 1 outside of a `generate` that was called within its `rows`."""
-    for block in reversed(blocks_of(prompted)):
+    for block in reversed(blocks_of(model)):
         if block.generates:
             return block.repeats
         if block.rows is not None or block.alone is not None:

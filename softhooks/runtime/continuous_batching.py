@@ -11,13 +11,13 @@ from softhooks.errors import UnsupportedModeError
 from softhooks.runtime.generate import Noting
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import AttachedPrompt
     from softhooks.runtime.prompted_model import PromptedModel
 
 _START = "init_continuous_batching"
 
 
-def needed(prompt: SoftPrompt) -> str:
+def needed(prompt: AttachedPrompt) -> str:
     """The columns of a batch that a prompt cannot do without; empty where ids are enough."""
     try:
         prompt.encoder.choose({}, 1)

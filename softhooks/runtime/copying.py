@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from softhooks.backbone.attention_interface import open_interface
-from softhooks.runtime.running import Running
 from softhooks.runtime.training_loop import watch_steps
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 def state_of(own: dict[str, Any]) -> dict[str, Any]:
     """The state of a prompted model as a copy has it: nothing runs on it, and the first model's `with` blocks are not its own."""
-    return {**own, "running": Running(), "_stays": []}
+    return {**own, "_stays": []}
 
 
 def reopen(prompted: PromptedModel, files: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from softhooks.inject.slots.slots import SlotPass
 from softhooks.inject.start_position import later_start_error, starts_elsewhere
 from softhooks.inject.text_length import check_text_length
 from softhooks.inject.text_position import Outer, order_in_text, padding_mask, past_of, positions_in_text, text_shape
+from softhooks.runtime.contexts import generation_of
 
 if TYPE_CHECKING:
     from softhooks.runtime.selection import Selection
@@ -47,7 +48,7 @@ def open_pass(
         UnsupportedModeError: the prompts cannot share a batch, or cannot serve this call.
     """
     prompts = selection.prompts
-    if stack is prompts[0].prompted_model.structure.entry and not all(prompt.takes_left_padding for prompt in prompts):
+    if stack is prompts[0].structure.entry and not all(prompt.takes_left_padding for prompt in prompts):
         _refuse_left_padding(stack, padding_mask(call, outer))
     if any(prompt.injection == "branch" for prompt in prompts):
         return _open_branch(stack, call, selection, outer)
@@ -122,7 +123,7 @@ def _open_slots(
 ) -> Pass:
     slots = _slots_of(stack, selection)
     if stack.name == "decoder":
-        return CrossSlotPass(stack, selection.prompts[0].prompted_model.structure.entry, slots, call)
+        return CrossSlotPass(stack, selection.prompts[0].structure.entry, slots, call)
     if selection.hidden(text_shape(call)[0], slots.columns) is not None:
         raise UnsupportedModeError(
             "the prompt enters as slots, but hiding virtual tokens from some rows needs one that enters as keys and values.",
@@ -140,7 +141,8 @@ def _slots_of(stack: Stack, selection: Selection) -> Slots:
     tables = [use.prompt.embeddings(use.variant) for use in selection.uses]
     layouts = [use.prompt.layout for use in selection.uses]
     ids = [use.prompt.placeholder for use in selection.uses] if stack.reads_ids else None
-    searched = selection.prompts[0].prompted_model.prompt_columns if stack.name == "text" else None
+    generation = generation_of(selection.prompts[0].model) if stack.name == "text" else None
+    searched = None if generation is None else generation.prompt_columns
     return Slots(tables, layouts, selection.rows, selection.given, searched, ids)
 
 

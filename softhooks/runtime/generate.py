@@ -55,15 +55,15 @@ class _Generate(Noting):
         return inspect.signature(self.own())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held, block = self.prompted.running.held("its `generate`"), Block(self.prompted, generates=True)
-        with held, block, generating(self.prompted):
+        held, block = self.prompted.running.held("its `generate`"), Block(self.prompted.model, generates=True)
+        with held, block, generating(self.prompted.model):
             self.prompted.refuse_unused(kwargs)
             return self.own()(*args, **kwargs)
 
 
 class _Expand(Noting):
     def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        generation = generation_of(self.prompted)
+        generation = generation_of(self.prompted.model)
         if generation is not None:
             text = kwargs.get("input_ids")
             if not isinstance(text, Tensor) or not text.shape[-1]:

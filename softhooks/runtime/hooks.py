@@ -27,7 +27,7 @@ from softhooks.runtime.training_loop import prompts_on, takes_gradients, tell_fr
 from softhooks.runtime.unused_parameters import require_search
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import AttachedPrompt
     from softhooks.runtime.prompted_model import PromptedModel
 
 
@@ -44,7 +44,7 @@ class ModelHooks:
         if prompted.is_own_call:
             return None
         call = prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call(), is_model=True)
-        if call.outer is None and alone_of(prompted) is None:
+        if call.outer is None and alone_of(prompted.model) is None:
             prompted.labels.show()
         call.is_on = prompted.is_on
         prompted.refuse_unused(kwargs)
@@ -98,7 +98,7 @@ class ModelHooks:
         return dict(zip(inspect.signature(self.prompted.model.forward).parameters, args, strict=False)) | kwargs
 
     def _begin(
-        self, joined: Call, prompt: SoftPrompt, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, joined: Call, prompt: AttachedPrompt, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let a prompt's objective join the call."""
         prompted, objective = self.prompted, prompt.objective

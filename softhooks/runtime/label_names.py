@@ -17,7 +17,7 @@ from softhooks.compat.peft import unwrapped
 from softhooks.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import AttachedPrompt
     from softhooks.runtime.prompted_model import PromptedModel
 
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
@@ -134,13 +134,13 @@ class LabelNames:
     def _config(self) -> Any:
         return getattr(unwrapped(self._prompted.model), "config", None)
 
-    def of(self, prompt: SoftPrompt) -> Labels | None:
+    def of(self, prompt: AttachedPrompt) -> Labels | None:
         """The names of a prompt's head as they are now; None where it has no head."""
         if not len(prompt.heads):
             return None
         return Labels.of(self._config) if prompt.name == self._shown or prompt.labels is None else prompt.labels
 
-    def begin(self, prompt: SoftPrompt) -> None:
+    def begin(self, prompt: AttachedPrompt) -> None:
         """Give a new prompt the names that the config has at this moment, unless it brought its own."""
         if not len(prompt.heads):
             return

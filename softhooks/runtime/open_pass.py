@@ -60,7 +60,7 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
         require_masks(stack, packed, by_position=own is not None)
     if prompted.freeze_dropout:
         _keep_dropout_off(prompted, stack)
-    with borne_by(paged, prompted):
+    with borne_by(paged, prompted.model):
         opened = open_pass(stack, call, selection, prompted.placeholder, outer)
     if packed is not None:
         guard(opened, packed)

@@ -26,7 +26,7 @@ from softhooks.inject.replaced_modules import Standing, entered
 from softhooks.patching.patches import Patches
 from softhooks.runtime.added_token_hooks import AddedHooks
 from softhooks.runtime.arguments import TAKEN_BY, SignedForward, refuse_unused
-from softhooks.runtime.contexts import choice_of, generation_of, repeats_of
+from softhooks.runtime.contexts import choice_of, repeats_of
 from softhooks.runtime.continuous_batching import watch_batching
 from softhooks.runtime.copying import reopen, state_of
 from softhooks.runtime.direct_forward import DirectForward
@@ -39,7 +39,7 @@ from softhooks.runtime.selection import Selection, select
 from softhooks.runtime.training_loop import unwatch_steps, watch_steps
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 class PromptedModel:
@@ -53,7 +53,7 @@ class PromptedModel:
     def __init__(self, model: nn.Module, structure: ModelStructure) -> None:
         self.model = model
         self.structure = structure
-        self.prompts: dict[str, SoftPrompt] = {}
+        self.prompts: dict[str, AttachedPrompt] = {}
         self.labels = LabelNames(self)
         self.running = Running()
         self.met = Met()
@@ -89,7 +89,7 @@ class PromptedModel:
     @property
     def active(self) -> str | None:
         """The prompt that is on where no row names another; the model's config shows its labels' names."""
-        alone = choice_of(self).alone
+        alone = choice_of(self.model).alone
         return self._active if alone is None else alone
 
     @active.setter
@@ -100,18 +100,12 @@ class PromptedModel:
     @property
     def rows(self) -> Sequence[str | None] | None:
         """One prompt name a row, in this thread or task."""
-        return choice_of(self).rows
+        return choice_of(self.model).rows
 
     @property
     def disabled(self) -> bool:
         """Whether every prompt is off, in this thread or task."""
-        return choice_of(self).off
-
-    @property
-    def prompt_columns(self) -> int | None:
-        """How many columns the model was given, while it generates."""
-        generation = generation_of(self)
-        return None if generation is None else generation.prompt_columns
+        return choice_of(self.model).off
 
     @property
     def given(self) -> dict[str, Tensor]:
@@ -122,13 +116,13 @@ class PromptedModel:
     @property
     def is_on(self) -> bool:
         """Whether a forward now meets a prompt."""
-        rows, off, alone = choice_of(self)
+        rows, off, alone = choice_of(self.model)
         return not off and bool(self.prompts) and (rows is not None or alone is not None or self._active is not None)
 
     @property
     def is_in_use(self) -> bool:
         """Whether a forward now meets a prompt in some row."""
-        rows, off, alone = choice_of(self)
+        rows, off, alone = choice_of(self.model)
         if off or not self.prompts:
             return False
         if rows is not None:
@@ -151,7 +145,7 @@ class PromptedModel:
             return select(self.prompts, [self.active], batch, given)
         forward = self.running.forward
         named = len(rows) * (1 if forward is None else forward.choices)
-        if batch not in (named, named * repeats_of(self)):
+        if batch not in (named, named * repeats_of(self.model)):
             raise UnsupportedModeError(
                 "`rows` must name one prompt for each row of the batch (in generate, beams and samples are their row's).",
                 "Name as many prompts as the batch has rows.",

@@ -14,14 +14,14 @@ from torch.nn import functional
 from softhooks.errors import NotAttachedError, UnsupportedModeError
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 @dataclass(frozen=True)
 class Use:
     """A prompt in one of its variants; most prompts have one."""
 
-    prompt: SoftPrompt
+    prompt: AttachedPrompt
     variant: int = 0
 
 
@@ -40,11 +40,11 @@ class Selection:
     given: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def prompts(self) -> list[SoftPrompt]:
+    def prompts(self) -> list[AttachedPrompt]:
         """The prompts in use, each once."""
         return list(dict.fromkeys(use.prompt for use in self.uses))
 
-    def by_prompt(self) -> Iterator[tuple[SoftPrompt, tuple[int, ...]]]:
+    def by_prompt(self) -> Iterator[tuple[AttachedPrompt, tuple[int, ...]]]:
         """Each prompt with its variants in use, in order."""
         for prompt, uses in groupby(self.uses, key=lambda use: use.prompt):
             yield prompt, tuple(use.variant for use in uses)
@@ -81,7 +81,7 @@ class Selection:
 
 
 def select(
-    prompts: dict[str, SoftPrompt], names: Sequence[str | None], batch: int, given: dict[str, Tensor]
+    prompts: dict[str, AttachedPrompt], names: Sequence[str | None], batch: int, given: dict[str, Tensor]
 ) -> Selection:
     """Find what each row of a batch meets.
 
@@ -109,7 +109,7 @@ def select(
     return Selection(uses, [None if key is None else distinct.index(key) for key in keys], given)
 
 
-def _variants(prompt: SoftPrompt, given: dict[str, Tensor], batch: int) -> Sequence[int]:
+def _variants(prompt: AttachedPrompt, given: dict[str, Tensor], batch: int) -> Sequence[int]:
     chosen = prompt.encoder.choose(given, batch)
     if chosen is None:
         return [0] * batch

@@ -21,7 +21,7 @@ from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import AttachedPrompt
     from softhooks.runtime.prompted_model import PromptedModel
 
 
@@ -73,13 +73,13 @@ def tell_frozen(output: Any) -> Any:
     return _told(output)
 
 
-def prompts_on(prompted: PromptedModel) -> list[SoftPrompt]:
+def prompts_on(prompted: PromptedModel) -> list[AttachedPrompt]:
     """The prompts that are on, each once."""
     names = [prompted.active] if prompted.rows is None else prompted.rows
     return [prompted.prompts[name] for name in dict.fromkeys(names) if name is not None and name in prompted.prompts]
 
 
-def takes_gradients(prompt: SoftPrompt) -> bool:
+def takes_gradients(prompt: AttachedPrompt) -> bool:
     """Whether a prompt is not frozen."""
     return any(parameter.requires_grad for parameter in prompt.encoder.parameters())
 
@@ -91,7 +91,7 @@ def _told(value: Any) -> Any:
 
 # --- an optimizer that does not hold the prompt -----------------------------------------------------------------------
 
-_held_elsewhere: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[SoftPrompt]] = weakref.WeakKeyDictionary()
+_held_elsewhere: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[AttachedPrompt]] = weakref.WeakKeyDictionary()
 """Of optimizers the prompts that they, or others, hold, as far as that was looked up."""
 
 
@@ -116,7 +116,7 @@ def unwatch_steps(prompted: PromptedModel) -> None:
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     for prompted in watched:
-        reached = [prompt for prompt in prompts_on(prompted) if _has_gradient(prompt._module.parameters())]
+        reached = [prompt for prompt in prompts_on(prompted) if _has_gradient(prompt.module.parameters())]
         if any(prompt not in _held_elsewhere.get(optimizer, ()) for prompt in reached):
             _require_held(prompted, optimizer, reached)
 
@@ -125,7 +125,7 @@ def _held(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _require_held(prompted: PromptedModel, optimizer: Optimizer, reached: list[SoftPrompt]) -> None:
+def _require_held(prompted: PromptedModel, optimizer: Optimizer, reached: list[AttachedPrompt]) -> None:
     """Refuse a step on a model whose prompt takes gradients and is in no optimizer; warn where it trains something else.
 
     Raises:
@@ -153,9 +153,9 @@ def _require_held(prompted: PromptedModel, optimizer: Optimizer, reached: list[S
     warnings.warn(sentence, UserWarning, stacklevel=stack_level())
 
 
-def _is_held(prompt: SoftPrompt, first: Optimizer) -> bool:
+def _is_held(prompt: AttachedPrompt, first: Optimizer) -> bool:
     """Whether an optimizer holds a parameter of a prompt that takes gradients: this one, or any other that is alive."""
-    wanted = {id(parameter) for parameter in prompt._module.parameters() if parameter.grad is not None}
+    wanted = {id(parameter) for parameter in prompt.module.parameters() if parameter.grad is not None}
     if any(id(parameter) in wanted for parameter in _held(first)):
         return True
     others = (one for one in gc.get_objects() if issubclass(type(one), Optimizer))

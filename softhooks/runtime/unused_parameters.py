@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from softhooks.errors import TrainerError
 
 if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+    from softhooks.runtime.attached_prompt import AttachedPrompt
 
 RULE = "where parameters have no part in some steps, DDP must look for them in each, and not take the steps for alike."
 REMEDY = (
@@ -23,7 +23,7 @@ REMEDY = (
 )
 
 
-def require_search(prompts: Iterable[SoftPrompt], given: Mapping[str, Tensor]) -> None:
+def require_search(prompts: Iterable[AttachedPrompt], given: Mapping[str, Tensor]) -> None:
     """Refuse a training forward under a DDP that would fail at the next, or train on part of the gradients.
 
     Args:

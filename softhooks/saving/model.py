@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import PromptMismatchError
+from softhooks.prompt import soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.saving.outer_model import SaveFromOutside
 
@@ -94,7 +95,7 @@ class SavePrompts:
 
     def places(self, folder: Path) -> dict[SoftPrompt, Path]:
         """Where each prompt goes: `default`, or else the one that is on, into the folder; others by name into folders inside."""
-        prompts = self.prompted.prompts
+        prompts = soft_prompts_of(self.prompted)
         top = "default" if "default" in prompts else self.prompted.active or next(reversed(prompts))
         return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
 
@@ -110,7 +111,7 @@ class SavePrompts:
             from softhooks.saving.state_dict import live_tensors, write_live
 
             live: dict[str, Tensor] = {}
-            for prompt in self.prompted.prompts.values():
+            for prompt in soft_prompts_of(self.prompted).values():
                 live |= live_tensors(prompt)
             write_live(folder, live)
         if kept and not resumed:
@@ -159,7 +160,7 @@ class SavePrompts:
         for name, prompt in self.prompted.prompts.items():
             if any(is_prompt_key(key, name) for key in found):
                 own = {key: list(value.shape) for key, value in live_tensors(prompt).items() if is_prompt_key(key)}
-                frozen = prompt._module.state_dict(prefix=f"{CONTAINER}.{name}.")
+                frozen = prompt.module.state_dict(prefix=f"{CONTAINER}.{name}.")
                 expected |= own
                 expected |= {key: list(value.shape) for key, value in frozen.items() if key in found}
         known = {key: shape for key, shape in found.items() if not key.endswith(".description")}

@@ -27,7 +27,7 @@ def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
     """Everything that training has changed, by its name in the model; what an encoder keeps in buffers too."""
     encoder = f"{CONTAINER}.{prompt.name}.encoder."
     kept = {f"{encoder}{name}": tensor for name, tensor in prompt.encoder.state_dict().items()}
-    ids = prompt._module._buffers.get(BUFFER)
+    ids = prompt.module._buffers.get(BUFFER)
     if ids is not None:
         kept[f"{CONTAINER}.{prompt.name}.{BUFFER}"] = ids
     return kept | {name: parameter.detach() for name, parameter in prompt.named_parameters()}

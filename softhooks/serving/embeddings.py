@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError
-from softhooks.prompt import SoftPrompt
+from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.continuous_batching import needed
 from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.serving.servers import ServerName, for_server
@@ -77,7 +77,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
         raise OptionError(
             f"one prompt must be on, for one text; on are {names!r}{', disabled' if prompted.disabled else ''}."
         )
-    prompt = prompted.prompts[prompted.active]
+    prompt = soft_prompts_of(prompted)[prompted.active]
     if prompted.structure.entry.reads_ids:
         raise UnsupportedModelError(
             "a sequence of embedding rows must be all that a model looks at; this one looks at the ids behind them too.",

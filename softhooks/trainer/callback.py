@@ -23,7 +23,8 @@ from softhooks.compat.sharding import shards
 from softhooks.constraint import begin_step, end_step
 from softhooks.method import Method
 from softhooks.methods.task_sampling import arrange
-from softhooks.prompt import Injection, SoftPrompt
+from softhooks.prompt import SoftPrompt, soft_prompts_of
+from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checkpoint import Saver, saver_of
 from softhooks.trainer.checks import (
@@ -271,7 +272,7 @@ class SoftPromptCallback(TrainerCallback):
         if saver is not None and saver.prompt.is_attached:
             refuse_second(self, saver.owner, control)
         prompted = prompted_model_of(model)
-        present = prompted.prompts.get(self.name) if prompted else None
+        present = soft_prompts_of(prompted).get(self.name) if prompted else None
         if present is None:
             prompt = self._attach(model)
         else:
@@ -318,5 +319,5 @@ class SoftPromptCallback(TrainerCallback):
     def _is_ready(self, model: nn.Module, optimizer: Any) -> bool:
         """Whether a model that came late brought the prompt along, and the optimizer knows it."""
         prompted = prompted_model_of(model)
-        present = prompted.prompts.get(self.name) if prompted else None
+        present = soft_prompts_of(prompted).get(self.name) if prompted else None
         return present is not None and is_mended(optimizer, present)

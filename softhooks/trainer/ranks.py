@@ -17,7 +17,8 @@ from softhooks.checks.injection import choose_injection
 from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.method import Method
-from softhooks.prompt import Injection, SoftPrompt
+from softhooks.prompt import SoftPrompt
+from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.runtime.unused_parameters import REMEDY, RULE
 from softhooks.saving.state_dict import live_tensors

@@ -77,7 +77,7 @@ class Reference(nn.Module):
                 with disabled(self.policy):
                     yield
             else:
-                with Block(prompted, alone=self.prompt):
+                with Block(prompted.model, alone=self.prompt):
                     yield
 
 

@@ -1,0 +1,220 @@
+"""What a forward needs from a prompt that is attached to a model: its embeddings, keys and values, branch and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.entry_points import groups_of
+from softhooks.backbone.module_walk import every_tensor
+from softhooks.backbone.placeholder_ids import BUFFER
+from softhooks.backbone.stack import ModelStructure, Role, Stack
+from softhooks.compat.sharding import refuse_sharded
+from softhooks.encoder import EMBEDDINGS, PromptEncoder
+from softhooks.inject.branch.branch import Branch, branch_of
+from softhooks.inject.prefill import prefill
+from softhooks.inject.prefix.key_values import KeyValues, split
+from softhooks.inject.provenance import Snapshot, snapshot
+from softhooks.inject.reuse import Memory
+from softhooks.method import Method
+from softhooks.runtime.added_tokens import ADDED, AddedTokens
+from softhooks.runtime.label_names import Labels
+from softhooks.runtime.running import Held, Running
+
+Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
+
+
+class AttachedPrompt:
+    """A prompt on a model, as the hooks see it. Users hold its subclass `softhooks.SoftPrompt`.
+
+    Args:
+        name: the name under which it is attached.
+        method: the method's options.
+        module: holds the encoder, the heads and the rows of added tokens; part of the model while attached.
+        conventions: what the prompt assumes about the forward pass; stored with it.
+        model: the model, as the user gave it.
+        structure: the model's stacks, embeddings and attention layers.
+        running: the calls that run on the model.
+        placeholder_id: an ordinary id of the vocabulary, for calls in which only the number of ids matters.
+
+    Attributes:
+        layout: where the virtual tokens stand among the text, for methods that place them there.
+        objective: an additional or different training loss, if the method has one.
+        injection: how the prompt enters the model. A `shared` prompt enters as slots in a call that has more inputs than a text
+            (encoder states, token types, ...).
+        shares_always: whether the prompt was attached with `injection='shared'`, so that such calls are refused.
+        takes_left_padding: whether rows may begin with padding; in some models padding before the text changes the result.
+        labels: the names of its heads' labels, while the model's config does not show them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        module: nn.ModuleDict,
+        conventions: dict[str, Any],
+        *,
+        model: nn.Module,
+        structure: ModelStructure,
+        running: Running,
+        placeholder_id: int,
+    ) -> None:
+        self.name = name
+        self.method = method
+        self.module = module
+        self.conventions = conventions
+        self.model = model
+        self.structure = structure
+        self.running = running
+        self.placeholder_id = placeholder_id
+        self.layout = method.where
+        self.objective = method.objective()
+        self.injection: Injection = "slots"
+        self.shares_always = False
+        self.takes_left_padding = True
+        self.labels: Labels | None = None
+        self._memory: dict[str, Memory[dict[Role, KeyValues]]] = {}
+        self._branches: dict[str, Memory[Branch]] = {}
+        self._snapshot: Snapshot | None = None
+        self._stand_in: Callable[[Stack], dict[Role, KeyValues]] | None = None
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The module that makes the prompt."""
+        encoder = self.module["encoder"]
+        assert isinstance(encoder, PromptEncoder)
+        return encoder
+
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """The prompt's own heads; a path's dots are slashes."""
+        heads = self.module["heads"]
+        assert isinstance(heads, nn.ModuleDict)
+        return heads
+
+    @property
+    def added(self) -> AddedTokens | None:
+        """The prompt's own rows of the vocabulary, if it trains some."""
+        added = self.module._modules.get(ADDED)
+        return added if isinstance(added, AddedTokens) else None
+
+    def head(self, key: str) -> nn.Module | None:
+        """The prompt's own head in the place of one of the model's, if it has one."""
+        return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
+
+    def without_objective(self) -> Held:
+        """Run the model inside the context without this prompt's objective."""
+        return self.running.held("a run without objective", aside=True)
+
+    @property
+    def computed(self) -> int:
+        """How often keys and values were computed: once a forward; once in all of a `generate` call, or inside `kept`."""
+        return sum(memory.computed for kept in (self._memory, self._branches) for memory in kept.values())
+
+    @property
+    def placeholder(self) -> Tensor:
+        """The ids behind its virtual tokens, [P]; which ones is of no matter where the model looks at embeddings alone."""
+        own = self.module._buffers.get(BUFFER)
+        if own is not None:
+            return own
+        count = self.method.num_virtual_tokens
+        return torch.full((count,), self.placeholder_id, device=self.encoder.device)
+
+    def embeddings(self, variant: int = 0) -> Tensor:
+        """The prompt as embedding rows, [P, H]."""
+        return self._encode(EMBEDDINGS, variant)
+
+    def key_values(self, stack: Stack, variants: tuple[int, ...] = (0,)) -> dict[Role, KeyValues]:
+        """The prompt, in some of its variants, as keys and values for one stack, by role.
+
+        Raises:
+            UnsupportedModeError: another thread runs the model.
+        """
+        with self.running.held("a prompt's own rows"):
+            found = self._key_values(stack, variants)
+        forward = self.running.forward
+        if forward is not None:
+            forward.prefilled[id(self)] = found
+        return found
+
+    def _key_values(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
+        if self._stand_in is not None:
+            return self._stand_in(stack)
+        memory = self._memory.setdefault(stack.name, Memory())
+        base = every_tensor(stack.module) if self.method.enters == "embeddings" else ()
+        refuse_sharded(base)
+        ids = self.module._buffers.get(BUFFER)
+        own = [*every_tensor(self.encoder), *(() if ids is None else (ids,))]
+        return memory.recall(stack, own, base, lambda: self._compute(stack, variants), variants)
+
+    @contextmanager
+    def standing_in(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
+        """Let other keys and values, of any length, stand in the prompt's place: a teacher's, for an objective."""
+        outer, self._stand_in = self._stand_in, key_values
+        try:
+            yield
+        finally:
+            self._stand_in = outer
+
+    def branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None = None) -> Branch:
+        """The prompt as a gated branch for one stack.
+
+        Args:
+            context: each row's own, for the whole batch.
+            rows: the rows of the batch that the prompt serves; None: all.
+
+        Raises:
+            UnsupportedModeError: another thread runs the model.
+        """
+        memory = self._branches.setdefault(stack.name, Memory())
+        own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
+        base = [tensor for site in self.method.sites(stack, "self") for tensor in every_tensor(site.module)]
+        with self.running.held("a prompt's own rows"):
+            return memory.recall(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
+
+    def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
+        if context is not None and rows is not None:
+            context = context[list(rows)]
+        return branch_of(self.method.branch_given(self._encode, stack, context))
+
+    @property
+    def states(self) -> Tensor | None:
+        """The virtual tokens' own last states in the forward that is under way, [R, P, H], where they were run alone."""
+        forward = self.running.forward
+        kept = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
+        return None if kept is None else kept.states
+
+    def snapshot(self) -> Snapshot:
+        """The prompt's state now; the same object while nothing changes."""
+        self._snapshot = snapshot(self, self._snapshot)
+        return self._snapshot
+
+    def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
+        if self.method.enters == "embeddings":
+            rows = torch.stack([self.embeddings(variant) for variant in variants])
+            return {"self": prefill(stack, rows, self.placeholder)}
+        result: dict[Role, KeyValues] = {}
+        for group, (owner, role) in groups_of(self.structure).items():
+            if owner is stack:
+                result[role] = split(self._encode(group), self.method.sites(stack, role))
+                result[role].windowed = bool(self.conventions.get("windowed", True))
+                result[role].shifted = bool(self.conventions.get("shift_positions", True))
+        return result
+
+    def _encode(self, group: str, variant: int = 0) -> Tensor:
+        device = self.encoder.device
+        with torch.autocast(device.type, enabled=False):
+            result: Tensor = self.encoder(group, variant)
+        return result
+
+    def __copy__(self) -> AttachedPrompt:
+        """Return the same: a second handle of the same state would not know what the first has done."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle has, its model among it; what forwards have computed stays behind."""
+        return self.__dict__ | {"_memory": {}, "_branches": {}, "_stand_in": None}
