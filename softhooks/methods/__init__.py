@@ -1,45 +1,26 @@
-"""The methods, one file a paper. A new one is listed here."""
+"""The methods, one file a paper. A new method is one more import here."""
 
 from __future__ import annotations
 
 from softhooks.method import Method
-from softhooks.methods.cartridge import Cartridge
-from softhooks.methods.context_tuning import ContextTuning
-from softhooks.methods.cpt import ContextAwarePromptTuning
-from softhooks.methods.llama_adapter import LlamaAdapter
-from softhooks.methods.mpt import MultitaskPromptTuning
-from softhooks.methods.p_tuning import PTuning
-from softhooks.methods.p_tuning_v2 import PTuningV2
-from softhooks.methods.prefix_tuning import PrefixTuning
-from softhooks.methods.prompt_tuning import PromptTuning
-from softhooks.methods.residual_prompt_tuning import ResidualPromptTuning
+
+# In the order in which `softhooks run --help` lists them.
+# isort: off
+from softhooks.methods.prompt_tuning import PromptTuning as PromptTuning
+from softhooks.methods.prefix_tuning import PrefixTuning as PrefixTuning
+from softhooks.methods.p_tuning import PTuning as PTuning
+from softhooks.methods.p_tuning_v2 import PTuningV2 as PTuningV2
+from softhooks.methods.mpt import MultitaskPromptTuning as MultitaskPromptTuning
+from softhooks.methods.cpt import ContextAwarePromptTuning as ContextAwarePromptTuning
+from softhooks.methods.llama_adapter import LlamaAdapter as LlamaAdapter
+from softhooks.methods.residual_prompt_tuning import ResidualPromptTuning as ResidualPromptTuning
+from softhooks.methods.context_tuning import ContextTuning as ContextTuning
+from softhooks.methods.cartridge import Cartridge as Cartridge
+# isort: on
 
 METHODS: dict[str, type[Method]] = {
-    method.kind: method
-    for method in (
-        PromptTuning,
-        PrefixTuning,
-        PTuning,
-        PTuningV2,
-        MultitaskPromptTuning,
-        ContextAwarePromptTuning,
-        LlamaAdapter,
-        ResidualPromptTuning,
-        ContextTuning,
-        Cartridge,
-    )
+    value.kind: value
+    for value in tuple(globals().values())
+    if isinstance(value, type) and issubclass(value, Method) and value.kind
 }
-
-__all__ = [
-    "METHODS",
-    "Cartridge",
-    "ContextAwarePromptTuning",
-    "ContextTuning",
-    "LlamaAdapter",
-    "MultitaskPromptTuning",
-    "PTuning",
-    "PTuningV2",
-    "PrefixTuning",
-    "PromptTuning",
-    "ResidualPromptTuning",
-]
+"""The methods by the name that a saved prompt and the command line have for them."""
