@@ -1,1 +1,1 @@
-"""The command `softhooks`: `cli.py` lists what there is; `softhooks run` has its options, its request and its help here."""
+"""The command line, `softhooks run | demo | inspect | convert | export`."""

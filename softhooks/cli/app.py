@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 
+from softhooks.cli import run_config, run_parser
 from softhooks.cli.exit_codes import reported, usage
 from softhooks.cli.export import export
 from softhooks.cli.inspect import inspect
+from softhooks.cli.run_help import help_text
 from softhooks.demo.options import DemoOptions
 from softhooks.errors import CheckpointError
 
@@ -132,11 +134,17 @@ def demo(
 )
 def run(context: typer.Context) -> None:
     """Run an unmodified Trainer script, or a module (-m), so that it trains a soft prompt: softhooks run script.py ARGS."""
-    from softhooks.cli import run, run_arguments
+    with usage():
+        line = run_parser.read(context.args)
+        if line.help:
+            method = line.method or run_config.read(line.config)["method"]
+            typer.echo(help_text(method and run_parser.method_kind(method)), nl=False)
+            return
+    from softhooks.cli import run, run_arguments  # torch and transformers take seconds to import
 
     with usage():
-        asked = run_arguments.parse(context.args)
-    run.carry_out(asked)
+        request = run_arguments.request(line)
+    run.run_program(request)
 
 
 @app.command()

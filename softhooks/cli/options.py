@@ -17,13 +17,14 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from softhooks.errors import OptionError
-from softhooks.method import Method
 
-REQUIRED = dataclasses.MISSING
-_YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
+if TYPE_CHECKING:
+    from softhooks.method import Method
+
+YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 _LISTS = (collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection, list, tuple)
 _MAPPINGS = (collections.abc.Mapping, dict)
 _WORDS = {bool: "yes or no", int: "a whole number", float: "a number", str: "text", Path: "a path"}
@@ -36,7 +37,7 @@ class Option:
     Attributes:
         name: as Python spells it.
         hint: its type.
-        default: its default, or `REQUIRED`.
+        default: its default, or `dataclasses.MISSING`.
         about: what its docstring says.
     """
 
@@ -49,6 +50,11 @@ class Option:
     def flag(self) -> str:
         """As a command line spells it."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is dataclasses.MISSING
 
     @property
     def is_switch(self) -> bool:
@@ -204,7 +210,7 @@ def _convert_one(value: Any, kind: Any) -> Any:
         return _only(isinstance(loaded := _json(value), dict), loaded)
     if kind is bool:
         text = str(value).lower()
-        return _only(text in _YES + _NO, text in _YES)
+        return _only(text in YES + NO, text in YES)
     if kind in (int, float):
         number = _only(isinstance(value, (int, float, str)) and not isinstance(value, bool), value)
         return kind(number) if isinstance(number, str) or kind is float else _only(isinstance(number, int), number)

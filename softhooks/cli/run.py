@@ -22,8 +22,7 @@ from torch import distributed
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from softhooks.cli.exit_codes import usage
-from softhooks.cli.run_arguments import Help, Request, parse
-from softhooks.cli.run_help import explained
+from softhooks.cli.run_arguments import Request, parse
 from softhooks.compat.bitsandbytes import needs_admission
 from softhooks.errors import OptionError, TrainerError
 from softhooks.trainer.callback import SoftPromptCallback
@@ -36,18 +35,15 @@ def run(arguments: list[str]) -> None:
         OptionError: the command line or the configuration is wrong.
         TrainerError: the script trained nothing with a Trainer.
     """
-    carry_out(parse(arguments))
+    run_program(parse(arguments))
 
 
-def carry_out(request: Request | Help) -> None:
-    """Run a script or a module with a callback in its Trainers, or explain.
+def run_program(request: Request) -> None:
+    """Run a script or a module with a callback in each of its Trainers.
 
     Raises:
         TrainerError: the script trained nothing with a Trainer.
     """
-    if isinstance(request, Help):
-        sys.stdout.write(explained(request.kind))
-        return
     with _callbacks(request) as made, _as_program(request):
         if request.is_module:
             with usage():

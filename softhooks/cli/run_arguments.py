@@ -1,37 +1,29 @@
-"""What `softhooks run` is asked for: its command line and its configuration file."""
+"""What `softhooks run` runs: a script or a module with a method and the options of the callback.
+
+They are read from the command line and the configuration file.
+"""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from softhooks.attach import attach
-from softhooks.cli.options import REQUIRED, Option, argument_options, method_options
+from softhooks.cli import run_config, run_parser
+from softhooks.cli.options import Option, argument_options, method_options
+from softhooks.cli.run_parser import (
+    DEFAULT_METHOD,
+    DEFAULT_TOKENS,
+    CommandLine,
+    method_kind,
+    unknown_option,
+)
 from softhooks.errors import OptionError
 from softhooks.method import Method
 from softhooks.methods import METHODS
 from softhooks.trainer.callback import SoftPromptCallback
-
-DEFAULT_METHOD = "prompt_tuning"
-DEFAULT_TOKENS = 20
-_OWN = ("method", "config", "help")
-_SECTIONS = ("method", "options", "callback")
-
-
-@dataclass(frozen=True)
-class Help:
-    """To explain, not to run.
-
-    Attributes:
-        kind: the method that was named.
-    """
-
-    kind: str | None
 
 
 @dataclass(frozen=True)
@@ -42,8 +34,8 @@ class Request:
         method: the method with its options.
         callback: the options of the callback.
         script: the file to run, or the name of the module.
-        arguments: what it gets.
-        is_module: whether it is a module, as `python -m` runs one.
+        arguments: the arguments of the script or module.
+        is_module: whether it is a module, run as `python -m` runs one.
     """
 
     method: Method
@@ -53,44 +45,42 @@ class Request:
     is_module: bool = False
 
 
-class Texts(list[str]):
-    """What a command line gave for one option, each time that it was named."""
-
-
 def callback_options() -> dict[str, Option]:
-    """The options of the callback that a text can give."""
+    """The options of the callback that text can give."""
     options = argument_options(SoftPromptCallback.__init__, SoftPromptCallback.__doc__, attach.__doc__)
     return {name: option for name, option in options.items() if option.takes}
 
 
-def parse(arguments: list[str]) -> Request | Help:
-    """Read a command line: options up to the script, everything behind it for the script.
+def parse(arguments: list[str]) -> Request:
+    """Read a command line and the configuration file that it names.
 
     Raises:
-        OptionError: it cannot be understood, or its values do not fit.
+        OptionError: an option, its value or the script is wrong.
     """
-    given, rest = _split(arguments)
-    config = _configuration(given.pop("config", None))
-    named = given.pop("method", config["method"])
-    kind = None if named is None else _kind(named[-1] if isinstance(named, Texts) else named)
-    if "help" in given:
-        return Help(kind)
-    if not rest:
+    return request(run_parser.read(arguments))
+
+
+def request(line: CommandLine) -> Request:
+    """Make the method and the callback's options that a command line asks for.
+
+    Raises:
+        OptionError: an option, its value or the script is wrong.
+    """
+    config = run_config.read(line.config)
+    if not line.program:
         raise OptionError(
             "`softhooks run` needs a script or `-m MODULE` to run; none is named. `softhooks run --help` shows examples."
         )
-    is_module = "m" in given
-    script: Path | str = rest[0] if is_module else Path(rest[0])
+    script: Path | str = line.program[0] if line.is_module else Path(line.program[0])
     if isinstance(script, Path) and not script.is_file():
+        found = "a directory" if script.is_dir() else "no such file"
         raise OptionError(
-            "the script to run must be a file.",
+            f"{str(script)!r} is not a script that can be run: {found}.",
             "Options of `softhooks run` stand before the script; a module is run with `-m`.",
-            script=repr(rest[0]),
-            found="a directory" if script.is_dir() else "no such file",
+            looked_in=Path.cwd(),
         )
-    given.pop("m", None)
-    method, callback = resolve(kind, config, given)
-    return Request(method, callback, script, rest[1:], is_module)
+    method, callback = resolve(line.method or config["method"], config, line.options)
+    return Request(method, callback, script, line.program[1:], line.is_module)
 
 
 def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
@@ -99,90 +89,48 @@ def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
     Raises:
         OptionError: it holds something else, or its values do not fit.
     """
-    config = _sections(found, source)
-    return resolve(None if config["method"] is None else _kind(config["method"]), config, {})
+    config = run_config.sections(found, source)
+    return resolve(config["method"], config, {})
 
 
-def resolve(kind: str | None, config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Make the method and the options of the callback from a configuration, and from what a command line gives above it.
+def resolve(
+    name: str | None, config: Mapping[str, Any], given: Mapping[str, bool | list[str]]
+) -> tuple[Method, dict[str, Any]]:
+    """Make the method and the options of the callback from a configuration and the command line, which wins.
+
+    Args:
+        name: the method's; None for the default.
+        config: the sections of the configuration.
+        given: the options of the command line.
 
     Raises:
-        OptionError: an option belongs elsewhere, is missing, or its value does not fit.
+        OptionError: an option belongs elsewhere or is missing, or its value does not fit.
     """
-    kind = kind or DEFAULT_METHOD
+    kind = method_kind(name or DEFAULT_METHOD)
     options, callback = method_options(METHODS[kind]), callback_options()
-    asked = {**config["options"], **{name: value for name, value in given.items() if name not in callback}}
-    told = {**config["callback"], **{name: value for name, value in given.items() if name in callback}}
-    _check_names(asked, options, kind)
-    _check_names(told, callback, "the callback")
-    values = {name: options[name].read(_single(value, options[name])) for name, value in asked.items()}
-    if options["num_virtual_tokens"].default is REQUIRED:
+    of_method = {name: value for name, value in given.items() if name not in callback}
+    of_callback = {name: value for name, value in given.items() if name in callback}
+    values = _values(config["options"], of_method, options, kind)
+    if options["num_virtual_tokens"].is_required:
         values.setdefault("num_virtual_tokens", DEFAULT_TOKENS)
-    for name, option in options.items():
-        if option.default is REQUIRED and name not in values:
+    for option in options.values():
+        if option.is_required and option.name not in values:
             raise OptionError(f"{kind} needs {option.flag}: {option.about} It takes {option.takes}.")
-    method = METHODS[kind](**values)
-    return method, {name: callback[name].read(_single(value, callback[name])) for name, value in told.items()}
+    return METHODS[kind](**values), _values(config["callback"], of_callback, callback, "the callback")
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
+def _values(
+    config: Mapping[str, Any], given: Mapping[str, bool | list[str]], options: Mapping[str, Option], owner: str
+) -> dict[str, Any]:
+    """Convert the values of a file and of a command line, which wins."""
+    _check_names((*config, *given), options, owner)
+    texts = {name: _text(value, options[name]) if isinstance(value, list) else value for name, value in given.items()}
+    return {name: options[name].read(value) for name, value in {**config, **texts}.items()}
 
 
-def _split(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take the options off the front: texts in order of appearance, or True and False for switches."""
-    switches = _switches()
-    known = {*switches, *_OWN}
-    given: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest and rest[0].startswith("-") and rest[0] != "--":
-        if rest[0].startswith("-m"):  # as for Python: nothing behind the module is for us
-            module = rest.pop(0).removeprefix("-m")
-            return given | {"m": True}, [module, *rest] if module else rest
-        word, has_value, value = rest.pop(0).partition("=")
-        name = {"-h": "help"}.get(word, word.removeprefix("--").replace("-", "_"))
-        positive = name not in known and name.startswith("no_") and switches.get(name.removeprefix("no_"), False)
-        name = name.removeprefix("no_") if positive else name
-        if name not in known or not (word.startswith("--") or word == "-h"):
-            raise _unknown(word, known)
-        if name == "help":
-            given[name] = True
-        elif switches.get(name, False) and not has_value:
-            given[name] = not positive
-        elif not has_value and not rest:
-            raise OptionError(f"{word} needs a value; the command line ends behind it.")
-        else:
-            before = given.get(name)
-            given[name] = Texts([*(before if isinstance(before, Texts) else ()), value if has_value else rest.pop(0)])
-    return given, rest[1:] if rest[:1] == ["--"] else rest
-
-
-def _switches() -> dict[str, bool]:
-    """Every option of every method and of the callback, and whether it stands without a value."""
-    found: dict[str, bool] = {}
-    for options in (*map(method_options, METHODS.values()), callback_options()):
-        for name, option in options.items():
-            found[name] = option.is_switch and found.get(name, True)
-    return found
-
-
-def _single(value: Any, option: Option) -> Any:
-    """Several texts are a list where the option takes one; elsewhere the last counts."""
-    if not isinstance(value, Texts):
-        return value
-    return list(value) if len(value) > 1 and (option.hint is Any or "list" in option.takes) else value[-1]
-
-
-def _kind(name: Any) -> str:
-    plain = str(name).replace("-", "").replace("_", "").lower()
-    for kind, method in METHODS.items():
-        if plain in (kind.replace("_", ""), method.__name__.lower()):
-            return kind
-    raise OptionError(
-        "a method must be one of those that softhooks has.",
-        _suggestion(str(name).replace("-", "_"), METHODS, "{}") or "`softhooks run --help` describes them.",
-        asked=repr(name),
-        methods=", ".join(METHODS),
-    )
+def _text(texts: list[str], option: Option) -> str | list[str]:
+    """The last text of an option that was repeated, or all of them where the option takes a list."""
+    return texts if len(texts) > 1 and (option.hint is Any or "list" in option.takes) else texts[-1]
 
 
 def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str) -> None:
@@ -197,71 +145,9 @@ def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str
         others = [kind for kind, method in METHODS.items() if name in method_options(method)]
         if others:
             raise OptionError(
-                "an option belongs to its method.",
+                f"{name} is not an option of {owner}.",
                 f"Leave it out, or name the method: `--method {others[0]}`.",
-                option=name,
                 belongs_to=", ".join(others),
                 asked=owner,
             )
-        raise _unknown(name, options)
-
-
-def _unknown(name: str, known: Iterable[str]) -> OptionError:
-    plain = name.lstrip("-").replace("-", "_")
-    return OptionError(
-        "an option must be one of the method's, of the callback's, or of `softhooks run`.",
-        (_suggestion(plain, known, "--{}") or "Options of the script stand behind the script.")
-        + " `softhooks run --help` lists all.",
-        unknown=name,
-    )
-
-
-def _suggestion(name: str, known: Iterable[str], form: str) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""
-
-
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
-def _configuration(paths: list[str] | None) -> dict[str, Any]:
-    """Read a YAML or JSON file with a method, its options and the callback's.
-
-    Raises:
-        OptionError: there is no such file, or it holds something else.
-    """
-    if paths is None:
-        return _sections({}, "")
-    path = Path(paths[-1])
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OptionError(
-            "a configuration must be a YAML or JSON file.",
-            "Name one that holds `method:` and `options:`.",
-            file=path,
-            cause=" ".join(str(error).split()),
-        ) from error
-    return _sections(found, str(path))
-
-
-def _sections(found: Any, source: str) -> dict[str, Any]:
-    """Check the sections of a configuration, and spell the options as Python does."""
-    empty: dict[str, Any] = {"method": None, "options": {}, "callback": {}}
-    sections = found if isinstance(found, dict) else {"": found}
-    for name, value in sections.items():
-        wanted = str if name == "method" else dict
-        if name not in _SECTIONS or not isinstance(value, wanted):
-            suggestion = _suggestion(str(name), _SECTIONS, "{}:")
-            raise OptionError(
-                "a configuration holds a method's name, its options by name, and options of the callback by name.",
-                suggestion or "Write `method: prompt_tuning`, and `options:` with one option a line below it.",
-                file=source,
-                found=f"{name}: {value!r}" if name else repr(found),
-                sections=", ".join(_SECTIONS),
-            )
-    spelled = {
-        name: {str(key).replace("-", "_"): value for key, value in section.items()} if name != "method" else section
-        for name, section in sections.items()
-    }
-    return {**empty, **spelled}
+        raise unknown_option(name, options)

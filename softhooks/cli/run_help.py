@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import textwrap
 
-from softhooks.cli.options import REQUIRED, Option, method_options, summary
-from softhooks.cli.run_arguments import DEFAULT_METHOD, DEFAULT_TOKENS, callback_options
-from softhooks.methods import METHODS
+from softhooks.cli import option_table
+from softhooks.cli.option_table import Row
+from softhooks.cli.run_parser import DEFAULT_METHOD, DEFAULT_TOKENS
 
 _INTRODUCTION = """
 Usage: softhooks run [--method METHOD] [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]
@@ -46,33 +46,32 @@ A configuration in YAML or JSON; the command line wins over it:
 """
 
 
-def explained(kind: str | None) -> str:
-    """The help: of everything, or with one method's options in full."""
+def help_text(kind: str | None = None) -> str:
+    """The help: an overview, or with one method's options in full."""
+    table = option_table.load()
     lines = [*_wrapped(_INTRODUCTION), "Options:"]
-    lines += _row("--method NAME", f"the method; {DEFAULT_METHOD} unless told otherwise")
-    lines += _row("--config FILE", "read method and options from a YAML or JSON file")
-    lines += _row("-m MODULE", "run a module, as python -m does; what stands behind it is its own")
-    lines += _row("--help", "show this; with --method, all about that method")
+    lines += _row("--method NAME", f"the method; {DEFAULT_METHOD} by default")
+    lines += _row("--config FILE", "read the method and options from a YAML or JSON file")
+    lines += _row("-m MODULE", "run a module as python -m does; what follows is passed on to it")
+    lines += _row("--help", "show this help; with --method, what all options of that method mean")
     lines += ["", "Options of the callback:"]
-    for option in callback_options().values():
-        lines += _option(option)
-    chosen = METHODS if kind is None else {kind: METHODS[kind]}
-    for name, method in chosen.items():
-        lines += ["", *textwrap.wrap(f"{name.replace('_', '-')}: {summary(method)}", _width())]
-        options = method_options(method).values()
+    for row in table.callback:
+        lines += _option(row)
+    for name in table.methods if kind is None else [kind]:
+        lines += ["", *textwrap.wrap(f"{name.replace('_', '-')}: {table.summaries[name]}", _width())]
         if kind is None:
-            flags = " ".join(option.flag for option in options if option.takes)
+            flags = " ".join(row.flag for row in table.methods[name] if row.takes)
             lines += textwrap.wrap(flags, _width(), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
             continue
-        for option in options:
-            lines += _option(option)
+        for row in table.methods[name]:
+            lines += _option(row)
     if kind is None:
-        lines += ["", "`softhooks run --method NAME --help` says what a method's options mean."]
+        lines += ["", "`softhooks run --method NAME --help` explains the options of a method."]
     return "\n".join(lines) + "\n"
 
 
 def _wrapped(text: str) -> list[str]:
-    """Wrap paragraphs; what is indented stays as it is."""
+    """Wrap paragraphs; indented ones stay as they are."""
     found: list[str] = []
     for paragraph in text.strip().split("\n\n"):
         indented = paragraph.startswith(" ")
@@ -80,12 +79,11 @@ def _wrapped(text: str) -> list[str]:
     return found
 
 
-def _option(option: Option) -> list[str]:
-    takes = option.takes or "only in Python"
-    flag = f"{option.flag}, --no-{option.flag[2:]}" if option.is_switch else f"{option.flag} ({takes})"
-    default = DEFAULT_TOKENS if option.name == "num_virtual_tokens" and option.default is REQUIRED else option.default
-    known = "" if default in (None, (), REQUIRED) else f" [{default}]"
-    return _row(flag, option.about.rstrip(".") + known)
+def _option(row: Row) -> list[str]:
+    takes = row.takes or "only in Python"
+    flags = f"{row.flag}, --no-{row.flag[2:]}" if row.is_switch else f"{row.flag} ({takes})"
+    default = row.default or (str(DEFAULT_TOKENS) if row.name == "num_virtual_tokens" else None)
+    return _row(flags, row.about.rstrip(".") + (f" [{default}]" if default else ""))
 
 
 def _row(left: str, right: str) -> list[str]:

@@ -19,11 +19,11 @@ from untouched import remove_all
 
 import softhooks
 from softhooks import OptionError, PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
-from softhooks.cli import app, options
+from softhooks.cli import app, option_table, options, run_parser
 from softhooks.cli.options import Option, method_options
 from softhooks.cli.run import run
-from softhooks.cli.run_arguments import Help, Request, callback_options, parse
-from softhooks.cli.run_help import explained
+from softhooks.cli.run_arguments import Request, callback_options, parse
+from softhooks.cli.run_help import help_text
 from softhooks.methods import METHODS
 
 sys.path.insert(0, str(SCRIPTS))
@@ -178,7 +178,7 @@ def _sample(option: Option) -> tuple[str, Any]:
 def test_every_option_of_every_method_is_reached_or_refused_by_name(kind: str, name: str) -> None:
     option = method_options(METHODS[kind])[name]
     assert option.about, "an option needs a line in the docstring's Args"
-    assert option.flag in explained(kind)
+    assert option.flag in help_text(kind)
     if not option.takes:
         with pytest.raises(OptionError, match=f"{option.flag} takes what only Python can make"):
             option.read("x")
@@ -244,7 +244,7 @@ def test_a_file_is_read_and_the_command_line_wins(tmp_path: Path, form: str) -> 
     ("arguments", "phrases"),
     [
         (["--num-virtual-token", "3"], ["--num-virtual-token", "Did you mean --num-virtual-tokens"]),
-        (["--wholly-unknown", "3"], ["--wholly-unknown", "behind the script"]),
+        (["--wholly-unknown", "3"], ["--wholly-unknown", "after the script"]),
         (["-x"], ["unknown: -x"]),
         (["--method", "promt-tuning"], ["'promt-tuning'", "Did you mean prompt-tuning", "prefix_tuning"]),
         (["--method", "quantum"], ["'quantum'", "prompt_tuning"]),
@@ -271,7 +271,11 @@ def test_a_wrong_command_line_says_the_rule_both_values_and_the_remedy(
 
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
-    [([], "none is named"), (["no-such.py"], "must be a file"), (["--init"], "--init needs a value")],
+    [
+        ([], "none is named"),
+        (["no-such.py"], "not a script that can be run: no such file"),
+        (["--init"], "--init needs a value"),
+    ],
 )
 def test_a_command_line_without_a_script_is_refused(arguments: list[str], phrase: str) -> None:
     with pytest.raises(OptionError, match=phrase):
@@ -498,9 +502,37 @@ def test_help_teaches_what_it_does_with_examples_and_every_method_and_option() -
         assert option.flag in result.output
 
 
+def test_the_table_of_options_is_that_of_the_classes() -> None:
+    assert option_table.load() == option_table.generate(), "run `make options`"
+
+
+def test_help_on_a_method_that_a_file_names(tmp_path: Path) -> None:
+    (tmp_path / "prompt.yaml").write_text("method: PrefixTuning\n")
+    result = CliRunner().invoke(app.app, ["run", "--config", str(tmp_path / "prompt.yaml"), "--help"])
+    assert "--windowed, --no-windowed" in result.output
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "True", "1"])
+def test_a_switch_takes_a_value_that_is_glued_to_it(value: str) -> None:
+    assert run_parser.read([f"--projection={value}", "x.py"]).options == {"projection": True}
+    assert run_parser.read(["--shift_positions=no", "--no_windowed", "--no-distill", "x.py"]).options == {
+        "shift_positions": False,
+        "windowed": False,
+        "distill": False,
+    }
+
+
+def test_words_after_the_script_are_never_ours() -> None:
+    line = run_parser.read(["--init", "text", "x.py", "--", "-m", "--init", "--projection=perhaps", "-h"])
+    assert line.program == ["x.py", "--", "-m", "--init", "--projection=perhaps", "-h"]
+    assert (line.is_module, line.help, line.options) == (False, False, {"init": ["text"]})
+
+
 def test_help_on_a_method_says_what_its_options_mean() -> None:
-    assert parse(["--method", "prefix-tuning", "--help"]) == Help("prefix_tuning")
-    text = " ".join(explained("prefix_tuning").split())
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(app.app, ["run", "--method", "prefix-tuning", "--help"])
+    assert result.exit_code == 0
+    assert result.output.split() == help_text("prefix_tuning").split()
+    text = " ".join(help_text("prefix_tuning").split())
     for phrase in ("--projection, --no-projection", "only its result is saved", "[512]", "[20]"):
         assert phrase in text
     assert "--placement" not in text

@@ -1,0 +1,137 @@
+"""The command line of `softhooks run`: options, then a script or a module with arguments of its own.
+
+Neither torch nor transformers is imported here, so that help and a misspelled option are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from softhooks.cli import option_table
+from softhooks.cli.options import NO, YES
+from softhooks.errors import OptionError
+
+DEFAULT_METHOD = "prompt_tuning"
+DEFAULT_TOKENS = 20
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line, taken apart.
+
+    Attributes:
+        options: the options of the method and the callback by name; True or False for a switch, the texts in order of
+            appearance for any other.
+        program: the script or module and its arguments; empty if there is none.
+        is_module: whether `program` was given with `-m`.
+        method: the method that was named.
+        config: the configuration file that was named.
+        help: whether help was asked for.
+    """
+
+    options: dict[str, bool | list[str]]
+    program: list[str]
+    is_module: bool = False
+    method: str | None = None
+    config: str | None = None
+    help: bool = False
+
+
+def read(arguments: list[str]) -> CommandLine:
+    """Take a command line apart.
+
+    Raises:
+        OptionError: an option is unknown or has no value.
+    """
+    module = next((index for index, word in enumerate(arguments) if word.startswith("-m")), len(arguments))
+    given = _parse(arguments[:module])  # an `-m` after a script belongs to the script
+    is_module = module < len(arguments) and not given["program"]
+    if is_module:
+        name = arguments[module].removeprefix("-m")
+        given["program"] = [name, *arguments[module + 1 :]] if name else arguments[module + 1 :]
+    else:
+        given = _parse(arguments)
+    program = given.pop("program")
+    own = {name: given.pop(name) for name in ("method", "config", "help") if name in given}
+    return CommandLine(given, program[1:] if program[:1] == ["--"] else program, is_module, **own)
+
+
+def _parse(arguments: list[str]) -> dict[str, Any]:
+    """Parse options up to the first other word; that word and everything after it is the program."""
+    try:
+        given, unknown = _parser().parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        flag = str(error.argument_name).split("/")[0]
+        if "expected one argument" in error.message:
+            raise OptionError(
+                f"{flag} needs a value, and none follows it.",
+                f"A value that begins with a hyphen is written as `{flag}=-value`.",
+            ) from None
+        raise OptionError(
+            f"{flag} is a switch and takes no other value than yes or no: {error.message}.",
+            f"Write `{flag}`, or `--no-{flag[2:]}`.",
+        ) from None
+    if unknown:
+        raise unknown_option(
+            unknown[0].partition("=")[0], (*option_table.load().switches(), "method", "config", "help")
+        )
+    return vars(given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--method")
+    parser.add_argument("--config")
+    for name, is_switch in option_table.load().switches().items():
+        flags = dict.fromkeys(("--" + name.replace("_", "-"), "--" + name))
+        if not is_switch:
+            parser.add_argument(*flags, dest=name, action="append")
+            continue
+        parser.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction)
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false")
+        for words, action in ((YES, "store_true"), (NO, "store_false")):  # a switch of argparse takes no `=yes`
+            spellings = {f"{flag}={word}" for flag in flags for text in words for word in (text, text.title())}
+            parser.add_argument(*spellings, dest=name, action=action)
+    parser.add_argument("program", nargs=argparse.PARSER, default=[]).required = False
+    return parser
+
+
+def method_kind(name: Any) -> str:
+    """Find the `kind` of a method from the name that a user wrote: `prefix-tuning`, `PrefixTuning`, `prefix_tuning`.
+
+    Raises:
+        OptionError: there is no such method.
+    """
+    kinds = option_table.load().methods
+    for kind in kinds:
+        if kind.replace("_", "") == str(name).replace("-", "").replace("_", "").lower():
+            return kind
+    raise OptionError(
+        f"softhooks has no method {str(name)!r}.",
+        suggestion(str(name), kinds, "{}") or "`softhooks run --help` describes the methods.",
+        methods=", ".join(kinds),
+    )
+
+
+def unknown_option(name: str, known: Iterable[str]) -> OptionError:
+    """The error for an option that nothing takes."""
+    return OptionError(
+        f"{name} is not an option of the method, of the callback or of `softhooks run`.",
+        (suggestion(name, known, "--{}") or "Options of the script stand after the script.")
+        + " `softhooks run --help` lists all.",
+        unknown=name,
+    )
+
+
+def suggestion(name: str, known: Iterable[str], form: str) -> str:
+    """Ask whether one of the nearest known names was meant; empty if none is near."""
+    plain = name.lstrip("-").replace("-", "_")
+    near = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""
