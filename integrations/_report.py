@@ -9,9 +9,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.errors import TrainerError
-from softhooks.nearest_words import Word, nearest_words
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.prompted_model import prompted_model_of
+from softhooks.similarity import Word, nearest_words
 
 ABOUT = "soft_prompt"
 """Under which name trackers keep it."""

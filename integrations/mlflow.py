@@ -45,8 +45,8 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.errors import SoftHooksError, TrainerError
-from softhooks.nearest_words import Word
 from softhooks.prompt import SoftPrompt
+from softhooks.similarity import Word
 
 from ._report import ABOUT, WORDS, PromptReport, table_of
 

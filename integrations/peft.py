@@ -40,7 +40,7 @@ from softhooks.compat.peft import unwrapped
 from softhooks.errors import NameTakenError, OptionError, PromptMismatchError, SoftHooksError
 from softhooks.formats import peft_read, peft_write
 from softhooks.formats.stack_outline import outline
-from softhooks.formats.stored import Stored
+from softhooks.formats.stored import StoredPrompt
 from softhooks.load import attach_stored
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.prompted_model import prompted_model_of
@@ -114,7 +114,7 @@ def from_peft(
     return attached
 
 
-def read(peft_model: PeftModel, adapter: str) -> Stored:
+def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
     """Read one adapter of a live PEFT model as a prompt that is on no model yet.
 
     Raises:
@@ -202,7 +202,7 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
     peft = _peft()
     given = [prompts] if isinstance(prompts, SoftPrompt) else list(prompts)
     _require_one_model(given)
-    parts = {prompt.name: peft_write.adapter(peft_write.of_prompt(prompt)) for prompt in given}
+    parts = {prompt.name: peft_write.adapter(_export(prompt)) for prompt in given}
     kinds = {config["peft_type"] for config, _ in parts.values()}
     if len(kinds) > 1:
         raise OptionError(
@@ -226,6 +226,10 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
         made.requires_grad_(False)
     prompted: PeftModel = made.train(model.training)
     return prompted
+
+
+def _export(prompt: SoftPrompt) -> peft_write.Export:
+    return peft_write.Export.of(prompt.to_stored(), prompt.model, prompt.prompted_model.structure)
 
 
 def _settings(peft: Any, config: dict[str, Any], trainable: bool) -> Any:
@@ -266,9 +270,7 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
     if model is own:
         return
     mine, theirs = _told(unwrapped(own)), _told(model)
-    heads = [
-        name for name, stored in ((p.name, peft_write.of_prompt(p).stored) for p in prompts) if not _fit(stored, model)
-    ]
+    heads = [prompt.name for prompt in prompts if not _fit(prompt.to_stored(), model)]
     if mine != theirs or heads:
         raise PromptMismatchError(
             "a prompt must enter a model of the kind that it was trained with.",
@@ -285,7 +287,7 @@ def _told(model: nn.Module) -> str:
     return f"{type(model).__name__}, width {structure.entry.width}, {outline(structure)}"
 
 
-def _fit(stored: Stored, model: nn.Module) -> bool:
+def _fit(stored: StoredPrompt, model: nn.Module) -> bool:
     """Whether a model has the heads of a prompt, in their shapes."""
     modules = dict(model.named_modules())
     for path, state in stored.heads.items():

@@ -39,9 +39,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import SoftHooksError, TrainerError
-from softhooks.nearest_words import Word
+from softhooks.methods.from_prompt import rows_of
 from softhooks.prompt import SoftPrompt
-from softhooks.similarity import rows_of
+from softhooks.similarity import Word
 from softhooks.switch import disabled
 
 from ._report import ABOUT, WORDS, PromptReport, table_of

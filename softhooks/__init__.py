@@ -48,9 +48,8 @@ if TYPE_CHECKING:
         ResidualPromptTuning,
     )
     from softhooks.methods.task_sampling import TaskSampler
-    from softhooks.nearest_words import nearest_words
     from softhooks.prompt import SoftPrompt
-    from softhooks.similarity import most_similar
+    from softhooks.similarity import most_similar, nearest_words
     from softhooks.switch import activate, disabled, rows
     from softhooks.trainer.callback import SoftPromptCallback
     from softhooks.tune import tune
@@ -114,18 +113,17 @@ _PLACES = {
     "layout.verbalizer": "Verbalizer",
     "tune": "tune",
     "methods": (
-        "Cartridge ContextAwarePromptTuning ContextTuning LlamaAdapter MultitaskPromptTuning "
+        "ContextAwarePromptTuning ContextTuning LlamaAdapter MultitaskPromptTuning "
         "PrefixTuning PromptTuning PTuning PTuningV2 ResidualPromptTuning"
     ),
     "prompt": "SoftPrompt",
     "methods.task_sampling": "TaskSampler",
-    "load": "load",
+    "load": "Cartridge load",
     "switch": "activate disabled rows",
     "trainer.callback": "SoftPromptCallback",
-    "similarity": "most_similar",
-    "nearest_words": "nearest_words",
+    "similarity": "most_similar nearest_words",
 }
-"""The names of each module."""
+"""The names of each module. `Cartridge` comes with `load`, which its `concatenate` needs."""
 
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names.split()}
 

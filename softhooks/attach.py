@@ -34,6 +34,7 @@ from softhooks.compat.peft import home, keep_wrapped, refuse_prompts
 from softhooks.constraint import unwatch, watch
 from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import PromptTooLongError
+from softhooks.formats.labels import Labels
 from softhooks.inject.slots.argument_values import find_fills
 from softhooks.layout.tokenizing import tokenizer_of
 from softhooks.method import Method
@@ -44,7 +45,6 @@ from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.contexts import Block
 from softhooks.runtime.exclusive import exclusive
 from softhooks.runtime.generate import keep_from_assistants
-from softhooks.runtime.label_names import Labels
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.runtime.recomputed_forward import Met
 from softhooks.runtime.training_loop import takes_gradients

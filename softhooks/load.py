@@ -1,9 +1,4 @@
-"""Save and load prompts.
-
-`soft_prompt.safetensors` holds the folded prompt and its heads in fp32, and in its metadata everything else: method, options,
-conventions, the base model's shape. So one rename makes a save complete. `soft_prompt.json` is the same description, to be read
-by people and tools.
-"""
+"""Load a saved prompt onto its base model."""
 
 from __future__ import annotations
 
@@ -14,75 +9,19 @@ from pathlib import Path
 from torch import nn
 
 from softhooks.attach import attach_encoder
-from softhooks.backbone.added_vocabulary import say_unsaved
-from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.stack import ModelStructure
-from softhooks.base_model.check import about_base, require_base
-from softhooks.base_model.fingerprint import Fingerprint, take, without_rows
-from softhooks.compat.peft import home, unwrapped
-from softhooks.compat.sharding import shards
+from softhooks.encoder import PromptEncoder
 from softhooks.formats.find import find
-from softhooks.formats.native import write_stored
-from softhooks.formats.stack_outline import outline
-from softhooks.formats.stored import Stored
+from softhooks.formats.stored import StoredPrompt
+from softhooks.methods import cartridge
+from softhooks.methods.cartridge import Cartridge
+from softhooks.methods.stored_fit import check_fit
+from softhooks.methods.stored_options import method_of
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.added_tokens import copy_rows, take_rows
 from softhooks.runtime.attached_prompt import Injection
 
-# --- save -------------------------------------------------------------------------------------------------------------
-
-
-def save(prompt: SoftPrompt, folder: Path) -> None:
-    """Write a prompt, folded, with its heads.
-
-    Raises:
-        NotAttachedError: the prompt was removed.
-    """
-    write_stored(stored_of(prompt), folder)
-    saved = () if prompt.added is None else frozenset(prompt.added.ids.tolist())
-    say_unsaved(prompt, prompt.name, prompt.model, prompt.prompted_model.structure, saved)
-
-
-def stored_of(prompt: SoftPrompt) -> Stored:
-    """A prompt as a file would hold it: folded, its heads by their path in the transformers model.
-
-    Raises:
-        NotAttachedError: the prompt was removed.
-    """
-    prompt._require_attached()
-    structure, model = prompt.prompted_model.structure, unwrapped(prompt.model)
-    inner = home(prompt.model)
-    return Stored(
-        prompt.method,
-        prompt.encoder.folded(),
-        {key.replace("/", ".").removeprefix(inner): head.state_dict() for key, head in prompt.heads.items()},
-        prompt.stored_conventions,
-        prompt.name,
-        outline(structure),
-        also_trained=[name for name, _ in prompt.named_parameters() if not is_prompt_key(name)],
-        base={
-            **about_base(model),
-            "fingerprint": _fingerprint(prompt).to_json(),
-            "width": structure.entry.width,
-            "vocabulary": structure.vocabulary,
-            "slides": bool(getattr(getattr(model, "config", None), "sliding_window", None)),
-        },
-        labels=prompt.prompted_model.labels.of(prompt),
-        added={} if prompt.added is None else prompt.added.tables(),
-        added_ids=() if prompt.added is None else tuple(prompt.added.ids.tolist()),
-        is_file=False,
-    )
-
-
-def _fingerprint(prompt: SoftPrompt) -> Fingerprint:
-    """The fingerprint of a prompt's base; of a sharded one, of which a process has parts, the one that was taken at attach."""
-    prompted = prompt.prompted_model
-    kept = prompted.fingerprint if shards(prompted.model) else None
-    own = frozenset(prompt.added.ids.tolist()) if prompt.added is not None else ()
-    return without_rows(kept or take(prompted.model, prompted.structure, frozen=True), own)
-
-
-# --- load -------------------------------------------------------------------------------------------------------------
+__all__ = ["Cartridge", "attach_stored", "load"]
 
 
 def load(
@@ -132,32 +71,38 @@ def load(
 
 def attach_stored(
     model: nn.Module,
-    stored: Stored,
+    stored: StoredPrompt,
     name: str,
     *,
     trainable: bool = False,
     freeze_dropout: bool = False,
     injection: Injection | None = None,
     strict: bool = True,
-    parts: Sequence[Stored] = (),
+    parts: Sequence[StoredPrompt] = (),
 ) -> SoftPrompt:
     """Attach a prompt that was read. See `load`.
 
     Args:
         parts: the prompts that it was put together from, each of which knows its base.
     """
+    method = method_of(stored)
+
+    def make(structure: ModelStructure) -> PromptEncoder:
+        if trainable:
+            return method.rebuild(structure, stored.tables)
+        return method.folded_encoder(stored.tables).requires_grad_(False)
 
     def check_base(structure: ModelStructure) -> None:
         for part in parts:
-            require_base(part, model, structure, override="or leave this one out")
-        if not parts:
-            require_base(stored, model, structure, strict=strict)
+            part.require_base(model, structure, override="or leave this one out")
+        if strict and not parts:
+            stored.require_base(model, structure)
 
     prompt = attach_encoder(
         model,
-        stored.method,
+        method,
         name,
-        make=lambda structure: stored.encoder(structure, trainable),
+        make=make,
         conventions=stored.conventions,
         head_states=stored.heads,
         source=stored.source,
@@ -167,10 +112,13 @@ def attach_stored(
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,
-        check=lambda structure: stored.check_fit(structure, strict=strict),
+        check=lambda structure: check_fit(stored, method, structure, strict=strict),
         check_base=check_base,
     )
     prompt.heads.requires_grad_(trainable)
     if prompt.added is not None:
         prompt.added.requires_grad_(trainable)
     return prompt
+
+
+cartridge.attach_joined = attach_stored

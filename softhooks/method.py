@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from softhooks.objectives.base import Objective, PromptOnModel
 
 
+METHODS: dict[str, type[Method]] = {}
+"""The methods by the name that saved prompts and the command line have for them; `softhooks.methods` lists them."""
+
+
 @dataclass(frozen=True)
 class Method:
     """The options of a method, checked when they are given.

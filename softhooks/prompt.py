@@ -10,12 +10,19 @@ from typing import Any
 
 from torch import nn
 
+from softhooks.backbone.added_vocabulary import say_unsaved
 from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.base_model.digest import FrozenReport
-from softhooks.compat.sharding import gathered
+from softhooks.base_model.fingerprint import Fingerprint, take, without_rows
+from softhooks.base_model.info import BaseModelInfo
+from softhooks.compat.peft import home
+from softhooks.compat.sharding import gathered, shards
 from softhooks.constraint import unwatch
 from softhooks.errors import NotAttachedError
+from softhooks.formats import native, peft_write
+from softhooks.formats.stack_outline import outline
+from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.prompted_model import PromptedModel
@@ -129,13 +136,46 @@ class SoftPrompt(AttachedPrompt):
         Raises:
             UnsupportedMethodError: PEFT has nothing that computes the same.
         """
-        from softhooks.formats import peft_write
-        from softhooks.load import save
-
-        write = peft_write.write if as_peft else save
+        folder = Path(save_directory)
         with gathered(self) as writes:
-            if writes:
-                write(self, Path(save_directory))
+            if not writes:
+                return
+            stored = self.to_stored()
+            if as_peft:
+                peft_write.write(peft_write.Export.of(stored, self.model, self.prompted_model.structure), folder)
+            else:
+                native.write(stored, folder)
+                say_unsaved(self, self.name, self.model, self.prompted_model.structure, stored.added_ids)
+
+    def to_stored(self) -> StoredPrompt:
+        """The prompt as a file would hold it: folded, its heads by their path in the transformers model.
+
+        Raises:
+            NotAttachedError: the prompt was removed.
+        """
+        self._require_attached()
+        inner, added = home(self.model), self.added
+        return StoredPrompt(
+            self.method.kind,
+            self.method.options(),
+            self.encoder.folded(),
+            {key.replace("/", ".").removeprefix(inner): head.state_dict() for key, head in self.heads.items()},
+            self.stored_conventions,
+            self.name,
+            outline(self.prompted_model.structure),
+            BaseModelInfo.of(self.model, self.prompted_model.structure, self._fingerprint()),
+            also_trained=[name for name, _ in self.named_parameters() if not is_prompt_key(name)],
+            labels=self.prompted_model.labels.of(self),
+            added={} if added is None else added.tables(),
+            added_ids=() if added is None else tuple(added.ids.tolist()),
+        )
+
+    def _fingerprint(self) -> Fingerprint:
+        """The fingerprint of the base; of a sharded model, of which a process has parts, the one that was taken at attach."""
+        prompted, added = self.prompted_model, self.added
+        kept = prompted.fingerprint if shards(prompted.model) else None
+        own = frozenset() if added is None else frozenset(added.ids.tolist())
+        return without_rows(kept or take(prompted.model, prompted.structure, frozen=True), own)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any

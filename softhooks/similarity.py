@@ -1,4 +1,4 @@
-"""One prompt as the start of another: what a stored prompt's rows are, and which stored prompt is nearest to a task.
+"""What a prompt is similar to: other prompts of the same base model, and words of the vocabulary.
 
 Source: Vu et al. 2022 (SPoT), arXiv:2110.07904: a prompt tuned on a source task starts a target's; which source is best is told
 by the cosine of the prompts' mean-pooled tokens, the target's taken early in its own tuning.
@@ -8,75 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.backbone.placeholder_ids import BUFFER
-from softhooks.encoder import EMBEDDINGS
-from softhooks.errors import OptionError, PromptMismatchError
+from softhooks.backbone.word_embeddings import embed_ids
+from softhooks.compat.sharding import shards
+from softhooks.errors import OptionError, PromptMismatchError, UnsupportedModeError
+from softhooks.layout.tokenizing import tokenizer_of
+from softhooks.methods.from_prompt import rows_of
+from softhooks.prompt import SoftPrompt
+from softhooks.switch import disabled
 
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
-    from softhooks.prompt import SoftPrompt
-
-
-_START = "a prompt can be the start of another only if it folds to rows of embeddings."
 _COMPARED = "prompts can be compared only if they fold to rows of embeddings."
-
-
-def rows_of(source: Any, rule: str = _START, *, structure: ModelStructure | None = None) -> Tensor:
-    """The rows of a prompt that enters as embeddings, [P, H].
-
-    Args:
-        source: a handle; or a directory or repository that `load` reads, also one of PEFT; or the rows themselves.
-        structure: of the model that they are to enter, which must be the base that they were trained with.
-        rule: what an error says of a prompt that has no rows.
-
-    Raises:
-        OptionError: it is none of these, or a prompt that does not fold to rows of embeddings.
-        CheckpointError: nothing that can be read is there.
-        PromptMismatchError: it was trained with another base.
-    """
-    from softhooks.base_model.check import require_base
-    from softhooks.formats.find import find
-    from softhooks.load import stored_of
-    from softhooks.prompt import SoftPrompt
-
-    if isinstance(source, Tensor):
-        return source.detach().float()
-    if isinstance(source, SoftPrompt):
-        stored = stored_of(source) if source.is_attached else None
-        tables, what = source.encoder.folded(), f"{source.name!r}: {source.method.kind}"
-    elif isinstance(source, (str, Path)):
-        stored = find(source)
-        tables, what = stored.tables, f"{stored.source}: {stored.method.kind}"
-    else:
-        raise OptionError(f"a prompt must be a handle, a directory or a tensor; it is a {type(source).__name__}.")
-    if set(tables) != {EMBEDDINGS}:
-        raise OptionError(
-            rule,
-            "Take a prompt of PromptTuning or of another method that enters as embeddings.",
-            prompt=what,
-            holds=", ".join(sorted(tables)),
-        )
-    fits = structure is not None and tables[EMBEDDINGS].shape[1] == structure.entry.width
-    if structure is not None and fits and stored is not None:
-        require_base(stored, structure.entry.module, structure, override="or start from its rows alone, as a tensor")
-    return tables[EMBEDDINGS].detach().float()
-
-
-def ids_behind(source: Any) -> list[int] | None:
-    """The ids behind a prompt's virtual tokens, where its model looked at them; None: they are not known."""
-    from softhooks.formats.find import find
-    from softhooks.prompt import SoftPrompt
-
-    if isinstance(source, SoftPrompt):
-        ids = source.stored_conventions.get(BUFFER)
-    else:
-        ids = find(source).conventions.get(BUFFER) if isinstance(source, (str, Path)) else None
-    return None if ids is None else list(ids)
+_WORDS = "words are near to a prompt only if it is rows of embeddings; keys and values lie in another space than words."
+_AT_ONCE = 8192
+"""How many words are compared with a prompt at a time."""
 
 
 def most_similar(
@@ -113,3 +62,66 @@ def most_similar(
         )
     cosines = {name: float(functional.cosine_similarity(mean, goal, dim=0)) for name, mean in pooled.items()}
     return sorted(cosines.items(), key=lambda item: -item[1])
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+class Word(NamedTuple):
+    """A word of the vocabulary, and how near it is to a virtual token."""
+
+    id: int
+    token: str
+    cosine: float
+
+
+@torch.no_grad()
+def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[list[Word]]:
+    """Find the words whose embeddings have the greatest cosine with each virtual token's row.
+
+    They hint at what a prompt has kept of its start; that a prompt means what its nearest words mean is not said.
+
+    Args:
+        prompt: a prompt that folds to rows of embeddings.
+        tokenizer: the model's tokenizer or its name.
+        count: how many words for each virtual token.
+
+    Returns:
+        for each virtual token its words, the nearest first; of equal ones the first of the vocabulary.
+
+    Raises:
+        OptionError: the prompt enters as keys and values, or `count` is no number from 1 to the size of the vocabulary.
+        UnsupportedModeError: the model is sharded, so that no process holds its vocabulary.
+    """
+    if shards(prompt.model):
+        raise UnsupportedModeError(
+            "the words nearest to a prompt need the whole vocabulary, and a sharded model's is in parts; save the prompt, load "
+            "it onto the model in one process and ask there."
+        )
+    rows, known = rows_of(prompt, _WORDS), tokenizer_of(tokenizer)
+    structure = prompt.prompted_model.structure
+    size = min(structure.vocabulary, len(known))
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
+        raise OptionError(
+            "`count` must be a number of words of the vocabulary.", "Ask for fewer.", count=count, words=size
+        )
+    goal = functional.normalize(rows, dim=1)
+    best, ids = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)
+    with disabled(prompt.model):
+        for start in range(0, size, _AT_ONCE):
+            some = torch.arange(start, min(start + _AT_ONCE, size))
+            near = goal @ functional.normalize(embed_ids(structure, some), dim=1).to(goal).T
+            best, ids = _first(
+                torch.cat([best, near], 1), torch.cat([ids, some.to(ids).expand(len(rows), -1)], 1), count
+            )
+    tokens = [known.convert_ids_to_tokens(row) for row in ids.tolist()]
+    return [
+        [Word(*word) for word in zip(*row, strict=True)]
+        for row in zip(ids.tolist(), tokens, best.tolist(), strict=True)
+    ]
+
+
+def _first(cosines: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The greatest of each row, in order; of equal ones those that stand first."""
+    order = torch.sort(cosines, dim=1, descending=True, stable=True).indices[:, :count]
+    return cosines.gather(1, order), ids.gather(1, order)

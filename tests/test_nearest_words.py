@@ -9,7 +9,7 @@ import zoo
 from torch.nn import functional
 
 import softhooks
-from softhooks import OptionError, PrefixTuning, PromptTuning, UnsupportedModeError, nearest_words
+from softhooks import OptionError, PrefixTuning, PromptTuning, UnsupportedModeError, nearest_words, similarity
 
 TOKENIZER = tokens.tokenizer()
 
@@ -17,7 +17,7 @@ TOKENIZER = tokens.tokenizer()
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "bert"])
 @pytest.mark.parametrize("at_once", [7, 8192])
 def test_they_are_those_of_a_search_by_hand(arch: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest_words, "_AT_ONCE", at_once)
+    monkeypatch.setattr(similarity, "_AT_ONCE", at_once)
     model = zoo.build(arch, "sequence" if arch == "bert" else "causal")
     embedding = model.get_input_embeddings()
     table = embedding(torch.arange(embedding.num_embeddings)).detach().double()
@@ -61,6 +61,6 @@ def test_keys_and_values_and_parts_have_no_words(monkeypatch: pytest.MonkeyPatch
     model = zoo.build("llama")
     with softhooks.attach(model, PrefixTuning(2)) as prompt, pytest.raises(OptionError, match="rows of embeddings"):
         nearest_words(prompt, TOKENIZER)
-    monkeypatch.setattr(nearest_words, "shards", lambda model: True)
+    monkeypatch.setattr(similarity, "shards", lambda model: True)
     with softhooks.attach(model, PromptTuning(2)) as prompt, pytest.raises(UnsupportedModeError, match="sharded"):
         nearest_words(prompt, TOKENIZER)

@@ -204,7 +204,7 @@ def convert(
         converted = convert_prompts(source, target, None if to is None else to.value, base, strict)
     for name, stored in converted.items():
         where = target if name == "default" else target / name
-        typer.echo(f"{name}: {stored.method.kind}, {stored.method.num_virtual_tokens} virtual tokens -> {where}")
+        typer.echo(f"{name}: {stored.kind}, {stored.options['num_virtual_tokens']} virtual tokens -> {where}")
 
 
 app.command()(export)

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +21,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from softhooks.errors import CheckpointError, OptionError
-from softhooks.formats import peft_read, peft_write
+from softhooks.formats import native, peft_read, peft_write
 from softhooks.formats.find import read
-from softhooks.formats.native import TENSORS, write_stored
-from softhooks.formats.stored import Stored
-from softhooks.load import attach_stored, stored_of
+from softhooks.formats.stored import StoredPrompt
+from softhooks.load import attach_stored
+from softhooks.methods.stored_options import method_of
 
 Format = Literal["softhooks", "peft"]
-_MARKS: dict[Format, str] = {"softhooks": TENSORS, "peft": peft_read.CONFIG}
+_MARKS: dict[Format, str] = {"softhooks": native.TENSORS, "peft": peft_read.CONFIG}
 """The file by which a prompt of each format is known."""
 
 _AUTO = {
@@ -42,7 +43,7 @@ _AUTO = {
 
 def convert(
     source: Path, target: Path, to: Format | None = None, base: Path | None = None, strict: bool = True
-) -> dict[str, Stored]:
+) -> dict[str, StoredPrompt]:
     """Convert a prompt, or all prompts of a folder. The whole of `target` appears at once, or nothing does.
 
     Args:
@@ -71,10 +72,10 @@ def convert(
             asked=f"--to {wanted}",
         )
     _require_free(target)
-    written: dict[str, Stored] = {}
+    written: dict[str, StoredPrompt] = {}
     with _appearing(target) as folder:
         for name, path in found.items():
-            stored = read(path)
+            stored = _read(path)
             _say_what_is_left(stored)
             write = _writer(stored, wanted, base, strict)
             write(folder if name == "default" else folder / name)
@@ -105,7 +106,14 @@ def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
     )
 
 
-def _say_what_is_left(stored: Stored) -> None:
+def _read(folder: Path) -> StoredPrompt:
+    """Read a prompt with all options of its method; a file of PEFT names those that differ from the defaults."""
+    stored = read(folder)
+    stored.options = method_of(stored).options()
+    return stored
+
+
+def _say_what_is_left(stored: StoredPrompt) -> None:
     if stored.also_trained:
         warnings.warn(
             f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained beside this prompt "
@@ -117,45 +125,47 @@ def _say_what_is_left(stored: Stored) -> None:
 # --- how it is written ------------------------------------------------------------------------------------------------
 
 
-def _writer(stored: Stored, wanted: Format, base: Path | None, strict: bool) -> Callable[[Path], None]:
+def _writer(stored: StoredPrompt, wanted: Format, base: Path | None, strict: bool) -> Callable[[Path], None]:
     """Check everything, and give what writes the files."""
     model = None if base is None else _load_base(stored, base)
     if model is not None:
         with attach_stored(model, stored, "default", strict=strict) as prompt:
             if wanted == "softhooks":
-                known = stored_of(prompt)
-                known.base["name_or_path"] = stored.base_name
-                known.base["revision"] = stored.base.get("revision") or known.base.get("revision")
-                return lambda folder: write_stored(known, folder)
-            parts = peft_write.adapter(peft_write.of_prompt(prompt))
-            parts[0]["base_model_name_or_path"] = stored.base_name or None
+                known, name = prompt.to_stored(), stored.base.name_or_path
+                known.base = replace(
+                    known.base, name_or_path=name, revision=stored.base.revision or known.base.revision
+                )
+                return lambda folder: native.write(known, folder)
+            export = peft_write.Export.of(prompt.to_stored(), model, prompt.prompted_model.structure)
+            parts = peft_write.adapter(export)
+            parts[0]["base_model_name_or_path"] = stored.base.name_or_path or None
             return lambda folder: peft_write.write_parts(parts, folder)
     if wanted == "peft":
         parts = peft_write.adapter(peft_write.Export(stored))
         return lambda folder: peft_write.write_parts(parts, folder)
     _require_known(stored)
-    return lambda folder: write_stored(stored, folder)
+    return lambda folder: native.write(stored, folder)
 
 
-def _require_known(stored: Stored) -> None:
+def _require_known(stored: StoredPrompt) -> None:
     """Check that a file of PEFT says enough about its base to be written as one of ours.
 
     Raises:
         CheckpointError: it does not.
     """
     open_ = [name for name, stack in stored.stacks.items() if "causal" not in stack]
-    if open_ or stored.also_fits is not None:
+    if open_ or stored.adapter_layers:
         what = "whether its model is causal" if open_ else "whether its model computes the same"
         raise CheckpointError(
             "a prompt is stored with what it takes for granted about its model.",
             "Give the folder of its base model with `--base`.",
             file=stored.source,
             not_told=what,
-            base=stored.base_name or "not named",
+            base=stored.base.name_or_path or "not named",
         )
 
 
-def _load_base(stored: Stored, base: Path) -> nn.Module:
+def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
     """Load the model of a prompt from a folder: safetensors only, no code of its own, nothing from the hub.
 
     Raises:
@@ -163,9 +173,9 @@ def _load_base(stored: Stored, base: Path) -> nn.Module:
     """
     import transformers
 
-    name = stored.base_class
+    name = stored.base.class_name
     if not name:
-        name = _AUTO.get(stored.task, f"no model of task {stored.task!r}")
+        name = _AUTO.get(stored.base.task or "", f"no model of task {stored.base.task!r}")
     cls = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
     if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         raise CheckpointError(f"{stored.source}: its base is {name}, which transformers does not have.")
@@ -200,7 +210,7 @@ def _require_config(cls: Any, config: Any) -> None:
         raise ValueError(f"a model of {type(config).__name__}, where {cls.__name__} takes {own.__name__}")
 
 
-def _labels(stored: Stored) -> int | None:
+def _labels(stored: StoredPrompt) -> int | None:
     """How many labels a stored head has: the rows of its last matrix."""
     matrices = [value for head in stored.heads.values() for value in head.values() if value.dim() == 2]
     return matrices[-1].shape[0] if matrices else None

@@ -20,7 +20,8 @@ from softhooks.errors import format_message
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from softhooks.formats.stored import Stored
+    from softhooks.formats.stored import StoredPrompt
+    from softhooks.method import Method
 
 
 def inspect(
@@ -117,10 +118,11 @@ def about(folder: Path) -> dict[str, Any]:
     from softhooks.formats import peft_read
     from softhooks.formats.files import parse_json, read_json, read_tensors
     from softhooks.formats.find import read
-    from softhooks.formats.native import TENSORS
-    from softhooks.formats.stored import FORMAT
+    from softhooks.formats.native import FORMAT, TENSORS
+    from softhooks.methods.stored_options import method_of
 
     stored = read(folder)
+    method = method_of(stored)
     own = (folder / TENSORS).is_file()
     file = folder / (TENSORS if own else peft_read.TENSORS)
     tensors, metadata = read_tensors(file)
@@ -133,10 +135,10 @@ def about(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "format": "softhooks" if own else "peft",
         "name": live and live.pop("name"),
-        "method": stored.method.kind,
-        "class": type(stored.method).__name__,
-        "num_virtual_tokens": stored.method.num_virtual_tokens,
-        "options": _options(stored, description if own else {}),
+        "method": stored.kind,
+        "class": type(method).__name__,
+        "num_virtual_tokens": method.num_virtual_tokens,
+        "options": _options(stored, method),
         "conventions": stored.conventions,
         "base": _base(stored),
         "versions": {key: value for key, value in versions.items() if isinstance(value, str)},
@@ -152,11 +154,10 @@ def about(folder: Path) -> dict[str, Any]:
     return plain
 
 
-def _options(stored: Stored, description: dict[str, Any]) -> dict[str, Any]:
+def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:
     """The options; those that only say where the prompt started are not taken up when it is read, but told here."""
-    method = stored.method
     options = {key: value for key, value in method.options().items() if key not in method.start_options}
-    given = description.get("options", {})
+    given = stored.options
     return options | {key: given[key] for key in method.start_options if key in given and _is_flat(given[key])}
 
 
@@ -166,18 +167,18 @@ def _is_flat(value: object) -> bool:
     return all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
 
 
-def _base(stored: Stored) -> dict[str, Any]:
+def _base(stored: StoredPrompt) -> dict[str, Any]:
     """What is known of the base model; None where it is not."""
-    from softhooks.base_model.check import known_by  # torch takes seconds to import
-
-    numbers = {key: stored.base.get(key) for key in ("width", "vocabulary")}
+    base = stored.base
     return {
-        "class": stored.base_class or None,
-        "task": stored.task or None,
-        "name_or_path": stored.base_name or None,
-        **known_by(stored.base, stored.source),
-        **{key: value if type(value) is int else None for key, value in numbers.items()},
-        "slides": stored.slides,
+        "class": base.class_name or None,
+        "task": base.task or None,
+        "name_or_path": base.name_or_path or None,
+        "revision": base.revision,
+        "digest": base.fingerprint and base.fingerprint.digest,
+        "width": base.width,
+        "vocabulary": base.vocabulary,
+        "slides": base.sliding_window,
         "stacks": stored.stacks,
     }
 

@@ -7,22 +7,23 @@ from pathlib import Path
 from softhooks.errors import CheckpointError
 from softhooks.formats.missing import explain_missing
 from softhooks.formats.native import DESCRIPTION, TENSORS
-from softhooks.formats.stored import Stored, read_own
+from softhooks.formats.native import read as read_native
+from softhooks.formats.stored import StoredPrompt
 
 
-def find(path: str | Path, revision: str | None = None, token: str | None = None) -> Stored:
+def find(path: str | Path, revision: str | None = None, token: str | None = None) -> StoredPrompt:
     """Read a prompt from a directory or from the hub. See `load`."""
     return read(Path(path) if _exists(Path(path)) else _download(str(path), revision, token))
 
 
-def read(folder: Path) -> Stored:
+def read(folder: Path) -> StoredPrompt:
     """Read a prompt from a directory, in either format, and check it.
 
     Raises:
         CheckpointError: there is none, or it is not what it says.
     """
     if (folder / TENSORS).is_file():
-        return read_own(folder / TENSORS)
+        return read_native(folder / TENSORS)
     from softhooks.formats import peft_read
 
     if (folder / peft_read.CONFIG).is_file():

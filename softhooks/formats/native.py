@@ -1,4 +1,8 @@
-"""Write a prompt to the files of softhooks."""
+"""The files of softhooks: `soft_prompt.safetensors`, and `soft_prompt.json` for people.
+
+The safetensors file holds the folded prompt, its heads and its rows of added tokens, and a description of everything else in its
+metadata. So one rename completes a save. `soft_prompt.json` repeats the description, and is never read.
+"""
 
 from __future__ import annotations
 
@@ -8,50 +12,182 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from softhooks._version import __version__
-from softhooks.formats.files import write_json, write_tensors
-from softhooks.formats.stored import ADDED, FORMAT, FORMAT_VERSION, HEAD, PROMPT, Stored
-
-DESCRIPTION = "soft_prompt.json"
-
+from softhooks.base_model.info import BaseModelInfo
+from softhooks.encoder import TableEncoder
+from softhooks.errors import CheckpointError
+from softhooks.formats.files import parse_json, read_tensors, write_json, write_tensors
+from softhooks.formats.labels import read_labels
+from softhooks.formats.stored import StoredPrompt
 
 TENSORS = "soft_prompt.safetensors"
+DESCRIPTION = "soft_prompt.json"
+FORMAT = "softhooks"
+"""The key of the description in the file's metadata."""
+
+_VERSION = 1
+_PROMPT, _HEAD, _ADDED = "prompt.", "head.", "added."
+"""The beginnings of the names of tensors."""
+
+_STACKS = ({"text"}, {"encoder", "decoder"})
+_ROLES = ("self", "cross")
+_ADDED_DIMS = {"rows": 2, "output_rows": 2, "output_bias": 1}
 
 
-def write_stored(stored: Stored, folder: Path) -> None:
-    """Write a prompt that may be on no model."""
-    tensors = {PROMPT + group: table for group, table in stored.tables.items()}
+# --- write ------------------------------------------------------------------------------------------------------------
+
+
+def write(stored: StoredPrompt, folder: Path) -> None:
+    """Write a prompt; both files appear complete or not at all."""
+    tensors = {_PROMPT + group: table for group, table in stored.tables.items()}
     for path, state in stored.heads.items():
         for name, value in state.items():
-            tensors[f"{HEAD}{path}:{name}"] = value
-    tensors |= {ADDED + name: table for name, table in stored.added.items()}
-    description = describe(stored)
+            tensors[f"{_HEAD}{path}:{name}"] = value
+    tensors |= {_ADDED + name: table for name, table in stored.added.items()}
+    description = _describe(stored)
     description["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
     write_tensors(folder / TENSORS, tensors, {"format": "pt", FORMAT: json.dumps(description)})
-    known = description["base"].get("fingerprint")
-    if known is not None:  # its numbers say nothing to people
-        description["base"] = {**description["base"], "fingerprint": known["digest"]}
+    if stored.base.fingerprint is not None:  # people compare the digest, not the numbers
+        description["base"]["fingerprint"] = stored.base.fingerprint.digest
     write_json(folder / DESCRIPTION, description)
 
 
-def describe(stored: Stored) -> dict[str, Any]:
-    """Say everything about a prompt but its numbers."""
+def _describe(stored: StoredPrompt) -> dict[str, Any]:
+    """Describe everything about a prompt except its tensors."""
     labels = None if stored.labels is None else stored.labels.described(stored.heads)
     return {
         **({} if labels is None else {"labels": labels}),
         **({"added_tokens": list(stored.added_ids)} if stored.added_ids else {}),
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "method": stored.method.kind,
-        "options": stored.method.options(),
+        "format_version": _VERSION,
+        "method": stored.kind,
+        "options": stored.options,
         "conventions": stored.conventions,
         "heads": list(stored.heads),
         "also_trained": stored.also_trained,
-        "base": {**stored.base, "stacks": stored.stacks},
+        "base": {**stored.base.to_json(), "stacks": stored.stacks},
         "versions": {
             "softhooks": __version__,
             "transformers": transformers.__version__,
             "torch": torch.__version__,
         },
     }
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> StoredPrompt:
+    """Read `soft_prompt.safetensors`.
+
+    Raises:
+        CheckpointError: it is truncated, of another format, or contradicts itself.
+    """
+    tensors, metadata = read_tensors(path)
+    source = str(path)
+    if FORMAT not in metadata:
+        raise CheckpointError(f"{source} must be written by softhooks; its metadata does not say so.")
+    description = parse_json(metadata[FORMAT], source)
+    version = description.get("format_version")
+    if version != _VERSION:
+        raise CheckpointError(f"{source} has format version {version!r}; this softhooks reads {_VERSION}. Upgrade it.")
+    if description.get("tensors") != {name: list(tensor.shape) for name, tensor in tensors.items()}:
+        raise CheckpointError(
+            f"{source} must hold the tensors that it names, in the shapes that it names; it does not."
+        )
+    tables, heads, added = _sort(tensors, source)
+    kind, options, conventions, also_trained, base = (
+        description.get(key) for key in ("method", "options", "conventions", "also_trained", "base")
+    )
+    if not isinstance(kind, str) or not isinstance(options, dict):
+        raise CheckpointError(f"{source} must name a method and its options; it names {kind!r}, {options!r}.")
+    if not isinstance(conventions, dict):
+        raise CheckpointError(f"{source} must say the conventions of its prompt; it says {conventions!r}.")
+    if not isinstance(also_trained, list) or not all(isinstance(name, str) for name in also_trained):
+        raise CheckpointError(f"{source} must list what was trained beside the prompt; it says {also_trained!r}.")
+    base = base if isinstance(base, dict) else {}
+    stacks = base.get("stacks")
+    if not isinstance(stacks, dict) or set(stacks) not in _STACKS or not all(map(_is_outline, stacks.values())):
+        raise CheckpointError(f"{source} must describe the base model; it does not.")
+    stored = StoredPrompt(
+        kind,
+        options,
+        tables,
+        heads,
+        conventions,
+        source,
+        stacks,
+        BaseModelInfo.from_json(base, source),
+        also_trained,
+        labels=read_labels(description.get("labels"), heads, source),
+        added=added,
+        added_ids=_read_ids(description.get("added_tokens"), added, source),
+    )
+    stored.require_finite()
+    return stored
+
+
+def _sort(
+    tensors: dict[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sort the tensors into the prompt's tables, the heads, and rows of added tokens."""
+    tables: dict[str, Tensor] = {}
+    heads: dict[str, dict[str, Tensor]] = {}
+    added: dict[str, Tensor] = {}
+    taken = TableEncoder({})  # a table becomes an attribute of an encoder, and must not replace one
+    for name, tensor in tensors.items():
+        group = name.removeprefix(_PROMPT)
+        if name.startswith(_PROMPT) and group.isidentifier() and not hasattr(taken, group) and tensor.dim() == 2:
+            tables[group] = tensor
+        elif name.startswith(_HEAD) and ":" in name:
+            head, parameter = name.removeprefix(_HEAD).split(":", 1)
+            heads.setdefault(head, {})[parameter] = tensor
+        elif name.startswith(_ADDED):
+            added[name.removeprefix(_ADDED)] = tensor
+        else:
+            shape = list(tensor.shape)
+            raise CheckpointError(f"{source} must hold a prompt's tables and heads only; it holds {name!r} {shape}.")
+    return tables, heads, added
+
+
+def _is_outline(stack: Any) -> bool:
+    """Whether a file describes a stack: its direction and, where they are known, runs of `[layers, heads, key, value]`."""
+    if not isinstance(stack, dict) or not isinstance(stack.get("causal"), bool) or set(stack) - {"causal", *_ROLES}:
+        return False
+    runs = [stack[role] for role in _ROLES if role in stack]
+    return all(isinstance(run, list) for run in runs) and all(_is_run(one) for run in runs for one in run)
+
+
+def _is_run(run: Any) -> bool:
+    return isinstance(run, list) and len(run) == 4 and all(type(number) is int and number > 0 for number in run)
+
+
+def _read_ids(ids: Any, rows: dict[str, Tensor], source: str) -> tuple[int, ...]:
+    """Read the ids of added tokens, and check that the file holds a row for each.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if ids is None and not rows:
+        return ()
+    is_sound = (
+        isinstance(ids, list)
+        and all(type(number) is int and number >= 0 for number in ids)
+        and 0 < len(ids) == len(set(ids))
+        and "rows" in rows
+        and all(
+            name in _ADDED_DIMS and table.dim() == _ADDED_DIMS[name] and len(table) == len(ids)
+            for name, table in rows.items()
+        )
+    )
+    if not is_sound:
+        raise CheckpointError(
+            "a file must hold one row for each added token that it names.",
+            "Save the prompt again.",
+            file=source,
+            tokens=ids,
+            rows={name: list(table.shape) for name, table in rows.items()},
+        )
+    return tuple(ids)

@@ -9,15 +9,15 @@ Source: the format of PEFT 0.21: `base_model.model.model.layers.{i}.self_attn.ad
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from softhooks.backbone.stack import ModelStructure
-from softhooks.errors import CheckpointError, OptionError, PromptMismatchError
-from softhooks.formats.stored import Stored
-from softhooks.methods import LlamaAdapter
+from softhooks.errors import CheckpointError, PromptMismatchError
+from softhooks.formats.stored import StoredPrompt
 
 KIND = "ADAPTION_PROMPT"
 _NAME = re.compile(r"base_model\.model\.(?:[a-z_]+\.)*layers\.(\d{1,6})\.self_attn\.adaption_(prompt|gate)")
@@ -25,7 +25,7 @@ _MODELS = ("llama", "mistral")
 _WRITTEN = "base_model.model.model.layers.{}.self_attn.adaption_{}"
 
 
-def read(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Stored:
+def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
     """Take the prompts and gates of consecutive layers.
 
     Raises:
@@ -58,24 +58,20 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> Sto
         )
     prompts = torch.cat([found[layer]["prompt"][0] for layer in layers])
     gates = torch.stack([found[layer]["gate"] for layer in layers], dim=1)
-    try:
-        method = LlamaAdapter(prompts.shape[0] // len(layers), num_layers=len(layers), gate="raw", gate_per="layer")
-    except OptionError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    conventions = {key: allowed[0] for key, allowed in method.conventions_allowed.items()} | {"gate": "raw"}
-
-    def computes_the_same(structure: ModelStructure) -> None:
-        _require_same(structure, layers, source)
-
-    stacks = {"text": {"causal": True}}
-    return Stored(
-        method,
+    count = len(layers)
+    return StoredPrompt(
+        "llama_adapter",
+        {"num_virtual_tokens": len(prompts) // count, "num_layers": count, "gate": "raw", "gate_per": "layer"},
         {"text_prompts": prompts, "text_gates": gates},
-        {},
-        conventions,
-        source,
-        stacks,
-        also_fits=computes_the_same,
+        heads={},
+        conventions={
+            "gate": "raw",
+            "branch": "before the output projection",
+            "rows": "unnormed, unrotated, unmasked",
+        },
+        source=source,
+        stacks={"text": {"causal": True}},
+        adapter_layers=tuple(layers),
     )
 
 
@@ -84,8 +80,8 @@ def _are_sound(shapes: list[tuple[int, ...]]) -> bool:
     return len(shapes) == 2 and shapes[0] == (1,) and len(shapes[1]) == 3 and shapes[1][0] == 1 and shapes[1][1] > 0
 
 
-def _require_same(structure: ModelStructure, layers: list[int], source: str) -> None:
-    """Check that a model is one in which PEFT adds what softhooks adds.
+def check_fit(layers: tuple[int, ...], structure: ModelStructure, source: str) -> None:
+    """Check that PEFT's LLaMA-Adapter in some layers of a model computes what softhooks' does.
 
     Raises:
         PromptMismatchError: the layers are not its top ones, or PEFT computes something else in them.
@@ -102,7 +98,7 @@ def _require_same(structure: ModelStructure, layers: list[int], source: str) -> 
     )
 
 
-def _differs(structure: ModelStructure, layers: list[int]) -> str | None:
+def _differs(structure: ModelStructure, layers: Sequence[int]) -> str | None:
     """What of a model makes PEFT compute something else in its top layers; None if nothing does."""
     stack = structure.entry
     sites = stack.sites_of("self")
@@ -118,13 +114,14 @@ def _differs(structure: ModelStructure, layers: list[int]) -> str | None:
 # --- write ------------------------------------------------------------------------------------------------------------
 
 
-def obstacle(method: LlamaAdapter, stored: Stored, structure: ModelStructure | None) -> tuple[str, str] | None:
+def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
     """What keeps an adapter from being written for PEFT, and what could be; None if nothing does.
 
     Args:
         structure: of the model; a file alone does not say whether output projections have biases.
     """
-    if method.scale_and_bias or method.early_fusion or method.context_size is not None:
+    options = stored.options
+    if options["scale_and_bias"] or options["early_fusion"] or options["context_size"] is not None:
         return "factors, offsets or a context", "prompts and gates alone"
     if stored.heads:
         return f"a trained head ({', '.join(stored.heads)})", "no head: PEFT saves none beside a LLaMA-Adapter"
@@ -134,8 +131,8 @@ def obstacle(method: LlamaAdapter, stored: Stored, structure: ModelStructure | N
             "the same with `--base`",
         )
     sites = structure.entry.sites_of("self")
-    count = len(sites) if method.num_layers is None else method.num_layers
-    differs = _differs(structure, list(range(len(sites) - count, len(sites))))
+    count = len(sites) if options["num_layers"] is None else options["num_layers"]
+    differs = _differs(structure, range(len(sites) - count, len(sites)))
     if differs is not None:
         return differs, "Llama or Mistral, output projections without a bias"
     gates = stored.tables["text_gates"].view(count, -1)
@@ -144,15 +141,14 @@ def obstacle(method: LlamaAdapter, stored: Stored, structure: ModelStructure | N
     return None
 
 
-def parts(
-    method: LlamaAdapter, tables: dict[str, Tensor], runs: list[list[int]]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def parts(stored: StoredPrompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's config and tensors of an adapter that nothing keeps from being written; the gates' tanh is taken once."""
-    layers = sum(run[0] for run in runs)
-    count = layers if method.num_layers is None else method.num_layers
+    options, tables = stored.options, stored.tables
+    layers = sum(run[0] for run in stored.stacks["text"]["self"])
+    count = layers if options["num_layers"] is None else options["num_layers"]
     prompts = tables["text_prompts"].unflatten(0, (count, -1))
     gates = tables["text_gates"].view(count, -1)[:, :1]
-    gates = torch.tanh(gates) if method.gate == "tanh" else gates
+    gates = torch.tanh(gates) if options["gate"] == "tanh" else gates
     tensors: dict[str, Tensor] = {}
     for layer, prompt, gate in zip(range(layers - count, layers), prompts, gates, strict=True):
         tensors[_WRITTEN.format(layer, "prompt")] = prompt[None].clone()
@@ -160,6 +156,6 @@ def parts(
     return {
         "peft_type": KIND,
         "target_modules": "self_attn",
-        "adapter_len": method.num_virtual_tokens,
+        "adapter_len": options["num_virtual_tokens"],
         "adapter_layers": count,
     }, tensors

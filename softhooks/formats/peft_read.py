@@ -10,33 +10,24 @@ from typing import Any
 
 from torch import Tensor
 
+from softhooks.base_model.info import BaseModelInfo
 from softhooks.encoder import EMBEDDINGS
-from softhooks.errors import CheckpointError, OptionError
+from softhooks.errors import CheckpointError
 from softhooks.formats import peft_llama_adapter
 from softhooks.formats.files import read_json, read_tensors
-from softhooks.formats.stored import Stored
-from softhooks.method import Method
-from softhooks.methods import (
-    Cartridge,
-    ContextAwarePromptTuning,
-    MultitaskPromptTuning,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-)
-from softhooks.methods.mpt_encoder import product
+from softhooks.formats.stored import StoredPrompt
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 _TABLE = "prompt_embeddings"
 _BASE = "base_model."
-_ROWS: dict[str, type[Method]] = {"PROMPT_TUNING": PromptTuning, "P_TUNING": PTuning, "CPT": ContextAwarePromptTuning}
+_ROWS = {"PROMPT_TUNING": "prompt_tuning", "P_TUNING": "p_tuning", "CPT": "context_aware_prompt_tuning"}
 _TASKS = "MULTITASK_PROMPT_TUNING"
 _READ = (*_ROWS, "PREFIX_TUNING", "CARTRIDGE", peft_llama_adapter.KIND, _TASKS)
 
 
-def read(folder: Path) -> Stored:
+def read(folder: Path) -> StoredPrompt:
     """Read a checkpoint of PEFT: a prompt of one of its methods, a prefix, a LLaMA-Adapter, or a cartridge.
 
     Raises:
@@ -69,7 +60,7 @@ def require_kind(config: dict[str, Any], source: object) -> None:
         )
 
 
-def parse(config: dict[str, Any], tensors: dict[str, Tensor], path: str) -> Stored:
+def parse(config: dict[str, Any], tensors: dict[str, Tensor], path: str) -> StoredPrompt:
     """Make a prompt of the config and the tensors of an adapter, wherever they come from.
 
     Args:
@@ -82,16 +73,21 @@ def parse(config: dict[str, Any], tensors: dict[str, Tensor], path: str) -> Stor
     """
     require_kind(config, path)
     stored = _parse(config, tensors, path)
-    name, task = config.get("base_model_name_or_path"), config.get("task_type")
-    stored.base = {"name_or_path": name if isinstance(name, str) else "", "task": task if isinstance(task, str) else ""}
-    stored.base["revision"] = config.get("revision")
+    stored.base = BaseModelInfo.from_json({"task": "", **_base_facts(config)}, path)
+    stored.require_finite()
     return stored
 
 
-def _parse(config: dict[str, Any], tensors: dict[str, Tensor], path: str) -> Stored:
+def _base_facts(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config says of the base model, without what it leaves open."""
+    names = {"name_or_path": "base_model_name_or_path", "task": "task_type", "revision": "revision"}
+    return {name: config[key] for name, key in names.items() if isinstance(config.get(key), str)}
+
+
+def _parse(config: dict[str, Any], tensors: dict[str, Tensor], path: str) -> StoredPrompt:
     kind = config["peft_type"]
     if kind == peft_llama_adapter.KIND:
-        return peft_llama_adapter.read(config, tensors, path)
+        return peft_llama_adapter.read(tensors, path)
     table = tensors.pop(_TABLE, None)
     count = config.get("num_virtual_tokens")
     is_count = isinstance(count, int) and not isinstance(count, bool) and count > 0
@@ -106,12 +102,11 @@ def _parse(config: dict[str, Any], tensors: dict[str, Tensor], path: str) -> Sto
             task_type=config.get("task_type"),
         )
     if kind in _ROWS:
-        method, tables = _checked(_ROWS[kind], path, **_options(config)), {EMBEDDINGS: table[:count]}
-    elif kind == _TASKS:
-        method, tables = _multitask(table, tensors, config, path)
-    else:
-        return _prefix(table, config, _heads(tensors, path), path)
-    return _prompt(method, tables, config, _heads(tensors, path), path)
+        return _prompt(_ROWS[kind], _options(config), {EMBEDDINGS: table[:count]}, config, _heads(tensors, path), path)
+    if kind == _TASKS:
+        options, tables = _multitask(table, tensors, config, path)
+        return _prompt("multitask_prompt_tuning", options, tables, config, _heads(tensors, path), path)
+    return _prefix(table, config, _heads(tensors, path), path)
 
 
 def _tables_of_rows(config: dict[str, Any]) -> int:
@@ -122,29 +117,26 @@ def _tables_of_rows(config: dict[str, Any]) -> int:
 
 
 def _prompt(
-    method: Method, tables: dict[str, Tensor], config: dict[str, Any], heads: dict[str, dict[str, Tensor]], source: str
-) -> Stored:
+    kind: str,
+    options: dict[str, Any],
+    tables: dict[str, Tensor],
+    config: dict[str, Any],
+    heads: dict[str, dict[str, Tensor]],
+    source: str,
+) -> StoredPrompt:
     """Take a prompt of the encoder; PEFT's decoder has one too, which generation never uses. P-tuning's is folded."""
     task = config.get("task_type")
     stacks: dict[str, dict[str, Any]] = {"text": {}}
     if task == "SEQ_2_SEQ_LM":
         stacks = {"encoder": {"causal": False}, "decoder": {"causal": True}}
-    remedy = "Load it onto the base model that it was trained with."
-    if task == "CAUSAL_LM":
+    elif task in ("CAUSAL_LM", "SEQ_CLS"):
         stacks["text"]["causal"] = True
-    if task == "SEQ_CLS":
-        stacks["text"]["causal"] = True
-        remedy = (
-            "In an encoder PEFT classifies the prompt's first virtual token, softhooks the text's own. Train the prompt with "
-            "softhooks."
-        )
-    conventions = {"placement": "front"}
-    return Stored(method, tables, heads, conventions, source, stacks, remedy)
+    return StoredPrompt(kind, options, tables, heads, {"placement": "front"}, source, stacks)
 
 
 def _multitask(
     table: Tensor, tensors: dict[str, Tensor], config: dict[str, Any], source: str
-) -> tuple[Method, dict[str, Tensor]]:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Take P*, and each task's u and v, of the encoder; one task is folded."""
     left, right = tensors.pop("prefix_task_cols", None), tensors.pop("prefix_task_rows", None)
     tasks, rank, count = (config.get(key) for key in ("num_tasks", "num_ranks", "num_virtual_tokens"))
@@ -163,18 +155,15 @@ def _multitask(
             found=dict(zip(("prefix_task_cols", "prefix_task_rows"), shapes, strict=True)),
             expected=expected,
         )
+    options = {"num_virtual_tokens": count, "tasks": tasks, "rank": rank}
     shared, left, right = table[:count].float(), left[:, :count].float(), right.mT.float()
-    try:
-        method = MultitaskPromptTuning(count, tasks=tasks, rank=rank)  # type: ignore[arg-type]
-    except OptionError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    if tasks == 1:
-        return method, {EMBEDDINGS: product(shared, left[0], right[0])}
-    return method, {"shared": shared, "left": left.flatten(0, 1), "right": right.flatten(0, 1)}
+    if tasks == 1:  # summed by hand, as in training: a matrix product may be computed in fewer bits
+        return options, {EMBEDDINGS: shared * (left[0][:, None, :] * right[0][None, :, :]).sum(-1)}
+    return options, {"shared": shared, "left": left.flatten(0, 1), "right": right.flatten(0, 1)}
 
 
-def _prefix(table: Tensor, config: dict[str, Any], heads: dict[str, dict[str, Tensor]], source: str) -> Stored:
-    """Take a prefix, whose MLP PEFT has folded already."""
+def _prefix(table: Tensor, config: dict[str, Any], heads: dict[str, dict[str, Tensor]], source: str) -> StoredPrompt:
+    """Take a prefix, whose MLP PEFT has folded already, or a cartridge, whose document is not in PEFT's files."""
     if config.get("task_type") == "SEQ_2_SEQ_LM":
         raise CheckpointError(
             f"{source}: a prefix of PEFT for an encoder-decoder shares one table between layers and leaves the encoder out; it "
@@ -196,18 +185,11 @@ def _prefix(table: Tensor, config: dict[str, Any], heads: dict[str, dict[str, Te
     stacks: dict[str, dict[str, Any]] = {"text": {"self": [[sizes[0], sizes[2], size, size]]}}
     if config.get("task_type") == "CAUSAL_LM":
         stacks["text"]["causal"] = True
+    kind, options = "prefix_tuning", {"num_virtual_tokens": config["num_virtual_tokens"]}
+    if config["peft_type"] == "CARTRIDGE":
+        kind, options = "cartridge", options | {"frozen_slots": config.get("num_frozen_tokens"), "distill": False}
     conventions = {"shift_positions": True, "windowed": True}
-    method = _prefix_method(config, source)
-    return Stored(method, {"text": table}, heads, conventions, source, stacks)
-
-
-def _prefix_method(config: dict[str, Any], source: str) -> Method:
-    """A prefix, or a cartridge; the document that it was made from is not in PEFT's files."""
-    count = config["num_virtual_tokens"]
-    if config["peft_type"] == "PREFIX_TUNING":
-        return _checked(PrefixTuning, source, num_virtual_tokens=count)
-    frozen = config.get("num_frozen_tokens")
-    return _checked(Cartridge, source, num_virtual_tokens=count, frozen_slots=frozen, distill=False)
+    return StoredPrompt(kind, options, {"text": table}, heads, conventions, source, stacks)
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
@@ -225,13 +207,6 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
         "decay": config.get("opt_loss_decay_factor") if decays else 1.0,
         "context_loss": isinstance(types, list) and any(kind and kind % 4 == 0 for kind in types),
     }
-
-
-def _checked(cls: type[Method], source: str, **options: Any) -> Method:
-    try:
-        return cls(**options)
-    except OptionError as error:
-        raise CheckpointError(f"{source}: {error}") from error
 
 
 def _heads(tensors: dict[str, Tensor], path: str) -> dict[str, dict[str, Tensor]]:

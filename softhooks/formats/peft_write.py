@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure
@@ -23,11 +23,7 @@ from softhooks.errors import UnsupportedMethodError
 from softhooks.formats import peft_llama_adapter
 from softhooks.formats.files import write_json, write_tensors
 from softhooks.formats.peft_read import CONFIG, TENSORS
-from softhooks.formats.stored import Stored
-from softhooks.methods import ContextAwarePromptTuning, LlamaAdapter
-
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+from softhooks.formats.stored import StoredPrompt
 
 Parts = tuple[dict[str, Any], dict[str, Tensor]]
 """What a kind of adapter adds to the config, and its tensors."""
@@ -52,9 +48,15 @@ class Export:
         generates: whether its model is a language model that generates; None: its class says.
     """
 
-    stored: Stored
+    stored: StoredPrompt
     structure: ModelStructure | None = None
     generates: bool | None = None
+
+    @classmethod
+    def of(cls, stored: StoredPrompt, model: nn.Module, structure: ModelStructure) -> Export:
+        """Describe a prompt and the model that it is on."""
+        can_generate = getattr(unwrapped(model), "can_generate", None)
+        return cls(stored, structure, can_generate is not None and bool(can_generate()))
 
     @property
     def stacks(self) -> dict[str, dict[str, Any]]:
@@ -62,27 +64,13 @@ class Export:
         return self.stored.stacks
 
 
-def write(prompt: SoftPrompt, folder: Path) -> None:
+def write(export: Export, folder: Path) -> None:
     """Write a prompt, folded, with its heads, as an adapter of PEFT.
 
     Raises:
-        NotAttachedError: the prompt was removed.
         UnsupportedMethodError: PEFT has nothing that computes the same.
     """
-    write_parts(adapter(of_prompt(prompt)), folder)
-
-
-def of_prompt(prompt: SoftPrompt) -> Export:
-    """Describe a prompt on its model.
-
-    Raises:
-        NotAttachedError: the prompt was removed.
-    """
-    from softhooks.load import stored_of
-
-    stored, model = stored_of(prompt), unwrapped(prompt.model)
-    can_generate = getattr(model, "can_generate", None)
-    return Export(stored, prompt.prompted_model.structure, can_generate is not None and bool(can_generate()))
+    write_parts(adapter(export), folder)
 
 
 def adapter(export: Export) -> Parts:
@@ -95,18 +83,18 @@ def adapter(export: Export) -> Parts:
     task = _task(export)
     if stored.added_ids:
         raise _refusal(export, f"rows of {len(stored.added_ids)} added tokens", "a prompt and heads")
-    how = _WRITERS.get(stored.method.kind)
+    how = _WRITERS.get(stored.kind)
     if how is None:
-        raise _refusal(export, f"method {stored.method.kind!r}", f"one of {', '.join(sorted(_WRITERS))}")
+        raise _refusal(export, f"method {stored.kind!r}", f"one of {', '.join(sorted(_WRITERS))}")
     if BUFFER in stored.conventions:
         raise _refusal(export, "an id behind each virtual token", "a model that looks at embeddings alone")
     config, tensors = how(export)
     heads = {f"base_model.{path}.{name}": value for path, head in stored.heads.items() for name, value in head.items()}
     described = {
         "auto_mapping": None,
-        "base_model_name_or_path": stored.base_name or None,
+        "base_model_name_or_path": stored.base.name_or_path or None,
         "inference_mode": True,
-        "revision": stored.base.get("revision"),
+        "revision": stored.base.revision,
         "task_type": task,
         **({} if config["peft_type"] == peft_llama_adapter.KIND else {"modules_to_save": list(stored.heads) or None}),
         **config,
@@ -128,7 +116,7 @@ def _shape(export: Export, width: int) -> dict[str, Any]:
     """What every prompt of PEFT says of itself and of its base; PEFT fills in what is None."""
     runs = next(iter(export.stacks.values()), {}).get("self") or []
     return {
-        "num_virtual_tokens": export.stored.method.num_virtual_tokens,
+        "num_virtual_tokens": export.stored.options["num_virtual_tokens"],
         "token_dim": width,
         "num_layers": sum(run[0] for run in runs) or None,
         "num_attention_heads": runs[0][1] if runs else None,
@@ -142,7 +130,7 @@ def _front_rows(export: Export) -> Tensor:
     Raises:
         UnsupportedMethodError: it stands elsewhere, or in an encoder of which PEFT would pool a virtual token.
     """
-    place = export.stored.method.where.placement
+    place = export.stored.conventions["placement"]
     if place != "front":
         raise _refusal(export, f"placement {place!r}", "placement 'front'")
     _require_unpooled(export, "a prompt")
@@ -169,15 +157,15 @@ def _prompt(export: Export) -> Parts:
 
 def _context(export: Export) -> Parts:
     """Write a context: its rows, and what PEFT would train them by."""
-    rows, method = _front_rows(export), export.stored.method
-    assert isinstance(method, ContextAwarePromptTuning)
-    bounds = [_UNBOUNDED if bound is None else bound for bound in (method.epsilon_input, method.epsilon_format)]
+    rows, options = _front_rows(export), export.stored.options
+    bounds = [options[name] for name in ("epsilon_input", "epsilon_format")]
+    bounds = [_UNBOUNDED if bound is None else bound for bound in bounds]
     config = {
-        "cpt_token_ids": list(method.context.ids),
+        "cpt_token_ids": options["context_ids"],
         "cpt_mask": [1] * len(rows),
-        "cpt_tokens_type_mask": list(method.context.types),
+        "cpt_tokens_type_mask": options["token_types"],
         "opt_weighted_loss_type": "decay",
-        "opt_loss_decay_factor": method.decay,
+        "opt_loss_decay_factor": options["decay"],
         "opt_projection_epsilon": bounds[0],
         "opt_projection_format_epsilon": bounds[1],
     }
@@ -189,8 +177,10 @@ def _prefix(export: Export) -> Parts:
     if list(export.stacks) != ["text"]:
         raise _refusal(export, "prefixes in an encoder and its decoder", "a prefix in a decoder, or in BERT or RoBERTa")
     text = export.stacks["text"]
-    if not text.get("causal") and not stored.base_class.startswith(_PREFIXED_ENCODERS):
-        raise _refusal(export, f"a prefix in an encoder, {stored.base_class or 'of an unknown kind'}", "BERT, RoBERTa")
+    if not text.get("causal") and not stored.base.class_name.startswith(_PREFIXED_ENCODERS):
+        raise _refusal(
+            export, f"a prefix in an encoder, {stored.base.class_name or 'of an unknown kind'}", "BERT, RoBERTa"
+        )
     runs = text.get("self") or []
     shapes = {tuple(run[1:]) for run in runs}
     if len(shapes) != 1 or any(key != value for _, key, value in shapes):
@@ -198,7 +188,8 @@ def _prefix(export: Export) -> Parts:
     (heads, size, _), layers, table = shapes.pop(), sum(run[0] for run in runs), stored.tables["text"]
     if table.shape[1] != 2 * layers * heads * size:
         raise _refusal(export, "a prefix in some of the layers", "a prefix in every layer")
-    kept = {"shift_positions": True} | ({} if stored.slides is False or not text.get("causal") else {"windowed": True})
+    windows_matter = bool(text.get("causal")) and stored.base.sliding_window is not False
+    kept = {"shift_positions": True} | ({"windowed": True} if windows_matter else {})
     differing = {key: value for key, value in stored.conventions.items() if key in kept and value != kept[key]}
     if differing:
         where = "in a decoder" if text.get("causal") else "in an encoder"
@@ -209,9 +200,8 @@ def _prefix(export: Export) -> Parts:
 
 def _cartridge(export: Export) -> Parts:
     config, tensors = _prefix(export)
-    frozen: Any = export.stored.method.options()["frozen_slots"]
     del config["prefix_projection"]
-    return config | {"peft_type": "CARTRIDGE", "num_frozen_tokens": frozen}, tensors
+    return config | {"peft_type": "CARTRIDGE", "num_frozen_tokens": export.stored.options["frozen_slots"]}, tensors
 
 
 def _multitask(export: Export) -> Parts:
@@ -230,12 +220,10 @@ def _multitask(export: Export) -> Parts:
 
 
 def _llama_adapter(export: Export) -> Parts:
-    method = export.stored.method
-    assert isinstance(method, LlamaAdapter)
-    found = peft_llama_adapter.obstacle(method, export.stored, export.structure)
+    found = peft_llama_adapter.obstacle(export.stored, export.structure)
     if found is not None:
         raise _refusal(export, *found)
-    return peft_llama_adapter.parts(method, export.stored.tables, export.stacks["text"]["self"])
+    return peft_llama_adapter.parts(export.stored)
 
 
 _WRITERS: dict[str, Callable[[Export], Parts]] = {
@@ -257,14 +245,14 @@ _WRITERS: dict[str, Callable[[Export], Parts]] = {
 
 def _task(export: Export) -> str:
     """The task type by which PEFT chooses its wrapper."""
-    name, is_encoder_decoder = export.stored.base_class, len(export.stacks) == 2
+    name, is_encoder_decoder = export.stored.base.class_name, len(export.stacks) == 2
     for ending, task in _TASKS.items():
         if name.endswith(ending) and not is_encoder_decoder:
             return task
     if _generates(name) if export.generates is None else export.generates:
         return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
-    if not name and export.stored.task in _WITHOUT_CLASS:
-        return export.stored.task
+    if not name and export.stored.base.task in _WITHOUT_CLASS:
+        return export.stored.base.task
     raise _refusal(export, name or "an unknown model", "a language model, or a sequence or token classifier")
 
 

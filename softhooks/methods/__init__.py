@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from softhooks.method import METHODS as METHODS
 from softhooks.method import Method
 
 # In the order in which `softhooks run --help` lists them.
@@ -18,9 +19,8 @@ from softhooks.methods.context_tuning import ContextTuning as ContextTuning
 from softhooks.methods.cartridge import Cartridge as Cartridge
 # isort: on
 
-METHODS: dict[str, type[Method]] = {
-    value.kind: value
+METHODS.update(
+    (value.kind, value)
     for value in tuple(globals().values())
     if isinstance(value, type) and issubclass(value, Method) and value.kind
-}
-"""The methods by the name that a saved prompt and the command line have for them."""
+)

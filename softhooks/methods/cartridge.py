@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from softhooks.encoder import PromptEncoder
 from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongError
+from softhooks.formats.stored import StoredPrompt
+from softhooks.methods.from_prompt import Handle, read_checked
 from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
 from softhooks.objectives.self_distillation import SelfDistillation
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
-    from softhooks.formats.stored import Stored
     from softhooks.objectives.base import Objective
-    from softhooks.prompt import SoftPrompt
 
 
 _JOINED = (
@@ -160,8 +160,8 @@ class Cartridge(ReadPrefix):
 
     @staticmethod
     def concatenate(
-        model: nn.Module, sources: Sequence[str | Path | SoftPrompt], name: str = "default", *, trainable: bool = False
-    ) -> SoftPrompt:
+        model: nn.Module, sources: Sequence[str | Path | Handle], name: str = "default", *, trainable: bool = False
+    ) -> Any:
         """Put cartridges one behind the other and attach them as one.
 
         This is not the model with the documents side by side: each cartridge keeps the keys that it learned alone at the start
@@ -183,31 +183,43 @@ class Cartridge(ReadPrefix):
             OptionError: fewer than two, or one of them is no cartridge, or brings a head of its own.
             PromptMismatchError: they are of different models.
         """
-        from softhooks.load import attach_stored
-
-        stored = [_stored(source) for source in sources]
-        _check_joinable(stored)
-        first = dataclasses.replace(stored[0])
-        tables = {group: torch.cat([part.tables[group].cpu() for part in stored]) for group in first.tables}
-        frozen = first.method.frozen_slots if isinstance(first.method, Cartridge) else 0
-        count = next(iter(tables.values())).shape[0]
-        first.method = Cartridge(count, frozen_slots=frozen, distill=False)
-        first.tables, first.source = tables, " + ".join(part.source for part in stored)
-        joined = attach_stored(model, first, name, trainable=trainable, parts=stored)
-        warnings.warn(_JOINED.format(count=len(stored)), UserWarning, stacklevel=2)
-        return joined
+        parts = [_read(source) for source in sources]
+        prompt = attach_joined(model, join(parts), name, trainable=trainable, parts=parts)
+        warnings.warn(_JOINED.format(count=len(parts)), UserWarning, stacklevel=2)
+        return prompt
 
 
-def _stored(source: str | Path | SoftPrompt) -> Stored:
+def attach_joined(
+    model: nn.Module, stored: StoredPrompt, name: str, *, trainable: bool, parts: Sequence[StoredPrompt]
+) -> Any:
+    """Attach a joined cartridge. `softhooks.load`, which can attach, puts its own function in this place."""
+    raise ImportError("`Cartridge.concatenate` attaches a prompt; import `softhooks.load` first.")
+
+
+def join(parts: Sequence[StoredPrompt]) -> StoredPrompt:
+    """Join the tables of several cartridges; the first one's frozen slots stay frozen.
+
+    Raises:
+        OptionError, PromptMismatchError: they cannot be joined.
+    """
+    _check_joinable(parts)
+    first = parts[0]
+    tables = {group: torch.cat([part.tables[group].cpu() for part in parts]) for group in first.tables}
+    options = {
+        "num_virtual_tokens": sum(part.options["num_virtual_tokens"] for part in parts),
+        "frozen_slots": first.options["frozen_slots"],
+        "distill": False,
+    }
+    return dataclasses.replace(first, options=options, tables=tables, source=" + ".join(part.source for part in parts))
+
+
+def _read(source: str | Path | Handle) -> StoredPrompt:
     """A cartridge as it would be read from a file."""
-    from softhooks.formats.find import find
-    from softhooks.load import stored_of
-
-    return find(source) if isinstance(source, (str, Path)) else stored_of(source)
+    return read_checked(source)[0] if isinstance(source, (str, Path)) else source.to_stored()
 
 
-def _check_joinable(parts: list[Stored]) -> None:
-    kinds = {part.source: part.method.kind for part in parts}
+def _check_joinable(parts: Sequence[StoredPrompt]) -> None:
+    kinds = {part.source: part.kind for part in parts}
     if len(parts) < 2 or set(kinds.values()) != {Cartridge.kind} or any(part.heads for part in parts):
         raise OptionError(
             "to concatenate, two cartridges or more are needed, without heads of their own.",

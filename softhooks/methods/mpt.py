@@ -14,6 +14,7 @@ from torch import Tensor
 from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError
 from softhooks.method import Method, choice
+from softhooks.methods.from_prompt import word_ids_of
 from softhooks.methods.mpt_encoder import (
     TASK_IDS,
     FoldedTask,
@@ -27,7 +28,6 @@ from softhooks.methods.mpt_init import SEVERAL, front, ones, taught, vectors
 from softhooks.methods.prompt_tuning import PromptTuning
 from softhooks.methods.task_sampling import WEIGHTS, TaskSampler, column
 from softhooks.objectives.distillation import Distillation
-from softhooks.similarity import ids_behind
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler
@@ -177,7 +177,7 @@ class MultitaskPromptTuning(Method):
         """Make P*, u and v, and what there is of teachers."""
         encoder = self._built(structure)
         if self.source is not None:
-            encoder.start_ids = ids_behind(self.source)
+            encoder.start_ids = word_ids_of(self.source)
         return encoder
 
     def _built(self, structure: ModelStructure) -> PromptEncoder:
@@ -200,8 +200,8 @@ class MultitaskPromptTuning(Method):
 
     def _adapt(self, structure: ModelStructure, source: str | Path) -> tuple[Tensor, Tensor, Tensor]:
         """P* of a source prompt, and for each task the mean of its u and v."""
-        stored = front("source", source, structure)
-        tables, length = stored.tables, stored.method.num_virtual_tokens
+        stored, method = front("source", source, structure)
+        tables, length = stored.tables, method.num_virtual_tokens
         rank = tables["left"].shape[1] if "left" in tables else self.rank
         if (length, rank) != (self.num_virtual_tokens, self.rank):
             raise PromptMismatchError(

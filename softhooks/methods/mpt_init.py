@@ -11,11 +11,14 @@ from torch import Tensor
 
 from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import CheckpointError
+from softhooks.formats.stored import StoredPrompt
+from softhooks.method import Method
 from softhooks.methods import initializers
+from softhooks.methods.from_prompt import read_checked
+from softhooks.methods.stored_fit import check_fit
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
-    from softhooks.formats.stored import Stored
 
 SEVERAL = ("shared", "left", "right")
 """The tables of a folded prompt for several tasks."""
@@ -35,30 +38,27 @@ def vectors(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return tables["left"].unflatten(0, (-1, length)), tables["right"].unflatten(0, (-1, width))
 
 
-def front(what: str, path: str | Path, structure: ModelStructure) -> Stored:
+def front(what: str, path: str | Path, structure: ModelStructure) -> tuple[StoredPrompt, Method]:
     """Read a saved prompt that consists of rows at the front and nothing else.
 
     Raises:
         CheckpointError: there is none, or it is another kind.
         PromptMismatchError: it does not fit the model.
     """
-    from softhooks.base_model.check import require_base
-    from softhooks.formats.find import find
-
-    stored = find(path)
+    stored, method = read_checked(path)
     place = stored.conventions.get("placement")
     if stored.heads or place != "front" or set(stored.tables) not in ({EMBEDDINGS}, set(SEVERAL)):
         raise CheckpointError(
             f"{what} must be a prompt of rows at the front of the text, without a head of its own.",
             "Give a prompt of prompt tuning or multitask prompt tuning, of a model without a new head.",
             file=stored.source,
-            method=stored.method.kind,
+            method=stored.kind,
             placement=place,
             heads=", ".join(stored.heads) or "none",
         )
-    stored.check_fit(structure)
-    require_base(stored, structure.entry.module, structure, override="or give its rows as a tensor")
-    return stored
+    check_fit(stored, method, structure)
+    stored.require_base(structure.entry.module, structure, override="or give its rows as a tensor")
+    return stored, method
 
 
 def taught(names: Sequence[str], teachers: Any, length: int, structure: ModelStructure) -> Tensor:
@@ -70,7 +70,7 @@ def taught(names: Sequence[str], teachers: Any, length: int, structure: ModelStr
     each, rows = [teachers[name] for name in names] if isinstance(teachers, Mapping) else teachers, []
     for name, teacher in zip(names, each, strict=True):
         if isinstance(teacher, (str, Path)):
-            stored = front(f"the teacher of {name!r}", teacher, structure)
+            stored, _ = front(f"the teacher of {name!r}", teacher, structure)
             if EMBEDDINGS not in stored.tables:
                 raise CheckpointError(
                     f"{stored.source} must hold one prompt to teach {name!r}; it holds several tasks."

@@ -16,11 +16,10 @@ from softhooks.layout.layout import Layout, Placement
 from softhooks.layout.tokenizing import tokenize
 from softhooks.method import Method, choice
 from softhooks.methods import initializers
-from softhooks.similarity import ids_behind, rows_of
+from softhooks.methods.from_prompt import Handle, rows_of, word_ids_of
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
-    from softhooks.prompt import SoftPrompt
 
 _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "init_tensor", "prompt": "init_from"}
 """The option that each `init` needs, and no other may have."""
@@ -77,7 +76,7 @@ class PromptTuning(Method):
     init_text: str | None = field(default=None, kw_only=True)
     init_labels: Sequence[str] | None = field(default=None, kw_only=True)
     init_tensor: Tensor | None = field(default=None, kw_only=True, compare=False, repr=False)
-    init_from: str | Path | SoftPrompt | None = field(default=None, kw_only=True, compare=False)
+    init_from: str | Path | Handle | None = field(default=None, kw_only=True, compare=False)
     tokenizer: Any = field(default=None, kw_only=True, compare=False, repr=False)
     whole_vocabulary: bool = field(default=False, kw_only=True)
     placement: Placement = field(default="front", kw_only=True)
@@ -128,6 +127,6 @@ class PromptTuning(Method):
             return initializers.given_rows(structure, count, self.init_tensor), None
         if self.init == "prompt":
             rows = initializers.tensor_rows(structure, count, rows_of(self.init_from, structure=structure), "init_from")
-            return rows, ids_behind(self.init_from)
+            return rows, word_ids_of(self.init_from)
         sampled = initializers.vocabulary_ids(structure, count, whole=self.whole_vocabulary)
         return embed_ids(structure, sampled), sampled.tolist()

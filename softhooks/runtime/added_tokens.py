@@ -17,7 +17,7 @@ from softhooks.backbone.added_vocabulary import base_rows
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of
 from softhooks.compat.peft import unwrapped
-from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, UnsupportedModelError
+from softhooks.errors import OptionError, PromptMismatchError, UnsupportedModelError
 
 ADDED = "added"
 """Under which name a prompt's module holds them."""
@@ -167,35 +167,6 @@ def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
     with torch.no_grad():
         for name, parameter in own.named_parameters():
             parameter.copy_(tables[name])
-
-
-def read_ids(told: Any, tables: dict[str, Tensor], source: str) -> tuple[int, ...]:
-    """Read of which tokens a file holds rows, and check that it holds one for each.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    if told is None and not tables:
-        return ()
-    known = {"rows": 2, "output_rows": 2, "output_bias": 1}
-    is_sound = (
-        isinstance(told, list)
-        and all(type(number) is int and number >= 0 for number in told)
-        and 0 < len(told) == len(set(told))
-        and "rows" in tables
-        and all(
-            name in known and tables[name].dim() == known[name] and len(tables[name]) == len(told) for name in tables
-        )
-    )
-    if not is_sound:
-        raise CheckpointError(
-            "a file must hold one row for each added token that it names.",
-            "Save the prompt again.",
-            file=source,
-            tokens=told,
-            rows={name: list(table.shape) for name, table in tables.items()},
-        )
-    return tuple(told)
 
 
 def _input_of(model: nn.Module, structure: ModelStructure) -> Tensor:

@@ -15,6 +15,7 @@ from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure, Role, Stack
 from softhooks.compat.sharding import refuse_sharded
 from softhooks.encoder import EMBEDDINGS, PromptEncoder
+from softhooks.formats.labels import Labels
 from softhooks.inject.branch.branch import Branch, branch_of
 from softhooks.inject.prefill import prefill
 from softhooks.inject.prefix.key_values import KeyValues, split
@@ -22,7 +23,6 @@ from softhooks.inject.provenance import Snapshot, snapshot
 from softhooks.inject.reuse import Memory
 from softhooks.method import Method
 from softhooks.runtime.added_tokens import ADDED, AddedTokens
-from softhooks.runtime.label_names import Labels
 from softhooks.runtime.running import Held, Running
 
 Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]

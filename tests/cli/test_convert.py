@@ -31,8 +31,7 @@ from softhooks import (
 )
 from softhooks.cli import app
 from softhooks.formats.files import read_tensors, write_tensors
-from softhooks.formats.native import DESCRIPTION, TENSORS
-from softhooks.formats.stored import FORMAT
+from softhooks.formats.native import DESCRIPTION, FORMAT, TENSORS
 from softhooks.method import Method
 
 P = 4

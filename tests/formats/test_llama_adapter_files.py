@@ -17,8 +17,7 @@ from untouched import remove_all, same_bits, untouched
 import softhooks
 from softhooks import CheckpointError, LlamaAdapter, PromptMismatchError
 from softhooks.formats.files import read_tensors, write_tensors
-from softhooks.formats.native import DESCRIPTION, TENSORS
-from softhooks.formats.stored import FORMAT
+from softhooks.formats.native import DESCRIPTION, FORMAT, TENSORS
 
 K = 3
 OPTIONS: dict[str, dict[str, Any]] = {

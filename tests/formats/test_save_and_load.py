@@ -32,8 +32,7 @@ from softhooks import (
     PromptTuning,
     SoftHooksError,
 )
-from softhooks.formats.native import DESCRIPTION, TENSORS
-from softhooks.formats.stored import FORMAT
+from softhooks.formats.native import DESCRIPTION, FORMAT, TENSORS
 
 CASES = [
     zoo.Case(*name.split("-"))

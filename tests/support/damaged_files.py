@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from softhooks import (
     SoftPrompt,
 )
-from softhooks.formats.native import TENSORS
-from softhooks.formats.stored import FORMAT
+from softhooks.formats.native import FORMAT, TENSORS
 
 
 @torch.no_grad()

@@ -1,0 +1,124 @@
+"""What identifies the base model of a prompt: class, name, revision, quantization, sizes and fingerprint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from softhooks.backbone.stack import ModelStructure
+from softhooks.base_model.fingerprint import Fingerprint
+from softhooks.compat.peft import unwrapped
+from softhooks.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class BaseModelInfo:
+    """What is known of a base model; an empty text or None where it is not known.
+
+    Attributes:
+        class_name: the name of its class.
+        name_or_path: its name on the hub, or its path.
+        revision: its commit on the hub.
+        quantization: the method and the width of its quantization.
+        fingerprint: a few numbers of its weights.
+        width: the width of its embeddings, H.
+        vocabulary: the number of rows of its embeddings.
+        sliding_window: whether it has layers with a sliding window.
+        task: the task type in a checkpoint of PEFT, which stands there for the class; None if PEFT did not write the checkpoint.
+    """
+
+    class_name: str = ""
+    name_or_path: str = ""
+    revision: str | None = None
+    quantization: str | None = None
+    fingerprint: Fingerprint | None = None
+    width: int | None = None
+    vocabulary: int | None = None
+    sliding_window: bool | None = None
+    task: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, structure: ModelStructure, fingerprint: Fingerprint | None = None) -> BaseModelInfo:
+        """Describe a model."""
+        plain = unwrapped(model)
+        config: Any = getattr(plain, "config", None)
+        return cls(
+            class_name=type(plain).__name__,
+            name_or_path=str(getattr(config, "_name_or_path", "") or ""),
+            revision=str(getattr(config, "_commit_hash", None) or "") or None,
+            quantization=_quantization(config),
+            fingerprint=fingerprint,
+            width=structure.entry.width,
+            vocabulary=structure.vocabulary,
+            sliding_window=bool(getattr(config, "sliding_window", None)),
+        )
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], source: str) -> BaseModelInfo:
+        """Read the description that a file holds. A value of another type than expected counts as not known.
+
+        Raises:
+            CheckpointError: the fingerprint is malformed.
+        """
+
+        def read(key: str, kind: type) -> Any:
+            return value[key] if type(value.get(key)) is kind else None
+
+        return cls(
+            class_name=read("class", str) or "",
+            name_or_path=read("name_or_path", str) or "",
+            revision=read("revision", str),
+            quantization=read("quantization", str),
+            fingerprint=_read_fingerprint(value.get("fingerprint"), source),
+            width=read("width", int),
+            vocabulary=read("vocabulary", int),
+            sliding_window=read("slides", bool),
+            task=read("task", str),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The description as a file holds it, without what is not known."""
+        values = {
+            "class": self.class_name or None,
+            "name_or_path": self.name_or_path,
+            "revision": self.revision,
+            "quantization": self.quantization,
+            "fingerprint": self.fingerprint and self.fingerprint.to_json(),
+            "width": self.width,
+            "vocabulary": self.vocabulary,
+            "slides": self.sliding_window,
+            "task": self.task,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        """Name the model on one line: class, name, revision, digest of the weights, size of the vocabulary."""
+        known = self.fingerprint
+        facts = [f"revision {self.revision}"] if self.revision else []
+        facts += [f"digest {known.digest}, {known.vocabulary} rows of embeddings"] if known else []
+        name = f"{self.class_name or 'a model'} {self.name_or_path or 'without a name'}"
+        return name + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _quantization(config: Any) -> str | None:
+    """The quantization method and its width, as far as the config names them."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    values = settings if isinstance(settings, dict) else vars(settings)
+    method = values.get("quant_method")
+    words = [str(getattr(method, "value", method) or type(settings).__name__)]
+    words += [name for name in ("load_in_4bit", "load_in_8bit") if values.get(name) or values.get(f"_{name}")]
+    words += [f"{values['bits']} bits"] if values.get("bits") else []
+    return " ".join(dict.fromkeys(words))
+
+
+def _read_fingerprint(value: Any, source: str) -> Fingerprint | None:
+    if value is None:
+        return None
+    try:
+        return Fingerprint.from_json(value)
+    except ValueError as error:
+        raise CheckpointError(f"{source} must hold the fingerprint of its base; it does not: {error}.") from error

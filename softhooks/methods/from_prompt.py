@@ -1,0 +1,97 @@
+"""Another prompt as the start of a new one: its rows, the ids of its words, its file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from softhooks.backbone.placeholder_ids import BUFFER
+from softhooks.backbone.stack import ModelStructure
+from softhooks.encoder import EMBEDDINGS, PromptEncoder
+from softhooks.errors import OptionError
+from softhooks.formats.find import find
+from softhooks.formats.stored import StoredPrompt
+from softhooks.method import Method
+from softhooks.methods.stored_options import method_of
+
+_RULE = "a prompt can be the start of another only if it folds to rows of embeddings."
+
+
+@runtime_checkable
+class Handle(Protocol):
+    """A prompt on a model, as `attach` and `load` return it."""
+
+    name: str
+    method: Method
+    is_attached: bool
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The module that computes the prompt."""
+
+    @property
+    def stored_conventions(self) -> dict[str, Any]:
+        """The conventions as a file holds them."""
+
+    def to_stored(self) -> StoredPrompt:
+        """The prompt as a file would hold it."""
+
+
+def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
+    """Read a saved prompt, with all options of its method, and make the method.
+
+    Raises:
+        CheckpointError: there is none, or its file is truncated, foreign or hostile.
+    """
+    stored = find(path)
+    method = method_of(stored)
+    return replace(stored, options=method.options()), method
+
+
+def rows_of(source: Any, rule: str = _RULE, *, structure: ModelStructure | None = None) -> Tensor:
+    """The rows of a prompt that enters as embeddings, [P, H].
+
+    Args:
+        source: a handle; a directory or repository that `load` reads, also one of PEFT; or the rows themselves.
+        rule: the first line of the error for a prompt without rows.
+        structure: of the model that the rows will enter; it must be the base model that they were trained with.
+
+    Raises:
+        OptionError: it is none of these, or a prompt that does not fold to rows of embeddings.
+        CheckpointError: there is no prompt, or it cannot be read.
+        PromptMismatchError: it was trained with another base.
+    """
+    if isinstance(source, Tensor):
+        return source.detach().float()
+    if isinstance(source, (str, Path)):
+        stored, _ = read_checked(source)
+        known: StoredPrompt | None = stored
+        tables, name = stored.tables, f"{stored.source}: {stored.kind}"
+    elif isinstance(source, Handle):
+        known = source.to_stored() if source.is_attached else None
+        tables, name = source.encoder.folded(), f"{source.name!r}: {source.method.kind}"
+    else:
+        raise OptionError(f"a prompt must be a handle, a directory or a tensor; it is a {type(source).__name__}.")
+    if set(tables) != {EMBEDDINGS}:
+        raise OptionError(
+            rule,
+            "Take a prompt of PromptTuning or of another method that enters as embeddings.",
+            prompt=name,
+            holds=", ".join(sorted(tables)),
+        )
+    rows = tables[EMBEDDINGS].detach().float()
+    if structure is not None and known is not None and rows.shape[1] == structure.entry.width:
+        known.require_base(structure.entry.module, structure, override="or start from its rows alone, as a tensor")
+    return rows
+
+
+def word_ids_of(source: Any) -> list[int] | None:
+    """The ids of a prompt's virtual tokens, where its model depends on them; None: they are not known."""
+    if isinstance(source, (str, Path)):
+        conventions = find(source).conventions
+    else:
+        conventions = source.stored_conventions if isinstance(source, Handle) else {}
+    return conventions.get(BUFFER)
