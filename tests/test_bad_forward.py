@@ -20,7 +20,7 @@ from untouched import untouched
 
 import softhooks
 from softhooks import PrefixTuning, PromptNotReachedError, PromptTooLongError, PromptTuning, UnsupportedModeError
-from softhooks.inject.prefix.attention import refuse_attention
+from softhooks.inject.prefix.prefix_pass import refuse_attention
 
 P = 4
 IDS = zoo.text(2, 6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softhooks.backbone.stack import Stack, at_rest
 from softhooks.checks.injection import probe_inputs
 from softhooks.errors import UnsupportedMethodError
-from softhooks.inject.slots.slots import SlotPass
+from softhooks.inject.slots.slot_pass import SlotPass
 from softhooks.prompt import SoftPrompt
 
 _Change = Callable[[nn.Module, Tensor], Tensor]

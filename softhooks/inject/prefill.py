@@ -21,7 +21,7 @@ from softhooks.backbone.stack import Site, Stack, first_state
 from softhooks.backbone.windows import window_of
 from softhooks.inject.checkpointing import is_checkpointed
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.inject.prefix.paged import attend_alone
+from softhooks.inject.prefix.paged_cache import attend_alone
 
 
 class CapturePass(Pass):

@@ -9,12 +9,12 @@ from torch import Tensor
 from softhooks.backbone.max_positions import warn_beyond
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptTooLongError
-from softhooks.inject.prefix.paged import longest_text
-from softhooks.inject.text_position import Outer, padding_mask, past_of, text_shape
+from softhooks.inject.prefix.paged_cache import longest_text
+from softhooks.inject.text_positions import OuterCall, padding_mask, past_of, text_shape
 
 
 def check_text_length(
-    stack: Stack, call: dict[str, Any], length: int, cached: int = 0, outer: Outer | None = None
+    stack: Stack, call: dict[str, Any], length: int, cached: int = 0, outer: OuterCall | None = None
 ) -> None:
     """Refuse a text that would exceed the learned positions; warn where it exceeds what rotary ones are made for.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.inject.prefix.packed import documents
+from softhooks.inject.prefix.packed_documents import document_numbers
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) -> Tensor:
@@ -55,7 +55,7 @@ class Texts:
             call: the arguments of the model's forward by name.
             like: a tensor with the batch's rows and columns, [B, T].
         """
-        found = documents(call.get("position_ids"), call.get("attention_mask"), like.shape[1])
+        found = document_numbers(call.get("position_ids"), call.get("attention_mask"), like.shape[1])
         if found is None:
             return cls(torch.zeros_like(like, dtype=torch.long), 1)
         return cls(found.to(like.device).expand(like.shape), int(found.max()) + 1)

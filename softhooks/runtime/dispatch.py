@@ -13,18 +13,26 @@ from softhooks.backbone.stack import Role, Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.branch.branch import CONTEXT, Branch, BranchPass, mix_branches
 from softhooks.inject.branch.linear_scaling import blanks
-from softhooks.inject.call_inputs import reaching
-from softhooks.inject.prefix.attention import PrefixPass
-from softhooks.inject.prefix.cache import CachePass
+from softhooks.inject.prefix.cache_pass import CachePass
 from softhooks.inject.prefix.key_values import KeyValues, mix
+from softhooks.inject.prefix.prefix_pass import PrefixPass
+from softhooks.inject.shared_prompt import always_shared_error, reasons_against_sharing, slots_error
 from softhooks.inject.shift_positions import needs_position_ids, shift_positions
 from softhooks.inject.slots.cross_attention import CrossSlotPass
-from softhooks.inject.slots.fallback import FallbackPass, refusal, require_sharing
-from softhooks.inject.slots.rows import Slots
-from softhooks.inject.slots.slots import SlotPass
-from softhooks.inject.start_position import later_start_error, starts_elsewhere
+from softhooks.inject.slots.fallback import FallbackPass
+from softhooks.inject.slots.slot_pass import SlotPass
+from softhooks.inject.slots.slot_tables import Slots
 from softhooks.inject.text_length import check_text_length
-from softhooks.inject.text_position import Outer, order_in_text, padding_mask, past_of, positions_in_text, text_shape
+from softhooks.inject.text_positions import (
+    OuterCall,
+    later_start,
+    later_start_error,
+    order_in_text,
+    padding_mask,
+    past_of,
+    positions_in_text,
+    text_shape,
+)
 from softhooks.runtime.contexts import generation_of
 
 if TYPE_CHECKING:
@@ -35,7 +43,7 @@ _TRAINED_KEY_VALUES = ("attention", "written_out", "cache")
 
 
 def open_pass(
-    stack: Stack, call: dict[str, Any], selection: Selection, placeholder: int, outer: Outer | None = None
+    stack: Stack, call: dict[str, Any], selection: Selection, placeholder: int, outer: OuterCall | None = None
 ) -> Pass:
     """Open the pass for one forward of a stack; the call's arguments are changed in place.
 
@@ -72,18 +80,18 @@ def open_pass(
     try:
         return _open_slots(stack, call, selection, placeholder, outer, is_fallback=True)
     except UnsupportedModeError as error:
-        raise refusal(fallback, error) from error
+        raise slots_error(fallback, error) from error
 
 
 def _reasons_for_slots(
-    stack: Stack, call: dict[str, Any], selection: Selection, outer: Outer | None
+    stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None
 ) -> list[list[str]]:
     """For each prompt, the arguments of the call for which it must enter as slots although it is shared as a rule.
 
     Raises:
         UnsupportedModeError: a prompt must follow them, and cannot.
     """
-    moved = starts_elsewhere(stack, call, outer)
+    moved = later_start(stack, call, outer)
     fixed = [prompt for prompt in selection.prompts if prompt.injection in _TRAINED_KEY_VALUES]
     if moved and any(prompt.conventions.get("shift_positions", True) for prompt in fixed):
         raise later_start_error(stack, moved)
@@ -91,9 +99,9 @@ def _reasons_for_slots(
     for prompt in selection.prompts:
         found: list[str] = []
         if prompt.injection == "shared":
-            found = reaching(stack, call, prompt.layout.columns) + ([moved] if moved else [])
+            found = reasons_against_sharing(stack, call, prompt.layout.columns) + ([moved] if moved else [])
         if found and prompt.shares_always:
-            require_sharing(prompt.name, found)
+            raise always_shared_error(prompt.name, found)
         reasons.append(found)
     return reasons
 
@@ -118,7 +126,7 @@ def _open_slots(
     call: dict[str, Any],
     selection: Selection,
     placeholder: int,
-    outer: Outer | None,
+    outer: OuterCall | None,
     is_fallback: bool = False,
 ) -> Pass:
     slots = _slots_of(stack, selection)
@@ -149,7 +157,7 @@ def _slots_of(stack: Stack, selection: Selection) -> Slots:
 # --- keys and values --------------------------------------------------------------------------------------------------
 
 
-def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer: Outer | None) -> Pass:
+def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
     prefixes = _prefixes_of(stack, call, selection)
     if not prefixes:
         return _Untouched(stack)
@@ -198,7 +206,7 @@ class _Untouched(Pass):
 # --- a gated branch ---------------------------------------------------------------------------------------------------
 
 
-def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: Outer | None) -> Pass:
+def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
     """Open a gated branch, and give a row that begins with padding the positions that its text has alone."""
     batch, columns = text_shape(call)
     branch = BranchPass(stack, _branch_of(stack, selection, batch), stack.module.training)

@@ -16,8 +16,8 @@ from softhooks.errors import PromptNotReachedError, UnsupportedModeError
 from softhooks.inject.checkpointing import CheckpointedPass, Through
 from softhooks.inject.notes import encoded_slots, note_caches, note_encoded, require_encoded
 from softhooks.inject.slots.cross_attention import strip_encoder_state
-from softhooks.inject.slots.slots import SlotPass
-from softhooks.inject.text_position import BROUGHT
+from softhooks.inject.slots.slot_pass import SlotPass
+from softhooks.inject.text_positions import OUTER_ARGUMENTS
 from softhooks.runtime.arguments import take
 from softhooks.runtime.contexts import alone_of
 from softhooks.runtime.evaluation_mode import refuse_backward
@@ -51,7 +51,7 @@ class ModelHooks:
         prompted.require_standing()
         call.given = take(kwargs, prompted.columns)
         named = self._named(args, kwargs)
-        call.brought = {name: named.get(name) for name in BROUGHT}
+        call.brought = {name: named.get(name) for name in OUTER_ARGUMENTS}
         if prompted.structure.choices is not None:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")

@@ -11,10 +11,10 @@ from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
 from softhooks.inject.caches import cache_of
 from softhooks.inject.notes import require_own_cache, require_same_prompt
-from softhooks.inject.prefix.packed import documents, guard, require_masks
-from softhooks.inject.prefix.paged import paged_cache
+from softhooks.inject.prefix.packed_documents import document_numbers, keep_documents_apart, require_masks
+from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.inject.reuse import borne_by
-from softhooks.inject.text_position import Outer
+from softhooks.inject.text_positions import OuterCall
 from softhooks.runtime.arguments import take
 from softhooks.runtime.continuous_batching import require_servable
 from softhooks.runtime.dispatch import open_pass
@@ -55,7 +55,7 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
     own = call.get("position_ids")
     outer = _outer(forward, stack)
     positions = outer.positions if own is None and outer is not None else own
-    packed = documents(positions, call.get("attention_mask"), columns)
+    packed = document_numbers(positions, call.get("attention_mask"), columns)
     if packed is not None:
         require_masks(stack, packed, by_position=own is not None)
     if prompted.freeze_dropout:
@@ -63,7 +63,7 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
     with borne_by(paged, prompted.model):
         opened = open_pass(stack, call, selection, prompted.placeholder, outer)
     if packed is not None:
-        guard(opened, packed)
+        keep_documents_apart(opened, packed)
     if paged is not None:
         require_same_prompt(paged, opened, prompted.selection)
     opened.made = made
@@ -85,9 +85,9 @@ def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
         module.training = False
 
 
-def _outer(forward: Call, stack: Stack) -> Outer | None:
+def _outer(forward: Call, stack: Stack) -> OuterCall | None:
     """What the forward of the model that is under way brought for a stack."""
     if forward.brought is None:
         return None
     prefix = "decoder_" if stack.name == "decoder" else ""
-    return Outer(forward.brought.get(f"{prefix}position_ids"), forward.brought.get(f"{prefix}attention_mask"))
+    return OuterCall(forward.brought.get(f"{prefix}position_ids"), forward.brought.get(f"{prefix}attention_mask"))

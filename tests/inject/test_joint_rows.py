@@ -12,7 +12,7 @@ from torch import Tensor
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning
-from softhooks.inject.prefix import attention
+from softhooks.inject.prefix import prefix_pass
 
 P = 24
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -24,13 +24,13 @@ METHODS = {"prompt": PromptTuning(P), "prefix": PrefixTuning(P)}
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers' calls that were joined."""
     calls: list[Any] = []
-    original = attention.attend_joined
+    original = prefix_pass.attend_jointly
 
     def spy(function: Any, prefix: Any, index: int, args: Any, kwargs: Any) -> Any:
         calls.append((args[1].shape, args[4].shape))
         return original(function, prefix, index, args, kwargs)
 
-    monkeypatch.setattr(attention, "attend_joined", spy)
+    monkeypatch.setattr(prefix_pass, "attend_jointly", spy)
     return calls
 
 
@@ -46,7 +46,7 @@ def outcome(model: Any, prompt: Any, batch: dict[str, Tensor], **call: Any) -> t
 def compare(monkeypatch: pytest.MonkeyPatch, *args: Any, **call: Any) -> None:
     ours = outcome(*args, **call)
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "can_join", lambda *_: False)
+        patch.setattr(prefix_pass, "joining_pays", lambda *_: False)
         theirs = outcome(*args, **call)
     torch.testing.assert_close(ours[0], theirs[0], **CLOSE)
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-3, atol=1e-4 * float(theirs[1].abs().max()))
@@ -137,7 +137,7 @@ def test_where_it_does_not_pay_or_cannot_be_nothing_is_joined(joined: list[Any],
 def test_what_a_training_step_keeps(monkeypatch: pytest.MonkeyPatch, is_joined: bool) -> None:
     """Of a long prefix one copy, and not one a row: what autograd saves with three rows more."""
     if not is_joined:
-        monkeypatch.setattr(attention, "can_join", lambda *_: False)
+        monkeypatch.setattr(prefix_pass, "joining_pays", lambda *_: False)
     model = zoo.build("llama", max_position_embeddings=512)
     saved: list[int] = []
     for batch in (2, 5):

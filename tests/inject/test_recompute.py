@@ -29,14 +29,14 @@ def _nothing_left() -> Iterator[None]:
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors have been kept as parts."""
     counted: list[int] = []
-    pack = recompute._Remade._pack
+    pack = recompute._Recomputed._pack
 
     def count(self: Any, kept: torch.Tensor) -> Any:
         found = pack(self, kept)
         counted.extend([1] * (not isinstance(found, torch.Tensor)))
         return found
 
-    monkeypatch.setattr(recompute._Remade, "_pack", count)
+    monkeypatch.setattr(recompute._Recomputed, "_pack", count)
     return counted
 
 
@@ -148,7 +148,7 @@ def test_a_parameter_that_is_the_prefix_itself_is_copied() -> None:
     text = torch.randn(ROWS, 1, P, 2)
     prefix = recompute.KeyValues({0: parameter[None]}, {0: parameter[None]})
     whole = prefix.before(0, text, text)
-    with recompute.remade(prefix, 0, (text, text), whole):
+    with recompute.recomputed(prefix, 0, (text, text), whole):
         squared = (whole[0] * whole[1]).sum()
     squared.backward(retain_graph=True)
     assert parameter.grad is not None
@@ -162,7 +162,7 @@ def test_text_that_is_written_over_is_an_error_as_without_a_prompt() -> None:
     parts = torch.randn(1, 1, P, 2, requires_grad=True) * 1, torch.randn(ROWS, 1, P, 2, requires_grad=True) * 1
     prefix = recompute.KeyValues({0: parts[0]}, {0: parts[0]})
     whole = prefix.before(0, parts[1], parts[1])
-    with recompute.remade(prefix, 0, (parts[1], parts[1]), whole):
+    with recompute.recomputed(prefix, 0, (parts[1], parts[1]), whole):
         squared = (whole[0] * whole[1]).sum()
     parts[1].mul_(2)
     with pytest.raises(RuntimeError, match="modified in place"):

@@ -16,7 +16,9 @@ from torch import Tensor
 from softhooks.inject.prefix.key_values import KeyValues
 
 
-def can_join(function: str, prefix: KeyValues, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
+def joining_pays(
+    function: str, prefix: KeyValues, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
+) -> bool:
     """Whether rows can be joined, and whether it pays: in training, behind one long prefix that they share."""
     batch, _, columns, _ = query.shape
     shared = prefix.variants == 1 and prefix.lengths is None and kwargs.get("position_bias") is None
@@ -28,7 +30,7 @@ def can_join(function: str, prefix: KeyValues, query: Tensor, key: Tensor, mask:
     )
 
 
-def join_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, query: Tensor, causal: bool) -> Tensor:
+def joint_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, query: Tensor, causal: bool) -> Tensor:
     """Which keys each query of the joined rows sees.
 
     Args:
@@ -54,7 +56,7 @@ def join_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, qu
     return joined.flatten(0, 1)[None, None]
 
 
-def attend_joined(
+def attend_jointly(
     attention: Callable[..., Any], prefix: KeyValues, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Run an attention function over joined rows, and cut its output into rows again.

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from softhooks.backbone.listening_cache import ListeningCache
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.inject.prefix.padded_rows import BehindPadding
+from softhooks.inject.prefix.left_padding import KeyOrder
 
 
 class PrefixCache(Cache):
@@ -29,7 +29,7 @@ class PrefixCache(Cache):
         behind: the order of keys, where rows begin with padding.
     """
 
-    def __init__(self, prefix: KeyValues, inner: Cache | None, behind: BehindPadding | None = None) -> None:
+    def __init__(self, prefix: KeyValues, inner: Cache | None, behind: KeyOrder | None = None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.prefix = prefix
         self.behind = behind

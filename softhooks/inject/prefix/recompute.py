@@ -22,7 +22,7 @@ _HOOKS = ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled")
 """What torch has no public name for; without them everything is kept as ever."""
 
 
-def remade(prefix: KeyValues, index: int, text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> Any:
+def recomputed(prefix: KeyValues, index: int, text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> Any:
     """Let what autograd keeps of whole keys and values, within this context, be made again.
 
     Args:
@@ -33,7 +33,7 @@ def remade(prefix: KeyValues, index: int, text: tuple[Tensor, Tensor], whole: tu
     heads = (prefix.keys[index], prefix.values[index])
     if not _pays(prefix, text[0]) or not all(map(_keeps, heads)) or _is_hooked():
         return nullcontext()
-    return _Remade(heads, text, whole).hooks()
+    return _Recomputed(heads, text, whole).hooks()
 
 
 def _pays(prefix: KeyValues, key: Tensor) -> bool:
@@ -55,7 +55,7 @@ def _is_hooked() -> bool:
     return top is None or may is None or not may() or top(True) is not None
 
 
-class _Remade:
+class _Recomputed:
     """The keys and the values of one site in one forward."""
 
     def __init__(self, heads: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:

@@ -11,7 +11,7 @@ from softhooks.backbone.stack import Stack, first_state
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.caches import is_recurrent
 from softhooks.inject.slots.argument_values import COPIED, fill
-from softhooks.inject.text_position import Outer, padding_mask
+from softhooks.inject.text_positions import OuterCall, padding_mask
 from softhooks.layout.slot_map import Widened
 
 _UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "cross_attention_states"}
@@ -53,7 +53,7 @@ def refuse_static(cache: Any) -> None:
 
 
 def mask_of_text(
-    call: dict[str, Any], outer: Outer | None, shape: tuple[int, int], device: torch.device, causal: bool
+    call: dict[str, Any], outer: OuterCall | None, shape: tuple[int, int], device: torch.device, causal: bool
 ) -> Tensor:
     """The mask of a call's text, of the given shape; one that a model in between has prepared must say the same.
 

@@ -11,7 +11,7 @@ from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError
 from softhooks.inject.notes import slots_in
 from softhooks.inject.slots.checks import flat_mask
-from softhooks.inject.slots.rows import Slots
+from softhooks.inject.slots.slot_tables import Slots
 from softhooks.layout.slot_map import Widened
 
 

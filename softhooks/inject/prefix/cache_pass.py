@@ -11,10 +11,10 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.prefix.attention import PrefixPass
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.inject.prefix.padded_rows import behind_padding
+from softhooks.inject.prefix.left_padding import key_order
 from softhooks.inject.prefix.prefix_cache import PrefixCache, PrefixPair
+from softhooks.inject.prefix.prefix_pass import PrefixPass
 
 _BY_COLUMN = ("attention_mask", "alibi")
 """What a layer is given for each column that it may attend to, in the last dimension."""
@@ -50,7 +50,7 @@ class CachePass(PrefixPass):
                 inner = EncoderDecoderCache(inner, DynamicCache(config=config))
         self.inner = inner
         own = inner.self_attention_cache if isinstance(inner, EncoderDecoderCache) else inner
-        self._behind = behind_padding(call.get("attention_mask"), self.prefixes["self"].length)
+        self._behind = key_order(call.get("attention_mask"), self.prefixes["self"].length)
         self.prefixed = PrefixCache(self.prefixes["self"], own, self._behind)
         crosses = crosses or own is not inner
         self.cache = PrefixPair(self.prefixed, inner) if crosses else self.prefixed

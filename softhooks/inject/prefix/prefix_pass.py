@@ -18,10 +18,10 @@ from softhooks.backbone.stack import Role, Site, Stack
 from softhooks.backbone.windows import require_one_chunk, window_of
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.checkpointing import CheckpointedPass
-from softhooks.inject.prefix.joint_rows import attend_joined, can_join, join_mask
+from softhooks.inject.prefix.joint_rows import attend_jointly, joining_pays, joint_mask
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.inject.prefix.paged import JoinedCache, paged_cache
-from softhooks.inject.prefix.recompute import remade
+from softhooks.inject.prefix.paged_cache import PrefixedPagedCache, paged_cache
+from softhooks.inject.prefix.recompute import recomputed
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -64,20 +64,20 @@ class PrefixPass(CheckpointedPass):
         if causal and not flash and key.shape[2] > query.shape[2] > 1:
             # An empty static cache: the keys behind the queries are blank, and no mask says so.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        if site.role == "self" and can_join(function_name(attention), prefix, query, key, mask, kwargs):
+        if site.role == "self" and joining_pays(function_name(attention), prefix, query, key, mask, kwargs):
             joined = self._joined_mask(site, module, query, mask, kwargs, causal)
-            return attend_joined(attention, prefix, site.index, (module, query, key, value, joined, *rest), kwargs)
+            return attend_jointly(attention, prefix, site.index, (module, query, key, value, joined, *rest), kwargs)
         mask = self._mask(site, attention, module, query, key, mask, kwargs, causal)
         paged = paged_cache(kwargs)
         if paged is not None:
-            kwargs = {**kwargs, "cache": JoinedCache(paged, prefix, site.index)}
+            kwargs = {**kwargs, "cache": PrefixedPagedCache(paged, prefix, site.index)}
             output, _ = attention(module, query, key, value, mask, *rest, **kwargs)
             return output, None
         whole = prefix.before(site.index, key, value)
         bias = kwargs.get("position_bias")
         if bias is not None:
             kwargs = {**kwargs, "position_bias": functional.pad(bias, (prefix.length, 0))}
-        with remade(prefix, site.index, (key, value), whole):
+        with recomputed(prefix, site.index, (key, value), whole):
             output, weights = attention(module, query, *whole, mask, *rest, **kwargs)
         return output, weights if weights is None else weights[..., prefix.length :]
 
@@ -123,7 +123,7 @@ class PrefixPass(CheckpointedPass):
         place = ("joined", bare, window, causal, id(mask), query.shape, query.device)
         if place not in self._masks:
             visible = self._visible(site, window, query)
-            self._masks[place] = (mask, join_mask(mask, visible, self.prefixes[site.role], query, causal))
+            self._masks[place] = (mask, joint_mask(mask, visible, self.prefixes[site.role], query, causal))
         joined: Tensor = self._masks[place][1]
         return joined
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class BehindPadding:
+class KeyOrder:
     """The order of keys in rows that begin with padding: the padding, the prefix, the text.
 
     Attributes:
@@ -33,7 +33,7 @@ class BehindPadding:
         return _gather(rows, self.text, 2).reshape(*tensor.shape[:-1], -1)
 
 
-def behind_padding(mask: Tensor | None, length: int) -> BehindPadding | None:
+def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
     """The order of keys behind a prefix of `length`; None where no row begins with padding.
 
     Args:
@@ -45,7 +45,7 @@ def behind_padding(mask: Tensor | None, length: int) -> BehindPadding | None:
     places = torch.arange(length + mask.shape[1], device=mask.device)[None]
     prefix = torch.where(places < lead + length, places - lead, places)
     columns = torch.arange(mask.shape[1], device=mask.device)[None]
-    return BehindPadding(
+    return KeyOrder(
         order=torch.where(places < lead, places + length, prefix),
         text=torch.where(columns < lead, columns, columns + length),
     )

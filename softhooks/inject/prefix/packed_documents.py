@@ -23,7 +23,7 @@ _REMEDY = (
 )
 
 
-def documents(positions: Any, mask: Any, columns: int) -> Tensor | None:
+def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
     """Number the documents of each row by the places where its positions restart; None where none does.
 
     Args:
@@ -68,7 +68,7 @@ def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
         raise _refusal(numbers, f"not seen: {type(stack.module).__name__} makes it from no positions, or out of reach")
 
 
-def guard(live: Pass, numbers: Tensor) -> None:
+def keep_documents_apart(live: Pass, numbers: Tensor) -> None:
     """Have a pass refuse attention in which documents see each other."""
     attend: Callable[..., Any] = live.attend
     separating: list[Any] = []

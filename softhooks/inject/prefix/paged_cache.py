@@ -34,7 +34,7 @@ def longest_text(call: dict[str, Any]) -> int | None:
     return None if paged_cache(call) is None or positions is None else int(positions.max()) + 1
 
 
-class JoinedCache(PagedAttentionCache):
+class PrefixedPagedCache(PagedAttentionCache):
     """A paged cache for one call of an attention function, which hands out the prompt's keys and values before its own.
 
     Args:

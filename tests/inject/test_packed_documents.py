@@ -16,7 +16,7 @@ from untouched import remove_all, untouched
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, UnsupportedModeError
-from softhooks.inject.prefix.packed import documents
+from softhooks.inject.prefix.packed_documents import document_numbers
 
 DOCUMENTS = [zoo.text(1, length, seed=length)[0] for length in (5, 7, 3)]
 IDS = torch.cat(DOCUMENTS)[None]
@@ -154,19 +154,19 @@ def test_a_backbone_at_rest_wakes_up_after_a_leak() -> None:
 ])  # fmt: skip
 def test_documents_are_counted_by_restarts(positions: Any, mask: Any, numbers: Any) -> None:
     given = None if mask is None else torch.tensor(mask)
-    found = documents(torch.tensor(positions), given, 5)
+    found = document_numbers(torch.tensor(positions), given, 5)
     assert (found if found is None else found.tolist()) == numbers
-    assert documents(torch.tensor(positions)[..., :1], given, 1) is None
+    assert document_numbers(torch.tensor(positions)[..., :1], given, 1) is None
 
 
 def test_what_says_nothing_about_documents() -> None:
     restarting = torch.tensor([[0, 1, 0, 1]])
-    assert documents(None, None, 4) is None
-    assert documents(restarting, torch.ones(1, 1, 4, 4), 4) is None
-    assert documents(restarting, {"full_attention": None}, 4) is None
-    assert documents(restarting[None].expand(3, -1, -1), None, 4) is None
+    assert document_numbers(None, None, 4) is None
+    assert document_numbers(restarting, torch.ones(1, 1, 4, 4), 4) is None
+    assert document_numbers(restarting, {"full_attention": None}, 4) is None
+    assert document_numbers(restarting[None].expand(3, -1, -1), None, 4) is None
     text_first = torch.stack([restarting, *[torch.zeros_like(restarting)] * 3])
-    assert documents(text_first, None, 4).tolist() == [[0, 0, 1, 1]]  # type: ignore[union-attr]
+    assert document_numbers(text_first, None, 4).tolist() == [[0, 0, 1, 1]]  # type: ignore[union-attr]
 
 
 # --- a padding-free collator ------------------------------------------------------------------------------------------

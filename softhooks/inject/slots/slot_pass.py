@@ -28,9 +28,9 @@ from softhooks.inject.slots.checks import (
     stand_by_types,
     widen_known,
 )
-from softhooks.inject.slots.rows import Slots
+from softhooks.inject.slots.slot_tables import Slots
 from softhooks.inject.slots.strip import strip_attentions, strip_last, strip_output
-from softhooks.inject.text_position import Outer, given_positions, padding_mask
+from softhooks.inject.text_positions import OuterCall, given_positions, padding_mask
 from softhooks.layout.slot_map import Places, Widened, gaps, widen
 
 
@@ -53,7 +53,7 @@ class SlotPass(Pass):
         call: dict[str, Any],
         placeholder: int,
         keep: bool = False,
-        outer: Outer | None = None,
+        outer: OuterCall | None = None,
     ) -> None:
         super().__init__(stack)
         self.slots = slots

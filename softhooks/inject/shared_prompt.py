@@ -1,0 +1,95 @@
+"""Whether a call lets a front prompt be computed once and shared by all rows.
+
+A virtual token at the front attends to virtual tokens only. So its states do not depend on the text, unless the call brings
+something that reaches virtual tokens too: encoder states that a decoder attends to, token types, a language for each row, or any
+argument that is not known here. For such a call the prompt enters as slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import EncoderDecoderCache
+
+from softhooks.backbone.stack import Stack
+from softhooks.errors import UnsupportedModeError
+from softhooks.inject.caches import cache_of, is_filled
+from softhooks.inject.notes import slots_in
+from softhooks.inject.prefix.paged_cache import paged_cache
+
+_TEXT = {
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
+    *("past_key_values", "cache_params", "state", "use_cache"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # where packed documents begin
+    *("per_layer_inputs", "ple_input_ids"),  # of the text's tokens; the virtual ones have their placeholder's
+    *("visual_pos_masks", "deepstack_visual_embeds", "vision_mask", "deepstack_features"),  # for the tokens of an image
+}
+_OUTPUT = {
+    *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"),
+    *("labels", "shift_labels", "num_items_in_batch"),
+}
+_HARMLESS = _TEXT | _OUTPUT
+"""Arguments that describe the text or the output, and do not reach a virtual token at the front."""
+
+
+def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> list[str]:
+    """What in a call could change the states of virtual tokens, in words; empty where computing them once is exact.
+
+    Args:
+        length: the number of virtual tokens.
+    """
+    if paged_cache(call) is not None:
+        return []
+    cache = cache_of(call)
+    if is_filled(cache):
+        # The virtual tokens were computed when the cache was filled, with or without sharing.
+        return ["past_key_values, which hold the prompt's slots"] if slots_in(cache) is not None else []
+    found = [name for name, value in call.items() if value is not None and name not in _HARMLESS]
+    found = [name for name in found if not _same(call[name], stack.proven.get(name))]
+    if isinstance(cache, EncoderDecoderCache) and is_filled(cache.cross_attention_cache):
+        found.append("past_key_values, which hold an encoder's states")
+    changes = stack.positions.changes
+    if changes is not None and length + _text_length(call) > changes:
+        found.append(f"more than {changes} positions, beyond which the model rotates all of them differently")
+    return found
+
+
+def _same(value: Any, proven: Any) -> bool:
+    """Whether an argument has the value with which sharing was compared with slots at attach."""
+    return isinstance(value, (bool, int, float, str)) and type(value) is type(proven) and value == proven
+
+
+def _text_length(call: dict[str, Any]) -> int:
+    """How many positions the text of a call takes, without prompt and cache."""
+    positions = call.get("position_ids")
+    if isinstance(positions, Tensor):
+        return int(positions.max()) + 1
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return int(mask.long().sum(-1).max())
+    text = call.get("input_ids")
+    text = call.get("inputs_embeds") if text is None else text
+    return text.shape[1] if isinstance(text, Tensor) else 0
+
+
+def slots_error(reasons: list[str], error: UnsupportedModeError) -> UnsupportedModeError:
+    """The error for a call that can neither share the prompt nor take it as slots.
+
+    Args:
+        reasons: why it cannot share it.
+        error: why it cannot take slots.
+    """
+    return UnsupportedModeError(
+        f"this call brings {', '.join(reasons)}, which could change the states of virtual tokens; so the prompt is not computed "
+        f"once here, but enters as slots.\n{error}"
+    )
+
+
+def always_shared_error(name: str, reasons: list[str]) -> UnsupportedModeError:
+    """The error for such a call where the prompt was attached with `injection='shared'`."""
+    return UnsupportedModeError(
+        f"prompt {name!r} was attached with injection='shared' and is computed once, but this call brings "
+        f"{', '.join(reasons)}, which could change the states of its virtual tokens.",
+        "Leave the argument out, or attach the prompt without `injection='shared'`: it then enters as slots for such calls.",
+    )

@@ -1,0 +1,152 @@
+"""The positions of the text in a call, whether the caller, the mask or a model in between gives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softhooks.backbone.stack import Stack
+from softhooks.errors import PromptNotReachedError, UnsupportedModeError
+from softhooks.inject.caches import cache_of, is_filled
+from softhooks.inject.prefix.paged_cache import paged_cache
+from softhooks.layout.layout import text_positions
+
+OUTER_ARGUMENTS = ("position_ids", "attention_mask", "decoder_position_ids", "decoder_attention_mask")
+"""The arguments of the model's own call that are kept, as the caller gave them, until its forward ends."""
+
+
+@dataclass(frozen=True)
+class OuterCall:
+    """What the caller of the model gave for a stack inside it.
+
+    A model around a text model may count columns and pass these on as positions, and may pass on a mask that is prepared for
+    attention already. Then only the caller's own arguments tell where the text is.
+
+    Attributes:
+        positions: the `position_ids`.
+        mask: the `attention_mask`.
+    """
+
+    positions: Any
+    mask: Any
+
+
+def text_shape(call: dict[str, Any]) -> tuple[int, int]:
+    """The batch size and the columns of the text in a call.
+
+    Raises:
+        PromptNotReachedError: the call has neither ids nor embeddings.
+    """
+    text = _text(call)
+    if not isinstance(text, Tensor):
+        raise PromptNotReachedError(
+            "the call of the model's backbone has neither `input_ids` nor `inputs_embeds`; a prompt needs one of them."
+        )
+    return text.shape[0], text.shape[1]
+
+
+def _text(call: dict[str, Any]) -> Any:
+    return call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
+
+
+def past_of(call: dict[str, Any]) -> Any:
+    """How many columns of the text are in the cache."""
+    cache = call.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
+    """The mask with one number a column, [B, past + T], or None.
+
+    Where a model in between has made a mask for attention of it, the caller's own is returned.
+    """
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    given = None if mask is None or outer is None else outer.mask
+    if not isinstance(given, Tensor) or given.dim() != 2:
+        return None
+    batch, columns = text_shape(call)
+    return given if given.shape[0] == batch and given.shape[1] >= columns else None
+
+
+def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
+    """The `position_ids` of a call, in the stack's own numbering; None if it has none.
+
+    A model in between may have numbered the columns, padding included. Such positions are counted again by the mask.
+    """
+    given = call.get("position_ids")
+    if given is None or outer is None or outer.positions is not None:
+        return None if given is None else torch.as_tensor(given)
+    mask = padding_mask(call, outer)
+    if mask is None:
+        return torch.as_tensor(given)
+    _, columns = text_shape(call)
+    counted = torch.arange(columns, device=given.device) + past_of(call) + stack.positions.start
+    if given.shape[-1] != columns or not bool((given == counted).all()):
+        return torch.as_tensor(given)  # not a plain count of columns, such as M-RoPE's
+    own = text_positions(mask.to(given.device))[:, -columns:] + stack.positions.start
+    return own.expand(*given.shape[:-2], -1, -1) if given.dim() > 2 else own
+
+
+def positions_in_text(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor:
+    """The text's positions, counted from 0 in each row (or document), [B or 1, T]; with several axes (M-RoPE), [A, B, T]."""
+    given = given_positions(stack, call, outer)
+    return counted_positions(call, outer) if given is None else given - stack.positions.start
+
+
+def counted_positions(call: dict[str, Any], outer: OuterCall | None) -> Tensor:
+    """The text's positions from 0, counted by its mask, or by its columns where it has none. -> [B or 1, T]."""
+    _, columns = text_shape(call)
+    mask = padding_mask(call, outer)
+    if mask is not None:
+        return text_positions(mask)[:, -columns:]
+    counted: Tensor = torch.arange(columns, device=_text(call).device) + past_of(call)
+    return counted[None]
+
+
+def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
+    """How many tokens precede each token, [B or 1, T]; positions of several axes (M-RoPE) are places in an image instead."""
+    if positions is None or positions.dim() < 3:
+        return positions
+    # Of four axes the first numbers the tokens of the text.
+    return positions[0] if positions.shape[0] == 4 else counted_positions(call, outer)
+
+
+def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> str:
+    """Whether the text of a call starts at a later position than without `position_ids`, in words; empty if not, or unknown.
+
+    A prompt in the sequence moves along with the text. Keys and values that are computed once, or trained, have the first
+    positions, and would leave a gap. A text that continues a cache has started before. Positions of several axes (M-RoPE) are
+    places in an image.
+    """
+    if call.get("position_ids") is None or not stack.positions.argument:
+        return ""
+    if is_filled(cache_of(call)) or paged_cache(call) is not None:
+        return ""
+    given, mask = given_positions(stack, call, outer), padding_mask(call, outer)
+    if given is None or given.dim() != 2 or (mask is None and call.get("attention_mask") is not None):
+        return ""
+    if mask is not None:
+        # The first real column of each row: the positions of padding mean nothing.
+        first = mask[:, -given.shape[1] :].to(given.device).long().argmax(-1, keepdim=True)
+        given = given.expand(len(first), -1).gather(1, first)
+    starts = given[:, 0] - stack.positions.start
+    return f"position_ids that start at {int(given[:, 0].max())}" if bool((starts > 0).any()) else ""
+
+
+def later_start_error(stack: Stack, found: str) -> UnsupportedModeError:
+    """The error for such a call where the prompt's keys and values have the first positions.
+
+    Args:
+        found: what `later_start` has found.
+    """
+    return UnsupportedModeError(
+        f"the call brings {found}, but a prompt that enters as keys and values has the first positions, and the text must have "
+        "those right after it.",
+        "Leave `position_ids` out or count it by the attention mask; or use PromptTuning, which moves along.",
+        model=f"{type(stack.module).__name__}, which starts at {stack.positions.start}",
+    )
