@@ -102,7 +102,7 @@ def test_everything_is_put_back_after_an_error(entry: Entry, data: st.DataObject
         with pytest.raises(ArithmeticError):
             model(**call)
         handle.remove()
-        assert all(stack.live is None for stack in prompt.prompted_model.structure.stacks)
+        assert all(stack.state.current is None for stack in prompt.prompted_model.structure.stacks)
         assert not differences(before, snapshot(model))
         assert torch.equal(zoo.main_output(model(**call)), expected)
     assert not differences(never_attached, snapshot(model))

@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from softhooks.backbone.forward_pass import AttentionFunction, Pass
+from softhooks.backbone.forward_pass import AttentionFunction
 from softhooks.backbone.inline_attention import rewrite, unwrite
 from softhooks.backbone.stack import Site, Stack
+from softhooks.backbone.stack_state import RunningPass
 from softhooks.errors import PromptNotReachedError
 from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
@@ -111,7 +112,7 @@ def _dispatching(attention: AttentionFunction) -> AttentionFunction:
     return dispatch
 
 
-def pass_of(module: nn.Module) -> Pass | None:
+def pass_of(module: nn.Module) -> RunningPass | None:
     """The pass that is under way in the stack of an attention module, if it is marked.
 
     Raises:
@@ -119,15 +120,19 @@ def pass_of(module: nn.Module) -> Pass | None:
         UnsupportedModeError: none is in this thread, while another one runs the model.
     """
     site: Site | None = module.__dict__.get(MARK)
-    if site is None or (site.stack.live is None and not site.stack.expects_pass()):
+    if site is None:
         return None
-    if site.stack.live is None:
-        if site.stack.owner is not None:
-            site.stack.owner.running.require_free()
+    state = site.stack.state
+    current = state.current
+    if current is None and not state.expects_pass():
+        return None
+    if current is None:
+        if state.owner is not None:
+            state.owner.running.require_free()
         raise PromptNotReachedError(
             "an attention layer may only run inside a forward that went through the model's hooks.",
             "Call the model, not its `forward`; checkpoint its layers with `gradient_checkpointing_enable()`; or "
             "turn the prompt off with `softhooks.disabled(model)`.",
             layer=f"{type(module).__name__} of {site.stack.path or 'the model'}",
         )
-    return site.stack.live
+    return current

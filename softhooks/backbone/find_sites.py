@@ -49,8 +49,7 @@ class _Listener:
     """A site of no stack in particular, that notes who calls."""
 
     def __init__(self, heard: list[_Heard]) -> None:
-        self.stack = self
-        self.live = self
+        self.stack = self.state = self.current = self
         self.heard = heard
 
     def turn(self, site: Any) -> Any:

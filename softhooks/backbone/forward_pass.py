@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
-
-if TYPE_CHECKING:
-    from softhooks.inject.provenance import Provenance
 
 AttentionFunction = Callable[..., Any]
 
@@ -32,14 +29,14 @@ class Pass:
     """One forward of one stack. Subclasses override what they change; this base changes nothing.
 
     Args:
-        stack: the stack whose forward this is. While it runs, `stack.live` is this pass.
+        stack: the stack whose forward this is. While it runs, `stack.state.current` is this pass.
 
     Attributes:
         thread: the number of the thread whose forward this is; nobody else meets the pass.
         entered: whether the stack's forward that it is for has begun. A call of the stack after that is another one, inside.
         touched: whether the prompt was put in. A pass that ends untouched is an error, not silence.
         handles: hooks for this forward only.
-        made: tells the state of the prompts of the pass, for notes on caches and encoder states.
+        made: returns the state of the prompts that the pass puts in, for notes on caches and encoder states.
         calls: how often each module that serves several layers was called, by its first site's role and index.
     """
 
@@ -49,7 +46,7 @@ class Pass:
         self.entered = False
         self.touched = False
         self.handles: list[Any] = []
-        self.made: Callable[[], Provenance]
+        self.made: Callable[[], Any]
         self.calls: dict[tuple[str, int], int] = {}
 
     def embed(self, output: Tensor) -> Tensor:

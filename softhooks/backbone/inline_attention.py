@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.forward_pass import AttentionFunction, Pass
+from softhooks.backbone.forward_pass import AttentionFunction
 from softhooks.backbone.stack import Site
+from softhooks.backbone.stack_state import RunningPass
 from softhooks.errors import UnsupportedModeError
 
 Recipe = Callable[[nn.Module, dict[str, Any], AttentionFunction], Any]
@@ -178,7 +179,7 @@ def known(module: nn.Module) -> Known | None:
 # --- on the model -----------------------------------------------------------------------------------------------------
 
 
-def rewrite(site: Site, live_pass: Callable[[nn.Module], Pass | None]) -> None:
+def rewrite(site: Site, live_pass: Callable[[nn.Module], RunningPass | None]) -> None:
     """Let a site's module follow its recipe wherever a pass wants to see its keys and values."""
     own = known(site.module)
     assert own is not None
@@ -200,7 +201,7 @@ def _forward(
     module: nn.Module,
     first: Site,
     own: Known,
-    live_pass: Callable[[nn.Module], Pass | None],
+    live_pass: Callable[[nn.Module], RunningPass | None],
     *args: Any,
     **kwargs: Any,
 ) -> Any:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from softhooks.backbone.attention_call import AttentionCall
 from softhooks.backbone.module_walk import every_module
+from softhooks.backbone.stack_state import StackState
 from softhooks.compat.offload import device_of
 from softhooks.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from softhooks.backbone.forward_pass import Pass
-    from softhooks.inject.branch.projections import Feed
-    from softhooks.inject.notes import WrittenSlots
-    from softhooks.runtime.prompted_model import PromptedModel
 
 Role = Literal["self", "cross"]
 StackName = Literal["text", "encoder", "decoder"]
@@ -34,7 +29,7 @@ class Site:
         index: its place among the sites of its stack and role; the layer's index where a cache is the way in.
         heads: Hk. key_dim, value_dim: D of the keys and of the values.
         turns: where one module serves several layers, as in ALBERT: their sites, in the order of its calls in a forward.
-        feed: how to give rows to the module, once that was found out.
+        call: how to call the module on states that stand at no position, once that was found out.
         is_windowed: whether its masks hide what is farther than the config's `sliding_window`, of which its calls do not tell.
     """
 
@@ -46,7 +41,7 @@ class Site:
     key_dim: int
     value_dim: int
     turns: list[Site] = field(default_factory=list)
-    feed: Feed | None = None
+    call: AttentionCall | None = None
     is_windowed: bool = False
 
     @property
@@ -126,77 +121,10 @@ class Stack:
     sites: list[Site] = field(default_factory=list)
     through: Literal["attention", "written_out", "cache"] | None = None
     fills: dict[str, int] = field(default_factory=dict)
-    owner: PromptedModel | None = None
     proven: dict[str, Any] = field(default_factory=dict)
     pooled: nn.Module | None = None
     reads_ids: bool | None = None
-    _live: Pass | None = field(default=None, init=False, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle has: no forward is under way in it."""
-        return self.__dict__ | {"_live": None}
-
-    @property
-    def live(self) -> Pass | None:
-        """The forward that is under way in it in this thread, if any; attention and embedding look here."""
-        live = self._live
-        if live is None or torch.compiler.is_compiling() or live.thread == threading.get_ident():
-            return live
-        return None
-
-    @live.setter
-    def live(self, live: Pass | None) -> None:
-        if live is not None:
-            live.thread = threading.get_ident()
-        self._live = live
-
-    @contextmanager
-    def alone(self, live: Pass) -> Iterator[None]:
-        """Let the library call the stack by itself, while no other thread runs the model.
-
-        Raises:
-            UnsupportedModeError: one does.
-        """
-        held = nullcontext() if self.owner is None else self.owner.running.held("a prompt's own rows")
-        with held:
-            outer, self.live = self.live, live
-            try:
-                yield
-            finally:
-                self.live = outer
-
-    @contextmanager
-    def again(self, live: Pass) -> Iterator[None]:
-        """Let layers run a second time inside the pass of their forward, in whatever thread the backward runs them."""
-        outer, self.live = self._live, live
-        try:
-            yield
-        finally:
-            self._live = outer
-
-    @property
-    def encoded(self) -> WrittenSlots | None:
-        """Where slots stand in the states of an encoder that its decoder attends to, in the forward that is under way."""
-        forward = None if self.owner is None else self.owner.running.forward
-        return None if forward is None else forward.encoded
-
-    @encoded.setter
-    def encoded(self, written: WrittenSlots | None) -> None:
-        forward = None if self.owner is None else self.owner.running.forward
-        if forward is not None:
-            forward.encoded = written
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def expects_pass(self) -> bool:
-        """Whether attention may run here only inside a pass: every forward that went through the hooks has one.
-
-        A backward may run layers again whose forward was in another context: so it is enough that some prompt enters attention.
-        """
-        if self.owner is None:
-            return False
-        if torch._C._current_graph_task_id() != -1:
-            return any(prompt.injection != "slots" for prompt in self.owner.prompts.values())
-        return self.owner.is_in_use
+    state: StackState = field(default_factory=StackState, init=False, repr=False)
 
     def sites_of(self, role: Role) -> list[Site]:
         """The sites of one role, in order of index."""

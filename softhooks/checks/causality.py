@@ -34,7 +34,7 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
     def run(other: bool) -> None:
         prompt.model(**(changed if other else call))
 
-    return sees_later(stack.module, cut, run, lambda: stack.live is None)
+    return sees_later(stack.module, cut, run, lambda: stack.state.current is None)
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:

@@ -74,7 +74,7 @@ def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPas
     live, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)
-    with stack.alone(live):
+    with stack.state.running(live, alone="a prompt's own rows"):
         (stack.module if by_itself else prompt.model)(input_ids=ids, attention_mask=torch.ones_like(ids))
     return live
 

@@ -121,12 +121,12 @@ def _states(
     prompted, stack = prompt.prompted_model, prompt.prompted_model.structure.entry
 
     def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if stack.live is None:
+        if stack.state.current is None:
             given = dict(zip(stack.parameters, args, strict=False)) | kwargs
             stack.proven = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if stack.live is None:  # not the prompt's own rows
+        if stack.state.current is None:  # not the prompt's own rows
             kept.append(first_state(output))
 
     before = prompt.injection, prompt.shares_always

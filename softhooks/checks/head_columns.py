@@ -74,7 +74,7 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
 
     def after(module: nn.Module, _args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) and output else output
-        live = stack.live
+        live = stack.state.current
         if not isinstance(live, SlotPass) or not isinstance(states, Tensor) or states.dim() != 3:
             return None
         if live.slot_columns is None or states.shape[1] != live.total_columns:
@@ -93,7 +93,7 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
 
 
 def _disturbed(stack: Stack, states: Tensor) -> Tensor:
-    live = stack.live
+    live = stack.state.current
     assert isinstance(live, SlotPass)
     assert live.slot_columns is not None
     index = live.slot_columns.expand(states.shape[0], -1)[..., None].expand(-1, -1, states.shape[2])

@@ -68,10 +68,10 @@ def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
     kept: list[Tensor] = []
     structure = prompt.prompted_model.structure
     stack = structure.stacks[-1]
-    outer = stack.live
+    outer = stack.state.current
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if stack.live is outer:  # not the prompt's own rows
+        if stack.state.current is outer:  # not the prompt's own rows
             kept.append(first_state(output).float())
 
     handle = stack.module.register_forward_hook(keep)

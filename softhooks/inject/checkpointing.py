@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -97,10 +96,9 @@ class _Remembering:
         stack, calls = self.live.stack, dict(self.live.calls)
 
         def inside(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            if not self.live._closed and stack.live is not None:
+            if not self.live._closed and stack.state.current is not None:
                 return layer(*inner_args, **inner_kwargs)
-            alone = nullcontext() if stack.owner is None else stack.owner.running.held("a backward")
-            with alone, stack.again(self.live):
+            with stack.state.running(self.live, alone="a backward"):
                 self.live.calls = dict(calls)  # the second run is the same turn as the first
                 handles = self.live.prepare() if self.live._closed else []
                 try:

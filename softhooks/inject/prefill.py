@@ -66,7 +66,7 @@ def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
     if cache is not None:
         inputs["past_key_values"] = cache
     live = CapturePass(stack, rows)
-    with stack.alone(live), _without_checkpointing(stack.module):
+    with stack.state.running(live, alone="a prompt's own rows"), _without_checkpointing(stack.module):
         states = first_state(stack.module(**inputs))
     keys, values = live.keys["self"], live.values["self"]
     if cache is not None:
@@ -91,7 +91,7 @@ def logits_of(model: nn.Module, stack: Stack, states: Tensor, placeholder: int) 
     """
     module = stack.module
     own = module.__dict__.get("forward")
-    with stack.alone(Pass(stack)):
+    with stack.state.running(Pass(stack), alone="a prompt's own rows"):
         module.__dict__["forward"] = lambda *_args, **_kwargs: _StatesAlone(last_hidden_state=states)
         try:
             ids = torch.full(states.shape[:2], placeholder, device=states.device)

@@ -157,7 +157,7 @@ class Memory(Generic[T]):
             UnsupportedModeError: the rows of this forward have adapters of PEFT of their own.
         """
         own, base = list(own), list(base)
-        model = None if stack.owner is None else stack.owner.model
+        model = None if stack.state.owner is None else stack.state.owner.model
         switched = switches(stack.module, stack.module if model is None else model) if base else ()
         scope = None if model is None else scope_of(model)
         if scope is None:

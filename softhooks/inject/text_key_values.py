@@ -48,11 +48,8 @@ def _capture(stack: Stack, ids: Tensor, encoded: Tensor | None) -> tuple[Any, An
     if cache is not None:
         inputs["past_key_values"] = cache
     live = CapturePass(stack)
-    outer, stack.live = stack.live, live
-    try:
+    with stack.state.running(live):
         output = stack.module(**inputs)
-    finally:
-        stack.live = outer
     state: Tensor = output[0]
     if cache is not None:
         heard = cache.heard

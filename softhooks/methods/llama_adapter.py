@@ -15,8 +15,8 @@ from softhooks.encoder import PromptEncoder
 from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.branch.branch import CONTEXT, Gated, Given
 from softhooks.inject.branch.linear_scaling import linears
-from softhooks.inject.branch.projection_probe import find_feeds
-from softhooks.inject.branch.projections import feed_of
+from softhooks.inject.branch.projection_probe import find_attention_calls
+from softhooks.inject.branch.projections import require_call
 from softhooks.method import Method, choice
 from softhooks.methods.llama_adapter_encoder import GATES, AdapterEncoder
 
@@ -132,7 +132,7 @@ class LlamaAdapter(Method):
         Raises:
             UnsupportedMethodError: rows cannot be given to a layer.
         """
-        find_feeds(structure)
+        find_attention_calls(structure)
         shapes: dict[str, tuple[int, int]] = {}
         for stack in structure.stacks:
             fused, prompted = self._layers(stack)
@@ -215,7 +215,7 @@ class LlamaAdapter(Method):
         added = None if self.early_fusion else vectors
         rows = [*(vectors for _ in fused), *(prompt if added is None else prompt + added for prompt in prompts)]
         gated = [
-            Gated(site, row, gate.expand(feed_of(site).query_heads))
+            Gated(site, row, gate.expand(require_call(site).query_heads))
             for site, row, gate in zip(sites, rows, own, strict=True)
             if row is not None
         ]
@@ -223,7 +223,7 @@ class LlamaAdapter(Method):
 
     def _gates(self, site: Site) -> int:
         """How many gates a layer has."""
-        return feed_of(site).query_heads if self.gate_per == "head" else 1
+        return require_call(site).query_heads if self.gate_per == "head" else 1
 
     def _layers(self, stack: Stack) -> tuple[list[Site], list[Site]]:
         """The layers that get the context alone, and those that get prompts."""
@@ -241,7 +241,7 @@ class LlamaAdapter(Method):
 
     def _vectors(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor) -> Tensor:
         """The context as wide as the model. [B, C] or [B, K, C] -> [B, 1 or K, H]."""
-        width = feed_of(self.sites(stack, "self")[0]).width
+        width = require_call(self.sites(stack, "self")[0]).width
         size = width if self.context_size is None else self.context_size
         vectors = context[:, None] if context.dim() == 2 else context
         count = vectors.shape[1] if self.early_fusion else self.num_virtual_tokens
@@ -272,7 +272,7 @@ def _width(sites: Sequence[Site]) -> int:
     Raises:
         UnsupportedMethodError: it is not one number, or a layer cannot be given rows.
     """
-    widths = sorted({feed_of(site).width for site in sites})
+    widths = sorted({require_call(site).width for site in sites})
     if len(widths) > 1:
         raise UnsupportedMethodError(
             "the layers that get rows must have one width.",

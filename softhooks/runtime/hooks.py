@@ -145,7 +145,7 @@ class StackHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Open the pass and change the call's arguments."""
-        own = self.stack.live
+        own = self.stack.state.current
         if own is not None and not own.entered:
             own.entered = True
             return None  # the prompt's own rows on their way through
@@ -159,15 +159,15 @@ class StackHooks:
 
     def _meet(self, begun: Call, live: Pass) -> None:
         """Let attention and embedding meet a pass until the call ends, and then what they met before."""
-        stack, outer = self.stack, self.stack.live
+        stack, outer = self.stack, self.stack.state.current
 
         def restore() -> None:
-            stack._live = outer
+            stack.state.current = outer
             live.close()
 
         begun.cleanups.append(restore)
         live.entered = True
-        stack.live = live
+        stack.state.current = live
         if not stack.module.training or not torch.is_grad_enabled():
             return
         if isinstance(live, Through):
@@ -211,19 +211,19 @@ class StackHooks:
 
     def embed(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Change the embedding's output where a pass asks for it."""
-        live = self.stack.live
+        live = self.stack.state.current
         return None if live is None or not live.is_text(args) else live.embed(output)
 
     def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Keep virtual slots from a pooler inside the stack."""
-        live = self.stack.live
+        live = self.stack.state.current
         if isinstance(live, SlotPass):
             return (live.pooled(args[0]), *args[1:])
         return None
 
     def unslot(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Strip virtual slots before a pooler, where it is handed one column and cannot tell a slot from text."""
-        return self.stack.live.leave(output) if isinstance(self.stack.live, SlotPass) else None
+        return self.stack.state.current.leave(output) if isinstance(self.stack.state.current, SlotPass) else None
 
 
 class HeadHooks:

@@ -162,7 +162,7 @@ class PromptedModel:
         add = self._handles.append
         add(self.model.register_forward_pre_hook(self.outermost.enter, with_kwargs=True))
         for stack in self.structure.stacks:
-            stack.owner = self
+            stack.state.owner = self
             hooks = StackHooks(self, stack)
             add(stack.module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
             add(stack.module.register_forward_hook(hooks.leave, always_call=True))
@@ -292,7 +292,7 @@ class PromptedModel:
         self._files = frozenset()
         self.patches.undo()
         for stack in self.structure.stacks:
-            stack.owner = None
+            stack.state.owner = None
         unmark(self.structure.stacks)
         close_interface(self)
         unwatch_steps(self)
@@ -300,7 +300,9 @@ class PromptedModel:
     @property
     def is_own_call(self) -> bool:
         """Whether the call that begins is of the prompt's own rows: where the model is the stack, they come by the model."""
-        return any(live is not None and not live.entered for live in (stack.live for stack in self.structure.stacks))
+        return any(
+            live is not None and not live.entered for live in (stack.state.current for stack in self.structure.stacks)
+        )
 
     @property
     def selection(self) -> str:

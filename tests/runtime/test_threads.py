@@ -667,4 +667,4 @@ def test_nothing_is_held_after_a_forward() -> None:
         model(torch.full((1, 3), zoo.VOCABULARY + 5))
     model.generate(ids, **NEW)
     assert require_prompted_model(model).running._innermost is None
-    assert all(stack._live is None for stack in require_prompted_model(model).structure.stacks)
+    assert all(stack.state._current is None for stack in require_prompted_model(model).structure.stacks)

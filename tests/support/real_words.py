@@ -119,10 +119,10 @@ def _run(model: Any, prompt: Any, call: dict[str, Any]) -> tuple[Tensor, Tensor 
     """Run the model and take the last stack's states, and the logits where each column has its own."""
     kept: list[Tensor] = []
     stacks = prompt.prompted_model.structure.stacks
-    inside = [stack.live for stack in stacks]
+    inside = [stack.state.current for stack in stacks]
 
     def keep(_module: Any, _args: Any, output: Any) -> None:
-        if [stack.live for stack in stacks] == inside:  # not the prompt's own rows
+        if [stack.state.current for stack in stacks] == inside:  # not the prompt's own rows
             kept.append(first_state(output).float())
 
     handle = stacks[-1].module.register_forward_hook(keep)
@@ -145,12 +145,12 @@ def _captured(
         call["use_cache"] = False
     passes = {stack.name: CapturePass(stack) for stack in structure.stacks}
     for stack in structure.stacks:
-        stack.live = passes[stack.name]
+        stack.state.current = passes[stack.name]
     try:
         expected = _run(model, prompt, call)
     finally:
         for stack in structure.stacks:
-            stack.live = None
+            stack.state.current = None
     if cache is not None:
         keys, values = passes["text"].keys["self"], passes["text"].values["self"]
         keys |= {index: key for index, (key, _) in cache.heard.items()}

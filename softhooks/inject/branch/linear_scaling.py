@@ -83,7 +83,7 @@ class ScaleHook:
 
     def scale(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         """Scale the output if the pass says so."""
-        return None if self.stack.live is None else self.stack.live.scale(self.name, output)
+        return None if self.stack.state.current is None else self.stack.state.current.scale(self.name, output)
 
 
 def hook_linears(stack: Stack) -> list[RemovableHandle]:

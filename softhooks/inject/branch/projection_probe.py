@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from softhooks.backbone.attention_call import AttentionCall
 from softhooks.backbone.attention_interface import marked
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
 from softhooks.backbone.probing import OTHER_METHOD
 from softhooks.backbone.stack import ModelStructure, Site, Stack, at_rest, first_state
 from softhooks.compat.offload import device_of
 from softhooks.errors import UnsupportedMethodError
-from softhooks.inject.branch.projections import Feed, keys_and_values
+from softhooks.inject.branch.projections import keys_and_values
 
 _PROBE_ID = 63
 
 
-def find_feeds(structure: ModelStructure) -> None:
+def find_attention_calls(structure: ModelStructure) -> None:
     """Find out how rows are given to every self-attention of a model; once for each model.
 
     Raises:
@@ -35,15 +36,15 @@ def find_feeds(structure: ModelStructure) -> None:
                 OTHER_METHOD,
                 model=f"{type(stack.module).__name__}, whose attention does neither",
             )
-        if all(site.feed is not None for site in stack.sites_of("self")):
+        if all(site.call is not None for site in stack.sites_of("self")):
             continue
         if stack.name == "decoder":
             encoded = _encode(structure.entry, structure.vocabulary)
         seen = _watch(stack, structure.vocabulary, encoded)
         with at_rest(stack.module), marked(stack):
             for site in stack.sites_of("self"):
-                site.feed = _feed(seen[site.index])
-                site.feed.failure = _failure(site, site.feed, seen[site.index])
+                site.call = _attention_call(seen[site.index])
+                site.call.failure = _failure(site, site.call, seen[site.index])
 
 
 @dataclass(eq=False)
@@ -100,32 +101,25 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
     with at_rest(stack.module), marked(stack), ExitStack() as hooks:
         for module in {id(site.module): site.module for site in stack.sites_of("self")}.values():
             hooks.callback(module.register_forward_pre_hook(live.note, with_kwargs=True).remove)
-        outer, stack.live = stack.live, live
-        try:
+        with stack.state.running(live):
             stack.module(**inputs)
-        finally:
-            stack.live = outer
     return live.count()
 
 
 def _encode(stack: Stack, vocabulary: int) -> Tensor:
-    outer, stack.live = stack.live, Pass(stack)
-    try:
-        with at_rest(stack.module), marked(stack):
-            return first_state(stack.module(input_ids=_one_id(stack, vocabulary)))
-    finally:
-        stack.live = outer
+    with at_rest(stack.module), marked(stack), stack.state.running(Pass(stack)):
+        return first_state(stack.module(input_ids=_one_id(stack, vocabulary)))
 
 
 def _one_id(stack: Stack, vocabulary: int) -> Tensor:
     return torch.tensor([[min(_PROBE_ID, vocabulary - 1)]], device=device_of(stack.embedding))
 
 
-def _feed(seen: _Seen) -> Feed:
+def _attention_call(seen: _Seen) -> AttentionCall:
     """Turn a call that was seen into one for rows that stand nowhere."""
     given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
     place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
-    return Feed(
+    return AttentionCall(
         width=width,
         query_heads=seen.query.shape[1],
         args=[None if number == place else _nowhere(value) for number, value in enumerate(seen.args)],
@@ -154,20 +148,20 @@ def _nowhere(value: Any) -> Any:
 # --- proof ------------------------------------------------------------------------------------------------------------
 
 
-def _failure(site: Site, feed: Feed, seen: _Seen) -> str:
+def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
     """Why the keys and values of rows at a site are not what they must be; empty if they are.
 
     The token that was seen stands at position 0, where rotations do nothing (some scale their keys, which is no part of the
     projection): its value must come out again, and its key but for a factor. Another row beside it must change neither, and must
     give a key and a value of its own.
     """
-    if feed.place == "":
+    if call.place == "":
         return "its input is no sequence of states"
     if seen.calls != len(site.turns):
         return f"it calls the attention function {len(site.turns) / seen.calls:g} times"
-    if getattr(seen.output, "shape", None) != (1, 1, feed.query_heads, site.value_dim):
+    if getattr(seen.output, "shape", None) != (1, 1, call.query_heads, site.value_dim):
         return "its attention function does not return [B, T, heads, head size]"
-    own: Tensor = (seen.args[feed.place] if isinstance(feed.place, int) else seen.kwargs[feed.place])[0]
+    own: Tensor = (seen.args[call.place] if isinstance(call.place, int) else seen.kwargs[call.place])[0]
     other = torch.arange(1.0, own.shape[-1] + 1, device=own.device).sin().to(own)[None]
     try:
         keys, values = keys_and_values(site, torch.cat([own, other]))

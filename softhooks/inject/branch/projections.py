@@ -7,46 +7,15 @@ of keys, and adapters on any of them need no code here. Whether it works is foun
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from softhooks.backbone.attention_call import AttentionCall
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
 from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import Scaled, scale
-
-
-@dataclass(eq=False)
-class Feed:
-    """How to call a site's attention module for rows that stand nowhere.
-
-    Attributes:
-        width: H, of the rows.
-        query_heads: Hq.
-        args, kwargs: the arguments of the call; the rows stand where None is at `place`.
-        place: which argument the rows are, by number or by name.
-        failure: why the site cannot be given rows; empty if it can.
-    """
-
-    width: int
-    query_heads: int
-    args: list[Any]
-    kwargs: dict[str, Any]
-    place: int | str
-    failure: str = ""
-
-    def call(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments for rows, [N, H]."""
-        args = [_beside(value, rows) for value in self.args]
-        kwargs = {name: _beside(value, rows) for name, value in self.kwargs.items()}
-        if isinstance(self.place, int):
-            args[self.place] = rows[:, None]
-        else:
-            kwargs[self.place] = rows[:, None]
-        return args, kwargs
 
 
 class _FeedPass(Pass):
@@ -78,43 +47,31 @@ def keys_and_values(site: Site, rows: Tensor, scaled: Scaled | None = None) -> t
     Shape:
         rows [N, H] -> keys [N, Hk, Dk], values [N, Hk, Dv]
     """
-    feed, module, stack = site.feed, site.module, site.stack
-    assert feed is not None
+    call, module, stack = site.call, site.module, site.stack
+    assert call is not None
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     rows = rows if weight is None or weight.is_meta else rows.to(weight)
-    args, kwargs = feed.call(rows)
+    args, kwargs = call.arguments(rows)
     live = _FeedPass(stack, scaled or {})
-    outer, stack.live = stack.live, live
-    try:
+    with stack.state.running(live):
         module.forward(*args, **kwargs)  # not the call: hooks that collect attentions count them
-    finally:
-        stack.live = outer
     assert live.key is not None
     assert live.value is not None
     return live.key.squeeze(2), live.value.squeeze(2)
 
 
-def feed_of(site: Site) -> Feed:
+def require_call(site: Site) -> AttentionCall:
     """How to give rows to a site.
 
     Raises:
         UnsupportedMethodError: naming the layer that cannot be given rows, and why.
     """
-    assert site.feed is not None, "find_feeds comes first"
-    if site.feed.failure:
+    assert site.call is not None, "find_attention_calls comes first"
+    if site.call.failure:
         raise UnsupportedMethodError(
             "a gated branch needs layers whose keys and values are made of their input alone.",
             "Use another method, such as PrefixTuning; `num_layers` leaves layers out from below.",
             layer=f"{type(site.module).__name__}, number {site.index} of {site.stack.path or 'the model'}",
-            because=site.feed.failure,
+            because=site.call.failure,
         )
-    return site.feed
-
-
-def _beside(value: Any, rows: Tensor) -> Any:
-    """Bring an argument to where the rows are; what a layer may write to is copied."""
-    if isinstance(value, Tensor):
-        return value.to(rows) if value.is_floating_point() else value.to(rows.device)
-    if isinstance(value, tuple):
-        return tuple(_beside(part, rows) for part in value)
-    return copy.copy(value) if isinstance(value, dict) else value
+    return site.call

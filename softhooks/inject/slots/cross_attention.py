@@ -77,6 +77,6 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
 
 def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
     """The map that the encoder's own pass used for these states; beams are copies of their row's."""
-    written = slots_in(states) or encoder.encoded
+    written = slots_in(states) or encoder.state.encoded
     wide = None if written is None else written.widened(states.shape[0])
     return wide if wide is not None and wide.columns == states.shape[1] else None

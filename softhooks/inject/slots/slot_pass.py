@@ -232,7 +232,7 @@ class SlotPass(Pass):
         refuse_more_columns(output, self.columns, self._wide.columns)
         stripped = strip_output(output, self._wide, self.strip, self.keep)
         if self.keep:
-            self.stack.encoded = self._written
+            self.stack.state.encoded = self._written
             note_slots(stripped, self._written)
             note_slots(first_state(stripped), self._written)
         return stripped

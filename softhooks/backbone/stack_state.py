@@ -1,0 +1,158 @@
+"""The forward that is running in a stack now; `softhooks.backbone.stack` describes the stack itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningPass(Protocol):
+    """A `Pass` as the modules of its stack meet it: the embedding, the attention modules and the linear layers."""
+
+    thread: int
+    entered: bool
+
+    def is_text(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call of the embedding looks up the text."""
+
+    def embed(self, output: Tensor) -> Tensor:
+        """Change what the embedding returns."""
+
+    def turn(self, site: Any) -> Any:
+        """Tell which site a module's call is."""
+
+    def enters(self, site: Any) -> bool:
+        """Whether the pass reads or changes the keys and values of a site."""
+
+    def attend(self, site: Any, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a site's attention function."""
+
+    def scale(self, name: str, output: Tensor) -> Tensor | None:
+        """Change the output of a linear layer."""
+
+
+class ModelForward(Protocol):
+    """A forward of the whole model.
+
+    Attributes:
+        encoded: where slots stand in the states of an encoder that its decoder attends to.
+    """
+
+    encoded: Any
+
+
+class ModelCalls(Protocol):
+    """The calls that run on a model."""
+
+    @property
+    def forward(self) -> ModelForward | None:
+        """The forward of this thread that is running."""
+
+    def held(self, what: str) -> AbstractContextManager[None]:
+        """Keep other threads from running the model."""
+
+    def require_free(self) -> None:
+        """Check that no other thread runs the model."""
+
+
+class AttachedPrompt(Protocol):
+    """A prompt of the model."""
+
+    @property
+    def injection(self) -> str:
+        """How it enters the model."""
+
+
+class Owner(Protocol):
+    """The prompts of a model, as its stacks know them."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as the user holds it."""
+
+    @property
+    def prompts(self) -> Mapping[str, AttachedPrompt]:
+        """The prompts by name."""
+
+    @property
+    def running(self) -> ModelCalls:
+        """The calls that run on the model."""
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a forward now meets a prompt in some row."""
+
+
+class StackState:
+    """The forward that is running in a stack, and the prompts that its model carries.
+
+    Attributes:
+        owner: the prompts of the model; None while it has none.
+    """
+
+    def __init__(self) -> None:
+        self.owner: Owner | None = None
+        self._current: RunningPass | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the running forward out of copies and pickles."""
+        return self.__dict__ | {"_current": None}
+
+    @property
+    def current(self) -> RunningPass | None:
+        """The pass of the forward that is running in this thread, if any; attention and embedding read it."""
+        current = self._current
+        if current is None or torch.compiler.is_compiling() or current.thread == threading.get_ident():
+            return current
+        return None
+
+    @current.setter
+    def current(self, current: RunningPass | None) -> None:
+        self._current = current
+
+    @contextmanager
+    def running(self, forward_pass: RunningPass, alone: str = "") -> Iterator[None]:
+        """Run the modules of the stack inside a pass, for the length of a block.
+
+        Args:
+            alone: the name in errors of what the block does, if no other thread may run the model meanwhile.
+
+        Raises:
+            UnsupportedModeError: another thread runs the model, and the block must be alone.
+        """
+        with self.owner.running.held(alone) if self.owner is not None and alone else nullcontext():
+            outer, self._current = self._current, forward_pass
+            forward_pass.thread = threading.get_ident()  # a backward runs layers again in a thread of autograd
+            try:
+                yield
+            finally:
+                self._current = outer
+
+    @property
+    def encoded(self) -> Any:
+        """Where slots stand in the states of an encoder that its decoder attends to, in the forward that is running."""
+        forward = None if self.owner is None else self.owner.running.forward
+        return None if forward is None else forward.encoded
+
+    @encoded.setter
+    def encoded(self, encoded: Any) -> None:
+        forward = None if self.owner is None else self.owner.running.forward
+        if forward is not None:
+            forward.encoded = encoded
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def expects_pass(self) -> bool:
+        """Whether attention may run here only inside a pass: every forward that went through the hooks has one.
+
+        A backward may run layers again whose forward was in another context: so it is enough that some prompt enters attention.
+        """
+        if self.owner is None:
+            return False
+        if torch._C._current_graph_task_id() != -1:
+            return any(prompt.injection != "slots" for prompt in self.owner.prompts.values())
+        return self.owner.is_in_use
