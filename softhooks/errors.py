@@ -1,21 +1,21 @@
-"""The exceptions of softhooks.
+"""The exceptions of softhooks, and checks of options that raise them.
 
     SoftHooksError
     ├── OptionError (also ValueError)         an option of a method is wrong
     ├── AttachError                           the prompt cannot be attached
-    │   ├── NameTakenError                    a prompt of that name is there already
+    │   ├── NameTakenError                    a prompt of that name is already attached
     │   ├── UnsupportedModelError             the model has nothing to attach to
-    │   ├── UnsupportedMethodError            the method cannot enter this model
-    │   └── PromptTooLongError                the model has no positions for it
-    ├── PromptMismatchError                   a prompt made for another model or shape
-    ├── NotAttachedError                      the model carries no such prompt
-    ├── PromptNotReachedError                 a forward went past the prompt
-    ├── UnsupportedModeError                  a mode that this way in cannot serve
-    ├── CheckpointError                       a file is missing, truncated, foreign or hostile
-    ├── FrozenModifiedError                   a frozen tensor has moved
-    └── TrainerError                          the Trainer holds what the callback cannot train
+    │   ├── UnsupportedMethodError            the method does not work on this model
+    │   └── PromptTooLongError                the model has too few positions for the prompt
+    ├── PromptMismatchError                   the prompt was made for another model or shape
+    ├── NotAttachedError                      the model has no such prompt
+    ├── PromptNotReachedError                 a forward bypassed the prompt
+    ├── UnsupportedModeError                  the prompt does not support this kind of call
+    ├── CheckpointError                       a file is missing, truncated, not a prompt, or malicious
+    ├── FrozenModifiedError                   a frozen tensor has changed
+    └── TrainerError                          the Trainer has a model or an optimizer that cannot be trained correctly
 
-Every message states what was found, the values on both sides, and the remedy.
+Every message says what was found, the values on both sides, and the remedy.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SoftHooksError(Exception):
     Args:
         found: what is wrong, and the rule; a traceback shows this line first.
         remedy: what to do about it.
-        values: what was found on each side, by name; underscores are shown as spaces.
+        values: the values that were found and expected, by name; underscores are shown as spaces.
     """
 
     def __init__(self, found: str, /, *remedy: str, **values: object) -> None:
@@ -46,11 +46,11 @@ class OptionError(SoftHooksError, ValueError):
 
 
 class AttachError(SoftHooksError):
-    """The prompt cannot be attached; the model is as it was."""
+    """The prompt cannot be attached; the model is unchanged."""
 
 
 class NameTakenError(AttachError):
-    """A prompt of that name is attached already."""
+    """A prompt of that name is already attached."""
 
 
 class UnsupportedModelError(AttachError):
@@ -58,42 +58,75 @@ class UnsupportedModelError(AttachError):
 
 
 class UnsupportedMethodError(AttachError):
-    """The method cannot enter this model."""
+    """The method does not work on this model."""
 
 
 class PromptTooLongError(AttachError):
     """The prompt, or prompt and text together, exceed the model's positions.
 
     Attributes:
-        text: how many tokens of text did not fit beside the prompt, where a text was at hand.
+        text: the number of text tokens that did not fit in addition to the prompt; None if there was no text.
     """
 
     text: int | None = None
 
 
 class PromptMismatchError(SoftHooksError):
-    """A prompt was made for another model or has another shape."""
+    """The prompt was made for another model, or has another shape."""
 
 
 class NotAttachedError(SoftHooksError):
-    """The model carries no prompt, or none of that name."""
+    """The model has no prompt, or none of that name."""
 
 
 class PromptNotReachedError(SoftHooksError):
-    """A forward went by without the prompt."""
+    """A forward bypassed the prompt."""
 
 
 class UnsupportedModeError(SoftHooksError):
-    """A mode of the forward or of generation that this way in cannot serve."""
+    """The prompt does not support this kind of forward or generation."""
 
 
 class CheckpointError(SoftHooksError):
-    """A prompt's file is missing, truncated, foreign or hostile."""
+    """A prompt's file is missing, truncated, not a prompt, or malicious."""
 
 
 class FrozenModifiedError(SoftHooksError):
-    """A tensor that had to stay frozen has moved."""
+    """A tensor that must stay frozen has changed."""
 
 
 class TrainerError(SoftHooksError):
-    """The Trainer holds a model or an optimizer that the callback cannot train rightly."""
+    """The Trainer has a model or an optimizer that the callback cannot train correctly."""
+
+
+# --- checks of options ------------------------------------------------------------------------------------------------
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check an option that takes one of a few words.
+
+    Raises:
+        OptionError: naming the words.
+    """
+    if value not in allowed:
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.")
+
+
+def check_int(name: str, value: object, minimum: int = 1) -> None:
+    """Check an option that takes a whole number.
+
+    Raises:
+        OptionError: it is not a whole number, or below the minimum.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise OptionError(f"{name} must be a whole number of {minimum} or more; it is {value!r}.")
+
+
+def check_dropout(name: str, value: float) -> None:
+    """Check an option that takes a dropout probability.
+
+    Raises:
+        OptionError: it is not at least 0 and below 1.
+    """
+    if not 0.0 <= value < 1.0:
+        raise OptionError(f"{name} must be at least 0 and below 1; it is {value}.")

@@ -1,1 +1,1 @@
-"""Where virtual tokens, anchors and text stand: as a template over fields, or put into batches that are tokenized already."""
+"""Where virtual tokens go among the text: in templates over the fields of a data set, or inserted into tokenized batches."""

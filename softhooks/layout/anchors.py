@@ -1,4 +1,4 @@
-"""Anchors: tokens or words of a text that slots stand next to, found in its ids."""
+"""Anchors: tokens or words of a text that virtual tokens are placed next to, found in its ids."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError
+from softhooks.errors import OptionError, check_int
+from softhooks.layout.tokenizing import tokenizer_of
 
 Which = Literal["first", "last"]
-Said = str | int | tuple[int, ...]
+AnchorValue = str | int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """What slots stand next to.
+    """A token or words that slots stand next to.
 
     Attributes:
-        said: what the user gave: a token or words, an id, or ids in a row.
-        ids: each way in which it may stand in a text; empty while only a tokenizer could tell.
+        value: what the user gave: a token or words, an id, or several ids.
+        ids: each sequence of ids that the words may have in a text; empty until a tokenizer is known.
     """
 
-    said: Said
+    value: AnchorValue
     ids: tuple[tuple[int, ...], ...] = ()
 
     def bound(self, tokenizer: Any) -> Anchor:
-        """Find out the ids of words.
+        """Return the anchor with the ids of its words.
 
         Raises:
             OptionError: the tokenizer has no ids for them.
         """
-        if self.ids or not isinstance(self.said, str):
+        if self.ids or not isinstance(self.value, str):
             return self
-        return Anchor(self.said, _ways(self.said, tokenizer))
+        return Anchor(self.value, _tokenizations(self.value, tokenizer))
 
     def find(self, ids: Tensor, mask: Tensor, which: Which) -> tuple[Tensor, Tensor, Tensor]:
         """Find the anchor in each row.
 
         Args:
-            ids, mask: the text's, [B, T]; padding is no text, whatever its id.
-            which: of several places.
+            ids, mask: the text's, [B, T]; padding never matches, whatever its id.
+            which: which place to take if there are several.
 
         Returns:
-            whether it is there, and how many real tokens stand before it, and before its end; [B] each.
+            whether the row has the anchor, and the number of real tokens before its start and before its end; [B] each.
         """
         real = mask.bool()
         counted = real.long().cumsum(-1)
@@ -53,16 +54,16 @@ class Anchor:
         best = torch.full((batch,), -1, device=ids.device)
         start = torch.zeros(batch, dtype=torch.long, device=ids.device)
         end = start
-        for way in self.ids:
-            length = len(way)
+        for sequence in self.ids:
+            length = len(sequence)
             if length > columns:
                 continue
-            pattern = torch.tensor(way, device=ids.device)
-            stands = (ids.unfold(1, length, 1) == pattern).all(-1) & real.unfold(1, length, 1).all(-1)
-            places = torch.arange(stands.shape[1], device=ids.device)
-            # One number ranks them: the column first, then the length, for the longer way says more.
+            pattern = torch.tensor(sequence, device=ids.device)
+            matches = (ids.unfold(1, length, 1) == pattern).all(-1) & real.unfold(1, length, 1).all(-1)
+            places = torch.arange(matches.shape[1], device=ids.device)
+            # One number ranks the matches: by column first, then by length, as the longer match is the more specific.
             rank = (columns - places if which == "first" else places + 1) * (columns + 1) + length
-            rank = torch.where(stands, rank, -1)
+            rank = torch.where(matches, rank, -1)
             found, column = rank.max(-1)
             first = counted.gather(1, column[:, None])[:, 0] - 1
             better = found > best
@@ -71,80 +72,65 @@ class Anchor:
         return best >= 0, start, end
 
 
-def anchor_of(said: Any, tokenizer: Any) -> Anchor:
-    """Check what a user gave as an anchor.
+def anchor_of(value: Any, tokenizer: Any) -> Anchor:
+    """Make an anchor of what a user gave.
 
     Raises:
         OptionError: it is neither words nor ids.
     """
-    if isinstance(said, str) and said.strip():
-        return Anchor(said) if tokenizer is None else Anchor(said).bound(tokenizer)
-    row = (said,) if isinstance(said, int) else said
-    is_row = isinstance(row, (tuple, list)) and len(row) > 0
-    if not is_row or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in row):
-        raise OptionError(f"an anchor must be a token, words, an id, or a tuple of ids; it is {said!r}.")
-    return Anchor(said if isinstance(said, int) else tuple(row), (tuple(row),))
+    if isinstance(value, str) and value.strip():
+        return Anchor(value) if tokenizer is None else Anchor(value).bound(tokenizer)
+    row = (value,) if isinstance(value, int) else value
+    if not isinstance(row, (tuple, list)) or not row or not all(map(_is_id, row)):
+        raise OptionError(f"an anchor must be a token, words, an id, or a tuple of ids; it is {value!r}.")
+    return Anchor(value if isinstance(value, int) else tuple(row), (tuple(row),))
 
 
-def _ways(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """How words may stand in ids: as a token of the vocabulary, at the start of a text, and behind a space."""
-    if isinstance(tokenizer, str):
-        from transformers import AutoTokenizer
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    ways: list[tuple[int, ...]] = []
+
+def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """Tokenize words as one token of the vocabulary, as the start of a text, and after a space."""
+    tokenizer = tokenizer_of(tokenizer)
+    sequences: list[tuple[int, ...]] = []
     token = tokenizer.convert_tokens_to_ids(words)
     if isinstance(token, int) and (token != tokenizer.unk_token_id or words == tokenizer.unk_token):
-        ways.append((token,))
+        sequences.append((token,))
     for text in (words, f" {words}"):
         row = tuple(int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
         if row and (tokenizer.unk_token_id is None or tokenizer.unk_token_id not in row):
-            ways.append(row)
-    if not ways:
+            sequences.append(row)
+    if not sequences:
         raise OptionError(
-            "an anchor must be something that the tokenizer can write.",
+            f"the tokenizer has no ids for the anchor {words!r}; it only gives {tokenizer.unk_token!r}.",
             "Give another anchor, or its ids as a tuple.",
             anchor=repr(words),
-            tokenizer=f"{type(tokenizer).__name__}, which knows it as {tokenizer.unk_token!r} only",
+            tokenizer=type(tokenizer).__name__,
         )
-    return tuple(dict.fromkeys(ways))
+    return tuple(dict.fromkeys(sequences))
 
 
-def anchors_from(said: Any, option: str, tokenizer: Any) -> list[tuple[Anchor, int]]:
-    """Check `after` or `before`: anchors, and how many slots stand there.
+def anchors_from(value: Any, option: str, tokenizer: Any) -> list[tuple[Anchor, int]]:
+    """Read the option `after` or `before`: anchors, and the number of slots next to each.
 
     Raises:
-        OptionError: it is no such mapping.
+        OptionError: it is not such a mapping.
     """
-    pairs = list(said.items()) if isinstance(said, dict) else None
-    if pairs is None:
-        raise OptionError(f"{option} must map anchors to numbers of slots, such as {{'?': 2}}; it is {said!r}.")
-    return [
-        (anchor_of(anchor, tokenizer), count_of(count, f"{option}[{anchor!r}]", least=1)) for anchor, count in pairs
-    ]
+    if not isinstance(value, dict):
+        raise OptionError(f"{option} must map anchors to numbers of slots, such as {{'?': 2}}; it is {value!r}.")
+    for anchor, count in value.items():
+        check_int(f"{option}[{anchor!r}]", count)
+    return [(anchor_of(anchor, tokenizer), count) for anchor, count in value.items()]
 
 
-def count_of(count: Any, option: str, least: int = 0) -> int:
-    """Check a number of slots.
-
-    Raises:
-        OptionError: it is no whole number, or too small.
-    """
-    if not isinstance(count, int) or isinstance(count, bool) or count < least:
-        raise OptionError(f"{option} must be a whole number of {least} or more; it is {count!r}.")
-    return count
-
-
-def as_ids(value: Any) -> Sequence[tuple[int, ...]]:
-    """Check rows of ids that a file holds.
+def ids_from_json(value: Any) -> Sequence[tuple[int, ...]]:
+    """Read sequences of ids from a file.
 
     Raises:
-        OptionError: they are none.
+        OptionError: they are not lists of ids.
     """
     rows = value if isinstance(value, list) else None
-    if rows is None or any(
-        not isinstance(row, list) or not row or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in row)
-        for row in rows
-    ):
+    if rows is None or not all(isinstance(row, list) and row and all(map(_is_id, row)) for row in rows):
         raise OptionError(f"a layout's ids must be lists of whole numbers; they are {value!r}.")
     return [tuple(row) for row in rows]

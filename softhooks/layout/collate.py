@@ -1,10 +1,10 @@
-"""Rows of a template, for `datasets.map` and for data loaders."""
+"""The mapper and the data collator of a template: rows of fields become ids, slots and labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from softhooks.errors import OptionError
 from softhooks.layout.rendering import Row, render_row
 from softhooks.layout.template import COLUMN, Template
 from softhooks.layout.tokenizing import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from softhooks.layout.verbalizer import Verbalizer
+from softhooks.layout.verbalizer import Verbalizer
 
 _LABELS = ("labels", "label", "label_ids")
 
@@ -33,20 +31,19 @@ class Mapper:
     chat: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Check that what is to be predicted is in the template."""
-        fields = [part.text for part in self.template.parts if part.kind == "field"]
+        """Check that the template has what is to be predicted."""
+        fields = self.template.fields
         masks = sum(part.kind == "mask" for part in self.template.parts)
         if self.target is not None and self.verbalizer is not None:
-            raise OptionError("target and verbalizer both make labels; give one of them.")
+            raise OptionError("target and verbalizer are both given, and both make labels; give one of them.")
         if self.target is not None and fields.count(self.target) != 1:
             raise OptionError(f"target must be a field that the template has once: {fields}; it is {self.target!r}.")
         if self.verbalizer is not None and masks != 1:
-            raise OptionError(f"a verbalizer needs one {{mask}} in the template; this one has {masks}.")
+            raise OptionError(f"the template has {masks} masks; a verbalizer needs one {{mask}}.")
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """Render a row, or a batch of columns."""
-        names = [part.text for part in self.template.parts if part.kind == "field"]
-        columns = [example[name] for name in names if name in example]
+        columns = [example[name] for name in self.template.fields if name in example]
         if not any(isinstance(column, list) for column in columns):
             return self.render(example)
         count = len(columns[0])
@@ -64,10 +61,10 @@ class Mapper:
         return found if labels is None else found | {"labels": labels}
 
     def labeled(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row that is rendered already; with a verbalizer, its class becomes the labels that it lacks.
+        """Take a rendered row; with a verbalizer, add the labels of its class if it has none.
 
         Raises:
-            OptionError: it does not hold the mask once.
+            OptionError: the row does not have the mask once.
         """
         found = dict(row)
         if self.verbalizer is None or "labels" in row or self.label not in row:
@@ -75,7 +72,7 @@ class Mapper:
         ids = [int(token) for token in row["input_ids"]]
         places = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if len(places) != 1:
-            raise OptionError(f"a rendered row must hold the mask once, for its class; one has it {len(places)} times.")
+            raise OptionError(f"a rendered row has the mask {len(places)} times; it must have it once, for its class.")
         labels = [IGNORE_INDEX] * len(ids)
         labels[places[0]] = self.verbalizer.token(int(row[self.label]))
         return found | {"labels": labels}
@@ -88,7 +85,7 @@ class Mapper:
             return labels
         if self.verbalizer is not None:
             if self.label not in fields:
-                raise OptionError(f"a verbalizer needs the column {self.label!r}; the data has {list(fields)}.")
+                raise OptionError(f"the data has no column {self.label!r} for the verbalizer; it has {list(fields)}.")
             labels[row.masks[0]] = self.verbalizer.token(fields[self.label])
             return labels
         return None
@@ -96,22 +93,21 @@ class Mapper:
 
 @dataclass
 class Collator:
-    """Make a batch of rows of fields, or of rows that are rendered already.
+    """Collates rows of fields, or rows that are rendered already.
 
-    Padding is where the tokenizer puts it, and known from the mask alone: its id may be that of a real token.
+    Padding is on the tokenizer's side. Only the attention mask tells it apart, as its id may be that of a real token.
     """
 
     mapper: Mapper
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column of the data that a batch is made of: those of rendered rows, the template's fields, and the class."""
-        fields = [part.text for part in self.mapper.template.parts if part.kind == "field"]
+        """All columns of the data that a batch is made of: those of rendered rows, the template's fields, and the class."""
         rendered = [*self.mapper.tokenizer.model_input_names, COLUMN, *_LABELS]
-        return tuple(dict.fromkeys([*rendered, *fields, self.mapper.label]))
+        return tuple(dict.fromkeys([*rendered, *self.mapper.template.fields, self.mapper.label]))
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Make `input_ids`, `attention_mask` and `soft_slots`, and `labels` where there are labels or classes."""
+        """Make `input_ids`, `attention_mask` and `soft_slots`, and `labels` if the rows have labels or classes."""
         rows = [self._rendered(row) for row in examples]
         labels = [row["labels"] for row in rows if "labels" in row]
         names = [*self.mapper.tokenizer.model_input_names, COLUMN]
@@ -133,11 +129,11 @@ class Collator:
         return row
 
     def _require_fields(self, example: Mapping[str, Any]) -> None:
-        """Tell of rows that have lost their fields on the way: a Trainer removes columns that no forward names."""
-        fields = [part.text for part in self.mapper.template.parts if part.kind == "field"]
+        """Refuse rows without fields: a Trainer removes columns that the model's forward does not name."""
+        fields = self.mapper.template.fields
         if fields and not any(name in example for name in fields):
             raise OptionError(
-                "a layout's collator needs rows that have the template's fields, or rows that its mapper has rendered.",
+                "the rows have none of the template's fields, and are not rendered.",
                 "A Trainer removes columns that the model's forward does not name: train with `SoftPromptCallback`, which "
                 "keeps them, or set `TrainingArguments(remove_unused_columns=False)`.",
                 fields=", ".join(fields),
@@ -146,10 +142,10 @@ class Collator:
 
 
 def padded_labels(labels: Sequence[Any], mask: Tensor) -> Tensor:
-    """Put the labels of rows where their tokens stand in a padded batch, -100 elsewhere; classes as they are.
+    """Pad the labels of rows with -100 as the mask says; stack labels that are classes.
 
     Shape:
-        one entry a row, or one a token; mask [B, T] -> [B] or [B, T]
+        one entry for each row, or one for each token; mask [B, T] -> [B] or [B, T]
     """
     rows = [torch.as_tensor(row) for row in labels]
     if not rows[0].dim():

@@ -1,4 +1,4 @@
-"""Few-shot contexts: examples and a template become ids, and a type for every token."""
+"""Few-shot contexts of context-aware prompt tuning: examples become ids, with a type for every token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from softhooks.errors import OptionError
-from softhooks.layout.rendering import encode
+from softhooks.layout.rendering import encode, text_of
 from softhooks.layout.template import Part, parse
 
 SEPARATOR, INPUT_FORMAT, INPUT, LABEL_FORMAT, LABEL = range(5)
-"""What a token is. Its type is 0 for a separator, and else 4i + this, in example i."""
+"""The kinds of tokens. The type of a token is 0 for a separator, and else 4i + its kind, in example i."""
 
 _LABEL, _SEPARATOR = "label", "sep"
 
@@ -24,14 +24,14 @@ class Context:
     """The tokens of a few-shot context.
 
     Args:
-        ids: of the tokens, [P].
-        types: of the tokens, [P].
+        ids: the ids, [P].
+        types: their types, [P].
 
     Attributes:
-        examples: for each token the example that it belongs to, a separator to the one before it; -1 before the first.
+        examples: the example that each token belongs to; a separator belongs to the example before it, or to -1.
 
     Raises:
-        OptionError: ids and types do not match, examples are not counted 0, 1, 2, ..., or no token may move.
+        OptionError: ids and types do not match, examples are not numbered 0, 1, 2, ..., or no token may move.
     """
 
     ids: tuple[int, ...]
@@ -42,18 +42,19 @@ class Context:
         """Check the types against each other."""
         if len(self.ids) != len(self.types) or not self.ids:
             raise OptionError(
-                f"context_ids and token_types must be as long as each other, 1 or more; they have {len(self.ids)} and "
-                f"{len(self.types)}."
+                f"context_ids has {len(self.ids)} entries and token_types {len(self.types)}; they must be as long as each other, "
+                "1 or more."
             )
         if min(*self.ids, *self.types, 0) < 0:
-            raise OptionError("context_ids and token_types must be 0 or more; one of them is negative.")
+            raise OptionError("context_ids or token_types has a negative number; all must be 0 or more.")
         examples: list[int] = []
         last = -1
         for place, token_type in enumerate(self.types):
             own = last if token_type == 0 else (token_type - 1) // 4
             if own not in (last, last + 1):
                 raise OptionError(
-                    "token_types must count the examples in order: those of example i are 4i+1 to 4i+4, separators 0.",
+                    f"token_types goes from example {last} to example {own}; examples are numbered in order, with types 4i+1 to "
+                    "4i+4 in example i, and 0 for separators.",
                     "Make them with `examples=`, `template=` and `tokenizer=`, or count from 0 without a gap.",
                     token=f"{place}, of type {token_type}",
                     example=own,
@@ -63,47 +64,49 @@ class Context:
             last = own
         object.__setattr__(self, "examples", tuple(examples))
         if not self.movable:
-            raise OptionError(f"token_types must let a token move: types 4i+1, 4i+2, 4i+3; they are {set(self.types)}.")
+            raise OptionError(
+                f"token_types must let a token move, one of the types 4i+1, 4i+2 or 4i+3; they are {set(self.types)}."
+            )
 
     @property
     def kinds(self) -> list[int]:
-        """What each token is."""
+        """The kind of each token."""
         return [SEPARATOR if token_type == 0 else (token_type - 1) % 4 + 1 for token_type in self.types]
 
     @property
     def count(self) -> int:
-        """How many examples there are."""
+        """The number of examples."""
         return self.examples[-1] + 1
 
     @property
     def movable(self) -> list[int]:
-        """Where the tokens stand that are trained."""
+        """The places of tokens that are trained."""
         return [place for place, kind in enumerate(self.kinds) if kind not in (SEPARATOR, LABEL)]
 
     @property
     def labels(self) -> list[int]:
-        """Where the label tokens stand."""
+        """The places of label tokens."""
         return [place for place, kind in enumerate(self.kinds) if kind == LABEL]
 
     def check_labels(self) -> None:
-        """Check that every example has a label that something predicts.
+        """Check that every example has a label, with a token before it that predicts it.
 
         Raises:
             OptionError: naming the example.
         """
-        told = {self.examples[place] for place in self.labels if place > 0}
-        missing = [example for example in range(self.count) if example not in told]
+        labeled = {self.examples[place] for place in self.labels if place > 0}
+        missing = [example for example in range(self.count) if example not in labeled]
         if missing or 0 in self.labels:
             example = missing[0] if missing else 0
             raise OptionError(
-                "a loss over the context needs a label in every example (type 4i+4), and a token before it.",
+                f"example {example} needs a label (type 4i+4) with a token before it, for the loss over the context.",
                 "Mark the labels, or choose context_loss=False.",
                 example=example,
                 types=[t for t, own in zip(self.types, self.examples, strict=True) if own == example],
             )
 
     def example_of(self, row: Sequence[int]) -> int:
-        """Which example reads as a row does, up to its label; -1 where none does."""
+        """Return the example with the same ids as a row, up to its label; -1 if there is none."""
         for example in range(self.count):
             own = [place for place, number in enumerate(self.examples) if number == example]
             labels = [place for place in own if place in set(self.labels)]
@@ -113,18 +116,19 @@ class Context:
 
 
 class ExampleTemplate:
-    """How an example reads: text with fields in braces, `{label}` the last of them.
+    """The template of an example: text with fields in braces, the last of them `{label}`.
 
-    Text before the last input is its format, text behind it that of the label. `{sep}` is a separator, which never moves, and
-    ends the input's format. Each part is tokenized alone, so that no token spans two of them; blanks before a field belong to it.
+    Text before the last input is the format of the input, text after it the format of the label. `{sep}` is a separator, which
+    never moves, and ends the format of the input. Each part is tokenized separately, so that no token spans two of them; spaces
+    before a field belong to it.
 
     Args:
         template: such as "Text: {input}{sep}Label: {label}".
-        separator: between examples, and behind the last.
-        inner: what `{sep}` stands for.
+        separator: the text between examples, and after the last.
+        inner: the text of `{sep}`.
 
     Raises:
-        OptionError: it cannot be understood, has no input, or `{label}` is not its last field.
+        OptionError: it cannot be parsed, has no input, or `{label}` is not its last field.
     """
 
     def __init__(self, template: str, separator: str, inner: str) -> None:
@@ -138,45 +142,45 @@ class ExampleTemplate:
         other = [part.kind for part in self.parts if part.kind not in ("text", "field")]
         if fields.count(_LABEL) != 1 or fields[-1] != _LABEL or not self.inputs or other:
             raise OptionError(
-                "the template of a context must have an input or more and, behind them, {label} once; slots and masks "
-                "have no place in it.",
+                f"the fields of the template are {fields}; it must have inputs and then {{label}}, once, and no slots or masks.",
                 "Write it such as 'Text: {input}{sep}Label: {label}'.",
                 template=repr(template),
                 fields=", ".join(fields) or "none",
             )
 
     def context(self, examples: Iterable[Any], tokenizer: Any) -> Context:
-        """Put examples behind each other, and what the tokenizer begins a text with before the first.
+        """Concatenate examples, after the tokenizer's BOS token if it has one.
 
         Args:
             examples: mappings with the template's fields, or pairs of input and label.
+            tokenizer: the tokenizer.
         """
         begin = getattr(tokenizer, "bos_token_id", None)
         ids = [] if begin is None else [int(begin)]
         types = [SEPARATOR] * len(ids)
         for number, example in enumerate(examples):
             pieces = self._pieces(self.fields_of(example), tokenizer)
-            pieces.append((_encode(self.separator, tokenizer), SEPARATOR))
+            pieces.append((encode(self.separator, tokenizer), SEPARATOR))
             if not any(own for own, kind in pieces if kind == LABEL):
-                raise OptionError(f"every example of a context needs a label; example {number} is {example!r}.")
+                raise OptionError(f"example {number} of the context has no label: {example!r}.")
             for own, kind in pieces:
                 ids += own
                 types += [kind and 4 * number + kind] * len(own)
         return Context(tuple(ids), tuple(types))
 
     def row(self, fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
-        """The ids of a row as far as its label, without a token that begins a text; and its label's."""
+        """Return the ids of a row up to its label, without BOS, and those of its label."""
         pieces = self._pieces(fields, tokenizer)
         end = next((place for place, (_, kind) in enumerate(pieces) if kind == LABEL), None)
         if end is None:
-            raise OptionError(f"a row needs its label's field; {self!r} has none for {fields!r}.")
+            raise OptionError(f"the template has no label for the row {fields!r}.")
         return [token for own, _ in pieces[:end] for token in own], pieces[end][0]
 
     def fields_of(self, example: Any) -> dict[str, Any]:
-        """The fields of an example, which may be a pair.
+        """Return the fields of an example, which may be a pair of input and label.
 
         Raises:
-            OptionError: it is neither mapping nor pair, or a pair for several inputs.
+            OptionError: it is neither a mapping nor a pair, or a pair for several inputs.
         """
         if isinstance(example, Mapping):
             return dict(example)
@@ -184,57 +188,44 @@ class ExampleTemplate:
         if is_pair and len(self.inputs) == 1:
             return {self.inputs[0]: example[0], _LABEL: example[1]}
         raise OptionError(
-            "an example must be a mapping of the template's fields; a pair of input and label where there is one input.",
+            "an example must be a mapping with the template's fields, or a pair of input and label if there is one input; it is "
+            f"{example!r}.",
             "Give it such as {'input': 'a text', 'label': 'its label'}.",
             fields=", ".join([*self.inputs, _LABEL]),
             example=repr(example),
         )
 
     def _pieces(self, fields: Mapping[str, Any], tokenizer: Any) -> list[tuple[list[int], int]]:
-        """The ids of each part, and what they are; without a label its piece is empty."""
+        """Return the ids and the kind of each part; the label of a row without one has no ids."""
         if tokenizer is None:
             raise OptionError(
                 "a template needs a tokenizer; none is given. Pass `tokenizer=`: the model's, or its name."
             )
         last = max(place for place, part in enumerate(self.parts) if part.text in self.inputs and part.kind == "field")
         seps = [place for place, part in enumerate(self.parts) if part.kind == "field" and part.text == _SEPARATOR]
-        turn = next((place for place in seps if place > last), last)
+        turn = next((place for place in seps if place > last), last)  # the label's format starts after this part
         pieces = []
         for place, part in enumerate(self.parts):
             if part.kind == "text":
                 pieces.append((encode(part.text, tokenizer), LABEL_FORMAT if place > turn else INPUT_FORMAT))
             elif part.text == _SEPARATOR:
-                pieces.append((_encode(part.space + self.inner, tokenizer), SEPARATOR))
+                pieces.append((encode(part.space + self.inner, tokenizer), SEPARATOR))
+            elif part.text == _LABEL:
+                pieces.append((encode(_label_of(part, fields), tokenizer), LABEL))
             else:
-                kind = LABEL if part.text == _LABEL else INPUT
-                pieces.append((_encode(_value(part, fields), tokenizer), kind))
+                pieces.append((encode(text_of(part, fields), tokenizer), INPUT))
         return pieces
 
 
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    return encode(text, tokenizer) if text else []
-
-
-def _value(part: Part, fields: Mapping[str, Any]) -> str:
-    value = fields.get(part.text)
-    if value is None and part.text == _LABEL:
-        return ""
-    if not isinstance(value, str):
-        raise OptionError(
-            "every field of a template must be given as text.",
-            "Rename the field in the template, or write numbers as words.",
-            field=part.text,
-            found="nothing" if value is None else repr(value),
-            given=", ".join(map(str, fields)),
-        )
-    return part.space + value if value else ""
+def _label_of(part: Part, fields: Mapping[str, Any]) -> str:
+    return "" if fields.get(_LABEL) is None else text_of(part, fields)
 
 
 def whole_numbers(value: Any, option: str) -> tuple[int, ...]:
-    """Copy a sequence or a tensor of whole numbers.
+    """Copy a sequence or a tensor of whole numbers to a tuple.
 
     Raises:
-        OptionError: it holds something else.
+        OptionError: it has other values.
     """
     listed = value.tolist() if isinstance(value, Tensor) else value
     if not isinstance(listed, Iterable) or isinstance(listed, str):

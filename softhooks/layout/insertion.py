@@ -1,4 +1,4 @@
-"""Slots put into ids that exist already: at the ends of a row, and next to anchors that are found in it."""
+"""Layouts for batches that are already tokenized: slots at the ends of a row, and next to anchors that are found in it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.layout.anchors import Anchor, Which, anchor_of, as_ids, count_of
+from softhooks.errors import OptionError, UnsupportedModeError, check_int
+from softhooks.layout.anchors import Anchor, Which, anchor_of, ids_from_json
 from softhooks.layout.slot_map import Places
 
 Missing = Literal["error", "skip"]
@@ -20,12 +20,12 @@ _PLACEMENTS = {"start": "front", "first": "after_first", "end": "end"}
 
 @dataclass(frozen=True)
 class Group:
-    """Slots that stand side by side.
+    """Adjacent slots.
 
     Attributes:
-        at: where: before a row's first token, behind it, next to an anchor, or behind the last token.
-        count: how many.
-        anchor: what they stand `after` or `before`.
+        at: before a row's first token (`start`), after it (`first`), `after` or `before` an anchor, or after the last token.
+        count: the number of slots.
+        anchor: the anchor that they stand `after` or `before`.
     """
 
     at: At
@@ -35,15 +35,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Insertion:
-    """A layout for ids that exist already.
+    """A layout that inserts slots into tokenized rows.
 
     Attributes:
         groups: the slots, in order.
-        which: the anchor's place in a row that holds it more than once.
-        missing: what an anchor is that a row lacks.
+        which: which place to take in a row that has an anchor more than once.
+        missing: whether a row without an anchor is an error, or skips the anchor's slots.
 
     Raises:
-        OptionError: there is no slot, or a word is none of those allowed.
+        OptionError: there are no slots, or `which` or `missing` is not one of its words.
     """
 
     groups: tuple[Group, ...]
@@ -51,9 +51,9 @@ class Insertion:
     missing: Missing = "error"
 
     def __post_init__(self) -> None:
-        """Check that there is something to insert."""
+        """Check the options."""
         if not self.groups:
-            raise OptionError("a layout must hold a slot; start, after, before and end hold none.")
+            raise OptionError("the layout has no slots: start, after, before and end are all empty. Give one of them.")
         if self.which not in ("first", "last") or self.missing not in ("error", "skip"):
             raise OptionError(
                 "which must be 'first' or 'last', and missing 'error' or 'skip'; they are "
@@ -62,52 +62,52 @@ class Insertion:
 
     @property
     def placement(self) -> str:
-        """Its name among the conventions: `front`, `after_first`, `end`, or `layout` for any other."""
+        """The name that is stored with a prompt: `front`, `after_first`, `end`, or `layout` for any other."""
         return _PLACEMENTS.get(self.groups[0].at, "layout") if len(self.groups) == 1 else "layout"
 
     @property
     def may_skip(self) -> bool:
-        """Whether a row may leave slots out."""
+        """Whether rows without an anchor skip its slots."""
         return self.missing == "skip" and any(group.anchor for group in self.groups)
 
     @property
     def searches(self) -> bool:
-        """Whether the slots' places depend on what a row holds."""
+        """Whether the places of slots depend on the row's tokens or length."""
         return any(group.anchor or group.at == "end" for group in self.groups)
 
     @property
     def is_bound(self) -> bool:
-        """Whether the ids of every anchor are known; otherwise a tokenizer must tell."""
+        """Whether the ids of every anchor are known; otherwise a tokenizer is needed."""
         return all(group.anchor is None or group.anchor.ids for group in self.groups)
 
     def bound(self, tokenizer: Any) -> Insertion:
-        """The layout with the ids of every anchor."""
+        """Return the layout with the ids of every anchor."""
         groups = (replace(group, anchor=group.anchor and group.anchor.bound(tokenizer)) for group in self.groups)
         return replace(self, groups=tuple(groups))
 
     @property
     def has_tail(self) -> bool:
-        """Whether slots stand behind everything else."""
+        """Whether slots come last, after the text."""
         return self.groups[-1].at == "end"
 
     @property
     def ids(self) -> list[int]:
-        """Every id that an anchor has."""
-        ways = [way for group in self.groups if group.anchor for way in group.anchor.ids]
-        return [token for way in ways for token in way]
+        """All ids of anchors."""
+        sequences = [sequence for group in self.groups if group.anchor for sequence in group.anchor.ids]
+        return [token for sequence in sequences for token in sequence]
 
     @property
     def table_rows(self) -> list[int]:
-        """Which row of the prompt's table each slot takes."""
+        """The row of the prompt's table that each slot takes."""
         return list(range(sum(group.count for group in self.groups)))
 
     @property
     def starts(self) -> dict[int, int]:
-        """Which rows of the table start as which id: none."""
+        """The rows of the table that are initialized from words, with their ids: none."""
         return {}
 
     def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
-        """Look for the anchors in a batch; see `Layout.places`."""
+        """Find the anchors in a batch, and so the place of each slot; see `Layout.places`."""
         real = mask.bool().sum(-1)
         offsets, live = [], []
         for group in self.groups:
@@ -124,8 +124,8 @@ class Insertion:
     def _ids(self, ids: Tensor | None) -> Tensor:
         if ids is None:
             raise UnsupportedModeError(
-                "slots next to an anchor need `input_ids`: an anchor is found in ids.",
-                "Pass ids in the place of embeddings, or use a layout with start and end only.",
+                "the call has no `input_ids`, and the layout has slots next to anchors, which are found in ids.",
+                "Pass ids instead of embeddings, or use a layout with start and end only.",
                 layout=self,
             )
         return ids
@@ -135,64 +135,63 @@ class Insertion:
             return
         lacking = [rows[i] for i, is_there in enumerate(found.tolist()) if not is_there]
         raise UnsupportedModeError(
-            "every row must hold the anchors that slots stand next to.",
-            "Do not cut the anchor off, prefill a prompt in one chunk, or leave the slots out with missing='skip'.",
-            anchor=f"{anchor.said!r}, ids {' or '.join(map(str, anchor.ids))}",
+            f"{len(lacking)} rows of the batch lack the anchor {anchor.value!r} that slots stand next to.",
+            "Do not truncate the anchor, prefill a prompt in one chunk, or leave the slots out with missing='skip'.",
+            anchor=f"{anchor.value!r}, ids {' or '.join(map(str, anchor.ids))}",
             rows=f"{', '.join(map(str, lacking))} of the batch",
         )
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ids for a probe of a model: these, behind every anchor. [1, T] -> [1, T']."""
+        """Return ids for a test forward: every anchor, followed by these ids. [1, T] -> [1, T']."""
         row = [token for group in self.groups if group.anchor for token in group.anchor.ids[0]]
         return torch.cat([torch.tensor([row], dtype=ids.dtype, device=ids.device), ids], dim=1) if row else ids, {}
 
     def to_json(self) -> dict[str, Any]:
-        """The groups, each with its ids."""
+        """Return the groups as JSON can hold them, each with its ids."""
         groups: list[dict[str, Any]] = []
         for group in self.groups:
-            told: dict[str, Any] = {"at": group.at, "count": group.count}
+            item: dict[str, Any] = {"at": group.at, "count": group.count}
             if group.anchor is not None:
-                said = group.anchor.said
-                told |= {"anchor": list(said) if isinstance(said, tuple) else said}
-                told |= {"ids": [list(way) for way in group.anchor.ids]}
-            groups.append(told)
+                value = group.anchor.value
+                item["anchor"] = list(value) if isinstance(value, tuple) else value
+                item["ids"] = [list(sequence) for sequence in group.anchor.ids]
+            groups.append(item)
         return {"insert": groups, "which": self.which, "missing": self.missing}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Insertion:
-        """The layout of what `to_json` gave."""
-        groups = told["insert"]
+    def from_json(cls, stored: dict[str, Any]) -> Insertion:
+        """Make the layout of what `to_json` returned."""
+        groups = stored["insert"]
         if not isinstance(groups, list):
-            raise OptionError(f"a stored layout must list its slots; it says {groups!r}.")
-        return cls(tuple(map(_group_of, groups)), told.get("which", ""), told.get("missing", ""))
+            raise OptionError(f"a stored layout must list its slots; it has {groups!r}.")
+        return cls(tuple(map(_group_from_json, groups)), stored.get("which", ""), stored.get("missing", ""))
 
     def __repr__(self) -> str:
-        said: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         for group in self.groups:
             if group.anchor is None:
-                said[group.at] = group.count
+                options[group.at] = group.count
             else:
-                said[group.at] = said.get(group.at, {}) | {group.anchor.said: group.count}
-        said |= {"which": self.which} if self.which != "first" else {}
-        said |= {"missing": self.missing} if self.missing != "error" else {}
-        return f"Layout.insert({', '.join(f'{key}={value!r}' for key, value in said.items())})"
+                options[group.at] = options.get(group.at, {}) | {group.anchor.value: group.count}
+        options |= {"which": self.which} if self.which != "first" else {}
+        options |= {"missing": self.missing} if self.missing != "error" else {}
+        return f"Layout.insert({', '.join(f'{key}={value!r}' for key, value in options.items())})"
 
 
-def _group_of(told: Any) -> Group:
-    """Check a group that a file holds."""
-    anchored = {"after": True, "before": True, "start": False, "first": False, "end": False}
-    at = told.get("at") if isinstance(told, dict) else None
-    if (
-        not isinstance(at, str)
-        or at not in anchored
-        or set(told) - {"at", "count"} != ({"anchor", "ids"} if anchored[at] else set())
-    ):
-        raise OptionError(f"slots of a stored layout must say where they stand; these say {told!r}.")
-    count = count_of(told.get("count"), "count", least=1)
-    if not anchored[at]:
-        return Group(at, count)  # type: ignore[arg-type]
-    said, ways = told["anchor"], tuple(as_ids(told["ids"]))
-    anchor = anchor_of(tuple(said) if isinstance(said, list) else said, None)
-    if not ways or (anchor.ids and anchor.ids != ways):
-        raise OptionError(f"an anchor of a stored layout must have its own ids; {said!r} has {told['ids']!r}.")
-    return Group(at, count, Anchor(anchor.said, ways))  # type: ignore[arg-type]
+_HAS_ANCHOR: dict[Any, bool] = {"after": True, "before": True, "start": False, "first": False, "end": False}
+
+
+def _group_from_json(stored: Any) -> Group:
+    at: Any = stored.get("at") if isinstance(stored, dict) else None
+    has_anchor = _HAS_ANCHOR.get(at) if isinstance(at, str) else None
+    if has_anchor is None or set(stored) - {"at", "count"} != ({"anchor", "ids"} if has_anchor else set()):
+        raise OptionError(f"slots of a stored layout must have a place; these are {stored!r}.")
+    count = stored.get("count")
+    check_int("count", count)
+    if not has_anchor:
+        return Group(at, count)
+    value, ids = stored["anchor"], tuple(ids_from_json(stored["ids"]))
+    anchor = anchor_of(tuple(value) if isinstance(value, list) else value, None)
+    if not ids or (anchor.ids and anchor.ids != ids):
+        raise OptionError(f"an anchor of a stored layout must have its own ids; {value!r} has {stored['ids']!r}.")
+    return Group(at, count, Anchor(anchor.value, ids))

@@ -1,28 +1,26 @@
-"""Where virtual slots stand among a text: at its ends, next to anchors, or where a template has them."""
+"""`Layout`: where virtual tokens go among the text: at its ends, next to anchors, or as a template says."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from softhooks.errors import OptionError
-from softhooks.layout.anchors import Which, anchors_from, count_of
+from softhooks.errors import OptionError, check_int
+from softhooks.layout.anchors import Which, anchors_from
+from softhooks.layout.collate import Collator, Mapper
 from softhooks.layout.insertion import At, Group, Insertion, Missing
 from softhooks.layout.slot_map import Places
 from softhooks.layout.template import COLUMN, Source, Template
-
-if TYPE_CHECKING:
-    from softhooks.layout.collate import Collator, Mapper
-    from softhooks.layout.verbalizer import Verbalizer
+from softhooks.layout.verbalizer import Verbalizer
 
 Placement = Literal["front", "after_first", "end"]
 _AT: dict[Placement, At] = {"front": "start", "after_first": "first", "end": "end"}
 
 
 def text_positions(mask: Tensor) -> Tensor:
-    """Count each column's position from the mask, so that padding does not move the text.
+    """Count positions from the mask, so that they do not depend on padding.
 
     Args:
         mask: 1 for a real column, 0 for padding.
@@ -34,23 +32,26 @@ def text_positions(mask: Tensor) -> Tensor:
 
 
 class Layout:
-    """Where virtual slots, hard anchors and the input's parts stand.
+    """Where virtual tokens (slots), fixed text and the fields of the data go in a row.
 
-    As a template, for data still to be tokenized: `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`. Text outside
-    braces is an anchor with its frozen embeddings; `{mask}` is the tokenizer's mask; `{soft:3}` are three slots, `{soft:"some
-    words"}` as many as the words have tokens, which start as they are, `{soft:2, name=a}` slots that are the same wherever they
-    have this name; any other `{name}` is a field. Messages of a chat whose contents are templates go through the tokenizer's
-    chat template. `mapper` (for `datasets.map`) and `collator` make rows of ids without slots, and a column that says where the
-    slots go.
+    As a template, for data that is not tokenized yet: `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`.
+    - Text outside braces is an anchor: it is tokenized, and keeps its frozen embeddings.
+    - `{mask}` is the tokenizer's mask token.
+    - `{soft:3}` are three slots. `{soft:"some words"}` are as many slots as the words have tokens, initialized from their
+      embeddings. `{soft:2, name=a}` are tied: slots of the same name share their virtual tokens.
+    - Any other `{name}` is a field.
 
-    Or with `insert`, for ids that exist already: nothing changes in the script that made them.
+    A list of chat messages whose contents are templates goes through the tokenizer's chat template. `mapper` (for `datasets.map`)
+    and `collator` make rows of ids without slots, and a column `soft_slots` that says where the slots go.
+
+    Or with `insert`, for data that is tokenized already: the script that tokenizes it does not change.
 
     Args:
-        template: the template, or messages with role and content.
-        tokenizer: the model's, or its name, for slots that start as words; it may also be given to the method.
+        template: the template, or messages with `role` and `content`.
+        tokenizer: the model's tokenizer or its name, for slots that are initialized from words; a method also takes it.
 
     Raises:
-        OptionError: the template cannot be understood, has no slot, or slots of one name differ.
+        OptionError: the template cannot be parsed, has no slot, or slots of one name differ.
     """
 
     def __init__(self, template: Source, *, tokenizer: Any = None) -> None:
@@ -70,29 +71,31 @@ class Layout:
         missing: Missing = "error",
         tokenizer: Any = None,
     ) -> Layout:
-        """Insert slots into ids that exist already. The order of the arguments is the order of the slots in the prompt.
+        """Insert slots into tokenized rows. The order of the arguments is the order of the slots in the prompt.
 
         Args:
-            start: how many before a row's first token.
-            after, before: how many next to an anchor: a token or words (found as the tokenizer writes them at the start of a
-                text or behind a blank), an id, or a tuple of ids. In generation only the prompt is searched.
-            end: how many behind a row's last token.
-            which: the anchor's `first` place in a row, or its `last`.
-            missing: an anchor that a row lacks is an `error`; `skip` leaves its slots out of that row.
-            tokenizer: the model's, or its name, for anchors that are words; it may also be given to the method.
+            start: the number of slots before a row's first token.
+            after, before: anchors, with the number of slots next to each. An anchor is a token or words (as the tokenizer encodes
+                them at the start of a text or after a space), an id, or a tuple of ids. `generate` searches the input only.
+            end: the number of slots after a row's last token.
+            which: take the `first` or the `last` place of an anchor in a row.
+            missing: `error` refuses a row without an anchor; `skip` leaves the anchor's slots out of it.
+            tokenizer: the model's tokenizer or its name, for anchors that are words; a method also takes it.
 
         Raises:
-            OptionError: a number or an anchor is wrong, or there is no slot.
+            OptionError: a number or an anchor is wrong, or there are no slots.
         """
-        groups = [Group("start", count_of(start, "start"))]
+        check_int("start", start, 0)
+        check_int("end", end, 0)
+        groups = [Group("start", start)]
         groups += [Group("after", count, anchor) for anchor, count in anchors_from(after or {}, "after", tokenizer)]
         groups += [Group("before", count, anchor) for anchor, count in anchors_from(before or {}, "before", tokenizer)]
-        groups += [Group("end", count_of(end, "end"))]
+        groups += [Group("end", end)]
         return cls._of(Insertion(tuple(group for group in groups if group.count), which, missing))
 
     @classmethod
     def placed(cls, placement: Placement, count: int) -> Layout:
-        """All slots at one place."""
+        """Put all slots in one place."""
         return cls._of(Insertion((Group(_AT[placement], count),)))
 
     @classmethod
@@ -101,69 +104,69 @@ class Layout:
         layout._form = form
         return layout
 
-    # --- what it holds ------------------------------------------------------------------------------------------------
+    # --- slots --------------------------------------------------------------------------------------------------------
 
     @property
     def placement(self) -> str:
-        """Its name among the conventions: `front`, `after_first`, `end`, or `layout` for any other."""
+        """The name that is stored with a prompt: `front`, `after_first`, `end`, or `layout` for any other."""
         return self._form.placement
 
     @property
     def batch_columns(self) -> tuple[str, ...]:
-        """The columns that it needs in a batch."""
+        """The batch columns that it needs."""
         return (COLUMN,) if isinstance(self._form, Template) else ()
 
     @property
     def may_skip(self) -> bool:
-        """Whether a row may leave slots out."""
+        """Whether rows without an anchor skip its slots."""
         return self._form.may_skip
 
     @property
     def searches(self) -> bool:
-        """Whether its slots are placed by what a batch holds: next to anchors, or at its end."""
+        """Whether the places of slots depend on the row's tokens or length: next to anchors, or at the end."""
         return self._form.searches
 
     @property
     def has_tail(self) -> bool:
-        """Whether slots stand behind everything else."""
+        """Whether slots come last, after the text."""
         return self._form.has_tail
 
     @property
     def ids(self) -> list[int]:
-        """Every id that it names: of anchors to be found, and of words that slots start as."""
+        """All ids of anchors to be found, or of words that slots are initialized from."""
         return self._form.ids
 
     @property
     def table_rows(self) -> list[int]:
-        """Which row of the prompt's table each slot takes, in the order of the layout; tied slots take the same."""
+        """The row of the prompt's table that each slot takes, in the order of the layout; tied slots share rows."""
         return self._form.table_rows
 
     @property
     def starts(self) -> dict[int, int]:
-        """Which rows of the table start as which id."""
+        """The rows of the table that are initialized from words, with their ids."""
         return self._form.starts
 
     @property
     def columns(self) -> int:
-        """S, how many slots stand in a row."""
+        """S, the number of slots in a row."""
         return len(self.table_rows)
 
     @property
     def num_virtual_tokens(self) -> int:
-        """P, how many rows the prompt's table has; fewer than slots where some are tied."""
+        """P, the number of rows of the prompt's table; below S if slots are tied."""
         return max(self.table_rows) + 1
 
     def bound(self, tokenizer: Any) -> Layout:
-        """The layout with every slot and anchor known.
+        """Return the layout with the ids of all its words.
 
         Raises:
-            OptionError: it has words, and there is no tokenizer to make ids of them.
+            OptionError: it has words, and there is no tokenizer.
         """
         if self._form.is_bound:
             return self
         if tokenizer is None:
             raise OptionError(
-                "a layout with words needs the tokenizer that makes ids of them.",
+                "the layout has words and needs the tokenizer; none is given.",
                 "Pass `tokenizer=` to the layout or to the method: the model's own, or its name.",
                 layout=self,
             )
@@ -174,8 +177,8 @@ class Layout:
 
         Args:
             mask: 1 for real tokens, [B, T].
-            ids: the text's, [B, T]; None where it came as embeddings.
-            given: the column of a template, [B, S].
+            ids: the text's, [B, T]; None if the call has embeddings.
+            given: the column `soft_slots` of a template, [B, S].
             rows: the rows' numbers in the batch, for errors.
 
         Raises:
@@ -184,7 +187,7 @@ class Layout:
         return self._form.places(mask, ids, given, rows)
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ids for a probe of a model, and the columns that go with them. [1, T] -> [1, T']."""
+        """Return ids for a test forward, and the batch columns that belong to them. [1, T] -> [1, T']."""
         return self._form.probe(ids)
 
     # --- rendering ----------------------------------------------------------------------------------------------------
@@ -192,21 +195,21 @@ class Layout:
     def render(
         self, tokenizer: Any, fields: Mapping[str, Any], *, max_length: int | None = None, **chat: Any
     ) -> dict[str, list[int]]:
-        """Make a row of a template's fields.
+        """Make a row from the template's fields.
 
-        Anchors and fields are tokenized each on its own, so that nothing merges across them: an anchor's tokens are the same
-        whatever stands beside it. Blanks before a field go with the field; those before slots, the mask and the end are dropped.
-        A tokenizer that begins every text as a new word (SentencePiece) begins each of them so.
+        Each anchor and field is tokenized separately, so no token spans two of them, and an anchor's tokens do not depend on the
+        fields. Spaces before a field belong to the field; spaces before slots, the mask and the end are dropped. A tokenizer that
+        starts every text as a new word (SentencePiece) does so for each of them.
 
         Args:
-            tokenizer: the model's.
+            tokenizer: the model's tokenizer.
             fields: the text of each field.
-            max_length: of the row with its slots. What exceeds it is taken from the fields, token by token from the longest, at
-                the tokenizer's `truncation_side`; never from an anchor or a slot.
-            chat: for a chat, more arguments of `apply_chat_template`, such as `add_generation_prompt`.
+            max_length: the maximum length of the row with its slots. Longer rows lose tokens of their fields, one by one from
+                the longest field, at the tokenizer's `truncation_side`; anchors and slots are never truncated.
+            chat: for a chat, arguments of `apply_chat_template`, such as `add_generation_prompt`.
 
         Returns:
-            `input_ids` without slots, `attention_mask`, `token_type_ids` where the tokenizer has them, and `soft_slots`.
+            `input_ids` without slots, `attention_mask`, `token_type_ids` if the tokenizer has them, and `soft_slots`.
 
         Raises:
             OptionError: a field is missing, or anchors and slots alone exceed `max_length`.
@@ -223,50 +226,46 @@ class Layout:
         label: str = "label",
         **chat: Any,
     ) -> Mapper:
-        """Make a function for `datasets.map`, with batches or without; it renders each row.
+        """Make a function for `datasets.map`, batched or not, that renders each row.
 
         Args:
             tokenizer, max_length, chat: as in `render`.
-            target: the field that is to be predicted: rows get `labels`, which are its ids, and -100 elsewhere.
-            verbalizer: rows get `labels`, which are the word of their class at the mask, and -100 elsewhere.
+            target: the field to predict: rows get `labels` with its ids, and -100 elsewhere.
+            verbalizer: rows get `labels` with the word of their class at the mask, and -100 elsewhere.
             label: the column of the class, for the verbalizer.
 
         Raises:
-            OptionError: the layout is no template, or has no such field or no mask.
+            OptionError: the layout is not a template, or has no such field or no mask.
         """
-        from softhooks.layout.collate import Mapper
-
         form = self.bound(tokenizer)._form
         if not isinstance(form, Template):
             raise OptionError(
-                f"{self!r} has nothing to render: it inserts into ids, which the model takes as they are."
+                f"{self!r} is not a template and has nothing to render; the model inserts its slots into the ids of a batch."
             )
         return Mapper(form, tokenizer, max_length, target, verbalizer, label, chat)
 
     def collator(self, tokenizer: Any, **options: Any) -> Collator:
-        """Make a collator of rows of fields, or of rows that `mapper` has rendered; the options are those of `mapper`."""
-        from softhooks.layout.collate import Collator
-
+        """Make a data collator for rows of fields, or for rows that `mapper` has rendered; takes the options of `mapper`."""
         return Collator(self.mapper(tokenizer, **options))
 
     # --- as JSON ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The layout as JSON can hold it."""
+        """Return the layout as JSON can hold it."""
         return self._form.to_json()
 
     @classmethod
-    def from_json(cls, told: Any) -> Layout:
-        """The layout of what `to_json` gave.
+    def from_json(cls, stored: Any) -> Layout:
+        """Make the layout of what `to_json` returned.
 
         Raises:
-            OptionError: it is nothing of the kind.
+            OptionError: it is not a layout.
         """
-        if not isinstance(told, dict) or ("template" in told) == ("insert" in told):
-            raise OptionError(f"a stored layout must hold a template, or what to insert; it holds {told!r}.")
-        form = Template.from_json(told) if "template" in told else Insertion.from_json(told)
-        if not form.is_bound or form.to_json() != told:
-            raise OptionError(f"a stored layout must say all that a layout says, and no more; it says {told!r}.")
+        if not isinstance(stored, dict) or ("template" in stored) == ("insert" in stored):
+            raise OptionError(f"a stored layout must have a template, or slots to insert; it is {stored!r}.")
+        form = Template.from_json(stored) if "template" in stored else Insertion.from_json(stored)
+        if not form.is_bound or form.to_json() != stored:
+            raise OptionError(f"a stored layout must have the entries of a layout and no others; it is {stored!r}.")
         return cls._of(form)
 
     def __eq__(self, other: object) -> bool:

@@ -1,4 +1,4 @@
-"""Rendering: how the parts of a template and the fields of a row become ids, and where its slots stand among them."""
+"""Rendering of templates: parts and fields become a row of ids, and the places of slots in it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from softhooks.errors import OptionError
 from softhooks.layout.template import Message, Part, Template
 
 _SENTINEL = re.compile("\ue000(\\d+)\ue001")
+"""Marks the place of a slot or field in the text that a chat template makes."""
 
-
-_MARKS = ("\u2581", "\u0120")
-"""How SentencePiece and byte-level tokenizers write the blank before a word."""
+_SPACE_MARKS = ("\u2581", "\u0120")
+"""How SentencePiece and byte-level tokenizers write the space before a word."""
 
 
 @dataclass
 class Row:
-    """A row of ids that grows part by part.
+    """A rendered row.
 
     Attributes:
-        ids: the ids. slots: for each slot, how many ids stand before it. masks: where the tokenizer's mask stands.
-        spans: where each field stands.
+        ids: the ids, without slots.
+        slots: for each slot, the number of ids before it.
+        masks: the places of the tokenizer's mask.
+        spans: the start and end of each field, for every time it is in the template.
     """
 
     ids: list[int]
@@ -35,22 +37,22 @@ class Row:
 def render_row(
     template: Template, tokenizer: Any, fields: Mapping[str, Any], max_length: int | None, **chat: Any
 ) -> Row:
-    """Make a row of ids of a template's parts and a data set's fields.
+    """Render a template with the fields of a row.
 
     Raises:
-        OptionError: a field is missing or no text, or the anchors alone exceed `max_length`.
+        OptionError: a field is missing or not a text, or the anchors alone exceed `max_length`.
     """
     if template.messages is None:
-        parts, (before, after) = template.parts, frame_of(tokenizer)
+        parts, (before, after) = template.parts, special_tokens_of(tokenizer)
     else:
         parts, before, after = in_chat(template.messages, template.parsed, tokenizer, **chat), [], []
     pieces = [_ids_of(part, tokenizer, fields) for part in parts]
     if max_length is not None:
         slots = sum(part.count for part in parts if part.kind == "soft")
-        own = {i: len(ids) for i, ids in enumerate(pieces) if parts[i].kind == "field"}
-        fixed = sum(map(len, pieces)) - sum(own.values()) + len(before) + len(after) + slots
+        lengths = {i: len(ids) for i, ids in enumerate(pieces) if parts[i].kind == "field"}
+        fixed = sum(map(len, pieces)) - sum(lengths.values()) + len(before) + len(after) + slots
         side = getattr(tokenizer, "truncation_side", "right")
-        for i, kept in shares(own, max_length - fixed, max_length, fixed).items():
+        for i, kept in shares(lengths, max_length - fixed, max_length, fixed).items():
             pieces[i] = pieces[i][:kept] if side == "right" else pieces[i][len(pieces[i]) - kept :]
     row = Row(list(before), [], [], {})
     for part, ids in zip(parts, pieces, strict=True):
@@ -65,14 +67,18 @@ def render_row(
 
 
 def shares(lengths: Mapping[int, int], budget: int, max_length: int, fixed: int) -> dict[int, int]:
-    """Share a budget of tokens among fields: while they exceed it, the longest loses one (of equals, the first).
+    """Truncate fields to a budget of tokens: while they exceed it, the longest loses one token (of equals, the first).
+
+    Returns:
+        the number of tokens that each field keeps.
 
     Raises:
-        OptionError: there is no budget.
+        OptionError: the budget is negative.
     """
     if budget < 0:
         raise OptionError(
-            "a row must have room for the anchors, special tokens and slots of its layout: they are never cut.",
+            f"max_length={max_length} is too short for the layout: its anchors, special tokens and slots take {fixed}, and are "
+            "never cut.",
             "Raise max_length, or shorten the template.",
             max_length=max_length,
             anchors_and_slots=fixed,
@@ -88,28 +94,38 @@ def _ids_of(part: Part, tokenizer: Any, fields: Mapping[str, Any]) -> list[int]:
         return encode(part.text, tokenizer)
     if part.kind == "mask":
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise OptionError("the layout has a {mask}; the tokenizer has no mask token.")
+            raise OptionError("the layout has a {mask}, and the tokenizer has no mask token.")
         return [int(tokenizer.mask_token_id)]
     if part.kind == "soft":
         return []
+    return encode(text_of(part, fields), tokenizer)
+
+
+def text_of(part: Part, fields: Mapping[str, Any]) -> str:
+    """Return a field's text, with the spaces before it; empty if the field is.
+
+    Raises:
+        OptionError: the field is missing or not a text.
+    """
     value = fields.get(part.text)
     if not isinstance(value, str):
+        found = "nothing" if value is None else repr(value)
         raise OptionError(
-            "every field of a template must be given as text.",
-            "Rename the field in the template, or the column of the data.",
+            f"the field {part.text!r} of a template must be given as text; it is {found}.",
+            "Rename the field in the template, or the column of the data; write numbers as words.",
             field=part.text,
-            found="nothing" if value is None else repr(value),
+            found=found,
             given=", ".join(map(str, fields)),
         )
-    return encode(part.space + value, tokenizer) if value else []
+    return part.space + value if value else ""
 
 
 def encode(text: str, tokenizer: Any) -> list[int]:
-    """Tokenize a piece of running text.
-
-    A tokenizer that marks the first word of a text as if a blank stood before it must not be given that blank too.
-    """
-    if text[:1] == " " and tokenizer.convert_ids_to_tokens(_plain("a", tokenizer))[0][:1] in _MARKS:
+    """Tokenize a part of a longer text, without special tokens."""
+    if not text:
+        return []
+    # A tokenizer that adds a space before the first word of every text must not get that space a second time.
+    if text[:1] == " " and tokenizer.convert_ids_to_tokens(_plain("a", tokenizer))[0][:1] in _SPACE_MARKS:
         text = text[1:]
     return _plain(text, tokenizer)
 
@@ -118,29 +134,30 @@ def _plain(text: str, tokenizer: Any) -> list[int]:
     return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def frame_of(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and behind a text, such as [CLS] and [SEP].
+def special_tokens_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer adds before and after a text, such as [CLS] and [SEP].
 
     Raises:
-        OptionError: it changes the text itself.
+        OptionError: it also changes the ids of the text.
     """
-    bare = _plain("a", tokenizer)
-    framed = [int(i) for i in tokenizer("a")["input_ids"]]
-    for start in range(len(framed) - len(bare) + 1):
-        if framed[start : start + len(bare)] == bare:
-            return framed[:start], framed[start + len(bare) :]
+    plain = _plain("a", tokenizer)
+    full = [int(i) for i in tokenizer("a")["input_ids"]]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start], full[start + len(plain) :]
     raise OptionError(
-        f"a tokenizer must put its special tokens around a text; it made {framed} of {bare} ({type(tokenizer).__name__})."
+        f"{type(tokenizer).__name__} changes the ids {plain} of a text to {full} when it adds special tokens; a template needs "
+        "a tokenizer that adds them around the text."
     )
 
 
 def in_chat(
     messages: Sequence[Message], parsed: Sequence[Sequence[Part]], tokenizer: Any, **options: Any
 ) -> list[Part]:
-    """Put the parts of each message into the tokenizer's chat template; its own text stands between them as anchors.
+    """Put the parts of each message into the tokenizer's chat template; the chat template's own text becomes anchors.
 
     Raises:
-        OptionError: the template drops, moves or repeats a part.
+        OptionError: the chat template drops, moves or repeats a part.
     """
     held: list[Part] = []
     filled = []
@@ -150,11 +167,12 @@ def in_chat(
             content += part.text if part.kind == "text" else f"\ue000{len(held)}\ue001"
             held += [] if part.kind == "text" else [part]
         filled.append({**message, "content": content})
+    # The chat template is rendered with a marker in place of each slot and field, and then split at the markers.
     text = tokenizer.apply_chat_template(filled, tokenize=False, **options)
     pieces = _SENTINEL.split(text)
     if [int(number) for number in pieces[1::2]] != list(range(len(held))):
         raise OptionError(
-            "a chat template must keep the slots and fields of its messages, each once and in order.",
+            "the chat template does not keep the slots and fields of its messages, each once and in order.",
             "Give the messages as the template expects them.",
             parts=len(held),
             kept=", ".join(pieces[1::2]) or "none",

@@ -1,7 +1,7 @@
-"""The map between a text and the same text with slots in it: pure functions on masks and offsets.
+"""The map between the columns of a text and those of the same text with slots inserted.
 
-Names: B rows, T text columns, S slot columns, N = T + S columns in all. Slots are inserted *between* the text's columns, so
-left, right and no padding are one case: a slot stands behind so many real tokens of its row, wherever its padding is.
+Names: B rows, T text columns, S slot columns, N = T + S columns in all. The place of a slot is the number of real tokens before
+it in its row, so left, right and no padding are one case.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Places:
-    """Where each slot of each row stands.
+    """The place of each slot in each row.
 
     Attributes:
-        offsets: how many of its row's real tokens stand before a slot, [B, S].
-        live: which slots are in use, [B, S] bool; a row with a shorter prompt has spare ones.
+        offsets: the number of the row's real tokens before each slot, [B, S].
+        live: which slots are in use, [B, S] bool; rows with a shorter prompt have spare slots.
     """
 
     offsets: Tensor
@@ -26,9 +26,9 @@ class Places:
 
 
 def gaps(mask: Tensor, offsets: Tensor) -> Tensor:
-    """Find the text column that each slot stands before (T: behind all of them).
+    """Find the text column that each slot is inserted before (T: after all columns).
 
-    A slot with tokens before it stands right behind the last of them; one without stands right before the row's first token.
+    A slot with tokens before it comes directly after the last of them, one without directly before the row's first token.
 
     Shape:
         mask [B, T], offsets [B, S] -> [B, S]
@@ -40,14 +40,14 @@ def gaps(mask: Tensor, offsets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Widened:
-    """The map between the text's columns and the widened sequence's.
+    """The map between the text's columns and those of the widened sequence, which has the slots too.
 
     Attributes:
         text: the widened column of each text column, [B, T].
         slots: the widened column of each slot, [B, S].
         live: which slots are in use, [B, S] bool.
-        predicting: the widened column whose state predicts what follows each text column: its last slot before the next text
-            column, or its own, [B, T].
+        predicting: the widened column whose state predicts the token after each text column, [B, T]: that of the last slot
+            before the next text column, or the column itself.
     """
 
     text: Tensor
@@ -57,29 +57,29 @@ class Widened:
 
     @property
     def columns(self) -> int:
-        """The width N of the widened sequence."""
+        """N, the number of columns of the widened sequence."""
         return self.text.shape[1] + self.slots.shape[1]
 
     def spread(self, values: Tensor, fill: int) -> Tensor:
-        """Move per-text values to the widened columns; slots get `fill`. [B, T, ...] -> [B, N, ...]."""
+        """Move the values of text columns to the widened columns; slots get `fill`. [B, T, ...] -> [B, N, ...]."""
         wide = values.new_full((values.shape[0], self.columns, *values.shape[2:]), fill)
         index = _match(self.text, values)
         return wide.scatter(1, index, values)
 
     def spread_mask(self, mask: Tensor) -> Tensor:
-        """Widen a mask: slots in use are visible, spare ones are not. [B, T] -> [B, N]."""
+        """Widen a mask: slots in use are visible, spare slots are not. [B, T] -> [B, N]."""
         wide = mask.new_zeros(mask.shape[0], self.columns)
         wide = wide.scatter(1, self.text, mask)
         return wide.scatter(1, self.slots, self.live.to(mask.dtype))
 
     def own_states(self, states: Tensor) -> Tensor:
-        """Keep each text column's own state. [B, N, H] -> [B, T, H]."""
+        """Select the state of each text column. [B, N, H] -> [B, T, H]."""
         return states.gather(1, _match(self.text, states))
 
     def predicting_states(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Keep the state that predicts the next text token: the last slot before it, if slots stand between.
+        """Select the state that predicts the token after each text column: that of the last slot before it, if there is one.
 
-        Padding keeps its own state, so that what precedes a row's first token stays what it was.
+        Padding keeps its own state, so that the columns before a row's first token do not change.
 
         Shape:
             states [B, N, H], mask [B, T] -> [B, T, H]
@@ -89,25 +89,25 @@ class Widened:
 
 
 def widen(before: Tensor, live: Tensor, text_columns: int, spare_first: bool = False) -> Widened:
-    """Insert each slot before its text column; spare slots go behind everything, or before, like padding.
+    """Insert each slot before its text column; spare slots go to an end of the row, like padding.
 
-    Slots that stand before one column keep their order.
+    Slots before the same column keep their order.
 
     Args:
-        before: the text column that each slot stands before, T for none, [B, S].
+        before: the text column that each slot is inserted before, T for none, [B, S].
         live: which slots are in use, [B, S] bool.
         text_columns: T.
-        spare_first: put spare slots at the left, where they stand between nothing: what is generated follows the text.
+        spare_first: put spare slots at the left, as `generate` needs: generated tokens directly follow the text.
     """
     batch, slots = before.shape
     used = live.long()
     filled = torch.zeros(batch, text_columns + 1, dtype=torch.long, device=before.device)
-    passed = filled.scatter_add(1, before, used).cumsum(-1)  # slots in use up to each gap
+    passed = filled.scatter_add(1, before, used).cumsum(-1)  # the number of slots in use up to each gap
     count = used.sum(-1, keepdim=True)
     left = slots - count if spare_first else torch.zeros_like(count)
     text = left + torch.arange(text_columns, device=before.device) + passed[:, :-1]
     order = torch.arange(slots, device=before.device).expand(batch, -1)
-    rank = torch.where(live, before, text_columns + 1) * slots + order  # by gap, then in order; spare ones last
+    rank = torch.where(live, before, text_columns + 1) * slots + order  # sorts by gap, then by slot; spare slots last
     place = torch.empty_like(rank).scatter(1, rank.argsort(-1), order)
     spare = place - count + (0 if spare_first else text_columns + count)
     following = left + torch.arange(1, text_columns + 1, device=before.device) + passed[:, 1:]
@@ -117,7 +117,7 @@ def widen(before: Tensor, live: Tensor, text_columns: int, spare_first: bool = F
 
 
 def _match(index: Tensor, values: Tensor) -> Tensor:
-    """Give an index [B, K] the trailing dimensions of `values`, without a copy."""
+    """Expand an index [B, K] to the trailing dimensions of `values`, without a copy."""
     for _ in range(values.dim() - 2):
         index = index.unsqueeze(-1)
     return index.expand(*index.shape[:2], *values.shape[2:])

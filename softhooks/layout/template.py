@@ -1,7 +1,7 @@
-"""Templates: what they say, and how fields become a row of ids around which slots stand.
+"""Templates: the syntax, and the places of slots.
 
 A template is text with parts in braces: `{soft:3}`, `{soft:"some words"}`, `{soft:2, name=a}` are slots, `{mask}` is the
-tokenizer's mask, any other `{name}` is a field of the data. `{{` and `}}` are braces. Text outside braces is an anchor.
+tokenizer's mask, any other `{name}` is a field of the data. `{{` and `}}` are literal braces. Text outside braces is an anchor.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.layout.anchors import as_ids
+from softhooks.layout.anchors import ids_from_json
 from softhooks.layout.slot_map import Places
+from softhooks.layout.tokenizing import tokenize
 
 COLUMN = "soft_slots"
-"""The batch column that says, for each slot of a template, how many real tokens of its row stand before it."""
+"""The batch column with the number of real tokens before each slot of a template."""
 
 _PIECE = re.compile(
     r"""(?P<brace>\{\{|\}\})
@@ -40,12 +41,12 @@ class Part:
     """One part of a template.
 
     Attributes:
-        kind: what it is.
-        text: an anchor's text, a field's name, or the words that slots start as.
-        count: how many slots; 0 while only a tokenizer could tell.
+        kind: the kind of part; `soft` are slots.
+        text: an anchor's text, a field's name, or the words that slots are initialized from.
+        count: the number of slots; 0 until the words are tokenized.
         tie: the name under which slots are tied.
-        ids: the words' ids.
-        space: the blanks before a field, which are tokenized with its text.
+        ids: the ids of the words.
+        space: the spaces before a field, which are tokenized with its text.
     """
 
     kind: Literal["text", "field", "mask", "soft"]
@@ -60,7 +61,7 @@ def parse(template: str) -> list[Part]:
     """Split a template into its parts.
 
     Raises:
-        OptionError: a brace that opens or closes nothing, or a slot that says nothing.
+        OptionError: a brace is not closed or not opened, or what is in braces is not a part.
     """
     parts: list[Part] = []
     place, text = 0, ""
@@ -68,21 +69,22 @@ def parse(template: str) -> list[Part]:
         match = _PIECE.match(template, place)
         if match is None or match["field"] == "soft" or (match["count"] is not None and int(match["count"]) == 0):
             wrong = re.match(r"\{[^{}]*\}", template[place:])
+            found = repr(wrong[0] if wrong else template[place : place + 30])
             raise OptionError(
-                'a template\'s braces must hold a field, `mask`, or slots such as {soft:3}, {soft:"some words"}, '
-                "{soft:2, name=a}.",
+                f"the template has {found}; braces must hold a field, `mask`, or slots such as {{soft:3}}, "
+                '{soft:"some words"}, {soft:2, name=a}.',
                 _remedy(wrong[0][1:-1].strip() if wrong else None),
                 template=repr(template),
-                not_understood=repr(wrong[0] if wrong else template[place : place + 30]),
+                not_understood=found,
             )
         place = match.end()
         if match["text"] is not None or match["brace"] is not None:
             text += match["text"] or match["brace"][0]
             continue
-        bare = text.rstrip(" ")
-        if bare:
-            parts.append(Part("text", bare))
-        parts.append(_part(match, text[len(bare) :]))
+        anchor = text.rstrip(" ")
+        if anchor:
+            parts.append(Part("text", anchor))
+        parts.append(_part(match, text[len(anchor) :]))
         text = ""
     if text.rstrip(" "):
         parts.append(Part("text", text.rstrip(" ")))
@@ -90,18 +92,18 @@ def parse(template: str) -> list[Part]:
 
 
 def _remedy(inside: str | None) -> str:
-    """What to write in the place of braces that say nothing; None: of a brace that opens or closes nothing."""
+    """Say what to write instead of these contents of braces; None: of an unmatched brace."""
     if inside is None:
-        return "Write a brace of the text twice: {{ or }}."
+        return "Write a literal brace twice: {{ or }}."
     word = (re.match(r"\w*", inside) or [""])[0]
     if difflib.get_close_matches(word.lower(), ["soft"], cutoff=0.7) or re.search(r"[:=]\s*\d+$", inside):
         return (
-            'Say how many slots there are, {soft:3}, or the words that they start as, {soft:"some words"}; slots of one name are '
-            "written {soft:3, name=a}."
+            'Give the number of slots, {soft:3}, or the words that initialize them, {soft:"some words"}; tied slots have a '
+            "name, {soft:3, name=a}."
         )
     return (
-        "Name a field as its column is named, with letters, digits and _: {text}; the mask is {mask}. Write braces of the text "
-        "twice: {{ and }}."
+        "Name a field as its column, with letters, digits and _: {text}; the mask is {mask}. Write literal braces twice: {{ and "
+        "}}."
     )
 
 
@@ -121,9 +123,9 @@ def _split(source: Any) -> tuple[tuple[Part, ...], ...]:
     elif isinstance(source, (list, tuple)) and source and all(map(_is_message, source)):
         parsed = tuple(tuple(parse(message["content"])) for message in source)
     else:
-        raise OptionError(f"a layout is made of a template, or of messages with role and content; not of {source!r}.")
+        raise OptionError(f"a layout takes a template, or messages with role and content; it is given {source!r}.")
     if not any(part.kind == "soft" for parts in parsed for part in parts):
-        raise OptionError(f"a layout must hold a slot, such as {{soft:3}}; this one holds none: {source!r}.")
+        raise OptionError(f"the layout has no slot, such as {{soft:3}}: {source!r}.")
     return parsed
 
 
@@ -138,13 +140,13 @@ class Template:
 
     Args:
         source: the template, or messages.
-        words: the ids of the words that slots start as, in order; None while they are not known.
+        words: the ids of the words that slots are initialized from, in order; None if they are not known yet.
 
     Attributes:
-        parsed: the parts, message by message; a plain template is one.
+        parsed: the parts of each message; a plain template is one message.
 
     Raises:
-        OptionError: it cannot be understood, has no slot, or slots of one name differ.
+        OptionError: it cannot be parsed, has no slot, or slots of one name differ.
     """
 
     placement = "layout"
@@ -157,14 +159,14 @@ class Template:
         if not isinstance(source, str):
             self.source = [dict(message) for message in source]
         if words is not None:
-            rest = iter(words)
-            self.parsed = tuple(tuple(_worded(part, rest) for part in parts) for parts in self.parsed)
+            remaining = iter(words)
+            self.parsed = tuple(tuple(_with_ids(part, remaining) for part in parts) for parts in self.parsed)
         if self.is_bound:
             self._rows()
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
-        """The messages of a chat, if it is one."""
+        """The messages, if the template is a chat."""
         return None if isinstance(self.source, str) else self.source
 
     @property
@@ -173,35 +175,38 @@ class Template:
         return [part for parts in self.parsed for part in parts]
 
     @property
+    def fields(self) -> list[str]:
+        """The names of fields, in order; a field may be there twice."""
+        return [part.text for part in self.parts if part.kind == "field"]
+
+    @property
     def is_bound(self) -> bool:
-        """Whether every slot is known; otherwise a tokenizer must tell."""
+        """Whether the number of slots is known; otherwise a tokenizer is needed."""
         return all(part.count for part in self.parts if part.kind == "soft")
 
     def bound(self, tokenizer: Any) -> Template:
-        """The template with every slot known."""
-        from softhooks.layout.tokenizing import tokenize
-
-        worded = [part for part in self.parts if part.kind == "soft" and part.text]
-        return Template(self.source, [tuple(tokenize(part.text, tokenizer, "soft")) for part in worded])
+        """Return the template with the ids of the words that slots are initialized from."""
+        texts = [part.text for part in self.parts if part.kind == "soft" and part.text]
+        return Template(self.source, [tuple(tokenize(text, tokenizer, "soft")) for text in texts])
 
     @property
     def has_tail(self) -> bool:
-        """Whether slots stand behind everything else."""
+        """Whether slots come last, after the text."""
         return self.messages is None and self.parts[-1].kind == "soft"
 
     @property
     def ids(self) -> list[int]:
-        """The ids that slots start as."""
+        """The ids that slots are initialized from."""
         return [token for part in self.parts for token in part.ids]
 
     @property
     def table_rows(self) -> list[int]:
-        """Which row of the prompt's table each slot takes, in template order; tied slots take the same."""
+        """The row of the prompt's table that each slot takes, in template order; tied slots share rows."""
         return self._rows()[0]
 
     @property
     def starts(self) -> dict[int, int]:
-        """Which rows of the table start as which id."""
+        """The rows of the table that are initialized from words, with their ids."""
         return self._rows()[1]
 
     def _rows(self) -> tuple[list[int], dict[int, int]]:
@@ -215,8 +220,8 @@ class Template:
             first, model = tied.setdefault(part.tie, (count, part)) if part.tie else (count, part)
             if (model.count, model.text) != (part.count, part.text):
                 raise OptionError(
-                    f"slots of one name must be equal; those named {part.tie!r} are {model.text or model.count!r} and "
-                    f"{part.text or part.count!r}."
+                    f"the slots named {part.tie!r} are {model.text or model.count!r} and {part.text or part.count!r}; slots of "
+                    "one name must be equal."
                 )
             rows += range(first, first + part.count)
             starts |= {first + i: token for i, token in enumerate(part.ids)}
@@ -224,44 +229,45 @@ class Template:
         return rows, starts
 
     def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
-        """Where the column says that the slots stand; see `Layout.places`."""
+        """Read the places of slots from the column; see `Layout.places`."""
         real = mask.bool().sum(-1)
         columns = len(self.table_rows)
         if given is None or tuple(given.shape) != (len(rows), columns):
+            found = "absent" if given is None else list(given.shape)
             raise UnsupportedModeError(
-                f"a template needs the column `{COLUMN}`, which says where the slots of each row stand.",
+                f"the column `{COLUMN}`, the places of a template's slots in each row, is {found}.",
                 "Make the batch with the layout's own `render`, `mapper` or `collator`, and keep the column.",
-                given="absent" if given is None else list(given.shape),
+                given=found,
                 expected=[len(rows), columns],
             )
         offsets = given.to(real)
         if bool(((offsets < 0) | (offsets > real[:, None])).any()):
             raise UnsupportedModeError(
-                "a row must hold every token that stands before its slots.",
-                "Cut text with the layout's `max_length`, which cuts fields only, and prefill a prompt in one chunk.",
+                f"`{COLUMN}` is out of range: a row has fewer tokens than are before its slots.",
+                "Truncate with the layout's `max_length`, which cuts fields only, and prefill a prompt in one chunk.",
                 tokens=real.tolist(),
                 soft_slots=offsets.amax(-1).tolist(),
             )
         return Places(offsets, torch.ones_like(offsets).bool())
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ids for a probe of a model, and the column for them. [1, T] -> [1, T]."""
+        """Return ids for a test forward, and the column for them. [1, T] -> [1, T]."""
         return ids, {COLUMN: torch.zeros(1, len(self.table_rows), dtype=torch.long, device=ids.device)}
 
     def to_json(self) -> dict[str, Any]:
-        """The template, and the ids of its words."""
+        """Return the template, and the ids of its words, as JSON can hold them."""
         return {"template": self.source, "words": [list(part.ids) for part in self.parts if part.ids]}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Template:
-        """The template of what `to_json` gave."""
-        return cls(told["template"], as_ids(told.get("words")))
+    def from_json(cls, stored: dict[str, Any]) -> Template:
+        """Make the template of what `to_json` returned."""
+        return cls(stored["template"], ids_from_json(stored.get("words")))
 
     def __repr__(self) -> str:
         return f"Layout({self.source!r})"
 
 
-def _worded(part: Part, words: Iterator[tuple[int, ...]]) -> Part:
+def _with_ids(part: Part, words: Iterator[tuple[int, ...]]) -> Part:
     if part.kind != "soft" or not part.text:
         return part
     ids = next(words, ())

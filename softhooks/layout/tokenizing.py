@@ -1,4 +1,4 @@
-"""Texts as ids, by a tokenizer or by the name of one."""
+"""Tokenization of texts that are given as options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IGNORE_INDEX = -100
 
 
 def tokenizer_of(tokenizer: Any) -> Any:
-    """The tokenizer itself, also where its name is given."""
+    """Return the tokenizer; load it if its name is given."""
     if not isinstance(tokenizer, str):
         return tokenizer
     from transformers import AutoTokenizer
@@ -20,14 +20,19 @@ def tokenizer_of(tokenizer: Any) -> Any:
 
 
 def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
-    """Split a text into ids, without special tokens.
+    """Tokenize a text without special tokens.
+
+    Args:
+        text: the text.
+        tokenizer: the tokenizer or its name.
+        option: the name of the option that holds the text, for errors.
 
     Raises:
-        OptionError: no tokenizer was given, or the text is empty.
+        OptionError: no tokenizer was given, or the text has no tokens.
     """
     if tokenizer is None:
         raise OptionError(
-            "initializing from text needs a tokenizer.",
+            f"{option} is a text, and no tokenizer is given.",
             "Pass `tokenizer=`: the model's own, or its name.",
             **{option: repr(text)},
         )

@@ -1,4 +1,4 @@
-"""Classes as words: the loss of few-shot tuning, over the words' logits at the mask."""
+"""Verbalizers: each class is a word, and the loss is over the logits of these words."""
 
 from __future__ import annotations
 
@@ -10,33 +10,32 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.errors import OptionError
-from softhooks.layout.tokenizing import IGNORE_INDEX
+from softhooks.layout.rendering import encode
+from softhooks.layout.tokenizing import IGNORE_INDEX, tokenizer_of
 
 
 class Verbalizer:
-    """Classes as words of the vocabulary: cross-entropy over their logits where the word belongs.
+    """Maps each class to a word of the vocabulary; the loss is the cross-entropy over the logits of these words.
 
-    Pass it to a Trainer as `compute_loss_func`, or call it in a loop with the model's output and the labels. Labels have one
-    entry a token: the word's id where it belongs, -100 elsewhere, as `Layout.mapper(..., verbalizer=)` or `labels` makes them.
+    Pass it to a Trainer as `compute_loss_func`, or call it in your own loop with the model's output and the labels. Labels have
+    one entry for each token: the id of the class's word at its place, -100 elsewhere. `Layout.mapper(..., verbalizer=)` and
+    `labels` make them.
 
-    Source: Liu et al. 2021, arXiv:2103.10385, few-shot setting. Differs: nothing.
+    Source: Liu et al. 2021, arXiv:2103.10385, few-shot setting.
 
     Args:
-        words: the word of each class, in order; one token each, as it stands behind a blank, or its id.
-        tokenizer: the model's, or its name.
-        causal: the word is predicted by the token before it, in a language model, and not at a mask.
+        words: the word of each class, in order: one token each, tokenized after a space, or its id.
+        tokenizer: the model's tokenizer or its name.
+        causal: for a causal language model, where the token before the word predicts it; False: a mask predicts it.
 
     Raises:
-        OptionError: a word is not one token, or two classes have the same.
+        OptionError: a word is not one token, or two classes have the same word.
     """
 
     def __init__(self, words: Sequence[str | int], tokenizer: Any = None, *, causal: bool = False) -> None:
         if isinstance(words, str) or len(words) < 2:
-            raise OptionError(f"a verbalizer needs a list of one word a class, two or more; it is given {words!r}.")
-        if isinstance(tokenizer, str):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            raise OptionError(f"words must be a list of one word for each class, two or more; it is {words!r}.")
+        tokenizer = tokenizer_of(tokenizer)
         self.words = list(words)
         self.causal = causal
         self.ids = [_token_of(word, tokenizer) for word in words]
@@ -45,7 +44,7 @@ class Verbalizer:
             raise OptionError(f"classes must have different words; {self.words} are the tokens {self.ids}.")
 
     def token(self, label: Any) -> int:
-        """The id of a class's word.
+        """Return the id of a class's word.
 
         Raises:
             OptionError: there is no such class.
@@ -55,24 +54,24 @@ class Verbalizer:
         return self.ids[label]
 
     def labels(self, input_ids: Tensor, classes: Tensor) -> Tensor:
-        """Put each row's word where its mask stands, and -100 elsewhere. [B, T], [B] -> [B, T]."""
+        """Make labels: the word of each row's class at its mask, -100 elsewhere. [B, T], [B] -> [B, T]."""
         at = self._masks(input_ids)
         words = torch.tensor([self.token(int(label)) for label in classes], device=input_ids.device)
         return torch.full_like(input_ids, IGNORE_INDEX).masked_scatter(at, words.to(input_ids.dtype))
 
     def scores(self, logits: Tensor, input_ids: Tensor) -> Tensor:
-        """The logits of each class at the mask. [B, T, V], [B, T] -> [B, C]."""
+        """Select the logits of each class's word at the mask. [B, T, V], [B, T] -> [B, C]."""
         return logits[self._masks(input_ids)][:, self.ids]
 
     def scores_at_labels(self, logits: Any, labels: Any) -> Tensor:
-        """The logits of each class where a row's label stands; a Trainer's `preprocess_logits_for_metrics`.
+        """Select the logits of each class's word where the row's label is; for a Trainer's `preprocess_logits_for_metrics`.
 
-        A Trainer then gathers C numbers a row and not those of the whole vocabulary, and `trainer.predict(rows).predictions` are
-        the classes' scores.
+        The Trainer then gathers C numbers for each row instead of the whole vocabulary, and `trainer.predict(rows).predictions`
+        are the scores of the classes.
 
         Args:
-            logits: the model's; of several outputs, the first.
-            labels: one label a row that is not -100.
+            logits: the model's logits, or a tuple that starts with them.
+            labels: labels with one entry in each row that is not -100.
 
         Raises:
             OptionError: a row has no label, or several.
@@ -88,19 +87,19 @@ class Verbalizer:
         return scores
 
     def classes(self, labels: Any) -> Tensor:
-        """The class of each row's label, for `compute_metrics`. [B, T] -> [B].
+        """Return the class of each row's label, for `compute_metrics`. [B, T] -> [B].
 
         Raises:
-            OptionError: a row has no label, or several, or one that is the word of no class.
+            OptionError: a row has no label, or several, or one that is not the word of a class.
         """
         labels = torch.as_tensor(labels)
         return self._class_of(labels[_places(labels)])
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """The mean loss over the places that labels name; the sum by `num_items_in_batch`, where the Trainer counts them.
+        """Compute the loss: the sum over labels, divided by their number or by the Trainer's `num_items_in_batch`.
 
         Raises:
-            OptionError: a label is the word of no class.
+            OptionError: a label is not the word of a class.
         """
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self.causal:
@@ -113,12 +112,12 @@ class Verbalizer:
         return total / count
 
     def _class_of(self, labels: Tensor) -> Tensor:
-        """The classes whose words these ids are. [N] -> [N]."""
+        """Map the ids of words to their classes. [N] -> [N]."""
         matches = labels[:, None] == torch.tensor(self.ids, device=labels.device)
         if not bool(matches.any(-1).all()):
             unknown = sorted(set(labels[~matches.any(-1)].tolist()))
             raise OptionError(
-                "every label must be the word of a class, or -100.",
+                f"the labels {unknown} are not the word of a class, nor -100.",
                 "Make labels with `Layout.mapper(..., verbalizer=)`, or with `Verbalizer.labels`.",
                 labels=unknown,
                 words=dict(zip(self.words, self.ids, strict=True)),
@@ -127,12 +126,12 @@ class Verbalizer:
 
     def _masks(self, input_ids: Tensor) -> Tensor:
         if self._mask_id is None:
-            raise OptionError("the mask is found by the tokenizer's mask token; it has none.")
+            raise OptionError("the tokenizer has no mask token, and the mask of a row is found by it.")
         at = input_ids == self._mask_id
         wrong = (at.sum(-1) != 1).nonzero()[:, 0].tolist()
         if wrong:
             raise OptionError(
-                "every row must hold the mask once.",
+                f"{len(wrong)} rows of the batch do not have the mask once.",
                 "Put one {mask} into the template, and none into the text.",
                 rows=", ".join(map(str, wrong)),
                 masks=at.sum(-1)[wrong].tolist(),
@@ -141,13 +140,13 @@ class Verbalizer:
 
 
 def _places(labels: Tensor) -> Tensor:
-    """Where labels stand, once in every row. [B, T] -> [B, T] bool."""
+    """Find the one label of each row. [B, T] -> [B, T] bool."""
     at = labels != IGNORE_INDEX
     wrong = (at.sum(-1) != 1).nonzero()[:, 0].tolist()
     if wrong:
         raise OptionError(
-            "every row must have one label that is not -100: the word of its class.",
-            "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, ask "
+            f"{len(wrong)} rows do not have exactly one label that is not -100: the word of their class.",
+            "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, use "
             "`verbalizer.scores(logits, input_ids)`.",
             rows=", ".join(map(str, wrong)),
             labels=at.sum(-1)[wrong].tolist(),
@@ -160,12 +159,10 @@ def _token_of(word: str | int, tokenizer: Any) -> int:
         return word
     if tokenizer is None or not isinstance(word, str):
         raise OptionError(f"a verbalizer's word must be text, with a tokenizer, or an id; it is {word!r}.")
-    from softhooks.layout.rendering import encode
-
     ids = encode(f" {word}", tokenizer)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise OptionError(
-            "a verbalizer's word must be one token.",
+            f"the tokenizer makes {len(ids)} tokens of {word!r}, or does not know it; the word of a class must be one token.",
             "Choose another word, or give the id of a token.",
             word=repr(word),
             tokens=tokenizer.convert_ids_to_tokens(ids),

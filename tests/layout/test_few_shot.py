@@ -107,8 +107,8 @@ IDS = [5, 6, 7, 8]
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("nothing", {}, "context ids: +missing"),
     ("no types", {"context_ids": IDS}, "token types: +missing"),
-    ("other lengths", {"context_ids": IDS, "token_types": [1, 2, 4]}, "4 and 3"),
-    ("no tokens", {"context_ids": [], "token_types": []}, "0 and 0"),
+    ("other lengths", {"context_ids": IDS, "token_types": [1, 2, 4]}, "4 entries and token_types 3"),
+    ("no tokens", {"context_ids": [], "token_types": []}, "0 entries and token_types 0"),
     ("a negative type", {"context_ids": IDS, "token_types": [1, 2, 3, -4]}, "negative"),
     ("a negative id", {"context_ids": [5, -6, 7, 8], "token_types": [1, 2, 3, 4]}, "negative"),
     ("all separators", {"context_ids": IDS, "token_types": [0] * 4}, "let a token move"),

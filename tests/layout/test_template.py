@@ -509,15 +509,15 @@ def test_the_column_is_required_and_must_fit() -> None:
         batch = layout.collator(tokenizer)(PAIRS)
         batch.pop("labels")
         column = batch.pop("soft_slots")
-        with pytest.raises(UnsupportedModeError, match=r"needs the column `soft_slots`(.|\n)*given: *absent"):
+        with pytest.raises(UnsupportedModeError, match=r"the column `soft_slots`(.|\n)*given: *absent"):
             model(**batch)
         with pytest.raises(UnsupportedModeError, match=r"given: *\[3, 2\]\nexpected: *\[3, 3\]"):
             model(**batch, soft_slots=column[:, :2])
         for wrong in (column + 40, -column):
-            with pytest.raises(UnsupportedModeError, match="every token that stands before its slots"):
+            with pytest.raises(UnsupportedModeError, match="`soft_slots` is out of range"):
                 model(**batch, soft_slots=wrong)
         cut = {key: value[:, :6] for key, value in batch.items()}
-        with pytest.raises(UnsupportedModeError, match=r"every token(.|\n)*max_length"):
+        with pytest.raises(UnsupportedModeError, match=r"fewer tokens than are before its slots(.|\n)*max_length"):
             model(**cut, soft_slots=column)
         with softhooks.disabled(model):
             model(**batch, soft_slots=column)  # the model itself never sees it
