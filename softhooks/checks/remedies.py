@@ -41,10 +41,10 @@ def names_tried_remedies(
             except AttachError as error:
                 model, method, name = args[:3]
                 assert isinstance(model, nn.Module)
-                assert isinstance(method, Method)
                 message = str(error)
                 if (
-                    name == _TRIAL
+                    not isinstance(method, Method)
+                    or name == _TRIAL
                     or prompted_model_of(model) is not None
                     or not (INSIDE in message or OTHER_METHOD in message)
                 ):
