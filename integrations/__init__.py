@@ -1,6 +1,10 @@
-"""Integrations of softhooks with other frameworks, one flat module each.
+"""Integrations of softhooks with other frameworks, one module each.
 
-Import them as ``softhooks.integrations.<framework>``: the build maps this directory to that package, and from the
-repository's root ``integrations.<framework>`` would load every module a second time. A framework is imported only
-when its integration is used, so importing a module here costs nothing and needs nothing.
+Import them as ``softhooks.integrations.<framework>``: the build maps this directory to that package. From the repository's root,
+``integrations.<framework>`` would load every module a second time. A framework is imported when its integration is used, so
+importing a module here costs nothing and needs nothing.
 """
+
+from softhooks.trainer.derived_trainers import register
+
+register("trl", "softhooks.integrations.trl")

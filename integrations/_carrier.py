@@ -11,7 +11,7 @@ from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.state_dict import live_tensors
-from softhooks.trainer.checkpoint import Saver, saver_of
+from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -112,8 +112,8 @@ class Carrier:
         self.prompt = prompt
         self.module = module
         self._prefix = f"{path}."
-        self.saver = Saver(prompt, (self, None))
-        self.saver.of_trainer = False
+        self.saver = CheckpointSaver(prompt, self)
+        self.saver.writes_checkpoints = False
         self._handles = [
             module.register_load_state_dict_pre_hook(self._check),
             module.register_load_state_dict_post_hook(self._excuse),
@@ -124,7 +124,7 @@ class Carrier:
     def of(cls, prompt: SoftPrompt, module: nn.Module, path: str) -> Carrier:
         """The carrier of a prompt in a module; made if it is not there."""
         saver = saver_of(prompt.model)
-        known = None if saver is None or saver.prompt is not prompt else saver.owner[0]
+        known = None if saver is None or saver.prompt is not prompt else saver.owner
         if isinstance(known, Carrier):
             if known.module is module:
                 return known
@@ -158,7 +158,7 @@ class Carrier:
         mine = [key for key in state if key.startswith(self._prefix) and not any(map(key.startswith, others))]
         if any(key.startswith(own) for key in mine):
             inner = {key.removeprefix(self._prefix): state[key] for key in mine}
-            self.saver.require_own(inner)
+            self.saver.check(inner)
             for key in mine:
                 if key.removeprefix(self._prefix) not in inner:
                     del state[key]  # the description

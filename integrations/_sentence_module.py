@@ -83,7 +83,8 @@ def complete(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) 
     if not prefix or saver is None or base <= mine.keys():
         return
     checked = dict(mine)
-    saver.check(checked)
+    if saver.prompt.is_attached:
+        saver.check(checked)
     for name in mine.keys() - checked.keys():  # the checkpoint's description
         del state[prefix + name]
     for name, tensor in model.state_dict().items():

@@ -15,7 +15,8 @@ from softhooks.backbone.container import CONTAINER
 from softhooks.base_model.digest import FrozenReport
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
-from softhooks.trainer.checkpoint import Saver, saver_of
+from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
+from softhooks.trainer.checks import require_trainable_prompt
 from softhooks.trainer.optimizer import is_mended, require_gradient
 
 
@@ -40,12 +41,7 @@ class LivePrompt:
 
     def __init__(self, prompt: SoftPrompt, optimizer: Any = None) -> None:
         prompt._require_attached()
-        if not any(parameter.requires_grad for parameter in prompt.encoder.parameters()):
-            raise TrainerError(
-                "a prompt must have something to train.",
-                "Load it with `trainable=True`; to use it as it is, nothing need be kept of it.",
-                prompt=repr(prompt),
-            )
+        require_trainable_prompt(prompt)
         present = saver_of(prompt.model)
         if present is not None and present.prompt is not prompt and present.prompt.is_attached:
             raise TrainerError(
@@ -58,7 +54,7 @@ class LivePrompt:
             require_optimizer(prompt, optimizer)
         self.prompt = prompt
         self.report: FrozenReport | None = None
-        self._saver = Saver(prompt, (self, self))
+        self._saver = CheckpointSaver(prompt, self)
         self._saver.optimizer = None if optimizer is None else type(optimizer).__name__
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -86,7 +82,7 @@ class LivePrompt:
             kinds = sorted({type(value).__name__ for value in state_dict.values()})
             raise TrainerError(f"the state of a prompt must hold tensors by name; this one holds {', '.join(kinds)}.")
         state = dict(state_dict)
-        self._saver.require_own(state)
+        self._saver.check(state)
         if not self._saver.loaded:
             raise TrainerError(
                 "a run that goes on must find its prompt in the checkpoint.",

@@ -46,11 +46,11 @@ from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.formats.files import read_tensors, write_tensors
 from softhooks.prompt import SoftPrompt
-from softhooks.saving.state_dict import LIVE
-from softhooks.trainer.checkpoint import Saver, saver_of
-from softhooks.trainer.checks import refuse_resting
+from softhooks.saving.state_dict import LIVE, write_live
+from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
+from softhooks.trainer.checks import require_trainable_prompt
 from softhooks.trainer.optimizer import require_held
-from softhooks.trainer.ranks import agree, is_alone, require_agreement
+from softhooks.trainer.ranks import broadcast_from_rank_0, is_single_process, require_same_on_all_ranks
 
 from ._carrier import around, bare, holds, require_same
 
@@ -96,14 +96,14 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
                 tracked=repr(other.prompt.name),
                 asked=repr(prompt.name),
             )
-    agree(prompt, accelerator.device)
+    broadcast_from_rank_0(prompt, accelerator.device)
     number = max((other.number + 1 for other in others), default=0)
     _tracked[accelerator] = [*others, Tracker(accelerator, prompt, number, check_frozen)]
     return prompt
 
 
 def _refuse(accelerator: Any, prompt: SoftPrompt) -> None:
-    refuse_resting(prompt)
+    require_trainable_prompt(prompt)
     kind = accelerator.distributed_type.value
     if kind in _PARTS or shards(prompt.model):
         raise TrainerError(
@@ -111,7 +111,7 @@ def _refuse(accelerator: Any, prompt: SoftPrompt) -> None:
             "Train with DDP, or with `transformers.Trainer` and SoftPromptCallback, which knows FSDP2.",
             launched=_PARTS.get(kind, "the model is sharded"),
         )
-    if not is_alone() and any(holds(model, prompt.model) for model in accelerator._models):
+    if not is_single_process() and any(holds(model, prompt.model) for model in accelerator._models):
         raise TrainerError(
             "in several processes a prompt must be on its model, and tracked, before the model is prepared.",
             "Call `softhooks.attach`, then `track`, then `accelerator.prepare`: DDP shares the gradients that it knows then.",
@@ -162,11 +162,11 @@ class Tracker:
         else:
             accelerator.save_model = self._model_before
 
-    def _saver(self, prompt: SoftPrompt) -> Saver:
+    def _saver(self, prompt: SoftPrompt) -> CheckpointSaver:
         saver = saver_of(prompt.model)
-        if saver is None or saver.prompt is not prompt or saver.owner[0] is not self:
-            saver = Saver(prompt, (self, None))
-            saver.of_trainer = False
+        if saver is None or saver.prompt is not prompt or saver.owner is not self:
+            saver = CheckpointSaver(prompt, self)
+            saver.writes_checkpoints = False
         return saver
 
     def _folder(self, checkpoint: str) -> Path:
@@ -182,14 +182,14 @@ class Tracker:
         beside = around(_require_prepared(models, prompt), prompt.model)
         saver = self._saver(prompt)
         saver.optimizer = _optimizer_of(accelerator, prompt)
-        require_agreement(prompt)
+        require_same_on_all_ranks(prompt)
         if self.check_frozen:
             prompt.verify_frozen()
         del weights[_place_of(prompt, weights)]
         if _writes(accelerator):
             folder = self._folder(output_dir)
             prompt.save_pretrained(folder)
-            saver.write_live(folder)
+            write_live(folder, saver.state())
             if beside:
                 write_tensors(folder / AROUND, {name: t.clone() for name, t in beside.items()}, {"format": "pt"})
 
@@ -221,7 +221,7 @@ class Tracker:
         model, folder, saver = _require_prepared(models, prompt), self._folder(input_dir), self._saver(prompt)
         saver.optimizer = _optimizer_of(accelerator, prompt)
         state = read_tensors(folder / LIVE)[0] if (folder / LIVE).is_file() else {}
-        saver.require_own(state)
+        saver.check(state)
         if not saver.loaded:
             raise TrainerError(
                 "a run goes on from a checkpoint that holds its prompt.",
@@ -234,7 +234,7 @@ class Tracker:
         prompt.model.load_state_dict(state, strict=False)
         model.load_state_dict(beside, strict=False)
         models[:] = [other for other in models if not holds(other, prompt.model)]
-        require_agreement(prompt)
+        require_same_on_all_ranks(prompt)
 
 
 # --- what an Accelerator holds ----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from torch.optim import Optimizer
 
 from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.prompt import SoftPrompt
-from softhooks.trainer.ranks import agree, require_agreement
+from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
 
 from ._training_state import LivePrompt, require_optimizer
 
@@ -72,7 +72,7 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
     if not isinstance(engine, Engine):
         raise TrainerError(f"track takes an ignite.engine.Engine; it was given {type(engine).__name__}.")
     live = LivePrompt(prompt, optimizer)
-    agree(prompt, idist.device())
+    broadcast_from_rank_0(prompt, idist.device())
 
     def begin(_engine: Any) -> None:
         prompt._require_attached()
@@ -83,7 +83,7 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
 
     def end(_engine: Any) -> None:
         prompt._require_attached()
-        require_agreement(prompt)
+        require_same_on_all_ranks(prompt)
         if check_frozen:
             live.verify_frozen()
 

@@ -53,10 +53,10 @@ from softhooks.method import Method
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.evaluation_mode import refuse_evaluation
 from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.trainer.checks import check_equal, refuse_resting
-from softhooks.trainer.frozen_check import CheckFrozen, Proof
+from softhooks.trainer.checks import check_equal, require_trainable_prompt
+from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
 from softhooks.trainer.optimizer import drop_frozen, held_by, require_gradient, require_held
-from softhooks.trainer.ranks import agree, require_agreement
+from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
 
 from ._carrier import Carrier, find_model
 from ._checkpoint_io import PromptFiles, layers_of
@@ -168,7 +168,7 @@ class _Callback:
         self._options = {"train_head": train_head, "trainable": trainable, "freeze_dropout": freeze_dropout}
         if check_frozen == "log":
             raise OptionError("check_frozen must be 'end', 'save', True or False with Lightning; it is 'log'.")
-        self._proof = Proof(check_frozen)
+        self._frozen_check = FrozenCheck(check_frozen)
 
     @property
     def soft_prompt(self) -> SoftPrompt | None:
@@ -176,7 +176,7 @@ class _Callback:
 
     @property
     def report(self) -> FrozenReport | None:
-        return self._proof.report
+        return self._frozen_check.report
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Attach before a checkpoint is restored and an optimizer is made."""
@@ -195,9 +195,9 @@ class _Callback:
         prompt = attach(pl_module, self.method, self.name, attribute=path, **self._options)  # type: ignore[arg-type]
         self.carrier = Carrier.of(prompt, pl_module, path)
         if stage == "fit":
-            refuse_resting(prompt)
+            require_trainable_prompt(prompt)
         self.carrier.saver.described = None
-        agree(prompt, trainer.strategy.root_device)
+        broadcast_from_rank_0(prompt, trainer.strategy.root_device)
         files = trainer.strategy.checkpoint_io
         if not any(layer.callback is self for layer in layers_of(files)):
             trainer.strategy.checkpoint_io = PromptFiles(files, self)
@@ -208,12 +208,12 @@ class _Callback:
         assert carrier is not None, "Lightning calls setup first"
         prompt, saver = carrier.prompt, carrier.saver
         refuse_evaluation(prompt.method, prompt.model)
-        self._proof.begin(prompt, trainer.global_step)
+        self._frozen_check.begin(prompt, trainer.global_step)
         remedy = "Make it from `self.parameters()` in `configure_optimizers`, not in `__init__`; what is frozen is taken out."
         saver.optimizer = require_held(trainer.optimizers, prompt, remedy)
         for optimizer in trainer.optimizers:
             drop_frozen(optimizer)
-        saver.require_same(saver.described)
+        saver.require_same_run(saver.described)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Refuse a step that would not train the prompt."""
@@ -228,8 +228,8 @@ class _Callback:
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Prove, on each rank, that ranks agree and nothing else moved; the base is left out when the file is written."""
         if self.soft_prompt is not None and self.soft_prompt.is_attached:
-            require_agreement(self.soft_prompt)
-            self._proof.check(self.soft_prompt, "save", trainer.global_step)
+            require_same_on_all_ranks(self.soft_prompt)
+            self._frozen_check.check(self.soft_prompt, "save", trainer.global_step)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give the model back as it was, where a run is refused before its first step."""
@@ -240,9 +240,9 @@ class _Callback:
         """Prove that ranks agree and nothing else moved."""
         prompt = self.soft_prompt
         assert prompt is not None, "Lightning calls setup first"
-        require_agreement(prompt)
+        require_same_on_all_ranks(prompt)
         rescue = Path(trainer.default_root_dir) / f"unproven-{trainer.global_step}" if trainer.is_global_zero else None
-        self._proof.check(prompt, "end", trainer.global_step, rescue)
+        self._frozen_check.check(prompt, "end", trainer.global_step, rescue)
 
 
 # --- what a Trainer holds ---------------------------------------------------------------------------------------------

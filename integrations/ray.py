@@ -43,7 +43,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from softhooks.errors import SoftHooksError, TrainerError
-from softhooks.trainer.ranks import is_alone
+from softhooks.trainer.ranks import is_single_process
 
 CHECKPOINT = "checkpoint"
 """Where in a directory that is reported the Trainer's checkpoint lies: as Ray's own callback has it."""
@@ -66,7 +66,7 @@ class ReportCallback(TrainerCallback):
             TrainerError: there is none.
         """
         train = _ray_train()
-        if not is_alone():
+        if not is_single_process():
             distributed.barrier()
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         metrics = {name: value for entry in state.log_history for name, value in entry.items()}

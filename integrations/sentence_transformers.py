@@ -54,7 +54,7 @@ from softhooks.load import load as load_onto_model
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.trainer.callback import SoftPromptCallback
-from softhooks.trainer.ranks import fsdp_plugin
+from softhooks.trainer.launch import fsdp_plugin
 
 from ._sentence_module import refuse_bare
 from ._sentence_transformers import (
@@ -173,7 +173,9 @@ class SentencePromptCallback(SoftPromptCallback):
         dress(model)
         if self._saver is not None:
             self._saver.loaded = False  # from now on: whether the best checkpoint was
-        self._around = FrozenRecord(model, lambda name: f".{CONTAINER}." not in name) if self._proof.asked else None
+        self._around = (
+            FrozenRecord(model, lambda name: f".{CONTAINER}." not in name) if self._frozen_check.asked else None
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prove that the best checkpoint was loaded, where it should, and that nothing else moved."""

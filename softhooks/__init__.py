@@ -152,3 +152,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+import_module("softhooks.integrations")  # registers the Trainers of other libraries that the callback checks

@@ -16,7 +16,7 @@ from untouched import leave_libraries_alone
 
 from softhooks import constraint
 from softhooks.backbone import attention_interface
-from softhooks.trainer import log, model_init
+from softhooks.trainer import add_callback, log
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -40,5 +40,5 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _no_prompt_left() -> None:
     """Collect what the test before dropped with a prompt on, some of it not before it was over: libraries are bare then."""
-    if any(users for users in (attention_interface.users, constraint.watched, model_init.users, log.users)):
+    if any(users for users in (attention_interface.users, constraint.watched, add_callback.users, log.users)):
         gc.collect()

@@ -1,81 +1,80 @@
-"""`SoftPromptCallback`: everything that an unmodified Trainer needs to train a prompt, and nothing else.
+"""`SoftPromptCallback`: trains a soft prompt in an unmodified Trainer.
 
-The prompt is attached at `on_init_end`, before the Trainer makes its optimizer. The model's `save_pretrained` is replaced on the
-instance, so that checkpoints hold the prompt only; they resume through the Trainer's own code (`resume.py`).
+The prompt is attached in `on_init_end`, before the Trainer makes its optimizer. The model's `save_pretrained` is replaced, so
+that checkpoints hold only the prompt; the Trainer's own code resumes from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.attach import attach
 from softhooks.base_model.digest import FrozenRecord, FrozenReport
 from softhooks.base_model.frozen_names import frozen_names
-from softhooks.base_model.gradients import SetAside
 from softhooks.compat.bitsandbytes import admit, dismiss, require_trainable
 from softhooks.compat.sharding import shards
 from softhooks.constraint import begin_step, end_step
 from softhooks.method import Method
 from softhooks.methods.task_sampling import arrange
-from softhooks.prompt import SoftPrompt, soft_prompts_of
+from softhooks.prompt import SoftPrompt
 from softhooks.runtime.attached_prompt import Injection
-from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.trainer.checkpoint import Saver, saver_of
+from softhooks.trainer import add_callback
+from softhooks.trainer.attachment import attach_or_continue, present_prompt, saver_for
+from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 from softhooks.trainer.checks import (
-    bare_after_error,
-    check_equal,
-    leave_behind,
-    refuse_done,
+    detached_on_error,
+    refuse_late,
     refuse_second,
     refuse_smoothing,
+    remove_previous,
+    require_loaded,
+    require_present,
 )
-from softhooks.trainer.frozen_check import CheckFrozen, Proof
-from softhooks.trainer.log import Showing, Watch
-from softhooks.trainer.model_init import expect, meet, refuse_late, require_loaded, require_present
+from softhooks.trainer.derived_trainers import check_trainer, guard_trainer
+from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
+from softhooks.trainer.launch import check_launch
+from softhooks.trainer.model_init import patch_trainer
 from softhooks.trainer.optimizer import is_mended, mend_optimizer, name_of, refuse_fused, require_gradient
-from softhooks.trainer.ranks import agree, check_launch, redirect, require_agreement, way_in
-from softhooks.trainer.recovery import drop, set_aside, stand_ins
-from softhooks.trainer.trl import check_framework, guard_framework
+from softhooks.trainer.other_prompts import FrozenPrompts
+from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
+from softhooks.trainer.recovery import remove_links, rename_incomplete, replacement_links
+from softhooks.trainer.template_rows import prepare_template_rows
 
 
 class SoftPromptCallback(TrainerCallback):
     """Train a soft prompt with any Trainer: `Trainer(..., callbacks=[SoftPromptCallback(PromptTuning(20))])`.
 
     Checkpoints hold the prompt (`soft_prompt.*`, which `softhooks.load` reads) and its live parameters, from which the Trainer
-    resumes bit for bit. `trainer.save_model()` writes the prompt only. Other prompts on the model rest while this one trains.
-    What a killed process has left half written is set aside, so that `resume_from_checkpoint=True` finds the last whole one.
+    resumes bit for bit. `trainer.save_model()` writes only the prompt. Other prompts of the model are frozen meanwhile.
+    Incomplete checkpoints of a killed process are renamed, so that `resume_from_checkpoint=True` finds the last complete one.
 
-    Every training log holds `soft_prompt/norm`, `soft_prompt/grad_norm` (after clipping), `soft_prompt/distance` (from where the
-    prompt was attached) and what the method adds; reporters and the progress bar see them as they see the loss.
+    Every training log has `soft_prompt/norm`, `soft_prompt/grad_norm` (after clipping), `soft_prompt/distance` (from the prompt
+    as it was attached) and the method's own metrics. Reporters and the progress bar get them together with the loss.
 
-    A model that carries an equal prompt under this name already is taken up and trained on. Models that `model_init` makes get a
-    new prompt each, and so does a Trainer that is given the callback after its construction (`add_callback`): on the Trainer's
-    instance, `call_model_init` and `create_optimizer` are wrapped for that.
+    If the model already has an equal prompt of this name, the callback continues to train that one. Every model that `model_init`
+    returns gets a new prompt. The callback may also be added after the Trainer was made (`add_callback`). To attach in time, it
+    wraps `call_model_init` and `create_optimizer` of the Trainer instance.
 
     Args:
-        method: what to train.
-        name: under which to attach it.
+        method: the method to train.
+        name: the name of the prompt.
         train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
-        check_frozen: when to compare the digests of the base model: at the "end" of training; also before each "save", so that no
-            checkpoint is written beside a base that has moved (True means this); also at each "log"; or never, False.
-        model: the Trainer's model, if it is quantized: the prompt is attached at once, for the Trainer takes such a model only
-            with something trainable on it.
+        check_frozen: when to check that the base has not changed: "end": at the end of training; "save" or True: also before each
+            checkpoint, so that none is written with a changed base; "log": also at each log; False: never.
+        model: the Trainer's model, if it is quantized. The prompt is then attached at once, because the Trainer accepts a
+            quantized model only if something on it can be trained.
 
     Attributes:
-        soft_prompt: the handle, from the construction of the Trainer on.
+        soft_prompt: the attached prompt, once the Trainer is made.
 
     Raises:
-        OptionError: `check_frozen` is none of these.
+        OptionError: `check_frozen` has another value.
     """
-
-    remedy: ClassVar[str] = "Train the prompts one after the other, each with a Trainer of its own."
-    """What to do about a second callback on the same Trainer."""
 
     def __init__(
         self,
@@ -93,12 +92,11 @@ class SoftPromptCallback(TrainerCallback):
         self.method = method
         self.name = name
         self.soft_prompt: SoftPrompt | None = None
-        self._resting: list[tuple[str, nn.Parameter]] = []
-        self._set_aside = SetAside()
-        self._stand_ins: list[Path] = []
+        self._other_prompts = FrozenPrompts()
+        self._links: list[Path] = []
         self._injection = injection
         self._is_sharded = False
-        self._proof = Proof(check_frozen)
+        self._frozen_check = FrozenCheck(check_frozen)
         self._sampler: Any = None
         self._options: dict[str, Any] = {
             "train_head": train_head,
@@ -109,71 +107,69 @@ class SoftPromptCallback(TrainerCallback):
 
         if model is not None:
             require_trainable(model)
-            self.soft_prompt = self._attach(model)
-            admit(self.soft_prompt.model, self.soft_prompt.prompted_model.patches)
-        expect(self)
+            self.soft_prompt, _ = attach_or_continue(model, method, name, injection, self._options)
+            admit(model, self.soft_prompt.prompted_model.patches)
+        add_callback.users.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled callback, and register it for the Trainers that are made later."""
+        """Restore a copied or unpickled callback, and register it for `add_callback` of Trainers."""
         self.__dict__.update(state)
-        expect(self)
+        add_callback.users.add(self)
 
     @property
     def report(self) -> FrozenReport | None:
-        """What the last check of the base has read."""
-        return self._proof.report
+        """The report of the last check of the base."""
+        return self._frozen_check.report
 
     # --- events -------------------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Attach before the Trainer makes its optimizer; a user's own optimizer is mended in place."""
+        """Attach before the Trainer makes its optimizer; change an optimizer that the user passed in place."""
         if self._options["train_added_tokens"] is True and hasattr(kwargs.get("processing_class"), "get_added_vocab"):
             self._options["train_added_tokens"] = kwargs["processing_class"]
-        check_launch(args, kwargs["model"], self.method)
-        check_framework(args, kwargs["model"], self.method, self._options["trainable"])
-        optimizer = kwargs.get("optimizer")
+        model, optimizer = kwargs["model"], kwargs.get("optimizer")
+        self._check(args, model)
         if optimizer is None:
             refuse_fused(name_of(args))
         with args.main_process_first(local=args.save_on_each_node):
             if args.should_save:
-                set_aside(Path(str(args.output_dir)))
-                self._stand_ins = stand_ins(Path(str(args.output_dir)))
-        with bare_after_error(kwargs["model"]):
-            guard_framework(args, (prompt := self._take(kwargs["model"], control)).prompted_model)
-            agree(prompt, args.device)
+                rename_incomplete(Path(str(args.output_dir)))
+                self._links = replacement_links(Path(str(args.output_dir)))
+        with detached_on_error(model):
+            prompt = self._prepare(args, model, control)
             if optimizer is not None:
                 mend_optimizer(optimizer, prompt)
         self._name_optimizer(args, optimizer)
-        meet(self)
+        trainer = patch_trainer(self)
+        if trainer is not None:
+            prepare_template_rows(trainer, self.method)
 
     def on_model_init(self, args: TrainingArguments, control: TrainerControl, model: nn.Module, trial: Any) -> None:
-        """Attach to a model that `model_init` has made, for another training or another trial; no event of the Trainer's."""
+        """Attach to a model that `model_init` returned, for another training or trial; called by the patched Trainer."""
         self.method = self.method_for(trial)
-        check_launch(args, model, self.method)
-        check_framework(args, model, self.method, self._options["trainable"])
-        leave_behind(self, model, trial)
-        guard_framework(args, (prompt := self._take(model, control)).prompted_model)
-        agree(prompt, args.device)
+        self._check(args, model)
+        remove_previous(self, model, trial)
+        self._prepare(args, model, control)
         self._name_optimizer(args, None)
 
     def method_for(self, trial: Any) -> Method:
-        """What to train in a trial of a search (None: outside of one); a subclass may choose."""
+        """The method to train in a trial of a search (None outside a search); subclasses may choose."""
         return self.method
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Meet the model and the optimizer that will train; mend what is new, refuse what is too late."""
+        """Check the model and the optimizer that will train; attach to a model that is new, or refuse it."""
         refuse_smoothing(args, self.method)
         model, optimizer, known = kwargs["model"], kwargs["optimizer"], self.soft_prompt
         is_known = known is not None and known.is_attached and known.model is model
         if not is_known:
-            if not self._is_ready(model, optimizer):
-                refuse_late(args, state, "a model or a callback that no event has announced")
+            present = present_prompt(model, self.name)
+            if present is None or not is_mended(optimizer, present):
+                refuse_late(args, state, "a model or a callback that came without an event")
             if known is not None:
                 known.remove()
-            check_launch(args, model, self.method)
-            check_framework(args, model, self.method, self._options["trainable"])
+            self._check(args, model)
         prompt = self._take(model, control)
         saver = saver_of(model)
         assert saver is not None
@@ -181,143 +177,119 @@ class SoftPromptCallback(TrainerCallback):
             refuse_fused(name_of(args))
             self._name_optimizer(args, None)
         if not is_known:
-            guard_framework(args, prompt.prompted_model)
-            saver.recall()
+            guard_trainer(args, prompt.prompted_model)
+            saver.check_loaded_before()
         self._is_sharded = shards(model)
         require_loaded(state, self.name, saver.loaded)
-        saver.begun = True
+        saver.has_trained = True
         if not is_mended(optimizer, prompt):
-            refuse_late(args, state, "the optimizer does not hold exactly the prompt's parameters")
+            refuse_late(args, state, "an optimizer that does not hold exactly the prompt's parameters")
             mend_optimizer(optimizer, prompt)
-        require_agreement(prompt)
-        self._proof.begin(prompt, state.global_step)
+        require_same_on_all_ranks(prompt)
+        self._frozen_check.begin(prompt, state.global_step)
         prompt.prompted_model.embed_last()
-        saver.prove = None if self._is_sharded else lambda: self._proof.check(prompt, "save", state.global_step)
-        seed = args.seed if args.data_seed is None else args.data_seed  # by which the Trainer would order its rows
+        saver.verify = None if self._is_sharded else lambda: self._frozen_check.check(prompt, "save", state.global_step)
+        seed = args.seed if args.data_seed is None else args.data_seed  # the seed by which the Trainer would shuffle
         self._sampler = arrange(kwargs.get("train_dataloader"), self.method, seed)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the method's own order of rows which epoch it is, also where the run is resumed in its middle."""
+        """Set the epoch of the method's own sampler, also when the run is resumed within an epoch."""
         if self._sampler is not None and state.epoch is not None:
             self._sampler.set_epoch(int(state.epoch + 1e-6))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hold on to the gradients, for the next log.
+        """Check the gradients, and keep them for the next log.
 
         Raises:
-            TrainerError: somebody has removed the prompt, or no gradient has reached it.
+            TrainerError: the prompt was removed, or has no gradient.
         """
         prompt, saver = require_present(self.soft_prompt, self.name, state), self._saver
-        drop(self._stand_ins)
-        if saver is not None and saver.watch is not None:
-            saver.watch.note_gradients()
+        remove_links(self._links)
+        if saver is not None and saver.metrics is not None:
+            saver.metrics.keep_gradients()
         require_gradient(prompt, state.global_step)
         begin_step(prompt.encoder)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Constrain the prompt, also where the optimizer is none of torch's."""
+        """Apply the method's constraint, also with optimizers that are not torch's."""
         if self.soft_prompt is not None:
             end_step(self.soft_prompt.encoder)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Prove that nothing else has moved, where that is asked for so often."""
+        """Check the base, with `check_frozen="log"`."""
         if "loss" in (kwargs.get("logs") or {}) and self.soft_prompt is not None:
-            self._proof.check(self.soft_prompt, "log", state.global_step)
+            self._frozen_check.check(self.soft_prompt, "log", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The checkpoint is whole; the processes that did not write it prove that their own base has not moved.
-
-        Where the base is sharded, all do that here: none can read the whole of it alone.
-        """
+        """Release the checkpoint's lock; check the base on the ranks that did not write it, or on all ranks if it is sharded."""
         saver = self._saver
         if saver is None:
             return
         saver.finish()
         if not args.should_save or self._is_sharded:
-            self._proof.check(saver.prompt, "save", state.global_step)
+            self._frozen_check.check(saver.prompt, "save", state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Wake the model's other prompts, and prove that ranks agree and nothing else moved."""
+        """Unfreeze the model's other prompts; check that ranks agree and that the base has not changed."""
         if self.soft_prompt is not None:
-            require_agreement(self.soft_prompt)
-        for _, parameter in self._resting:
-            parameter.requires_grad_(True)
-        self._set_aside.restore(self._resting)
-        self._resting.clear()
+            require_same_on_all_ranks(self.soft_prompt)
+        self._other_prompts.unfreeze()
         prompt, saver = self.soft_prompt, self._saver
         if prompt is None or saver is None:
             return
-        saver.loaded, saver.prove = False, None
+        saver.loaded, saver.verify = False, None
         can_rescue = args.should_save and not self._is_sharded
         rescue = Path(str(args.output_dir)) / f"unproven-{state.global_step}" if can_rescue else None
-        self._proof.check(prompt, "end", state.global_step, rescue)
+        self._frozen_check.check(prompt, "end", state.global_step, rescue)
         if state.is_world_process_zero:
-            tqdm.write(f"soft prompt {self.name!r}: {prompt.num_parameters:,} numbers trained; {self._proof}")
+            tqdm.write(f"soft prompt {self.name!r}: {prompt.num_parameters:,} parameters trained; {self._frozen_check}")
         if state.is_hyper_param_search:
-            self.soft_prompt = None  # the next trial brings a model of its own; this one must not stay in memory
+            self.soft_prompt = None  # release this trial's model; the next trial has its own
 
     # --- the model ----------------------------------------------------------------------------------------------------
 
+    def _check(self, args: TrainingArguments, model: nn.Module) -> None:
+        """Check launch and settings before anything is attached."""
+        check_launch(args, model, self.method)
+        check_trainer(args, model, self.method, self._options["trainable"])
+
+    def _prepare(self, args: TrainingArguments, model: nn.Module, control: TrainerControl) -> SoftPrompt:
+        """Attach the prompt or continue with it, on all ranks alike."""
+        prompt = self._take(model, control)
+        guard_trainer(args, prompt.prompted_model)
+        broadcast_from_rank_0(prompt, args.device)
+        return prompt
+
     def _take(self, model: nn.Module, control: TrainerControl) -> SoftPrompt:
-        """Attach to a model, or take up an equal prompt that it carries; then only this prompt trains."""
-        saver = saver_of(model)
-        if saver is not None and saver.prompt.is_attached:
-            refuse_second(self, saver.owner, control)
-        prompted = prompted_model_of(model)
-        present = soft_prompts_of(prompted).get(self.name) if prompted else None
-        if present is None:
-            prompt = self._attach(model)
-        else:
-            check_equal(present, self.method, **self._options)
-            refuse_done(present)
-            prompt = present
-            redirect(prompt, way_in(self.method, self._injection))
-        prompted = prompt.prompted_model
-        dismiss(prompted.model, prompted.patches)
-        prompted.active = self.name
-        for other in prompted.prompts.values():
-            for part in (other.encoder, other.heads):
-                for name, parameter in part.named_parameters(f"{other.name}.{type(part).__name__}"):
-                    if other is not prompt and parameter.requires_grad:
-                        self._resting.append((name, parameter))
-                    parameter.requires_grad_(other is prompt)
-        self._set_aside.take(self._resting)
-        if prompted.record is None:
-            prompted.record = FrozenRecord(model, frozen_names(model))
+        """Attach the prompt or continue with it, and let nothing else on the model train."""
+        refuse_second(self, model, control)
+        prompt, is_new = attach_or_continue(model, self.method, self.name, self._injection, self._options)
+        shared = prompt.prompted_model
+        dismiss(model, shared.patches)
+        shared.active = self.name
+        self._other_prompts.freeze_all_but(prompt)
+        if shared.record is None:
+            shared.record = FrozenRecord(model, frozen_names(model))
         self.soft_prompt = prompt
-        if saver is None or saver.prompt is not prompt or saver.owner[0] is not self:
-            saver = Saver(prompt, (self, control))
-            saver.watch, saver.made = Watch(prompt), present is None
-            prompted.keep(Showing(saver), is_copied=False)
-        saver.owner = (self, control)  # a Trainer that restores its callbacks' states has a new control
+        saver_for(prompt, self, control, is_new=is_new)
         return prompt
 
     @property
-    def _saver(self) -> Saver | None:
-        """What the callback keeps on the model, while the model's prompt is its own."""
+    def _saver(self) -> CheckpointSaver | None:
+        """The saver of the callback's model, unless another callback has taken over the model."""
         saver = None if self.soft_prompt is None else saver_of(self.soft_prompt.model)
-        return saver if saver is not None and saver.owner[0] is self else None
+        return saver if saver is not None and saver.owner is self else None
 
     def _name_optimizer(self, args: TrainingArguments, optimizer: Any) -> None:
-        """Tell what stands in for `save_pretrained` whose state is saved beside the prompt, unless none is."""
+        """Note the optimizer whose state the Trainer saves with the prompt."""
         saver = self._saver
         if saver is not None and not args.save_only_model:
             saver.optimizer = name_of(args) if optimizer is None else type(optimizer).__name__
-
-    def _attach(self, model: nn.Module) -> SoftPrompt:
-        injection = way_in(self.method, self._injection)
-        return attach(model, self.method, self.name, injection=injection, **self._options)
-
-    def _is_ready(self, model: nn.Module, optimizer: Any) -> bool:
-        """Whether a model that came late brought the prompt along, and the optimizer knows it."""
-        prompted = prompted_model_of(model)
-        present = soft_prompts_of(prompted).get(self.name) if prompted else None
-        return present is not None and is_mended(optimizer, present)

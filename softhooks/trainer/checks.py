@@ -1,14 +1,14 @@
-"""A prompt that is there already: whether a Trainer may go on with it, or has to leave it behind."""
+"""Checks of a callback's prompt: one that is already attached, one that comes too late, one that is gone."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
-from transformers import TrainerControl
+from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.heads import find_heads
@@ -18,16 +18,19 @@ from softhooks.prompt import SoftPrompt
 from softhooks.runtime.added_tokens import chosen_ids
 from softhooks.trainer.checkpoint import saver_of
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
-    from softhooks.method import Method
-    from softhooks.prompt import SoftPrompt
+class TrainingCallback(Protocol):
+    """The members of a `SoftPromptCallback` that the checks and patches of this package use."""
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    name: str
+    method: Method
+    soft_prompt: SoftPrompt | None
 
-    from softhooks.trainer.callback import SoftPromptCallback
+    def on_model_init(self, args: TrainingArguments, control: TrainerControl, model: nn.Module, trial: Any) -> None:
+        """Attach the prompt to a model that `model_init` returned."""
+
+
+# --- a prompt that is already attached --------------------------------------------------------------------------------
 
 
 def check_equal(
@@ -39,10 +42,10 @@ def check_equal(
     train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
     **_: Any,
 ) -> None:
-    """Check that a prompt that is there already is what a callback would have attached.
+    """Check that an attached prompt equals the one that a callback would attach.
 
     Raises:
-        NameTakenError: it is another.
+        NameTakenError: it has another method or other options.
     """
     model = present.model
     names = [name for name, _ in model.named_parameters() if not is_prompt_key(name)]
@@ -54,111 +57,164 @@ def check_equal(
     if present.method == method and held == wanted and bool(len(present.heads)) == own_head and rows == asked:
         return
     raise NameTakenError(
-        "a Trainer goes on with a prompt only if method and options are equal.",
+        f"the model already has another prompt named {present.name!r}; training continues only one with equal method and "
+        "options.",
         "Remove the other prompt, or give this callback another `name=`.",
-        attached=f"{present.name!r}: {present.method!r}{_besides(len(present.heads), len(held), len(rows))}",
-        asked=f"{present.name!r}: {method!r}{_besides(own_head, len(wanted), len(asked))}",
+        attached=f"{present.name!r}: {present.method!r}{_extras(len(present.heads), len(held), len(rows))}",
+        asked=f"{present.name!r}: {method!r}{_extras(own_head, len(wanted), len(asked))}",
     )
 
 
-def _besides(heads: int, parameters: int, rows: int) -> str:
-    head = ", with its own head" if heads else ""
-    head += f", with the rows of {rows} added tokens" if rows else ""
-    return head + (f", with {parameters} parameters of the base" if parameters else "")
+def _extras(heads: int, parameters: int, rows: int) -> str:
+    return (
+        (", with its own head" if heads else "")
+        + (f", with the rows of {rows} added tokens" if rows else "")
+        + (f", with {parameters} parameters of the base" if parameters else "")
+    )
 
 
-def refuse_done(prompt: SoftPrompt) -> None:
-    """Refuse a prompt that has nothing to train.
-
-    Raises:
-        TrainerError: its encoder has no parameters.
-    """
-    if next(prompt.encoder.parameters(), None) is None:
-        raise TrainerError(
-            "a Trainer goes on only with a prompt that has parameters; this one is folded for good.",
-            "Load it with `trainable=True`.",
-            prompt=f"{prompt.name!r}: {prompt.method!r}",
-        )
-
-
-def refuse_resting(prompt: SoftPrompt) -> None:
-    """Refuse to train a prompt of which nothing takes a gradient.
-
-    Raises:
-        TrainerError: it is frozen, or folded for good.
-    """
-    if not any(parameter.requires_grad for parameter in prompt.encoder.parameters()):
-        raise TrainerError(
-            "a prompt that trains must have parameters that do.",
-            "Load it with `trainable=True`.",
-            prompt=f"{prompt.name!r}: {prompt.method!r}",
-        )
-
-
-def refuse_second(callback: SoftPromptCallback, owner: tuple[Any, object], control: TrainerControl) -> None:
-    """Refuse a callback beside another one of the same Trainer.
+def require_trainable_prompt(prompt: SoftPrompt, *, may_be_frozen: bool = False) -> None:
+    """Check that a prompt has parameters that take a gradient.
 
     Args:
-        owner: the callback that trains the model's prompt, and the control of its Trainer.
+        may_be_frozen: accept frozen parameters, which the caller unfreezes.
 
     Raises:
-        TrainerError: it is another one, and of the same Trainer.
+        TrainerError: the prompt is folded into a constant, or frozen.
     """
-    first, its_control = owner
-    if first is not callback and its_control is control:
-        raise TrainerError(
-            "a Trainer trains one prompt.",
-            first.remedy,
-            first=f"{first.name!r}: {first.method!r}",
-            second=f"{callback.name!r}: {callback.method!r}",
-        )
+    if any(may_be_frozen or parameter.requires_grad for parameter in prompt.encoder.parameters()):
+        return
+    raise TrainerError(
+        f"the prompt {prompt.name!r} has no trainable parameters.",
+        "Load it with `trainable=True`.",
+        prompt=f"{prompt.name!r}: {prompt.method!r}",
+    )
 
 
-def leave_behind(callback: SoftPromptCallback, model: nn.Module, trial: Any) -> None:
-    """Remove what a callback has trained on the last model that `model_init` made; if it makes the same again, from that.
+def refuse_second(callback: TrainingCallback, model: nn.Module, control: TrainerControl) -> None:
+    """Refuse a second callback of one Trainer.
+
+    Args:
+        control: the control of the callback's Trainer, which identifies the Trainer.
 
     Raises:
-        TrainerError: a trial would begin with what another has trained.
+        TrainerError: another callback of this Trainer trains a prompt of the model.
+    """
+    saver = saver_of(model)
+    if saver is None or not saver.prompt.is_attached or saver.control is not control or saver.owner is callback:
+        return
+    first: Any = saver.owner
+    raise TrainerError(
+        "the Trainer has two SoftPromptCallbacks; it trains one prompt.",
+        "Train the prompts one after the other, each with its own Trainer.",
+        first=f"{first.name!r}: {first.method!r}",
+        second=f"{callback.name!r}: {callback.method!r}",
+    )
+
+
+def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) -> None:
+    """Remove the prompt that a callback trained before, from the last model and from one that `model_init` returns again.
+
+    Args:
+        trial: the trial of a hyperparameter search; None outside a search.
+
+    Raises:
+        TrainerError: the prompt was attached by the script and trained by another trial.
     """
     known, saver = callback.soft_prompt, saver_of(model)
     if known is not None and known.model is not model:
         known.remove()
-    if saver is None or saver.owner[0] is not callback or not saver.prompt.is_attached:
+    if saver is None or saver.owner is not callback or not saver.prompt.is_attached:
         return
-    if saver.made:
+    if saver.attached_by_owner:
         saver.prompt.remove()
-    elif saver.begun and trial is not None:
+    elif saver.has_trained and trial is not None:
         raise TrainerError(
-            "every trial of a search begins with a prompt that none has trained.",
+            "`model_init` returned a model with a prompt that another trial has trained; each trial needs an untrained one.",
             "Let `model_init` return a model without this prompt (the callback attaches it), or attach a new one inside.",
             trial=getattr(trial, "number", trial),
-            prompt=f"{saver.prompt.name!r}, attached by the script and trained by another trial",
+            prompt=f"{saver.prompt.name!r}, attached by the script",
         )
 
 
 @contextmanager
-def bare_after_error(model: nn.Module) -> Iterator[None]:
-    """Remove what a callback attaches if its Trainer is refused after that; a prompt that was there before stays."""
+def detached_on_error(model: nn.Module) -> Iterator[None]:
+    """Remove the prompt that a callback attaches inside the block if the block raises; one that was there before stays."""
     before = saver_of(model)
     try:
         yield
     except BaseException:
         saver = saver_of(model)
-        if saver is not None and saver is not before and saver.made:
+        if saver is not None and saver is not before and saver.attached_by_owner:
             saver.prompt.remove()
         raise
 
 
-def refuse_smoothing(args: TrainingArguments, method: Method) -> None:
-    """Refuse a loss of the Trainer's own where the method has one.
+# --- a prompt that comes too late, or is gone -------------------------------------------------------------------------
+
+
+def refuse_late(args: TrainingArguments, state: TrainerState, found: str) -> None:
+    """Refuse a prompt that comes after the optimizer was made, if training was resumed, is distributed or writes checkpoints.
 
     Raises:
-        TrainerError: labels are to be smoothed.
+        TrainerError: naming the reason.
+    """
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    reasons = {
+        "training is resumed": bool(state.global_step),
+        "there are several processes": args.world_size > 1,
+        f"the Trainer could not resume from its checkpoints: save_strategy={strategy!r}": strategy != "no",
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None:
+        raise TrainerError(
+            "the prompt came after the Trainer made its optimizer; it must be attached before, to be resumed and synchronized.",
+            "Pass `model=` or `model_init=`, and `callbacks=[SoftPromptCallback(...)]`, to the Trainer, or call "
+            "`trainer.add_callback` before `train()`. If you need no checkpoints, set save_strategy='no'.",
+            found=found,
+            but=reason,
+        )
+
+
+def require_loaded(state: TrainerState, name: str, loaded: bool) -> None:
+    """Check that a resumed run has loaded its prompt from the checkpoint.
+
+    Raises:
+        TrainerError: naming the step.
+    """
+    if state.global_step and not loaded:
+        raise TrainerError(
+            f"the checkpoint of step {state.global_step} has no prompt named {name!r}, so training cannot be resumed from it.",
+            "Resume from a checkpoint that this callback wrote, under the same name.",
+        )
+
+
+def require_present(prompt: SoftPrompt | None, name: str, state: TrainerState) -> SoftPrompt:
+    """Check before a step that the prompt is attached; without it the whole model would train, or nothing.
+
+    Raises:
+        TrainerError: naming the step.
+    """
+    if prompt is None or not prompt.is_attached:
+        raise TrainerError(
+            f"the prompt {name!r} is not on the model before step {state.global_step + 1}; it must stay attached in training.",
+            "Pass the callback to the Trainer in `callbacks=[...]`; remove the prompt after `train()`.",
+        )
+    return prompt
+
+
+# --- the Trainer's arguments ------------------------------------------------------------------------------------------
+
+
+def refuse_smoothing(args: TrainingArguments, method: Method) -> None:
+    """Refuse label smoothing for a method with its own objective.
+
+    Raises:
+        TrainerError: the Trainer would replace the objective with its smoothed loss.
     """
     if args.label_smoothing_factor and method.objective() is not None:
         raise TrainerError(
-            "a method with an objective of its own trains on `output.loss`; the Trainer would put another loss in its place.",
+            f"label_smoothing_factor={args.label_smoothing_factor} would replace `output.loss`, which has the objective of "
+            f"{method.kind!r}.",
             "Set label_smoothing_factor to 0, and pass no `compute_loss_func`.",
-            method=method.kind,
-            label_smoothing_factor=args.label_smoothing_factor,
         )

@@ -1,4 +1,4 @@
-"""When a Trainer's run proves that nothing but the prompt has moved, and what it says if something has."""
+"""The check that training has changed nothing but the prompt, and the moments at which it runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ Moment = Literal["end", "save", "log"]
 _MOMENTS: dict[str, tuple[Moment, ...]] = {"end": ("end",), "save": ("end", "save"), "log": ("end", "save", "log")}
 
 
-class Proof:
-    """The checks of one callback.
+class FrozenCheck:
+    """Compares the base with its record at some moments of a training.
 
     Args:
-        asked: the rarest moment to check at: the "end", each "save", each "log"; True means "save", False never.
+        asked: "end": at the end of training; "save": also before each checkpoint; "log": also at each log. True means "save";
+            False means never.
 
     Attributes:
-        report: what the last check has read.
+        report: the report of the last check.
 
     Raises:
         OptionError: `asked` is none of these.
@@ -33,41 +34,40 @@ class Proof:
             raise OptionError(f"check_frozen must be 'end', 'save', 'log', True or False; it is {asked!r}.")
         self.asked = "save" if asked is True else asked
         self.report: FrozenReport | None = None
-        self._proven = 0
+        self._last_step = 0
 
     def begin(self, prompt: SoftPrompt, step: int) -> None:
-        """Refuse to train on a base that was converted after its record was taken; no bits are read yet.
+        """Check dtypes and shapes of the base before training; no values are read.
 
         Raises:
-            TrainerError: naming a tensor.
+            TrainerError: the base was converted after the prompt was attached.
         """
-        self._proven = step
+        self._last_step = step
         record = prompt.prompted_model.record
         converted = record.converted(prompt.model) if record is not None and self.asked else []
         if converted:
             raise TrainerError(
-                "the base must keep its precision and its shapes from the moment that the prompt is attached.",
-                "`bf16_full_eval` and `fp16_full_eval` convert a model that is evaluated outside of a training: load it in "
-                "that precision, or evaluate after the training. Lightning's `bf16-true` converts, `bf16-mixed` does not.",
-                converted=f"{len(converted)} tensors",
+                f"{len(converted)} tensors of the base have another dtype or shape than when the prompt was attached.",
+                "`bf16_full_eval` and `fp16_full_eval` convert a model that is evaluated outside of training: load it in that "
+                "precision, or evaluate after the training. Lightning's `bf16-true` converts the model, `bf16-mixed` does not.",
                 first=converted[0],
             )
 
     def check(self, prompt: SoftPrompt, moment: Moment, step: int, rescue: Path | None = None) -> None:
-        """Compare the base with its record, if it is asked for at such a moment.
+        """Compare the base with its record, if this is a moment to do so.
 
         Args:
-            rescue: where to put the prompt before the error ends the run.
+            rescue: where to save the prompt before the error is raised.
 
         Raises:
-            FrozenModifiedError: naming what moved, and between which steps.
+            FrozenModifiedError: naming the tensors that changed, and between which steps.
         """
         if not isinstance(self.asked, str) or moment not in _MOMENTS[self.asked]:
             return
         record = prompt.prompted_model.record
         assert record is not None, "a prompt that trains has a record"
         self.report = None
-        where: dict[str, object] = {"when": f"after step {self._proven}, and found at step {step}"}
+        where: dict[str, object] = {"when": f"between step {self._last_step} and step {step}"}
         if rescue is not None:
             where["trained_prompt"] = f"saved in {rescue}"
         try:
@@ -76,7 +76,7 @@ class Proof:
             if rescue is not None:
                 prompt.save_pretrained(rescue)
             raise
-        self._proven = step
+        self._last_step = step
 
     def __str__(self) -> str:
-        return f"nothing else moved ({self.report})" if self.asked else "whether anything else moved was not checked"
+        return f"nothing else changed ({self.report})" if self.asked else "not checked whether anything else changed"

@@ -1,4 +1,4 @@
-"""Make an optimizer that somebody else built hold exactly what is trained."""
+"""Optimizers that must hold exactly the prompt's trainable parameters."""
 
 from __future__ import annotations
 
@@ -16,55 +16,54 @@ from softhooks.prompt import SoftPrompt
 logger = logging.getLogger(__name__)
 
 _FUSED = ("lomo", "adalomo", "_layerwise")
-"""How the names end of optimizers that step inside the backward."""
+"""Endings of the names of optimizers that step inside the backward pass."""
 
 _NAMES = "param_names"
-"""Where a group keeps its parameters' names, if the optimizer was given them."""
+"""The key of a group's parameter names, if the optimizer was made with named parameters."""
 
 
 def name_of(args: TrainingArguments) -> str:
-    """What a Trainer's own optimizer is called; a fused one keeps the state of the plain one."""
+    """The name of the Trainer's optimizer; a fused one has the same state as the plain one, and so the same name."""
     return str(getattr(args.optim, "value", args.optim)).removesuffix("_fused")
 
 
 def refuse_fused(name: str) -> None:
-    """Refuse the optimizers that train inside the backward: they hold no parameters, and a checkpoint gets no state of theirs.
+    """Refuse optimizers that step inside the backward pass: they hold no parameters and save no state.
 
     Raises:
         TrainerError: naming the option.
     """
     if name.endswith(_FUSED):
         raise TrainerError(
-            "an optimizer must hold the prompt's parameters and their state; one that steps inside the backward does not.",
+            f"optim={name!r} steps inside the backward pass; its state could not be saved, nor the prompt's gradients checked.",
             "Choose another, such as 'adamw_torch': a prompt's optimizer state is small anyway.",
-            optim=repr(name),
         )
 
 
 def is_mended(optimizer: Any, prompt: SoftPrompt) -> bool:
-    """Whether an optimizer holds the trainable parameters of a prompt, each once, and nothing else."""
+    """Whether an optimizer holds each trainable parameter of a prompt once, and nothing else."""
     held = sorted(id(parameter) for group in _groups(optimizer) for parameter in group["params"])
     return held == sorted(id(parameter) for parameter in prompt.parameters())
 
 
 def mend_optimizer(optimizer: Any, prompt: SoftPrompt) -> None:
-    """Take frozen parameters out of an optimizer and put the prompt's in.
+    """Remove frozen parameters from an optimizer and add the prompt's.
 
-    Groups stay in number and order, with their options, for schedulers count them. The prompt's own copy of a head goes into the
-    group that holds the model's head, everything else into the first group.
+    Groups keep their number, order and options, because schedulers count them. The prompt's copy of a head goes into the group of
+    the model's head, every other parameter into the first group.
 
     Raises:
-        TrainerError: the optimizer has no group.
+        TrainerError: the optimizer has no parameter groups.
     """
     groups = _groups(optimizer)
     if not groups:
-        raise TrainerError("an optimizer must have a parameter group to put the prompt into; it has none.")
+        raise TrainerError("the optimizer has no parameter group to add the prompt's parameters to.")
     names = {id(parameter): name for name, parameter in prompt.named_parameters()}
     missing = {id(parameter): parameter for parameter in prompt.parameters()}
-    copies = _copies(prompt)
+    copies = _head_copies(prompt)
     state = getattr(optimizer, "optimizer", optimizer).state
     for group in groups:
-        kept = []
+        kept: list[nn.Parameter] = []  # the prompt's parameters of this group, in their order
         for parameter in group["params"]:
             wanted = parameter if id(parameter) in names else copies.get(id(parameter))
             if wanted is not parameter:
@@ -74,7 +73,7 @@ def mend_optimizer(optimizer: Any, prompt: SoftPrompt) -> None:
         group["params"] = kept
     if missing:
         groups[0]["params"].extend(missing.values())
-        _say_rate(groups, prompt)
+        _warn_about_learning_rate(groups, prompt)
     for group in groups:
         if _NAMES in group:
             group[_NAMES] = [names[id(parameter)] for parameter in group["params"]]
@@ -85,8 +84,8 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return groups
 
 
-def _copies(prompt: SoftPrompt) -> dict[int, nn.Parameter]:
-    """Which of the prompt's own parameters stands for which of the model's heads', by identity."""
+def _head_copies(prompt: SoftPrompt) -> dict[int, nn.Parameter]:
+    """The prompt's copies of the parameters of the model's heads, by the id of the original."""
     copies: dict[int, nn.Parameter] = {}
     for key, own in prompt.heads.items():
         head = worn(prompt.model.get_submodule(key.replace("/", ".")))
@@ -98,30 +97,31 @@ def _copies(prompt: SoftPrompt) -> dict[int, nn.Parameter]:
     return copies
 
 
-def _say_rate(groups: list[dict[str, Any]], prompt: SoftPrompt) -> None:
+def _warn_about_learning_rate(groups: list[dict[str, Any]], prompt: SoftPrompt) -> None:
     rates = [group.get("lr") for group in groups]
     if any(rate != rates[0] for rate in rates):
-        logger.warning("the prompt %r trains at lr=%s, that of the optimizer's first group", prompt.name, rates[0])
+        logger.warning(
+            "the prompt %r trains with lr=%s, the learning rate of the optimizer's first group", prompt.name, rates[0]
+        )
 
 
 def require_gradient(prompt: SoftPrompt, step: int) -> None:
-    """Refuse a step where no gradient has reached the prompt: nothing would train, and nothing would tell.
+    """Check before a step that the prompt has a gradient; without one nothing would train, and no error would be raised.
 
     Raises:
         TrainerError: naming the step.
     """
     if all(parameter.grad is None for parameter in prompt.encoder.parameters()):
         raise TrainerError(
-            "the loss must reach the prompt with a gradient.",
-            "Look for weights that pass none on (quantized for inference), a loss computed without the model's output, or "
+            f"no gradient reached the prompt {prompt.name!r} in step {step + 1}.",
+            "Look for weights that pass no gradient (quantized for inference), a loss computed without the model's output, or "
             "`torch.no_grad`.",
             prompt=repr(prompt),
-            step=step + 1,
         )
 
 
 def drop_frozen(optimizer: Any) -> None:
-    """Take what does not train out of an optimizer; groups stay, for schedulers count them."""
+    """Remove frozen parameters from an optimizer; its groups stay, because schedulers count them."""
     for group in _groups(optimizer):
         kept = [number for number, parameter in enumerate(group["params"]) if parameter.requires_grad]
         for key in ("params", _NAMES):
@@ -130,18 +130,18 @@ def drop_frozen(optimizer: Any) -> None:
 
 
 def held_by(optimizer: Any) -> set[int]:
-    """The parameters that an optimizer holds, by identity."""
+    """The ids of the parameters that an optimizer holds."""
     return {id(parameter) for group in _groups(optimizer) for parameter in group["params"]}
 
 
 def require_held(optimizers: Sequence[Any], prompt: SoftPrompt, remedy: str) -> str:
-    """Name the optimizers that hold a prompt.
+    """Check that optimizers hold all trainable parameters of a prompt, and name those that hold some.
 
     Args:
-        remedy: what to do if they do not.
+        remedy: the remedy in the error.
 
     Raises:
-        TrainerError: something that trains is in none of them.
+        TrainerError: a trainable parameter is in none of them.
     """
     names = {id(parameter): name for name, parameter in prompt.named_parameters()}
     held = [held_by(optimizer) for optimizer in optimizers]
@@ -149,7 +149,7 @@ def require_held(optimizers: Sequence[Any], prompt: SoftPrompt, remedy: str) -> 
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
     if missing:
         raise TrainerError(
-            "a loop's optimizers must hold all that the prompt trains.",
+            f"the optimizers lack {len(missing)} of the {len(names)} trainable tensors of the prompt {prompt.name!r}.",
             remedy,
             missing=", ".join(missing[:8]),
             optimizers=", ".join(kinds) or "none",

@@ -1,10 +1,11 @@
-"""Checkpoints that a killed process has left half written, so that `resume_from_checkpoint=True` takes the last whole one.
+"""Incomplete checkpoints of a killed process, renamed so that the Trainer resumes from the last complete one.
 
-The Trainer writes a checkpoint file by file, `trainer_state.json` last, and resumes from the highest number whatever is in it.
-A process that is writing holds a lock; a folder without one that is not whole is set aside, and nothing is deleted.
+The Trainer writes a checkpoint file by file, `trainer_state.json` last, and `resume_from_checkpoint=True` takes the one with the
+highest number, complete or not. A process that writes a checkpoint holds a lock in its folder; an incomplete folder that is not
+locked is renamed. Nothing is deleted.
 
-Many scripts look for the last checkpoint before they make their Trainer, and so hand it the name of the folder that has just been
-set aside. Until the first step, a link of that name leads to the last whole one.
+Many scripts look for the last checkpoint before they make their Trainer, and pass the name of a folder that is then renamed.
+Until the first step, a link of that name points to the last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-"""How to lock files; where it is missing, nobody can tell whether a writer still lives."""
+"""The module that locks files; without it, it is unknown whether a writing process still runs."""
 
 logger = logging.getLogger(__name__)
 
-ASIDE = "incomplete"
+INCOMPLETE = "incomplete"
 LOCK = ".soft_prompt.writing"
 _STATE = "trainer_state.json"  # `TRAINER_STATE_NAME`, whose module loads everything that a Trainer can use
 _JIT = "checkpoint-is-incomplete.txt"
@@ -37,27 +38,28 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class Lock:
-    """Held by a process while a checkpoint is being written; the system lets go of it when the process dies.
+    """A lock on a checkpoint folder while it is written; the system releases it when the process dies.
 
-    The state that an earlier run may have left there goes first, for it would make half a checkpoint look whole; so do links.
+    Taking it deletes an earlier run's `trainer_state.json`, with which an incomplete checkpoint would look complete, and links
+    that `rename_incomplete` made.
     """
 
     held: ClassVar[dict[Path, Lock]] = {}
-    """This process's own locks: what they lock when another Trainer is made was given up by an error."""
+    """The locks of this process. One that is still held when another Trainer is made was left by an error."""
 
     def __init__(self, folder: Path) -> None:
-        drop(stand_ins(folder.parent))
+        remove_links(replacement_links(folder.parent))
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder.resolve() / LOCK
         self._file: IO[str] | None = self._path.open("w")
         self.held[self._path] = self
         (folder / _STATE).unlink(missing_ok=True)
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: what is left there is not set aside
+            with contextlib.suppress(OSError):  # a file system without locks: nothing is renamed there
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
-        """The checkpoint is whole, or given up. Calling it again does nothing."""
+        """Release the lock. Calling it again does nothing."""
         if self._file is not None:
             self._path.unlink(missing_ok=True)
             self._file.close()
@@ -65,75 +67,78 @@ class Lock:
             self.held.pop(self._path, None)
 
 
-def set_aside(output_dir: Path) -> list[Path]:
-    """Rename what a killed process has left after the last whole checkpoint, and say so.
+def rename_incomplete(output_dir: Path) -> list[Path]:
+    """Rename the incomplete checkpoints after the last complete one, with a warning.
 
-    A folder counts only if a callback of ours began it, or if it is empty; those of others are left alone.
+    Only folders that are empty or were begun by a SoftPromptCallback are renamed.
 
     Returns:
-        the new names.
+        the new paths.
     """
-    drop([link for link in stand_ins(output_dir) if not link.exists()])
+    remove_links([link for link in replacement_links(output_dir) if not link.exists()])
     moved: list[Path] = []
     newest = next(_newest_first(output_dir), None)
     for folder in _newest_first(output_dir):
-        missing = flaw(folder)
-        if missing is None or not _is_ours(folder) or _is_being_written(folder):
+        damage = find_damage(folder)
+        if damage is None or not _is_ours(folder) or _is_being_written(folder):
             break
-        target = _free(folder.with_name(f"{ASIDE}-{folder.name}"))
+        target = _free(folder.with_name(f"{INCOMPLETE}-{folder.name}"))
         folder.rename(target)
         moved.append(target)
-        logger.warning("%s was never written to its end (%s); it is now %s", folder, missing, target.name)
+        logger.warning("%s is incomplete (%s); it was renamed to %s", folder, damage, target.name)
     if moved:
         last = next(_newest_first(output_dir), None)
-        logger.warning("the last whole checkpoint in %s is %s", output_dir, "none" if last is None else last.name)
+        logger.warning("the last complete checkpoint in %s is %s", output_dir, "none" if last is None else last.name)
         assert newest is not None
-        _stand_in(newest, last)
+        _link(newest, last)
     return moved
 
 
-def _stand_in(name: Path, last: Path | None) -> None:
-    """Let a name that a script may have found already lead to the last whole checkpoint, or say what such a script is to do."""
+def _link(name: Path, last: Path | None) -> None:
+    """Link the name of a renamed checkpoint to the last complete one, or warn that a script with that name must be restarted."""
     try:
         if last is not None:
             name.symlink_to(last.name, target_is_directory=True)
-            logger.warning("until the first step, %s leads there, for a script that has found it already", name.name)
+            logger.warning(
+                "until the first step, %s is a link to it, for a script that already has this name",
+                name.name,
+            )
             return
     except OSError:  # a file system without links
         pass
-    logger.warning("a script that found %s before it made its Trainer cannot resume from it: start it again", name.name)
+    logger.warning("a script that passes %s to the Trainer cannot resume; start it again", name.name)
 
 
-def stand_ins(output_dir: Path) -> list[Path]:
-    """The links that stand in for checkpoints which were set aside."""
+def replacement_links(output_dir: Path) -> list[Path]:
+    """The links with the names of renamed checkpoints."""
     return [entry for entry in _entries(output_dir) if entry.is_symlink() and _NAME.fullmatch(entry.name)]
 
 
-def drop(links: list[Path]) -> None:
-    """Remove links, and empty the list; once all processes have read what they resume from, before one writes again."""
+def remove_links(links: list[Path]) -> None:
+    """Remove links and empty the list: when all processes have loaded their checkpoint, and before one is written."""
     while links:
         links.pop().unlink(missing_ok=True)
 
 
-def flaw(folder: Path) -> str | None:
-    """What a checkpoint lacks; None if it is whole."""
+def find_damage(folder: Path) -> str | None:
+    """Describe what is missing from a checkpoint; None if it is complete."""
     try:
         content = json.loads((folder / _STATE).read_bytes())
     except OSError:
         return f"{_STATE} is missing"
     except ValueError:
-        return f"{_STATE} is cut off"
+        return f"{_STATE} is truncated"
     if not isinstance(content, dict):
-        return f"{_STATE} is cut off"
+        return f"{_STATE} is truncated"
     for file in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
         if not zipfile.is_zipfile(file):
-            return f"{file.name} is cut off"
+            return f"{file.name} is truncated"
     for file in sorted(folder.glob(f"{_OURS}*.safetensors")):
         try:
             with safe_open(str(file), framework="pt"):  # reads the header only, and compares it with the file's size
                 pass
         except (SafetensorError, OSError):
-            return f"{file.name} is cut off"
+            return f"{file.name} is truncated"
     return None
 
 
@@ -155,7 +160,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_being_written(folder: Path) -> bool:
-    """Whether a living process, here or on another machine, holds the folder's lock, or nobody can tell."""
+    """Whether a running process, here or on another machine, holds the folder's lock; True where that is unknown."""
     path = folder.resolve() / LOCK
     if path in Lock.held:
         Lock.held[path].release()
@@ -173,7 +178,7 @@ def _is_being_written(folder: Path) -> bool:
 
 
 def _free(path: Path) -> Path:
-    """A name that is not taken yet."""
+    """A path that does not exist yet."""
     number = 1
     free = path
     while free.exists():

@@ -1,4 +1,4 @@
-"""A model as its own reference: the policy that a prompt trains, without that prompt."""
+"""A policy without its trained prompt, as the reference model of preference training."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from softhooks.switch import disabled
 
 
 class Reference(nn.Module):
-    """A model with its trained prompt off, in evaluation mode and without gradients.
+    """A model that runs without its trained prompt, in evaluation mode and without gradients.
 
-    It holds no parameters: what a trainer does to it does not reach the policy. It has what TRL asks a reference for.
+    It has no parameters of its own, so a trainer that moves or freezes it does not change the policy. It has the members that
+    trainers use of a reference model.
 
     Args:
-        model: the policy; it may get its prompt later.
-        prompt: another prompt of the model, which must rest, to run with; None: the bare model.
+        model: the policy; its prompt may be attached later.
+        prompt: the name of another, frozen prompt of the model to run with; None: the model without prompts.
 
     Raises:
-        TrainerError: when it runs: more than the prompt trains, so that it would move, or the model is sharded.
-        NotAttachedError: when it runs: the model carries no prompt of that name.
+        TrainerError: when it runs: parameters of the reference are being trained, or the model is sharded.
+        NotAttachedError: when it runs: the model has no prompt of that name.
     """
 
     policy: Any
 
     def __init__(self, model: nn.Module, prompt: str | None = None) -> None:
         super().__init__()
-        self.__dict__["policy"] = model  # not as a submodule: TRL and accelerate move and change what is inside
+        self.__dict__["policy"] = model  # not a submodule: trainers and accelerate move and change submodules
         self.prompt = prompt
 
     @property
@@ -44,7 +45,7 @@ class Reference(nn.Module):
         return self.policy.config
 
     def base_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone; TRL puts the head on itself."""
+        """Run the backbone; some losses apply the head themselves."""
         with self._fixed():
             return self._unwrapped.base_model(*args, **kwargs)
 
@@ -58,9 +59,9 @@ class Reference(nn.Module):
             return self.policy(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What the reference is made of; TRL knows by it whether it has computed its log-probabilities already."""
+        """The reference's tensors; caches of its log-probabilities are keyed by them."""
         state = self.policy.state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if _belongs(key, self.prompt)}
+        return {key: value for key, value in state.items() if _is_in_reference(key, self.prompt)}
 
     @property
     def _unwrapped(self) -> Any:
@@ -81,31 +82,30 @@ class Reference(nn.Module):
                     yield
 
 
-def _belongs(key: str, prompt: str | None) -> bool:
-    """Whether a tensor of the model is one of a reference, by its name."""
+def _is_in_reference(key: str, prompt: str | None) -> bool:
+    """Whether a tensor of the model, by its name, is part of the reference."""
     return not is_prompt_key(key) or (prompt is not None and is_prompt_key(key, prompt))
 
 
 def require_fixed(model: nn.Module, prompt: str | None) -> None:
-    """Check that a reference can run, and that nothing trains of which it is made.
+    """Check that a model can be its own reference, and that no parameter of the reference is being trained.
 
     Raises:
-        TrainerError: something does, or the model is sharded.
-        NotAttachedError: the model carries no prompt of that name.
+        TrainerError: one is, or the model is sharded.
+        NotAttachedError: the model has no prompt of that name.
     """
     if prompt is not None:
         require_prompted_model(model, prompt)
-    moving = [key for key, p in model.named_parameters() if p.requires_grad and _belongs(key, prompt)]
-    if moving:
+    trained = [key for key, p in model.named_parameters() if p.requires_grad and _is_in_reference(key, prompt)]
+    if trained:
         raise TrainerError(
-            "a reference must stay as it is while the policy trains.",
-            "Train only the prompt (no `trainable=`, and a prompt that rests), or give `ref_model` a model of its own.",
+            f"{trained[0]} of the reference model is being trained; a reference must not change.",
+            "Train only the prompt (no `trainable=`, and no second prompt that trains), or pass another model as `ref_model`.",
             reference=f"{type(model).__name__} with {'no prompt' if prompt is None else f'the prompt {prompt!r}'}",
-            trains=f"{len(moving)} of its tensors, {moving[0]} first",
+            trained=f"{len(trained)} tensors",
         )
     if shards(model):
         raise TrainerError(
-            "a sharded model runs as a whole, and cannot be its own reference.",
-            "Give `ref_model` a model of its own.",
-            found="FSDP",
+            "the model is sharded (FSDP), and cannot be its own reference.",
+            "Pass another model as `ref_model`.",
         )

@@ -1,7 +1,8 @@
-"""Rows of a template in a Trainer: its default collator does not pad them, and it removes the fields that a collator renders.
+"""A Trainer's batches for a layout with a template: padded rows, and columns that a collator renders.
 
-Both are settled on the Trainer's instance when it meets a callback whose method has a template. A script's own collator is left
-as it is.
+The Trainer's default collators do not pad all columns of a template's rows, and the Trainer removes the columns that
+`Layout.collator` renders. Both are changed on the Trainer instance of a callback whose method has a template. A collator that the
+script passed is not changed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers import DataCollatorWithPadding, default_data_collator
 
 from softhooks.layout.collate import Collator, padded_labels
 from softhooks.layout.tokenizing import IGNORE_INDEX
+from softhooks.patching.patches import Patches
 from softhooks.runtime.prompted_model import prompted_model_of
 
 if TYPE_CHECKING:
@@ -25,21 +27,21 @@ _FILL = {"labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0}
 
 
 class PaddedRows:
-    """A Trainer's default collator, for rows of unequal length too.
+    """A Trainer's default collator, extended to pad every column of the rows.
 
     Args:
-        default: the Trainer's own: `default_data_collator`, or a `DataCollatorWithPadding`.
-        pad_token_id: the id of a padding column, where there is no tokenizer to ask.
+        default: the Trainer's collator: `default_data_collator` or a `DataCollatorWithPadding`.
+        pad_token_id: the padding id without a tokenizer.
     """
 
     def __init__(self, default: Any, pad_token_id: int) -> None:
         self.default = default
         self.pad_token_id = pad_token_id
         if isinstance(default, DataCollatorWithPadding):
-            self.tokenizer = default.tokenizer  # which the Trainer saves
+            self.tokenizer = default.tokenizer  # the Trainer saves it
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        """Pad what has another length in each row, and let the default make a batch of it."""
+        """Pad the columns whose lengths differ, and let the default collator make the batch."""
         rows = [dict(row) if isinstance(row, Mapping) else dict(vars(row)) for row in features]
         ragged = {name for name in rows[0] if len({_length(row.get(name)) for row in rows}) > 1}
         if not ragged:
@@ -54,11 +56,11 @@ class PaddedRows:
         return self.default(rows)
 
     def _by_tokenizer(self, rows: list[dict[str, Any]]) -> Any:
-        """Let the tokenizer pad, at its own side, all but the labels, which it does not know."""
+        """Let the tokenizer pad on its side, except labels, which it does not pad."""
         labels = [row.pop("labels") for row in rows if "labels" in row]
         if labels:
             for row in rows:
-                row.pop("label", None)  # the class whose word the labels are
+                row.pop("label", None)  # the class; its word is in the labels
         batch = self.default(rows)
         if labels:
             batch["labels"] = padded_labels(labels, batch["attention_mask"])
@@ -66,7 +68,7 @@ class PaddedRows:
 
 
 def _length(value: Any) -> int:
-    """The number of entries of a row's column; -1 of a single one, or of a text, which no collator makes a tensor of."""
+    """The length of a row's entry; -1 for a scalar, or a text, which no collator makes a tensor of."""
     if isinstance(value, str) or not hasattr(value, "__len__") or (isinstance(value, Tensor) and not value.dim()):
         return -1
     return len(value)
@@ -77,7 +79,7 @@ def _plain(value: Any) -> Any:
 
 
 class KeptColumns:
-    """What stands in on a Trainer for the search for the columns that its model takes: a layout's collator takes more.
+    """Replaces `_set_signature_columns_if_needed` of a Trainer, so that it keeps more columns than the model takes.
 
     Args:
         trainer: the Trainer.
@@ -85,12 +87,12 @@ class KeptColumns:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer: Any = trainer
-        self._own = trainer._set_signature_columns_if_needed
-        trainer.__dict__["_set_signature_columns_if_needed"] = self.find
+        self._set_signature_columns = trainer._set_signature_columns_if_needed
+        Patches().set(trainer, "_set_signature_columns_if_needed", self)
 
-    def find(self) -> None:
-        """Find the columns; add those that the collator renders, and the prompts' own, which may be newer than the search."""
-        self._own()
+    def __call__(self) -> None:
+        """Add the columns that the collator renders, and those of the prompts, which may be newer than the Trainer's list."""
+        self._set_signature_columns()
         trainer, prompted = self._trainer, prompted_model_of(self._trainer.model)
         more = [*(prompted.columns if prompted else ()), *_columns_of(trainer.data_collator)]
         if trainer._signature_columns is not None:
@@ -103,8 +105,8 @@ def _columns_of(collator: Any) -> tuple[str, ...]:
     return collator.columns if isinstance(collator, Collator) else ()
 
 
-def mind_rows(trainer: Trainer, method: Method) -> None:
-    """Let a Trainer make batches of a template's rows, rendered or not, whichever of the documented ways the script took."""
+def prepare_template_rows(trainer: Trainer, method: Method) -> None:
+    """Let a Trainer make batches of a template's rows, whether the dataset or the collator renders them."""
     if not method.where.batch_columns:
         return
     collator = trainer.data_collator
@@ -114,6 +116,5 @@ def mind_rows(trainer: Trainer, method: Method) -> None:
     if by_default:
         pad = getattr(getattr(trainer.model, "config", None), "pad_token_id", None)
         trainer.data_collator = PaddedRows(collator, pad if isinstance(pad, int) and pad >= 0 else 0)
-    present = getattr(trainer.__dict__.get("_set_signature_columns_if_needed"), "__self__", None)
-    if not isinstance(present, KeptColumns):
+    if not isinstance(trainer.__dict__.get("_set_signature_columns_if_needed"), KeptColumns):
         KeptColumns(trainer)

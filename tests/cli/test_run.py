@@ -65,7 +65,7 @@ def test_an_unmodified_script_trains_what_the_callback_trains(
     assert written == {"soft_prompt.json", "soft_prompt.safetensors", "training_args.bin"}
     said = "".join(capsys.readouterr())
     assert "trains PromptTuning(num_virtual_tokens=5, init='random'" in said
-    assert "160 numbers trained; nothing else moved (frozen: 23 tensors" in said
+    assert "160 parameters trained; nothing else changed (frozen: 23 tensors" in said
 
     args = tf.HfArgumentParser(tf.TrainingArguments).parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path / "by hand"), *QUIET]

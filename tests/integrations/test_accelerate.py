@@ -410,12 +410,12 @@ def test_what_would_not_train_or_save_rightly_is_refused(tmp_path: Path, monkeyp
     early = Accelerator(cpu=True)
     late = zoo.build("llama")
     early.prepare(late, torch.optim.SGD(late.parameters(), lr=0.1))
-    with pytest.raises(TrainerError, match="must hold all that the prompt trains"):
+    with pytest.raises(TrainerError, match="the optimizers lack"):
         track(early, softhooks.attach(late, METHODS["prompt"]))
     folded = softhooks.attach(zoo.build("llama"), METHODS["prompt"])
     folded.save_pretrained(tmp_path / "saved")
     done = softhooks.load(zoo.build("llama"), tmp_path / "saved")
-    with pytest.raises(TrainerError, match="must have parameters that do"):
+    with pytest.raises(TrainerError, match="has no trainable parameters"):
         track(early, done)
 
 

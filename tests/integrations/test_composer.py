@@ -122,7 +122,7 @@ def test_a_fit_with_other_parameters_or_without_a_gradient_or_with_a_moving_base
     with pytest.raises(TrainerError, match="exactly the parameters"):
         trainer.fit()
     trainer.state.optimizers[0].param_groups.pop()
-    with pytest.raises(TrainerError, match="loss must reach the prompt"):
+    with pytest.raises(TrainerError, match="no gradient reached the prompt"):
         trainer.tell("after_train_batch")
     with torch.no_grad():
         weight[0] += 1

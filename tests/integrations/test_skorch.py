@@ -335,7 +335,7 @@ def test_frozen_check_refuses_a_net_without_a_prompt_and_a_loss_that_does_not_re
     X, y = data()
     with pytest.raises(TrainerError, match="whose module has a prompt"):
         net(module=Bare).fit(X, y)
-    with pytest.raises(TrainerError, match="loss must reach the prompt"):
+    with pytest.raises(TrainerError, match="no gradient reached the prompt"):
         net(module=Elsewhere).fit(X, y)
 
 

@@ -27,7 +27,7 @@ from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, SoftPrompt, Soft
 from softhooks.backbone import attention_interface
 from softhooks.compat.offload import device_of
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.trainer import model_init
+from softhooks.trainer import add_callback
 
 SUPPORT = Path(zoo.__file__).parent
 CASES = [
@@ -386,7 +386,7 @@ def test_a_model_that_a_trainer_trains_is_copied(tmp_path: Path) -> None:
 def test_a_callback_that_was_copied_meets_trainers(duplicate: Callable[[Any], Any], tmp_path: Path) -> None:
     """As a launcher of processes hands it over: also where it is added to a Trainer that is made already."""
     callback = duplicate(SoftPromptCallback(PrefixTuning(3)))
-    assert any(one is callback for one in model_init.users)
+    assert any(one is callback for one in add_callback.users)
     trainer = trainer_of(zoo.build("llama"), tmp_path)
     trainer.add_callback(callback)
     assert callback.soft_prompt is not None

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from untouched import remove_all
 
 from softhooks import PrefixTuning, SoftPromptCallback
-from softhooks.trainer.recovery import LOCK, Lock, flaw, set_aside, stand_ins
+from softhooks.trainer.recovery import LOCK, Lock, find_damage, rename_incomplete, replacement_links
 
 METHOD = PrefixTuning(4, projection=True, hidden_size=16, dropout=0.1)
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
@@ -101,10 +101,10 @@ def finish(run: Run, folder: Path, looks_first: bool = False) -> list[str]:
 def test_a_kill_at_every_file(run: Run, tmp_path: Path, at: str, torn: bool) -> None:
     folder = killed(run, tmp_path / "run", at, torn)
     messages = finish(run, folder)
-    assert any("checkpoint-4 was never written to its end (trainer_state.json is" in message for message in messages)
+    assert any("checkpoint-4 is incomplete (trainer_state.json is" in message for message in messages)
     assert any(message.endswith("is checkpoint-3") for message in messages)
     assert (folder / "incomplete-checkpoint-4").is_dir(), "nothing is deleted"
-    assert flaw(folder / "checkpoint-4") is None
+    assert find_damage(folder / "checkpoint-4") is None
     assert not [file for file in folder.rglob(LOCK) if "incomplete" not in str(file)]
 
 
@@ -112,7 +112,7 @@ def test_a_kill_after_the_last_file(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
     (folder / "checkpoint-4" / LOCK).touch()
-    assert not set_aside(folder), "it is whole, and older ones may be gone already"
+    assert not rename_incomplete(folder), "it is whole, and older ones may be gone already"
     assert not finish(run, folder)
 
 
@@ -124,7 +124,7 @@ def test_a_file_that_is_cut_off_though_the_last_one_is_whole(run: Run, tmp_path:
     shutil.copytree(run.folder, folder)
     file = folder / "checkpoint-4" / name
     file.write_bytes(file.read_bytes()[:-100])
-    assert any(f"{name} is cut off" in message for message in finish(run, folder))
+    assert any(f"{name} is truncated" in message for message in finish(run, folder))
 
 
 def test_several_kills_in_a_row(run: Run, tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ def test_several_kills_in_a_row(run: Run, tmp_path: Path) -> None:
 
 def test_all_of_them_killed(run: Run, tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
-    assert [folder.name for folder in set_aside(tmp_path)] == ["incomplete-checkpoint-1"]
-    assert not set_aside(tmp_path)
-    assert not set_aside(tmp_path / "nowhere")
+    assert [folder.name for folder in rename_incomplete(tmp_path)] == ["incomplete-checkpoint-1"]
+    assert not rename_incomplete(tmp_path)
+    assert not rename_incomplete(tmp_path / "nowhere")
     trainer, callback = start(tmp_path)
     trainer.train()
     assert training.equal(training.trained(callback), run.trained)
@@ -158,9 +158,9 @@ def test_a_script_that_has_looked_before_resumes_at_once(run: Run, tmp_path: Pat
     folder = killed(run, tmp_path / "run", at, torn=True)
     whole = {file.name: file.read_bytes() for file in (folder / "checkpoint-3").iterdir()}
     messages = finish(run, folder, looks_first=True)
-    assert any("until the first step, checkpoint-4 leads there" in message for message in messages)
-    assert not stand_ins(folder)
-    assert flaw(folder / "checkpoint-4") is None
+    assert any("until the first step, checkpoint-4 is a link to it" in message for message in messages)
+    assert not replacement_links(folder)
+    assert find_damage(folder / "checkpoint-4") is None
     assert {file.name: file.read_bytes() for file in (folder / "checkpoint-3").iterdir()} == whole
 
 
@@ -171,7 +171,7 @@ def test_a_link_serves_until_the_first_step(run: Run, tmp_path: Path) -> None:
 
     class Look(tf.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append(stand_ins(folder))
+            seen.append(replacement_links(folder))
 
     seen: list[list[Path]] = []
     trainer, callback = start(folder)
@@ -185,18 +185,18 @@ def test_a_link_serves_until_the_first_step(run: Run, tmp_path: Path) -> None:
 
 def test_a_link_that_leads_nowhere_goes(run: Run, tmp_path: Path) -> None:
     folder = killed(run, tmp_path / "run", "optimizer.pt", torn=True)
-    set_aside(folder)
+    rename_incomplete(folder)
     shutil.rmtree(folder / "checkpoint-3")
     finish(run, folder)
-    assert flaw(folder / "checkpoint-4") is None
+    assert find_damage(folder / "checkpoint-4") is None
 
 
 def test_nothing_is_written_through_a_link(run: Run, tmp_path: Path) -> None:
     folder = killed(run, tmp_path / "run", "optimizer.pt", torn=True)
-    set_aside(folder)
+    rename_incomplete(folder)
     Lock(folder / "checkpoint-4").release()
     assert not (folder / "checkpoint-4").is_symlink()
-    assert flaw(folder / "checkpoint-3") is None
+    assert find_damage(folder / "checkpoint-3") is None
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["nothing whole", "no links"])
@@ -212,7 +212,7 @@ def test_a_script_that_cannot_be_helped_is_told_what_to_do(
     last = get_last_checkpoint(str(folder))
     with training.logged() as messages:
         trainer, _ = start(folder)
-    assert any(message.endswith("cannot resume from it: start it again") for message in messages)
+    assert any(message.endswith("to the Trainer cannot resume; start it again") for message in messages)
     with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
         trainer.train(resume_from_checkpoint=last)
     assert get_last_checkpoint(str(folder)) == (None if links else str(folder / "checkpoint-3"))
@@ -227,7 +227,7 @@ def test_a_checkpoint_that_is_being_written_is_left_alone(run: Run, tmp_path: Pa
         fcntl.flock(writer, fcntl.LOCK_EX)
         start(folder)
         assert (folder / "checkpoint-4").is_dir()
-    assert len(set_aside(folder)) == 1, "the writer is gone"
+    assert len(rename_incomplete(folder)) == 1, "the writer is gone"
 
 
 def test_checkpoints_of_others_are_left_alone(run: Run, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_checkpoints_of_others_are_left_alone(run: Run, tmp_path: Path) -> None:
     for number in (6, 7):
         (folder / f"checkpoint-{number}").mkdir()
         (folder / f"checkpoint-{number}" / "model.safetensors").touch()
-    assert not set_aside(folder)
+    assert not rename_incomplete(folder)
     assert (folder / "checkpoint-4").is_dir(), "and those before them"
 
 
@@ -250,7 +250,7 @@ def test_a_checkpoint_that_is_written_over_is_not_whole_until_its_end(run: Run, 
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
     lock = Lock(folder / "checkpoint-4")
-    assert flaw(folder / "checkpoint-4") == "trainer_state.json is missing"
+    assert find_damage(folder / "checkpoint-4") == "trainer_state.json is missing"
     assert (folder / "checkpoint-4" / LOCK).exists()
     lock.release()
     lock.release()
@@ -275,7 +275,7 @@ def test_a_full_disk_costs_the_last_checkpoint_only(run: Run, tmp_path: Path, wh
             if state.global_step == 3 and what != "json.dump":
                 patch.setattr(what, _full)
             elif state.global_step == 3:
-                patch.setattr("softhooks.trainer.checkpoint.write_json", _full)
+                patch.setattr("softhooks.saving.state_dict.write_json", _full)
 
     with pytest.MonkeyPatch.context() as patch:
         model = zoo.build("bert", "sequence")
@@ -283,10 +283,8 @@ def test_a_full_disk_costs_the_last_checkpoint_only(run: Run, tmp_path: Path, wh
         with pytest.raises(OSError, match="No space left"):
             trainer.train()
     whole = {file.name: file.read_bytes() for file in (folder / "checkpoint-2").iterdir()}
-    assert flaw(folder / "checkpoint-2") is None
-    assert any("checkpoint-3 was never written" in message for message in finish(run, folder)), (
-        "in the same process too"
-    )
+    assert find_damage(folder / "checkpoint-2") is None
+    assert any("checkpoint-3 is incomplete" in message for message in finish(run, folder)), "in the same process too"
     assert {file.name: file.read_bytes() for file in (folder / "checkpoint-2").iterdir()} == whole
 
 

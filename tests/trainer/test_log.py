@@ -108,7 +108,9 @@ def test_the_printed_log_and_the_progress_bar(tmp_path: Path, capsys: pytest.Cap
         out, err = capsys.readouterr()
         assert out.count("'soft_prompt/norm': ") == 4
         [line] = [line for line in out.splitlines() if line.startswith("soft prompt")]
-        assert line.startswith("soft prompt 'default': 128 numbers trained; nothing else moved (frozen: 23 tensors, ")
+        assert line.startswith(
+            "soft prompt 'default': 128 parameters trained; nothing else changed (frozen: 23 tensors, "
+        )
         assert ("4/4" in err) == (not quiet), "the bar runs to its end"
         assert "soft_prompt" not in err
         remove_all()

@@ -1,0 +1,70 @@
+"""Callbacks that `trainer.add_callback` adds to a Trainer that is already made.
+
+Such a callback has missed `on_init_end`, in which it attaches its prompt. `CallbackHandler.add_callback` is therefore wrapped
+while a `SoftPromptCallback` exists: it calls the event for the callback that it adds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from transformers.trainer_callback import CallbackHandler
+
+from softhooks.errors import TrainerError
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
+from softhooks.trainer.checks import TrainingCallback
+from softhooks.trainer.model_init import callers, find_trainer
+
+
+def _with_init_event(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def add_callback(handler: Any, callback: Any) -> None:
+        """Add a callback; call `on_init_end` of a SoftPromptCallback that is added after the Trainer was made."""
+        original(handler, callback)
+        added = handler.callbacks[-1]
+        is_ours = any(
+            one is added for one in users
+        )  # by identity: other callbacks may be unhashable, such as dataclasses
+        if not is_ours or not hasattr(handler, "model"):  # a handler that is being made: `on_init_end` follows
+            return
+        try:
+            _call_init_event(added)
+        except BaseException:
+            handler.callbacks.remove(added)
+            raise
+
+    return add_callback
+
+
+def _wrap_add_callback(patches: Patches) -> None:
+    patches.wrap(CallbackHandler, "add_callback", _with_init_event)
+
+
+users: SharedPatches[TrainingCallback] = SharedPatches(_wrap_add_callback)
+"""Every SoftPromptCallback that exists."""
+
+
+def _call_init_event(callback: TrainingCallback) -> None:
+    """Call `on_init_end` of one callback.
+
+    Raises:
+        TrainerError: the Trainer is training.
+    """
+    trainer = find_trainer(callback)
+    if trainer is None:
+        return
+    if any(frame.f_locals.get("self") is trainer and frame.f_code.co_name == "train" for frame in callers()):
+        raise TrainerError(
+            f"the callback was added during training, at step {trainer.state.global_step}; a prompt must be attached before.",
+            "Add the callback before `train()`, or pass it to the Trainer in `callbacks=[...]`.",
+        )
+    handler: Any = trainer.callback_handler
+    handler.model, handler.optimizer = trainer.model, trainer.optimizer
+    others, handler.callbacks = handler.callbacks, [callback]
+    try:
+        handler.on_init_end(trainer.args, trainer.state, trainer.control)  # by the handler: subclasses add arguments
+    finally:
+        handler.callbacks = others

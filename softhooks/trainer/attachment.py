@@ -1,0 +1,69 @@
+"""Attaching the prompt of a callback to a model, or continuing with an equal prompt that the model has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerControl
+
+from softhooks.attach import attach
+from softhooks.checks.injection import choose_injection
+from softhooks.method import Method
+from softhooks.prompt import SoftPrompt, soft_prompts_of
+from softhooks.runtime.attached_prompt import Injection
+from softhooks.runtime.prompted_model import prompted_model_of
+from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
+from softhooks.trainer.checks import check_equal, require_trainable_prompt
+from softhooks.trainer.launch import injection_for_launch
+from softhooks.trainer.log import LoggedMetrics
+from softhooks.trainer.metrics import TrainingMetrics
+
+
+def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:
+    """The prompt of this name on a model, if there is one."""
+    shared = prompted_model_of(model)
+    return soft_prompts_of(shared).get(name) if shared else None
+
+
+def attach_or_continue(
+    model: nn.Module, method: Method, name: str, injection: Injection | None, options: dict[str, Any]
+) -> tuple[SoftPrompt, bool]:
+    """Attach a prompt, or take an equal one that the model has.
+
+    Args:
+        options: further arguments of `attach`.
+
+    Returns:
+        the prompt, and whether it was attached now.
+
+    Raises:
+        NameTakenError: the model has another prompt of this name.
+        TrainerError: the model's prompt has no parameters, or the launch does not allow this injection.
+    """
+    allowed = injection_for_launch(method, injection)
+    present = present_prompt(model, name)
+    if present is None:
+        return attach(model, method, name, injection=allowed, **options), True
+    check_equal(present, method, **options)
+    require_trainable_prompt(present, may_be_frozen=True)
+    if allowed is not None and present.injection != allowed:
+        present.injection = choose_injection(present, allowed)
+    return present, False
+
+
+def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_new: bool) -> CheckpointSaver:
+    """The saver of a callback's prompt; it is made, and logs the prompt's metrics, unless the callback has one already.
+
+    Args:
+        owner: the callback.
+        control: of its Trainer; a Trainer that restores its callbacks' states replaces it.
+        is_new: whether the callback has attached the prompt.
+    """
+    saver = saver_of(prompt.model)
+    if saver is None or saver.prompt is not prompt or saver.owner is not owner:
+        saver = CheckpointSaver(prompt, owner)
+        saver.metrics, saver.attached_by_owner = TrainingMetrics(prompt), is_new
+        prompt.prompted_model.keep(LoggedMetrics(saver), is_copied=False)
+    saver.control = control
+    return saver

@@ -1,0 +1,71 @@
+"""Trainers that other libraries derive from transformers' Trainer, and the integrations that check them.
+
+An integration registers a module for the library whose `TrainingArguments` it knows; the callback then finds it by the package of
+the Trainer's arguments. The module is imported when a Trainer with such arguments is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+    from softhooks.method import Method
+    from softhooks.runtime.prompted_model import PromptedModel
+
+
+class TrainerIntegration(Protocol):
+    """The functions of a registered module."""
+
+    def check(self, args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
+        """Refuse settings that would train the prompt wrongly; called before the prompt is attached.
+
+        Raises:
+            TrainerError: naming the setting.
+        """
+
+    def guard(self, args: TrainingArguments, prompted: PromptedModel) -> None:
+        """Prepare the library's Trainer for a model with a prompt, until its last prompt is removed."""
+
+
+_MODULES: dict[str, str] = {}
+
+
+def register(package: str, module: str) -> None:
+    """Register the module that checks the Trainers of a library.
+
+    Args:
+        package: the top-level package that defines the library's `TrainingArguments`.
+        module: the full name of a module with the functions of `TrainerIntegration`.
+    """
+    _MODULES[package] = module
+
+
+def check_trainer(args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
+    """Let the integration of a Trainer's arguments, if there is one, refuse wrong settings.
+
+    Raises:
+        TrainerError: naming the setting.
+    """
+    integration = _integration_for(args)
+    if integration is not None:
+        integration.check(args, model, method, trainable)
+
+
+def guard_trainer(args: TrainingArguments, prompted: PromptedModel) -> None:
+    """Let the integration of a Trainer's arguments, if there is one, prepare the Trainer for a model with a prompt."""
+    integration = _integration_for(args)
+    if integration is not None:
+        integration.guard(args, prompted)
+
+
+def _integration_for(args: TrainingArguments) -> TrainerIntegration | None:
+    for kind in type(args).__mro__:
+        module = _MODULES.get(kind.__module__.partition(".")[0])
+        if module is not None:
+            return cast("TrainerIntegration", import_module(module))
+    return None

@@ -1,0 +1,122 @@
+"""Checks of how the training was launched: DataParallel, DeepSpeed, FSDP, DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from softhooks.compat.sharding import shards
+from softhooks.errors import TrainerError
+from softhooks.method import Method
+from softhooks.runtime.attached_prompt import Injection
+from softhooks.runtime.prompted_model import prompted_model_of
+from softhooks.runtime.unused_parameters import REMEDY, RULE
+
+
+def fsdp_plugin() -> Any:
+    """Accelerate's FSDP plugin of this process; None without FSDP."""
+    from accelerate.state import AcceleratorState, is_initialized
+
+    return getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
+
+
+def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> None:
+    """Refuse launches that would train a prompt wrongly without an error; called before anything is attached.
+
+    Raises:
+        TrainerError: the launch uses DataParallel, DeepSpeed, FSDP 1, weights on rank 0 only, sharded checkpoints or a model that
+            is already sharded. Also, for a method with parameters that are unused in some steps: DDP without
+            `find_unused_parameters`, or FSDP2 that saves the optimizer.
+    """
+    for found, remedy in _obstacles(args, model):
+        raise TrainerError(found, remedy)
+    if args.world_size > 1 and method.has_idle(method.columns):
+        _check_unused_parameters(args, method)
+
+
+def _check_unused_parameters(args: TrainingArguments, method: Method) -> None:
+    if fsdp_plugin() is None:
+        for found in _ddp_obstacles(args):
+            raise TrainerError(RULE, REMEDY, method=method.kind, found=found)
+    elif SaveStrategy(args.save_strategy) != SaveStrategy.NO and not args.save_only_model:
+        raise TrainerError(
+            f"save_strategy={SaveStrategy(args.save_strategy).value!r} would save an optimizer that torch cannot load again: "
+            "under FSDP it needs a step of every parameter first.",
+            "Set `save_only_model=True` or `save_strategy='no'`, or use DDP.",
+            method=f"{method.kind}, with parameters that are unused in some steps",
+        )
+
+
+def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What cannot train a prompt, each with a remedy."""
+    plugin = fsdp_plugin()
+    if args.n_gpu > 1:
+        yield (
+            f"one process uses {args.n_gpu} GPUs with `DataParallel`, which copies the model without its hooks in every forward.",
+            "Start one process per GPU (`torchrun --nproc-per-node N`, `accelerate launch`), or set `CUDA_VISIBLE_DEVICES=0`.",
+        )
+    if args.deepspeed or _uses_deepspeed():
+        yield (
+            "DeepSpeed is not supported: it keeps parameters and optimizer states in its own partitions.",
+            "Launch without DeepSpeed; if the base does not fit on one device, use FSDP2 (`fsdp=True`).",
+        )
+    if plugin is not None and plugin.fsdp_version == 1:
+        yield (
+            "FSDP 1 is not supported: it flattens frozen and trainable parameters into one tensor.",
+            "Use FSDP2: `fsdp_config={'version': 2}`, or `fsdp_version: 2` in accelerate's configuration.",
+        )
+    if plugin is not None and plugin.cpu_ram_efficient_loading:
+        yield (
+            "with `cpu_ram_efficient_loading` only rank 0 has the weights; a prompt is attached to a loaded model on every rank.",
+            "Set `cpu_ram_efficient_loading` to false.",
+        )
+    kind = getattr(plugin, "state_dict_type", None)
+    if kind is not None and "FULL" not in str(kind):
+        yield (
+            f"with `{getattr(kind, 'name', kind)}` the Trainer writes sharded checkpoints of the whole model, not the prompt.",
+            "Set `fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}`, or `fsdp_state_dict_type` in accelerate's configuration.",
+        )
+    if prompted_model_of(model) is None and shards(model):
+        yield (
+            "the model is already sharded; a prompt must be attached before, so that it is sharded too.",
+            "Let the Trainer shard the model, or call `softhooks.attach` first.",
+        )
+
+
+def _ddp_obstacles(args: TrainingArguments) -> Iterator[str]:
+    """Arguments with which the Trainer's DDP does not look for unused parameters."""
+    asked = args.ddp_find_unused_parameters
+    recomputes = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
+    if asked is None and recomputes:
+        yield "gradient_checkpointing=True, for which the Trainer sets find_unused_parameters=False"
+    if asked is False:
+        yield "ddp_find_unused_parameters=False"
+    if getattr(args, "ddp_static_graph", None):
+        yield "ddp_static_graph=True"
+
+
+def _uses_deepspeed() -> bool:
+    from accelerate.state import AcceleratorState, is_initialized
+    from accelerate.utils.dataclasses import DistributedType
+
+    return is_initialized() and AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+
+
+def injection_for_launch(method: Method, asked: Injection | None) -> Injection | None:
+    """Choose the injection: under FSDP, prompts of input embeddings must enter as slots, because weights are gathered per layer.
+
+    Raises:
+        TrainerError: another injection was asked for.
+    """
+    if fsdp_plugin() is None or method.enters != "embeddings":
+        return asked
+    if asked not in (None, "slots"):
+        raise TrainerError(
+            f"injection={asked!r} is not available under FSDP; a prompt of embeddings enters a sharded model as slots.",
+            "Leave `injection` out, or give `injection='slots'`.",
+        )
+    return "slots"

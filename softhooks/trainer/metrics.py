@@ -1,0 +1,57 @@
+"""Metrics of a prompt in training: its norm, its gradient's norm, its distance from the start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softhooks.prompt import SoftPrompt
+
+PREFIX = "soft_prompt"
+"""The metrics are logged as `soft_prompt/norm` and so on."""
+
+
+class TrainingMetrics:
+    """The metrics of one prompt, computed when a log asks for them.
+
+    Args:
+        prompt: the prompt before its first step; its distance is measured from here.
+    """
+
+    def __init__(self, prompt: SoftPrompt) -> None:
+        self.prompt = prompt
+        self._start = self._tables()
+        self._gradients: list[Tensor] = []
+
+    def keep_gradients(self) -> None:
+        """Keep the clipped gradients of this step; the Trainer sets them to None before it logs."""
+        self._gradients = [p.grad for p in self.prompt.encoder.parameters() if p.grad is not None]
+
+    def compute(self) -> dict[str, float]:
+        """Compute `norm`, `distance`, `grad_norm` and the encoder's own metrics; nothing for a sharded prompt.
+
+        All processes would have to take part in computing with sharded parameters, and only the first one logs.
+        """
+        tables = self._tables()
+        if not tables:
+            return {}
+        moved = [table - self._start[group].to(table) for group, table in tables.items() if group in self._start]
+        norms = {"norm": _norm(list(tables.values())), "distance": _norm(moved)}
+        if self._gradients:
+            norms["grad_norm"] = _norm(self._gradients)
+        values = torch.stack(list(norms.values())).tolist()  # one transfer from the device
+        found = dict(zip(norms, values, strict=True)) | self.prompt.encoder.metrics()
+        return {f"{PREFIX}/{name}": float(value) for name, value in found.items()}
+
+    def _tables(self) -> dict[str, Tensor]:
+        encoder = self.prompt.encoder
+        if any(hasattr(parameter, "full_tensor") for parameter in encoder.parameters()):
+            return {}
+        return encoder.folded()
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The Euclidean norm of all entries of all tensors, in fp32."""
+    norms = [torch.linalg.vector_norm(tensor.detach().float()) for tensor in tensors]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm

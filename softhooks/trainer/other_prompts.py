@@ -1,0 +1,33 @@
+"""The other prompts of a model, frozen while one of them trains."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from softhooks.base_model.gradients import SetAside
+from softhooks.prompt import SoftPrompt
+
+
+class FrozenPrompts:
+    """The parameters of prompts that are frozen while another prompt of the same model trains."""
+
+    def __init__(self) -> None:
+        self._frozen: list[tuple[str, nn.Parameter]] = []
+        self._gradients = SetAside()
+
+    def freeze_all_but(self, prompt: SoftPrompt) -> None:
+        """Let one prompt of its model train, and freeze the others; their gradients are kept for later."""
+        for other in prompt.prompted_model.prompts.values():
+            for part in (other.encoder, other.heads):
+                for name, parameter in part.named_parameters(f"{other.name}.{type(part).__name__}"):
+                    if other is not prompt and parameter.requires_grad:
+                        self._frozen.append((name, parameter))
+                    parameter.requires_grad_(other is prompt)
+        self._gradients.take(self._frozen)
+
+    def unfreeze(self) -> None:
+        """Let the other prompts train again, with the gradients that they had."""
+        for _, parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._gradients.restore(self._frozen)
+        self._frozen.clear()
