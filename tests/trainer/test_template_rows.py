@@ -42,7 +42,7 @@ def arguments(folder: Path, **options: Any) -> tf.TrainingArguments:
 def rows_and_collator(
     layout: Layout, tokenizer: Any, form: str, way: str, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The two documented ways, as they stand in the README."""
+    """The two ways that docs/layouts.md shows."""
     if way == "mapped":
         mapper = layout.mapper(tokenizer, max_length=256, **options)
         if form == "list":

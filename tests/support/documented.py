@@ -1,0 +1,96 @@
+"""What the Python blocks of the documentation find ready: a tiny model and whatever a user has already.
+
+Each block gets a new model with the same weights, as a new process would load it. The names that a page defines itself, and the
+files that it writes, stay until its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tokens
+import torch
+import training
+import transformers as tf
+import zoo
+
+import softhooks
+
+
+def common() -> dict[str, Any]:
+    """The names that every page may use."""
+    return {"softhooks": softhooks, "torch": torch, "Trainer": tf.Trainer, "args": _arguments()}
+
+
+def _arguments() -> tf.TrainingArguments:
+    options = {**training.QUIET, "max_steps": 2, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    return tf.TrainingArguments("run", **options)
+
+
+def language_model() -> dict[str, Any]:
+    """A causal model with a byte-level tokenizer, which takes any text."""
+    tokenizer = tokens.merged()
+    model = zoo.build("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    rows = training.rows("causal")
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)
+    texts = ["the cat was great", "what is it", "yes"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "train_dataset": rows,
+        "loader": loader,
+        "ids": zoo.text(2, 6),
+        "inputs": tokenizer("Question: what is it?", return_tensors="pt"),
+        "batch": batch,
+    }
+
+
+def with_saved_prompts() -> dict[str, Any]:
+    """The same, with two prompts that were trained before."""
+    names = language_model()
+    for name in ("en", "de"):
+        with softhooks.attach(names["model"], softhooks.PromptTuning(4)) as prompt:
+            prompt.save_pretrained(f"prompts/{name}")
+            prompt.save_pretrained("my-prompt")
+    return names
+
+
+def methods() -> dict[str, Any]:
+    """The same, with a batch of four rows that have labels."""
+    names = language_model()
+    names["batch"] = next(iter(names["loader"]))
+    return names
+
+
+def masked() -> dict[str, Any]:
+    """A masked language model and rows of two texts with a class."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    tokenizer = tokens.masked()
+    rows = [
+        {"premise": premise, "hypothesis": hypothesis, "label": number % 2}
+        for number, (premise, hypothesis) in enumerate(
+            [("hello world", "cat"), ("red", "dog"), ("a b", "c"), ("it was", "d")]
+        )
+    ]
+    return {"model": zoo.build("bert", "masked"), "tokenizer": tokenizer, "dataset": datasets.Dataset.from_list(rows)}
+
+
+PAGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "README.md": with_saved_prompts,
+    "docs/batch-columns.md": language_model,
+    "docs/guarantees.md": language_model,
+    "docs/how-it-works.md": language_model,
+    "docs/layouts.md": masked,
+    "docs/methods.md": methods,
+    "docs/saving.md": language_model,
+    "docs/serving.md": with_saved_prompts,
+    "docs/several-prompts.md": with_saved_prompts,
+    "docs/trainer.md": language_model,
+    "docs/training-loop.md": language_model,
+}
+"""The names of each page with Python blocks; `docs/frameworks.md` has those of the integrations' examples."""
