@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.stack import at_rest
+from softhooks.backbone.probing import eval_mode
 from softhooks.errors import TrainerError
 from softhooks.method import Method
 from softhooks.patching.patches import Patches
@@ -207,7 +207,7 @@ def _computing(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., 
             return original(self, model, inputs)
         if self.state.global_step:
             require_fixed(self.model, None)
-        with disabled(self.model), at_rest(self.model):
+        with disabled(self.model), eval_mode(self.model):
             return original(self, model, inputs)
 
     return compute_ref_log_probs

@@ -16,9 +16,10 @@ from softhooks.backbone.find_sites import survey
 from softhooks.backbone.find_stack import Call, find_stack, record
 from softhooks.backbone.max_positions import rotary_limit
 from softhooks.backbone.position_numbering import numbering
-from softhooks.backbone.probing import INSIDE, probing
-from softhooks.backbone.stack import ModelStructure, Stack, StackName, at_rest, decoder_ids, probe_ids
-from softhooks.backbone.visibility import is_rounding, probe_length, sees_later
+from softhooks.backbone.probe_inputs import CHOICES, as_choices, decoder_ids, probe_ids, probe_length
+from softhooks.backbone.probing import INSIDE, eval_mode, probing
+from softhooks.backbone.stack import ModelStructure, Stack, StackName
+from softhooks.backbone.visibility import is_rounding, sees_later
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModelError
 
@@ -30,7 +31,7 @@ def examine(model: nn.Module) -> ModelStructure:
         UnsupportedModelError: the model has no token embeddings, or no stack was reached.
     """
     vocabulary = _vocabulary(model)
-    with at_rest(model), probing(model):
+    with eval_mode(model), probing(model):
         ids = probe_ids(model, vocabulary, columns=4)
         runs = _run(model, ids)
         stacks = [_stack(model, name, given, runs) for name, given in runs.ids.items()]
@@ -95,14 +96,6 @@ def _run_on_ids_alone(model: nn.Module, ids: Tensor) -> _Runs:
             return _Runs({"text": inputs["input_ids"].flatten(0, 1)}, inputs, _recorded(model, inputs), choices=CHOICES)
         except UnsupportedModelError:
             raise error from error.__cause__
-
-
-CHOICES = 2
-
-
-def as_choices(ids: Tensor, choices: int) -> Tensor:
-    """Make every row a row of equal choices. [B, T] -> [B, C, T]."""
-    return ids.unsqueeze(1).expand(-1, choices, -1).contiguous()
 
 
 def _recorded(model: nn.Module, inputs: dict[str, Tensor]) -> list[Call]:

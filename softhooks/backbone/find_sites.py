@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from softhooks.backbone.attention_interface import MARK, close_interface, files_of, open_interface
 from softhooks.backbone.inline_attention import is_replaced, known, written_out_attention
 from softhooks.backbone.listening_cache import ListeningCache
-from softhooks.backbone.stack import Role, Site, Stack, first_state
+from softhooks.backbone.probing import last_hidden_state
+from softhooks.backbone.stack import Role, Site, Stack
 from softhooks.backbone.windows import SHORT, hides_distant, short_window
 
 
@@ -71,7 +72,7 @@ def _listen_at_attention(stack: Stack, inputs: dict[str, Tensor]) -> tuple[list[
     try:
         for part in parts:
             part.__dict__[MARK] = listener
-        return heard, first_state(stack.module(**inputs))
+        return heard, last_hidden_state(stack.module(**inputs))
     finally:
         for part in parts:
             part.__dict__.pop(MARK, None)
@@ -129,7 +130,7 @@ def _listen_at_written_out(stack: Stack, inputs: dict[str, Tensor]) -> list[_Hea
             said = None if own is None or is_replaced(module) else own.follow(module, args, kwargs, note)
         except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
             said = None
-        if said is None or not _equal(first_state(said), first_state(output)):
+        if said is None or not _equal(last_hidden_state(said), last_hidden_state(output)):
             differing.append(module)
 
     handles = [

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.examine import as_choices
-from softhooks.backbone.probing import probing
-from softhooks.backbone.stack import ModelStructure, Stack, at_rest, decoder_ids, first_state, probe_ids, special_ids
+from softhooks.backbone.probe_inputs import _text_config, as_choices, decoder_ids, ordinary_ids, probe_ids, special_ids
+from softhooks.backbone.probing import eval_mode, last_hidden_state, probing
+from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import words_among
 from softhooks.errors import PromptMismatchError
 
@@ -33,21 +33,6 @@ def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
     if stack.reads_ids is None:
         stack.reads_ids = _states_differ(model, structure)
     return stack.reads_ids
-
-
-def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
-    """Ids, the lowest first, that neither a config nor an embedding sets apart."""
-    special = {part.padding_idx for part in stack.module.modules() if isinstance(part, nn.Embedding)}
-    config: Any = getattr(model, "config", None)
-    for each in (config, _text_config(config)):
-        for name, value in vars(each).items() if each is not None else ():
-            if name.endswith(("token_id", "token_ids", "_index")):
-                special.update(value if isinstance(value, (list, tuple)) else [value])
-    return [i for i in range(min(vocabulary, 64)) if i not in special] or [0]
-
-
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 class _Rows:
@@ -82,11 +67,11 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
     rows, states = _Rows(), []
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(first_state(output).float())
+        states.append(last_hidden_state(output).float())
 
     handles = [stack.embedding.register_forward_hook(rows.embed), stack.module.register_forward_hook(keep)]
     try:
-        with at_rest(model), probing(model):
+        with eval_mode(model), probing(model):
             for text in texts:
                 rows.begin()
                 given = text if structure.choices is None else as_choices(text, structure.choices)

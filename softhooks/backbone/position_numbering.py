@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.position_table import place_at_table
-from softhooks.backbone.stack import Positions, Table, first_state
+from softhooks.backbone.probing import last_hidden_state
+from softhooks.backbone.stack import Positions, Table
 from softhooks.compat.offload import read
 
 _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
@@ -140,7 +141,9 @@ class _Watch:
 
         handles = [part.register_forward_hook(note) for part in self.parts]
         handles.append(self.module.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(self.module.register_forward_hook(lambda _m, _a, out: states.append(first_state(out).detach())))
+        handles.append(
+            self.module.register_forward_hook(lambda _m, _a, out: states.append(last_hidden_state(out).detach()))
+        )
         if table is not None and ids is not None:
             place_at_table(table, ids, handles)
         try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from softhooks.backbone.module_walk import every_module
 from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, UnsupportedModelError
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
@@ -58,3 +61,29 @@ def proving(model: nn.Module) -> Iterator[None]:
             model=type(model).__name__,
             cause=f"{type(error).__name__}: {error}",
         ) from error
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run probes without gradient, dropout, autocast or a trace in the random state; restore every mode."""
+    training = [module for module in every_module(model) if module.training]
+    state = torch.get_rng_state()
+    for module in training:
+        module.__dict__["training"] = False  # past the setter of nn.Module, which looks among parameters first
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_rng_state(state)
+        for module in training:
+            module.__dict__["training"] = True
+
+
+def last_hidden_state(output: Any) -> Tensor:
+    """The last hidden state of a stack's output, whatever form the output has."""
+    state = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(state, Tensor):
+        raise UnsupportedModelError(
+            f"a stack must return a tensor of states first; it returned {type(state).__name__}."
+        )
+    return state

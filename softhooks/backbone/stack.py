@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softhooks.backbone.attention_call import AttentionCall
-from softhooks.backbone.module_walk import every_module
 from softhooks.backbone.stack_state import StackState
-from softhooks.compat.offload import device_of
-from softhooks.errors import UnsupportedModelError
 
 Role = Literal["self", "cross"]
 StackName = Literal["text", "encoder", "decoder"]
@@ -152,64 +146,3 @@ class ModelStructure:
     def entry(self) -> Stack:
         """The stack that the user's `input_ids` enter."""
         return self.stacks[0]
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Run probes without gradient, dropout, autocast or a trace in the random state; restore every mode."""
-    training = [module for module in every_module(model) if module.training]
-    state = torch.get_rng_state()
-    for module in training:
-        module.__dict__["training"] = False  # past the setter of nn.Module, which looks among parameters first
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_rng_state(state)
-        for module in training:
-            module.__dict__["training"] = True
-
-
-def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
-    """Make one row of ordinary ids that ends, where the model has one, in its end-of-text id. -> [1, columns]."""
-    config = getattr(model, "config", None)
-    inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
-    special = {getattr(model.get_input_embeddings(), "padding_idx", None)}  # type: ignore[operator]
-    special = special.union(*(special_ids(one) for one in (config, *inner)))
-    ordinary = [i for i in range(min(vocabulary, 64)) if i not in special] or [0]
-    ids = [ordinary[(7 * seed + 3 * column) % len(ordinary)] for column in range(columns)]
-    end = getattr(config, "eos_token_id", None)
-    if isinstance(end, list):
-        end = end[0]
-    if end is not None and end < vocabulary:
-        ids[-1] = end
-    return torch.tensor([ids], device=_device(model))
-
-
-def special_ids(config: Any) -> set[int | None]:
-    """The ids that a config gives a meaning: models count padding by its id, and look for the end of a text."""
-    special: set[int | None] = set()
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
-        value = getattr(config, name, None)
-        special.update(value if isinstance(value, list) else [value])
-    return special
-
-
-def decoder_ids(ids: Tensor) -> Tensor:
-    """Decoder ids that are as many as the encoder's (some heads ask for that) and not the same."""
-    return ids.roll(1, dims=-1)
-
-
-def _device(model: nn.Module) -> torch.device:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return device_of(embedding if isinstance(getattr(embedding, "weight", None), Tensor) else model)
-
-
-def first_state(output: Any) -> Tensor:
-    """The last hidden state of a stack's output, whatever form the output has."""
-    state = output if isinstance(output, Tensor) else output[0]
-    if not isinstance(state, Tensor):
-        raise UnsupportedModelError(
-            f"a stack must return a tensor of states first; it returned {type(state).__name__}."
-        )
-    return state

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softhooks.backbone.stack import ModelStructure, at_rest
+from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of, read
 from softhooks.compat.sharding import full
 from softhooks.errors import OptionError
@@ -27,7 +28,7 @@ def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
             ids=f"{int(ids.min())} to {int(ids.max())}",
             vocabulary=f"0 to {structure.vocabulary - 1}",
         )
-    with at_rest(stack.embedding):
+    with eval_mode(stack.embedding):
         rows: Tensor = stack.embedding(ids[None].to(device_of(stack.embedding)))[0]
     return rows.float()
 

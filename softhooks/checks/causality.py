@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softhooks.backbone.examine import as_choices
-from softhooks.backbone.stack import Stack, at_rest, decoder_ids, probe_ids
-from softhooks.backbone.visibility import is_rounding, probe_length, sees_later
+from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids, probe_length
+from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.stack import Stack
+from softhooks.backbone.visibility import is_rounding, sees_later
 from softhooks.errors import UnsupportedMethodError
 from softhooks.prompt import SoftPrompt
 
@@ -23,7 +24,7 @@ def check_causality(prompt: SoftPrompt) -> None:
         calls = _calls(prompt, stack, number)
         if calls is None:
             continue
-        with at_rest(prompt.model):
+        with eval_mode(prompt.model):
             change = _change(prompt, stack, *calls)
         # An encoder with fresh weights barely listens; yet it does, and in one made causal nothing moves at all.
         if (not is_rounding(change, _dtype(stack))) if stack.causal else change == 0:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
-from softhooks.backbone.stack import Site, Stack, at_rest, probe_ids
-from softhooks.backbone.visibility import probe_length
+from softhooks.backbone.probe_inputs import probe_ids, probe_length
+from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedMethodError
 from softhooks.prompt import SoftPrompt
 
@@ -53,7 +54,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
         return
     limits = [room for room in (stack.positions.limit, stack.positions.trained) if room is not None]
     columns, _ = probe_length(stack.module, min(limits, default=None))
-    with at_rest(prompt.model), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
+    with eval_mode(prompt.model), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
         one, other = (_pass(prompt, stack, columns, seed) for seed in (0, 1))
         own = any(
             not _same(mask, other.masks[index]) or _is_made_of(mask, one.rows) for index, mask in one.masks.items()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.examine import as_choices
-from softhooks.backbone.stack import Stack, at_rest, first_state, probe_ids
-from softhooks.backbone.visibility import probe_length
+from softhooks.backbone.probe_inputs import as_choices, probe_ids, probe_length
+from softhooks.backbone.probing import eval_mode, last_hidden_state
+from softhooks.backbone.stack import Stack
 from softhooks.errors import SoftHooksError
 from softhooks.runtime.contexts import Block
 
@@ -127,7 +127,7 @@ def _states(
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         if stack.state.current is None:  # not the prompt's own rows
-            kept.append(first_state(output))
+            kept.append(last_hidden_state(output))
 
     before = prompt.injection, prompt.shares_always
     handles = [stack.module.register_forward_hook(keep)]
@@ -138,7 +138,7 @@ def _states(
     else:
         prompt.injection, prompt.shares_always = injection, injection == "shared"
     try:
-        with at_rest(prompt.model), Block(prompt.model, off=True) if injection is None else nullcontext():
+        with eval_mode(prompt.model), Block(prompt.model, off=True) if injection is None else nullcontext():
             (stack.module if alone else prompt.model)(**call)
     except _FAILURES:
         return None

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.stack import Stack, at_rest
+from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.stack import Stack
 from softhooks.checks.injection import probe_inputs
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.slots.slot_pass import SlotPass
@@ -30,7 +31,7 @@ def check_unread(prompt: SoftPrompt) -> None:
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "slots" or stack.causal or stack.name != "text":
         return
-    with at_rest(prompt.model):
+    with eval_mode(prompt.model):
         with _watched(stack, lambda _module, states: states) as calls:
             answer = _answer(prompt)
         if not calls:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.entry_points import require_sites
-from softhooks.backbone.examine import as_choices
 from softhooks.backbone.heads import can_generate
-from softhooks.backbone.stack import decoder_ids, probe_ids
+from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids
 from softhooks.checks.exactness import shares_exactly
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import hook_linears, linears

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softhooks.backbone.placeholder_ids import ordinary_ids, usual_id
-from softhooks.backbone.stack import at_rest, first_state
+from softhooks.backbone.placeholder_ids import usual_id
+from softhooks.backbone.probe_inputs import ordinary_ids
+from softhooks.backbone.probing import eval_mode, last_hidden_state
 from softhooks.checks.injection import probe_inputs
 from softhooks.checks.reach import standing_in
 from softhooks.errors import SoftHooksError
@@ -35,7 +36,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
     inputs = probe_inputs(prompt)
     pad = usual_id(prompt.model, prompt.prompted_model.structure.vocabulary)
     other = next((i for i in ordinary_ids(prompt.model, prompt.prompted_model.structure.entry, 64) if i != pad), pad)
-    with at_rest(prompt.model):
+    with eval_mode(prompt.model):
         try:
             with Block(prompt.model, off=True):
                 if not _equal(
@@ -72,7 +73,7 @@ def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         if stack.state.current is outer:  # not the prompt's own rows
-            kept.append(first_state(output).float())
+            kept.append(last_hidden_state(output).float())
 
     handle = stack.module.register_forward_hook(keep)
     try:

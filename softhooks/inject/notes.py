@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.forward_pass import Pass
-from softhooks.backbone.stack import first_state
+from softhooks.backbone.probing import last_hidden_state
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
 from softhooks.inject.caches import caches_in, is_filled
 from softhooks.inject.provenance import Provenance
@@ -174,7 +174,7 @@ def require_same_prompt(cache: PagedAttentionCache | None, live: Pass | None, se
 
 def note_encoded(output: Any, provenance: Provenance) -> None:
     """Note on an encoder's output, and on its states, which prompts it ran with."""
-    for part in (output, first_state(output)):
+    for part in (output, last_hidden_state(output)):
         _add(part, provenance=provenance)
 
 

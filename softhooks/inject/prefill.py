@@ -17,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
 from softhooks.backbone.listening_cache import ListeningCache
 from softhooks.backbone.module_walk import every_module
-from softhooks.backbone.stack import Site, Stack, first_state
+from softhooks.backbone.probing import last_hidden_state
+from softhooks.backbone.stack import Site, Stack
 from softhooks.backbone.windows import window_of
 from softhooks.inject.checkpointing import is_checkpointed
 from softhooks.inject.prefix.key_values import KeyValues
@@ -67,7 +68,7 @@ def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
         inputs["past_key_values"] = cache
     live = CapturePass(stack, rows)
     with stack.state.running(live, alone="a prompt's own rows"), _without_checkpointing(stack.module):
-        states = first_state(stack.module(**inputs))
+        states = last_hidden_state(stack.module(**inputs))
     keys, values = live.keys["self"], live.values["self"]
     if cache is not None:
         keys = {i: k for i, (k, _) in cache.heard.items()}

@@ -9,7 +9,8 @@ from torch import Tensor
 from softhooks.backbone.attention_interface import marked
 from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.listening_cache import ListeningCache
-from softhooks.backbone.stack import ModelStructure, Stack, at_rest
+from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.stack import ModelStructure, Stack
 from softhooks.compat.offload import device_of
 from softhooks.inject.prefill import CapturePass
 from softhooks.inject.prefix.key_values import flatten
@@ -28,7 +29,7 @@ def key_values_of(structure: ModelStructure, ids: Tensor) -> dict[str, Tensor]:
     captured: dict[str, Tensor] = {}
     encoded: Tensor | None = None
     for stack in structure.stacks:
-        with at_rest(stack.module), marked(stack):
+        with eval_mode(stack.module), marked(stack):
             keys, values, output = _capture(stack, ids, encoded)
         encoded = output
         for group, (owner, role) in groups.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.heads import is_causal_lm
-from softhooks.backbone.stack import at_rest
+from softhooks.backbone.probing import eval_mode
 from softhooks.compat.sharding import gather_again
 from softhooks.errors import UnsupportedModeError
 from softhooks.layout.tokenizing import IGNORE_INDEX
@@ -57,7 +57,7 @@ class Distillation(Objective):
             return None
         comparison = Comparison.of(prompt, call)
         requested = _RequestedOutput.of(prompt.model, call)
-        with torch.no_grad(), at_rest(prompt.model), prompt.without_objective(), context:
+        with torch.no_grad(), eval_mode(prompt.model), prompt.without_objective(), context:
             target = comparison.read(prompt.model(**call, **given))
         gather_again(prompt.model)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from softhooks.backbone.heads import is_causal_lm
 from softhooks.backbone.module_walk import every_tensor
-from softhooks.backbone.stack import Role, Stack, at_rest
+from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.stack import Role, Stack
 from softhooks.errors import UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues, split
 from softhooks.inject.reuse import Memory
@@ -84,7 +85,7 @@ class SelfDistillation(Objective):
                 "student. Train without them."
             )
         inputs = {key: value for key, value in call.items() if key not in _STUDENT_ONLY}
-        with at_rest(prompt.model), prompt.without_objective():
+        with eval_mode(prompt.model), prompt.without_objective():
             tables = self._read(prompt)
             # The document enters as the prompt does, so its keys and values are computed at batch 1 and shared by all rows.
             with prompt.standing_in(lambda stack: _as_prefix(prompt, stack, tables)):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.stack import at_rest
+from softhooks.backbone.probing import eval_mode
 from softhooks.runtime.added_tokens import AddedTokens, output_of, refuse_tables
 from softhooks.runtime.contexts import Block
 
@@ -109,7 +109,7 @@ def prove_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
             if isinstance(given, Tensor) and given.shape == ids.shape and torch.equal(given, ids):
                 refuse_tables(model, f"the ids are looked up in a second table ({type(module).__name__})")
 
-    with at_rest(model), _hooked(model, listen):
+    with eval_mode(model), _hooked(model, listen):
         with Block(prompt.model, off=True):
             answered = model(**inputs)
             for embedding in tables.values():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.attention_interface import close_interface, files_of, mark, open_interface, unmark
 from softhooks.backbone.container import CONTAINER, Container, is_prompt_key
-from softhooks.backbone.placeholder_ids import ordinary_ids
+from softhooks.backbone.probe_inputs import ordinary_ids
 from softhooks.backbone.stack import ModelStructure, Stack
 from softhooks.base_model.digest import FrozenRecord
 from softhooks.base_model.fingerprint import Fingerprint

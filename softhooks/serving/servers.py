@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.stack import Stack, at_rest
+from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.stack import Stack
 from softhooks.errors import OptionError, UnsupportedModelError
 
 ServerName = Literal["vllm", "sglang"]
@@ -67,7 +68,7 @@ def factor_inside(stack: Stack) -> float | None:
     """What the embedding module multiplies its weights by, measured; 1.0 where it does not, None where it does something else."""
     weight: Any = stack.embedding.weight
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
-    with at_rest(stack.embedding):
+    with eval_mode(stack.embedding):
         rows, words = stack.embedding(ids[None])[0].float(), weight[ids].detach().float()
     if rows.shape != words.shape:
         return None
@@ -93,7 +94,7 @@ def factor_behind(model: nn.Module, stack: Stack) -> float | None:
 
     weight: Any = stack.embedding.weight
     ids = torch.arange(min(8, weight.shape[0]), device=weight.device)[None]
-    with at_rest(model):
+    with eval_mode(model):
         rows = stack.embedding(ids)
         handle = layers[0][0].register_forward_pre_hook(note, with_kwargs=True)
         try:

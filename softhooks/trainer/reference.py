@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from softhooks.backbone.container import is_prompt_key
-from softhooks.backbone.stack import at_rest
+from softhooks.backbone.probing import eval_mode
 from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.runtime.contexts import Block
@@ -71,7 +71,7 @@ class Reference(nn.Module):
     def _fixed(self) -> Iterator[None]:
         require_fixed(self.policy, self.prompt)
         prompted = prompted_model_of(self.policy)
-        with at_rest(self.policy):
+        with eval_mode(self.policy):
             if prompted is None:
                 yield
             elif self.prompt is None:

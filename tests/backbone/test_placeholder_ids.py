@@ -27,7 +27,7 @@ from softhooks import (
     PTuning,
     ResidualPromptTuning,
 )
-from softhooks.backbone.stack import probe_ids
+from softhooks.backbone.probe_inputs import probe_ids
 from softhooks.errors import (
     CheckpointError,
     PromptMismatchError,

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning
-from softhooks.backbone.visibility import probe_length, reach_of
+from softhooks.backbone.probe_inputs import probe_length, reach_of
 from softhooks.errors import UnsupportedMethodError
 from softhooks.method import Method
 

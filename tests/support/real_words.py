@@ -18,7 +18,7 @@ import softhooks
 from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.examine import examine
 from softhooks.backbone.listening_cache import ListeningCache
-from softhooks.backbone.stack import first_state
+from softhooks.backbone.probing import last_hidden_state
 from softhooks.inject.prefill import CapturePass
 from softhooks.inject.prefix.key_values import flatten
 
@@ -123,7 +123,7 @@ def _run(model: Any, prompt: Any, call: dict[str, Any]) -> tuple[Tensor, Tensor 
 
     def keep(_module: Any, _args: Any, output: Any) -> None:
         if [stack.state.current for stack in stacks] == inside:  # not the prompt's own rows
-            kept.append(first_state(output).float())
+            kept.append(last_hidden_state(output).float())
 
     handle = stacks[-1].module.register_forward_hook(keep)
     try:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from softhooks.backbone.attention_call import AttentionCall
 from softhooks.backbone.attention_interface import marked
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
-from softhooks.backbone.probing import OTHER_METHOD
-from softhooks.backbone.stack import ModelStructure, Site, Stack, at_rest, first_state
+from softhooks.backbone.probing import OTHER_METHOD, eval_mode, last_hidden_state
+from softhooks.backbone.stack import ModelStructure, Site, Stack
 from softhooks.compat.offload import device_of
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.projections import keys_and_values
@@ -41,7 +41,7 @@ def find_attention_calls(structure: ModelStructure) -> None:
         if stack.name == "decoder":
             encoded = _encode(structure.entry, structure.vocabulary)
         seen = _watch(stack, structure.vocabulary, encoded)
-        with at_rest(stack.module), marked(stack):
+        with eval_mode(stack.module), marked(stack):
             for site in stack.sites_of("self"):
                 site.call = _attention_call(seen[site.index])
                 site.call.failure = _failure(site, site.call, seen[site.index])
@@ -98,7 +98,7 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
     if encoded is not None:
         inputs["encoder_hidden_states"] = encoded
     live = _WatchPass(stack)
-    with at_rest(stack.module), marked(stack), ExitStack() as hooks:
+    with eval_mode(stack.module), marked(stack), ExitStack() as hooks:
         for module in {id(site.module): site.module for site in stack.sites_of("self")}.values():
             hooks.callback(module.register_forward_pre_hook(live.note, with_kwargs=True).remove)
         with stack.state.running(live):
@@ -107,8 +107,8 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
 
 
 def _encode(stack: Stack, vocabulary: int) -> Tensor:
-    with at_rest(stack.module), marked(stack), stack.state.running(Pass(stack)):
-        return first_state(stack.module(input_ids=_one_id(stack, vocabulary)))
+    with eval_mode(stack.module), marked(stack), stack.state.running(Pass(stack)):
+        return last_hidden_state(stack.module(input_ids=_one_id(stack, vocabulary)))
 
 
 def _one_id(stack: Stack, vocabulary: int) -> Tensor:

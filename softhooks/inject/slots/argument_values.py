@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softhooks.backbone.stack import Stack, at_rest, first_state
+from softhooks.backbone.probing import eval_mode, last_hidden_state
+from softhooks.backbone.stack import Stack
 from softhooks.layout.slot_map import Widened
 
 _PADDED: dict[str, tuple[str, str | int]] = {
@@ -38,7 +39,7 @@ def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
     asked = [name for name in _PADDED if name in stack.parameters]
     if not asked:
         return fills
-    with at_rest(stack.module):
+    with eval_mode(stack.module):
         without = _state(stack, {"input_ids": ids})
         for name in asked:
             place, size = _PADDED[name]
@@ -55,7 +56,7 @@ def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
 
 def _state(stack: Stack, inputs: dict[str, Tensor]) -> Tensor | None:
     try:
-        return first_state(stack.module(**inputs))
+        return last_hidden_state(stack.module(**inputs))
     except (
         TypeError,
         ValueError,

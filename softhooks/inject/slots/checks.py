@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softhooks.backbone.stack import Stack, first_state
+from softhooks.backbone.probing import last_hidden_state
+from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.caches import is_recurrent
 from softhooks.inject.slots.argument_values import COPIED, fill
@@ -188,7 +189,7 @@ def stand_by_types(call: dict[str, Any], mask: Tensor) -> bool:
 
 def refuse_more_columns(output: Any, text: int, wide: int) -> None:
     """Refuse a stack's states where they are not one a column: behind the text it may have put an image (LayoutLMv3)."""
-    columns = first_state(output).shape[1]
+    columns = last_hidden_state(output).shape[1]
     if columns not in (text, wide):
         raise UnsupportedModeError(
             "slots need a stack that returns one state for each column that it is given.",

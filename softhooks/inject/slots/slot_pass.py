@@ -13,7 +13,8 @@ from torch import Tensor
 
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.position_table import positions_of, widened_positions
-from softhooks.backbone.stack import Stack, first_state
+from softhooks.backbone.probing import last_hidden_state
+from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.caches import cache_of, caches_in, is_filled, is_recurrent
 from softhooks.inject.notes import WrittenSlots, note_slots, slots_in
@@ -227,14 +228,14 @@ class SlotPass(Pass):
         if self.stack.causal:
             for cache in caches_in(output):
                 note_slots(cache, self._written)
-        if self._asked and first_state(output).shape[1] < self._wide.columns:
+        if self._asked and last_hidden_state(output).shape[1] < self._wide.columns:
             return strip_last(output, self._wide, self.strip, self._asked)
         refuse_more_columns(output, self.columns, self._wide.columns)
         stripped = strip_output(output, self._wide, self.strip, self.keep)
         if self.keep:
             self.stack.state.encoded = self._written
             note_slots(stripped, self._written)
-            note_slots(first_state(stripped), self._written)
+            note_slots(last_hidden_state(stripped), self._written)
         return stripped
 
     def pooled(self, states: Any) -> Any:

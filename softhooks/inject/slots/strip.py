@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.backbone.stack import first_state
+from softhooks.backbone.probing import last_hidden_state
 from softhooks.layout.slot_map import Widened
 
 _PER_COLUMN = ("last_hidden_state", "hidden_states", "attentions", "router_logits")
@@ -56,7 +56,7 @@ def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], a
     Args:
         asked: how many columns of the text.
     """
-    computed = first_state(output)
+    computed = last_hidden_state(output)
     last = states(functional.pad(computed, (0, 0, wide.columns - computed.shape[1], 0)))[:, -asked:]
     if isinstance(output, tuple):
         return last, *output[1:]
