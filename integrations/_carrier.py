@@ -118,7 +118,7 @@ class Carrier:
             module.register_load_state_dict_pre_hook(self._check),
             module.register_load_state_dict_post_hook(self._excuse),
         ]
-        prompt.prompted_model.keep(self)
+        prompt.prompted_model.patches.keep(self)
 
     @classmethod
     def of(cls, prompt: SoftPrompt, module: nn.Module, path: str) -> Carrier:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from softhooks.backbone.container import is_prompt_key
 from softhooks.errors import CheckpointError, UnsupportedModeError
 from softhooks.formats.files import read_tensors
+from softhooks.runtime.direct_forward import heed_direct_calls
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.saving.state_dict import LIVE
 from softhooks.trainer.checkpoint import saver_of
@@ -114,18 +115,18 @@ class Dress:
             type(module) if type(module) is not kind else kind.__mro__[1]
         )  # a loaded one is of the kind already
         self.covered: list[tuple[nn.Parameter, bool]] = []
-        prompted.heed_direct_calls()
+        heed_direct_calls(prompted)
         if getattr(module, _FLATTENS, False):
-            prompted.override(_FLATTENS, False, module)
-        prompted.keep(prompted.model.register_load_state_dict_pre_hook(complete))
-        prompted.keep(self)
+            prompted.patches.set(module, _FLATTENS, False)
+        prompted.patches.keep(prompted.model.register_load_state_dict_pre_hook(complete))
+        prompted.patches.keep(self)
         module.__dict__[_DRESS] = self
         module.__class__ = kind
 
     def cover(self, model: nn.Module) -> None:
         """Freeze what else the outer model has, and keep it to one process."""
         if not isinstance(model.__dict__.get(_POOL), _NoPool):
-            self.prompted.override(_POOL, _NoPool(), model)
+            self.prompted.patches.set(model, _POOL, _NoPool())
         known = {id(parameter) for parameter in self.module.model.parameters()}
         known |= {id(parameter) for parameter, _ in self.covered}
         for parameter in model.parameters():
@@ -170,7 +171,7 @@ def leave_room(module: Any, prompted: PromptedModel) -> None:
     slots = [prompt.layout.columns for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
     limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length
     if slots and limit is not None and asked is not None and asked + max(slots) > limit:
-        prompted.keep(_Longer(module, asked))
+        prompted.patches.keep(_Longer(module, asked))
         module.max_seq_length = limit - max(slots)
         logger.warning(
             "texts are cut after %d tokens, not %d, as long as the prompt is on: its %d slots need positions too",

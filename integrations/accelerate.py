@@ -142,7 +142,7 @@ class Tracker:
         self._model_before = accelerator.__dict__.get("save_model")
         self._save_model_before = accelerator.save_model
         accelerator.save_model = self.save_model
-        prompt.prompted_model.keep(self, is_copied=False)
+        prompt.prompted_model.outside_patches.keep(self)
 
     @property
     def prompt(self) -> SoftPrompt | None:

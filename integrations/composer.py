@@ -128,8 +128,10 @@ class _Events:
         prompt = attach(model, self.method, **self.options)
         mend_optimizer(optimizers[0], prompt)
         self._live = LivePrompt(prompt, optimizers[0])
-        prompt.prompted_model.keep(model.register_state_dict_post_hook(lambda *given: self._leave_out_base(*given)))
-        prompt.prompted_model.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
+        prompt.prompted_model.patches.keep(
+            model.register_state_dict_post_hook(lambda *given: self._leave_out_base(*given))
+        )
+        prompt.prompted_model.patches.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
 
     def _leave_out_base(self, model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
         """Keep of a state what is trained, where the model is part of a larger one: Composer's."""

@@ -87,7 +87,7 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
         if check_frozen:
             live.verify_frozen()
 
-    prompt.prompted_model.keep(optimizer.register_step_pre_hook(before_step), is_copied=False)
+    prompt.prompted_model.outside_patches.keep(optimizer.register_step_pre_hook(before_step))
     engine.add_event_handler(Events.STARTED, begin)
     engine.add_event_handler(Events.COMPLETED, end)
     return live

@@ -137,4 +137,4 @@ class _Freeze:
 def _keep_frozen(model: Any) -> None:
     """Let SetFit thaw no more of a body than trains, as long as a prompt is on it."""
     if not isinstance(model.__dict__.get(_FREEZE), _Freeze):
-        require_prompted_model(transformer_of(model.model_body).model).override(_FREEZE, _Freeze(model), model)
+        require_prompted_model(transformer_of(model.model_body).model).patches.set(model, _FREEZE, _Freeze(model))

@@ -159,7 +159,7 @@ def guard(args: Any, prompted: PromptedModel) -> None:
     if name is not None:
         import trl
 
-        prompted.keep(_Guard(getattr(trl, name)), is_copied=False)
+        prompted.outside_patches.keep(_Guard(getattr(trl, name)))
 
 
 class _Guard:

@@ -31,7 +31,7 @@ from softhooks.checks.request import check_length, check_request, no_room
 from softhooks.compat.bitsandbytes import keep_unpacked, unpacked
 from softhooks.compat.offload import device_of
 from softhooks.compat.peft import home, keep_wrapped, refuse_prompts
-from softhooks.constraint import unwatch, watch
+from softhooks.constraint import watch
 from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import PromptTooLongError
 from softhooks.formats.labels import Labels
@@ -45,9 +45,9 @@ from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.contexts import Block
 from softhooks.runtime.exclusive import exclusive
 from softhooks.runtime.generate import keep_from_assistants
+from softhooks.runtime.install import detach, install, install_added_tokens, install_head, sign_forward
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.runtime.recomputed_forward import Met
-from softhooks.runtime.training_loop import takes_gradients
 from softhooks.saving.model import stand_in
 
 if TYPE_CHECKING:
@@ -206,9 +206,9 @@ def attach_encoder(
             prompt.shares_always = injection == "shared"
             _prove_reached(prompt)
             method.check(prompt)
-            if prompt.objective is not None and takes_gradients(prompt):
+            if prompt.objective is not None and prompt.takes_gradients:
                 prompt.objective.check(prompt)
-        prompted.sign()
+        sign_forward(prompted)
     except BaseException as error:
         detach(prompted, name)
         prompted.active = before
@@ -268,7 +268,7 @@ def _open(prompted: PromptedModel, trainable: tuple[str, ...], frozen_record: bo
     keep_unpacked(model, prompted.patches)
     keep_wrapped(model, prompted.patches)
     stand_in(prompted)
-    prompted.install()
+    install(prompted)
 
 
 def _add(prompted: PromptedModel, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dropout: bool) -> None:
@@ -279,28 +279,7 @@ def _add(prompted: PromptedModel, prompt: SoftPrompt, heads: dict[str, nn.Module
     prompted.active = prompt.name
     watch(prompt.encoder)
     if prompt.added is not None:
-        prompted.add_tokens()
+        install_added_tokens(prompted)
     prompted.freeze_dropout = prompted.freeze_dropout or freeze_dropout
     for path in heads:
-        prompted.add_head(path)
-
-
-def detach(prompted: PromptedModel, name: str) -> None:
-    """Take one prompt away; with the last one, everything. The prompt attached before it is on again."""
-    model = prompted.model
-    container = model._modules.get(CONTAINER)
-    prompt = prompted.prompts.pop(name, None)
-    if prompt is not None:
-        unwatch(prompt.encoder)
-    if isinstance(container, Container) and name in container:
-        del container[name]
-    if prompted.active == name:
-        prompted.active = next(reversed(prompted.prompts), None)
-    if prompted.prompts:
-        return
-    prompted.uninstall()
-    model._modules.pop(CONTAINER, None)
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name in prompted.was_trainable:
-            parameter.requires_grad_(prompted.was_trainable[parameter_name])
-    prompted.set_aside.restore(model.named_parameters())
+        install_head(prompted, path)

@@ -25,6 +25,7 @@ from softhooks.formats.stack_outline import outline
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.runtime.attached_prompt import AttachedPrompt
+from softhooks.runtime.install import detach
 from softhooks.runtime.prompted_model import PromptedModel
 
 
@@ -206,8 +207,6 @@ class SoftPrompt(AttachedPrompt):
         with self.running.held("`remove`"):
             if self.is_attached:
                 self.is_attached = False
-                from softhooks.attach import detach
-
                 detach(self.prompted_model, self.name)
 
     def _require_attached(self) -> None:

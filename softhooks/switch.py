@@ -56,7 +56,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def _show_labels(prompted: PromptedModel) -> None:
     """Let the config show the names of this thread's labels; while another one runs the model, it shows that one's."""
     with suppress(UnsupportedModeError), prompted.running.held("the names of labels"):
-        prompted.labels.show()
+        prompted.show_labels()
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def _hook_linears(prompt: SoftPrompt) -> None:
     for stack in prompt.prompted_model.structure.stacks:
         prompt.prompted_model.watch_parts(stack, [module for module, _ in linears(stack).values()])
         for handle in hook_linears(stack):
-            prompt.prompted_model.keep(handle)
+            prompt.prompted_model.patches.keep(handle)
 
 
 def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> Injection:

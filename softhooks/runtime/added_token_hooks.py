@@ -31,11 +31,10 @@ class AddedHooks:
         self.prompted = prompted
         tables = {id(stack.embedding): stack.embedding for stack in prompted.structure.stacks}
         for embedding in tables.values():
-            prompted.keep(embedding.register_forward_hook(self.embed, with_kwargs=True))
+            prompted.patches.keep(embedding.register_forward_hook(self.embed, with_kwargs=True))
         self.head = output_of(prompted.model)
         if self.head is not None:
-            prompted.keep(self.head.register_forward_hook(self.answer, with_kwargs=True))
-        prompted.embed_last()  # a prompt's virtual tokens stand on any id
+            prompted.patches.keep(self.head.register_forward_hook(self.answer, with_kwargs=True))
 
     def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         """Look added tokens up in the prompt's own rows."""

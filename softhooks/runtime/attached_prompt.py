@@ -102,6 +102,11 @@ class AttachedPrompt:
         added = self.module._modules.get(ADDED)
         return added if isinstance(added, AddedTokens) else None
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether the prompt trains, rather than being frozen too."""
+        return any(parameter.requires_grad for parameter in self.encoder.parameters())
+
     def head(self, key: str) -> nn.Module | None:
         """The prompt's own head in the place of one of the model's, if it has one."""
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get

@@ -112,4 +112,4 @@ def watch_batching(prompted: PromptedModel) -> None:
     """Ask before a model starts a continuous batch, until its last prompt is removed."""
     model = unwrapped(prompted.model)
     if hasattr(model, _START):
-        prompted.override(_START, _Start(prompted, model, _START), model)
+        prompted.patches.set(model, _START, _Start(prompted, model, _START))

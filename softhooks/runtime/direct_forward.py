@@ -1,6 +1,6 @@
 """Callers that run a model's `forward` itself, past `__call__` and every hook: they are sent through `__call__`.
 
-sentence-transformers does so. Only integrations use it (`PromptedModel.heed_direct_calls`); elsewhere such a call is an error.
+sentence-transformers does so. Only integrations use it (`heed_direct_calls`); elsewhere such a call is an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from softhooks.runtime.prompted_model import PromptedModel
 
 
 class DirectForward:
@@ -50,3 +52,13 @@ class DirectForward:
         if self.before is not None:
             return self.before(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def heed_direct_calls(prompted: PromptedModel) -> None:
+    """Let callers of `model.forward`, who go past every hook, meet the prompts like callers of the model."""
+    if not any(isinstance(value, DirectForward) for value in prompted.patches.values()):
+        model = prompted.model
+        direct = DirectForward(model)
+        prompted.patches.set(model, "forward", direct)
+        prompted.patches.keep(model.register_forward_pre_hook(direct.enter))
+        prompted.patches.keep(model.register_forward_hook(direct.leave, always_call=True))

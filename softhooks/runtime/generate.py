@@ -99,13 +99,13 @@ def keep_from_assistants(prompted: PromptedModel) -> None:
     """Keep the columns that the prompts take from assistant models, unless these take them too."""
     model = unwrapped(prompted.model)
     if hasattr(model, _DRAFT) and not isinstance(model.__dict__.get(_DRAFT), _Draft):
-        prompted.override(_DRAFT, _Draft(prompted, model, _DRAFT), model)
+        prompted.patches.set(model, _DRAFT, _Draft(prompted, model, _DRAFT))
 
 
 def watch_generate(prompted: PromptedModel) -> None:
     """Note what `generate` is given and how it repeats rows, for as long as it runs, until the last prompt is removed."""
     model = unwrapped(prompted.model)
     if callable(getattr(model, "generate", None)):
-        prompted.override("generate", _Generate(prompted, model, "generate"), model)
+        prompted.patches.set(model, "generate", _Generate(prompted, model, "generate"))
     if hasattr(model, _EXPAND):
-        prompted.override(_EXPAND, _Expand(prompted, model, _EXPAND), model)
+        prompted.patches.set(model, _EXPAND, _Expand(prompted, model, _EXPAND))

@@ -21,9 +21,9 @@ from softhooks.inject.text_positions import OUTER_ARGUMENTS
 from softhooks.runtime.arguments import take
 from softhooks.runtime.contexts import alone_of
 from softhooks.runtime.evaluation_mode import refuse_backward
+from softhooks.runtime.frozen_output import tell_frozen
 from softhooks.runtime.open_pass import open_forward
 from softhooks.runtime.running import Call, module_call
-from softhooks.runtime.training_loop import prompts_on, takes_gradients, tell_frozen
 from softhooks.runtime.unused_parameters import require_search
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ class ModelHooks:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the extra arguments out of the call, and let an objective join it."""
         prompted = self.prompted
-        if prompted.is_own_call:
+        if _is_own_call(prompted):
             return None
         call = prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call(), is_model=True)
         if call.outer is None and alone_of(prompted.model) is None:
-            prompted.labels.show()
+            prompted.show_labels()
         call.is_on = prompted.is_on
         prompted.refuse_unused(kwargs)
         prompted.require_standing()
@@ -60,7 +60,7 @@ class ModelHooks:
         call.encoded = encoded_slots(encoded)
         if call.is_aside or not prompted.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
-        trainable = [prompt for prompt in prompts_on(prompted) if takes_gradients(prompt)]
+        trainable = [prompt for prompt in prompted.active_prompts() if prompt.takes_gradients]
         require_search(trainable, call.given)
         trained = next((prompt for prompt in trainable if prompt.objective is not None), None)
         if trained is None:
@@ -135,6 +135,12 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             call.brought[name] = value.flatten(0, 1)
 
 
+def _is_own_call(prompted: PromptedModel) -> bool:
+    """Whether the library runs a prompt's own rows: if the model itself is the stack, that call comes through the model."""
+    passes = (stack.state.current for stack in prompted.structure.stacks)
+    return any(current is not None and not current.entered for current in passes)
+
+
 class StackHooks:
     """The hooks of one stack."""
 
@@ -202,7 +208,7 @@ class StackHooks:
             if (
                 begun.forward is begun
                 and torch.is_grad_enabled()
-                and not any(map(takes_gradients, prompts_on(self.prompted)))
+                and not any(prompt.takes_gradients for prompt in self.prompted.active_prompts())
             ):
                 return tell_frozen(changed)  # called by itself, without the model around it
             return changed

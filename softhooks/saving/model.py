@@ -208,11 +208,11 @@ class LoadAdapter:
 def stand_in(prompted: PromptedModel) -> None:
     """Let the model's `save_pretrained`, if it has one, write its prompts, until the last is removed."""
     if hasattr(prompted.model, "peft_config") and hasattr(prompted.model, "load_adapter"):
-        prompted.override("load_adapter", LoadAdapter(prompted))
+        prompted.patches.set(prompted.model, "load_adapter", LoadAdapter(prompted))
     if hasattr(prompted.model, "save_pretrained"):
         saving = SavePrompts(prompted)
-        prompted.override("save_pretrained", saving)
-        prompted.keep(prompted.model.register_load_state_dict_pre_hook(saving.check))
+        prompted.patches.set(prompted.model, "save_pretrained", saving)
+        prompted.patches.keep(prompted.model.register_load_state_dict_pre_hook(saving.check))
     container: Any = prompted.model._modules[CONTAINER]
     container.register_state_dict_post_hook(SaveFromOutside(prompted))
 

@@ -64,6 +64,6 @@ def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_
     if saver is None or saver.prompt is not prompt or saver.owner is not owner:
         saver = CheckpointSaver(prompt, owner)
         saver.metrics, saver.attached_by_owner = TrainingMetrics(prompt), is_new
-        prompt.prompted_model.keep(LoggedMetrics(saver), is_copied=False)
+        prompt.prompted_model.outside_patches.keep(LoggedMetrics(saver))
     saver.control = control
     return saver

@@ -73,13 +73,13 @@ class CheckpointSaver:
         self._set_adapter: Any = before._set_adapter if before else getattr(model, "set_adapter", None)
         if before:
             before.close()
-        shared.override("save_pretrained", self)
-        shared.override("_keys_to_ignore_on_save", NotSaved(prompt))
+        shared.patches.set(prompt.model, "save_pretrained", self)
+        shared.patches.set(prompt.model, "_keys_to_ignore_on_save", NotSaved(prompt))
         if _is_peft(model):
-            shared.override("load_adapter", self.load_adapter)
-            shared.override("set_adapter", self.set_adapter)
+            shared.patches.set(prompt.model, "load_adapter", self.load_adapter)
+            shared.patches.set(prompt.model, "set_adapter", self.set_adapter)
         self._handle = model.register_load_state_dict_pre_hook(self._check)
-        shared.keep(self._handle)
+        shared.patches.keep(self._handle)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model that a Trainer trains leave the Trainer, its callback and its run behind."""
@@ -184,7 +184,7 @@ class CheckpointSaver:
             TrainerError: it belongs to another prompt or base.
         """
         shared = self.prompt.prompted_model
-        noted, shared.noted = shared.noted, None
+        noted, shared.loaded_state = shared.loaded_state, None
         if noted is not None:
             self._check(self.prompt.model, noted, "")
 

@@ -22,6 +22,7 @@ from untouched import remove_all, untouched
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, UnsupportedModeError
 from softhooks.inject.prefill import logits_of
+from softhooks.runtime.direct_forward import heed_direct_calls
 from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.runtime.running import Running
 
@@ -292,7 +293,7 @@ def test_a_layer_that_another_thread_calls_past_the_hooks() -> None:
 def test_direct_calls_of_a_models_forward() -> None:
     model, ids, other = zoo.build("llama"), zoo.text(1, 6), zoo.text(1, 6, seed=3)
     softhooks.attach(model, PromptTuning(3))
-    require_prompted_model(model).heed_direct_calls()
+    heed_direct_calls(require_prompted_model(model))
     expected = answer(lambda: model.forward(ids).logits)
     model.register_forward_pre_hook(lambda *_: first.stop())
     first = Paused(lambda: model.forward(ids).logits)

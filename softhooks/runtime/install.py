@@ -1,0 +1,111 @@
+"""Install the hooks that let a model's prompts take part in its forwards, and undo all of it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from softhooks.backbone.attention_interface import files_of, mark, unmark
+from softhooks.backbone.container import CONTAINER, Container
+from softhooks.compat.peft import unwrapped
+from softhooks.constraint import unwatch
+from softhooks.patching.movable_hook import MovableHook
+from softhooks.runtime.added_token_hooks import AddedHooks
+from softhooks.runtime.arguments import SignedForward
+from softhooks.runtime.continuous_batching import watch_batching
+from softhooks.runtime.generate import watch_generate
+from softhooks.runtime.hooks import HeadHooks, ModelHooks, StackHooks
+from softhooks.runtime.prompted_model import PromptedModel
+
+
+def install(prompted: PromptedModel) -> None:
+    """Register every hook and mark every attention site."""
+    model, stacks, keep = prompted.model, prompted.structure.stacks, prompted.patches.keep
+    outermost = ModelHooks(prompted)
+    keep(model.register_forward_pre_hook(outermost.enter, with_kwargs=True))
+    for stack in stacks:
+        stack.state.owner = prompted
+        hooks = StackHooks(prompted, stack)
+        keep(stack.module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
+        keep(stack.module.register_forward_hook(hooks.leave, always_call=True))
+        embedding_hook = MovableHook(stack.embedding, hooks.embed)
+        prompted.embedding_hooks.append(embedding_hook)
+        keep(embedding_hook)
+        pooler = getattr(stack.module, "pooler", None)
+        if stack.pooled is not None:
+            keep(stack.pooled.register_forward_hook(hooks.unslot))
+        elif isinstance(pooler, nn.Module):
+            keep(pooler.register_forward_pre_hook(hooks.pool))
+    keep(model.register_load_state_dict_pre_hook(prompted.note_loaded_state))
+    # Where the model is the stack, its hook must run after the stack's.
+    keep(model.register_forward_hook(outermost.leave, with_kwargs=True, always_call=True))
+    mark(stacks)
+    watch_batching(prompted)
+    watch_generate(prompted)
+    prompted.files = files_of(module for stack in stacks for module in stack.module.modules())
+    prompted.join_shared_patches()
+
+
+def uninstall(prompted: PromptedModel) -> None:
+    """Remove every hook and mark, and restore every attribute."""
+    prompted.embedding_hooks.clear()
+    prompted.outside_patches.undo()
+    prompted.patches.undo()
+    for stack in prompted.structure.stacks:
+        stack.state.owner = None
+    unmark(prompted.structure.stacks)
+    prompted.leave_shared_patches()
+
+
+def install_head(prompted: PromptedModel, path: str) -> None:
+    """Let the prompts' own heads answer in the place of one of the model's."""
+    hooks, head = HeadHooks(prompted, path.replace(".", "/")), prompted.model.get_submodule(path)
+    prompted.patches.keep(head.register_forward_hook(hooks.answer, with_kwargs=True))
+    prompted.watch_head(head)
+
+
+def install_added_tokens(prompted: PromptedModel) -> None:
+    """Let the prompts' own rows of the vocabulary take the place of the model's."""
+    if prompted.has_added_tokens:
+        return
+    prompted.has_added_tokens = True
+    head = AddedHooks(prompted).head
+    prompted.embed_last()  # virtual tokens may have the id of an added token; their embeddings must win
+    if head is not None:
+        prompted.watch_head(head)
+
+
+def sign_forward(prompted: PromptedModel) -> None:
+    """Add the columns that the prompts take to the signature of the model's forward.
+
+    Raises:
+        AttachError: the model has an argument of that name already.
+    """
+    signed = []
+    for module in {id(m): m for m in (prompted.model, unwrapped(prompted.model))}.values():
+        known = getattr(module.__dict__.get("forward"), "names", ())
+        new = [name for name in prompted.columns if name not in known]
+        if new:
+            signed.append((module, SignedForward(module, new, prompted.accepted)))
+    for module, forward in signed:
+        prompted.patches.set(module, "forward", forward)
+
+
+def detach(prompted: PromptedModel, name: str) -> None:
+    """Remove one prompt; with the last one, everything. The prompt attached before it is on again."""
+    model = prompted.model
+    container = model._modules.get(CONTAINER)
+    prompt = prompted.prompts.pop(name, None)
+    if prompt is not None:
+        unwatch(prompt.encoder)
+    if isinstance(container, Container) and name in container:
+        del container[name]
+    if prompted.active == name:
+        prompted.active = next(reversed(prompted.prompts), None)
+    if prompted.prompts:
+        return
+    uninstall(prompted)
+    model._modules.pop(CONTAINER, None)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name in prompted.was_trainable:
+            parameter.requires_grad_(prompted.was_trainable[parameter_name])
+    prompted.set_aside.restore(model.named_parameters())
