@@ -1,4 +1,4 @@
-"""The keys and values of a prompt, as attention takes them: one row shared by all, or one a row of the batch."""
+"""The keys and values of a prompt for every attention module, shared by all rows of a batch or one for each."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class KeyValues:
     Attributes:
         keys, values: [R, Hk, P, D] for each site index that has a prefix; R is 1 (shared by every row), B, or the number of a
             prompt's variants.
-        states: the virtual tokens' own last states, [R, P, H], where the prompt was run through the stack.
-        hidden: which virtual tokens a row does not see, [B or 1, P] bool; None: it sees all that it has.
-        lengths: how many of the P virtual tokens each row has, [B]; they stand rightmost, next to the text. None: all have P.
-        windowed: whether sliding layers see the prefix as tokens at the positions before the text; a bool, or [B] bool.
-        shifted: whether the text's positions start behind the prefix; a bool, or [B] bool.
-        bare: the rows without a prefix at a site where other rows have one, [B] bool by site index.
+        lengths: how many of the P virtual tokens each row has, [B]; the rightmost, next to the text. None: all have P.
+        windowed: whether sliding windows apply to the prefix, as to tokens just before the text; a bool, or [B] bool.
+        shifted: whether the text's positions start after the prefix; a bool, or [B] bool.
+        states: the virtual tokens' last hidden states, [R, P, H], where the prompt was run through the stack.
+        hidden: the virtual tokens that a row must not see, [B or 1, P] bool; None: it sees all that it has.
+        missing: the rows without a prefix at a site where other rows have one, [B] bool by site index.
     """
 
     keys: dict[int, Tensor]
@@ -35,7 +35,7 @@ class KeyValues:
     shifted: bool | Tensor = True
     states: Tensor | None = None
     hidden: Tensor | None = None
-    bare: dict[int, Tensor] = field(default_factory=dict)
+    missing: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def variants(self) -> int:
@@ -49,17 +49,16 @@ class KeyValues:
 
     @property
     def any_key(self) -> Tensor:
-        """The keys of some site; all have the same rows and virtual tokens.
+        """The keys of some site; those of all sites have the same R and P.
 
         Raises:
-            PromptNotReachedError: no site has any, for no attention was seen when the prompt ran through the stack.
+            PromptNotReachedError: there are none: no attention was seen when the prompt ran through the stack.
         """
         for key in self.keys.values():
             return key
         raise PromptNotReachedError(
-            "a prompt that enters as keys and values must have been seen by the attention of the model.",
+            "the prompt has no keys and values: the model's attention was not seen when the prompt ran through it.",
             "Do not replace attention modules or functions while a prompt is attached; or attach with `injection='slots'`.",
-            sites_with_keys="none",
         )
 
     def before(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,21 +69,21 @@ class KeyValues:
         return torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
 
     def shift(self) -> int | Tensor:
-        """How far the text's positions move: P or 0, or [B, 1] where rows differ."""
+        """By how much the text's positions shift: P or 0, or [B, 1] where rows differ."""
         if isinstance(self.shifted, Tensor) and self.lengths is not None:
             return (self.lengths * self.shifted)[:, None]
         return self.length if self.shifted else 0
 
     def present(self, device: torch.device, index: int | None = None) -> Tensor | None:
-        """Which virtual tokens each row has and sees, [B or 1, P] bool; None: all.
+        """Which virtual tokens each row has and may see, [B or 1, P] bool; None: all.
 
         Args:
-            index: the site, where prompts differ in the layers that they enter.
+            index: of a site; its rows without a prefix see none. None: those of all sites.
         """
         seen = None if self.hidden is None else ~self.hidden.to(device)
-        bare = None if index is None else self.bare.get(index)
-        if bare is not None:
-            has = ~bare.to(device)[:, None].expand(-1, self.length)
+        missing = None if index is None else self.missing.get(index)
+        if missing is not None:
+            has = ~missing.to(device)[:, None].expand(-1, self.length)
             seen = has if seen is None else has & seen
         if self.lengths is None:
             return seen
@@ -94,16 +93,16 @@ class KeyValues:
 
 
 def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
-    """Cut the flat form of a prefix into the keys and values of its sites.
+    """Split the flat form of a prefix into the keys and values of its sites.
 
     Shape:
         [P, sum over sites of Hk * (Dk + Dv)] -> keys [1, Hk, P, Dk], values [1, Hk, P, Dv] each; keys come first.
     """
     virtual = flat.shape[0]
     first = sites[0]
-    # Cut with `unbind` and `split`, whose backward is one copy; that of indexing fills a full-size tensor for every layer.
+    # The backward of `unbind` and `split` is one copy; that of indexing fills a full-size tensor for every layer.
     if all((s.heads, s.key_dim, s.value_dim) == (first.heads, first.key_dim, first.key_dim) for s in sites):
-        # One copy for all layers instead of one view a layer: every later `cat` then reads contiguous rows.
+        # One copy for all layers instead of one strided view a layer: every later `cat` then reads contiguous rows.
         stacked = flat.view(virtual, 2 * len(sites), first.heads, first.key_dim).permute(1, 2, 0, 3).contiguous()
         parts = stacked.unsqueeze(1).unbind(0)
     else:
@@ -128,11 +127,11 @@ def flatten(keys: dict[int, Tensor], values: dict[int, Tensor], sites: Sequence[
 
 
 def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
-    """Give each row of a batch its own prompt; None gives a row no prompt.
+    """Give each row of a batch its own prompt.
 
     Args:
-        prompts: the prompts in use; each may leave sites out.
-        rows: for each row, which of all their variants, counted through.
+        prompts: the prompts of the batch; each may leave sites out.
+        rows: for each row, which variant, in one numbering of the variants of all prompts; None: no prompt.
 
     Shape:
         prompts [R_i, Hk, P_i, D] -> [B, Hk, max P_i, D]
@@ -148,12 +147,14 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     index = torch.tensor([len(owners) if row is None else row for row in rows], device=device)
 
     def gather(given: list[Tensor | None]) -> Tensor:
-        like = next(tensor for tensor in given if tensor is not None)  # some prompt has the site
+        like = next(tensor for tensor in given if tensor is not None)  # at least one prompt has the site
         nothing = like.new_zeros(1, like.shape[1], longest, like.shape[3])
         parts = [
             nothing.expand(prompt.variants, -1, -1, -1)
             if tensor is None
-            else functional.pad(tensor, (0, 0, longest - tensor.shape[2], 0))
+            else functional.pad(
+                tensor, (0, 0, longest - tensor.shape[2], 0)
+            )  # on the left: prompts end next to the text
             for prompt, tensor in zip(prompts, given, strict=True)
         ]
         return torch.cat([*parts, nothing]).index_select(0, index)
@@ -167,5 +168,5 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
         lengths=None if even else torch.tensor(lengths, device=device),
         windowed=windowed[0] if even else torch.tensor(windowed, device=device),
         shifted=shifted[0] if even else torch.tensor(shifted, device=device),
-        bare={site: torch.tensor(without(site), device=device) for site in sites if any(without(site))},
+        missing={site: torch.tensor(without(site), device=device) for site in sites if any(without(site))},
     )

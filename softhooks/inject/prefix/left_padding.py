@@ -1,4 +1,4 @@
-"""A prefix behind the padding of its row, next to the text: for layers whose biases and windows count columns."""
+"""Prefixes between the left padding of a row and its text, for layers whose biases and windows count columns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class KeyOrder:
     """The order of keys in rows that begin with padding: the padding, the prefix, the text.
 
     Attributes:
-        order: which column of prefix and text, [B, P + K], stands in each place.
+        order: the column, of prefix and text concatenated, that goes to each place, [B, P + K].
         text: the place of each column of the text, [B, K].
     """
 
@@ -25,7 +25,7 @@ class KeyOrder:
         return _gather(tensor, self.order, dim)
 
     def own(self, tensor: Tensor) -> Tensor:
-        """Take the text's columns out of the last dimension. [B * n, ..., P + K] -> [B * n, ..., K]."""
+        """Select the text's columns of the last dimension. [B * n, ..., P + K] -> [B * n, ..., K]."""
         batch = self.text.shape[0]
         if tensor.shape[0] % batch:
             tensor = tensor.expand(batch, *tensor.shape[1:])
@@ -34,7 +34,7 @@ class KeyOrder:
 
 
 def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
-    """The order of keys behind a prefix of `length`; None where no row begins with padding.
+    """The order of a text's keys with a prefix of `length`; None where no row begins with padding.
 
     Args:
         mask: the text's, [B, K].
@@ -43,6 +43,7 @@ def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
         return None
     lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     places = torch.arange(length + mask.shape[1], device=mask.device)[None]
+    # Place p holds padding (column p + P) for p < lead, then the prefix (column p - lead), then the text (column p).
     prefix = torch.where(places < lead + length, places - lead, places)
     columns = torch.arange(mask.shape[1], device=mask.device)[None]
     return KeyOrder(

@@ -1,8 +1,8 @@
 """Documents packed into one row: each sees the prompt and itself, or the forward is refused.
 
-A prompt that enters as keys and values stands before every document, and the positions of each start behind it. Whether documents
-see each other is the mask's affair, which transformers makes: it separates them in most models, without an attention mask and
-without a cache. So the mask is looked at, whatever the model.
+A prompt that enters as keys and values is before every document, and the positions of each document start after it. The documents
+are kept apart by the mask, which transformers makes of `position_ids` in most models, where there is neither an attention mask
+nor a cache. So the mask itself is checked, whatever the model.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _REMEDY = (
 
 
 def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
-    """Number the documents of each row by the places where its positions restart; None where none does.
+    """Number the documents of each row: one begins where the positions restart. None if there is one document a row.
 
     Args:
         positions: as the caller gives them.
-        mask: the caller's mask: padding, whose positions mean nothing, is passed over. One that is prepared for attention already
-            says itself what is seen.
+        mask: the caller's mask; positions of padding are ignored. With a mask that is prepared for attention the result is None:
+            it keeps documents apart, or not, by itself.
 
     Shape:
         positions [B or 1, T], or [4, B, T], text first -> [B or 1, T]
@@ -39,11 +39,12 @@ def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
     rows = positions[0] if positions.dim() == 3 and positions.shape[0] == 4 else positions
     if rows.dim() != 2 or rows.shape[1] != columns:
         return None
+    # Each position is compared with that of the last real column before it.
     last = torch.arange(columns, device=rows.device)[None]
     real = None if mask is None else mask[:, -columns:].to(rows.device).bool()
     if real is not None:
         rows = rows.expand(real.shape[0], -1)
-        last = torch.where(real, last, 0).cummax(-1).values  # the last real column up to each
+        last = torch.where(real, last, 0).cummax(-1).values
     before = rows.gather(1, last.expand_as(rows)[:, :-1])
     restarts = rows[:, 1:] <= before
     if real is not None:
@@ -58,26 +59,32 @@ def _is_flat(mask: Any) -> bool:
 
 
 def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
-    """Refuse documents in a stack whose masks do not come by the prompt's hooks.
+    """Refuse packed documents in a stack whose masks cannot be checked, or cannot keep documents apart.
 
     Args:
-        numbers: the documents of each row, [B or 1, T].
-        by_position: whether the stack was given the positions; another one does not even know of the documents.
+        numbers: the document of each column, [B or 1, T].
+        by_position: whether the stack itself was given the positions; without them it cannot tell documents apart.
     """
     if stack.through != "attention" or not by_position:
-        raise _refusal(numbers, f"not seen: {type(stack.module).__name__} makes it from no positions, or out of reach")
+        raise _refusal(
+            numbers, f"not seen: {type(stack.module).__name__} makes it without positions, or where no hook sees it"
+        )
 
 
 def keep_documents_apart(live: Pass, numbers: Tensor) -> None:
-    """Have a pass refuse attention in which documents see each other."""
+    """Let a pass refuse attention in which documents see each other.
+
+    Args:
+        numbers: the document of each column, [B or 1, T].
+    """
     attend: Callable[..., Any] = live.attend
-    separating: list[Any] = []
+    checked: list[Any] = []  # layers are mostly given the same mask object
 
     def attend_apart(site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
-        if site.role == "self" and not any(mask is one for one in separating):
+        if site.role == "self" and not any(mask is one for one in checked):
             _check(numbers, mask, args[2].shape[2], function_name(attention))
-            separating.append(mask)
+            checked.append(mask)
         return attend(site, attention, args, kwargs)
 
     live.attend = attend_apart  # type: ignore[method-assign]  # of this pass alone
@@ -87,14 +94,14 @@ def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
     """Check that no query sees a key of another document.
 
     Raises:
-        UnsupportedModeError: one does, or that cannot be told.
+        UnsupportedModeError: one does, or the mask does not tell.
     """
     if function.startswith("flash"):
-        raise _refusal(numbers, f"{function} tells documents apart by itself, and not with a prompt before them")
+        raise _refusal(numbers, f"{function} keeps documents apart by itself, but not with a prompt before them")
     if not isinstance(mask, Tensor) or keys != numbers.shape[1] or mask.shape[-1] != keys:
         raise _refusal(numbers, "none that tells them apart")
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    asking = numbers[:, -mask.shape[-2] :]  # the last ones, where a layer is asked for those alone
+    asking = numbers[:, -mask.shape[-2] :]  # a layer may have queries for the last columns alone
     other = asking[:, None, :, None] != numbers[:, None, None, :]
     if bool((seen & other.to(mask.device)).any()):
         raise _refusal(numbers, f"{list(mask.shape)}, in which they see each other")
@@ -102,7 +109,7 @@ def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
 
 def _refusal(numbers: Tensor, mask: str) -> UnsupportedModeError:
     return UnsupportedModeError(
-        "documents packed into one row must not see each other.",
+        "documents packed into one row must not see each other, which this call does not ensure.",
         _REMEDY,
         documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, by position_ids that start again",
         mask=mask,

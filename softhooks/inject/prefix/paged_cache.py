@@ -1,8 +1,8 @@
-"""Continuous batching: the sequences of many requests in one row, their keys and values in a paged cache.
+"""A prefix with the paged cache of continuous batching, in which the sequences of many requests share one row.
 
-Attention itself writes to the cache and reads from it, and its mask keeps the sequences apart. A prompt that all of them see is
-one more run of columns, before all others and seen by every query: its keys and values are joined once, for all requests, right
-after the cache has been updated. They never enter the cache, whose blocks requests share by their ids alone.
+The attention function writes to the cache and reads from it, and its mask keeps the sequences apart. A prompt that all of them
+see is one more run of columns before all others: its keys and values are concatenated once, for all requests, after the cache was
+updated. They never enter the cache itself, because requests with the same ids share its blocks.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from softhooks.inject.prefix.key_values import KeyValues
 
 
 def paged_cache(arguments: dict[str, Any]) -> PagedAttentionCache | None:
-    """The paged cache among the arguments of a stack or of an attention function, if this is a continuous batch."""
+    """The paged cache in the arguments of a stack or of an attention function; None outside of a continuous batch."""
     cache = arguments.get("cache")
     return cache if isinstance(cache, PagedAttentionCache) else None
 
 
 def longest_text(call: dict[str, Any]) -> int | None:
-    """How many tokens the longest sequence of a continuous batch has; None where this is none.
+    """How many tokens the longest sequence of a continuous batch has, by its positions; None outside of a continuous batch.
 
-    Its positions tell: the row holds new tokens of several sequences, and what they read from the cache is not in the call.
+    The columns do not tell: they are the new tokens of several sequences, without those in the cache.
     """
     positions = call.get("position_ids")
     return None if paged_cache(call) is None or positions is None else int(positions.max()) + 1
 
 
 class PrefixedPagedCache(PagedAttentionCache):
-    """A paged cache for one call of an attention function, which hands out the prompt's keys and values before its own.
+    """A paged cache for one call of an attention function that returns the prompt's keys and values before its own.
 
     Args:
-        cache: where the call's keys and values are written and read.
-        prefix: the prompt's, shared by all sequences.
-        index: the site's.
+        cache: the cache of the batch.
+        prefix: the prompt's keys and values, shared by all sequences.
+        index: of the site.
     """
 
     def __init__(self, cache: PagedAttentionCache, prefix: KeyValues, index: int) -> None:
@@ -48,12 +48,12 @@ class PrefixedPagedCache(PagedAttentionCache):
         self._prefix = (prefix.keys[index], prefix.values[index])
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Update the cache, and join. [1, Hk, T, D] -> [1, Hk, P + K, D], or [P + K, Hk, D] in earlier transformers."""
-        key, value = map(_behind, self._prefix, self._cache.update(*args, **kwargs))
+        """Update the cache, and prepend the prefix. [1, Hk, T, D] -> [1, Hk, P + K, D], or [P + K, Hk, D] (older)."""
+        key, value = map(_prepend, self._prefix, self._cache.update(*args, **kwargs))
         return key, value
 
 
-def _behind(own: Tensor, read: Tensor) -> Tensor:
+def _prepend(own: Tensor, read: Tensor) -> Tensor:
     if read.dim() == 3:
         return torch.cat([own[0].transpose(0, 1).to(read), read])
     return torch.cat([own.to(read), read], dim=2)
@@ -62,10 +62,10 @@ def _behind(own: Tensor, read: Tensor) -> Tensor:
 def attend_alone(
     attention: AttentionFunction, window: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run a prompt's own rows, which stand in no cache, while the model's attention is one for paged caches only.
+    """Run the attention of a prompt's own rows, which are in no cache, also where the model's function needs a paged cache.
 
     Args:
-        attention: what was called; anything but such a function runs as it is.
+        attention: the model's function; replaced by eager attention if it needs a paged cache.
         window: of the site, if it has one.
     """
     if "paged" not in function_name(attention):
@@ -82,6 +82,6 @@ def attend_alone(
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """The attention function that a model's file brings along, unwrapped."""
+    """The eager attention function in a model's file, without the wrapper of softhooks."""
     function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     return getattr(function, "__wrapped__", function)

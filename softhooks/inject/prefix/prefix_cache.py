@@ -1,7 +1,7 @@
-"""Caches for models that do not use the attention interface: one that listens, one that puts a prefix in.
+"""Caches that put a prefix before the keys and values of a layer.
 
-GPT-J, BLOOM, Falcon and their like hand their keys and values to `cache.update` and attend to what it returns. That is the one
-place where keys and values can be read, or be put in front, without touching the attention code.
+GPT-J, BLOOM, Falcon and similar models do not use the attention interface. They pass their keys and values to `cache.update` and
+attend to what it returns: the one place where a prefix can be added without changing their attention code.
 """
 
 from __future__ import annotations
@@ -18,50 +18,49 @@ from softhooks.inject.prefix.left_padding import KeyOrder
 
 
 class PrefixCache(Cache):
-    """A read-only prefix in front of the caller's own cache, or of none.
+    """A read-only prefix before the caller's cache, or before the text alone.
 
-    What the model computes goes to the caller's cache alone; the prefix is put in front of what comes back. So the caller's
+    The text's keys and values go to the caller's cache alone, and the prefix is put before what that returns. So the caller's
     cache never holds a virtual token, and a layer that is recomputed reads the same keys twice.
 
     Args:
         prefix: keys and values by layer.
         inner: the caller's cache.
-        behind: the order of keys, where rows begin with padding.
+        order: the order of keys, where rows begin with padding.
     """
 
-    def __init__(self, prefix: KeyValues, inner: Cache | None, behind: KeyOrder | None = None) -> None:
+    def __init__(self, prefix: KeyValues, inner: Cache | None, order: KeyOrder | None = None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
         self.prefix = prefix
-        self.behind = behind
+        self.order = order
         self.inner = inner
         self.touched = False
         if inner is not None and any(getattr(layer, "is_sliding", False) for layer in inner.layers):
             raise UnsupportedModeError(
-                "a prefix that enters through a cache cannot stand before a sliding cache.",
+                f"{type(inner).__name__} has sliding layers; a prefix that enters through a cache needs one of full length.",
                 "Generate with the default cache of full length.",
-                cache=type(inner).__name__,
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Store what came in with the caller, and return it behind the layer's prefix, if it has one: [B, Hk, P + K, D]."""
+        """Update the caller's cache, and return its keys and values after the layer's prefix, if any, [B, Hk, P + K, D]."""
         self.touched = True
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx not in self.prefix.keys:
             return key_states, value_states
         key, value = self.prefix.before(layer_idx, key_states, value_states)
-        return (key, value) if self.behind is None else (self.behind.arrange(key, 2), self.behind.arrange(value, 2))
+        return (key, value) if self.order is None else (self.order.arrange(key, 2), self.order.arrange(value, 2))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The prefix is past, and so is what the caller's cache holds."""
+        """The length of the prefix and of the caller's cache."""
         return self.prefix.length + (0 if self.inner is None else self.inner.get_seq_length(layer_idx))
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Queries stand behind the prefix and the caller's tokens."""
+        """Queries come after the prefix and the cached tokens."""
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys are the prefix's and the caller's."""
+        """The number of keys, the prefix's included, and their offset."""
         if self.inner is None:
             return self.prefix.length + query_length, 0
         length, offset = self.inner.get_mask_sizes(query_length, layer_idx)
@@ -69,12 +68,12 @@ class PrefixCache(Cache):
 
 
 class PrefixPair(EncoderDecoderCache):
-    """A prefix before the keys of self-attention, in a decoder that attends to an encoder too; cross-attention has no prefix.
+    """A prefix in the self-attention of a decoder that also attends to an encoder; cross-attention has no prefix.
 
     Args:
         prefixed: the cache of self-attention.
-        inner: the caller's; what it has for cross-attention is used and filled. Any other keeps nothing of cross-attention, whose
-            keys are then made of the encoder's states in each forward.
+        inner: the caller's cache. The cross-attention part of an `EncoderDecoderCache` is used and filled. Otherwise the keys of
+            cross-attention are computed from the encoder's states in each forward.
     """
 
     def __init__(self, prefixed: PrefixCache, inner: Cache | None) -> None:
@@ -84,20 +83,20 @@ class PrefixPair(EncoderDecoderCache):
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
-        """Refuse a model that reads keys out of the cache by itself, past `update`, and knows of one kind of keys only.
+        """Refuse a model that reads keys from `layers`, without `update`: it would not know which attention they belong to.
 
         Raises:
             UnsupportedModeError: always.
         """
         raise UnsupportedModeError(
-            "a prefix that enters through a cache needs layers that keep the keys of an encoder apart from their own.",
+            "the model reads `past_key_values.layers`, but with a prefix that enters through a cache its layers must "
+            "keep the keys of an encoder apart from their own.",
             "Use a prompt that enters as embeddings, such as PromptTuning.",
-            asked="`past_key_values.layers`, of a cache with the keys of an encoder",
         )
 
 
 class _Never(dict[int, bool]):
-    """Notes of which layers have keys for cross-attention, where none are kept."""
+    """The `is_updated` flags of a cache that keeps no keys of cross-attention: always empty."""
 
     def __setitem__(self, _layer: int, _is_there: bool) -> None:
         return None

@@ -1,7 +1,7 @@
-"""Keys and values behind a prefix that rows share: made again in the backward, instead of kept until then.
+"""Concatenated keys and values of prefix and text: recomputed in the backward instead of saved.
 
-Attention takes a row's own keys and values behind a copy of the prefix's. Autograd would keep that copy for every row and layer;
-here it keeps the prefix, once, and the text's, and puts them together again when they are asked for.
+Attention takes the text's keys and values after a copy of the prefix for every row. Autograd would save that copy for every row
+and layer; here it saves the prefix, once, and the text's, and concatenates them again in the backward.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from softhooks.inject.prefix.key_values import KeyValues
 
 _SHARE = 0.5
-"""How long a prefix must be, of the text's length, for it to pay."""
+"""The least length of a prefix, as a part of the text's length, for which this pays."""
 
 _HOOKS = ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled")
-"""What torch has no public name for; without them everything is kept as ever."""
+"""Functions of torch without a public name; without them everything is saved as usual."""
 
 
 def recomputed(prefix: KeyValues, index: int, text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> Any:
-    """Let what autograd keeps of whole keys and values, within this context, be made again.
+    """Recompute, in the backward, the whole keys and values that autograd would save within this context.
 
     Args:
-        index: the site's.
+        index: of the site.
         text: the text's keys and values, [B, Hk, K, D].
-        whole: the prefix's and the text's, as `KeyValues.before` has put them together.
+        whole: those of prefix and text, as `KeyValues.before` has concatenated them.
     """
     heads = (prefix.keys[index], prefix.values[index])
     if not _pays(prefix, text[0]) or not all(map(_keeps, heads)) or _is_hooked():
@@ -44,19 +44,19 @@ def _pays(prefix: KeyValues, key: Tensor) -> bool:
 
 
 def _keeps(part: Tensor) -> bool:
-    """Whether a prefix will be in the backward what it is now: a parameter may have been stepped by then."""
+    """Whether a prefix cannot change before the backward; a parameter can, by an optimizer's step."""
     base = part._base if part._is_view() else part
     return base is not None and not (base.is_leaf and base.requires_grad)
 
 
 def _is_hooked() -> bool:
-    """Whether somebody else looks after what is kept (layers that run again, memory elsewhere), or nobody may (`torch.func`)."""
+    """Whether other hooks handle saved tensors (activation checkpointing, offloading), or none may (`torch.func`)."""
     top, may = (getattr(torch._C._autograd, name, None) for name in _HOOKS)
     return top is None or may is None or not may() or top(True) is not None
 
 
 class _Recomputed:
-    """The keys and the values of one site in one forward."""
+    """The keys and values of one site in one forward, known by their storage."""
 
     def __init__(self, heads: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:
         self._parts = {
@@ -78,6 +78,7 @@ class _Recomputed:
             return packed
         (head, own), versions, *view = packed
         if versions != [head._version, own._version]:
+            # As autograd does for the tensors that it saves.
             raise RuntimeError("keys or values that the backward needs have been modified in place since the forward.")
         with torch.no_grad():
             made = torch.cat([head.to(own).expand(len(own), -1, -1, -1), own], dim=2)
