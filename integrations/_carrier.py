@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
-from softhooks.saving.state_dict import live_tensors
+from softhooks.saving.live_state import live_tensors
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 
 

@@ -20,7 +20,7 @@ from softhooks.errors import CheckpointError, UnsupportedModeError
 from softhooks.formats.files import read_tensors
 from softhooks.runtime.direct_forward import heed_direct_calls
 from softhooks.runtime.prompted_model import PromptedModel
-from softhooks.saving.state_dict import LIVE
+from softhooks.saving.live_state import LIVE
 from softhooks.trainer.checkpoint import saver_of
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from softhooks.formats.find import find
 from softhooks.load import attach_stored
 from softhooks.prompt import soft_prompts_of
 from softhooks.runtime.prompted_model import require_prompted_model
-from softhooks.saving.state_dict import LIVE
+from softhooks.saving.live_state import LIVE
 from softhooks.trainer.checkpoint import saver_of
 
 from ._sentence_module import Dress, Trained, dress_of, leave_room, refuse_bare, saving_itself

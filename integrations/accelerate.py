@@ -46,7 +46,7 @@ from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.formats.files import read_tensors, write_tensors
 from softhooks.prompt import SoftPrompt
-from softhooks.saving.state_dict import LIVE, write_live
+from softhooks.saving.live_state import LIVE, write_live
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 from softhooks.trainer.checks import require_trainable_prompt
 from softhooks.trainer.optimizer import require_held

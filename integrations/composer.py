@@ -40,7 +40,7 @@ from softhooks.errors import AttachError, SoftHooksError, TrainerError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.saving.state_dict import live_tensors
+from softhooks.saving.live_state import live_tensors
 from softhooks.trainer.optimizer import mend_optimizer
 
 from ._training_state import LivePrompt, require_optimizer

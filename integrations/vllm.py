@@ -28,12 +28,10 @@ Example:
 
 from __future__ import annotations
 
-import base64
-import io
 from typing import TYPE_CHECKING, Any
 
-from softhooks.errors import OptionError
 from softhooks.serving.embeddings import sequence_embeddings
+from softhooks.serving.vllm import encode, request
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,32 +54,3 @@ def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any 
         SoftHooksError: as `softhooks.serving.embeddings.sequence_embeddings`.
     """
     return sequence_embeddings(model, text, tokenizer, server="vllm").cpu()
-
-
-def request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
-    """The JSON body for `/v1/completions`.
-
-    Args:
-        model: the name under which the server has the base model.
-        rows: what `embeddings` made.
-        options: of the request, such as `max_tokens`, `temperature` and `stream`.
-
-    Raises:
-        OptionError: the options say another prompt.
-    """
-    if options.get("prompt"):
-        raise OptionError(
-            "a request says its prompt once: as embeddings of the whole text, or as text.",
-            "Leave `prompt` out; the rows hold the text already.",
-            prompt=repr(options["prompt"]),
-        )
-    return {"model": model, "prompt_embeds": encode(rows), **options}
-
-
-def encode(rows: Tensor) -> str:
-    """A tensor as the server reads it: written by `torch.save`, in base64."""
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # a clone: a view would bring its whole storage along
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

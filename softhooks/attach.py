@@ -48,7 +48,7 @@ from softhooks.runtime.generate import keep_from_assistants
 from softhooks.runtime.install import detach, install, install_added_tokens, install_head, sign_forward
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.runtime.recomputed_forward import Met
-from softhooks.saving.model import stand_in
+from softhooks.saving.model import replace_saving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -267,7 +267,7 @@ def _open(prompted: PromptedModel, trainable: tuple[str, ...], frozen_record: bo
     prompted.fingerprint = take(model, prompted.structure, frozen=True)
     keep_unpacked(model, prompted.patches)
     keep_wrapped(model, prompted.patches)
-    stand_in(prompted)
+    replace_saving(prompted)
     install(prompted)
 
 

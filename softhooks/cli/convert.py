@@ -14,22 +14,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from softhooks.errors import CheckpointError, OptionError
-from softhooks.formats import native, peft_read, peft_write
-from softhooks.formats.find import read
+from softhooks.formats import native, peft_write
+from softhooks.formats.find import MARKS, Format, read
+from softhooks.formats.folders import explain_missing
 from softhooks.formats.stored import StoredPrompt
 from softhooks.load import attach_stored
 from softhooks.methods.stored_options import method_of
-
-Format = Literal["softhooks", "peft"]
-_MARKS: dict[Format, str] = {"softhooks": native.TENSORS, "peft": peft_read.CONFIG}
-"""The file by which a prompt of each format is known."""
 
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -68,7 +65,7 @@ def convert(
         raise OptionError(
             "a prompt is converted to the format that it has not.",
             "Leave `--to` out, or copy the folder.",
-            found=f"{source / _MARKS[present]}: the format of {present}",
+            found=f"{source / MARKS[present]}: the format of {present}",
             asked=f"--to {wanted}",
         )
     _require_free(target)
@@ -92,18 +89,13 @@ def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
     Raises:
         CheckpointError: there is none.
     """
-    for present, mark in _MARKS.items():
-        found = {"default": source} if (source / mark).is_file() else {}
-        inside = sorted(source.iterdir()) if source.is_dir() else []
-        found |= {path.name: path for path in inside if (path / mark).is_file() and not path.name.startswith(".")}
+    inside = sorted(source.iterdir()) if source.is_dir() else []
+    named = [("default", source), *((path.name, path) for path in inside if not path.name.startswith("."))]
+    for present, mark in MARKS.items():
+        found = {name: path for name, path in named if (path / mark).is_file()}
         if found:
             return found, present
-    raise CheckpointError(
-        "a saved prompt is a directory with its tensors.",
-        "Give the directory that `save_pretrained` wrote, of softhooks or of PEFT.",
-        directory=source,
-        expected=" or ".join(_MARKS.values()),
-    )
+    raise explain_missing(source, tuple(MARKS.values()))
 
 
 def _read(folder: Path) -> StoredPrompt:

@@ -60,11 +60,11 @@ def export(
     said = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
     rows = _rows(prompt, model, said, chat, to, strict)  # torch and transformers take seconds to import
     if to is Server.vllm:
-        from softhooks.integrations import vllm
+        from softhooks.serving import vllm
 
         body = vllm.request(served_name or model, rows, max_tokens=max_tokens, temperature=temperature)
     else:
-        from softhooks.integrations import sglang
+        from softhooks.serving import sglang
 
         body = sglang.request(rows, sampling_params={"max_new_tokens": max_tokens, "temperature": temperature})
     _write(output, rows, body, {"prompt": prompt, "model": model, "server": to.value})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from softhooks.errors import CheckpointError
-from softhooks.formats.missing import explain_missing
-from softhooks.formats.native import DESCRIPTION, TENSORS
-from softhooks.formats.native import read as read_native
+from softhooks.formats import native, peft_read
+from softhooks.formats.folders import explain_missing
 from softhooks.formats.stored import StoredPrompt
+
+Format = Literal["softhooks", "peft"]
+MARKS: dict[Format, str] = {"softhooks": native.TENSORS, "peft": peft_read.CONFIG}
+"""The file by which a prompt of each format is recognized."""
 
 
 def find(path: str | Path, revision: str | None = None, token: str | None = None) -> StoredPrompt:
@@ -16,42 +20,41 @@ def find(path: str | Path, revision: str | None = None, token: str | None = None
     return read(Path(path) if _exists(Path(path)) else _download(str(path), revision, token))
 
 
+def format_of(folder: Path) -> Format | None:
+    """The format of the prompt in a folder; None if there is none. A folder with both formats has a prompt over an adapter."""
+    return next((name for name, mark in MARKS.items() if (folder / mark).is_file()), None)
+
+
 def read(folder: Path) -> StoredPrompt:
-    """Read a prompt from a directory, in either format, and check it.
+    """Read a prompt from a directory, in either format.
 
     Raises:
-        CheckpointError: there is none, or it is not what it says.
+        CheckpointError: there is none, or its file is truncated, of another format, or contradicts itself.
     """
-    if (folder / TENSORS).is_file():
-        return read_native(folder / TENSORS)
-    from softhooks.formats import peft_read
-
-    if (folder / peft_read.CONFIG).is_file():
-        return peft_read.read(folder)
-    raise explain_missing(folder, (TENSORS, peft_read.CONFIG))
+    found = format_of(folder)
+    if found is None:
+        raise explain_missing(folder, tuple(MARKS.values()))
+    return native.read(folder / native.TENSORS) if found == "softhooks" else peft_read.read(folder)
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that is too long for any file
+    except OSError:  # the name is too long for a file
         return False
 
 
 def _download(repository: str, revision: str | None, token: str | None) -> Path:
-    """Fetch the few files of a prompt from the hub."""
+    """Download the files of a prompt from the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from softhooks.formats import peft_read
-
-    wanted = [DESCRIPTION, TENSORS, peft_read.CONFIG, peft_read.TENSORS]
+    wanted = [native.DESCRIPTION, native.TENSORS, peft_read.CONFIG, peft_read.TENSORS]
     try:
         return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            "a prompt is loaded from a directory or from a repository on the hub.",
-            "Check the path; a directory must exist on this machine.",
-            asked=repository,
+            f"{repository!r} is neither a directory on this machine nor a repository that the hub gives.",
+            "Check the path, or the name of the repository.",
             hub=f"{type(error).__name__}: {error}",
         ) from error

@@ -1,1 +1,1 @@
-"""What `save_pretrained` and checkpoints of a model with prompts contain."""
+"""`save_pretrained` and checkpoints of a model that carries prompts."""

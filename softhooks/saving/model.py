@@ -1,71 +1,66 @@
-"""What `model.save_pretrained` writes while prompts are attached: the prompts, as PEFT writes adapters, and not the base.
+"""`save_pretrained` of a model that carries prompts: it writes the prompts, as PEFT writes adapters, and not the base model.
 
-The base is frozen and somebody has it already; written with a prompt among its weights it would be a model of which
-`from_pretrained` drops the prompt without an error. A Trainer without a callback saves through here too.
+The base model is frozen and already exists elsewhere. If it was written with a prompt among its weights, `from_pretrained` would
+drop the prompt without an error. A Trainer without a callback saves through here too.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import PromptMismatchError
+from softhooks.formats.files import read_tensors
+from softhooks.formats.folders import is_checkpoint
 from softhooks.prompt import soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel
-from softhooks.saving.outer_model import SaveFromOutside
-
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
+from softhooks.saving.live_state import LIVE, NotSaved, live_tensors, write_live
+from softhooks.saving.outer_model import SaveFromOutside, prompt_folders
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(r"checkpoint-\d+")  # how a Trainer names its checkpoints
 _IGNORED = "_keys_to_ignore_on_save"
 
 
 class SavePrompts:
-    """Stands in for `save_pretrained` of a model that carries prompts.
+    """Replaces `save_pretrained` of a model that carries prompts.
 
-    An object and not a closure, so that a deep copy of the model saves its own prompts.
+    It is an object and not a closure, so that a deep copy of the model saves its own prompts.
 
     Args:
         prompted: the state of the model's prompts.
-
-    Attributes:
-        below: what it stands in for.
     """
 
     def __init__(self, prompted: PromptedModel) -> None:
         self.prompted = prompted
         self._before: Any = prompted.model.__dict__.get("save_pretrained")
-        self._said = False
+        self._has_logged = False
 
-    def below(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what stood there before: the class's own method."""
+    def _call_original(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method that this object replaces."""
         model: Any = self.prompted.model
         return self._before(*args, **kwargs) if self._before else type(model).save_pretrained(model, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Write the prompts; with the prompts turned off, the model without them."""
-        call = self._call(args, kwargs)
+        """Write the prompts; if they are disabled, write the model without them."""
+        call = self._named(args, kwargs)
         state = call.get("state_dict")
         if not self.prompted.prompts:
-            return self.below(**call)
+            return self._call_original(**call)
         if self.prompted.disabled or (state is not None and not any(map(is_prompt_key, state))):
             return self.save_base(call)
         return self._save_prompts(Path(call["save_directory"]), call)
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Name the arguments of a call; the second positional argument differs between PEFT and transformers."""
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Map a call's arguments to their names: the second positional argument differs between PEFT and transformers."""
         model: Any = self.prompted.model
         signature = inspect.signature(self._before or type(model).save_pretrained)
         names = [name for name in signature.parameters if name != "self"]
@@ -75,51 +70,45 @@ class SavePrompts:
 
     def _save_prompts(self, folder: Path, call: dict[str, Any]) -> None:
         state, writes = call.get("state_dict"), call.get("is_main_process", True)
-        places, before = self.places(folder), _stamps(folder) if call.get("push_to_hub") else {}
+        folders, before = prompt_folders(self.prompted, folder), _file_times(folder) if call.get("push_to_hub") else {}
         with ExitStack() as whole:
-            for prompt in places:
+            for prompt in folders:
                 writes = whole.enter_context(gathered(prompt, state)) and writes
             if writes:
-                for prompt, place in places.items():
-                    prompt.save_pretrained(place)
-                self._save_besides(folder, call)
-        if writes and not self._said:
-            self._said = True
+                for prompt, own in folders.items():
+                    prompt.save_pretrained(own)
+                self._save_other_trained(folder, call)
+        if writes and not self._has_logged:
+            self._has_logged = True
             logger.warning(
-                "save_pretrained of a model with prompts writes the prompts (%s), which softhooks.load reads, and not the base; "
-                "the base: `with softhooks.disabled(model): model.save_pretrained(directory)`",
-                ", ".join(f"{prompt.name!r} to {place}" for prompt, place in places.items()),
+                "save_pretrained wrote the prompts of the model (%s), for `softhooks.load`, and not the base model; to write the "
+                "base model: `with softhooks.disabled(model): model.save_pretrained(directory)`",
+                ", ".join(f"{prompt.name!r} to {own}" for prompt, own in folders.items()),
             )
         if writes and call.get("push_to_hub"):
             _push(folder, before, call)
 
-    def places(self, folder: Path) -> dict[SoftPrompt, Path]:
-        """Where each prompt goes: `default`, or else the one that is on, into the folder; others by name into folders inside."""
-        prompts = soft_prompts_of(self.prompted)
-        top = "default" if "default" in prompts else self.prompted.active or next(reversed(prompts))
-        return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
-
-    def _save_besides(self, folder: Path, call: dict[str, Any]) -> None:
-        """Write what else is trained: PEFT's adapters, parameters of the base; and what a Trainer resumes from."""
+    def _save_other_trained(self, folder: Path, call: dict[str, Any]) -> None:
+        """Write what else is trained (PEFT's adapters, parameters of the base) and the state from which a Trainer resumes."""
         model: Any = self.prompted.model
         has_adapters = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
-        resumed = is_checkpoint(folder)
-        kept = self._trained_base()
-        if has_adapters or (kept and not resumed):
+        in_checkpoint = is_checkpoint(folder)
+        trained = self._trained_base()
+        if has_adapters or (trained and not in_checkpoint):
             self.save_base({**call, "push_to_hub": False})
-        if resumed or (kept and has_adapters):
-            from softhooks.saving.state_dict import live_tensors, write_live
-
+        if in_checkpoint or (trained and has_adapters):
             live: dict[str, Tensor] = {}
             for prompt in soft_prompts_of(self.prompted).values():
                 live |= live_tensors(prompt)
             write_live(folder, live)
-        if kept and not resumed:
-            where = "the parameters that train" if has_adapters else "the base"
-            logger.warning("%d parameters of the base train beside the prompt; %s: %s too", len(kept), where, folder)
+        if trained and not in_checkpoint:
+            written = "these parameters were" if has_adapters else "the base model was"
+            logger.warning(
+                "%d parameters of the base train with the prompt; %s written to %s too.", len(trained), written, folder
+            )
 
     def _trained_base(self) -> list[str]:
-        """The parameters of the base that train beside the prompts, and are of no adapter."""
+        """The names of the base parameters that train with the prompts, without those of adapters."""
         model = self.prompted.model
         adapters = tuple(
             f"{path}.{name}." if path else f"{name}."
@@ -136,17 +125,17 @@ class SavePrompts:
     # --- the base -----------------------------------------------------------------------------------------------------
 
     def save_base(self, call: dict[str, Any]) -> Any:
-        """Write the model as it would be without its prompts."""
+        """Write the model without its prompts."""
         state = call.get("state_dict")
         if state is not None:
             call = {**call, "state_dict": {name: value for name, value in state.items() if not is_prompt_key(name)}}
         with _without_prompts(self.prompted.model), self.prompted.labels.model_shown():
-            return self.below(**call)
+            return self._call_original(**call)
 
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def check(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Refuse a state dict with other prompts than the model carries: `strict=False` would pass them over.
+        """Refuse a state dict with other prompts than the model carries; `strict=False` would ignore them silently.
 
         Raises:
             PromptMismatchError: naming both sides.
@@ -154,8 +143,6 @@ class SavePrompts:
         found = {name: list(value.shape) for name, value in state.items() if is_prompt_key(name)}
         if prefix or not found or self.prompted.model.__dict__.get("save_pretrained") is not self:
             return  # a callback's own saver checks more
-        from softhooks.saving.state_dict import live_tensors
-
         expected: dict[str, list[int]] = {}
         for name, prompt in self.prompted.prompts.items():
             if any(is_prompt_key(key, name) for key in found):
@@ -166,7 +153,7 @@ class SavePrompts:
         known = {key: shape for key, shape in found.items() if not key.endswith(".description")}
         if known != expected:
             raise PromptMismatchError(
-                "the prompts in a state dict must be those that the model carries, name by name and shape by shape.",
+                "the prompts in the state dict are not those of the model; names and shapes must be the same.",
                 "Attach the prompt with the method, the name and the options that wrote the checkpoint.",
                 checkpoint=known,
                 model=expected or ", ".join(map(repr, self.prompted.prompts)),
@@ -174,9 +161,9 @@ class SavePrompts:
 
 
 class LoadAdapter:
-    """Stands in for `load_adapter` of a PEFT model, by which a Trainer resumes: a checkpoint's prompts are loaded with it.
+    """Replaces `load_adapter` of a PEFT model, which a Trainer calls to resume: it loads the checkpoint's prompts too.
 
-    PEFT freezes whatever is no adapter when it loads one; prompts go on training.
+    PEFT freezes everything except the adapter that it loads; this keeps the prompts trainable.
 
     Args:
         prompted: the state of the model's prompts.
@@ -188,9 +175,6 @@ class LoadAdapter:
 
     def __call__(self, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the adapter and, from a checkpoint, the prompts."""
-        from softhooks.formats.files import read_tensors
-        from softhooks.saving.state_dict import LIVE
-
         model: Any = self.prompted.model
         load = self._before or type(model).load_adapter.__get__(model)
         given = Path(str(model_id))
@@ -205,8 +189,8 @@ class LoadAdapter:
         return result
 
 
-def stand_in(prompted: PromptedModel) -> None:
-    """Let the model's `save_pretrained`, if it has one, write its prompts, until the last is removed."""
+def replace_saving(prompted: PromptedModel) -> None:
+    """Replace the model's `save_pretrained`, and PEFT's `load_adapter`, until the last prompt is removed."""
     if hasattr(prompted.model, "peft_config") and hasattr(prompted.model, "load_adapter"):
         prompted.patches.set(prompted.model, "load_adapter", LoadAdapter(prompted))
     if hasattr(prompted.model, "save_pretrained"):
@@ -217,16 +201,9 @@ def stand_in(prompted: PromptedModel) -> None:
     container.register_state_dict_post_hook(SaveFromOutside(prompted))
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a Trainer names its checkpoints so."""
-    return _CHECKPOINT.fullmatch(folder.name) is not None
-
-
 @contextmanager
 def _without_prompts(model: nn.Module) -> Iterator[None]:
-    """Take the prompts' parameters out of a model while it is written, and what a callback leaves out of its checkpoints."""
-    from softhooks.saving.state_dict import NotSaved
-
+    """Take the prompts' container out of a model, and a callback's list of keys that checkpoints lack, while it is written."""
     modules = dict(model._modules)
     ignored = model.__dict__.get(_IGNORED)
     model._modules.pop(CONTAINER, None)
@@ -236,7 +213,7 @@ def _without_prompts(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model._modules.clear()
-        model._modules.update(modules)  # in the order in which they were
+        model._modules.update(modules)  # in their original order
         if isinstance(ignored, NotSaved):
             model.__dict__[_IGNORED] = ignored
 
@@ -244,17 +221,17 @@ def _without_prompts(model: nn.Module) -> Iterator[None]:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _stamps(folder: Path) -> dict[str, int]:
+def _file_times(folder: Path) -> dict[str, int]:
     files = (file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else ()
     return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in files}
 
 
 def _push(folder: Path, before: dict[str, int], call: dict[str, Any]) -> None:
-    """Upload what was written, as `save_pretrained(push_to_hub=True)` does."""
+    """Upload the files that this save wrote, as `save_pretrained(push_to_hub=True)` does."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=call.get("token"))
     about = {name: call[name] for name in ("commit_message", "create_pr", "revision") if name in call}
     repository = api.create_repo(call.get("repo_id", folder.name), private=call.get("private"), exist_ok=True).repo_id
-    written = [file for file, stamp in _stamps(folder).items() if before.get(file) != stamp]
+    written = [file for file, time in _file_times(folder).items() if before.get(file) != time]
     api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=written, **about)

@@ -1,7 +1,8 @@
-"""What `save_pretrained` of a model writes that has a model with prompts inside: the prompts too, and no stray tensors of them.
+"""Saving of a model that contains a model with prompts, such as a wrapper or an encoder-decoder made of two models.
 
-The model outside carries no prompt and knows of none; its `save_pretrained` asks its modules for their tensors. The container of
-the prompts is asked as well, and learns from the call that asks whose tensors are written, and where to.
+The outer model does not know about the prompts: its `save_pretrained` collects the tensors of all its modules. A hook on the
+state dict of the container finds that call, writes the prompts next to the outer model's weights, and takes their tensors out of
+these.
 """
 
 from __future__ import annotations
@@ -9,85 +10,89 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from softhooks.compat.sharding import shards
-
-if TYPE_CHECKING:
-    from softhooks.runtime.prompted_model import PromptedModel
+from softhooks.formats.folders import is_checkpoint
+from softhooks.prompt import SoftPrompt, soft_prompts_of
+from softhooks.runtime.prompted_model import PromptedModel
 
 logger = logging.getLogger(__name__)
 
-_CALLS_UP = 64
-"""How many calls up a `save_pretrained` is looked for: one for each module on the way down, and a few."""
+_MAX_FRAMES = 64
+"""How many frames up `save_pretrained` is searched: one for each module on the way down, and a few."""
+
+
+def prompt_folders(prompted: PromptedModel, folder: Path) -> dict[SoftPrompt, Path]:
+    """The folder of each prompt: `default`, or else the active one, gets `folder`; others get subfolders by their names."""
+    prompts = soft_prompts_of(prompted)
+    top = "default" if "default" in prompts else prompted.active or next(reversed(prompts))
+    return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
 
 
 class SaveFromOutside:
-    """A hook on the container's state dict: writes the prompts where a model around theirs is saved.
+    """A state dict hook of the container that writes the prompts when a model around theirs is saved.
 
     Args:
-        prompted: the state of the model's prompts.
+        prompted: the state of the inner model's prompts.
     """
 
     def __init__(self, prompted: PromptedModel) -> None:
         self.prompted = prompted
-        self._said = False
+        self._has_logged = False
 
     def __call__(self, _container: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        """Write the prompts beside the outer model's weights, and take their tensors out of these.
+        """Write the prompts, and remove their tensors from the state dict.
 
-        A Trainer resumes from the weights in its checkpoints, so there they stay. So they do in a sharded model, in which a
-        prompt cannot be written by one process alone. With the prompts turned off, the model is written without them.
+        The tensors stay in a Trainer's checkpoint, because the Trainer resumes from the weights, and in a sharded model, because
+        one process alone cannot write a prompt there. If the prompts are disabled, the model is written without them.
         """
         call = None if prefix.count(".") < 2 else _saving_call(self.prompted.model)
         if call is None or not self.prompted.prompts:
             return
-        from softhooks.saving.model import SavePrompts, is_checkpoint
-
         folder, writes = Path(call["save_directory"]), call.get("is_main_process", True)
-        off = self.prompted.disabled
-        places = {} if off or shards(self.prompted.model) else SavePrompts(self.prompted).places(folder)
-        for prompt, place in places.items() if writes else ():
-            prompt.save_pretrained(place)
-        stays = not off and (is_checkpoint(folder) or not places)
-        for name in [name for name in state if name.startswith(prefix) and not stays]:
+        disabled = self.prompted.disabled
+        folders = {} if disabled or shards(self.prompted.model) else prompt_folders(self.prompted, folder)
+        for prompt, own in folders.items() if writes else ():
+            prompt.save_pretrained(own)
+        keeps_tensors = not disabled and (is_checkpoint(folder) or not folders)
+        for name in [name for name in state if name.startswith(prefix) and not keeps_tensors]:
             del state[name]
-        if writes and not off and not self._said:
-            self._said = True
-            self._say(type(call["self"]).__name__, places, stays, folder)
+        if writes and not disabled and not self._has_logged:
+            self._has_logged = True
+            self._log(type(call["self"]).__name__, folders, keeps_tensors)
 
-    def _say(self, outer: str, places: dict[Any, Path], stays: bool, folder: Path) -> None:
+    def _log(self, outer: str, folders: dict[SoftPrompt, Path], keeps_tensors: bool) -> None:
         inner = type(self.prompted.model).__name__
-        found = ", ".join(f"{prompt.name!r} to {place}" for prompt, place in places.items())
-        if not places:
+        if not folders:
             logger.warning(
-                "save_pretrained of a sharded %s writes the tensors of the prompts of the %s inside among its weights; "
+                "save_pretrained of the sharded %s keeps the tensors of the prompts of its inner %s among its weights, and "
                 "`from_pretrained` drops them. Save each prompt with `prompt.save_pretrained(directory)`, on every rank.",
                 outer, inner,
             )  # fmt: skip
             return
         logger.warning(
-            "save_pretrained of %s writes the prompts of the %s inside beside its weights (%s): load them with `softhooks.load`, "
-            "onto the %s inside.%s",
-            outer, inner, found, inner,
-            " The weights hold their tensors too, from which a Trainer resumes." if stays else "",
+            "save_pretrained of %s writes the prompts of its inner %s next to its weights (%s); load them with `softhooks.load` "
+            "onto the inner %s.%s",
+            outer, inner, ", ".join(f"{prompt.name!r} to {folder}" for prompt, folder in folders.items()), inner,
+            " The weights hold their tensors too, for the Trainer to resume from." if keeps_tensors else "",
         )  # fmt: skip
 
 
 def _saving_call(inner: nn.Module) -> dict[str, Any] | None:
-    """The arguments of the `save_pretrained` of a model around another one that is under way in this thread, if one is."""
+    """The arguments of a running `save_pretrained` of a model around `inner`, if this thread is in one."""
     frame: Any = sys._getframe(1)
-    for _ in range(_CALLS_UP):
+    for _ in range(_MAX_FRAMES):
         if frame is None:
             return None
         if frame.f_code.co_name == "save_pretrained":
             found: dict[str, Any] = frame.f_locals
             outer = found.get("self")
-            around = (
+            contains = (
                 isinstance(outer, nn.Module) and outer is not inner and any(one is inner for one in outer.modules())
             )
-            return dict(found) if around and "save_directory" in found else None
+            return dict(found) if contains and "save_directory" in found else None
         frame = frame.f_back
     return None

@@ -23,8 +23,8 @@ from softhooks.compat.sharding import gathered
 from softhooks.errors import TrainerError
 from softhooks.formats.files import parse_json, read_tensors
 from softhooks.prompt import SoftPrompt
+from softhooks.saving.live_state import DESCRIPTION, LIVE, NotSaved, live_tensors, write_live
 from softhooks.saving.model import SavePrompts
-from softhooks.saving.state_dict import DESCRIPTION, LIVE, NotSaved, live_tensors, write_live
 from softhooks.trainer.metrics import TrainingMetrics
 from softhooks.trainer.recovery import Lock
 from softhooks.trainer.run_description import describe, require_same_run

@@ -14,7 +14,7 @@ from softhooks.base_model.frozen_names import frozen_names
 from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
-from softhooks.saving.state_dict import live_tensors
+from softhooks.saving.live_state import live_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,10 @@ import softhooks
 from softhooks import CheckpointError, PrefixTuning, PromptMismatchError, PromptTuning
 from softhooks.backbone.container import CONTAINER
 from softhooks.cli import app
-from softhooks.cli.inspect import about, show
+from softhooks.cli.prompt_facts import facts_of
+from softhooks.cli.prompt_table import show
 from softhooks.formats.native import DESCRIPTION, TENSORS
-from softhooks.saving.state_dict import LIVE
+from softhooks.saving.live_state import LIVE
 
 P = 4
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
@@ -438,12 +439,12 @@ def test_in_a_pipe_it_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_in_a_terminal_it_has_colors_and_fits(checkpoint: Path) -> None:
     screen = io.StringIO()
     show(
-        [about(checkpoint)],
+        [facts_of(checkpoint)],
         Console(file=screen, force_terminal=True, width=60, color_system="standard", no_color=False),
     )
     assert "\x1b[36m" in screen.getvalue()
     bare = io.StringIO()
-    show([about(checkpoint)], Console(file=bare, width=60))
+    show([facts_of(checkpoint)], Console(file=bare, width=60))
     facts = bare.getvalue().split("virtual tokens, written by softhooks\n")[1]
     assert max(map(len, facts.splitlines())) <= 60
     assert "".join(LIVE.split()) in "".join(facts.split())

@@ -26,7 +26,7 @@ from softhooks import PrefixTuning, PromptTuning, PTuning, SoftPromptCallback, T
 from softhooks.errors import FrozenModifiedError
 from softhooks.integrations.accelerate import track
 from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.saving.state_dict import LIVE
+from softhooks.saving.live_state import LIVE
 
 
 @pytest.fixture(autouse=True)

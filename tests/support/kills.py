@@ -35,7 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.trainer_utils import get_last_checkpoint
 from untouched import leave_libraries_alone
 
-from softhooks.saving.state_dict import LIVE, live_tensors
+from softhooks.saving.live_state import LIVE, live_tensors
 
 STEPS = 6
 RESULT, STARTS, ERROR = "result.pt", "starts.txt", "error.txt"

@@ -275,7 +275,7 @@ def test_a_full_disk_costs_the_last_checkpoint_only(run: Run, tmp_path: Path, wh
             if state.global_step == 3 and what != "json.dump":
                 patch.setattr(what, _full)
             elif state.global_step == 3:
-                patch.setattr("softhooks.saving.state_dict.write_json", _full)
+                patch.setattr("softhooks.saving.live_state.write_json", _full)
 
     with pytest.MonkeyPatch.context() as patch:
         model = zoo.build("bert", "sequence")

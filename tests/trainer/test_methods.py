@@ -17,7 +17,7 @@ from untouched import remove_all
 
 import softhooks
 from softhooks import SoftPromptCallback
-from softhooks.saving.state_dict import live_tensors
+from softhooks.saving.live_state import live_tensors
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "weight_decay": 0.1}
 EVERY = pytest.mark.parametrize("entry", LEARNERS, ids=str)

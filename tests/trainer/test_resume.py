@@ -22,7 +22,7 @@ import softhooks
 from softhooks import PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
 from softhooks.formats.native import TENSORS
 from softhooks.method import Method
-from softhooks.saving.state_dict import LIVE
+from softhooks.saving.live_state import LIVE
 
 RUNS = [
     ("llama", "causal", "prompt"),

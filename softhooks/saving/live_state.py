@@ -1,4 +1,4 @@
-"""What of a model a checkpoint keeps, and what it leaves out."""
+"""The live state of a prompt: the tensors from which training resumes, and their file in a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOTE = "A soft prompt, not a model. Load the base model, then this directory wi
 
 
 def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """Everything that training has changed, by its name in the model; what an encoder keeps in buffers too."""
+    """The tensors that training has changed, by their names in the model, and the encoder's buffers."""
     encoder = f"{CONTAINER}.{prompt.name}.encoder."
     kept = {f"{encoder}{name}": tensor for name, tensor in prompt.encoder.state_dict().items()}
     ids = prompt.module._buffers.get(BUFFER)
@@ -34,9 +34,9 @@ def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 
 class NotSaved(Sequence[str]):
-    """The keys that a checkpoint lacks; the Trainer compares them with what it misses, and then keeps quiet.
+    """The keys of a model's state dict that a checkpoint lacks; the Trainer does not warn about them.
 
-    Made anew at each look: a prompt may come or go, and a model whose prompt is gone must be saved whole.
+    They are computed at each access, because prompts may come and go, and a model whose prompt is removed must be saved whole.
     """
 
     def __init__(self, prompt: SoftPrompt) -> None:

@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 from softhooks.backbone.container import CONTAINER
 from softhooks.errors import CheckpointError
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # as the Trainer names them
 _STATE = "trainer_state.json"  # the Trainer's own name for it
 _MANY = 8
 _SMALL = 64 * 2**20  # no JSON that is read here is larger
@@ -44,7 +44,7 @@ def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
 
 
 def _prompts_inside(folder: Path, inside: list[Path]) -> CheckpointError:
-    checkpoints = [entry for entry in inside if _CHECKPOINT.fullmatch(entry.name)]
+    checkpoints = [entry for entry in inside if is_checkpoint(entry)]
     best = best_of(checkpoints)
     found = ", ".join(entry.name for entry in inside[-_MANY:])
     values: dict[str, object] = {"directory": folder}
@@ -71,6 +71,11 @@ def _whole_model(folder: Path, stray: list[str]) -> CheckpointError:
         directory=folder,
         found=", ".join(stray[:3]) + (f" and {len(stray) - 3} more" if len(stray) > 3 else ""),
     )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is named like a checkpoint of a Trainer."""
+    return _CHECKPOINT.fullmatch(folder.name) is not None
 
 
 def best_of(checkpoints: list[Path]) -> Path | None:

@@ -1,0 +1,126 @@
+"""The facts of a saved prompt that `softhooks inspect` prints, read from its files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softhooks.backbone.container import CONTAINER, is_prompt_key
+from softhooks.formats import native, peft_read
+from softhooks.formats.files import parse_json, read_json, read_tensors
+from softhooks.formats.find import format_of, read
+from softhooks.formats.stored import StoredPrompt
+from softhooks.method import Method
+from softhooks.methods.stored_options import method_of
+from softhooks.saving.live_state import LIVE
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """Describe a saved prompt, as JSON can hold it; a number that JSON lacks becomes a text, `"Infinity"`.
+
+    Raises:
+        CheckpointError: a file is truncated, of another format, or contradicts itself.
+    """
+    stored = read(folder)
+    method = method_of(stored)
+    is_native = format_of(folder) == "softhooks"
+    file = folder / (native.TENSORS if is_native else peft_read.TENSORS)
+    tensors, metadata = read_tensors(file)
+    if is_native:
+        versions = parse_json(metadata[native.FORMAT], str(file)).get("versions")
+    else:
+        versions = {"peft": read_json(folder / peft_read.CONFIG).get("peft_version")}
+    in_heads = sum(tensor.numel() for head in stored.heads.values() for tensor in head.values())
+    live = _live(folder)
+    facts = {
+        "path": str(folder),
+        "format": "softhooks" if is_native else "peft",
+        "name": live and live.pop("name"),
+        "method": stored.kind,
+        "class": type(method).__name__,
+        "num_virtual_tokens": method.num_virtual_tokens,
+        "options": _options(stored, method),
+        "conventions": stored.conventions,
+        "base": _base(stored),
+        "versions": {k: v for k, v in versions.items() if isinstance(v, str)} if isinstance(versions, dict) else {},
+        "heads": list(stored.heads),
+        "also_trained": stored.also_trained,
+        "parameters": {"prompt": sum(tensor.numel() for tensor in tensors.values()) - in_heads, "heads": in_heads},
+        "file": file.name,
+        "bytes": file.stat().st_size,
+        "tensors": [_tensor(name, tensor) for name, tensor in sorted(tensors.items())],
+        "live": live,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts), parse_constant=str)
+    return plain
+
+
+def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:
+    """The options; those that only say where the prompt started, which `method_of` leaves out, are taken from the file."""
+    options = {key: value for key, value in method.options().items() if key not in method.start_options}
+    given = stored.options
+    return options | {key: given[key] for key in method.start_options if key in given and _is_flat(given[key])}
+
+
+def _is_flat(value: object) -> bool:
+    """Whether an unchecked option has one of the types that are written."""
+    parts = value if isinstance(value, list) else [value]
+    return all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
+
+
+def _base(stored: StoredPrompt) -> dict[str, Any]:
+    """The facts about the base model; None where one is not known."""
+    base = stored.base
+    return {
+        "class": base.class_name or None,
+        "task": base.task or None,
+        "name_or_path": base.name_or_path or None,
+        "revision": base.revision,
+        "digest": base.fingerprint and base.fingerprint.digest,
+        "width": base.width,
+        "vocabulary": base.vocabulary,
+        "slides": base.sliding_window,
+        "stacks": stored.stacks,
+    }
+
+
+def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
+    """The shape, the dtype and the norms of the rows of a tensor; a vector is one row, and an empty tensor has no norm."""
+    numbers = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # few operations support 8 bits
+    rows = numbers.reshape(-1, numbers.shape[-1]) if tensor.numel() and tensor.dim() else numbers.reshape(1, -1)
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64) if tensor.numel() else None
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "row_norms": None if norms is None else [float(norms.min()), float(norms.max())],
+    }
+
+
+def _live(folder: Path) -> dict[str, Any] | None:
+    """The live parameters in a checkpoint, and the name under which the prompt was trained; None if there are none.
+
+    Raises:
+        CheckpointError: their file is truncated or of another format.
+    """
+    path = folder / LIVE
+    if not path.is_file():
+        return None
+    tensors, _ = read_tensors(path)
+    name, optimizer = None, None
+    for key in [key for key in tensors if is_prompt_key(key) and key.endswith(".description")]:
+        if tensors[key].dtype is torch.uint8 and tensors[key].dim() == 1:
+            name = key[len(CONTAINER) + 1 : -len(".description")]
+            optimizer = parse_json(bytes(tensors.pop(key).tolist()), str(path)).get("optimizer")
+    return {
+        "name": name,
+        "file": LIVE,
+        "bytes": path.stat().st_size,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "optimizer": optimizer if isinstance(optimizer, str) else None,
+        "tensors": {key: list(tensor.shape) for key, tensor in sorted(tensors.items())},
+    }
