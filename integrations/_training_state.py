@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from softhooks.backbone.container import CONTAINER
-from softhooks.base_model.digest import FrozenReport
+from softhooks.base_model.frozen_record import FrozenReport
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of

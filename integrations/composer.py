@@ -46,7 +46,7 @@ from softhooks.trainer.optimizer import mend_optimizer
 from ._training_state import LivePrompt, require_optimizer
 
 if TYPE_CHECKING:
-    from softhooks.base_model.digest import FrozenReport
+    from softhooks.base_model.frozen_record import FrozenReport
 
 _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 

@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from softhooks.attach import attach as attach_to_model
-from softhooks.base_model.digest import FrozenReport
+from softhooks.base_model.frozen_record import FrozenReport
 from softhooks.errors import OptionError, SoftHooksError, TrainerError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt, soft_prompts_of

@@ -45,7 +45,7 @@ from torch import nn
 
 from softhooks.attach import attach as attach_to_model
 from softhooks.backbone.container import CONTAINER
-from softhooks.base_model.digest import FrozenRecord
+from softhooks.base_model.frozen_record import FrozenRecord
 from softhooks.errors import (
     CheckpointError,
     TrainerError,

@@ -13,7 +13,7 @@ from softhooks._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from softhooks.attach import attach
-    from softhooks.base_model.digest import FrozenReport
+    from softhooks.base_model.frozen_record import FrozenReport
     from softhooks.ensemble import EnsembleOutput, EnsembleTexts, PromptEnsemble
     from softhooks.errors import (
         AttachError,
@@ -107,7 +107,7 @@ _PLACES = {
         "PromptMismatchError PromptNotReachedError PromptTooLongError SoftHooksError TrainerError "
         "UnsupportedMethodError UnsupportedModeError UnsupportedModelError"
     ),
-    "base_model.digest": "FrozenReport",
+    "base_model.frozen_record": "FrozenReport",
     "kept": "kept",
     "layout.layout": "Layout",
     "layout.verbalizer": "Verbalizer",

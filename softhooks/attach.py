@@ -17,9 +17,8 @@ from softhooks.backbone.max_positions import unwarned
 from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids, reads_ids, stored_ids
 from softhooks.backbone.probing import probing, proving
 from softhooks.backbone.stack import ModelStructure
-from softhooks.base_model.digest import FrozenRecord
-from softhooks.base_model.fingerprint import take
-from softhooks.base_model.frozen_names import frozen_names
+from softhooks.base_model.frozen_record import FrozenRecord
+from softhooks.base_model.take_fingerprint import take_fingerprint
 from softhooks.checks.causality import check_causality
 from softhooks.checks.content_masks import require_common_masks
 from softhooks.checks.head_columns import check_unread
@@ -194,7 +193,7 @@ def attach_encoder(
         if present is None:
             _open(prompted, trainable, frozen_record)
         elif frozen_record and prompted.record is None:
-            prompted.record = FrozenRecord(model, frozen_names(model))
+            prompted.record = FrozenRecord(model)
         _add(prompted, prompt, heads, freeze_dropout)
         with unwarned(structure):
             with probing(model):
@@ -263,8 +262,8 @@ def _open(prompted: PromptedModel, trainable: tuple[str, ...], frozen_record: bo
         (name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad
     )
     if frozen_record:
-        prompted.record = FrozenRecord(model, frozen_names(model))
-    prompted.fingerprint = take(model, prompted.structure, frozen=True)
+        prompted.record = FrozenRecord(model)
+    prompted.fingerprint = take_fingerprint(model, prompted.structure, frozen=True)
     keep_unpacked(model, prompted.patches)
     keep_wrapped(model, prompted.patches)
     replace_saving(prompted)

@@ -13,9 +13,10 @@ from torch import nn
 from softhooks.backbone.added_vocabulary import say_unsaved
 from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.placeholder_ids import BUFFER
-from softhooks.base_model.digest import FrozenReport
-from softhooks.base_model.fingerprint import Fingerprint, take, without_rows
+from softhooks.base_model.fingerprint import Fingerprint
+from softhooks.base_model.frozen_record import FrozenReport
 from softhooks.base_model.info import BaseModelInfo
+from softhooks.base_model.take_fingerprint import take_fingerprint, without_rows
 from softhooks.compat.peft import home
 from softhooks.compat.sharding import gathered, shards
 from softhooks.constraint import unwatch
@@ -176,7 +177,7 @@ class SoftPrompt(AttachedPrompt):
         prompted, added = self.prompted_model, self.added
         kept = prompted.fingerprint if shards(prompted.model) else None
         own = frozenset() if added is None else frozenset(added.ids.tolist())
-        return without_rows(kept or take(prompted.model, prompted.structure, frozen=True), own)
+        return without_rows(kept or take_fingerprint(prompted.model, prompted.structure, frozen=True), own)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any

@@ -1,1 +1,1 @@
-"""The frozen base: which tensors must not change, their digests, and the fingerprint in a saved prompt."""
+"""The frozen base model: a record of its tensors while a prompt trains, and its fingerprint in a saved prompt."""

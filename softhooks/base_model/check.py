@@ -10,8 +10,8 @@ from torch import nn
 
 from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.compare import Finding, compare, lowered
-from softhooks.base_model.fingerprint import take
 from softhooks.base_model.info import BaseModelInfo
+from softhooks.base_model.take_fingerprint import take_fingerprint
 from softhooks.errors import PromptMismatchError
 
 _SENTENCES: dict[Finding, str] = {
@@ -70,7 +70,7 @@ def require_base(
     if base.fingerprint is None:
         _require_revision(base, found, source, override)
         return
-    fingerprint = take(model, structure, like=base.fingerprint)
+    fingerprint = take_fingerprint(model, structure, like=base.fingerprint)
     finding = compare(base.fingerprint, fingerprint, adapters=not has_adapters)
     if finding == "same":
         return
@@ -86,7 +86,7 @@ def require_base(
         f"a prompt must enter the base model that it was trained with; {_SENTENCES[finding]}.",
         f"{_REMEDIES[finding]} {override}.",
         trained_with=base,
-        model=replace(found, fingerprint=take(model, structure)),
+        model=replace(found, fingerprint=take_fingerprint(model, structure)),
         prompt=source,
     )
 

@@ -1,4 +1,4 @@
-"""Set aside the gradients that frozen parameters already had: an optimizer over all parameters would apply them."""
+"""Take away the gradients that frozen parameters already have: an optimizer over all parameters would apply them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class SetAside:
-    """The gradients that were taken from parameters which rest now, by name. Copies and pickles have none."""
+class StashedGradients:
+    """Gradients taken from parameters that are frozen now, by name. Copies and pickles are empty."""
 
     def __init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}
@@ -26,9 +26,9 @@ class SetAside:
                 parameter.grad = None
 
     def restore(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Give gradients back, the same tensors; follow a model that has moved meanwhile.
+        """Give the same tensors back, converted to the parameter's device and dtype if these have changed.
 
-        A parameter that has been given another gradient keeps that one, and one of another shape is another parameter.
+        A parameter that has received another gradient since keeps that one. If the shape differs, nothing is given back.
         """
         for name, parameter in parameters:
             gradient = self._gradients.pop(name, None)

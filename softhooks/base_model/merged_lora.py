@@ -1,4 +1,4 @@
-"""What the adapters of PEFT make of single numbers of the weights that they are merged into."""
+"""What merging the LoRA adapters of PEFT would add to single numbers of the weights under them."""
 
 from __future__ import annotations
 
@@ -11,76 +11,76 @@ from torch import Tensor, nn
 
 from softhooks.compat.sharding import is_sharded
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Adapted:
+class LoraWeight:
     """A weight under LoRA.
 
     Attributes:
         layer: PEFT's layer around the module that has the weight.
-        adapters: the names of those that are on, and not merged.
+        adapters: the names of the adapters that are active and not merged.
     """
 
     layer: Any
     adapters: tuple[str, ...]
 
-    def change(self, index: Tensor, width: int) -> Tensor:
-        """What merging adds to the weight at some places, fp32.
+    def delta(self, indices: Tensor, width: int) -> Tensor:
+        """What merging adds to the weight at some places, as fp32.
 
         Args:
-            index: places in the flattened weight.
-            width: its last dimension.
+            indices: into the flattened weight.
+            width: the weight's last dimension.
         """
-        rows, columns = index // width, index % width
+        rows, columns = indices // width, indices % width
         if self.layer.fan_in_fan_out:
             rows, columns = columns, rows
-        total = torch.zeros(index.shape, device=index.device)
+        total = torch.zeros(indices.shape, device=indices.device)
         for name in self.adapters:
-            into, out = self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
-            terms = out.detach()[rows].float() * into.detach()[:, columns].T.float()
+            lora_a, lora_b = self.layer.lora_A[name].weight, self.layer.lora_B[name].weight
+            terms = lora_b.detach()[rows].float() * lora_a.detach()[:, columns].T.float()
             total += terms.sum(-1) * self.layer.scaling[name]
         return total
 
 
 def is_packed(weight: Tensor) -> bool:
     """Whether the numbers of a weight are codes of a quantizer."""
-    plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
-    return not plain or weight.dtype not in FLOATS
+    is_plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+    return not is_plain or weight.dtype not in _FLOATS
 
 
-def is_whole(weight: Tensor) -> bool:
-    """Whether the numbers of a weight can be read one by one here."""
+def is_readable(weight: Tensor) -> bool:
+    """Whether single numbers of a weight can be read in this process."""
     return not (is_packed(weight) or is_sharded(weight) or weight.is_meta or not weight.numel())
 
 
-def adapted_weights(model: nn.Module) -> dict[int, Adapted]:
-    """The weights that merging the adapters that are on would change, by their id.
+def adapted_weights(model: nn.Module) -> dict[int, LoraWeight]:
+    """Find the weights that merging the active adapters would change, by their id.
 
-    None are told where it is not known of all of them what they would become: adapters other than plain LoRA on linear layers
-    (DoRA, LoHa, embeddings, biases, rows of tokens), and weights that are quantized, sharded or offloaded.
+    The result is empty if the merged value of one of them is not known: for adapters other than plain LoRA on linear layers
+    (DoRA, LoHa, embeddings, biases, token rows), and for weights that are quantized, sharded or offloaded.
     """
     layers, tuners = (sys.modules.get(f"peft.{name}") for name in ("tuners.lora.layer", "tuners.tuners_utils"))
-    found: dict[int, Adapted] = {}
+    found: dict[int, LoraWeight] = {}
     if layers is None or tuners is None:
         return found
     for layer in model.modules():
         if not isinstance(layer, tuners.BaseTunerLayer) or layer.disable_adapters:
             continue
-        on = [name for name in layer.active_adapters if name not in layer.merged_adapters]
-        on = [name for name in on if any(name in getattr(layer, kind) for kind in layer.adapter_layer_names)]
-        if not on:
+        active = [name for name in layer.active_adapters if name not in layer.merged_adapters]
+        active = [name for name in active if any(name in getattr(layer, kind) for kind in layer.adapter_layer_names)]
+        if not active:
             continue
-        if type(layer) is not layers.Linear or not all(_is_plain(layer, name) for name in on):
+        if type(layer) is not layers.Linear or not all(_is_plain(layer, name) for name in active):
             return {}
-        found[id(layer.get_base_layer().weight)] = Adapted(layer, tuple(on))
+        found[id(layer.get_base_layer().weight)] = LoraWeight(layer, tuple(active))
     return found
 
 
 def _is_plain(layer: Any, name: str) -> bool:
-    """Whether an adapter of a linear layer adds the product of two matrices that are here, and nothing else."""
+    """Whether an adapter of a linear layer adds the product of two readable matrices and nothing else."""
     if name in layer.lora_variant or layer.lora_bias.get(name) or name not in layer.lora_A:
         return False
     weights = (layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight)
-    return all(is_whole(weight) for weight in weights)
+    return all(is_readable(weight) for weight in weights)

@@ -15,9 +15,9 @@ from softhooks.backbone.attention_interface import close_interface, open_interfa
 from softhooks.backbone.container import CONTAINER, Container, is_prompt_key
 from softhooks.backbone.probe_inputs import ordinary_ids
 from softhooks.backbone.stack import ModelStructure, Stack
-from softhooks.base_model.digest import FrozenRecord
 from softhooks.base_model.fingerprint import Fingerprint
-from softhooks.base_model.gradients import SetAside
+from softhooks.base_model.frozen_record import FrozenRecord
+from softhooks.base_model.gradients import StashedGradients
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import NotAttachedError, UnsupportedModeError
 from softhooks.inject.provenance import Provenance, token_of
@@ -68,7 +68,7 @@ class PromptedModel:
         self.met = Met()
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
-        self.set_aside = SetAside()
+        self.set_aside = StashedGradients()
         self.token = token_of(model)
         self.record: FrozenRecord | None = None
         self.fingerprint: Fingerprint | None = None

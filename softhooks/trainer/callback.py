@@ -14,8 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.base_model.digest import FrozenRecord, FrozenReport
-from softhooks.base_model.frozen_names import frozen_names
+from softhooks.base_model.frozen_record import FrozenRecord, FrozenReport
 from softhooks.compat.bitsandbytes import admit, dismiss, require_trainable
 from softhooks.compat.sharding import shards
 from softhooks.constraint import begin_step, end_step
@@ -277,7 +276,7 @@ class SoftPromptCallback(TrainerCallback):
         shared.active = self.name
         self._other_prompts.freeze_all_but(prompt)
         if shared.record is None:
-            shared.record = FrozenRecord(model, frozen_names(model))
+            shared.record = FrozenRecord(model)
         self.soft_prompt = prompt
         saver_for(prompt, self, control, is_new=is_new)
         return prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from softhooks.base_model.digest import FrozenReport
+from softhooks.base_model.frozen_record import FrozenReport
 from softhooks.errors import FrozenModifiedError, OptionError, TrainerError
 from softhooks.prompt import SoftPrompt
 

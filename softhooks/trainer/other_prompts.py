@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from softhooks.base_model.gradients import SetAside
+from softhooks.base_model.gradients import StashedGradients
 from softhooks.prompt import SoftPrompt
 
 
@@ -13,7 +13,7 @@ class FrozenPrompts:
 
     def __init__(self) -> None:
         self._frozen: list[tuple[str, nn.Parameter]] = []
-        self._gradients = SetAside()
+        self._gradients = StashedGradients()
 
     def freeze_all_but(self, prompt: SoftPrompt) -> None:
         """Let one prompt of its model train, and freeze the others; their gradients are kept for later."""

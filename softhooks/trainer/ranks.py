@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from softhooks.base_model.digest import FrozenRecord, digest
-from softhooks.base_model.frozen_names import frozen_names
+from softhooks.base_model.frozen_record import FrozenRecord, digest
 from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
@@ -54,7 +53,7 @@ def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
             if name in here:
                 tensors[name].copy_(shared)
     if any(name in known for name in here):
-        prompted.record = FrozenRecord(prompt.model, frozen_names(prompt.model))
+        prompted.record = FrozenRecord(prompt.model)
     if anywhere:
         logger.info("copied %d tensors that differed from rank 0 to all ranks: %s", len(anywhere), anywhere[:8])
 

@@ -20,7 +20,8 @@ import softhooks
 from softhooks import Cartridge, PrefixTuning, PromptTuning
 from softhooks.backbone.examine import examine
 from softhooks.base_model.compare import compare
-from softhooks.base_model.fingerprint import Fingerprint, take
+from softhooks.base_model.fingerprint import Fingerprint
+from softhooks.base_model.take_fingerprint import take_fingerprint
 from softhooks.errors import CheckpointError, PromptMismatchError
 from softhooks.runtime.prompted_model import PromptedModel
 
@@ -325,7 +326,7 @@ def test_the_error_names_both_with_their_revisions(tmp_path: Path) -> None:
         softhooks.load(other, folder)
     for word in ("maker/model", "a" * 40, "maker/other", "b" * 40, "digest"):
         assert word in str(raised.value)
-    digests = [take(each, examine(each)).digest for each in (model, other)]
+    digests = [take_fingerprint(each, examine(each)).digest for each in (model, other)]
     assert all(digest in str(raised.value) for digest in digests)
     model.config._commit_hash = "c" * 40  # another revision with the same weights
     softhooks.load(model, folder).remove()
@@ -405,7 +406,7 @@ def test_a_foreign_fingerprint_is_refused(tmp_path: Path, told: Any) -> None:
 
 def test_a_fingerprint_is_small_and_survives_json() -> None:
     model = zoo.build("bert")
-    known = take(model, examine(model))
+    known = take_fingerprint(model, examine(model))
     told = json.dumps(known.to_json())
     assert len(told) < 8000
     again = Fingerprint.from_json(json.loads(told))
@@ -429,7 +430,7 @@ def test_only_a_few_numbers_are_read() -> None:
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**{**zoo.SMALL, "hidden_size": 512, "intermediate_size": 2048}))
     structure = examine(model)
     with Counting() as counting:
-        take(model, structure)
+        take_fingerprint(model, structure)
     assert counting.total < 0.01 * sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -125,9 +125,11 @@ def test_other_words_are_refused() -> None:
 
 def test_a_checkpoint_is_read_once_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    original = softhooks.base_model.digest.FrozenRecord.verify
+    original = softhooks.base_model.frozen_record.FrozenRecord.verify
     monkeypatch.setattr(
-        softhooks.base_model.digest.FrozenRecord, "verify", lambda *a, **k: read.append(k["when"]) or original(*a, **k)
+        softhooks.base_model.frozen_record.FrozenRecord,
+        "verify",
+        lambda *a, **k: read.append(k["when"]) or original(*a, **k),
     )
     trainer, _ = trained(tmp_path, 9, move)
     trainer.train()

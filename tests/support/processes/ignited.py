@@ -13,7 +13,7 @@ from launch import leave
 from torch import distributed
 
 import softhooks
-from softhooks.base_model.digest import digest
+from softhooks.base_model.frozen_record import digest
 from softhooks.integrations.ignite import track
 
 

@@ -1,4 +1,4 @@
-"""The proof that nothing else moved: a digest of every frozen tensor, taken at attach and compared at will."""
+"""Record a hash of every frozen tensor at attach, and check later that none of them has changed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from softhooks.backbone.container import is_prompt_key
 from softhooks.compat.offload import read
 from softhooks.compat.sharding import full
 from softhooks.errors import FrozenModifiedError
@@ -19,13 +20,13 @@ _NAMED_AT_MOST = 8
 
 @dataclass(frozen=True)
 class FrozenReport:
-    """What a check of the frozen tensors has read.
+    """The result of a check of the frozen tensors.
 
     Attributes:
-        tensors: how many parameters and buffers were compared, and scales of quantized weights.
+        tensors: the number of parameters, buffers and scales of quantized weights that were compared.
         bytes: their size.
-        seconds: how long it took.
-        unread: the names of those that could not be read, for they lie on the meta device and nothing brings them in.
+        seconds: the duration of the check.
+        unread: the names of tensors on the meta device that no hook brings in, so that they could not be read.
     """
 
     tensors: int
@@ -40,12 +41,12 @@ class FrozenReport:
 
     def __str__(self) -> str:
         read = f"frozen: {self.tensors} tensors, {self.bytes:,} bytes, unchanged ({self.gigabytes_per_second:.1f} GB/s)"
-        return read + (f"; not to be read: {_listed(self.unread)}" if self.unread else "")
+        return read + (f"; could not be read: {_listed(self.unread)}" if self.unread else "")
 
 
 @dataclass(frozen=True)
 class Digest:
-    """The fingerprint of one tensor: its bits and what they mean."""
+    """The hash of a tensor's bits, with its dtype and shape."""
 
     bits: str
     dtype: torch.dtype
@@ -53,7 +54,7 @@ class Digest:
 
 
 def digest(tensor: Tensor) -> Digest:
-    """Fingerprint the exact bits of a tensor (XXH3, 128 bits), on whatever device it lies; a sharded one as a whole."""
+    """Hash the exact bits of a tensor (XXH3, 128 bits) on any device; a sharded tensor is gathered first."""
     if not tensor.numel() or tensor.is_meta:
         return Digest("", tensor.dtype, tuple(tensor.shape))
     flat = full(tensor.detach()).contiguous().reshape(-1)
@@ -62,16 +63,16 @@ def digest(tensor: Tensor) -> Digest:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Walk every parameter and buffer, shared once, offloaded brought in one by one; then what quantized layers hold."""
+    """List every parameter and buffer once, reading offloaded ones one by one, and the scales of quantized layers."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield name, read(model, name, tensor)
     for name, module in model.named_modules():
         if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
-            yield from _beside(name, module)
+            yield from _unregistered(name, module)
 
 
-def _beside(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What a layer saves beside its parameters and buffers: bitsandbytes' scales, which are neither, and may move about in it."""
+def _unregistered(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """List what a layer saves but does not register, such as the scales of bitsandbytes."""
     prefix = f"{name}." if name else ""
     known = {prefix + own for own in (*module._parameters, *module._buffers)}
     saved: dict[str, object] = {}
@@ -79,30 +80,43 @@ def _beside(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((key, value) for key, value in saved.items() if isinstance(value, Tensor) and key not in known)
 
 
+@dataclass(frozen=True)
+class _NotTrained:
+    """Whether a tensor of a model neither trains nor belongs to a prompt. A class, because a closure cannot be pickled."""
+
+    trained: frozenset[str]
+
+    def __call__(self, name: str) -> bool:
+        return name not in self.trained and not is_prompt_key(name)
+
+
 class FrozenRecord:
-    """The digests of a model's frozen tensors at one moment.
+    """The hashes of a model's frozen tensors at one moment.
 
     Args:
         model: the model; tied tensors are read once.
-        is_frozen: tells, by name, which tensors must not move.
+        is_frozen: whether a tensor must not change, by its name. By default: every tensor that does not train now and belongs
+            to no prompt.
     """
 
-    def __init__(self, model: nn.Module, is_frozen: Callable[[str], bool]) -> None:
+    def __init__(self, model: nn.Module, is_frozen: Callable[[str], bool] | None = None) -> None:
+        if is_frozen is None:
+            is_frozen = _NotTrained(frozenset(name for name, p in model.named_parameters() if p.requires_grad))
         self._is_frozen = is_frozen
         self._digests = {name: digest(tensor) for name, tensor in tensors_of(model) if is_frozen(name)}
 
     @property
     def digests(self) -> Mapping[str, Digest]:
-        """The digests, by name."""
+        """The hashes by name."""
         return self._digests
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """One digest of the frozen tensors among these."""
+        """Hash those of the frozen tensors that are among these names."""
         parts = [(name, self._digests[name].bits) for name in sorted(names) if name in self._digests]
         return str(xxhash.xxh3_128_hexdigest(repr(parts).encode()))
 
     def converted(self, model: nn.Module) -> list[str]:
-        """Name the frozen tensors that have another precision or shape than their record; no bits are read."""
+        """Name the frozen tensors whose dtype or shape has changed; their bits are not read."""
         found = []
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             known = self._digests.get(name)
@@ -111,36 +125,35 @@ class FrozenRecord:
         return found
 
     def verify(self, model: nn.Module, **where: object) -> FrozenReport:
-        """Compare every frozen tensor with its digest.
+        """Compare every frozen tensor with its hash.
 
         Args:
-            model: the model.
-            where: what else to say of the moment, should one have moved.
+            where: values to add to the error, such as the step of the training.
 
         Raises:
-            FrozenModifiedError: naming the tensors that moved, vanished or appeared.
+            FrozenModifiedError: naming the tensors that have changed, are missing or are new.
         """
         start = time.perf_counter()
-        moved, unread, gone, size = [], [], dict.fromkeys(self._digests), 0
+        changed, unread, missing, size = [], [], dict.fromkeys(self._digests), 0
         for name, tensor in tensors_of(model):
             if not self._is_frozen(name):
                 continue
-            gone.pop(name, None)
+            missing.pop(name, None)
             difference = _difference(self._digests.get(name), digest(tensor))
             if difference:
-                moved.append(f"{name}: {difference}")
+                changed.append(f"{name}: {difference}")
             elif tensor.is_meta:
                 unread.append(name)
             else:
                 size += tensor.numel() * tensor.element_size()
-        moved += [f"{name}: gone" for name in gone]
-        if moved:
+        changed += [f"{name}: gone" for name in missing]
+        if changed:
             raise FrozenModifiedError(
-                "every frozen parameter and buffer must keep its bits while a prompt is attached.",
+                f"{len(changed)} of {len(self._digests)} frozen tensors have changed since the prompt was attached; each must "
+                "keep its bits.",
                 "Look for code that writes to the base model: an optimizer that holds its parameters, another "
                 "callback, a conversion of its precision.",
-                moved=f"{len(moved)} of {len(self._digests)} tensors",
-                names=_listed(moved),
+                changed=_listed(changed),
                 **where,
             )
         count = len(self._digests) - len(unread)
@@ -152,7 +165,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _difference(before: Digest | None, after: Digest) -> str:
-    """Say in words how a tensor differs from its record; empty if it does not."""
+    """Describe how a tensor differs from its record; empty if it does not."""
     if before is None:
         return "not there at attach"
     if before.dtype != after.dtype:

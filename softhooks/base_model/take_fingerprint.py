@@ -1,0 +1,196 @@
+"""Take the fingerprint of a base model: read a few numbers of each of its weights, at places that follow from its name alone.
+
+Heads, poolers, adapters and what trains with the prompt are left out: they may differ between two loads of the same base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from softhooks.backbone.container import is_prompt_key
+from softhooks.backbone.heads import find_heads
+from softhooks.backbone.stack import ModelStructure, Stack
+from softhooks.base_model.fingerprint import (
+    GROUPS,
+    MAX_LAYERS,
+    PACKED,
+    PER_EMBEDDING,
+    PER_WEIGHT,
+    Fingerprint,
+    Group,
+    WeightSample,
+)
+from softhooks.base_model.merged_lora import LoraWeight, adapted_weights, is_packed, is_readable
+from softhooks.compat.offload import read
+from softhooks.compat.sharding import full, is_sharded
+
+_READ_WHOLE = 2**16
+"""The number of elements up to which an offloaded or sharded weight is brought in."""
+
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.", "original_module.")
+_GOLDEN_RATIO = 0.6180339887498949
+
+
+def take_fingerprint(
+    model: nn.Module, structure: ModelStructure, *, like: Fingerprint | None = None, frozen: bool = False
+) -> Fingerprint:
+    """Take the fingerprint of a model. It takes some milliseconds, because few numbers are read.
+
+    Args:
+        like: the fingerprint to compare with: the rows of the vocabulary that it holds are read.
+        frozen: leave out weights that train; set where the rest of the base is frozen.
+    """
+    vocabulary = structure.vocabulary if like is None else like.vocabulary
+    weights: dict[Group, dict[str, list[Tensor]]] = {group: {} for group in GROUPS}
+    for group, name, tensor in _weights(model, structure):
+        weights[group].setdefault(name, []).append(tensor)
+    adapted = adapted_weights(model)
+    samples: dict[Group, dict[str, WeightSample]] = {}
+    merged: dict[str, WeightSample] = {}
+    for group, named in weights.items():
+        samples[group] = {}
+        for name, tensors in named.items():
+            chosen = tensors[:: -(-len(tensors) // MAX_LAYERS)]  # every n-th layer of a deep model
+            rows = vocabulary if group == "embeddings" else None
+            values = [
+                _unread(rows) if frozen and tensor.requires_grad else _values(tensor, name, rows) for tensor in chosen
+            ]
+            samples[group][name] = own = WeightSample(_dtype(chosen[0]), _to_cpu(values))
+            if group == "matrices" and any(id(tensor) in adapted for tensor in chosen):
+                deltas = _to_cpu(_deltas(chosen, name, adapted))
+                merged[name] = WeightSample(own.dtype, own.values + deltas)
+    return Fingerprint(structure.vocabulary, samples, merged)
+
+
+def _to_cpu(values: list[Tensor]) -> Tensor:
+    """Bring the numbers of many weights to the CPU with one transfer, or one for each if they are on several devices."""
+    if len({tensor.device for tensor in values}) == 1:
+        return torch.cat(values).cpu()
+    return torch.cat([tensor.cpu() for tensor in values])
+
+
+def _weights(model: nn.Module, structure: ModelStructure) -> Iterator[tuple[Group, str, Tensor]]:
+    """List each weight of the base with its group and the hash of its name; tied weights once."""
+    seen = {id(p) for head in find_heads(model, structure).values() for p in head.parameters()}
+    for stack in structure.stacks:
+        weight: Any = stack.embedding.weight
+        if id(weight) not in seen:
+            seen.add(id(weight))
+            yield "embeddings", _hashed(f"{stack.name}.embedding"), _brought_in(weight, model)
+        yield from _weights_of_stack(model, stack, seen)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(output, "weight", None)
+    if isinstance(weight, Tensor) and id(weight) not in seen and weight.dim() == 2:
+        yield "embeddings", _hashed("output"), _brought_in(weight, model)
+
+
+def _weights_of_stack(model: nn.Module, stack: Stack, seen: set[int]) -> Iterator[tuple[Group, str, Tensor]]:
+    pooler = getattr(stack.module, "pooler", None)
+    if isinstance(pooler, nn.Module):
+        seen.update(map(id, pooler.parameters()))
+    # PEFT wraps a layer: the base's weights are under `base_layer` or `original_module`, the adapter's next to it.
+    wrapped = [
+        (f"{path}.", inside)
+        for path, module in stack.module.named_modules()
+        for inside in ("base_layer", "original_module")
+        if hasattr(module, inside)
+    ]
+    for name, weight in stack.module.named_parameters():
+        is_adapter = any(name.startswith(path) and not name.startswith(path + inside) for path, inside in wrapped)
+        if is_adapter or id(weight) in seen or is_prompt_key(name):
+            continue
+        seen.add(id(weight))
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        group: Group = "vectors" if weight.dim() < 2 else "matrices"
+        yield group, _hashed(f"{stack.name}.{pattern}"), _brought_in(weight, model)
+
+
+def _hashed(name: str) -> str:
+    """A short hash of a name, to keep files small."""
+    return str(xxhash.xxh32_hexdigest(name.encode()))
+
+
+def _brought_in(weight: Tensor, model: nn.Module) -> Tensor:
+    """Read a small offloaded weight; any other stays where it is."""
+    if not weight.is_meta or weight.numel() > _READ_WHOLE:
+        return weight
+    name = next((name for name, one in model.named_parameters() if one is weight), None)
+    return weight if name is None else read(model, name, weight)
+
+
+def _dtype(weight: Tensor) -> str:
+    return PACKED if is_packed(weight) else str(weight.dtype).removeprefix("torch.")
+
+
+def _values(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:
+    """Read the numbers of one weight at its places, as fp32.
+
+    Args:
+        vocabulary: the number of rows to choose from, if the weight is an embedding.
+    """
+    if is_sharded(weight) and weight.numel() <= _READ_WHOLE:
+        weight = full(weight.detach())
+    if not is_readable(weight):
+        return _unread(vocabulary)
+    if vocabulary is None:
+        return torch.take(weight.detach(), _indices(weight, name)).float()
+    width = weight.shape[1]
+    rows = _rows(name, vocabulary)
+    columns = [int((place * 7919) % 1 * width) for place in _places(name, PER_EMBEDDING)]
+    exists = torch.tensor([row < weight.shape[0] for row in rows], device=weight.device)
+    indices = torch.tensor(
+        [min(row, weight.shape[0] - 1) * width + column for row, column in zip(rows, columns, strict=True)],
+        device=weight.device,
+    )
+    return torch.where(exists, torch.take(weight.detach(), indices).float(), torch.nan)
+
+
+def _indices(weight: Tensor, name: str) -> Tensor:
+    """The places of a weight that is no embedding, as indices into the flattened weight."""
+    return torch.tensor([int(place * weight.numel()) for place in _places(name, PER_WEIGHT)], device=weight.device)
+
+
+def _deltas(weights: list[Tensor], name: str, adapted: dict[int, LoraWeight]) -> list[Tensor]:
+    """What merging the adapters adds to the numbers of some weights."""
+    deltas = []
+    for weight in weights:
+        lora = adapted.get(id(weight))
+        if lora is None:
+            deltas.append(torch.zeros(PER_WEIGHT, device=weight.device))
+        else:
+            deltas.append(lora.delta(_indices(weight, name), weight.shape[-1]))
+    return deltas
+
+
+def _places(name: str, count: int) -> list[float]:
+    """The relative places of the numbers of a weight, from 0 to 1: a golden-ratio sequence that starts at the name's hash."""
+    start = xxhash.xxh3_64_intdigest(name.encode()) / 2**64
+    return [(start + (k + 1) * _GOLDEN_RATIO) % 1 for k in range(count)]
+
+
+def _rows(name: str, vocabulary: int) -> list[int]:
+    return [int(place * vocabulary) for place in _places(name, PER_EMBEDDING)]
+
+
+def without_rows(fingerprint: Fingerprint, ids: Collection[int]) -> Fingerprint:
+    """Leave out the rows of some tokens: those that a prompt has of its own."""
+    if not ids:
+        return fingerprint
+    embeddings = {}
+    for name, sample in fingerprint.samples.get("embeddings", {}).items():
+        is_own = torch.tensor([row in ids for row in _rows(name, fingerprint.vocabulary)])
+        embeddings[name] = WeightSample(sample.dtype, sample.values.masked_fill(is_own, torch.nan))
+    samples = {**fingerprint.samples, "embeddings": embeddings}
+    return Fingerprint(fingerprint.vocabulary, samples, fingerprint.merged)
+
+
+def _unread(vocabulary: int | None) -> Tensor:
+    return torch.full((PER_WEIGHT if vocabulary is None else PER_EMBEDDING,), torch.nan)
