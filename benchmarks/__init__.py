@@ -1,4 +1,4 @@
-"""How fast, how large and how exact softhooks is, beside PEFT and the bare frozen model.
+"""Speed, memory and exactness of softhooks, compared with PEFT and the bare frozen model.
 
 `python -m benchmarks` measures everything in one run; see `benchmarks/README.md`.
 """

@@ -1,9 +1,9 @@
-"""Time that can be trusted on a busy machine.
+"""Timing that is robust on a busy machine.
 
-The contestants take turns, in a new random order each round, so that whatever slows the machine down slows all of them. What
-counts is **CPU time** of this process, which runs one thread: it leaves out the time in which other programs had the core.
-On an idle machine it is the wall time, which is recorded too. Two contestants are compared **within each round**; reported
-is the median of those ratios, with the interval that holds the true median at 95% whatever the distribution.
+The contestants take turns, in a new random order each round, so that whatever slows the machine down slows all of them. The
+figure is **CPU time** of this process, which runs one thread: it excludes the time in which other programs had the core.
+On an idle machine it equals the wall time, which is recorded too. Two contestants are compared **within each round**. Reported
+is the median of those ratios with its 95% confidence interval, which makes no assumption about the distribution.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Ratio:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread; otherwise the number of cores is measured too."""
+    """Compute with one thread, so that the number of cores does not matter."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
 def take_turns(
     contestants: Mapping[str, Callable[[], object]], rounds: int, seed: int, tick: Callable[[], None]
 ) -> dict[str, Timing]:
-    """Measure every contestant once a round, after one turn that does not count."""
+    """Measure every contestant once per round, after one warm-up turn."""
     order = list(contestants)
     shuffle = random.Random(seed).shuffle
     timings = {name: Timing() for name in order}
@@ -87,7 +87,7 @@ def ratio(above: Timing, below: Timing) -> Ratio:
 
 
 def _median_interval(ordered: Sequence[float]) -> tuple[float, float]:
-    """The order statistics that enclose the median with at least 95% (sign test); the extremes where n is below 6."""
+    """The order statistics that enclose the median with at least 95% (sign test); the minimum and maximum if n is below 6."""
     n = len(ordered)
     outside, tail = 0, 0.5**n
     while outside < (n - 1) // 2 and tail + math.comb(n, outside + 1) * 0.5**n <= 0.025:
@@ -98,7 +98,7 @@ def _median_interval(ordered: Sequence[float]) -> tuple[float, float]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Collect garbage now, so that nobody's turn pays for it."""
+    """Collect garbage now, so that it is in no contestant's time."""
     gc.collect()
     gc.disable()
     try:

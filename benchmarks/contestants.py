@@ -1,4 +1,4 @@
-"""Who is compared: softhooks, PEFT with the very same prompt, and the bare frozen model."""
+"""The contestants: softhooks, PEFT with the same prompt, and the bare frozen model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BARE, SOFTHOOKS, PEFT = "bare", "softhooks", "PEFT"
 
 @dataclass(frozen=True)
 class Pair:
-    """One method as both libraries offer it, from P, the model's config, and the ids that a prefix starts from.
+    """One method in both libraries, made from P, the model's config, and the ids that a prefix starts from.
 
     Attributes:
-        is_precise: whether PEFT computes in the precision of its model.
+        is_precise: whether PEFT computes in its model's precision.
         task_of: the task of each row of a batch, for methods of several tasks.
     """
 
@@ -72,12 +72,12 @@ ADAPTER = Pair(
     lambda count, config: peft.AdaptionPromptConfig(
         task_type="CAUSAL_LM", adapter_len=count, adapter_layers=config.num_hidden_layers
     ),
-    is_precise=False,  # its second softmax is in fp32, always
+    is_precise=False,  # its second softmax is always in fp32
 )
 ADAPTER_DEFAULT = replace(
     ADAPTER, name="LLaMA-Adapter, by default", softhooks=lambda count, config, ids: softhooks.LlamaAdapter(count)
 )
-"""A tanh and a gate a head, beside PEFT's one bare gate a layer: it is timed, and open as far."""
+"""softhooks' default gates (a tanh, one gate per head), timed against PEFT's one raw gate per layer, opened equally far."""
 
 ADAPTERS = (ADAPTER, ADAPTER_DEFAULT)
 TASKS = 8
@@ -95,7 +95,7 @@ MPT, MPT_MIXED = (
 MULTITASK = (MPT, MPT_MIXED)
 PAIRS = (PROMPT, P_TUNING, PREFIX, PREFIX_MLP, ADAPTER, *MULTITASK)
 GATE = 0.5
-"""How far an adapter's gates are open: at their start, 0, it would do nothing that could be compared."""
+"""The value of an adapter's gates: at their initial value, 0, the adapter changes nothing and could not be compared."""
 
 DECAY = 0.95
 CONTEXT = Pair(
@@ -133,11 +133,11 @@ class Contestant:
 
     Attributes:
         name: BARE, SOFTHOOKS or PEFT.
-        model: what is called.
-        prompt: what is trained, in the same order for both libraries; nothing in the bare model.
+        model: the module that is called.
+        prompt: the trained parameters, in the same order for both libraries; none in the bare model.
         handle: softhooks' handle.
         arrange: brings gradients into the order and the shapes of softhooks' own.
-        task_of: the task of each row, where a call has to say it.
+        task_of: the task of each row, if a call has to name it.
     """
 
     name: str
@@ -149,7 +149,7 @@ class Contestant:
     task_of: Callable[[int], int] | None = None
 
     def call(self, batch: Batch) -> Any:
-        """Run forward, with the rows' tasks where they are asked for."""
+        """Run forward, with the rows' tasks if the method needs them."""
         given = {} if self.task_of is None else {"task_ids": task_ids(self.task_of, batch)}
         return self.model(**batch, **given)
 
@@ -177,7 +177,7 @@ class Contestant:
             self.optimizer.zero_grad()
 
     def gradients(self) -> list[Tensor]:
-        """Take the gradients away from the prompt's parameters."""
+        """Set the gradients of the prompt's parameters to None."""
         taken = [parameter.grad for parameter in self.prompt]
         for parameter in self.prompt:
             parameter.grad = None
@@ -185,17 +185,17 @@ class Contestant:
 
 
 def bare(base: LlamaForCausalLM) -> Contestant:
-    """The frozen model on the text alone; its backward goes down to the text's embeddings, as a prompt's does."""
+    """The frozen model on the text alone. Its backward goes down to the text's embeddings, as with a prompt."""
     model = copy.deepcopy(base)
     model.enable_input_require_grads()
     return Contestant(BARE, model)
 
 
 def with_softhooks(base: LlamaForCausalLM, pair: Pair, ids: Tensor) -> Contestant:
-    """Attach softhooks' prompt, which starts from the words `ids`: it does what these words would do in the text."""
+    """Attach softhooks' prompt, initialized as the words `ids`, so that it acts as these words in the text."""
     model = copy.deepcopy(base)
     handle = softhooks.attach(model, pair.softhooks(len(ids), base.config, ids))
-    handle.encoder.to(next(base.parameters()).dtype)  # prompts stay in fp32; the comparison in fp64 needs fp64
+    handle.encoder.to(next(base.parameters()).dtype)  # prompts are fp32 by default; the comparison in fp64 needs fp64
     prompt = list(handle.encoder.parameters())
     if pair is PROMPT:
         with torch.no_grad():
@@ -210,7 +210,7 @@ def with_softhooks(base: LlamaForCausalLM, pair: Pair, ids: Tensor) -> Contestan
 
 
 def with_peft(base: LlamaForCausalLM, pair: Pair, like: Contestant) -> Contestant:
-    """Attach PEFT's prompt and give it the numbers of softhooks' one."""
+    """Attach PEFT's prompt and copy softhooks' values into it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a renamed attribute
         config = pair.peft(_length(like), base.config)
@@ -231,7 +231,7 @@ def with_peft(base: LlamaForCausalLM, pair: Pair, like: Contestant) -> Contestan
 
 
 def _adapted(model: nn.Module, like: Contestant) -> Contestant:
-    """Give each layer's prompt and gate of PEFT the numbers of softhooks' tables."""
+    """Copy softhooks' tables into PEFT's prompts and gates of each layer."""
     prompts = [p for name, p in model.named_parameters() if name.endswith("adaption_prompt")]
     gates = [p for name, p in model.named_parameters() if name.endswith("adaption_gate")]
     with torch.no_grad():
@@ -248,7 +248,7 @@ def _adapted(model: nn.Module, like: Contestant) -> Contestant:
 
 
 def _multitask(model: nn.Module, encoder: nn.Module, pair: Pair, like: Contestant) -> Contestant:
-    """Give PEFT's shared prompt and vectors the numbers of softhooks', which trains the vectors' distance from one."""
+    """Copy softhooks' shared prompt and task vectors, which are stored as their difference from one, into PEFT's."""
     assert like.handle is not None
     rate = like.handle.method.task_rate
     prompt = [encoder.embedding.weight, encoder.prefix_task_cols, encoder.prefix_task_rows]
@@ -270,7 +270,7 @@ def task_ids(task_of: Callable[[int], int], batch: Batch) -> Tensor:
 
 
 def _contextual(model: nn.Module, base: LlamaForCausalLM, like: Contestant) -> Contestant:
-    """Give PEFT's context the words and the deltas of softhooks' one; PEFT has a delta for every token."""
+    """Copy softhooks' context and deltas into PEFT's, which has a delta for every token."""
     assert like.handle is not None
     method = like.handle.method
     assert isinstance(method, softhooks.ContextAwarePromptTuning)

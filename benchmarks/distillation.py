@@ -1,7 +1,7 @@
-"""What teachers are worth to a multitask prompt that sees few rows of its source tasks, on the toy tasks of `tasks`.
+"""How much teachers help a multitask prompt that sees few rows of its source tasks, on the toy tasks of `tasks`.
 
-Each teacher is a vanilla prompt that was trained on many rows of its task, as one that somebody has saved. The multitask prompt
-sees a few of these rows, with and without the teachers, equally long; then both answer new rows of the same tasks.
+Each teacher is a vanilla prompt that was trained on many rows of its task, like a saved prompt. The multitask prompt sees a
+few of these rows, with and without teachers, for the same number of steps; then both answer new rows of the same tasks.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _measure(model: LlamaForCausalLM, sizes: Transfer, seed: int, tick: Callable
 
 
 def _taught(model: LlamaForCausalLM, rows: Tensor, test: Rows) -> float:
-    """What a teacher answers rightly on its own."""
+    """The share of right answers of a teacher alone."""
     with softhooks.attach(model, softhooks.PromptTuning(LENGTH, init="tensor", init_tensor=rows)):
         return right(model, test)
 

@@ -1,4 +1,4 @@
-"""Where figures were measured: versions, processor, memory. Nothing that names a host, a user or a path."""
+"""The environment of a measurement: versions, processor, memory. Never a host, a user or a path."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PACKAGES = ("torch", "transformers", "peft")
 
 
 def versions() -> dict[str, str]:
-    """The versions of what took part."""
+    """The versions of the packages involved."""
     own = {"softhooks": softhooks.__version__, "python": platform.python_version()}
     return own | {name: metadata.version(name) for name in _PACKAGES}
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -1,9 +1,9 @@
-"""Whether softhooks computes what it should: beside an oracle made by hand, and beside PEFT.
+"""Exactness: softhooks compared with an oracle made by hand and with PEFT.
 
-The oracle concatenates embeddings by hand, or starts from a seeded cache; see `naive`. PEFT gets the very same numbers as its
-prompt. The text is unpadded and the first real token has no label: there PEFT is exact, and trains the same tokens. Differences
-are relative: of the loss, and of each gradient to its own largest entry, where the worst parameter counts. Where PEFT computes in
-fp32 whatever its model does, it is held to fp32.
+The oracle concatenates embeddings by hand, or starts from a seeded cache; see `naive`. PEFT gets the same values as its
+prompt. The text is unpadded and the first real token has no label: in this case PEFT is exact and trains the same tokens.
+Differences are relative: that of the loss, and that of each gradient to its own largest entry, of which the worst parameter
+counts. Where PEFT computes in fp32 regardless of its model, the tolerance is that of fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.profiles import Profile, Shape
 from benchmarks.result import Column, Result, Target
 
 LIMITS = {torch.float32: (1e-6, 1e-4), torch.float64: (1e-13, 1e-11)}
-"""What counts as rounding, of the loss and of the gradients: some dozens of units in the last place."""
+"""The tolerances of the loss and of the gradients: some dozens of units in the last place."""
 
 COLUMNS = (
     Column("method", "{method}"),

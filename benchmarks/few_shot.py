@@ -1,10 +1,10 @@
-"""Whether projection and the loss over the context help CPT, on a few-shot task made up for it.
+"""How much projection and the context loss help CPT, on a synthetic few-shot task.
 
-A row is `name a b c = y ;`: the name says which letter is asked for, and by how much it is moved. A small Llama learns from
-sequences of rows of one task, some with the task's name and some with a sign that says nothing; where a row has been seen before,
-its answer may be copied. Then it is frozen. A context of two rows without the name does not tell it the task: in-context learning
-fails. CPT may move the context's signs and letters, and is trained on these two rows; how well it has found the task shows on
-rows that it has not seen. Without projection it learns the two rows by heart; without the loss over the context it can copy them.
+A row is `name a b c = y ;`: the name says which letter is asked for, and by how much it is shifted. A small Llama is trained
+on sequences of rows of one task, some with the task's name and some with an uninformative sign; the answer of a repeated row
+can be copied. Then it is frozen. A context of two rows without the name does not reveal the task, so in-context learning
+fails. CPT may move the context's signs and letters, and is trained on these two rows; rows that it has not seen show whether
+it has found the task. Without projection it memorizes the two rows; without the context loss it can copy them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "leave one out": {**BOUNDS, "leave_one_out": True},
 }
 REQUIRED = 0.2
-"""How much lower the loss on unseen rows must be with projection, and with the loss over the context."""
+"""How much lower the loss on unseen rows must be with projection, and with the context loss."""
 
 COLUMNS = (
     Column("trained", "{variant}"),
@@ -98,7 +98,7 @@ def rows_of(tasks: Tensor, count: int, generator: torch.Generator, named: float,
     Args:
         tasks: of the sequences, [B].
         named: how many rows have the task's name.
-        repeated: how many rows have been there before.
+        repeated: how many rows are repetitions.
 
     Shape:
         -> [B, count, ROW]
@@ -117,7 +117,7 @@ def rows_of(tasks: Tensor, count: int, generator: torch.Generator, named: float,
 
 
 def labeled(rows: Tensor) -> Batch:
-    """Rows as far as their answers, which alone are trained. [..., ROW] -> [-1, ROW - 1]."""
+    """Rows up to their answers, which are the only labels. [..., ROW] -> [-1, ROW - 1]."""
     ids = rows[..., :-1].flatten(0, -2)
     labels = torch.full_like(ids, IGNORED)
     labels[:, -1] = ids[:, -1]

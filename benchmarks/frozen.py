@@ -1,6 +1,6 @@
-"""The speed of `verify_frozen`: how fast every frozen tensor is read and its digest compared, with one thread.
+"""The speed of `verify_frozen`: reading every frozen tensor and comparing its digest, with one thread.
 
-SHA-256 over the same bytes stands beside it. That the check is one is shown by flipping the last bit of one weight.
+SHA-256 over the same bytes is timed for comparison. Flipping the last bit of one weight shows that the check detects it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 def run(profile: Profile, progress: Progress) -> Result:
-    """Verify a large model several times, then change one bit of it."""
+    """Verify a large model several times, then after flipping one bit."""
     task = progress.add_task("frozen", total=profile.verifications + 2)
     model = llama(profile.large, profile.seed)
     with one_thread(), softhooks.attach(model, softhooks.PromptTuning(20)) as prompt:

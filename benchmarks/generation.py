@@ -1,8 +1,8 @@
 """The time of `generate`: prefill and some tokens, greedily, with one thread.
 
-Every prompt starts from the same words, so that all contestants compute the same function as the bare model with these words in
-its text (a hard prompt), and must generate the same tokens. softhooks makes the prompt's keys and values once in each call:
-`computed` counts how often.
+Every prompt is initialized as the same words, so that all contestants compute the same function as the bare model with these
+words in its text (a hard prompt) and must generate the same tokens. softhooks computes the prompt's keys and values once per
+call: `computed` counts how often.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.result import Column, Result, Target
 PAIRS = (PROMPT, PREFIX)
 NO_PROMPT = "no prompt"
 SAME_TOKENS = 0.95
-"""The share of tokens that must be those of the hard prompt; a tie broken by rounding changes the rest of its row."""
+"""The share of tokens that must equal the hard prompt's. Rounding can break a tie, which changes the rest of the row."""
 
 COLUMNS = (
     Column("method", "{method}"),
@@ -66,7 +66,7 @@ def run(profile: Profile, progress: Progress) -> Result:
 
 
 def _measure(profile: Profile, shape: Shape, tick: Callable[[], None]) -> list[dict[str, Any]]:
-    """Let the bare model, with and without a hard prompt, and both libraries take turns at one shape."""
+    """Time the bare model, with and without a hard prompt, and both libraries at one shape."""
     base = llama(profile.model, profile.seed).eval()
     batch = text(profile.model, shape, profile.seed)
     ids = words(profile.model, shape.virtual, profile.seed)
@@ -114,7 +114,7 @@ def _computed(contestant: Contestant) -> int:
 
 
 def _recomputed(contestant: Contestant, call: Callable[[], object]) -> int:
-    """How often keys and values are made in two calls, the prompt having changed before."""
+    """How often keys and values are computed in two calls after the prompt has changed."""
     before = _computed(contestant)
     with torch.no_grad():
         contestant.prompt[0].mul_(1.01)

@@ -1,13 +1,12 @@
 """The peak memory of a training step.
 
-Counted is every byte that torch's CPU allocator hands out from the start of the forward to the end of zero_grad, less what it
-takes back: the profiler reports each of them, and the peak is the highest running sum. So it is exact, and the same in every
-run on one machine; on another, operators such as the LSTM may take another way and keep more or less (P-tuning's peak at 100/64/8
-was 159 MB on one and 164 on another). It holds the activations that autograd keeps, the temporaries of operators, the gradients,
-and what the forward returns.
+The profiler reports every allocation and deallocation of torch's CPU allocator from the start of the forward to the end of
+zero_grad; the peak is the highest running sum. It is exact, and the same in every run on one machine. On another machine,
+operators such as the LSTM may use other kernels and keep more or less (P-tuning's peak at 100/64/8 was 159 MB on one and 164
+on another). It includes the activations that autograd keeps, temporaries, gradients and the forward's outputs.
 
-It does **not** hold what is there before the step, the weights and the optimizer's state; the last column adds the weights to
-both sides. Nor does it hold what a library such as oneDNN allocates for itself.
+It does **not** include what exists before the step, weights and optimizer state; the last column adds the weights to both
+sides. Nor does it include what libraries such as oneDNN allocate themselves.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ LESS: dict[tuple[str, int], float] = {
     (ADAPTER.name, 20): 1.0,
     (CONTEXT.name, 400): 5.0,
 }
-"""How many times softhooks' peak PEFT's must be, by method and P."""
+"""The least ratio of PEFT's peak to softhooks', by method and P."""
 
 REQUIRED: dict[tuple[str, int], float] = {
     (PROMPT.name, 100): 1.2,
@@ -58,7 +57,7 @@ REQUIRED: dict[tuple[str, int], float] = {
     (ADAPTER.name, 20): 1.15,
     (ADAPTER.name, 100): 1.3,
 }
-"""How many times the bare model's peak softhooks may need, by method and P."""
+"""The greatest ratio of softhooks' peak to the bare model's, by method and P."""
 
 COLUMNS = (
     Column("method", "{method}"),
@@ -136,7 +135,7 @@ def _measure(profile: Profile, shape: Shape, pairs: tuple[Pair, ...], tick: Any)
 
 
 def peak(contestant: Contestant, batch: Batch) -> int:
-    """The most bytes that one training step holds at a time. A first step makes the optimizer's state."""
+    """The peak memory of one training step in bytes, after a first step that creates the optimizer state."""
     contestant.step(batch)
     with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         contestant.step(batch)

@@ -17,7 +17,7 @@ Batch = dict[str, Tensor]
 
 
 def llama(size: Size, seed: int) -> LlamaForCausalLM:
-    """Build a frozen Llama; its weights are wide enough for the prompt to matter."""
+    """Build a frozen Llama with weights large enough for the prompt to matter."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=size.vocabulary,
@@ -39,7 +39,7 @@ def llama(size: Size, seed: int) -> LlamaForCausalLM:
 
 
 def in_fp64(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Turn a model to fp64 in place, its norms too: transformers' own compute in fp32 whatever they are given."""
+    """Convert a model to fp64 in place, its norms included: those of transformers always compute in fp32."""
     for module in model.modules():
         for name, norm in module.named_children():
             if isinstance(norm, LlamaRMSNorm):
@@ -60,7 +60,7 @@ def text(size: Size, shape: Shape, seed: int) -> Batch:
     """Draw a batch of unpadded text as a data collator gives it.
 
     The first real token has no label: PEFT's embedding prompts train it, softhooks and the bare model do not, and all
-    contestants are to compute the same loss.
+    contestants must compute the same loss.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, size.vocabulary, (shape.rows, shape.columns), generator=generator)

@@ -1,4 +1,4 @@
-"""The oracle: prompts put in by hand, with nothing but the bare model and textbook formulas."""
+"""The oracle: prompts inserted by hand, with the bare model and textbook formulas only."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def backward(base: LlamaForCausalLM, pair: Pair, prompt: list[Tensor], batch: Ba
 
 
 def context_backward(base: LlamaForCausalLM, ids: Tensor, delta: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Compute the loss of a context of words that have moved by `delta`, and its gradient, by hand.
+    """Compute the loss of a context whose words are moved by `delta`, and its gradient, by hand.
 
-    Every row computes the whole context; all label tokens of context and text count in one mean, which is the loss where all
-    rows have equally many.
+    Every row computes the whole context. The loss is one mean over all label tokens of context and text, which is CPT's loss
+    if all rows have equally many.
     """
     types = torch.tensor(context_types(len(ids)))
     leaf = delta.detach().clone().requires_grad_()
@@ -86,7 +86,7 @@ def _prepended(base: LlamaForCausalLM, rows: Tensor, batch: Batch) -> Tensor:
 
 
 def _reparameterized(prompt: list[Tensor]) -> Tensor:
-    """Run rows through an LSTM of two layers, each way, and a small network."""
+    """Run rows through a bidirectional LSTM of two layers and a small network."""
     rows, *weights, down, down_bias, up, up_bias = prompt
     for layer in (weights[:8], weights[8:]):
         ahead = _lstm(rows, *layer[:4])
@@ -96,7 +96,7 @@ def _reparameterized(prompt: list[Tensor]) -> Tensor:
 
 
 def _lstm(rows: Tensor, into: Tensor, within: Tensor, bias: Tensor, more_bias: Tensor) -> Tensor:
-    """Run one way of one layer, row by row. [P, H] -> [P, H']"""
+    """Run one direction of one layer, row by row. [P, H] -> [P, H']"""
     state = cell = rows.new_zeros(within.shape[1])
     states = []
     for row in rows:

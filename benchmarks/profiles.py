@@ -1,4 +1,4 @@
-"""What is measured: the sizes of the models and texts, and how often."""
+"""Profiles: sizes of models and texts, and numbers of repetitions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Transfer:
-    """How long everything trains on the toy tasks that share a prompt.
+    """Numbers of training steps on the toy tasks that share a prompt.
 
     Attributes:
         teacher_steps: each vanilla prompt of a source task.
@@ -70,7 +70,7 @@ class Profile:
         gate_pretraining, gate_steps, gate_seeds: how long the toy model of the gates learns, how long its adapters, and how many.
         shot_pretraining, shot_steps, shot_seeds: how long the toy model of few-shot tasks learns, how long its contexts, and how
             many.
-        transfer: how long everything trains on the toy tasks that share a prompt.
+        transfer: numbers of training steps on the toy tasks that share a prompt.
         seed: of weights, text and order.
     """
 

@@ -1,4 +1,4 @@
-"""Show results: as tables in the terminal, and as Markdown beside the JSON files."""
+"""Show results as tables in the terminal, and as Markdown next to the JSON files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def missed(results: list[Result]) -> list[Target]:
 
 
 def surroundings() -> str:
-    """Where the figures come from, in a line."""
+    """One line about where the figures were measured."""
     here, packages = machine(), versions()
     where = f"{here['processor']}, {here['vector_instructions']}, one thread"
     return f"{where}; " + ", ".join(f"{name} {version}" for name, version in packages.items())
@@ -55,7 +55,7 @@ def _table(result: Result) -> str:
 
 
 def write_markdown(results: list[Result], folder: Path, measured: str) -> Path:
-    """Write `README.md` beside the JSON files."""
+    """Write `README.md` next to the JSON files."""
     path = folder / "README.md"
     path.write_text(markdown(results, measured), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""What a benchmark hands over: rows, how to show them, the targets, and the surroundings that they were measured in."""
+"""The result of a benchmark: rows, columns, targets, and the environment in which it was measured."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from benchmarks.environment import machine, versions
 from benchmarks.profiles import Profile
 
 PARITY = 0.05
-"""How far a ratio that may not fall below 1 may be measured below it; see `Target`."""
+"""The tolerance of a bound of exactly 1; see `Target`."""
 
 
 @dataclass(frozen=True)
 class Target:
     """A figure that must hold.
 
-    No measurement tells "never slower", a bound of exactly 1, from "as fast". That bound is missed if the whole 95% interval lies
-    below it, or the figure itself by more than `PARITY`. Every other bound is taken at its word.
+    No measurement can distinguish "never slower", a bound of exactly 1, from "as fast". That bound is missed if the whole 95%
+    interval lies below it, or the figure itself by more than `PARITY`. Every other bound is exact.
 
     Attributes:
         name: what is measured.
@@ -38,7 +38,7 @@ class Target:
 
     @property
     def holds(self) -> bool:
-        """Whether the figure is where it must be."""
+        """Whether the figure is within the bound."""
         if self.relation == "at most":
             return self.value <= self.bound
         if self.bound == 1.0 and self.high is not None:
@@ -57,7 +57,7 @@ class Column:
     template: str
 
     def of(self, row: dict[str, Any]) -> str:
-        """Fill in one row; empty where the row lacks the figure."""
+        """Format one row; empty if the row lacks the figure."""
         try:
             return self.template.format_map(row)
         except KeyError:
@@ -92,7 +92,7 @@ class Result:
         return [[column.of(row) for column in self.columns] for row in self.rows]
 
     def write(self, folder: Path, profile: Profile) -> Path:
-        """Write `NAME.json` with everything that it takes to judge the figures."""
+        """Write `NAME.json` with the figures, settings, versions and seed."""
         folder.mkdir(parents=True, exist_ok=True)
         content = {
             "benchmark": self.name,

@@ -1,8 +1,8 @@
-"""Toy tasks that share a prompt: what a small frozen decoder answers behind a hidden prompt of its own, one for each task.
+"""Toy tasks that share a prompt: each task is what a small frozen decoder answers after a hidden prompt of the task.
 
-The hidden prompts are `P o (u v^T)`, with one P for all tasks and u and v drawn around one. So the tasks are related as multitask
-prompt tuning supposes that tasks are; how much that helps, with how many examples, is the question. The answer to a prefix of the
-text is the token that the decoder finds likeliest next.
+The hidden prompts are `P o (u v^T)`, with one P for all tasks and u and v drawn around one. So the tasks are related as
+multitask prompt tuning assumes; the question is how much that helps, with how many examples. The answer to each prefix of the
+text is the token that the decoder finds most likely.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY, WIDTH, COLUMNS, LENGTH = 64, 32, 8, 8
 SPREAD = 0.5
-"""Of u and v around one."""
+"""The standard deviation of u and v around one."""
 
 IGNORED = -100
 
@@ -21,7 +21,7 @@ Rows = dict[str, Tensor]
 
 
 def frozen_model(seed: int) -> LlamaForCausalLM:
-    """Make a decoder with random weights, wide enough for prompts to matter."""
+    """Make a decoder with random weights, large enough for prompts to matter."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

@@ -1,8 +1,8 @@
 """The time of a training step: forward, backward, AdamW and zero_grad, with one thread.
 
 Every contestant sees the same text and computes the same loss. The bare model's backward goes down to the text's embeddings.
-Calls are plain, `model(input_ids, attention_mask, labels)`, so each model also returns its cache, which PEFT's prefix cannot do
-without. See `clock` for how times are taken.
+Calls are plain, `model(input_ids, attention_mask, labels)`, so each model also returns its cache, which PEFT's prefix
+requires. See `clock` for how times are measured.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ REQUIRED: dict[tuple[str, int], float] = {
     (MPT.name, 300): 3.2,
     (CONTEXT.name, 400): 5.0,
 }
-"""How many times faster than PEFT's a step must be, by method and P."""
+"""The least speed of a step relative to PEFT's, by method and P."""
 
 LIMITS: dict[tuple[str, int], float] = {(ADAPTER.name, 20): 1.15, (ADAPTER_DEFAULT.name, 20): 1.15}
-"""How many times the bare model's step a step may take, by method and P."""
+"""The greatest time of a step relative to the bare model's, by method and P."""
 
 PAIRS = (PROMPT, P_TUNING, PREFIX, PREFIX_MLP, ADAPTER, ADAPTER_DEFAULT, *MULTITASK)
 
@@ -128,7 +128,7 @@ def run(profile: Profile, progress: Progress) -> Result:
 
 
 def _measure(profile: Profile, shape: Shape, rounds: int, pairs: tuple[Pair, ...], tick: Any) -> list[dict[str, Any]]:
-    """Let the bare model and both libraries' methods take turns at one shape."""
+    """Time the bare model and both libraries at one shape."""
     base = llama(profile.model, profile.seed)
     batch = text(profile.model, shape, profile.seed)
     ids = words(profile.model, shape.virtual, profile.seed)

@@ -1,9 +1,9 @@
-"""What source tasks, their decomposition and teachers are worth to a target task with few examples, on toy tasks (see `tasks`).
+"""How much source tasks, their decomposition and teachers help a target task with few examples, on toy tasks (see `tasks`).
 
-Four prompts learn each target from the same examples, in as many steps; each takes the better of two learning rates. One starts
-from scratch. Three have seen the source tasks before, in the same batches: one prompt for all of them, which has no u and v and
-so tells what mere transfer is worth; and two multitask prompts, one of them with teachers: vanilla prompts of each task, trained
-on the same rows.
+Four prompts learn each target from the same examples, in the same number of steps; each takes the better of two learning
+rates. One starts from scratch. Three have seen the source tasks before, in the same batches: one prompt for all of them,
+without u and v, which shows how much transfer alone helps; and two multitask prompts, one of them with teachers: vanilla
+prompts of each task, trained on the same rows.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def teacher(model: LlamaForCausalLM, rows: Rows, sizes: Transfer, seed: int) -> 
 def _source(
     model: LlamaForCausalLM, method: Method, sources: list[Rows], sizes: Transfer, seed: int, folder: Path
 ) -> float:
-    """Train a prompt on the sources, told the task of each row if it takes one, and save it. -> the share of right answers."""
+    """Train a prompt on the sources, with the task of each row if it takes one, and save it. -> the share of right answers."""
     told = [{"task_ids": number} if "task_ids" in method.columns else {} for number in range(SOURCES)]
     tasks = [number for number in range(SOURCES) for _ in range(sizes.examples)]
     rows = [
@@ -174,7 +174,7 @@ def _source(
 
 
 def _start(name: str, source: Path) -> Method:
-    """The prompt of a target task, as it starts."""
+    """The prompt of a target task before training."""
     if name == SHARED:
         return softhooks.PromptTuning(LENGTH, init="prompt", init_from=source)
     return softhooks.MultitaskPromptTuning(LENGTH, tasks=1, source=None if name == SCRATCH else source)
@@ -196,7 +196,7 @@ def _target(
 def train(
     model: LlamaForCausalLM, prompt: softhooks.SoftPrompt, batches: Iterator[Any], steps: int, rate: float
 ) -> None:
-    """Train with AdamW, the rate falling to zero."""
+    """Train with AdamW and a learning rate that falls to zero."""
     optimizer = torch.optim.AdamW(prompt.parameters(), lr=rate, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     model.train()
@@ -217,14 +217,14 @@ def _batches(rows: Rows, steps: int, seed: int) -> Iterator[Rows]:
 
 
 def again(loader: Iterable[Any]) -> Iterator[Any]:
-    """Go over a loader's batches for ever."""
+    """Repeat a loader's batches forever."""
     while True:
         yield from loader
 
 
 @torch.no_grad()
 def right(model: LlamaForCausalLM, rows: Rows, task_ids: int | None = None) -> float:
-    """The share of a task's answers that a model gives too, at rest."""
+    """The share of a task's answers that a model gives too, in evaluation mode."""
     given = {} if task_ids is None else {"task_ids": torch.full((len(rows["input_ids"]),), task_ids)}
     logits = model.eval()(rows["input_ids"], **given).logits
     return float((logits[:, :-1].argmax(-1) == rows["labels"][:, 1:]).float().mean())

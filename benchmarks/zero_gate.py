@@ -1,10 +1,10 @@
-"""Whether gates that start at zero help a LLaMA-Adapter, on a task made up for it.
+"""How much gates that start at zero help a LLaMA-Adapter, on a synthetic task.
 
-A small Llama learns to repeat six numbers, each moved by what a first token says. Then it is frozen, the first token is hidden
-behind one that it has never seen, and an adapter has to learn from a few rows what it said. A model whose attention is disturbed
-from the first step by random rows has to be mended before it can be steered; one whose gates are closed is steered from where it
-stands. How much that matters depends on how loud the rows are, so two sizes of them are measured, and both kinds of gates start
-from the same rows.
+A small Llama learns to repeat six numbers, each shifted by an amount that a first token gives. Then it is frozen, the first
+token is replaced by an unseen one, and an adapter has to learn the amount from a few rows. With random gates, random rows
+disturb attention from the first step, and the adapter has to undo that first; with gates at zero it starts from the intact
+model. How much that matters depends on the size of the rows, so two sizes are measured, and both kinds of gates start from
+the same rows.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from benchmarks.result import Column, Result, Target
 NUMBERS, MOVES, LENGTH = 16, 4, 6
 HIDDEN, BETWEEN = NUMBERS + MOVES, NUMBERS + MOVES + 1
 WANTED = 2
-"""The move that the adapter has to find."""
+"""The shift that the adapter has to find."""
 
 ROWS, BATCH, TESTED = 16, 64, 256
 RATE = 5e-3
 LOUD, QUIET = 3.0, 1.0
-"""How wide the adapter's rows are drawn; the states that the projections are used to have a deviation of 1."""
+"""The standard deviations of the adapter's rows; the states that the projections normally see have 1."""
 
 REQUIRED = 0.3
-"""How much higher the accuracy must be with closed gates, where rows are loud."""
+"""How much higher the accuracy must be with gates at zero, with the larger rows."""
 
 COLUMNS = (
     Column("rows start from", "N(0, {init_std:g})"),
@@ -47,7 +47,7 @@ COLUMNS = (
 
 
 def run(profile: Profile, progress: Progress) -> Result:
-    """Train adapters that differ in nothing but their gates' start."""
+    """Train adapters that differ only in the initial value of their gates."""
     sizes, kinds = (QUIET, LOUD), ("0", "N(0, 1)")
     task = progress.add_task("zero gate", total=1 + profile.gate_seeds * len(sizes) * len(kinds))
     rows: list[dict[str, Any]] = []
@@ -85,7 +85,7 @@ def run(profile: Profile, progress: Progress) -> Result:
 
 
 def _rows(count: int, generator: torch.Generator, hidden: bool) -> Batch:
-    """Draw rows `first token, numbers, mark, moved numbers`; only the last are trained."""
+    """Draw rows `first token, numbers, mark, shifted numbers`; only the last are labels."""
     numbers = torch.randint(NUMBERS, (count, LENGTH), generator=generator)
     moves = torch.full((count, 1), WANTED) if hidden else torch.randint(MOVES, (count, 1), generator=generator)
     first = torch.full((count, 1), HIDDEN) if hidden else NUMBERS + moves
@@ -96,7 +96,7 @@ def _rows(count: int, generator: torch.Generator, hidden: bool) -> Batch:
 
 
 def _pretrained(profile: Profile) -> LlamaForCausalLM:
-    """Train the toy model; its weights have the size that they have in models of 100 times the width."""
+    """Train the toy model, with weights as large as those of models of 100 times the width."""
     torch.manual_seed(profile.seed)
     config = LlamaConfig(
         vocab_size=BETWEEN + 1,
