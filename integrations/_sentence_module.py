@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from softhooks.backbone.container import is_prompt_key
 from softhooks.errors import CheckpointError, UnsupportedModeError
 from softhooks.formats.files import read_tensors
-from softhooks.runtime.direct_forward import heed_direct_calls
+from softhooks.runtime.direct_forward import route_direct_calls
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.saving.live_state import LIVE
 from softhooks.trainer.checkpoint import saver_of
@@ -115,7 +115,7 @@ class Dress:
             type(module) if type(module) is not kind else kind.__mro__[1]
         )  # a loaded one is of the kind already
         self.covered: list[tuple[nn.Parameter, bool]] = []
-        heed_direct_calls(prompted)
+        route_direct_calls(prompted)
         if getattr(module, _FLATTENS, False):
             prompted.patches.set(module, _FLATTENS, False)
         prompted.patches.keep(prompted.model.register_load_state_dict_pre_hook(complete))

@@ -224,5 +224,5 @@ def _require_bare(trainer: Any) -> None:
             "a reference must be without the prompt that trains.",
             "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with a prompt that was trained before, "
             "load it on the model under another name, and name it: `reference(model, prompt=name)`.",
-            reference=f"{type(trainer.ref_model).__name__} with a copy of the prompt {prompted.selection}",
+            reference=f"{type(trainer.ref_model).__name__} with a copy of the prompt {prompted.selection_text}",
         )

@@ -46,7 +46,7 @@ from softhooks.runtime.exclusive import exclusive
 from softhooks.runtime.generate import keep_from_assistants
 from softhooks.runtime.install import detach, install, install_added_tokens, install_head, sign_forward
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
-from softhooks.runtime.recomputed_forward import Met
+from softhooks.runtime.recomputed_forward import RecomputeCheck
 from softhooks.saving.model import replace_saving
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def attach_encoder(
                 prove_rows(prompt, probe_inputs(prompt))
                 if take_added is not None:
                     take_added(added)
-            prompt.shares_always = injection == "shared"
+            prompt.requires_sharing = injection == "shared"
             _prove_reached(prompt)
             method.check(prompt)
             if prompt.objective is not None and prompt.takes_gradients:
@@ -216,7 +216,7 @@ def attach_encoder(
             raise no_room(method.where.columns, limit, error.text) from None
         raise
     prompt.is_attached = True
-    prompted.met = Met()  # probes count for nothing
+    prompted.recompute_check = RecomputeCheck()  # probes count for nothing
     if method.columns:
         keep_from_assistants(prompted)
     return prompt

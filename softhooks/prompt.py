@@ -55,7 +55,7 @@ class SoftPrompt(AttachedPrompt):
             model=prompted.model,
             structure=prompted.structure,
             running=prompted.running,
-            placeholder_id=prompted.placeholder,
+            placeholder_id=prompted.placeholder_id,
         )
         self.prompted_model = prompted
         self.is_attached = False
@@ -99,7 +99,7 @@ class SoftPrompt(AttachedPrompt):
         Raises:
             UnsupportedModeError: another thread runs the model.
         """
-        with self.running.held("`fold`"):
+        with self.running.exclusive("`fold`"):
             self._fold()
         return self
 
@@ -205,7 +205,7 @@ class SoftPrompt(AttachedPrompt):
         Raises:
             UnsupportedModeError: another thread runs the model.
         """
-        with self.running.held("`remove`"):
+        with self.running.exclusive("`remove`"):
             if self.is_attached:
                 self.is_attached = False
                 detach(self.prompted_model, self.name)

@@ -32,7 +32,7 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
             attached=", ".join(map(repr, require_prompted_model(model).prompts)),
         )
     prompted = require_prompted_model(model, name)
-    with prompted.running.held("`activate`"):
+    with prompted.running.exclusive("`activate`"):
         prompted.active = name
     return soft_prompts_of(prompted)[name]
 
@@ -55,7 +55,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 def _show_labels(prompted: PromptedModel) -> None:
     """Let the config show the names of this thread's labels; while another one runs the model, it shows that one's."""
-    with suppress(UnsupportedModeError), prompted.running.held("the names of labels"):
+    with suppress(UnsupportedModeError), prompted.running.exclusive("the names of labels"):
         prompted.show_labels()
 
 

@@ -58,7 +58,7 @@ class TwiceTheLoss(Objective):
         stack = prompt.prompted_model.structure.entry
 
         def finish(output: Any) -> Any:
-            logits = logits_of(prompt.model, stack, prompt.states, prompt.prompted_model.placeholder)
+            logits = logits_of(prompt.model, stack, prompt.states, prompt.prompted_model.placeholder_id)
             return with_loss(output, 2 * output["loss"] + logits.square().mean(), has_loss=True)
 
         return finish

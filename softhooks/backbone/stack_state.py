@@ -53,7 +53,7 @@ class ModelCalls(Protocol):
     def forward(self) -> ModelForward | None:
         """The forward of this thread that is running."""
 
-    def held(self, what: str) -> AbstractContextManager[None]:
+    def exclusive(self, what: str) -> AbstractContextManager[None]:
         """Keep other threads from running the model."""
 
     def require_free(self) -> None:
@@ -125,7 +125,7 @@ class StackState:
         Raises:
             UnsupportedModeError: another thread runs the model, and the block must be alone.
         """
-        with self.owner.running.held(alone) if self.owner is not None and alone else nullcontext():
+        with self.owner.running.exclusive(alone) if self.owner is not None and alone else nullcontext():
             outer, self._current = self._current, forward_pass
             forward_pass.thread = threading.get_ident()  # a backward runs layers again in a thread of autograd
             try:

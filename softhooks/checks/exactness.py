@@ -129,14 +129,14 @@ def _states(
         if stack.state.current is None:  # not the prompt's own rows
             kept.append(last_hidden_state(output))
 
-    before = prompt.injection, prompt.shares_always
+    before = prompt.injection, prompt.requires_sharing
     handles = [stack.module.register_forward_hook(keep)]
     if injection == "shared" and not alone:  # before the prompt's own hook, which changes the call
         handles.append(stack.module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
     if injection is None:
         call = {name: value for name, value in call.items() if name not in prompted.columns}
     else:
-        prompt.injection, prompt.shares_always = injection, injection == "shared"
+        prompt.injection, prompt.requires_sharing = injection, injection == "shared"
     try:
         with eval_mode(prompt.model), Block(prompt.model, off=True) if injection is None else nullcontext():
             (stack.module if alone else prompt.model)(**call)
@@ -145,5 +145,5 @@ def _states(
     finally:
         for handle in handles:
             handle.remove()
-        prompt.injection, prompt.shares_always = before
+        prompt.injection, prompt.requires_sharing = before
     return kept[-1]

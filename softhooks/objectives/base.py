@@ -59,7 +59,7 @@ class PromptOnModel(Protocol):
     def without_objective(self) -> AbstractContextManager[Any]:
         """Run the model inside the context without this prompt's objective."""
 
-    def standing_in(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> AbstractContextManager[None]:
+    def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> AbstractContextManager[None]:
         """Use other keys and values, of any length, in place of the prompt's inside the context."""
 
 

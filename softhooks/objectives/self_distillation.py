@@ -88,7 +88,7 @@ class SelfDistillation(Objective):
         with eval_mode(prompt.model), prompt.without_objective():
             tables = self._read(prompt)
             # The document enters as the prompt does, so its keys and values are computed at batch 1 and shared by all rows.
-            with prompt.standing_in(lambda stack: _as_prefix(prompt, stack, tables)):
+            with prompt.with_key_values(lambda stack: _as_prefix(prompt, stack, tables)):
                 output = prompt.model(**inputs, use_cache=False, return_dict=True)
         return _select(output.logits, compared)
 

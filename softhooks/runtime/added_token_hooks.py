@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # --- in a forward -----------------------------------------------------------------------------------------------------
 
 
-class AddedHooks:
+class AddedTokenHooks:
     """The hooks that put prompts' own rows in the place of the model's.
 
     Args:

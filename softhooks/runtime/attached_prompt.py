@@ -23,7 +23,7 @@ from softhooks.inject.provenance import Snapshot, snapshot
 from softhooks.inject.reuse import Memory
 from softhooks.method import Method
 from softhooks.runtime.added_tokens import ADDED, AddedTokens
-from softhooks.runtime.running import Held, Running
+from softhooks.runtime.running import ExclusiveBlock, RunningCalls
 
 Injection = Literal["attention", "written_out", "cache", "shared", "slots", "branch"]
 
@@ -46,7 +46,7 @@ class AttachedPrompt:
         objective: an additional or different training loss, if the method has one.
         injection: how the prompt enters the model. A `shared` prompt enters as slots in a call that has more inputs than a text
             (encoder states, token types, ...).
-        shares_always: whether the prompt was attached with `injection='shared'`, so that such calls are refused.
+        requires_sharing: whether the prompt was attached with `injection='shared'`, so that such calls are refused.
         takes_left_padding: whether rows may begin with padding; in some models padding before the text changes the result.
         labels: the names of its heads' labels, while the model's config does not show them.
     """
@@ -60,7 +60,7 @@ class AttachedPrompt:
         *,
         model: nn.Module,
         structure: ModelStructure,
-        running: Running,
+        running: RunningCalls,
         placeholder_id: int,
     ) -> None:
         self.name = name
@@ -74,13 +74,13 @@ class AttachedPrompt:
         self.layout = method.where
         self.objective = method.objective()
         self.injection: Injection = "slots"
-        self.shares_always = False
+        self.requires_sharing = False
         self.takes_left_padding = True
         self.labels: Labels | None = None
         self._memory: dict[str, Memory[dict[Role, KeyValues]]] = {}
         self._branches: dict[str, Memory[Branch]] = {}
         self._snapshot: Snapshot | None = None
-        self._stand_in: Callable[[Stack], dict[Role, KeyValues]] | None = None
+        self._replacement: Callable[[Stack], dict[Role, KeyValues]] | None = None
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -111,9 +111,9 @@ class AttachedPrompt:
         """The prompt's own head in the place of one of the model's, if it has one."""
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
-    def without_objective(self) -> Held:
+    def without_objective(self) -> ExclusiveBlock:
         """Run the model inside the context without this prompt's objective."""
-        return self.running.held("a run without objective", aside=True)
+        return self.running.exclusive("a run without objective", aside=True)
 
     @property
     def computed(self) -> int:
@@ -121,7 +121,7 @@ class AttachedPrompt:
         return sum(memory.computed for kept in (self._memory, self._branches) for memory in kept.values())
 
     @property
-    def placeholder(self) -> Tensor:
+    def placeholder_ids(self) -> Tensor:
         """The ids behind its virtual tokens, [P]; which ones is of no matter where the model looks at embeddings alone."""
         own = self.module._buffers.get(BUFFER)
         if own is not None:
@@ -139,7 +139,7 @@ class AttachedPrompt:
         Raises:
             UnsupportedModeError: another thread runs the model.
         """
-        with self.running.held("a prompt's own rows"):
+        with self.running.exclusive("a prompt's own rows"):
             found = self._key_values(stack, variants)
         forward = self.running.forward
         if forward is not None:
@@ -147,8 +147,8 @@ class AttachedPrompt:
         return found
 
     def _key_values(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
-        if self._stand_in is not None:
-            return self._stand_in(stack)
+        if self._replacement is not None:
+            return self._replacement(stack)
         memory = self._memory.setdefault(stack.name, Memory())
         base = every_tensor(stack.module) if self.method.enters == "embeddings" else ()
         refuse_sharded(base)
@@ -157,13 +157,13 @@ class AttachedPrompt:
         return memory.recall(stack, own, base, lambda: self._compute(stack, variants), variants)
 
     @contextmanager
-    def standing_in(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
+    def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
         """Let other keys and values, of any length, stand in the prompt's place: a teacher's, for an objective."""
-        outer, self._stand_in = self._stand_in, key_values
+        outer, self._replacement = self._replacement, key_values
         try:
             yield
         finally:
-            self._stand_in = outer
+            self._replacement = outer
 
     def branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None = None) -> Branch:
         """The prompt as a gated branch for one stack.
@@ -178,7 +178,7 @@ class AttachedPrompt:
         memory = self._branches.setdefault(stack.name, Memory())
         own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
         base = [tensor for site in self.method.sites(stack, "self") for tensor in every_tensor(site.module)]
-        with self.running.held("a prompt's own rows"):
+        with self.running.exclusive("a prompt's own rows"):
             return memory.recall(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
 
     def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
@@ -201,7 +201,7 @@ class AttachedPrompt:
     def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
         if self.method.enters == "embeddings":
             rows = torch.stack([self.embeddings(variant) for variant in variants])
-            return {"self": prefill(stack, rows, self.placeholder)}
+            return {"self": prefill(stack, rows, self.placeholder_ids)}
         result: dict[Role, KeyValues] = {}
         for group, (owner, role) in groups_of(self.structure).items():
             if owner is stack:
@@ -222,4 +222,4 @@ class AttachedPrompt:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle has, its model among it; what forwards have computed stays behind."""
-        return self.__dict__ | {"_memory": {}, "_branches": {}, "_stand_in": None}
+        return self.__dict__ | {"_memory": {}, "_branches": {}, "_replacement": None}

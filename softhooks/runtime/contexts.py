@@ -1,7 +1,6 @@
-"""What a `with` block says about the forwards inside it: context variables, so that it holds in its own thread and asyncio task.
+"""Which prompts the `with` blocks around a forward select, kept in context variables: each thread and asyncio task has its own.
 
-A thread or task that is started inside inherits what Python lets it inherit: a task and `asyncio.to_thread` do, a plain thread
-does not.
+Tasks and `asyncio.to_thread` inherit the blocks that they are started in; a plain thread does not.
 """
 
 from __future__ import annotations
@@ -19,22 +18,22 @@ _blocks: ContextVar[tuple[Block, ...]] = ContextVar("softhooks_blocks", default=
 
 @dataclass(eq=False)
 class Block:
-    """One `with` block, or one call of `generate`, on one model.
+    """A `with` block, or a call of `generate`, on one model.
 
     Attributes:
         model: the model, as the user gave it when the first prompt was attached.
-        rows: one prompt name a row, as `softhooks.rows` names them.
-        off: the bare model, as in `softhooks.disabled`.
-        alone: one prompt on for all rows, whatever is named outside.
-        generates: this is a call of `generate`.
-        repeats: how many rows of the batch each named row stands for in it: its beams or samples.
-        prompt_columns: how many columns it was given.
+        rows: one prompt name for each row, as in `softhooks.rows`.
+        off: whether all prompts are off, as in `softhooks.disabled`.
+        only: one prompt for all rows, whatever the blocks around this one select.
+        generates: whether this is a call of `generate`.
+        repeats: in a call of `generate`, the number of beams or samples for each row.
+        prompt_columns: in a call of `generate`, the number of columns of its input.
     """
 
     model: nn.Module
     rows: Sequence[str | None] | None = None
     off: bool = False
-    alone: str | None = None
+    only: str | None = None
     generates: bool = False
     repeats: int = 1
     prompt_columns: int | None = None
@@ -42,14 +41,13 @@ class Block:
     _token: Token[tuple[Block, ...]] | None = field(default=None, init=False)
 
     def __enter__(self) -> Block:
-        """Hold from here on, in this context."""
         self._token = _blocks.set((*_blocks.get(), self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Hold no more; blocks that were entered later and are still open stay (generators are left in any order)."""
+        # Generators can leave their blocks in any order: blocks that were entered later and are still open stay.
         token, now = self._token, _blocks.get()
         self._token = None
         if token is None:
@@ -62,7 +60,7 @@ class Block:
 
 
 def blocks_of(model: nn.Module) -> Sequence[Block]:
-    """The blocks of one model that hold in this context, the outermost first."""
+    """The open blocks of one model in this context, outermost first."""
     found = _blocks.get()
     return found and [block for block in found if block.model is model and not block._left]
 
@@ -73,45 +71,34 @@ def generation_of(model: nn.Module) -> Block | None:
 
 
 class Choice(NamedTuple):
-    """What the blocks of a model say about its prompts.
-
-    Attributes:
-        rows: one prompt name a row, where a block names them.
-        off: whether a block turns every prompt off.
-        alone: the prompt that a block has on, in the place of the model's own choice and of what is said outside of it.
-    """
+    """What the open blocks of a model select. Attributes as in `Block`; all unset if no block selects anything."""
 
     rows: Sequence[str | None] | None = None
     off: bool = False
-    alone: str | None = None
+    only: str | None = None
 
 
-_NOTHING_SAID = Choice()
+_NO_CHOICE = Choice()
 
 
 def choice_of(model: nn.Module) -> Choice:
-    """What holds in this context. Asked several times a token, so all is found in one walk."""
+    """What the open blocks of a model select. Called several times for each token, so it walks the blocks once."""
     rows, off = None, False
     for block in reversed(_blocks.get()):
         if block.model is not model or block._left:
             continue
-        if block.alone is not None:
-            return Choice(rows, off, block.alone)
+        if block.only is not None:  # the blocks around this one have no effect inside it
+            return Choice(rows, off, block.only)
         rows = block.rows if rows is None else rows
         off = off or block.off
-    return _NOTHING_SAID if rows is None and not off else Choice(rows, off)
-
-
-def alone_of(model: nn.Module) -> str | None:
-    """The prompt that a `with` block has on, in the place of the model's own choice."""
-    return choice_of(model).alone
+    return _NO_CHOICE if rows is None and not off else Choice(rows, off)
 
 
 def repeats_of(model: nn.Module) -> int:
-    """How many rows of the batch each named row stands for: 1 outside of a `generate` that was called within its `rows`."""
+    """How many rows of the batch share one entry of `rows`: its beams or samples in a `generate` inside of `rows`, else 1."""
     for block in reversed(blocks_of(model)):
         if block.generates:
             return block.repeats
-        if block.rows is not None or block.alone is not None:
+        if block.rows is not None or block.only is not None:
             return 1
     return 1

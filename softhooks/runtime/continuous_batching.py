@@ -36,7 +36,7 @@ def require_servable(prompted: PromptedModel) -> None:
         raise UnsupportedModeError(
             "a continuous batch has one row, in which requests come and go: they all meet one prompt.",
             "Name it with `softhooks.activate`, and serve the others by managers of their own, one after the other.",
-            rows=prompted.selection,
+            rows=prompted.selection_text,
         )
     prompt = prompted.prompts[str(prompted.active)]
     needs = needed(prompt)

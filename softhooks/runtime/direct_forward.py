@@ -1,6 +1,6 @@
 """Callers that run a model's `forward` itself, past `__call__` and every hook: they are sent through `__call__`.
 
-sentence-transformers does so. Only integrations use it (`heed_direct_calls`); elsewhere such a call is an error.
+sentence-transformers does so. Only integrations use it (`route_direct_calls`); elsewhere such a call is an error.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class DirectForward:
         return type(self.model).forward(self.model, *args, **kwargs)
 
 
-def heed_direct_calls(prompted: PromptedModel) -> None:
+def route_direct_calls(prompted: PromptedModel) -> None:
     """Let callers of `model.forward`, who go past every hook, meet the prompts like callers of the model."""
     if not any(isinstance(value, DirectForward) for value in prompted.patches.values()):
         model = prompted.model

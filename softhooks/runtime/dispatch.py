@@ -100,7 +100,7 @@ def _reasons_for_slots(
         found: list[str] = []
         if prompt.injection == "shared":
             found = reasons_against_sharing(stack, call, prompt.layout.columns) + ([moved] if moved else [])
-        if found and prompt.shares_always:
+        if found and prompt.requires_sharing:
             raise always_shared_error(prompt.name, found)
         reasons.append(found)
     return reasons
@@ -148,7 +148,7 @@ def _slots_of(stack: Stack, selection: Selection) -> Slots:
     """The prompts of a batch, as slots."""
     tables = [use.prompt.embeddings(use.variant) for use in selection.uses]
     layouts = [use.prompt.layout for use in selection.uses]
-    ids = [use.prompt.placeholder for use in selection.uses] if stack.reads_ids else None
+    ids = [use.prompt.placeholder_ids for use in selection.uses] if stack.reads_ids else None
     generation = generation_of(selection.prompts[0].model) if stack.name == "text" else None
     searched = None if generation is None else generation.prompt_columns
     return Slots(tables, layouts, selection.rows, selection.given, searched, ids)

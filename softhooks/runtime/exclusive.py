@@ -29,7 +29,7 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
     def alone(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
         present = prompted_model_of(model)
         if present is not None:
-            with present.running.held(WHAT):
+            with present.running.exclusive(WHAT):
                 return change(model, *args, **kwargs)
         if not isinstance(model, nn.Module):
             return change(model, *args, **kwargs)

@@ -55,7 +55,7 @@ class _Generate(Noting):
         return inspect.signature(self.own())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        held, block = self.prompted.running.held("its `generate`"), Block(self.prompted.model, generates=True)
+        held, block = self.prompted.running.exclusive("its `generate`"), Block(self.prompted.model, generates=True)
         with held, block, generating(self.prompted.model):
             self.prompted.refuse_unused(kwargs)
             return self.own()(*args, **kwargs)

@@ -19,7 +19,7 @@ from softhooks.inject.slots.cross_attention import strip_encoder_state
 from softhooks.inject.slots.slot_pass import SlotPass
 from softhooks.inject.text_positions import OUTER_ARGUMENTS
 from softhooks.runtime.arguments import take
-from softhooks.runtime.contexts import alone_of
+from softhooks.runtime.contexts import choice_of
 from softhooks.runtime.evaluation_mode import refuse_backward
 from softhooks.runtime.frozen_output import tell_frozen
 from softhooks.runtime.open_pass import open_forward
@@ -44,11 +44,11 @@ class ModelHooks:
         if _is_own_call(prompted):
             return None
         call = prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call(), is_model=True)
-        if call.outer is None and alone_of(prompted.model) is None:
+        if call.outer is None and choice_of(prompted.model).only is None:
             prompted.show_labels()
         call.is_on = prompted.is_on
         prompted.refuse_unused(kwargs)
-        prompted.require_standing()
+        prompted.require_heads_in_place()
         call.given = take(kwargs, prompted.columns)
         named = self._named(args, kwargs)
         call.brought = {name: named.get(name) for name in OUTER_ARGUMENTS}
@@ -56,7 +56,7 @@ class ModelHooks:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
         if prompted.is_in_use and encoded is not None and prompted.structure.is_encoder_decoder:
-            require_encoded(encoded, prompted.made())
+            require_encoded(encoded, prompted.provenance())
         call.encoded = encoded_slots(encoded)
         if call.is_aside or not prompted.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
@@ -84,7 +84,7 @@ class ModelHooks:
             if call.batch is None:
                 raise self._not_reached()
             if prompted.structure.is_encoder_decoder and call.batch:
-                selection = prompted.in_use(call.batch)
+                selection = prompted.select(call.batch)
                 if selection.uses and selection.prompts[0].injection == "slots":
                     output = strip_encoder_state(output, prompted.structure.entry)
             return output if call.finish is None else call.finish(output)
@@ -111,7 +111,7 @@ class ModelHooks:
                 "`compute_loss_func` would keep them from it.",
                 method=prompt.method.kind,
                 labels="given" if call.get("labels") is not None else "not given",
-                prompts=prompted.selection,
+                prompts=prompted.selection_text,
             )
         joined.finish = objective.begin(prompt, call, joined.given)
         return (), call
@@ -245,7 +245,7 @@ class HeadHooks:
         prompted = self.prompted
         if not prompted.is_on or not isinstance(output, Tensor):
             return None
-        selection = prompted.in_use(output.shape[0])
+        selection = prompted.select(output.shape[0])
         heads = [prompt.head(self.key) for prompt in selection.prompts]
         choice = selection.choice_of_prompts()
         if choice is not None:

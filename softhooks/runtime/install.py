@@ -9,7 +9,7 @@ from softhooks.backbone.container import CONTAINER, Container
 from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
 from softhooks.patching.movable_hook import MovableHook
-from softhooks.runtime.added_token_hooks import AddedHooks
+from softhooks.runtime.added_token_hooks import AddedTokenHooks
 from softhooks.runtime.arguments import SignedForward
 from softhooks.runtime.continuous_batching import watch_batching
 from softhooks.runtime.generate import watch_generate
@@ -68,7 +68,7 @@ def install_added_tokens(prompted: PromptedModel) -> None:
     if prompted.has_added_tokens:
         return
     prompted.has_added_tokens = True
-    head = AddedHooks(prompted).head
+    head = AddedTokenHooks(prompted).head
     prompted.embed_last()  # virtual tokens may have the id of an added token; their embeddings must win
     if head is not None:
         prompted.watch_head(head)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
     """Open the pass of a forward of a stack, if a prompt is on."""
     in_use = prompted.is_in_use
-    prompted.met.note(prompted.selection if in_use else "none", stack.module.training)
+    prompted.recompute_check.note(prompted.selection_text if in_use else "none", stack.module.training)
     cache = cache_of(call) if in_use else call.get("past_key_values")
     if not in_use:
         require_own_cache(cache, None)
@@ -43,12 +43,12 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
     batch = text.shape[0] if isinstance(text, Tensor) else 0
     forward = prompted.running.forward
     assert forward is not None, "a stack's hook has begun a call"
-    selection = prompted.in_use(batch, given or forward.given)
+    selection = prompted.select(batch, given or forward.given)
     forward.batch = batch if forward.batch is None else forward.batch
     if not selection.uses:
         return None
-    prompted.require_place_of(stack)
-    made = partial(prompted.made, selection)
+    prompted.require_modules_in_place(stack)
+    made = partial(prompted.provenance, selection)
     if cache is not None:
         require_own_cache(cache, made())
     columns = text.shape[1] if isinstance(text, Tensor) else 0
@@ -61,11 +61,11 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
     if prompted.freeze_dropout:
         _keep_dropout_off(prompted, stack)
     with borne_by(paged, prompted.model):
-        opened = open_pass(stack, call, selection, prompted.placeholder, outer)
+        opened = open_pass(stack, call, selection, prompted.placeholder_id, outer)
     if packed is not None:
         keep_documents_apart(opened, packed)
     if paged is not None:
-        require_same_prompt(paged, opened, prompted.selection)
+        require_same_prompt(paged, opened, prompted.selection_text)
     opened.made = made
     return opened
 

@@ -29,9 +29,9 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.contexts import choice_of, repeats_of
 from softhooks.runtime.label_names import LabelNames
 from softhooks.runtime.optimizer_steps import unwatch_steps, watch_steps
-from softhooks.runtime.recomputed_forward import Met
-from softhooks.runtime.running import Running
-from softhooks.runtime.selection import Selection, select
+from softhooks.runtime.recomputed_forward import RecomputeCheck
+from softhooks.runtime.running import RunningCalls
+from softhooks.runtime.selection import Selection, select_rows
 
 
 class PromptedModel:
@@ -45,13 +45,13 @@ class PromptedModel:
         prompts: every attached prompt, by name.
         labels: the label names that the model's config shows.
         running: the calls that run on the model.
-        met: the prompts that earlier forwards used, for forwards that a backward runs again.
+        recompute_check: the prompts that earlier forwards used, for forwards that a backward runs again.
         freeze_dropout: whether the backbone's dropout is off while it trains.
         was_trainable: `requires_grad` of every parameter before the first prompt.
         record: the digests of the frozen tensors, if they were taken.
         fingerprint: that of the base when the first prompt was attached, before the model may be sharded.
         loaded_state: the last state dict with prompts that was loaded, weights as shapes only.
-        placeholder: an ordinary id of the vocabulary.
+        placeholder_id: an ordinary id of the vocabulary.
         patches: hooks and attributes on the model, undone with the last prompt; copies of the model have them too.
         outside_patches: the same for other objects (an optimizer, a Trainer's logs), which copies of the model leave alone.
         embedding_hooks: the hooks that put virtual tokens into the embeddings.
@@ -64,8 +64,8 @@ class PromptedModel:
         self.structure = structure
         self.prompts: dict[str, AttachedPrompt] = {}
         self.labels = LabelNames(model, self.prompts)
-        self.running = Running()
-        self.met = Met()
+        self.running = RunningCalls()
+        self.recompute_check = RecomputeCheck()
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
         self.set_aside = StashedGradients()
@@ -73,7 +73,7 @@ class PromptedModel:
         self.record: FrozenRecord | None = None
         self.fingerprint: Fingerprint | None = None
         self.loaded_state: dict[str, Tensor] | None = None
-        self.placeholder = ordinary_ids(model, structure.entry, structure.vocabulary)[0]
+        self.placeholder_id = ordinary_ids(model, structure.entry, structure.vocabulary)[0]
         self.patches = Patches()
         self.outside_patches = Patches()
         self.embedding_hooks: list[MovableHook] = []
@@ -115,8 +115,8 @@ class PromptedModel:
     @property
     def active(self) -> str | None:
         """The prompt that is on where no row names another; the model's config shows its labels' names."""
-        alone = choice_of(self.model).alone
-        return self._active if alone is None else alone
+        only = choice_of(self.model).only
+        return self._active if only is None else only
 
     @active.setter
     def active(self, name: str | None) -> None:
@@ -142,20 +142,20 @@ class PromptedModel:
     @property
     def is_on(self) -> bool:
         """Whether a forward now meets a prompt."""
-        rows, off, alone = choice_of(self.model)
-        return not off and bool(self.prompts) and (rows is not None or alone is not None or self._active is not None)
+        rows, off, only = choice_of(self.model)
+        return not off and bool(self.prompts) and (rows is not None or only is not None or self._active is not None)
 
     @property
     def is_in_use(self) -> bool:
         """Whether a forward now meets a prompt in some row."""
-        rows, off, alone = choice_of(self.model)
+        rows, off, only = choice_of(self.model)
         if off or not self.prompts:
             return False
         if rows is not None:
             return any(name is not None for name in rows)
-        return alone is not None or self._active is not None
+        return only is not None or self._active is not None
 
-    def in_use(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
+    def select(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
         """The prompts of a forward, and for each row which of them.
 
         Args:
@@ -168,7 +168,7 @@ class PromptedModel:
         """
         given, rows = self.given if given is None else given, self.rows
         if rows is None:
-            return select(self.prompts, [self.active], batch, given)
+            return select_rows(self.prompts, [self.active], batch, given)
         forward = self.running.forward
         named = len(rows) * (1 if forward is None else forward.choices)
         if batch not in (named, named * repeats_of(self.model)):
@@ -179,7 +179,7 @@ class PromptedModel:
                 batch=batch,
             )
         each = [name for name in rows for _ in range(batch // len(rows))]
-        return select(self.prompts, each, batch, given)
+        return select_rows(self.prompts, each, batch, given)
 
     def show_labels(self) -> None:
         """Show the label names of the prompt that is on in the model's config, or the model's own names."""
@@ -191,12 +191,12 @@ class PromptedModel:
         return [self.prompts[name] for name in dict.fromkeys(names) if name is not None and name in self.prompts]
 
     @property
-    def selection(self) -> str:
+    def selection_text(self) -> str:
         """The prompts that are on, in words: one for all rows, or one a row."""
         names = [self.active] if self.rows is None else list(self.rows)
         return repr(names[0] if len(set(names)) == 1 else names)
 
-    def made(self, selection: Selection | None = None) -> Provenance:
+    def provenance(self, selection: Selection | None = None) -> Provenance:
         """The state of the prompts that are on, for a note on what a forward makes with them.
 
         Args:
@@ -204,7 +204,7 @@ class PromptedModel:
         """
         names = dict.fromkeys([self.active] if self.rows is None else self.rows)
         on = tuple((name, self.prompts[name].snapshot()) for name in names if name)
-        return Provenance(self.selection, self.token, on, None if selection is None else selection.variants)
+        return Provenance(self.selection_text, self.token, on, None if selection is None else selection.variants)
 
     # --- extra arguments of a forward -------------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class PromptedModel:
 
     # --- the modules that prompts enter -----------------------------------------------------------------------------------
 
-    def require_standing(self) -> None:
+    def require_heads_in_place(self) -> None:
         """Check that the heads that prompts answer for are the model's still, while a prompt is in use.
 
         Raises:
@@ -238,7 +238,7 @@ class PromptedModel:
         if self.is_in_use:
             self._answering.check(self.model)
 
-    def require_place_of(self, stack: Stack) -> None:
+    def require_modules_in_place(self, stack: Stack) -> None:
         """Check that the modules of a stack that prompts enter at are the model's still.
 
         Raises:
@@ -250,7 +250,7 @@ class PromptedModel:
         """Refuse forwards once one of the model's heads has been replaced."""
         self._answering.add([head])
 
-    def watch_parts(self, stack: Stack, modules: Iterable[nn.Module]) -> None:
+    def watch_modules(self, stack: Stack, modules: Iterable[nn.Module]) -> None:
         """Refuse forwards in which one of a stack's modules has been replaced."""
         self._standing[stack.name].add(modules)
 

@@ -11,7 +11,7 @@ import torch
 from softhooks.errors import UnsupportedModeError
 
 
-class Met:
+class RecomputeCheck:
     """What the forwards of a model that a backward may run again have met.
 
     Attributes:

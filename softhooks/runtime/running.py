@@ -137,18 +137,18 @@ def _acts_for(call: Call) -> bool:
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 
 
-class Running:
+class RunningCalls:
     """The calls that run on one model, the innermost first. A copy of a model has none."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._innermost: Call | None = None
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Running:
-        return Running()
+    def __deepcopy__(self, _memo: dict[int, Any]) -> RunningCalls:
+        return RunningCalls()
 
-    def __reduce__(self) -> tuple[type[Running], tuple[()]]:
-        return Running, ()
+    def __reduce__(self) -> tuple[type[RunningCalls], tuple[()]]:
+        return RunningCalls, ()
 
     @property
     def call(self) -> Call | None:
@@ -204,12 +204,12 @@ class Running:
         if call is not None and call.thread is not this_thread() and call.runs():
             raise call.refusal()
 
-    def held(self, what: str, aside: bool = False) -> Held:
-        """Keep other threads from running the model, in a `with` block. See `Held`."""
-        return Held(self, what, aside)
+    def exclusive(self, what: str, aside: bool = False) -> ExclusiveBlock:
+        """Keep other threads from running the model, in a `with` block. See `ExclusiveBlock`."""
+        return ExclusiveBlock(self, what, aside)
 
 
-class Held:
+class ExclusiveBlock:
     """A `with` block that nobody else runs the model in.
 
     Args:
@@ -218,7 +218,7 @@ class Held:
         aside: forwards inside have no objective.
     """
 
-    def __init__(self, running: Running, what: str, aside: bool = False) -> None:
+    def __init__(self, running: RunningCalls, what: str, aside: bool = False) -> None:
         self._running = running
         self._what = what
         self._aside = aside

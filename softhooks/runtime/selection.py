@@ -80,7 +80,7 @@ class Selection:
         return torch.stack([nothing[i] if chosen is None else masks[chosen][i] for i, chosen in enumerate(choice)])
 
 
-def select(
+def select_rows(
     prompts: dict[str, AttachedPrompt], names: Sequence[str | None], batch: int, given: dict[str, Tensor]
 ) -> Selection:
     """Find what each row of a batch meets.

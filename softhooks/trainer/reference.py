@@ -78,7 +78,7 @@ class Reference(nn.Module):
                 with disabled(self.policy):
                     yield
             else:
-                with Block(prompted.model, alone=self.prompt):
+                with Block(prompted.model, only=self.prompt):
                     yield
 
 

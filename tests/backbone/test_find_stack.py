@@ -134,7 +134,7 @@ def test_layers_may_be_held_in_any_way(held: str) -> None:
             def put_in(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
                 return torch.cat([rows.expand(2, -1, -1), output[:, 3:]], 1)
 
-            placeholder = torch.full((2, 3), prompt.prompted_model.placeholder)
+            placeholder = torch.full((2, 3), prompt.prompted_model.placeholder_id)
             with embeddings.register_forward_hook(put_in):
                 expected = model(torch.cat([placeholder, ids], 1))[:, 3:]
     torch.testing.assert_close(found, expected)

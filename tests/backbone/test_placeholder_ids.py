@@ -143,7 +143,7 @@ def test_a_loaded_prompt_answers_alike_whatever_the_padding_id_is_now(
 def test_the_default_is_what_transformers_gives_to_tokens_without_an_id(name: str) -> None:
     for pad, expected in ((7, 7), (None, 0)):
         with softhooks.attach(with_pad(build(name), pad), PromptTuning(3, init="random")) as prompt:
-            assert prompt.placeholder.tolist() == [expected] * 3
+            assert prompt.placeholder_ids.tolist() == [expected] * 3
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert", "roberta", "mpnet", "esm", "mixtral"])
@@ -169,7 +169,7 @@ def test_a_prompt_of_words_is_these_words(tmp_path: Path, name: str, method: str
     model, ids = build(name), zoo.text(2, 6)
     expected = before(model, words(), ids)
     with softhooks.attach(model, AS_WORDS[method](), injection=injection) as prompt:
-        assert prompt.placeholder.tolist() == words()
+        assert prompt.placeholder_ids.tolist() == words()
         torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
         prompt.save_pretrained(tmp_path)
     with softhooks.load(model, tmp_path, injection=injection, trainable=True) as prompt:
@@ -182,11 +182,11 @@ def test_rows_that_are_words_number_by_number_have_their_ids(name: str, injectio
     expected = before(model, WORDS, ids)
     rows = model.get_input_embeddings()(torch.tensor(WORDS)).detach()
     with softhooks.attach(model, PromptTuning(4, init="tensor", init_tensor=rows), injection=injection) as prompt:
-        assert prompt.placeholder.tolist() == WORDS
+        assert prompt.placeholder_ids.tolist() == WORDS
         torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
     rows[1, -1] += 1e-3
     with softhooks.attach(model, PromptTuning(4, init="tensor", init_tensor=rows), injection=injection) as prompt:
-        assert prompt.placeholder.tolist() == [11, 0, 13, 14]
+        assert prompt.placeholder_ids.tolist() == [11, 0, 13, 14]
 
 
 @pytest.mark.parametrize(("name", "injection"), WAYS)
@@ -195,7 +195,7 @@ def test_rows_of_the_embedding_s_weight_are_their_words(name: str, injection: An
     expected = before(model, WORDS, ids)
     rows = model.get_input_embeddings().weight[WORDS].detach()
     with softhooks.attach(model, PromptTuning(4, init="tensor", init_tensor=rows), injection=injection) as prompt:
-        assert prompt.placeholder.tolist() == WORDS
+        assert prompt.placeholder_ids.tolist() == WORDS
         torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -204,7 +204,7 @@ def test_sampled_words_are_these_words(name: str) -> None:
     model, ids = build(name), zoo.text(2, 6)
     with softhooks.attach(model, PromptTuning(4)) as prompt:
         found = logits(model, ids)
-        chosen = prompt.placeholder.tolist()
+        chosen = prompt.placeholder_ids.tolist()
     torch.testing.assert_close(found, before(model, chosen, ids), atol=1e-4, rtol=1e-4)
 
 
@@ -214,7 +214,7 @@ def test_a_context_is_its_words(name: str) -> None:
     method = ContextAwarePromptTuning(context_ids=WORDS, token_types=[1, 2, 3, 4])
     expected = before(model, WORDS, ids)
     with softhooks.attach(model, method) as prompt:
-        assert prompt.placeholder.tolist() == WORDS
+        assert prompt.placeholder_ids.tolist() == WORDS
         torch.testing.assert_close(logits(model, ids), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -237,7 +237,7 @@ def test_words_in_a_layout_keep_their_ids(name: str) -> None:
     layout = Layout('{soft:"word11 word12"}{soft:2}{text}')
     with softhooks.attach(model, PTuning(layout=layout, encoder="mlp", tokenizer=tokens.tokenizer())) as prompt:
         first = [int(i) for i in tokens.tokenizer()("word11 word12", add_special_tokens=False)["input_ids"]]
-        held = prompt.placeholder.tolist()
+        held = prompt.placeholder_ids.tolist()
     assert held[: len(first)] == first
     assert held[len(first) :] == [0, 0]
 
@@ -253,7 +253,7 @@ def test_a_prompt_that_starts_from_another_has_its_ids(tmp_path: Path) -> None:
     with softhooks.attach(model, PromptTuning(4, init="prompt", init_from=tmp_path)):
         assert torch.equal(logits(model, ids), expected)
     with softhooks.attach(model, MultitaskPromptTuning(4, tasks=["a"], source=tmp_path)) as prompt:
-        assert prompt.placeholder.tolist() == [9] * 4
+        assert prompt.placeholder_ids.tolist() == [9] * 4
 
 
 def test_words_before_a_text_that_may_have_images_are_these_words() -> None:
@@ -320,11 +320,11 @@ def test_a_run_that_is_resumed_has_the_ids_that_it_began_with(tmp_path: Path) ->
 
     first, callback = trainer(1, 1)
     first.train()
-    ids = callback.soft_prompt.placeholder.tolist()
+    ids = callback.soft_prompt.placeholder_ids.tolist()
     second, again = trainer(2, 2)
-    assert again.soft_prompt.placeholder.tolist() != ids
+    assert again.soft_prompt.placeholder_ids.tolist() != ids
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert again.soft_prompt.placeholder.tolist() == ids
+    assert again.soft_prompt.placeholder_ids.tolist() == ids
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -357,7 +357,7 @@ def test_an_older_file_loads_by_the_rule_of_its_time_with_a_warning(tmp_path: Pa
         pytest.warns(UserWarning, match=rf"did not store the id behind virtual tokens.*\n?.*{rule} is taken"),
         softhooks.load(model, tmp_path) as prompt,
     ):
-        assert prompt.placeholder.tolist() == [rule] * 3 == [3] * 3
+        assert prompt.placeholder_ids.tolist() == [rule] * 3 == [3] * 3
 
 
 @pytest.mark.parametrize("ids", [[1, 2], 5, [1, 2, "3"], [1, 2, -3], [True, 1, 2], [1, 2, 2**40]], ids=str)

@@ -13,7 +13,7 @@ from untouched import remove_all, untouched
 
 import softhooks
 from softhooks import PromptNotReachedError, PromptTuning
-from softhooks.runtime.direct_forward import heed_direct_calls
+from softhooks.runtime.direct_forward import route_direct_calls
 from softhooks.runtime.prompted_model import require_prompted_model
 
 CASES = [
@@ -41,8 +41,8 @@ def test_a_direct_forward_equals_a_call(entry, arch, head):
         prompt = BY_NAME[entry].attach(model, 4)
         called = model(input_ids=ids)[0]
         signature = inspect.signature(model.forward)
-        heed_direct_calls(require_prompted_model(model))
-        heed_direct_calls(require_prompted_model(model))  # once is enough
+        route_direct_calls(require_prompted_model(model))
+        route_direct_calls(require_prompted_model(model))  # once is enough
         assert torch.equal(model.forward(input_ids=ids)[0], called)
         assert torch.equal(model(input_ids=ids)[0], called)
         assert list(inspect.signature(model.forward).parameters) == list(signature.parameters)
@@ -63,7 +63,7 @@ def test_a_hook_that_raises_does_not_let_the_next_direct_forward_past():
     model = _bare(zoo.build("bert", "sequence"))
     ids = zoo.text(2, 5)
     with softhooks.attach(model, PromptTuning(4)):
-        heed_direct_calls(require_prompted_model(model))
+        route_direct_calls(require_prompted_model(model))
         expected = model(input_ids=ids)[0]
 
         def stop(*_):
@@ -79,7 +79,7 @@ def test_a_hook_that_raises_does_not_let_the_next_direct_forward_past():
 def test_a_copy_calls_its_own_forward_and_columns_pass():
     model = _bare(zoo.build("llama"))
     softhooks.attach(model, BY_NAME["mpt-tasks"].make(3))
-    heed_direct_calls(require_prompted_model(model))
+    route_direct_calls(require_prompted_model(model))
     ids, tasks = zoo.text(2, 5), torch.tensor([0, 1])
     expected = model(input_ids=ids, task_ids=tasks)[0]
     twin = copy.deepcopy(model)

@@ -22,9 +22,9 @@ from untouched import remove_all, untouched
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, UnsupportedModeError
 from softhooks.inject.prefill import logits_of
-from softhooks.runtime.direct_forward import heed_direct_calls
+from softhooks.runtime.direct_forward import route_direct_calls
 from softhooks.runtime.prompted_model import require_prompted_model
-from softhooks.runtime.running import Running
+from softhooks.runtime.running import RunningCalls
 
 REFUSAL = r"one forward at a time(.|\n)*another thread(.|\n)*under a lock"
 NEW = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": zoo.PAD}
@@ -293,7 +293,7 @@ def test_a_layer_that_another_thread_calls_past_the_hooks() -> None:
 def test_direct_calls_of_a_models_forward() -> None:
     model, ids, other = zoo.build("llama"), zoo.text(1, 6), zoo.text(1, 6, seed=3)
     softhooks.attach(model, PromptTuning(3))
-    heed_direct_calls(require_prompted_model(model))
+    route_direct_calls(require_prompted_model(model))
     expected = answer(lambda: model.forward(ids).logits)
     model.register_forward_pre_hook(lambda *_: first.stop())
     first = Paused(lambda: model.forward(ids).logits)
@@ -651,9 +651,9 @@ def test_what_runs_is_not_copied() -> None:
     model, ids = zoo.build("llama"), zoo.text(1, 6)
     softhooks.attach(model, PrefixTuning(3))
     running = require_prompted_model(model).running
-    with running.held("a test"):
+    with running.exclusive("a test"):
         for other in (copy.deepcopy(running), pickle.loads(pickle.dumps(running))):
-            assert isinstance(other, Running)
+            assert isinstance(other, RunningCalls)
             assert other.call is None
         with softhooks.disabled(model):
             twin = copy.deepcopy(model)
