@@ -5,6 +5,6 @@ Import them as ``softhooks.integrations.<framework>``: the build maps this direc
 importing a module here costs nothing and needs nothing.
 """
 
-from softhooks.trainer.derived_trainers import register
+from softhooks.integration_support import register
 
 register("trl", "softhooks.integrations.trl")

@@ -7,11 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.errors import TrainerError
+from softhooks.integration_support.checkpoints import CONTAINER, CheckpointSaver, is_prompt_key, live_tensors, saver_of
 from softhooks.prompt import SoftPrompt
-from softhooks.saving.live_state import live_tensors
-from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 
 
 def bare(module: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from softhooks.formats.native import TENSORS
+from softhooks.integration_support.checkpoints import TENSORS
 
 from ._carrier import Carrier
 

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.errors import TrainerError
-from softhooks.prompt import SoftPrompt, soft_prompts_of
-from softhooks.runtime.prompted_model import prompted_model_of
+from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
+from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word, nearest_words
 
 ABOUT = "soft_prompt"

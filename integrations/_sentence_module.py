@@ -15,13 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softhooks.backbone.container import is_prompt_key
 from softhooks.errors import CheckpointError, UnsupportedModeError
-from softhooks.formats.files import read_tensors
-from softhooks.runtime.direct_forward import route_direct_calls
-from softhooks.runtime.prompted_model import PromptedModel
-from softhooks.saving.live_state import LIVE
-from softhooks.trainer.checkpoint import saver_of
+from softhooks.integration_support.checkpoints import LIVE, is_prompt_key, read_tensors, saver_of
+from softhooks.integration_support.models import PromptedModel, route_direct_calls
 
 logger = logging.getLogger(__name__)
 

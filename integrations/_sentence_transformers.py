@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from softhooks.errors import SoftHooksError, UnsupportedModeError, UnsupportedModelError
-from softhooks.formats.find import find
-from softhooks.load import attach_stored
-from softhooks.prompt import soft_prompts_of
-from softhooks.runtime.prompted_model import require_prompted_model
-from softhooks.saving.live_state import LIVE
-from softhooks.trainer.checkpoint import saver_of
+from softhooks.integration_support.checkpoints import LIVE, saver_of
+from softhooks.integration_support.models import require_prompted_model, soft_prompts_of
+from softhooks.integration_support.saved_prompts import attach_stored, find
 
 from ._sentence_module import Dress, Trained, dress_of, leave_room, refuse_bare, saving_itself
 

@@ -11,13 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from softhooks.backbone.container import CONTAINER
-from softhooks.base_model.frozen_record import FrozenReport
 from softhooks.errors import TrainerError
+from softhooks.integration_support.checkpoints import CONTAINER, CheckpointSaver, saver_of
+from softhooks.integration_support.training import FrozenReport, is_mended, require_gradient, require_trainable_prompt
 from softhooks.prompt import SoftPrompt
-from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
-from softhooks.trainer.checks import require_trainable_prompt
-from softhooks.trainer.optimizer import is_mended, require_gradient
 
 
 class LivePrompt:

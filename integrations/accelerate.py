@@ -42,15 +42,24 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from softhooks.compat.sharding import shards
 from softhooks.errors import TrainerError
-from softhooks.formats.files import read_tensors, write_tensors
+from softhooks.integration_support.checkpoints import (
+    LIVE,
+    CheckpointSaver,
+    read_tensors,
+    saver_of,
+    write_live,
+    write_tensors,
+)
+from softhooks.integration_support.training import (
+    broadcast_from_rank_0,
+    is_single_process,
+    require_held,
+    require_same_on_all_ranks,
+    require_trainable_prompt,
+    shards,
+)
 from softhooks.prompt import SoftPrompt
-from softhooks.saving.live_state import LIVE, write_live
-from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
-from softhooks.trainer.checks import require_trainable_prompt
-from softhooks.trainer.optimizer import require_held
-from softhooks.trainer.ranks import broadcast_from_rank_0, is_single_process, require_same_on_all_ranks
 
 from ._carrier import around, bare, holds, require_same
 

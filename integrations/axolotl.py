@@ -37,11 +37,10 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.cli.run_arguments import from_sections
 from softhooks.errors import AttachError, SoftHooksError, TrainerError
+from softhooks.integration_support.models import prompted_model_of
+from softhooks.integration_support.training import SoftPromptCallback, from_sections
 from softhooks.method import Method
-from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.trainer.callback import SoftPromptCallback
 
 SECTION = "softhooks"
 _UNTRIED = {

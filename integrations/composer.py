@@ -37,16 +37,16 @@ from torch import Tensor, nn
 
 from softhooks.attach import attach
 from softhooks.errors import AttachError, SoftHooksError, TrainerError
+from softhooks.integration_support.checkpoints import live_tensors
+from softhooks.integration_support.models import prompted_model_of
+from softhooks.integration_support.training import mend_optimizer
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.saving.live_state import live_tensors
-from softhooks.trainer.optimizer import mend_optimizer
 
 from ._training_state import LivePrompt, require_optimizer
 
 if TYPE_CHECKING:
-    from softhooks.base_model.frozen_record import FrozenReport
+    from softhooks.integration_support.training import FrozenReport
 
 _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 

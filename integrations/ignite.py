@@ -39,8 +39,8 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.integration_support.training import broadcast_from_rank_0, require_same_on_all_ranks
 from softhooks.prompt import SoftPrompt
-from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
 
 from ._training_state import LivePrompt, require_optimizer
 

@@ -47,16 +47,24 @@ from pathlib import Path
 from typing import Any
 
 from softhooks.attach import attach as attach_to_model
-from softhooks.base_model.frozen_record import FrozenReport
 from softhooks.errors import OptionError, SoftHooksError, TrainerError
+from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
+from softhooks.integration_support.training import (
+    CheckFrozen,
+    FrozenCheck,
+    FrozenReport,
+    broadcast_from_rank_0,
+    check_equal,
+    drop_frozen,
+    held_by,
+    refuse_evaluation,
+    require_gradient,
+    require_held,
+    require_same_on_all_ranks,
+    require_trainable_prompt,
+)
 from softhooks.method import Method
-from softhooks.prompt import SoftPrompt, soft_prompts_of
-from softhooks.runtime.evaluation_mode import refuse_evaluation
-from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.trainer.checks import check_equal, require_trainable_prompt
-from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
-from softhooks.trainer.optimizer import drop_frozen, held_by, require_gradient, require_held
-from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
+from softhooks.prompt import SoftPrompt
 
 from ._carrier import Carrier, find_model
 from ._checkpoint_io import PromptFiles, layers_of

@@ -35,8 +35,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.integration_support.training import SoftPromptCallback
 from softhooks.method import Method
-from softhooks.trainer.callback import SoftPromptCallback
 
 _STAGES = ("sft", "pt")
 _OTHERS = {

@@ -56,8 +56,7 @@ def register() -> None:
 
 def room_taken(model: nn.Module) -> int:
     """How many of a model's positions its prompts take now: the longest of those that are on; 0 where none is."""
-    from softhooks.prompt import soft_prompts_of
-    from softhooks.runtime.prompted_model import prompted_model_of
+    from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
 
     prompted = prompted_model_of(model)
     if prompted is None or not prompted.is_in_use:
@@ -79,7 +78,7 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: naming what it needs.
     """
-    from softhooks.runtime.continuous_batching import needed
+    from softhooks.integration_support.serving import needed
 
     needs = "slots that are looked for in each row" if prompt.layout.searches else needed(prompt)
     if needs:
@@ -106,9 +105,8 @@ def _language_model() -> type:
     _harness()
     from lm_eval.models.huggingface import HFLM
 
+    from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
     from softhooks.load import load
-    from softhooks.prompt import soft_prompts_of
-    from softhooks.runtime.prompted_model import prompted_model_of
 
     class SoftPromptLM(HFLM):
         """HFLM with a prompt.
@@ -165,7 +163,7 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run the harness's command line with the model type in it."""
-    from softhooks.cli.exit_codes import reported, usage
+    from softhooks.integration_support.command_line import reported, usage
 
     with reported(), usage():
         register()

@@ -45,9 +45,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from softhooks.attach import attach
 from softhooks.errors import CheckpointError, OptionError, SoftHooksError, TrainerError, format_message
+from softhooks.integration_support.training import SoftPromptCallback
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
-from softhooks.trainer.callback import SoftPromptCallback
 
 from ._search_space import Candidate, Chosen
 

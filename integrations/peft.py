@@ -35,15 +35,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from softhooks.backbone.examine import examine
-from softhooks.compat.peft import unwrapped
 from softhooks.errors import NameTakenError, OptionError, PromptMismatchError, SoftHooksError
-from softhooks.formats import peft_read, peft_write
-from softhooks.formats.stack_outline import outline
-from softhooks.formats.stored import StoredPrompt
-from softhooks.load import attach_stored
+from softhooks.integration_support.models import examine, prompted_model_of, unwrapped
+from softhooks.integration_support.saved_prompts import StoredPrompt, attach_stored, outline, peft_read, peft_write
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.switch import activate
 
 if TYPE_CHECKING:

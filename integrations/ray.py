@@ -43,7 +43,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from softhooks.errors import SoftHooksError, TrainerError
-from softhooks.trainer.ranks import is_single_process
+from softhooks.integration_support.training import is_single_process
 
 CHECKPOINT = "checkpoint"
 """Where in a directory that is reported the Trainer's checkpoint lies: as Ray's own callback has it."""

@@ -44,17 +44,15 @@ from typing import Any
 from torch import nn
 
 from softhooks.attach import attach as attach_to_model
-from softhooks.backbone.container import CONTAINER
-from softhooks.base_model.frozen_record import FrozenRecord
 from softhooks.errors import (
     CheckpointError,
     TrainerError,
 )
+from softhooks.integration_support.checkpoints import CONTAINER
+from softhooks.integration_support.training import FrozenRecord, SoftPromptCallback, fsdp_plugin
 from softhooks.load import load as load_onto_model
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
-from softhooks.trainer.callback import SoftPromptCallback
-from softhooks.trainer.launch import fsdp_plugin
 
 from ._sentence_module import refuse_bare
 from ._sentence_transformers import (

@@ -40,8 +40,8 @@ from typing import Any
 from torch import nn
 
 from softhooks.errors import TrainerError, UnsupportedModelError
+from softhooks.integration_support.models import require_prompted_model
 from softhooks.integrations.sentence_transformers import SentencePromptCallback
-from softhooks.runtime.prompted_model import require_prompted_model
 
 from ._sentence_transformers import transformer_of
 

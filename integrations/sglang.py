@@ -29,8 +29,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from softhooks.serving.embeddings import sequence_embeddings
-from softhooks.serving.sglang import request
+from softhooks.integration_support.serving import sequence_embeddings
+from softhooks.integration_support.serving import sglang_request as request
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

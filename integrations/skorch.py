@@ -40,12 +40,12 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.backbone.container import Container, is_prompt_key
 from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
+from softhooks.integration_support.checkpoints import is_prompt_key
+from softhooks.integration_support.models import Container, prompted_model_of, soft_prompts_of
+from softhooks.integration_support.training import require_gradient
 from softhooks.method import Method
-from softhooks.prompt import SoftPrompt, soft_prompts_of
-from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.trainer.optimizer import require_gradient
+from softhooks.prompt import SoftPrompt
 
 from ._training_state import LivePrompt
 

@@ -37,9 +37,8 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import SoftHooksError, TrainerError
-from softhooks.methods.from_prompt import rows_of
+from softhooks.integration_support.models import embed_ids, rows_of
 from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 from softhooks.switch import disabled

@@ -30,8 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from softhooks.cli.exit_codes import reported, usage
 from softhooks.errors import OptionError, SoftHooksError
+from softhooks.integration_support.command_line import reported, usage
 
 
 def serve(prompt: str | Path, model: str, **options: Any) -> Any:
@@ -104,7 +104,7 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
             from softhooks import load
-            from softhooks.runtime.continuous_batching import require_servable
+            from softhooks.integration_support.serving import require_servable
 
             model = super()._load_model(*args, **kwargs)
             loaded = load(model, prompt, strict=strict)

@@ -42,14 +42,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.probing import eval_mode
 from softhooks.errors import TrainerError
+from softhooks.integration_support.models import PromptedModel, prompted_model_of
+from softhooks.integration_support.training import Patches, Reference, SharedPatches, eval_mode, require_fixed
 from softhooks.method import Method
-from softhooks.patching.patches import Patches
-from softhooks.patching.shared_patches import SharedPatches
-from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.switch import disabled
-from softhooks.trainer.reference import Reference, require_fixed
 
 _TRAINERS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO")
 _COMPARING = {"DPOConfig": "DPOTrainer", "KTOConfig": "KTOTrainer"}

@@ -30,8 +30,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from softhooks.serving.embeddings import sequence_embeddings
-from softhooks.serving.vllm import encode, request
+from softhooks.integration_support.serving import sequence_embeddings
+from softhooks.integration_support.serving import vllm_encode as encode
+from softhooks.integration_support.serving import vllm_request as request
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -112,10 +112,21 @@ def test_no_import_is_exempt_from_the_contracts() -> None:
     ]
 
 
+def _below_integrations() -> set[str]:
+    layers = next(contract for contract in _contracts() if contract["type"] == "layers")
+    return {name for layer in layers["layers"] for name in layer.split(" | ")} - {"__main__", "integrations"}
+
+
 def test_every_layer_but_the_integrations_is_kept_from_importing_frameworks() -> None:
-    layers, frameworks = (next(c for c in _contracts() if c["type"] == kind) for kind in ("layers", "forbidden"))
-    names = {name for layer in layers["layers"] for name in layer.split(" | ")} - {"__main__", "integrations"}
-    assert set(frameworks["source_modules"]) == {f"softhooks.{name}" for name in names}
+    frameworks, _ = (contract for contract in _contracts() if contract["type"] == "forbidden")
+    assert set(frameworks["source_modules"]) == {f"softhooks.{name}" for name in _below_integrations()}
+
+
+def test_integrations_are_kept_from_importing_every_private_layer() -> None:
+    _, private = (contract for contract in _contracts() if contract["type"] == "forbidden")
+    packages = {name for name in _below_integrations() if (ROOT / "softhooks" / name).is_dir()}
+    expected = {"constraint", "encoder", *packages} - {"integration_support"}
+    assert set(private["forbidden_modules"]) == {f"softhooks.{name}" for name in expected}
 
 
 @pytest.mark.parametrize(
@@ -130,8 +141,13 @@ def test_every_layer_but_the_integrations_is_kept_from_importing_frameworks() ->
         ("softhooks/stray.py", "", "softhooks.stray"),
         ("softhooks/compat/peft.py", "def f():\n    import peft\n", "softhooks.compat.peft -> peft"),
         ("integrations/trl.py", "import softhooks\n", "softhooks.integrations.trl -> softhooks "),
+        (
+            "integrations/trl.py",
+            "def f():\n    import softhooks.runtime.hooks\n",
+            "softhooks.integrations.trl -> softhooks.runtime.hooks",
+        ),
     ],
-    ids=["upward", "upward for types", "without a layer", "framework", "root package"],
+    ids=["upward", "upward for types", "without a layer", "framework", "root package", "private module"],
 )
 def test_a_broken_import_fails_the_lint(file: str, text: str, complaint: str, tmp_path: Path) -> None:
     for name in ("pyproject.toml", "softhooks", "integrations"):

@@ -356,20 +356,20 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path: Path) -> No
         assert training.equal(other.trained, before)
         return str(told.value)
 
-    assert "prefix_tuning" in refused("only with the method", Run(METHODS["prompt"]))
-    refused("only with the method", Run(PrefixTuning(5, projection=True, hidden_size=8)))
+    assert "prefix_tuning" in refused("written with another method", Run(METHODS["prompt"]))
+    refused("written with another method", Run(PrefixTuning(5, projection=True, hidden_size=8)))
     other = zoo.build("llama", seed=9)
     accelerator = Accelerator(cpu=True)
     track(accelerator, softhooks.attach(other, METHODS["mlp"]))
     accelerator.prepare(other)
-    with pytest.raises(TrainerError, match="only with the base model"):
+    with pytest.raises(TrainerError, match="written with another base model"):
         accelerator.load_state(str(tmp_path))
 
     sgd = Accelerator(cpu=True)
     model = zoo.build("llama")
     prompt = track(sgd, softhooks.attach(model, METHODS["mlp"]))
     sgd.prepare(model, torch.optim.SGD(prompt.parameters(), lr=0.1))
-    with pytest.raises(TrainerError, match="only with the optimizer"):
+    with pytest.raises(TrainerError, match="written with another optimizer"):
         sgd.load_state(str(tmp_path))
 
     (tmp_path / "empty").mkdir()

@@ -187,11 +187,11 @@ def test_what_is_tracked_must_be_an_engine() -> None:
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"method": PromptTuning(4)}, "only with the method"),
-        ({"method": PrefixTuning(5)}, "only with the method"),
-        ({"method": PrefixTuning(4), "optimizer": torch.optim.SGD}, "only with the optimizer"),
+        ({"method": PromptTuning(4)}, "written with another method"),
+        ({"method": PrefixTuning(5)}, "written with another method"),
+        ({"method": PrefixTuning(4), "optimizer": torch.optim.SGD}, "written with another optimizer"),
         ({"method": PrefixTuning(4), "name": "other"}, "names and shapes must match"),
-        ({"method": PrefixTuning(4), "arch": "roberta"}, "only with the base model"),
+        ({"method": PrefixTuning(4), "arch": "roberta"}, "written with another base model"),
     ],
     ids=["method", "shape", "optimizer", "name", "base"],
 )

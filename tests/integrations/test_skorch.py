@@ -314,9 +314,9 @@ def test_a_method_with_a_loss_of_its_own_is_refused_and_the_model_untouched() ->
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"method": PrefixTuning(4)}, "only with the method"),
-        ({"method": PromptTuning(5)}, "only with the method"),
-        ({"model": functools.partial(zoo.build, "roberta", "sequence")}, "only with the base model"),
+        ({"method": PrefixTuning(4)}, "written with another method"),
+        ({"method": PromptTuning(5)}, "written with another method"),
+        ({"model": functools.partial(zoo.build, "roberta", "sequence")}, "written with another base model"),
     ],
     ids=["method", "shape", "base"],
 )

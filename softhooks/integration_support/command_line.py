@@ -1,0 +1,5 @@
+"""Commands of integrations, with the exit codes and error messages of `softhooks`."""
+
+from softhooks.cli.exit_codes import reported, usage
+
+__all__ = ["reported", "usage"]

@@ -1,0 +1,9 @@
+"""Saved prompts, and their conversion from and to PEFT's adapters."""
+
+from softhooks.formats import peft_read, peft_write
+from softhooks.formats.find import find
+from softhooks.formats.stack_outline import outline
+from softhooks.formats.stored import StoredPrompt
+from softhooks.load import attach_stored
+
+__all__ = ["StoredPrompt", "attach_stored", "find", "outline", "peft_read", "peft_write"]

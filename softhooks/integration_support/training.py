@@ -1,0 +1,51 @@
+"""Checks and helpers for training loops."""
+
+from softhooks.backbone.probing import eval_mode
+from softhooks.base_model.frozen_record import FrozenRecord, FrozenReport
+from softhooks.cli.run_arguments import from_sections
+from softhooks.compat.sharding import shards
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
+from softhooks.runtime.evaluation_mode import refuse_evaluation
+from softhooks.trainer.callback import SoftPromptCallback
+from softhooks.trainer.checks import check_equal, require_trainable_prompt
+from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
+from softhooks.trainer.launch import fsdp_plugin
+from softhooks.trainer.optimizer import (
+    drop_frozen,
+    held_by,
+    is_mended,
+    mend_optimizer,
+    require_gradient,
+    require_held,
+)
+from softhooks.trainer.ranks import broadcast_from_rank_0, is_single_process, require_same_on_all_ranks
+from softhooks.trainer.reference import Reference, require_fixed
+
+__all__ = [
+    "CheckFrozen",
+    "FrozenCheck",
+    "FrozenRecord",
+    "FrozenReport",
+    "Patches",
+    "Reference",
+    "SharedPatches",
+    "SoftPromptCallback",
+    "broadcast_from_rank_0",
+    "check_equal",
+    "drop_frozen",
+    "eval_mode",
+    "from_sections",
+    "fsdp_plugin",
+    "held_by",
+    "is_mended",
+    "is_single_process",
+    "mend_optimizer",
+    "refuse_evaluation",
+    "require_fixed",
+    "require_gradient",
+    "require_held",
+    "require_same_on_all_ranks",
+    "require_trainable_prompt",
+    "shards",
+]
