@@ -66,6 +66,8 @@ from ._carrier import around, bare, holds, require_same
 if TYPE_CHECKING:
     from accelerate.accelerator import Accelerator
 
+__all__ = ["track"]
+
 AROUND = "soft_prompt.around.safetensors"
 """What a prepared model holds beside the prompted one."""
 

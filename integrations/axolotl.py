@@ -42,6 +42,10 @@ from softhooks.integration_support.models import prompted_model_of
 from softhooks.integration_support.training import SoftPromptCallback, from_sections
 from softhooks.method import Method
 
+__all__ = ["SoftPromptPlugin", "callback_for"]
+
+SoftPromptPlugin: Any  # made by `__getattr__`
+
 SECTION = "softhooks"
 _UNTRIED = {
     "rl": "training with preferences or rewards, whose reference model may meet the prompt",

@@ -48,6 +48,10 @@ from ._training_state import LivePrompt, require_optimizer
 if TYPE_CHECKING:
     from softhooks.integration_support.training import FrozenReport
 
+__all__ = ["SoftPromptAlgorithm"]
+
+SoftPromptAlgorithm: Any  # made by `__getattr__`
+
 _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 
 

@@ -47,6 +47,8 @@ from ._training_state import LivePrompt, require_optimizer
 if TYPE_CHECKING:
     from ignite.engine import Engine
 
+__all__ = ["track"]
+
 
 def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_frozen: bool = True) -> LivePrompt:
     """Watch an Engine that trains a prompt, and give what its checkpoints hold of it.

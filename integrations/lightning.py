@@ -69,6 +69,10 @@ from softhooks.prompt import SoftPrompt
 from ._carrier import Carrier, find_model
 from ._checkpoint_io import PromptFiles, layers_of
 
+__all__ = ["SoftPromptCallback", "attach"]
+
+SoftPromptCallback: Any  # made by `__getattr__`
+
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _KNOWN = {"SingleDeviceStrategy", "DDPStrategy"}
 _UNKNOWN = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}

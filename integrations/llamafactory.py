@@ -38,6 +38,8 @@ from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.integration_support.training import SoftPromptCallback
 from softhooks.method import Method
 
+__all__ = ["callback_for", "run_exp"]
+
 _STAGES = ("sft", "pt")
 _OTHERS = {
     "use_mca": "Megatron's trainer takes no callbacks of transformers",

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
     from softhooks.prompt import SoftPrompt
 
+__all__ = ["SoftPromptLM", "main", "register"]
+
+SoftPromptLM: Any  # made by `__getattr__`
+
 NAME = "softhooks"
 """What the harness calls the model type."""
 

@@ -50,6 +50,8 @@ from softhooks.similarity import Word
 
 from ._report import ABOUT, WORDS, PromptReport, table_of
 
+__all__ = ["PromptArtifact"]
+
 _TRUE = ("1", "TRUE", "ON", "YES")
 _EAGER = "HF_MLFLOW_LOG_ARTIFACTS"
 

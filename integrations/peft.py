@@ -44,6 +44,8 @@ from softhooks.switch import activate
 if TYPE_CHECKING:
     from peft import PeftModel
 
+__all__ = ["from_peft", "to_peft"]
+
 _ADAPTED = ("AdaptedAttention", "AdaptedAttentionGPT")
 """The modules that PEFT puts in the place of attention for LLaMA-Adapter."""
 

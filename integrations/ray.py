@@ -45,6 +45,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.integration_support.training import is_single_process
 
+__all__ = ["ReportCallback", "last_checkpoint"]
+
 CHECKPOINT = "checkpoint"
 """Where in a directory that is reported the Trainer's checkpoint lies: as Ray's own callback has it."""
 

@@ -45,6 +45,8 @@ from softhooks.integrations.sentence_transformers import SentencePromptCallback
 
 from ._sentence_transformers import transformer_of
 
+__all__ = ["SetFitPromptCallback"]
+
 _FREEZE = "_freeze_or_not"
 """What SetFit's `freeze` and `unfreeze` call."""
 

@@ -49,6 +49,10 @@ from softhooks.prompt import SoftPrompt
 
 from ._training_state import LivePrompt
 
+__all__ = ["FrozenCheck", "PromptedModule"]
+
+FrozenCheck: Any  # made by `__getattr__`
+
 _BASE = "model."
 _MADE_ANEW = ("model", "prompt", "_live")
 """What a copy does not take over: it is made from the arguments."""

@@ -45,6 +45,8 @@ from softhooks.switch import disabled
 
 from ._report import ABOUT, WORDS, PromptReport, table_of
 
+__all__ = ["PromptBoard"]
+
 
 class PromptBoard(PromptReport):
     """Write a prompt's curves, rows and nearest words for TensorBoard.

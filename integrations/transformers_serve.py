@@ -33,6 +33,8 @@ from typing import Any
 from softhooks.errors import OptionError, SoftHooksError
 from softhooks.integration_support.command_line import reported, usage
 
+__all__ = ["main", "prompted", "serve"]
+
 
 def serve(prompt: str | Path, model: str, **options: Any) -> Any:
     """Start transformers' server on one model with its prompt.

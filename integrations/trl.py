@@ -48,6 +48,8 @@ from softhooks.integration_support.training import Patches, Reference, SharedPat
 from softhooks.method import Method
 from softhooks.switch import disabled
 
+__all__ = ["reference"]
+
 _TRAINERS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO")
 _COMPARING = {"DPOConfig": "DPOTrainer", "KTOConfig": "KTOTrainer"}
 

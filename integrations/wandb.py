@@ -42,6 +42,8 @@ from softhooks.similarity import Word
 
 from ._report import ABOUT, WORDS, PromptReport, table_of
 
+__all__ = ["PromptArtifact"]
+
 KIND = "soft-prompt"
 """The type of the artifact."""
 
