@@ -16,7 +16,7 @@ import softhooks.integrations
 
 MEMBERS = {
     "FrozenReport": ["bytes", "gigabytes_per_second", "seconds", "tensors", "unread"],
-    "Layout": ["batch_columns", "collator", "from_json", "insert", "mapper", "num_virtual_tokens", "render", "to_json"],
+    "Layout": ["batch_columns", "collator", "insert", "mapper", "num_virtual_tokens", "render"],
     "PromptEnsemble": ["generate"],
     "SoftPrompt": [
         "embeddings",
@@ -57,12 +57,10 @@ FrozenReport(tensors, bytes, seconds, unread=())
 Layout(template, *, tokenizer=None)
   .batch_columns
   .collator(self, tokenizer, **options)
-  .from_json(cls, told)
   .insert(cls, *, start=0, after=None, before=None, end=0, which='first', missing='error', tokenizer=None)
   .mapper(self, tokenizer, *, max_length=None, target=None, verbalizer=None, label='label', **chat)
   .num_virtual_tokens
   .render(self, tokenizer, fields, *, max_length=None, **chat)
-  .to_json(self)
 LlamaAdapter(num_virtual_tokens=10, *, num_layers=None, gate='tanh', gate_per='head', context_size=None,
         early_fusion=0, scale_and_bias=False, init_std=1.0)
 MultitaskPromptTuning(num_virtual_tokens, *, tasks, rank=1, teachers=None, teacher_steps=None, distillation=0.9,
