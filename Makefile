@@ -23,7 +23,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint imports types unit options properties survey kill-test benchmark test-oldest test-extras clean
+.PHONY: help install demo test lint imports types unit properties survey kill-test benchmark test-oldest test-extras clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -47,9 +47,6 @@ types: $(INSTALLED)  ## mypy --strict
 
 unit: $(INTEGRATED)  ## pytest alone
 	$(call PYTEST,$(BIN)) -n 2 $(PYTEST_ARGS)
-
-options: $(INSTALLED)  ## write the table of options that `softhooks run --help` shows, after a change of a method's options
-	$(BIN)/python -m softhooks.cli.option_table
 
 properties: $(INTEGRATED)  ## the property-based tests with many more examples
 	HYPOTHESIS_PROFILE=thorough $(call PYTEST,$(BIN)) -n 2 -m hypothesis $(PYTEST_ARGS)

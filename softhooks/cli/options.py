@@ -1,33 +1,19 @@
-"""Options as text: what the fields of a method and the arguments of a callback take on a command line or in a file.
+"""The options of methods and of the callback, for command lines and configuration files.
 
-Everything here is read from the classes themselves: their fields, types, defaults and docstrings.
+They are read from the source of the classes: annotations, defaults and docstrings. So help does not have to import torch.
 """
 
 from __future__ import annotations
 
-import builtins
-import collections.abc
-import dataclasses
-import inspect
-import json
+import ast
 import re
-import sys
-import types
-import typing
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from functools import cache
+from typing import Any
 
+from softhooks.cli.option_types import alternatives, convert, describe, read_annotation
+from softhooks.cli.source import Definition, find, imported
 from softhooks.errors import OptionError
-
-if TYPE_CHECKING:
-    from softhooks.method import Method
-
-YES, NO = ("true", "yes", "1"), ("false", "no", "0")
-_LISTS = (collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection, list, tuple)
-_MAPPINGS = (collections.abc.Mapping, dict)
-_WORDS = {bool: "yes or no", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
 @dataclass(frozen=True)
@@ -35,112 +21,139 @@ class Option:
     """One option.
 
     Attributes:
-        name: as Python spells it.
+        name: its Python name.
         hint: its type.
-        default: its default, or `dataclasses.MISSING`.
-        about: what its docstring says.
+        annotation: its type as Python code.
+        default: its default as Python code; None if it has none.
+        about: its description.
     """
 
     name: str
     hint: Any
-    default: Any
+    annotation: str
+    default: str | None
     about: str
 
     @property
     def flag(self) -> str:
-        """As a command line spells it."""
+        """The option on a command line."""
         return "--" + self.name.replace("_", "-")
 
     @property
-    def is_required(self) -> bool:
-        """Whether it has no default."""
-        return self.default is dataclasses.MISSING
-
-    @property
     def is_switch(self) -> bool:
-        """Whether it is given without a value, or with `no-` before its name."""
-        return [kind for kind in _alternatives(self.hint) if kind is not type(None)] == [bool]
+        """Whether it is given as `--name` or `--no-name`, without a value."""
+        return alternatives(self.hint) == [bool]
 
     @property
     def takes(self) -> str:
-        """What it takes, in words; empty where only Python can give it."""
-        words = [_describe(kind) for kind in _alternatives(self.hint) if kind is not type(None)]
-        return " or ".join(word for word in words if word)
+        """The values it takes, in words; empty if only Python code can give it."""
+        return describe(self.hint)
 
     def read(self, value: Any) -> Any:
-        """Take a value from a file, or a text (or several) from a command line.
+        """Convert a value of a file, or the text or texts of a command line.
 
         Raises:
-            OptionError: the value has another type, or only Python can give one.
+            OptionError: the value has another type, or only Python code can give it.
         """
         if not self.takes:
             raise OptionError(
                 f"{self.flag} takes what only Python can make.",
                 "Leave it out here, or call `softhooks.attach` in the script.",
-                takes=getattr(self.hint, "__name__", str(self.hint)),
+                takes=self.annotation,
                 given=repr(value),
             )
         try:
-            return _convert(value, self.hint)
+            return convert(value, self.hint)
         except ValueError:
             raise OptionError(
-                f"an option must have its type: {self.flag}.",
+                f"{self.flag} takes {self.takes}; {value!r} is something else.",
                 f"Write `{self.flag}`, or `--no-{self.flag[2:]}`."
                 if self.is_switch
-                else f"Give {self.takes}; a list is written as [1, 2] or by repeating the option.",
-                takes=self.takes,
-                given=repr(value),
+                else "A list is written as [1, 2], or by repeating the option.",
             ) from None
 
 
-def method_options(method: type[Method]) -> dict[str, Option]:
+@cache
+def methods() -> dict[str, Definition]:
+    """The class of each method by its `kind`, in the order in which the methods are listed."""
+    kinds = {definition: _fields(definition).get("kind") for definition in imported("softhooks.methods")}
+    return {ast.literal_eval(field.value): found for found, field in kinds.items() if field and field.value}
+
+
+@cache
+def method_options(kind: str) -> dict[str, Option]:
     """The options of a method, by name."""
-    about = _about(*(base.__doc__ for base in method.__mro__))
-    return {
-        item.name: Option(item.name, _hint(method, item), item.default, about.get(item.name, ""))
-        for item in dataclasses.fields(method)
+    lineage = _lineage(methods()[kind])
+    about = _about(*(_docstring(base) for base in lineage))
+    options: dict[str, Option] = {}
+    for base in reversed(lineage):
+        for name, field in _fields(base).items():
+            if not ast.unparse(field.annotation).startswith("ClassVar"):
+                options[name] = _option(name, field.annotation, field.value, base.module, about)
+    return options
+
+
+@cache
+def callback_options() -> dict[str, Option]:
+    """The options of the callback that text can give, by name."""
+    callback = _found("SoftPromptCallback", "softhooks.trainer.callback")
+    init = next(node for node in _body(callback) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    about = _about(_docstring(callback), _docstring(_found("attach", "softhooks.attach")))
+    options = {
+        item.arg: _option(item.arg, item.annotation or ast.Name("Any"), default, callback.module, about)
+        for item, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
     }
+    return {name: option for name, option in options.items() if option.takes}
 
 
-def _hint(method: type[Method], item: dataclasses.Field[Any]) -> Any:
-    """Resolve a field's type where it was declared; what only type checkers import there, only Python can give."""
-    owner = next(base for base in method.__mro__ if item.name in inspect.get_annotations(base))
-    alone = type("Field", (), {"__annotations__": {item.name: item.type}})
-    return typing.get_type_hints(alone, localns=_Names(vars(sys.modules[owner.__module__])))[item.name]
+def summary(kind: str) -> str:
+    """The first sentence of a method's docstring, without markup."""
+    return " ".join(_docstring(methods()[kind]).split("\n\n")[0].replace("`", "").split())
 
 
-class _Names(dict[str, Any]):
-    """The names of a module, and a stand-in for those that it does not have when it runs."""
-
-    def __missing__(self, name: str) -> Any:
-        return getattr(builtins, name, _OnlyInPython)
-
-
-class _OnlyInPython:
-    """The stand-in."""
-
-
-def argument_options(function: Callable[..., Any], *docs: str | None) -> dict[str, Option]:
-    """The keyword-only arguments of a function, by name; their descriptions are the first that the docstrings have."""
-    hints = typing.get_type_hints(function)
-    about = _about(*docs)
-    return {
-        name: Option(name, hints[name], item.default, about.get(name, ""))
-        for name, item in inspect.signature(function).parameters.items()
-        if item.kind is item.KEYWORD_ONLY
-    }
+def _option(name: str, annotation: ast.expr, value: ast.expr | None, module: str, about: dict[str, str]) -> Option:
+    """Read an option; `value` is its default, or a call of `field` that has it."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+        value = next((item.value for item in value.keywords if item.arg == "default"), None)
+    default = None if value is None else ast.unparse(value)
+    if isinstance(value, ast.Constant) and str(value.value).strip():
+        default = str(value.value)
+    return Option(name, read_annotation(annotation, module), ast.unparse(annotation), default, about.get(name, ""))
 
 
-def summary(documented: type) -> str:
-    """The first sentence of a docstring, without markup."""
-    return inspect.cleandoc(documented.__doc__ or "").split("\n\n")[0].replace("\n", " ").replace("`", "")
+def _found(name: str, module: str) -> Definition:
+    found = find(name, module)
+    assert found is not None
+    return found
 
 
-def _about(*docs: str | None) -> dict[str, str]:
-    """Read the `Args` of docstrings; the first that describes an argument is kept, a mere reference is not."""
+def _lineage(definition: Definition) -> list[Definition]:
+    """A class and the classes of softhooks that it derives from."""
+    bases = definition.node.bases if isinstance(definition.node, ast.ClassDef) else []
+    found = [find(ast.unparse(base), definition.module) for base in bases]
+    return [definition, *(base for parent in found if parent for base in _lineage(parent))]
+
+
+def _body(definition: Definition) -> list[ast.stmt]:
+    return definition.node.body if isinstance(definition.node, ast.ClassDef) else []
+
+
+def _fields(definition: Definition) -> dict[str, ast.AnnAssign]:
+    """The annotated names in the body of a class."""
+    nodes = [node for node in _body(definition) if isinstance(node, ast.AnnAssign)]
+    return {node.target.id: node for node in nodes if isinstance(node.target, ast.Name)}
+
+
+def _docstring(definition: Definition) -> str:
+    node = definition.node
+    return ast.get_docstring(node) or "" if isinstance(node, (ast.ClassDef, ast.FunctionDef)) else ""
+
+
+def _about(*docs: str) -> dict[str, str]:
+    """Read the `Args` of docstrings; the first description of an argument wins, unless it only refers to another."""
     found: dict[str, str] = {}
     for doc in docs:
-        section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", inspect.cleandoc(doc or ""), re.MULTILINE)
+        section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)
         for names, text in re.findall(
             r"^ {4}(\w[\w, ]*): ((?:.*\n?)(?: {8}.*\n?)*)", section[1] if section else "", re.M
         ):
@@ -148,104 +161,3 @@ def _about(*docs: str | None) -> dict[str, str]:
                 for name in names.split(", "):
                     found.setdefault(name, " ".join(text.replace("`", "").split()))
     return found
-
-
-# --- types ------------------------------------------------------------------------------------------------------------
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    return list(typing.get_args(hint)) if typing.get_origin(hint) in (Union, types.UnionType) else [hint]
-
-
-def _describe(kind: Any) -> str:
-    """Say what a type takes; empty where no text can say it."""
-    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if kind is Any:
-        return "a name or text"
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, inner))
-    if origin in _LISTS:
-        items = _describe(inner[0]) if inner and not isinstance(inner[0], typing.TypeVar) else "text"
-        return f"a list ({items} each)" if items else ""
-    if origin in _MAPPINGS:
-        return "a mapping"
-    if _takes_text(kind):
-        return f"text ({kind.__name__})"
-    return _WORDS.get(kind, "")
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """Bring a value to a type.
-
-    Raises:
-        ValueError: it cannot be one.
-    """
-    kinds = _alternatives(hint)
-    if value is None and (type(None) in kinds or Any in kinds):
-        return None
-    for kind in sorted(kinds, key=_breadth):
-        try:
-            return _convert_one(value, kind)
-        except ValueError:
-            continue
-    raise ValueError(value)
-
-
-def _breadth(kind: Any) -> int:
-    """What few texts could be is tried first, what any text could be last."""
-    if kind in (str, Any, Path):
-        return 2
-    return int((typing.get_origin(kind) or kind) in _LISTS or _takes_text(kind))
-
-
-def _convert_one(value: Any, kind: Any) -> Any:
-    origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin is Literal:
-        return _only(value in inner, value)
-    if origin in _LISTS:
-        return _listed(value, inner)
-    if origin in _MAPPINGS:
-        return _only(isinstance(loaded := _json(value), dict), loaded)
-    if kind is bool:
-        text = str(value).lower()
-        return _only(text in YES + NO, text in YES)
-    if kind in (int, float):
-        number = _only(isinstance(value, (int, float, str)) and not isinstance(value, bool), value)
-        return kind(number) if isinstance(number, str) or kind is float else _only(isinstance(number, int), number)
-    if _takes_text(kind):
-        return kind(_only(isinstance(value, str), value))
-    text = _only(kind in (str, Path) and isinstance(value, str), value)
-    return text if kind is str else Path(text)
-
-
-def _listed(value: Any, inner: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Read a list: one that was written as JSON, or the texts of an option that was repeated."""
-    parts = _json(value)
-    if not isinstance(parts, (list, tuple)):
-        parts = [_only(isinstance(value, str), value)]
-    kinds: Iterable[Any] = [inner[0] if inner else Any] * len(parts)
-    if len(inner) > 1 and inner[-1] is not Ellipsis:
-        kinds = _only(len(inner) == len(parts), inner)
-    return tuple(_convert(part, kind) for part, kind in zip(parts, kinds, strict=True))
-
-
-def _json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
-
-
-def _only(fits: bool, value: Any) -> Any:
-    if not fits:
-        raise ValueError(value)
-    return value
-
-
-def _takes_text(kind: Any) -> bool:
-    """Whether a type of softhooks' own is made from one text."""
-    return inspect.isclass(kind) and kind.__module__.startswith("softhooks.") and kind is not _OnlyInPython

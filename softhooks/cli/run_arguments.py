@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softhooks.attach import attach
 from softhooks.cli import run_config, run_parser
-from softhooks.cli.options import Option, argument_options, method_options
+from softhooks.cli.options import Option, callback_options, method_options, methods
 from softhooks.cli.run_parser import (
     DEFAULT_METHOD,
     DEFAULT_TOKENS,
@@ -23,7 +22,6 @@ from softhooks.cli.run_parser import (
 from softhooks.errors import OptionError
 from softhooks.method import Method
 from softhooks.methods import METHODS
-from softhooks.trainer.callback import SoftPromptCallback
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,6 @@ class Request:
     script: Path | str
     arguments: list[str]
     is_module: bool = False
-
-
-def callback_options() -> dict[str, Option]:
-    """The options of the callback that text can give."""
-    options = argument_options(SoftPromptCallback.__init__, SoftPromptCallback.__doc__, attach.__doc__)
-    return {name: option for name, option in options.items() if option.takes}
 
 
 def parse(arguments: list[str]) -> Request:
@@ -107,14 +99,14 @@ def resolve(
         OptionError: an option belongs elsewhere or is missing, or its value does not fit.
     """
     kind = method_kind(name or DEFAULT_METHOD)
-    options, callback = method_options(METHODS[kind]), callback_options()
+    options, callback = method_options(kind), callback_options()
     of_method = {name: value for name, value in given.items() if name not in callback}
     of_callback = {name: value for name, value in given.items() if name in callback}
     values = _values(config["options"], of_method, options, kind)
-    if options["num_virtual_tokens"].is_required:
+    if options["num_virtual_tokens"].default is None:
         values.setdefault("num_virtual_tokens", DEFAULT_TOKENS)
     for option in options.values():
-        if option.is_required and option.name not in values:
+        if option.default is None and option.name not in values:
             raise OptionError(f"{kind} needs {option.flag}: {option.about} It takes {option.takes}.")
     return METHODS[kind](**values), _values(config["callback"], of_callback, callback, "the callback")
 
@@ -142,7 +134,7 @@ def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str
     for name in given:
         if name in options:
             continue
-        others = [kind for kind, method in METHODS.items() if name in method_options(method)]
+        others = [kind for kind in methods() if name in method_options(kind)]
         if others:
             raise OptionError(
                 f"{name} is not an option of {owner}.",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 
-from softhooks.cli import option_table
-from softhooks.cli.option_table import Row
+from softhooks.cli.options import Option, callback_options, method_options, methods, summary
 from softhooks.cli.run_parser import DEFAULT_METHOD, DEFAULT_TOKENS
 
 _INTRODUCTION = """
@@ -48,23 +47,22 @@ A configuration in YAML or JSON; the command line wins over it:
 
 def help_text(kind: str | None = None) -> str:
     """The help: an overview, or with one method's options in full."""
-    table = option_table.load()
     lines = [*_wrapped(_INTRODUCTION), "Options:"]
     lines += _row("--method NAME", f"the method; {DEFAULT_METHOD} by default")
     lines += _row("--config FILE", "read the method and options from a YAML or JSON file")
     lines += _row("-m MODULE", "run a module as python -m does; what follows is passed on to it")
     lines += _row("--help", "show this help; with --method, what all options of that method mean")
     lines += ["", "Options of the callback:"]
-    for row in table.callback:
-        lines += _option(row)
-    for name in table.methods if kind is None else [kind]:
-        lines += ["", *textwrap.wrap(f"{name.replace('_', '-')}: {table.summaries[name]}", _width())]
+    for option in callback_options().values():
+        lines += _option(option)
+    for name in methods() if kind is None else [kind]:
+        lines += ["", *textwrap.wrap(f"{name.replace('_', '-')}: {summary(name)}", _width())]
         if kind is None:
-            flags = " ".join(row.flag for row in table.methods[name] if row.takes)
+            flags = " ".join(option.flag for option in method_options(name).values() if option.takes)
             lines += textwrap.wrap(flags, _width(), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
             continue
-        for row in table.methods[name]:
-            lines += _option(row)
+        for option in method_options(name).values():
+            lines += _option(option)
     if kind is None:
         lines += ["", "`softhooks run --method NAME --help` explains the options of a method."]
     return "\n".join(lines) + "\n"
@@ -79,11 +77,12 @@ def _wrapped(text: str) -> list[str]:
     return found
 
 
-def _option(row: Row) -> list[str]:
-    takes = row.takes or "only in Python"
-    flags = f"{row.flag}, --no-{row.flag[2:]}" if row.is_switch else f"{row.flag} ({takes})"
-    default = row.default or (str(DEFAULT_TOKENS) if row.name == "num_virtual_tokens" else None)
-    return _row(flags, row.about.rstrip(".") + (f" [{default}]" if default else ""))
+def _option(option: Option) -> list[str]:
+    flags = f"{option.flag} ({option.takes or 'only in Python'})"
+    if option.is_switch:
+        flags = f"{option.flag}, --no-{option.flag[2:]}"
+    default = str(DEFAULT_TOKENS) if (option.name, option.default) == ("num_virtual_tokens", None) else option.default
+    return _row(flags, option.about.rstrip(".") + ("" if default in (None, "None", "()") else f" [{default}]"))
 
 
 def _row(left: str, right: str) -> list[str]:

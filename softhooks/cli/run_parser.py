@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from softhooks.cli import option_table
-from softhooks.cli.options import NO, YES
+from softhooks.cli.option_types import NO, YES
+from softhooks.cli.options import callback_options, method_options, methods
 from softhooks.errors import OptionError
 
 DEFAULT_METHOD = "prompt_tuning"
@@ -76,9 +76,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
             f"Write `{flag}`, or `--no-{flag[2:]}`.",
         ) from None
     if unknown:
-        raise unknown_option(
-            unknown[0].partition("=")[0], (*option_table.load().switches(), "method", "config", "help")
-        )
+        raise unknown_option(unknown[0].partition("=")[0], (*_switches(), "method", "config", "help"))
     return vars(given)
 
 
@@ -89,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--method")
     parser.add_argument("--config")
-    for name, is_switch in option_table.load().switches().items():
+    for name, is_switch in _switches().items():
         flags = dict.fromkeys(("--" + name.replace("_", "-"), "--" + name))
         if not is_switch:
             parser.add_argument(*flags, dest=name, action="append")
@@ -103,20 +101,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _switches() -> dict[str, bool]:
+    """Every option of every method and of the callback, and whether it is a switch in all of them."""
+    found: dict[str, bool] = {}
+    for options in (*map(method_options, methods()), callback_options()):
+        for name, option in options.items():
+            found[name] = option.is_switch and found.get(name, True)
+    return found
+
+
 def method_kind(name: Any) -> str:
     """Find the `kind` of a method from the name that a user wrote: `prefix-tuning`, `PrefixTuning`, `prefix_tuning`.
 
     Raises:
         OptionError: there is no such method.
     """
-    kinds = option_table.load().methods
-    for kind in kinds:
+    for kind in methods():
         if kind.replace("_", "") == str(name).replace("-", "").replace("_", "").lower():
             return kind
     raise OptionError(
         f"softhooks has no method {str(name)!r}.",
-        suggestion(str(name), kinds, "{}") or "`softhooks run --help` describes the methods.",
-        methods=", ".join(kinds),
+        suggestion(str(name), methods(), "{}") or "`softhooks run --help` describes the methods.",
+        methods=", ".join(methods()),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -74,6 +74,9 @@ class SoftPromptCallback(TrainerCallback):
     Raises:
         OptionError: `check_frozen` has another value.
     """
+
+    remedy: ClassVar[str] = "Train the prompts one after the other, each with its own Trainer."
+    """What to do about a second callback on the same Trainer."""
 
     def __init__(
         self,

@@ -106,7 +106,7 @@ def refuse_second(callback: TrainingCallback, model: nn.Module, control: Trainer
     first: Any = saver.owner
     raise TrainerError(
         "the Trainer has two SoftPromptCallbacks; it trains one prompt.",
-        "Train the prompts one after the other, each with its own Trainer.",
+        first.remedy,
         first=f"{first.name!r}: {first.method!r}",
         second=f"{callback.name!r}: {callback.method!r}",
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,10 +22,11 @@ from untouched import remove_all
 
 import softhooks
 from softhooks import OptionError, PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
-from softhooks.cli import app, option_table, options, run_parser
-from softhooks.cli.options import Option, method_options
+from softhooks.cli import app, option_types, run_parser
+from softhooks.cli.option_types import OnlyInPython, alternatives
+from softhooks.cli.options import Option, callback_options, method_options, methods
 from softhooks.cli.run import run
-from softhooks.cli.run_arguments import Request, callback_options, parse
+from softhooks.cli.run_arguments import Request, parse
 from softhooks.cli.run_help import help_text
 from softhooks.methods import METHODS
 
@@ -156,12 +160,12 @@ def test_launchers_run_it_in_two_processes(tmp_path: Path, launcher: str) -> Non
 
 # --- options ----------------------------------------------------------------------------------------------------------
 
-ALL = [(kind, name) for kind, method in METHODS.items() for name in method_options(method)]
+ALL = [(kind, name) for kind in METHODS for name in method_options(kind)]
 
 
 def _sample(option: Option) -> tuple[str, Any]:
     """A text that an option can read, and what it reads."""
-    kinds = [kind for kind in options._alternatives(option.hint) if kind is not type(None)]
+    kinds = alternatives(option.hint)
     for kind, pair in ((int, ("3", 3)), (float, ("0.25", 0.25)), (str, ("a text", "a text")), (Any, ("gpt2", "gpt2"))):
         if kind in kinds:
             return pair
@@ -176,7 +180,7 @@ def _sample(option: Option) -> tuple[str, Any]:
 
 @pytest.mark.parametrize(("kind", "name"), ALL, ids=[f"{kind}-{name}" for kind, name in ALL])
 def test_every_option_of_every_method_is_reached_or_refused_by_name(kind: str, name: str) -> None:
-    option = method_options(METHODS[kind])[name]
+    option = method_options(kind)[name]
     assert option.about, "an option needs a line in the docstring's Args"
     assert option.flag in help_text(kind)
     if not option.takes:
@@ -195,8 +199,8 @@ def test_every_option_of_every_method_is_reached_or_refused_by_name(kind: str, n
 def test_no_option_stands_for_two_things() -> None:
     own = {*callback_options(), "method", "config", "help"}
     assert {"name", "train_head", "trainable", "freeze_dropout", "injection", "check_frozen"} <= own
-    for method in METHODS.values():
-        assert not own & set(method_options(method))
+    for kind in METHODS:
+        assert not own & set(method_options(kind))
 
 
 def test_a_command_line_is_read() -> None:
@@ -292,7 +296,7 @@ def test_a_command_line_without_a_script_is_refused(arguments: list[str], phrase
         ("method: 3", ["method: 3"]),
         ("options: {num_virtual_tokens: '3 of them'}", ["a whole number", "'3 of them'"]),
         ("options: {num_virtual_tokens: true}", ["a whole number", "True"]),
-        ("options: {init: [a, b]}", ["takes: text", "['a', 'b']"]),
+        ("options: {init: [a, b]}", ["takes text", "['a', 'b']"]),
         ("options: {initt: zero}", ["initt", "Did you mean --init"]),
         ("options: {name: x}", ["unknown: name"]),
         ("callback: {num_virtual_tokens: 3}", ["belongs to: prompt_tuning", "the callback"]),
@@ -494,16 +498,45 @@ def test_help_teaches_what_it_does_with_examples_and_every_method_and_option() -
     ):
         assert phrase in result.output
     assert result.output.count("softhooks run --") + result.output.count("softhooks run train") >= 3
-    for kind, method in METHODS.items():
+    for kind in METHODS:
         assert f"{kind.replace('_', '-')}: " in result.output
-        for option in method_options(method).values():
+        for option in method_options(kind).values():
             assert not option.takes or option.flag in result.output
     for option in callback_options().values():
         assert option.flag in result.output
 
 
-def test_the_table_of_options_is_that_of_the_classes() -> None:
-    assert option_table.load() == option_table.generate(), "run `make options`"
+def test_the_options_that_the_source_names_are_those_of_the_classes() -> None:
+    """In their order, with their types and defaults, inherited ones included."""
+    assert list(methods()) == list(METHODS)
+    for kind, method in METHODS.items():
+        fields = {field.name: field for field in dataclasses.fields(method)}
+        assert list(method_options(kind)) == list(fields)
+        for name, option in method_options(kind).items():
+            has_default = fields[name].default is not dataclasses.MISSING
+            assert (option.default is not None) == has_default
+            if has_default:
+                value = fields[name].default
+                assert option.default == value or eval(str(option.default)) == value
+    arguments = inspect.signature(SoftPromptCallback.__init__).parameters
+    given = [name for name, item in arguments.items() if item.kind is item.KEYWORD_ONLY]
+    assert list(callback_options()) == [name for name in given if name != "model"]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "hint"),
+    [
+        ("int | None", int | None),
+        ("Sequence[str] | None", Sequence[str] | None),
+        ("Placement", Literal["front", "after_first", "end"]),
+        ("str | Path | SoftPrompt", str | Path | OnlyInPython),
+        ("list[nn.Module]", OnlyInPython),
+    ],
+)
+def test_annotations_are_read_through_aliases_and_imports(annotation: str, hint: Any) -> None:
+    [statement] = ast.parse(f"x: {annotation}").body
+    assert isinstance(statement, ast.AnnAssign)
+    assert option_types.read_annotation(statement.annotation, "softhooks.methods.prompt_tuning") == hint
 
 
 def test_help_on_a_method_that_a_file_names(tmp_path: Path) -> None:
