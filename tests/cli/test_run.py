@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -530,7 +530,8 @@ def test_the_options_that_the_source_names_are_those_of_the_classes() -> None:
         ("Sequence[str] | None", Sequence[str] | None),
         ("Placement", Literal["front", "after_first", "end"]),
         ("str | Path | SoftPrompt", str | Path | OnlyInPython),
-        ("list[nn.Module]", OnlyInPython),
+        ("list[nn.Module]", list[OnlyInPython]),
+        ("dict[str, int]", Mapping),
     ],
 )
 def test_annotations_are_read_through_aliases_and_imports(annotation: str, hint: Any) -> None:
