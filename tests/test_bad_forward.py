@@ -62,9 +62,8 @@ def test_text_and_prompt_beyond_the_last_position(arch: str, head: str, way: str
         if not moves:
             assert zoo.main_output(model(zoo.text(1, limit), **more)).isfinite().all()
             return
-        message = (
-            rf"fit into the model's positions(.|\n)*prompt: *{P}\ntext: *{limit - P + 1}\npositions: *{limit}\nTruncate"
-        )
+        sizes = rf"prompt: *{P}\ntext: *{limit - P + 1}\npositions: *{limit}\nTruncate"
+        message = rf"exceed the model's {limit} positions(.|\n)*{sizes}"
         with untouched(model), pytest.raises(PromptTooLongError, match=message):
             model(long, **more)
         padded = naive.left_padded([long[0, 1:]], columns=limit, pad=zoo.pad_id(model))
@@ -207,7 +206,8 @@ def test_a_mask_of_four_dimensions_and_slots() -> None:
 ])  # fmt: skip
 def test_attention_functions_without_a_mask_to_widen(name: str, more: dict[str, Any]) -> None:
     with pytest.raises(
-        UnsupportedModeError, match=rf"mask it can widen(.|\n)*function: *{name}(.|\n)*set_attn_implementation"
+        UnsupportedModeError,
+        match=rf"has no mask that can be widened(.|\n)*function: *{name}(.|\n)*set_attn_implementation",
     ):
         refuse_attention(name, more)
     refuse_attention("sdpa_attention_forward", more)

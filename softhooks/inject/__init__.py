@@ -1,11 +1,12 @@
-"""The ways into a model.
+"""How prompts enter a model.
 
-    attention   keys and values put in at the attention function
-    written_out the same, in models that call no attention function and that softhooks knows: MegatronBERT, DeBERTa, ...
-    cache       keys and values put in by a read-only cache, for models that do not use the attention interface
-    shared      a front prompt of a causal decoder, run once at batch 1 and put in as keys and values
-    branch      rows that each query attends to beside the text, in a softmax of their own, times a gate
-    slots       virtual slots in the sequence, their states stripped on the way out
+    attention     keys and values at the attention function
+    written_out   the same in models whose attention is written out in their own code (MegatronBERT, DeBERTa, ...)
+    cache         keys and values through a read-only cache, in models that do not use the attention interface
+    shared        a front prompt of a causal decoder, computed once at batch 1, whose keys and values all rows share
+    slots         virtual tokens in the sequence, whose states are removed from the output
+    branch        rows that each query attends to in a softmax of their own, times a gate, next to its attention to the text
 
-Each forward of a stack is one `Pass` (see `passes`); `softhooks.runtime.dispatch` chooses which kind.
+`prompt.injection` is one of these names. The first four are one mechanism, a prefix (`prefix/`). Each forward of a stack is one
+`softhooks.backbone.forward_pass.Pass`; `softhooks.runtime.dispatch` chooses its class.
 """

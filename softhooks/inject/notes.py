@@ -194,7 +194,7 @@ def require_encoded(given: Any, now: Provenance) -> None:
     if None not in differences:
         raise PromptNotReachedError(
             "`encoder_outputs` were not computed with the prompts that are on; a decoder must be given the states of an encoder "
-            "that ran with them.",
+            "that ran with the prompt.",
             "Let the model run its encoder itself, or call the encoder while the prompt is on and pass its output as it is.",
             encoder_outputs=f"made {_in_words(noted[0], now, str(differences[0]))}" if noted else "made without",
             now=now.words,

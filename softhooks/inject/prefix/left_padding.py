@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softhooks.inject.gather_columns import gather_columns
+
 
 @dataclass(frozen=True)
 class KeyOrder:
@@ -22,7 +24,7 @@ class KeyOrder:
 
     def arrange(self, tensor: Tensor, dim: int) -> Tensor:
         """Put columns of prefix and text in order. [B, ..., P + K, ...] -> the same."""
-        return _gather(tensor, self.order, dim)
+        return gather_columns(tensor, self.order, dim)
 
     def own(self, tensor: Tensor) -> Tensor:
         """Select the text's columns of the last dimension. [B * n, ..., P + K] -> [B * n, ..., K]."""
@@ -30,7 +32,7 @@ class KeyOrder:
         if tensor.shape[0] % batch:
             tensor = tensor.expand(batch, *tensor.shape[1:])
         rows = tensor.reshape(batch, -1, tensor.shape[-1])
-        return _gather(rows, self.text, 2).reshape(*tensor.shape[:-1], -1)
+        return gather_columns(rows, self.text, 2).reshape(*tensor.shape[:-1], -1)
 
 
 def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
@@ -50,11 +52,3 @@ def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
         order=torch.where(places < lead, places + length, prefix),
         text=torch.where(columns < lead, columns, columns + length),
     )
-
-
-def _gather(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    shape = [1] * tensor.dim()
-    shape[0], shape[dim] = index.shape
-    target = list(tensor.shape)
-    target[dim] = index.shape[1]
-    return tensor.gather(dim, index.to(tensor.device).view(shape).expand(target))

@@ -1,7 +1,7 @@
-"""What per-token arguments say at virtual slots: what they say where a model is called without them.
+"""The values of per-token arguments at virtual slots: those that the model uses where the argument is left out.
 
-Boxes of a page, paths of an element, segments: for tokens that stand nowhere on a page their tokenizers give the padding's value,
-and the models take the same one where the argument is left out. That they do is probed at attach. Languages are the text's own.
+Boxes on a page, paths in a document, token types: for tokens without one, tokenizers give the value of padding, and the models
+use the same value where the argument is left out. A probe at attach checks that they do. Languages are those of the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COPIED = ("langs",)
 
 
 def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
-    """Find the per-token arguments of a stack that a slot has a value for: filled with it, they must be as if left out.
+    """Find the per-token arguments of a stack whose value at a slot is known: filled with it, they must change nothing.
 
     The stack's prompts must be off.
 
@@ -64,7 +64,7 @@ def _state(stack: Stack, inputs: dict[str, Tensor]) -> Tensor | None:
         RuntimeError,
         IndexError,
         KeyError,
-    ):  # then slots have no value for it
+    ):  # the model does not take the argument alone: its value at slots stays unknown
         return None
 
 
@@ -73,7 +73,7 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def fill(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
-    """Widen the per-token arguments of a call whose value at slots is known, in place."""
+    """Add the slots' columns to the per-token arguments of a call whose value at slots is known, in place."""
     columns = wide.text.shape[1]
     for name, value in call.items():
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != columns:

@@ -1,4 +1,4 @@
-"""What a forward may bring along when slots go into its sequence; everything else is refused by name."""
+"""Checks of a call before slots go into its sequence: masks, caches and per-token arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tens
         return torch.ones(batch, columns, dtype=torch.long, device=device)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != columns:
         raise UnsupportedModeError(
-            "slots in the sequence need a mask of one number a token.",
+            "the mask was prepared for attention already (as for a static cache); slots in the sequence need a mask of one "
+            "number a token.",
             "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
             mask=f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}",
             expected=f"[{batch}, {columns}]",
@@ -40,26 +41,27 @@ def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tens
 
 
 def refuse_static(cache: Any) -> None:
-    """Refuse a cache of fixed size: nobody has made room for the slots in it.
+    """Refuse a cache of fixed size, which has no columns for the slots.
 
     Raises:
-        UnsupportedModeError: naming the cache.
+        UnsupportedModeError: the cache is one.
     """
     if getattr(cache, "is_compileable", False) is True and not is_recurrent(cache):
         raise UnsupportedModeError(
-            "slots in the sequence need a cache that grows.",
+            f"{type(cache).__name__} has a fixed size; slots in the sequence need a cache that grows.",
             "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
-            cache=type(cache).__name__,
         )
 
 
 def mask_of_text(
     call: dict[str, Any], outer: OuterCall | None, shape: tuple[int, int], device: torch.device, causal: bool
 ) -> Tensor:
-    """The mask of a call's text, of the given shape; one that a model in between has prepared must say the same.
+    """The mask of a call's text, one number a token, [B, T].
+
+    Where a model in between has prepared a mask for attention, the caller's own is used, if both hide the same tokens.
 
     Raises:
-        UnsupportedModeError: it says more, or the caller gave it so.
+        UnsupportedModeError: the prepared mask shows more tokens, or it is the caller's own.
     """
     given, flat = call.get("attention_mask"), padding_mask(call, outer)
     if given is not None and flat is None and outer is not None and outer.mask is None:
@@ -78,7 +80,7 @@ def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
         flat: the caller's, [B, K].
 
     Raises:
-        UnsupportedModeError: tokens see ahead (those of an image see each other), or the masks are of another form.
+        UnsupportedModeError: tokens see later ones (as those of an image see each other), or the mask has another form.
     """
     for mask in prepared.values() if isinstance(prepared, dict) else [prepared]:
         if mask is None:
@@ -86,39 +88,38 @@ def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
         if isinstance(mask, Tensor) and mask.dim() == 4 and not bool(_more(mask, flat, causal).any()):
             continue
         raise UnsupportedModeError(
-            "slots in the sequence need a mask of one number a token.",
+            "a model around the text model has prepared the mask; slots in the sequence need a mask of one number a token.",
             "Use a prompt that enters as keys and values (`prompt.injection`), or rows without images.",
-            mask=f"{list(mask.shape)}, in which tokens see ahead"
+            mask=f"{list(mask.shape)}, in which tokens see later ones"
             if isinstance(mask, Tensor)
             else f"{type(mask).__name__}, prepared by the model around the text model",
         )
 
 
 def _more(mask: Tensor, flat: Tensor, causal: bool) -> Tensor:
-    """What a prepared mask shows of the call's own columns beyond those that are text, and no later ones in a decoder."""
+    """Which columns of the call a prepared mask shows although they are padding, or later ones in a decoder, [B, 1, T, T]."""
     queries = mask.shape[-2]
     seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[..., -queries:]
     real = flat.to(seen.device).bool()[:, None, None, -queries:]
-    if queries == 1:  # of a mask for keys alone nothing else can be told
+    if queries == 1:  # one row for all queries: it shows which keys are padding, and nothing of causality
         return seen & ~real if not causal else torch.zeros_like(seen)
     hidden = ~real | torch.ones(queries, queries, dtype=torch.bool, device=seen.device).triu(1) if causal else ~real
     return seen & hidden & real.transpose(-1, -2)
 
 
 def refuse_later_text(gap: Tensor, live: Tensor, columns: int) -> None:
-    """Refuse a row whose text begins in a later chunk: padding stood where the slots belong, and sliding windows see it."""
+    """Refuse a row whose text begins in a later chunk of a prefill: the slots are before padding, which sliding windows count."""
     last = torch.where(live, gap, 0).amax(-1)
     if bool((last > columns).any()):
         raise UnsupportedModeError(
-            "slots need a row's first token in the first chunk of a prefill.",
+            f"the text of row {int(last.argmax())} begins after the first chunk of {columns} columns; slots need a row's first "
+            "token in the first chunk of a prefill.",
             "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
-            chunk=f"{columns} columns",
-            row=f"{int(last.argmax())}, whose text begins later",
         )
 
 
-def mask_of_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
-    """Say by a mask what a call says by the lengths of its rows (XLM), which slots change; a mask goes before them."""
+def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
+    """Turn the `lengths` of a call's rows (XLM), which slots change, into a mask; an existing mask has precedence."""
     lengths = call.get("lengths")
     if not isinstance(lengths, Tensor) or lengths.shape != (batch,):
         return
@@ -128,7 +129,7 @@ def mask_of_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
 
 
 def widen_known(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
-    """Give the per-token arguments whose value at a virtual token is known their widened columns, in place.
+    """Add the slots' columns to the per-token arguments whose value at a slot is known, in place.
 
     Args:
         fills: the values that were found for this stack.
@@ -137,14 +138,18 @@ def widen_known(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> N
 
 
 def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int) -> None:
-    """Refuse per-token arguments whose value at a slot nobody knows: [B, T, ...], and masks for each query, [B, 1, T, ...]."""
+    """Refuse per-token arguments whose value at a slot is unknown: [B, T, ...], and masks for each query, [B, 1, T, ...].
+
+    Raises:
+        UnsupportedModeError: the call has one.
+    """
     known = {*_UNTOUCHED, *_WIDENED, *COPIED, *stack.fills}
     for key, value in call.items():
         if not isinstance(value, Tensor) or key in known:
             continue
         if key.endswith("_position_ids") and not key.startswith("decoder_"):
             raise UnsupportedModeError(
-                "virtual tokens among the text move its words, and positions that point at words cannot follow.",
+                f"the call brings `{key}`, positions that point at words; slots in the sequence move the words.",
                 f"Leave `{key}` out, or disable the prompt for this call.",
                 argument=f"{key} {list(value.shape)}",
             )
@@ -160,16 +165,16 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
                 else ", or use a prompt that enters as keys and values, such as PrefixTuning"
             )
             raise UnsupportedModeError(
-                "every per-token argument must have a value at the virtual slots.",
+                f"the call brings `{key}`, a per-token argument whose value at virtual slots is not known.",
                 f"Leave `{key}` out{other}.",
                 argument=f"{key} {list(value.shape)}",
             )
 
 
-def stand_by_types(call: dict[str, Any], mask: Tensor) -> bool:
-    """Whether types of several numbers a token say where it stands: in which cell of a table (TAPAS), where counting begins anew.
+def has_positions_in_types(call: dict[str, Any], mask: Tensor) -> bool:
+    """Whether token types of several numbers give the positions, as in TAPAS, which numbers the tokens of each table cell.
 
-    Then the model makes the positions itself. It counts padding too.
+    Then the model makes the positions itself, and counts padding too.
 
     Raises:
         UnsupportedModeError: a row begins with padding.
@@ -179,21 +184,20 @@ def stand_by_types(call: dict[str, Any], mask: Tensor) -> bool:
         return False
     if not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
-            "slots need rows that begin with text, in a model that makes positions of the types of tokens.",
+            f"{int((mask[:, 0] == 0).sum())} rows begin with padding; in a model that makes positions of token types, rows with "
+            "slots must begin with text.",
             "Pad on the right.",
             token_type_ids=list(types.shape),
-            attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
         )
     return True
 
 
 def refuse_more_columns(output: Any, text: int, wide: int) -> None:
-    """Refuse a stack's states where they are not one a column: behind the text it may have put an image (LayoutLMv3)."""
+    """Refuse an output with more states than columns: the stack may have appended those of an image (LayoutLMv3)."""
     columns = last_hidden_state(output).shape[1]
     if columns not in (text, wide):
         raise UnsupportedModeError(
-            "slots need a stack that returns one state for each column that it is given.",
+            f"the stack returns {columns} states for {wide} columns; with slots it must return one state for each column.",
             "Call the model with text alone.",
-            given=f"{wide} columns, {wide - text} of them slots",
-            returned=f"{columns} columns",
+            columns=f"{wide}, {wide - text} of them slots",
         )

@@ -1,4 +1,4 @@
-"""What a decoder must know about the slots of its encoder: they are there, and may be attended to."""
+"""Slots in the encoder of an encoder-decoder, as its decoder sees them: in the cross-attention mask and in the outputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError
+from softhooks.inject.gather_columns import gather_columns
 from softhooks.inject.notes import slots_in
 from softhooks.inject.slots.checks import flat_mask
 from softhooks.inject.slots.slot_tables import Slots
@@ -16,12 +17,12 @@ from softhooks.layout.slot_map import Widened
 
 
 class CrossSlotPass(Pass):
-    """A decoder's forward over an encoder's widened states: its cross-attention mask grows by the slots.
+    """A decoder's forward over encoder states that include slots; the slots are added to its cross-attention mask.
 
     Args:
         stack: the decoder.
         encoder: the encoder.
-        slots: the prompts that stand in the encoder.
+        slots: the prompts in the encoder.
         call: the arguments of the decoder's forward; the encoder's mask is replaced in place.
     """
 
@@ -37,7 +38,8 @@ class CrossSlotPass(Pass):
         wide = _wide_of(states, encoder)
         if wide is None or (given is not None and given.shape[-1] != columns):
             raise PromptNotReachedError(
-                "a decoder must be given the states of an encoder that ran with the prompt.",
+                "the decoder was given states without the prompt; it must be given the states of an encoder that ran with the "
+                "prompt.",
                 "Let the model run its encoder itself, or call the encoder while the prompt is on.",
                 states=f"{states.shape[1]} columns",
                 mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
@@ -47,22 +49,19 @@ class CrossSlotPass(Pass):
             call["encoder_attention_mask"] = wide.spread_mask(flat_mask(given, batch, columns, states.device))
 
     def leave(self, output: Any) -> Any:
-        """Give cross-attentions the text's columns only."""
+        """Remove the slots' columns from the cross-attentions."""
         wide = self._wide
         if wide is None or isinstance(output, tuple) or output.get("cross_attentions") is None:
             return output
-        index = wide.text[:, None, None, :]
         output["cross_attentions"] = tuple(
-            weights.gather(3, index.expand(-1, weights.shape[1], weights.shape[2], -1))
-            if isinstance(weights, Tensor)
-            else weights
+            gather_columns(weights, wide.text, 3) if isinstance(weights, Tensor) else weights
             for weights in output["cross_attentions"]
         )
         return output
 
 
 def strip_encoder_state(output: Any, encoder: Stack) -> Any:
-    """Bring the encoder's last state in a task model's output back to the text's columns."""
+    """Remove the slots from the encoder's last state in a task model's output."""
 
     def strip(state: Any) -> Any:
         wide = _wide_of(state, encoder) if isinstance(state, Tensor) else None
@@ -76,7 +75,7 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
 
 
 def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
-    """The map that the encoder's own pass used for these states; beams are copies of their row's."""
+    """The map of slots that the encoder's pass used for these states, repeated for beams."""
     written = slots_in(states) or encoder.state.encoded
     wide = None if written is None else written.widened(states.shape[0])
     return wide if wide is not None and wide.columns == states.shape[1] else None

@@ -1,4 +1,4 @@
-"""A front prompt that is computed once as a rule, and stands in the sequence for one call that could change its states."""
+"""Slots for one call of a prompt that is shared as a rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softhooks.inject.text_positions import OuterCall
 
 
 class FallbackPass(SlotPass, CheckpointedPass):
-    """Slots in a stack whose attention layers expect a pass of their own, also when a checkpoint runs them again."""
+    """A forward with slots in a stack whose checkpointed layers need their pass again in the backward."""
 
     def __init__(
         self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, outer: OuterCall | None = None
@@ -22,4 +22,4 @@ class FallbackPass(SlotPass, CheckpointedPass):
             self.follow_checkpointing()
 
     def detach_injected(self) -> None:
-        """Nothing is put in behind the embedding."""
+        """Do nothing: the prompt enters at the embedding, before every layer."""

@@ -1,7 +1,7 @@
-"""Virtual slots in the sequence: placeholders put into the ids, their embedding rows overwritten, their states stripped.
+"""Slots in the sequence: placeholder ids are inserted, their embeddings replaced, and their states removed from the output.
 
-For encoders, for prompts that do not stand at the front, and for decoders whose front prompt cannot be shared. Outside the stack
-every shape is what it was; only a decoder that attends to an encoder sees the encoder's slots.
+For encoders, for prompts that are not at the front, and for decoders whose front prompt cannot be shared. Outside of the stack
+every shape is the text's; only a decoder that attends to an encoder sees the encoder's slots.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from softhooks.inject.caches import cache_of, caches_in, is_filled, is_recurrent
 from softhooks.inject.notes import WrittenSlots, note_slots, slots_in
 from softhooks.inject.shift_positions import set_position_ids
 from softhooks.inject.slots.checks import (
-    mask_of_lengths,
+    has_positions_in_types,
     mask_of_text,
     refuse_later_text,
     refuse_more_columns,
     refuse_static,
     refuse_unknown,
-    stand_by_types,
+    replace_lengths,
     widen_known,
 )
 from softhooks.inject.slots.slot_tables import Slots
@@ -41,10 +41,10 @@ class SlotPass(Pass):
     Args:
         stack: the stack.
         slots: the prompts.
-        call: the arguments of the forward, by name; widened in place.
+        call: the arguments of the forward, by name; the slots are added in place.
         placeholder: an ordinary id that is not padding.
         keep: whether the returned last state keeps the slots, for a decoder that attends to it.
-        outer: what the call of the model brought.
+        outer: positions and mask of the model's own call.
     """
 
     def __init__(
@@ -63,19 +63,19 @@ class SlotPass(Pass):
         self.placeholder = placeholder
         self._wide: Widened | None = None
         self._cached: Widened | None = None
-        self._asked = 0  # how many of the text's last columns the stack is to return; 0: all
+        self._asked = 0  # how many of the text's last columns the stack must return; 0: all
         self._embeds_given = call.get("input_ids") is None
-        self._ids: Tensor | None = None  # only where something else may be looked up in the same table
+        self._ids: Tensor | None = None  # only where token types may be looked up in the same embedding
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if not isinstance(text, Tensor):
-            raise UnsupportedModeError("slots need `input_ids` or `inputs_embeds` in the call of the model's backbone.")
+            raise UnsupportedModeError("the call of the model's backbone has neither `input_ids` nor `inputs_embeds`.")
         self.batch, self.columns = text.shape[:2]
         self.device = text.device
-        mask_of_lengths(call, self.batch, self.columns)
+        replace_lengths(call, self.batch, self.columns)
         cache = cache_of(call)
         refuse_static(cache)
         if not is_filled(cache):
-            self._begin(call)
+            self._insert(call)
         elif is_recurrent(cache):
             self._continue_state(cache)
         else:
@@ -83,17 +83,17 @@ class SlotPass(Pass):
 
     @property
     def slot_columns(self) -> Tensor | None:
-        """Where the slots stand in the widened sequence, [B, S]; None where a cache holds them."""
+        """The columns of the slots in the sequence, [B, S]; None where they are in a cache."""
         return None if self._wide is None else self._wide.slots
 
     @property
     def total_columns(self) -> int:
-        """How wide the sequence is in this forward."""
+        """The columns of the sequence in this forward, slots included."""
         return self.columns if self._wide is None else self._wide.columns
 
     # --- the first forward: the slots go in ---------------------------------------------------------------------------
 
-    def _begin(self, call: dict[str, Any]) -> None:
+    def _insert(self, call: dict[str, Any]) -> None:
         refuse_unknown(call, self.stack, self.batch, self.columns)
         given = call.get("attention_mask")
         mask = mask_of_text(call, self.outer, (self.batch, self.columns), self.device, self.stack.causal)
@@ -104,36 +104,35 @@ class SlotPass(Pass):
         self._mask = mask
         wide_mask = self._wide.spread_mask(mask)
         if call.get("input_ids") is not None:
-            call["input_ids"] = self._with_ids(self._wide, call["input_ids"])
+            call["input_ids"] = self._insert_ids(self._wide, call["input_ids"])
         elif self.slots.ids is not None:
             raise UnsupportedModeError(
-                "slots in the sequence need the text's ids, in a model that looks at ids beyond their embeddings.",
+                f"the call brings `inputs_embeds`, but the states of {type(self.stack.module).__name__} depend on ids too; with "
+                "slots it must be given ids.",
                 "Call the model with `input_ids`.",
-                model=type(self.stack.module).__name__,
-                text="given as `inputs_embeds`",
             )
         else:
-            call["inputs_embeds"] = self._overwrite(self._wide.spread(call["inputs_embeds"], 0))
+            call["inputs_embeds"] = self._insert_rows(self._wide.spread(call["inputs_embeds"], 0))
             self.touched = True
         widen_known(call, self._wide, self.stack.fills)
         if call.get("token_type_ids") is not None:
             self._ids = call.get("input_ids")
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
-        if not stand_by_types(call, mask):
+        if not has_positions_in_types(call, mask):
             self._place(call, widened_positions(self.stack, positions, mask, self._wide, wide_mask))
         self._keep_states(call)
 
     def _keep_states(self, call: dict[str, Any]) -> None:
-        """Where the stack itself leaves columns out (Gemma 4), ask for those in which the text's last ones end."""
+        """Ask a stack that computes the last columns only (Gemma 4) for as many as contain the text's last ones."""
         asked = call.get("logits_to_keep")
         if isinstance(asked, int) and asked > 0:
             assert self._wide is not None
             self._asked = asked
             call["logits_to_keep"] = self._wide.columns - int(self._wide.text[:, -asked:].min())
 
-    def _with_ids(self, wide: Widened, ids: Tensor) -> Tensor:
-        """The ids of the widened sequence, [B, T] -> [B, N]."""
+    def _insert_ids(self, wide: Widened, ids: Tensor) -> Tensor:
+        """Insert the slots' placeholder ids, [B, T] -> [B, N]."""
         spread = wide.spread(ids, self.placeholder)
         behind = self.slots.stacked_ids(ids)
         return spread if behind is None else spread.scatter(1, wide.slots, behind.expand_as(wide.slots))
@@ -145,7 +144,7 @@ class SlotPass(Pass):
             set_position_ids(self.stack, call, ids, self.handles)
 
     def is_text(self, args: tuple[Any, ...]) -> bool:
-        """Tell the ids from token types, which GPT-2 and CTRL look up in the same table."""
+        """Whether the embedding looks up the ids, and not token types, for which GPT-2 and CTRL use the same table."""
         ids = self._ids
         if self._embeds_given:
             return False
@@ -154,13 +153,13 @@ class SlotPass(Pass):
         return torch.equal(args[0].flatten(), ids.flatten())
 
     def embed(self, output: Tensor) -> Tensor:
-        """Overwrite the slots' rows of the embedding's output, [B, N, H]."""
+        """Replace the slots' rows of the embedding's output, [B, N, H]."""
         if self._wide is None or output.shape[1] != self._wide.columns:
             return output
         self.touched = True
-        return self._overwrite(output)
+        return self._insert_rows(output)
 
-    def _overwrite(self, output: Tensor) -> Tensor:
+    def _insert_rows(self, output: Tensor) -> Tensor:
         assert self._wide is not None
         rows = self.slots.stacked(output).expand(output.shape[0], -1, -1)
         return output.scatter(1, self._wide.slots[..., None].expand_as(rows), rows)
@@ -173,13 +172,14 @@ class SlotPass(Pass):
         given, positions = call.get("attention_mask"), given_positions(self.stack, call, self.outer)
         total = past - slots + self.columns
         flat = padding_mask(call, self.outer)
+        # The tokens that the call counts, by its mask or positions, must be those in the cache without slots, and the new ones.
         seen = None if flat is None else flat.shape[-1]
         if flat is None and positions is not None and positions.dim() == 2:
             seen = int(positions.max()) + 1 - self.stack.positions.start
         places = None if written is None else written.places_in(self.batch)
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
-                "slots in the sequence need a cache that their own generation has filled, token by token.",
+                "the cache does not hold this text with its slots; they need a cache that their own generation has filled.",
                 "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate from the "
                 "whole text, without a cache from before.",
                 cache=f"{past} columns, {slots} of them slots",
@@ -197,32 +197,34 @@ class SlotPass(Pass):
         self.touched = True
 
     def _continue_state(self, cache: Any) -> None:
-        """Go on from the state of recurrent layers alone: what they have read, slots and all, is in it."""
+        """Continue from a state of recurrent layers, in which the slots were read already."""
         written = slots_in(cache)
         if written is None or written.places_in(self.batch) is None:
             raise UnsupportedModeError(
-                "slots in the sequence need a state that their own generation has made.",
+                f"{type(cache).__name__} was not made with these slots; they need a state that their own generation has made.",
                 "Start again from the text, without the state.",
-                state=type(cache).__name__,
                 rows=self.batch,
             )
         self.touched = True
 
     def _widened(self, places: Places, mask: Tensor) -> Widened:
-        """The map of this batch. In a decoder spare slots go to the left, for text will be generated at the right."""
+        """The map of this batch. In a decoder unused slots go to the left, because text is generated at the right."""
         spare_first = self.stack.causal and not self.keep
         return widen(gaps(mask, places.offsets), places.live, mask.shape[1], spare_first=spare_first)
 
-    # --- the way out --------------------------------------------------------------------------------------------------
+    # --- the output ---------------------------------------------------------------------------------------------------
 
     def strip(self, states: Tensor) -> Tensor:
-        """Bring states back to the text's columns, [B, N, H] -> [B, T, H]."""
+        """Remove the slots from states, [B, N, H] -> [B, T, H].
+
+        In a decoder a token is predicted from the column before it: where slots are in between, from the last slot.
+        """
         wide = self._wide
         assert wide is not None
         return wide.predicting_states(states, self._mask) if self.stack.causal else wide.own_states(states)
 
     def leave(self, output: Any) -> Any:
-        """Strip states, hidden states and attentions; for a decoder that attends to this stack, keep the last state."""
+        """Remove the slots from states, hidden states and attentions; where a decoder attends to the last state, keep it."""
         if self._wide is None:
             return output if self._cached is None else strip_attentions(output, self._cached)
         if self.stack.causal:
@@ -239,7 +241,7 @@ class SlotPass(Pass):
         return stripped
 
     def pooled(self, states: Any) -> Any:
-        """What a pooler inside the stack may see."""
+        """Remove the slots from what a pooler inside the stack is given."""
         if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
             return states
         return self._wide.own_states(states)

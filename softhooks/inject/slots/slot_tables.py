@@ -1,4 +1,4 @@
-"""The prompts of a batch as slots: where each row has them, and which rows of embeddings they take."""
+"""The prompts of a batch as slots: their places in each row and their embeddings."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Slots:
 
     Attributes:
         tables: [P, H] for each prompt in use.
-        layouts: where the slots of each stand.
+        layouts: where the slots of each are.
         choice: for each row of the batch, which prompt (None: no prompt); None: the first, for every row.
         given: the extra arguments of the forward.
-        searched: how many columns of the text are a prompt, where the rest is generated; None: there is no telling.
-        ids: those behind the virtual tokens of each prompt, [P], where the stack looks at ids; None where it does not.
+        searched: how many columns were given to `generate`, in which layouts look for anchors; None: unknown.
+        ids: the placeholder ids of each prompt, [P], where the stack's states depend on ids; None where they do not.
     """
 
     tables: Sequence[Tensor]
@@ -42,7 +42,7 @@ class Slots:
 
     @property
     def uneven(self) -> bool:
-        """Whether some row may leave slots unused."""
+        """Whether some row may have fewer than S slots."""
         if any(layout.may_skip for layout in self.layouts):
             return True
         return self.choice is not None and any(
@@ -50,7 +50,7 @@ class Slots:
         )
 
     def places(self, mask: Tensor, ids: Tensor | None) -> Places:
-        """Find where the slots stand in a text.
+        """Find the places of the slots in a text.
 
         Args:
             mask: 1 for real tokens, [B, T].
@@ -77,10 +77,9 @@ class Slots:
     def _refuse_chunk(self, columns: int, prompt: int) -> None:
         if columns < prompt:
             raise UnsupportedModeError(
-                "a layout that looks for anchors or for the end of a prompt must see all of it at once.",
+                f"the first chunk has {columns} of {prompt} columns; a layout that looks for anchors, or for the end of the "
+                "text, must see all of it at once.",
                 "Leave `prefill_chunk_size` out.",
-                prompt=f"{prompt} columns",
-                first_chunk=f"{columns} columns",
             )
 
     def stacked(self, like: Tensor) -> Tensor:
@@ -88,17 +87,18 @@ class Slots:
         return self._stacked(self.tables, like)
 
     def stacked_ids(self, like: Tensor) -> Tensor | None:
-        """The ids behind all slots, [1 or B, S]; None where they are of no matter."""
+        """The placeholder ids of all slots, [1 or B, S]; None where the stack does not depend on ids."""
         return None if self.ids is None else self._stacked([ids[:, None] for ids in self.ids], like)[..., 0]
 
     def _stacked(self, tables: Sequence[Tensor], like: Tensor) -> Tensor:
-        """What each slot takes of the tables [P, N] of the prompts, [1 or B, S, N]."""
+        """Select the row of each slot from the tables [P, N] of the prompts. -> [1 or B, S, N]."""
         each = [
             table if layout.table_rows == list(range(table.shape[0])) else table[layout.table_rows]
             for table, layout in zip(tables, self.layouts, strict=True)
         ]
         if self.choice is None:
             return each[0].to(like)[None]
+        # Unused slots, and rows without a prompt, get zeros.
         padded = [functional.pad(rows, (0, 0, 0, self.columns - rows.shape[0])) for rows in each]
         table = torch.stack([*padded, torch.zeros_like(padded[0])]).to(like)
         index = [len(padded) if row is None else row for row in self.choice]

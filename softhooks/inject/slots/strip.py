@@ -1,4 +1,4 @@
-"""Bring what a stack returns back to the text's columns."""
+"""Removal of the slots from what a stack returns."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.probing import last_hidden_state
+from softhooks.inject.gather_columns import gather_columns
 from softhooks.layout.slot_map import Widened
 
 _PER_COLUMN = ("last_hidden_state", "hidden_states", "attentions", "router_logits")
 
 
 def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], keep_last: bool) -> Any:
-    """Bring every per-column tensor of a stack's output back to the text's columns.
+    """Remove the slots' columns from every per-column tensor of a stack's output.
 
     Args:
-        wide: the map of the widened sequence.
-        states: how states are brought back, [B, N, H] -> [B, T, H].
+        wide: the map of the sequence with slots.
+        states: removes them from states, [B, N, H] -> [B, T, H].
         keep_last: leave the last state as it is, for a decoder that attends to it.
     """
     if isinstance(output, Tensor):
@@ -33,7 +34,7 @@ def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor],
 
 
 def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
-    """Strip one value by its form: states [B, N, H], attentions [B, Hq, N, N], a router's logits [B * N, E], or a tuple."""
+    """Strip one value, by its shape: states [B, N, H], attentions [B, Hq, N, N], a router's logits [B * N, E], or a tuple."""
     if isinstance(value, (tuple, list)):
         return type(value)(_strip(item, wide, states) for item in value)
     if not isinstance(value, Tensor):
@@ -41,7 +42,7 @@ def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any
     batch, columns = wide.text.shape[0], wide.columns
     if value.dim() == 4 and columns in value.shape[2:]:
         for dim in (2, 3):
-            value = _gather(value, wide.text, dim) if value.shape[dim] == columns else value
+            value = gather_columns(value, wide.text, dim) if value.shape[dim] == columns else value
         return value
     if value.dim() == 3 and value.shape[1] == columns:
         return states(value)
@@ -51,7 +52,7 @@ def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any
 
 
 def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], asked: int) -> Any:
-    """Bring the last states, which are all that a stack has computed, back to the text's last columns.
+    """Select the text's last columns from a stack that has computed its last states only (`logits_to_keep`).
 
     Args:
         asked: how many columns of the text.
@@ -65,13 +66,14 @@ def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], a
 
 
 def strip_attentions(output: Any, wide: Widened) -> Any:
-    """Take the slots' columns out of attentions to a cache, [B, Hq, T, K]; a sliding layer holds the last K columns only."""
+    """Remove the slots' columns from attentions to a cache, [B, Hq, T, K]; in a sliding layer these are the last K columns."""
 
     def strip(weights: Any) -> Any:
         if not isinstance(weights, Tensor):
             return weights
         held = weights.shape[3]
-        text = _gather(functional.pad(weights, (wide.columns - held, 0)), wide.text, 3)
+        # Padded on the left to the whole sequence, so that a sliding layer's columns have the same numbers as the map's.
+        text = gather_columns(functional.pad(weights, (wide.columns - held, 0)), wide.text, 3)
         return text if held == wide.columns else text[..., -held:]
 
     if isinstance(output, tuple):
@@ -84,11 +86,3 @@ def strip_attentions(output: Any, wide: Widened) -> Any:
 def _is_attentions(item: Any, batch: int) -> bool:
     first = item[0] if isinstance(item, tuple) and item else None
     return isinstance(first, Tensor) and first.dim() == 4 and first.shape[0] == batch
-
-
-def _gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
-    shape = [weights.shape[0], 1, 1, 1]
-    shape[dim] = index.shape[1]
-    target = list(weights.shape)
-    target[dim] = index.shape[1]
-    return weights.gather(dim, index.view(shape).expand(target))
