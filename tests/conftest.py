@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, Hypothesis profiles, quiet libraries."""
+"""Shared by all tests: no network, one thread, Hypothesis profiles, quiet libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lifecycle: attach, what is frozen and what trains, the ways in, remove."""
+"""The lifecycle of a prompt: attaching, freezing, the ways in, removal."""
 
 from __future__ import annotations
 

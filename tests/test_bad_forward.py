@@ -1,4 +1,4 @@
-"""A forward that cannot be served is refused by name, and the next one goes on as if nothing had been."""
+"""A forward that cannot be served is refused, and the next one works as if nothing had happened."""
 
 from __future__ import annotations
 

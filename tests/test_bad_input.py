@@ -1,4 +1,4 @@
-"""Bad input: an error that names the rule, both values and the remedy, and a model that nothing has touched."""
+"""Bad input: the error names the rule, both values and the remedy, and the model stays unchanged."""
 
 from __future__ import annotations
 

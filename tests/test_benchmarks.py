@@ -1,4 +1,4 @@
-"""The benchmarks run on a tiny model, are exact there, and say so when a target is missed. Speed is not tested."""
+"""The benchmarks run on a tiny model, are exact there, and report missed targets. Speed is not tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is true: its example method, built from the text, trains, saves, loads and holds every property."""
+"""The example method of CONTRIBUTING.md, built from its text, trains, saves, loads and has every property."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import softhooks
 from softhooks import methods
-from softhooks.cli import app, option_table
+from softhooks.cli import app, options, source
 
 PAGE = "CONTRIBUTING.md"
 CASES = [zoo.Case("llama", "causal"), zoo.Case("bert", "sequence"), zoo.Case("t5", "seq2seq")]
@@ -33,6 +33,13 @@ def _code(number: int) -> str:
     return (file, listed, in_table)[number]
 
 
+def _listing() -> str:
+    """The module that lists the methods, with the example's line."""
+    listing = (ROOT / "softhooks/methods/__init__.py").read_text(encoding="utf-8")
+    assert listing.count("# isort: on") == 1
+    return listing.replace("# isort: on", _code(1))
+
+
 @pytest.fixture
 def decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The example method: its file is in the package's folder of methods, and its line in the list of methods."""
@@ -40,10 +47,8 @@ def decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / f"{name}.py").write_text(_code(0), encoding="utf-8")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path / "methods")])
-    listing = (ROOT / "softhooks/methods/__init__.py").read_text(encoding="utf-8")
-    assert listing.count("# isort: on") == 1
     before = set(methods.METHODS)
-    exec(listing.replace("# isort: on", _code(1)), {"__name__": methods.__name__})
+    exec(_listing(), {"__name__": methods.__name__})
     (added,) = methods.METHODS.keys() - before
     yield methods.METHODS[added]
     del methods.METHODS[added]
@@ -113,10 +118,18 @@ def test_it_folds_and_decodes(entry: Entry) -> None:
     test_properties.test_cached_decoding_equals_uncached(entry=entry)
 
 
-def test_make_options_shows_it_on_the_command_line(decomposed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = option_table.generate()
-    monkeypatch.setattr(option_table, "load", lambda: table)
-    shown = CliRunner().invoke(app.app, ["run", "--method", decomposed.kind.replace("_", "-"), "--help"])
+def test_the_command_line_shows_its_options(decomposed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line reads the sources in the package; here it is given those with the method."""
+    read, added = source._text, {methods.__name__: _listing(), decomposed.__module__: _code(0)}
+    monkeypatch.setattr(source, "_text", lambda module: added[module].encode() if module in added else read(module))
+    caches = (source._names, options.methods, options.method_options)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        shown = CliRunner().invoke(app.app, ["run", "--method", decomposed.kind.replace("_", "-"), "--help"])
+    finally:
+        for cache in caches:
+            cache.cache_clear()
     assert shown.exit_code == 0
     assert "--rank" in shown.output
 

@@ -1,4 +1,4 @@
-"""The documentation is true: its Python blocks run, its commands, links and modules exist, and the README is short."""
+"""The documentation: its Python blocks run, its commands, links and modules exist, and the README is short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt ensembles: one forward equals separate runs, votes and means by hand, and together they are no worse."""
+"""Prompt ensembles: one forward equals separate runs, and votes and means equal those computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is imported when: the package and its help are there at once, and a prompt needs no Trainer."""
+"""What each import loads: the package and its help load little, and a prompt needs no Trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors that name what a reader can do: the prompt and not the probe, the call and not another one's rule."""
+"""Errors name what a reader can change, not internals of a probe or of another call."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_p_tuning_without_arguments() -> None:
     ],
 )
 def test_slots_that_do_not_say_how_many(slots: str) -> None:
-    with pytest.raises(OptionError, match=r"Say how many slots there are, \{soft:3\}") as told:
+    with pytest.raises(OptionError, match=r"Give the number of slots, \{soft:3\}") as told:
         Layout("{a} " + slots + " b {soft:2}")
     assert f"not understood: {slots!r}" in str(told.value)
     assert "twice" not in str(told.value)
@@ -100,13 +100,13 @@ def test_slots_that_do_not_say_how_many(slots: str) -> None:
 
 @pytest.mark.parametrize("field", ["{a b}", "{}", "{a.b}", "{a!r}", "{a-b}", "{mask?}"])
 def test_fields_that_no_column_has(field: str) -> None:
-    with pytest.raises(OptionError, match=r"Name a field as its column is named") as told:
+    with pytest.raises(OptionError, match=r"Name a field as its column, with letters, digits and _") as told:
         Layout("{soft:2} " + field)
     assert f"not understood: {field!r}" in str(told.value)
 
 
 @pytest.mark.parametrize("text", ["{soft:2} {", "{soft:2} a } b", "{soft:2} {a"])
 def test_a_brace_of_the_text(text: str) -> None:
-    with pytest.raises(OptionError, match=r"Write a brace of the text twice: \{\{ or \}\}\.$"):
+    with pytest.raises(OptionError, match=r"Write a literal brace twice: \{\{ or \}\}\.$"):
         Layout(text)
     assert Layout("{soft:2} {{a}} {b}").num_virtual_tokens == 2

@@ -1,4 +1,4 @@
-"""What a method may ask of the engine: variants, extra arguments, hidden tokens, an objective, a constraint."""
+"""The interface of methods: variants, extra arguments, hidden tokens, objectives, constraints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words nearest to a prompt: those of a search by hand, of the vocabulary as the model embeds it."""
+"""`nearest_words` equals a search by hand over the vocabulary as the model embeds it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cases that PEFT gets silently wrong: here they are right, against the bare model; and PEFT's own figures beside."""
+"""Cases that PEFT silently gets wrong are right here, compared with the bare model; with PEFT's own figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More cases that PEFT gets wrong, and what it refuses or fails in: here it works, equal to the bare model."""
+"""More cases that PEFT gets wrong, refuses or fails in work here, and equal the bare model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding and masks that PEFT gets wrong or fails in, with every other method: the tokens and logits of the bare model."""
+"""Decoding and masks that PEFT gets wrong or fails in, with every other method, equal the bare model."""
 
 from __future__ import annotations
 

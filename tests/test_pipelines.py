@@ -1,4 +1,4 @@
-"""Pipelines of transformers answer with the prompt that is on: the model's own numbers, text by text, also in padded batches.
+"""Pipelines of transformers use the active prompt and give the model's own numbers, text by text and in padded batches.
 
 Text generation stands in `test_generate_outputs.py`.
 """

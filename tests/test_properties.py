@@ -1,4 +1,4 @@
-"""What is always true, for every method on every architecture with every head.
+"""Properties of every method on every architecture with every head.
 
 Hypothesis draws the case, the text, the padding and the training; `HYPOTHESIS_PROFILE=thorough` draws many more.
 """

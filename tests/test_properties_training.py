@@ -1,4 +1,4 @@
-"""What is always true of trainings and of errors, for every method; Hypothesis draws the architecture, and what else there is."""
+"""Properties of training and of errors, for every method; Hypothesis draws the architecture and settings."""
 
 from __future__ import annotations
 

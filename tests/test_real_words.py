@@ -1,4 +1,4 @@
-"""Words entered as a prompt are what these words are in the text, wherever the text's padding stands."""
+"""Words entered as a prompt act as these words in the text, wherever the text's padding stands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SPoT: a prompt that starts from another, and which of several is the nearest."""
+"""SPoT: starting a prompt from another, and finding the most similar of several."""
 
 from __future__ import annotations
 

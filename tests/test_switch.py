@@ -1,4 +1,4 @@
-"""Which prompt is on: activate, disabled, remove, names, and one context inside another."""
+"""Switching prompts: activate, disabled, remove, names, and nested contexts."""
 
 from __future__ import annotations
 

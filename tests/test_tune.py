@@ -1,4 +1,4 @@
-"""Loops of one's own: `with softhooks.attach(...)` and `@softhooks.tune(...)`."""
+"""Your own training loop: `with softhooks.attach(...)` and `@softhooks.tune(...)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vision-language models: what the model makes of images, positions and masks, stays; the prompt stands before all of it."""
+"""Vision-language models: images, positions and masks are unchanged, and the prompt stands before all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method in all three ways of use, in generation, and beside other prompts, on a causal language model."""
+"""Every method in all three ways of use, in generation, and with other prompts, on a causal language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vocabularies that a script has resized: what can be told of them, and what is said."""
+"""Vocabularies that a script has resized: what is detected, and the warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which module is taken for the stack: the one that text runs through, whatever it and its embeddings are made of."""
+"""Finding the stack: the module that the text runs through, whatever it and its embeddings are made of."""
 
 from __future__ import annotations
 

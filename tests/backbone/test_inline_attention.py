@@ -1,4 +1,6 @@
-"""Models that write their attention out: a prefix enters as columns of it, held against their own code with a wider softmax."""
+"""Models that compute attention inline: a prefix adds columns to it; compared with the model's own code with a wider
+softmax.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt and text beyond the positions that rotary embeddings are made for: a warning, once."""
+"""A warning, given once, for prompt and text beyond the positions that rotary embeddings were trained for."""
 
 from __future__ import annotations
 

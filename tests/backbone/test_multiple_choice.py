@@ -1,4 +1,4 @@
-"""Models for multiple choice: rows of choices, [B, C, T], that the model flattens before its stack."""
+"""Multiple-choice models: rows of choices, [B, C, T], that the model flattens before its stack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ids behind virtual tokens, in models that look at ids beyond the lookup of embeddings."""
+"""The ids of virtual tokens, in models that read token ids in addition to embeddings."""
 
 from __future__ import annotations
 

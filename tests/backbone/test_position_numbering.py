@@ -1,4 +1,4 @@
-"""How a stack numbers its columns is learned by watching it: slots stand where words would, wherever the numbers start."""
+"""A stack's position numbering is learned by watching it: slots stand where words would, whatever number it starts at."""
 
 from __future__ import annotations
 

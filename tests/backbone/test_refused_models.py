@@ -1,4 +1,4 @@
-"""Models that no prompt can enter: an exception of ours at attach, its cause kept, its remedy tried, the model as it was."""
+"""Models that no prompt can enter raise a softhooks error at attach with its cause, and stay unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefixes in layers whose windows and chunks nothing but their masks tell of."""
+"""Prefixes in layers whose sliding windows and chunks show only in their masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved prompt knows its base again: through conversions, and not when its weights are others."""
+"""A saved prompt recognizes its base model after conversions, and refuses one with other weights."""
 
 from __future__ import annotations
 

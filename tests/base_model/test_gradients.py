@@ -1,4 +1,6 @@
-"""Gradients from before a prompt was attached move nothing, count in nothing, and come back with the last prompt that goes."""
+"""Gradients from before a prompt was attached have no effect while it is, and return with the removal of the last
+prompt.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of the ways in at attach: what it takes for exact, and what it does not."""
+"""The comparison at attach of a shared prompt with slots: which differences pass, and which do not."""
 
 from __future__ import annotations
 

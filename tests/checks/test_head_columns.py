@@ -1,4 +1,4 @@
-"""Heads and poolers that read a column by its number: no virtual slot comes to them, or the prompt is refused."""
+"""Heads and poolers that read a column by its number: they never read a virtual token, or the prompt is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Rows that begin with padding get the answer that they get without it, or are refused, in models that are not told positions."""
+"""Left padding in models that are given no positions: rows give the result that they give without padding, or are
+refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof at attach: the prompt changes the output, all of it that trains gets a gradient, and nothing is left behind."""
+"""The check at attach that the prompt changes the output and that all of its trainable parts get gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line explains itself and reports an expected error without a traceback."""
+"""The command line: help, and expected errors without a traceback."""
 
 import importlib.metadata
 import subprocess

@@ -1,4 +1,4 @@
-"""`softhooks convert`, from the command line: both ways, several at once, whole or not at all, and nothing is trusted."""
+"""`softhooks convert` from the command line: both directions, several prompts, complete or not at all, malicious files."""
 
 from __future__ import annotations
 

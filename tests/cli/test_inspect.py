@@ -1,4 +1,4 @@
-"""`softhooks inspect`, from the command line: every kind of stored prompt is told; what is none is refused by name."""
+"""`softhooks inspect` from the command line: every kind of stored prompt is described, anything else is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`softhooks run`: a Trainer script, not a line of it changed, trains a prompt; every option is read, checked, explained."""
+"""`softhooks run`: an unmodified Trainer script trains a prompt; every option is parsed, checked and explained."""
 
 from __future__ import annotations
 

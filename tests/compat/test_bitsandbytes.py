@@ -1,4 +1,4 @@
-"""Quantized bases: the Trainer refuses them before a callback exists, unless the prompt is on them already."""
+"""Quantized bases: the Trainer refuses them unless a prompt is attached before."""
 
 from __future__ import annotations
 

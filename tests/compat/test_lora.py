@@ -1,4 +1,4 @@
-"""A prompt over LoRA of PEFT: switched, merged, named adapters; trained alone or with them; resumed and loaded again."""
+"""A prompt on a PEFT LoRA model: switched, merged and named adapters; trained alone or together; resumed and loaded."""
 
 from __future__ import annotations
 

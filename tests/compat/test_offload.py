@@ -1,4 +1,4 @@
-"""Models spread by a `device_map`, with layers on the CPU or on disk that accelerate brings in for each forward."""
+"""Models with a `device_map`, whose layers on CPU or disk accelerate loads in each forward."""
 
 from __future__ import annotations
 

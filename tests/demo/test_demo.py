@@ -1,4 +1,4 @@
-"""The demo: its text is clean, its baselines are honest, and all of it runs offline on a tiny random model."""
+"""The demo: clean text, fair baselines, and a complete offline run on a tiny random model."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""LLaMA-Adapters in files: our own, and PEFT's, where PEFT computes the same."""
+"""Files of LLaMA-Adapters: softhooks' own, and PEFT's where PEFT computes the same."""
 
 from __future__ import annotations
 

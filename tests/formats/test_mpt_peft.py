@@ -1,4 +1,4 @@
-"""Multitask prompts of PEFT: read with its own logits, written for it, and what is refused."""
+"""PEFT's multitask prompts: loading gives PEFT's logits, writing gives softhooks', and the refusals."""
 
 from __future__ import annotations
 

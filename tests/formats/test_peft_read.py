@@ -1,4 +1,4 @@
-"""Checkpoints that PEFT itself writes, against PEFT's own unpadded logits."""
+"""Checkpoints written by PEFT give PEFT's own unpadded logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written for PEFT gives, in PEFT, the logits that softhooks gives, and can be read back."""
+"""Prompts written for PEFT give softhooks' logits in PEFT, and can be loaded again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saved and loaded: bit for bit what it was, whole or not at all, and nothing in a file is trusted."""
+"""Saving and loading: bit for bit, complete or not at all, and no trust in a file's contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments with a value for each token, such as boxes on a page: virtual slots have the value of tokens that stand nowhere."""
+"""Per-token arguments, such as boxes on a page: virtual slots get the value of padding."""
 
 from __future__ import annotations
 

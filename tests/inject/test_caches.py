@@ -1,4 +1,4 @@
-"""A cache serves the prompts that it was filled with, a copy of it too; with any others it is refused."""
+"""A cache, and a copy of it, serves the prompts that it was filled with, and is refused with any others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that are asked for a text's last columns alone (Gemma 4 with shared keys) meet the prompt as all columns do."""
+"""Layers that compute only the last columns of a text (Gemma 4 with shared keys) see the prompt as others do."""
 
 from __future__ import annotations
 

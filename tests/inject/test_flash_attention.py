@@ -1,4 +1,4 @@
-"""Flash attention's contract, emulated: a mask of one number a key or none; causal from the lower right, windows on its own."""
+"""Flash attention's contract, emulated: a 2D mask or none, causal from the lower right, windows of its own."""
 
 from __future__ import annotations
 

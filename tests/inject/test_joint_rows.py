@@ -1,4 +1,4 @@
-"""Rows joined behind a long prefix: the same numbers, with one copy of the prefix's keys and values."""
+"""Rows joined after a long prefix: equal results, with one copy of the prefix's keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents packed into one row, their positions starting again: each sees the prompt, and no other document; or a refusal."""
+"""Packed documents: each sees the prompt and no other document, or the forward is refused."""
 
 from __future__ import annotations
 

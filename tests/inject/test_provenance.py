@@ -1,4 +1,4 @@
-"""A cache and an encoder's output serve the prompts that made them, as these were then: no other state, model or task."""
+"""A cache and an encoder's output serve only the prompts that made them, in the same state, model and task."""
 
 from __future__ import annotations
 

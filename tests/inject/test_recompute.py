@@ -1,4 +1,6 @@
-"""Keys and values that are made again in the backward: the same gradients, less kept, and nothing where others look after it."""
+"""Keys and values that are recomputed in the backward: equal gradients, less memory, and never inside other
+checkpointing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts on models with recurrent layers, alone or beside attention: in the sequence, exact, and through generation."""
+"""Prompts in models with recurrent layers, alone or next to attention: exact in the sequence and in generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prompt gives is computed for each forward, once for a call of `generate`, and once inside `softhooks.kept`."""
+"""A prompt is computed once per forward, once per `generate` call, and once inside `softhooks.kept`."""
 
 from __future__ import annotations
 

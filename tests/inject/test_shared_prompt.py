@@ -1,4 +1,4 @@
-"""What a call brings beside its text: a prompt that is computed once as a rule must meet it all the same."""
+"""Calls with more than text: a prompt that is normally computed once sees the other inputs too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model around a text model makes positions and masks by itself; a row is the same with any padding, given a mask alone."""
+"""Models around a text model that make positions and masks themselves: with only a mask, padding does not change a row."""
 
 from __future__ import annotations
 

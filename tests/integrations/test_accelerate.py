@@ -1,4 +1,4 @@
-"""Loops with an Accelerator: checkpoints hold the prompt only and go on bit for bit; what cannot be right is refused."""
+"""accelerate: checkpoints hold only the prompt and resume bit for bit; refusals."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The plugin for Axolotl. Axolotl is not here: a stand-in calls the hooks in its order (as published.json records them), on a
-real model and a real Trainer. Where it is installed, its own plugin manager and schema take the plugin."""
+"""The Axolotl plugin. Axolotl cannot be installed here: a stand-in calls the hooks in its order (recorded in
+published.json) on a real model and Trainer. Where it is installed, its own plugin manager and schema take the plugin.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The algorithm for Composer. Composer is not here: a stand-in calls its events in order (published.json), on a real model."""
+"""The Composer algorithm. Composer cannot be installed here: a stand-in calls its events in order (published.json) on a
+real model.
+"""
 
 from __future__ import annotations
 

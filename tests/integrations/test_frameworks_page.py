@@ -1,4 +1,4 @@
-"""The Python blocks of docs/frameworks.md run, with the names that the example of the module which they import finds ready."""
+"""The Python blocks of docs/frameworks.md run, with the names prepared for the example of the module that they import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch-Ignite, for real: an Engine trains a prompt, its Checkpoint holds it and brings it back bit for bit."""
+"""PyTorch-Ignite: an Engine trains a prompt; its Checkpoint holds the prompt and restores it bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning: one callback; checkpoints without the base that go on bit for bit; what cannot be right is refused."""
+"""Lightning: one callback; checkpoints without the base that resume bit for bit; refusals."""
 
 from __future__ import annotations
 

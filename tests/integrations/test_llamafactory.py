@@ -1,5 +1,6 @@
-"""The integration with LLaMA-Factory. It is not here: a stand-in for its `run_exp`, with the published arguments, hands the
-callbacks to a real Trainer as its `run_sft` does. Where it is installed, the record is compared with its own source."""
+"""LLaMA-Factory. It cannot be installed here: a stand-in for its `run_exp`, with the published arguments, passes the
+callbacks to a real Trainer as its `run_sft` does. Where it is installed, the record is compared with its source.
+"""
 
 from __future__ import annotations
 

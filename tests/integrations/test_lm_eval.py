@@ -1,4 +1,4 @@
-"""lm-evaluation-harness itself, on tiny models: scores with a prompt, without it, and by its own command line."""
+"""lm-evaluation-harness on tiny models: scores with a prompt, without it, and by its own command line."""
 
 from __future__ import annotations
 

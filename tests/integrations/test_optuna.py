@@ -1,4 +1,4 @@
-"""Optuna: searches over methods with a Trainer and in a study of one's own; what was found comes back."""
+"""Optuna: searches over methods with a Trainer and in a study of your own; the best prompt is found again."""
 
 from __future__ import annotations
 

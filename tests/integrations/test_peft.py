@@ -1,4 +1,4 @@
-"""Prompts between live models of PEFT and of softhooks, both ways, for every method of PEFT's and every kind of model."""
+"""Converting prompts between live PEFT and softhooks models, both ways, for every PEFT method and kind of model."""
 
 from __future__ import annotations
 

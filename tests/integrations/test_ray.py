@@ -1,4 +1,4 @@
-"""Ray Train, for real: two workers train one prompt, and a run that goes on from Ray's checkpoint ends with the same bits."""
+"""Ray Train: two workers train one prompt, and a run resumed from Ray's checkpoint ends with the same bits."""
 
 from __future__ import annotations
 

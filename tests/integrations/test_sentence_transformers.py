@@ -1,4 +1,4 @@
-"""Prompts in sentence-transformers: what is embedded, and what attaching, saving and loading leave as it was."""
+"""Prompts in sentence-transformers: embeddings, and what attaching, saving and loading leave unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts in SetFit: both phases, either head, checkpoints, saving; what SetFit thaws, and what is refused."""
+"""Prompts in SetFit: both phases, either head, checkpoints, saving, and which parameters SetFit unfreezes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is sent to SGLang has the fields that it publishes (in published.json); SGLang itself needs a GPU and is not run."""
+"""Requests for SGLang have its published fields (published.json); SGLang itself needs a GPU and is not run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""skorch, for real: nets over a model with a prompt; searches, clones, pickles, and skorch's own checkpoints."""
+"""skorch: nets over a model with a prompt; searches, clones, pickles, and skorch's own checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorBoard: event files, the projector's files and the texts, read back by TensorBoard's own readers."""
+"""TensorBoard: event files, projector files and texts, read back by TensorBoard's own readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`transformers serve` itself, over HTTP, with a prompt: what it answers is what `generate` gives."""
+"""`transformers serve` over HTTP with a prompt answers as `generate` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainers with one callback more: what is trained, on which loss, what is saved; and what is refused."""
+"""TRL's trainers with the callback: what is trained, on which loss, what is saved, and the refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's trainers that compare a policy with a reference, and those that sample from it: where the prompt is off, and where on."""
+"""TRL's trainers with a reference model, and those that sample from the policy: where the prompt is on and where off."""
 
 from __future__ import annotations
 

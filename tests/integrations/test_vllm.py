@@ -1,4 +1,4 @@
-"""What is sent to vLLM has the fields that it publishes (in published.json); vLLM itself needs a GPU and is not run."""
+"""Requests for vLLM have its published fields (published.json); vLLM itself needs a GPU and is not run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few-shot contexts: what examples and a template become, which types make sense, and rows that read the same."""
+"""Few-shot contexts: rendering of examples and templates, valid token types, and rows that read the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layouts for ids that exist already: slots at the ends of a row and next to anchors, against rows woven by hand."""
+"""Layouts for existing ids: slots at the ends of a row and next to anchors, compared with rows built by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where slots stand, against lists: what Python does with one row at a time."""
+"""Slot places in batches, compared with plain Python lists, one row at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Templates: what they say, the rows that they make, and the model's answer to them, against rows woven by hand."""
+"""Templates: parsing, the rows that they make, and the model's outputs, compared with rows built by hand."""
 
 from __future__ import annotations
 

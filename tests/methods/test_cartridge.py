@@ -1,4 +1,4 @@
-"""Cartridges: the start, the frozen sink, the teacher with the document, joined ones, and that they learn."""
+"""Cartridges: initialization, the frozen sink, the teacher with the document, concatenation, and learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Context tuning: it starts as in-context learning, a row does not see itself, tokens drop, and it learns."""
+"""Context tuning: it starts as in-context learning, leave-one-out, token dropout, and learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning: what it computes, what it is trained on, how far it moves, what is kept of it."""
+"""Context-aware prompt tuning: its outputs, its loss, its bounds, and what is saved."""
 
 from __future__ import annotations
 

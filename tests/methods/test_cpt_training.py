@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning in a Trainer, in several processes, in a decorated loop; resumed; and that it learns."""
+"""Context-aware prompt tuning in a Trainer, in several processes and in a decorated loop; resuming, and learning."""
 
 from __future__ import annotations
 

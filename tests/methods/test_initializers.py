@@ -1,4 +1,4 @@
-"""Where prompts start: the exact rows of every initializer, and what a prompt made of words computes."""
+"""Initialization of prompts: the exact rows of every initializer, and the outputs of a prompt made of words."""
 
 from __future__ import annotations
 

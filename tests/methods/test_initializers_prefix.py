@@ -1,4 +1,4 @@
-"""Where prefixes start: the keys and values of words, zero, random; what they compute, and where gradients go."""
+"""Initialization of prefixes: keys and values of words, zero, random; their outputs and gradients."""
 
 from __future__ import annotations
 

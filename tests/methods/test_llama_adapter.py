@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: the base at step 0, the formula after, in every layer that it enters and no other."""
+"""LLaMA-Adapter: the base model at step 0, the formula afterwards, in every layer that it enters and no other."""
 
 from __future__ import annotations
 

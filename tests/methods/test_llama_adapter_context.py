@@ -1,4 +1,4 @@
-"""A context of its own for each row of a batch, in LLaMA-Adapter."""
+"""LLaMA-Adapter with a context per row of the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter in every way of generating, in packed rows, behind other attention functions, and in other architectures."""
+"""LLaMA-Adapter in every mode of generation, in packed rows, with other attention functions and architectures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters of different lengths, layers, gates, factors, contexts and heads, one a row of one batch; and what one can learn."""
+"""Adapters of different lengths, layers, gates, factors, contexts and heads in one batch; and learning."""
 
 from __future__ import annotations
 

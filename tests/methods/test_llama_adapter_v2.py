@@ -1,4 +1,4 @@
-"""What the second version of LLaMA-Adapter adds: factors, offsets, early fusion, norms."""
+"""LLaMA-Adapter version 2: factors, offsets, early fusion, norms."""
 
 from __future__ import annotations
 

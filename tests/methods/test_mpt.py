@@ -1,4 +1,4 @@
-"""Multitask prompt tuning: what a task's prompt is, who chooses it, what moves it, and what is saved of it."""
+"""Multitask prompt tuning: the prompt of a task, its choice per row, training and saving."""
 
 from __future__ import annotations
 

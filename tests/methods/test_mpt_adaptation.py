@@ -1,4 +1,4 @@
-"""Multitask prompt tuning from end to end: sources with teachers, targets with few examples, one matrix; and that it learns."""
+"""Multitask prompt tuning from end to end: sources with teachers, targets with few examples, one matrix; and learning."""
 
 from __future__ import annotations
 

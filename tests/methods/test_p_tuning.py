@@ -1,4 +1,4 @@
-"""P-tuning's network: what it computes, where it starts, what is kept of it, and what it costs."""
+"""P-tuning's network: its outputs, initialization, folding and cost."""
 
 from __future__ import annotations
 

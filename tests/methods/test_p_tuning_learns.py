@@ -1,4 +1,4 @@
-"""P-tuning learns: a frozen model knows three tasks and is not told which; slots next to an anchor find the one that is meant."""
+"""P-tuning learns: a frozen model knows three tasks, and slots next to an anchor learn which one is meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""P-tuning v2: deep prompts in all layers or in some, against attention done by hand; heads, spans, and that it learns."""
+"""P-tuning v2: deep prompts in all layers or in some, compared with attention computed by hand; heads, spans, and
+learning.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residual prompt tuning: what it computes, where it starts, what is kept of it, and that it learns."""
+"""Residual prompt tuning: its outputs, initialization, folding, and learning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's task sampling: what is drawn, how often, and that a Trainer draws it, exactly again when resumed."""
+"""The paper's task sampling: what is drawn and how often; a Trainer uses it, and a resumed run repeats it exactly."""
 
 from __future__ import annotations
 

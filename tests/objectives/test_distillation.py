@@ -1,4 +1,4 @@
-"""Distillation: the loss by hand, exactly nothing between equals, whatever the batch is cut into, and one model in memory."""
+"""Distillation: the loss by hand, zero between equal models, independent of micro-batches, with one model in memory."""
 
 from __future__ import annotations
 

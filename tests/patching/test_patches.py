@@ -1,4 +1,4 @@
-"""Attributes, entries, functions and hooks are put back as they were, and what other code has set since stays."""
+"""Patched attributes, entries, functions and hooks are restored, and what other code has set since stays."""
 
 from __future__ import annotations
 

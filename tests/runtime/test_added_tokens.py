@@ -1,4 +1,4 @@
-"""Rows of added tokens: trained alone, saved with the prompt, and put in the model's place wherever ids and logits are met."""
+"""Rows of added tokens: trained alone, saved with the prompt, and used wherever the model reads or writes these tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Columns of a batch that prompts take: refused where no prompt in use takes them, dropped where all prompts are off."""
+"""Batch columns: refused if no active prompt takes them, dropped if all prompts are off."""
 
 from __future__ import annotations
 

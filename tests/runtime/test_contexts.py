@@ -1,4 +1,4 @@
-"""`rows` and `disabled` hold in their own thread and asyncio task, and never beyond their block."""
+"""`rows` and `disabled` apply to their own thread and asyncio task, and only inside their block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continuous batching: many requests in one row, a paged cache, and a prompt before each of them."""
+"""Continuous batching: many requests in one row, a paged cache, and a prompt before each request."""
 
 from __future__ import annotations
 

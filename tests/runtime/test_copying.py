@@ -1,4 +1,4 @@
-"""Copies and pickles of a model with a prompt: models of their own, with prompts of their own."""
+"""Copies and pickles of a model with a prompt are independent models with prompts of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Callers of `model.forward`, who go past every hook: refused, until an integration has them sent through the hooks."""
+"""Callers of `model.forward` bypass hooks: they are refused, unless an integration routes them through the hooks."""
 
 from __future__ import annotations
 

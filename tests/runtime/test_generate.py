@@ -1,4 +1,4 @@
-"""Every mode of generation gives the tokens of a naive decoding loop on the bare model, or is refused by name."""
+"""Every mode of generation gives the tokens of a naive decoding loop on the bare model, or is refused."""
 
 from __future__ import annotations
 

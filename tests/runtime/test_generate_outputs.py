@@ -1,4 +1,4 @@
-"""What generation returns beside tokens, and what it computes: shapes, streams, pipelines, and the prompt only once."""
+"""Other outputs of generation: shapes, streams, pipelines; and the prompt is computed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names of labels are saved with a head, shown by the config while its prompt is on, and gone when it is."""
+"""Label names are saved with a head, and the config shows them only while its prompt is on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One prompt a row: each row of a batch, in forward and generate, is what it is when run alone."""
+"""One prompt per row: each row of a batch, in forward and generate, equals the row run alone."""
 
 from __future__ import annotations
 

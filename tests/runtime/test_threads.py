@@ -1,4 +1,4 @@
-"""Two threads on one model with a prompt: whoever comes second is refused, whatever it asks, and the first is right."""
+"""Two threads on one model with a prompt: the second one is refused, whatever it calls, and the first is right."""
 
 from __future__ import annotations
 

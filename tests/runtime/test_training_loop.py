@@ -1,4 +1,4 @@
-"""Loops of one's own that would train nothing are told so at the first backward or step; all others run as they are."""
+"""Training loops that would train nothing raise at the first backward or step; all others run unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`model.save_pretrained` and a Trainer without a callback, while prompts are on: prompts are written, and nothing is lost."""
+"""`model.save_pretrained` and a Trainer without a callback write the prompts while prompts are on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that has a model with prompts inside is saved with its prompts, and without stray tensors of them."""
+"""A model that contains a model with prompts is saved with its prompts, and without stray prompt tensors."""
 
 from __future__ import annotations
 

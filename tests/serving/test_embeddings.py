@@ -1,4 +1,4 @@
-"""A text with its prompt as embedding rows: the bare model, given them, generates what it generates with the prompt."""
+"""A text with its prompt as embeddings: given them, the bare model generates what it generates with the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a LLaMA-Adapter must compute, done naively: each layer's projections called by name, each row on its own, no softhooks."""
+"""A naive LLaMA-Adapter, without softhooks: each layer's projections called by name, each row on its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A context's loss by hand, on the bare model: one row at a time, one token at a time, no code of softhooks."""
+"""CPT's loss computed by hand on the bare model, one row and one token at a time, without softhooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny decoders that attend to an encoder's states, and what a prompt must compute in them, written out by hand."""
+"""Tiny decoders that attend to an encoder's states, and the expected output of a prompt, written out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trackers must have kept: each training log of the Trainer's history, number by number; and methods that log more."""
+"""Check that a tracker has every training log of the Trainer's history; and methods that log more."""
 
 from __future__ import annotations
 

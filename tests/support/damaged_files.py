@@ -1,4 +1,4 @@
-"""Saved prompts, damaged or falsified, that no reader may trust."""
+"""Damaged and malicious saved prompts, which every reader must refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Python blocks of the documentation find ready: a tiny model and whatever a user has already.
+"""The names that the Python blocks of the documentation expect: a tiny model and whatever a user already has.
 
 Each block gets a new model with the same weights, as a new process would load it. The names that a page defines itself, and the
 files that it writes, stay until its end.

@@ -1,4 +1,4 @@
-"""What the properties share: models that are made once, batches padded on either side, labels for every head."""
+"""Shared by the property tests: cached models, batches padded on either side, labels for every head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the example that a module of integrations shows in its docstring, as it stands there.
+"""Run the example in the docstring of an integration as it stands.
 
 An example is what a user would paste, at most fifteen lines of it. It may use names that the user has already (`model`,
 `tokenizer`, `dataset`, ...); `given/<framework>.py` makes them, on a tiny model and without a network:

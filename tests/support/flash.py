@@ -1,4 +1,4 @@
-"""Flash attention's contract, emulated on the CPU: a mask of one number a key or none, causal from the lower right."""
+"""Flash attention's contract, emulated on the CPU: a 2D mask or none, causal from the lower right."""
 
 from __future__ import annotations
 

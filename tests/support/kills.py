@@ -1,4 +1,4 @@
-"""Kill trainings at random moments, start them again until they are done, and compare each with one that was never killed.
+"""Kill trainings at random moments, restart them until they finish, and compare each with one that was never killed.
 
     python tests/support/kills.py --kills 50 --seed 0      every method in turn, at random moments
     python tests/support/kills.py --each                   every method once at each of the moments that were chosen

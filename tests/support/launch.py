@@ -1,4 +1,4 @@
-"""Start a script in two processes on this machine, as `torchrun` and `accelerate launch` do, and never hang."""
+"""Start a script in two processes on this machine, as `torchrun` and `accelerate launch` do, with a timeout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code blocks of Markdown pages, and what an HTML comment right before a block says about it."""
+"""Code blocks of Markdown pages, and the HTML comment in the line before a block."""
 
 from __future__ import annotations
 

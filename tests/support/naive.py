@@ -1,4 +1,4 @@
-"""Generation done naively on a bare model: every token by a full forward of one unpadded row, nothing kept between tokens."""
+"""Naive generation on a bare model: every token by a full forward of one unpadded row, without a cache."""
 
 from __future__ import annotations
 

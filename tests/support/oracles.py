@@ -1,4 +1,4 @@
-"""What a prompt must compute, done naively on the bare model: one row at a time, nothing shared, no code of softhooks."""
+"""The expected outputs of prompts, computed naively on the bare model: one row at a time, without softhooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call in a thread of its own that stops inside a module's forward until it may go on."""
+"""A call in a thread of its own that stops inside a module's forward until it is released."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT models with given prompts, to show by its own figures what it gets wrong; None where it is not installed."""
+"""PEFT models with given prompts, to measure PEFT's own errors; None where PEFT is not installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What frameworks that cannot be installed here publish: arguments of hooks and fields of requests, as read from their source.
+"""Published interfaces of frameworks that cannot be installed here: arguments of hooks and fields of requests, read from
+their source.
 
 Where such a framework is installed after all, the tests compare its own source with this record.
 """

@@ -1,4 +1,4 @@
-"""Real words as a prompt: on the bare model, words before a text must be what a prompt made of those words is.
+"""Real words as a prompt: a prompt made of the words before a text must act as these words do on the bare model.
 
 `prefix_gap` takes the keys and values of the first words of a text where attention sees them in a bare forward, enters them as a
 prefix before the rest, and compares the rest's states. `shared_gap` and `slots_gap` do the same with the words' embeddings. Each

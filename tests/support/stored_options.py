@@ -1,4 +1,4 @@
-"""Change what a saved prompt says about itself."""
+"""Change the options stored in a saved prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers made offline: words that are ids; one that frames and masks as BERT's; bytes and merges with a chat template."""
+"""Tokenizers made offline: words as ids; BERT-like with special tokens and a mask; byte-level BPE with a chat template."""
 
 from __future__ import annotations
 

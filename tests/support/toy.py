@@ -1,4 +1,4 @@
-"""A tiny model that really knows something: a few functions of one word, and how to tell from examples which one is meant.
+"""A tiny model that knows a few functions of one word, and infers from examples which one is meant.
 
 A sequence is `x f(x) y f(y) ...`; in a quarter of its training the function's name stands before it. One word alone does not say
 which function is meant: the frozen model guesses, and a prompt that has learned to say it is right on words it was not tuned on.

@@ -1,4 +1,4 @@
-"""What several tests of the Trainer share: some methods, options that save, and a callback that keeps what was trained."""
+"""Shared by the Trainer tests: some methods, options that save, and a callback that records what was trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model was: everything that a prompt could change on it and on transformers, to be compared later."""
+"""Snapshots of everything that a prompt could change on a model and on transformers, to compare later."""
 
 from __future__ import annotations
 

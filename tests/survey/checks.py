@@ -1,4 +1,4 @@
-"""What must hold of every prompt on every model, each as a number that is 0, or not 0, when it holds.
+"""Checks that must hold for every prompt on every model, each returning a number that is 0, or not 0, if it holds.
 
 All checks call the model as a script does; none looks inside the library. Gaps are relative to the size of what is compared.
 """

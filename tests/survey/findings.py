@@ -1,4 +1,4 @@
-"""What was found on one model: for each kind of prompt whether it is right, refused, or wrong and in what."""
+"""Findings on one model: for each kind of prompt whether it is right, refused, or wrong and in what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models of any architecture in transformers' Auto mappings: every size of a config is made small, wherever it stands."""
+"""Tiny models of any architecture in transformers' Auto mappings, with every size in the config made small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fixed sample: architectures of every kind that differs in what a prompt depends on, and what is refused on them."""
+"""The fixed sample: architectures that differ in what prompts depend on, and the known refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On every architecture of the sample each kind of prompt is right, or refused at attach for the reason that is known."""
+"""On every architecture of the sample each kind of prompt is right, or refused at attach for the known reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SoftPromptCallback: an unmodified Trainer trains the prompt, and nothing else moves."""
+"""SoftPromptCallback: an unmodified Trainer trains the prompt, and nothing else changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong around a callback: found, named with its step, and nothing lost."""
+"""The frozen check of the callback: changes of the base are found and named with their step, and nothing is lost."""
 
 from __future__ import annotations
 

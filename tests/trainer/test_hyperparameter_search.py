@@ -1,4 +1,4 @@
-"""`hyperparameter_search`: every trial trains the prompt of its own model, and no model stays behind."""
+"""`hyperparameter_search`: every trial trains a new prompt on its own model, and no model is left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that are killed, or find the disk full: the last whole checkpoint is found, and nothing else is lost."""
+"""Runs that are killed or run out of disk: the last complete checkpoint is found, and nothing else is lost."""
 
 from __future__ import annotations
 

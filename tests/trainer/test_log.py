@@ -1,4 +1,4 @@
-"""What a prompt shows while it trains: numbers in every log, for reporters too, and one line at the end."""
+"""Training logs of a prompt: its numbers in every log and every reporter, and one line at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method in an unmodified Trainer: what a resumed run, a best model, an evaluation and a prediction are."""
+"""Every method in an unmodified Trainer: resuming, best models, evaluation and prediction."""
 
 from __future__ import annotations
 

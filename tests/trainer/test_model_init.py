@@ -1,4 +1,4 @@
-"""Models and callbacks that come late: as right and as resumable as those in time, or refused before a step."""
+"""Models and callbacks that are added late work and resume like those added in time, or are refused before a step."""
 
 from __future__ import annotations
 

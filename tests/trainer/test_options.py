@@ -1,4 +1,4 @@
-"""Every option of the Trainer with one callback: only the prompt and its head train, and a resumed run is the same run.
+"""Every Trainer option with the callback: only the prompt and its head train, and a resumed run is the same run.
 
 | options | what holds |
 |---|---|

@@ -1,4 +1,4 @@
-"""Two processes train one prompt, equal to one process to rounding; what they cannot train is refused by name."""
+"""Two processes train one prompt, equal to one process up to rounding; what they cannot train is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model as its own reference: the bare model, or one of its prompts that rests, whatever the policy is at."""
+"""A model as its own reference: the bare model, or one of its inactive prompts, whatever the policy does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer with a SoftPromptCallback: small, exact, and no model to anybody else."""
+"""Checkpoints of a Trainer with a SoftPromptCallback: small, exact, and not loadable as a model."""
 
 from __future__ import annotations
 

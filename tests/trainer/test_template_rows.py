@@ -1,4 +1,4 @@
-"""Rows of a template in a Trainer with nothing but the callback: mapped rows, raw rows, classes as words."""
+"""Rows of a template in a Trainer with only the callback: mapped rows, raw rows, classes as words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example of `softhooks.integrations.accelerate` finds ready."""
+"""Names that the example of `softhooks.integrations.accelerate` expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example of Axolotl finds ready."""
+"""Names that the example of Axolotl expects."""
 
 from __future__ import annotations
 

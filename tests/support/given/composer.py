@@ -1,4 +1,4 @@
-"""What the example of Composer finds ready; where Composer is not installed, the stand-in for it too."""
+"""Names that the example of Composer expects; where Composer is not installed, its stand-in too."""
 
 from __future__ import annotations
 

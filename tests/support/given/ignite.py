@@ -1,4 +1,4 @@
-"""What the example of Ignite finds ready."""
+"""Names that the example of Ignite expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example of `softhooks.integrations.lightning` finds ready."""
+"""Names that the example of `softhooks.integrations.lightning` expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example of LLaMA-Factory finds ready."""
+"""Names that the example of LLaMA-Factory expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example of `softhooks.integrations.lm_eval` finds ready."""
+"""Names that the example of `softhooks.integrations.lm_eval` expects."""
 
 from __future__ import annotations
 

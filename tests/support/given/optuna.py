@@ -1,4 +1,4 @@
-"""What the example finds ready: a tiny model, rows, arguments that evaluate and save."""
+"""Names that the example expects: a tiny model, rows, and arguments that evaluate and save."""
 
 from __future__ import annotations
 

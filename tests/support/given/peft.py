@@ -1,4 +1,4 @@
-"""What the example of PEFT finds ready: a PEFT model with two prompts, its bare base, a batch with padding."""
+"""Names that the example of PEFT expects: a PEFT model with two prompts, its bare base, a batch with padding."""
 
 from __future__ import annotations
 

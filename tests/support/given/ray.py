@@ -1,4 +1,4 @@
-"""What the example of Ray finds ready: also Ray itself, started small, with workers that find the tests' modules."""
+"""Names that the example of Ray expects: also Ray itself, started small, with workers that find the tests' modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example of `softhooks.integrations.sglang` finds ready."""
+"""Names that the example of `softhooks.integrations.sglang` expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example of skorch finds ready."""
+"""Names that the example of skorch expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example finds ready: a tiny model, its tokenizer, rows."""
+"""Names that the example expects: a tiny model, its tokenizer, rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example of `softhooks.integrations.transformers_serve` finds ready."""
+"""Names that the example of `softhooks.integrations.transformers_serve` expects."""
 
 from __future__ import annotations
 

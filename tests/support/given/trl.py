@@ -1,4 +1,4 @@
-"""What the example of softhooks.integrations.trl finds ready: a tiny Llama, its tokenizer, and preferences."""
+"""Names that the example of softhooks.integrations.trl expects: a tiny Llama, its tokenizer, and preferences."""
 
 from __future__ import annotations
 

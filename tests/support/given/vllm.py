@@ -1,4 +1,4 @@
-"""What the example of `softhooks.integrations.vllm` finds ready."""
+"""Names that the example of `softhooks.integrations.vllm` expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the example finds ready: a tiny model, its tokenizer, rows; a tracker that stays on this machine."""
+"""Names that the example expects: a tiny model, its tokenizer, rows, and a local tracker."""
 
 from __future__ import annotations
 

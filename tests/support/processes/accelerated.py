@@ -1,4 +1,4 @@
-"""Loops with an Accelerator in one of two processes: `accelerated.py FOLDER`; writes what it saw to `rankN.pt`."""
+"""A loop with an Accelerator in one of two processes: `accelerated.py FOLDER`; writes its results to `rankN.pt`."""
 
 from __future__ import annotations
 

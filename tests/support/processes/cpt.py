@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning in one of two processes: `cpt.py FOLDER`; writes what was learned to `rankN.pt`."""
+"""Context-aware prompt tuning in one of two processes: `cpt.py FOLDER`; writes its results to `rankN.pt`."""
 
 from __future__ import annotations
 

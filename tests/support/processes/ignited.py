@@ -1,4 +1,4 @@
-"""Train a prompt with Ignite in the processes that `torchrun` has started; each begins with another, and has its own rows."""
+"""Train a prompt with Ignite under `torchrun`; each process starts with another prompt and has its own rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning in one of several processes: `lit.py PACKAGE FOLDER`; writes what it saw to `rankN.pt`."""
+"""Lightning in one of several processes: `lit.py PACKAGE FOLDER`; writes its results to `rankN.pt`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Parameters without a part in some steps, in one of two processes: `mpt.py FOLDER`; writes what it saw to `rankN.pt`."""
+"""Parameters without a gradient in some steps, in one of two processes: `mpt.py FOLDER`; writes its results to
+`rankN.pt`.
+"""
 
 from __future__ import annotations
 

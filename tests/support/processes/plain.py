@@ -1,4 +1,4 @@
-"""A Trainer script as users have it: it knows nothing of prompts."""
+"""A Trainer script without any softhooks code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt on a sentence model, trained in one of two processes: `sentences.py FOLDER`; writes what it saw to `rankN.pt`.
+"""A prompt on a sentence model in one of two processes: `sentences.py FOLDER`; writes its results to `rankN.pt`.
 
 The model lies in `FOLDER/base`: only rank 0 could write it here.
 """

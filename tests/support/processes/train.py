@@ -1,4 +1,4 @@
-"""Trainings in one of two processes: `train.py SCENARIO FOLDER`; writes what it saw to `rankN.pt`."""
+"""Trainings in one of two processes: `train.py SCENARIO FOLDER`; writes its results to `rankN.pt`."""
 
 from __future__ import annotations
 
