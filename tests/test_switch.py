@@ -100,7 +100,7 @@ def test_removing_a_prompt_while_another_is_on() -> None:
     softhooks.activate(model, "a")
     prompts["b"].remove()
     assert on(model, logits) == "a"
-    with pytest.raises(NotAttachedError, match=r"asked: *'b'\nattached: *'a', 'c'"):
+    with pytest.raises(NotAttachedError, match=r"no prompt named 'b' (.|\n)*attached: *'a', 'c'"):
         softhooks.activate(model, "b")
     assert not any("soft_prompt.b" in name for name in model.state_dict())
 

@@ -1,4 +1,4 @@
-"""What a forward needs from a prompt that is attached to a model: its embeddings, keys and values, branch and heads."""
+"""A prompt that is attached to a model: its embeddings, its keys and values, its branch and its heads."""
 
 from __future__ import annotations
 
@@ -84,45 +84,45 @@ class AttachedPrompt:
 
     @property
     def encoder(self) -> PromptEncoder:
-        """The module that makes the prompt."""
+        """The module that computes the prompt."""
         encoder = self.module["encoder"]
         assert isinstance(encoder, PromptEncoder)
         return encoder
 
     @property
     def heads(self) -> nn.ModuleDict:
-        """The prompt's own heads; a path's dots are slashes."""
+        """The prompt's own heads, by the path of the model's head, with slashes for dots."""
         heads = self.module["heads"]
         assert isinstance(heads, nn.ModuleDict)
         return heads
 
     @property
     def added(self) -> AddedTokens | None:
-        """The prompt's own rows of the vocabulary, if it trains some."""
+        """The prompt's own copies of vocabulary rows, if it trains any."""
         added = self.module._modules.get(ADDED)
         return added if isinstance(added, AddedTokens) else None
 
     @property
     def takes_gradients(self) -> bool:
-        """Whether the prompt trains, rather than being frozen too."""
+        """Whether the prompt is trainable."""
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def head(self, key: str) -> nn.Module | None:
-        """The prompt's own head in the place of one of the model's, if it has one."""
+        """The prompt's own copy of one of the model's heads, if it has one."""
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
     def without_objective(self) -> ExclusiveBlock:
-        """Run the model inside the context without this prompt's objective."""
-        return self.running.exclusive("a run without objective", aside=True)
+        """A `with` block in which the model runs without this prompt's objective."""
+        return self.running.exclusive("a forward without objective", aside=True)
 
     @property
     def computed(self) -> int:
-        """How often keys and values were computed: once a forward; once in all of a `generate` call, or inside `kept`."""
+        """How often keys and values were computed: once per forward, or once per `generate` call or `kept` block."""
         return sum(memory.computed for kept in (self._memory, self._branches) for memory in kept.values())
 
     @property
     def placeholder_ids(self) -> Tensor:
-        """The ids behind its virtual tokens, [P]; which ones is of no matter where the model looks at embeddings alone."""
+        """An id for each virtual token, [P]. They matter only in models that read the ids as well as the embeddings."""
         own = self.module._buffers.get(BUFFER)
         if own is not None:
             return own
@@ -134,10 +134,13 @@ class AttachedPrompt:
         return self._encode(EMBEDDINGS, variant)
 
     def key_values(self, stack: Stack, variants: tuple[int, ...] = (0,)) -> dict[Role, KeyValues]:
-        """The prompt, in some of its variants, as keys and values for one stack, by role.
+        """The prompt as keys and values for one stack, by role (self or cross-attention).
+
+        Args:
+            variants: the variants of the prompt (its tasks, for a multitask prompt), one after another.
 
         Raises:
-            UnsupportedModeError: another thread runs the model.
+            UnsupportedModeError: another thread is running the model.
         """
         with self.running.exclusive("a prompt's own rows"):
             found = self._key_values(stack, variants)
@@ -158,7 +161,7 @@ class AttachedPrompt:
 
     @contextmanager
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
-        """Let other keys and values, of any length, stand in the prompt's place: a teacher's, for an objective."""
+        """Use other keys and values, of any length, instead of the prompt's: those of a teacher, for an objective."""
         outer, self._replacement = self._replacement, key_values
         try:
             yield
@@ -169,11 +172,11 @@ class AttachedPrompt:
         """The prompt as a gated branch for one stack.
 
         Args:
-            context: each row's own, for the whole batch.
-            rows: the rows of the batch that the prompt serves; None: all.
+            context: the `prompt_context` of the whole batch, one entry for each row.
+            rows: the rows of the batch that use the prompt; None: all.
 
         Raises:
-            UnsupportedModeError: another thread runs the model.
+            UnsupportedModeError: another thread is running the model.
         """
         memory = self._branches.setdefault(stack.name, Memory())
         own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
@@ -188,13 +191,13 @@ class AttachedPrompt:
 
     @property
     def states(self) -> Tensor | None:
-        """The virtual tokens' own last states in the forward that is under way, [R, P, H], where they were run alone."""
+        """The virtual tokens' last hidden states in the current forward, [R, P, H]; None if the prompt was not run alone."""
         forward = self.running.forward
         kept = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
         return None if kept is None else kept.states
 
     def snapshot(self) -> Snapshot:
-        """The prompt's state now; the same object while nothing changes."""
+        """The prompt's state now; the same object as before if nothing has changed."""
         self._snapshot = snapshot(self, self._snapshot)
         return self._snapshot
 
@@ -212,14 +215,14 @@ class AttachedPrompt:
 
     def _encode(self, group: str, variant: int = 0) -> Tensor:
         device = self.encoder.device
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):  # the prompt is computed in fp32
             result: Tensor = self.encoder(group, variant)
         return result
 
     def __copy__(self) -> AttachedPrompt:
-        """Return the same: a second handle of the same state would not know what the first has done."""
+        """Return this object: a second handle could not know what the first one changes."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle has, its model among it; what forwards have computed stays behind."""
+        """The state of a copy or a pickle, including the model, without what earlier forwards have computed."""
         return self.__dict__ | {"_memory": {}, "_branches": {}, "_replacement": None}

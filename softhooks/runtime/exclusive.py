@@ -1,4 +1,4 @@
-"""Attach a prompt while nobody else runs the model: a forward in another thread would meet probes and half of the hooks."""
+"""Keep other threads from running a model while a prompt is attached: they would see the probes and half of the hooks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WHAT = "`attach` or `load`"
 
 
 def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Run a function that changes a model, its first argument, while other threads are refused.
+    """Refuse forwards in other threads while a function runs that changes a model, its first argument.
 
-    It raises UnsupportedModeError where another thread runs the model already.
+    It raises UnsupportedModeError if another thread is already running the model.
     """
 
     @functools.wraps(change)
-    def alone(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def run(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
         present = prompted_model_of(model)
         if present is not None:
             with present.running.exclusive(WHAT):
@@ -40,23 +40,23 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
             _require_idle(model)
             return change(model, *args, **kwargs)
 
-    return alone
+    return run
 
 
 class _Guard:
-    """Refuses the forwards of other threads, before there are hooks that would."""
+    """A hook that refuses forwards in other threads, for a model that has no other hooks yet."""
 
     def __init__(self) -> None:
         self.ident = threading.get_ident()
 
     def refuse(self, _module: nn.Module, _args: Any) -> None:
-        """Refuse a forward of another thread."""
+        """Refuse a forward in another thread."""
         if threading.get_ident() != self.ident:
             raise refusal(WHAT, self.ident)
 
 
 def _entries(model: nn.Module) -> list[nn.Module]:
-    """What a user may call of a model: itself, and whatever holds layers."""
+    """The modules that a user may call: the model itself and every module that holds a list of layers."""
     return [
         module
         for module in model.modules()
@@ -68,10 +68,10 @@ def _entries(model: nn.Module) -> list[nn.Module]:
 
 
 def _require_idle(model: nn.Module) -> None:
-    """Check that no other thread is in a forward of a model that has no hooks yet.
+    """Check that no other thread is in a forward of a model that has no hooks yet, by the frames of all threads.
 
     Raises:
-        UnsupportedModeError: one is.
+        UnsupportedModeError: another thread is.
     """
     modules = {id(module) for module in model.modules()}
     for ident, frame in sys._current_frames().items():

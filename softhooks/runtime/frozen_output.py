@@ -1,4 +1,4 @@
-"""The output of a forward in which nothing takes a gradient: its loss explains why, if its `backward` is called."""
+"""The output of a forward in which everything is frozen. Its loss can be read; its `backward` says why there is no gradient."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from softhooks.errors import TrainerError
 
 
 class FrozenOutput(Tensor):
-    """What a forward in which nothing takes a gradient returns: a loss, or logits and states that a loss is computed from.
+    """A tensor of the output of a forward in which everything is frozen: a loss, or logits and states.
 
-    It is read as any other tensor; so is what is computed from it. A loss that also takes gradients from elsewhere goes backward.
+    Tensors computed from it have this class too. A loss that also depends on trainable parameters elsewhere has a backward.
     """
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse, where torch would say that the tensor does not require grad.
+        """Compute gradients, if anything takes one.
 
         Raises:
-            TrainerError: with what to do.
+            TrainerError: nothing does; torch would say that the tensor does not require grad.
         """
         if not self.requires_grad:
             raise TrainerError(
-                "a prompt that is to be trained must take gradients; everything in this forward is frozen.",
+                "`backward` on a loss of frozen parameters only; the prompt was loaded without `trainable=True`.",
                 "Load the prompt with `softhooks.load(model, path, trainable=True)`, before the optimizer is made.",
-                loss="made of frozen parameters only",
             )
         super().backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __format__(self, format_spec: str) -> str:
-        """Format as a plain tensor: torch gives only those `f"{loss:.2f}"`."""
+        """Format as a plain tensor: torch supports `f"{loss:.2f}"` only for those."""
         return format(self.as_subclass(Tensor), format_spec)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -42,18 +41,18 @@ class FrozenOutput(Tensor):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
-def tell_frozen(output: Any) -> Any:
-    """Let a loss that is in a model's output, or is computed from it, say what is missing, should it go backward."""
+def mark_frozen(output: Any) -> Any:
+    """Make the tensors of a model's output `FrozenOutput`s, so that a loss in it, or computed from it, has a clear error."""
     if type(output) is tuple:
-        return tuple(map(_told, output))
+        return tuple(map(_marked, output))
     if isinstance(output, dict):
         for name, value in output.items():
-            if (told := _told(value)) is not value:
-                output[name] = told
+            if (marked := _marked(value)) is not value:
+                output[name] = marked
         return output
-    return _told(output)
+    return _marked(output)
 
 
-def _told(value: Any) -> Any:
+def _marked(value: Any) -> Any:
     plain = type(value) is Tensor and value.is_floating_point() and not value.requires_grad and not value.is_inference()
     return value.as_subclass(FrozenOutput) if plain else value

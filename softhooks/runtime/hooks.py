@@ -21,10 +21,10 @@ from softhooks.inject.text_positions import OUTER_ARGUMENTS
 from softhooks.runtime.arguments import take
 from softhooks.runtime.contexts import choice_of
 from softhooks.runtime.evaluation_mode import refuse_backward
-from softhooks.runtime.frozen_output import tell_frozen
+from softhooks.runtime.frozen_output import mark_frozen
 from softhooks.runtime.open_pass import open_forward
 from softhooks.runtime.running import Call, module_call
-from softhooks.runtime.unused_parameters import require_search
+from softhooks.runtime.unused_parameters import require_unused_search
 
 if TYPE_CHECKING:
     from softhooks.runtime.attached_prompt import AttachedPrompt
@@ -61,10 +61,10 @@ class ModelHooks:
         if call.is_aside or not prompted.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
         trainable = [prompt for prompt in prompted.active_prompts() if prompt.takes_gradients]
-        require_search(trainable, call.given)
+        require_unused_search(trainable, call.given)
         trained = next((prompt for prompt in trainable if prompt.objective is not None), None)
         if trained is None:
-            call.finish = None if trainable else tell_frozen
+            call.finish = None if trainable else mark_frozen
             return args, kwargs
         if not prompted.model.training:
             call.finish = refuse_backward(trained.method, prompted.model)
@@ -210,7 +210,7 @@ class StackHooks:
                 and torch.is_grad_enabled()
                 and not any(prompt.takes_gradients for prompt in self.prompted.active_prompts())
             ):
-                return tell_frozen(changed)  # called by itself, without the model around it
+                return mark_frozen(changed)  # called by itself, without the model around it
             return changed
         finally:
             self.prompted.running.end(begun)

@@ -1,6 +1,6 @@
-"""Check at each step of an optimizer that it, or another one, holds the prompt's parameters.
+"""Check at each step of an optimizer of the model's parameters that some optimizer holds the prompt's.
 
-torch reports every step of every optimizer to one hook, which is registered while a prompt is attached anywhere.
+torch calls one hook after each step of any optimizer. The hook is registered while a prompt is attached to any model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 class TrainedModel(Protocol):
-    """A model with prompts."""
+    """A model with prompts, as far as its optimizer is concerned."""
 
     @property
     def model(self) -> nn.Module:
@@ -33,7 +33,7 @@ class TrainedModel(Protocol):
 
 
 _held_elsewhere: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[AttachedPrompt]] = weakref.WeakKeyDictionary()
-"""Of optimizers the prompts that they, or others, hold, as far as that was looked up."""
+"""For each optimizer, the prompts for which some optimizer has been found already."""
 
 
 def _listen(patches: Patches) -> None:
@@ -42,38 +42,38 @@ def _listen(patches: Patches) -> None:
 
 
 watched: SharedPatches[TrainedModel] = SharedPatches(_listen)
-"""The models whose prompts must be stepped by whoever steps their model."""
+"""The models with a prompt."""
 
 
-def watch_steps(prompted: TrainedModel) -> None:
-    """Tell of steps that leave the prompt where it is, until the last prompt is removed."""
-    watched.add(prompted)
+def watch_steps(model: TrainedModel) -> None:
+    """Check the steps of optimizers until `unwatch_steps`."""
+    watched.add(model)
 
 
-def unwatch_steps(prompted: TrainedModel) -> None:
-    """Let a prompted go; with the last one, the hook."""
-    watched.discard(prompted)
+def unwatch_steps(model: TrainedModel) -> None:
+    """Stop checking for this model; with the last model, remove the hook."""
+    watched.discard(model)
 
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for prompted in watched:
-        reached = [prompt for prompt in prompted.active_prompts() if _has_gradient(prompt.module.parameters())]
+    for model in watched:
+        reached = [prompt for prompt in model.active_prompts() if _has_gradient(prompt.module.parameters())]
         if any(prompt not in _held_elsewhere.get(optimizer, ()) for prompt in reached):
-            _require_held(prompted, optimizer, reached)
+            _require_held(model, optimizer, reached)
 
 
 def _held(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _require_held(prompted: TrainedModel, optimizer: Optimizer, reached: list[AttachedPrompt]) -> None:
-    """Refuse a step on a model whose prompt takes gradients and is in no optimizer; warn where it trains something else.
+def _require_held(model: TrainedModel, optimizer: Optimizer, reached: list[AttachedPrompt]) -> None:
+    """Refuse a step if the prompt has gradients and no optimizer holds it; only warn if the step trains something else.
 
     Raises:
         TrainerError: the step trains nothing.
     """
     held = {id(parameter) for parameter in _held(optimizer)}
-    own = [parameter for parameter in prompted.model.parameters() if id(parameter) in held]
+    own = [parameter for parameter in model.model.parameters() if id(parameter) in held]
     if not own:
         return
     forgotten = [prompt for prompt in reached if not _is_held(prompt, optimizer)]
@@ -82,20 +82,20 @@ def _require_held(prompted: TrainedModel, optimizer: Optimizer, reached: list[At
         return
     trains = any(parameter.grad is not None for parameter in own)
     sentence = format_message(
-        "an optimizer must hold the prompt's parameters; neither this one nor another one does, "
-        + ("so the prompt is not trained." if trains else "so its step trains nothing."),
-        "Make it after `softhooks.attach`, of `prompt.parameters()`.",
-        optimizer=f"{type(optimizer).__name__} of {len(own)} parameters of {type(prompted.model).__name__}",
-        prompt=", ".join(repr(prompt.name) for prompt in forgotten) + ", which has gradients",
+        "the prompt has gradients, but no optimizer holds its parameters, "
+        + ("so the prompt is not trained." if trains else "so this step trains nothing."),
+        "Make the optimizer after `softhooks.attach`, from `prompt.parameters()`.",
+        optimizer=f"{type(optimizer).__name__} with {len(own)} parameters of {type(model.model).__name__}",
+        prompt=", ".join(repr(prompt.name) for prompt in forgotten),
     )
     if not trains:
-        del _held_elsewhere[optimizer]  # say it at the next step too
+        del _held_elsewhere[optimizer]  # raise again at the next step
         raise TrainerError(sentence)
     warnings.warn(sentence, UserWarning, stacklevel=stack_level())
 
 
 def _is_held(prompt: AttachedPrompt, first: Optimizer) -> bool:
-    """Whether an optimizer holds a parameter of a prompt that takes gradients: this one, or any other that is alive."""
+    """Whether an optimizer, this one or any other that exists, holds a parameter of the prompt that has a gradient."""
     wanted = {id(parameter) for parameter in prompt.module.parameters() if parameter.grad is not None}
     if any(id(parameter) in wanted for parameter in _held(first)):
         return True

@@ -35,10 +35,10 @@ from softhooks.runtime.selection import Selection, select_rows
 
 
 class PromptedModel:
-    """The prompts of one model, and which of them are on. `softhooks.runtime.install` registers the hooks that read it.
+    """The prompts of one model, and which of them are on. The hooks that `softhooks.runtime.install` registers read it.
 
     Args:
-        model: the model as the user holds it.
+        model: the model, as the user gave it.
         structure: its stacks, embeddings and attention layers.
 
     Attributes:
@@ -114,7 +114,7 @@ class PromptedModel:
 
     @property
     def active(self) -> str | None:
-        """The prompt that is on where no row names another; the model's config shows its labels' names."""
+        """The prompt that is on for rows that name none; the model's config shows its label names."""
         only = choice_of(self.model).only
         return self._active if only is None else only
 
@@ -125,29 +125,29 @@ class PromptedModel:
 
     @property
     def rows(self) -> Sequence[str | None] | None:
-        """One prompt name a row, in this thread or task."""
+        """One prompt name for each row, inside `softhooks.rows`."""
         return choice_of(self.model).rows
 
     @property
     def disabled(self) -> bool:
-        """Whether every prompt is off, in this thread or task."""
+        """Whether all prompts are off, inside `softhooks.disabled`."""
         return choice_of(self.model).off
 
     @property
     def given(self) -> dict[str, Tensor]:
-        """The extra arguments of this thread's forward that is under way."""
+        """The extra arguments of the forward that is running in this thread."""
         forward = self.running.forward
         return {} if forward is None else forward.given
 
     @property
     def is_on(self) -> bool:
-        """Whether a forward now meets a prompt."""
+        """Whether a prompt is selected; also if `rows` selects none for each row."""
         rows, off, only = choice_of(self.model)
         return not off and bool(self.prompts) and (rows is not None or only is not None or self._active is not None)
 
     @property
     def is_in_use(self) -> bool:
-        """Whether a forward now meets a prompt in some row."""
+        """Whether a forward would use a prompt in at least one row."""
         rows, off, only = choice_of(self.model)
         if off or not self.prompts:
             return False
@@ -156,15 +156,15 @@ class PromptedModel:
         return only is not None or self._active is not None
 
     def select(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
-        """The prompts of a forward, and for each row which of them.
+        """The prompts that a forward uses, and which of them each row uses.
 
         Args:
             batch: the number of rows.
-            given: the extra arguments; None: those of the model's forward that is under way.
+            given: the extra arguments; None: those of the forward that is running.
 
         Raises:
-            UnsupportedModeError: other rows than the batch has were named.
-            NotAttachedError: a prompt that was named has been removed.
+            UnsupportedModeError: `rows` does not fit the batch.
+            NotAttachedError: `rows` names a prompt that has been removed.
         """
         given, rows = self.given if given is None else given, self.rows
         if rows is None:
@@ -173,13 +173,17 @@ class PromptedModel:
         named = len(rows) * (1 if forward is None else forward.choices)
         if batch not in (named, named * repeats_of(self.model)):
             raise UnsupportedModeError(
-                "`rows` must name one prompt for each row of the batch (in generate, beams and samples are their row's).",
-                "Name as many prompts as the batch has rows.",
-                rows=len(rows),
-                batch=batch,
+                f"`rows` names {len(rows)} prompts for a batch of {batch} rows; name one prompt for each row.",
+                "In `generate`, beams and samples belong to their row: name one prompt for each row of its input.",
             )
         each = [name for name in rows for _ in range(batch // len(rows))]
         return select_rows(self.prompts, each, batch, given)
+
+    @property
+    def _names(self) -> Sequence[str | None]:
+        """The name that is selected for each row, or one for all rows."""
+        rows = self.rows
+        return [self.active] if rows is None else rows
 
     def show_labels(self) -> None:
         """Show the label names of the prompt that is on in the model's config, or the model's own names."""
@@ -187,22 +191,21 @@ class PromptedModel:
 
     def active_prompts(self) -> list[AttachedPrompt]:
         """The prompts that are on, each once."""
-        names = [self.active] if self.rows is None else self.rows
-        return [self.prompts[name] for name in dict.fromkeys(names) if name is not None and name in self.prompts]
+        return [self.prompts[name] for name in dict.fromkeys(self._names) if name is not None and name in self.prompts]
 
     @property
     def selection_text(self) -> str:
-        """The prompts that are on, in words: one for all rows, or one a row."""
-        names = [self.active] if self.rows is None else list(self.rows)
+        """The names of the prompts that are on, for messages: one for all rows, or one for each row."""
+        names = self._names
         return repr(names[0] if len(set(names)) == 1 else names)
 
     def provenance(self, selection: Selection | None = None) -> Provenance:
-        """The state of the prompts that are on, for a note on what a forward makes with them.
+        """The state of the prompts that are on, which is noted on caches and encoder outputs that a forward returns.
 
         Args:
-            selection: which row meets which, if that is known.
+            selection: the prompt of each row, if it is known.
         """
-        names = dict.fromkeys([self.active] if self.rows is None else self.rows)
+        names = dict.fromkeys(self._names)
         on = tuple((name, self.prompts[name].snapshot()) for name in names if name)
         return Provenance(self.selection_text, self.token, on, None if selection is None else selection.variants)
 
@@ -210,17 +213,17 @@ class PromptedModel:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The extra arguments that the model's prompts take."""
+        """The extra arguments (batch columns) that the model's prompts take."""
         return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.columns))
 
     def accepted(self) -> tuple[str, ...]:
-        """Those that a call may bring now: of the prompts in use, or of all where none is, for the same batch is run bare too."""
-        names = dict.fromkeys([self.active] if self.rows is None else self.rows) if self.is_in_use else self.prompts
+        """The extra arguments that a call may have now: those of the prompts in use, or of all prompts if none is in use."""
+        names = dict.fromkeys(self._names) if self.is_in_use else self.prompts
         used = [self.prompts[name] for name in names if name in self.prompts]
         return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.columns))
 
     def refuse_unused(self, call: dict[str, Any], own: Sequence[str] = ()) -> None:
-        """Refuse columns in a call that no prompt in use takes. See `softhooks.runtime.arguments.refuse_unused`."""
+        """Refuse extra arguments that no prompt in use takes. See `softhooks.runtime.arguments.refuse_unused`."""
         columns = self.columns
         if (TAKEN_BY.keys().isdisjoint(call) and call.keys().isdisjoint(columns)) or not self.is_in_use:
             return
@@ -230,7 +233,7 @@ class PromptedModel:
     # --- the modules that prompts enter -----------------------------------------------------------------------------------
 
     def require_heads_in_place(self) -> None:
-        """Check that the heads that prompts answer for are the model's still, while a prompt is in use.
+        """Check that the heads for which prompts have copies are still the model's, if a prompt is in use.
 
         Raises:
             UnsupportedModeError: one has been replaced.
@@ -239,7 +242,7 @@ class PromptedModel:
             self._answering.check(self.model)
 
     def require_modules_in_place(self, stack: Stack) -> None:
-        """Check that the modules of a stack that prompts enter at are the model's still.
+        """Check that the modules at which prompts enter a stack are still the model's.
 
         Raises:
             UnsupportedModeError: one has been replaced.
@@ -247,26 +250,26 @@ class PromptedModel:
         self._standing[stack.name].check(stack.module)
 
     def watch_head(self, head: nn.Module) -> None:
-        """Refuse forwards once one of the model's heads has been replaced."""
+        """Refuse forwards once this head of the model has been replaced."""
         self._answering.add([head])
 
     def watch_modules(self, stack: Stack, modules: Iterable[nn.Module]) -> None:
-        """Refuse forwards in which one of a stack's modules has been replaced."""
+        """Refuse forwards once one of these modules of a stack has been replaced."""
         self._standing[stack.name].add(modules)
 
     def embed_last(self) -> None:
-        """Put a prompt's rows in after everybody else's hooks on the embedding, such as NEFTune's noise."""
+        """Run the hooks on the embeddings after all hooks that others have registered since, such as NEFTune's noise."""
         for hook in self.embedding_hooks:
             hook.move_last()
 
     def note_loaded_state(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Remember what was loaded, for a callback that meets the model only afterwards; of weights only the shapes."""
+        """Remember a state dict with prompts, for a Trainer callback that is added later; weights as shapes only."""
         if not prefix and any(is_prompt_key(key) for key in state):
             self.loaded_state = {key: v if v.dtype == torch.uint8 else v.to("meta") for key, v in state.items()}
 
 
 def prompted_model_of(model: nn.Module) -> PromptedModel | None:
-    """The state of a model's prompts, if it has any; also through `torch.compile`, a wrapper's `module` and a sentence model."""
+    """The state of a model's prompts, if it has any; also through `torch.compile`, a wrapper (`module`) or a sentence model."""
     for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
         container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
         if isinstance(container, Container):
@@ -276,19 +279,18 @@ def prompted_model_of(model: nn.Module) -> PromptedModel | None:
 
 
 def require_prompted_model(model: nn.Module, name: str | None = None) -> PromptedModel:
-    """The state of a model that must carry a prompt.
+    """The state of a model's prompts.
 
     Raises:
-        NotAttachedError: it carries none, or none of that name.
+        NotAttachedError: the model has no prompt, or none of that name.
     """
     prompted = prompted_model_of(model)
     if prompted is None:
-        raise NotAttachedError(f"{type(model).__name__} carries no prompt; attach or load one first.")
+        raise NotAttachedError(f"{type(model).__name__} has no prompt; attach or load one first.")
     if name is not None and name not in prompted.prompts:
         raise NotAttachedError(
-            "a prompt must be attached before it is used.",
-            "Load it under this name first.",
-            asked=repr(name),
+            f"no prompt named {name!r} is attached to {type(model).__name__}.",
+            "Attach or load it under this name first.",
             attached=", ".join(map(repr, prompted.prompts)),
         )
     return prompted

@@ -1,7 +1,8 @@
-"""A forward that a backward runs again, as a checkpoint around a whole model does: it must meet the prompts of its first run.
+"""Check that a forward that the backward runs again uses the same prompts as its first run.
 
-The backward may run in another thread, outside of the `with` block of the forward, or after `activate`, and nothing tells which
-forward it repeats. So it is right where all forwards that may be meant have met the same prompts, and is refused elsewhere.
+A checkpoint around a whole model runs its forward again in the backward: perhaps in another thread, outside the `with` block of
+the first run, or after `activate`. Nothing shows which forward is repeated, so this is allowed only if all forwards since the
+attach have used the same prompts.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from softhooks.errors import UnsupportedModeError
 
 
 class RecomputeCheck:
-    """What the forwards of a model that a backward may run again have met.
+    """The prompts of the forwards that a backward may run again.
 
     Attributes:
-        seen: the prompts, in words; of forwards that differ only those of the first.
-        differs: whether forwards differ.
+        seen: the names of the first forward's prompts, as text.
+        differs: whether later forwards have used other prompts.
     """
 
     def __init__(self) -> None:
@@ -24,20 +25,20 @@ class RecomputeCheck:
         self.differs = False
 
     def note(self, selection: str, training: bool) -> None:
-        """Note what a forward meets, or check it where a backward runs it.
+        """Note the prompts of a forward; inside a backward, check them instead.
 
         Args:
-            selection: the prompts that are on, in words.
-            training: whether the model is in training mode; a reentrant checkpoint's first run has no gradients.
+            selection: the names of the prompts that are on, as text.
+            training: whether the model is in training mode. The first run of a reentrant checkpoint has no gradients.
 
         Raises:
-            UnsupportedModeError: the first run may have met other prompts.
+            UnsupportedModeError: the first run may have used other prompts.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:  # inside a backward
             if self.differs or self.seen != selection:
                 raise UnsupportedModeError(
-                    "a forward that a backward runs again must meet the prompts that its first run met.",
-                    "Checkpoint the layers with `gradient_checkpointing_enable()` in the place of the whole model.",
+                    "a backward runs a forward again, and its first run may have used other prompts; they must be the same.",
+                    "Checkpoint the layers with `gradient_checkpointing_enable()` instead of the whole model.",
                     before="several" if self.differs else self.seen or "unknown",
                     now=selection,
                 )

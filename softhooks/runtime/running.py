@@ -1,7 +1,7 @@
-"""What runs on a model: calls inside each other, all of one thread; and the state that belongs to each.
+"""The calls that are running on a model, one inside another, and the state of each. Only one thread at a time may run it.
 
-A model's hooks change what its modules do for one forward, so a forward in another thread would meet them. Whoever comes second
-is refused, and the first goes on undisturbed.
+The hooks change what a model's modules do during one forward, so a forward in another thread would see those changes. The second
+thread gets an error, and the first one is not disturbed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _local = threading.local()
 
 
 def this_thread() -> object:
-    """Something that tells this thread from all others; the number of a thread that has ended is given out again."""
+    """An object that identifies this thread. Python reuses the number of a thread that has ended; this is never reused."""
     try:
         token: object = _local.token
     except AttributeError:
@@ -36,11 +36,11 @@ def this_thread() -> object:
 
 
 def module_call() -> FrameType:
-    """The frame of the module call whose hook is running: what stands on the thread's stack for as long as that call runs."""
+    """The frame of the module call whose hook is running. It is on the thread's stack as long as that call runs."""
     frame = sys._getframe(2)
     while (
         frame.f_back is not None and "_dynamo" in frame.f_code.co_filename
-    ):  # what `torch.compiler.disable` puts between
+    ):  # frames that `torch.compiler.disable` puts in between
         frame = frame.f_back
     caller, found = frame, frame
     for _ in range(4):
@@ -53,23 +53,24 @@ def module_call() -> FrameType:
 
 
 class Call:
-    """A call that runs on a model, and the state that belongs to it.
+    """A call that is running on a model, and its state.
 
     Attributes:
-        holder: whose it is: the hooks that began it, or what was asked for.
-        what: it is called so in errors.
+        holder: the object that began it: a hook object or an `ExclusiveBlock`.
+        what: its name in errors.
         outer: the call that it runs inside.
-        is_model: whether it is a forward of the model, to which its stacks' forwards belong.
+        is_model: whether it is a forward of the whole model; forwards of stacks inside it use its state.
         is_on: whether prompts are on in it.
         given: the extra arguments of the forward.
-        choices: how many choices each row of the model's batch has, which are rows of their own in a stack.
-        brought: its masks and positions, as the caller gave them; None in a stack's forward.
-        encoded: where slots stand in the encoder's states that its decoder attends to.
-        batch: the rows of the first pass that a prompt was put in by; None until then.
-        finish: what an objective makes of its output.
-        aside: forwards inside have no objective.
-        prefilled: what each prompt has put in, by id, where it was run alone.
-        opened: the pass, in a forward of a stack.
+        choices: the number of choices per row (multiple choice); a stack gets each choice as a row.
+        brought: the masks and positions that the caller passed; None in a forward of a stack.
+        encoded: where the virtual slots are in the encoder states that the decoder attends to.
+        batch: the batch size of the first stack's forward that a prompt entered; None until then.
+        finish: a function that changes the output, for a method's objective.
+        aside: whether forwards inside it run without an objective.
+        prefilled: the keys and values of each prompt that was run alone, by `id(prompt)`.
+        opened: in a forward of a stack, its pass.
+        cleanups: functions that undo what the call has changed, called in reverse order.
     """
 
     def __init__(self, holder: object, what: str, frame: FrameType, outer: Call | None, is_model: bool) -> None:
@@ -94,24 +95,24 @@ class Call:
 
     @property
     def forward(self) -> Call:
-        """The forward that the state of this call belongs to: the model's, if it is a stack's inside."""
+        """The call whose state this forward uses: the model's forward around it, if this is a stack's, else this one."""
         outer = self.outer
         return outer if not self.is_model and outer is not None and outer.is_model else self
 
     @property
     def is_aside(self) -> bool:
-        """Whether the call has no objective."""
+        """Whether the call runs without an objective."""
         return self.outer is not None and (self.outer.aside or self.outer.is_aside)
 
     def runs(self) -> bool:
-        """Whether the call is still under way: of a KeyboardInterrupt torch tells no hook, and a thread may have ended."""
+        """Whether the call is still running. torch calls no hook after a KeyboardInterrupt, and a thread may have ended."""
         if self.thread is this_thread():
-            return _stands_on(self.frame, sys._getframe())
-        # A stack that moves while it is read could be missed once.
-        return any(_stands_on(self.frame, sys._current_frames().get(self.ident)) for _ in range(2))
+            return _is_on_stack(self.frame, sys._getframe())
+        # The other thread's stack can change while it is walked, so that the frame is missed once.
+        return any(_is_on_stack(self.frame, sys._current_frames().get(self.ident)) for _ in range(2))
 
     def refusal(self) -> UnsupportedModeError:
-        """The error of another thread that comes while the call runs; it names the outermost one."""
+        """The error for another thread that calls the model meanwhile; it names the outermost call."""
         return self.outer.refusal() if self.outer is not None else refusal(self.what, self.ident)
 
     def close(self) -> None:
@@ -121,7 +122,7 @@ class Call:
             self.cleanups.pop()()
 
 
-def _stands_on(wanted: FrameType | None, frame: FrameType | None) -> bool:
+def _is_on_stack(wanted: FrameType | None, frame: FrameType | None) -> bool:
     while frame is not None:
         if frame is wanted:
             return True
@@ -129,8 +130,8 @@ def _stands_on(wanted: FrameType | None, frame: FrameType | None) -> bool:
     return False
 
 
-def _acts_for(call: Call) -> bool:
-    """Whether this is a thread of autograd, which works for a call that waits for its own backward."""
+def _is_autograd_thread_of(call: Call) -> bool:
+    """Whether this is a thread of autograd, working for a call that waits for its own backward."""
     if torch._C._current_graph_task_id() == -1:
         return False
     frame = sys._current_frames().get(call.ident)
@@ -138,7 +139,7 @@ def _acts_for(call: Call) -> bool:
 
 
 class RunningCalls:
-    """The calls that run on one model, the innermost first. A copy of a model has none."""
+    """The calls that are running on one model. A copy of the model starts with none."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -152,18 +153,18 @@ class RunningCalls:
 
     @property
     def call(self) -> Call | None:
-        """The innermost call, if it is this thread's."""
+        """The innermost call, if it runs in this thread."""
         call = self._innermost
         return call if call is not None and call.thread is this_thread() else None
 
     @property
     def forward(self) -> Call | None:
-        """The forward of this thread that is under way."""
+        """The forward that is running in this thread."""
         call = self.call
         return None if call is None else call.forward
 
     def begin(self, holder: object, what: str, frame: FrameType, is_model: bool = False) -> Call:
-        """Begin a call, after closing what was left behind by calls that have ended without their last hook.
+        """Begin a call. Calls that have ended without their last hook are closed first.
 
         Raises:
             UnsupportedModeError: another thread runs the model.
@@ -174,20 +175,24 @@ class RunningCalls:
                 self._innermost = innermost.outer
                 innermost.close()
                 innermost = self._innermost
-            if innermost is not None and innermost.thread is not this_thread() and not _acts_for(innermost):
+            if (
+                innermost is not None
+                and innermost.thread is not this_thread()
+                and not _is_autograd_thread_of(innermost)
+            ):
                 raise innermost.refusal()
             call = self._innermost = Call(holder, what, frame, innermost, is_model)
             return call
 
     def find(self, holder: object, frame: FrameType) -> Call | None:
-        """The call that a hook has begun; None where it was refused, or is the library's own."""
+        """The call that a hook has begun; None if it was refused, or is the library's own run of the prompt."""
         call = self._innermost
         while call is not None and not (call.holder is holder and call.frame is frame):
             call = call.outer
         return call
 
     def end(self, ended: Call) -> None:
-        """End a call, and what was left behind inside it."""
+        """End a call, and any calls inside it that have not ended."""
         with self._lock:
             while self._innermost is not None and ended.frame is not None:
                 call = self._innermost
@@ -195,27 +200,27 @@ class RunningCalls:
                 call.close()
 
     def require_free(self) -> None:
-        """Check that no other thread runs the model.
+        """Check that no other thread is running the model.
 
         Raises:
-            UnsupportedModeError: one does.
+            UnsupportedModeError: another thread is.
         """
         call = self._innermost
         if call is not None and call.thread is not this_thread() and call.runs():
             raise call.refusal()
 
     def exclusive(self, what: str, aside: bool = False) -> ExclusiveBlock:
-        """Keep other threads from running the model, in a `with` block. See `ExclusiveBlock`."""
+        """A `with` block in which no other thread may run the model. See `ExclusiveBlock`."""
         return ExclusiveBlock(self, what, aside)
 
 
 class ExclusiveBlock:
-    """A `with` block that nobody else runs the model in.
+    """A `with` block in which no other thread may run the model.
 
     Args:
-        running: of the model.
-        what: the block is called so in errors.
-        aside: forwards inside have no objective.
+        running: the calls that are running on the model.
+        what: the name of the block in errors.
+        aside: whether forwards inside run without an objective.
     """
 
     def __init__(self, running: RunningCalls, what: str, aside: bool = False) -> None:
@@ -236,15 +241,14 @@ class ExclusiveBlock:
 
 
 def refusal(what: str, ident: int) -> UnsupportedModeError:
-    """The error of whoever comes while another thread runs or changes a model.
+    """The error for a thread that calls a model while another thread runs or changes it.
 
     Args:
-        what: it does.
-        ident: its number.
+        what: what the other thread does.
+        ident: the other thread's number.
     """
-    thread = next((thread.name for thread in threading.enumerate() if thread.ident == ident), "not Python's")
+    thread = next((thread.name for thread in threading.enumerate() if thread.ident == ident), "not started by Python")
     return UnsupportedModeError(
-        "a model with a prompt runs one forward at a time; what it puts in belongs to that one.",
-        "Call it under a lock, or give each thread a model of its own.",
-        running=f"{what}, in another thread ({thread})",
+        f"another thread ({thread}) is running {what}; a model with a prompt runs one forward at a time.",
+        "Call the model under a lock, or give each thread its own copy.",
     )

@@ -1,4 +1,4 @@
-"""Which prompts a forward meets, and which row meets which."""
+"""The prompts that a forward uses, and which of them each row uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Use:
-    """A prompt in one of its variants; most prompts have one."""
+    """A prompt in one of its variants, such as a task of a multitask prompt; most prompts have one variant."""
 
     prompt: AttachedPrompt
     variant: int = 0
@@ -27,11 +27,11 @@ class Use:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a batch meets.
+    """The prompts of a batch.
 
     Attributes:
-        uses: the prompts in use, those of one prompt side by side.
-        rows: for each row of the batch, which of them (None: no prompt); None: the first, for every row.
+        uses: the prompts in use; the variants of one prompt are next to each other.
+        rows: for each row of the batch, an index into `uses`, or None for no prompt; None: the first one for every row.
         given: the extra arguments of this forward, by name.
     """
 
@@ -57,14 +57,14 @@ class Selection:
         return tuple(None if row is None else self.uses[row].variant for row in self.rows)
 
     def choice_of_prompts(self) -> Sequence[int | None] | None:
-        """For each row, which of `prompts` it meets, whatever the variant."""
+        """For each row, an index into `prompts`; None: no prompt. None: the first one for every row."""
         if self.rows is None:
             return None
         prompts = self.prompts
         return [None if row is None else prompts.index(self.uses[row].prompt) for row in self.rows]
 
     def hidden(self, batch: int, length: int) -> Tensor | None:
-        """Which virtual tokens each row does not see, [B or 1, length] bool, the prompt rightmost; None: all are seen."""
+        """Which virtual tokens are hidden from each row, [B or 1, length] bool, right-aligned; None: none are."""
         found: list[Tensor | None] = []
         for prompt in self.prompts:
             own = prompt.encoder.hidden(self.given, batch)
@@ -83,23 +83,23 @@ class Selection:
 def select_rows(
     prompts: dict[str, AttachedPrompt], names: Sequence[str | None], batch: int, given: dict[str, Tensor]
 ) -> Selection:
-    """Find what each row of a batch meets.
+    """Select the prompt, and its variant, for each row of a batch.
 
     Args:
         prompts: every prompt of the model, by name.
-        names: of the rows' prompts; one name serves all rows.
+        names: the name for each row, or one name for all rows.
         batch: the number of rows.
         given: the extra arguments of the forward.
 
     Raises:
-        UnsupportedModeError: other rows than the batch has were named.
-        NotAttachedError: a prompt that was named has been removed.
+        UnsupportedModeError: an extra argument does not have one value for each row.
+        NotAttachedError: a named prompt has been removed.
     """
     each = list(names) * batch if len(names) == 1 else list(names)
     used = list(dict.fromkeys(name for name in each if name is not None))
     for name in used:
         if name not in prompts:
-            raise NotAttachedError(f"`rows` names {name!r}, which has been removed; it may name {list(prompts)}.")
+            raise NotAttachedError(f"`rows` names {name!r}, which has been removed; attached are {list(prompts)}.")
     variants = {name: _variants(prompts[name], given, batch) for name in used}
     keys = [None if name is None else (name, variants[name][row]) for row, name in enumerate(each)]
     distinct = sorted({key for key in keys if key is not None}, key=lambda key: (used.index(key[0]), key[1]))
@@ -115,10 +115,8 @@ def _variants(prompt: AttachedPrompt, given: dict[str, Tensor], batch: int) -> S
         return [0] * batch
     if len(chosen) != batch:
         raise UnsupportedModeError(
-            "an extra argument of the forward must have a value for each row of the batch.",
-            "Give one value a row.",
+            f"an extra argument has {len(chosen)} values for a batch of {batch} rows; give one value for each row.",
+            f"Check the columns that {prompt.method.kind} takes: {', '.join(prompt.method.columns)}.",
             prompt=prompt.name,
-            values=len(chosen),
-            batch=batch,
         )
     return chosen

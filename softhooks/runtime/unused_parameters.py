@@ -1,6 +1,6 @@
-"""Parameters that have no part in a step: under DDP, a wrapper that does not look for them waits for their gradients for ever.
+"""Refuse settings of DDP with which parameters that are unused in a step would hang it, or miss gradients.
 
-Their loss must not be given a gradient of zeros instead: an optimizer's momentum and decay would move them by it.
+Adding zero gradients to the loss for them would not help: an optimizer's momentum and weight decay would move them.
 """
 
 from __future__ import annotations
@@ -16,27 +16,35 @@ from softhooks.errors import TrainerError
 if TYPE_CHECKING:
     from softhooks.runtime.attached_prompt import AttachedPrompt
 
-RULE = "where parameters have no part in some steps, DDP must look for them in each, and not take the steps for alike."
-REMEDY = (
-    "Set `find_unused_parameters=True`, also with layers that run again (gradient checkpointing), and leave `static_graph` off: "
-    "`ddp_find_unused_parameters=True` in TrainingArguments, `DistributedDataParallelKwargs` for an Accelerator."
-)
 
-
-def require_search(prompts: Iterable[AttachedPrompt], given: Mapping[str, Tensor]) -> None:
-    """Refuse a training forward under a DDP that would fail at the next, or train on part of the gradients.
+def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str, Tensor]) -> None:
+    """Refuse a training forward under DDP settings that would make the next step fail, or miss gradients.
 
     Args:
-        prompts: those that train in this forward.
+        prompts: the prompts that train in this forward.
         given: the extra arguments of the forward.
 
     Raises:
         TrainerError: naming the method.
     """
-    wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # the one whose forward is under way
+    wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # the wrapper whose forward is running
     if wrapper is None or not wrapper.training or (wrapper.find_unused_parameters and not wrapper.static_graph):
         return
     for prompt in prompts:
         if prompt.method.has_idle(given):
             found = f"find_unused_parameters={wrapper.find_unused_parameters}, static_graph={wrapper.static_graph}"
-            raise TrainerError(RULE, REMEDY, method=prompt.method.kind, found=found)
+            raise unused_parameters_error(prompt.method.kind, found)
+
+
+def unused_parameters_error(method: str, found: str) -> TrainerError:
+    """The error for a launch or a forward with such settings.
+
+    Args:
+        method: the kind of the method.
+        found: the settings.
+    """
+    return TrainerError(
+        f"{found}, but some parameters of {method} are unused in some steps; DDP must look for them in each step.",
+        "Set `find_unused_parameters=True`, also with gradient checkpointing, and leave `static_graph` off: "
+        "`ddp_find_unused_parameters=True` in TrainingArguments, `DistributedDataParallelKwargs` for an Accelerator.",
+    )

@@ -14,7 +14,7 @@ from softhooks.errors import TrainerError
 from softhooks.method import Method
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.runtime.unused_parameters import REMEDY, RULE
+from softhooks.runtime.unused_parameters import unused_parameters_error
 
 
 def fsdp_plugin() -> Any:
@@ -41,7 +41,7 @@ def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> N
 def _check_unused_parameters(args: TrainingArguments, method: Method) -> None:
     if fsdp_plugin() is None:
         for found in _ddp_obstacles(args):
-            raise TrainerError(RULE, REMEDY, method=method.kind, found=found)
+            raise unused_parameters_error(method.kind, found)
     elif SaveStrategy(args.save_strategy) != SaveStrategy.NO and not args.save_only_model:
         raise TrainerError(
             f"save_strategy={SaveStrategy(args.save_strategy).value!r} would save an optimizer that torch cannot load again: "

@@ -212,7 +212,8 @@ def test_a_wrong_number_of_rows(names: list[str]) -> None:
     ids = zoo.text(4, 6)
     with softhooks.rows(model, names):
         with pytest.raises(
-            UnsupportedModeError, match=rf"one prompt for each row(.|\n)*rows: *{len(names)}\n.*batch: *4"
+            UnsupportedModeError,
+            match=rf"^`rows` names {len(names)} prompts for a batch of 4 rows; name one prompt for each row",
         ):
             model(ids)
         if 4 % len(names):
@@ -244,13 +245,13 @@ def test_rows_that_are_no_list_of_names(names: Any) -> None:
 
 def test_unknown_names() -> None:
     model, _, _ = decoder("llama", "prompts")
-    message = r"must be attached(.|\n)*asked: *'c'\nattached: *'a', 'b'"
+    message = r"^no prompt named 'c' is attached(.|\n)*attached: *'a', 'b'"
     with pytest.raises(NotAttachedError, match=message), softhooks.rows(model, ["a", "c"]):
         pass
     with pytest.raises(NotAttachedError, match=message):
         softhooks.activate(model, "c")
     for use in (softhooks.disabled, lambda m: softhooks.rows(m, ["a"]), lambda m: softhooks.activate(m, "a")):
-        with pytest.raises(NotAttachedError, match="carries no prompt"), use(zoo.build("llama")):
+        with pytest.raises(NotAttachedError, match="has no prompt"), use(zoo.build("llama")):
             pass
 
 

@@ -152,7 +152,7 @@ def test_an_optimizer_made_before_attach_is_told_at_its_first_step(arch: str, me
     early = OPTIMIZERS[optimizer](model.parameters())
     softhooks.attach(model, method)
     loss_of(model).backward()
-    with pytest.raises(TrainerError, match=r"(?s)Make it after `softhooks\.attach`"):
+    with pytest.raises(TrainerError, match=r"(?s)Make the optimizer after `softhooks\.attach`"):
         early.step()
 
 
