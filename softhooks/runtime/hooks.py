@@ -13,7 +13,7 @@ from softhooks.backbone.heads import answer, answer_rows
 from softhooks.backbone.multiple_choice import choices_of, for_each_choice
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
-from softhooks.inject.checkpointing import CheckpointedPass, Through
+from softhooks.inject.checkpointing import CheckpointedPass, UnchangedPass
 from softhooks.inject.notes import encoded_slots, note_caches, note_encoded, require_encoded
 from softhooks.inject.slots.cross_attention import strip_encoder_state
 from softhooks.inject.slots.slot_pass import SlotPass
@@ -158,7 +158,7 @@ class StackHooks:
         begun = self.prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call())
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
         begun.opened = open_forward(self.prompted, self.stack, call)
-        self._meet(begun, Through(self.stack) if begun.opened is None else begun.opened)
+        self._meet(begun, UnchangedPass(self.stack) if begun.opened is None else begun.opened)
         if begun.opened is None:
             return None if call.keys() >= kwargs.keys() else ((), call)  # the model never sees extra arguments
         return (), call
@@ -176,10 +176,10 @@ class StackHooks:
         stack.state.current = live
         if not stack.module.training or not torch.is_grad_enabled():
             return
-        if isinstance(live, Through):
+        if isinstance(live, UnchangedPass):
             live.follow_checkpointing()
         elif not isinstance(live, CheckpointedPass):
-            layers = Through(stack)
+            layers = UnchangedPass(stack)
             begun.cleanups.append(layers.close)
             layers.follow_checkpointing()
 

@@ -19,7 +19,7 @@ from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.examine import examine
 from softhooks.backbone.listening_cache import ListeningCache
 from softhooks.backbone.probing import last_hidden_state
-from softhooks.inject.prefill import CapturePass
+from softhooks.inject.capture import CapturePass
 from softhooks.inject.prefix.key_values import flatten
 
 

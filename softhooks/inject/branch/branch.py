@@ -157,14 +157,14 @@ class BranchPass(CheckpointedPass):
         """Cut every key, value, factor and offset off from the prompt's graph."""
         branch = self.branch
         self.branch = Branch(
-            keys={index: self.cut_off(tensor) for index, tensor in branch.keys.items()},
-            values={index: self.cut_off(tensor) for index, tensor in branch.values.items()},
+            keys={index: self.leaf_of(tensor) for index, tensor in branch.keys.items()},
+            values={index: self.leaf_of(tensor) for index, tensor in branch.values.items()},
             pending={
-                index: Gated(gated.site, self.cut_off(gated.rows), self.cut_off(gated.gate))
+                index: Gated(gated.site, self.leaf_of(gated.rows), self.leaf_of(gated.gate))
                 for index, gated in branch.pending.items()
             },
             seen=branch.seen,
-            scaled={name: (self.cut_off(a), self.cut_off(b)) for name, (a, b) in branch.scaled.items()},
+            scaled={name: (self.leaf_of(a), self.leaf_of(b)) for name, (a, b) in branch.scaled.items()},
         )
 
 
