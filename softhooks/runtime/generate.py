@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.reuse import generating
+from softhooks.inject.reuse import generation_scope
 from softhooks.runtime.contexts import Block, generation_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class _Generate(Noting):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         held, block = self.prompted.running.exclusive("its `generate`"), Block(self.prompted.model, generates=True)
-        with held, block, generating(self.prompted.model):
+        with held, block, generation_scope(self.prompted.model):
             self.prompted.refuse_unused(kwargs)
             return self.own()(*args, **kwargs)
 

@@ -13,7 +13,7 @@ from softhooks.inject.caches import cache_of
 from softhooks.inject.notes import require_own_cache, require_same_prompt
 from softhooks.inject.prefix.packed_documents import document_numbers, keep_documents_apart, require_masks
 from softhooks.inject.prefix.paged_cache import paged_cache
-from softhooks.inject.reuse import borne_by
+from softhooks.inject.reuse import scope_on
 from softhooks.inject.text_positions import OuterCall
 from softhooks.runtime.arguments import take
 from softhooks.runtime.continuous_batching import require_servable
@@ -60,7 +60,7 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
         require_masks(stack, packed, by_position=own is not None)
     if prompted.freeze_dropout:
         _keep_dropout_off(prompted, stack)
-    with borne_by(paged, prompted.model):
+    with scope_on(paged, prompted.model):
         opened = open_pass(stack, call, selection, prompted.placeholder_id, outer)
     if packed is not None:
         keep_documents_apart(opened, packed)
