@@ -15,7 +15,7 @@ from softhooks.integration_support.checkpoints import LIVE, saver_of
 from softhooks.integration_support.models import require_prompted_model, soft_prompts_of
 from softhooks.integration_support.saved_prompts import attach_stored, find
 
-from ._sentence_module import Dress, Trained, dress_of, leave_room, refuse_bare, saving_itself
+from ._inner_model import Dress, Trained, dress_of, leave_room, refuse_bare, saving_itself
 
 PROMPTED = "PromptedTransformer"
 KIND = f"softhooks.integrations.sentence_transformers.{PROMPTED}"

@@ -66,8 +66,8 @@ from softhooks.integration_support.training import (
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
-from ._carrier import Carrier, find_model
-from ._checkpoint_io import PromptFiles, layers_of
+from ._checkpoint_io import PromptFiles, prompt_files_of
+from ._outer_module import OuterModule, find_model
 
 __all__ = ["SoftPromptCallback", "attach"]
 
@@ -139,7 +139,7 @@ def attach(
             )
         prompt = attach_to_model(model, method, name, **options)
     prompt.prompted_model.active = name
-    Carrier.of(prompt, module, path)
+    OuterModule.of(prompt, module, path)
     return prompt
 
 
@@ -175,7 +175,7 @@ class _Callback:
         self.name = name
         self.attribute = attribute
         self.beside = beside
-        self.carrier: Carrier | None = None
+        self.outer: OuterModule | None = None
         self._may_undo = False
         self._options = {"train_head": train_head, "trainable": trainable, "freeze_dropout": freeze_dropout}
         if check_frozen == "log":
@@ -184,7 +184,7 @@ class _Callback:
 
     @property
     def soft_prompt(self) -> SoftPrompt | None:
-        return None if self.carrier is None else self.carrier.prompt
+        return None if self.outer is None else self.outer.prompt
 
     @property
     def report(self) -> FrozenReport | None:
@@ -205,20 +205,20 @@ class _Callback:
         prompted = prompted_model_of(pl_module.get_submodule(path))
         self._may_undo = prompted is None or self.name not in prompted.prompts
         prompt = attach(pl_module, self.method, self.name, attribute=path, **self._options)  # type: ignore[arg-type]
-        self.carrier = Carrier.of(prompt, pl_module, path)
+        self.outer = OuterModule.of(prompt, pl_module, path)
         if stage == "fit":
             require_trainable_prompt(prompt)
-        self.carrier.saver.described = None
+        self.outer.saver.described = None
         broadcast_from_rank_0(prompt, trainer.strategy.root_device)
         files = trainer.strategy.checkpoint_io
-        if not any(layer.callback is self for layer in layers_of(files)):
+        if not any(layer.callback is self for layer in prompt_files_of(files)):
             trainer.strategy.checkpoint_io = PromptFiles(files, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Meet the optimizers, and the model as Lightning has set it up."""
-        carrier = self.carrier
-        assert carrier is not None, "Lightning calls setup first"
-        prompt, saver = carrier.prompt, carrier.saver
+        outer = self.outer
+        assert outer is not None, "Lightning calls setup first"
+        prompt, saver = outer.prompt, outer.saver
         refuse_evaluation(prompt.method, prompt.model)
         self._frozen_check.begin(prompt, trainer.global_step)
         remedy = "Make it from `self.parameters()` in `configure_optimizers`, not in `__init__`; what is frozen is taken out."

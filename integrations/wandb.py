@@ -40,7 +40,7 @@ from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 
-from ._report import ABOUT, WORDS, PromptReport, table_of
+from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
 
 __all__ = ["PromptArtifact"]
 
@@ -48,7 +48,7 @@ KIND = "soft-prompt"
 """The type of the artifact."""
 
 
-class PromptArtifact(PromptReport):
+class PromptArtifact(PromptTracker):
     """Keep the prompt that a Trainer trains in its run of Weights & Biases.
 
     Args:

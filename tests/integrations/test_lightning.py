@@ -400,7 +400,12 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(
     refused("names and shapes must match", lit(), callback_of(METHODS["mlp"], name="other"))
 
     trainer_of(each_epoch(pl, tmp_path / "bare"), epochs=1).fit(lit(), loader())
-    refused("loads checkpoints that hold it", lit(), callback_of(METHODS["mlp"]), tmp_path / "bare" / "epoch=0.ckpt")
+    refused(
+        "the checkpoint lacks the prompt 'default'",
+        lit(),
+        callback_of(METHODS["mlp"]),
+        tmp_path / "bare" / "epoch=0.ckpt",
+    )
     with pytest.raises(RuntimeError, match="soft_prompt"):
         trainer_of().fit(lit(), loader(), ckpt_path=path)
 
