@@ -37,10 +37,12 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.errors import AttachError, SoftHooksError, TrainerError
+from softhooks.errors import AttachError, TrainerError
 from softhooks.integration_support.models import prompted_model_of
 from softhooks.integration_support.training import SoftPromptCallback, from_sections
 from softhooks.method import Method
+
+from ._imports import import_framework
 
 __all__ = ["SoftPromptPlugin", "callback_for"]
 
@@ -155,13 +157,8 @@ class _Hooks:
 
 
 def _plugin() -> type:
-    try:
-        from axolotl.integrations.base import BasePlugin
-    except ImportError as error:
-        raise SoftHooksError(
-            "this needs Axolotl; install it in an environment of its own, as Axolotl documents it, and softhooks beside it."
-        ) from error
-    return type("SoftPromptPlugin", (_Hooks, BasePlugin), {"__module__": __name__, "__doc__": _Hooks.__doc__})
+    base = import_framework("axolotl.integrations.base", "Axolotl").BasePlugin
+    return type("SoftPromptPlugin", (_Hooks, base), {"__module__": __name__, "__doc__": _Hooks.__doc__})
 
 
 def _schema() -> type:

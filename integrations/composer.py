@@ -36,13 +36,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.errors import AttachError, SoftHooksError, TrainerError
+from softhooks.errors import AttachError, TrainerError
 from softhooks.integration_support.checkpoints import live_tensors
 from softhooks.integration_support.models import prompted_model_of
 from softhooks.integration_support.training import mend_optimizer
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
+from ._imports import import_framework
 from ._training_state import LivePrompt, require_optimizer
 
 if TYPE_CHECKING:
@@ -173,13 +174,8 @@ def _refusal(what: str, found: object, expected: str, remedy: str) -> TrainerErr
 
 
 def _algorithm() -> type:
-    try:
-        from composer.core import Algorithm
-    except ImportError as error:
-        raise SoftHooksError(
-            "this needs Composer; install `mosaicml` in an environment of its own, as it documents it, and softhooks beside it."
-        ) from error
-    return type("SoftPromptAlgorithm", (_Events, Algorithm), {"__module__": __name__, "__doc__": _Events.__doc__})
+    base = import_framework("composer.core", "Composer (mosaicml)").Algorithm
+    return type("SoftPromptAlgorithm", (_Events, base), {"__module__": __name__, "__doc__": _Events.__doc__})
 
 
 def __getattr__(name: str) -> Any:

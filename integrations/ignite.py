@@ -38,10 +38,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.integration_support.training import broadcast_from_rank_0, require_same_on_all_ranks
 from softhooks.prompt import SoftPrompt
 
+from ._imports import import_framework
 from ._training_state import LivePrompt, require_optimizer
 
 if TYPE_CHECKING:
@@ -66,11 +67,10 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
         TrainerError: the engine is none, or the optimizer does not hold exactly what the prompt trains; nothing is changed.
         SoftHooksError: Ignite is not installed.
     """
-    try:
-        import ignite.distributed as idist
-        from ignite.engine import Engine, Events
-    except ImportError as error:
-        raise SoftHooksError('this needs PyTorch-Ignite; install it with `pip install "softhooks[ignite]"`.') from error
+    import_framework("ignite", "PyTorch-Ignite", "ignite")
+    import ignite.distributed as idist
+    from ignite.engine import Engine, Events
+
     if not isinstance(engine, Engine):
         raise TrainerError(f"track takes an ignite.engine.Engine; it was given {type(engine).__name__}.")
     live = LivePrompt(prompt, optimizer)

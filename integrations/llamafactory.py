@@ -34,9 +34,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.integration_support.training import SoftPromptCallback
 from softhooks.method import Method
+
+from ._imports import import_framework
 
 __all__ = ["callback_for", "run_exp"]
 
@@ -75,13 +77,7 @@ def run_exp(args: Mapping[str, Any], method: Method, **options: Any) -> SoftProm
         SoftHooksError: LLaMA-Factory is not installed.
     """
     callback = callback_for(args, method, **options)
-    try:
-        from llamafactory.train import tuner
-    except ImportError as error:
-        raise SoftHooksError(
-            "this needs LLaMA-Factory; install it in an environment of its own, as it documents it, and softhooks beside it."
-        ) from error
-    tuner.run_exp(dict(args), callbacks=[callback])
+    import_framework("llamafactory.train.tuner", "LLaMA-Factory").run_exp(dict(args), callbacks=[callback])
     if callback.soft_prompt is None:
         raise TrainerError("LLaMA-Factory's Trainer must meet the callback; it did not. Set `do_train: true`.")
     return callback

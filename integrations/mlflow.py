@@ -44,11 +44,12 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 
 from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
+from ._imports import import_framework
 
 __all__ = ["PromptArtifact"]
 
@@ -145,8 +146,4 @@ def _short(value: Any) -> str:
 
 
 def _mlflow() -> Any:
-    try:
-        import mlflow
-    except ImportError as error:
-        raise SoftHooksError('MLflow is not installed here: pip install "softhooks[mlflow]"') from error
-    return mlflow
+    return import_framework("mlflow", "MLflow", "mlflow")

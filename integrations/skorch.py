@@ -40,13 +40,14 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
+from softhooks.errors import AttachError, OptionError, TrainerError, UnsupportedMethodError
 from softhooks.integration_support.checkpoints import is_prompt_key
 from softhooks.integration_support.models import Container, prompted_model_of, soft_prompts_of
 from softhooks.integration_support.training import require_gradient
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
+from ._imports import import_framework
 from ._training_state import LivePrompt
 
 __all__ = ["FrozenCheck", "PromptedModule"]
@@ -230,10 +231,8 @@ def _prompts(net: Any) -> list[SoftPrompt]:
 
 
 def _frozen_check() -> type:
-    try:
-        from skorch.callbacks import Callback
-    except ImportError as error:
-        raise SoftHooksError('this needs skorch; install it with `pip install "softhooks[skorch]"`.') from error
+    import_framework("skorch", "skorch", "skorch")
+    from skorch.callbacks import Callback
 
     class FrozenCheck(Callback):
         """Check each step of a fit for a gradient at the prompt, and prove at its end that nothing else has moved.

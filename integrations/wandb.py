@@ -36,11 +36,12 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 
 from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
+from ._imports import import_framework
 
 __all__ = ["PromptArtifact"]
 
@@ -97,8 +98,4 @@ class PromptArtifact(PromptTracker):
 
 
 def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise SoftHooksError('wandb is not installed here: pip install "softhooks[wandb]"') from error
-    return wandb
+    return import_framework("wandb", "Weights & Biases", "wandb")

@@ -139,7 +139,7 @@ def test_a_trainer_that_did_not_get_the_callback_is_an_error(plugin: Any) -> Non
 
 @WITHOUT
 def test_without_axolotl_the_error_says_what_to_do() -> None:
-    with pytest.raises(SoftHooksError, match="needs Axolotl"):
+    with pytest.raises(SoftHooksError, match="Axolotl is not installed"):
         _ = integration.SoftPromptPlugin
     with pytest.raises(AttributeError, match="no attribute 'Missing'"):
         _ = integration.Missing

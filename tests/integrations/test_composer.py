@@ -142,7 +142,7 @@ def test_a_prompt_that_is_asked_for_too_early_is_an_error() -> None:
 
 def test_without_composer_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "composer.core", None)
-    with pytest.raises(SoftHooksError, match="needs Composer"):
+    with pytest.raises(SoftHooksError, match=r"Composer \(mosaicml\) is not installed"):
         _ = integration.SoftPromptAlgorithm
     with pytest.raises(AttributeError, match="no attribute 'Missing'"):
         _ = integration.Missing
