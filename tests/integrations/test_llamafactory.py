@@ -87,7 +87,7 @@ def test_it_trains_the_prompt_only_saves_it_only_and_resumes_bit_for_bit(stand_i
         ({"finetuning_type": None}, "finetuning_type: full"),
         ({"stage": "dpo"}, "stage: dpo"),
         ({"stage": "rm"}, "stage: rm"),
-        *(({name: "on"}, name) for name in integration._OTHERS),
+        *(({name: "on"}, name) for name in integration._UNSUPPORTED),
     ],
     ids=str,
 )
