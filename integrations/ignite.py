@@ -1,9 +1,9 @@
 """PyTorch-Ignite: a `Checkpoint` that holds the prompt instead of the model.
 
 `softhooks.attach` works in an Engine's step as in any other loop. `track` returns an object for `Checkpoint`, with `state_dict`
-and `load_state_dict`: the live parameters and a description, all tensors, so that no pickled class is loaded. A run resumes bit for
-bit. The optimizer is checked at the start of each run and the gradient before each step; at the end of a run the base is checked
-(the returned object's `report`). In several processes, all ranks start with rank 0's prompt and must end with the same; call
+and `load_state_dict`: the live parameters and a description, all tensors, so that no pickled class is loaded. A run resumes bit
+for bit. The optimizer is checked at the start of each run, the gradient before each step, and the base at the end of a run (the
+returned object's `report`). In several processes, all ranks start with rank 0's prompt and must end with the same; call
 `attach` and `track` before `idist.auto_model`.
 
 Refused with an error: an optimizer that does not hold exactly the prompt's parameters; a checkpoint of another method, base or
