@@ -321,7 +321,7 @@ def test_two_models_of_one_module_have_a_prompt_each(
         assert one.report.tensors > 0
     softhooks.load(zoo.build("llama"), tmp_path / "epoch=0.prompt")
     softhooks.load(zoo.build("gpt2"), tmp_path / "epoch=0.second.prompt")
-    with pytest.raises(TrainerError, match="a name of its own"):
+    with pytest.raises(TrainerError, match="two SoftPromptCallbacks of the Trainer have the name"):
         trainer_of(*pair("default")).fit(Two(), loader())
 
 
