@@ -84,9 +84,9 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: naming what it needs.
     """
-    from softhooks.integration_support.serving import needed
+    from softhooks.integration_support.serving import required_columns
 
-    needs = "slots that are looked for in each row" if prompt.layout.searches else needed(prompt)
+    needs = "slots that are looked for in each row" if prompt.layout.searches else required_columns(prompt)
     if needs:
         raise UnsupportedMethodError(
             "the harness gives a model rows of ids, in which every continuation is scored at its own place.",
