@@ -44,12 +44,11 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.errors import TrainerError
+from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 
-from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
-from ._imports import import_framework
+from ._report import ABOUT, WORDS, PromptReport, table_of
 
 __all__ = ["PromptArtifact"]
 
@@ -57,7 +56,7 @@ _TRUE = ("1", "TRUE", "ON", "YES")
 _EAGER = "HF_MLFLOW_LOG_ARTIFACTS"
 
 
-class PromptArtifact(PromptTracker):
+class PromptArtifact(PromptReport):
     """Keep the prompt that a Trainer trains in its run of MLflow.
 
     Args:
@@ -146,4 +145,8 @@ def _short(value: Any) -> str:
 
 
 def _mlflow() -> Any:
-    return import_framework("mlflow", "MLflow", "mlflow")
+    try:
+        import mlflow
+    except ImportError as error:
+        raise SoftHooksError('MLflow is not installed here: pip install "softhooks[mlflow]"') from error
+    return mlflow

@@ -1,17 +1,17 @@
-"""skorch: scikit-learn's interface for models with a prompt, also in `GridSearchCV`.
+"""scikit-learn's interface by skorch: nets over a Hugging Face model with a prompt, also in `GridSearchCV`.
 
-`PromptedModule` is the module of a net. It attaches the prompt before skorch makes the optimizer. The method is a parameter like
-any other (`module__method`), so `clone`, `set_params` and searches work. Its `state_dict` is the training state of the prompt:
-`Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params` and `load_params`, with and without `use_safetensors`, save and
-restore only the prompt, and training resumes bit for bit. Copies and pickles of a net, which skorch, joblib and scikit-learn
-make, have their own prompt on a new model. Nets share the weights of a model that is passed, which itself gets no prompt.
-`FrozenCheck` checks after each fit that the base has not changed.
+`PromptedModule` is a net's module: it attaches the prompt before skorch makes the optimizer. The method is a parameter like any
+other (`module__method`), so `clone`, `set_params` and searches work. Its `state_dict` is the prompt, live, with a description of
+its run: so skorch's `Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params` and `load_params`, with and without
+`use_safetensors`, hold and restore the prompt only, and go on bit for bit. Copies and pickles (what skorch, joblib and
+scikit-learn do with nets) are made anew from the model that was given: their prompt is their own. Nets share the weights of a
+model that is given, which itself stays bare. `FrozenCheck` proves after each fit that nothing else has moved.
 
-Pass the model as a function (`functools.partial(AutoModel.from_pretrained, path)`) if nets are cloned or pickled: a model would
-be copied and pickled with its weights each time.
+Give the model as a function (`functools.partial(AutoModel.from_pretrained, path)`) where nets are cloned or pickled: a model is
+copied and pickled whole each time.
 
-Refused with an error: a model that already has a prompt; methods with their own objective, which need the labels in the forward
-(CPT, distilled MPT and cartridges); files of another prompt, method or base, before anything is loaded.
+Refused: a model that carries a prompt already; methods with a loss of their own, which need the labels in the forward (CPT,
+distilled MPT and cartridges); files of another prompt, method or base, before anything is loaded.
 
 Example:
     import softhooks
@@ -40,14 +40,13 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.errors import AttachError, OptionError, TrainerError, UnsupportedMethodError
+from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
 from softhooks.integration_support.checkpoints import is_prompt_key
 from softhooks.integration_support.models import Container, prompted_model_of, soft_prompts_of
 from softhooks.integration_support.training import require_gradient
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
-from ._imports import import_framework
 from ._training_state import LivePrompt
 
 __all__ = ["FrozenCheck", "PromptedModule"]
@@ -56,25 +55,25 @@ FrozenCheck: Any  # made by `__getattr__`
 
 _BASE = "model."
 _MADE_ANEW = ("model", "prompt", "_live")
-"""Attributes that a copy makes anew from the arguments."""
+"""What a copy does not take over: it is made from the arguments."""
 
 
 class PromptedModule(nn.Module):
-    """A model with a prompt, as the module of a skorch net. Subclasses may override `answer` and add modules.
+    """A model with a prompt, as the module of a skorch net. A subclass may give another `answer`, and have modules beside it.
 
     Args:
-        model: a model without a prompt, or a function without arguments that returns one.
-        method: the method to train.
+        model: the bare model, or a function without arguments that makes it.
+        method: what to attach.
         name, train_head, freeze_dropout: as in `softhooks.attach`.
 
     Attributes:
-        model: the model with the prompt; it shares the weights of the model that was passed.
-        prompt: the attached prompt.
+        model: the model with the prompt; its weights are those of the one that was given.
+        prompt: the handle.
 
     Raises:
-        AttachError: the model already has a prompt, or the prompt cannot be attached.
-        UnsupportedMethodError: the method has its own objective.
-        OptionError: `model` is neither a model nor a function that returns one.
+        AttachError: the model carries a prompt already, or the prompt cannot be attached.
+        UnsupportedMethodError: the method has a loss of its own.
+        OptionError: `model` is neither.
     """
 
     def __init__(
@@ -95,17 +94,17 @@ class PromptedModule(nn.Module):
         self._live = LivePrompt(self.prompt)
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        """Run the model, and return its `answer`."""
+        """Give what the criterion and the predictions take of the model's output."""
         return self.answer(self.model(*args, **inputs))
 
     def answer(self, output: Any) -> Any:
-        """The part of the model's output that the net returns to the criterion and to predictions."""
+        """Take what the net answers from the model's output."""
         return output.logits
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The training state of the prompt, and the tensors of a subclass's modules; not the model."""
+        """The prompt, live, and what a subclass has beside the model; not the model."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for name in [name for name in state if name.startswith(prefix + _BASE)]:
             del state[name]
@@ -113,10 +112,10 @@ class PromptedModule(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the state; nothing is loaded if it is of another prompt.
+        """Bring back what `state_dict` gave; nothing is loaded where the prompt is another.
 
         Raises:
-            TrainerError: the state is of another prompt, method or base.
+            TrainerError: it is of another prompt, method or base.
         """
         of_prompt = {name.removeprefix(_BASE): v for name, v in state_dict.items() if name.startswith(_BASE)}
         others = {name: value for name, value in state_dict.items() if not name.startswith(_BASE)}
@@ -124,13 +123,13 @@ class PromptedModule(nn.Module):
         found = super().load_state_dict(others, strict=False, assign=assign)
         missing = [name for name in found.missing_keys if not name.startswith(_BASE)]
         if strict and (missing or found.unexpected_keys):
-            raise TrainerError("the state does not fit the module.", missing=missing, unknown=found.unexpected_keys)
+            raise TrainerError(f"a state must fit its module; missing: {missing}, unknown: {found.unexpected_keys}.")
         return type(found)(missing, found.unexpected_keys)
 
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle the arguments and the trained tensors; the model and its hooks are made anew."""
+        """Copy and pickle as: the arguments, and what is trained. Hooks and the state of the prompts are made anew."""
         own = {name: value for name, value in self.__dict__.items() if name not in (*_MADE_ANEW, "_modules")}
         state = {
             "own": own,
@@ -141,7 +140,7 @@ class PromptedModule(nn.Module):
         return _made_anew, (type(self), self._arguments), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Put the copied tensors themselves into the new module, because a copied optimizer may hold them."""
+        """Put the very tensors of the copy into a module that was made anew: an optimizer may hold them too."""
         trained: dict[str, Tensor] = state["trained"]
         self.__dict__.update(state["own"])
         self._modules.update(state["modules"])
@@ -158,7 +157,7 @@ class PromptedModule(nn.Module):
 
 
 def _made_anew(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedModule:
-    """Make the module of a copy without a change of the random state; `__setstate__` fills in its tensors."""
+    """Make a copy's module without a change to anybody's random numbers; `__setstate__` gives it its tensors."""
     module = cls.__new__(cls)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         PromptedModule.__init__(module, **arguments)
@@ -166,25 +165,26 @@ def _made_anew(cls: type[PromptedModule], arguments: dict[str, Any]) -> Prompted
 
 
 def _trained(module: PromptedModule) -> dict[str, Tensor]:
-    """The parameters and buffers of a module's prompt, by their names in the model."""
+    """The parameters and buffers of a module's prompt, by their names in the model; the objects themselves."""
     named = [*module.model.named_parameters(), *module.model.named_buffers()]
     return {name: tensor for name, tensor in named if is_prompt_key(name)}
 
 
 def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """Make the model of a net: call the function, or copy the model with shared weights."""
+    """Make the model of a net: what a function gives, or one that shares the weights of the one given."""
     made = model if isinstance(model, nn.Module) else model() if callable(model) else None
     if not isinstance(made, nn.Module):
         raise OptionError(
-            f"`model` is {type(model).__name__}{f', which returns {type(made).__name__}' if callable(model) else ''}; a "
-            "PromptedModule takes a model or a function that returns one.",
-            "Pass `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
+            "a PromptedModule takes a model, or a function without arguments that makes one.",
+            "Give `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
+            model=f"{type(model).__name__}" + (f", which gives {type(made).__name__}" if callable(model) else ""),
         )
     if prompted_model_of(made) is not None:
         raise AttachError(
-            f"the {type(made).__name__} already has a prompt; a PromptedModule attaches its own.",
-            "Pass a model without prompts, and the method as `module__method`.",
-            prompts=", ".join(map(repr, prompted_model_of(made).prompts)),  # type: ignore[union-attr]
+            "a PromptedModule attaches its prompt itself: a copy of a model that has one would hold two.",
+            "Give the bare model, and the method as `module__method`.",
+            model=type(made).__name__,
+            carries=", ".join(map(repr, prompted_model_of(made).prompts)),  # type: ignore[union-attr]
         )
     if made is not model:
         return made
@@ -199,8 +199,9 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 def _refuse_own_loss(method: Method) -> None:
     if isinstance(method, Method) and method.objective() is not None:
         raise UnsupportedMethodError(
-            f"{method.kind} has its own objective and needs the labels in the forward; skorch passes them to the criterion only.",
-            "Train this method with the Trainer or with your own training loop.",
+            "skorch gives the labels to its criterion, and not to the model.",
+            "Train this method with a Trainer or a loop of your own.",
+            method=f"{method.kind}, which has a loss of its own and needs the labels in the forward",
         )
 
 
@@ -208,7 +209,7 @@ def _refuse_own_loss(method: Method) -> None:
 
 
 def _prompts(net: Any) -> list[SoftPrompt]:
-    """The active prompts on a net's modules, also on modules that are not a PromptedModule."""
+    """The prompts of a net's modules, also of modules that attach theirs by themselves."""
     modules = [getattr(net, f"{name}_") for name in net._modules]
     prompted_models = [
         sub.prompted_model for module in modules for sub in module.modules() if isinstance(sub, Container)
@@ -221,7 +222,7 @@ def _prompts(net: Any) -> list[SoftPrompt]:
     ]
     if not found:
         raise TrainerError(
-            "FrozenCheck found no prompt on the net's modules.",
+            "FrozenCheck watches a net whose module has a prompt.",
             "Use PromptedModule, or call `softhooks.attach` in the module's `__init__`.",
             modules=", ".join(type(module).__name__ for module in modules),
         )
@@ -229,28 +230,30 @@ def _prompts(net: Any) -> list[SoftPrompt]:
 
 
 def _frozen_check() -> type:
-    import_framework("skorch.callbacks", "skorch", "skorch")
-    from skorch.callbacks import Callback
+    try:
+        from skorch.callbacks import Callback
+    except ImportError as error:
+        raise SoftHooksError('this needs skorch; install it with `pip install "softhooks[skorch]"`.') from error
 
     class FrozenCheck(Callback):
-        """Check each step of a fit for a gradient of the prompt, and the base at the end.
+        """Check each step of a fit for a gradient at the prompt, and prove at its end that nothing else has moved.
 
         Attributes:
-            reports_: the reports of the last check, one for each prompt.
+            reports_: what the last proof has read, one for each prompt.
         """
 
         def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-            """Check that there is a prompt."""
+            """Find the prompts, before anything trains."""
             _prompts(net)
             self.reports_: list[Any] = []
 
         def on_grad_computed(self, net: Any, named_parameters: Any, training: bool = False, **kwargs: Any) -> None:
-            """Check that the prompts have a gradient."""
+            """Refuse a step that would train nothing."""
             for prompt in _prompts(net) if training else ():
                 require_gradient(prompt, sum(len(epoch.get("batches", ())) for epoch in net.history) - 1)
 
         def on_train_end(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-            """Check that the base has not changed."""
+            """Compare the base with its record."""
             self.reports_ = [prompt.verify_frozen() for prompt in _prompts(net)]
 
     FrozenCheck.__module__, FrozenCheck.__qualname__ = __name__, "FrozenCheck"
@@ -258,7 +261,7 @@ def _frozen_check() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class that derives from skorch's at its first use, and only once, so that it can be pickled."""
+    """Build what subclasses skorch when it is asked for, once, so that it pickles."""
     if name != "FrozenCheck":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, _frozen_check())

@@ -43,12 +43,12 @@ from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 from softhooks.switch import disabled
 
-from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
+from ._report import ABOUT, WORDS, PromptReport, table_of
 
 __all__ = ["PromptBoard"]
 
 
-class PromptBoard(PromptTracker):
+class PromptBoard(PromptReport):
     """Write a prompt's curves, rows and nearest words for TensorBoard.
 
     Args:

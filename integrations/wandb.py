@@ -36,12 +36,11 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from softhooks.errors import TrainerError
+from softhooks.errors import SoftHooksError, TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 
-from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
-from ._imports import import_framework
+from ._report import ABOUT, WORDS, PromptReport, table_of
 
 __all__ = ["PromptArtifact"]
 
@@ -49,7 +48,7 @@ KIND = "soft-prompt"
 """The type of the artifact."""
 
 
-class PromptArtifact(PromptTracker):
+class PromptArtifact(PromptReport):
     """Keep the prompt that a Trainer trains in its run of Weights & Biases.
 
     Args:
@@ -98,4 +97,8 @@ class PromptArtifact(PromptTracker):
 
 
 def _wandb() -> Any:
-    return import_framework("wandb", "Weights & Biases", "wandb")
+    try:
+        import wandb
+    except ImportError as error:
+        raise SoftHooksError('wandb is not installed here: pip install "softhooks[wandb]"') from error
+    return wandb

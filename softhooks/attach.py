@@ -13,9 +13,10 @@ from softhooks.backbone.added_vocabulary import warn_of_added
 from softhooks.backbone.container import CONTAINER, Container
 from softhooks.backbone.examine import examine
 from softhooks.backbone.heads import check_heads, copy_heads, find_heads
+from softhooks.backbone.id_dependence import reads_ids
 from softhooks.backbone.max_positions import unwarned
-from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids, reads_ids, stored_ids
-from softhooks.backbone.probing import probing, proving
+from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids, stored_ids
+from softhooks.backbone.probing import probing, probing_with_prompt
 from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.frozen_record import FrozenRecord
 from softhooks.base_model.take_fingerprint import take_fingerprint
@@ -38,12 +39,12 @@ from softhooks.inject.slots.argument_values import find_fills
 from softhooks.layout.tokenizing import tokenizer_of
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.added_token_hooks import check_added_rows
+from softhooks.runtime.added_token_hooks import prove_rows
 from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_rows
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.contexts import Block
 from softhooks.runtime.exclusive import exclusive
-from softhooks.runtime.generate import wrap_candidate_generator
+from softhooks.runtime.generate import keep_from_assistants
 from softhooks.runtime.install import detach, install, install_added_tokens, install_head, sign_forward
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.runtime.recomputed_forward import RecomputeCheck
@@ -199,7 +200,7 @@ def attach_encoder(
             with probing(model):
                 prompt.injection = choose_injection(prompt, injection)
             if added is not None:
-                check_added_rows(prompt, probe_inputs(prompt))
+                prove_rows(prompt, probe_inputs(prompt))
                 if take_added is not None:
                     take_added(added)
             prompt.requires_sharing = injection == "shared"
@@ -218,7 +219,7 @@ def attach_encoder(
     prompt.is_attached = True
     prompted.recompute_check = RecomputeCheck()  # probes count for nothing
     if method.columns:
-        wrap_candidate_generator(prompted)
+        keep_from_assistants(prompted)
     return prompt
 
 
@@ -232,7 +233,7 @@ def _prove_reached(prompt: SoftPrompt) -> None:
         with probing(prompt.model), _all_off(prompt.prompted_model):
             entry.fills = find_fills(entry, probe_inputs(prompt)["input_ids"].flatten(0, -2)[:1])
     prove_reach(prompt)
-    with proving(prompt.model):
+    with probing_with_prompt(prompt.model):
         check_causality(prompt)
         check_unread(prompt)
         require_common_masks(prompt)

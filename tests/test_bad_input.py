@@ -79,15 +79,15 @@ class Timeseries(nn.Module):
 REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], type[SoftHooksError], str]] = {
     "a model of images": (
         vit, lambda: PromptTuning(3), {}, UnsupportedModelError,
-        r"needs a model that (embeds tokens|runs on token ids)(.|\n)*model: *ViTModel(.|\n)*Attach to",
+        r"^ViTModel (has no input embeddings|fails on token ids alone)(.|\n)*Attach to",
     ),
     "no transformers model": (
         lambda: nn.Linear(3, 3), lambda: PromptTuning(3), {}, UnsupportedModelError,
-        r"embeds tokens(.|\n)*model: *Linear, which has no input embeddings(.|\n)*Attach to the transformers model",
+        r"^Linear has no input embeddings(.|\n)*embeds tokens(.|\n)*Attach to the transformers model",
     ),
     "a model that takes no ids": (
         Timeseries, lambda: PromptTuning(3), {}, UnsupportedModelError,
-        r"runs on token ids alone(.|\n)*model: *Timeseries\ncause: *TypeError(.|\n)*Attach to",
+        r"^Timeseries fails on token ids alone(.|\n)*\ncause: *TypeError(.|\n)*Attach to",
     ),
     "a prompt of another width": (
         llama, lambda: PromptTuning(3, init="tensor", init_tensor=torch.zeros(3, 16)), {},

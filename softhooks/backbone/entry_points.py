@@ -28,7 +28,7 @@ def require_sites(structure: ModelStructure) -> None:
         UnsupportedMethodError: naming the stack that they cannot enter.
     """
     for stack in structure.stacks:
-        if stack.through is None:
+        if stack.injection is None:
             raise UnsupportedMethodError(
                 "a key-value prefix needs attention that goes through transformers' attention interface or a cache, or "
                 "that softhooks knows.",

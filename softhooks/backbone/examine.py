@@ -1,25 +1,27 @@
-"""Find out what a model is made of, by running it.
+"""Find the text backbone of a model, with its attention and its positions, by running the model on probes.
 
-Nothing here trusts a name or a config where a probe forward can tell: `OPTForCausalLM` calls its decoder past `base_model`, and
-head sizes derived from a config are wrong for one architecture in eight.
+Names and configs are not trusted where a probe forward can tell: `OPTForCausalLM` calls its decoder without `base_model`, and one
+architecture in eight has other head sizes than its config implies.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.find_sites import survey
-from softhooks.backbone.find_stack import Call, find_stack, record
-from softhooks.backbone.max_positions import rotary_limit
-from softhooks.backbone.position_numbering import numbering
+from softhooks.backbone.find_attention import AttentionRecord, find_sites, recorded_attention
+from softhooks.backbone.find_positions import find_positions
+from softhooks.backbone.find_stack import ModuleCall, find_stack, record
+from softhooks.backbone.max_positions import dynamic_rope_length, rotary_limit
 from softhooks.backbone.probe_inputs import CHOICES, as_choices, decoder_ids, probe_ids, probe_length
 from softhooks.backbone.probing import INSIDE, eval_mode, probing
 from softhooks.backbone.stack import ModelStructure, Stack, StackName
-from softhooks.backbone.visibility import is_rounding, sees_later
+from softhooks.backbone.visibility import change_before, is_rounding
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModelError
 
@@ -35,7 +37,7 @@ def examine(model: nn.Module) -> ModelStructure:
         ids = probe_ids(model, vocabulary, columns=4)
         runs = _run(model, ids)
         stacks = [_stack(model, name, given, runs) for name, given in runs.ids.items()]
-        survey(stacks, ids)
+        find_sites(stacks, ids, _attention_of(stacks, runs))
     return ModelStructure(stacks=stacks, vocabulary=vocabulary, choices=runs.choices)
 
 
@@ -45,67 +47,74 @@ def _vocabulary(model: nn.Module) -> int:
         return int(embedding.weight.shape[0])
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
-            "a soft prompt needs a model that embeds tokens.",
+            f"{type(model).__name__} has no input embeddings; a soft prompt needs a model that embeds tokens.",
             f"{INSIDE} Attach to the transformers model itself, if this is a wrapper around one; to a sentence-transformers "
             "model with `softhooks.integrations.sentence_transformers`.",
-            model=f"{type(model).__name__}, which has no input embeddings",
         ) from error
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Runs:
-    """The probe forwards of a model.
+    """The recorded probe forwards of a model.
 
     Attributes:
-        ids: what each stack is given, by its name.
-        inputs, calls: the arguments of the first forward, and what was called in it.
-        changed: what was called in a forward in which the second column of one stack's ids was another, by its name.
-        choices: how many choices each row has, where the model takes rows of choices.
+        ids: the ids that each stack is given.
+        inputs: the arguments of the first forward.
+        calls: the calls of its modules.
+        attention: the calls of its attention functions.
+        changed: the calls of a forward in which the second column of one stack's ids differs, for each stack.
+        choices: how many choices each row has, if the model takes rows of choices.
     """
 
     ids: dict[StackName, Tensor]
     inputs: dict[str, Tensor]
-    calls: list[Call]
-    changed: dict[StackName, list[Call]] = field(default_factory=dict)
+    calls: list[ModuleCall]
+    attention: list[AttentionRecord]
+    changed: dict[StackName, list[ModuleCall]] = field(default_factory=dict)
     choices: int | None = None
 
 
 def _run(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on ids, and again for each of its stacks with another second id."""
+    """Run a model on ids, and once more for each of its stacks with another second id."""
     if _is_encoder_decoder(model):
         inputs = {"input_ids": ids, "decoder_input_ids": decoder_ids(ids)}
-        runs = _Runs({"encoder": ids, "decoder": inputs["decoder_input_ids"]}, inputs, _recorded(model, inputs))
+        stack_ids: dict[StackName, Tensor] = {"encoder": ids, "decoder": inputs["decoder_input_ids"]}
+        runs = _recorded(model, stack_ids, inputs)
     else:
         runs = _run_on_ids_alone(model, ids)
     for name, argument in zip(runs.ids, runs.inputs, strict=True):
-        given = runs.inputs[argument].clone()
+        changed = runs.inputs[argument].clone()
         own = runs.ids[name]
-        given[..., 1] = own[0, 0] if own[0, 1] != own[0, 0] else own[0, 2]
-        runs.changed[name] = _recorded(model, {**runs.inputs, argument: given})
+        changed[..., 1] = own[0, 0] if own[0, 1] != own[0, 0] else own[0, 2]
+        runs.changed[name] = _recorded(model, {}, {**runs.inputs, argument: changed}).calls
     return runs
 
 
 def _run_on_ids_alone(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on one row; on one row of two choices, [1, 2, T], where it fails on less."""
+    """Run a model on one row; if it fails, on one row of two choices, [1, 2, T]."""
     try:
-        inputs = {"input_ids": ids}
-        return _Runs({"text": ids}, inputs, _recorded(model, inputs))
+        return _recorded(model, {"text": ids}, {"input_ids": ids})
     except UnsupportedModelError as error:
-        inputs = {"input_ids": as_choices(ids, CHOICES)}
+        rows = as_choices(ids, CHOICES)
         try:
-            return _Runs({"text": inputs["input_ids"].flatten(0, 1)}, inputs, _recorded(model, inputs), choices=CHOICES)
+            runs = _recorded(model, {"text": rows.flatten(0, 1)}, {"input_ids": rows})
         except UnsupportedModelError:
             raise error from error.__cause__
+        runs.choices = CHOICES
+        return runs
 
 
-def _recorded(model: nn.Module, inputs: dict[str, Tensor]) -> list[Call]:
+def _recorded(model: nn.Module, ids: dict[StackName, Tensor], inputs: dict[str, Tensor]) -> _Runs:
     try:
-        return record(model, inputs)
+        with recorded_attention(model) as attention:
+            return _Runs(ids, inputs, record(model, inputs), attention)
     except Exception as error:
         raise UnsupportedModelError(
-            "a soft prompt needs a model that runs on token ids alone.",
+            f"{type(model).__name__} fails on token ids alone; a soft prompt needs a model that runs on them.",
             INSIDE,
-            model=type(model).__name__,
             cause=f"{type(error).__name__}: {error}",
         ) from error
 
@@ -116,22 +125,31 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(plain.config, "is_encoder_decoder", False)) and takes
 
 
+def _attention_of(stacks: list[Stack], runs: _Runs) -> list[AttentionRecord] | None:
+    """The attention of the only stack in the first forward; None if the model runs the stack more than once."""
+    is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
+    return runs.attention if is_run_once else None
+
+
+# --- describing a stack -----------------------------------------------------------------------------------------------
+
+
 def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack:
     """Describe the stack that some ids run through."""
     found = find_stack(model, name, ids, runs.inputs, runs.calls, runs.changed[name])
-    module = found.stack.module
+    module = found.call.module
     parameters = inspect.signature(module.forward).parameters
     assert isinstance(found.lookup.output, Tensor)
 
     def run(rows: int) -> None:
         model(**{key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in runs.inputs.items()})
 
-    positions = numbering(run, module, found.lookup.module, "position_ids" in parameters)
-    positions.changes, positions.rotary = _changes(module), rotary_limit(module)
+    positions = find_positions(run, runs.calls, module, found.lookup.module, "position_ids" in parameters)
+    positions.changes, positions.rotary = dynamic_rope_length(module), rotary_limit(module)
     room = positions.limit if positions.limit is not None else positions.trained
     return Stack(
         name=name,
-        path=found.stack.path,
+        path=found.call.path,
         module=module,
         embedding=found.lookup.module,
         width=found.lookup.output.shape[-1],
@@ -142,61 +160,51 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
     )
 
 
-def _pooled(module: nn.Module, calls: list[Call]) -> nn.Module | None:
-    """Find the part of a stack whose first column goes to its pooler, as in ALBERT; None where the pooler takes all columns."""
+def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
+    """Find the child of a stack whose first column the stack gives to its pooler (ALBERT); None if it gives all columns."""
     pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
-    if pooler is None or not calls[pooler].tensors or calls[pooler].tensors[0].dim() != 2:
+    if pooler is None or not calls[pooler].inputs or calls[pooler].inputs[0].dim() != 2:
         return None
-    parts = set(map(id, module.children()))
-    return [call.module for call in calls[:pooler] if id(call.module) in parts][-1]
+    children = set(map(id, module.children()))
+    return [call.module for call in calls[:pooler] if id(call.module) in children][-1]
 
 
 def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, room: int | None) -> bool:
-    """Change the later tokens of a text, and see whether the earlier ones' states follow.
+    """Change the later tokens of a text, and see whether earlier states change.
 
     Args:
-        ids: four of them, for a model that takes no more.
+        ids: four ids, for a model that takes no more.
         room: how many positions the stack has.
     """
-    columns, cut = probe_length(module, room)
-    for length, place in ((columns, cut), (ids.shape[1], 1)):
-        same, other = (probe_ids(model, _vocabulary(model), length, seed) for seed in (0, 1))
-        mixed = torch.where(torch.arange(length, device=ids.device) >= place, other, same)
+    columns, column = probe_length(module, room)
+    for length, first_changed in ((columns, column), (ids.shape[1], 1)):
+        text, other = (probe_ids(model, _vocabulary(model), length, seed) for seed in (0, 1))
+        changed = torch.where(torch.arange(length, device=ids.device) >= first_changed, other, text)
 
-        def run(changed: bool, same: Tensor = same, mixed: Tensor = mixed) -> None:
-            row = mixed if changed else same
+        def run(rows: Tensor, text: Tensor = text) -> None:
+            constant = text.expand(len(rows), -1)
             if name == "text":
-                model(input_ids=row)
+                model(input_ids=rows)
             elif name == "encoder":
-                model(input_ids=row, decoder_input_ids=decoder_ids(same))
+                model(input_ids=rows, decoder_input_ids=decoder_ids(constant))
             else:
-                model(input_ids=same, decoder_input_ids=row)
+                model(input_ids=constant, decoder_input_ids=rows)
 
+        def change(*texts: Tensor, column: int = first_changed, run: Callable[[Tensor], None] = run) -> bool:
+            forwards = [lambda rows=rows: run(rows) for rows in texts]
+            return is_rounding(change_before(module, column, forwards), _dtype(module))
+
+        # First both texts as two rows of one forward. Some models take one row only, and some let rows influence each other.
+        with suppress(Exception):
+            if change(torch.cat([text, changed])):
+                return True
         try:
-            return is_rounding(sees_later(module, place, run, lambda: True), _dtype(module))
+            return change(text, changed)
         except Exception:
             if length == ids.shape[1]:
                 raise
-    raise AssertionError("one of the two lengths answers or raises")
+    raise AssertionError("one of the two lengths returns or raises")
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _changes(module: nn.Module) -> int | None:
-    """Find from how many positions on rotary embeddings take other frequencies for all positions."""
-    found = []
-    for part in module.modules():
-        kinds, config = getattr(part, "rope_type", None), getattr(part, "config", None)
-        parameters = getattr(config, "rope_parameters", None)
-        if kinds is None or not isinstance(parameters, dict):
-            continue
-        for kind, own in (
-            [(kinds[k], parameters[k]) for k in kinds] if isinstance(kinds, dict) else [(kinds, parameters)]
-        ):
-            if kind == "longrope":
-                found.append(own["original_max_position_embeddings"])
-            elif "dynamic" in kind:
-                found.append(part.original_max_seq_len)
-    return min(found, default=None)

@@ -1,9 +1,10 @@
-"""Attention that a model writes out in its own forward, said again as a call of an attention function.
+"""Attention that a model computes inline in its own forward, rewritten as a call of an attention function.
 
-MegatronBERT, RoFormer, RemBERT, MPNet and both DeBERTa compute their scores line by line and ask nobody; as encoders they keep no
-cache either. A recipe says one family's attention again: what its queries, keys, values, mask and bias are. While a pass wants to
-see keys and values, a module's forward follows its recipe, so that everything that works at the attention function works there.
-At attach each recipe is held against the module's own forward; where the two differ, the module counts as unknown.
+MegatronBERT, RoFormer, RemBERT, MPNet and both DeBERTa compute their scores in the forward of their attention module, without
+transformers' attention interface, and as encoders without a cache. For each family a function here computes the same with a given
+attention function. While a pass enters such a module, its forward is replaced by that function, so that everything that works at
+the attention interface works there too. At attach the result is compared with that of the module's own forward; if they differ,
+the module is not supported.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from softhooks.backbone.stack import Site
 from softhooks.backbone.stack_state import RunningPass
 from softhooks.errors import UnsupportedModeError
 
-Recipe = Callable[[nn.Module, dict[str, Any], AttentionFunction], Any]
-"""Runs an attention module on its forward's arguments, by name, with the attention function that is given."""
+FamilyForward = Callable[[nn.Module, dict[str, Any], AttentionFunction], Any]
+"""Computes the forward of an attention module, from its arguments by name, with a given attention function."""
 
 
-def written_out_attention(
+def inline_attention(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -37,7 +38,7 @@ def written_out_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attend as these families do.
+    """Compute attention as these families do.
 
     Args:
         attention_mask: [B, 1, 1 or T, K], bool (True: seen) or additive.
@@ -49,7 +50,7 @@ def written_out_attention(
     scores = torch.matmul(query, (key * scaling).transpose(-1, -2))
     if position_bias is not None:
         scores = scores + position_bias
-    if getattr(module, "head_logits_proj", None) is not None:  # DeBERTa's talking heads
+    if getattr(module, "head_logits_proj", None) is not None:  # talking heads (DeBERTa)
         scores = module.head_logits_proj(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -61,11 +62,11 @@ def written_out_attention(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-# --- recipes ----------------------------------------------------------------------------------------------------------
+# --- families ---------------------------------------------------------------------------------------------------------
 
 
 def _bert(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """MegatronBERT, RemBERT, and RoFormer, which rotates; also as decoders that keep a cache."""
+    """MegatronBERT, RemBERT, and RoFormer with its rotary positions; also as decoders with a cache."""
     states, cache = call["hidden_states"], call.get("past_key_values")
     shape = (*states.shape[:-1], -1, module.attention_head_size)
     query, key, value = (part(states).view(shape).transpose(1, 2) for part in (module.query, module.key, module.value))
@@ -94,7 +95,7 @@ def _mpnet(module: Any, call: dict[str, Any], attention: AttentionFunction) -> A
 
 
 def _deberta(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """The first DeBERTa: one projection for all three, and a bias from the scaled query."""
+    """DeBERTa: one projection for query, key and value; the bias is computed from the scaled query."""
     query, key, value = module.transpose_for_scores(module.in_proj(call["hidden_states"])).chunk(3, dim=-1)
     query = query + module.transpose_for_scores(module.q_bias[None, None, :])
     value = value + module.transpose_for_scores(module.v_bias[None, None, :])
@@ -107,7 +108,7 @@ def _deberta(module: Any, call: dict[str, Any], attention: AttentionFunction) ->
 
 
 def _deberta_v2(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """DeBERTa-v2 and -v3, whose heads lie in the batch: [B * Hq, T, D]."""
+    """DeBERTa-v2 and -v3, which fold the heads into the batch dimension, [B * Hq, T, D]."""
     states, heads = call["hidden_states"], module.num_attention_heads
     projections = (module.query_proj, module.key_proj, module.value_proj)
     flat = [module.transpose_for_scores(part(states), heads) for part in projections]
@@ -128,13 +129,13 @@ def _disentangled(
     bias: Any,
     scaling: float,
 ) -> Any:
-    bias = bias if isinstance(bias, Tensor) else None  # without a kind of relative attention it is the number 0
+    bias = bias if isinstance(bias, Tensor) else None  # the number 0 if there is no relative attention
     mask = call["attention_mask"].bool()
     output, weights = attention(module, *parts, mask, scaling=scaling, position_bias=bias, is_causal=False)
     return output.flatten(2), weights if call.get("output_attentions") else None
 
 
-_RECIPES: dict[tuple[str, str], Recipe] = {
+_FAMILIES: dict[tuple[str, str], FamilyForward] = {
     ("modeling_megatron_bert", "MegatronBertSelfAttention"): _bert,
     ("modeling_rembert", "RemBertSelfAttention"): _bert,
     ("modeling_roformer", "RoFormerSelfAttention"): _bert,
@@ -142,83 +143,77 @@ _RECIPES: dict[tuple[str, str], Recipe] = {
     ("modeling_deberta", "DisentangledSelfAttention"): _deberta,
     ("modeling_deberta_v2", "DisentangledSelfAttention"): _deberta_v2,
 }
-"""By the last part of the class's module, and the class."""
+"""By the modeling file and the class of the attention module."""
 
-_ELSEWHERE = ("encoder_hidden_states", "query_states")
-"""Arguments with which a module attends to other states than its own; no recipe says that."""
+_OTHER_STATES = ("encoder_hidden_states", "query_states")
+"""Arguments with which a module attends to other states than its own. The functions above do not support that."""
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of a module of one of the families.
+class InlineAttention:
+    """An attention module of one of the families.
 
     Attributes:
-        names: of its forward's arguments, in order.
+        family: computes its forward with a given attention function.
+        names: the names of its forward's arguments, in order.
     """
 
-    recipe: Recipe
+    module: nn.Module
+    family: FamilyForward
     names: tuple[str, ...]
 
-    def follow(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], attention: AttentionFunction
-    ) -> Any:
-        """Run a module by its recipe, on the arguments of its forward; None where no recipe says this call."""
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], attention: AttentionFunction) -> Any:
+        """Compute the forward with an attention function; None if it attends to other states than its own."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        if any(call.get(name) is not None for name in _ELSEWHERE):
+        if any(call.get(name) is not None for name in _OTHER_STATES):
             return None
-        return self.recipe(module, call, attention)
+        return self.family(self.module, call, attention)
 
 
-def known(module: nn.Module) -> Known | None:
-    """What is known of a module; None if it is of no family."""
+def inline_attention_of(module: nn.Module) -> InlineAttention | None:
+    """The module as one of the families; None if it is of none."""
     keys = [(cls.__module__.rpartition(".")[2], cls.__name__) for cls in type(module).__mro__]
-    recipe = next((_RECIPES[key] for key in keys if key in _RECIPES), None)
-    return None if recipe is None else Known(recipe, tuple(inspect.signature(type(module).forward).parameters)[1:])
+    family = next((_FAMILIES[key] for key in keys if key in _FAMILIES), None)
+    if family is None:
+        return None
+    return InlineAttention(module, family, tuple(inspect.signature(type(module).forward).parameters)[1:])
 
 
-# --- on the model -----------------------------------------------------------------------------------------------------
+# --- replacing the forward --------------------------------------------------------------------------------------------
 
 
-def rewrite(site: Site, live_pass: Callable[[nn.Module], RunningPass | None]) -> None:
-    """Let a site's module follow its recipe wherever a pass wants to see its keys and values."""
-    own = known(site.module)
+def inline_forward(site: Site, current_pass: Callable[[nn.Module], RunningPass | None]) -> Callable[..., Any]:
+    """Make the forward that replaces a module's own: it runs the attention of the site inside the current pass.
+
+    Args:
+        current_pass: returns the pass that runs in the stack of a module.
+    """
+    own = inline_attention_of(site.module)
     assert own is not None
-    site.module.__dict__["forward"] = functools.partial(_forward, site.module, site, own, live_pass)
-
-
-def unwrite(module: nn.Module) -> None:
-    """Give a module its own forward back."""
-    if is_replaced(module) and getattr(module.__dict__["forward"], "func", None) is _forward:
-        del module.__dict__["forward"]
-
-
-def is_replaced(module: nn.Module) -> bool:
-    """Whether something stands in the place of a module's own forward."""
-    return "forward" in module.__dict__
+    return functools.partial(_forward, site.module, site, own, current_pass)
 
 
 def _forward(
     module: nn.Module,
     first: Site,
-    own: Known,
-    live_pass: Callable[[nn.Module], RunningPass | None],
+    own: InlineAttention,
+    current_pass: Callable[[nn.Module], RunningPass | None],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    live = live_pass(module)
-    site = first if live is None else live.turn(first)
-    if live is None or not live.enters(site):
+    current = current_pass(module)
+    site = first if current is None else current.turn(first)
+    if current is None or not current.enters(site):
         return type(module).forward(module, *args, **kwargs)
 
     def attention(*parts: Any, **options: Any) -> Any:
-        return live.attend(site, written_out_attention, parts, options)
+        return current.attend(site, inline_attention, parts, options)
 
-    output = own.follow(module, args, kwargs, attention)
+    output = own.run(args, kwargs, attention)
     if output is None:
         raise UnsupportedModeError(
-            "a prefix enters a layer that writes its attention out only where the layer attends to its own states.",
+            f"{type(module).__name__} was called to attend to other states than its own; a prefix cannot enter there.",
             "Turn the prompt off for this forward with `softhooks.disabled(model)`.",
-            layer=type(module).__name__,
-            given=", ".join(name for name in _ELSEWHERE if name in kwargs) or "positional arguments",
+            given=", ".join(name for name in _OTHER_STATES if name in kwargs) or "positional arguments",
         )
     return output

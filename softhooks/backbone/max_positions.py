@@ -42,6 +42,23 @@ def rotary_limit(module: nn.Module) -> int | None:
     return trained
 
 
+def dynamic_rope_length(module: nn.Module) -> int | None:
+    """The length from which on rotary embeddings rotate all positions by other frequencies (dynamic RoPE, LongRoPE)."""
+    lengths = []
+    for part in module.modules():
+        kinds, config = getattr(part, "rope_type", None), getattr(part, "config", None)
+        parameters = getattr(config, "rope_parameters", None)
+        if kinds is None or not isinstance(parameters, dict):
+            continue
+        by_layer_type = [(kinds[k], parameters[k]) for k in kinds] if isinstance(kinds, dict) else [(kinds, parameters)]
+        for kind, own in by_layer_type:
+            if kind == "longrope":
+                lengths.append(own["original_max_position_embeddings"])
+            elif "dynamic" in kind:
+                lengths.append(part.original_max_seq_len)
+    return min(lengths, default=None)
+
+
 def warn_beyond(positions: Positions, text: int, length: int) -> None:
     """Warn, once for a model, where prompt and text together exceed these positions.
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.probe_inputs import _text_config, as_choices, decoder_ids, ordinary_ids, probe_ids, special_ids
-from softhooks.backbone.probing import eval_mode, last_hidden_state, probing
+from softhooks.backbone.probe_inputs import special_ids, text_config
 from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import words_among
 from softhooks.errors import PromptMismatchError
@@ -24,70 +23,10 @@ from softhooks.errors import PromptMismatchError
 BUFFER = "placeholder"
 """The name of a prompt's ids in its module, and among its stored conventions."""
 
-_COLUMNS = 5
-
-
-def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
-    """Whether a model's states depend on ids beside their embeddings: measured once, with two texts of the same embeddings."""
-    stack = structure.entry
-    if stack.reads_ids is None:
-        stack.reads_ids = _states_differ(model, structure)
-    return stack.reads_ids
-
-
-class _Rows:
-    """What an embedding returns in a first forward, given again in the next one, call by call."""
-
-    def __init__(self) -> None:
-        self.kept: list[Tensor] = []
-        self._runs = self._calls = 0
-
-    def begin(self) -> None:
-        self._runs, self._calls = self._runs + 1, 0
-
-    def embed(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        self._calls += 1
-        if self._runs == 1:
-            self.kept.append(output)
-            return None
-        return self.kept[self._calls - 1] if self._calls <= len(self.kept) else output
-
-
-def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
-    """Run two texts whose ids differ and whose embeddings are made the same."""
-    stack, vocabulary = structure.entry, structure.vocabulary
-    ordinary = ordinary_ids(model, stack, vocabulary)
-    if len(ordinary) < 2:
-        return True  # nothing to compare
-    end = probe_ids(model, vocabulary, 1)  # some heads look for it
-    texts = [
-        torch.cat([torch.tensor([[ordinary[(k + shift) % len(ordinary)] for k in range(_COLUMNS)]]).to(end), end], 1)
-        for shift in (0, max(1, min(_COLUMNS, len(ordinary) // 2)))
-    ]
-    rows, states = _Rows(), []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        states.append(last_hidden_state(output).float())
-
-    handles = [stack.embedding.register_forward_hook(rows.embed), stack.module.register_forward_hook(keep)]
-    try:
-        with eval_mode(model), probing(model):
-            for text in texts:
-                rows.begin()
-                given = text if structure.choices is None else as_choices(text, structure.choices)
-                more = {"decoder_input_ids": decoder_ids(texts[0])} if structure.is_encoder_decoder else {}
-                model(input_ids=given, attention_mask=torch.ones_like(given), **more)
-    finally:
-        for handle in handles:
-            handle.remove()
-    scale = states[0].abs().amax().clamp(min=1e-6)
-    precision = torch.finfo(rows.kept[0].dtype).eps
-    return bool((states[-1] - states[0]).abs().amax() > 16 * precision * scale)
-
 
 def usual_id(model: nn.Module, vocabulary: int) -> int:
     """What transformers puts where a token has no id of its own: the text's padding id, or 0 where it has none."""
-    pad = getattr(_text_config(getattr(model, "config", None)), "pad_token_id", None)
+    pad = getattr(text_config(getattr(model, "config", None)), "pad_token_id", None)
     pad = pad[0] if isinstance(pad, (list, tuple)) and pad else pad
     return pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
 

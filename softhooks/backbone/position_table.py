@@ -1,4 +1,4 @@
-"""Where columns stand in a stack's own numbering, told as an argument or at its table."""
+"""Make the position table of a stack return other positions than those that it counts."""
 
 from __future__ import annotations
 
@@ -8,87 +8,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.backbone.stack import Stack, Table
-from softhooks.errors import UnsupportedModeError
-from softhooks.layout.layout import text_positions
-from softhooks.layout.slot_map import Widened
+from softhooks.backbone.stack import PositionTable
+from softhooks.patching.patches import Patch, patch
 
 
-def positions_of(stack: Stack, mask: Tensor) -> Tensor:
-    """The ids of each column in the stack's own numbering. [B, N] -> [B, N]."""
-    positions = stack.positions
-    ids = text_positions(mask) + positions.start
-    return ids if positions.padding is None else ids.masked_fill(mask == 0, positions.padding)
+class _FixedPositions:
+    """Stands in for the forward of a position table that is given no ids, and returns the rows of fixed positions."""
 
-
-def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Widened, wide_mask: Tensor) -> Tensor:
-    """The ids of each column of a widened sequence: slots take part in each row's count, from where the caller starts it.
-
-    Args:
-        given: the text's, as the caller counts them, [B or 1, T] or [A, B, T]; None: by the mask.
-        mask: of the text's columns, [B, T].
-        wide, wide_mask: the map of the widened sequence, and its mask, [B, N].
-
-    Shape:
-        -> [B, N], or [A, B, N] where positions have several axes (M-RoPE).
-
-    Raises:
-        UnsupportedModeError: positions start again within a row, or stand for an image that slots stand behind.
-    """
-    own = positions_of(stack, wide_mask)
-    if given is None:
-        return own
-    real = mask.bool()
-    offset = given - text_positions(mask) - stack.positions.start
-    first = offset.gather(-1, real.long().argmax(-1, keepdim=True).expand(*offset.shape[:-1], 1))
-    if bool(((offset == first) | ~real).all()):
-        return own + first if bool(first.any()) or given.dim() > 2 else own
-    before = torch.where(wide.live, wide.slots, 0).amax(-1) < torch.where(real, wide.text, wide.columns).amin(-1)
-    if given.dim() == 2 or not bool(before.all()):
-        raise UnsupportedModeError(
-            "slots in the sequence stand once in every row, so positions must count each row's text by one.",
-            "Unpack documents into rows of their own; use `placement='front'` before images, or a prompt that enters as "
-            "keys and values.",
-            position_ids=f"{list(given.shape)}, not the count of the attention mask",
-        )
-    moved = given + wide.live.sum(-1, keepdim=True)
-    return own.expand(*given.shape[:-1], -1).scatter(-1, wide.text.expand_as(moved), moved)
-
-
-class _Answer:
-    """A position table that is asked for no ids, made to answer for given ones until it is removed."""
-
-    def __init__(self, table: Table, ids: Tensor) -> None:
-        self.module = table.module
-        self.weight = table.weight
-        self.ids = ids + table.first
-        self.before = self.module.__dict__.get("forward")
-        self.module.__dict__["forward"] = self
+    def __init__(self, table: PositionTable, ids: Tensor) -> None:
+        self._table = table
+        self._rows = ids + table.first
 
     def __call__(self, asked: Any = None, *_args: Any, **_kwargs: Any) -> Tensor:
-        return functional.embedding(self._ids_for(asked), getattr(self.module, self.weight))
+        return functional.embedding(self._rows_for(asked), getattr(self._table.module, self._table.weight))
 
-    def _ids_for(self, asked: Any) -> Tensor:
-        """The ids, and more of the last one for the columns by which a stack has lengthened its text (LED, to whole windows).
+    def _rows_for(self, asked: Any) -> Tensor:
+        """Repeat the last position for the columns that a stack adds to its text (LED fills up whole windows).
 
         Args:
-            asked: what the table is asked for: ids, or the shape of ids.
+            asked: the argument of the table: ids, or the shape of ids.
         """
         shape = asked.shape if isinstance(asked, Tensor) else asked
-        more = shape[1] - self.ids.shape[-1] if isinstance(shape, tuple) and len(shape) > 1 else 0
+        more = shape[1] - self._rows.shape[-1] if isinstance(shape, tuple) and len(shape) > 1 else 0
         if more <= 0:
-            return self.ids
-        return torch.cat([self.ids, self.ids[..., -1:].expand(*self.ids.shape[:-1], more)], -1)
-
-    def remove(self) -> None:
-        del self.module.__dict__["forward"]
-        if self.before is not None:
-            self.module.__dict__["forward"] = self.before
+            return self._rows
+        return torch.cat([self._rows, self._rows[..., -1:].expand(*self._rows.shape[:-1], more)], -1)
 
 
-def place_at_table(table: Table, ids: Tensor, handles: list[Any]) -> None:
-    """Make a position table that is asked for no ids answer for these, counted from 0, until the handles are removed.
+def set_table_positions(table: PositionTable, ids: Tensor) -> Patch:
+    """Make a position table that is given no ids return the rows of these positions, until the result is removed.
 
-    In its forward's place, for that fails on padded rows with more columns than positions.
+    The table's forward is replaced, not its output changed: it fails on padded rows with more columns than positions.
+
+    Args:
+        ids: counted from 0, [B, T], or [T] for all rows.
     """
-    handles.append(_Answer(table, ids))
+    return patch(table.module, "forward", _FixedPositions(table, ids))

@@ -60,14 +60,15 @@ def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
     """Ids, the lowest first, that neither a config nor an embedding sets apart."""
     special = {part.padding_idx for part in stack.module.modules() if isinstance(part, nn.Embedding)}
     config: Any = getattr(model, "config", None)
-    for each in (config, _text_config(config)):
+    for each in (config, text_config(config)):
         for name, value in vars(each).items() if each is not None else ():
             if name.endswith(("token_id", "token_ids", "_index")):
                 special.update(value if isinstance(value, (list, tuple)) else [value])
     return [i for i in range(min(vocabulary, 64)) if i not in special] or [0]
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text model; the config itself if it has no such part."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -1,4 +1,4 @@
-"""Probes of a model: whatever goes wrong in one is an error of softhooks, with the cause kept."""
+"""Run a model on probe inputs: in evaluation mode, with its states recorded, and with errors that say what has failed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.module_walk import every_module
+from softhooks.backbone.stack_state import StackState
 from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, UnsupportedModelError
+from softhooks.patching.patches import Patches
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
 OTHER_METHOD = "Use another method, if one can enter this model."
-"""Remedies that `softhooks.checks.remedies` tries, and puts what it found in their place."""
+"""Remedies that `softhooks.checks.remedies` replaces with one that it has tried."""
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Turn what a model raises in a probe into an error that says so; errors of softhooks pass.
+    """Turn any exception of a model in a probe forward into an `UnsupportedModelError`; errors of softhooks pass through.
 
     Raises:
         UnsupportedModelError: the model raised something else.
@@ -30,20 +35,19 @@ def probing(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            "a soft prompt needs a model that runs in each of the probes at attach.",
-            "See the cause; if the model runs on `input_ids` and `attention_mask` by itself, this is a limit of softhooks.",
-            model=type(model).__name__,
+            f"{type(model).__name__} failed in a probe forward at attach.",
+            "If it runs on `input_ids` and `attention_mask` alone, this is a limit of softhooks.",
             cause=f"{type(error).__name__}: {error}",
         ) from error
 
 
-class _RefusedModeError(UnsupportedModelError, UnsupportedModeError):
-    """A way in cannot serve what the model always does."""
+class _UnsupportedModelModeError(UnsupportedModelError, UnsupportedModeError):
+    """The prompt cannot enter in a mode that the model always uses."""
 
 
 @contextmanager
-def proving(model: nn.Module) -> Iterator[None]:
-    """Turn whatever a forward with a prompt raises, when it is tried at attach, into a refusal to attach.
+def probing_with_prompt(model: nn.Module) -> Iterator[None]:
+    """Turn any exception of a probe forward with a prompt into an `UnsupportedModelError`.
 
     Raises:
         UnsupportedModelError: the forward failed.
@@ -54,36 +58,85 @@ def proving(model: nn.Module) -> Iterator[None]:
     except AttachError:
         raise
     except SoftHooksError as error:
-        kind = _RefusedModeError if isinstance(error, UnsupportedModeError) else UnsupportedModelError
+        kind = _UnsupportedModelModeError if isinstance(error, UnsupportedModeError) else UnsupportedModelError
         raise kind(
-            "a prompt can be attached to a model only if a forward of plain text goes through it.",
+            f"{type(model).__name__} failed in a probe forward of plain text with the prompt.",
             OTHER_METHOD,
-            model=type(model).__name__,
             cause=f"{type(error).__name__}: {error}",
         ) from error
 
 
+# --- mode -------------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run probes without gradient, dropout, autocast or a trace in the random state; restore every mode."""
-    training = [module for module in every_module(model) if module.training]
-    state = torch.get_rng_state()
-    for module in training:
-        module.__dict__["training"] = False  # past the setter of nn.Module, which looks among parameters first
-    try:
-        with torch.no_grad():
+    """Run a block without gradients and dropout; put the mode of every module and the random state back."""
+    random_state = torch.get_rng_state()
+    with Patches() as patches, torch.no_grad():
+        for module in every_module(model):
+            if module.training:
+                patches.set(module, "training", False)  # not by `eval()`, whose setattr is slow in a large model
+        try:
             yield
-    finally:
-        torch.set_rng_state(state)
-        for module in training:
-            module.__dict__["training"] = True
+        finally:
+            torch.set_rng_state(random_state)
+
+
+@contextmanager
+def seeded(module: nn.Module) -> Iterator[None]:
+    """Run a block with the random seed 0, so that a model that draws random numbers repeats them; put the state back."""
+    devices = {weight.device for weight in module.parameters()}
+    with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
+        # `torch.manual_seed` also seeds CUDA lazily, which takes as long as the forward of a small model.
+        on_cpu = all(device.type == "cpu" for device in devices)
+        (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(0)
+        yield
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
 
 
 def last_hidden_state(output: Any) -> Tensor:
-    """The last hidden state of a stack's output, whatever form the output has."""
+    """Read the last hidden state from the output of a stack: a tensor, a tuple or a `ModelOutput`."""
     state = output if isinstance(output, Tensor) else output[0]
     if not isinstance(state, Tensor):
         raise UnsupportedModelError(
-            f"a stack must return a tensor of states first; it returned {type(state).__name__}."
+            f"the text backbone returns {type(state).__name__} first; it must return a tensor of hidden states."
         )
     return state
+
+
+@contextmanager
+def recorded_states(module: nn.Module, state: StackState | None = None) -> Iterator[list[Tensor]]:
+    """Record the last hidden states that a stack returns in a block, one for each of its forwards.
+
+    Args:
+        module: the module of the stack.
+        state: the stack's state, if prompts may be on: forwards of a prompt's own rows are then left out.
+    """
+    states: list[Tensor] = []
+    outer = None if state is None else state.current
+
+    def record(_module: nn.Module, _args: Any, output: Any) -> None:
+        if state is None or state.current is outer:
+            states.append(last_hidden_state(output).detach())
+
+    handle = module.register_forward_hook(record)
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def relative_difference(states: Tensor, reference: Tensor) -> float:
+    """The largest difference between two tensors, relative to the largest value of the second."""
+    if states.shape != reference.shape:
+        return float("inf")
+    states, reference = states.float(), reference.float()
+    return float((states - reference).abs().amax() / reference.abs().amax().clamp(min=1e-6))
+
+
+def are_close(states: Tensor, reference: Tensor) -> bool:
+    """Whether two tensors are equal up to the rounding of a forward in their dtype."""
+    return bool(relative_difference(states, reference) <= 200 * torch.finfo(reference.dtype).eps ** 0.9)

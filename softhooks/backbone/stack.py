@@ -45,7 +45,7 @@ class Site:
 
 
 @dataclass(eq=False)
-class Table:
+class PositionTable:
     """A module that answers with rows of a matrix of its own, one position after another.
 
     Attributes:
@@ -77,7 +77,7 @@ class Positions:
     """
 
     argument: bool
-    table: Table | None
+    table: PositionTable | None
     start: int
     padding: int | None
     limit: int | None
@@ -113,7 +113,7 @@ class Stack:
     positions: Positions
     parameters: list[str]
     sites: list[Site] = field(default_factory=list)
-    through: Literal["attention", "written_out", "cache"] | None = None
+    injection: Literal["attention", "written_out", "cache"] | None = None
     fills: dict[str, int] = field(default_factory=dict)
     proven: dict[str, Any] = field(default_factory=dict)
     pooled: nn.Module | None = None

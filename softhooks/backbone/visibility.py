@@ -1,42 +1,39 @@
-"""What the tokens of a stack see of each other, found by running it: how long a probe must be, and what it compares."""
+"""Measure whether a stack is causal: whether earlier states change with later tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.probing import last_hidden_state
+from softhooks.backbone.probing import recorded_states, relative_difference
+from softhooks.backbone.stack_state import StackState
 
 
-def sees_later(stack_module: nn.Module, cut: int, run: Callable[[bool], Any], is_own: Callable[[], bool]) -> float:
-    """Run a stack twice, and tell by how much its states before a column move when ids from there on change.
+def change_before(
+    module: nn.Module, column: int, forwards: Sequence[Callable[[], object]], state: StackState | None = None
+) -> float:
+    """Measure by how much a stack's states before a column differ between two texts.
 
     Args:
-        run: a forward of the model; True: with the changed ids.
-        is_own: whether the forward of the stack that ends is the text's, not that of a prompt's own rows.
+        module: the module of the stack.
+        column: the column from which on the texts differ.
+        forwards: one forward for each text, or one with both texts as its rows.
+        state: the stack's state, if prompts may be on.
 
     Returns:
-        the largest change as a part of the largest state.
+        the largest difference, relative to the largest state.
     """
-    kept: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if is_own():
-            kept.append(last_hidden_state(output)[:, :cut].float())
-
-    handle = stack_module.register_forward_hook(keep)
-    try:
-        run(False)
-        first = kept[-1]
-        run(True)
-    finally:
-        handle.remove()
-    return float((first - kept[-1]).abs().max() / first.abs().max().clamp(min=1e-6))
+    rows: list[Tensor] = []
+    with recorded_states(module, state) as states:
+        for forward in forwards:
+            forward()
+            rows.append(states[-1][:, :column])
+    first, second = torch.cat(rows).chunk(2)
+    return relative_difference(second, first)
 
 
 def is_rounding(change: float, dtype: torch.dtype) -> bool:
-    """Whether a relative change is no more than what the order of a sum makes."""
+    """Whether a relative change is as small as that of another order of summation."""
     return change <= max(1e-5, 8 * torch.finfo(dtype).eps)

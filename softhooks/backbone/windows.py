@@ -1,11 +1,13 @@
-"""How far the tokens of a layer look back, where nobody tells its attention function: windows and chunks that are in masks alone.
+"""How far the tokens of a layer look back, if only a mask says so: sliding windows and chunks.
 
-PhiMoE's windows are in its masks and not in the call of the attention function; Llama 4 cuts a text into chunks, in which tokens
-see those of their own chunk alone.
+PhiMoE has its windows in its masks and does not pass them to the attention function. Llama 4 cuts a text into chunks, and its
+tokens see those of their own chunk only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,19 +16,27 @@ from torch import Tensor
 from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
 
-SHORT = 2
-"""A window that a probe of four tokens shows."""
+_PROBE_WINDOW = 2
+"""A window that hides tokens in a probe of four."""
 
 
-def short_window(stack: Stack) -> Any:
-    """The config of a causal stack whose windows can be made short for a probe; None where it names none."""
+@contextmanager
+def shortened_window(stack: Stack) -> Iterator[bool]:
+    """Shorten the sliding window of a causal stack in a block; yields False if its config has none."""
     config: Any = getattr(stack.module, "config", None)
     window = getattr(config, "sliding_window", None)
-    return config if stack.causal and type(window) is int and window > 0 else None
+    if not stack.causal or type(window) is not int or window <= 0:
+        yield False
+        return
+    config.sliding_window = _PROBE_WINDOW  # by its setter: some configs store it under another name
+    try:
+        yield True
+    finally:
+        config.sliding_window = window
 
 
-def hides_distant(mask: Any, window: int = SHORT) -> bool:
-    """Whether a mask of attention hides from the last query what is farther than a window."""
+def hides_distant(mask: Any, window: int = _PROBE_WINDOW) -> bool:
+    """Whether an attention mask hides from the last query what is farther than a window."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] <= window:
         return False
     distant = mask[0, 0, -1, -window - 1]
@@ -34,23 +44,23 @@ def hides_distant(mask: Any, window: int = SHORT) -> bool:
 
 
 def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
-    """How many tokens, itself among them, a token of a site sees; None: all.
+    """How many tokens, including itself, a token of a site sees; None: all.
 
     Args:
         kwargs: of the call of the attention function.
     """
-    told = kwargs.get("sliding_window", getattr(site.module, "sliding_window", None))
-    if told is None and site.is_windowed:
-        told = getattr(site.stack.module.config, "sliding_window", None)
-    return told if isinstance(told, int) and told > 0 else None
+    window = kwargs.get("sliding_window", getattr(site.module, "sliding_window", None))
+    if window is None and site.is_windowed:
+        window = getattr(site.stack.module.config, "sliding_window", None)
+    return window if isinstance(window, int) and window > 0 else None
 
 
 def require_one_chunk(stack: Stack, virtual_tokens: int, positions: Tensor | None) -> None:
-    """Refuse a text that leaves its first chunk behind a prefix: its chunks would be cut P tokens too late.
+    """Refuse a prefix and a text that together exceed the first chunk: the model would cut its chunks P tokens too late.
 
     Args:
         virtual_tokens: how many stand before the text in self-attention, at positions of their own.
-        positions: where the text stands, counted from 0 in each row, [B or 1, T].
+        positions: of the text, counted from 0 in each row, [B or 1, T].
 
     Raises:
         UnsupportedModeError: prefix and text together are longer than a chunk.
@@ -63,7 +73,7 @@ def require_one_chunk(stack: Stack, virtual_tokens: int, positions: Tensor | Non
     longest = None if positions is None else int(positions.max()) + 1
     if longest is None or longest + virtual_tokens > chunk:
         raise UnsupportedModeError(
-            "a prefix and its text must fit into one chunk of a model with chunked attention.",
+            "prefix and text together exceed one chunk of a model with chunked attention.",
             "Shorten the text, or use PromptTuning, whose virtual tokens are cut into chunks with the text.",
             prefix=f"{virtual_tokens} virtual tokens",
             text="of unknown length" if longest is None else f"{longest} tokens",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids, probe_length
 from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import Stack
-from softhooks.backbone.visibility import is_rounding, sees_later
+from softhooks.backbone.visibility import change_before, is_rounding
 from softhooks.errors import UnsupportedMethodError
 from softhooks.prompt import SoftPrompt
 
@@ -32,10 +34,8 @@ def check_causality(prompt: SoftPrompt) -> None:
 
 
 def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor], changed: dict[str, Tensor]) -> float:
-    def run(other: bool) -> None:
-        prompt.model(**(changed if other else call))
-
-    return sees_later(stack.module, cut, run, lambda: stack.state.current is None)
+    forwards = [partial(prompt.model, **call), partial(prompt.model, **changed)]
+    return change_before(stack.module, cut, forwards, stack.state)
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:

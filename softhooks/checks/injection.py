@@ -45,13 +45,13 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
         return _only(prompt, asked, "branch")
     if prompt.method.enters == "attention":
         require_sites(structure)
-        through = structure.entry.through
+        through = structure.entry.injection
         assert through is not None
         return _only(prompt, asked, through)
     _refuse_end_of_generation(prompt)
     stack = structure.entry
     could_share = (
-        stack.name == "text" and stack.causal and stack.through is not None and prompt.layout.placement == "front"
+        stack.name == "text" and stack.causal and stack.injection is not None and prompt.layout.placement == "front"
     )
     if asked == "slots" or not could_share:
         return _only(prompt, asked, "slots")

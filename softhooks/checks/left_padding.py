@@ -56,7 +56,7 @@ def _is_told(prompt: SoftPrompt) -> bool:
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.argument or (table is not None and table.by_row)
-    return by_row and (prompt.injection == "slots" or entry.through != "cache")
+    return by_row and (prompt.injection == "slots" or entry.injection != "cache")
 
 
 def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.module_walk import every_module
-from softhooks.backbone.probing import OTHER_METHOD, eval_mode, proving
+from softhooks.backbone.probing import OTHER_METHOD, eval_mode, probing_with_prompt
 from softhooks.checks.injection import probe_inputs
 from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
@@ -37,7 +37,7 @@ def prove_reach(prompt: SoftPrompt) -> None:
         UnsupportedModelError: the model does not run with the prompt, or the prompt or a part of it does nothing.
     """
     trains = any(parameter.requires_grad for parameter in prompt.encoder.parameters())
-    with proving(prompt.model), eval_mode(prompt.model):
+    with probing_with_prompt(prompt.model), eval_mode(prompt.model):
         if trains and not torch.is_inference_mode_enabled():
             _show_gradient(prompt)
         else:

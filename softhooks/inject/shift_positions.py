@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softhooks.backbone.position_table import place_at_table
+from softhooks.backbone.position_table import set_table_positions
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 
@@ -23,7 +23,7 @@ def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: l
     if stack.positions.argument:
         call["position_ids"] = ids
     elif stack.positions.table is not None:
-        place_at_table(stack.positions.table, ids, handles)
+        handles.append(set_table_positions(stack.positions.table, ids))
 
 
 def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:

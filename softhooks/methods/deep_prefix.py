@@ -108,7 +108,7 @@ class DeepPrefix(Method):
         stack = structure.entry
         shift = stack.causal if self.shift_positions is None else self.shift_positions
         movable = stack.positions.movable
-        if shift and not movable and not (stack.causal and stack.through == "cache"):
+        if shift and not movable and not (stack.causal and stack.injection == "cache"):
             if self.shift_positions:
                 raise UnsupportedMethodError(
                     "positions can be shifted only in a model that can be told where its text stands.",

@@ -69,8 +69,7 @@ class Patches:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of an object, past any setter of its class, or an entry of a dictionary."""
-        self._made.append(Patch(owner, name, _get(owner, name), value))
-        _put(owner, name, value)
+        self._made.append(patch(owner, name, value))
 
     def delete(self, owner: Any, name: str) -> None:
         """Delete an attribute of an object or an entry of a dictionary; nothing happens if there is none."""
@@ -110,6 +109,13 @@ class Patches:
 
     def _patches(self) -> list[Patch]:
         return [one for one in self._made if isinstance(one, Patch)]
+
+
+def patch(owner: Any, name: str, value: Any) -> Patch:
+    """Set one attribute of an object, or one entry of a dictionary, until `remove()` is called on the result."""
+    made = Patch(owner, name, _get(owner, name), value)
+    _put(owner, name, value)
+    return made
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Continuous batching with a prompt. Checks run before a manager starts: in its thread, an error would only be logged."""
+"""Continuous batching with a prompt: what it can serve, asked before a manager starts, whose thread would only log the error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
-from softhooks.runtime.generate import PromptedMethod
+from softhooks.runtime.generate import Noting
 
 if TYPE_CHECKING:
     from softhooks.runtime.attached_prompt import AttachedPrompt
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _START = "init_continuous_batching"
 
 
-def required_columns(prompt: AttachedPrompt) -> str:
-    """The batch columns that a prompt needs in each call, as text; empty if it needs none."""
+def needed(prompt: AttachedPrompt) -> str:
+    """The columns of a batch that a prompt cannot do without; empty where ids are enough."""
     try:
         prompt.encoder.choose({}, 1)
     except UnsupportedModeError:
@@ -27,30 +27,31 @@ def required_columns(prompt: AttachedPrompt) -> str:
 
 
 def require_servable(prompted: PromptedModel) -> None:
-    """Refuse prompts that cannot be used in a row of many requests.
+    """Refuse prompts that a row of many sequences cannot meet.
 
     Raises:
-        UnsupportedModeError: rows have different prompts, or the prompt needs a column for each row or enters as slots.
+        UnsupportedModeError: each row has its own, or the prompt on is a matter of each row.
     """
     if prompted.rows is not None:
         raise UnsupportedModeError(
-            f"`rows` selects {prompted.selection_text}, but in continuous batching all requests use one prompt.",
-            "Select it with `softhooks.activate`; serve other prompts with other managers, one after another.",
+            "a continuous batch has one row, in which requests come and go: they all meet one prompt.",
+            "Name it with `softhooks.activate`, and serve the others by managers of their own, one after the other.",
+            rows=prompted.selection_text,
         )
     prompt = prompted.prompts[str(prompted.active)]
-    needs = required_columns(prompt)
+    needs = needed(prompt)
     if prompt.injection in ("attention", "shared", "branch") and not needs:
         return
     raise UnsupportedModeError(
-        f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: a prompt "
-        "must enter at attention and be the same for every request.",
-        "Use a prefix, or `placement='front'` on a model that can share its prompt; for a multitask prompt, one task.",
+        "in a continuous batch, a prompt must enter at attention and be the same for every request.",
+        "Use a prefix, or `placement='front'` on a model that can share its prompt; of a multitask prompt, one task.",
+        prompt=f"{prompt.name!r}: {prompt.method.kind}, which enters as {prompt.injection}",
         **({"each request would need": needs} if needs else {}),
     )
 
 
 class _Loop:
-    """A manager's loop, which runs in its own thread, with the context variables of the thread that made the manager."""
+    """A manager's loop, which a thread of its own runs, within the `with` blocks that the manager was made in."""
 
     def __init__(self, manager: Any, own: Callable[[Any], None]) -> None:
         self._manager = manager
@@ -58,21 +59,22 @@ class _Loop:
         self._context = copy_context()
 
     def __call__(self) -> None:
-        """Run the loop."""
+        """Run it."""
         self._context.run(self._own, self._manager)
 
 
-class _Start(PromptedMethod):
-    """Checks the prompt before and after `init_continuous_batching`."""
+class _Start(Noting):
+    """A model's own `init_continuous_batching`, which asks first."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.prompted.is_in_use:
             require_servable(self.prompted)
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
-        manager = self.original()(*args, **kwargs)
+        manager = self.own()(*args, **kwargs)
         if kept is not None and manager is kept and not kept.is_running():
-            # Its cache finds blocks of earlier sessions by their ids, whichever prompt they were computed with.
-            kept.batch_processor = None
+            kept.batch_processor = (
+                None  # its cache finds blocks of earlier sessions by their ids, whatever the prompt was
+            )
         try:
             if self.prompted.is_in_use:
                 self._require_masks(manager.continuous_batching_config)
@@ -88,7 +90,7 @@ class _Start(PromptedMethod):
         return manager
 
     def _require_masks(self, config: Any) -> None:
-        """Refuse attention without a mask, which could not be widened, and compiled code, which skips the hooks."""
+        """Refuse what runs without a mask that can be widened, or without the hooks."""
         attention = str(self.model.config._attn_implementation)  # type: ignore[union-attr]
         joins = self.prompted.prompts[str(self.prompted.active)].injection != "branch"
         compiled = any(
@@ -97,17 +99,17 @@ class _Start(PromptedMethod):
         graphs = any(config.cuda_graph_booleans)
         if (joins and attention.removeprefix("paged|") not in ("sdpa", "eager")) or compiled or graphs:
             raise UnsupportedModeError(
-                "continuous batching with a prompt needs attention with a mask, and hooks that run in each forward.",
+                "a continuous batch meets a prompt where attention has a mask and each forward runs its hooks.",
                 "Use 'sdpa' or 'eager' attention and `ContinuousBatchingConfig(auto_switch_to_flash=False, "
-                "use_cuda_graph=False)`, and do not compile.",
+                "use_cuda_graph=False)`, without compiling.",
                 attention=attention,
                 cuda_graphs=graphs,
                 compiled=compiled,
             )
 
 
-def wrap_continuous_batching(prompted: PromptedModel) -> None:
-    """Replace the method that starts continuous batching, until the last prompt is removed."""
+def watch_batching(prompted: PromptedModel) -> None:
+    """Ask before a model starts a continuous batch, until its last prompt is removed."""
     model = unwrapped(prompted.model)
     if hasattr(model, _START):
         prompted.patches.set(model, _START, _Start(prompted, model, _START))

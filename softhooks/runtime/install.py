@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from softhooks.backbone.attention_interface import files_of, mark, unmark
+from softhooks.backbone.attention_interface import mark_sites, modeling_files
 from softhooks.backbone.container import CONTAINER, Container
 from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
 from softhooks.patching.movable_hook import MovableHook
 from softhooks.runtime.added_token_hooks import AddedTokenHooks
 from softhooks.runtime.arguments import SignedForward
-from softhooks.runtime.continuous_batching import wrap_continuous_batching
-from softhooks.runtime.generate import wrap_generate
+from softhooks.runtime.continuous_batching import watch_batching
+from softhooks.runtime.generate import watch_generate
 from softhooks.runtime.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.runtime.prompted_model import PromptedModel
 
@@ -38,10 +38,10 @@ def install(prompted: PromptedModel) -> None:
     keep(model.register_load_state_dict_pre_hook(prompted.note_loaded_state))
     # Where the model is the stack, its hook must run after the stack's.
     keep(model.register_forward_hook(outermost.leave, with_kwargs=True, always_call=True))
-    mark(stacks)
-    wrap_continuous_batching(prompted)
-    wrap_generate(prompted)
-    prompted.files = files_of(module for stack in stacks for module in stack.module.modules())
+    mark_sites(stacks, prompted.patches)
+    watch_batching(prompted)
+    watch_generate(prompted)
+    prompted.files = modeling_files(module for stack in stacks for module in stack.module.modules())
     prompted.join_shared_patches()
 
 
@@ -52,7 +52,6 @@ def uninstall(prompted: PromptedModel) -> None:
     prompted.patches.undo()
     for stack in prompted.structure.stacks:
         stack.state.owner = None
-    unmark(prompted.structure.stacks)
     prompted.leave_shared_patches()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.attention_interface import close_interface, open_interface
+from softhooks.backbone.attention_interface import unwrap_attention_functions, wrap_attention_functions
 from softhooks.backbone.container import CONTAINER, Container, is_prompt_key
 from softhooks.backbone.probe_inputs import ordinary_ids
 from softhooks.backbone.stack import ModelStructure, Stack
@@ -21,7 +21,7 @@ from softhooks.base_model.gradients import StashedGradients
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import NotAttachedError, UnsupportedModeError
 from softhooks.inject.provenance import Provenance, token_of
-from softhooks.inject.replaced_modules import ExpectedModules, modules_entered
+from softhooks.inject.replaced_modules import Standing, entered
 from softhooks.patching.movable_hook import MovableHook
 from softhooks.patching.patches import Patches
 from softhooks.runtime.arguments import TAKEN_BY, refuse_unused
@@ -80,8 +80,8 @@ class PromptedModel:
         self.has_added_tokens = False
         self.files: frozenset[str] = frozenset()
         self._active: str | None = None
-        self._standing = {stack.name: ExpectedModules(modules_entered(stack)) for stack in structure.stacks}
-        self._answering = ExpectedModules()  # heads, which stand outside of the stacks
+        self._standing = {stack.name: Standing(entered(stack)) for stack in structure.stacks}
+        self._answering = Standing()  # heads, which stand outside of the stacks
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle."""
@@ -101,13 +101,13 @@ class PromptedModel:
         for name in self.files:
             with suppress(ImportError):
                 import_module(name)
-        open_interface(self, self.files)
+        wrap_attention_functions(self, self.files)
         watch_steps(self)
 
     def leave_shared_patches(self) -> None:
         """Give these patches back; they are undone if no other model needs them."""
         self.files = frozenset()
-        close_interface(self)
+        unwrap_attention_functions(self)
         unwatch_steps(self)
 
     # --- which prompts are on -----------------------------------------------------------------------------------------

@@ -347,7 +347,9 @@ def test_a_forward_past_the_hooks_is_refused(arch: str) -> None:
     model, ids = zoo.build(arch, "tokens"), zoo.text(2, T)
     with softhooks.attach(model, PTuningV2(P)) as prompt:
         stack = prompt.prompted_model.structure.entry.module
-        with pytest.raises(PromptNotReachedError, match=r"went through the model's hooks(.|\n)*SelfAttention"):
+        with pytest.raises(
+            PromptNotReachedError, match=r"^\w*SelfAttention ran in no forward that went through the model's hooks"
+        ):
             stack.forward(ids)
         with softhooks.disabled(model):
             stack.forward(ids)
@@ -363,7 +365,7 @@ def test_attention_to_other_states_is_refused() -> None:
         for number, attention in enumerate(layer.attention.self for layer in model.deberta.encoder.layer):
             handle = attention.register_forward_pre_hook(attend_elsewhere, with_kwargs=True)
             if number == 0:
-                with pytest.raises(UnsupportedModeError, match="its own states"):
+                with pytest.raises(UnsupportedModeError, match="other states than its own"):
                     model(ids)
             else:
                 model(ids)  # a layer without a prefix runs its own code

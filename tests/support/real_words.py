@@ -17,9 +17,9 @@ from torch import Tensor
 import softhooks
 from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.examine import examine
-from softhooks.backbone.listening_cache import ListeningCache
 from softhooks.backbone.probing import last_hidden_state
-from softhooks.inject.capture import CapturePass
+from softhooks.backbone.recording_cache import RecordingCache
+from softhooks.inject.prefill import CapturePass
 from softhooks.inject.prefix.key_values import flatten
 
 
@@ -97,7 +97,7 @@ def _call(prompt: Any, ids: Tensor, decoder_ids: Tensor) -> dict[str, Tensor]:
 def _text(
     model: Any, prompt: Any, ids: Tensor, length: int, left: int, right: int, positions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the text after the prompt, with padding around it, and remove the padding."""
+    """Run the text behind the prompt, with padding around it, and cut the padding off."""
     encoder_decoder = prompt.prompted_model.structure.is_encoder_decoder
     shortened = length if prompt.method.enters == "attention" else 0  # a slot stands in the encoder alone
     call = _call(prompt, ids[:, length:], ids.roll(1, -1)[:, shortened:])
@@ -139,7 +139,7 @@ def _captured(
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor | None]]:
     """Run words and text through the bare model; take the words' keys and values by group, and the states."""
     structure = prompt.prompted_model.structure
-    cache = ListeningCache() if structure.entry.through == "cache" else None
+    cache = RecordingCache() if structure.entry.injection == "cache" else None
     call: dict[str, Any] = _call(prompt, ids, ids.roll(1, -1)) | ({} if cache is None else {"past_key_values": cache})
     if structure.is_encoder_decoder:
         call["use_cache"] = False
@@ -153,8 +153,8 @@ def _captured(
             stack.state.current = None
     if cache is not None:
         keys, values = passes["text"].keys["self"], passes["text"].values["self"]
-        keys |= {index: key for index, (key, _) in cache.heard.items()}
-        values |= {index: value for index, (_, value) in cache.heard.items()}
+        keys |= {index: key for index, (key, _) in cache.recorded.items()}
+        values |= {index: value for index, (_, value) in cache.recorded.items()}
     tables = {}
     for group, (stack, role) in groups_of(structure).items():
         live = passes[stack.name]

@@ -60,7 +60,7 @@ def make(
 
 
 def prompted(kind: str, folder: Path, model: Any, method: Any, **more: Any) -> tuple[Any, SoftPromptCallback]:
-    """A trainer with a SoftPromptCallback."""
+    """A trainer with one callback more."""
     callback = SoftPromptCallback(method)
     return make(kind, folder, model, [callback], **more), callback
 
@@ -70,7 +70,7 @@ def build(kind: str, **changes: Any) -> Any:
 
 
 def metrics(trainer: Any) -> list[dict[str, float]]:
-    """The trainer's logs without times, and without the token counts that TRL restarts when a run is resumed."""
+    """What the trainer has logged, but for times, and for the tokens that TRL counts anew when a run is resumed."""
     return [
         {
             key: value

@@ -77,7 +77,7 @@ _REASONS: list[tuple[str, str, str]] = [
         "funnel-sequence",
     ),
     (
-        "a soft prompt needs a model that runs in each of the probes at attach",
+        "failed in a probe forward at attach",
         "prompt prefix adapter",
         "fsmt-seq2seq",
     ),

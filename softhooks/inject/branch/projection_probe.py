@@ -1,4 +1,4 @@
-"""A probe that finds how to call each attention module of a model on single rows, and checks the keys and values."""
+"""Find out, by running it, how rows are given to each attention module of a model, and prove that it works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.attention_call import AttentionCall
-from softhooks.backbone.attention_interface import marked
+from softhooks.backbone.attention_interface import marked_sites
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
 from softhooks.backbone.probing import OTHER_METHOD, eval_mode, last_hidden_state
 from softhooks.backbone.stack import ModelStructure, Site, Stack
@@ -22,25 +22,26 @@ _PROBE_ID = 63
 
 
 def find_attention_calls(structure: ModelStructure) -> None:
-    """Find how to call every self-attention of a model on rows; once for each model.
+    """Find out how rows are given to every self-attention of a model; once for each model.
 
     Raises:
-        UnsupportedMethodError: a stack's attention is neither called through the interface nor known.
+        UnsupportedMethodError: a stack's attention does not go through the interface.
     """
     encoded: Tensor | None = None
     for stack in structure.stacks:
-        if stack.through not in ("attention", "written_out"):
+        if stack.injection not in ("attention", "written_out"):
             raise UnsupportedMethodError(
-                f"the attention of {type(stack.module).__name__} is not supported; a gated branch needs attention that goes "
-                "through transformers' attention interface, or that softhooks knows.",
+                "a gated branch needs attention that goes through transformers' attention interface, or that softhooks "
+                "knows.",
                 OTHER_METHOD,
+                model=f"{type(stack.module).__name__}, whose attention does neither",
             )
         if all(site.call is not None for site in stack.sites_of("self")):
             continue
         if stack.name == "decoder":
             encoded = _encode(structure.entry, structure.vocabulary)
         seen = _watch(stack, structure.vocabulary, encoded)
-        with eval_mode(stack.module), marked(stack):
+        with eval_mode(stack.module), marked_sites(stack):
             for site in stack.sites_of("self"):
                 site.call = _attention_call(seen[site.index])
                 site.call.failure = _failure(site, site.call, seen[site.index])
@@ -48,13 +49,11 @@ def find_attention_calls(structure: ModelStructure) -> None:
 
 @dataclass(eq=False)
 class _Seen:
-    """What one site received and returned in a forward of one token.
+    """What passed through one site in a forward of one token.
 
     Attributes:
         args, kwargs: of the call of its module.
-        query, key, value: the arguments of its attention function.
-        output: what the attention function returned.
-        calls: how often the module was called, for all the sites that it serves.
+        calls: how often the module was called in all, for however many sites.
     """
 
     args: tuple[Any, ...]
@@ -67,7 +66,7 @@ class _Seen:
 
 
 class _WatchPass(Pass):
-    """A forward that records every call of self-attention."""
+    """A forward of which every self-attention is noted."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
@@ -75,11 +74,11 @@ class _WatchPass(Pass):
         self._called: dict[int, list[tuple[Any, Any]]] = {}
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record a call of an attention module."""
+        """Note a call of an attention module."""
         self._called.setdefault(id(module), []).append((args, dict(kwargs)))
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a call of the attention function."""
+        """Note a call of the attention function."""
         output = attention(*args, **kwargs)
         if site.role == "self":
             call, (query, key, value) = self._called[id(site.module)][-1], args[1:4]
@@ -87,7 +86,7 @@ class _WatchPass(Pass):
         return output
 
     def count(self) -> dict[int, _Seen]:
-        """Return the records, with the number of calls of each module."""
+        """What was seen, with the number of calls of each module."""
         for site in self.stack.sites_of("self"):
             self.seen[site.index].calls = len(self._called[id(site.module)])
         return self.seen
@@ -99,7 +98,7 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
     if encoded is not None:
         inputs["encoder_hidden_states"] = encoded
     live = _WatchPass(stack)
-    with eval_mode(stack.module), marked(stack), ExitStack() as hooks:
+    with eval_mode(stack.module), marked_sites(stack), ExitStack() as hooks:
         for module in {id(site.module): site.module for site in stack.sites_of("self")}.values():
             hooks.callback(module.register_forward_pre_hook(live.note, with_kwargs=True).remove)
         with stack.state.running(live):
@@ -108,7 +107,7 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
 
 
 def _encode(stack: Stack, vocabulary: int) -> Tensor:
-    with eval_mode(stack.module), marked(stack), stack.state.running(Pass(stack)):
+    with eval_mode(stack.module), marked_sites(stack), stack.state.running(Pass(stack)):
         return last_hidden_state(stack.module(input_ids=_one_id(stack, vocabulary)))
 
 
@@ -117,7 +116,7 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
 
 
 def _attention_call(seen: _Seen) -> AttentionCall:
-    """Turn a recorded call into one for rows without positions."""
+    """Turn a call that was seen into one for rows that stand nowhere."""
     given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
     place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
     return AttentionCall(
@@ -134,7 +133,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _nowhere(value: Any) -> Any:
-    """Remove rotation and cache from an argument; anything else stays, also a mask of one token."""
+    """An argument for a row without rotation and cache; whatever else there is stays, masks of one token too."""
     if hasattr(value, "get_seq_length"):
         return None
     if isinstance(value, Tensor):
@@ -150,14 +149,14 @@ def _nowhere(value: Any) -> Any:
 
 
 def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
-    """Why a site's keys and values for rows are wrong; empty if they are right.
+    """Why the keys and values of rows at a site are not what they must be; empty if they are.
 
-    The recorded token is at position 0, where rotations change nothing but, in some models, the scale of keys. So its value must
-    be computed again exactly, and its key up to a factor. A second row in the batch must change neither, and must have a key and
-    a value of its own.
+    The token that was seen stands at position 0, where rotations do nothing (some scale their keys, which is no part of the
+    projection): its value must come out again, and its key but for a factor. Another row beside it must change neither, and must
+    give a key and a value of its own.
     """
     if call.place == "":
-        return "its input is not a sequence of states"
+        return "its input is no sequence of states"
     if seen.calls != len(site.turns):
         return f"it calls the attention function {len(site.turns) / seen.calls:g} times"
     if getattr(seen.output, "shape", None) != (1, 1, call.query_heads, site.value_dim):

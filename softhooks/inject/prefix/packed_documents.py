@@ -65,7 +65,7 @@ def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
         numbers: the document of each column, [B or 1, T].
         by_position: whether the stack itself was given the positions; without them it cannot tell documents apart.
     """
-    if stack.through != "attention" or not by_position:
+    if stack.injection != "attention" or not by_position:
         raise _refusal(
             numbers, f"not seen: {type(stack.module).__name__} makes it without positions, or where no hook sees it"
         )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-from softhooks.backbone.listening_cache import ListeningCache
+from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues
 from softhooks.inject.prefix.left_padding import KeyOrder
@@ -78,7 +78,7 @@ class PrefixPair(EncoderDecoderCache):
 
     def __init__(self, prefixed: PrefixCache, inner: Cache | None) -> None:
         own = inner if isinstance(inner, EncoderDecoderCache) else None
-        super().__init__(prefixed, ListeningCache() if own is None else own.cross_attention_cache)
+        super().__init__(prefixed, RecordingCache() if own is None else own.cross_attention_cache)
         self.is_updated = _Never() if own is None else own.is_updated
 
     @property

@@ -161,7 +161,7 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
         if per_token or per_query:
             other = (
                 ""
-                if stack.through is None
+                if stack.injection is None
                 else ", or use a prompt that enters as keys and values, such as PrefixTuning"
             )
             raise UnsupportedModeError(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.forward_pass import Pass
-from softhooks.backbone.position_table import positions_of, widened_positions
 from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
@@ -29,6 +28,7 @@ from softhooks.inject.slots.checks import (
     replace_lengths,
     widen_known,
 )
+from softhooks.inject.slots.slot_positions import positions_of, widened_positions
 from softhooks.inject.slots.slot_tables import Slots
 from softhooks.inject.slots.strip import strip_attentions, strip_last, strip_output
 from softhooks.inject.text_positions import OuterCall, given_positions, padding_mask

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def names() -> dict[str, Any]:
-    """The names that the example expects."""
+    """What the example finds ready."""
     import tokens
     import zoo
     from datasets import Dataset

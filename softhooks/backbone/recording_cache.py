@@ -9,30 +9,34 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-class ListeningCache(Cache):
-    """A cache that keeps nothing of its own: it notes the keys and values of each layer and hands them back.
+class RecordingCache(Cache):
+    """A cache that records the keys and values of each layer, and returns them as if nothing were in the past.
 
     Args:
-        running: tells which module is running, to note who hands them over.
+        running: returns the module that is running, to record which module hands them over.
+
+    Attributes:
+        recorded: keys and values by layer, [B, Hk, T, D] each.
+        callers: the module of each layer.
     """
 
     def __init__(self, running: Callable[[], nn.Module] | None = None) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.heard: dict[int, tuple[Tensor, Tensor]] = {}
+        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
         self.callers: dict[int, nn.Module] = {}
         self._running = running
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any) -> Any:
-        """Note and return what came in, [B, Hk, T, D] each."""
-        self.heard[layer_idx] = (key_states, value_states)
+        """Record and return the keys and values of a layer."""
+        self.recorded[layer_idx] = (key_states, value_states)
         if self._running is not None:
             self.callers[layer_idx] = self._running()
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Nothing is past."""
+        """Return 0: nothing is in the past."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys are as many as queries."""
+        """Return as many keys as queries."""
         return query_length, 0

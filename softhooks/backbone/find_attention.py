@@ -1,0 +1,203 @@
+"""Find the attention modules of a stack that keys and values can enter: by attention function, inline attention or cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.attention_interface import (
+    MARK,
+    modeling_files,
+    unwrap_attention_functions,
+    wrap_attention_functions,
+)
+from softhooks.backbone.inline_attention import inline_attention, inline_attention_of
+from softhooks.backbone.probing import are_close, last_hidden_state
+from softhooks.backbone.recording_cache import RecordingCache
+from softhooks.backbone.stack import Role, Site, Stack
+from softhooks.backbone.windows import hides_distant, shortened_window
+from softhooks.patching.patches import Patches
+
+
+@dataclass
+class AttentionRecord:
+    """One call of an attention function in a probe forward.
+
+    Attributes:
+        module: the attention module.
+        key, value: the shapes of its keys and values, [B, Hk, K, D].
+        hides_distant: whether its mask hides what is farther than a short window.
+    """
+
+    module: nn.Module
+    key: torch.Size
+    value: torch.Size
+    hides_distant: bool = False
+
+
+def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord] | None) -> None:
+    """Find the sites of each stack by running it; a decoder is given the encoder's states and one id less.
+
+    Args:
+        stacks: their `sites` and `injection` are filled in.
+        ids: [1, T].
+        attention: the calls of attention functions in a forward of a model with one stack, if they were recorded.
+    """
+    encoded: Tensor | None = None
+    for stack in stacks:
+        inputs = {"input_ids": ids}
+        if encoded is not None:
+            inputs = {"input_ids": ids[:, 1:], "encoder_hidden_states": encoded}
+        if attention is None:
+            with recorded_attention(stack.module) as records:
+                encoded = last_hidden_state(stack.module(**inputs))
+        else:
+            inside = set(stack.module.modules())
+            records = [record for record in attention if record.module in inside]
+        stack.sites = _sites(stack, records, ids.shape[1])
+        if stack.sites:
+            stack.injection = "attention"
+            _find_windows(stack, inputs)
+            continue
+        stack.sites = _sites(stack, _inline_records(stack, inputs), ids.shape[1])
+        if stack.sites:
+            stack.injection = "written_out"
+        elif "past_key_values" in stack.parameters and stack.causal:
+            _find_cache_sites(stack, ids)
+
+
+def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[Site]:
+    """Turn calls of attention functions into sites.
+
+    Args:
+        encoded: the number of encoder states. In a decoder, as many keys mean cross-attention.
+    """
+    sites: list[Site] = []
+    shared: dict[int, list[Site]] = {}
+    count: dict[Role, int] = {"self": 0, "cross": 0}
+    for record in records:
+        role: Role = "cross" if stack.name == "decoder" and record.key[2] == encoded else "self"
+        site = Site(stack, role, count[role], record.module, record.key[1], record.key[3], record.value[3])
+        site.turns = shared.setdefault(id(record.module), [])
+        site.turns.append(site)
+        sites.append(site)
+        count[role] += 1
+    return sites
+
+
+# --- attention functions ----------------------------------------------------------------------------------------------
+
+
+class _Recorder:
+    """Stands for the site, the stack, its state and its current pass at once, and records every call of attention."""
+
+    def __init__(self, records: list[AttentionRecord]) -> None:
+        self.stack = self.state = self.current = self
+        self.records = records
+
+    def turn(self, site: Any) -> Any:
+        return site
+
+    def attend(self, _site: Any, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module, _query, key, value = args[:4]
+        mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
+        self.records.append(AttentionRecord(module, key.shape, value.shape, hides_distant(mask)))
+        return attention(*args, **kwargs)
+
+
+@contextmanager
+def recorded_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
+    """Record the calls of attention functions by the modules of a model in a block."""
+    records: list[AttentionRecord] = []
+    recorder = _Recorder(records)
+    parts = list(model.modules())
+    wrap_attention_functions(recorder, modeling_files(parts))
+    try:
+        with Patches() as patches:
+            for part in parts:
+                patches.set(part, MARK, recorder)
+            yield records
+    finally:
+        unwrap_attention_functions(recorder)
+
+
+def _find_windows(stack: Stack, inputs: dict[str, Tensor]) -> None:
+    """Mark the sites whose masks follow `sliding_window`: run the stack with a short window, and look at the masks."""
+    with shortened_window(stack) as is_shortened:
+        if not is_shortened:
+            return
+        with recorded_attention(stack.module) as records:
+            stack.module(**inputs)
+    for site, record in zip(stack.sites, records, strict=False):
+        site.is_windowed = site.role == "self" and record.hides_distant
+
+
+# --- inline attention -------------------------------------------------------------------------------------------------
+
+
+def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRecord]:
+    """Run a stack, compute each inline attention module a second time with an attention function, and record its calls.
+
+    Returns:
+        nothing if one of the modules returns something else than its own forward: this version of it is not supported.
+    """
+    records: list[AttentionRecord] = []
+    differing: list[nn.Module] = []
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        records.append(AttentionRecord(module, key.shape, value.shape))
+        return inline_attention(module, query, key, value, *args, **kwargs)
+
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        own, ours = inline_attention_of(module), None
+        if own is not None and "forward" not in module.__dict__:  # nobody has replaced its forward
+            try:
+                ours = own.run(args, kwargs, attention)
+            except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
+                ours = None
+        if ours is None or not are_close(last_hidden_state(ours), last_hidden_state(output)):
+            differing.append(module)
+
+    modules = [part for part in stack.module.modules() if inline_attention_of(part) is not None]
+    with Patches() as patches:
+        for module in modules:
+            patches.keep(module.register_forward_hook(compare, with_kwargs=True))
+        if modules:
+            stack.module(**inputs, **({"use_cache": False} if "use_cache" in stack.parameters else {}))
+    return [] if differing else records
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
+    with _running_module(stack.module) as running:
+        cache = RecordingCache(running)
+        try:
+            stack.module(input_ids=ids, past_key_values=cache, use_cache=True)
+        except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError):
+            return  # A model that does not take this cache has no sites; methods that need them refuse it by name.
+    for layer, (key, value) in sorted(cache.recorded.items()):
+        stack.sites.append(Site(stack, "self", layer, cache.callers[layer], key.shape[1], key.shape[3], value.shape[3]))
+    if stack.sites:
+        stack.injection = "cache"
+
+
+@contextmanager
+def _running_module(module: nn.Module) -> Iterator[Callable[[], nn.Module]]:
+    """Yield a function that returns, at any moment of a forward, the innermost module that is running."""
+    running: list[nn.Module] = []
+
+    def end(*_: Any) -> None:
+        running.pop()
+
+    with Patches() as patches:
+        for part in module.modules():
+            patches.keep(part.register_forward_pre_hook(lambda part, _args: running.append(part)))
+            patches.keep(part.register_forward_hook(end, always_call=True))
+        yield lambda: running[-1]

@@ -1,0 +1,203 @@
+"""Find out how a stack numbers its columns: watch what its position table returns, and try giving it `position_ids`.
+
+Neither names nor configs tell this reliably: tables start after a padding index (RoBERTa, Luke) or at a fixed row (OPT,
+Nystromformer), are buffers (M2M100), count from where the model around them starts (PaliGemma), and some forwards ignore the
+`position_ids` that they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.find_stack import ModuleCall
+from softhooks.backbone.position_table import set_table_positions
+from softhooks.backbone.probing import are_close, recorded_states, seeded
+from softhooks.backbone.stack import Positions, PositionTable
+from softhooks.compat.offload import read
+from softhooks.patching.patches import Patches
+
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
+"""What a model may raise on positions that it does not take."""
+
+
+@dataclass
+class _Forward:
+    """What was observed in one forward.
+
+    Attributes:
+        states: the stack's last hidden states.
+        position_ids: what the stack was given under this name.
+        tables: the position tables, with the row that the first token got.
+    """
+
+    states: Tensor
+    position_ids: Any = None
+    tables: list[PositionTable] = field(default_factory=list)
+
+
+def find_positions(
+    run: Callable[[int], Any], calls: Iterable[ModuleCall], module: nn.Module, embedding: nn.Module, takes_ids: bool
+) -> Positions:
+    """Find out how a stack numbers its columns, and how it can be given other positions.
+
+    Args:
+        run: runs the model on the probe's ids, in the given number of equal rows.
+        calls: the calls of modules in such a forward of one row.
+        module: the module of the stack.
+        embedding: its token embedding.
+        takes_ids: whether its forward has an argument `position_ids`.
+    """
+    probe = _Probe(run, module, embedding)
+    plain = probe.observed(calls)
+    counted = torch.arange(plain.states.shape[1], device=plain.states.device)[None]
+    start = _start(probe, plain, counted) if takes_ids else None
+    table = plain.tables[0] if len({id(table.module) for table in plain.tables}) == 1 else None
+    if start is not None:
+        table = None
+    if table is not None:
+        # Two rows with other positions: the first must come out as before, or the table gives all rows the same positions.
+        table.by_row = _is_same(probe, plain, table=table, ids=torch.cat([counted, counted + 1]))
+        if not table.by_row and not _is_same(probe, plain, table=table, ids=counted[0]):
+            table = None
+    config: Any = getattr(module, "config", None)
+    trained = getattr(config, "max_position_embeddings", None)
+    limits = [len(getattr(table.module, table.weight)) - table.first for table in plain.tables]
+    if not limits and any("embed_positions" in name for name, _ in module.named_buffers()):
+        limits = [trained] if isinstance(trained, int) else []
+    padding = next((getattr(table.module, "padding_idx", None) for table in plain.tables), None)
+    return Positions(
+        argument=start is not None,
+        table=table,
+        start=start or 0,
+        padding=padding if start and padding == start - 1 else None,
+        limit=min(limits, default=None),
+        trained=trained if isinstance(trained, int) else None,
+    )
+
+
+def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
+    """Find the position id that a stack gives its first token: giving it that id and the next ones changes nothing.
+
+    Returns:
+        None if other ids change nothing either: the stack ignores `position_ids`.
+    """
+    if isinstance(plain.position_ids, Tensor):
+        return int(plain.position_ids.flatten()[0])
+    padding = getattr(getattr(probe.module, "config", None), "pad_token_id", None)
+    candidates = [0, 1, 2, *([padding + 1] if isinstance(padding, int) else [])]
+    try:
+        from_zero = probe.run(position_ids=counted)
+    except _FAILURES:
+        from_zero = None
+    if from_zero is not None and from_zero.tables and plain.tables:
+        candidates = [plain.tables[0].first - from_zero.tables[0].first, *candidates]
+    for start in dict.fromkeys(candidates):
+        if start == 0:
+            is_start = from_zero is not None and are_close(from_zero.states, plain.states)
+        else:
+            is_start = start > 0 and _is_same(probe, plain, position_ids=counted + start)
+        if is_start:
+            return None if _is_same(probe, plain, exactly=True, position_ids=2 * counted + start) else start
+    return None
+
+
+def _is_same(probe: _Probe, plain: _Forward, exactly: bool = False, **change: Any) -> bool:
+    """Whether a change leaves the states of the first row as they are; if the model fails, it does not."""
+    try:
+        states = probe.run(**change).states[:1]
+    except _FAILURES:
+        return False
+    return torch.equal(states, plain.states) if exactly else are_close(states, plain.states)
+
+
+class _Probe:
+    """Runs a model, and observes one of its stacks.
+
+    Args:
+        run: runs the model on the probe's ids, in the given number of equal rows.
+        module: the module of the stack.
+        embedding: its token embedding.
+    """
+
+    def __init__(self, run: Callable[[int], Any], module: nn.Module, embedding: nn.Module) -> None:
+        self._run = run
+        self.module = module
+        self._tables = [
+            part
+            for part in module.modules()
+            if part is not embedding and not isinstance(part, nn.Linear) and _matrices(part)
+        ]
+
+    def observed(self, calls: Iterable[ModuleCall]) -> _Forward:
+        """What a forward was like whose calls were recorded."""
+        by_end = sorted(calls, key=lambda call: call.end)
+        own = [call for call in by_end if call.module is self.module][-1]
+        assert own.state is not None
+        found = _Forward(own.state, own.position_ids)
+        for call in by_end:
+            if isinstance(call.output, Tensor) and any(call.module is part for part in self._tables):
+                _add_table(found.tables, call.module, call.state)
+        return found
+
+    def run(
+        self, position_ids: Tensor | None = None, table: PositionTable | None = None, ids: Tensor | None = None
+    ) -> _Forward:
+        """Run once, always with the same random seed.
+
+        Args:
+            position_ids: given to the stack.
+            table, ids: a table, and the positions that it shall return instead, for as many equal rows.
+        """
+        given: list[Any] = []
+        tables: list[PositionTable] = []
+
+        def give(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given.append(kwargs.get("position_ids"))
+            return None if position_ids is None else (args, {**kwargs, "position_ids": position_ids})
+
+        with Patches() as patches, recorded_states(self.module) as states, seeded(self.module):
+            for part in self._tables:
+                patches.keep(part.register_forward_hook(lambda part, _args, output: _add_table(tables, part, output)))
+            patches.keep(self.module.register_forward_pre_hook(give, with_kwargs=True))
+            if table is not None and ids is not None:
+                patches.keep(set_table_positions(table, ids))
+            self._run(len(ids) if ids is not None and ids.dim() == 2 else 1)
+        return _Forward(states[-1], given[-1], tables)
+
+
+def _add_table(tables: list[PositionTable], part: nn.Module, output: Any) -> None:
+    """Add a module to the tables, if its output is consecutive rows of its own matrix; once."""
+    found = _consecutive_rows(part, output)
+    if found is not None and all(table.module is not part for table in tables):
+        tables.append(found)
+
+
+def _matrices(part: nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own floating-point matrices, by name."""
+    own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+    return [(name, tensor) for name, tensor in own if tensor.dim() == 2 and tensor.is_floating_point()]
+
+
+def _consecutive_rows(part: nn.Module, output: Any) -> PositionTable | None:
+    """Find the rows of a module's own matrix that its output consists of, in order; None if it does not."""
+    if not isinstance(output, Tensor) or output.dim() not in (2, 3):
+        return None
+    rows = output if output.dim() == 2 else output[0]
+    if len(rows) < 2 or torch.equal(rows[0], rows[1]):
+        return None
+    for name, matrix in _matrices(part):
+        if matrix.shape[1] != rows.shape[1] or len(matrix) < len(rows):
+            continue
+        matrix = read(part, name, matrix)  # it may be offloaded
+        if matrix.is_meta:
+            continue
+        matrix = matrix.to(rows.device)
+        for first in (matrix == rows[0]).all(-1).nonzero().flatten().tolist():
+            if torch.equal(matrix[first : first + len(rows)], rows):
+                return PositionTable(part, name, first)
+    return None

@@ -1,0 +1,94 @@
+"""Measure whether a stack's states depend on token ids in another way than by their embeddings."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softhooks.backbone.probe_inputs import as_choices, decoder_ids, ordinary_ids, probe_ids
+from softhooks.backbone.probing import eval_mode, probing, recorded_states, relative_difference
+from softhooks.backbone.stack import ModelStructure
+from softhooks.patching.patches import Patches
+
+_COLUMNS = 5
+
+
+def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
+    """Whether a model's states depend on ids beside their embeddings: measured once, with two texts of the same embeddings."""
+    stack = structure.entry
+    if stack.reads_ids is None:
+        stack.reads_ids = _states_differ(model, structure)
+    return stack.reads_ids
+
+
+def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
+    """Run two texts with different ids and the same embeddings, and compare their states."""
+    stack, vocabulary = structure.entry, structure.vocabulary
+    ordinary = ordinary_ids(model, stack, vocabulary)
+    if len(ordinary) < 2:
+        return True  # there is no second text to compare with
+    end = probe_ids(model, vocabulary, 1)  # some heads look for it
+    shifts = (0, max(1, min(_COLUMNS, len(ordinary) // 2)))
+    texts = [
+        torch.cat([torch.tensor([[ordinary[(k + shift) % len(ordinary)] for k in range(_COLUMNS)]]).to(end), end], 1)
+        for shift in shifts
+    ]
+
+    def run(ids: Tensor) -> None:
+        given = ids if structure.choices is None else as_choices(ids, structure.choices)
+        more = {}
+        if structure.is_encoder_decoder:
+            more["decoder_input_ids"] = decoder_ids(texts[0]).expand(len(ids), -1)
+        model(input_ids=given, attention_mask=torch.ones_like(given), **more)
+
+    def differ(*forwards: Tensor) -> bool:
+        same, states = _SameEmbeddings(in_one=len(forwards) == 1), []
+        with Patches() as patches, recorded_states(stack.module) as recorded:
+            patches.keep(stack.embedding.register_forward_hook(same))
+            for ids in forwards:
+                same.begin()
+                run(ids)
+                states.append(recorded[-1])
+        first, second = torch.cat(states).chunk(2)
+        return relative_difference(second, first) > 16 * torch.finfo(same.dtype).eps
+
+    with eval_mode(model), probing(model):
+        # First both texts as two rows of one forward. Some models take one row only, and some let rows influence each other.
+        with suppress(Exception):
+            if not differ(torch.cat(texts)):
+                return False
+        return differ(*texts)
+
+
+class _SameEmbeddings:
+    """A hook on an embedding that gives the second text the embeddings of the first.
+
+    Args:
+        in_one: whether both texts are rows of one forward; else the first forward is the first text's.
+    """
+
+    def __init__(self, in_one: bool) -> None:
+        self._in_one = in_one
+        self._first: list[Tensor] = []
+        self._call = 0
+        self._forward = 0
+        self.dtype = torch.float32
+
+    def begin(self) -> None:
+        """Begin a forward."""
+        self._forward, self._call = self._forward + 1, 0
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """Replace the output of one call. A model may look up several times in a forward."""
+        self.dtype = output.dtype
+        if self._in_one:
+            half = output.shape[0] // 2
+            return torch.cat([output[:half], output[:half]]) if output.shape[0] == 2 * half else None
+        self._call += 1
+        if self._forward == 1:
+            self._first.append(output)
+            return None
+        return self._first[self._call - 1] if self._call <= len(self._first) else None
