@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer that asks something else to write them: the base left out, and the prompt in a directory beside."""
+"""Lightning's `checkpoint_io` with prompts: checkpoints without the base, and next to each a directory with the prompt."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any, Protocol
 
 from softhooks.integration_support.checkpoints import TENSORS
 
-from ._carrier import Carrier
+from ._outer_module import OuterModule
 
 SUFFIX = ".prompt"
-"""How the directory beside a checkpoint is called."""
+"""The suffix of the directory next to a checkpoint."""
 
 
-class Trains(Protocol):
+class TrainingCallback(Protocol):
     """A callback that trains a prompt.
 
     Attributes:
-        name: the prompt's.
+        name: the name of the prompt.
         beside: whether to write the directory.
-        carrier: the module around the prompted model, once there is one.
+        outer: the module around the prompted model; None before the prompt is attached.
     """
 
     name: str
     beside: bool
-    carrier: Carrier | None
+    outer: OuterModule | None
 
 
 class PromptFiles:
-    """Stands in for a strategy's `checkpoint_io`: takes the base out of what is written, and writes the prompt beside it."""
+    """Replaces a strategy's `checkpoint_io`: removes the base from a checkpoint, and writes the prompt next to it."""
 
-    def __init__(self, checkpoint_io: Any, callback: Trains) -> None:
+    def __init__(self, checkpoint_io: Any, callback: TrainingCallback) -> None:
         self.checkpoint_io = checkpoint_io
         self.callback = callback
 
     def __getattr__(self, name: str) -> Any:
-        if name == "checkpoint_io":  # not yet there, while a copy is made
+        if name == "checkpoint_io":  # missing while a copy is made
             raise AttributeError(name)
         return getattr(self.checkpoint_io, name)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint."""
-        carrier = self.callback.carrier
-        if carrier is not None and carrier.prompt.is_attached:
-            checkpoint = {**checkpoint, "state_dict": carrier.prune(checkpoint["state_dict"])}
+        outer = self.callback.outer
+        if outer is not None and outer.prompt.is_attached:
+            checkpoint = {**checkpoint, "state_dict": outer.prune(checkpoint["state_dict"])}
             folder = self._folder(path)
             if folder is not None:
-                carrier.prompt.save_pretrained(folder)
+                outer.prompt.save_pretrained(folder)
         self.checkpoint_io.save_checkpoint(checkpoint, path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint, and the prompt beside it."""
+        """Remove a checkpoint, and the directory next to it."""
         self.checkpoint_io.remove_checkpoint(path)
         folder = self._folder(path)
         if folder is not None and (folder / TENSORS).is_file():
@@ -65,8 +65,8 @@ class PromptFiles:
         return Path(str(path).removesuffix(".ckpt") + several + SUFFIX)
 
 
-def layers_of(files: Any) -> Iterator[PromptFiles]:
-    """What stands in, the outermost first; each callback that trains a prompt has its own."""
+def prompt_files_of(files: Any) -> Iterator[PromptFiles]:
+    """The `PromptFiles` around a `checkpoint_io`, the outermost first; each callback that trains a prompt has one."""
     while isinstance(files, PromptFiles):
         yield files
         files = files.checkpoint_io

@@ -1,4 +1,4 @@
-"""A method to try in a search, with the values that its options may have. Whose trials choose is not known here."""
+"""The candidates of a hyperparameter search: methods, and the values that their options may take."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from softhooks.method import Method
 
 
 class Chosen(NamedTuple):
-    """What a trial tries."""
+    """The method and the learning rate of one trial."""
 
     method: Method
     learning_rate: float
 
 
 class Candidate:
-    """A method to try, with the values of its options.
+    """A method to search over, with the values of its options.
 
     Args:
-        make: the method, such as `PromptTuning`, or what makes one from a number of virtual tokens and options.
+        make: a method's class, such as `PromptTuning`, or a function of `num_virtual_tokens` and options that returns a method.
         num_virtual_tokens: the lengths to choose from, or a `range` of them.
-        learning_rate: the lowest and the highest, between which a trial draws evenly on a logarithmic scale.
-        options: for each option of the method the values to choose from.
+        learning_rate: the lowest and the highest learning rate; trials sample between them on a logarithmic scale.
+        options: the values to choose from, for each option of the method.
 
     Raises:
-        OptionError: there is nothing to choose from, or the method does not take one of the values.
+        OptionError: an option has no values, or the method does not accept one of them.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Candidate:
         low, high = learning_rate
         if not 0 < low <= high:
             raise OptionError(
-                f"learning_rate must be the lowest and the highest, both above 0; it is {learning_rate!r}."
+                f"learning_rate must be a pair (lowest, highest) of numbers above 0; it is {learning_rate!r}."
             )
         for name, values in self.choices.items():
             _check_choices(name, values)
@@ -53,24 +53,22 @@ class Candidate:
                 self.built({**first, name: value})
 
     def built(self, chosen: Mapping[str, Any]) -> Method:
-        """Make the method that was chosen."""
+        """Make the method with the chosen options."""
         options = dict(chosen)
         length = options.pop("num_virtual_tokens")
         try:
             return self.make(length, **options)
         except TypeError as error:
             raise OptionError(
-                "a candidate's options must be options of its method.",
-                "Look at the method's documentation.",
-                method=getattr(self.make, "__name__", self.make),
+                f"{getattr(self.make, '__name__', self.make)} does not accept the options of its candidate: {error}.",
+                "The options of a candidate are those of its method; see the method's documentation.",
                 options=", ".join(options) or "none",
-                but=error,
             ) from error
 
     def suggest(self, trial: Any, name: str) -> Chosen:
-        """Let a trial choose; the names of its parameters begin with the candidate's.
+        """Choose with an Optuna trial, whose parameters are named `<candidate>.<option>`.
 
-        What is chosen from one value only is no parameter of the trial.
+        Options with one value are not parameters of the trial.
         """
         chosen: dict[str, Any] = {}
         for option, values in self.choices.items():
@@ -92,9 +90,7 @@ def _check_choices(name: str, values: Any) -> None:
     )
     if not plain:
         raise OptionError(
-            "an option's values to choose from are a list of texts, numbers, truth values or None; of anything else there "
-            "can be one only.",
-            "Write init=['vocab', 'random'], or layers=[[0, 1]] for a value that is a list itself.",
-            option=name,
-            values=repr(values),
+            f"{name}={values!r} is not a list of values to choose from: strings, numbers, booleans or None, or one value of "
+            "another type.",
+            "Write init=['vocab', 'random'], or layers=[[0, 1]] for a value that is itself a list.",
         )

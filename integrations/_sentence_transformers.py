@@ -10,12 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from softhooks.errors import SoftHooksError, UnsupportedModeError, UnsupportedModelError
+from softhooks.errors import UnsupportedModeError, UnsupportedModelError
 from softhooks.integration_support.checkpoints import LIVE, saver_of
 from softhooks.integration_support.models import require_prompted_model, soft_prompts_of
 from softhooks.integration_support.saved_prompts import attach_stored, find
 
-from ._sentence_module import Dress, Trained, dress_of, leave_room, refuse_bare, saving_itself
+from ._imports import import_framework
+from ._inner_model import Dress, Trained, dress_of, leave_room, refuse_bare, saving_itself
 
 PROMPTED = "PromptedTransformer"
 KIND = f"softhooks.integrations.sentence_transformers.{PROMPTED}"
@@ -34,13 +35,7 @@ def sentence_library() -> Any:
     Raises:
         SoftHooksError: it is not installed.
     """
-    try:
-        import sentence_transformers
-    except ImportError as error:
-        raise SoftHooksError(
-            'this needs sentence-transformers: pip install "softhooks[sentence-transformers]".'
-        ) from error
-    return sentence_transformers
+    return import_framework("sentence_transformers", "sentence-transformers", "sentence-transformers")
 
 
 def transformer_of(model: Any) -> Any:

@@ -1,7 +1,6 @@
-"""A prompt that goes on training, as a state dict: for frameworks whose checkpoints are made of objects with one.
+"""The training state of a prompt as a state dict, for frameworks that save objects with `state_dict` and `load_state_dict`.
 
-A framework that asks its objects for `state_dict` and hands it back to `load_state_dict` (Ignite, skorch, Composer, ...) keeps
-with a `LivePrompt` what a Trainer's checkpoint keeps: the live parameters, and a description by which another run is refused.
+The state is that of a Trainer's checkpoint: the live parameters, and the description by which another run is refused.
 """
 
 from __future__ import annotations
@@ -18,22 +17,23 @@ from softhooks.prompt import SoftPrompt
 
 
 class LivePrompt:
-    """What a framework's checkpoint holds of a prompt that trains, in the place of its model.
+    """The training state of a prompt, for a framework's checkpoints instead of the model.
 
-    While it is there, the model's `save_pretrained` writes the prompt only.
+    The model's `save_pretrained` writes only the prompt from then on.
 
     Args:
         prompt: the prompt, attached.
-        optimizer: what trains the prompt and nothing else; its class is kept in the description, so that another one does not
-            take the state up. None: neither checked nor kept.
+        optimizer: an optimizer of exactly the prompt's parameters. Its class is part of the description, so that the state is not
+            resumed with another one. None: it is neither checked nor described.
 
     Attributes:
-        prompt: the same.
-        report: what the last check of the base has read.
+        prompt: the prompt.
+        report: the report of the last check of the base.
 
     Raises:
         NotAttachedError: the prompt has been removed.
-        TrainerError: the prompt has nothing to train, the optimizer trains something else, or something else saves its model.
+        TrainerError: the prompt has no trainable parameters, the optimizer has others, or another prompt of the model is being
+            saved.
     """
 
     def __init__(self, prompt: SoftPrompt, optimizer: Any = None) -> None:
@@ -42,9 +42,8 @@ class LivePrompt:
         present = saver_of(prompt.model)
         if present is not None and present.prompt is not prompt and present.prompt.is_attached:
             raise TrainerError(
-                "the checkpoints of a model hold one prompt.",
-                "Remove the other prompt, or attach this one to a model of its own.",
-                kept=repr(present.prompt.name),
+                f"the model's checkpoints already hold the prompt {present.prompt.name!r}; they hold one prompt.",
+                "Remove the other prompt, or attach this one to another model.",
                 asked=repr(prompt.name),
             )
         if optimizer is not None:
@@ -55,7 +54,7 @@ class LivePrompt:
         self._saver.optimizer = None if optimizer is None else type(optimizer).__name__
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live parameters by their names in the model, and a description; tensors only, so that any format holds them.
+        """The live parameters by their names in the model, and the description, all as tensors, so that any format can hold them.
 
         Raises:
             NotAttachedError: the prompt has been removed.
@@ -64,25 +63,25 @@ class LivePrompt:
         return {name: tensor.detach() for name, tensor in self._saver.state().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Bring back what `state_dict` gave; nothing is loaded where anything differs.
+        """Load the state; nothing is loaded if it belongs to another run.
 
         Args:
-            state_dict: what `state_dict` gave.
-            strict: for callers that pass it on; what is trained must be there anyway.
+            state_dict: the result of `state_dict`.
+            strict: accepted and ignored: all trained tensors must be present.
 
         Raises:
             NotAttachedError: the prompt has been removed.
-            TrainerError: it is of another prompt, method, base or optimizer, or holds no prompt.
+            TrainerError: the state is of another prompt, method, base or optimizer, or holds no prompt.
         """
         self.prompt._require_attached()
         if not all(isinstance(value, Tensor) for value in state_dict.values()):
             kinds = sorted({type(value).__name__ for value in state_dict.values()})
-            raise TrainerError(f"the state of a prompt must hold tensors by name; this one holds {', '.join(kinds)}.")
+            raise TrainerError(f"the state holds {', '.join(kinds)}; the state of a prompt holds tensors by name.")
         state = dict(state_dict)
         self._saver.check(state)
         if not self._saver.loaded:
             raise TrainerError(
-                "a run that goes on must find its prompt in the checkpoint.",
+                f"the checkpoint has no prompt named {self.prompt.name!r}, so the run cannot be resumed from it.",
                 "Load a checkpoint that was written with the prompt among its objects, under the same name.",
                 expected=f"{CONTAINER}.{self.prompt.name}.*",
                 found=", ".join(sorted(state)[:3]) or "nothing",
@@ -90,33 +89,33 @@ class LivePrompt:
         self.prompt.model.load_state_dict(state, strict=False)
 
     def require_gradient(self, step: int) -> None:
-        """Check, right before a step, that the loss has reached the prompt.
+        """Check before a step that the prompt has a gradient.
 
         Raises:
             NotAttachedError: the prompt has been removed.
-            TrainerError: no gradient has come.
+            TrainerError: it has none.
         """
         self.prompt._require_attached()
         require_gradient(self.prompt, step)
 
     def verify_frozen(self) -> FrozenReport:
-        """Prove that nothing else has moved, and remember what was read. See `SoftPrompt.verify_frozen`."""
+        """Check that the base has not changed, and keep the report. See `SoftPrompt.verify_frozen`."""
         self.report = None
         self.report = self.prompt.verify_frozen()
         return self.report
 
 
 def require_optimizer(prompt: SoftPrompt, optimizer: Any) -> None:
-    """Check that an optimizer trains a prompt and nothing else.
+    """Check that an optimizer holds exactly the trainable parameters of a prompt.
 
     Raises:
-        TrainerError: it holds other parameters, or not all of the prompt's.
+        TrainerError: it holds others, or lacks some.
     """
     if is_mended(optimizer, prompt):
         return
     held, trained = sum(len(group["params"]) for group in optimizer.param_groups), list(prompt.parameters())
     raise TrainerError(
-        "the optimizer must hold exactly the parameters that the prompt trains.",
+        "the optimizer does not hold exactly the parameters that the prompt trains.",
         "Make it after `attach`, from `prompt.parameters()`.",
         optimizer=f"{type(optimizer).__name__} of {held} tensors",
         prompt=f"{len(trained)} tensors, {sum(parameter.numel() for parameter in trained):,} parameters",

@@ -1,19 +1,20 @@
-"""Loops with an `accelerate.Accelerator`: its checkpoints hold the prompt in the place of the model.
+"""accelerate: checkpoints of an `Accelerator` that hold the prompt instead of the model.
 
-`softhooks.attach` works in such a loop as in any other. `track` adds what the Accelerator cannot know: `save_state` writes the
-prompt (`softhooks.load` reads it from the checkpoint) and its live parameters, in safetensors, and not the base; `load_state`
-restores them, so that the run goes on bit for bit; optimizer, schedule and random numbers stay accelerate's. A checkpoint of
-another method, base or optimizer is refused before anything is loaded. In several processes all ranks begin with one prompt, and
-each checkpoint checks that they still hold one. What a prepared module holds around the prompted model is saved too.
+`softhooks.attach` works in a loop with an Accelerator as in any other. After `track`, `save_state` writes the prompt (which
+`softhooks.load` reads from the checkpoint) and its live parameters instead of the model, in safetensors. `load_state` restores
+them, so that the run resumes bit for bit; accelerate saves and restores optimizer, schedule and random state. A checkpoint of
+another method, base or optimizer is refused before anything is loaded. In several processes all ranks start with rank 0's prompt,
+and each checkpoint checks that they still have the same. Tensors around the prompted model, such as a head in a prepared module,
+are saved too.
 
-Call it between `attach` and `prepare`; in one process it may also come later. `accelerator.unwrap_model` gives the model with its
-prompt; `accelerator.save_model`, and `save_pretrained` of the model, write the prompt only.
+Call `track` between `attach` and `prepare`; in one process also later. `accelerator.unwrap_model` returns the model with its
+prompt. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
 
-Refused: DeepSpeed, FSDP and Megatron, whose checkpoints no hook can make smaller (a Trainer with SoftPromptCallback trains under
-FSDP2); a prompt that comes after `prepare` in several processes, for DDP would not share it; optimizers that do not hold the
-prompt; two prompts on one model; `save_model` of a module that holds more than the prompted model, or not in safetensors; in the
-first forward under DDP, a prompt of which parts have no part in some steps (MPT that trains its teachers; LlamaAdapter with a
-`context_size` and no context), unless `DistributedDataParallelKwargs(find_unused_parameters=True)` was among `kwargs_handlers`.
+Not supported: DeepSpeed, FSDP and Megatron, whose checkpoints cannot leave the base out (under FSDP2, train with the Trainer and
+SoftPromptCallback). Refused with an error: `track` after `prepare` in several processes, because DDP would not synchronize the
+prompt; optimizers without the prompt's parameters; two prompts on one model; `save_model` of a module that holds more than the
+prompted model, or without safetensors. Methods with parameters that are unused in some steps (MPT that trains its teachers,
+LlamaAdapter with a `context_size` and no context) need `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
 Example:
     from accelerate import Accelerator
@@ -61,7 +62,7 @@ from softhooks.integration_support.training import (
 )
 from softhooks.prompt import SoftPrompt
 
-from ._carrier import around, bare, holds, require_same
+from ._outer_module import holds, outer_tensors, require_same, unwrap
 
 if TYPE_CHECKING:
     from accelerate.accelerator import Accelerator
@@ -69,30 +70,30 @@ if TYPE_CHECKING:
 __all__ = ["track"]
 
 AROUND = "soft_prompt.around.safetensors"
-"""What a prepared model holds beside the prompted one."""
+"""The file with the tensors of a prepared module around the prompted model."""
 
-_PARTS = {
-    "DEEPSPEED": "DeepSpeed keeps parameters and optimizer in partitions of its own",
-    "FSDP": "FSDP writes the shards of the whole model, and no hook sees them",
-    "MEGATRON_LM": "Megatron keeps parameters and optimizer in partitions of its own",
+_UNSUPPORTED = {
+    "DEEPSPEED": "DeepSpeed keeps parameters and optimizer states in its own partitions",
+    "FSDP": "FSDP writes the shards of the whole model without calling the hooks",
+    "MEGATRON_LM": "Megatron keeps parameters and optimizer states in its own partitions",
 }
 _tracked: weakref.WeakKeyDictionary[Any, list[Tracker]] = weakref.WeakKeyDictionary()
 
 
 def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = True) -> SoftPrompt:
-    """Let an Accelerator's checkpoints hold a prompt in the place of its model, until the prompt is removed.
+    """Let an Accelerator's checkpoints hold a prompt instead of its model, until the prompt is removed.
 
     Args:
-        accelerator: the loop's.
-        prompt: what the loop trains. Several prompts, each on a model of its own, are saved in the order in which they were
-            tracked: the first in the checkpoint's directory itself, the others in its `soft_prompt_1`, `soft_prompt_2`, ...
-        check_frozen: before each checkpoint, compare the digests of the base.
+        accelerator: the Accelerator.
+        prompt: the prompt to train. Several prompts, each on its own model, are saved in the order in which they were tracked:
+            the first in the checkpoint's directory, the others in its subdirectories `soft_prompt_1`, `soft_prompt_2`, ...
+        check_frozen: check before each checkpoint that the base has not changed.
 
     Returns:
         the prompt.
 
     Raises:
-        TrainerError: the Accelerator, or its launch, cannot train the prompt rightly; nothing is changed.
+        TrainerError: the Accelerator, or its launch, cannot train the prompt; nothing is changed.
     """
     if not hasattr(accelerator, "register_save_state_pre_hook"):
         raise TrainerError(f"track takes an accelerate.Accelerator; it was given {type(accelerator).__name__}.")
@@ -102,9 +103,8 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
     for other in others:
         if other.prompt is not None and other.prompt.model is prompt.model:
             raise TrainerError(
-                "an Accelerator tracks one prompt of a model.",
-                "Remove the other prompt, or attach this one to a model of its own.",
-                tracked=repr(other.prompt.name),
+                f"the Accelerator already tracks the prompt {other.prompt.name!r}; it tracks one prompt of a model.",
+                "Remove the other prompt, or attach this one to another model.",
                 asked=repr(prompt.name),
             )
     broadcast_from_rank_0(prompt, accelerator.device)
@@ -116,35 +116,33 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
 def _refuse(accelerator: Any, prompt: SoftPrompt) -> None:
     require_trainable_prompt(prompt)
     kind = accelerator.distributed_type.value
-    if kind in _PARTS or shards(prompt.model):
+    if kind in _UNSUPPORTED or shards(prompt.model):
         raise TrainerError(
-            "an Accelerator's checkpoints hold a prompt only where each process holds the whole model.",
-            "Train with DDP, or with `transformers.Trainer` and SoftPromptCallback, which knows FSDP2.",
-            launched=_PARTS.get(kind, "the model is sharded"),
+            f"`track` needs the whole model in each process, but {_UNSUPPORTED.get(kind, 'the model is sharded')}.",
+            "Train with DDP, or under FSDP2 with `transformers.Trainer` and SoftPromptCallback.",
         )
     if not is_single_process() and any(holds(model, prompt.model) for model in accelerator._models):
         raise TrainerError(
-            "in several processes a prompt must be on its model, and tracked, before the model is prepared.",
-            "Call `softhooks.attach`, then `track`, then `accelerator.prepare`: DDP shares the gradients that it knows then.",
+            f"the model of {prompt.name!r} was prepared before `track`; DDP would not synchronize the prompt's gradients.",
+            "Call `softhooks.attach`, then `track`, then `accelerator.prepare`.",
             processes=accelerator.num_processes,
-            prompt=f"{prompt.name!r} on a model that is prepared already",
         )
     _optimizer_of(accelerator, prompt)
 
 
 class Tracker:
-    """What keeps one prompt in the checkpoints of one Accelerator.
+    """Writes one prompt into the checkpoints of one Accelerator, and reads it from them.
 
     Attributes:
-        number: its place among the prompts that the Accelerator tracks.
-        check_frozen: whether each checkpoint compares the digests of the base.
+        number: the number of the prompt among those that the Accelerator tracks.
+        check_frozen: whether the base is checked before each checkpoint.
     """
 
     def __init__(self, accelerator: Any, prompt: SoftPrompt, number: int, check_frozen: bool) -> None:
         self.number = number
         self.check_frozen = check_frozen
         self._accelerator = weakref.ref(accelerator)
-        self._prompt = weakref.ref(prompt)  # an Accelerator outlives the models of `free_memory`
+        self._prompt = weakref.ref(prompt)  # weak: an Accelerator may outlive its models (`free_memory`)
         self._handles = [
             accelerator.register_save_state_pre_hook(self._save),
             accelerator.register_load_state_pre_hook(self._load),
@@ -157,12 +155,12 @@ class Tracker:
 
     @property
     def prompt(self) -> SoftPrompt | None:
-        """The prompt, while it is on its model."""
+        """The prompt; None once it is removed from its model."""
         prompt = self._prompt()
         return prompt if prompt is not None and prompt.is_attached else None
 
     def remove(self) -> None:
-        """Leave the Accelerator as it was; called with the last prompt of the model."""
+        """Remove hooks and patches from the Accelerator; called when the model's last prompt is removed."""
         for handle in self._handles:
             handle.remove()
         accelerator: Any = self._accelerator()
@@ -186,11 +184,11 @@ class Tracker:
     # --- save ---------------------------------------------------------------------------------------------------------
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
-        """Write the prompt, and take the model's weights out of what accelerate is about to write."""
+        """Write the prompt, and remove the model's weights from those that accelerate is about to write."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None:
             return
-        beside = around(_require_prepared(models, prompt), prompt.model)
+        outer = outer_tensors(_require_prepared(models, prompt), prompt.model)
         saver = self._saver(prompt)
         saver.optimizer = _optimizer_of(accelerator, prompt)
         require_same_on_all_ranks(prompt)
@@ -201,23 +199,23 @@ class Tracker:
             folder = self._folder(output_dir)
             prompt.save_pretrained(folder)
             write_live(folder, saver.state())
-            if beside:
-                write_tensors(folder / AROUND, {name: t.clone() for name, t in beside.items()}, {"format": "pt"})
+            if outer:
+                write_tensors(folder / AROUND, {name: t.clone() for name, t in outer.items()}, {"format": "pt"})
 
     def save_model(self, model: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Stand in for the Accelerator's `save_model`: of the prompted model, write the prompt; of any other, what it is."""
+        """Replaces the Accelerator's `save_model`: writes the prompt of the prompted model, and other models as before."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None or not holds(model, prompt.model):
             self._save_model_before(model, save_directory, *args, **kwargs)
             return
         safe_serialization = args[1] if len(args) > 1 else kwargs.get("safe_serialization", True)
-        beside = around(bare(model), prompt.model)
-        if beside or not safe_serialization:
+        outer = outer_tensors(unwrap(model), prompt.model)
+        if outer or not safe_serialization:
             raise TrainerError(
-                "`save_model` of a prompted model writes the prompt, in safetensors, and nothing else.",
-                "Call `prompt.save_pretrained(directory)`, and save what stands around the model by itself.",
+                "`save_model` of a prompted model writes only the prompt, in safetensors.",
+                "Call `prompt.save_pretrained(directory)`, and save the tensors around the model yourself.",
                 safe_serialization=safe_serialization,
-                around=", ".join(list(beside)[:8]) or "nothing",
+                around=", ".join(list(outer)[:8]) or "none",
             )
         if _writes(accelerator):
             prompt.save_pretrained(save_directory)
@@ -225,7 +223,7 @@ class Tracker:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
-        """Check a checkpoint, put it into the prompt, and spare accelerate the model."""
+        """Check a checkpoint and load the prompt from it; remove the model from those that accelerate loads."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None:
             return
@@ -235,15 +233,13 @@ class Tracker:
         saver.check(state)
         if not saver.loaded:
             raise TrainerError(
-                "a run goes on from a checkpoint that holds its prompt.",
-                "Load one that `save_state` wrote while the prompt was tracked.",
-                checkpoint=folder,
-                expected=LIVE,
+                f"{folder} has no {LIVE} with the prompt {prompt.name!r}, so the run cannot be resumed from it.",
+                "Load a checkpoint that `save_state` wrote while the prompt was tracked.",
             )
-        beside = read_tensors(folder / AROUND)[0] if (folder / AROUND).is_file() else {}
-        require_same(beside, around(model, prompt.model))
+        outer = read_tensors(folder / AROUND)[0] if (folder / AROUND).is_file() else {}
+        require_same(outer, outer_tensors(model, prompt.model))
         prompt.model.load_state_dict(state, strict=False)
-        model.load_state_dict(beside, strict=False)
+        model.load_state_dict(outer, strict=False)
         models[:] = [other for other in models if not holds(other, prompt.model)]
         require_same_on_all_ranks(prompt)
 
@@ -257,27 +253,26 @@ def _writes(accelerator: Any) -> bool:
 
 
 def _require_prepared(models: list[nn.Module], prompt: SoftPrompt) -> nn.Module:
-    """The prepared model that holds the prompted one, without its wrappers.
+    """The prepared model that holds the prompted one, unwrapped.
 
     Raises:
         TrainerError: there is none.
     """
     for model in models:
         if holds(model, prompt.model):
-            return bare(model)
+            return unwrap(model)
     raise TrainerError(
-        "a tracked prompt must be on a model that the Accelerator has prepared.",
+        f"the Accelerator has not prepared the {type(prompt.model).__name__} of the tracked prompt {prompt.name!r}.",
         "Pass the model to `accelerator.prepare`, or remove the prompt.",
-        prompt=f"{prompt.name!r} on {type(prompt.model).__name__}",
-        prepared=", ".join(type(bare(model)).__name__ for model in models) or "none",
+        prepared=", ".join(type(unwrap(model)).__name__ for model in models) or "none",
     )
 
 
 def _place_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
-    """Which of the state dicts that are about to be written is the prompted model's.
+    """The index of the prompted model's state dict among those that are about to be written.
 
     Raises:
-        TrainerError: not exactly one is.
+        TrainerError: not exactly one holds the prompt.
     """
     own = {parameter.data_ptr() for parameter in prompt.parameters()}
     pointers = [{value.data_ptr() for value in state.values() if isinstance(value, Tensor)} for state in weights]
@@ -285,15 +280,14 @@ def _place_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
     if len(found) == 1:
         return found[0]
     raise TrainerError(
-        "the weights that accelerate is about to write must hold the prompt once, in its model.",
-        "Let no other hook of `register_save_state_pre_hook` take them away before.",
-        prompt=repr(prompt.name),
-        found=f"{len(found)} times among the weights of {len(weights)} models",
+        f"{len(found)} of the {len(weights)} models that accelerate is about to write hold the prompt {prompt.name!r}, and not "
+        "one.",
+        "Let no other hook of `register_save_state_pre_hook` remove the weights first.",
     )
 
 
 def _optimizer_of(accelerator: Any, prompt: SoftPrompt) -> str | None:
-    """The name of the optimizer that holds a prompt; None while none is prepared."""
+    """The name of the optimizer that trains a prompt; None if no optimizer is prepared."""
     optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in accelerator._optimizers]
     remedy = "Make the optimizer from `prompt.parameters()`, after `attach`, and pass it to `accelerator.prepare`."
     return require_held(optimizers, prompt, remedy) if optimizers else None

@@ -1,20 +1,20 @@
-"""Axolotl: a plugin that trains a prompt, with its options in the YAML's `softhooks:` section.
+"""Axolotl: a plugin that trains a prompt, with options from the `softhooks:` section of the YAML file.
 
     plugins: [softhooks.integrations.axolotl.SoftPromptPlugin]
     softhooks:
       method: prefix_tuning          # and `options:` of the method, `callback:` of SoftPromptCallback, as for `softhooks run`
       options: {num_virtual_tokens: 16}
 
-The section is checked when the plugin is registered, before anything is loaded. The plugin hands Axolotl's Trainer a
-`SoftPromptCallback`: its checkpoints hold the prompt only, and so does what Axolotl saves at the end.
+The section is checked when the plugin is registered, before anything is loaded. The plugin gives Axolotl's Trainer a
+`SoftPromptCallback`; checkpoints and the model saved at the end hold only the prompt.
 
-Refused by name: no `softhooks:` section, or one that does not fit; `rl`, `reward_model` and `process_reward_model`, whose
-references and heads nobody has tried; DeepSpeed; an `adapter` that would be frozen (`callback: {trainable: "*lora_*"}` trains it
-too); `relora`, `merge_lora` and `merge_method`; a model that carries a prompt already.
+Refused with an error: a missing or wrong `softhooks:` section; `rl`, `reward_model` and `process_reward_model`, whose reference
+models and heads have not been tested with prompts; DeepSpeed; an `adapter` that would be frozen (`callback: {trainable:
+"*lora_*"}` trains it too); `relora`, `merge_lora` and `merge_method`; a model that already has a prompt.
 
-Axolotl pins another transformers and peft than softhooks is tested with. This was read from the source of axolotl 0.19.0. Its
-plugin manager was run with this plugin; its training command was not: the tests call the hooks in its order, with a real model
-and a real Trainer.
+Axolotl requires other versions of transformers and peft than softhooks is tested with. Written from the source of axolotl 0.19.0.
+Its plugin manager was run with this plugin, its training command was not: the tests call the hooks in its order, with a real
+model and Trainer.
 
 Example:
     from transformers import Trainer, TrainingArguments
@@ -37,61 +37,60 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.errors import AttachError, SoftHooksError, TrainerError
+from softhooks.errors import AttachError, TrainerError
 from softhooks.integration_support.models import prompted_model_of
 from softhooks.integration_support.training import SoftPromptCallback, from_sections
 from softhooks.method import Method
+
+from ._imports import import_framework
 
 __all__ = ["SoftPromptPlugin", "callback_for"]
 
 SoftPromptPlugin: Any  # made by `__getattr__`
 
 SECTION = "softhooks"
-_UNTRIED = {
-    "rl": "training with preferences or rewards, whose reference model may meet the prompt",
-    "reward_model": "a reward model",
-    "process_reward_model": "a process reward model",
-    "deepspeed": "DeepSpeed, which keeps parameters and optimizer in partitions of its own",
-    "relora": "merging of adapters into the base",
-    "merge_lora": "merging of adapters into the base",
-    "merge_method": "merging of adapters into the base",
+_UNSUPPORTED = {
+    "rl": "its reference model may run with the prompt",
+    "reward_model": "reward models have not been tested with a prompt",
+    "process_reward_model": "reward models have not been tested with a prompt",
+    "deepspeed": "DeepSpeed keeps parameters and optimizer states in its own partitions",
+    "relora": "it merges adapters into the base",
+    "merge_lora": "it merges adapters into the base",
+    "merge_method": "it merges adapters into the base",
 }
 
 
 def read(cfg: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Read and check the section of a configuration, and what stands beside it.
+    """Read the section of a configuration, and check the configuration's other options.
 
     Raises:
-        OptionError: the section does not fit.
-        TrainerError: there is none, or the configuration asks for what a prompt cannot be trained with.
+        OptionError: an option in the section is wrong.
+        TrainerError: there is no section, or another option cannot be used with a prompt.
     """
     section = cfg.get(SECTION)
     if not section:
         raise TrainerError(
-            "the plugin of softhooks takes its options from the configuration.",
-            f"Write a section `{SECTION}:` with `method:` and `options:`, or take the plugin out of `plugins:`.",
+            f"the configuration has no section `{SECTION}:` with the options of the plugin.",
+            f"Write a section `{SECTION}:` with `method:` and `options:`, or remove the plugin from `plugins:`.",
             found=f"{SECTION}: {section!r}",
         )
     method, options = from_sections(section, f"the section `{SECTION}:`")
-    for key, what in _UNTRIED.items():
+    for key, reason in _UNSUPPORTED.items():
         if cfg.get(key):
             raise TrainerError(
-                "a prompt trains in Axolotl's supervised fine-tuning and pre-training.",
-                f"Take `{key}` out, or train with softhooks' other integrations (TRL, Trainer).",
-                asked=f"{key}: {cfg.get(key)!r}",
-                that_is=what,
+                f"`{key}: {cfg.get(key)!r}` cannot be used with a prompt in Axolotl: {reason}.",
+                f"Remove `{key}` for supervised fine-tuning or pre-training, or train with the Trainer or TRL.",
             )
     if cfg.get("adapter") and not options.get("trainable"):
         raise TrainerError(
-            "with a prompt attached, an adapter is frozen unless it is named.",
-            'Write `callback: {trainable: "*lora_*"}` to train both, or take `adapter` out.',
-            adapter=repr(cfg.get("adapter")),
+            f"`adapter: {cfg.get('adapter')}` would be frozen by the prompt.",
+            'Write `callback: {trainable: "*lora_*"}` to train both, or remove `adapter`.',
         )
     return method, options
 
 
 def callback_for(cfg: Mapping[str, Any], model: nn.Module) -> SoftPromptCallback:
-    """Make the callback that trains what a configuration asks for.
+    """Make the callback for a configuration.
 
     Raises:
         OptionError, TrainerError, AttachError: as `check`.
@@ -101,27 +100,26 @@ def callback_for(cfg: Mapping[str, Any], model: nn.Module) -> SoftPromptCallback
 
 
 def check(cfg: Mapping[str, Any], model: nn.Module) -> tuple[Method, dict[str, Any]]:
-    """Read a configuration as `read` does, with the model at hand.
+    """Read a configuration as `read` does, and check the model.
 
     Raises:
         OptionError, TrainerError: as `read`.
-        AttachError: the model carries a prompt already.
+        AttachError: the model already has a prompt.
     """
     prompted = prompted_model_of(model)
     if prompted is not None:
         raise AttachError(
-            "Axolotl's model must come without a prompt; the plugin brings it.",
-            "Name the plugin once, and attach nothing in other plugins.",
-            attached=", ".join(map(repr, prompted.prompts)),
+            f"the model already has the prompt {', '.join(map(repr, prompted.prompts))}; the plugin attaches its own.",
+            "List the plugin once, and attach no prompt in other plugins.",
         )
     return read(cfg)
 
 
 class _Hooks:
-    """What the plugin does at Axolotl's hooks; apart from Axolotl's class, which is there only when Axolotl is.
+    """Train a prompt with Axolotl; its class also derives from Axolotl's `BasePlugin`, when Axolotl is installed.
 
     Attributes:
-        callback: the last that was made.
+        callback: the last callback that was made.
     """
 
     callback: SoftPromptCallback | None = None
@@ -131,37 +129,32 @@ class _Hooks:
         read(cfg)
 
     def get_input_args(self) -> str:
-        """Name the schema by which Axolotl keeps the section."""
+        """The pydantic model of the section, without which Axolotl would drop it."""
         return f"{__name__}.SoftPromptArgs"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        """Check again: the configuration is validated by now, and the model is at hand."""
+        """Check the validated configuration, and the model."""
         check(cfg, model)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """Give the Trainer the callback that attaches the prompt when the Trainer is made."""
+        """The callback that attaches the prompt when the Trainer is made."""
         self.callback = callback_for(cfg, model)
         return [self.callback]
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Say so if the prompt was not trained by the Trainer that got the callback.
+        """Check that the Trainer used the callback.
 
         Raises:
-            TrainerError: the callback has not met a training, or its prompt is gone.
+            TrainerError: it did not, or the prompt was removed.
         """
         prompt = None if self.callback is None else self.callback.soft_prompt
         if prompt is None or not prompt.is_attached:
-            raise TrainerError("Axolotl's Trainer must train the prompt; the plugin's callback has not met a training.")
+            raise TrainerError("the prompt was not trained: Axolotl's Trainer has not used the plugin's callback.")
 
 
 def _plugin() -> type:
-    try:
-        from axolotl.integrations.base import BasePlugin
-    except ImportError as error:
-        raise SoftHooksError(
-            "this needs Axolotl; install it in an environment of its own, as Axolotl documents it, and softhooks beside it."
-        ) from error
-    return type("SoftPromptPlugin", (_Hooks, BasePlugin), {"__module__": __name__, "__doc__": _Hooks.__doc__})
+    base = import_framework("axolotl.integrations.base", "Axolotl").BasePlugin
+    return type("SoftPromptPlugin", (_Hooks, base), {"__module__": __name__, "__doc__": _Hooks.__doc__})
 
 
 def _schema() -> type:
@@ -172,7 +165,7 @@ def _schema() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Build what subclasses Axolotl's and pydantic's classes when it is asked for, once."""
+    """Make the classes that derive from Axolotl's and pydantic's at their first use."""
     makers = {"SoftPromptPlugin": _plugin, "SoftPromptArgs": _schema}
     if name not in makers:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,16 @@
-"""MosaicML Composer: an algorithm that attaches a prompt when the Trainer is made, and keeps the base out of its checkpoints.
+"""MosaicML Composer: an algorithm that attaches a prompt when the Trainer is made, and leaves the base out of checkpoints.
 
-`SoftPromptAlgorithm` attaches at `Event.INIT` to the model in the `HuggingFaceModel`, and mends the optimizer that the Trainer
-was given: it holds the prompt's parameters then, and no others. The model's part of a checkpoint is what is trained; loading one
-puts the base that is there beside it, so that strict loading is content. Before each step a gradient must have reached the
-prompt; at `Event.FIT_END` the base must have the bits that it had.
+`SoftPromptAlgorithm` attaches at `Event.INIT` to the model in the `HuggingFaceModel`, and changes the Trainer's optimizer to
+hold exactly the prompt's parameters. The model's part of a checkpoint is what is trained; when it is loaded, the base is added
+from the model, so that strict loading works. After each batch the prompt must have a gradient; at `Event.FIT_END` the base is
+checked.
 
-Refused by name: models that are no `HuggingFaceModel`, or carry a prompt already; FSDP and tensor parallelism; other than one
-optimizer, or one that holds other parameters when `fit` begins; checkpoints without this prompt, or with one of another shape.
+Refused with an error: models that are not a `HuggingFaceModel` or already have a prompt; FSDP and tensor parallelism; several
+optimizers, or one with other parameters when `fit` begins; checkpoints without this prompt or with one of another shape.
 
-Composer pins an older torch, and torchvision, which breaks transformers here. This was read from the source of mosaicml 0.32.1,
-and its Trainer was run on a tiny model, and resumed bit for bit, with stand-ins for torchvision and mcli. The test suite has no
-Composer: a stand-in calls the events in the documented order.
+Composer requires versions of torch and torchvision that conflict with softhooks. Written from the source of mosaicml 0.32.1,
+whose Trainer was run and resumed bit for bit on a tiny model, with substitutes for torchvision and mcli. The tests call the
+algorithm's events in the documented order without Composer.
 
 Example:
     import softhooks
@@ -36,13 +36,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.errors import AttachError, SoftHooksError, TrainerError
+from softhooks.errors import AttachError, TrainerError
 from softhooks.integration_support.checkpoints import live_tensors
 from softhooks.integration_support.models import prompted_model_of
 from softhooks.integration_support.training import mend_optimizer
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
+from ._imports import import_framework
 from ._training_state import LivePrompt, require_optimizer
 
 if TYPE_CHECKING:
@@ -56,15 +57,17 @@ _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 
 
 class _Events:
-    """What the algorithm does at Composer's events; apart from Composer's class, which is there only when Composer is.
+    """Attach a prompt to the model of a Composer Trainer, and check its training.
+
+    The algorithm's methods; its class also derives from Composer's `Algorithm`, when Composer is installed.
 
     Args:
-        method: what to attach.
-        options: further ones of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
+        method: the method to train.
+        options: further arguments of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
 
     Attributes:
-        prompt: the handle, from the construction of the Trainer on.
-        report: what the last proof has read.
+        prompt: the attached prompt, once the Trainer is made.
+        report: the report of the last check of the base.
     """
 
     def __init__(self, method: Method, **options: Any) -> None:
@@ -75,24 +78,24 @@ class _Events:
 
     @property
     def prompt(self) -> SoftPrompt:
-        """The handle."""
+        """The attached prompt."""
         return self._own.prompt
 
     @property
     def report(self) -> FrozenReport | None:
-        """What the last proof has read."""
+        """The report of the last check of the base."""
         return self._own.report
 
     def match(self, event: Any, state: Any) -> bool:
-        """Whether there is something to do."""
+        """Whether `apply` handles an event."""
         return event.value in _EVENTS
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
-        """Do it."""
+        """Handle an event."""
         if event.value == "init":
             self._attach(state)
         elif event.value == "after_load" and self._loaded:
-            # Composer makes empty optimizer states by a step of its own, which a method may have counted.
+            # Composer has taken a step to create the optimizer's state, which a method may have counted.
             self.prompt.model.load_state_dict(self._loaded, strict=False)
             self._loaded = {}
         elif event.value == "fit_start":
@@ -106,7 +109,9 @@ class _Events:
     @property
     def _own(self) -> LivePrompt:
         if self._live is None:
-            raise TrainerError("the prompt is attached when Composer's Trainer is made; give it the algorithm first.")
+            raise TrainerError(
+                "the prompt is not attached yet; it is when Composer's Trainer is made with `algorithms=[...]`."
+            )
         return self._live
 
     def _attach(self, state: Any) -> None:
@@ -127,7 +132,7 @@ class _Events:
         present = prompted_model_of(model)
         if present is not None:
             raise AttachError(
-                f"the model must come without a prompt; it carries {', '.join(map(repr, present.prompts))}."
+                f"the model already has the prompt {', '.join(map(repr, present.prompts))}; the algorithm attaches its own."
             )
         prompt = attach(model, self.method, **self.options)
         mend_optimizer(optimizers[0], prompt)
@@ -138,17 +143,17 @@ class _Events:
         prompt.prompted_model.patches.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
 
     def _leave_out_base(self, model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Keep of a state what is trained, where the model is part of a larger one: Composer's."""
+        """Keep only the trained tensors in the state dict of Composer's model around this one."""
         kept = live_tensors(self.prompt)
         for name in [name for name in state if prefix and name.startswith(prefix)]:
             if name.removeprefix(prefix) not in kept:
                 del state[name]
 
     def _put_base_in(self, model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Check that a checkpoint is this prompt's, and let the base that is there stand beside it.
+        """Check that a checkpoint belongs to this prompt, and add the base to it from the model.
 
         Raises:
-            TrainerError: it holds no such prompt, or one of another shape.
+            TrainerError: it holds other tensors.
         """
         if not prefix:
             return
@@ -158,7 +163,7 @@ class _Events:
         foreign = sorted(set(found) - set(own))
         if wrong or foreign:
             raise TrainerError(
-                "a checkpoint must hold what this prompt trains, name by name and shape by shape, and nothing else.",
+                f"the checkpoint does not hold the tensors of the prompt {self.prompt.name!r}; names and shapes must match.",
                 "Resume with the method, the name and the options that wrote it.",
                 missing_or_of_another_shape=", ".join(wrong[:4]) or "none",
                 unknown=", ".join(foreign[:4]) or "none",
@@ -169,21 +174,16 @@ class _Events:
 
 
 def _refusal(what: str, found: object, expected: str, remedy: str) -> TrainerError:
-    return TrainerError(f"a prompt trains in Composer with {expected} ({what}).", remedy, found=found)
+    return TrainerError(f"{what} {found!r} cannot be used with a prompt in Composer; it takes {expected}.", remedy)
 
 
 def _algorithm() -> type:
-    try:
-        from composer.core import Algorithm
-    except ImportError as error:
-        raise SoftHooksError(
-            "this needs Composer; install `mosaicml` in an environment of its own, as it documents it, and softhooks beside it."
-        ) from error
-    return type("SoftPromptAlgorithm", (_Events, Algorithm), {"__module__": __name__, "__doc__": _Events.__doc__})
+    base = import_framework("composer.core", "Composer (mosaicml)").Algorithm
+    return type("SoftPromptAlgorithm", (_Events, base), {"__module__": __name__, "__doc__": _Events.__doc__})
 
 
 def __getattr__(name: str) -> Any:
-    """Build what subclasses Composer's class when it is asked for, once."""
+    """Make the class that derives from Composer's at its first use."""
     if name != "SoftPromptAlgorithm":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, _algorithm())

@@ -1,14 +1,13 @@
-"""Training loops of PyTorch-Ignite: its `Checkpoint` holds the prompt in the place of the model.
+"""PyTorch-Ignite: a `Checkpoint` that holds the prompt instead of the model.
 
-`softhooks.attach` works in an Engine's step as in any other loop; constraints run after each step of the optimizer by themselves.
-`track` gives what `Checkpoint` asks its objects for (`state_dict`, `load_state_dict`): the live parameters and a description,
-tensors only, which `Checkpoint.load_objects` reads without a pickle's classes; a run goes on bit for bit.
-Each run begins with a check of the optimizer, each step with one that the loss has reached the prompt, and each run ends with the
-proof that nothing else has moved (its report is the handle's `report`). In several processes, ranks begin with rank 0's prompt
-and must end with one; attach and track before `idist.auto_model`.
+`softhooks.attach` works in an Engine's step as in any other loop. `track` returns an object for `Checkpoint`, with `state_dict`
+and `load_state_dict`: the live parameters and a description, all tensors, so that no pickled class is loaded. A run resumes bit
+for bit. The optimizer is checked at the start of each run, the gradient before each step, and the base at the end of a run (the
+returned object's `report`). In several processes, all ranks start with rank 0's prompt and must end with the same; call
+`attach` and `track` before `idist.auto_model`.
 
-Refused: an optimizer that holds other parameters than the prompt's, or not all of them; a checkpoint of another method, base or
-optimizer, before anything is loaded; two prompts on one model; a prompt removed in mid-run.
+Refused with an error: an optimizer that does not hold exactly the prompt's parameters; a checkpoint of another method, base or
+optimizer, before anything is loaded; two prompts on one model; a prompt that is removed during a run.
 
 Example:
     import softhooks
@@ -38,10 +37,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.integration_support.training import broadcast_from_rank_0, require_same_on_all_ranks
 from softhooks.prompt import SoftPrompt
 
+from ._imports import import_framework
 from ._training_state import LivePrompt, require_optimizer
 
 if TYPE_CHECKING:
@@ -51,26 +51,26 @@ __all__ = ["track"]
 
 
 def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_frozen: bool = True) -> LivePrompt:
-    """Watch an Engine that trains a prompt, and give what its checkpoints hold of it.
+    """Check an Engine that trains a prompt, and return an object that saves and loads the prompt.
 
     Args:
-        engine: the one that steps the optimizer.
-        prompt: what it trains.
-        optimizer: what it steps.
-        check_frozen: at each `COMPLETED`, compare the digests of the base.
+        engine: the Engine that steps the optimizer.
+        prompt: the prompt that it trains.
+        optimizer: the optimizer.
+        check_frozen: check at each `COMPLETED` that the base has not changed.
 
     Returns:
         an object for `Checkpoint`'s `to_save` and `load_objects`.
 
     Raises:
-        TrainerError: the engine is none, or the optimizer does not hold exactly what the prompt trains; nothing is changed.
+        TrainerError: `engine` is not an Engine, or the optimizer does not hold exactly the prompt's parameters. Nothing is
+            changed.
         SoftHooksError: Ignite is not installed.
     """
-    try:
-        import ignite.distributed as idist
-        from ignite.engine import Engine, Events
-    except ImportError as error:
-        raise SoftHooksError('this needs PyTorch-Ignite; install it with `pip install "softhooks[ignite]"`.') from error
+    import_framework("ignite.engine", "PyTorch-Ignite", "ignite")
+    import ignite.distributed as idist
+    from ignite.engine import Engine, Events
+
     if not isinstance(engine, Engine):
         raise TrainerError(f"track takes an ignite.engine.Engine; it was given {type(engine).__name__}.")
     live = LivePrompt(prompt, optimizer)

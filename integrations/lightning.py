@@ -1,21 +1,21 @@
-"""Lightning: a callback that lets an unmodified `LightningModule` train a soft prompt, and checkpoints that hold no base.
+"""Lightning: a callback that trains a soft prompt in an unmodified `LightningModule`, with checkpoints without the base.
 
-`SoftPromptCallback` attaches in `setup`, before `configure_optimizers`, to the one transformers model of the module, or to
-that which `attribute=` names. Whatever optimizer is made then loses what is frozen. Checkpoints leave the base out: a few
-kilobytes, and beside each local one (`epoch=0-step=4.ckpt`) a directory that `softhooks.load` reads
-(`epoch=0-step=4.prompt`). `ckpt_path=` restores them bit for bit (but dropout: Lightning saves no random numbers), and
-strictly: only the base may be missing, so leave `strict_loading` as it is. What the callback adds to a checkpoint is tensors,
-which `torch.load(weights_only=True)` reads. At each checkpoint, and at the end, the base is proven to have its bits.
+`SoftPromptCallback` attaches in `setup`, before `configure_optimizers`, to the only transformers model of the module or to
+`attribute=`. Frozen parameters are removed from the module's optimizers. Checkpoints have a few kilobytes, without the base; next
+to each local one (`epoch=0-step=4.ckpt`) is a directory that `softhooks.load` reads (`epoch=0-step=4.prompt`). A run resumes from
+`ckpt_path=` bit for bit, except for dropout, because Lightning saves no random state. Loading is strict except for the base, so
+leave `strict_loading` as it is. The callback adds only tensors to a checkpoint; `torch.load(weights_only=True)` reads them. The
+base is checked at each checkpoint and at the end.
 
-`Lit.load_from_checkpoint` makes a module without its callbacks: call `attach(self, method)` of this module at the end of
-`__init__`, and it restores the prompt; the callback takes up the prompt that it finds. Without that it refuses, for the base
-is missing.
+`LightningModule.load_from_checkpoint` makes a module without callbacks. Call `attach(self, method)` of this module at the end of
+`__init__`, and it restores the prompt; a callback continues with the prompt that it finds. Otherwise it fails, because the base
+is missing from the checkpoint.
 
-Refused: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebooks' processes, which take the prompt with them;
-weight averaging, which copies the model; a module compiled before its prompt; precisions that convert the base (load it in
-that one); a model in evaluation mode whose method has an objective; models made in `configure_model` or the module's own
-`setup`; an optimizer without the prompt; a checkpoint of another method, base or optimizer. The same callback serves
-`pytorch_lightning`.
+Not supported: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebook launchers, whose processes end with the
+prompt. Refused with an error: weight averaging, which copies the model; a module that was compiled before its prompt was
+attached; precisions that convert the base (load it in that precision); a model in evaluation mode whose method has an objective;
+models made in `configure_model` or the module's own `setup`; an optimizer without the prompt; a checkpoint of another method,
+base or optimizer. The callback also works with `pytorch_lightning`.
 
 Example:
     import lightning
@@ -66,21 +66,21 @@ from softhooks.integration_support.training import (
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
-from ._carrier import Carrier, find_model
-from ._checkpoint_io import PromptFiles, layers_of
+from ._checkpoint_io import PromptFiles, prompt_files_of
+from ._outer_module import OuterModule, find_model
 
 __all__ = ["SoftPromptCallback", "attach"]
 
 SoftPromptCallback: Any  # made by `__getattr__`
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-_KNOWN = {"SingleDeviceStrategy", "DDPStrategy"}
-_UNKNOWN = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
+_SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy"}
+_UNSUPPORTED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
 _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
 
 
 def __getattr__(name: str) -> Any:
-    """Build the callback when it is asked for: it is a callback of whichever Lightning is there."""
+    """Make the callback's class at its first use; it derives from the `Callback` of each Lightning package."""
     if name != "SoftPromptCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     members = {"__module__": __name__, "__doc__": _Callback.__doc__}
@@ -89,7 +89,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _callbacks() -> list[type]:
-    """The `Callback` of each Lightning that is loaded; of the first that is installed, if none is."""
+    """The `Callback` of each Lightning package that is imported; if none is, of the first that is installed."""
     for names in ([name for name in PACKAGES if name in sys.modules], PACKAGES):
         found: list[type] = []
         for name in names:
@@ -99,7 +99,7 @@ def _callbacks() -> list[type]:
                 break
         if found:
             return found
-    raise SoftHooksError('SoftPromptCallback needs Lightning: pip install "softhooks[lightning]"')
+    raise SoftHooksError("Lightning is not installed.", 'Install it: pip install "softhooks[lightning]".')
 
 
 def attach(
@@ -112,16 +112,16 @@ def attach(
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
 ) -> SoftPrompt:
-    """Attach a prompt to a LightningModule's model, and let the module load checkpoints that leave the base out.
+    """Attach a prompt to the model of a LightningModule, and let the module load checkpoints without the base.
 
     Args:
         module: the LightningModule.
-        attribute: where its model stands (`model`, `net.encoder`); None: its only transformers model.
-        method, name, train_head, trainable, freeze_dropout: as in `softhooks.attach`. An equal prompt that is there is taken up.
+        attribute: the path of the model in the module (`model`, `net.encoder`); None: the only transformers model.
+        method, name, train_head, trainable, freeze_dropout: as in `softhooks.attach`. An equal prompt on the model is used.
 
     Raises:
-        TrainerError: the model cannot be told.
-        AttachError, NameTakenError: the prompt cannot be attached, or another is there. The model is as it was.
+        TrainerError: there is no such model.
+        AttachError, NameTakenError: the prompt cannot be attached, or another has its name. The model is unchanged.
     """
     path = find_model(module, attribute)
     model = module.get_submodule(path)
@@ -135,11 +135,12 @@ def attach(
     else:
         if getattr(module, "_compiler_ctx", None) is not None:
             raise TrainerError(
-                "attach a prompt to a LightningModule before `torch.compile`: compiled code may not see it."
+                f"the {type(module).__name__} is already compiled; compiled code may run without the prompt.",
+                "Attach the prompt before `torch.compile`.",
             )
         prompt = attach_to_model(model, method, name, **options)
     prompt.prompted_model.active = name
-    Carrier.of(prompt, module, path)
+    OuterModule.of(prompt, module, path)
     return prompt
 
 
@@ -147,16 +148,17 @@ class _Callback:
     """Train a soft prompt with any Lightning Trainer: `Trainer(callbacks=[SoftPromptCallback(PromptTuning(20))])`.
 
     Args:
-        method: what to train.
-        attribute: where the LightningModule has its model; None: its only transformers model.
-        name: under which to attach the prompt; several callbacks need a name each, and name their directories by it.
+        method: the method to train.
+        attribute: the path of the model in the LightningModule; None: its only transformers model.
+        name: the name of the prompt; several callbacks need different names, which are part of their directories' names.
         train_head, trainable, freeze_dropout: as in `softhooks.attach`.
-        check_frozen: when to compare the digests of the base: at the "end" of training; also before each "save".
-        beside: write a directory that `softhooks.load` reads beside each local checkpoint.
+        check_frozen: when to check that the base has not changed: "end": at the end of training; "save" or True: also before
+            each checkpoint; False: never.
+        beside: whether to write a directory that `softhooks.load` reads next to each local checkpoint.
 
     Attributes:
-        soft_prompt: the handle, from `setup` on.
-        report: what the last check of the base has read.
+        soft_prompt: the attached prompt, once `setup` was called.
+        report: the report of the last check of the base.
     """
 
     def __init__(
@@ -175,8 +177,8 @@ class _Callback:
         self.name = name
         self.attribute = attribute
         self.beside = beside
-        self.carrier: Carrier | None = None
-        self._may_undo = False
+        self.outer: OuterModule | None = None
+        self._detaches_on_error = False
         self._options = {"train_head": train_head, "trainable": trainable, "freeze_dropout": freeze_dropout}
         if check_frozen == "log":
             raise OptionError("check_frozen must be 'end', 'save', True or False with Lightning; it is 'log'.")
@@ -184,72 +186,72 @@ class _Callback:
 
     @property
     def soft_prompt(self) -> SoftPrompt | None:
-        return None if self.carrier is None else self.carrier.prompt
+        return None if self.outer is None else self.outer.prompt
 
     @property
     def report(self) -> FrozenReport | None:
         return self._frozen_check.report
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Attach before a checkpoint is restored and an optimizer is made."""
+        """Attach before a checkpoint is restored and the optimizers are made."""
         _refuse(trainer)
         for other in trainer.callbacks:
             if isinstance(other, _Callback) and other is not self and other.name == self.name:
                 raise TrainerError(
-                    "each SoftPromptCallback of a Trainer needs a name of its own, by which its files are told apart.",
+                    f"two SoftPromptCallbacks of the Trainer have the name {self.name!r}; their files are named by it.",
                     "Give one of them another `name=`.",
                     first=f"{self.name!r} for {self.attribute!r}: {self.method!r}",
                     second=f"{other.name!r} for {other.attribute!r}: {other.method!r}",
                 )
         path = find_model(pl_module, self.attribute)
         prompted = prompted_model_of(pl_module.get_submodule(path))
-        self._may_undo = prompted is None or self.name not in prompted.prompts
+        self._detaches_on_error = prompted is None or self.name not in prompted.prompts
         prompt = attach(pl_module, self.method, self.name, attribute=path, **self._options)  # type: ignore[arg-type]
-        self.carrier = Carrier.of(prompt, pl_module, path)
+        self.outer = OuterModule.of(prompt, pl_module, path)
         if stage == "fit":
             require_trainable_prompt(prompt)
-        self.carrier.saver.described = None
+        self.outer.saver.described = None
         broadcast_from_rank_0(prompt, trainer.strategy.root_device)
         files = trainer.strategy.checkpoint_io
-        if not any(layer.callback is self for layer in layers_of(files)):
+        if not any(layer.callback is self for layer in prompt_files_of(files)):
             trainer.strategy.checkpoint_io = PromptFiles(files, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Meet the optimizers, and the model as Lightning has set it up."""
-        carrier = self.carrier
-        assert carrier is not None, "Lightning calls setup first"
-        prompt, saver = carrier.prompt, carrier.saver
+        """Check the optimizers, and the model as Lightning has set it up."""
+        outer = self.outer
+        assert outer is not None, "Lightning calls setup first"
+        prompt, saver = outer.prompt, outer.saver
         refuse_evaluation(prompt.method, prompt.model)
         self._frozen_check.begin(prompt, trainer.global_step)
-        remedy = "Make it from `self.parameters()` in `configure_optimizers`, not in `__init__`; what is frozen is taken out."
+        remedy = "Make it from `self.parameters()` in `configure_optimizers`, not in `__init__`; frozen parameters are removed."
         saver.optimizer = require_held(trainer.optimizers, prompt, remedy)
         for optimizer in trainer.optimizers:
             drop_frozen(optimizer)
         saver.require_same_run(saver.described)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Refuse a step that would not train the prompt."""
+        """Check that the prompt is attached and has a gradient."""
         prompt = self.soft_prompt
         assert prompt is not None, "Lightning calls setup first"
         if not prompt.is_attached:
-            raise TrainerError(f"the prompt {prompt.name!r} was removed while it trained; remove it after `fit`.")
+            raise TrainerError(f"the prompt {prompt.name!r} was removed during training.", "Remove it after `fit`.")
         if held_by(optimizer) & {id(parameter) for parameter in prompt.encoder.parameters()}:
             require_gradient(prompt, trainer.global_step)
-        self._may_undo = False
+        self._detaches_on_error = False
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Prove, on each rank, that ranks agree and nothing else moved; the base is left out when the file is written."""
+        """Check on each rank that the ranks agree and that the base has not changed."""
         if self.soft_prompt is not None and self.soft_prompt.is_attached:
             require_same_on_all_ranks(self.soft_prompt)
             self._frozen_check.check(self.soft_prompt, "save", trainer.global_step)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the model back as it was, where a run is refused before its first step."""
-        if self._may_undo and isinstance(exception, SoftHooksError) and self.soft_prompt is not None:
+        """Remove the prompt if the run is refused before its first step."""
+        if self._detaches_on_error and isinstance(exception, SoftHooksError) and self.soft_prompt is not None:
             self.soft_prompt.remove()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Prove that ranks agree and nothing else moved."""
+        """Check that the ranks agree and that the base has not changed."""
         prompt = self.soft_prompt
         assert prompt is not None, "Lightning calls setup first"
         require_same_on_all_ranks(prompt)
@@ -265,24 +267,21 @@ def _kinds(thing: object) -> set[str]:
 
 
 def _refuse(trainer: Any) -> None:
-    """Refuse, before anything is attached, what would train or save a prompt wrongly."""
+    """Refuse strategies and callbacks that would train or save a prompt wrongly, before anything is attached."""
     strategy = trainer.strategy
-    if not _kinds(strategy) & _KNOWN or _kinds(strategy) & _UNKNOWN:
+    if not _kinds(strategy) & _SUPPORTED or _kinds(strategy) & _UNSUPPORTED:
         raise TrainerError(
-            "a prompt trains with Lightning where each process holds the whole model.",
-            "Use one device, or `strategy='ddp'`; a transformers Trainer with SoftPromptCallback knows FSDP2.",
-            strategy=type(strategy).__name__,
+            f"{type(strategy).__name__} is not supported; each process must hold the whole model.",
+            "Use one device, or `strategy='ddp'`; under FSDP2, train with the Trainer of transformers and SoftPromptCallback.",
         )
     if "_MultiProcessingLauncher" in _kinds(strategy.launcher):
         raise TrainerError(
-            "a prompt must outlive the processes that train it.",
-            "Use `strategy='ddp'`, which starts the script anew in each process.",
-            strategy=f"{type(strategy).__name__}, in processes that are spawned or forked",
+            f"{type(strategy).__name__} with spawned or forked processes is not supported: the prompt would end with them.",
+            "Use `strategy='ddp'`, which runs the script in each process.",
         )
     for callback in trainer.callbacks:
         if _kinds(callback) & _AVERAGING:
             raise TrainerError(
-                "weights cannot be averaged while a prompt trains: averaging copies the model, hooks and all.",
-                "Leave the callback out.",
-                callback=type(callback).__name__,
+                f"{type(callback).__name__} is not supported: averaging copies the model with its hooks.",
+                "Remove the callback.",
             )

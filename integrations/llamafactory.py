@@ -1,18 +1,18 @@
 """LLaMA-Factory: its training command with a prompt.
 
-`run_exp` checks the arguments and calls LLaMA-Factory's own `run_exp(args, callbacks=[SoftPromptCallback(...)])`, which hands
-the callback to its Trainer. Checkpoints and the model that is saved at the end hold the prompt only. The arguments are
-LLaMA-Factory's (a YAML file's content), with `finetuning_type: full`: the callback freezes the base, and proves that it has.
+`run_exp` checks the arguments and calls LLaMA-Factory's `run_exp(args, callbacks=[SoftPromptCallback(...)])`, which passes the
+callback to its Trainer. Checkpoints and the model saved at the end hold only the prompt. The arguments are those of a YAML file
+of LLaMA-Factory, with `finetuning_type: full`: the callback freezes the base.
 
-Refused by name: `finetuning_type` other than `full` (an adapter would be frozen without a word); stages other than `sft` and `pt`
-(references and heads that nobody has tried); trainers that are not transformers' (`use_mca`, `use_hyper_parallel`), `USE_RAY`,
-`use_kt`, `use_unsloth`; optimizers that look at the base (GaLore, APOLLO, BAdam, Muon, Adam-mini, LoRA+); `use_asft_loss`,
+Refused with an error: `finetuning_type` other than `full` (an adapter would be frozen); stages other than `sft` and `pt` (their
+reference models and heads have not been tested with prompts); other trainers (`use_mca`, `use_hyper_parallel`, `USE_RAY`,
+`use_kt`, `use_unsloth`); optimizers made for the base (GaLore, APOLLO, BAdam, Muon, Adam-mini, LoRA+); `use_asft_loss`,
 `use_llama_pro`, `adapter_name_or_path`, DeepSpeed.
 
-LLaMA-Factory asks for an older transformers than softhooks supports. This was read from the source of llamafactory 0.9.5, and its
-training command was run on a tiny model, and resumed bit for bit, with `DISABLE_VERSION_CHECK=1`, torchaudio left out, and
-`disable_gradient_checkpointing: true`, for its own checkpointing fails under transformers 5.23. The test suite has no
-LLaMA-Factory: it checks the signature and the arguments, and a stand-in hands the callback to a real Trainer.
+LLaMA-Factory requires an older transformers than softhooks supports. Written from the source of llamafactory 0.9.5, whose
+training command was run and resumed bit for bit on a tiny model, with `DISABLE_VERSION_CHECK=1`, without torchaudio, and with
+`disable_gradient_checkpointing: true`, because its own checkpointing fails under transformers 5.23. The tests run without
+LLaMA-Factory: they check signature and arguments, and pass the callback to a real Trainer.
 
 Example:
     import softhooks
@@ -34,28 +34,30 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.integration_support.training import SoftPromptCallback
 from softhooks.method import Method
+
+from ._imports import import_framework
 
 __all__ = ["callback_for", "run_exp"]
 
 _STAGES = ("sft", "pt")
-_OTHERS = {
-    "use_mca": "Megatron's trainer takes no callbacks of transformers",
+_UNSUPPORTED = {
+    "use_mca": "Megatron's trainer does not accept callbacks of transformers",
     "use_hyper_parallel": "HyperParallel's trainer is not transformers'",
     "use_kt": "KTransformers replaces the modules that the prompt enters",
     "use_unsloth": "Unsloth replaces the forwards that the prompt enters",
-    "use_asft_loss": "its reference is a second model",
-    "use_galore": "it projects the gradients of the base's matrices",
-    "use_apollo": "it projects the gradients of the base's matrices",
-    "use_badam": "it chooses what trains by itself, block by block",
-    "use_muon": "it is for matrices of the base",
-    "use_adam_mini": "it groups the base's parameters by its own rules",
-    "loraplus_lr_ratio": "it is for adapters",
-    "use_llama_pro": "it trains new blocks",
-    "deepspeed": "it keeps parameters and optimizer in partitions of its own",
-    "adapter_name_or_path": "an adapter would be frozen",
+    "use_asft_loss": "its reference model has not been tested with a prompt",
+    "use_galore": "it projects gradients of the base, which is frozen",
+    "use_apollo": "it projects gradients of the base, which is frozen",
+    "use_badam": "it chooses which blocks of the base train",
+    "use_muon": "it is made for the matrices of the base",
+    "use_adam_mini": "it partitions the parameters of the base",
+    "loraplus_lr_ratio": "it is made for adapters",
+    "use_llama_pro": "it trains new blocks of the base",
+    "deepspeed": "it keeps parameters and optimizer states in its own partitions",
+    "adapter_name_or_path": "the adapter would be frozen",
 }
 
 
@@ -63,52 +65,45 @@ def run_exp(args: Mapping[str, Any], method: Method, **options: Any) -> SoftProm
     """Run LLaMA-Factory's training with a prompt.
 
     Args:
-        args: its arguments.
-        method: what to train.
-        options: further ones of `SoftPromptCallback`.
+        args: LLaMA-Factory's arguments.
+        method: the method to train.
+        options: further arguments of `SoftPromptCallback`.
 
     Returns:
-        the callback, with the prompt and the report of the proof.
+        the callback, with the prompt and the report of the last check of the base.
 
     Raises:
-        TrainerError: the arguments ask for what a prompt cannot be trained with; nothing was loaded.
+        TrainerError: an argument cannot be used with a prompt; nothing was loaded.
         SoftHooksError: LLaMA-Factory is not installed.
     """
     callback = callback_for(args, method, **options)
-    try:
-        from llamafactory.train import tuner
-    except ImportError as error:
-        raise SoftHooksError(
-            "this needs LLaMA-Factory; install it in an environment of its own, as it documents it, and softhooks beside it."
-        ) from error
-    tuner.run_exp(dict(args), callbacks=[callback])
+    import_framework("llamafactory.train.tuner", "LLaMA-Factory").run_exp(dict(args), callbacks=[callback])
     if callback.soft_prompt is None:
-        raise TrainerError("LLaMA-Factory's Trainer must meet the callback; it did not. Set `do_train: true`.")
+        raise TrainerError("the prompt was not trained: LLaMA-Factory made no Trainer.", "Set `do_train: true`.")
     return callback
 
 
 def callback_for(args: Mapping[str, Any], method: Method, **options: Any) -> SoftPromptCallback:
-    """Check LLaMA-Factory's arguments, and make the callback that its `run_exp` takes.
+    """Check LLaMA-Factory's arguments, and make the callback for its `run_exp`.
 
     Raises:
-        TrainerError: they ask for what a prompt cannot be trained with.
+        TrainerError: an argument cannot be used with a prompt.
     """
     stage, kind = args.get("stage", "sft"), args.get("finetuning_type", "lora")
     if stage not in _STAGES:
         raise _refusal(
-            f"stage: {stage}", "its references and heads have not been tried with a prompt", "Use `sft` or `pt`."
+            f"stage: {stage}", "its reference models and heads have not been tested with a prompt", "Use `sft` or `pt`."
         )
     if kind != "full":
-        remedy = "Write `finetuning_type: full`: only the prompt trains, the callback freezes everything else."
-        raise _refusal(f"finetuning_type: {kind}", "what it would train is frozen while a prompt trains", remedy)
-    for name, why in _OTHERS.items():
+        remedy = "Write `finetuning_type: full`; the callback freezes everything but the prompt."
+        raise _refusal(f"finetuning_type: {kind}", "the prompt would freeze what it trains", remedy)
+    for name, reason in _UNSUPPORTED.items():
         if args.get(name):
-            raise _refusal(f"{name}: {args[name]}", why, f"Leave `{name}` out.")
+            raise _refusal(f"{name}: {args[name]}", reason, f"Remove `{name}`.")
     if os.environ.get("USE_RAY", "0").lower() in ("1", "true", "y", "yes"):
         raise _refusal("USE_RAY", "the callback would be copied to Ray's workers", "Use softhooks.integrations.ray.")
     return SoftPromptCallback(method, **options)
 
 
-def _refusal(asked: str, why: str, remedy: str) -> TrainerError:
-    rule = "a prompt trains in LLaMA-Factory's supervised fine-tuning and pre-training, and nothing else trains."
-    return TrainerError(rule, remedy, asked=asked, because=why)
+def _refusal(asked: str, reason: str, remedy: str) -> TrainerError:
+    return TrainerError(f"`{asked}` cannot be used with a prompt in LLaMA-Factory: {reason}.", remedy)

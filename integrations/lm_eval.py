@@ -30,7 +30,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from softhooks.errors import OptionError, SoftHooksError, UnsupportedMethodError
+from softhooks.errors import OptionError, UnsupportedMethodError
+
+from ._imports import import_framework
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,9 +84,9 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: naming what it needs.
     """
-    from softhooks.integration_support.serving import needed
+    from softhooks.integration_support.serving import required_columns
 
-    needs = "slots that are looked for in each row" if prompt.layout.searches else needed(prompt)
+    needs = "slots that are looked for in each row" if prompt.layout.searches else required_columns(prompt)
     if needs:
         raise UnsupportedMethodError(
             "the harness gives a model rows of ids, in which every continuation is scored at its own place.",
@@ -95,11 +97,7 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
 
 
 def _harness() -> Any:
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise SoftHooksError('lm-evaluation-harness is not installed here: pip install "softhooks[lm-eval]"') from error
-    return lm_eval
+    return import_framework("lm_eval", "lm-evaluation-harness", "lm-eval")
 
 
 def _language_model() -> type:

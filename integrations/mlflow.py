@@ -44,11 +44,12 @@ from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 
-from ._report import ABOUT, WORDS, PromptReport, table_of
+from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
+from ._imports import import_framework
 
 __all__ = ["PromptArtifact"]
 
@@ -56,7 +57,7 @@ _TRUE = ("1", "TRUE", "ON", "YES")
 _EAGER = "HF_MLFLOW_LOG_ARTIFACTS"
 
 
-class PromptArtifact(PromptReport):
+class PromptArtifact(PromptTracker):
     """Keep the prompt that a Trainer trains in its run of MLflow.
 
     Args:
@@ -145,8 +146,4 @@ def _short(value: Any) -> str:
 
 
 def _mlflow() -> Any:
-    try:
-        import mlflow
-    except ImportError as error:
-        raise SoftHooksError('MLflow is not installed here: pip install "softhooks[mlflow]"') from error
-    return mlflow
+    return import_framework("mlflow", "MLflow", "mlflow")

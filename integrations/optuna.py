@@ -44,11 +44,12 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from softhooks.attach import attach
-from softhooks.errors import CheckpointError, OptionError, SoftHooksError, TrainerError, format_message
+from softhooks.errors import CheckpointError, OptionError, TrainerError, format_message
 from softhooks.integration_support.training import SoftPromptCallback
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
+from ._imports import import_framework
 from ._search_space import Candidate, Chosen
 
 __all__ = ["METHOD", "Candidate", "Chosen", "PromptSpace", "checkpoint_of"]
@@ -257,8 +258,4 @@ def _reporting(trial: Any) -> Callable[[float, int], None]:
 
 
 def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise SoftHooksError('Optuna is not installed here: pip install "softhooks[optuna]"') from error
-    return optuna
+    return import_framework("optuna", "Optuna", "optuna")

@@ -35,11 +35,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from softhooks.errors import NameTakenError, OptionError, PromptMismatchError, SoftHooksError
+from softhooks.errors import NameTakenError, OptionError, PromptMismatchError
 from softhooks.integration_support.models import examine, prompted_model_of, unwrapped
 from softhooks.integration_support.saved_prompts import StoredPrompt, attach_stored, outline, peft_read, peft_write
 from softhooks.prompt import SoftPrompt
 from softhooks.switch import activate
+
+from ._imports import import_framework
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,11 +53,7 @@ _ADAPTED = ("AdaptedAttention", "AdaptedAttentionGPT")
 
 
 def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise SoftHooksError('PEFT is not installed. Install it: pip install "softhooks[peft]".') from error
-    return peft
+    return import_framework("peft", "PEFT", "peft")
 
 
 # --- from PEFT --------------------------------------------------------------------------------------------------------

@@ -42,8 +42,10 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.integration_support.training import is_single_process
+
+from ._imports import import_framework
 
 __all__ = ["ReportCallback", "last_checkpoint"]
 
@@ -124,8 +126,4 @@ def _copy(folder: Path, target: Path) -> None:
 
 
 def _ray_train() -> Any:
-    try:
-        from ray import train
-    except ImportError as error:
-        raise SoftHooksError('this needs Ray Train; install it with `pip install "softhooks[ray]"`.') from error
-    return train
+    return import_framework("ray.train", "Ray Train", "ray")

@@ -54,7 +54,7 @@ from softhooks.load import load as load_onto_model
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
-from ._sentence_module import refuse_bare
+from ._inner_model import refuse_bare
 from ._sentence_transformers import (
     FAMILIES,
     KIND,

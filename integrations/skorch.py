@@ -1,17 +1,17 @@
-"""scikit-learn's interface by skorch: nets over a Hugging Face model with a prompt, also in `GridSearchCV`.
+"""skorch: scikit-learn's interface for models with a prompt, also in `GridSearchCV`.
 
-`PromptedModule` is a net's module: it attaches the prompt before skorch makes the optimizer. The method is a parameter like any
-other (`module__method`), so `clone`, `set_params` and searches work. Its `state_dict` is the prompt, live, with a description of
-its run: so skorch's `Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params` and `load_params`, with and without
-`use_safetensors`, hold and restore the prompt only, and go on bit for bit. Copies and pickles (what skorch, joblib and
-scikit-learn do with nets) are made anew from the model that was given: their prompt is their own. Nets share the weights of a
-model that is given, which itself stays bare. `FrozenCheck` proves after each fit that nothing else has moved.
+`PromptedModule` is the module of a net. It attaches the prompt before skorch makes the optimizer. The method is a parameter like
+any other (`module__method`), so `clone`, `set_params` and searches work. Its `state_dict` is the training state of the prompt:
+`Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params` and `load_params`, with and without `use_safetensors`, save and
+restore only the prompt, and training resumes bit for bit. Copies and pickles of a net, which skorch, joblib and scikit-learn
+make, have their own prompt on a new model. Nets share the weights of a model that is passed, which itself gets no prompt.
+`FrozenCheck` checks after each fit that the base has not changed.
 
-Give the model as a function (`functools.partial(AutoModel.from_pretrained, path)`) where nets are cloned or pickled: a model is
-copied and pickled whole each time.
+Pass the model as a function (`functools.partial(AutoModel.from_pretrained, path)`) if nets are cloned or pickled: a model would
+be copied and pickled with its weights each time.
 
-Refused: a model that carries a prompt already; methods with a loss of their own, which need the labels in the forward (CPT,
-distilled MPT and cartridges); files of another prompt, method or base, before anything is loaded.
+Refused with an error: a model that already has a prompt; methods with their own objective, which need the labels in the forward
+(CPT, distilled MPT and cartridges); files of another prompt, method or base, before anything is loaded.
 
 Example:
     import softhooks
@@ -40,13 +40,14 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.attach import attach
-from softhooks.errors import AttachError, OptionError, SoftHooksError, TrainerError, UnsupportedMethodError
+from softhooks.errors import AttachError, OptionError, TrainerError, UnsupportedMethodError
 from softhooks.integration_support.checkpoints import is_prompt_key
 from softhooks.integration_support.models import Container, prompted_model_of, soft_prompts_of
 from softhooks.integration_support.training import require_gradient
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
+from ._imports import import_framework
 from ._training_state import LivePrompt
 
 __all__ = ["FrozenCheck", "PromptedModule"]
@@ -55,25 +56,25 @@ FrozenCheck: Any  # made by `__getattr__`
 
 _BASE = "model."
 _MADE_ANEW = ("model", "prompt", "_live")
-"""What a copy does not take over: it is made from the arguments."""
+"""Attributes that a copy makes anew from the arguments."""
 
 
 class PromptedModule(nn.Module):
-    """A model with a prompt, as the module of a skorch net. A subclass may give another `answer`, and have modules beside it.
+    """A model with a prompt, as the module of a skorch net. Subclasses may override `answer` and add modules.
 
     Args:
-        model: the bare model, or a function without arguments that makes it.
-        method: what to attach.
+        model: a model without a prompt, or a function without arguments that returns one.
+        method: the method to train.
         name, train_head, freeze_dropout: as in `softhooks.attach`.
 
     Attributes:
-        model: the model with the prompt; its weights are those of the one that was given.
-        prompt: the handle.
+        model: the model with the prompt; it shares the weights of the model that was passed.
+        prompt: the attached prompt.
 
     Raises:
-        AttachError: the model carries a prompt already, or the prompt cannot be attached.
-        UnsupportedMethodError: the method has a loss of its own.
-        OptionError: `model` is neither.
+        AttachError: the model already has a prompt, or the prompt cannot be attached.
+        UnsupportedMethodError: the method has its own objective.
+        OptionError: `model` is neither a model nor a function that returns one.
     """
 
     def __init__(
@@ -94,17 +95,17 @@ class PromptedModule(nn.Module):
         self._live = LivePrompt(self.prompt)
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        """Give what the criterion and the predictions take of the model's output."""
+        """Run the model, and return its `answer`."""
         return self.answer(self.model(*args, **inputs))
 
     def answer(self, output: Any) -> Any:
-        """Take what the net answers from the model's output."""
+        """The part of the model's output that the net returns to the criterion and to predictions."""
         return output.logits
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The prompt, live, and what a subclass has beside the model; not the model."""
+        """The training state of the prompt, and the tensors of a subclass's modules; not the model."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for name in [name for name in state if name.startswith(prefix + _BASE)]:
             del state[name]
@@ -112,10 +113,10 @@ class PromptedModule(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Bring back what `state_dict` gave; nothing is loaded where the prompt is another.
+        """Load the state; nothing is loaded if it is of another prompt.
 
         Raises:
-            TrainerError: it is of another prompt, method or base.
+            TrainerError: the state is of another prompt, method or base.
         """
         of_prompt = {name.removeprefix(_BASE): v for name, v in state_dict.items() if name.startswith(_BASE)}
         others = {name: value for name, value in state_dict.items() if not name.startswith(_BASE)}
@@ -123,13 +124,13 @@ class PromptedModule(nn.Module):
         found = super().load_state_dict(others, strict=False, assign=assign)
         missing = [name for name in found.missing_keys if not name.startswith(_BASE)]
         if strict and (missing or found.unexpected_keys):
-            raise TrainerError(f"a state must fit its module; missing: {missing}, unknown: {found.unexpected_keys}.")
+            raise TrainerError("the state does not fit the module.", missing=missing, unknown=found.unexpected_keys)
         return type(found)(missing, found.unexpected_keys)
 
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as: the arguments, and what is trained. Hooks and the state of the prompts are made anew."""
+        """Copy and pickle the arguments and the trained tensors; the model and its hooks are made anew."""
         own = {name: value for name, value in self.__dict__.items() if name not in (*_MADE_ANEW, "_modules")}
         state = {
             "own": own,
@@ -140,7 +141,7 @@ class PromptedModule(nn.Module):
         return _made_anew, (type(self), self._arguments), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Put the very tensors of the copy into a module that was made anew: an optimizer may hold them too."""
+        """Put the copied tensors themselves into the new module, because a copied optimizer may hold them."""
         trained: dict[str, Tensor] = state["trained"]
         self.__dict__.update(state["own"])
         self._modules.update(state["modules"])
@@ -157,7 +158,7 @@ class PromptedModule(nn.Module):
 
 
 def _made_anew(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedModule:
-    """Make a copy's module without a change to anybody's random numbers; `__setstate__` gives it its tensors."""
+    """Make the module of a copy without a change of the random state; `__setstate__` fills in its tensors."""
     module = cls.__new__(cls)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         PromptedModule.__init__(module, **arguments)
@@ -165,26 +166,25 @@ def _made_anew(cls: type[PromptedModule], arguments: dict[str, Any]) -> Prompted
 
 
 def _trained(module: PromptedModule) -> dict[str, Tensor]:
-    """The parameters and buffers of a module's prompt, by their names in the model; the objects themselves."""
+    """The parameters and buffers of a module's prompt, by their names in the model."""
     named = [*module.model.named_parameters(), *module.model.named_buffers()]
     return {name: tensor for name, tensor in named if is_prompt_key(name)}
 
 
 def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """Make the model of a net: what a function gives, or one that shares the weights of the one given."""
+    """Make the model of a net: call the function, or copy the model with shared weights."""
     made = model if isinstance(model, nn.Module) else model() if callable(model) else None
     if not isinstance(made, nn.Module):
         raise OptionError(
-            "a PromptedModule takes a model, or a function without arguments that makes one.",
-            "Give `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
-            model=f"{type(model).__name__}" + (f", which gives {type(made).__name__}" if callable(model) else ""),
+            f"`model` is {type(model).__name__}{f', which returns {type(made).__name__}' if callable(model) else ''}; a "
+            "PromptedModule takes a model or a function that returns one.",
+            "Pass `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
         )
     if prompted_model_of(made) is not None:
         raise AttachError(
-            "a PromptedModule attaches its prompt itself: a copy of a model that has one would hold two.",
-            "Give the bare model, and the method as `module__method`.",
-            model=type(made).__name__,
-            carries=", ".join(map(repr, prompted_model_of(made).prompts)),  # type: ignore[union-attr]
+            f"the {type(made).__name__} already has a prompt; a PromptedModule attaches its own.",
+            "Pass a model without prompts, and the method as `module__method`.",
+            prompts=", ".join(map(repr, prompted_model_of(made).prompts)),  # type: ignore[union-attr]
         )
     if made is not model:
         return made
@@ -199,9 +199,8 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 def _refuse_own_loss(method: Method) -> None:
     if isinstance(method, Method) and method.objective() is not None:
         raise UnsupportedMethodError(
-            "skorch gives the labels to its criterion, and not to the model.",
-            "Train this method with a Trainer or a loop of your own.",
-            method=f"{method.kind}, which has a loss of its own and needs the labels in the forward",
+            f"{method.kind} has its own objective and needs the labels in the forward; skorch passes them to the criterion only.",
+            "Train this method with the Trainer or with your own training loop.",
         )
 
 
@@ -209,7 +208,7 @@ def _refuse_own_loss(method: Method) -> None:
 
 
 def _prompts(net: Any) -> list[SoftPrompt]:
-    """The prompts of a net's modules, also of modules that attach theirs by themselves."""
+    """The active prompts on a net's modules, also on modules that are not a PromptedModule."""
     modules = [getattr(net, f"{name}_") for name in net._modules]
     prompted_models = [
         sub.prompted_model for module in modules for sub in module.modules() if isinstance(sub, Container)
@@ -222,7 +221,7 @@ def _prompts(net: Any) -> list[SoftPrompt]:
     ]
     if not found:
         raise TrainerError(
-            "FrozenCheck watches a net whose module has a prompt.",
+            "FrozenCheck found no prompt on the net's modules.",
             "Use PromptedModule, or call `softhooks.attach` in the module's `__init__`.",
             modules=", ".join(type(module).__name__ for module in modules),
         )
@@ -230,30 +229,28 @@ def _prompts(net: Any) -> list[SoftPrompt]:
 
 
 def _frozen_check() -> type:
-    try:
-        from skorch.callbacks import Callback
-    except ImportError as error:
-        raise SoftHooksError('this needs skorch; install it with `pip install "softhooks[skorch]"`.') from error
+    import_framework("skorch.callbacks", "skorch", "skorch")
+    from skorch.callbacks import Callback
 
     class FrozenCheck(Callback):
-        """Check each step of a fit for a gradient at the prompt, and prove at its end that nothing else has moved.
+        """Check each step of a fit for a gradient of the prompt, and the base at the end.
 
         Attributes:
-            reports_: what the last proof has read, one for each prompt.
+            reports_: the reports of the last check, one for each prompt.
         """
 
         def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-            """Find the prompts, before anything trains."""
+            """Check that there is a prompt."""
             _prompts(net)
             self.reports_: list[Any] = []
 
         def on_grad_computed(self, net: Any, named_parameters: Any, training: bool = False, **kwargs: Any) -> None:
-            """Refuse a step that would train nothing."""
+            """Check that the prompts have a gradient."""
             for prompt in _prompts(net) if training else ():
                 require_gradient(prompt, sum(len(epoch.get("batches", ())) for epoch in net.history) - 1)
 
         def on_train_end(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-            """Compare the base with its record."""
+            """Check that the base has not changed."""
             self.reports_ = [prompt.verify_frozen() for prompt in _prompts(net)]
 
     FrozenCheck.__module__, FrozenCheck.__qualname__ = __name__, "FrozenCheck"
@@ -261,7 +258,7 @@ def _frozen_check() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Build what subclasses skorch when it is asked for, once, so that it pickles."""
+    """Make the class that derives from skorch's at its first use, and only once, so that it can be pickled."""
     if name != "FrozenCheck":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, _frozen_check())

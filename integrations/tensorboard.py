@@ -43,12 +43,12 @@ from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 from softhooks.switch import disabled
 
-from ._report import ABOUT, WORDS, PromptReport, table_of
+from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
 
 __all__ = ["PromptBoard"]
 
 
-class PromptBoard(PromptReport):
+class PromptBoard(PromptTracker):
     """Write a prompt's curves, rows and nearest words for TensorBoard.
 
     Args:

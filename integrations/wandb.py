@@ -36,11 +36,12 @@ from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from softhooks.errors import SoftHooksError, TrainerError
+from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word
 
-from ._report import ABOUT, WORDS, PromptReport, table_of
+from ._experiment_tracking import ABOUT, WORDS, PromptTracker, table_of
+from ._imports import import_framework
 
 __all__ = ["PromptArtifact"]
 
@@ -48,7 +49,7 @@ KIND = "soft-prompt"
 """The type of the artifact."""
 
 
-class PromptArtifact(PromptReport):
+class PromptArtifact(PromptTracker):
     """Keep the prompt that a Trainer trains in its run of Weights & Biases.
 
     Args:
@@ -97,8 +98,4 @@ class PromptArtifact(PromptReport):
 
 
 def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise SoftHooksError('wandb is not installed here: pip install "softhooks[wandb]"') from error
-    return wandb
+    return import_framework("wandb", "Weights & Biases", "wandb")

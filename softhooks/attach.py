@@ -39,12 +39,12 @@ from softhooks.inject.slots.argument_values import find_fills
 from softhooks.layout.tokenizing import tokenizer_of
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.added_token_hooks import prove_rows
+from softhooks.runtime.added_token_hooks import check_added_rows
 from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_rows
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.contexts import Block
 from softhooks.runtime.exclusive import exclusive
-from softhooks.runtime.generate import keep_from_assistants
+from softhooks.runtime.generate import wrap_candidate_generator
 from softhooks.runtime.install import detach, install, install_added_tokens, install_head, sign_forward
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.runtime.recomputed_forward import RecomputeCheck
@@ -200,7 +200,7 @@ def attach_encoder(
             with probing(model):
                 prompt.injection = choose_injection(prompt, injection)
             if added is not None:
-                prove_rows(prompt, probe_inputs(prompt))
+                check_added_rows(prompt, probe_inputs(prompt))
                 if take_added is not None:
                     take_added(added)
             prompt.requires_sharing = injection == "shared"
@@ -219,7 +219,7 @@ def attach_encoder(
     prompt.is_attached = True
     prompted.recompute_check = RecomputeCheck()  # probes count for nothing
     if method.columns:
-        keep_from_assistants(prompted)
+        wrap_candidate_generator(prompted)
     return prompt
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from softhooks.inject.reuse import opened
+from softhooks.inject.reuse import new_scope
 from softhooks.runtime.prompted_model import require_prompted_model
 
 
@@ -32,5 +32,5 @@ def kept(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         NotAttachedError: the model carries no prompt.
     """
-    with opened(require_prompted_model(model).model, is_explicit=True):
+    with new_scope(require_prompted_model(model).model, is_explicit=True):
         yield model

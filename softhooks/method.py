@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Sampler
 
     from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
-    from softhooks.inject.branch.branch import Given
+    from softhooks.inject.branch.branch import BranchInputs
     from softhooks.objectives.base import Objective, PromptOnModel
 
 
@@ -118,7 +118,7 @@ class Method:
         """Whether the prompt also scales the model's linear layers."""
         return False
 
-    def branch_given(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> Given:
+    def branch_given(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
         """What a stack gets.
 
         Args:

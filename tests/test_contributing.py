@@ -6,6 +6,7 @@ import ast
 import importlib
 import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,16 @@ def test_the_command_line_shows_its_options(decomposed: Any, monkeypatch: pytest
 def test_its_imports_exist_those_for_types_too() -> None:
     imports = [node for node in ast.walk(ast.parse(_code(0))) if isinstance(node, ast.ImportFrom)]
     assert all(hasattr(importlib.import_module(str(node.module)), name.name) for node in imports for name in node.names)
+
+
+def test_the_table_of_layers_is_the_contract_that_the_linter_checks() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    depth = {name: number for number, layer in enumerate(layers) for name in layer.split(" | ")}
+    rows = re.findall(r"^\| (`.+?) \| ", markdown.text_of(PAGE), re.MULTILINE)
+    named = [name.removeprefix("softhooks/").strip("/") for row in rows for name in re.findall(r"`([\w/]+)`", row)]
+    named = [name for name in named if name in depth]
+    assert set(named) == set(depth) - {"__main__", "_version"}
+    assert [depth[name] for name in named] == sorted(depth[name] for name in named)

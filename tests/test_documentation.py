@@ -7,6 +7,7 @@ import importlib.util
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,19 @@ def test_every_page_is_in_the_index() -> None:
     assert all(
         f"({Path(page).name})" in index for page in markdown.PAGES if page.startswith("docs/") and "README" not in page
     )
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_every_refusal_of_the_sample_of_models_is_in_the_table_of_limits() -> None:
+    sys.path.insert(0, str(ROOT))
+    from tests.survey.sample import REFUSED
+
+    kinds = {"prompt": "every prompt", "prefix": "key-value prefixes", "adapter": "gated branches"}
+    rows = [line.split(" | ") for line in markdown.text_of("docs/limits.md").splitlines() if line.startswith("| ")]
+    named = {
+        kind: " ".join(row[1] for row in rows if len(row) > 1 and words in row[0]) for kind, words in kinds.items()
+    }
+    for case, kind in (key.split(": ") for key in REFUSED):
+        assert f"`{case.split('-')[0]}`" in named[kind] + named["prompt"], f"{case}: {kind}"

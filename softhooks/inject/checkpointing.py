@@ -1,4 +1,4 @@
-"""Activation checkpointing: a pass that its layers find again when the backward runs them a second time."""
+"""Passes for layers with activation checkpointing, which the backward runs a second time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.module_walk import every_module
 from softhooks.backbone.stack import Site, Stack
+from softhooks.patching.patches import Patches
+
+_FUNCTION = "_gradient_checkpointing_func"
+"""The attribute in which transformers keeps the checkpointing function of a module."""
 
 
 class CheckpointedPass(Pass):
-    """A pass that puts tensors of a prompt into layers which may be checkpointed.
+    """A pass that injects tensors of a prompt into layers, which may be checkpointed.
 
     Args:
         stack: the stack.
@@ -23,70 +27,69 @@ class CheckpointedPass(Pass):
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
         self._anchored: list[Tensor] = []
-        self._replaced: list[tuple[nn.Module, Any]] = []
+        self._checkpointed: list[nn.Module] = []
+        self._patches = Patches()
         self._closed = False
 
     def follow_checkpointing(self) -> None:
-        """Make each checkpointed layer remember this pass, for the backward runs it again when the pass is over."""
+        """Let each checkpointed layer enter this pass again in the backward, when the forward has ended."""
         for module in every_module(self.stack.module):
-            if "_gradient_checkpointing_func" in module.__dict__ and is_checkpointed(module):
-                function: Any = module._gradient_checkpointing_func
-                self._replaced.append((module, function))
-                module._gradient_checkpointing_func = _Remembering(self, function)  # type: ignore[assignment]
+            if _FUNCTION in module.__dict__ and is_checkpointed(module):
+                function: Any = module.__dict__[_FUNCTION]
+                self._checkpointed.append(module)
+                self._patches.set(module, _FUNCTION, _ReenteringCheckpoint(self, function))
                 if not self._anchored and _is_reentrant(function):
                     self.detach_injected()
 
     def detach_injected(self) -> None:
-        """Put `cut_off` tensors in the place of what this pass injects.
+        """Replace what this pass injects by leaves of the autograd graph, made by `leaf_of`.
 
-        A reentrant checkpoint runs a backward of its own in every layer; the prompt's graph behind what is injected would be
-        used up by the first one. Leaves only collect, and the anchor at the embedding, which is last in the backward, passes on.
+        A reentrant checkpoint runs a backward of its own in every layer, and the first one would free the prompt's graph. Leaves
+        accumulate the gradients of all layers. The anchor at the embedding, whose backward runs last, passes them on.
         """
         raise NotImplementedError(f"{type(self).__name__} must detach what it injects.")
 
-    def cut_off(self, tensor: Tensor) -> Tensor:
-        """Make a leaf that stands for a tensor, whose gradient `embed` hands on."""
+    def leaf_of(self, tensor: Tensor) -> Tensor:
+        """Make a leaf in the place of a tensor; the anchor passes its gradient on to the tensor."""
         leaf = tensor.detach().requires_grad_(tensor.requires_grad)
         self._anchored += [tensor, leaf]
         return leaf
 
     def embed(self, output: Tensor) -> Tensor:
-        """Anchor the prompt's graph at the text's embeddings, where a reentrant checkpoint asks for it."""
+        """Anchor the prompt's graph at the text's embeddings, if a reentrant checkpoint needs it."""
         if not self._anchored or not torch.is_grad_enabled():
             return output
         anchored: Tensor = _Anchor.apply(output, *self._anchored)  # type: ignore[no-untyped-call]
         return anchored
 
     def prepare(self) -> list[Any]:
-        """Register the hooks that layers need besides the pass, for the pass or for a layer that runs again after it."""
+        """Register further hooks on layers, for the forward or for a layer that runs again in the backward."""
         return []
 
     def close(self) -> None:
-        """Give every layer its own checkpointing function back."""
+        """Put every layer's own checkpointing function back."""
         super().close()
         self._closed = True
-        for module, function in self._replaced:
-            module._gradient_checkpointing_func = function
-        self._replaced.clear()
+        self._patches.undo()
 
 
-class Through(CheckpointedPass):
-    """A forward in which attention is left alone: of the bare model, or with virtual tokens in the sequence itself."""
+class UnchangedPass(CheckpointedPass):
+    """A forward in which the prompt does not change attention: it is off, has nothing for this stack, or enters as slots."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
         self.touched = True
 
     def turn(self, site: Site) -> Site:
-        """Count no calls: all are alike."""
+        """Return the site itself: calls need no counting where none is changed."""
         return site
 
     def detach_injected(self) -> None:
-        """Nothing is put in."""
+        """Do nothing: nothing is injected."""
 
 
-class _Remembering:
-    """A checkpointing function that runs, and runs again, its layer inside the pass of its forward."""
+class _ReenteringCheckpoint:
+    """A checkpointing function that runs its layer inside the pass of its forward, also in the backward."""
 
     def __init__(self, live: CheckpointedPass, function: Callable[..., Any]) -> None:
         self.live = live
@@ -99,7 +102,9 @@ class _Remembering:
             if not self.live._closed and stack.state.current is not None:
                 return layer(*inner_args, **inner_kwargs)
             with stack.state.running(self.live, alone="a backward"):
-                self.live.calls = dict(calls)  # the second run is the same turn as the first
+                self.live.calls = dict(
+                    calls
+                )  # as before the first run, so that a shared layer meets the same site again
                 handles = self.live.prepare() if self.live._closed else []
                 try:
                     return layer(*inner_args, **inner_kwargs)
@@ -111,7 +116,7 @@ class _Remembering:
 
 
 class _Anchor(torch.autograd.Function):
-    """Hand the text's embeddings through; in the backward, hand the leaves' gradients to what they were cut from."""
+    """Return the text's embeddings; in the backward, pass the leaves' gradients to the tensors that they replace."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *pairs: Tensor) -> Tensor:
@@ -127,7 +132,8 @@ class _Anchor(torch.autograd.Function):
 
 
 def is_checkpointed(module: nn.Module) -> bool:
-    """Whether a module is asked to checkpoint its layers, or itself; most modules know nothing of it, and are asked quickly."""
+    """Whether activation checkpointing is on for a module or its layers."""
+    # Read from the dictionaries: `getattr` on a module without the attribute is slow, and this runs for every module.
     own = module.__dict__.get("gradient_checkpointing")
     return bool(getattr(type(module), "gradient_checkpointing", False) if own is None else own)
 

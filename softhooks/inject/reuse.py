@@ -1,8 +1,8 @@
-"""Where what a prompt gives may be used again: inside one `generate` call, one continuous batch, or `softhooks.kept`.
+"""Reuse of a prompt's keys and values inside one `generate` call, one continuous batch, or `softhooks.kept`.
 
-Keys and values that a prompt has from the base depend on everything in it: weights that may change through `.data`, hooks,
-attributes, modules that are swapped. No check that is cheap enough for every token sees all of that. So each forward computes
-them afresh, unless a scope is open in which nothing changes; the results belong to that scope and end with it.
+They depend on everything in the base model: weights that may change through `.data`, hooks, attributes, replaced modules. No
+check that is cheap enough for every token detects all of these changes. So each forward computes them anew, unless a scope is
+open in which nothing changes; the results belong to that scope and end with it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ T = TypeVar("T")
 
 @dataclass
 class _Result:
-    """What was computed, and what it was seen to depend on."""
+    """A result, with what is compared before it is used again.
+
+    Attributes:
+        key: the addresses and versions of tensors, and the modes of torch.
+        values: copies of the tensors that are compared by value.
+    """
 
     value: Any
-    place: tuple[Any, ...]
+    key: tuple[Any, ...]
     values: list[Tensor]
 
 
-class Scope:
-    """A stretch of time in which nothing of a model and its prompts changes.
+class ReuseScope:
+    """A time in which a model and its prompts do not change.
 
     Args:
         model: the model, as the user gave it when the first prompt was attached.
@@ -43,35 +48,35 @@ class Scope:
         self.model = model
         self.is_explicit = is_explicit
         self.is_open = True
-        self.results: dict[Memory[Any], _Result] = {}
-        self.snapshots: dict[int, tuple[list[Any], Any]] = {}  # of prompts, by where their tensors lie
+        self.results: dict[ResultCache[Any], _Result] = {}
+        self.snapshots: dict[int, tuple[list[Any], Any]] = {}  # by prompt, with the addresses of its tensors
 
     def close(self) -> None:
-        """End it everywhere, also in tasks and threads that have inherited it."""
+        """End the scope, also in tasks and threads that have inherited it."""
         self.is_open = False
         self.results.clear()
         self.snapshots.clear()
 
-    def __deepcopy__(self, _memo: object) -> Scope:
-        """A copy holds nothing: what bears it (a cache) may go on with a copy of the model."""
-        return Scope(None)
+    def __deepcopy__(self, _memo: object) -> ReuseScope:
+        """Return a scope without results: a copied cache may be used with a copy of the model."""
+        return ReuseScope(None)
 
-    def __reduce__(self) -> tuple[type[Scope], tuple[None]]:
-        """A pickle holds nothing either."""
-        return Scope, (None,)
-
-
-_scopes: ContextVar[tuple[Scope, ...]] = ContextVar("softhooks_scopes", default=())
+    def __reduce__(self) -> tuple[type[ReuseScope], tuple[None]]:
+        """Pickle without results."""
+        return ReuseScope, (None,)
 
 
-def scope_of(model: object) -> Scope | None:
+_scopes: ContextVar[tuple[ReuseScope, ...]] = ContextVar("softhooks_scopes", default=())
+
+
+def scope_of(model: object) -> ReuseScope | None:
     """The innermost scope of a model that is open in this thread and task."""
     return next((scope for scope in reversed(_scopes.get()) if scope.model is model and scope.is_open), None)
 
 
 @contextmanager
-def entered(scope: Scope) -> Iterator[None]:
-    """Hold a scope in this thread and task, without ending it after."""
+def using(scope: ReuseScope) -> Iterator[None]:
+    """Use a scope in this thread and task for the length of a block, and leave it open after."""
     _scopes.set((*_scopes.get(), scope))
     try:
         yield
@@ -80,52 +85,52 @@ def entered(scope: Scope) -> Iterator[None]:
 
 
 @contextmanager
-def opened(model: object, is_explicit: bool = False) -> Iterator[None]:
-    """Open a scope of its own, and end it after, also after an error."""
-    scope = Scope(model, is_explicit)
+def new_scope(model: object, is_explicit: bool = False) -> Iterator[None]:
+    """Open a new scope for the length of a block."""
+    scope = ReuseScope(model, is_explicit)
     try:
-        with entered(scope):
+        with using(scope):
             yield
     finally:
         scope.close()
 
 
 @contextmanager
-def generating(model: object) -> Iterator[None]:
-    """Open a scope for one call of `generate`; inside `softhooks.kept` that one serves."""
+def generation_scope(model: object) -> Iterator[None]:
+    """Open a scope for one call of `generate`; inside `softhooks.kept` use that scope."""
     outer = scope_of(model)
     if outer is not None and outer.is_explicit:
         yield
         return
-    with opened(model):
+    with new_scope(model):
         yield
 
 
-_BORNE = "_softhooks_scope"
+_SCOPE = "_softhooks_scope"
 
 
 @contextmanager
-def borne_by(holder: Any, model: object) -> Iterator[None]:
-    """Hold the scope that lasts as long as something else: the paged cache of a continuous batch.
+def scope_on(holder: Any, model: object) -> Iterator[None]:
+    """Use a scope that lives as long as another object, the paged cache of a continuous batch.
 
     Args:
-        holder: has a `__dict__`; None: no scope.
+        holder: any object with a `__dict__`; None: no scope is used.
     """
     if holder is None:
         yield
         return
-    scope = holder.__dict__.get(_BORNE)
+    scope = holder.__dict__.get(_SCOPE)
     if scope is None or scope.model is not model:
-        scope = holder.__dict__[_BORNE] = Scope(model)
-    with entered(scope):
+        scope = holder.__dict__[_SCOPE] = ReuseScope(model)
+    with using(scope):
         yield
 
 
-class Memory(Generic[T]):
-    """Computes what a prompt gives to one stack: once in a scope, and in each forward where none is open or a graph is built.
+class ResultCache(Generic[T]):
+    """The result that a prompt has for one stack: computed once in a scope, else in each forward, and whenever a graph is built.
 
-    Inside a scope the common changes are seen all the same: where tensors lie and in which version, what is trained by value
-    (fused optimizers write without a trace in the version), which adapters of PEFT are on, autocast.
+    Common changes are detected inside a scope too: the addresses and versions of tensors, the values of trained ones (fused
+    optimizers do not count up the version), the active adapters of PEFT, autocast.
 
     Attributes:
         computed: how often it was computed.
@@ -135,26 +140,26 @@ class Memory(Generic[T]):
         self.computed = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as a new one, which has computed nothing."""
+        """Copy and pickle as a new object without results."""
         return type(self), ()
 
-    def recall(
+    def get(
         self,
         stack: Stack,
         own: Iterable[Tensor],
         base: Iterable[Tensor],
         compute: Callable[[], T],
-        asked: object = None,
+        variant: object = None,
     ) -> T:
-        """Return what `compute` gives, or gave in this scope.
+        """Return the result of `compute`, from this scope if it was computed there.
 
         Args:
             own: the prompt's parameters and buffers.
             base: every parameter and buffer of the base that the result depends on.
-            asked: what else tells one result from another.
+            variant: any further value that the result depends on.
 
         Raises:
-            UnsupportedModeError: the rows of this forward have adapters of PEFT of their own.
+            UnsupportedModeError: the rows of this forward have different adapters of PEFT.
         """
         own, base = list(own), list(base)
         model = None if stack.state.owner is None else stack.state.owner.model
@@ -163,18 +168,18 @@ class Memory(Generic[T]):
         if scope is None:
             return self._compute(compute)
         trained = [tensor for tensor in (*own, *base) if tensor.requires_grad]
-        lies = None
+        state = None
         if not stack.module.training and not (torch.is_grad_enabled() and trained):
-            lies = _place([*own, *base])
-        if lies is None:
+            state = _state([*own, *base])
+        if state is None:  # a result with a graph serves one backward only
             scope.results.pop(self, None)
             return self._compute(compute)
-        place = (asked, switched, *lies)
+        key = (variant, switched, *state)
         values = [*own, *[tensor for tensor in trained if all(tensor is not one for one in own)]]
         known = scope.results.get(self)
-        if known is None or known.place != place or not equal_values(values, known.values):
+        if known is None or known.key != key or not equal_values(values, known.values):
             value = self._compute(compute)
-            known = scope.results[self] = _Result(value, place, [tensor.detach().clone() for tensor in values])
+            known = scope.results[self] = _Result(value, key, [tensor.detach().clone() for tensor in values])
         result: T = known.value
         return result
 
@@ -183,8 +188,8 @@ class Memory(Generic[T]):
         return compute()
 
 
-def _place(tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """Tell where tensors lie, in which version; None if that cannot be told."""
+def _state(tensors: list[Tensor]) -> tuple[Any, ...] | None:
+    """The addresses and versions of tensors, and the modes of torch; None for inference tensors, which have no version."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu")

@@ -1,9 +1,16 @@
 """Prompts in servers and other programs that make the batches."""
 
-from softhooks.runtime.continuous_batching import needed, require_servable
+from softhooks.runtime.continuous_batching import require_servable, required_columns
 from softhooks.serving.embeddings import sequence_embeddings
 from softhooks.serving.sglang import request as sglang_request
 from softhooks.serving.vllm import encode as vllm_encode
 from softhooks.serving.vllm import request as vllm_request
 
-__all__ = ["needed", "require_servable", "sequence_embeddings", "sglang_request", "vllm_encode", "vllm_request"]
+__all__ = [
+    "require_servable",
+    "required_columns",
+    "sequence_embeddings",
+    "sglang_request",
+    "vllm_encode",
+    "vllm_request",
+]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from softhooks.backbone.parts import Part, cut
 from softhooks.encoder import PromptEncoder
 from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModeError
-from softhooks.inject.branch.branch import CONTEXT, Gated, Given
+from softhooks.inject.branch.branch import CONTEXT, BranchInputs, GatedRows
 from softhooks.inject.branch.linear_scaling import linears
 from softhooks.inject.branch.projection_probe import find_attention_calls
 from softhooks.inject.branch.projections import require_call
@@ -203,7 +203,7 @@ class LlamaAdapter(Method):
         fused, prompted = self._layers(stack)
         return [*fused, *prompted] if role == "self" else []
 
-    def branch_given(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> Given:
+    def branch_given(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
         """Each layer's rows and gates; rows have a batch dimension where each row of the batch brings its own context."""
         fused, prompted = self._layers(stack)
         sites = [*fused, *prompted]
@@ -215,11 +215,11 @@ class LlamaAdapter(Method):
         added = None if self.early_fusion else vectors
         rows = [*(vectors for _ in fused), *(prompt if added is None else prompt + added for prompt in prompts)]
         gated = [
-            Gated(site, row, gate.expand(require_call(site).query_heads))
+            GatedRows(site, row, gate.expand(require_call(site).query_heads))
             for site, row, gate in zip(sites, rows, own, strict=True)
             if row is not None
         ]
-        return Given(gated, self._scaled(table, stack) if self.scale_and_bias else {})
+        return BranchInputs(gated, self._scaled(table, stack) if self.scale_and_bias else {})
 
     def _gates(self, site: Site) -> int:
         """How many gates a layer has."""

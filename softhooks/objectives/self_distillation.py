@@ -14,7 +14,7 @@ from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import Role, Stack
 from softhooks.errors import UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues, split
-from softhooks.inject.reuse import Memory
+from softhooks.inject.reuse import ResultCache
 from softhooks.inject.text_key_values import key_values_of
 from softhooks.layout.tokenizing import IGNORE_INDEX
 from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_loss
@@ -44,7 +44,7 @@ class SelfDistillation(Objective):
     def __init__(self, document: Sequence[int], top_k: int) -> None:
         self.document = torch.tensor(list(document), dtype=torch.long)
         self.top_k = top_k
-        self._memory: Memory[dict[str, Tensor]] = Memory()
+        self._memory: ResultCache[dict[str, Tensor]] = ResultCache()
 
     def check(self, prompt: PromptOnModel) -> None:
         """Check that the model is a causal language model.
@@ -95,9 +95,7 @@ class SelfDistillation(Objective):
     def _read(self, prompt: PromptOnModel) -> dict[str, Tensor]:
         """Compute the document's keys and values: once inside `softhooks.kept`, else in every step."""
         structure, stack = prompt.structure, prompt.structure.entry
-        return self._memory.recall(
-            stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document)
-        )
+        return self._memory.get(stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document))
 
 
 def _as_prefix(prompt: PromptOnModel, stack: Stack, tables: dict[str, Tensor]) -> dict[Role, KeyValues]:

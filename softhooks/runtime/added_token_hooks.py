@@ -1,4 +1,4 @@
-"""The hooks that put a prompt's own rows of the vocabulary in the place of the model's, and the proof that they are right."""
+"""The hooks that use a prompt's own vocabulary rows instead of the model's, and a check that both give the same results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class AddedTokenHooks:
-    """The hooks that put prompts' own rows in the place of the model's.
+    """The hooks that use the prompts' own vocabulary rows instead of the model's.
 
     Args:
         prompted: the state of the model's prompts.
@@ -37,7 +37,7 @@ class AddedTokenHooks:
             prompted.patches.keep(self.head.register_forward_hook(self.answer, with_kwargs=True))
 
     def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        """Look added tokens up in the prompt's own rows."""
+        """Replace the embeddings of added tokens by the prompt's own rows."""
         ids = args[0] if args else kwargs["input"]
         changed = output
         for added, rows in self._uses(ids.shape[0]):
@@ -47,7 +47,7 @@ class AddedTokenHooks:
         return None if changed is output else changed
 
     def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Compute added tokens' logits from the prompt's own rows."""
+        """Replace the logits of added tokens by those of the prompt's own rows."""
         hidden = args[0] if args else next(iter(kwargs.values()))
         for added, rows in self._uses(output.shape[0]):
             own = added.logits(hidden, output)
@@ -57,7 +57,7 @@ class AddedTokenHooks:
         return output
 
     def _uses(self, batch: int) -> Iterator[tuple[AddedTokens, Tensor | None]]:
-        """The rows in use, each with the rows of the batch that they serve; None: all."""
+        """The added tokens of each prompt in use, with a mask of the rows of the batch that use it, [B]; None: all rows."""
         prompted = self.prompted
         if not prompted.is_on:
             return
@@ -67,7 +67,7 @@ class AddedTokenHooks:
                 yield added, None
             return
         if not prompted.rows or batch % len(prompted.rows):
-            return  # a prompt on its own way through the stack
+            return  # the library runs a prompt alone
         for name in dict.fromkeys(prompted.rows):
             added = _added_of(prompted, name)
             if added is not None:
@@ -80,17 +80,17 @@ def _added_of(prompted: PromptedModel, name: str | None) -> AddedTokens | None:
     return None if prompt is None else prompt.added
 
 
-# --- the proof --------------------------------------------------------------------------------------------------------
+# --- the check --------------------------------------------------------------------------------------------------------
 
 
-def prove_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
-    """Check that a prompt's copies, which still equal the model's rows, compute what the model computes with these.
+def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
+    """Check that a prompt's copies, which still equal the model's rows, give the same embeddings and logits.
 
     Args:
-        inputs: a call of the model.
+        inputs: the arguments of a call of the model.
 
     Raises:
-        UnsupportedModelError: they do not; or the ids reach a second table, or the logits no output embeddings.
+        UnsupportedModelError: they do not; or a second table reads the ids, or the logits do not come from the output embeddings.
     """
     added, model = prompt.added, prompt.model
     if added is None:
@@ -98,11 +98,11 @@ def prove_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
     head = output_of(model)
     ids = next(value for value in inputs.values() if not value.is_floating_point())
     tables: dict[int, nn.Module] = {id(stack.embedding): stack.embedding for stack in prompt.structure.stacks}
-    heard: list[tuple[Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor]] = []
 
     def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is head:
-            heard.append(((args or tuple(kwargs.values()))[0], output))
+            seen.append(((args or tuple(kwargs.values()))[0], output))
         elif isinstance(module, nn.Embedding) and id(module) not in tables:
             given = (args or tuple(kwargs.values()))[0]
             if isinstance(given, Tensor) and given.shape == ids.shape and torch.equal(given, ids):
@@ -117,9 +117,9 @@ def prove_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
                     refuse_tables(model, f"an embedding that does more than look rows up ({type(embedding).__name__})")
         logits = getattr(answered, "logits", None)
         is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == prompt.structure.vocabulary
-        if is_vocabulary and not heard:
+        if is_vocabulary and not seen:
             refuse_tables(model, "logits of the vocabulary that are not computed by the output embeddings")
-        for hidden, output in heard:
+        for hidden, output in seen:
             mine, theirs = added.logits(hidden, output), output[..., added.ids]
             if float((mine - theirs).abs().max()) > 1e-2 * float(theirs.abs().max()) + 1e-6:
                 refuse_tables(model, f"output embeddings that do more than multiply ({type(head).__name__})")

@@ -20,7 +20,7 @@ from softhooks.inject.branch.branch import Branch, branch_of
 from softhooks.inject.prefill import prefill
 from softhooks.inject.prefix.key_values import KeyValues, split
 from softhooks.inject.provenance import Snapshot, snapshot
-from softhooks.inject.reuse import Memory
+from softhooks.inject.reuse import ResultCache
 from softhooks.method import Method
 from softhooks.runtime.added_tokens import ADDED, AddedTokens
 from softhooks.runtime.running import ExclusiveBlock, RunningCalls
@@ -77,8 +77,8 @@ class AttachedPrompt:
         self.requires_sharing = False
         self.takes_left_padding = True
         self.labels: Labels | None = None
-        self._memory: dict[str, Memory[dict[Role, KeyValues]]] = {}
-        self._branches: dict[str, Memory[Branch]] = {}
+        self._memory: dict[str, ResultCache[dict[Role, KeyValues]]] = {}
+        self._branches: dict[str, ResultCache[Branch]] = {}
         self._snapshot: Snapshot | None = None
         self._replacement: Callable[[Stack], dict[Role, KeyValues]] | None = None
 
@@ -152,12 +152,12 @@ class AttachedPrompt:
     def _key_values(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
         if self._replacement is not None:
             return self._replacement(stack)
-        memory = self._memory.setdefault(stack.name, Memory())
+        memory = self._memory.setdefault(stack.name, ResultCache())
         base = every_tensor(stack.module) if self.method.enters == "embeddings" else ()
         refuse_sharded(base)
         ids = self.module._buffers.get(BUFFER)
         own = [*every_tensor(self.encoder), *(() if ids is None else (ids,))]
-        return memory.recall(stack, own, base, lambda: self._compute(stack, variants), variants)
+        return memory.get(stack, own, base, lambda: self._compute(stack, variants), variants)
 
     @contextmanager
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
@@ -178,11 +178,11 @@ class AttachedPrompt:
         Raises:
             UnsupportedModeError: another thread is running the model.
         """
-        memory = self._branches.setdefault(stack.name, Memory())
+        memory = self._branches.setdefault(stack.name, ResultCache())
         own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
         base = [tensor for site in self.method.sites(stack, "self") for tensor in every_tensor(site.module)]
         with self.running.exclusive("a prompt's own rows"):
-            return memory.recall(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
+            return memory.get(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
 
     def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
         if context is not None and rows is not None:

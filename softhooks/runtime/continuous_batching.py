@@ -1,4 +1,4 @@
-"""Continuous batching with a prompt: what it can serve, asked before a manager starts, whose thread would only log the error."""
+"""Continuous batching with a prompt. Checks run before a manager starts: in its thread, an error would only be logged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
-from softhooks.runtime.generate import Noting
+from softhooks.runtime.generate import PromptedMethod
 
 if TYPE_CHECKING:
     from softhooks.runtime.attached_prompt import AttachedPrompt
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _START = "init_continuous_batching"
 
 
-def needed(prompt: AttachedPrompt) -> str:
-    """The columns of a batch that a prompt cannot do without; empty where ids are enough."""
+def required_columns(prompt: AttachedPrompt) -> str:
+    """The batch columns that a prompt needs in each call, as text; empty if it needs none."""
     try:
         prompt.encoder.choose({}, 1)
     except UnsupportedModeError:
@@ -27,31 +27,30 @@ def needed(prompt: AttachedPrompt) -> str:
 
 
 def require_servable(prompted: PromptedModel) -> None:
-    """Refuse prompts that a row of many sequences cannot meet.
+    """Refuse prompts that cannot be used in a row of many requests.
 
     Raises:
-        UnsupportedModeError: each row has its own, or the prompt on is a matter of each row.
+        UnsupportedModeError: rows have different prompts, or the prompt needs a column for each row or enters as slots.
     """
     if prompted.rows is not None:
         raise UnsupportedModeError(
-            "a continuous batch has one row, in which requests come and go: they all meet one prompt.",
-            "Name it with `softhooks.activate`, and serve the others by managers of their own, one after the other.",
-            rows=prompted.selection_text,
+            f"`rows` selects {prompted.selection_text}, but in continuous batching all requests use one prompt.",
+            "Select it with `softhooks.activate`; serve other prompts with other managers, one after another.",
         )
     prompt = prompted.prompts[str(prompted.active)]
-    needs = needed(prompt)
+    needs = required_columns(prompt)
     if prompt.injection in ("attention", "shared", "branch") and not needs:
         return
     raise UnsupportedModeError(
-        "in a continuous batch, a prompt must enter at attention and be the same for every request.",
-        "Use a prefix, or `placement='front'` on a model that can share its prompt; of a multitask prompt, one task.",
-        prompt=f"{prompt.name!r}: {prompt.method.kind}, which enters as {prompt.injection}",
+        f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: a prompt "
+        "must enter at attention and be the same for every request.",
+        "Use a prefix, or `placement='front'` on a model that can share its prompt; for a multitask prompt, one task.",
         **({"each request would need": needs} if needs else {}),
     )
 
 
 class _Loop:
-    """A manager's loop, which a thread of its own runs, within the `with` blocks that the manager was made in."""
+    """A manager's loop, which runs in its own thread, with the context variables of the thread that made the manager."""
 
     def __init__(self, manager: Any, own: Callable[[Any], None]) -> None:
         self._manager = manager
@@ -59,22 +58,21 @@ class _Loop:
         self._context = copy_context()
 
     def __call__(self) -> None:
-        """Run it."""
+        """Run the loop."""
         self._context.run(self._own, self._manager)
 
 
-class _Start(Noting):
-    """A model's own `init_continuous_batching`, which asks first."""
+class _Start(PromptedMethod):
+    """Checks the prompt before and after `init_continuous_batching`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.prompted.is_in_use:
             require_servable(self.prompted)
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
-        manager = self.own()(*args, **kwargs)
+        manager = self.original()(*args, **kwargs)
         if kept is not None and manager is kept and not kept.is_running():
-            kept.batch_processor = (
-                None  # its cache finds blocks of earlier sessions by their ids, whatever the prompt was
-            )
+            # Its cache finds blocks of earlier sessions by their ids, whichever prompt they were computed with.
+            kept.batch_processor = None
         try:
             if self.prompted.is_in_use:
                 self._require_masks(manager.continuous_batching_config)
@@ -90,7 +88,7 @@ class _Start(Noting):
         return manager
 
     def _require_masks(self, config: Any) -> None:
-        """Refuse what runs without a mask that can be widened, or without the hooks."""
+        """Refuse attention without a mask, which could not be widened, and compiled code, which skips the hooks."""
         attention = str(self.model.config._attn_implementation)  # type: ignore[union-attr]
         joins = self.prompted.prompts[str(self.prompted.active)].injection != "branch"
         compiled = any(
@@ -99,17 +97,17 @@ class _Start(Noting):
         graphs = any(config.cuda_graph_booleans)
         if (joins and attention.removeprefix("paged|") not in ("sdpa", "eager")) or compiled or graphs:
             raise UnsupportedModeError(
-                "a continuous batch meets a prompt where attention has a mask and each forward runs its hooks.",
+                "continuous batching with a prompt needs attention with a mask, and hooks that run in each forward.",
                 "Use 'sdpa' or 'eager' attention and `ContinuousBatchingConfig(auto_switch_to_flash=False, "
-                "use_cuda_graph=False)`, without compiling.",
+                "use_cuda_graph=False)`, and do not compile.",
                 attention=attention,
                 cuda_graphs=graphs,
                 compiled=compiled,
             )
 
 
-def watch_batching(prompted: PromptedModel) -> None:
-    """Ask before a model starts a continuous batch, until its last prompt is removed."""
+def wrap_continuous_batching(prompted: PromptedModel) -> None:
+    """Replace the method that starts continuous batching, until the last prompt is removed."""
     model = unwrapped(prompted.model)
     if hasattr(model, _START):
         prompted.patches.set(model, _START, _Start(prompted, model, _START))

@@ -1,51 +1,44 @@
-"""Callers that run a model's `forward` itself, past `__call__` and every hook: they are sent through `__call__`.
+"""Send calls of `model.forward(...)`, which skip `__call__` and every hook, through `__call__`.
 
-sentence-transformers does so. Only integrations use it (`route_direct_calls`); elsewhere such a call is an error.
+sentence-transformers makes such calls, so its integration uses this; otherwise such a call is an error.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from softhooks.patching.method_wrapper import MethodWrapper
 from softhooks.runtime.prompted_model import PromptedModel
 
 
-class DirectForward:
-    """A model's own forward, which calls the model where nobody has: then its hooks run, and call this again.
-
-    An object and not a closure, so that a deep copy of the model calls its own forward.
-
-    Args:
-        model: whose forward it is.
-    """
+class DirectForward(MethodWrapper):
+    """A model's forward, which calls the model unless the model has called it: then the hooks run, and this is called again."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.before: Callable[..., Any] | None = model.__dict__.get("forward")
+        super().__init__(model, "forward")
         self.names: tuple[str, ...] = getattr(self.before, "names", ())
         self.__signature__ = inspect.signature(model.forward)
-        self._called_in: int | None = None  # the number of the thread
+        self._called_in: int | None = None  # the number of the thread that is calling the model
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle has: no call is under way in it."""
+        """The state of a copy or a pickle, in which no call is running."""
         return self.__dict__ | {"_called_in": None}
 
     def enter(self, _module: nn.Module, _args: Any) -> None:
-        """Note that the model was called; the last of its hooks before the forward."""
+        """Note that the model was called. This is its last hook before the forward."""
         self._called_in = threading.get_ident()
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """Forget it, where a hook has raised before the forward; not what another thread's call has noted."""
+        """Forget the call if a hook has raised before the forward, unless it is the call of another thread."""
         if self._called_in == threading.get_ident():
             self._called_in = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's own forward, inside a call of the model."""
+        """Run the model's forward inside a call of the model."""
         if self._called_in != threading.get_ident():
             return self.model(*args, **kwargs)
         self._called_in = None
@@ -55,7 +48,7 @@ class DirectForward:
 
 
 def route_direct_calls(prompted: PromptedModel) -> None:
-    """Let callers of `model.forward`, who go past every hook, meet the prompts like callers of the model."""
+    """Let calls of `model.forward` use the prompts as calls of the model do."""
     if not any(isinstance(value, DirectForward) for value in prompted.patches.values()):
         model = prompted.model
         direct = DirectForward(model)

@@ -13,6 +13,7 @@ from softhooks.backbone.stack import Role, Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.branch.branch import CONTEXT, Branch, BranchPass, mix_branches
 from softhooks.inject.branch.linear_scaling import blanks
+from softhooks.inject.checkpointing import UnchangedPass
 from softhooks.inject.prefix.cache_pass import CachePass
 from softhooks.inject.prefix.key_values import KeyValues, mix
 from softhooks.inject.prefix.prefix_pass import PrefixPass
@@ -160,7 +161,7 @@ def _slots_of(stack: Stack, selection: Selection) -> Slots:
 def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
     prefixes = _prefixes_of(stack, call, selection)
     if not prefixes:
-        return _Untouched(stack)
+        return UnchangedPass(stack)
     own = prefixes["self"]
     shift = own.shift()
     check_text_length(stack, call, own.length if own.shifted is not False else 0, outer=outer)
@@ -193,14 +194,6 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
             own = each[0][role] if selection.rows is None else mix([kv[role] for kv in each], selection.rows)
             prefixes[role] = replace(own, hidden=selection.hidden(text_shape(call)[0], own.length))
     return prefixes
-
-
-class _Untouched(Pass):
-    """A forward of a stack that the prompts of the batch do not enter."""
-
-    def __init__(self, stack: Stack) -> None:
-        super().__init__(stack)
-        self.touched = True
 
 
 # --- a gated branch ---------------------------------------------------------------------------------------------------

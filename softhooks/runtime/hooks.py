@@ -1,4 +1,4 @@
-"""The hooks that a prompted registers. Bound methods, so that a deep copy of the model copies them with it."""
+"""The hooks on a model, its stacks and its heads. They are bound methods, so that a deep copy of the model has its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softhooks.backbone.heads import answer, answer_rows
 from softhooks.backbone.multiple_choice import choices_of, for_each_choice
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
-from softhooks.inject.checkpointing import CheckpointedPass, Through
+from softhooks.inject.checkpointing import CheckpointedPass, UnchangedPass
 from softhooks.inject.notes import encoded_slots, note_caches, note_encoded, require_encoded
 from softhooks.inject.slots.cross_attention import strip_encoder_state
 from softhooks.inject.slots.slot_pass import SlotPass
@@ -22,8 +22,8 @@ from softhooks.runtime.arguments import take
 from softhooks.runtime.contexts import choice_of
 from softhooks.runtime.evaluation_mode import refuse_backward
 from softhooks.runtime.frozen_output import mark_frozen
-from softhooks.runtime.open_pass import open_forward
 from softhooks.runtime.running import Call, module_call
+from softhooks.runtime.stack_forward import begin_stack_forward
 from softhooks.runtime.unused_parameters import require_unused_search
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 
 class ModelHooks:
-    """The first and the last hook of a model's forward: extra arguments, objectives, and whether the prompt was reached."""
+    """The first and the last hook of a model's forward: extra arguments, objectives, and the check that a prompt was reached."""
 
     def __init__(self, prompted: PromptedModel) -> None:
         self.prompted = prompted
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take the extra arguments out of the call, and let an objective join it."""
+        """Begin the call: take out the extra arguments, note masks and positions, and let an objective change the arguments."""
         prompted = self.prompted
         if _is_own_call(prompted):
             return None
@@ -56,7 +56,7 @@ class ModelHooks:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
         if prompted.is_in_use and encoded is not None and prompted.structure.is_encoder_decoder:
-            require_encoded(encoded, prompted.provenance())
+            require_encoded(encoded, prompted.provenance())  # they must come from the same prompts
         call.encoded = encoded_slots(encoded)
         if call.is_aside or not prompted.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
@@ -69,11 +69,11 @@ class ModelHooks:
         if not prompted.model.training:
             call.finish = refuse_backward(trained.method, prompted.model)
             return args, kwargs
-        return self._begin(call, trained, args, kwargs)
+        return self._begin_objective(call, trained, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
-        """Check that the prompt was reached, and finish the output; runs after an error too, with no output then."""
+        """Check that a prompt was reached, and let an objective change the output. After an error, `output` is None."""
         prompted = self.prompted
         call = prompted.running.find(self, module_call())
         if call is None:
@@ -92,26 +92,28 @@ class ModelHooks:
             prompted.running.end(call)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments by name."""
+        """The arguments of a call, by name."""
         if not args:
             return kwargs
         return dict(zip(inspect.signature(self.prompted.model.forward).parameters, args, strict=False)) | kwargs
 
-    def _begin(
+    def _begin_objective(
         self, joined: Call, prompt: AttachedPrompt, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let a prompt's objective join the call."""
+        """Let a prompt's objective change the call's arguments."""
         prompted, objective = self.prompted, prompt.objective
         assert objective is not None
         call = self._named(args, kwargs)
         if prompted.rows is not None or call.get("labels") is None:
+            found = (
+                f"`rows` selects {prompted.selection_text}"
+                if call.get("labels") is not None
+                else "`labels` are not given"
+            )
             raise UnsupportedModeError(
-                "a method with an objective of its own trains one prompt, in forwards that bring their labels.",
-                "Pass `labels` to the model and train on `output.loss`; a Trainer's label smoothing and "
-                "`compute_loss_func` would keep them from it.",
-                method=prompt.method.kind,
-                labels="given" if call.get("labels") is not None else "not given",
-                prompts=prompted.selection_text,
+                f"{found}; {prompt.method.kind} has its own objective, which trains one prompt in forwards with `labels`.",
+                "Pass `labels` to the model and train on `output.loss`, without a Trainer's label smoothing or "
+                "`compute_loss_func`, which take the labels out of the call.",
             )
         joined.finish = objective.begin(prompt, call, joined.given)
         return (), call
@@ -119,15 +121,14 @@ class ModelHooks:
     def _not_reached(self) -> PromptNotReachedError:
         prompted = self.prompted
         return PromptNotReachedError(
-            "every forward of a model with a prompt must go through the prompt.",
+            f"this forward of {type(prompted.model).__name__} did not go through the prompt.",
             "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with `softhooks.disabled(model)`.",
-            model=type(prompted.model).__name__,
             stacks=", ".join(stack.path or "the model itself" for stack in prompted.structure.stacks),
         )
 
 
 def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Let what is said for a row hold for each of its choices, which the stack meets as rows of their own."""
+    """Repeat the extra arguments of a row for each of its choices, which are rows of their own in the stack."""
     rows, call.choices = choices_of(args, kwargs)
     call.given = for_each_choice(call.given, rows, call.choices)
     for name, value in (call.brought or {}).items():
@@ -136,7 +137,7 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _is_own_call(prompted: PromptedModel) -> bool:
-    """Whether the library runs a prompt's own rows: if the model itself is the stack, that call comes through the model."""
+    """Whether this call is the library's run of a prompt alone, which reaches these hooks if the model itself is the stack."""
     passes = (stack.state.current for stack in prompted.structure.stacks)
     return any(current is not None and not current.entered for current in passes)
 
@@ -150,21 +151,21 @@ class StackHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Open the pass and change the call's arguments."""
+        """Open the pass of this forward and change the call's arguments."""
         own = self.stack.state.current
         if own is not None and not own.entered:
             own.entered = True
-            return None  # the prompt's own rows on their way through
+            return None  # the library runs the prompt alone
         begun = self.prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call())
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
-        begun.opened = open_forward(self.prompted, self.stack, call)
-        self._meet(begun, Through(self.stack) if begun.opened is None else begun.opened)
+        begun.opened = begin_stack_forward(self.prompted, self.stack, call)
+        self._make_current(begun, UnchangedPass(self.stack) if begun.opened is None else begun.opened)
         if begun.opened is None:
             return None if call.keys() >= kwargs.keys() else ((), call)  # the model never sees extra arguments
         return (), call
 
-    def _meet(self, begun: Call, live: Pass) -> None:
-        """Let attention and embedding meet a pass until the call ends, and then what they met before."""
+    def _make_current(self, begun: Call, live: Pass) -> None:
+        """Make a pass the current one, which attention and embeddings use, until the call ends."""
         stack, outer = self.stack, self.stack.state.current
 
         def restore() -> None:
@@ -176,16 +177,16 @@ class StackHooks:
         stack.state.current = live
         if not stack.module.training or not torch.is_grad_enabled():
             return
-        if isinstance(live, Through):
+        if isinstance(live, UnchangedPass):
             live.follow_checkpointing()
         elif not isinstance(live, CheckpointedPass):
-            layers = Through(stack)
+            layers = UnchangedPass(stack)  # the layers run again in the backward, and must find this pass
             begun.cleanups.append(layers.close)
             layers.follow_checkpointing()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Close the pass and change the output; runs after an error too, with no output then."""
+        """Close the pass and change the output. After an error, `output` is None."""
         begun = self.prompted.running.find(self, module_call())
         if begun is None:
             return None
@@ -196,10 +197,10 @@ class StackHooks:
             changed = opened.leave(output)
             if not opened.touched:
                 raise PromptNotReachedError(
-                    "a prompt must be put in once the forward of its stack is under way.",
-                    "Register attention functions before the prompt is attached; do not replace the embedding after.",
-                    stack=f"{type(self.stack.module).__name__} ({self.stack.path or 'the model itself'})",
-                    way=type(opened).__name__,
+                    f"the forward of {type(self.stack.module).__name__} did not use the prompt.",
+                    "Register attention functions before the prompt is attached, and do not replace the embedding after that.",
+                    stack=self.stack.path or "the model itself",
+                    injection=type(opened).__name__,
                 )
             if self.stack.name == "encoder":
                 note_encoded(changed, opened.made())
@@ -210,25 +211,25 @@ class StackHooks:
                 and torch.is_grad_enabled()
                 and not any(prompt.takes_gradients for prompt in self.prompted.active_prompts())
             ):
-                return mark_frozen(changed)  # called by itself, without the model around it
+                return mark_frozen(changed)  # the stack was called by itself, not by the model
             return changed
         finally:
             self.prompted.running.end(begun)
 
     def embed(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """Change the embedding's output where a pass asks for it."""
+        """Let the current pass change the output of the embedding."""
         live = self.stack.state.current
         return None if live is None or not live.is_text(args) else live.embed(output)
 
     def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Keep virtual slots from a pooler inside the stack."""
+        """Remove virtual slots from the input of a pooler inside the stack."""
         live = self.stack.state.current
         if isinstance(live, SlotPass):
             return (live.pooled(args[0]), *args[1:])
         return None
 
     def unslot(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Strip virtual slots before a pooler, where it is handed one column and cannot tell a slot from text."""
+        """Remove virtual slots before the stack takes one column for its pooler, which could be a slot."""
         return self.stack.state.current.leave(output) if isinstance(self.stack.state.current, SlotPass) else None
 
 
@@ -241,7 +242,7 @@ class HeadHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Answer with the prompt's own head, or each row with its prompt's."""
+        """Compute the output with the prompts' copies of the head, for each row with its prompt's."""
         prompted = self.prompted
         if not prompted.is_on or not isinstance(output, Tensor):
             return None

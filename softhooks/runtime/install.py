@@ -11,8 +11,8 @@ from softhooks.constraint import unwatch
 from softhooks.patching.movable_hook import MovableHook
 from softhooks.runtime.added_token_hooks import AddedTokenHooks
 from softhooks.runtime.arguments import SignedForward
-from softhooks.runtime.continuous_batching import watch_batching
-from softhooks.runtime.generate import watch_generate
+from softhooks.runtime.continuous_batching import wrap_continuous_batching
+from softhooks.runtime.generate import wrap_generate
 from softhooks.runtime.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.runtime.prompted_model import PromptedModel
 
@@ -39,8 +39,8 @@ def install(prompted: PromptedModel) -> None:
     # Where the model is the stack, its hook must run after the stack's.
     keep(model.register_forward_hook(outermost.leave, with_kwargs=True, always_call=True))
     mark_sites(stacks, prompted.patches)
-    watch_batching(prompted)
-    watch_generate(prompted)
+    wrap_continuous_batching(prompted)
+    wrap_generate(prompted)
     prompted.files = modeling_files(module for stack in stacks for module in stack.module.modules())
     prompted.join_shared_patches()
 

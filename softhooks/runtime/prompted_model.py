@@ -21,7 +21,7 @@ from softhooks.base_model.gradients import StashedGradients
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import NotAttachedError, UnsupportedModeError
 from softhooks.inject.provenance import Provenance, token_of
-from softhooks.inject.replaced_modules import Standing, entered
+from softhooks.inject.replaced_modules import ExpectedModules, modules_entered
 from softhooks.patching.movable_hook import MovableHook
 from softhooks.patching.patches import Patches
 from softhooks.runtime.arguments import TAKEN_BY, refuse_unused
@@ -80,8 +80,8 @@ class PromptedModel:
         self.has_added_tokens = False
         self.files: frozenset[str] = frozenset()
         self._active: str | None = None
-        self._standing = {stack.name: Standing(entered(stack)) for stack in structure.stacks}
-        self._answering = Standing()  # heads, which stand outside of the stacks
+        self._standing = {stack.name: ExpectedModules(modules_entered(stack)) for stack in structure.stacks}
+        self._answering = ExpectedModules()  # heads, which stand outside of the stacks
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError
 from softhooks.prompt import SoftPrompt, soft_prompts_of
-from softhooks.runtime.continuous_batching import needed
+from softhooks.runtime.continuous_batching import required_columns
 from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.serving.servers import ServerName, for_server
 from softhooks.switch import disabled
@@ -84,7 +84,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
             "Serve this model with `softhooks.integrations.transformers_serve`.",
             model=type(model).__name__,
         )
-    missing = needed(prompt)
+    missing = required_columns(prompt)
     causal = prompted.structure.entry.causal and not prompted.structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(

@@ -183,7 +183,7 @@ def test_a_head_and_what_stands_around_the_model_go_on_too(tmp_path: Path) -> No
     with torch.no_grad():
         again[1].own = torch.nn.Linear(3, 2)
     before = training.base_of(again[1], "nothing")
-    with pytest.raises(TrainerError, match="stands around"):
+    with pytest.raises(TrainerError, match="around the prompted model; names and shapes must match"):
         again[0].load_state(str(tmp_path))
     assert training.equal(training.base_of(again[1], "nothing"), before)
 
@@ -297,7 +297,7 @@ def test_the_model_unwraps_to_itself_and_is_saved_as_its_prompt(tmp_path: Path) 
         fresh = zoo.build("llama")
         softhooks.load(fresh, tmp_path / folder)
         assert torch.equal(fresh(zoo.text()).logits, model.eval()(zoo.text()).logits)
-    with pytest.raises(TrainerError, match="in safetensors, and nothing else"):
+    with pytest.raises(TrainerError, match="writes only the prompt, in safetensors"):
         run.accelerator.save_model(run.model, str(tmp_path / "bin"), safe_serialization=False)
     assert not (tmp_path / "bin").exists()
     run.accelerator.save_model(torch.nn.Linear(2, 2), str(tmp_path / "linear"))
@@ -373,7 +373,9 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path: Path) -> No
         sgd.load_state(str(tmp_path))
 
     (tmp_path / "empty").mkdir()
-    assert LIVE in refused("holds its prompt", Run(METHODS["mlp"]), tmp_path / "empty")
+    assert LIVE in refused(
+        "has no soft_prompt.live.safetensors with the prompt", Run(METHODS["mlp"]), tmp_path / "empty"
+    )
 
 
 def test_a_base_that_moved_is_found_before_a_checkpoint_is_written(tmp_path: Path) -> None:
@@ -398,7 +400,7 @@ def test_what_would_not_train_or_save_rightly_is_refused(tmp_path: Path, monkeyp
                     track(accelerator, prompt)
     track(accelerator, prompt)
     other = softhooks.attach(model, PrefixTuning(2), "other")
-    with pytest.raises(TrainerError, match="one prompt of a model"):
+    with pytest.raises(TrainerError, match="tracks one prompt of a model"):
         track(accelerator, other)
     other.remove()
     with pytest.raises(TrainerError, match=r"prepared: +none"):
@@ -444,5 +446,5 @@ def test_two_processes_train_and_go_on_as_one_does(tmp_path: Path) -> None:
         assert all(not torch.equal(first[name][key], first[f"{name} start"][key]) for key in first[name])
     assert torch.equal(first["head"], second["head"])
     for seen in (first, second):
-        assert seen["late"].startswith("TrainerError: in several processes a prompt must be on its model")
-        assert seen["apart"].startswith("TrainerError: all ranks must hold the same prompt.")
+        assert seen["late"].startswith("TrainerError: the model of 'default' was prepared before `track`")
+        assert seen["apart"].startswith("TrainerError: rank 1 has another prompt than rank 0;")

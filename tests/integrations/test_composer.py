@@ -96,7 +96,7 @@ def test_what_the_making_of_optimizer_states_changes_is_undone(tmp_path: Path) -
 def test_a_checkpoint_of_another_prompt_is_refused_before_it_is_loaded(tmp_path: Path, method: Any) -> None:
     make(tmp_path, duration="1ep")[0].fit()
     model = zoo.build("llama")
-    with pytest.raises(TrainerError, match="name by name"):
+    with pytest.raises(TrainerError, match="names and shapes must match"):
         make(tmp_path, method, model=model, load_path=str(tmp_path / "ep1.pt"))
 
 
@@ -105,10 +105,10 @@ def test_what_cannot_be_right_is_refused_and_the_model_untouched(tmp_path: Path)
     two = [torch.optim.SGD(model.parameters()) for _ in range(2)]
     with untouched(model):
         for options, says in (
-            ({"optimizers": two}, "found: 2"),
-            ({"fsdp_config": {}}, "fsdp_config"),
-            ({"tp_config": {}}, "tp_config"),
-            ({"wrapped": torch.nn.Linear(2, 2)}, "HuggingFaceModel"),
+            ({"optimizers": two}, "optimizers 2 cannot be used"),
+            ({"fsdp_config": {}}, "parallelism 'fsdp_config'"),
+            ({"tp_config": {}}, "parallelism 'tp_config'"),
+            ({"wrapped": torch.nn.Linear(2, 2)}, "model 'Linear' cannot be used(.|\n)*HuggingFaceModel"),
         ):
             with pytest.raises(TrainerError, match=says):
                 make(tmp_path, model=model, **options)
@@ -142,7 +142,7 @@ def test_a_prompt_that_is_asked_for_too_early_is_an_error() -> None:
 
 def test_without_composer_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "composer.core", None)
-    with pytest.raises(SoftHooksError, match="needs Composer"):
+    with pytest.raises(SoftHooksError, match=r"Composer \(mosaicml\) is not installed"):
         _ = integration.SoftPromptAlgorithm
     with pytest.raises(AttributeError, match="no attribute 'Missing'"):
         _ = integration.Missing

@@ -208,7 +208,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(
 
 def test_a_checkpoint_without_a_prompt_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path, PrefixTuning(4))
-    for state, says in (({"weight": torch.zeros(1)}, "must find its prompt"), ({"epoch": 3}, "tensors by name")):
+    for state, says in (({"weight": torch.zeros(1)}, "has no prompt named"), ({"epoch": 3}, "tensors by name")):
         with pytest.raises(TrainerError, match=says):
             Checkpoint.load_objects({"prompt": run.live}, {"prompt": state})
 
@@ -217,7 +217,7 @@ def test_one_prompt_of_a_model_is_tracked(tmp_path: Path) -> None:
     run = Run(tmp_path, PromptTuning(4))
     second = softhooks.attach(run.model, PrefixTuning(4), "second")
     optimizer = torch.optim.SGD([p for n, p in second.named_parameters() if ".second." in n])
-    with pytest.raises(TrainerError, match="hold one prompt"):
+    with pytest.raises(TrainerError, match="already hold the prompt 'default'; they hold one prompt"):
         track(Engine(lambda engine, batch: None), second, optimizer)
 
 

@@ -87,7 +87,7 @@ def test_it_trains_the_prompt_only_saves_it_only_and_resumes_bit_for_bit(stand_i
         ({"finetuning_type": None}, "finetuning_type: full"),
         ({"stage": "dpo"}, "stage: dpo"),
         ({"stage": "rm"}, "stage: rm"),
-        *(({name: "on"}, name) for name in integration._OTHERS),
+        *(({name: "on"}, name) for name in integration._UNSUPPORTED),
     ],
     ids=str,
 )
@@ -116,7 +116,7 @@ def test_a_command_that_does_not_train_is_an_error(stand_in: Any) -> None:
 
 def test_without_llamafactory_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llamafactory.train", None)
-    with pytest.raises(SoftHooksError, match="needs LLaMA-Factory"):
+    with pytest.raises(SoftHooksError, match="LLaMA-Factory is not installed"):
         integration.run_exp(GOOD, METHOD)
 
 

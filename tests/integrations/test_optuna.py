@@ -97,8 +97,8 @@ def test_one_candidate_is_not_chosen_from() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_virtual_tokens": []}, "list of texts, numbers"),
-        ({"num_virtual_tokens": 4}, "list of texts, numbers"),
+        ({"num_virtual_tokens": []}, "is not a list of values to choose from"),
+        ({"num_virtual_tokens": 4}, "is not a list of values to choose from"),
         ({"num_virtual_tokens": [0]}, "num_virtual_tokens"),
         ({"init": ["vocab", "nonsense"]}, "nonsense"),
         ({"init": "vocab"}, r"option: +init"),

@@ -232,8 +232,8 @@ def test_a_manager_that_is_kept_takes_up_another_prompt_in_its_next_session() ->
 # --- refusals -----------------------------------------------------------------------------------------------------------
 
 REFUSED = [
-    (PromptTuning(3, placement="after_first"), "enters as slots"),
-    (PTuning(layout=Layout.insert(start=2, after={(5,): 1}, missing="skip")), "enters as slots"),
+    (PromptTuning(3, placement="after_first"), "injection='slots'"),
+    (PTuning(layout=Layout.insert(start=2, after={(5,): 1}, missing="skip")), "injection='slots'"),
     (MultitaskPromptTuning(3, tasks=["a", "b"]), "task_ids"),
 ]
 
@@ -252,7 +252,7 @@ def test_prompts_that_one_row_cannot_meet_are_refused_before_a_manager_starts(me
 def test_a_prompt_for_each_row_is_refused() -> None:
     model = zoo.build("llama")
     softhooks.attach(model, PromptTuning(3))
-    with softhooks.rows(model, ["default"]), pytest.raises(UnsupportedModeError, match="they all meet one prompt"):
+    with softhooks.rows(model, ["default"]), pytest.raises(UnsupportedModeError, match="all requests use one prompt"):
         served(model)
 
 
@@ -268,7 +268,7 @@ def test_graphs_and_compiled_forwards_are_refused(option: dict[str, Any], monkey
         setattr(asked, name, value)
     if "use_cuda_graph" in option:  # on a machine without an accelerator transformers turns it off itself
         monkeypatch.setattr(type(asked), "cuda_graph_booleans", property(lambda self: (True, True)))
-    with untouched.untouched(model), pytest.raises(UnsupportedModeError, match="each forward runs its hooks"):
+    with untouched.untouched(model), pytest.raises(UnsupportedModeError, match="hooks that run in each forward"):
         model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=asked)
 
 

@@ -90,7 +90,7 @@ def branches(
 
 @contextmanager
 def patched(found: Sequence[Branch | None]) -> Iterator[None]:
-    """Let the n-th call of torch's attention add the n-th branch to what it returns, row by row and head by head."""
+    """Let the n-th call of torch's attention add the n-th branch to its output, row by row and head by head."""
     pending = list(found)
     original = functional.scaled_dot_product_attention
 
@@ -115,7 +115,7 @@ def patched(found: Sequence[Branch | None]) -> Iterator[None]:
 
 
 def naive(model: Any, prompt: SoftPrompt, context: Tensor | None = None, **call: Any) -> Tensor:
-    """The logits of the bare model with the branches of a prompt put in by hand."""
+    """The logits of the bare model with the branches of a prompt added by hand."""
     method = prompt.method
     assert isinstance(method, LlamaAdapter)
     with softhooks.disabled(model), patched(branches(model, dict(prompt.encoder.named_parameters()), method, context)):
@@ -125,7 +125,7 @@ def naive(model: Any, prompt: SoftPrompt, context: Tensor | None = None, **call:
 
 @torch.no_grad()
 def stir(prompt: SoftPrompt, scale: float = 0.5) -> SoftPrompt:
-    """Open the gates, and move all else that starts at zero."""
+    """Set the gates, and everything else that is initialized to zero, to other values."""
     for name, parameter in prompt.encoder.named_parameters():
         if not name.endswith("prompts"):
             parameter.add_(torch.randn_like(parameter), alpha=scale)
@@ -133,6 +133,6 @@ def stir(prompt: SoftPrompt, scale: float = 0.5) -> SoftPrompt:
 
 
 def prompted(case: zoo.Case, **options: Any) -> tuple[Any, Any, dict[str, Tensor]]:
-    """A frozen model, an open adapter of three rows a layer on it, and a call of three rows of text."""
+    """A frozen model with an adapter of three rows per layer and nonzero gates, and a call of three rows of text."""
     model = zoo.build(case.arch, case.head).requires_grad_(False)
     return model, stir(softhooks.attach(model, LlamaAdapter(3, **options))), zoo.inputs(case, zoo.text(3, 7))

@@ -81,7 +81,7 @@ class Trainer:
 
 
 def install(modules: dict[str, ModuleType] = sys.modules) -> None:
-    """Let imports find the stand-in."""
+    """Make the stand-in importable."""
     for name, holds in {
         "composer": {"Trainer": Trainer},
         "composer.core": {"Algorithm": Algorithm, "Event": Event},

@@ -15,7 +15,7 @@ IDS = (zoo.BOS, 20, 41, 42, 21, 43, 44, 30, 20, 51, 52, 21, 53, 30, 20, 61, 21, 
 TYPES = (0, 1, 2, 2, 3, 4, 4, 0, 5, 6, 6, 7, 8, 0, 9, 10, 11, 12, 12, 12, 0)
 P = len(IDS)
 OWN = (range(1, 8), range(8, 14), range(14, 21))
-"""The tokens of each example, with the separator behind it."""
+"""The tokens of each example, with the separator after it."""
 
 MOVABLE = [place for place, kind in enumerate(TYPES) if kind % 4]
 
@@ -26,14 +26,14 @@ def method(**options: Any) -> ContextAwarePromptTuning:
 
 
 def stirred(prompt: Any, size: float = 0.3) -> Tensor:
-    """Move a prompt's deltas, and give its rows as a table of their own, [P, H]."""
+    """Set a prompt's deltas to random values; return its rows, computed by hand, [P, H]."""
     with torch.no_grad():
         prompt.encoder.delta.normal_(std=size)
     return table_of(prompt)
 
 
 def table_of(prompt: Any) -> Tensor:
-    """The rows of a context, put together by hand from the model's words and the deltas."""
+    """The rows of a context, computed by hand from the model's embeddings and the deltas."""
     model = prompt.model
     rows = model.get_input_embeddings()(torch.tensor(IDS)).detach().float().clone()
     rows[MOVABLE] += prompt.encoder.delta.detach()
@@ -41,7 +41,7 @@ def table_of(prompt: Any) -> Tensor:
 
 
 def logits_of(model: Any, table: Tensor, ids: Tensor, hide: Sequence[int] = ()) -> Tensor:
-    """The logits of a context and one unpadded row behind it, which does not see some of the context. -> [P + T, V]."""
+    """The logits of a context and one unpadded row after it, which does not see some of the context. -> [P + T, V]."""
     embedded = torch.cat([table, model.get_input_embeddings()(ids)])[None]
     length, context = embedded.shape[1], table.shape[0]
     call = {}

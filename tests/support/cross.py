@@ -59,7 +59,7 @@ DECODERS: dict[str, Callable[[], Any]] = {
 
 
 def make(name: str, **changes: Any) -> Any:
-    """Make a decoder whose weights are wide enough that every part of it matters."""
+    """Make a decoder with weights large enough that every part of it matters."""
     torch.manual_seed(0)
     model = DECODERS[name]()
     for key, value in changes.items():
@@ -74,14 +74,14 @@ def make(name: str, **changes: Any) -> Any:
 
 
 def states_of(name: str, encoded: Tensor) -> dict[str, Any]:
-    """An encoder's states under the name that a decoder has for them."""
+    """An encoder's states under the name of the decoder's argument."""
     if name == "whisper":
         return {"encoder_outputs": (encoded,)}
     return {"cross_attention_states" if name == "mllama" else "encoder_hidden_states": encoded}
 
 
 def by_hand(model: Any, ids: Tensor, rows: Tensor, **call: Any) -> Tensor:
-    """Logits of one unpadded row behind the prompt's rows, all in one sequence. [1, T], [P, H] -> [1, T, V]."""
+    """Logits of one unpadded row after the prompt's rows, all in one sequence. [1, T], [P, H] -> [1, T, V]."""
     table = model.get_input_embeddings()  # Whisper's decoder answers with itself
     embedded = getattr(table, "embed_tokens", table)(ids)
     wide = torch.cat([rows[None].to(embedded), embedded], dim=1)
@@ -89,7 +89,7 @@ def by_hand(model: Any, ids: Tensor, rows: Tensor, **call: Any) -> Tensor:
 
 
 def without_dropout(model: Any) -> None:
-    """Let a model train without dropout."""
+    """Set every dropout rate of a model to 0."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

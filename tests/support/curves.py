@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[Method, set[str]]] = {
         BASIC | {"projected"},
     ),
 }
-"""Methods, and what each of them shows."""
+"""Methods, and the values that each of them logs."""
 
 
 def train(
@@ -37,7 +37,7 @@ def train(
 
 
 def expected(trainer: tf.Trainer, names: set[str], prefix: str = "") -> dict[str, dict[int, float]]:
-    """For each curve its points, by step: from the Trainer's own history."""
+    """The points of each curve by step, from the Trainer's own history."""
     keys = {f"soft_prompt/{name}" for name in names} | {"loss", "grad_norm"}
     found = {f"{prefix}{key}": {log["step"]: log[key] for log in training.logs(trainer)} for key in keys}
     assert all(len(points) == 4 for points in found.values())
@@ -45,7 +45,7 @@ def expected(trainer: tf.Trainer, names: set[str], prefix: str = "") -> dict[str
 
 
 def require_equal(curves: dict[str, dict[int, float]], wanted: dict[str, dict[int, float]]) -> None:
-    """Fail where a curve that is wanted is another, to the precision of a tracker's fp32."""
+    """Fail if an expected curve differs, up to the precision of a tracker's fp32."""
     for name, points in wanted.items():
         assert curves[name] == pytest.approx(points, rel=1e-6), name
     shown = {name for name in curves if "soft_prompt/" in name}

@@ -21,7 +21,7 @@ from softhooks.formats.native import FORMAT, TENSORS
 
 @torch.no_grad()
 def stir(prompt: SoftPrompt) -> None:
-    """Move everything that is trained away from its start."""
+    """Change every trained parameter."""
     for parameter in prompt.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
@@ -36,7 +36,7 @@ def rewrite(
     change: Callable[[dict[str, Any]], None] = lambda _: None,
     tensors: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
 ) -> Path:
-    """Write a prompt's file anew with another description and other tensors, consistent in itself."""
+    """Rewrite a prompt's file with another description and other tensors, consistent in itself."""
     held = load_file(folder / TENSORS)
     tensors(held)
     description = told(folder)
@@ -47,7 +47,7 @@ def rewrite(
 
 
 def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """A change of one place in a description; the value `...` takes it away."""
+    """A change of one entry of a description; the value `...` removes it."""
 
     def change(description: dict[str, Any]) -> None:
         place = description
@@ -173,7 +173,7 @@ TENSOR_CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
 
 
 class Bomb:
-    """A pickle that acts when it is read."""
+    """A pickle that runs code when it is loaded."""
 
     def __reduce__(self) -> Any:
         return (pytest.fail, ("a pickle was read",))

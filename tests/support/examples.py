@@ -47,12 +47,12 @@ def source_of(framework: str) -> str:
 
 
 def given(framework: str) -> dict[str, Any]:
-    """The names that the example finds ready."""
+    """The names that the example expects."""
     return dict(runpy.run_path(str(HERE / "given" / f"{framework}.py"))["names"]())
 
 
 def run(framework: str) -> dict[str, Any]:
-    """Run one example in an empty folder; the names that it leaves."""
+    """Run one example in an empty folder; return its names."""
     names, code = given(framework), compile(source_of(framework), f"<example of {framework}>", "exec")
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:

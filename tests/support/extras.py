@@ -25,7 +25,7 @@ MODULES = sorted(path.stem for path in (ROOT / "integrations").glob("*.py") if n
 
 
 def extras() -> dict[str, bool]:
-    """The extras that are named as a module of integrations is; whether it takes them to run that module's tests."""
+    """The extras named like a module of integrations, and whether that module's tests need them."""
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     together = re.findall(r"[\w-]+", " ".join(declared["integrations"]))
     names = [name for name in declared if name.replace("-", "_") in MODULES]
@@ -33,7 +33,7 @@ def extras() -> dict[str, bool]:
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> None:
-    """Run a command; what it says is shown if it fails."""
+    """Run a command; show its output if it fails."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     told = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

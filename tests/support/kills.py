@@ -41,11 +41,11 @@ STEPS = 6
 RESULT, STARTS, ERROR = "result.pt", "starts.txt", "error.txt"
 METHODS = {entry.name: entry for entry in LEARNERS}
 MOMENTS = {"before the constraint": 4, "within a checkpoint": 5}
-"""By name, the step at which each comes."""
+"""The step at which each happens, by name."""
 
 
 def train(name: str, folder: Path, looks_first: bool = False, moment: str | None = None) -> None:
-    """One start of the script that users would write, resumed if there is anything to resume.
+    """One start of a user's training script, resumed if there is a checkpoint.
 
     Args:
         looks_first: whether it looks for the last checkpoint before it makes its Trainer.
@@ -76,7 +76,7 @@ def train(name: str, folder: Path, looks_first: bool = False, moment: str | None
 
 
 def die_at(moment: str) -> None:
-    """Have this process kill itself."""
+    """Kill this process at a moment of its training."""
     if moment == "before the constraint":
         steps = iter(range(1, STEPS + 1))
 
@@ -128,7 +128,7 @@ def whole(folder: Path) -> int:
 
 @dataclass
 class Score:
-    """What has happened so far."""
+    """The counts so far."""
 
     kills: Counter[str] = field(default_factory=Counter)
     runs: int = 0
@@ -138,7 +138,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Whole:
-    """A run that was never killed: what it came to, and how long it took."""
+    """A run that was never killed: its result and its duration."""
 
     result: Any
     seconds: float
@@ -156,7 +156,7 @@ def undisturbed(name: str, place: Path) -> Whole:
 
 
 def finished(name: str, folder: Path, expected: Whole, status: int, known: int, score: Score) -> bool:
-    """Judge a start that is over; a start that was killed is followed by another."""
+    """Check a start that has ended; return whether the run is complete."""
     starts = [int(line) for line in (folder / STARTS).read_text().split()] if (folder / STARTS).exists() else []
     newest = get_last_checkpoint(str(folder))
     is_killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGTERM)
@@ -178,7 +178,7 @@ def finished(name: str, folder: Path, expected: Whole, status: int, known: int, 
 
 
 def harass(name: str, folder: Path, expected: Whole, generator: random.Random, score: Score, kills: int) -> None:
-    """Start one run again and again until it is done; kill it at random moments, twice at most, while there are kills left."""
+    """Restart one run until it is complete; kill it at random moments, at most twice, while there are kills left."""
     folder.mkdir()
     is_over, kills = False, min(kills, score.kills.total() + 2)
     while not is_over:
@@ -201,7 +201,7 @@ def harass(name: str, folder: Path, expected: Whole, generator: random.Random, s
 
 
 def strike(name: str, folder: Path, expected: Whole, looks_first: bool, score: Score) -> None:
-    """Kill one run at each of the chosen moments, one start after the other, and finish it."""
+    """Kill one run at each of the chosen moments, one start after the other, then let it finish."""
     folder.mkdir()
     for moment in (*MOMENTS, None):
         known = whole(folder)

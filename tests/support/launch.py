@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "processes"
 TIMEOUT = 300
 MARK = "SOFTHOOKS_TEST_LAUNCH"
-"""The environment variable by which a launch knows its processes."""
+"""The environment variable that marks the processes of a launch."""
 
 
 def launch(
@@ -73,10 +73,10 @@ def launch(
 
 
 def _kill(mark: str) -> None:
-    """Kill a launcher and all that has come of it.
+    """Kill a launcher and all processes that it has started.
 
-    They are known by what stands in their environment: each worker leads a process group of its own, and those of a launcher that
-    is dead are nobody's children.
+    They are identified by their environment: each worker leads a process group of its own, and the workers of a dead
+    launcher have no parent.
     """
     found = True
     while found:
@@ -89,7 +89,7 @@ def _kill(mark: str) -> None:
 
 
 def leave() -> None:
-    """End this process's part in a group.
+    """Leave the process group.
 
     Models must be gone by then: the destructor of a DDP model's reducer joins gloo's threads while it holds the
     interpreter's lock, for which those may wait; the process then hangs, or dies of it.

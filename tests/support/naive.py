@@ -16,12 +16,12 @@ Step = Callable[[Tensor], Tensor]
 
 
 def bare_step(model: Any) -> Step:
-    """The model alone."""
+    """The naive step of the bare model."""
     return lambda row: model(input_ids=row[None], use_cache=False).logits[0, -1]
 
 
 def prompt_step(model: Any, rows: Tensor, placement: str = "front", head: Tensor | None = None) -> Step:
-    """A causal model with the prompt's rows [P, H] among its embeddings; `head` are embeddings that stand before the ids."""
+    """A causal model with the prompt's rows [P, H] among its embeddings; `head` are embeddings before the ids."""
 
     def step(row: Tensor) -> Tensor:
         embedded = model.get_input_embeddings()(row[None])
@@ -37,7 +37,7 @@ def prompt_step(model: Any, rows: Tensor, placement: str = "front", head: Tensor
 
 
 def prefix_step(model: Any, keys: Sequence[Tensor], values: Sequence[Tensor], head: Tensor | None = None) -> Step:
-    """A causal model behind a cache that was seeded with keys and values, [1, Hk, P, D] a layer."""
+    """A causal model with a cache that was filled with keys and values, [1, Hk, P, D] per layer."""
     length = keys[0].shape[2]
 
     def step(row: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def step_of(model: Any, prompt: Any, head: Tensor | None = None) -> Step:
 
 @torch.no_grad()
 def greedy(step: Step, row: Tensor, count: int) -> Tensor:
-    """The row and the best token after it, `count` times. [T] -> [T + count]."""
+    """Greedy decoding of `count` tokens. [T] -> [T + count]."""
     for _ in range(count):
         row = torch.cat([row, step(row).argmax()[None]])
     return row
@@ -79,7 +79,7 @@ def greedy(step: Step, row: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def beam(step: Step, row: Tensor, beams: int, count: int) -> Tensor:
-    """The likeliest row that `beams` candidates lead to. [T] -> [T + count]."""
+    """Beam search with `beams` beams. [T] -> [T + count]."""
     kept = [(0.0, row)]
     for _ in range(count):
         grown = []
@@ -96,7 +96,7 @@ def beam(step: Step, row: Tensor, beams: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def sample(steps: Sequence[Step], rows: Sequence[Tensor], count: int, seed: int) -> list[Tensor]:
-    """Rows that grow by draws, all rows of a token at once, from one seed."""
+    """Sampling, with one draw per token for all rows, from one seed."""
     torch.manual_seed(seed)
     grown = list(rows)
     for _ in range(count):
@@ -107,7 +107,7 @@ def sample(steps: Sequence[Step], rows: Sequence[Tensor], count: int, seed: int)
 
 
 def left_padded(rows: Sequence[Tensor], columns: int | None = None, pad: int = zoo.PAD) -> dict[str, Tensor]:
-    """A batch of rows, padded in front."""
+    """A left-padded batch of rows."""
     columns = columns or max(len(row) for row in rows)
     ids = torch.full((len(rows), columns), pad)
     mask = torch.zeros(len(rows), columns, dtype=torch.long)
@@ -117,7 +117,7 @@ def left_padded(rows: Sequence[Tensor], columns: int | None = None, pad: int = z
 
 
 def endless(model: Any) -> Any:
-    """Let a model generate as many tokens as it is asked for."""
+    """Remove a model's end-of-text token, so that it generates as many tokens as asked."""
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = zoo.PAD
     return model
@@ -152,14 +152,14 @@ def seq2seq_step(model: Any, prompt: Any, text: Tensor) -> Step:
 
 
 def shapes(value: Any) -> Any:
-    """The shapes of everything in a nest of tuples."""
+    """The shapes of all tensors in nested tuples."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     return [shapes(item) for item in value] if isinstance(value, (tuple, list)) else type(value)
 
 
 def without_dropout(model: Any) -> Any:
-    """Make training mode deterministic, wherever a model keeps its rates."""
+    """Set every dropout rate of a model to 0, wherever it is stored."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 
 def concatenated(embedded: Tensor, prompt: Tensor, placement: str) -> Tensor:
-    """Put prompt rows among the embeddings of one unpadded row, by hand. [1, T, H], [P, H] -> [1, T + P, H]."""
+    """Insert prompt rows into the embeddings of one unpadded row, by hand. [1, T, H], [P, H] -> [1, T + P, H]."""
     cut = {"front": 0, "after_first": 1, "end": embedded.shape[1]}[placement]
     return torch.cat([embedded[:, :cut], prompt[None].to(embedded), embedded[:, cut:]], dim=1)
 
@@ -30,7 +30,7 @@ def text_states(states: Tensor, length: int, placement: str, causal: bool) -> Te
 
 
 def woven(embedded: Tensor, slots: Tensor, offsets: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Weave slots into one unpadded row by hand, each behind `offsets` tokens of it; and where each token then stands.
+    """Insert slots into one unpadded row by hand, each after `offsets` tokens of it; also return each token's new place.
 
     Shape:
         [1, T, H], [S, H] -> [1, T + S, H]
@@ -46,7 +46,7 @@ def woven(embedded: Tensor, slots: Tensor, offsets: Sequence[int]) -> tuple[Tens
 
 
 def woven_logits(model: Any, ids: Tensor, slots: Tensor, offsets: Sequence[int], causal: bool, **call: Any) -> Tensor:
-    """Logits of one unpadded row with slots woven into its embeddings. [1, T] -> [1, T, V]."""
+    """Logits of one unpadded row with slots inserted into its embeddings. [1, T] -> [1, T, V]."""
     wide, places = woven(model.get_input_embeddings()(ids), slots, offsets)
     logits = model(inputs_embeds=wide, **call).logits
     if "decoder_input_ids" in call:
@@ -66,7 +66,7 @@ def prompted(model: Any, ids: Tensor, prompt: Tensor, placement: str, causal: bo
 
 
 def seeded_cache(model: Any, keys: Sequence[Tensor], values: Sequence[Tensor]) -> DynamicCache:
-    """A cache that holds the prefix as if its tokens had been read."""
+    """A cache that holds the prefix, as after reading its tokens."""
     cache = DynamicCache(config=model.config)
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
         cache.update(key, value, layer)
@@ -74,7 +74,7 @@ def seeded_cache(model: Any, keys: Sequence[Tensor], values: Sequence[Tensor]) -
 
 
 def prefixed(model: Any, ids: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-    """Logits of one unpadded row of a causal model behind a seeded cache. [1, T] -> [1, T, V]."""
+    """Logits of one unpadded row of a causal model with a filled cache. [1, T] -> [1, T, V]."""
     length = keys[0].shape[2]
     mask = torch.ones(1, length + ids.shape[1], dtype=torch.long)
     return model(ids, attention_mask=mask, past_key_values=seeded_cache(model, keys, values)).logits
@@ -118,9 +118,9 @@ def cut_table(table: Tensor, layers: int, heads: int) -> tuple[list[Tensor], lis
 
 @contextmanager
 def written_out(model: Any, prefixes: Sequence[tuple[Tensor, Tensor] | None]) -> Iterator[None]:
-    """Let the n-th attention module that asks no attention function see the n-th prefix, [1, Hk, P, D] each; None: it sees none.
+    """Let the n-th inline attention module see the n-th prefix, [1, Hk, P, D] each; None: it sees none.
 
-    The model's own code runs; only its softmax learns of more columns, and what they weigh is added to what comes out.
+    The model's own code runs; only its softmax gets more columns, and their weighted values are added to the output.
     """
     layers = [module for module in model.modules() if type(module).__name__.endswith("SelfAttention")]
     current: dict[str, Any] = {}

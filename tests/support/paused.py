@@ -13,7 +13,7 @@ PATIENCE = 60
 
 
 def answer(call: Callable[[], Any]) -> Any:
-    """What a call returns or raises; a thread has a gradient mode of its own."""
+    """The result or the error of a call; a thread has its own gradient mode."""
     try:
         with torch.no_grad():
             return call()
@@ -22,16 +22,16 @@ def answer(call: Callable[[], Any]) -> Any:
 
 
 class Paused:
-    """Start a call in another thread; the `with` block runs while it stands in the forward of a module.
+    """Start a call in another thread; the `with` block runs while the call is stopped in the forward of a module.
 
     Args:
         call: what the thread calls.
         module: where it stops; None: the call stops by itself, in `stop`.
-        before: stop as the module begins, and not as it ends.
+        before: stop before the module's forward instead of after it.
 
     Attributes:
         reached: whether it has stopped there; some modules are never called.
-        result: what it has returned, or the error, after the block.
+        result: what the call has returned, or its error, after the block.
     """
 
     def __init__(self, call: Callable[[], Any], module: Any = None, before: bool = False) -> None:
@@ -46,7 +46,7 @@ class Paused:
         self._thread = threading.Thread(target=self._run, name="first")
 
     def stop(self, *_call: Any) -> None:
-        """Stop, in the thread and once."""
+        """Stop the thread, once."""
         if threading.current_thread() is self._thread and not self.reached:
             self.reached = True
             self._stopped.set()

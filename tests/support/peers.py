@@ -16,14 +16,14 @@ HAS_PEFT = importlib.util.find_spec("peft") is not None
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PEFT warns where it drops what it was given."""
+    """Silence PEFT's warnings about arguments that it drops."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def prompted(model: Any, rows: Tensor, task: str = "CAUSAL_LM", **config: Any) -> Any:
-    """PEFT's prompt tuning with these rows, on a model that is given away."""
+    """PEFT's prompt tuning with these rows, on a model that PEFT may change."""
     import peft
 
     with quiet():

@@ -20,7 +20,7 @@ FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").re
 
 
 def is_installed(framework: str) -> bool:
-    """Whether the real one is there; a stand-in in its place has no spec."""
+    """Whether the real package is installed; a stand-in has no spec."""
     try:
         return importlib.util.find_spec(framework) is not None
     except ValueError:

@@ -19,7 +19,7 @@ from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.examine import examine
 from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.recording_cache import RecordingCache
-from softhooks.inject.prefill import CapturePass
+from softhooks.inject.capture import CapturePass
 from softhooks.inject.prefix.key_values import flatten
 
 
@@ -97,7 +97,7 @@ def _call(prompt: Any, ids: Tensor, decoder_ids: Tensor) -> dict[str, Tensor]:
 def _text(
     model: Any, prompt: Any, ids: Tensor, length: int, left: int, right: int, positions: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the text behind the prompt, with padding around it, and cut the padding off."""
+    """Run the text after the prompt, with padding around it, and remove the padding."""
     encoder_decoder = prompt.prompted_model.structure.is_encoder_decoder
     shortened = length if prompt.method.enters == "attention" else 0  # a slot stands in the encoder alone
     call = _call(prompt, ids[:, length:], ids.roll(1, -1)[:, shortened:])

@@ -73,5 +73,5 @@ def arguments(folder: Path, **options: Any) -> Any:
 
 
 def base(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of every tensor but the prompt's, by a name that does not tell whether there is one."""
+    """Copies of every tensor but the prompt's, under names that do not depend on whether there is a prompt."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "soft_prompt." not in name}

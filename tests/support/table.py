@@ -34,8 +34,8 @@ class Entry:
     Attributes:
         make: builds it for P virtual tokens.
         fits: whether it can enter an architecture with a head.
-        wake: moves a fresh prompt away from a start at which, by design, it changes nothing.
-        extra: the arguments that a call needs beside the model's own, for rows of these numbers.
+        wake: changes a new prompt that, by design, has no effect at its initial values.
+        extra: the batch columns that a call needs, for rows of these numbers.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Entry:
     extra: Callable[[Iterable[int]], dict[str, torch.Tensor]] = lambda rows: {}
 
     def attach(self, model: Any, count: int) -> SoftPrompt:
-        """Attach it with P virtual tokens, awake."""
+        """Attach it with P virtual tokens and `wake` it."""
         prompt = softhooks.attach(model, self.make(count))
         self.wake(prompt)
         return prompt
@@ -55,13 +55,13 @@ class Entry:
 
 
 def _anchored(slots: int, **more: int) -> Layout:
-    """Slots in front, and next to a few tokens that some rows have; so rows differ in how many there are, and where."""
+    """Slots in front, and next to a few tokens that only some rows have, so that rows differ in their number of slots."""
     after, before = dict.fromkeys(range(4, 24), 1), {(token,): 1 for token in range(24, 30)}
     return Layout.insert(start=slots, after=after, before=before, missing="skip", **more)
 
 
 def _template(count: int) -> Method:
-    """A template with an LSTM over all of its slots: some before the text, one among its tokens, and one behind them."""
+    """A template with an LSTM over all of its slots: some before the text, one among its tokens, and one after them."""
     return PTuning(layout=Layout(f"{{soft:{count - 2}}} {{a}} {{soft:1}} {{b}} {{soft:1}} {{mask}}"))
 
 
@@ -177,7 +177,7 @@ TRAINERS = [
     Entry("adapter-context", lambda p: LlamaAdapter(p, context_size=5), _has_interface, _open_gates, _descriptions),
     Entry("p-tuning-template", _template, extra=_slots),
 ]
-"""Further ways in which methods train: state, columns and draws that only a training has."""
+"""Further entries for training: state, columns and random draws that occur only there."""
 
 BY_NAME = {entry.name: entry for entry in (*TABLE, *TRAINERS)}
 
@@ -192,7 +192,7 @@ PAIRS = fitting(TABLE, zoo.CASES)
 """Every method on every architecture with every head."""
 
 TRAINED = [BY_NAME["prompt"], BY_NAME["prefix-mlp"]]
-"""What a Trainer trains with every option there is: a way with a reparameterization, and one without."""
+"""The entries that are trained with every Trainer option: one without a reparameterization and one with."""
 
 LEARNERS = [*TRAINED, *(entry for entry in (*TABLE, *TRAINERS) if entry not in TRAINED)]
-"""What a Trainer trains, shows, saves, resumes after a kill, and evaluates: everything."""
+"""The entries that a Trainer trains, logs, saves, resumes after a kill, and evaluates: all of them."""

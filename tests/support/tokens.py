@@ -73,7 +73,7 @@ CHAT = (
 
 
 def merged() -> Any:
-    """Bytes with merges, as GPT-2's: a blank belongs to the word behind it; no padding but the end, and a chat template."""
+    """Byte-level BPE like GPT-2's: a space belongs to the next word; the end token is the padding; with a chat template."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

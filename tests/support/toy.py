@@ -51,7 +51,7 @@ def _sequences(count: int, shots: int, generator: torch.Generator) -> tuple[Tens
 
 @cache
 def _states() -> dict[str, Tensor]:
-    """The weights of the model that knows."""
+    """The weights of the trained model."""
     model = zoo.build("llama", seed=1)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -70,7 +70,7 @@ def _states() -> dict[str, Tensor]:
 
 
 def model() -> Any:
-    """A fresh model that knows the functions, frozen or not as its caller likes."""
+    """A new model that knows the functions."""
     fresh = zoo.build("llama", seed=1)
     fresh.load_state_dict(_states())
     return fresh.eval()
@@ -78,7 +78,7 @@ def model() -> Any:
 
 @torch.no_grad()
 def share_right(model: Any, function: int, words: Any = HELD_OUT, before: Tensor | None = None, **call: Any) -> float:
-    """How many words are answered by the function, with some ids before each."""
+    """The share of words that the model answers by the function, with some ids before each."""
     rows = pairs(function, words)
     ids = rows[:, :1]
     if before is not None:

@@ -72,7 +72,7 @@ def make(
 def prompted(
     folder: Path, model: Any, head: str, method: Method, *more: tf.TrainerCallback, **options: Any
 ) -> tuple[tf.Trainer, SoftPromptCallback]:
-    """A Trainer with one callback more."""
+    """A Trainer with a SoftPromptCallback."""
     callback = SoftPromptCallback(method)
     return make(folder, model, head, [callback, *more], **options), callback
 
@@ -80,7 +80,7 @@ def prompted(
 def learning(
     folder: Path, entry: Entry, *more: tf.TrainerCallback, method: Method | None = None, **options: Any
 ) -> tuple[tf.Trainer, SoftPromptCallback]:
-    """A Trainer of an entry of the table, on a task and rows that suit it; made twice, it is twice the same."""
+    """A Trainer of an entry of the table, on a task and rows that suit it; always the same."""
     arch, head = task_of(entry)
     model, data = zoo.build(arch, head), rows(head, entry=entry)
     given = {"train_dataset": data, "eval_dataset": data[:4], **options.pop("given", {})}
@@ -88,14 +88,14 @@ def learning(
 
 
 def task_of(entry: Entry) -> tuple[str, str]:
-    """What to train a method on: the first method of the table on one task, the next on another, if it can."""
+    """The task of a method: the methods of the table take turns over the tasks that suit them."""
     number = LEARNERS.index(entry) % len(TASKS)
     rotated = TASKS[number:] + TASKS[:number]
     return next(task for task in rotated if entry.fits(zoo.Case(*task)))
 
 
 def spoil(callback: SoftPromptCallback) -> None:
-    """Overwrite what is trained, so that only loading can bring it back."""
+    """Overwrite the trained parameters, so that only loading can restore them."""
     assert callback.soft_prompt is not None
     with torch.no_grad():
         for parameter in callback.soft_prompt.parameters():
@@ -136,7 +136,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def bits(folder: Path) -> int:
-    """The bytes of a folder's files that the Trainer does not write on its own."""
+    """The number of bytes of a folder's files that the Trainer does not write itself."""
     trainers = ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin")
     return sum(file.stat().st_size for file in folder.iterdir() if file.name not in trainers)
 

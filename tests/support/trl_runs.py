@@ -60,7 +60,7 @@ def make(
 
 
 def prompted(kind: str, folder: Path, model: Any, method: Any, **more: Any) -> tuple[Any, SoftPromptCallback]:
-    """A trainer with one callback more."""
+    """A trainer with a SoftPromptCallback."""
     callback = SoftPromptCallback(method)
     return make(kind, folder, model, [callback], **more), callback
 
@@ -70,7 +70,7 @@ def build(kind: str, **changes: Any) -> Any:
 
 
 def metrics(trainer: Any) -> list[dict[str, float]]:
-    """What the trainer has logged, but for times, and for the tokens that TRL counts anew when a run is resumed."""
+    """The trainer's logs without times, and without the token counts that TRL restarts when a run is resumed."""
     return [
         {
             key: value

@@ -17,13 +17,13 @@ from softhooks.backbone import attention_interface
 
 @functools.cache
 def leave_libraries_alone() -> None:
-    """Spare the collector what the libraries hold: accelerate collects at every start of a training, a third of a second each."""
+    """Exclude the libraries' objects from garbage collection, which accelerate runs at each start of a training (0.3 s each)."""
     gc.collect()
     gc.freeze()
 
 
 def remove_all() -> None:
-    """Remove what tests have left attached, so that the next one finds transformers as it is."""
+    """Remove the prompts that a test has left attached, so that the next test starts with a clean transformers."""
     gc.collect()
     for user in attention_interface.users:
         for prompt in list(getattr(user, "prompts", {}).values()):
@@ -32,7 +32,7 @@ def remove_all() -> None:
 
 
 def _plain(value: Any) -> Any:
-    """One attribute of a module in a form that can be compared: containers item by item, all else by identity."""
+    """One attribute of a module in a comparable form: containers item by item, all else by identity."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
@@ -43,7 +43,7 @@ def _plain(value: Any) -> Any:
 
 
 def snapshot(model: torch.nn.Module) -> dict[str, Any]:
-    """Everything about a model, by name: bits, flags, modes, `__dict__`s with all hooks, config, attention functions."""
+    """The state of a model by name: bits, flags, modes, `__dict__`s with all hooks, config, attention functions."""
     found: dict[str, Any] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         found[f"tensor {name}"] = (tensor.dtype, tuple(tensor.shape), tensor.detach().clone())
@@ -83,7 +83,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @contextmanager
 def untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Fail if anything about a model is another after the block, also if the block raises."""
+    """Fail if anything about a model differs after the block, also if the block raises."""
     before = snapshot(model)
     try:
         yield

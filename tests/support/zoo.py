@@ -185,10 +185,10 @@ MORE_ENCODERS = {
     "albert": ("sequence", "tokens"), "electra": ("sequence", "qa"), "distilbert": ("sequence", "masked"),
     "modernbert": ("sequence", "tokens"), "megatron-bert": ("tokens", "qa"), "deberta-v2": ("sequence", "masked"),
 }  # fmt: skip
-"""Encoders that run every property with these heads; `tests/test_inline_attention.py` and others run more."""
+"""Encoders that run every property with these heads; `tests/backbone/test_inline_attention.py` and others run more."""
 RARE_ENCODERS = ("deberta", "roformer", "rembert", "mpnet", "esm")
 WRITTEN_OUT = ("megatron-bert", "deberta-v2", "deberta", "roformer", "rembert", "mpnet")
-"""Encoders whose attention calls no attention function."""
+"""Encoders that compute attention inline."""
 SEQ2SEQ = ("t5", "bart")
 COMMON = (*CAUSAL, *CACHED, *ENCODERS, *SEQ2SEQ)
 
@@ -226,7 +226,7 @@ CASES += [Case(arch, head) for arch, heads in MORE_ENCODERS.items() for head in 
 
 
 def build(arch: str, head: str = "causal", seed: int = 0, attention: str = "sdpa", **changes: Any) -> Any:
-    """Make a model: weights are drawn wide enough that every part of the model matters to its output."""
+    """Make a model with random weights large enough that every part of it matters to its output."""
     config = CONFIGS[arch]()
     for key, value in {"num_labels": 3, **changes}.items():
         if key == "num_labels" and head == "qa":
@@ -253,7 +253,7 @@ def pad_id(model: Any) -> int:
 
 
 def text(rows: int = 2, columns: int = 7, seed: int = 0, end: bool = False) -> torch.Tensor:
-    """Random ordinary ids; with `end`, each row closes with the end-of-text id (BART's classification asks for it)."""
+    """Random ordinary ids; with `end`, each row ends with the end-of-text id (BART's classification needs it)."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, VOCABULARY, (rows, columns), generator=generator)
     if end:

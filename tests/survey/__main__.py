@@ -20,7 +20,7 @@ from tests.survey.findings import Case
 
 
 def main() -> int:
-    """Run the survey and print a line for each model on which something does not hold. -> the exit status."""
+    """Run the survey and print a line for each model on which a check fails. -> the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.survey", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--tasks", nargs="+", choices=list(models.TASKS), default=list(models.TASKS), help="heads to try"

@@ -16,15 +16,15 @@ import softhooks
 from softhooks import SoftPrompt
 
 ROWS, COLUMNS, PADDING, VIRTUAL = 2, 20, 5, 4
-"""More columns than the windows and chunks of the tiny models, so that a token leaves them."""
+"""More columns than the windows and chunks of the tiny models, so that some tokens lie outside."""
 
 ROUNDING = 2e-4
-"""What two ways of computing the same may differ by, relative to its size."""
+"""The relative tolerance of two ways of computing the same value."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A batch of ordinary ids, [B, T], and what else the model's forward asks for."""
+    """A batch of ordinary ids, [B, T], and the other inputs of the model's forward."""
 
     ids: Tensor
     extra: dict[str, Any]
@@ -35,7 +35,7 @@ class Text:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask, **self.extra}
 
     def padded(self, side: str, pad: int) -> tuple[dict[str, Any], slice]:
-        """The same batch behind or before padding, told by the mask alone; and where the text stands in it."""
+        """The same batch with padding on one side, described by the mask only; and where the text stands in it."""
         blank = torch.full_like(self.ids[:, :PADDING], pad)
         ones = torch.ones_like(self.ids)
         parts = [(blank, blank * 0), (self.ids, ones)]
@@ -92,7 +92,7 @@ def gap(found: Tensor, expected: Tensor) -> float:
 
 
 def loud(prompt: SoftPrompt, seed: int = 1) -> None:
-    """Draw every number of a prompt anew, gates that start at zero too, so that all of it matters."""
+    """Draw every value of a prompt anew, gates that start at zero too, so that all of it matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in prompt.encoder.parameters():
@@ -131,7 +131,7 @@ def dead(model: Any, prompt: SoftPrompt, text: Text) -> list[str]:
 
 
 def padding(model: Any, text: Text, side: str, pad: int) -> float:
-    """How far padding, told by the mask alone, moves the output at the text."""
+    """How far padding, described by the mask only, moves the output at the text."""
     call, where = text.padded(side, pad)
     found, expected = answer(model, call), answer(model, text.call())
     per_token = expected.dim() == 3 and "decoder_input_ids" not in text.extra

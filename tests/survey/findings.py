@@ -21,7 +21,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "prefix": lambda: PrefixTuning(VIRTUAL, init="random"),
     "adapter": lambda: LlamaAdapter(VIRTUAL),
 }
-"""Embedding rows, keys and values, a gated branch: the ways in that all methods share."""
+"""Embedding rows, keys and values, a gated branch: the kinds of prompt."""
 
 PER_TOKEN = ("causal", "masked", "tokens", "qa", "image_text")
 
@@ -50,7 +50,7 @@ class Case:
 
 @dataclass
 class Finding:
-    """What was found of one kind of prompt.
+    """The finding on one kind of prompt.
 
     Attributes:
         refusal: the error of attach, if it refused.
@@ -92,7 +92,7 @@ def examine(case: Case) -> dict[str, Finding]:
 
 
 def _while_attached(case: Case, model: Any, prompt: Any, text: Text) -> Iterator[str]:
-    """Run the checks that need the prompt on the model; say what does not hold."""
+    """Run the checks that need the attached prompt; return those that fail."""
     if checks.effect(model, text) < 1e-4:
         yield "the prompt does not move the output"
     yield from checks.dead(model, prompt, text)
@@ -111,7 +111,7 @@ def _while_attached(case: Case, model: Any, prompt: Any, text: Text) -> Iterator
 
 
 def _padding(case: Case, model: Any, prompt: Any, text: Text) -> Iterator[str]:
-    """Pad the rows and tell it by the mask alone.
+    """Check padding that only the mask describes.
 
     Not where the bare model reads padding whatever the mask says (FNet, convolutions), and on the left not where it pools the
     first column, which padding then is, or makes its decoder's ids of the text's (BART with a classifier).
@@ -131,7 +131,7 @@ def _padding(case: Case, model: Any, prompt: Any, text: Text) -> Iterator[str]:
 
 
 def _heeds_masks(model: Any, text: Text) -> bool:
-    """Whether padding that the mask tells of changes nothing in the bare model, at the lengths with and without a prompt.
+    """Whether masked padding changes nothing in the bare model, at the lengths with and without a prompt.
 
     On the right at least. Attention that keeps the best few keys (`index_topk`) may keep padding among them.
     """
@@ -146,7 +146,7 @@ def _selects_keys(model: Any) -> bool:
 
 
 def _longer(text: Text) -> Text:
-    """The text with more columns than a prompt would give it."""
+    """The text with at least as many more columns as a prompt would add."""
     extra = dict(text.extra)
     if "token_type_ids" in extra:
         extra["token_type_ids"] = torch.nn.functional.pad(extra["token_type_ids"], (0, 2 * VIRTUAL))
@@ -165,7 +165,7 @@ def _cached(model: Any, text: Text) -> float:
 
 
 def _reach(model: Any, text: Text) -> Iterator[str]:
-    """Compare what the last word moves with what it moves in the bare model."""
+    """Compare the influence of the last word with its influence in the bare model."""
     with softhooks.disabled(model):
         bare, _ = checks.reach(model, text)
     earlier, own = checks.reach(model, text)
@@ -178,7 +178,7 @@ def _reach(model: Any, text: Text) -> Iterator[str]:
 
 
 def _takes_embeddings(model: Any, text: Text) -> bool:
-    """Whether the bare model computes from a text's embeddings what it computes from its ids, and takes others too."""
+    """Whether the bare model computes the same from a text's embeddings as from its ids, and accepts other embeddings."""
     with softhooks.disabled(model), torch.no_grad():
         own = model.get_input_embeddings()(text.ids)
         call = {"attention_mask": torch.ones_like(text.ids), **text.extra}
@@ -193,7 +193,7 @@ def _takes_embeddings(model: Any, text: Text) -> bool:
 
 
 def _real_words(case: Case, model: Any, kind: str, text: Text) -> Iterator[str]:
-    """Compare a prompt of real words with these words in the text, behind padding too."""
+    """Compare a prompt of real words with these words in the text, also after padding."""
     compare = {"prompt": real_words.front_gap, "prefix": real_words.prefix_gap}.get(kind)
     if compare is None or case.brings or case.task not in PER_TOKEN or (kind == "prefix" and _is_apart(case, model)):
         return
@@ -207,7 +207,7 @@ def _real_words(case: Case, model: Any, kind: str, text: Text) -> Iterator[str]:
 
 
 def _is_apart(case: Case, model: Any) -> bool:
-    """Whether a prefix means something else than words by definition, or cannot be compared with them.
+    """Whether a prefix differs from words by definition, or cannot be compared with them.
 
     Recurrent and convolutional layers read the text alone, a prefix has no relative bias, words that are joined with their
     neighbors at the embedding have none, and in an encoder every token sees the whole prefix, whatever its window. Heads for

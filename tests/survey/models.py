@@ -115,7 +115,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "squeezebert": {"embedding_size": 32},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What sizes alone do not settle: which layers are of which kind, and options that depend on each other; `...` is the default."""
+"""Config options that sizes alone do not determine: layer types, and options that depend on each other; `...` is the default."""
 
 
 def shrunk(config_class: type, **changes: Any) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _config(arch: str) -> Any:
 
 
 def build(arch: str, task: str, seed: int = 0, **changes: Any) -> Any:
-    """Make a tiny model in evaluation mode, with weights wide enough that every part of it matters to its output.
+    """Make a tiny model in evaluation mode, with weights large enough that every part of it matters to its output.
 
     Args:
         arch: the `model_type` of its config.
@@ -168,7 +168,7 @@ def build(arch: str, task: str, seed: int = 0, **changes: Any) -> Any:
 
 @torch.no_grad()
 def widen(model: nn.Module) -> None:
-    """Draw every matrix anew, wide; keep what is one-dimensional, where norms and recurrences have their scales."""
+    """Draw every matrix anew with large values; keep one-dimensional parameters, which are scales of norms and recurrences."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and parameter.requires_grad:
             parameter.normal_(std=0.4 if "embed" in name or "wte" in name else 0.15)

@@ -1,7 +1,7 @@
-"""A gated branch beside attention: each query also attends to the prompt's rows, in a softmax of its own, times a gate.
+"""GatedRows branches: each query also attends to the prompt's rows, in a softmax of its own, times a gate.
 
-`output = attention(q, k, v) + gate * softmax(q kP^T) vP`, put together before the output projection: with the gates at 0 every
-bit is the base model's. The text's own attention runs as it is, so masks, caches, windows and kernels need no care.
+`output = attention(q, k, v) + gate * softmax(q kP^T) vP`, added before the output projection: with gates of 0 the output is the
+base model's bit for bit. The text's own attention runs unchanged, with its masks, caches, windows and kernels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from softhooks.inject.branch.projections import keys_and_values
 from softhooks.inject.checkpointing import CheckpointedPass
 
 CONTEXT = "prompt_context"
-"""The extra argument of the forward that brings each row a context of its own: the vectors of an image, say."""
+"""The extra argument of the forward with a context for each row, such as the vectors of an image."""
 
 
 @dataclass
-class Gated:
-    """What a prompt gives to one site.
+class GatedRows:
+    """The rows and the gate of a prompt at one site.
 
     Attributes:
         rows: [K, H], or [B, K, H] where each row of the batch has its own.
@@ -40,15 +40,15 @@ class Gated:
 
 
 @dataclass
-class Given:
-    """What a prompt gives to one stack.
+class BranchInputs:
+    """The rows, gates and scales of a prompt for one stack.
 
     Attributes:
-        gated: what each site gets.
+        gated: those of each site.
         scaled: a factor and an offset for the output of linear layers, by name, [1, out] each.
     """
 
-    gated: list[Gated]
+    gated: list[GatedRows]
     scaled: Scaled = field(default_factory=dict)
 
 
@@ -58,20 +58,20 @@ class Branch:
 
     Attributes:
         keys, values: [R, Hq, K, D] for each site index; R is 1 (shared by every row) or B. Gates are part of the values.
-        seen: which of them each row has, [B, 1, 1, K] bool, for the sites where rows differ in that.
-        pending: the sites whose weights come and go with their layer's forward (FSDP2), where their rows are run.
+        pending: the sites whose weights are whole in their layer's forward only (FSDP2): their keys are computed there.
+        seen: which of the K each row has, [B, 1, 1, K] bool, for the sites where rows differ in that.
         scaled: factor and offset of linear layers, by name, [R, out] each.
     """
 
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
-    pending: dict[int, Gated] = field(default_factory=dict)
+    pending: dict[int, GatedRows] = field(default_factory=dict)
     seen: dict[int, Tensor] = field(default_factory=dict)
     scaled: Scaled = field(default_factory=dict)
 
 
-def branch_of(given: Given) -> Branch:
-    """Make keys and gated values of a prompt's rows, without a batch dimension where the rows have none."""
+def branch_of(given: BranchInputs) -> Branch:
+    """Compute the keys and gated values of a prompt's rows."""
     branch = Branch({}, {}, scaled=given.scaled)
     for gated in given.gated:
         index = gated.site.index
@@ -82,7 +82,7 @@ def branch_of(given: Given) -> Branch:
     return branch
 
 
-def _made_of(gated: Gated, scaled: Scaled) -> tuple[Tensor, Tensor]:
+def _made_of(gated: GatedRows, scaled: Scaled) -> tuple[Tensor, Tensor]:
     """The keys and the gated values of one site's rows, [R, Hq, K, D]."""
     site, rows = gated.site, gated.rows if gated.rows.dim() == 3 else gated.rows[None]
     repeats = gated.gate.shape[0] // site.heads
@@ -113,7 +113,7 @@ class BranchPass(CheckpointedPass):
             self.follow_checkpointing()
 
     def enters(self, site: Site) -> bool:
-        """Tell whether a site has rows."""
+        """Whether a site has rows."""
         return site.role == "self" and (site.index in self.branch.keys or site.index in self.branch.pending)
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -125,7 +125,7 @@ class BranchPass(CheckpointedPass):
         return output + self._added(site.index, args[1], kwargs).to(output), weights
 
     def _added(self, index: int, query: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """What the queries find among the rows. [B, Hq, T, D] -> [B, T, Hq, Dv]."""
+        """Attend to the prompt's rows. [B, Hq, T, D] -> [B, T, Hq, Dv]."""
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         pending = self.branch.pending.get(index)
@@ -145,7 +145,7 @@ class BranchPass(CheckpointedPass):
         return found.transpose(1, 2)
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Scale and move the output of one of the stack's linear layers."""
+        """Scale the output of one of the stack's linear layers, and add its offset."""
         return scale(self.branch.scaled, name, output, self.blank)
 
     def injected(self) -> list[Tensor]:
@@ -154,22 +154,22 @@ class BranchPass(CheckpointedPass):
         return [*self.branch.keys.values(), *self.branch.values.values(), *scaled]
 
     def detach_injected(self) -> None:
-        """Cut every key, value, factor and offset off from the prompt's graph."""
+        """Replace every key, value, factor and offset by a leaf of the autograd graph."""
         branch = self.branch
         self.branch = Branch(
-            keys={index: self.cut_off(tensor) for index, tensor in branch.keys.items()},
-            values={index: self.cut_off(tensor) for index, tensor in branch.values.items()},
+            keys={index: self.leaf_of(tensor) for index, tensor in branch.keys.items()},
+            values={index: self.leaf_of(tensor) for index, tensor in branch.values.items()},
             pending={
-                index: Gated(gated.site, self.cut_off(gated.rows), self.cut_off(gated.gate))
+                index: GatedRows(gated.site, self.leaf_of(gated.rows), self.leaf_of(gated.gate))
                 for index, gated in branch.pending.items()
             },
             seen=branch.seen,
-            scaled={name: (self.cut_off(a), self.cut_off(b)) for name, (a, b) in branch.scaled.items()},
+            scaled={name: (self.leaf_of(a), self.leaf_of(b)) for name, (a, b) in branch.scaled.items()},
         )
 
 
 def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batch: int) -> Branch:
-    """Give each row of a batch its own prompt's branch; a row, or a site, without one gets values of 0.
+    """Give each row of a batch its own prompt's branch; a row without one, or without one at a site, has values of 0.
 
     Args:
         branches: the prompts' branches, R_i being 1 or the number of the prompt's rows.
@@ -209,7 +209,7 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
 
 
 def _spread(tensors: Sequence[Tensor], rows: Sequence[Sequence[int]], batch: int) -> Tensor:
-    """Put each tensor [1 or n, ...] into its n rows of a batch; the other rows are 0. -> [B, ...]."""
+    """Copy each tensor [1 or n, ...] to its n rows of a batch; the other rows are 0. -> [B, ...]."""
     count = sum(tensor.shape[0] for tensor in tensors)
     source, first = [count] * batch, 0
     for tensor, places in zip(tensors, rows, strict=True):

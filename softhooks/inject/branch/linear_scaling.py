@@ -1,4 +1,4 @@
-"""A factor and an offset on the output of every linear layer of a stack's blocks, by hooks."""
+"""A trained factor and offset on the output of every linear layer, applied by hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Scaled = dict[str, tuple[Tensor, Tensor]]
 
 
 def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
-    """Every linear layer in the blocks of a stack, by name, and the width of its output; the factors of LoRA are none."""
+    """Every linear layer in the blocks of a stack, by name, with the width of its output; the factors of LoRA do not count."""
     blocks = {name for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList)}
     found: dict[str, tuple[nn.Module, int]] = {}
     for name, module in stack.module.named_modules():
@@ -27,9 +27,9 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
 
 
 def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Which columns of a text are padding, where any stands before text; else None.
+    """The columns of a text that are padding, if any row begins with padding; else None.
 
-    Recurrent layers read the columns in turn, and pass over padding because its states are 0: no offset may move them.
+    Recurrent layers read every column, and skip padding because its states are 0: no offset may be added to them.
 
     Args:
         mask: one number a column, [B, past + T].
@@ -44,16 +44,16 @@ def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
 
 
 def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None) -> Tensor | None:
-    """Scale and move the output of a linear layer; None where nothing is said about it.
+    """Multiply the output of a linear layer by its factor and add its offset; None for a layer without them.
 
     Args:
-        blank: the columns that are scaled but not moved, [B, T] bool.
+        blank: the columns that get no offset, [B, T] bool.
 
     Shape:
         output [B, ..., out], or [N, out] where all rows share one factor
 
     Raises:
-        UnsupportedModeError: rows differ, and the layer does not keep them apart.
+        UnsupportedModeError: rows differ, and the output has not one entry a row.
     """
     if name not in scaled:
         return None
@@ -61,11 +61,9 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
     rows = factor.shape[0]
     if rows > 1 and output.shape[0] != rows:
         raise UnsupportedModeError(
-            "prompts that scale linear layers share a batch only where every layer keeps the rows apart.",
+            f"layer {name} returns {list(output.shape)} for {rows} rows with different prompts; prompts that scale linear layers "
+            "share a batch only where every layer keeps the rows apart.",
             "Run the rows of each prompt in a batch of their own.",
-            layer=name,
-            rows=rows,
-            output=list(output.shape),
         )
     shape = (rows, *[1] * (output.dim() - 2), -1) if rows > 1 else (-1,)
     offset = offset.view(shape)
@@ -75,14 +73,14 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
 
 
 class ScaleHook:
-    """The hook of one linear layer: the pass that is under way knows its factor."""
+    """The hook of one linear layer; the running pass has its factor."""
 
     def __init__(self, stack: Stack, name: str) -> None:
         self.stack = stack
         self.name = name
 
     def scale(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Scale the output if the pass says so."""
+        """Scale the output, if a pass is running."""
         return None if self.stack.state.current is None else self.stack.state.current.scale(self.name, output)
 
 

@@ -1,4 +1,4 @@
-"""Find out, by running it, how rows are given to each attention module of a model, and prove that it works."""
+"""A probe that finds how to call each attention module of a model on single rows, and checks the keys and values."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ _PROBE_ID = 63
 
 
 def find_attention_calls(structure: ModelStructure) -> None:
-    """Find out how rows are given to every self-attention of a model; once for each model.
+    """Find how to call every self-attention of a model on rows; once for each model.
 
     Raises:
-        UnsupportedMethodError: a stack's attention does not go through the interface.
+        UnsupportedMethodError: a stack's attention is neither called through the interface nor known.
     """
     encoded: Tensor | None = None
     for stack in structure.stacks:
         if stack.injection not in ("attention", "written_out"):
             raise UnsupportedMethodError(
-                "a gated branch needs attention that goes through transformers' attention interface, or that softhooks "
-                "knows.",
+                f"the attention of {type(stack.module).__name__} is not supported; a gated branch needs attention that goes "
+                "through transformers' attention interface, or that softhooks knows.",
                 OTHER_METHOD,
-                model=f"{type(stack.module).__name__}, whose attention does neither",
             )
         if all(site.call is not None for site in stack.sites_of("self")):
             continue
@@ -49,11 +48,13 @@ def find_attention_calls(structure: ModelStructure) -> None:
 
 @dataclass(eq=False)
 class _Seen:
-    """What passed through one site in a forward of one token.
+    """What one site received and returned in a forward of one token.
 
     Attributes:
         args, kwargs: of the call of its module.
-        calls: how often the module was called in all, for however many sites.
+        query, key, value: the arguments of its attention function.
+        output: what the attention function returned.
+        calls: how often the module was called, for all the sites that it serves.
     """
 
     args: tuple[Any, ...]
@@ -66,7 +67,7 @@ class _Seen:
 
 
 class _WatchPass(Pass):
-    """A forward of which every self-attention is noted."""
+    """A forward that records every call of self-attention."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
@@ -74,11 +75,11 @@ class _WatchPass(Pass):
         self._called: dict[int, list[tuple[Any, Any]]] = {}
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a call of an attention module."""
+        """Record a call of an attention module."""
         self._called.setdefault(id(module), []).append((args, dict(kwargs)))
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note a call of the attention function."""
+        """Record a call of the attention function."""
         output = attention(*args, **kwargs)
         if site.role == "self":
             call, (query, key, value) = self._called[id(site.module)][-1], args[1:4]
@@ -86,7 +87,7 @@ class _WatchPass(Pass):
         return output
 
     def count(self) -> dict[int, _Seen]:
-        """What was seen, with the number of calls of each module."""
+        """Return the records, with the number of calls of each module."""
         for site in self.stack.sites_of("self"):
             self.seen[site.index].calls = len(self._called[id(site.module)])
         return self.seen
@@ -116,7 +117,7 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
 
 
 def _attention_call(seen: _Seen) -> AttentionCall:
-    """Turn a call that was seen into one for rows that stand nowhere."""
+    """Turn a recorded call into one for rows without positions."""
     given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
     place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
     return AttentionCall(
@@ -133,7 +134,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _nowhere(value: Any) -> Any:
-    """An argument for a row without rotation and cache; whatever else there is stays, masks of one token too."""
+    """Remove rotation and cache from an argument; anything else stays, also a mask of one token."""
     if hasattr(value, "get_seq_length"):
         return None
     if isinstance(value, Tensor):
@@ -149,14 +150,14 @@ def _nowhere(value: Any) -> Any:
 
 
 def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
-    """Why the keys and values of rows at a site are not what they must be; empty if they are.
+    """Why a site's keys and values for rows are wrong; empty if they are right.
 
-    The token that was seen stands at position 0, where rotations do nothing (some scale their keys, which is no part of the
-    projection): its value must come out again, and its key but for a factor. Another row beside it must change neither, and must
-    give a key and a value of its own.
+    The recorded token is at position 0, where rotations change nothing but, in some models, the scale of keys. So its value must
+    be computed again exactly, and its key up to a factor. A second row in the batch must change neither, and must have a key and
+    a value of its own.
     """
     if call.place == "":
-        return "its input is no sequence of states"
+        return "its input is not a sequence of states"
     if seen.calls != len(site.turns):
         return f"it calls the attention function {len(site.turns) / seen.calls:g} times"
     if getattr(seen.output, "shape", None) != (1, 1, call.query_heads, site.value_dim):

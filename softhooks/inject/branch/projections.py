@@ -1,8 +1,8 @@
-"""Give rows to an attention module and take the keys and values that it makes of them, whatever it is made of.
+"""The keys and values that an attention module computes for given rows, whatever its projections are.
 
-The module runs its own forward on rows that stand nowhere: each alone in a sequence of one token, unrotated, without mask and
-cache. What its attention function is handed are their keys and values. So separate, fused, biased and low-rank projections, norms
-of keys, and adapters on any of them need no code here. Whether it works is found out by running it (`feedprobe`).
+The module runs its own forward on each row as a sequence of one token, without rotation, mask or cache, and the arguments of its
+attention function are recorded. So separate, fused, biased and low-rank projections, norms of keys, and adapters on any of them
+need no code here. `projection_probe` checks at attach that this works.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import Scaled, scale
 
 
-class _FeedPass(Pass):
-    """Note what one attention function is handed, and answer nothing."""
+class _ProjectionPass(Pass):
+    """Record the key and the value of one call of an attention function, and return zeros."""
 
     def __init__(self, stack: Stack, scaled: Scaled) -> None:
         super().__init__(stack)
-        self.entered = True  # no call of the stack belongs to it
+        self.entered = True  # a module runs here, not the stack
         self.scaled = scaled
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note the key and the value, [N, Hk, 1, D]."""
+        """Record the key and the value, [N, Hk, 1, D]."""
         query, self.key, self.value = args[1:4]
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], self.value.shape[3]), None
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Scale what the module's linear layers return, as the prompt does for the text."""
+        """Scale the output of the module's linear layers, as for the text."""
         return scale(self.scaled, name, output)
 
 
@@ -52,24 +52,25 @@ def keys_and_values(site: Site, rows: Tensor, scaled: Scaled | None = None) -> t
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     rows = rows if weight is None or weight.is_meta else rows.to(weight)
     args, kwargs = call.arguments(rows)
-    live = _FeedPass(stack, scaled or {})
+    live = _ProjectionPass(stack, scaled or {})
     with stack.state.running(live):
-        module.forward(*args, **kwargs)  # not the call: hooks that collect attentions count them
+        module.forward(*args, **kwargs)  # without hooks: those that collect attentions would count this call
     assert live.key is not None
     assert live.value is not None
     return live.key.squeeze(2), live.value.squeeze(2)
 
 
 def require_call(site: Site) -> AttentionCall:
-    """How to give rows to a site.
+    """How to call a site's attention module on rows.
 
     Raises:
-        UnsupportedMethodError: naming the layer that cannot be given rows, and why.
+        UnsupportedMethodError: the layer cannot be called on rows.
     """
     assert site.call is not None, "find_attention_calls comes first"
     if site.call.failure:
         raise UnsupportedMethodError(
-            "a gated branch needs layers whose keys and values are made of their input alone.",
+            f"layer {site.index} cannot have a gated branch, for {site.call.failure}; a gated branch needs layers whose keys and "
+            "values are made of their input alone.",
             "Use another method, such as PrefixTuning; `num_layers` leaves layers out from below.",
             layer=f"{type(site.module).__name__}, number {site.index} of {site.stack.path or 'the model'}",
             because=site.call.failure,

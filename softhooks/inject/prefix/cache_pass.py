@@ -31,7 +31,6 @@ class CachePass(PrefixPass):
     """
 
     def __init__(self, stack: Stack, prefix: KeyValues, call: dict[str, Any], shape: tuple[int, int]) -> None:
-        self._kept: list[nn.Module] = []
         super().__init__(stack, {"self": prefix}, None, stack.module.training)
         try:
             self._enter(call, shape)
@@ -77,13 +76,13 @@ class CachePass(PrefixPass):
 
     def _wants_cache(self, call: dict[str, Any]) -> bool:
         asked = call.get("use_cache")
-        if self._replaced:  # a checkpointed layer runs twice, and must not write to a cache twice
+        if self._checkpointed:  # a checkpointed layer runs twice, and must not write to a cache twice
             return False
         return bool(getattr(self.stack.module.config, "use_cache", False) if asked is None else asked)
 
     def _keep_cache_in_checkpoints(self) -> None:
         """Keep the read-only cache in checkpointed layers, from which transformers removes any cache."""
-        for module, _ in self._replaced:
+        for module in self._checkpointed:
             if not hasattr(module, "_can_checkpoint_with_cache"):
                 if module is self.stack.module:
                     continue
@@ -91,8 +90,7 @@ class CachePass(PrefixPass):
                     f"{type(module).__name__} takes no cache with gradient checkpointing, but its prefix enters through one.",
                     "Turn gradient checkpointing off.",
                 )
-            module._can_checkpoint_with_cache = True  # type: ignore[assignment]
-            self._kept.append(module)
+            self._patches.set(module, "_can_checkpoint_with_cache", True)
 
     def _widen_mask(self, mask: Any, shape: tuple[int, int]) -> Any:
         """Add the prefix's columns to the caller's mask."""
@@ -142,10 +140,3 @@ class CachePass(PrefixPass):
         prefix = self.prefixes["self"]
         without = [number for number, site in enumerate(self.stack.sites) if site.index not in prefix.keys]
         return tuple(weights if number in without else self._own(weights) for number, weights in enumerate(value))
-
-    def close(self) -> None:
-        """Let checkpointed layers drop caches again."""
-        super().close()
-        for module in self._kept:
-            module.__dict__.pop("_can_checkpoint_with_cache", None)
-        self._kept.clear()

@@ -173,6 +173,6 @@ class PrefixPass(CheckpointedPass):
     def detach_injected(self) -> None:
         """Replace every key and value by a leaf of the autograd graph."""
         for role, prefix in self.prefixes.items():
-            keys = {index: self.cut_off(tensor) for index, tensor in prefix.keys.items()}
-            values = {index: self.cut_off(tensor) for index, tensor in prefix.values.items()}
+            keys = {index: self.leaf_of(tensor) for index, tensor in prefix.keys.items()}
+            values = {index: self.leaf_of(tensor) for index, tensor in prefix.values.items()}
             self.prefixes[role] = replace(prefix, keys=keys, values=values)

@@ -10,7 +10,7 @@ import zoo
 
 
 def names() -> dict[str, Any]:
-    """A tiny model, its data, and the Trainer that LLaMA-Factory's own is made of."""
+    """A tiny model, its data, and the Trainer that LLaMA-Factory's own derives from."""
     return {
         "model": zoo.build("llama"),
         "dataset": training.rows("causal"),

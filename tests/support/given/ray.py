@@ -24,7 +24,7 @@ def start() -> None:
 
 
 def names() -> dict[str, Any]:
-    """A tiny model's maker, its data, and how a Trainer is quiet."""
+    """A function that makes a tiny model, its data, and arguments of a quiet Trainer."""
     start()
     options = {**training.QUIET, "save_strategy": "steps", "save_steps": 2, "output_dir": tempfile.mkdtemp()}
     load_model = functools.partial(zoo.build, "llama")

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def names() -> dict[str, Any]:
-    """What the example finds ready."""
+    """The names that the example expects."""
     import tokens
     import zoo
     from datasets import Dataset

@@ -11,7 +11,7 @@ import zoo
 
 
 def names() -> dict[str, Any]:
-    """A tiny model's maker, and rows as scikit-learn slices them."""
+    """A function that makes a tiny model, and rows in the form that scikit-learn slices."""
     from skorch.helper import SliceDict
 
     rows = training.rows("sequence", 30)

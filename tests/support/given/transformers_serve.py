@@ -18,7 +18,7 @@ CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """An unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

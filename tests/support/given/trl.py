@@ -35,7 +35,7 @@ def names() -> dict[str, Any]:
 
 
 def plain_tokenizer() -> Any:
-    """A tokenizer that adds nothing by itself: TRL puts the end of the text there."""
+    """A tokenizer that adds no special tokens: TRL adds the end of the text itself."""
     from tokenizers.processors import TemplateProcessing
 
     made = tokens.tokenizer()

@@ -21,7 +21,7 @@ METHODS = {"prompt": PromptTuning(4), "mlp": PrefixTuning(4, projection=True, hi
 
 
 def begin(method: Any, seed: int = 3) -> tuple[Any, Any, Any, Any, Any]:
-    """A script that takes four rows in a step, over all processes."""
+    """Set up a script with four rows per step, over all processes."""
     accelerator, model = Accelerator(cpu=True), zoo.build("llama")
     torch.manual_seed(seed)
     prompt = track(accelerator, softhooks.attach(model, method))
@@ -31,7 +31,7 @@ def begin(method: Any, seed: int = 3) -> tuple[Any, Any, Any, Any, Any]:
 
 
 def epoch(accelerator: Any, prompt: Any, model: Any, optimizer: Any, rows: Any) -> dict[str, torch.Tensor]:
-    """One pass over the rows; what has been learned then."""
+    """One pass over the rows; return the trained parameters."""
     model.train()
     for batch in rows:
         accelerator.backward(model(**batch).loss)
@@ -43,7 +43,7 @@ def epoch(accelerator: Any, prompt: Any, model: Any, optimizer: Any, rows: Any) 
 
 
 def train_and_resume(folder: Path, seen: dict[str, Any]) -> None:
-    """Train each method, then once more from the middle, in a fresh model."""
+    """Train each method, then resume it from the middle on a new model."""
     for name, method in METHODS.items():
         run = begin(method)
         seen[f"{name} start"] = {key: value.detach().clone() for key, value in run[1].named_parameters()}
@@ -57,7 +57,7 @@ def train_and_resume(folder: Path, seen: dict[str, Any]) -> None:
 
 
 def refusal(attempt: Any) -> str:
-    """The error that an attempt ends in."""
+    """The error that a call raises."""
     try:
         attempt()
     except SoftHooksError as error:
@@ -66,7 +66,7 @@ def refusal(attempt: Any) -> str:
 
 
 def ranks(folder: Path, rank: int, seen: dict[str, Any]) -> None:
-    """Ranks that begin with different random numbers, come late, or go apart."""
+    """Ranks that start with different random numbers, attach late, or diverge."""
     accelerator, model = Accelerator(cpu=True), zoo.build("bert", "sequence")
     torch.manual_seed(rank)
     model.classifier.reset_parameters()
@@ -86,7 +86,7 @@ def ranks(folder: Path, rank: int, seen: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run it all and keep what was seen."""
+    """Run everything and write the results."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     state = PartialState(cpu=True, backend="gloo")

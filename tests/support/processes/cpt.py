@@ -13,7 +13,7 @@ from launch import leave
 
 
 def train(folder: Path) -> torch.Tensor:
-    """Three steps of two processes, two rows and two passes each."""
+    """Train three steps in two processes, each with two rows and two micro-batches."""
     trainer, callback = cpt_training.make(
         folder, cpt_training.model_of(), contexts.method(), optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
         lr_scheduler_type="constant", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3,
@@ -26,7 +26,7 @@ def train(folder: Path) -> torch.Tensor:
 
 
 def main() -> None:
-    """Train, keep what was learned, and go in an order that gloo bears."""
+    """Train, write the results, and leave the process group in an order that gloo supports."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     rank = PartialState(cpu=True, backend="gloo").process_index

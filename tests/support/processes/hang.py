@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Ignore whoever asks nicely, and sleep; if orphaned, kill the launcher first."""
+    """Ignore SIGTERM and sleep; if orphaned, kill the launcher first."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     rank = os.environ["RANK"]

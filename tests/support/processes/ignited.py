@@ -18,7 +18,7 @@ from softhooks.integrations.ignite import track
 
 
 def bits(prompt: softhooks.SoftPrompt) -> list[str]:
-    """What every process holds: the same."""
+    """The bits that every process must hold alike."""
     everyone: list[list[str]] = [[], []]
     distributed.all_gather_object(everyone, [digest(parameter).bits for parameter in prompt.parameters()])
     assert everyone[0] == everyone[1], everyone

@@ -22,7 +22,7 @@ METHOD = PrefixTuning(4, projection=True, hidden_size=8)
 
 
 def make(pl: Any) -> type:
-    """A module as users have it."""
+    """A plain LightningModule."""
 
     class Lit(pl.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self, arch: str = "llama", head: str = "causal", nudge: int = 0) -> None:
@@ -43,7 +43,7 @@ def make(pl: Any) -> type:
 
 
 def train(pl: Any, folder: Path, module: Any, method: Any, *callbacks: Any, head: str = "causal", **fit: Any) -> Any:
-    """Fit; four rows in a step, over all processes."""
+    """Fit with four rows per step, over all processes."""
     from softhooks.integrations.lightning import SoftPromptCallback
 
     class Seed(pl.Callback):  # type: ignore[misc, name-defined]
@@ -64,7 +64,7 @@ def train(pl: Any, folder: Path, module: Any, method: Any, *callbacks: Any, head
 
 
 def main() -> None:
-    """Train, go on, begin apart and go apart."""
+    """Train, resume, and train with ranks that start apart or diverge."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     pl, folder = importlib.import_module(sys.argv[1]), Path(sys.argv[2])

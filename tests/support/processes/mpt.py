@@ -35,7 +35,7 @@ REENTRANT: dict[str, Any] = {**AGAIN, "gradient_checkpointing_kwargs": {"use_ree
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
-    """Rows of three tasks, of which not all have as many labels."""
+    """Rows of three tasks with different numbers of labels."""
     found = training.rows("causal", 8)
     for number, row in enumerate(found):
         row["task_ids"] = torch.tensor(number % 3)
@@ -44,7 +44,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 
 def train(folder: Path, size: int, steps: int, **options: Any) -> dict[str, torch.Tensor]:
-    """Two steps of teachers and two of the decomposition, eight rows each; what was learned."""
+    """Two steps of teachers and two of the decomposition, with eight rows each; return the trained parameters."""
     torch.manual_seed(7)
     trainer, callback = training.prompted(
         folder, naive.without_dropout(zoo.build("llama")), "causal", METHOD, given={"train_dataset": rows()},
@@ -95,7 +95,7 @@ def loop_in_parts() -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Train in each way that works, and ask for those that do not."""
+    """Train in each supported way, and record the refusals of the others."""
     torch.set_num_threads(1)
     tf.logging.set_verbosity_error()
     folder = Path(sys.argv[1])

@@ -28,7 +28,7 @@ TOGETHER = 4  # rows in a step, over all processes
 
 
 def train(folder: Path, base: Path, checkpoint: str | None = None, processes: int = 1) -> dict[str, Any]:
-    """Train, or resume; what was trained, and what a text is then embedded as."""
+    """Train or resume; return the trained parameters and a text's embedding."""
     model = SentenceTransformer(str(base), device="cpu")
     scores = [1.0, 0.0, 0.5, 0.9, 0.1, 0.3, 0.7, 0.2]
     data = Dataset.from_dict({"first": made.TEXTS, "second": made.TEXTS[::-1], "score": scores})
@@ -52,7 +52,7 @@ def train(folder: Path, base: Path, checkpoint: str | None = None, processes: in
 
 
 def main() -> None:
-    """Train, resume in a fresh model, and write both."""
+    """Train, resume on a new model, and write both results."""
     folder = Path(sys.argv[1])
     state = PartialState(cpu=True, backend="gloo")
     rank = state.process_index

@@ -46,14 +46,14 @@ SHARDING: dict[str, Any] = {
 
 
 def make(folder: Path, model: Any, head: str, callbacks: list[Any], **options: Any) -> tf.Trainer:
-    """A Trainer of one of `processes`, all of which together take as many rows in a step as one would."""
+    """Make a Trainer of one of `processes`, which together use as many rows per step as one process would."""
     processes = PartialState(cpu=True, backend="gloo").num_processes
     per_process = {"per_device_train_batch_size": TOGETHER // processes, "ddp_backend": "gloo"}
     return training.make(folder, model, head, callbacks, **{**per_process, **options})
 
 
 def entry_of(name: str) -> tuple[Method, list[dict[str, torch.Tensor]]]:
-    """A method and rows for it, the same whenever they are made; nothing is dropped, for each process draws by itself."""
+    """A method and its rows, always the same; without dropout, because each process draws its own."""
     torch.manual_seed(5)
     if name in METHODS:
         return METHODS[name], training.rows("causal")
@@ -64,7 +64,7 @@ def entry_of(name: str) -> tuple[Method, list[dict[str, torch.Tensor]]]:
 
 
 def train_and_resume(folder: Path, names: Iterable[str], **options: Any) -> dict[str, Any]:
-    """Train each method, then once more from the middle, in a fresh model."""
+    """Train each method, then resume it from the middle on a new model."""
     seen: dict[str, Any] = {}
     for name in names:
         method, rows = entry_of(name)
@@ -88,14 +88,14 @@ def train_and_resume(folder: Path, names: Iterable[str], **options: Any) -> dict
 
 
 def state(trainer: tf.Trainer, callback: SoftPromptCallback) -> dict[str, Any]:
-    """What training came to."""
+    """The results of a training."""
     whole = {name: softhooks.compat.sharding.full(value) for name, value in training.trained(callback).items()}
     assert callback.report is not None
     return {"losses": training.losses(trainer), "trained": whole, "checked": callback.report.tensors}
 
 
 def refusal(attempt: Callable[[], Any]) -> str:
-    """The error that an attempt ends in."""
+    """The error that a call raises."""
     try:
         attempt()
     except SoftHooksError as error:
@@ -109,7 +109,7 @@ def ddp(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def fsdp(folder: Path, rank: int) -> dict[str, Any]:
-    """Train and resume in sharded models; ask for what cannot be."""
+    """Train and resume in sharded models; record the refusals."""
     seen: dict[str, Any] = train_and_resume(folder, (*METHODS, "adapter", "p-tuning", "mpt-tasks"), **SHARDING)
     again = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     method, rows = entry_of("adapter")
@@ -152,7 +152,7 @@ def shard(model: Any) -> None:
 
 
 class Nudge(tf.TrainerCallback):
-    """Somebody's code that changes the prompt on one rank only."""
+    """A callback that changes the prompt on one rank only."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -164,7 +164,7 @@ class Nudge(tf.TrainerCallback):
 
 
 def ranks(folder: Path, rank: int) -> dict[str, Any]:
-    """Ranks that begin with different random numbers, or go apart."""
+    """Ranks that start with different random numbers, or diverge."""
     seen: dict[str, Any] = {}
     model = zoo.build("bert", "sequence")
     torch.manual_seed(rank)
@@ -214,7 +214,7 @@ def late(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run one scenario and keep what it saw."""
+    """Run one scenario and write its results."""
     torch.set_num_threads(1)
     # Older versions of accelerate call the CPU of the first process "cpu:0"; torch cannot load an optimizer's state to that.
     register_package(5, lambda _: None, lambda storage, place: storage if place.startswith("cpu:") else None)

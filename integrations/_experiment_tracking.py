@@ -1,4 +1,4 @@
-"""What a tracker of experiments is told of a prompt beside its curves: what it is, its files, the words that it lies near."""
+"""What experiment trackers record of a prompt in addition to its metrics: options, files, nearest words."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from softhooks.prompt import SoftPrompt
 from softhooks.similarity import Word, nearest_words
 
 ABOUT = "soft_prompt"
-"""Under which name trackers keep it."""
+"""The name under which trackers record the prompt."""
 
 WORDS = ("virtual token", "rank", "word", "cosine")
-"""The columns of a table of nearest words."""
+"""The columns of the table of nearest words."""
 
 
-class PromptReport(TrainerCallback):
-    """Tell a tracker of the prompt that a `SoftPromptCallback` trains. Its curves need no more than that: see `reporting`.
+class PromptTracker(TrainerCallback):
+    """Record the prompt that a `SoftPromptCallback` trains; its metrics are in the Trainer's logs already.
 
-    A subclass says how: `begin` before the first step, `end` after the last one.
+    Subclasses implement `begin`, called before the first step, and `end`, called after the last one.
 
     Args:
         tokenizer: the model's tokenizer, for a table of the words nearest to each virtual token; None: no table.
-        words: how many words for each.
+        words: the number of words for each virtual token.
     """
 
     def __init__(self, tokenizer: Any = None, *, words: int = 5) -> None:
@@ -35,16 +35,16 @@ class PromptReport(TrainerCallback):
         self._words = words
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Keep what the prompt is: its method, options and length, as flat names and plain values."""
+        """Record the method, its options and the number of parameters, a flat dictionary of plain values."""
         raise NotImplementedError
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Keep the prompt.
+        """Record the trained prompt.
 
         Args:
-            prompt: the prompt, still on its model.
-            folder: the prompt's files, as `save_pretrained` writes them; gone when this returns.
-            words: for each virtual token the words nearest to it; empty without a tokenizer.
+            prompt: the prompt, attached to its model.
+            folder: a temporary directory with the prompt's files, as `save_pretrained` writes them.
+            words: the words nearest to each virtual token; empty without a tokenizer.
         """
         raise NotImplementedError
 
@@ -53,7 +53,7 @@ class PromptReport(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse what could not be told at the end, and say what is trained."""
+        """Check that the words can be computed at the end, and record the options."""
         prompt = _prompt_of(kwargs["model"], type(self).__name__)
         if self._tokenizer is not None:
             nearest_words(prompt, self._tokenizer, self._words)
@@ -64,7 +64,7 @@ class PromptReport(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hand the prompt over; in a sharded model all processes take part in writing it."""
+        """Record the trained prompt; all processes take part in saving a sharded one."""
         prompt = _prompt_of(kwargs["model"], type(self).__name__)
         with tempfile.TemporaryDirectory() as folder:
             prompt.save_pretrained(folder)
@@ -74,7 +74,7 @@ class PromptReport(TrainerCallback):
 
 
 def table_of(words: list[list[Word]]) -> list[tuple[int, int, str, float]]:
-    """The lines of a table with the columns `WORDS`; virtual tokens and ranks are counted from 0."""
+    """The rows of a table with the columns `WORDS`; virtual tokens and ranks start at 0."""
     return [
         (number, rank, word.token, round(word.cosine, 4))
         for number, row in enumerate(words)
@@ -83,16 +83,15 @@ def table_of(words: list[list[Word]]) -> list[tuple[int, int, str, float]]:
 
 
 def _prompt_of(model: Any, asking: str) -> SoftPrompt:
-    """The prompt that trains.
+    """The prompt that is being trained.
 
     Raises:
-        TrainerError: there is none.
+        TrainerError: the model has no prompt.
     """
     prompted = prompted_model_of(model)
     if prompted is None or prompted.active is None:
         raise TrainerError(
-            f"{asking} tells a tracker of the prompt that a Trainer trains.",
+            f"{asking} found no prompt on {type(model).__name__}.",
             "Pass `SoftPromptCallback(method)` to the Trainer too.",
-            model=f"{type(model).__name__}, without a prompt",
         )
     return soft_prompts_of(prompted)[prompted.active]

@@ -1,4 +1,4 @@
-"""What happens as the forward of a stack begins: the call is looked at, and the pass of the prompts in use is opened."""
+"""The start of a stack's forward: check the call, and open the pass that puts the prompts in use into it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softhooks.inject.caches import cache_of
 from softhooks.inject.notes import require_own_cache, require_same_prompt
 from softhooks.inject.prefix.packed_documents import document_numbers, keep_documents_apart, require_masks
 from softhooks.inject.prefix.paged_cache import paged_cache
-from softhooks.inject.reuse import borne_by
+from softhooks.inject.reuse import scope_on
 from softhooks.inject.text_positions import OuterCall
 from softhooks.runtime.arguments import take
 from softhooks.runtime.continuous_batching import require_servable
@@ -24,15 +24,19 @@ if TYPE_CHECKING:
     from softhooks.runtime.prompted_model import PromptedModel
 
 
-def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
-    """Open the pass of a forward of a stack, if a prompt is on."""
+def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
+    """Check a call of a stack, remove the extra arguments from it, and open its pass; None if no prompt is in use.
+
+    Raises:
+        UnsupportedModeError: the call does not fit the prompts in use, or the cache or the documents in it.
+    """
     in_use = prompted.is_in_use
     prompted.recompute_check.note(prompted.selection_text if in_use else "none", stack.module.training)
     cache = cache_of(call) if in_use else call.get("past_key_values")
     if not in_use:
         require_own_cache(cache, None)
     prompted.refuse_unused(call, stack.parameters)
-    given = take(call, prompted.columns)  # where a stack is called by itself, as generate calls an encoder
+    given = take(call, prompted.columns)  # some stacks are called by themselves: `generate` calls an encoder
     paged = paged_cache(call)
     if not (in_use or prompted.is_on):
         require_same_prompt(paged, None, None)
@@ -42,7 +46,7 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
     text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     batch = text.shape[0] if isinstance(text, Tensor) else 0
     forward = prompted.running.forward
-    assert forward is not None, "a stack's hook has begun a call"
+    assert forward is not None, "the stack's hook has begun a call"
     selection = prompted.select(batch, given or forward.given)
     forward.batch = batch if forward.batch is None else forward.batch
     if not selection.uses:
@@ -53,14 +57,14 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
         require_own_cache(cache, made())
     columns = text.shape[1] if isinstance(text, Tensor) else 0
     own = call.get("position_ids")
-    outer = _outer(forward, stack)
+    outer = _outer_call(forward, stack)
     positions = outer.positions if own is None and outer is not None else own
     packed = document_numbers(positions, call.get("attention_mask"), columns)
     if packed is not None:
         require_masks(stack, packed, by_position=own is not None)
     if prompted.freeze_dropout:
         _keep_dropout_off(prompted, stack)
-    with borne_by(paged, prompted.model):
+    with scope_on(paged, prompted.model):
         opened = open_pass(stack, call, selection, prompted.placeholder_id, outer)
     if packed is not None:
         keep_documents_apart(opened, packed)
@@ -71,22 +75,22 @@ def open_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) ->
 
 
 def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
-    """Keep a backbone's dropout off until the call ends."""
-    resting = [module for module in stack.module.modules() if module.training]
+    """Put every module of a stack into evaluation mode until the call ends."""
+    training = [module for module in stack.module.modules() if module.training]
 
-    def wake() -> None:
-        for module in resting:
+    def restore() -> None:
+        for module in training:
             module.training = True
 
     call = prompted.running.call
     assert call is not None, "a stack's hook has begun a call"
-    call.cleanups.append(wake)
-    for module in resting:
+    call.cleanups.append(restore)
+    for module in training:
         module.training = False
 
 
-def _outer(forward: Call, stack: Stack) -> OuterCall | None:
-    """What the forward of the model that is under way brought for a stack."""
+def _outer_call(forward: Call, stack: Stack) -> OuterCall | None:
+    """The positions and the mask for a stack, as the caller passed them to the model."""
     if forward.brought is None:
         return None
     prefix = "decoder_" if stack.name == "decoder" else ""

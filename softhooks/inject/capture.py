@@ -1,0 +1,68 @@
+"""Keys and values that the attention modules of a stack compute, recorded in a forward of the stack alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from softhooks.backbone.forward_pass import AttentionFunction, Pass
+from softhooks.backbone.probing import last_hidden_state
+from softhooks.backbone.recording_cache import RecordingCache
+from softhooks.backbone.stack import Role, Site, Stack
+from softhooks.backbone.windows import window_of
+from softhooks.inject.prefix.key_values import KeyValues
+from softhooks.inject.prefix.paged_cache import attend_alone
+
+
+class CapturePass(Pass):
+    """A forward that records the keys and values of each site.
+
+    Args:
+        rows: what the embedding returns, [B, P, H]; None leaves its own output.
+    """
+
+    def __init__(self, stack: Stack, rows: Tensor | None = None) -> None:
+        super().__init__(stack)
+        self.rows = rows
+        self.keys: dict[Role, dict[int, Tensor]] = {"self": {}, "cross": {}}
+        self.values: dict[Role, dict[int, Tensor]] = {"self": {}, "cross": {}}
+
+    def embed(self, output: Tensor) -> Tensor:
+        """Return the given rows instead of the placeholder's embeddings."""
+        return output if self.rows is None else self.rows.to(output).expand_as(output)
+
+    def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record keys and values, [B, Hk, P, D], and run the attention function."""
+        self.touched = True
+        self.keys[site.role][site.index] = args[2]
+        self.values[site.role][site.index] = args[3]
+        return attend_alone(attention, window_of(site, kwargs), args, kwargs)
+
+
+def capture(
+    stack: Stack, inputs: dict[str, Any], rows: Tensor | None = None, alone: str = ""
+) -> tuple[dict[Role, KeyValues], Tensor]:
+    """Run a stack and record its keys and values.
+
+    Args:
+        inputs: the arguments of its forward.
+        rows: embeddings to use instead of those of the `input_ids`, [B, P, H].
+        alone: as in `StackState.running`.
+
+    Returns:
+        the keys and values by role, and the last hidden state, [B, P, H].
+    """
+    inputs = dict(inputs)
+    if "use_cache" in stack.parameters and stack.causal:
+        inputs["use_cache"] = False
+    cache = RecordingCache() if stack.injection == "cache" else None
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    live = CapturePass(stack, rows)
+    with stack.state.running(live, alone):
+        state = last_hidden_state(stack.module(**inputs))
+    if cache is not None:
+        live.keys["self"] = {index: key for index, (key, _) in cache.recorded.items()}
+        live.values["self"] = {index: value for index, (_, value) in cache.recorded.items()}
+    return {role: KeyValues(keys, live.values[role]) for role, keys in live.keys.items()}, state
