@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers.trainer import TRAINER_STATE_NAME
@@ -52,9 +53,10 @@ from softhooks import *
         ("", ("torch", "transformers", "numpy", "safetensors", *OF_THE_TRAINER)),
         (ATTACHED, OF_THE_TRAINER),
         (CALLBACK, NOBODY),
+        ("softhooks.PromptTuning(2)", ("transformers", "torch._dynamo", *OF_THE_TRAINER)),
         ("import softhooks.cli.app", ("torch", "transformers", "numpy", *OF_THE_TRAINER)),
     ],
-    ids=["import", "attach", "callback", "command line"],
+    ids=["import", "attach", "callback", "method", "command line"],
 )
 def test_what_is_not_imported(code: str, absent: tuple[str, ...], tmp_path: object) -> None:
     told = python(
@@ -70,6 +72,20 @@ def test_help_does_without_torch(tmp_path: object) -> None:
         "    sys.argv = ['softhooks', *command, '--help']\n"
         "    try: main()\n    except SystemExit as left: assert not left.code\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    assert python(code, tmp_path).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("as_peft", [False, True], ids=["softhooks", "peft"])
+def test_inspect_does_without_transformers(as_peft: bool, tmp_path: Path) -> None:
+    import zoo
+
+    with softhooks.attach(zoo.build("llama"), softhooks.PrefixTuning(2)) as prompt:
+        prompt.save_pretrained(tmp_path / "prompt", as_peft=as_peft)
+    code = (
+        "import sys\nfrom softhooks.cli.app import main\nsys.argv = ['softhooks', 'inspect', 'prompt']\n"
+        "try: main()\nexcept SystemExit as left: assert not left.code\n"
+        "print([name for name in ('transformers', 'torch._dynamo', 'accelerate') if name in sys.modules])"
     )
     assert python(code, tmp_path).splitlines()[-1] == "[]"
 

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 from softhooks.backbone.forward_pass import AttentionFunction
 from softhooks.backbone.inline_attention import inline_forward
 from softhooks.backbone.stack import Site, Stack
-from softhooks.backbone.stack_state import RunningPass
+from softhooks.backbone.stack_state import RunningPass, StackState
 from softhooks.errors import PromptNotReachedError
 from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
@@ -73,6 +74,19 @@ def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
     return attend
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _expects_pass(state: StackState) -> bool:
+    """Whether attention may run in a stack only inside a pass: every forward that went through the hooks has one.
+
+    A backward may run layers again whose forward was in another context: so it is enough that some prompt enters attention.
+    """
+    if state.owner is None:
+        return False
+    if torch._C._current_graph_task_id() != -1:
+        return any(prompt.injection != "slots" for prompt in state.owner.prompts.values())
+    return state.owner.is_in_use
+
+
 def current_pass(module: nn.Module) -> RunningPass | None:
     """The pass that runs now in the stack of an attention module; None for a module that no prompt enters.
 
@@ -85,7 +99,7 @@ def current_pass(module: nn.Module) -> RunningPass | None:
         return None
     state = site.stack.state
     current = state.current
-    if current is None and not state.expects_pass():
+    if current is None and not _expects_pass(state):
         return None
     if current is None:
         if state.owner is not None:

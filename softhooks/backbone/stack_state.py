@@ -144,15 +144,3 @@ class StackState:
         forward = None if self.owner is None else self.owner.running.forward
         if forward is not None:
             forward.encoded = encoded
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def expects_pass(self) -> bool:
-        """Whether attention may run here only inside a pass: every forward that went through the hooks has one.
-
-        A backward may run layers again whose forward was in another context: so it is enough that some prompt enters attention.
-        """
-        if self.owner is None:
-            return False
-        if torch._C._current_graph_task_id() != -1:
-            return any(prompt.injection != "slots" for prompt in self.owner.prompts.values())
-        return self.owner.is_in_use

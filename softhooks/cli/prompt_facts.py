@@ -13,10 +13,10 @@ from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.formats import native, peft_read
 from softhooks.formats.files import parse_json, read_json, read_tensors
 from softhooks.formats.find import format_of, read
+from softhooks.formats.native import LIVE
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods.stored_options import method_of
-from softhooks.saving.live_state import LIVE
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

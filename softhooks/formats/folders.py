@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from softhooks.backbone.container import CONTAINER
 from softhooks.errors import CheckpointError
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # as the Trainer names them
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of sharded checkpoints
 _STATE = "trainer_state.json"  # the Trainer's own name for it
 _MANY = 8
 _SMALL = 64 * 2**20  # no JSON that is read here is larger
@@ -95,7 +95,7 @@ def stray_tensors(folder: Path) -> Iterator[str]:
                 yield from filter(_is_of_prompt, weights.keys())
         except (SafetensorError, OSError, ValueError, RuntimeError):
             continue
-    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+    for name in _INDEX_FILES:
         weight_map = _json(folder / name).get("weight_map")
         yield from filter(_is_of_prompt, weight_map if isinstance(weight_map, dict) else {})
 

@@ -7,11 +7,11 @@ metadata. So one rename completes a save. `soft_prompt.json` repeats the descrip
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from softhooks._version import __version__
@@ -24,6 +24,8 @@ from softhooks.formats.stored import StoredPrompt
 
 TENSORS = "soft_prompt.safetensors"
 DESCRIPTION = "soft_prompt.json"
+LIVE = "soft_prompt.live.safetensors"
+"""The file of a checkpoint with the live parameters, from which training resumes."""
 FORMAT = "softhooks"
 """The key of the description in the file's metadata."""
 
@@ -70,7 +72,7 @@ def _describe(stored: StoredPrompt) -> dict[str, Any]:
         "base": {**stored.base.to_json(), "stacks": stored.stacks},
         "versions": {
             "softhooks": __version__,
-            "transformers": transformers.__version__,
+            "transformers": metadata.version("transformers"),
             "torch": torch.__version__,
         },
     }

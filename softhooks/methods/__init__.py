@@ -1,4 +1,7 @@
-"""The methods, one file a paper. A new method is one more import here."""
+"""The methods, one file a paper. A new method is one more import here.
+
+The modules import torch but not transformers, which takes seconds: `softhooks inspect` needs only their options.
+"""
 
 from __future__ import annotations
 

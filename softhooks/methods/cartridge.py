@@ -17,7 +17,6 @@ from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongErro
 from softhooks.formats.stored import StoredPrompt
 from softhooks.methods.from_prompt import Handle, read_checked
 from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
-from softhooks.objectives.self_distillation import SelfDistillation
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
@@ -132,6 +131,8 @@ class Cartridge(ReadPrefix):
 
     def objective(self) -> Objective | None:
         """Distill the document, or train on the model's own loss."""
+        from softhooks.objectives.self_distillation import SelfDistillation  # imports transformers
+
         return SelfDistillation(self.ids, self.top_k) if self.distill else None
 
     def build(self, structure: ModelStructure) -> PromptEncoder:

@@ -18,7 +18,6 @@ from softhooks.layout.few_shot import INPUT, Context, ExampleTemplate, whole_num
 from softhooks.layout.tokenizing import IGNORE_INDEX, tokenizer_of
 from softhooks.method import Method
 from softhooks.methods.cpt_encoder import EXAMPLE_IDS, ContextEncoder, FoldedContext
-from softhooks.objectives.weighted_labels import WeightedLabels
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
@@ -233,6 +232,8 @@ class ContextAwarePromptTuning(Method):
         context = self.context
         places = context.labels
         weights = [self.decay ** (context.count - context.examples[place]) for place in places]
+        from softhooks.objectives.weighted_labels import WeightedLabels  # imports transformers
+
         return WeightedLabels(places, [context.ids[place] for place in places], weights)
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> FoldedContext:

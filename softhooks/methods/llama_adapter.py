@@ -15,7 +15,6 @@ from softhooks.encoder import PromptEncoder
 from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.branch.branch import CONTEXT, BranchInputs, GatedRows
 from softhooks.inject.branch.linear_scaling import linears
-from softhooks.inject.branch.projection_probe import find_attention_calls
 from softhooks.inject.branch.projections import require_call
 from softhooks.method import Method, choice
 from softhooks.methods.llama_adapter_encoder import GATES, AdapterEncoder
@@ -132,6 +131,8 @@ class LlamaAdapter(Method):
         Raises:
             UnsupportedMethodError: rows cannot be given to a layer.
         """
+        from softhooks.inject.branch.projection_probe import find_attention_calls  # imports transformers
+
         find_attention_calls(structure)
         shapes: dict[str, tuple[int, int]] = {}
         for stack in structure.stacks:

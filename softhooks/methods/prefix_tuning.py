@@ -11,7 +11,6 @@ from torch import Tensor
 
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError
-from softhooks.inject.text_key_values import key_values_of
 from softhooks.layout.tokenizing import tokenize
 from softhooks.method import choice
 from softhooks.methods import initializers
@@ -78,6 +77,8 @@ class PrefixTuning(DeepPrefix):
     def start(self, structure: ModelStructure) -> dict[str, Tensor]:
         """The keys and values that each group starts from, [P, numbers]."""
         if self.init == "text":
+            from softhooks.inject.text_key_values import key_values_of  # imports transformers
+
             return key_values_of(structure, self._ids(structure))
         tables = super().start(structure)
         return tables if self.init == "random" else {group: torch.zeros_like(t) for group, t in tables.items()}

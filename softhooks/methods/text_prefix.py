@@ -12,7 +12,6 @@ from torch import Tensor
 from softhooks.backbone.entry_points import require_sites
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError
-from softhooks.inject.text_key_values import key_values_of
 from softhooks.layout.tokenizing import tokenize, tokenizer_of
 from softhooks.method import Method
 
@@ -39,6 +38,8 @@ class ReadPrefix(Method):
         require_sites(structure)
         tokens = torch.tensor(list(ids), dtype=torch.long)
         embed_ids(structure, tokens)  # refuses ids outside the vocabulary
+        from softhooks.inject.text_key_values import key_values_of  # imports transformers
+
         return key_values_of(structure, tokens)
 
 

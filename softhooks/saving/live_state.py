@@ -12,10 +12,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from softhooks.backbone.container import CONTAINER
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.formats.files import write_json, write_tensors
+from softhooks.formats.native import LIVE
 from softhooks.prompt import SoftPrompt
-
-LIVE = "soft_prompt.live.safetensors"
-"""The file of a checkpoint with the live parameters, from which training resumes."""
 
 DESCRIPTION = "description"
 """The entry of a live file that describes the prompt, its base and its optimizer."""

@@ -22,8 +22,9 @@ from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import TrainerError
 from softhooks.formats.files import parse_json, read_tensors
+from softhooks.formats.native import LIVE
 from softhooks.prompt import SoftPrompt
-from softhooks.saving.live_state import DESCRIPTION, LIVE, NotSaved, live_tensors, write_live
+from softhooks.saving.live_state import DESCRIPTION, NotSaved, live_tensors, write_live
 from softhooks.saving.model import SavePrompts
 from softhooks.trainer.metrics import TrainingMetrics
 from softhooks.trainer.recovery import Lock

@@ -28,8 +28,7 @@ from softhooks.backbone.container import CONTAINER
 from softhooks.cli import app
 from softhooks.cli.prompt_facts import facts_of
 from softhooks.cli.prompt_table import show
-from softhooks.formats.native import DESCRIPTION, TENSORS
-from softhooks.saving.live_state import LIVE
+from softhooks.formats.native import DESCRIPTION, LIVE, TENSORS
 
 P = 4
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"

@@ -24,9 +24,9 @@ from untouched import untouched
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, PTuning, SoftPromptCallback, TrainerError
 from softhooks.errors import FrozenModifiedError
+from softhooks.formats.native import LIVE
 from softhooks.integrations.accelerate import track
 from softhooks.runtime.prompted_model import prompted_model_of
-from softhooks.saving.live_state import LIVE
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,9 @@ import zoo
 import softhooks
 from softhooks import PrefixTuning, SoftHooksError, TrainerError
 from softhooks.formats.files import read_tensors
+from softhooks.formats.native import LIVE
 from softhooks.integrations import ray as integration
 from softhooks.integrations.ray import ReportCallback, last_checkpoint
-from softhooks.saving.live_state import LIVE
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own, in threads of its own
 

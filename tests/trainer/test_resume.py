@@ -20,9 +20,8 @@ from untouched import differences, remove_all, snapshot
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
-from softhooks.formats.native import TENSORS
+from softhooks.formats.native import LIVE, TENSORS
 from softhooks.method import Method
-from softhooks.saving.live_state import LIVE
 
 RUNS = [
     ("llama", "causal", "prompt"),

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
@@ -17,6 +16,8 @@ Scaled = dict[str, tuple[Tensor, Tensor]]
 
 def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
     """Every linear layer in the blocks of a stack, by name, with the width of its output; the factors of LoRA do not count."""
+    from transformers.pytorch_utils import Conv1D
+
     blocks = {name for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList)}
     found: dict[str, tuple[nn.Module, int]] = {}
     for name, module in stack.module.named_modules():
