@@ -28,7 +28,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_collection_finish() -> None:
-    """Once all that the tests import is there; collections, of which tests make thousands, took a third of their time."""
+    """After all imports: thousands of garbage collections took a third of the tests' time."""
     leave_libraries_alone()
 
 
@@ -39,6 +39,6 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_prompt_left() -> None:
-    """Collect what the test before dropped with a prompt on, some of it not before it was over: libraries are bare then."""
+    """Collect models that the previous test dropped with a prompt on, so that the libraries are unpatched."""
     if any(users for users in (attention_interface.users, constraint.watched, add_callback.users, log.users)):
         gc.collect()

@@ -52,7 +52,7 @@ def test_the_way_in_is_chosen_by_a_check_and_visible(arch: str, head: str, metho
 
 
 def test_a_decoder_that_takes_no_positions_is_told_them_at_its_table() -> None:
-    """Computed once, BART's prompt would else stand where the text does."""
+    """Otherwise BART's prompt, computed once, would have the text's positions."""
     from transformers import BartForCausalLM
 
     config = zoo.CONFIGS["bart"]()
@@ -141,7 +141,7 @@ def test_attach_does_not_disturb_the_random_state_beyond_its_own_draws() -> None
 
 
 def test_an_error_while_attaching_undoes_everything() -> None:
-    """A probe that fails after the hooks are in leaves nothing behind."""
+    """A check that fails after the hooks are registered leaves nothing behind."""
     model = zoo.build("llama")
     before = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()]
     original = softhooks.attach.__globals__["_prove_reached"]
@@ -384,7 +384,7 @@ def test_attach_after_torch_compile_is_refused() -> None:
 
 
 def test_the_public_names() -> None:
-    """All that the design names, every method and every exception; and whatever is exported is there."""
+    """Every documented name, method and exception is exported, and every exported name exists."""
     designed = {
         "attach", "load", "tune", "activate", "rows", "disabled", "SoftPrompt", "SoftPromptCallback", "PromptTuning",
         "PrefixTuning", "PTuning", "PTuningV2", "MultitaskPromptTuning", "ContextAwarePromptTuning", "LlamaAdapter", "Layout",
@@ -465,7 +465,7 @@ def test_attentions_have_the_bare_models_shapes_also_in_a_tuple(entry: Entry) ->
 
 @pytest.mark.parametrize("method", [PromptTuning(3), PrefixTuning(3)], ids=["prompt", "prefix"])
 def test_a_fused_optimizer_leaves_no_stale_keys_behind(method: Any) -> None:
-    """It writes to the parameters without a trace in their version, and is the Trainer's default."""
+    """A fused optimizer, the Trainer's default, does not change the parameters' versions."""
     model, ids = zoo.build("llama"), zoo.text(2, 6)
     with softhooks.attach(model, method) as prompt:
         optimizer = torch.optim.AdamW(prompt.parameters(), lr=0.5, fused=True)

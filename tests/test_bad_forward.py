@@ -33,7 +33,7 @@ AS_KEYS = {"shared": PromptTuning(P), "attention": PrefixTuning(P)}
 
 
 def refused(model: Any, error: type[Exception], message: str, call: Callable[[], Any]) -> None:
-    """The call raises; the model, its prompt included, is what it was."""
+    """The call raises, and the model and its prompt stay unchanged."""
     with torch.no_grad():
         expected = zoo.main_output(model(IDS))
         with untouched(model), pytest.raises(error, match=message):
@@ -230,7 +230,7 @@ def test_a_backbone_at_rest_wakes_up_after_a_refusal(method: Any) -> None:
 
 @pytest.mark.parametrize("way", [*AS_KEYS, *AS_SLOTS])
 def test_a_forward_after_one_that_was_interrupted(way: str) -> None:
-    """Of a KeyboardInterrupt torch tells no hook; what it left open is closed by the next forward."""
+    """torch runs no hook after a KeyboardInterrupt; the next forward cleans up."""
     model, bare = zoo.build("llama").train(), zoo.build("llama")
     with softhooks.attach(model, (AS_KEYS | AS_SLOTS)[way], freeze_dropout=True), torch.no_grad():
         expected = model(IDS).logits

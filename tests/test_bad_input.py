@@ -193,7 +193,7 @@ NUMBERED: dict[str, Callable[[Any], Any]] = {
     "residual": ResidualPromptTuning,
     "cartridge": lambda count: Cartridge(count, document=[5, 6, 7]),
 }
-"""Every method that is told P; contexts and demonstrations have a length of their own."""
+"""Every method with `num_virtual_tokens`; contexts and demonstrations determine their own length."""
 
 WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
     (lambda: PromptTuning(3, init="warm"), "init must be one of 'vocab', .*'prompt'; it is 'warm'"),
@@ -238,7 +238,7 @@ def test_wrong_options(number: int) -> None:
 @pytest.mark.parametrize("count", [0, -1, 2.5, True, "3"])
 @pytest.mark.parametrize("way", NUMBERED)
 def test_a_prompt_without_virtual_tokens_is_refused(way: str, count: Any) -> None:
-    """P = 0 would be the base: a run that trains nothing. The base is had with `disabled`, or without a prompt."""
+    """P = 0 would be the base model and train nothing; use `disabled` for the base."""
     said = re.escape(f"num_virtual_tokens must be a whole number of 1 or more; it is {count!r}.")
     if way == "p-tuning" and type(count) is int and count == 0:  # stands for none given, for a layout may say it
         said = "needs to know its virtual tokens; pass `num_virtual_tokens`"

@@ -167,7 +167,7 @@ def test_what_an_ensemble_refuses() -> None:
 
 
 def test_an_ensemble_of_tuned_prompts_is_at_least_as_good_as_their_mean() -> None:
-    """Five short tunings on a few words each: none is right everywhere, and not in the same places."""
+    """Five short tunings on a few words each: each makes errors, at different places."""
     model, function = toy.model(), 3
     shares = []
     for number in range(5):

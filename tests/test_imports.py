@@ -24,10 +24,10 @@ NOBODY = (
     "lightning",
     "tensorflow",
 )
-"""What nothing of softhooks needs before it is asked for."""
+"""Modules that no import of softhooks may load."""
 
 OF_THE_TRAINER = (*NOBODY, "transformers.training_args", "transformers.trainer_utils", "peft", "bitsandbytes")
-"""What a prompt needs neither, in a loop of one's own."""
+"""Modules that a prompt in a plain training loop may not load either."""
 
 ATTACHED = """
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -100,7 +100,7 @@ def python(code: str, folder: object) -> str:
 
 
 def test_every_name_is_there_and_a_module_never_hides_a_function(tmp_path: object) -> None:
-    """`softhooks.attach` and `softhooks.kept` are functions, whoever imports the modules of these names, and when."""
+    """`softhooks.attach` and `softhooks.kept` are functions, also after the modules of these names are imported."""
     assert sorted(softhooks.__all__) == sorted(softhooks._MODULE_OF)
     assert set(softhooks.__all__) <= set(dir(softhooks))
     for name in softhooks.__all__:

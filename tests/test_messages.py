@@ -18,7 +18,7 @@ from softhooks import Layout, OptionError, PrefixTuning, PromptTooLongError, Pro
     [("gpt2", "causal"), ("opt", "causal"), ("bert", "sequence"), ("roberta", "masked"), ("bart", "seq2seq")],
 )
 def test_a_prompt_that_is_too_long_is_told_how_long_it_may_be(method: type, arch: str, head: str) -> None:
-    """And a prompt of that length is attached."""
+    """A prompt of the length that the error names can be attached."""
     model = zoo.build(arch, head)
     with pytest.raises(PromptTooLongError, match=r"leave room for text(.|\n)*virtual tokens: *96\n") as told:
         softhooks.attach(model, method(96))

@@ -58,7 +58,7 @@ def test_prompt_in_slots_equals_prompt_computed_once(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", [a for a in CAUSAL if a != "mixtral"])
 def test_prompt_tuning_in_double_precision(arch: str) -> None:
-    """In fp64 the difference from the oracle is rounding and nothing else."""
+    """In fp64 the difference from the oracle is only rounding."""
     model, ids = zoo.build(arch).double(), zoo.text(2, T)
     with softhooks.attach(model, PromptTuning(P)) as prompt:
         logits = model(ids).logits

@@ -222,7 +222,7 @@ def test_case_12_packed_documents(arch: str, method: Any) -> None:
 
 
 def test_case_17_an_adapter_trains_the_head_of_a_sequence_classifier(tmp_path: Path) -> None:
-    """PEFT freezes the head where it started, at random; here it trains, is saved, and comes back."""
+    """PEFT freezes the randomly initialized head; here it is trained, saved and loaded."""
     ids, labels = torch.cat([zoo.text(1, 7, seed=seed) for seed in range(6)]), torch.arange(6) % 3
     model = zoo.build("llama", "sequence")
     own = model.score.weight.detach().clone()
@@ -253,7 +253,7 @@ def test_case_17_an_adapter_trains_the_head_of_a_sequence_classifier(tmp_path: P
 
 
 def test_an_adapter_on_biased_projections_starts_as_the_base() -> None:
-    """PEFT adds it behind the output projection, whose bias then comes twice: 0.085 off where it was measured."""
+    """PEFT adds it after the output projection, so that its bias counts twice: a measured error of 0.085."""
     ids = zoo.text(2, 7)
     model = zoo.build("llama", attention_bias=True).requires_grad_(False)
     bare = model(ids).logits

@@ -43,7 +43,7 @@ def _clean() -> Iterator[None]:
 
 
 def prompted(arch: str, way: str) -> tuple[Any, Any, Any]:
-    """A model with a prompt whose numbers matter, the prompt, and a bare model with the same weights."""
+    """A model with a prompt that has an effect, the prompt, and a bare model with the same weights."""
     model, bare = naive.endless(zoo.build(arch)), naive.endless(zoo.build(arch))
     prompt = softhooks.attach(model, METHODS[way]())
     with torch.no_grad():
@@ -54,7 +54,7 @@ def prompted(arch: str, way: str) -> tuple[Any, Any, Any]:
 
 
 def told(way: str, *tasks: int) -> dict[str, Tensor]:
-    """What a call says beside its text."""
+    """The batch columns of a call."""
     return {"task_ids": torch.tensor(tasks)} if way == "mpt" else {}
 
 
@@ -75,14 +75,14 @@ def step_of(bare: Any, prompt: Any, task: int = 0) -> naive.Step:
 
 
 def expected_of(bare: Any, prompt: Any) -> list[Tensor]:
-    """What each row becomes, with its task's prompt."""
+    """The expected tokens of each row, with its task's prompt."""
     steps = [step_of(bare, prompt, task if isinstance(prompt.method, MultitaskPromptTuning) else 0) for task in TASKS]
     return [naive.greedy(step, row, NEW) for step, row in zip(steps, ROWS, strict=True)]
 
 
 @pytest.mark.parametrize(("arch", "way"), PAIRS)
 def test_case_14_every_way_of_decoding(arch: str, way: str) -> None:
-    """Assisted by a model that knows nothing of prompts and their columns, by the text itself; in a cache of fixed size."""
+    """Assisted by a model without prompts, and by prompt lookup; and with a static cache."""
     model, prompt, bare = prompted(arch, way)
     expected = expected_of(bare, prompt)
     one = {"input_ids": ROWS[0][None], **told(way, TASKS[0])}
@@ -111,7 +111,7 @@ def test_case_14_continuing_from_a_returned_cache(arch: str, way: str) -> None:
 
 
 def test_an_assistant_of_the_same_prompts_is_told_the_tasks_too() -> None:
-    """What only the prompted model takes is kept from its assistant; an assistant with prompts needs it."""
+    """Batch columns are not passed to an assistant without prompts; one with prompts needs them."""
     model, prompt, bare = prompted("llama", "mpt")
     assistant = naive.endless(zoo.build("llama", seed=1))
     softhooks.attach(assistant, METHODS["mpt"]())

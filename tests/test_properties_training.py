@@ -16,7 +16,7 @@ from untouched import differences, snapshot
 pytestmark = pytest.mark.hypothesis
 
 FEW = settings(max_examples=max(3, settings.default.max_examples // 5))
-"""For what runs over every method, and draws the architecture too."""
+"""For tests that run over every method and draw the architecture."""
 
 
 def turned(entry: Entry, items: list[Any]) -> st.SearchStrategy[Any]:

@@ -33,7 +33,7 @@ MEMBERS = {
     ],
     "Verbalizer": ["classes", "labels", "scores", "scores_at_labels", "token"],
 }
-"""What users call on objects of these classes."""
+"""The public members of these classes."""
 
 API = """\
 [softhooks]

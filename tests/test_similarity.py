@@ -34,7 +34,7 @@ SOURCES: dict[str, Method] = {
 
 @torch.no_grad()
 def tuned(folder: Path, method: Method, name: str = "source") -> torch.Tensor:
-    """Save a prompt whose numbers are its own, and return its rows."""
+    """Save a prompt with random values, and return its rows."""
     model = zoo.build("llama")
     with softhooks.attach(model, method) as prompt:
         for parameter in prompt.parameters():
@@ -146,7 +146,7 @@ def test_prompts_of_other_models_are_not_compared() -> None:
 
 
 def test_a_start_from_the_same_task_learns_at_once_and_is_the_nearest(tmp_path: Path) -> None:
-    """Prompts for three functions are stored; a short tuning on a few words tells which of them the target is like."""
+    """Prompts for three functions are stored; a short tuning on a few words identifies the one similar to the target."""
     model, stored = toy.model(), {}
     for function in range(3):
         torch.manual_seed(function)

@@ -41,7 +41,7 @@ def three() -> tuple[Any, dict[str, SoftPrompt], dict[str | None, Tensor]]:
 
 
 def on(model: Any, logits: dict[str | None, Tensor]) -> str | None:
-    """Which prompt answers."""
+    """The name of the prompt that the output belongs to."""
     found = [name for name, expected in logits.items() if torch.equal(model(IDS).logits, expected)]
     assert len(found) == 1
     return found[0]

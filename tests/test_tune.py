@@ -62,7 +62,7 @@ def steps(
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    """What a model answers, at rest; its mode stays as it was."""
+    """A model's output in evaluation mode; its mode is restored."""
     training_modules = [module for module in model.modules() if module.training]
     result: torch.Tensor = model.eval()(**batches("causal")[0]).logits
     for module in training_modules:

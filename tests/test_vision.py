@@ -97,7 +97,7 @@ def inputs(name: str, ids: Tensor = IDS) -> dict[str, Tensor]:
 
 
 def seen_by_the_text_model(model: Any, call: dict[str, Tensor]) -> dict[str, Any]:
-    """What the bare model around it hands to its text model: embeddings with the image in them, positions, masks."""
+    """The inputs that the bare model passes to its text model: embeddings with the image, positions, masks."""
     seen: dict[str, Any] = {}
     text = model.model.language_model
     handle = text.register_forward_pre_hook(lambda _m, _a, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -170,7 +170,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 
 @torch.no_grad()
 def stirred(model: Any, way: str) -> Any:
-    """A prompt whose numbers matter."""
+    """A prompt with an effect."""
     prompt = softhooks.attach(model, METHODS[way]())
     for parameter in prompt.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.4)
@@ -252,7 +252,7 @@ def test_gradients_reach_the_prompt_and_the_base_stays(name: str) -> None:
 
 
 def test_slots_among_an_image_whose_tokens_see_ahead_are_refused() -> None:
-    """Gemma 3 hands its text model a mask that is prepared already, in which an image's tokens see each other."""
+    """Gemma 3 passes its text model a prepared mask in which an image's tokens see each other."""
     model = model_of("gemma3")
     with pytest.raises(UnsupportedModeError), softhooks.attach(model, PromptTuning(P), injection="slots"):
         model(**inputs("gemma3"))

@@ -27,7 +27,7 @@ def answer(model: Any, entry: Entry) -> Tensor:
 
 
 def train(model: Any, parameters: Any, entry: Entry) -> None:
-    """A loop of anybody's own."""
+    """A plain training loop."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     model.train()
     for _ in range(3):

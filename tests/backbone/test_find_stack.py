@@ -27,7 +27,7 @@ def markuplm() -> Any:
 
 
 class Block(nn.Module):
-    """A causal mean of the tokens before, and a linear layer."""
+    """A causal mean over the previous tokens, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Layered(nn.Module):
 
 
 class Headed(nn.Module):
-    """A backbone and a head, as a model of one's own."""
+    """A backbone and a head, as a user's own model."""
 
     def __init__(self, held: str) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def test_layers_may_be_held_in_any_way(held: str) -> None:
 
 
 class Bag(nn.Module):
-    """A model whose tokens never meet."""
+    """A model whose tokens do not see each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def test_a_model_whose_tokens_never_meet_is_refused() -> None:
 
 
 class TwoStacks(Headed):
-    """Two backbones that are given the same ids, of which the first one's states are thrown away."""
+    """Two backbones with the same ids; the states of the first one are discarded."""
 
     def __init__(self) -> None:
         super().__init__("list")
@@ -177,7 +177,7 @@ class TwoStacks(Headed):
 
 
 class Misled(TwoStacks):
-    """The same, that names the wrong embedding."""
+    """The same, returning the wrong input embedding."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.unused.embeddings.words

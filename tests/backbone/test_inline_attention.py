@@ -41,7 +41,7 @@ def _clean() -> Iterator[None]:
 
 
 def sizeable(prompt: Any) -> Any:
-    """Numbers that matter to every output; N(0, 0.02) hardly would."""
+    """Set values that matter to every output; N(0, 0.02) hardly would."""
     prompt.encoder.eval()
     with torch.no_grad():
         for parameter in prompt.encoder.parameters():
@@ -155,7 +155,7 @@ def test_slots_are_the_concatenation_by_hand(arch: str, placement: Any) -> None:
 
 @pytest.mark.parametrize("placement", ["front", "after_first", "end"])
 def test_alberts_pooler_sees_the_first_token_and_not_the_prompt(placement: Any) -> None:
-    """It is handed one column, so that the slots must be gone before."""
+    """It is given one column, so the slots must be removed before."""
     model, ids = zoo.build("albert", "sequence"), zoo.text(2, T)
     with torch.no_grad(), softhooks.attach(model, PromptTuning(P, placement=placement)) as prompt:
         output, rows = model(ids, output_hidden_states=True), prompt.encoder("embeddings")
@@ -170,7 +170,7 @@ def test_alberts_pooler_sees_the_first_token_and_not_the_prompt(placement: Any) 
 
 
 def test_words_keys_are_what_the_projections_make_of_them() -> None:
-    """A start from text, in the first layer, by hand."""
+    """Initialization from text in the first layer, by hand."""
     spoken = [21, 35, 11, 52]
     for arch in ("megatron-bert", "deberta-v2"):
         model = zoo.build(arch, "tokens")
@@ -250,7 +250,7 @@ def test_autocast_and_half_precision(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", zoo.WRITTEN_OUT)
 def test_attentions_own_dropout_falls_on_the_prefix_too(arch: str) -> None:
-    """Where it drops everything, nothing of the prompt comes through; and nothing of the text."""
+    """With a dropout of 1, neither the prompt nor the text has an effect."""
     model, ids = naive.without_dropout(zoo.build(arch, "tokens")).train(), zoo.text(2, T)
     with torch.no_grad(), softhooks.attach(model, PTuningV2(P)) as prompt:
         sizeable(prompt)
@@ -373,7 +373,7 @@ def test_attention_to_other_states_is_refused() -> None:
 
 
 def _written_otherwise(module: Any) -> None:
-    """A module of a known family whose code is not the one that the recipe was written for."""
+    """A module of a known family with other code than the recipe expects."""
     own = type(module)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=["shared", "prefix"
 
 
 def said(call: Any) -> list[str]:
-    """The warnings of a call, in words."""
+    """The texts of the warnings of a call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()

@@ -113,7 +113,7 @@ def words() -> list[int]:
 
 
 def before(model: Any, first: list[int], ids: torch.Tensor) -> torch.Tensor:
-    """The bare model's answers on a text behind words."""
+    """The bare model's outputs for a text after words."""
     row = torch.tensor(first).expand(len(ids), -1)
     return logits(model, torch.cat([row, ids], 1))[:, len(first) :]
 
@@ -257,7 +257,7 @@ def test_a_prompt_that_starts_from_another_has_its_ids(tmp_path: Path) -> None:
 
 
 def test_words_before_a_text_that_may_have_images_are_these_words() -> None:
-    """The model around the stack makes the embeddings of the layers from the text's ids, and hands them over."""
+    """The model around the stack makes the layers' embeddings from the text's ids and passes them in."""
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -305,7 +305,7 @@ def test_a_copy_and_a_folded_prompt_have_the_same_ids(name: str) -> None:
 
 
 def test_a_run_that_is_resumed_has_the_ids_that_it_began_with(tmp_path: Path) -> None:
-    """They are drawn at random with the words, so those of the second start are others."""
+    """They are sampled with the words, so a second initialization has other ids."""
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4
 
     def trainer(steps: int, seed: int) -> tuple[tf.Trainer, softhooks.SoftPromptCallback]:

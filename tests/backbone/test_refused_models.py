@@ -85,7 +85,7 @@ def idefics() -> Any:
 
 
 class Failing(nn.Module):
-    """A model around a small one that fails in a forward of one's choice."""
+    """A model around a small one that fails in a chosen forward."""
 
     def __init__(self, at: int, error: type[Exception]) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_what_a_model_raises_in_a_probe_is_an_error_of_ours_and_the_model_is_as_
 
 
 def _check_remedy(model: Any, method: Any, message: str) -> None:
-    """Do what the last line says."""
+    """Apply the remedy in the error's last line."""
     remedy = message.splitlines()[-1]
     inside = re.search(r"`model\.([\w.]+)`", remedy)
     if inside is not None:

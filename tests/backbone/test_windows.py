@@ -41,7 +41,7 @@ def _llama4() -> Any:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("gap", [real_words.prefix_gap, real_words.front_gap], ids=lambda gap: gap.__name__)
 def test_a_window_that_is_in_the_masks_alone_counts_for_a_prefix(gap: Any, attention: str, left: int) -> None:
-    """PhiMoE hands its attention function a mask with windows, and does not say so."""
+    """PhiMoE passes a windowed mask to its attention function, but no window size."""
     assert gap(_phimoe(attention), zoo.text(1, 16), 4, left=left) < 1e-5
 
 
@@ -60,7 +60,7 @@ def test_a_text_that_fits_into_a_chunk_with_its_prefix_is_right() -> None:
 
 
 def test_a_text_that_leaves_the_chunk_of_its_prefix_is_refused() -> None:
-    """Llama 4 cuts the text alone into chunks; with words before it the cuts would stand earlier."""
+    """Llama 4 divides only the text into chunks; with words before it the boundaries would be elsewhere."""
     model = _llama4()
     with softhooks.attach(model, PrefixTuning(4)):
         model(zoo.text(2, 156))

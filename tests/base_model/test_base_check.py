@@ -50,7 +50,7 @@ def reseeded(arch: str) -> Any:
 
 
 def moved(model: Any, by: float, which: Callable[[str], bool] = lambda name: True) -> Any:
-    """A model after some training: each weight has moved by a share of its size."""
+    """A model after some training: each weight has changed by a fraction of its size."""
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
         if which(name):
@@ -81,7 +81,7 @@ def test_a_conversion_of_precision_is_no_other_base(tmp_path: Path, before: torc
 
 
 def test_a_head_and_a_pooler_of_its_own_are_no_other_base(tmp_path: Path) -> None:
-    """Both are made anew, at random, whenever a checkpoint has none."""
+    """Both are initialized at random if a checkpoint lacks them."""
     base = zoo.build("bert", "sequence")
     folder = saved(base, tmp_path)
     other = copy.deepcopy(base)
@@ -202,7 +202,7 @@ def test_a_base_that_was_converted_and_back_is_warned_of(tmp_path: Path, precisi
 
 
 def test_a_small_step_from_a_base_of_low_precision_is_refused(tmp_path: Path) -> None:
-    """The base holds nothing but numbers of bf16; each step from it is smaller than what bf16 can tell."""
+    """The base has only bf16 values, and each change is smaller than the precision of bf16."""
     folder = saved(zoo.build("llama").bfloat16().float(), tmp_path)
     with pytest.raises(PromptMismatchError, match="fine-tuned variant"):
         softhooks.load(moved(zoo.build("llama").bfloat16().float(), 1e-5), folder)

@@ -163,7 +163,7 @@ def test_a_prompt_attached_again_has_no_gradient_from_before() -> None:
 
 
 def test_one_step_trains_two_prompts_each_by_its_own_gradients() -> None:
-    """A prompt that goes off keeps its gradients, for they may be half of a step; `zero_grad` clears them."""
+    """A prompt that is switched off keeps its gradients, which may belong to an unfinished step; `zero_grad` clears them."""
     model = zoo.build("llama")
     first = softhooks.attach(model, PromptTuning(4), "first")
     second = softhooks.attach(model, PromptTuning(4), "second")
@@ -187,7 +187,7 @@ def test_one_step_trains_two_prompts_each_by_its_own_gradients() -> None:
 
 
 def test_a_trainer_clips_by_the_gradients_of_its_own_prompt(tmp_path: Path) -> None:
-    """Another prompt's, from a loop before, are set aside while it rests, and come back."""
+    """Gradients of another prompt, from an earlier loop, are set aside while it is inactive, and restored."""
     model = zoo.build("llama", "sequence")
     other = softhooks.attach(model, PromptTuning(4), "other")
     model(input_ids=IDS, labels=torch.tensor([0, 1])).loss.backward()

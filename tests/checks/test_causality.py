@@ -40,7 +40,7 @@ def _splinter() -> Any:
 
 @torch.no_grad()
 def _reach(model: Any, columns: int = 9, changed: int = 5) -> Tensor:
-    """By how much each token's state moves when one token changes, [T]."""
+    """The change of each token's state when one token changes, [T]."""
     ids = zoo.text(1, columns)
     other = ids.clone()
     other[0, changed] = 4 + (ids[0, changed] - 3) % 50
@@ -86,7 +86,7 @@ def test_padding_says_nothing_to_an_encoder_whose_attention_gets_no_mask() -> No
 def _everything(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **_: Any
 ) -> Any:
-    """An attention function that nobody knows: without a mask every query sees every key."""
+    """An unknown attention function: without a mask every query sees every key."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)

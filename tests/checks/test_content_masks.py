@@ -36,7 +36,7 @@ def _wide(model: Any) -> Any:
 
 @pytest.mark.parametrize("method", _METHODS, ids=lambda method: method.kind)
 def test_a_prefix_is_refused_where_masks_are_made_of_values(method: Any) -> None:
-    """Doge adds to each key's scores what it makes of its value, which a prefix would be without."""
+    """Doge adds a function of each key's value to its scores, which a prefix would lack."""
     model = _wide(tf.DogeForCausalLM(tf.DogeConfig(**_SIZES)))
     with pytest.raises(UnsupportedMethodError, match="masks that do not depend on what a text says"):
         softhooks.attach(model, method)
@@ -44,7 +44,7 @@ def test_a_prefix_is_refused_where_masks_are_made_of_values(method: Any) -> None
 
 
 def test_a_model_that_reads_keys_past_the_cache_of_an_encoder_decoder_is_refused() -> None:
-    """BigBird takes the keys of its own text for those of the encoder, where there is a cache."""
+    """With a cache, BigBird uses its own text's keys as the encoder's."""
     config = tf.BigBirdConfig(**_SIZES, is_decoder=True, add_cross_attention=True, attention_type="original_full")
     model = tf.BigBirdForCausalLM(config).eval()
     ids, states = zoo.text(2, 5), torch.randn(2, 4, 32)
@@ -61,7 +61,7 @@ def test_other_models_have_the_same_masks_for_every_text(arch: str) -> None:
 
 
 def test_a_model_that_scales_its_embeddings_in_place_takes_a_prefix() -> None:
-    """CTRL multiplies what its embedding returns in place, which torch forbids where gradients start."""
+    """CTRL scales its embedding's output in place, which torch forbids for leaf tensors with gradients."""
     config = tf.CTRLConfig(vocab_size=zoo.VOCABULARY, n_embd=32, dff=48, n_layer=2, n_head=4, n_positions=64)
     model = _wide(tf.CTRLLMHeadModel(config))
     assert real_words.prefix_gap(model, zoo.text(1, 12), 3, left=2) < 1e-5

@@ -26,7 +26,7 @@ def _siglip() -> Any:
 
 
 class _Reader(tf.BertModel):
-    """An encoder that pools a column of its own choice, in no module that is called a pooler."""
+    """An encoder that pools a given column without a module named pooler."""
 
     column = 0
 

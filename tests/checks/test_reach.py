@@ -75,7 +75,7 @@ def test_the_proof_leaves_nothing_behind(entry: Entry, case: zoo.Case, monkeypat
     ids=str,
 )
 def test_one_virtual_token_is_attached(entry: Entry) -> None:
-    """An LSTM that makes one step has recurrent weights that nothing moves."""
+    """The recurrent weights of an LSTM with one step have no gradient."""
     model = zoo.build("llama")
     with softhooks.attach(model, entry.make(1)) as prompt:
         assert not prompt.encoder.unmoved or "weight_hh" in "".join(prompt.encoder.unmoved)
@@ -84,7 +84,7 @@ def test_one_virtual_token_is_attached(entry: Entry) -> None:
 
 @pytest.mark.parametrize("method", [PrefixTuning(3), PTuningV2(3), LlamaAdapter(3)], ids=lambda m: m.kind)
 def test_keys_and_values_that_no_gradient_reaches_are_named(method: Any) -> None:
-    """HRM runs its early turns without gradients: what stands there would stay as it was drawn."""
+    """HRM runs its early iterations without gradients, so prefixes there would never be trained."""
     model = hrm()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(AttachError, match=r"found: *no gradient reaches .*attention 0(.|\n)*PromptTuning"):

@@ -56,7 +56,7 @@ CASES = [
     *[("llama", "sequence", kind) for kind in ("prompt", "p-tuning")],
     *[(arch, "seq2seq", "prompt") for arch in zoo.SEQ2SEQ],
 ]
-"""What needs no base model: the files say all of it."""
+"""Conversions that need no base model, because the files have all the information."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def answer(model: Any, arch: str, head: str, kind: str = "") -> Tensor:
 
 
 def saved(folder: Path, arch: str, head: str, method: Method, kind: str = "", seed: int = 1) -> Tensor:
-    """Save a prompt that matters; what it answers."""
+    """Save a prompt with an effect; return the model's output with it."""
     model = zoo.build(arch, head)
     with softhooks.attach(model, method) as prompt, torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -200,7 +200,7 @@ def test_several_prompts_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_trainers_checkpoint_over_lora_is_a_prompt_beside_an_adapter(tmp_path: Path, prompt: Path) -> None:
-    """The LoRA that lies beside the prompt, and in folders of other names, is PEFT's already."""
+    """The LoRA next to the prompt, and in other folders, is in PEFT's format already."""
     (prompt / CONFIG).write_text('{"peft_type": "LORA"}')
     (prompt / "other").mkdir()
     (prompt / "other" / CONFIG).write_text('{"peft_type": "LORA"}')
@@ -255,7 +255,7 @@ def test_what_peft_would_compute_otherwise_is_refused(tmp_path: Path, name: str)
 
 
 def spoiled(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
-    """Change what a file of ours says of itself."""
+    """Change the description in a softhooks file."""
 
     def spoil(folder: Path) -> None:
         tensors, metadata = read_tensors(folder / TENSORS)
@@ -397,7 +397,7 @@ def test_a_pickle_of_a_base_is_not_read(tmp_path: Path, prompt: Path) -> None:
 
 
 def test_a_head_of_any_number_of_labels_finds_its_base(tmp_path: Path) -> None:
-    """The folder of a language model does not say how many labels there are; the prompt does."""
+    """The number of labels is in the prompt, not in a language model's folder."""
     expected = saved(tmp_path / "ours", "llama", "sequence", PrefixTuning(P))
     model = base(tmp_path / "model", "llama", "causal", num_labels=2)  # its weights were drawn in another order
     run(tmp_path / "ours", tmp_path / "theirs", "--no-strict", "--base", model)

@@ -53,13 +53,13 @@ def run(*arguments: str | Path) -> str:
 
 
 def told(folder: Path) -> dict[str, Any]:
-    """What it tells scripts, as strict JSON."""
+    """The output for scripts, as strict JSON."""
     [one] = json.loads(run(folder, "--json"), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     return dict(one)
 
 
 def failing(*arguments: str | Path) -> tuple[int, str]:
-    """The exit status and the message of what cannot be inspected, with nothing printed beside it."""
+    """The exit status and the message for a path that cannot be inspected; nothing else is printed."""
     result = runner.invoke(app.app, ["inspect", *map(str, arguments)])
     assert not result.stdout
     assert "Traceback" not in result.stderr
@@ -67,7 +67,7 @@ def failing(*arguments: str | Path) -> tuple[int, str]:
 
 
 def require_tensors(one: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
-    """Check what is told of tensors against a file, by other arithmetic."""
+    """Check the printed norms of tensors against a file, computed differently."""
     assert [tensor["name"] for tensor in one["tensors"]] == sorted(held)
     for tensor in one["tensors"]:
         numbers = held[tensor["name"]]
@@ -93,7 +93,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Trainer's checkpoint of a prefix with an MLP; the prompt that it saved at the end lies in `final` beside it."""
+    """A Trainer checkpoint of a prefix with an MLP; the prompt saved at the end is in `final` next to it."""
     folder = tmp_path_factory.mktemp("run")
     model, method = zoo.build("bert", "sequence"), PrefixTuning(P, projection=True, hidden_size=8)
     trainer, _ = training.prompted(folder, model, "sequence", method, save_strategy="steps", save_steps=2)
@@ -323,7 +323,7 @@ NEED_A_MODEL = {
     "another direction", "head of another shape", "head lacks a part", "head has a part more", "head that the model lacks",
     "head without a name", "the model's own weights as a head", "a path out", "an absolute path", "a parameter's path out",
 }  # fmt: skip
-"""What only a model can tell: the file is sound in itself."""
+"""Mismatches that show only with a model; the file itself is valid."""
 
 
 @pytest.mark.parametrize("name", [*files.DESCRIPTIONS, *files.TENSOR_CHANGES])

@@ -164,7 +164,7 @@ ALL = [(kind, name) for kind in METHODS for name in method_options(kind)]
 
 
 def _sample(option: Option) -> tuple[str, Any]:
-    """A text that an option can read, and what it reads."""
+    """A text for an option, and the value that it parses to."""
     kinds = alternatives(option.hint)
     for kind, pair in ((int, ("3", 3)), (float, ("0.25", 0.25)), (str, ("a text", "a text")), (Any, ("gpt2", "gpt2"))):
         if kind in kinds:
@@ -353,7 +353,7 @@ def test_a_module_trains_as_a_script_does(
 
 
 def test_what_stands_behind_a_module_or_a_script_is_its_own(packages: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Options that softhooks knows too, and `--`, as Python passes them on."""
+    """Script options that softhooks has too, and `--`, are passed on as by Python."""
     own = ["--num-virtual-tokens", "x", "--", "-m", "y"]
     for given in (["-m", "trained.five"], [str(packages / "trained" / "five.py")], ["--", "trained/five.py"]):
         with pytest.raises(SystemExit) as left:
@@ -507,7 +507,7 @@ def test_help_teaches_what_it_does_with_examples_and_every_method_and_option() -
 
 
 def test_the_options_that_the_source_names_are_those_of_the_classes() -> None:
-    """In their order, with their types and defaults, inherited ones included."""
+    """In order, with types and defaults, including inherited ones."""
     assert list(methods()) == list(METHODS)
     for kind, method in METHODS.items():
         fields = {field.name: field for field in dataclasses.fields(method)}

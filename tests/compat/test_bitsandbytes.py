@@ -31,7 +31,7 @@ def _clean() -> Iterator[None]:
 
 
 def _quantized(trainable: bool = True) -> Any:
-    """A model that says of itself what one from `from_pretrained(..., quantization_config=...)` says."""
+    """A model with the attributes of one from `from_pretrained(..., quantization_config=...)`."""
     model = zoo.build("llama")
     model.is_quantized = True
     model.quantization_method = "bitsandbytes"

@@ -56,7 +56,7 @@ def lora(arch: str = "llama", head: str = "causal", names: tuple[str, ...] = ("d
 
 
 def attached(model: Any, kind: str, **options: Any) -> Any:
-    """A prompt that matters, whatever it is."""
+    """A prompt with an effect, of any method."""
     prompt = softhooks.attach(model, METHODS[kind](), **options)
     with torch.no_grad():
         for parameter in prompt.encoder.parameters():
@@ -80,7 +80,7 @@ def _clean() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_what_was_computed_under_one_adapter_is_not_used_under_another(kind: str) -> None:
-    """PEFT switches adapters without moving a tensor; keys and values of the prompt depend on them all the same."""
+    """PEFT switches adapters without changing a tensor, but the prompt's keys and values depend on them."""
     model = lora(names=("default", "other"))
     prompt = attached(model, kind)
 
@@ -115,7 +115,7 @@ def _switch_adapters(model: Any, prompt: softhooks.SoftPrompt, anew: Callable[[]
 
 @pytest.mark.parametrize("kind", METHODS)
 def test_each_row_with_an_adapter_of_its_own(kind: str) -> None:
-    """PEFT's mixed batches: right where a prompt takes nothing from the base, or stands in every row; else refused."""
+    """PEFT's mixed batches are right if a prompt takes nothing from the base or stands in every row, and refused otherwise."""
     model = lora(names=("default", "other"))
     names = ["default", "other"]
 
@@ -164,7 +164,7 @@ def test_a_model_is_not_taken_out_of_the_wrapper_that_carries_the_prompt(name: s
     ("arch", "head"), [("llama", "causal"), ("llama", "sequence"), ("bert", "tokens"), ("t5", "seq2seq")]
 )
 def test_a_prompt_over_lora_moves_to_the_merged_model_and_back(tmp_path: Path, arch: str, head: str, kind: str) -> None:
-    """Saved over LoRA, loaded onto LoRA bit for bit, onto the merged model to rounding; and the other way round."""
+    """A prompt saved over LoRA loads onto LoRA bit for bit and onto the merged model up to rounding, and vice versa."""
     call = zoo.inputs(zoo.Case(arch, head), IDS)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ def test_a_prompt_over_lora_moves_to_the_merged_model_and_back(tmp_path: Path, a
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_prompt_over_lora_is_written_for_peft_on_the_merged_model(tmp_path: Path, kind: str) -> None:
-    """PEFT puts no prompt on LoRA; its head has the path that it has there."""
+    """PEFT has no prompts on LoRA; the head keeps its path."""
     model = lora(head="sequence")
     with attached(model, kind) as prompt, torch.no_grad():
         prompt.heads["base_model/model/score"].weight.add_(0.5)
@@ -241,7 +241,7 @@ def adapters_of(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("adapters", ADAPTERS)
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
 def test_a_prompt_trains_over_lora_and_resumes(tmp_path: Path, kind: str, adapters: str, share: str) -> None:
-    """Alone, LoRA keeps its bits; together, both are in the checkpoint. The active adapter is the last one."""
+    """If only the prompt trains, LoRA keeps its bits; if both train, both are in the checkpoint. The last adapter is active."""
     names = ADAPTERS[adapters]
 
     def made() -> Any:

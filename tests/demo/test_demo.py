@@ -42,7 +42,7 @@ def finished(shown: tuple[Report, Path, str, str]) -> tuple[Report, Path, str]:
 
 @pytest.fixture(scope="module")
 def rows() -> tuple[Row, ...]:
-    """The text of this Python."""
+    """The corpus of this Python's standard library."""
     return read_corpus().rows
 
 

@@ -61,7 +61,7 @@ def test_every_option_is_saved_and_loaded(tmp_path: Path, arch: str, head: str, 
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
-    """Change what a file says of itself, and what it holds."""
+    """Change a file's description and its tensors."""
     tensors, metadata = read_tensors(folder / TENSORS)
     told = json.loads(metadata[FORMAT])
     change(told, tensors)
@@ -123,7 +123,7 @@ def test_a_prompt_of_another_model_is_refused(tmp_path: Path, other: tuple[str, 
 
 
 def written(folder: Path, arch: str, head: str, task: str, layers: int = 2, **changes: Any) -> Any:
-    """Have PEFT make and save an adapter with numbers of some size; return its model."""
+    """Make and save an adapter with PEFT, with random values; return its model."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(2)
     config = peft.AdaptionPromptConfig(adapter_len=K, adapter_layers=layers, task_type=task)
@@ -269,7 +269,7 @@ def test_what_peft_would_compute_otherwise_is_not_written(tmp_path: Path, name: 
 
 
 def test_an_adapter_with_a_head_is_not_written_for_peft(tmp_path: Path) -> None:
-    """PEFT saves no head beside it."""
+    """PEFT saves no head with it."""
     prompt = softhooks.attach(zoo.build("llama", "sequence"), LlamaAdapter(K, gate_per="layer"))
     with prompt, pytest.raises(softhooks.UnsupportedMethodError, match="head"):
         prompt.save_pretrained(tmp_path, as_peft=True)

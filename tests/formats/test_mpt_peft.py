@@ -32,7 +32,7 @@ def _clean() -> Iterator[None]:
 
 
 def written(folder: Path, arch: str, head: str = "causal", rank: int = 1, tasks: int = K) -> Any:
-    """Have PEFT make and save an adapter with numbers of some size; return its model."""
+    """Make and save an adapter with PEFT, with random values; return its model."""
     torch.manual_seed(2)
     task = {"causal": "CAUSAL_LM", "sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "seq2seq": "SEQ_2_SEQ_LM"}[head]
     config = peft.MultitaskPromptTuningConfig(
@@ -93,7 +93,7 @@ def test_one_task_of_peft_needs_no_task_ids_here(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", zoo.SEQ2SEQ)
 def test_case_9_a_prompt_of_an_encoder_decoder_answers_as_peft_generates(tmp_path: Path, arch: str) -> None:
-    """PEFT's forward prompts the decoder as well, its generation does not; so the two disagree there, and do not here."""
+    """In PEFT, the forward prompts the decoder too, but generation does not; here they agree."""
     ids, start = zoo.text(2, 7), zoo.build(arch, "seq2seq").config.decoder_start_token_id
     theirs = written(tmp_path, arch, "seq2seq")
     options: dict[str, Any] = {

@@ -49,7 +49,7 @@ TASKS = {
 
 
 def written(folder: Path, arch: str, head: str, kind: str, **changes: Any) -> Any:
-    """Have PEFT make and save an adapter with numbers of some size; return its model."""
+    """Make and save an adapter with PEFT, with random values; return its model."""
     torch.manual_seed(2)
     model = peft.get_peft_model(zoo.build(arch, head, **changes), CONFIGS[kind](TASKS[head]))
     with torch.no_grad():
@@ -62,7 +62,7 @@ def written(folder: Path, arch: str, head: str, kind: str, **changes: Any) -> An
 
 @torch.no_grad()
 def answer(model: Any, case: zoo.Case) -> torch.Tensor:
-    """What a model answers to unpadded rows; positions of virtual tokens, which PEFT returns, are left out."""
+    """A model's outputs for unpadded rows, without the virtual tokens' positions, which PEFT returns."""
     ids = zoo.text(3, 7)
     found = zoo.main_output(model(**zoo.inputs(case, ids)))
     has_rows = case.head in ("causal", "tokens", "qa", "masked")

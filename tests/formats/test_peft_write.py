@@ -107,7 +107,7 @@ ENCODERS: dict[str, tuple[str, str, Callable[[], Method]]] = {
 @pytest.mark.parametrize("name", ENCODERS)
 @torch.no_grad()
 def test_prompts_of_encoders(tmp_path: Path, name: str) -> None:
-    """Tokens are not pooled; a prefix is, where the text's positions start behind it, as they do in PEFT."""
+    """Token classification does not pool; pooled prefixes need text positions that start after them, as in PEFT."""
     arch, head, make = ENCODERS[name]
     case, model, ids = zoo.Case(arch, head), zoo.build(arch, head), zoo.text(2, 7)
     bare = model(ids).logits

@@ -50,7 +50,7 @@ CONVENTIONS = [
     (EVERYWHERE, zoo.Case("gemma3", "sequence")),
     (EVERYWHERE, zoo.Case("mistral", "causal")),
 ]
-"""Prefixes with the other of two conventions, where it changes the answer."""
+"""Prefixes with the other of two conventions, where it changes the output."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def _clean() -> Iterator[None]:
 
 @torch.no_grad()
 def answer(model: Any, case: zoo.Case, entry: table.Entry = table.TABLE[0]) -> torch.Tensor:
-    """What a model at rest answers to a padded batch."""
+    """A model's outputs for a padded batch, in evaluation mode."""
     ids = zoo.text(3, 7, end=case.arch == "bart")
     mask = torch.ones_like(ids)
     if not (case.arch == "bart" and case.head == "sequence"):
@@ -83,7 +83,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def target() -> Any:
-    """A model that a saved prompt fits, and that no test changes."""
+    """A model that fits a saved prompt; no test changes it."""
     return zoo.build("bert", "sequence")
 
 
@@ -122,7 +122,7 @@ def test_folded_and_loaded_equal_live(tmp_path: Path, entry: table.Entry, case: 
 
 @pytest.mark.parametrize(("entry", "case"), CONVENTIONS, ids=lambda item: str(item))
 def test_a_convention_changes_the_answer(entry: table.Entry, case: zoo.Case) -> None:
-    """Otherwise the test above would not notice that it is lost."""
+    """Otherwise the test above could not detect its loss."""
     answers = []
     for one in (entry, table.BY_NAME["prefix"]):
         torch.manual_seed(0)
@@ -227,7 +227,7 @@ def test_a_removed_prompt_cannot_be_saved(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """A process that ends here."""
+    """Raised where the process would end."""
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Tensor], dict[str, int], boo
 
 
 def by_hand(model: Any, rows: Tensor, given: dict[str, Tensor], values: dict[str, int], name: str) -> Tensor:
-    """The model's logits with the rows before each text's embeddings, and the arguments of padding before its own."""
+    """The model's logits with the rows before each text's embeddings, and padding's argument values before its own."""
     count = rows.shape[0]
     wide = {
         key: torch.cat([torch.full((2, count, value.shape[2]), values[key]), value], 1) for key, value in given.items()
@@ -228,7 +228,7 @@ def test_segments_that_are_looked_up_in_the_table_of_words_do_not_bring_the_prom
 
 
 def test_positions_that_point_at_words_are_refused_beside_slots() -> None:
-    """Luke's entities name the columns of their words, which slots move."""
+    """Luke's entities refer to the columns of their words, which slots shift."""
     config = tf.LukeConfig(**ROBERTA, entity_vocab_size=8, entity_emb_size=16)
     model = _build(tf.LukeModel(config))
     entities = {"entity_ids": torch.tensor([[1, 2]] * 2), "entity_position_ids": torch.tensor([[[1, 2], [3, -1]]] * 2)}

@@ -37,7 +37,7 @@ def read(model: Any) -> Any:
 
 
 def go_on(model: Any, cache: Any) -> Tensor:
-    """The logits of more text behind a cache."""
+    """The logits of more text after a cache."""
     return model(MORE[None], past_key_values=cache).logits[0, -1]
 
 
@@ -116,7 +116,7 @@ def test_a_decoders_cache_that_was_filled_without_the_prompt(arch: str, way: str
 @pytest.mark.parametrize("way", ["prompt", "prefix"])
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_a_static_cache_that_is_reset_for_another_prompt(arch: str, way: str) -> None:
-    """As generate does with the one that it keeps."""
+    """As `generate` does with its own cache."""
     model, bare = zoo.build(arch), zoo.build(arch)
     with torch.no_grad():
         prompts = {name: attach(model, way, name) for name in ("en", "de")}
@@ -158,7 +158,7 @@ def test_an_empty_cache_is_anyones(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["prompt", "prefix"])
 def test_a_static_cache_and_a_compiled_forward(way: str) -> None:
-    """What generate does by itself on a GPU."""
+    """`generate` does this by itself on a GPU."""
     model, bare = naive.endless(zoo.build("llama")), zoo.build("llama")
     compiled = CompileConfig(backend="eager", mode=None)
     compiled._compile_all_devices = True

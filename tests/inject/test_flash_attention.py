@@ -89,7 +89,7 @@ def test_what_flash_attention_cannot_show_is_refused() -> None:
 
 @pytest.mark.parametrize("arch", ["mistral", "modernbert"])
 def test_a_prefix_that_is_seen_past_a_window_is_refused(arch: str) -> None:
-    """Flash attention counts the window by itself, and would cut the prefix off without a word."""
+    """Flash attention computes windows itself and would silently cut off the prefix."""
     model = zoo.build(arch, "sequence")
     model.set_attn_implementation(NAME)
     for method in (PTuningV2(P), PrefixTuning(P, windowed=False)):

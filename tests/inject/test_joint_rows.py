@@ -22,7 +22,7 @@ METHODS = {"prompt": PromptTuning(P), "prefix": PrefixTuning(P)}
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The layers' calls that were joined."""
+    """The attention calls whose rows were joined."""
     calls: list[Any] = []
     original = prefix_pass.attend_jointly
 
@@ -58,7 +58,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, *args: Any, **call: Any) -> None:
 def test_joined_rows_give_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch, joined: list[Any], arch: str, way: str, padding: str
 ) -> None:
-    """In every family, also where layers slide, with and without padding."""
+    """In every family, also with sliding windows, with and without padding."""
     model = zoo.build(arch)
     batch = {"input_ids": zoo.text(3, 6)}
     if padding == "left":
@@ -135,7 +135,7 @@ def test_where_it_does_not_pay_or_cannot_be_nothing_is_joined(joined: list[Any],
 
 @pytest.mark.parametrize("is_joined", [True, False])
 def test_what_a_training_step_keeps(monkeypatch: pytest.MonkeyPatch, is_joined: bool) -> None:
-    """Of a long prefix one copy, and not one a row: what autograd saves with three rows more."""
+    """One copy of a long prefix instead of one per row: what autograd saves with three more rows."""
     if not is_joined:
         monkeypatch.setattr(prefix_pass, "joining_pays", lambda *_: False)
     model = zoo.build("llama", max_position_embeddings=512)

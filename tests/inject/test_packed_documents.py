@@ -25,7 +25,7 @@ SEPARATING = ("llama", "gpt2", "qwen3", "gemma3", "mistral", "mixtral")
 LEAKING = ("opt", "gptj", "bloom", "falcon")
 LLAMA = [entry for entry in LEARNERS if entry.fits(zoo.Case("llama", "causal"))]
 SLOTS = [BY_NAME[name] for name in ("prompt-after-first", "p-tuning-anchors", "p-tuning-template")]
-"""Methods whose prompt stands in the row itself, where a packed row has no place for one a document."""
+"""Methods whose prompt stands in the row itself; a packed row has no place for one prompt per document."""
 REFUSED = r"documents packed into one row must not see each other(.|\n)*up to 3 in a row(.|\n)*a row of its own"
 
 
@@ -176,7 +176,7 @@ def test_what_says_nothing_about_documents() -> None:
 def test_a_padding_free_collator_trains_as_padded_rows_do(
     tmp_path: Path, entry: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the method trains on; where virtual tokens are dropped, draws are one a row, so none is drawn here."""
+    """Whatever loss the method has; without token dropout, which draws once per row."""
     monkeypatch.setattr("torch.rand", torch.ones)
     rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in DOCUMENTS for _ in range(3)]
     columns = entry.extra([2])

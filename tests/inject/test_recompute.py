@@ -29,7 +29,7 @@ def _nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tensors have been kept as parts."""
+    """One entry for each saved tensor that will be recomputed instead of kept whole."""
     counted: list[int] = []
     pack = recompute._Recomputed._pack
 
@@ -99,7 +99,7 @@ def test_nothing_is_kept_without_gradients(packed: list[int]) -> None:
 
 
 def test_others_hooks_are_left_to_see_all_that_is_kept(packed: list[int]) -> None:
-    """Memory that is elsewhere, and layers that run again."""
+    """Saved-tensor hooks of others, and checkpointed layers."""
     model, ids = zoo.build("gpt2"), zoo.text(ROWS, COLUMNS)
     with softhooks.attach(model, METHODS["prompt"]) as prompt:
         expected = gradients(model, prompt, ids)
@@ -145,7 +145,7 @@ def test_gradients_by_torch_func() -> None:
 
 
 def test_a_parameter_that_is_the_prefix_itself_is_copied() -> None:
-    """An optimizer may step it before an older loss goes backward, and a fused one leaves no trace in its version."""
+    """An optimizer may step before an older loss goes backward, and a fused one does not change the parameter's version."""
     parameter = torch.nn.Parameter(torch.randn(1, P, 2))
     text = torch.randn(ROWS, 1, P, 2)
     prefix = recompute.KeyValues({0: parameter[None]}, {0: parameter[None]})

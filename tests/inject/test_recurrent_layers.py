@@ -58,7 +58,7 @@ def model_of(arch: str) -> Any:
 
 
 def alone(model: Any, row: Tensor, table: Tensor | None, placement: str) -> Tensor:
-    """The logits of one row by itself, with the prompt's rows among its embeddings by hand. -> [T, V]"""
+    """The logits of one row, with the prompt's rows inserted into its embeddings by hand. -> [T, V]"""
     with softhooks.disabled(model):
         if table is None:
             return model(row[None]).logits[0]
@@ -66,7 +66,7 @@ def alone(model: Any, row: Tensor, table: Tensor | None, placement: str) -> Tens
 
 
 def decoded(model: Any, row: Tensor, table: Tensor | None, placement: str) -> Tensor:
-    """Greedy tokens, each by a whole forward."""
+    """Greedy decoding with a full forward per token."""
     for _ in range(NEW):
         row = torch.cat([row, alone(model, row, table, placement)[-1].argmax()[None]])
     return row

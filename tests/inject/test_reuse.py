@@ -178,7 +178,7 @@ def test_a_forward_after_a_hook_is_removed_is_that_without_it(kind: str) -> None
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize("name", ["data of the prompt", "hook on the encoder", "attribute"])
 def test_a_forward_after_a_change_of_the_prompt_is_that_of_the_changed_prompt(kind: str, name: str) -> None:
-    """Through `.data` of each of its tensors, an MLP's among them, and by a hook on what makes it."""
+    """Changes through `.data` of each tensor, an MLP's included, and by a hook on the encoder."""
     model = zoo.build("llama").eval()
     prompt = attached(model, kind)
     before = logits(model)
@@ -227,7 +227,7 @@ def test_a_forward_after_a_lora_matrix_changes_in_place_sees_the_change(kind: st
 @pytest.mark.parametrize("change", [_through_data, _a_hook_added, _scaling])
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_decoding_by_hand_meets_the_base_as_it_is_at_each_token(arch: str, change: Any) -> None:
-    """A text cache is the caller's; the prompt's own part of attention follows the base."""
+    """A text's cache belongs to the caller; the prompt's part of attention follows the base."""
     model = zoo.build(arch).eval()
     attached(model, "shared")
     first = model(IDS, use_cache=True)
@@ -462,7 +462,7 @@ def _another_embedding(model: Any) -> None:
 @pytest.mark.parametrize("swap", [_another_attention, _another_layer, _other_layers, _another_embedding])
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_module_in_the_place_of_one_that_the_prompt_enters_at_is_refused(kind: str, swap: Any) -> None:
-    """It has no hook, so its layer would run without the prompt."""
+    """The new module has no hook, so its layer would run without the prompt."""
     model = zoo.build("llama").eval()
     prompt = attached(model, kind)
     swap(model)
@@ -511,7 +511,7 @@ def _another_pooler(model: Any) -> None:
     ("arch", "swap"), [("llama", _another_score), ("bert", _another_classifier), ("bert", _another_pooler)]
 )
 def test_a_head_or_a_pooler_in_the_place_of_the_one_at_attach_is_refused(arch: str, swap: Any) -> None:
-    """It has no hook: the prompt's own head would not answer, and a pooler would read virtual slots."""
+    """The new module has no hook: the prompt's head would not be used, and a pooler would read virtual slots."""
     model = zoo.build(arch, "sequence").eval()
     prompt = softhooks.attach(model, softhooks.PromptTuning(3))
     swap(model)

@@ -274,7 +274,7 @@ PREFIXED = ["gpt2", "bert", "roberta", "electra", "rembert", "trocr", "whisper",
 
 
 def _behind_keys(bare: Any, ids: Tensor, prompt: softhooks.SoftPrompt, call: dict[str, Any]) -> Tensor:
-    """Logits of one row behind a cache that holds the prefix as tokens that were read. [1, T] -> [1, T, V]."""
+    """Logits of one row after a cache that holds the prefix as read tokens. [1, T] -> [1, T, V]."""
     prefix = prompt.key_values(prompt.prompted_model.structure.entry)["self"]
     cache = tf.EncoderDecoderCache(tf.DynamicCache(), tf.DynamicCache())
     for layer in prefix.keys:

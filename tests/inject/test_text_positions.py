@@ -150,7 +150,7 @@ def test_decoding_without_positions_goes_on_where_the_text_ends():
 @pytest.mark.parametrize("positional", [False, True])
 @torch.no_grad()
 def test_positions_that_the_caller_gives_are_the_callers(positional):
-    """Counted by column, they are the caller's word: the text stands where they say."""
+    """Positions given by the caller are used as they are."""
     model, ids = zoo.build("gpt2"), zoo.text(1, 6)
     columns = torch.arange(4, 10)[None]
     with softhooks.attach(model, softhooks.PromptTuning(3, init="random")):
@@ -174,7 +174,7 @@ def test_an_adapter_with_closed_gates_is_the_base_bit_for_bit():
 
 @torch.no_grad()
 def test_a_prompt_moves_along_with_a_text_that_starts_elsewhere():
-    """As slots do, and as its rows before the text do, at the positions from there on."""
+    """Equal to slots, and to its rows before the text, at the positions from there on."""
     for name in ("gpt2", "llama"):
         model, ids = zoo.build(name), zoo.text(2, 6)
         there = torch.arange(4, 10)[None]

@@ -31,7 +31,7 @@ from softhooks.runtime.prompted_model import prompted_model_of
 
 @pytest.fixture(autouse=True)
 def _an_accelerate_of_its_own() -> Iterator[None]:
-    """Let no test meet the precision or the accumulation of another: accelerate keeps them for the process."""
+    """Reset accelerate's process-wide state, so that no test sees another one's precision or accumulation."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     yield

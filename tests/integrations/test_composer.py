@@ -80,7 +80,7 @@ def test_only_the_prompt_trains_and_a_run_that_goes_on_ends_with_the_same_bits(t
 
 
 def test_what_the_making_of_optimizer_states_changes_is_undone(tmp_path: Path) -> None:
-    """Composer makes them by a step of its own, between the model's part of a checkpoint and `AFTER_LOAD`."""
+    """Composer creates them by a step of its own, between loading the model's part of a checkpoint and `AFTER_LOAD`."""
     make(tmp_path, duration="1ep")[0].fit()
     later, algorithm = make(tmp_path / "later")
     held = torch.load(tmp_path / "ep1.pt", weights_only=True)["model"]

@@ -21,7 +21,7 @@ def test_the_example_is_short_and_stands_for_itself(name: str) -> None:
 
 
 def test_no_framework_is_imported_before_it_is_used() -> None:
-    """In a fresh interpreter: importing softhooks and every module of integrations loads none of what they are for."""
+    """In a fresh interpreter, importing softhooks and every integration loads none of the frameworks."""
     modules = ", ".join(f"softhooks.integrations.{name}" for name in NAMES)
     frameworks = [
         "trl", "lightning", "pytorch_lightning", "sentence_transformers", "setfit", "lm_eval", "ignite", "skorch", "optuna",

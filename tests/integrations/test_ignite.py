@@ -35,7 +35,7 @@ def _clean() -> Iterator[None]:
 
 
 class Run:
-    """A training script as Ignite's users write one, with a model that has dropout."""
+    """A plain Ignite training script, with a model that has dropout."""
 
     def __init__(
         self, folder: Path, method: softhooks.method.Method, arch: str = "bert", head: str = "sequence", **wrong: Any
@@ -129,7 +129,7 @@ def test_save_pretrained_writes_what_another_model_loads(tmp_path: Path) -> None
 
 
 def test_constraints_run_after_each_step(tmp_path: Path) -> None:
-    """With a rate that would throw the context far away: after each iteration it is inside its bounds."""
+    """With a learning rate that would move the context far away, it is within its bounds after each iteration."""
     epsilon = 0.05
     run = Run(tmp_path, contexts.method(epsilon_input=epsilon, epsilon_format=epsilon), "llama", "causal")
     run.optimizer.param_groups[0]["lr"] = 1.0

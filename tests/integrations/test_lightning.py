@@ -49,7 +49,7 @@ METHODS = {
     "lstm": PTuning(4, encoder="lstm", hidden_size=8),
 }
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-"""Lightning saves no random numbers: with dropout, no run of it goes on bit for bit."""
+"""Lightning saves no random number states, so a run with dropout cannot resume bit for bit."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def callback_of(pl: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def lit(pl: Any) -> Any:
-    """A module as users have it: it knows nothing of prompts."""
+    """A plain LightningModule, without prompts."""
 
     class Lit(pl.LightningModule):  # type: ignore[misc]
         def __init__(self, arch: str = "llama", head: str = "causal", optimizer: str = "AdamW", seed: int = 0) -> None:

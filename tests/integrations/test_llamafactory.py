@@ -34,7 +34,7 @@ def _clean() -> Iterator[None]:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """What `llamafactory.train.tuner` does with its callbacks: its own are added behind, and the Trainer gets them."""
+    """As `llamafactory.train.tuner` does: its own callbacks are appended, and the Trainer gets them."""
 
     def run_exp(args: Any = None, callbacks: Any = None) -> None:
         if not args["do_train"]:

@@ -65,7 +65,7 @@ def answers(lm: Any) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def alone(model: Any, context: str, continuation: str) -> float:
-    """A continuation's log-likelihood in a row of its own, without the harness."""
+    """A continuation's log-likelihood, computed in a single row without the harness."""
     ids, scored = (tokens.tokenizer().encode(text, add_special_tokens=False) for text in (context, continuation))
     row = torch.tensor([ids + scored])
     told = model(row[:, :-1]).logits.log_softmax(-1)[0, -len(scored) :]

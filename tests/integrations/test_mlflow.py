@@ -46,7 +46,7 @@ def _local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def runs() -> list[Any]:
-    """The runs of the store, the first first."""
+    """The store's runs, oldest first."""
     mlflow.flush_async_logging()
     return list(reversed(mlflow.MlflowClient().search_runs(["0"])))
 

@@ -60,7 +60,7 @@ def space() -> PromptSpace:
 
 
 def sampled(count: int = 100) -> list[Any]:
-    """Trials of all kinds, that nobody has trained."""
+    """Untrained trials of every kind."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     return [study.ask() for _ in range(count)]
 

@@ -95,7 +95,7 @@ BOTH_WAYS = [
     *[(arch, "sequence", kind) for arch in ("bert", "roberta") for kind in ("prefix", "prefix mlp")],
     *[(arch, "seq2seq", kind) for arch in ("t5", "bart") for kind in ("prompt", "p-tuning lstm", "p-tuning mlp")],
 ]
-"""Where both libraries compute the same, for text without padding."""
+"""Cases in which both libraries compute the same, for text without padding."""
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def _clean() -> Iterator[None]:
 
 @contextmanager
 def kept(model: Any) -> Iterator[None]:
-    """Fail if a model is another afterwards; attention functions are everybody's, and may be open for a prompt elsewhere."""
+    """Fail if a model differs afterwards; attention functions are shared, and may be wrapped for a prompt elsewhere."""
     before = snapshot(model)
     yield
     found = differences(before, snapshot(model))
@@ -114,7 +114,7 @@ def kept(model: Any) -> Iterator[None]:
 
 
 def stirred(model: Any) -> Any:
-    """Give whatever trains in a PEFT model numbers of some size."""
+    """Set every trained parameter of a PEFT model to random values."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -138,7 +138,7 @@ def prompted(arch: str, head: str, kind: str, names: tuple[str, ...] = ("default
 
 @torch.no_grad()
 def answer(model: Any, arch: str, head: str, kind: str, seed: int = 0) -> Tensor:
-    """What a model answers to text without padding; positions of virtual tokens, which PEFT returns, are left out."""
+    """A model's outputs for text without padding, without the virtual tokens' positions, which PEFT returns."""
     ids = zoo.text(2, 7, seed=seed)
     extra = {"task_ids": TASK_IDS} if kind == "multitask" else {}
     with peers.quiet():
@@ -173,7 +173,7 @@ def test_a_live_prompt_answers_the_same_both_ways(arch: str, head: str, kind: st
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "llama-adapter"])
 def test_softhooks_lets_a_model_go_to_peft_and_takes_it_back(kind: str) -> None:
-    """On one model, without a copy of the base: the prompts leave it, PEFT wraps it, and its base takes them again."""
+    """On one model, without a copy of the base: the prompts are removed, PEFT wraps it, and its base takes them again."""
     theirs = prompted("llama", "causal", kind)
     model = zoo.build("llama")
     prompts = from_peft(theirs, model)
@@ -372,7 +372,7 @@ def test_case_12_documents_packed_behind_a_prompt_of_peft_do_not_see_each_other(
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "llama-adapter"])
 def test_case_15_each_row_has_the_adapter_of_its_name(kind: str) -> None:
-    """PEFT takes the names and gives every row the active one."""
+    """PEFT accepts the names but gives every row the active prompt."""
     theirs, model = prompted("llama", "causal", kind, ("en", "de")), zoo.build("llama")
     from_peft(theirs, model)
     expected = []
@@ -387,7 +387,7 @@ def test_case_15_each_row_has_the_adapter_of_its_name(kind: str) -> None:
 
 
 def test_every_prompt_method_of_peft_is_read() -> None:
-    """By PEFT's own register: what it calls prompt learning, and LLaMA-Adapter, which it does not."""
+    """From PEFT's own registry: its prompt learning methods, and LLaMA-Adapter."""
     prompts = {
         str(kind.value)
         for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()
@@ -441,7 +441,7 @@ def test_what_has_no_equal_here_is_refused(name: str) -> None:
 
 
 def test_case_9_several_tasks_of_an_encoder_decoder_come_over_and_do_not_go_back() -> None:
-    """PEFT prompts the decoder too when it trains, and not when it generates; here it never is."""
+    """PEFT prompts the decoder too in training, but not in generation; here the decoder is never prompted."""
     model = zoo.build("t5", "seq2seq")
     [prompt] = from_peft(prompted("t5", "seq2seq", "multitask"), model).values()
     with (

@@ -39,7 +39,7 @@ def cluster() -> Iterator[None]:
 
 
 def loop(config: dict[str, Any]) -> None:
-    """What runs in each worker."""
+    """The training function of each worker."""
     from ray import train
 
     import softhooks as own

@@ -188,7 +188,7 @@ def test_callbacks_for_other_trainers_are_refused(setfit, tmp_path):
 
 
 def test_a_trainer_that_was_given_another_model_is_refused(setfit, tmp_path):
-    """As in its hyperparameter search; SetFit itself would train neither of the two, and say nothing."""
+    """As in its hyperparameter search; SetFit itself would silently train neither of the two."""
     trainer, _ = trainer_of(setfit, tmp_path, model_of(setfit, tmp_path))
     trainer.model = later = model_of(setfit, tmp_path)
     with untouched(later.model_body), pytest.raises(TrainerError, match="made with"):

@@ -120,7 +120,7 @@ def test_a_model_that_is_given_stays_bare_and_its_weights_are_shared() -> None:
 
 
 class Attaching(nn.Module):
-    """A module of a user's own, which attaches its prompt by itself."""
+    """A user's own module, which attaches its prompt itself."""
 
     def __init__(self) -> None:
         super().__init__()

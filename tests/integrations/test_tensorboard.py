@@ -33,7 +33,7 @@ def _clean() -> Iterator[None]:
 
 
 def read(folder: Path) -> Any:
-    """All that the event files of a folder hold."""
+    """The contents of a folder's event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder))
@@ -52,7 +52,7 @@ def text(folder: Path, tag: str) -> str:
 
 
 def projected(folder: Path) -> tuple[torch.Tensor, list[list[str]]]:
-    """The rows and labels that the projector is pointed to."""
+    """The rows and labels of the projector's configuration."""
     from google.protobuf import text_format
     from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 

@@ -47,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(folder: Path, texts: list[str], with_prompt: bool = True, special: bool = True) -> list[str]:
-    """What `generate` makes of each text."""
+    """The texts that `generate` returns."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), tokens.tokenizer()
     if with_prompt:
         softhooks.load(model, folder / "prompt")
@@ -66,7 +66,7 @@ def answers(folder: Path, texts: list[str], with_prompt: bool = True, special: b
 
 
 class Client:
-    """A server on this machine, and how to ask it."""
+    """A server on this machine, and its client."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.model, port = str(folder / "model"), GIVEN["free_port"]()

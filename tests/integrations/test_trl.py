@@ -90,7 +90,7 @@ def test_supervised_training_runs_on_the_loss_with_the_prompt(tmp_path: Path, en
 
 
 def steady(method: Any) -> Any:
-    """The method without dropout of its own."""
+    """The method with its own dropout off."""
     drops = {name: 0.0 for name in ("dropout", "token_dropout") if getattr(method, name, None)}
     return dataclasses.replace(method, **drops)
 

@@ -37,14 +37,14 @@ def _clean() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the model, from which TRL loads copies."""
+    """A folder with the model, from which TRL loads its copies."""
     folder = str(tmp_path_factory.mktemp("model"))
     zoo.build("llama").save_pretrained(folder)
     return folder
 
 
 def run(kind: str, folder: Path, model: Any, method: Any, **more: Any) -> tuple[list[dict[str, float]], dict[str, Any]]:
-    """Train; what was logged, and what was trained."""
+    """Train; return the logs and the trained parameters."""
     trainer, callback = prompted(kind, folder, model, method, **more)
     trainer.train()
     found = metrics(trainer), training.trained(callback)

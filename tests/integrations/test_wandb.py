@@ -36,7 +36,7 @@ Runs = Callable[[], dict[str, list[Any]]]
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A place for all runs: wandb reads its settings once."""
+    """One folder for all runs, because wandb reads its settings once."""
     folder = tmp_path_factory.mktemp("wandb")
     settings = {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "LOG_MODEL": "false"}
     settings |= dict.fromkeys(("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"), str(folder))
@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def runs(home: Path) -> Iterator[Runs]:
-    """Finish what is under way, and read the runs of this test."""
+    """Finish the current run, and read this test's runs."""
     before = set(home.glob("wandb/offline-run-*"))
 
     def read() -> dict[str, list[Any]]:
@@ -70,7 +70,7 @@ def runs(home: Path) -> Iterator[Runs]:
 
 
 def records(folders: list[Path]) -> dict[str, list[Any]]:
-    """The whole records of some runs, by kind; the format is LevelDB's log."""
+    """The complete records of some runs, by kind; the format is LevelDB's log."""
     from wandb.proto import wandb_internal_pb2
 
     found: dict[str, list[Any]] = {}
@@ -115,7 +115,7 @@ def rows_of(found: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def drawn(found: dict[str, list[Any]]) -> dict[str, dict[int, float]]:
-    """The curves, by the step that the reporter draws them over."""
+    """The curves by the reporter's step."""
     curve: dict[str, dict[int, float]] = {}
     for row in rows_of(found):
         for key, value in row.items():

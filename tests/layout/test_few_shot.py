@@ -56,7 +56,7 @@ def test_a_tokenizer_without_bos_begins_with_the_first_example() -> None:
 
 
 def test_parts_are_tokenized_separately() -> None:
-    """No token spans two parts, though the tokenizer merges across them; a blank before a field belongs to the field."""
+    """No token spans two parts, although the tokenizer merges across them; a space before a field belongs to the field."""
     tokenizer = tokens.merged()
     method = ContextAwarePromptTuning(
         examples=[("eat", "yes")], template="it was gr{input}, Answer: {label}", tokenizer=tokenizer, separator=""

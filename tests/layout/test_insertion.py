@@ -38,7 +38,7 @@ SLOTS = {"start": 2, "after": {A: 2}, "before": {(B,): 1}}
 
 
 def offsets_of(ids: Tensor, end: int = 0, last: bool = False) -> list[int]:
-    """Where the slots of SLOTS stand in a row, found by looking."""
+    """The places of SLOTS in a row, found by a search."""
     listed = ids.tolist()
     pick = (lambda token: len(listed) - 1 - listed[::-1].index(token)) if last else listed.index
     return [0, 0, pick(A) + 1, pick(A) + 1, pick(B), *[len(listed)] * end]
@@ -97,7 +97,7 @@ def test_slots_next_to_anchors_in_an_encoder(arch: str, head: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3", "bloom"])
 def test_a_decoders_classification_pools_what_stands_behind_the_last_token(arch: str, side: str) -> None:
-    """Slots behind the text are allowed here, for nothing is generated, and the class is read behind them."""
+    """Slots after the text are allowed here: nothing is generated, and the class is read after them."""
     model, bare = zoo.build(arch, "sequence"), zoo.build(arch, "sequence")
     batch = naive.left_padded(ROWS) if side == "left" else right_padded(ROWS)
     with torch.no_grad(), softhooks.attach(model, PTuning(layout=Layout.insert(**SLOTS, end=2))) as prompt:
@@ -138,7 +138,7 @@ def test_slots_next_to_anchors_in_an_encoder_decoder(arch: str) -> None:
 
 @given(lengths=st.lists(st.integers(3, 8), min_size=1, max_size=4), seed=st.integers(0, 99), side=st.booleans())
 def test_anchors_are_found_as_python_finds_them(lengths: list[int], seed: int, side: bool) -> None:
-    """Random rows of few ids: of several anchors, some are there, some overlap, some only seem to be in the padding."""
+    """Random rows of few ids: some anchors occur, some overlap, some occur only in the padding."""
     rows = [torch.randint(0, 3, (n,), generator=torch.Generator().manual_seed(seed + n)) for n in lengths]
     batch = naive.left_padded(rows, pad=1) if side else right_padded(rows, pad=1)
     for which in ("first", "last"):
@@ -169,7 +169,7 @@ def test_of_several_ways_to_write_an_anchor_the_first_counts_and_the_longer() ->
 
 
 def test_words_are_found_as_the_tokenizer_writes_them() -> None:
-    """At the start of a text and behind a blank a word has other ids."""
+    """A word has different ids at the start of a text and after a space."""
     tokenizer = tokens.merged()
     layout = Layout.insert(after={"Answer:": 1}, tokenizer=tokenizer)
     for text, before in (("Answer: yes", ""), ("what is it? Answer: yes", "what is it?")):
@@ -204,7 +204,7 @@ def woven_step(model: Any, h: Tensor, offsets: list[int]) -> naive.Step:
 @pytest.mark.parametrize("which", ["first", "last"])
 @pytest.mark.parametrize("arch", CAUSAL)
 def test_generation_searches_the_prompt_only(arch: str, which: Any) -> None:
-    """Slots stay where the prompt has them, whatever is generated, with a cache and without; in beams and samples too."""
+    """Slots stay in their places whatever is generated, with and without a cache, also in beams and samples."""
     model, bare = naive.endless(zoo.build(arch)), zoo.build(arch)
     layout = Layout.insert(**SLOTS, which=which)
     with torch.no_grad(), softhooks.attach(model, PTuning(layout=layout)) as prompt:
@@ -230,7 +230,7 @@ def test_generation_searches_the_prompt_only(arch: str, which: Any) -> None:
 
 
 def test_generated_anchors_move_nothing_without_a_cache() -> None:
-    """Only the anchor may be generated: without a cache each step sees the whole row again."""
+    """Only the anchor can be generated; without a cache each step sees the whole row again."""
     model, bare = naive.endless(zoo.build("llama")), zoo.build("llama")
     ids = ROWS[0]
     layout = Layout.insert(after={A: 1, C: 1}, which="last", missing="skip")
@@ -273,7 +273,7 @@ def test_a_refused_prompt_leaves_generate_alone() -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gptj"])
 def test_a_prefilled_cache_is_repeated_for_several_continuations(arch: str) -> None:
-    """Rows with slots at different places, each continued twice in a loop of one's own."""
+    """Rows with slots at different places, each continued twice in a manual decoding loop."""
     model, bare = zoo.build(arch), zoo.build(arch)
     batch, more = naive.left_padded(ROWS), torch.tensor([[4], [5], [6], [7], [8], [9]])
     with torch.no_grad(), softhooks.attach(model, PTuning(layout=Layout.insert(**SLOTS))) as prompt:
@@ -350,7 +350,7 @@ def test_a_lacking_anchor_is_an_error_that_names_row_and_anchor() -> None:
 
 
 def test_an_anchor_in_the_padding_is_none() -> None:
-    """Padding has the id of a real token here: only the mask tells."""
+    """Padding has the id of a real token, so only the mask identifies it."""
     model = zoo.build("llama")
     rows = [row(1, zoo.EOS, length=5), row(length=3, seed=1)]
     with (

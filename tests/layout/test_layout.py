@@ -39,7 +39,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 def gap_of(mask: list[int], offset: int) -> int:
-    """The column that a slot stands before, found by looking."""
+    """The column after a slot, found by a search."""
     real = [column for column, bit in enumerate(mask) if bit]
     if not real:
         return len(mask)
@@ -47,7 +47,7 @@ def gap_of(mask: list[int], offset: int) -> int:
 
 
 def slow(mask: list[int], offsets: list[int], live: list[bool], spare_first: bool) -> list[Any]:
-    """A row with its slots, as a list of what stands in each column: ("text", i), ("slot", j) or ("spare", j)."""
+    """A row with its slots as a list of columns: ("text", i), ("slot", j) or ("spare", j)."""
     row: list[Any] = []
     for column in range(len(mask) + 1):
         row += [("slot", j) for j, offset in enumerate(offsets) if live[j] and gap_of(mask, offset) == column]
@@ -142,7 +142,7 @@ def test_states_come_back_to_the_text(batch: Any) -> None:
 
 @given(batches())
 def test_positions_of_the_widened_row_ignore_padding(batch: Any) -> None:
-    """What is real is counted from 0 in the order in which it stands."""
+    """Real columns are numbered from 0 in order."""
     wide, mask, rows = widened(batch)
     positions = text_positions(wide.spread_mask(mask))
     for i, row in enumerate(rows):
@@ -164,7 +164,7 @@ def test_slots_stand_behind_as_many_tokens_as_they_should_and_in_order(batch: Ba
 
 @given(batches(), st.integers(0, 5), st.sampled_from(["left", "right"]))
 def test_more_padding_moves_nothing_in_the_text(batch: Batch, extra: int, side: str) -> None:
-    """The real columns, slots among them, are in the same order whatever stands around them."""
+    """The real columns, slots included, keep their order whatever the padding."""
 
     def real(one: Batch, shift: int) -> list[list[Any]]:
         wide, mask, rows = widened(one)

@@ -133,7 +133,7 @@ def test_the_published_templates_of_lama() -> None:
 
 
 def test_blanks_go_with_the_word_behind_them() -> None:
-    """Where a blank is a part of the next word's token, no token of a lone blank arises beside slots and fields."""
+    """If a space is part of the next word's token, no token of a single space appears next to slots and fields."""
     tokenizer = tokens.merged()
     row = Layout("Question: {q} {soft:1} Answer: {soft:2} {a}").render(tokenizer, {"q": "what is it?", "a": "yes"})
     pieces = ["Question:", " what is it?", " Answer:", " yes"]
@@ -145,7 +145,7 @@ def test_blanks_go_with_the_word_behind_them() -> None:
 
 
 def test_a_tokenizer_that_marks_first_words_itself() -> None:
-    """SentencePiece puts its mark before a text: a blank in front of it would be a token more."""
+    """SentencePiece marks the start of a text: a space before it would be an extra token."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     words = {"<unk>": 0, "▁": 1, "▁a": 2, "▁yes": 3}
@@ -178,7 +178,7 @@ def test_a_mask_needs_a_mask_token() -> None:
 @example(lengths=(12, 12), max_length=12, side=False)
 @example(lengths=(12, 3), max_length=14, side=True)
 def test_truncation_takes_text_only(lengths: tuple[int, int], max_length: int, side: bool) -> None:
-    """Fields lose what exceeds `max_length`, the longest first; every anchor, slot and special token stays."""
+    """Fields are truncated to `max_length`, the longest first; all anchors, slots and special tokens stay."""
     tokenizer = tokens.masked()
     tokenizer.truncation_side = "left" if side else "right"
     texts = [[*"abcdefghabcd"][:n] for n in lengths]
@@ -243,7 +243,7 @@ def test_a_collator_of_raw_rows_and_of_mapped_ones(side: str) -> None:
 
 
 def test_padding_is_known_from_the_mask_alone() -> None:
-    """The end token pads, and a real one stands in the text: it is seen, the padding is not."""
+    """With the end token as padding, a real end token in the text is attended to and the padding is not."""
     tokenizer = tokens.merged()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     layout = Layout("{x}<|end|> {soft:2} Answer: {y}")
@@ -406,7 +406,7 @@ def test_a_template_in_an_encoder(arch: str, head: str) -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3", "gptj", "bloom"])
 def test_generation_behind_slots(arch: str) -> None:
-    """The object is to be generated; the last slots stand right before it, and stay there. Beams repeat the column."""
+    """The object is generated; the last slots stand right before it and stay there. Beams repeat the column."""
     tokenizer = tokens.merged()
     tokenizer.padding_side = "left"
     layout = Layout("{soft:2} {subject} {soft:3} {object}")

@@ -78,7 +78,7 @@ def test_a_text_is_its_ids_behind_bos() -> None:
 @pytest.mark.parametrize("frozen", [0, 1, 3])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_frozen_slots_never_move_and_the_others_do(optimizer: str, frozen: int) -> None:
-    """They are no parameters: momentum and weight decay have nothing to move."""
+    """They are not parameters, so momentum and weight decay cannot change them."""
     model, ids = zoo.build("llama"), zoo.text(2, 6)
     options = {"lr": 0.1, "weight_decay": 0.3} | ({"momentum": 0.9} if optimizer == "SGD" else {})
     with softhooks.attach(model, method(frozen_slots=frozen)) as prompt:
@@ -102,7 +102,7 @@ def test_frozen_slots_never_move_and_the_others_do(optimizer: str, frozen: int) 
 
 @pytest.mark.parametrize("arch", DECODERS)
 def test_the_loss_is_the_divergence_from_the_model_with_the_document(arch: str) -> None:
-    """Against the bare model with the document written into each row, gradients too."""
+    """Compared with the bare model with the document in each row, gradients included."""
     model, ids = naive.without_dropout(zoo.build(arch)), zoo.text(3, 7)
     labels = ids.clone()
     labels[0, :4] = -100
@@ -339,7 +339,7 @@ def test_a_loaded_cartridge_goes_on_with_its_document(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bloom"])
 def test_joined_cartridges_stand_one_behind_the_other(tmp_path: Path, arch: str) -> None:
-    """Against a cache with the keys and values of both, each read at the start of a context."""
+    """Compared with a cache of both documents' keys and values, each read at the start of a context."""
     model, ids = zoo.build(arch), zoo.text(2, 6)
     first, second = DOCUMENT[:5], DOCUMENT[5:]
     with torch.no_grad():
@@ -440,7 +440,7 @@ def test_a_document_beyond_the_window_is_refused_with_a_way_out() -> None:
 
 
 def test_it_learns_to_answer_as_with_the_document() -> None:
-    """The document shows a function on many words; two slots, one of them frozen, learn it without a right answer in sight."""
+    """The document shows a function on many words; two slots, one of them frozen, learn it without any labels."""
     model, function = toy.model(), 2
     shown = [word for word in range(toy.WORDS) if word % 4]
     document = [zoo.BOS, *toy.pairs(function, shown).flatten().tolist()][:22]
@@ -470,7 +470,7 @@ def test_it_learns_to_answer_as_with_the_document() -> None:
 
 
 def test_a_trainer_inside_kept_reads_the_document_once(tmp_path: Path) -> None:
-    """And it learns what it learns outside, where the document is read in each step."""
+    """It learns the same as outside of `kept`, where the document is read in each step."""
     trained = []
     for keeps in (True, False):
         model = zoo.build("llama")

@@ -37,12 +37,12 @@ def in_context(model: Any, ids: Tensor) -> Tensor:
 
 
 def columns_of(number: int) -> list[int]:
-    """Where a demonstration stands in the context, counted by hand."""
+    """The place of a demonstration in the context, counted by hand."""
     return {0: [2, 3, 4, 5], 1: [6, 7, 8], 2: [9, 10, 11, 12, 13]}[number]
 
 
 def without(model: Any, row: Tensor, hidden: list[int]) -> Tensor:
-    """The bare model behind a cache of the context, some columns of which the row may not attend to. [T] -> [1, T, V]."""
+    """The bare model with a cache of the context, some columns of which the row must not attend to. [T] -> [1, T, V]."""
     cache = DynamicCache(config=model.config)
     model(torch.tensor([CONTEXT]), past_key_values=cache, use_cache=True)
     mask = torch.ones(1, P + len(row), dtype=torch.long)
@@ -211,7 +211,7 @@ def test_as_many_tokens_drop_as_asked_for_and_one_draw_serves_a_row() -> None:
 
 
 def test_a_loaded_prompt_goes_on_under_the_same_masks(tmp_path: Path) -> None:
-    """It knows the spans, not the demonstrations; an inference load needs neither."""
+    """A saved prompt keeps the spans, not the demonstrations; loading for inference needs neither."""
     model, ids = naive.without_dropout(zoo.build("llama")), zoo.text(2, 6)
     call = {"input_ids": ids, "labels": ids, "example_ids": torch.tensor([2, 0])}
 
@@ -311,7 +311,7 @@ def test_demonstrations_are_needed_to_begin_and_must_be_the_models() -> None:
 
 
 def test_it_learns_what_the_context_alone_cannot_tell() -> None:
-    """Under an instruction that names another function, four demonstrations do not help; tuned on the very same four, they do."""
+    """With an instruction that names another function, four demonstrations do not help; tuned on the same four, they do."""
     function, shown, model = 1, list(range(0, 16, 4)), toy.model()
     shots, lead = toy.pairs(function, shown), [toy.FIRST_NAME + 2]
     unseen = [word for word in range(toy.WORDS) if word not in shown]

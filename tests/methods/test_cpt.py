@@ -79,7 +79,7 @@ def test_words_move_and_labels_and_separators_do_not(arch: str) -> None:
 
 
 def test_the_weighted_loss_by_hand() -> None:
-    """Two examples, every number of the formula written out."""
+    """Two examples, with the formula written out."""
     model, bare = trained(), zoo.build("llama")
     ids, types = [5, 6, 7, 8, 9, 10, 11], [1, 2, 4, 4, 5, 6, 8]
     row, labels = torch.tensor([[12, 13, 14, 15]]), torch.tensor([[-100, -100, 14, 15]])
@@ -128,7 +128,7 @@ def test_padding_and_the_order_of_rows_change_neither_loss_nor_gradient(arch: st
 
 
 def test_micro_batches_of_any_size_equal_one_batch() -> None:
-    """With the number of label tokens told, as a Trainer tells it; labels of different lengths."""
+    """With the number of label tokens given, as by a Trainer; labels of different lengths."""
     model = trained()
     rows, labels = ragged()
     with softhooks.attach(model, method()) as prompt:
@@ -184,7 +184,7 @@ def test_without_decay_every_label_token_counts_the_same() -> None:
 
 
 def test_the_context_and_its_logits_are_computed_once_a_step() -> None:
-    """Whatever the batch, and the head runs on the states before its labels alone."""
+    """For any batch; the head runs only on the states before labels."""
     model = trained()
     shapes: list[tuple[int, ...]] = []
     layers: list[tuple[int, ...]] = []
@@ -317,7 +317,7 @@ def test_a_row_that_is_an_example_does_not_see_it(arch: str) -> None:
 
 
 def test_what_is_hidden_are_an_examples_keys_and_values() -> None:
-    """A poisoned value must not come through, nor through the separator behind the label; later examples stay visible."""
+    """A poisoned value has no effect, also through the separator after the label; later examples stay visible."""
     model, ids = zoo.build("llama"), zoo.text(3, 6)
     own = torch.tensor([0, 1, -1])
     with softhooks.attach(model, method(leave_one_out=True)) as prompt, torch.no_grad():
@@ -434,14 +434,14 @@ def lengths(encoder: Any) -> Tensor:
 
 
 def inside(encoder: Any) -> bool:
-    """Whether no delta is longer than its bound; nothing is forgiven."""
+    """Whether no delta is longer than its bound, without tolerance."""
     plain = torch.linalg.vector_norm(encoder.delta.detach(), dim=1)
     return bool((lengths(encoder) <= bounds().double()).all()) and bool((plain <= bounds()).all())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_delta_is_inside_its_bound_right_after_each_step(name: str) -> None:
-    """In a plain loop, without a call; labels and separators keep every bit under momentum and weight decay."""
+    """In a plain loop, without extra calls; labels and separators keep every bit under momentum and weight decay."""
     model = trained()
     rows, labels = ragged()
     words = model.get_input_embeddings()(torch.tensor(IDS)).detach()
@@ -632,7 +632,7 @@ def test_a_loaded_prompt_answers_the_same_and_goes_on_training(tmp_path: Path, a
 
 
 def test_a_folded_context_does_not_train() -> None:
-    """An optimizer would move labels too."""
+    """An optimizer would change labels too."""
     model, ids = trained(), zoo.text(2, 6)
     with softhooks.attach(model, method()) as prompt:
         table = stirred(prompt)
@@ -709,7 +709,7 @@ def peft_config(**options: Any) -> Any:
 @pytest.mark.skipif(not peers.HAS_PEFT, reason="PEFT is not installed")
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3", "gemma3", "mixtral"])
 def test_pefts_contexts_answer_as_in_peft(tmp_path: Path, arch: str) -> None:
-    """Its file holds words and deltas in one; its own unpadded logits are the measure."""
+    """PEFT's file holds words and deltas in one table; PEFT's own unpadded logits are the reference."""
     import peft
 
     ids = zoo.text(2, 7)
@@ -783,7 +783,7 @@ def test_under_any_name(name: str) -> None:
 
 @pytest.mark.skipif(not peers.HAS_PEFT, reason="PEFT is not installed")
 def test_case_7_the_type_mask() -> None:
-    """PEFT drops every label of the row where the mask ends within an example, and has no number where it has no label."""
+    """PEFT drops all labels of a row whose mask ends within an example, and returns nan if there is no label."""
     import peft
 
     rows, labels = ragged()

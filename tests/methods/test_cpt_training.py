@@ -43,7 +43,7 @@ def _clean() -> Iterator[None]:
 
 
 class Watch(tf.TrainerCallback):
-    """Look at the deltas as soon as the optimizer has stepped."""
+    """Check the deltas right after the optimizer step."""
 
     def __init__(self) -> None:
         self.longest: list[float] = []
@@ -56,7 +56,7 @@ class Watch(tf.TrainerCallback):
 
 
 class Foresee(tf.TrainerCallback):
-    """Compute by hand where plain gradient descent will put the deltas, and how many of them too far."""
+    """Compute by hand the deltas after plain gradient descent, and how many exceed their bound."""
 
     def __init__(self) -> None:
         self.shares: list[float] = []
@@ -126,7 +126,7 @@ def test_case_6_gradient_accumulation_equals_one_batch(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not peers.HAS_PEFT, reason="PEFT is not installed")
 def test_case_6_pefts_gradient_grows_with_accumulation(tmp_path: Path) -> None:
-    """So that the test above is known to be able to fail."""
+    """This shows that the test above can fail."""
     import peft
 
     moved = []
@@ -244,7 +244,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("change", ["another word", "the same examples, reversed"])
 def test_a_run_goes_on_only_with_its_own_context(trained: Path, change: str) -> None:
-    """Deltas belong to the places of their words: those of another order would move other words."""
+    """Deltas belong to the places of their words: in another order they would change other words."""
     ids = [*contexts.IDS[:-1], 31]
     if change == "the same examples, reversed":
         ids = [contexts.IDS[0], *(contexts.IDS[place] for own in reversed(contexts.OWN) for place in own)]
@@ -278,7 +278,7 @@ def test_a_loaded_prompt_is_taken_up_by_an_equal_callback(tmp_path: Path) -> Non
 
 
 def test_a_folded_prompt_is_not_taken_up(tmp_path: Path) -> None:
-    """Its labels would move with the rest."""
+    """Its labels would be changed too."""
     with softhooks.attach(zoo.build("llama"), method()) as prompt:
         prompt.save_pretrained(tmp_path / "prompt")
     model = model_of()
@@ -313,7 +313,7 @@ def test_the_decorator(tmp_path: Path) -> None:
 
 
 def test_a_loss_of_evaluation_is_read_but_not_trained_on() -> None:
-    """`from_pretrained` gives a model in evaluation mode, where CPT's loss has no part: a loop must not train so unnoticed."""
+    """`from_pretrained` returns a model in evaluation mode, in which CPT's loss is not computed: training so must be an error."""
     batch, model = padded(*ragged()), model_of()
     with softhooks.attach(model, method(**EPSILON)) as prompt:
         model.eval()
@@ -331,7 +331,7 @@ def test_a_loss_of_evaluation_is_read_but_not_trained_on() -> None:
 
 
 def test_examples_and_rows_of_a_template_in_a_trainer(tmp_path: Path) -> None:
-    """From texts to a trained prompt with transformers' own collator, and on to generation: no id is touched by hand."""
+    """From texts to a trained prompt with transformers' own collator, and to generation, without handling ids."""
     tokenizer = tokens.tokenizer()
     tokenizer.padding_side = "left"
     examples = [{"input": "word5 word6", "label": "word7"}, {"input": "word8", "label": "word9 word10"}]
@@ -366,7 +366,7 @@ def test_examples_and_rows_of_a_template_in_a_trainer(tmp_path: Path) -> None:
 
 @cache
 def toy() -> Any:
-    """A frozen model that knows nine tasks by their names, and is not told the name."""
+    """A frozen model that knows nine tasks by name, in texts without the name."""
     return few_shot.pretrained(seed=0, steps=300)
 
 
@@ -374,7 +374,7 @@ def toy() -> Any:
 @pytest.mark.parametrize("way", ["loop", "Trainer"])
 @pytest.mark.parametrize("task", [0, 4, 8])
 def test_a_context_learns_which_task_is_meant(tmp_path: Path, task: int, way: str) -> None:
-    """Four examples, which are all that is trained on; in-context learning fails on unseen rows, and CPT solves them."""
+    """Training on four examples only: in-context learning fails on unseen rows, and CPT solves them."""
 
     def with_trainer(model: Any, prompt: Any, batch: Any) -> float:
         rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]

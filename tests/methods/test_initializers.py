@@ -30,12 +30,12 @@ def rows(model: Any, method: Any) -> Tensor:
 
 
 def table(model: Any) -> Tensor:
-    """What the model's embedding gives for every id, its scale included."""
+    """The model's embedding of every id, its scale included."""
     return model.get_input_embeddings()(torch.arange(model.config.vocab_size)).detach().float()
 
 
 def ids_of(found: Tensor, model: Any) -> list[int]:
-    """Which words rows are."""
+    """The words that rows are."""
     words = table(model)
     ids = (found[:, None, 0] == words[None, :, 0]).int().argmax(-1)
     assert torch.equal(words[ids], found), "a row is no word"

@@ -94,7 +94,7 @@ def test_without_a_text_words_are_drawn() -> None:
 @pytest.mark.parametrize("arch", ["llama", "gptj"])
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 def test_words_are_read_by_the_bare_model(arch: str, other: Any) -> None:
-    """Not through a prompt that is on, nor with dropout; the modes are what they were."""
+    """Without the active prompt and without dropout; modes are restored."""
     expected = tables(zoo.build(arch), FROM_IDS)
     model = zoo.build(arch).train()
     softhooks.attach(model, other, "other")

@@ -43,7 +43,7 @@ def build(arch: str, head: str, changes: dict[str, Any], **options: Any) -> tupl
 
 
 def real(call: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-    """The logits of what is no padding."""
+    """The logits of real tokens."""
     return logits if "decoder_input_ids" in call else logits[call["attention_mask"].bool()]
 
 
@@ -65,7 +65,7 @@ def test_step_zero_is_the_base_bit_for_bit(
 
 
 def test_a_signed_zero_of_attention_stays_one() -> None:
-    """The sum of a negative and a positive zero is a positive one: equal, and the only bits that a closed gate may touch."""
+    """The sum of a negative and a positive zero is positive zero: equal, and the only bits that a closed gate may change."""
     zero = torch.tensor([0.0, -0.0, 1.5, -2.5, 1e-40])
     assert torch.equal(zero + 0.0, zero)
     assert same_bits(zero + -0.0, zero)
@@ -147,7 +147,7 @@ def test_one_gate_a_layer_is_that_gate_in_every_head() -> None:
 
 
 def test_the_paper_writes_the_gate_raw_and_its_code_takes_the_tanh() -> None:
-    """Which of them a prompt was trained with is part of it."""
+    """A saved prompt records which of them it was trained with."""
     model, call = build("llama", "causal", {})
     found = {}
     for gate in ("tanh", "raw"):
@@ -211,7 +211,7 @@ def test_nothing_of_the_branch_enters_the_cache() -> None:
 
 
 def test_rows_skip_the_norm_of_the_layers_input() -> None:
-    """Twice the rows are twice the keys, which a norm would undo."""
+    """Doubling the rows doubles the keys, unless a norm follows."""
     model, call = build("llama", "causal", {})
     with softhooks.attach(model, LlamaAdapter(K)) as prompt, torch.no_grad():
         adapters.stir(prompt)

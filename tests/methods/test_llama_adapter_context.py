@@ -136,7 +136,7 @@ def test_a_context_is_computed_once_while_text_is_generated() -> None:
 
 
 def test_a_context_under_activation_checkpointing() -> None:
-    """Also where it was made by a model that trains."""
+    """Also if it was computed by a model that is being trained."""
     model, prompt, call = prompted(zoo.Case("llama", "causal"), context_size=C, scale_and_bias=True)
     model.train()
     eye = torch.nn.Linear(4, C)
@@ -177,7 +177,7 @@ def test_a_wrong_context_is_refused(name: str) -> None:
 
 
 def test_a_trainer_keeps_the_column(tmp_path: Any) -> None:
-    """The label is in the context alone: what the Trainer drops cannot be learned."""
+    """The label depends on the context alone: if the Trainer dropped it, nothing could be learned."""
     from transformers import Trainer
 
     model = zoo.build("llama", "sequence").requires_grad_(False)

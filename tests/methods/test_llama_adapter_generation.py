@@ -33,7 +33,7 @@ def _clean() -> Iterator[None]:
 
 
 def prompted(arch: str) -> tuple[Any, Any, naive.Step]:
-    """A frozen model, an open adapter on it, and the naive step of both."""
+    """A frozen model with an adapter of nonzero gates, and its naive decoding step."""
     model = naive.endless(zoo.build(arch)).requires_grad_(False)
     bare = zoo.build(arch).requires_grad_(False)
     prompt = adapters.stir(softhooks.attach(model, METHOD), 2.0)
@@ -101,7 +101,7 @@ def test_continuing_from_a_returned_cache(arch: str) -> None:
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3", "gemma3", "mistral"])
 @torch.no_grad()
 def test_packed_documents_each_see_the_adapter_and_no_other_document(arch: str) -> None:
-    """peft.md, case 12."""
+    """A packed row with restarting positions equals its documents alone, which PEFT gets wrong."""
     model, _, step = prompted(arch)
     positions = torch.cat([torch.arange(len(row)) for row in ROWS])[None]
     logits = model(torch.cat(ROWS)[None], position_ids=positions, use_cache=False).logits[0]
@@ -113,7 +113,7 @@ def test_packed_documents_each_see_the_adapter_and_no_other_document(arch: str) 
 @pytest.mark.parametrize("arch", zoo.CAUSAL)
 @torch.no_grad()
 def test_positions_come_from_the_mask(arch: str, side: str) -> None:
-    """A query knows its absolute position, so a branch can tell padding that the bare model cannot."""
+    """A query depends on its absolute position, so a branch is sensitive to padding where the bare model is not."""
     model, _, step = prompted(arch)
     row, padding = ROWS[1], torch.zeros(3, dtype=torch.long)
     parts = [padding, row] if side == "left" else [row, padding]
@@ -153,7 +153,7 @@ MORE: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", MORE)
 def test_other_kinds_of_attention(name: str) -> None:
-    """The base at step 0; then gradients reach every row and gate, and rows of the batch do not mix."""
+    """Equal to the base at step 0; then gradients reach every row and gate, and rows of the batch do not mix."""
     torch.manual_seed(0)
     config = MORE[name]()
     attention = "eager" if name == "sinks" else "sdpa"
@@ -173,7 +173,7 @@ def test_other_kinds_of_attention(name: str) -> None:
 
 @pytest.mark.parametrize("arch", [*zoo.MORE_ENCODERS, *zoo.RARE_ENCODERS])
 def test_other_encoders(arch: str) -> None:
-    """Also one layer that runs three times, with rows for each run, and attention that is written out."""
+    """Also one layer that runs three times, with rows for each run, and inline attention."""
     model, ids = zoo.build(arch, "masked").requires_grad_(False), zoo.text(3, 7)
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0

@@ -182,7 +182,7 @@ def test_rows_that_a_layer_does_not_keep_apart_are_refused() -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
 def test_an_adapter_learns_what_the_frozen_model_cannot_do(arch: str) -> None:
-    """Say which of two ids came first; the frozen model, with its own head, answers by chance."""
+    """The task is which of two ids came first; the frozen model with its own head is at chance level."""
     torch.manual_seed(0)
     model = zoo.build(arch, "sequence", num_labels=2)
     generator = torch.Generator().manual_seed(1)

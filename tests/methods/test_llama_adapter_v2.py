@@ -49,7 +49,7 @@ def test_prompts_and_an_early_context_are_in_different_layers() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_factors_and_offsets_are_on_every_linear_layer_of_the_blocks(case: zoo.Case) -> None:
-    """The same numbers, written into a copy's weights, give the same logits."""
+    """The same values, written into a copy's weights, give the same logits."""
     from transformers.pytorch_utils import Conv1D
 
     model, prompt, call = prompted(case, scale_and_bias=True)
@@ -118,7 +118,7 @@ def test_norms_are_trained_with_the_prompt() -> None:
 
 
 def test_disjoint_groups_train_on_images_and_on_text() -> None:
-    """As the docstring says: what images train no text moves, and the other way round, in Adam's momentum too."""
+    """As documented: texts do not change what images train, and vice versa, including Adam's momentum."""
     model = zoo.build("llama").requires_grad_(False)
     method = LlamaAdapter(K, num_layers=1, early_fusion=1, context_size=C, scale_and_bias=True)
     prompt = adapters.stir(softhooks.attach(model, method, trainable="*norm*"))

@@ -82,7 +82,7 @@ def test_a_tasks_prompt_is_the_shared_one_times_a_matrix_of_low_rank(rank: int) 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_at_the_start_every_task_has_about_the_shared_prompt(rank: int) -> None:
-    """And not about zero, as where u and v are drawn around 0."""
+    """The product is around one, not around zero, as it would be with u and v drawn around 0."""
     with softhooks.attach(zoo.build("llama"), method(rank=rank)) as prompt:
         shared = prompt.encoder.shared.detach()
         words = zoo.build("llama").get_input_embeddings().weight
@@ -232,7 +232,7 @@ def test_one_task_needs_no_task_ids(folded: bool) -> None:
 
 
 def test_beside_other_prompts_in_rows() -> None:
-    """Also with another multitask prompt that has more tasks: a row's number counts for its own prompt alone."""
+    """Also next to a multitask prompt with more tasks: a row's task id applies to its own prompt only."""
     model, ids = zoo.build("llama"), zoo.text(4, 6)
     first = softhooks.attach(model, method(), "first")
     second = softhooks.attach(model, MultitaskPromptTuning(5, tasks=6), "second")

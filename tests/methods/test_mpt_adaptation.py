@@ -38,7 +38,7 @@ def _clean() -> Iterator[None]:
 
 @torch.no_grad()
 def stirred(model: Any, folder: Path, method: Any = None) -> dict[str, Tensor]:
-    """Save a source prompt with numbers of some size; what is in the file."""
+    """Save a source prompt with random values; return the file's tensors."""
     with softhooks.attach(model, method or MultitaskPromptTuning(P, tasks=K)) as prompt:
         for parameter in prompt.encoder.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)

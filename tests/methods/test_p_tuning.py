@@ -106,7 +106,7 @@ def test_every_slot_depends_on_every_other_through_the_lstm_only() -> None:
 
 
 def test_permuting_the_text_does_not_change_h() -> None:
-    """The network ignores the text: what stands at the slots is the same, whatever stands between, and in every row."""
+    """The network ignores the text: the slots' rows are the same in every row, whatever stands between them."""
     model = zoo.build("bert", "masked")
     anchor = 90
     layout = Layout.insert(start=2, after={anchor: 3})
@@ -160,7 +160,7 @@ def test_without_a_network_in_front_it_is_prompt_tuning(case: zoo.Case) -> None:
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_slots_start_as_words(name: str) -> None:
-    """At the start, logits are those of the text with the words in it; the other slots are where they would be anyway."""
+    """At initialization, logits equal those of the text with the words in it; other slots are unaffected."""
     tokenizer, model = tokens.masked(), zoo.build("bert", "masked")
     layout = Layout('{a} {soft:2} {soft:"it was great", name=w} {mask} {soft:"it was great", name=w}')
     fields = {"a": "hello world"}
@@ -240,7 +240,7 @@ def template_batch() -> dict[str, Tensor]:
     ids=["front", "template", "words", "insert"],
 )  # fmt: skip
 def test_what_is_kept_is_h_and_the_layout(tmp_path: Path, name: str, layout: Layout | None) -> None:
-    """Loaded without a tokenizer, it answers as it did; the file holds P rows, whatever the network was."""
+    """Loaded without a tokenizer, outputs are the same; the file holds P rows, whatever the network was."""
     model = zoo.build("bert", "masked")
     collator = (layout if layout is not None and layout.batch_columns else Layout(TEMPLATE)).collator(tokens.masked())
     batch = collator([{"a": "hello", "b": "red cat"}, {"a": "a b c d", "b": "yes"}])
@@ -378,7 +378,7 @@ def test_case_4_the_best_model_is_the_one_that_was_measured(tmp_path: Path) -> N
 
 
 def test_the_lstm_runs_once_however_many_rows_there_are() -> None:
-    """Its cost does not grow with the batch: PEFT's pays for every row."""
+    """Its cost does not grow with the batch; PEFT's does."""
     model, shapes = zoo.build("llama"), []
     with softhooks.attach(model, PTuning(P)) as prompt:
         prompt.encoder.lstm.register_forward_hook(lambda _m, args, _out: shapes.append(tuple(args[0].shape)))

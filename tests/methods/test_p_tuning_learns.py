@@ -18,7 +18,7 @@ from softhooks import Layout, PTuning, SoftPromptCallback, Verbalizer
 
 LETTERS = list("abcdefgh")
 TASKS = {"red": 0, "blue": 1, "cat": 2}
-"""The word that tells the model to repeat the first, the second or the third letter."""
+"""The word that makes the model repeat the first, the second or the third letter."""
 
 
 def texts(count: int, seed: int) -> list[list[str]]:
@@ -109,7 +109,7 @@ def test_a_masked_model_learns_which_task_is_meant(tmp_path: Path, encoder: Any)
 
 @pytest.mark.parametrize("form", ["template", "insert"])
 def test_a_language_model_learns_which_task_is_meant(tmp_path: Path, form: str) -> None:
-    """The same slots, in rows that the layout makes and in rows that a script has tokenized itself; then it generates."""
+    """The same slots in rows of a layout and in rows that a script has tokenized itself; then generation."""
     model, tokenizer = schooled("llama", "causal")
     template = Layout("{letters} ? {soft:2} : {answer}")
     inserted = Layout.insert(after={"?": 2}, tokenizer=tokenizer)

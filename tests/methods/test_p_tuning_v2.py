@@ -44,7 +44,7 @@ def _clean() -> Iterator[None]:
 
 
 def sizeable(prompt: Any) -> None:
-    """Numbers that matter to every output; N(0, 0.02) hardly would."""
+    """Set values that matter to every output; N(0, 0.02) hardly would."""
     prompt.encoder.eval()
     with torch.no_grad():
         for parameter in prompt.encoder.parameters():
@@ -103,7 +103,7 @@ def test_deep_prompts_on_a_decoder_are_a_seeded_cache(arch: str, heads: int, hea
 
 @pytest.mark.parametrize("arch", ["gemma3", "mistral"])
 def test_deep_prompts_are_seen_past_a_sliding_window(arch: str) -> None:
-    """They stand for no tokens, and the last token is the one that is classified."""
+    """Deep prompts stand for no tokens, and the last token is classified."""
     model, ids = zoo.build(arch, "sequence"), zoo.text(1, 16)
     with softhooks.attach(model, PTuningV2(P, layers=[0])) as prompt:
         sizeable(prompt)
@@ -159,7 +159,7 @@ def test_its_start_and_dropout_are_the_papers() -> None:
 
 
 def test_positions_stay_in_an_encoder_or_move_if_asked_to() -> None:
-    """The authors' BERT places the first token at P; which of the two a prompt was trained with is stored."""
+    """The authors' BERT places the first token at position P; a saved prompt records the convention."""
     model, ids = zoo.build("bert", "tokens"), zoo.text(2, T)
     for shift, first in ((None, 0), (True, P)):
         with softhooks.attach(model, PTuningV2(P, shift_positions=shift)) as prompt:
@@ -233,7 +233,7 @@ def test_layers_are_counted_in_each_stack(arch: str, projection: bool) -> None:
 
 @contextmanager
 def masked_in(layer: Any, columns: int) -> Iterator[None]:
-    """Let one layer's attention not see its first columns, by its own mask."""
+    """Hide the first columns from one layer's attention by its own mask."""
 
     def mask(_module: Any, args: Any, kwargs: Any) -> Any:
         hidden = kwargs["attention_mask"].clone()

@@ -52,7 +52,7 @@ def batches(sampler: TaskSampler, epochs: int = 1) -> list[list[int]]:
 
 
 def distribution(weights: list[float], size: int) -> dict[tuple[int, ...], float]:
-    """How likely a batch has so many rows of each task, by going through all draws."""
+    """The probability of each batch composition, by enumerating all draws."""
     likely: Counter[tuple[int, ...]] = Counter()
     tasks, total = range(len(weights)), sum(weights)
     numbers = range(min(2, len(weights)), len(weights) + 1)
@@ -80,7 +80,7 @@ def test_a_batch_has_equal_parts_and_a_remainder(sizes: list[int], size: int, se
 @pytest.mark.parametrize("size", [12, 13, 3])
 @pytest.mark.parametrize("weights", ["size", "equal"])
 def test_the_statistics_of_batches(weights: str, size: int) -> None:
-    """How many tasks, which of them, and who gives the remainder: every possible batch is as frequent as it must be."""
+    """Every possible batch (number of tasks, which tasks, which one gives the remainder) has its expected frequency."""
     sampler = TaskSampler(TASKS, size, weights=weights, seed=3)
     drawn = [batch for batch in batches(sampler, epochs=400) if len(batch) == size]
     seen = Counter(tuple(Counter(TASKS[row] for row in batch)[task] for task in range(4)) for batch in drawn)

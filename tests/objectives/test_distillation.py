@@ -84,7 +84,7 @@ def _width(case: zoo.Case) -> int:
 
 
 def vanilla(model: Any, prompt: Any, call: dict[str, Tensor], rows: Tensor) -> list[Any]:
-    """What each task's prompt makes of the whole batch, as prompt tuning."""
+    """The outputs of the whole batch with each task's prompt, as prompt tuning."""
     outputs = []
     for task in range(K):
         own = softhooks.attach(model, PromptTuning(P, init="tensor", init_tensor=rows[task]), "vanilla")
@@ -264,7 +264,7 @@ def test_a_config_that_asks_for_hidden_states_gets_them() -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.arch not in ("bert", "roberta")], ids=str)
 def test_what_teachers_add_accumulates_to_that_of_the_large_batch(case: zoo.Case) -> None:
-    """With `num_items_in_batch`, as the Trainer gives it; rows have different lengths and numbers of labels."""
+    """With `num_items_in_batch`, as the Trainer passes it; rows have different lengths and numbers of labels."""
     model, prompt = trained(case)
     parameters = list(prompt.encoder.parameters())
     call = batch(case)
@@ -451,7 +451,7 @@ def learning(steps: int = 3, **options: Any) -> MultitaskPromptTuning:
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_first_the_teachers_train_and_then_the_decomposition(name: str, to_none: bool) -> None:
-    """The teachers are those of plain prompt tuning, bit for bit; and once they teach, nothing moves them."""
+    """The teachers equal those of plain prompt tuning bit for bit, and stay unchanged once they teach."""
     case = zoo.Case("llama", "causal")
     model, prompt = trained(case, learning())
     encoder, call = prompt.encoder, batch(case)
@@ -479,7 +479,7 @@ def test_first_the_teachers_train_and_then_the_decomposition(name: str, to_none:
 
 
 def gradient_of(model: Any, call: dict[str, Tensor], rows: Tensor) -> Tensor:
-    """What vanilla prompts of the tasks get from the model's own loss."""
+    """The gradients of vanilla prompts of the tasks from the model's own loss."""
     with softhooks.disabled(model):
         embedded = torch.cat([rows[call["task_ids"]], model.get_input_embeddings()(call["input_ids"])], 1)
         mask = torch.cat([torch.ones(4, P).long(), call["attention_mask"]], 1)
@@ -522,7 +522,7 @@ def test_a_run_that_is_killed_between_teachers_and_students_resumes_bit_for_bit(
 
 def test_steps_are_counted_once_with_an_optimizer_of_any_kind(tmp_path: Path) -> None:
     class Foreign(torch.optim.SGD):
-        """Steps unseen by torch's hooks, as those of some libraries do."""
+        """An optimizer whose steps do not run torch's hooks, as in some libraries."""
 
         def step(self, closure: Any = None) -> Any:
             with torch.no_grad():

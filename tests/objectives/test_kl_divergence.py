@@ -12,7 +12,7 @@ from softhooks.objectives.losses import kl_divergence
 
 
 def by_hand(teacher: torch.Tensor, student: torch.Tensor, kept: int) -> float:
-    """KL over the teacher's `kept` likeliest tokens and one more that is all others."""
+    """KL over the teacher's `kept` most likely tokens and one more for all others."""
     p, q = teacher.double().softmax(-1), student.double().softmax(-1)
     order = sorted(range(len(p)), key=lambda i: -float(p[i]))
     parts = [[i] for i in order[:kept]] + [order[kept:]]

@@ -47,7 +47,7 @@ def prompted() -> Iterator[tuple[Any, dict[str | None, Tensor]]]:
 
 @pytest.fixture(autouse=True)
 def _no_prompt_left() -> None:
-    """Nothing to collect after each test: the model is kept."""
+    """Skip the garbage collection after each test, because the model is kept."""
 
 
 def bare(model: Any) -> Tensor:
@@ -56,7 +56,7 @@ def bare(model: Any) -> Tensor:
 
 
 def on(prompted: tuple[Any, dict[str | None, Tensor]]) -> str | None:
-    """Which prompt answers."""
+    """The name of the prompt that the output belongs to."""
     model, logits = prompted
     now = bare(model)
     (name,) = [name for name, expected in logits.items() if torch.allclose(now, expected, rtol=1e-4, atol=1e-5)]
@@ -92,7 +92,7 @@ def test_a_block_in_another_thread(prompted: Any, name: str | None) -> None:
 
 
 def test_a_thread_that_is_started_inside(prompted: Any) -> None:
-    """It begins with an empty context, as Python lets it; in a copy of this one it goes on as here."""
+    """A new thread starts with an empty context; in a copied context the block applies."""
     with named(prompted[0], "b"), ThreadPoolExecutor(1) as pool:
         assert pool.submit(on, prompted).result() == "a"
         assert pool.submit(contextvars.copy_context().run, on, prompted).result() == "b"
@@ -196,7 +196,7 @@ def test_a_copied_context_outlives_the_block(prompted: Any) -> None:
 
 @given(st.lists(st.sampled_from(NAMES), min_size=1, max_size=5), st.data())
 def test_blocks_that_are_left_in_any_order(prompted: Any, names: list[str | None], data: Any) -> None:
-    """As those of generators are. The innermost that is open decides; inside `disabled` nothing is on."""
+    """As generators may do. The innermost open block applies; inside `disabled` nothing is on."""
     blocks = [(name, named(prompted[0], name)) for name in names]
     for _, block in blocks:
         block.__enter__()
@@ -264,7 +264,7 @@ def test_a_block_is_of_one_model(prompted: Any) -> None:
 
 
 def test_a_reference_in_another_thread(prompted: Any) -> None:
-    """It has one prompt on, or none, for its own forward; other threads have the model's."""
+    """It has one prompt on, or none, for its own forward; other threads use the model's active prompt."""
     model, logits = prompted
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -286,7 +286,7 @@ def test_a_reference_in_another_thread(prompted: Any) -> None:
 
 
 def test_repeats_belong_to_their_generate(prompted: Any) -> None:
-    """A block inside a hook of `generate` begins anew, and a batch of beams outside of it is another batch."""
+    """A block inside a hook of `generate` starts with its own batch size, independent of the beams."""
     model, ids = prompted[0], zoo.text(2, 6)
     refusals: list[Exception] = []
 

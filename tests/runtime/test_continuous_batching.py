@@ -31,7 +31,7 @@ def _no_prompt_before() -> None:
 def served(
     model: Any, texts: list[list[int]] = TEXTS, new: int = NEW, **options: Any
 ) -> tuple[list[list[int]], torch.Tensor]:
-    """What a continuous batch generates, and with which log-probabilities. Few tokens at a time: prompts come in chunks."""
+    """The tokens and log-probabilities of a continuous batch. With few tokens per step, prompts are processed in chunks."""
     config = {**SIZES, "max_batch_tokens": 8, "return_logprobs": True, **options}
     told = model.generate_batch(
         texts,
@@ -45,7 +45,7 @@ def served(
 
 
 def generated(model: Any, texts: list[list[int]] = TEXTS, new: int = NEW) -> tuple[list[list[int]], torch.Tensor]:
-    """What `generate` makes of each text alone."""
+    """The output of `generate` for each text alone."""
     tokens, logprobs = [], []
     for text in texts:
         ids = torch.tensor([text])

@@ -46,7 +46,7 @@ def pickled(value: Any) -> Any:
 
 
 def stored(value: Any) -> Any:
-    """What `torch.save` and `torch.load` make of it."""
+    """A round trip through `torch.save` and `torch.load`."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -96,7 +96,7 @@ def twin_of(model: Any, name: str = "default") -> SoftPrompt:
 @pytest.mark.parametrize(("entry", "case"), PAIRS, ids=str)
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_a_copy_is_a_model_of_its_own(duplicate: Callable[[Any], Any], entry: Entry, case: zoo.Case) -> None:
-    """Its forward, its training, its check and its removal, whatever happens to the first one."""
+    """Its forward, training, frozen check and removal do not depend on the first one."""
     model = zoo.build(case.arch, case.head)
     bare, call = copy.deepcopy(model), call_of(entry, case)
     without = answer(bare, zoo.inputs(case, call["input_ids"]))
@@ -226,7 +226,7 @@ def test_lora_under_a_copied_prompt(duplicate: Callable[[Any], Any]) -> None:
 
 @each_way
 def test_a_copy_that_was_made_inside_a_block_is_outside_of_it(duplicate: Callable[[Any], Any]) -> None:
-    """`disabled` ends for the model that it was entered with; for a copy nothing would end it."""
+    """`disabled` ends for the model that it was entered with, so a copy must not inherit it."""
     model, ids = zoo.build("llama"), zoo.text(2, 6)
     softhooks.attach(model, PrefixTuning(3))
     expected = answer(model, {"input_ids": ids})
@@ -257,7 +257,7 @@ def test_a_copy_that_was_made_inside_a_forward(
 
 @each_way
 def test_the_handle_of_a_copy(duplicate: Callable[[Any], Any]) -> None:
-    """A handle brings its model along, and a pair of both stays a pair."""
+    """Copying a handle copies its model, and a copied pair of both stays a pair."""
     model, ids = zoo.build("llama"), zoo.text(2, 6)
     prompt = softhooks.attach(model, PrefixTuning(3))
     expected = answer(model, {"input_ids": ids})
@@ -384,7 +384,7 @@ def test_a_model_that_a_trainer_trains_is_copied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_a_callback_that_was_copied_meets_trainers(duplicate: Callable[[Any], Any], tmp_path: Path) -> None:
-    """As a launcher of processes hands it over: also where it is added to a Trainer that is made already."""
+    """As a process launcher passes it on; also if it is added to an existing Trainer."""
     callback = duplicate(SoftPromptCallback(PrefixTuning(3)))
     assert any(one is callback for one in add_callback.users)
     trainer = trainer_of(zoo.build("llama"), tmp_path)
@@ -433,7 +433,7 @@ ELSEWHERE = [
 
 
 def test_a_model_that_was_saved_whole_works_in_another_process(tmp_path: Path) -> None:
-    """There, softhooks is imported by unpickling alone."""
+    """In the new process, only unpickling imports softhooks."""
     saved = []
     for name, case, attention in ELSEWHERE:
         entry = BY_NAME[name]
@@ -490,7 +490,7 @@ NEVER_EMPTY = {
     "methods/cartridge.py": "two cartridges or more, which have tables",
     "peft_base.py": "the model inside a PEFT model, which was found there",
 }
-"""Where `next` is called without a default, and why what it is given cannot be exhausted."""
+"""Calls of `next` without a default, and why their iterators cannot be exhausted."""
 
 
 def test_next_has_a_default_wherever_something_may_be_exhausted() -> None:

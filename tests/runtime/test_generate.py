@@ -39,7 +39,7 @@ def _prompted_models_are_kept_for_this_file() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_prompt_left() -> None:
-    """Nothing to collect after each test: the models are kept."""
+    """Skip the garbage collection after each test, because the models are kept."""
 
 
 @cache
@@ -57,7 +57,7 @@ def generate(model: Any, **call: Any) -> Any:
 
 
 def same_rows(generated: Tensor, expected: list[Tensor]) -> bool:
-    """Each row, less its padding, is the expected one."""
+    """Each row without its padding equals the expected one."""
     assert len(generated) == len(expected)
     return all(torch.equal(row[-len(right) :], right) for row, right in zip(generated, expected, strict=True))
 
@@ -156,7 +156,7 @@ def can_be_assisted_bare(arch: str) -> bool:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_an_assistant(arch: str, seed: int, way: str) -> None:
-    """An assistant that is mostly wrong, and one with the model's own weights; neither carries the prompt."""
+    """An assistant that is mostly wrong, and one with the model's weights; neither has the prompt."""
     model, _, step = prompted(arch, way)
     assistant = naive.endless(zoo.build(arch, seed=seed))
     if not can_be_assisted_bare(arch):

@@ -163,7 +163,7 @@ def test_computed_again_when_the_base_has_changed() -> None:
 
 @pytest.mark.parametrize("way", ["prompt", "prefix"])
 def test_computed_again_in_another_precision(way: str) -> None:
-    """fp32, autocast, bf16 and back: each has the logits that a prompt attached in that precision has."""
+    """fp32, autocast, bf16 and back: each gives the logits of a prompt attached in that precision."""
     ids = ROWS[0][None]
     model = naive.endless(zoo.build("llama"))
 

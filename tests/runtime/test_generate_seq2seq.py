@@ -36,7 +36,7 @@ def _prompted_models_are_kept_for_this_file() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_prompt_left() -> None:
-    """Nothing to collect after each test: the models are kept."""
+    """Skip the garbage collection after each test, because the models are kept."""
 
 
 @cache

@@ -42,7 +42,7 @@ def _prompted_models_are_kept_for_this_file() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_prompt_left() -> None:
-    """Nothing to collect after each test: the models are kept."""
+    """Skip the garbage collection after each test, because the models are kept."""
 
 
 @cache
@@ -116,7 +116,7 @@ def test_static_caches(mix: str) -> None:
 @pytest.mark.parametrize("injection", [None, "slots"])
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gptj"])
 def test_prompts_of_one_length(arch: str, injection: Any) -> None:
-    """No row leaves anything unused, so that no mask has to say so."""
+    """Rows have no padding, so that no mask is needed."""
     model, bare = naive.endless(zoo.build(arch)), zoo.build(arch)
     prompts = {name: softhooks.attach(model, PromptTuning(3), name, injection=injection) for name in ("a", "b")}
     with softhooks.rows(model, ["b", "a", "a", "b"]):

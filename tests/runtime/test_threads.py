@@ -42,7 +42,7 @@ def refused(result: Any) -> bool:
 
 
 def cases() -> dict[str, tuple[str, str, Any, dict[str, Any], dict[str, Any]]]:
-    """Each way in: a model, a method, and two calls that differ in all that is theirs alone."""
+    """Each way in: a model, a method, and two calls that differ in their columns and text."""
     images = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(3)) * 5
     first, second = zoo.text(1, 6, seed=1), zoo.text(1, 6, seed=2)
     ids = [{"input_ids": one} for one in (first, second)]
@@ -84,7 +84,7 @@ def build(way: str) -> tuple[Any, softhooks.SoftPrompt, list[Callable[[], Tensor
 
 
 def fresh(prompt: softhooks.SoftPrompt) -> None:
-    """Let the next forward compute the prompt anew, as the first one after `load` does."""
+    """Make the next forward compute the prompt again, as the first one after `load` does."""
     with torch.no_grad():
         for parameter in prompt.encoder.parameters():
             parameter.mul_(1.0)
@@ -92,7 +92,7 @@ def fresh(prompt: softhooks.SoftPrompt) -> None:
 
 @pytest.mark.parametrize("way", CASES)
 def test_a_forward_while_another_one_stands_anywhere(way: str) -> None:
-    """In every module of the model, as it begins and as it ends: the prompt's own run, between two hooks, in the head."""
+    """Stop before and after every module of the model: in the prompt's own run, between two hooks, in the head."""
     model, prompt, calls = build(way)
     expected = [answer(call) for call in calls]
     assert not torch.equal(*expected)
@@ -209,7 +209,7 @@ def test_an_encoder_that_generate_calls_by_itself(way: str) -> None:
 
 
 def test_generate_keeps_the_model_between_its_forwards() -> None:
-    """Not one of two texts is lost in its middle: the second is refused at its start."""
+    """No text is lost midway: the second call is refused at its start."""
     model, ids = zoo.build("llama"), zoo.text(2, 6)
     for name in ("a", "b"):
         softhooks.attach(model, PromptTuning(3), name)
@@ -339,7 +339,7 @@ def test_a_forward_while_another_thread_attaches(attached: int) -> None:
 
 
 class Stop(BaseException):
-    """Of which torch tells no hook."""
+    """An exception after which torch runs no hooks."""
 
 
 @pytest.mark.parametrize("ends", [True, False], ids=["the thread has ended", "the thread lives on"])
@@ -377,7 +377,7 @@ def test_a_forward_that_died_in_another_thread(way: str, ends: bool) -> None:
 
 @pytest.mark.parametrize("way", ["shared", "slots", "prefix", "context", "the stack itself"])
 def test_a_stack_called_by_itself_after_a_forward_that_died(way: str) -> None:
-    """What the dead one was called with belongs to it."""
+    """The arguments of the dead forward are not reused."""
     model, _, calls = build(way)
     expected = answer(calls[1])
 
@@ -396,7 +396,7 @@ def test_a_stack_called_by_itself_after_a_forward_that_died(way: str) -> None:
 
 
 def test_an_error_before_our_hooks_ends_nobody_elses_forward() -> None:
-    """A foreign hook that raises before ours: torch calls our last hook all the same, inside another forward of the thread."""
+    """Another hook raises before ours: torch still calls our last hook, inside another forward of the thread."""
     model, ids = zoo.build("llama"), zoo.text(1, 6)
 
     def fail(*_call: Any) -> None:
@@ -427,7 +427,7 @@ def test_an_error_before_our_hooks_ends_nobody_elses_forward() -> None:
 
 @pytest.mark.parametrize("way", CASES)
 def test_a_forward_inside_another_one_of_the_same_thread(way: str) -> None:
-    """From a hook anywhere in the model, also while the prompt's own rows are on their way."""
+    """From a hook anywhere in the model, also while the prompt itself is computed."""
     model, prompt, calls = build(way)
     expected = [answer(call) for call in calls]
     with softhooks.disabled(model):
@@ -566,7 +566,7 @@ def test_a_bare_forward_whose_layers_run_again_after_its_block(way: str) -> None
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_whole_model_that_runs_again(reentrant: bool) -> None:
-    """It meets the prompts that are on where the backward is called: refused where these may be others."""
+    """It would use the prompts that are on during the backward: refused if these may differ."""
     model, ids = zoo.build("llama").train(), zoo.text(2, 6)
     prompts = [softhooks.attach(model, PrefixTuning(3), name) for name in ("a", "b")]
     embedded = model.get_input_embeddings()(ids).requires_grad_()

@@ -188,7 +188,7 @@ def test_an_optimizer_that_the_prompt_was_added_to_trains() -> None:
 
 
 def test_an_optimizer_of_the_base_beside_one_of_the_prompt_is_no_mistake() -> None:
-    """Several optimizers that step in turn, as adversarial training has them."""
+    """Several optimizers that step in turn, as in adversarial training."""
     model = zoo.build("llama")
     base = torch.optim.AdamW(model.parameters(), lr=0.1)
     prompt = softhooks.attach(model, PromptTuning(4))

@@ -52,7 +52,7 @@ def generated(model: Any, ids: list[int]) -> list[int]:
 
 
 def continued(model: Any, rows: torch.Tensor) -> list[int]:
-    """What the bare model makes of rows alone."""
+    """The bare model's output for given embedding rows."""
     with softhooks.disabled(model):
         out = model.generate(
             inputs_embeds=rows[None], attention_mask=torch.ones(1, rows.shape[0], dtype=torch.long), max_new_tokens=8,
@@ -111,12 +111,12 @@ SCALED = ["gemma", "gemma2", "gemma3_text", "granite"]
 
 
 def inside_vllm(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """vLLM multiplies what it looks ids up in, and takes given rows as they are."""
+    """vLLM scales the embeddings of ids, and takes given rows as they are."""
     return rows
 
 
 def inside_sglang(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """SGLang multiplies given rows too in Gemma and Gemma 2; Gemma 3's factor is inside its embedding."""
+    """SGLang scales given rows too in Gemma and Gemma 2; Gemma 3 scales inside its embedding."""
     return rows * model.config.hidden_size**0.5 if model.config.model_type in ("gemma", "gemma2") else rows
 
 

@@ -36,7 +36,7 @@ def _clean() -> Iterator[None]:
 
 
 class Rogue(tf.TrainerCallback):
-    """Somebody else's callback, that writes to a weight of the base."""
+    """A foreign callback that writes to a weight of the base."""
 
     def __init__(self, name: str) -> None:
         self.name = name

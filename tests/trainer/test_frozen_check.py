@@ -29,7 +29,7 @@ def _clean() -> Iterator[None]:
 
 
 class Once(tf.TrainerCallback):
-    """Somebody else's callback, that does something at the end of one step."""
+    """A foreign callback that does something at the end of one step."""
 
     def __init__(self, step: int, deed: Callable[[Any], None]) -> None:
         self.step = step

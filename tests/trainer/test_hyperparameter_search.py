@@ -31,7 +31,7 @@ def _clean() -> Iterator[None]:
 
 
 class Trial:
-    """What the Trainer asks of Optuna's."""
+    """The interface of Optuna's trials that the Trainer uses."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -46,7 +46,7 @@ class Trial:
 
 
 class Study:
-    """What the Trainer asks of Optuna's: run, and name the best."""
+    """The interface of Optuna's studies that the Trainer uses: run trials, and name the best."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -65,7 +65,7 @@ class Study:
 
 @pytest.fixture(params=["stand-in", "optuna"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Optuna, where it is installed, and what stands in for it everywhere."""
+    """Optuna, where it is installed, and a stand-in everywhere."""
     if request.param == "optuna":
         optuna = pytest.importorskip("optuna")
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -84,7 +84,7 @@ def space(trial: Any) -> dict[str, float]:
 
 
 class Model:
-    """A `model_init` that keeps an eye on what it has made."""
+    """A `model_init` that records the models it has made."""
 
     def __init__(self, entry: Entry, attached: bool, task: tuple[str, str] | None = None, p: int = 4) -> None:
         self.entry = entry

@@ -35,7 +35,7 @@ WRITTEN = [
 """The files of a checkpoint, in the order in which they are written; the first goes when all are there."""
 
 OWN = WRITTEN[:5]
-"""Those that are moved to their place in one step."""
+"""Files that are renamed into place."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def _clean() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that nobody has killed."""
+    """A run that was not killed."""
 
     folder: Path
     trained: dict[str, torch.Tensor]
@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def killed(run: Run, folder: Path, at: str, torn: bool) -> Path:
-    """The folder as a process leaves it that dies when it begins, or is half through, one file of the last checkpoint."""
+    """The folder left by a process that dies before or in the middle of writing one file of the last checkpoint."""
     shutil.copytree(run.folder, folder)
     last = folder / "checkpoint-4"
     (last / LOCK).touch()
@@ -81,7 +81,7 @@ def killed(run: Run, folder: Path, at: str, torn: bool) -> Path:
 
 
 def finish(run: Run, folder: Path, looks_first: bool = False) -> list[str]:
-    """Start again, and compare with the run that nobody has killed.
+    """Restart, and compare with the run that was not killed.
 
     Args:
         looks_first: whether the script looks for the last checkpoint before it makes its Trainer, as transformers' examples do.

@@ -32,7 +32,7 @@ def _clean() -> Iterator[None]:
 
 
 class Reporter(tf.TrainerCallback):
-    """Like TensorBoard's: told of logs before any callback of the user's."""
+    """A reporter like TensorBoard's, called before any user callback."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, float]] = []
@@ -42,7 +42,7 @@ class Reporter(tf.TrainerCallback):
 
 
 class Gradients(tf.TrainerCallback):
-    """Compute by hand, at every step, what should be shown at those that log."""
+    """Compute the expected logs by hand at every step."""
 
     def __init__(self, start: softhooks.SoftPrompt) -> None:
         self.prompt = start
@@ -63,7 +63,7 @@ class Gradients(tf.TrainerCallback):
 
 @pytest.fixture
 def reporter(monkeypatch: pytest.MonkeyPatch) -> Reporter:
-    """What stands where `report_to` puts its callbacks: after the flow, before the user's."""
+    """A reporter at the place where `report_to` puts its callbacks: after the flow callback, before the user's."""
     found = Reporter()
     monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda report_to: [found])
     return found

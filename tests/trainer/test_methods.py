@@ -30,7 +30,7 @@ def _clean() -> Iterator[None]:
 
 
 def live(callback: SoftPromptCallback) -> dict[str, torch.Tensor]:
-    """All that training changes, what an encoder counts in buffers included."""
+    """Everything that training changes, including counters in an encoder's buffers."""
     assert callback.soft_prompt is not None
     return {name: value.clone() for name, value in live_tensors(callback.soft_prompt).items()}
 
@@ -114,5 +114,5 @@ def test_evaluations_and_predictions_are_the_models_own_answers(tmp_path: Path, 
 
 
 def logits_of(found: Any) -> np.ndarray[Any, Any]:
-    """The logits of a prediction; a sequence-to-sequence model puts more beside them."""
+    """The logits of a prediction; a sequence-to-sequence model returns more."""
     return found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions

@@ -88,7 +88,7 @@ def with_its_own(folder: Path, build: Callable[[], Any], head: str, callback: So
 
 
 def moved(folder: Path, build: Callable[[], Any], head: str, callback: SoftPromptCallback) -> tf.Trainer:
-    """The callback has served another Trainer, and is handed on."""
+    """The callback was used in another Trainer before."""
     before = training.make(folder / "before", build(), head, [callback])
     return added(folder, build, head, before.pop_callback(SoftPromptCallback))  # type: ignore[arg-type]
 
@@ -210,7 +210,7 @@ def test_what_others_put_around_the_handler_stays() -> None:
 
 @dataclass
 class Unhashable(tf.TrainerCallback):
-    """A callback of a script's: dataclasses that compare have no hash."""
+    """A script's callback as a dataclass, which has no hash."""
 
     steps: int = 0
 
@@ -239,7 +239,7 @@ def test_a_callback_that_was_taken_away_attaches_no_more(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("late", [False, True], ids=["given", "added"])
 def test_a_prompt_does_not_train_without_its_callback(tmp_path: Path, late: bool) -> None:
-    """Nobody would check gradients, checkpoints and the base, or say what was trained."""
+    """Nothing would check gradients, checkpoints and the base."""
     model, callback = zoo.build("llama"), SoftPromptCallback(METHODS["prompt"])
     trainer = training.make(tmp_path, model, "causal", [] if late else [callback])
     if late:
@@ -278,7 +278,7 @@ def test_an_added_callback_that_fails_is_not_there(tmp_path: Path) -> None:
 
 
 class Smuggler(tf.TrainerCallback):
-    """Adds a callback when it is too late for it."""
+    """A callback that adds the SoftPromptCallback too late."""
 
     def __init__(self, event: str, add: Callable[[SoftPromptCallback], None]) -> None:
         self.add = add
@@ -309,7 +309,7 @@ def test_a_callback_that_is_smuggled_in_takes_no_step(tmp_path: Path) -> None:
 
 
 def smuggled(folder: Path, model: Any, **options: Any) -> tf.Trainer:
-    """A Trainer with a callback that nobody has told of it."""
+    """A Trainer whose callback was put into the handler's list without an event."""
     trainer = training.make(folder, model, "causal", [], **options)
     trainer.callback_handler.callbacks.append(SoftPromptCallback(METHODS["prompt"]))
     return trainer

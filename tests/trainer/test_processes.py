@@ -33,7 +33,7 @@ WAYS = {
 
 
 def _alone(folder: Path, name: str) -> tuple[list[float], dict[str, torch.Tensor], float]:
-    """The same training in one process, which takes the processes' batches one after the other before each step."""
+    """The same training in one process, which accumulates the batches of both processes before each step."""
     method, rows = train.entry_of(name)
     model = zoo.build("llama")
     torch.manual_seed(7)
@@ -46,7 +46,7 @@ def _alone(folder: Path, name: str) -> tuple[list[float], dict[str, torch.Tensor
 
 
 def _close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """To rounding, which Adam enlarges where a gradient is next to nothing: to a hundredth of one step."""
+    """Up to rounding, which Adam enlarges for tiny gradients to at most a hundredth of a step."""
     atol = training.QUIET["learning_rate"] / 100
     return set(one) == set(other) and all(torch.allclose(one[name], other[name], atol=atol) for name in one)
 
@@ -72,7 +72,7 @@ def test_two_processes_train_and_resume_as_one_does(tmp_path: Path, wrapper: str
 
 
 def _check_saved(folder: Path, name: str, trained: dict[str, torch.Tensor]) -> None:
-    """What was saved, and what a checkpoint holds, answers as what was trained."""
+    """The saved prompt and the checkpoint give the outputs of the trained model."""
     batch = tf.default_data_collator(training.rows("causal"))
     outputs = []
     for saved in (folder / "saved", folder / "checkpoint-4"):
@@ -142,7 +142,7 @@ def test_ranks_hold_one_prompt_or_say_so(tmp_path: Path) -> None:
 
 
 def test_teachers_and_students_train_in_two_processes_as_in_one(tmp_path: Path) -> None:
-    """What has no part in a step is searched for, also where layers run again; where it would not be, that is refused."""
+    """Unused parameters are found by DDP, also with checkpointing; if DDP would not look for them, training is refused."""
     first, second = results(tmp_path, SCRIPTS / "mpt.py", tmp_path)
     alone = mpt.train(tmp_path / "alone", size=8, steps=1)
     for way in ("as it is", "again", "reentrant", "sharded", "sharded, again"):
@@ -181,7 +181,7 @@ def test_teachers_and_students_train_in_two_processes_as_in_one(tmp_path: Path) 
 
 
 class Plugin:
-    """What accelerate says about FSDP, as far as the callback asks."""
+    """The part of accelerate's FSDP state that the callback reads."""
 
     def __init__(
         self,
@@ -242,7 +242,7 @@ def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_weights_that_zero_3_has_taken_apart_are_refused() -> None:
-    """As `zero.Init` leaves a model: each weight is empty, and knows what it was."""
+    """A model as `zero.Init` leaves it: each weight is empty and records its shape."""
     model = zoo.build("llama")
     for number, parameter in enumerate(model.parameters()):
         parameter.ds_id, parameter.ds_shape = number, parameter.shape

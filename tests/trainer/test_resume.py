@@ -48,7 +48,7 @@ def _clean() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as it lies on disk, and what it answered."""
+    """A finished run on disk, and its outputs."""
 
     folder: Path
     numbers: int

@@ -29,7 +29,7 @@ each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def arguments(folder: Path, **options: Any) -> tf.TrainingArguments:
-    """What a script has that says nothing of columns or collators."""
+    """Arguments of a script without options for columns or collators."""
     settings = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 2,
@@ -216,7 +216,7 @@ def test_a_collator_of_the_scripts_own_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_callback_that_comes_after_an_evaluation(tmp_path: Path) -> None:
-    """The Trainer has looked for its columns by then, without the prompt's."""
+    """By then the Trainer has determined its columns, without the prompt's."""
     tokenizer, layout = tokens.masked(), Layout(TEMPLATE)
     rows, _ = rows_and_collator(layout, tokenizer, "list", "mapped")
     trainer = tf.Trainer(zoo.build("bert", "sequence"), arguments(tmp_path, save_strategy="no"), train_dataset=rows)
