@@ -197,7 +197,10 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
     peft = _peft()
     given = [prompts] if isinstance(prompts, SoftPrompt) else list(prompts)
     _require_one_model(given)
-    parts = {prompt.name: peft_write.adapter(_export(prompt)) for prompt in given}
+    parts = {
+        prompt.name: peft_write.adapter_of(prompt.to_stored(), prompt.model, prompt.prompted_model.structure)
+        for prompt in given
+    }
     kinds = {config["peft_type"] for config, _ in parts.values()}
     if len(kinds) > 1:
         raise OptionError(
@@ -221,10 +224,6 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
         made.requires_grad_(False)
     prompted: PeftModel = made.train(model.training)
     return prompted
-
-
-def _export(prompt: SoftPrompt) -> peft_write.Export:
-    return peft_write.Export.of(prompt.to_stored(), prompt.model, prompt.prompted_model.structure)
 
 
 def _settings(peft: Any, config: dict[str, Any], trainable: bool) -> Any:

@@ -36,32 +36,32 @@ def load(
     token: str | None = None,
     strict: bool = True,
 ) -> SoftPrompt:
-    """Load a saved prompt onto its base model and turn it on.
+    """Load a saved prompt onto its base model and activate it.
 
     Args:
         model: the base model, unmodified.
-        path: a directory that `save_pretrained`, `Trainer.save_model` or a Trainer's checkpoint wrote; one that PEFT wrote for
-            prompt tuning, P-tuning, prefix tuning, CPT or a cartridge; or a repository on the hub.
-        name: under which to attach it.
-        trainable: go on training it. Otherwise its parameters are frozen too, and no record of the base is taken.
+        path: a directory that `save_pretrained` or a Trainer wrote; one that PEFT wrote for a prompt, a prefix, CPT, a
+            LLaMA-Adapter or a cartridge; or a repository on the hub.
+        name: the name to attach it under.
+        trainable: continue its training. Otherwise its parameters are frozen too, and no record of the base is taken.
         freeze_dropout, injection: as in `attach`.
         revision, token: for the hub.
-        strict: refuse a base model that has other weights than the one that the prompt was trained with. A few of its numbers are
-            stored with the prompt and compared; conversions of precision do not count, and files without them are not compared.
+        strict: refuse a base model with other weights than the one that the prompt was trained with. The file holds a few numbers
+            of each weight for this comparison; conversions of precision are allowed.
 
     Returns:
         the handle.
 
     Raises:
-        CheckpointError: there is no prompt, or its file is truncated, foreign or hostile.
-        PromptMismatchError: the prompt does not fit the model, or the model is another base.
-        AttachError: it fits and cannot be attached. The model is as it was, whatever is raised.
+        CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
+        PromptMismatchError: the prompt does not fit the model, or was trained with another base model.
+        AttachError: it fits but cannot be attached. After any error the model is unchanged.
     """
     stored = find(path, revision, token)
     if stored.also_trained:
         warnings.warn(
-            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained beside this prompt "
-            f"({', '.join(stored.also_trained[:3])}, ...) and are not saved with it; load them too.",
+            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained with this prompt "
+            f"({', '.join(stored.also_trained[:3])}, ...) and are not in its file; load them too.",
             stacklevel=2,
         )
     return attach_stored(
@@ -80,10 +80,10 @@ def attach_stored(
     strict: bool = True,
     parts: Sequence[StoredPrompt] = (),
 ) -> SoftPrompt:
-    """Attach a prompt that was read. See `load`.
+    """Attach a prompt that was read from a file. See `load`.
 
     Args:
-        parts: the prompts that it was put together from, each of which knows its base.
+        parts: the prompts that it was joined from; each one's base model is compared.
     """
     method = method_of(stored)
 

@@ -144,7 +144,7 @@ class SoftPrompt(AttachedPrompt):
                 return
             stored = self.to_stored()
             if as_peft:
-                peft_write.write(peft_write.Export.of(stored, self.model, self.prompted_model.structure), folder)
+                peft_write.write(peft_write.adapter_of(stored, self.model, self.prompted_model.structure), folder)
             else:
                 native.write(stored, folder)
                 say_unsaved(self, self.name, self.model, self.prompted_model.structure, stored.added_ids)

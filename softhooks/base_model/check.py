@@ -1,4 +1,4 @@
-"""Whether a prompt is about to enter the base model that it was trained with: two fingerprints compared, and what to say."""
+"""Check that a prompt enters the base model that it was trained with, by comparing two fingerprints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from softhooks.base_model.info import BaseModelInfo
 from softhooks.base_model.take_fingerprint import take_fingerprint
 from softhooks.errors import PromptMismatchError
 
-_SENTENCES: dict[Finding, str] = {
-    "merged": "it looks like the same model with merged adapters (or weights quantized and written back): its embeddings and "
-    "norms are the same, its matrices are not",
-    "adapters": "it is the same model, and other adapters (LoRA) are on, or none",
-    "resized": "it looks like the same model with resized embeddings: the rows that both have are the same",
-    "tuned": "it looks like a fine-tuned variant of the same model: its weights are near, and not the same",
-    "another": "its weights are others",
+_FINDINGS: dict[Finding, str] = {
+    "merged": "the model looks like the base model of the prompt with merged adapters (or with weights that were quantized and "
+    "written back): embeddings and norms are the same, matrices are not",
+    "adapters": "the model is the base model of the prompt, but other adapters (LoRA) are on, or none",
+    "resized": "the model looks like the base model of the prompt with resized embeddings: the rows that both have are the same",
+    "tuned": "the model looks like a fine-tuned variant of the base model of the prompt: its weights are close, but not the same",
+    "another": "the model is not the base model that the prompt was trained with: its weights are others",
 }
 _REMEDIES: dict[Finding, str] = {
     "merged": "Load it onto the base with the adapters that it was trained with, and no others; plain LoRA may be merged or not;",
@@ -30,15 +30,14 @@ _REMEDIES: dict[Finding, str] = {
     "another": "Load it onto the base that it was trained with;",
 }
 _QUANTIZED = (
-    "{source}: the base looks like the same model under another quantization ({before}, now {after}). The answers with this "
-    "prompt will be near those in training, and not the same."
+    "{source}: the model looks like the base model of the prompt with another quantization ({before}, now {after}). Its outputs "
+    "with this prompt will be close to those in training, but not the same."
 )
 _CONVERTED = (
-    "{source}: the base looks like the same model whose weights were converted to {precision} and back. The answers with this "
-    "prompt will be near those in training, and not the same."
+    "{source}: the model looks like the base model of the prompt, converted to {precision} and back. Its outputs with this "
+    "prompt will be close to those in training, but not the same."
 )
-_SHA = re.compile(r"[0-9a-f]{7,40}")
-
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 OVERRIDE = (
     "or pass `strict=False` to `load` (`--no-strict` on a command line) to use it here all the same, and check "
@@ -55,7 +54,7 @@ def require_base(
     has_adapters: bool = False,
     override: str = OVERRIDE,
 ) -> None:
-    """Compare the base model that a prompt was trained with and a model; what is not known is not compared.
+    """Compare a model with the base model that a prompt was trained with, as far as that is known.
 
     Args:
         base: the base model that the prompt was trained with.
@@ -83,7 +82,7 @@ def require_base(
         warnings.warn(_CONVERTED.format(source=source, precision=precision), UserWarning, stacklevel=2)
         return
     raise PromptMismatchError(
-        f"a prompt must enter the base model that it was trained with; {_SENTENCES[finding]}.",
+        f"{_FINDINGS[finding]}.",
         f"{_REMEDIES[finding]} {override}.",
         trained_with=base,
         model=replace(found, fingerprint=take_fingerprint(model, structure)),
@@ -92,12 +91,12 @@ def require_base(
 
 
 def _require_revision(base: BaseModelInfo, found: BaseModelInfo, source: str, override: str) -> None:
-    """Compare commits on the hub where there is no fingerprint; names of branches and tags are not compared."""
+    """Compare commits on the hub, if there is no fingerprint. Names of branches and tags are not compared: they may move."""
     then, now = base.revision or "", found.revision or ""
-    if not _SHA.fullmatch(then) or not now or base.name_or_path != found.name_or_path or now.startswith(then):
+    if not _COMMIT.fullmatch(then) or not now or base.name_or_path != found.name_or_path or now.startswith(then):
         return
     raise PromptMismatchError(
-        "a prompt must enter the revision of its base model that it was trained with.",
+        "the model has another revision than the base model that the prompt was trained with.",
         f"Load the model with `revision={then!r}`; {override}.",
         trained_with=base,
         model=found,

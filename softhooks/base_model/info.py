@@ -121,4 +121,4 @@ def _read_fingerprint(value: Any, source: str) -> Fingerprint | None:
     try:
         return Fingerprint.from_json(value)
     except ValueError as error:
-        raise CheckpointError(f"{source} must hold the fingerprint of its base; it does not: {error}.") from error
+        raise CheckpointError(f"{source} has a malformed fingerprint of its base model: {error}.") from error

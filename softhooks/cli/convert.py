@@ -128,13 +128,12 @@ def _writer(stored: StoredPrompt, wanted: Format, base: Path | None, strict: boo
                     known.base, name_or_path=name, revision=stored.base.revision or known.base.revision
                 )
                 return lambda folder: native.write(known, folder)
-            export = peft_write.Export.of(prompt.to_stored(), model, prompt.prompted_model.structure)
-            parts = peft_write.adapter(export)
-            parts[0]["base_model_name_or_path"] = stored.base.name_or_path or None
-            return lambda folder: peft_write.write_parts(parts, folder)
+            config, tensors = peft_write.adapter_of(prompt.to_stored(), model, prompt.prompted_model.structure)
+            config["base_model_name_or_path"] = stored.base.name_or_path or None
+            return lambda folder: peft_write.write((config, tensors), folder)
     if wanted == "peft":
-        parts = peft_write.adapter(peft_write.Export(stored))
-        return lambda folder: peft_write.write_parts(parts, folder)
+        adapter = peft_write.adapter_of(stored)
+        return lambda folder: peft_write.write(adapter, folder)
     _require_known(stored)
     return lambda folder: native.write(stored, folder)
 

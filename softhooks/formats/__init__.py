@@ -1,1 +1,1 @@
-"""Prompts on disk: this library's own files, and PEFT's, read and written; nothing in them is trusted unchecked."""
+"""Files of saved prompts, those of softhooks and those of PEFT. Everything that a file says is checked."""

@@ -1,4 +1,4 @@
-"""Write files so that a killed process leaves the old one or the new one; read them so that nothing in them is trusted."""
+"""Reading and writing of JSON and safetensors files; a write appears completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from torch import Tensor
 from softhooks.errors import CheckpointError
 
 _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, OverflowError)
-"""What reading bytes that are no safetensors file, or a file of a precision that torch lacks, may raise."""
+"""The errors that reading raises if a file is damaged, is no safetensors file, or has a dtype that torch lacks."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file in one step."""
+    """Write a safetensors file atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as part:
         part.write_bytes(serialize(plain, metadata=metadata))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file in one step."""
+    """Write a JSON file atomically."""
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a temporary file beside `path`, and move it to `path` once it is written and on disk."""
+    """Yield a temporary file in the same directory; after the block, sync it to disk and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield part
         _sync(part)
         part.replace(path)
-        with contextlib.suppress(OSError):  # not every file system can sync a directory
+        with contextlib.suppress(OSError):  # some file systems cannot sync a directory
             _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
@@ -57,35 +57,37 @@ def _sync(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file and its metadata. No pickle is ever read.
+    """Read the tensors and the metadata of a safetensors file. Pickles are never read.
 
     Raises:
-        CheckpointError: the file is missing, truncated or no safetensors file.
+        CheckpointError: the file is missing, truncated, or no safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except _UNREADABLE as error:
         raise CheckpointError(
-            "a prompt's tensors must be in a whole safetensors file.",
-            "Save the prompt again; files of other formats are not read.",
-            file=path,
-            found=f"{type(error).__name__}: {error}",
+            f"{path} is missing, truncated, or no safetensors file.",
+            "Save the prompt again; other formats are not read.",
+            error=f"{type(error).__name__}: {error}",
         ) from error
 
 
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     """Parse a JSON object.
 
+    Args:
+        source: the file, for errors.
+
     Raises:
-        CheckpointError: it is not one.
+        CheckpointError: the text is not a JSON object.
     """
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source} must hold JSON; it does not: {error}") from error
+        raise CheckpointError(f"{source} does not hold valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{source} must hold a JSON object; it holds {type(content).__name__}.")
+        raise CheckpointError(f"{source} holds a JSON {type(content).__name__}; a JSON object is expected.")
     return content
 
 
@@ -93,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: it cannot be read, or is none.
+        CheckpointError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         return parse_json(path.read_bytes(), str(path))

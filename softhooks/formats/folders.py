@@ -1,4 +1,4 @@
-"""A folder that holds no prompt: what it holds instead, and what to load."""
+"""What a folder without a prompt of its own holds: checkpoints of a Trainer, other prompts, or a whole model."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ from safetensors import SafetensorError, safe_open
 from softhooks.backbone.container import CONTAINER
 from softhooks.errors import CheckpointError
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # as the Trainer names them
-_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of sharded checkpoints
-_STATE = "trainer_state.json"  # the Trainer's own name for it
-_MANY = 8
-_SMALL = 64 * 2**20  # no JSON that is read here is larger
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of sharded weights
+_TRAINER_STATE = "trainer_state.json"
+_MAX_LISTED = 8
+_MAX_BYTES = 64 * 2**20  # larger files are not parsed as JSON
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is named like a checkpoint of a Trainer."""
+    return _CHECKPOINT.fullmatch(folder.name) is not None
 
 
 def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
-    """The error for a folder without a prompt: it names the prompts inside, or the whole model that it holds.
+    """Make the error for a folder without a prompt; it names the prompts in subfolders, or the whole model in the folder.
 
     Args:
         folder: where a prompt was expected.
-        marks: the files of which a prompt has one.
+        marks: the files by which a prompt is recognized; any of them is enough.
     """
-    inside = sorted(
-        (entry for entry in _entries(folder) if any((entry / mark).is_file() for mark in marks)), key=_order
-    )
+    inside = [entry for entry in _entries(folder) if any((entry / mark).is_file() for mark in marks)]
     if inside:
-        return _prompts_inside(folder, inside)
-    stray = sorted(set(stray_tensors(folder)))
-    if stray:
-        return _whole_model(folder, stray)
+        return _prompts_inside(folder, sorted(inside, key=_order))
+    tensors = sorted(set(_prompt_tensors(folder)))
+    if tensors:
+        return _whole_model(folder, tensors)
     return CheckpointError(
-        "a saved prompt is a directory with its tensors.",
+        "the directory holds no saved prompt.",
         "Give the directory that `save_pretrained` wrote.",
         directory=folder,
         expected=" or ".join(marks),
@@ -45,62 +48,57 @@ def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
 
 def _prompts_inside(folder: Path, inside: list[Path]) -> CheckpointError:
     checkpoints = [entry for entry in inside if is_checkpoint(entry)]
-    best = best_of(checkpoints)
-    found = ", ".join(entry.name for entry in inside[-_MANY:])
+    best = _best_of(checkpoints)
+    listed = ", ".join(entry.name for entry in inside[-_MAX_LISTED:])
     values: dict[str, object] = {"directory": folder}
-    values["prompts inside"] = found if len(inside) <= _MANY else f"{len(inside)}, the last of them {found}"
+    values["prompts inside"] = listed if len(inside) <= _MAX_LISTED else f"{len(inside)}, the last of them {listed}"
     if checkpoints:
         values["last"] = checkpoints[-1].name
     if best is not None:
-        values["best"] = f"{best.name} ({_STATE} of {checkpoints[-1].name})"
+        values["best"] = f"{best.name} ({_TRAINER_STATE} of {checkpoints[-1].name})"
     wanted = best or (checkpoints or inside)[-1]
     remedy = f"Load one of them: `softhooks.load(model, {str(wanted)!r})`."
     if best is not None and best != checkpoints[-1]:
         remedy = remedy[:-1] + f" (the best), `softhooks.load(model, {str(checkpoints[-1])!r})` (the last)."
-    return CheckpointError("this directory holds no prompt itself, but directories that do.", remedy, **values)
+    return CheckpointError("the directory holds no prompt itself, but its subdirectories do.", remedy, **values)
 
 
-def _whole_model(folder: Path, stray: list[str]) -> CheckpointError:
+def _whole_model(folder: Path, tensors: list[str]) -> CheckpointError:
     return CheckpointError(
-        "this directory holds the weights of a whole model and, among them, the live tensors of a prompt, as softhooks 0.1.0 "
-        "and tools that save a plain state dict write it; `from_pretrained` would drop the prompt.",
+        "the directory holds the weights of a whole model with the live tensors of a prompt among them, as softhooks 0.1.0 and "
+        "tools that save a plain state dict write it; `from_pretrained` would drop the prompt.",
         "Attach the prompt again with the method and the name that it was trained with, load these tensors with "
         "`model.load_state_dict(tensors, strict=False)`, where tensors = {name: tensor for name, tensor in "
         f'safetensors.torch.load_file(file).items() if "{CONTAINER}." in name}}, and save it with '
         "`prompt.save_pretrained(directory)`.",
         directory=folder,
-        found=", ".join(stray[:3]) + (f" and {len(stray) - 3} more" if len(stray) > 3 else ""),
+        tensors=", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""),
     )
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is named like a checkpoint of a Trainer."""
-    return _CHECKPOINT.fullmatch(folder.name) is not None
-
-
-def best_of(checkpoints: list[Path]) -> Path | None:
-    """The best of a training's checkpoints by the Trainer's own record, if it knows one and that is still there."""
+def _best_of(checkpoints: list[Path]) -> Path | None:
+    """The best checkpoint according to the Trainer's state in the last one, if it exists."""
     if not checkpoints:
         return None
-    told = _json(checkpoints[-1] / _STATE).get("best_model_checkpoint")
-    name = re.split(r"[/\\]", told)[-1] if isinstance(told, str) else None
+    path = _read_json(checkpoints[-1] / _TRAINER_STATE).get("best_model_checkpoint")
+    name = re.split(r"[/\\]", path)[-1] if isinstance(path, str) else None  # the folder may have moved since
     return next((entry for entry in checkpoints if entry.name == name), None)
 
 
-def stray_tensors(folder: Path) -> Iterator[str]:
-    """The names of prompts' tensors among the weights of a whole model; of a file that cannot be read, none."""
+def _prompt_tensors(folder: Path) -> Iterator[str]:
+    """The names of prompts' tensors among the weights of a whole model; files that cannot be read are skipped."""
     for file in sorted(entry for entry in _entries(folder) if entry.suffix == ".safetensors"):
         try:
             with safe_open(str(file), framework="pt") as weights:
-                yield from filter(_is_of_prompt, weights.keys())
+                yield from filter(_belongs_to_prompt, weights.keys())
         except (SafetensorError, OSError, ValueError, RuntimeError):
             continue
     for name in _INDEX_FILES:
-        weight_map = _json(folder / name).get("weight_map")
-        yield from filter(_is_of_prompt, weight_map if isinstance(weight_map, dict) else {})
+        weight_map = _read_json(folder / name).get("weight_map")
+        yield from filter(_belongs_to_prompt, weight_map if isinstance(weight_map, dict) else {})
 
 
-def _is_of_prompt(name: str) -> bool:
+def _belongs_to_prompt(name: str) -> bool:
     return CONTAINER in name.split(".")[:-1]
 
 
@@ -112,15 +110,15 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _order(entry: Path) -> tuple[bool, int, str]:
-    """Checkpoints by their step, after all other directories."""
+    """Sort checkpoints by step, after all other folders."""
     match = _CHECKPOINT.fullmatch(entry.name)
     return match is not None, int(match[1]) if match else 0, entry.name
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file; empty if it is none."""
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a small file; empty if the file holds none."""
     try:
-        content = json.loads(path.read_bytes()) if path.stat().st_size <= _SMALL else None
+        content = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_BYTES else None
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""The names of a head's labels: `id2label`, `label2id` and `problem_type` of a model's config."""
+"""The label names of a head: `id2label`, `label2id` and `problem_type` of a model's config."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import Tensor
 from softhooks.errors import CheckpointError
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-"""What transformers knows as `config.problem_type`."""
+"""The values that transformers allows for `config.problem_type`."""
+
+Heads = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The names of a head's labels, as a config holds them."""
+    """The label names of a head, as a config holds them."""
 
     id2label: dict[int, str] | None
     label2id: dict[str, int] | None
@@ -25,77 +27,76 @@ class Labels:
     @classmethod
     def of(cls, config: Any) -> Labels:
         """Read the label names from a config."""
-        named, numbered = getattr(config, "id2label", None), getattr(config, "label2id", None)
+        id2label, label2id = getattr(config, "id2label", None), getattr(config, "label2id", None)
         return cls(
-            dict(named) if isinstance(named, Mapping) else named,
-            dict(numbered) if isinstance(numbered, Mapping) else numbered,
+            dict(id2label) if isinstance(id2label, Mapping) else id2label,
+            dict(label2id) if isinstance(label2id, Mapping) else label2id,
             getattr(config, "problem_type", None),
         )
 
     def put(self, config: Any) -> None:
-        """Let a config hold them."""
+        """Write the label names into a config that has some."""
         if hasattr(config, "id2label") and Labels.of(config) != self:
             config.id2label = None if self.id2label is None else dict(self.id2label)
             config.label2id = None if self.label2id is None else dict(self.label2id)
             config.problem_type = self.problem_type
 
-    def described(self, heads: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any] | None:
-        """As JSON holds them; None where a config holds something else than a name for each of a head's rows."""
+    def described(self, heads: Heads) -> dict[str, Any] | None:
+        """The label names as JSON holds them; None unless there is a name for each row of a head."""
         try:
-            named = {int(number): name for number, name in (self.id2label or {}).items()}
+            names = {int(number): name for number, name in (self.id2label or {}).items()}
         except (TypeError, ValueError):
             return None
-        numbered = {name: number for name, number in (self.label2id or {}).items() if _is_number(number, named)}
-        is_sound = len(named) in _row_counts(heads) and sorted(named) == list(range(len(named)))
-        if not is_sound or not all(map(_is_name, (*named.values(), *numbered))):
+        numbers = {name: number for name, number in (self.label2id or {}).items() if _is_number(number, names)}
+        is_sound = len(names) in _row_counts(heads) and sorted(names) == list(range(len(names)))
+        if not is_sound or not all(map(_is_name, (*names.values(), *numbers))):
             return None
         return {
-            "id2label": {str(number): named[number] for number in sorted(named)},
-            "label2id": numbered,
-            "num_labels": len(named),
+            "id2label": {str(number): names[number] for number in sorted(names)},
+            "label2id": numbers,
+            "num_labels": len(names),
             "problem_type": self.problem_type if self.problem_type in PROBLEM_TYPES else None,
         }
 
 
-def read_labels(told: Any, heads: Mapping[str, Mapping[str, Tensor]], source: str) -> Labels | None:
-    """Read the names that a file gives, and check them against its heads; None where it gives none.
+def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
+    """Read the label names of a file, and check them against its heads; None if there are none.
 
     Raises:
-        CheckpointError: they are no names, or not as many as a head has rows.
+        CheckpointError: they are no names, or no head has as many rows.
     """
-    if told is None:
+    if value is None:
         return None
-    named, numbered, problem, count = (
-        told.get(key) if isinstance(told, dict) else None
+    names, numbers, problem_type, count = (
+        value.get(key) if isinstance(value, dict) else None
         for key in ("id2label", "label2id", "problem_type", "num_labels")
     )
-    rows = _row_counts(heads)
+    counts = _row_counts(heads)
     is_sound = (
-        isinstance(named, dict)
-        and isinstance(numbered, dict)
-        and count == len(named)
-        and count in rows
-        and [str(number) for number in range(len(named))] == sorted(named, key=lambda key: (len(key), key))
-        and all(map(_is_name, (*named.values(), *numbered)))
-        and all(_is_number(number, range(len(named))) for number in numbered.values())
-        and problem in (None, *PROBLEM_TYPES)
-        and not (problem == PROBLEM_TYPES[1] and count == 1)  # transformers takes no such config
+        isinstance(names, dict)
+        and isinstance(numbers, dict)
+        and count == len(names)
+        and count in counts
+        and [str(number) for number in range(len(names))] == sorted(names, key=lambda key: (len(key), key))
+        and all(map(_is_name, (*names.values(), *numbers)))
+        and all(_is_number(number, range(len(names))) for number in numbers.values())
+        and problem_type in (None, *PROBLEM_TYPES)
+        and not (problem_type == PROBLEM_TYPES[1] and count == 1)  # transformers refuses such a config
     )
     if not is_sound:
         raise CheckpointError(
-            "the labels of a prompt's head must be named by number, as many as the head has rows.",
+            f"the label names in {source} are malformed, or no head has as many rows.",
             "Save the prompt again.",
-            file=source,
-            labels=told,
-            rows=sorted(rows) or "no head",
+            labels=value,
+            rows=sorted(counts) or "no head",
         )
-    assert isinstance(named, dict)
-    assert isinstance(numbered, dict)
-    return Labels({int(number): name for number, name in named.items()}, dict(numbered), problem)
+    assert isinstance(names, dict)
+    assert isinstance(numbers, dict)
+    return Labels({int(number): name for number, name in names.items()}, dict(numbers), problem_type)
 
 
-def _row_counts(heads: Mapping[str, Mapping[str, Tensor]]) -> set[int]:
-    """How many rows the tensors of some heads have; the last one has as many as there are labels."""
+def _row_counts(heads: Heads) -> set[int]:
+    """The numbers of rows of the heads' tensors; that of the last one is the number of labels."""
     return {tensor.shape[0] for head in heads.values() for tensor in head.values() if tensor.dim()}
 
 

@@ -90,29 +90,27 @@ def read(path: Path) -> StoredPrompt:
     tensors, metadata = read_tensors(path)
     source = str(path)
     if FORMAT not in metadata:
-        raise CheckpointError(f"{source} must be written by softhooks; its metadata does not say so.")
+        raise CheckpointError(f"{source} was not written by softhooks: its metadata has no {FORMAT!r}.")
     description = parse_json(metadata[FORMAT], source)
     version = description.get("format_version")
     if version != _VERSION:
         raise CheckpointError(f"{source} has format version {version!r}; this softhooks reads {_VERSION}. Upgrade it.")
     if description.get("tensors") != {name: list(tensor.shape) for name, tensor in tensors.items()}:
-        raise CheckpointError(
-            f"{source} must hold the tensors that it names, in the shapes that it names; it does not."
-        )
+        raise CheckpointError(f"{source} holds other tensors or shapes than its description names.")
     tables, heads, added = _sort(tensors, source)
     kind, options, conventions, also_trained, base = (
         description.get(key) for key in ("method", "options", "conventions", "also_trained", "base")
     )
     if not isinstance(kind, str) or not isinstance(options, dict):
-        raise CheckpointError(f"{source} must name a method and its options; it names {kind!r}, {options!r}.")
+        raise CheckpointError(f"{source} names no method with options; it has {kind!r} with {options!r}.")
     if not isinstance(conventions, dict):
-        raise CheckpointError(f"{source} must say the conventions of its prompt; it says {conventions!r}.")
+        raise CheckpointError(f"{source} has no object of conventions; it has {conventions!r}.")
     if not isinstance(also_trained, list) or not all(isinstance(name, str) for name in also_trained):
-        raise CheckpointError(f"{source} must list what was trained beside the prompt; it says {also_trained!r}.")
+        raise CheckpointError(f"{source} has no list of names under 'also_trained'; it has {also_trained!r}.")
     base = base if isinstance(base, dict) else {}
     stacks = base.get("stacks")
     if not isinstance(stacks, dict) or set(stacks) not in _STACKS or not all(map(_is_outline, stacks.values())):
-        raise CheckpointError(f"{source} must describe the base model; it does not.")
+        raise CheckpointError(f"{source} does not describe the stacks of its base model.")
     stored = StoredPrompt(
         kind,
         options,
@@ -150,12 +148,12 @@ def _sort(
             added[name.removeprefix(_ADDED)] = tensor
         else:
             shape = list(tensor.shape)
-            raise CheckpointError(f"{source} must hold a prompt's tables and heads only; it holds {name!r} {shape}.")
+            raise CheckpointError(f"{source} holds {name!r} {shape}, which is no table, head or row of a prompt.")
     return tables, heads, added
 
 
 def _is_outline(stack: Any) -> bool:
-    """Whether a file describes a stack: its direction and, where they are known, runs of `[layers, heads, key, value]`."""
+    """Whether a file describes a stack: its direction and, if known, runs of `[layers, heads, key size, value size]`."""
     if not isinstance(stack, dict) or not isinstance(stack.get("causal"), bool) or set(stack) - {"causal", *_ROLES}:
         return False
     runs = [stack[role] for role in _ROLES if role in stack]
@@ -186,9 +184,8 @@ def _read_ids(ids: Any, rows: dict[str, Tensor], source: str) -> tuple[int, ...]
     )
     if not is_sound:
         raise CheckpointError(
-            "a file must hold one row for each added token that it names.",
+            f"{source} does not hold one row for each added token.",
             "Save the prompt again.",
-            file=source,
             tokens=ids,
             rows={name: list(table.shape) for name, table in rows.items()},
         )

@@ -1,7 +1,7 @@
-"""Read LLaMA-Adapters that PEFT wrote, and write them for it, where its arithmetic is the paper's.
+"""LLaMA-Adapters in PEFT's format, where PEFT computes what the paper says.
 
-PEFT gives each layer one raw gate and adds the branch behind the output projection. That is the same as before it only where the
-projection has no bias; in GPT-2 PEFT leaves the projection out altogether. Both are refused by name.
+PEFT has one raw gate for each layer and adds the branch after the output projection, not before it. Both are the same only if the
+projection has no bias. In GPT-2 PEFT does not project the branch at all. Adapters with a difference are refused.
 
 Source: the format of PEFT 0.21: `base_model.model.model.layers.{i}.self_attn.adaption_prompt` [1, K, H] and `.adaption_gate` [1].
 """
@@ -21,36 +21,40 @@ from softhooks.formats.stored import StoredPrompt
 
 KIND = "ADAPTION_PROMPT"
 _NAME = re.compile(r"base_model\.model\.(?:[a-z_]+\.)*layers\.(\d{1,6})\.self_attn\.adaption_(prompt|gate)")
-_MODELS = ("llama", "mistral")
-_WRITTEN = "base_model.model.model.layers.{}.self_attn.adaption_{}"
+_WRITTEN_NAME = "base_model.model.model.layers.{}.self_attn.adaption_{}"
+_MODEL_TYPES = ("llama", "mistral")
+_NO_BIAS = "Llama or Mistral, output projections without a bias"
 
 
 def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Take the prompts and gates of consecutive layers.
+    """Read the prompts and gates of consecutive layers.
 
     Raises:
-        CheckpointError: there are none, other tensors, or shapes that differ between layers.
+        CheckpointError: there are none, there are other tensors, or shapes differ between layers.
     """
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
-                "a LLaMA-Adapter of PEFT must hold prompts and gates of Llama's or Mistral's layers only.",
-                "In GPT-2 PEFT adds its branch behind the output projection, unprojected; train that one with softhooks.",
+                f"{name!r} is not the prompt or the gate of one of Llama's or Mistral's layers.",
+                "Train a LLaMA-Adapter for other models with softhooks; in GPT-2 PEFT adds the branch without projecting it.",
                 file=source,
-                found=name,
             )
         found.setdefault(int(match[1]), {})[match[2]] = tensor
     layers = sorted(found)
-    whole = all(set(layer) == {"prompt", "gate"} for layer in found.values())
+    are_complete = all(set(layer) == {"prompt", "gate"} for layer in found.values())
     parts = [part for layer in found.values() for part in layer.values()]
+    are_floats = all(part.is_floating_point() for part in parts)
     shapes = sorted({tuple(part.shape) for part in parts})
-    whole = whole and all(part.is_floating_point() for part in parts)
-    if not layers or not whole or layers != list(range(layers[0], layers[-1] + 1)) or not _are_sound(shapes):
+    if (
+        not layers
+        or layers != list(range(layers[0], layers[-1] + 1))
+        or not (are_complete and are_floats and _are_sound(shapes))
+    ):
         raise CheckpointError(
-            "a LLaMA-Adapter of PEFT must hold a prompt [1, K, H] and a gate [1], of floating-point numbers, for each of the "
-            "top layers.",
+            "the LLaMA-Adapter of PEFT does not hold a prompt [1, K, H] and a gate [1], of floating-point numbers, for each of "
+            "the top layers.",
             "Save the adapter again with PEFT.",
             file=source,
             layers=layers,
@@ -84,57 +88,54 @@ def check_fit(layers: tuple[int, ...], structure: ModelStructure, source: str) -
     """Check that PEFT's LLaMA-Adapter in some layers of a model computes what softhooks' does.
 
     Raises:
-        PromptMismatchError: the layers are not its top ones, or PEFT computes something else in them.
+        PromptMismatchError: the layers are not the top ones, or PEFT computes something else in them.
     """
-    found = _differs(structure, layers)
-    if found is None:
+    difference = _difference(structure, layers)
+    if difference is None:
         return
     raise PromptMismatchError(
-        "a LLaMA-Adapter of PEFT computes what one of softhooks does only behind output projections without a bias, in the "
-        "top layers of Llama and Mistral.",
+        "PEFT's LLaMA-Adapter computes something else in this model; it is the same only in the top layers of Llama and Mistral, "
+        "after output projections without a bias.",
         "Train the adapter with softhooks.",
         prompt=f"layers {layers[0]} to {layers[-1]} ({source})",
-        model=found,
+        model=difference,
     )
 
 
-def _differs(structure: ModelStructure, layers: Sequence[int]) -> str | None:
-    """What of a model makes PEFT compute something else in its top layers; None if nothing does."""
+def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
+    """The properties of a model that make PEFT compute something else in these layers; None if there are none."""
     stack = structure.entry
     sites = stack.sites_of("self")
     config: Any = getattr(stack.module, "config", None)
-    kind = getattr(config, "model_type", None)
+    model_type = getattr(config, "model_type", None)
     projections = [getattr(site.module, "o_proj", None) for site in sites[-len(layers) :]]
-    biased = any(getattr(projection, "bias", None) is not None for projection in projections)
-    if kind in _MODELS and layers[-1] == len(sites) - 1 and not biased:
+    has_bias = any(getattr(projection, "bias", None) is not None for projection in projections)
+    if model_type in _MODEL_TYPES and layers[-1] == len(sites) - 1 and not has_bias:
         return None
-    return f"{kind}, {len(sites)} layers, output projections {'with' if biased else 'without'} a bias"
+    return f"{model_type}, {len(sites)} layers, output projections {'with' if has_bias else 'without'} a bias"
 
 
 # --- write ------------------------------------------------------------------------------------------------------------
 
 
 def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
-    """What keeps an adapter from being written for PEFT, and what could be; None if nothing does.
+    """The property of an adapter that PEFT's format cannot hold, and the supported ones; None if there is no such property.
 
     Args:
-        structure: of the model; a file alone does not say whether output projections have biases.
+        structure: of the model. Without it an adapter cannot be written: its file does not say whether projections have biases.
     """
     options = stored.options
     if options["scale_and_bias"] or options["early_fusion"] or options["context_size"] is not None:
         return "factors, offsets or a context", "prompts and gates alone"
     if stored.heads:
-        return f"a trained head ({', '.join(stored.heads)})", "no head: PEFT saves none beside a LLaMA-Adapter"
+        return f"a trained head ({', '.join(stored.heads)}) with a LLaMA-Adapter", "no head"
     if structure is None:
-        return (
-            "an adapter without its model (biases of output projections are not in its file)",
-            "the same with `--base`",
-        )
+        return "an adapter without its model, whose output projections may have a bias", "the same with `--base`"
     sites = structure.entry.sites_of("self")
     count = len(sites) if options["num_layers"] is None else options["num_layers"]
-    differs = _differs(structure, range(len(sites) - count, len(sites)))
-    if differs is not None:
-        return differs, "Llama or Mistral, output projections without a bias"
+    difference = _difference(structure, range(len(sites) - count, len(sites)))
+    if difference is not None:
+        return difference, _NO_BIAS
     gates = stored.tables["text_gates"].view(count, -1)
     if not torch.equal(gates, gates[:, :1].expand_as(gates)):
         return "gates that differ between the heads of a layer", "gate_per='layer'"
@@ -142,7 +143,7 @@ def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[st
 
 
 def parts(stored: StoredPrompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config and tensors of an adapter that nothing keeps from being written; the gates' tanh is taken once."""
+    """PEFT's config and tensors of an adapter without an obstacle; PEFT's gates are raw, so tanh is applied here."""
     options, tables = stored.options, stored.tables
     layers = sum(run[0] for run in stored.stacks["text"]["self"])
     count = layers if options["num_layers"] is None else options["num_layers"]
@@ -151,8 +152,8 @@ def parts(stored: StoredPrompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
     gates = torch.tanh(gates) if options["gate"] == "tanh" else gates
     tensors: dict[str, Tensor] = {}
     for layer, prompt, gate in zip(range(layers - count, layers), prompts, gates, strict=True):
-        tensors[_WRITTEN.format(layer, "prompt")] = prompt[None].clone()
-        tensors[_WRITTEN.format(layer, "gate")] = gate.clone()
+        tensors[_WRITTEN_NAME.format(layer, "prompt")] = prompt[None].clone()
+        tensors[_WRITTEN_NAME.format(layer, "gate")] = gate.clone()
     return {
         "peft_type": KIND,
         "target_modules": "self_attn",

@@ -1,4 +1,4 @@
-"""What a prompt takes for granted about the stacks of its model, as a file holds it and as an error says it."""
+"""An outline of a model's stacks: their direction and the shapes of their attention, which a saved prompt depends on."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from softhooks.backbone.stack import ModelStructure, Role, Stack
 
 
 def outline(structure: ModelStructure) -> dict[str, dict[str, Any]]:
-    """What a prompt takes for granted about a model, as JSON can hold it.
+    """Outline the stacks of a model, as JSON can hold it.
 
-    For each stack whether it is causal, and for each role its attention: runs of `[layers, heads, key size, value size]`.
+    Returns:
+        for each stack whether it is causal and, by role, runs of layers with the same attention: `[layers, heads, key size,
+        value size]`.
     """
-    return {stack.name: {"causal": stack.causal, **_sites(stack)} for stack in structure.stacks}
+    return {stack.name: {"causal": stack.causal, **_attention_shapes(stack)} for stack in structure.stacks}
 
 
-def _sites(stack: Stack) -> dict[str, list[list[int]]]:
+def _attention_shapes(stack: Stack) -> dict[str, list[list[int]]]:
     roles: list[Role] = ["self", "cross"]
     shapes = {role: [[s.heads, s.key_dim, s.value_dim] for s in stack.sites_of(role)] for role in roles}
     return {role: [[len(list(run)), *shape] for shape, run in groupby(shapes[role])] for role in roles}
 
 
-def in_words(stacks: dict[str, dict[str, Any]]) -> str:
-    """What an outline says, on one line."""
+def on_one_line(stacks: dict[str, dict[str, Any]]) -> str:
+    """An outline on one line, for errors."""
     return ", ".join(" ".join([name, *[f"{k}={v}" for k, v in stack.items()]]) for name, stack in stacks.items())

@@ -62,11 +62,9 @@ class StoredPrompt:
             is_float = tensor.dtype in _FLOATS
             if not is_float or not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
-                    "a prompt must consist of finite floating-point numbers.",
+                    f"the tensor {name!r} holds {'infinite numbers or NaN' if is_float else tensor.dtype}, not finite floats.",
                     "Use a checkpoint from before the training diverged.",
                     file=self.source,
-                    tensor=name,
-                    holds="infinite numbers or NaN" if is_float else tensor.dtype,
                 )
 
     def require_base(self, model: nn.Module, structure: ModelStructure, override: str = OVERRIDE) -> None:

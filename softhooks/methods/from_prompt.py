@@ -1,4 +1,4 @@
-"""Another prompt as the start of a new one: its rows, the ids of its words, its file."""
+"""A saved or attached prompt as the start of a new one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from softhooks.formats.find import find
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods.stored_options import method_of
-
-_RULE = "a prompt can be the start of another only if it folds to rows of embeddings."
 
 
 @runtime_checkable
@@ -41,46 +39,44 @@ class Handle(Protocol):
 
 
 def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
-    """Read a saved prompt, with all options of its method, and make the method.
+    """Read a saved prompt and make its method; the options of the prompt are then complete.
 
     Raises:
-        CheckpointError: there is none, or its file is truncated, foreign or hostile.
+        CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
     """
     stored = find(path)
     method = method_of(stored)
     return replace(stored, options=method.options()), method
 
 
-def rows_of(source: Any, rule: str = _RULE, *, structure: ModelStructure | None = None) -> Tensor:
-    """The rows of a prompt that enters as embeddings, [P, H].
+def rows_of(source: Any, purpose: str = "start another prompt", *, structure: ModelStructure | None = None) -> Tensor:
+    """The embedding rows of a prompt, [P, H].
 
     Args:
         source: a handle; a directory or repository that `load` reads, also one of PEFT; or the rows themselves.
-        rule: the first line of the error for a prompt without rows.
+        purpose: what the rows are for, for the error.
         structure: of the model that the rows will enter; it must be the base model that they were trained with.
 
     Raises:
-        OptionError: it is none of these, or a prompt that does not fold to rows of embeddings.
-        CheckpointError: there is no prompt, or it cannot be read.
-        PromptMismatchError: it was trained with another base.
+        OptionError: the source is none of these, or a prompt that does not fold to embedding rows.
+        CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
+        PromptMismatchError: the prompt was trained with another base model.
     """
     if isinstance(source, Tensor):
         return source.detach().float()
     if isinstance(source, (str, Path)):
         stored, _ = read_checked(source)
         known: StoredPrompt | None = stored
-        tables, name = stored.tables, f"{stored.source}: {stored.kind}"
+        tables, name = stored.tables, f"{stored.source} ({stored.kind})"
     elif isinstance(source, Handle):
         known = source.to_stored() if source.is_attached else None
-        tables, name = source.encoder.folded(), f"{source.name!r}: {source.method.kind}"
+        tables, name = source.encoder.folded(), f"{source.name!r} ({source.method.kind})"
     else:
-        raise OptionError(f"a prompt must be a handle, a directory or a tensor; it is a {type(source).__name__}.")
+        raise OptionError(f"a {type(source).__name__} was given as a prompt; give a handle, a directory or a tensor.")
     if set(tables) != {EMBEDDINGS}:
         raise OptionError(
-            rule,
+            f"the prompt {name} holds {', '.join(sorted(tables))}, not embedding rows, so it cannot {purpose}.",
             "Take a prompt of PromptTuning or of another method that enters as embeddings.",
-            prompt=name,
-            holds=", ".join(sorted(tables)),
         )
     rows = tables[EMBEDDINGS].detach().float()
     if structure is not None and known is not None and rows.shape[1] == structure.entry.width:
@@ -89,7 +85,7 @@ def rows_of(source: Any, rule: str = _RULE, *, structure: ModelStructure | None 
 
 
 def word_ids_of(source: Any) -> list[int] | None:
-    """The ids of a prompt's virtual tokens, where its model depends on them; None: they are not known."""
+    """The token ids of a prompt's virtual tokens, if its model depends on them; None if they are not known."""
     if isinstance(source, (str, Path)):
         conventions = find(source).conventions
     else:

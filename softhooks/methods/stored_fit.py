@@ -1,4 +1,4 @@
-"""Whether a saved prompt fits a model: its stacks, their direction, the shape of their attention, the prompt's own shape."""
+"""Check that a saved prompt fits a model: its stacks, their direction and attention, and the shapes of the prompt's tables."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from softhooks.backbone.added_vocabulary import require_rows
 from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import PromptMismatchError
 from softhooks.formats import peft_llama_adapter
-from softhooks.formats.stack_outline import in_words, outline
+from softhooks.formats.stack_outline import on_one_line, outline
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 
 _REMEDY = "Load it onto the base model that it was trained with."
 _PEFT_POOLS = (
-    "In an encoder PEFT classifies the prompt's first virtual token, softhooks the text's own. Train the prompt with "
+    "In an encoder PEFT classifies the prompt's first virtual token, softhooks the text's first. Train the prompt with "
     "softhooks."
 )
 
 
 def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *, strict: bool = True) -> None:
-    """Compare the model that a saved prompt was made for with one that it shall enter.
+    """Compare a model with what a saved prompt needs.
 
     Args:
         strict: compare the sizes of the vocabularies too.
@@ -34,7 +34,7 @@ def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *
         require_rows(stored.base.vocabulary, structure, stored.source)
     if stored.base.task is not None and enters_rows and structure.entry.reads_ids:
         raise PromptMismatchError(
-            "PEFT hands a model embeddings without ids, and this model's states depend on ids too.",
+            "the states of this model depend on token ids, which PEFT does not pass with a prompt's embeddings.",
             "Train the prompt with softhooks.",
             prompt=stored.source,
             model=type(structure.entry.module).__name__,
@@ -45,7 +45,7 @@ def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *
 
 
 def _check_stacks(stored: StoredPrompt, structure: ModelStructure, *, directions_only: bool) -> None:
-    """Compare what is known of the base's stacks; embedding rows depend on no shape of attention."""
+    """Compare the stacks with those of the base model, as far as they are known; embedding rows depend on directions only."""
     model, known = outline(structure), stored.stacks
     if directions_only:
         known = {name: {k: v for k, v in stack.items() if k == "causal"} for name, stack in known.items()}
@@ -57,22 +57,22 @@ def _check_stacks(stored: StoredPrompt, structure: ModelStructure, *, directions
             name: {k: v for k, v in stack.items() if k in known.get(name, stack)} for name, stack in model.items()
         }
         raise PromptMismatchError(
-            "a prompt must enter a model of the kind that it was trained with.",
+            "the stacks of this model differ from those that the prompt was trained with.",
             _PEFT_POOLS if directions_only and stored.base.task == "SEQ_CLS" else _REMEDY,
-            prompt=f"{in_words(known)} ({stored.source})",
-            model=in_words(compared),
+            prompt=f"{on_one_line(known)} ({stored.source})",
+            model=on_one_line(compared),
         )
 
 
 def _check_tables(tables: dict[str, Tensor], method: Method, structure: ModelStructure, source: str) -> None:
-    """Compare the shapes of a folded prompt with those that the method has on the model."""
+    """Compare the shapes of the tables with those that the method has on the model."""
     expected = method.shapes(structure)
     for group in sorted(set(expected) | set(tables)):
         table = tables.get(group)
         if table is None or tuple(table.shape) != expected.get(group):
             shape = "absent" if table is None else str(list(table.shape))
             raise PromptMismatchError(
-                "a prompt must be as wide as the model that it enters.",
+                "the prompt is not as wide as this model.",
                 _REMEDY,
                 prompt=f"{group} {shape} ({source})",
                 model=f"{group} {list(expected[group])}" if group in expected else f"no {group} ({sorted(expected)})",

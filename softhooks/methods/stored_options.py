@@ -1,4 +1,4 @@
-"""The method of a saved prompt: its class, found by kind, with the options, conventions and tables of the file checked."""
+"""The method of a saved prompt: find its class by kind, and check the options, conventions and tables of the file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from softhooks.method import METHODS, Method
 
 
 def method_of(stored: StoredPrompt) -> Method:
-    """Make the method of a saved prompt; the options that only say where the prompt started are left out.
+    """Make the method of a saved prompt, without the options that only say how the prompt was initialized.
 
     Raises:
         CheckpointError: the kind is unknown, an option is unknown or invalid, or conventions or tables contradict the options.
     """
     kind, source = stored.kind, stored.source
     if kind not in METHODS:
-        raise CheckpointError(f"{source} must name one of the methods {sorted(METHODS)}; it names {kind!r}.")
+        raise CheckpointError(f"{source} names the method {kind!r}, which is none of {sorted(METHODS)}.")
     cls = METHODS[kind]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(stored.options) - set(fields))
@@ -35,37 +35,32 @@ def method_of(stored: StoredPrompt) -> Method:
     try:
         method = cls(**options)
     except (SoftHooksError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source} must hold valid options for {kind}; it does not: {error}") from error
+        raise CheckpointError(f"{source} has invalid options for {kind}: {error}") from error
     method.check_tables(stored.tables, source)
     _check_conventions(stored.conventions, method, source)
     return method
 
 
 def _check_type(field: dataclasses.Field[Any], value: object, source: str) -> None:
-    """Check that a value has the type of its option's default; a whole number may stand for a fraction."""
+    """Check that a value has the type of its option's default; an int may stand for a float."""
     default = field.default
     if not isinstance(default, (bool, int, float, str)) or (value is None and str(field.type).endswith("| None")):
         return
     is_like = type(value) in (int, float) if isinstance(default, float) else type(value) is type(default)
     if not is_like:
-        raise CheckpointError(f"{source} must say {field.name} as a {type(default).__name__}; it says {value!r}.")
+        raise CheckpointError(f"{source} has {field.name}={value!r}, where a {type(default).__name__} is expected.")
 
 
 def _check_conventions(conventions: dict[str, Any], method: Method, source: str) -> None:
-    """Check the conventions of a file against its method and options.
-
-    Raises:
-        CheckpointError: they are not those that a prompt of the method has.
-    """
+    """Check the conventions of a file against its method and options."""
     allowed = {key: _allowed(method, key, values) for key, values in method.conventions_allowed.items()}
     if "placement" in allowed:
         allowed["placement"] = (method.where.placement,)
     found = {key: value for key, value in conventions.items() if key != BUFFER}
     if set(found) != set(allowed) or not all(found[key] in allowed[key] for key in allowed):
         raise CheckpointError(
-            "a prompt must say the conventions that it was trained with, and no others.",
+            f"the conventions in {source} are not those of {method.kind} with its options.",
             "If a newer softhooks wrote it, upgrade this one.",
-            file=source,
             expected={key: list(values) for key, values in allowed.items()},
             found=conventions,
         )
@@ -75,9 +70,8 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     are_ids = isinstance(ids, list) and len(ids) == count and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     if not are_ids or method.enters != "embeddings":
         raise CheckpointError(
-            "a prompt of embedding rows may say which id stands behind each virtual token.",
+            f"the ids of virtual tokens in {source} are malformed.",
             "Save the prompt again.",
-            file=source,
             expected=f"{count} ids" if method.enters == "embeddings" else "none",
             found=str(ids)[:80],
         )

@@ -122,7 +122,7 @@ def test_adapters_that_change_nothing_or_train_with_the_prompt_are_no_other_base
     folder = saved(zoo.build("llama"), tmp_path / "bare")
     softhooks.load(_with_lora(0), folder).remove()  # fresh LoRA adds nothing
     folder = saved(_with_lora(0, init_lora_weights=False), tmp_path / "over", trainable="*lora_*")
-    with pytest.warns(UserWarning, match="parameters of the base were trained beside"):
+    with pytest.warns(UserWarning, match="parameters of the base were trained with"):
         softhooks.load(zoo.build("llama"), folder).remove()
 
 
@@ -131,9 +131,9 @@ def test_what_is_trained_beside_the_prompt_is_not_compared(tmp_path: Path) -> No
     with softhooks.attach(model, PromptTuning(3), trainable="*layers.1.*") as prompt:
         moved(model, 0.1, lambda name: "layers.1." in name)
         prompt.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="trained beside"):
+    with pytest.warns(UserWarning, match="trained with"):
         softhooks.load(zoo.build("llama"), tmp_path).remove()
-    with pytest.warns(UserWarning, match="trained beside"), pytest.raises(PromptMismatchError):
+    with pytest.warns(UserWarning, match="trained with"), pytest.raises(PromptMismatchError):
         softhooks.load(moved(zoo.build("llama"), 0.1, lambda name: "layers.0." in name), tmp_path)
 
 
@@ -144,7 +144,7 @@ def test_a_quantized_base_is_known_again_with_a_word(tmp_path: Path, bits: int) 
     folder = saved(zoo.build("llama"), tmp_path / "prompt")
     config = tf.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     load: Any = lambda: tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).eval()  # noqa: E731
-    said = rf"under another quantization \(none, now bitsandbytes load_in_{bits}bit\)"
+    said = rf"with another quantization \(none, now bitsandbytes load_in_{bits}bit\)"
     with pytest.warns(UserWarning, match=said):
         softhooks.load(load(), folder).remove()
     again = saved(load(), tmp_path / "again")
@@ -345,10 +345,10 @@ def test_one_cartridge_of_another_base_is_refused(tmp_path: Path) -> None:
 
     first, second = cartridge(zoo.build("llama"), tmp_path / "1"), cartridge(reseeded("llama"), tmp_path / "2")
     for sources in ([first, second], [second, first]):
-        with pytest.raises(PromptMismatchError, match="base model that it was trained with"):
+        with pytest.raises(PromptMismatchError, match=r"base model (of the prompt|that the prompt was trained with)"):
             Cartridge.concatenate(zoo.build("llama"), sources)
     there = softhooks.attach(reseeded("llama"), Cartridge(3, document=[5, 6, 7, 8], distill=False))
-    with pytest.raises(PromptMismatchError, match="base model that it was trained with"):
+    with pytest.raises(PromptMismatchError, match=r"base model (of the prompt|that the prompt was trained with)"):
         Cartridge.concatenate(zoo.build("llama"), [first, there])
 
 
@@ -356,7 +356,7 @@ def test_a_prompt_that_starts_from_one_of_another_base_is_refused(tmp_path: Path
     folder = saved(zoo.build("llama"), tmp_path)
     method = PromptTuning(3, init="prompt", init_from=folder)
     softhooks.attach(zoo.build("llama"), method).remove()
-    with pytest.raises(PromptMismatchError, match="base model that it was trained with"):
+    with pytest.raises(PromptMismatchError, match=r"base model (of the prompt|that the prompt was trained with)"):
         softhooks.attach(reseeded("llama"), method)
 
 
@@ -400,7 +400,7 @@ def test_a_file_without_a_fingerprint_loads_as_it_did(tmp_path: Path) -> None:
 def test_a_foreign_fingerprint_is_refused(tmp_path: Path, told: Any) -> None:
     folder = saved(zoo.build("llama"), tmp_path)
     rewritten(folder, lambda description: description["base"].update(fingerprint=told))
-    with pytest.raises(CheckpointError, match="fingerprint of its base"):
+    with pytest.raises(CheckpointError, match="malformed fingerprint of its base"):
         softhooks.load(zoo.build("llama"), folder)
 
 

@@ -157,7 +157,7 @@ def test_what_trained_beside_the_prompt_is_said_to_be_missing(tmp_path: Path) ->
     prompt.save_pretrained(tmp_path)
     one = told(tmp_path)
     assert "model.norm.weight" in one["also_trained"]
-    assert f"{len(one['also_trained'])} parameters of the base trained beside it" in run(tmp_path)
+    assert f"{len(one['also_trained'])} parameters of the base trained with it" in run(tmp_path)
 
 
 def test_a_long_option_is_cut_for_people_and_whole_for_scripts(tmp_path: Path) -> None:
@@ -352,7 +352,9 @@ def test_a_damaged_file_is_one_message_and_exit_code_1(
         app.main()
     printed = capsys.readouterr()
     assert (leaving.value.code, printed.out) == (1, "")
-    assert printed.err.startswith("CheckpointError: a prompt's tensors must be in a whole safetensors file.\n")
+    assert printed.err.startswith(
+        f"CheckpointError: {tmp_path / TENSORS} is missing, truncated, or no safetensors file.\n"
+    )
     assert str(tmp_path / TENSORS) in printed.err
 
 

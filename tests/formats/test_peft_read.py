@@ -286,3 +286,12 @@ def test_an_adapter_without_tensors_is_refused(prefix: Path, target: Any, tmp_pa
     (tmp_path / TENSORS).write_bytes((prefix / TENSORS).read_bytes()[:-7])
     with untouched(target), pytest.raises(CheckpointError, match=TENSORS):
         softhooks.load(target, tmp_path)
+
+
+@pytest.mark.parametrize("types", [["4"] * P, [[4]] * P, [True] * P, [4.0] * P, [None] * P, "4" * P, None], ids=str)
+def test_false_types_of_a_context_are_refused(target: Any, tmp_path: Path, types: Any) -> None:
+    config = {"peft_type": "CPT", "num_virtual_tokens": P, "cpt_token_ids": [5] * P, "cpt_tokens_type_mask": types}
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"task_type": "SEQ_CLS"}))
+    save_file({"prompt_embeddings": torch.zeros(P, 32)}, tmp_path / TENSORS)
+    with untouched(target), pytest.raises(CheckpointError, match=TENSORS):
+        softhooks.load(target, tmp_path)

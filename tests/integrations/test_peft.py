@@ -37,7 +37,7 @@ from softhooks import (
     UnsupportedMethodError,
 )
 from softhooks.formats.peft_llama_adapter import KIND
-from softhooks.formats.peft_read import _READ
+from softhooks.formats.peft_read import KINDS
 from softhooks.integrations.peft import from_peft, to_peft
 
 peft = pytest.importorskip("peft")
@@ -393,9 +393,9 @@ def test_every_prompt_method_of_peft_is_read() -> None:
         for kind, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()
         if issubclass(cls, peft.PromptLearningConfig)
     }
-    assert prompts | {KIND} == set(_READ)
+    assert prompts | {KIND} == set(KINDS)
     made = {str(make("CAUSAL_LM").peft_type.value) for make in CONFIGS.values()}
-    assert made == set(_READ), "and is tested here"
+    assert made == set(KINDS), "and is tested here"
 
 
 OTHERS: dict[str, Callable[[], Any]] = {

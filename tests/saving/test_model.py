@@ -19,7 +19,7 @@ from untouched import same_bits
 import softhooks
 from softhooks import PrefixTuning, PromptMismatchError, PromptTuning, PTuning, SoftPromptCallback
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*trained beside this prompt")
+pytestmark = pytest.mark.filterwarnings("ignore:.*trained with this prompt")
 
 PROMPT = {"soft_prompt.json", "soft_prompt.safetensors"}
 CASES = [
@@ -264,7 +264,7 @@ def test_parameters_of_the_base_that_train_are_not_lost(tmp_path: Path) -> None:
     expected = answer(model)
     model.save_pretrained(tmp_path)
     fresh = tf.AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="trained beside this prompt"):
+    with pytest.warns(UserWarning, match="trained with this prompt"):
         softhooks.load(fresh, tmp_path)
     torch.testing.assert_close(answer(fresh), expected)
 

@@ -91,7 +91,7 @@ def test_adapters_around_a_model_with_a_prompt_are_saved_with_it(tmp_path: Path)
     model.save_pretrained(tmp_path)
     assert not any("soft_prompt" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
     again = zoo.build("llama")
-    with pytest.warns(UserWarning, match="trained beside this prompt"):
+    with pytest.warns(UserWarning, match="trained with this prompt"):
         softhooks.load(again, tmp_path)
     torch.testing.assert_close(logits(again), logits(inner))
 
