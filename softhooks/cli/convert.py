@@ -1,8 +1,8 @@
-"""`softhooks convert`: prompts between softhooks' files and PEFT's, without a model where the files say enough.
+"""Conversion of saved prompts between the formats of softhooks and PEFT, for `softhooks convert`.
 
-What is written is what `softhooks.load` and `save_pretrained` would write on the model; where a file leaves open what the model
-is, the base is asked for. A folder holds one prompt, or several as PEFT lays them out: `default` at its root, others in folders
-of their names.
+The result is what `softhooks.load` and `save_pretrained` would write on the model. The base model is needed only if a file does
+not say enough about it. A folder holds one prompt, or several as PEFT saves them: `default` at its root, others in subfolders
+with their names.
 """
 
 from __future__ import annotations
@@ -41,53 +41,52 @@ _AUTO = {
 def convert(
     source: Path, target: Path, to: Format | None = None, base: Path | None = None, strict: bool = True
 ) -> dict[str, StoredPrompt]:
-    """Convert a prompt, or all prompts of a folder. The whole of `target` appears at once, or nothing does.
+    """Convert a prompt, or all prompts of a folder. `target` appears completely, or not at all.
 
     Args:
-        source: a folder of `save_pretrained`, of a Trainer, or of PEFT.
-        target: a folder that is not there yet, or is empty.
-        to: the format to write; None: the one that `source` has not.
-        base: the folder of the model; what is written is then proven on it.
-        strict: refuse a base with other weights than those in training.
+        source: a folder that `save_pretrained`, a Trainer, or PEFT wrote.
+        target: a folder that does not exist, or is empty.
+        to: the format to write; None: the other one than that of `source`.
+        base: the folder of the base model; the prompts are then attached to it and checked.
+        strict: refuse a base model with other weights than in training.
 
     Returns:
-        what was written, by name.
+        the prompts that were converted, by name.
 
     Raises:
-        CheckpointError: there is no prompt, or its file is truncated, foreign or hostile.
-        PromptMismatchError: it does not fit the base.
-        UnsupportedMethodError: the other format has nothing that means the same.
-        OptionError: `target` is taken, or `source` has the format already.
+        CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
+        PromptMismatchError: a prompt does not fit the base model.
+        UnsupportedMethodError: PEFT has no equal of a prompt.
+        OptionError: `target` is not empty, or `source` has the format `to` already.
     """
     found, present = prompts_in(source)
     wanted: Format = to or ("peft" if present == "softhooks" else "softhooks")
     if wanted == present:
         raise OptionError(
-            "a prompt is converted to the format that it has not.",
+            f"{source} has the format of {present} already, which `--to {wanted}` asks for.",
             "Leave `--to` out, or copy the folder.",
-            found=f"{source / MARKS[present]}: the format of {present}",
-            asked=f"--to {wanted}",
+            found=source / MARKS[present],
         )
     _require_free(target)
     written: dict[str, StoredPrompt] = {}
     with _appearing(target) as folder:
         for name, path in found.items():
             stored = _read(path)
-            _say_what_is_left(stored)
+            _warn_of_also_trained(stored)
             write = _writer(stored, wanted, base, strict)
             write(folder if name == "default" else folder / name)
             written[name] = stored
     return written
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- read -------------------------------------------------------------------------------------------------------------
 
 
 def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
-    """The prompts of a folder by name, and their format; a folder that holds both formats holds ours beside an adapter.
+    """The prompts of a folder by name, and their format. A folder with both formats has prompts over an adapter of PEFT.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there are none.
     """
     inside = sorted(source.iterdir()) if source.is_dir() else []
     named = [("default", source), *((path.name, path) for path in inside if not path.name.startswith("."))]
@@ -99,68 +98,63 @@ def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
 
 
 def _read(folder: Path) -> StoredPrompt:
-    """Read a prompt with all options of its method; a file of PEFT names those that differ from the defaults."""
+    """Read a prompt, and complete its options: a file of PEFT has only some of them."""
     stored = read(folder)
     stored.options = method_of(stored).options()
     return stored
 
 
-def _say_what_is_left(stored: StoredPrompt) -> None:
+def _warn_of_also_trained(stored: StoredPrompt) -> None:
     if stored.also_trained:
         warnings.warn(
-            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained beside this prompt "
-            f"({', '.join(stored.also_trained[:3])}, ...); they are not in its file, and not in what is written.",
+            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained with this prompt "
+            f"({', '.join(stored.also_trained[:3])}, ...); they are not in its file, and not in the converted one.",
             stacklevel=3,
         )
 
 
-# --- how it is written ------------------------------------------------------------------------------------------------
+# --- write ------------------------------------------------------------------------------------------------------------
 
 
 def _writer(stored: StoredPrompt, wanted: Format, base: Path | None, strict: bool) -> Callable[[Path], None]:
-    """Check everything, and give what writes the files."""
-    model = None if base is None else _load_base(stored, base)
-    if model is not None:
+    """Check everything, and return a function that writes the files."""
+    model = structure = None
+    if base is not None:
+        model = _load_base(stored, base)
         with attach_stored(model, stored, "default", strict=strict) as prompt:
-            if wanted == "softhooks":
-                known, name = prompt.to_stored(), stored.base.name_or_path
-                known.base = replace(
-                    known.base, name_or_path=name, revision=stored.base.revision or known.base.revision
-                )
-                return lambda folder: native.write(known, folder)
-            config, tensors = peft_write.adapter_of(prompt.to_stored(), model, prompt.prompted_model.structure)
-            config["base_model_name_or_path"] = stored.base.name_or_path or None
-            return lambda folder: peft_write.write((config, tensors), folder)
+            structure, on_base = prompt.prompted_model.structure, prompt.to_stored()
+        revision = stored.base.revision or on_base.base.revision
+        on_base.base = replace(on_base.base, name_or_path=stored.base.name_or_path, revision=revision)
+        stored = on_base
     if wanted == "peft":
-        adapter = peft_write.adapter_of(stored)
+        adapter = peft_write.adapter_of(stored, model, structure)
         return lambda folder: peft_write.write(adapter, folder)
-    _require_known(stored)
+    if model is None:
+        _require_known(stored)
     return lambda folder: native.write(stored, folder)
 
 
 def _require_known(stored: StoredPrompt) -> None:
-    """Check that a file of PEFT says enough about its base to be written as one of ours.
+    """Check that a file of PEFT says enough about its base model to be written in softhooks' format.
 
     Raises:
         CheckpointError: it does not.
     """
-    open_ = [name for name, stack in stored.stacks.items() if "causal" not in stack]
-    if open_ or stored.adapter_layers:
-        what = "whether its model is causal" if open_ else "whether its model computes the same"
+    unknown = [name for name, stack in stored.stacks.items() if "causal" not in stack]
+    if unknown or stored.adapter_layers:
+        question = "its base model is causal" if unknown else "softhooks computes the same in its base model"
         raise CheckpointError(
-            "a prompt is stored with what it takes for granted about its model.",
-            "Give the folder of its base model with `--base`.",
-            file=stored.source,
-            not_told=what,
+            f"{stored.source} does not tell whether {question}.",
+            "Give the folder of the base model with `--base`.",
             base=stored.base.name_or_path or "not named",
         )
 
 
 def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
-    """Load the model of a prompt from a folder: safetensors only, no code of its own, nothing from the hub.
+    """Load the base model of a prompt from a folder: safetensors only, no remote code, nothing from the hub.
 
     Raises:
-        CheckpointError: it cannot be loaded as what the prompt was trained on.
+        CheckpointError: it cannot be loaded as the class that the prompt was trained on.
     """
     import transformers
 
@@ -169,7 +163,7 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
         name = _AUTO.get(stored.base.task or "", f"no model of task {stored.base.task!r}")
     cls = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
     if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
-        raise CheckpointError(f"{stored.source}: its base is {name}, which transformers does not have.")
+        raise CheckpointError(f"{stored.source}: its base model is {name}, which transformers does not have.")
     hub = {"local_files_only": True, "trust_remote_code": False}
     labels = {} if (count := _labels(stored)) is None else {"num_labels": count}
     try:
@@ -181,35 +175,33 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
             )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
-            "`--base` must be the folder of the model that the prompt was trained on.",
-            "Give the folder that `save_pretrained` of the model wrote, with its config.json and safetensors.",
-            base=base,
-            asked=f"{name}.from_pretrained",
-            found=f"{type(error).__name__}: {error}",
+            f"{base}, given as `--base`, cannot be loaded with `{name}.from_pretrained`.",
+            "Give the folder that `save_pretrained` of the base model wrote, with its config.json and safetensors.",
+            error=f"{type(error).__name__}: {error}",
         ) from error
     return model.eval()
 
 
 def _require_config(cls: Any, config: Any) -> None:
-    """Check that a folder is of a model's class: transformers would build another at random, in a size of its own.
+    """Check that a config belongs to a model's class: from another one transformers would make a model with random weights.
 
     Raises:
-        ValueError: it is of another.
+        ValueError: it does not.
     """
     own = getattr(cls, "config_class", None)
     if own is not None and type(config) is not own:
-        raise ValueError(f"a model of {type(config).__name__}, where {cls.__name__} takes {own.__name__}")
+        raise ValueError(f"the config is a {type(config).__name__}; {cls.__name__} needs a {own.__name__}")
 
 
 def _labels(stored: StoredPrompt) -> int | None:
-    """How many labels a stored head has: the rows of its last matrix."""
+    """The number of labels of a stored head: the rows of its last matrix."""
     matrices = [value for head in stored.heads.values() for value in head.values() if value.dim() == 2]
     return matrices[-1].shape[0] if matrices else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from warning of a head that is new: the prompt brings its own."""
+    """Suppress transformers' warning about a newly initialized head: the prompt brings its own."""
     import transformers
 
     before: Any = transformers.logging.get_verbosity()
@@ -220,27 +212,26 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-# --- where it goes ----------------------------------------------------------------------------------------------------
+# --- the target -------------------------------------------------------------------------------------------------------
 
 
 def _require_free(target: Path) -> None:
-    """Check that nothing is lost.
+    """Check that nothing is overwritten.
 
     Raises:
-        OptionError: something is there.
+        OptionError: the target exists, and is not an empty folder.
     """
     taken = (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir()))
     if taken:
         raise OptionError(
-            "a conversion writes a new folder, and overwrites nothing.",
-            "Name a folder that is not there yet, or remove this one.",
-            out=target,
+            f"{target} exists and is not an empty folder; a conversion overwrites nothing.",
+            "Name a folder that does not exist, or remove this one.",
         )
 
 
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """Give a folder beside `target`, and move it there once all is written.
+    """Yield a temporary folder next to `target`, and rename it to `target` after the block.
 
     Raises:
         OptionError: it cannot be written.
@@ -251,8 +242,6 @@ def _appearing(target: Path) -> Iterator[Path]:
         yield part
         part.replace(target)
     except OSError as error:
-        raise OptionError(
-            "OUT must be a folder that can be written.", "Name another one.", out=target, found=error
-        ) from error
+        raise OptionError(f"the folder OUT, {target}, cannot be written: {error}.", "Name another one.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The command `softhooks export`: a text with its prompt, in the form that an inference server takes."""
+"""The command `softhooks export`: a text with its prompt as a request to an inference server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REQUEST_FILE = "request.json"
 
 
 class Server(StrEnum):
-    """What a prompt can be exported to."""
+    """The servers that a prompt can be exported to."""
 
     vllm = "vllm"
     sglang = "sglang"
@@ -25,30 +25,30 @@ class Server(StrEnum):
 
 def export(
     prompt: Annotated[
-        str, typer.Argument(help="The saved prompt: a directory, a name on the Hub, or PEFT's checkpoint.")
+        str, typer.Argument(help="The saved prompt: a directory, of softhooks or PEFT, or a name on the Hub.")
     ],
     to: Annotated[Server, typer.Option("--to", help="The server.")],
     model: Annotated[str, typer.Option(help="The base model: a directory or a name on the Hub.")],
     output: Annotated[Path, typer.Option(help="The folder to write to.", file_okay=False)],
-    text: Annotated[str | None, typer.Option(help="What stands behind the prompt.", show_default=False)] = None,
+    text: Annotated[str | None, typer.Option(help="The text that follows the prompt.", show_default=False)] = None,
     text_file: Annotated[
-        Path | None, typer.Option(help="A file with it.", exists=True, dir_okay=False, show_default=False)
+        Path | None, typer.Option(help="A file with the text.", exists=True, dir_okay=False, show_default=False)
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the tokenizer's chat template around it.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of the request: how many tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the request.")] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template to the text.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The number of tokens to generate, in the request.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="The sampling temperature, in the request.")] = 0.0,
     served_name: Annotated[
-        str | None, typer.Option(help="vLLM's name for the model, if it is another.", show_default=False)
+        str | None, typer.Option(help="The name of the model in vLLM, if it differs.", show_default=False)
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Refuse a base with other weights than those in training.")
+        bool, typer.Option("--strict/--no-strict", help="Refuse a base model with other weights than in training.")
     ] = True,
 ) -> None:
     """Write a text with its prompt as embeddings, for vLLM or SGLang.
 
-    A server that knows nothing of soft prompts takes the embeddings of a whole prompt in the place of its ids. Two files
-    are written: [bold]prompt_embeds.safetensors[/] with the rows, and [bold]request.json[/], ready to be posted to
-    /v1/completions (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, with --disable-radix-cache).
+    These servers do not support soft prompts, but they accept embeddings in place of token ids. Two files are written:
+    [bold]prompt_embeds.safetensors[/] with the embeddings, and [bold]request.json[/] to post to /v1/completions
+    (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, with --disable-radix-cache).
 
     [bold]Example[/]
 
@@ -57,8 +57,8 @@ def export(
     with usage():
         if (text is None) == (text_file is None):
             raise OptionError("softhooks export needs one of --text and --text-file.")
-    said = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
-    rows = _rows(prompt, model, said, chat, to, strict)  # torch and transformers take seconds to import
+    content = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
+    rows = _rows(prompt, model, content, chat, to, strict)  # torch and transformers take seconds to import
     if to is Server.vllm:
         from softhooks.serving import vllm
 
@@ -84,21 +84,20 @@ def _rows(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bo
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            "--model must be a language model with its tokenizer.",
-            "Give the directory that `save_pretrained` of both has written, or a name on the Hub.",
-            model=model,
-            cause=" ".join(str(error).split()),
+            f"no language model with a tokenizer can be loaded from {model!r} (--model).",
+            "Give a directory that `save_pretrained` of both wrote, or a name on the Hub.",
+            error=" ".join(str(error).split()),
         ) from error
     load(base, prompt, strict=strict)
-    said: Any = text
+    ids: Any = text
     if chat:
         messages = [{"role": "user", "content": text}]
-        said = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return sequence_embeddings(base, said, tokenizer, server=to.value).cpu()
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return sequence_embeddings(base, ids, tokenizer, server=to.value).cpu()
 
 
 def _write(folder: Path, rows: Any, body: dict[str, Any], about: dict[str, str]) -> None:
-    """Write both files, each in one step."""
+    """Write both files atomically."""
     from softhooks.formats.files import replacing, write_tensors
 
     write_tensors(folder / EMBEDDINGS_FILE, {"prompt_embeds": rows}, {"format": "pt", **about})

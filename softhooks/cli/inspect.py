@@ -20,24 +20,26 @@ from softhooks.errors import format_message
 def inspect(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="PATH", help="Folders of saved prompts: of save_pretrained, of a Trainer, or of PEFT."),
+        typer.Argument(
+            metavar="PATH", help="Folders of saved prompts, written by save_pretrained, a Trainer, or PEFT."
+        ),
     ],
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON list, with an object for each PATH, for scripts.")
+        bool, typer.Option("--json", help="Print a JSON list with one object for each PATH, for scripts.")
     ] = False,
 ) -> None:
-    """Tell what a saved prompt is: its method, its base model, its tensors. No model is needed.
+    """Show what a saved prompt is: its method, its base model, its tensors. No model is needed.
 
-    Read are JSON and safetensors, never a pickle, and every check that [bold]softhooks.load[/] makes before it has a
-    model is made: what inspect shows is whole and sound in itself. Whether it fits a model, loading tells.
+    It reads JSON and safetensors, never a pickle, and makes every check that [bold]softhooks.load[/] makes before it
+    needs a model: what inspect shows is complete and consistent. Whether the prompt fits a model shows when it is loaded.
 
-    [bold]norms of rows[/] are the smallest and the largest Euclidean norm of a tensor's rows; a row is a virtual token
-    in most methods. Rows far longer than the words' embeddings have run away.
+    [bold]norms of rows[/] are the smallest and the largest Euclidean norm of a tensor's rows; in most methods a row is a
+    virtual token. Norms far larger than those of word embeddings mean that training has diverged.
 
-    [bold]live[/] are the parameters beside the folded prompt (the MLP of a prefix, a head, what else trains) from which
-    a Trainer's checkpoint resumes. Of PEFT's, method and options are those that softhooks.load makes of it.
+    [bold]live[/] are the parameters in a Trainer's checkpoint from which training resumes (the MLP of a prefix, a head,
+    other trained parameters). For an adapter of PEFT, method and options are those that softhooks.load makes of it.
 
-    All paths are read before anything is printed. Exit status: 0; 1 if a file is truncated, foreign or hostile; 2 if
+    All paths are read before anything is printed. Exit status: 0; 1 if a file is damaged or contradicts itself; 2 if
     there is no prompt at a PATH.
 
     [bold]Examples[/]
@@ -83,8 +85,8 @@ def _problem(path: Path) -> str | None:
     except OSError as error:  # the name is too long for a file, or the directory may not be read
         found = str(error)
     return format_message(
-        "`softhooks inspect` takes the directory of a saved prompt.",
-        "Give the directory that `save_pretrained`, a Trainer or PEFT wrote; the hub is not asked.",
+        "there is no saved prompt at this path.",
+        "Give the directory that `save_pretrained`, a Trainer or PEFT wrote; the hub is not searched.",
         path=path,
         expected=f"a directory with {' or '.join(MARKS.values())}",
         found=found,

@@ -47,11 +47,11 @@ def _facts(prompt: dict[str, Any]) -> list[tuple[str, str]]:
         ("base", ", ".join([*names, *sizes])),
         *([("", ", ".join(known))] if known else []),
         *[("", _stack(name, stack)) for name, stack in base["stacks"].items()],
-        ("versions", ", ".join(f"{name} {version}" for name, version in prompt["versions"].items()) or "not told"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in prompt["versions"].items()) or "not known"),
         ("heads", ", ".join(prompt["heads"]) or "none"),
         ("parameters", f"{parameters['prompt']:,} in the prompt, {parameters['heads']:,} in heads"),
         ("file", f"{prompt['file']}, {prompt['bytes']:,} bytes"),
-        ("live", "none" if live is None else _in_words(prompt["name"], live)),
+        ("live", "none" if live is None else _live(prompt["name"], live)),
     ]
     trained = prompt["also_trained"]
     if trained:
@@ -59,7 +59,7 @@ def _facts(prompt: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _in_words(name: str | None, live: dict[str, Any]) -> str:
+def _live(name: str | None, live: dict[str, Any]) -> str:
     held = f"{live['file']}, {live['parameters']:,} numbers in {len(live['tensors'])} tensors, {live['bytes']:,} bytes"
     return held + (f"; trained as {name!r}" if name else "") + (f" by {live['optimizer']}" if live["optimizer"] else "")
 
@@ -71,7 +71,7 @@ def _listed(options: dict[str, Any]) -> str:
 
 def _stack(name: str, stack: dict[str, Any]) -> str:
     causal = stack.get("causal")
-    direction = "direction not told" if causal is None else "causal" if causal else "bidirectional"
+    direction = "direction not known" if causal is None else "causal" if causal else "bidirectional"
     runs = [
         f"{role} attention in {layers} layers of {heads} heads, keys {keys}, values {values}"
         for role in ("self", "cross")

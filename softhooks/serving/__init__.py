@@ -1,1 +1,1 @@
-"""Prompts as embedding rows, for inference servers."""
+"""Prompts as embeddings, for inference servers."""

@@ -1,7 +1,7 @@
-"""A text with its prompt as one sequence of embedding rows: what servers take that know nothing of prompts.
+"""A text with its prompt as one sequence of embeddings, for servers that do not support soft prompts.
 
-Rows are what the model's own embedding returns and what its `inputs_embeds` takes, the factor of a scaled embedding included. A
-server that multiplies the rows it is given by that factor gets them without it; see `served`.
+The embeddings are those that the model's `inputs_embeds` takes, with the factor of a scaled embedding. `for_server` adapts them
+to a server that applies this factor itself.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from softhooks.switch import disabled
 def sequence_embeddings(
     model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None, *, server: ServerName | None = None
 ) -> Tensor:
-    """Make the rows of a text with the prompt that is on.
+    """Make the embeddings of a text with the active prompt.
 
     Args:
         model: a causal decoder that carries the prompt.
         text: a text, or its ids.
         tokenizer: the model's, for a text; it adds its special tokens.
-        server: for `vllm` or `sglang`, rather than for the model's own `inputs_embeds`.
+        server: `vllm` or `sglang`; None: make them for the model's own `inputs_embeds`.
 
     Shape:
         -> [P + T, H], in the model's precision.
 
     Raises:
-        NotAttachedError: the model carries no prompt.
+        NotAttachedError: the model has no prompt.
         UnsupportedMethodError: the prompt is more than embedding rows.
-        UnsupportedModelError: the model does not take rows, or it is not known what the server does with them.
+        UnsupportedModelError: the model does not take embeddings, or it is not known what the server does with them.
         OptionError: there is no text, or no tokenizer for it.
         PromptTooLongError: prompt and text together exceed the model's positions.
     """
@@ -50,17 +50,15 @@ def sequence_embeddings(
     limit = stack.positions.limit
     if limit is not None and length > limit:
         raise PromptTooLongError(
-            "prompt and text together must fit into the model's positions.",
+            f"prompt and text have {length} tokens together; the model has {limit} positions.",
             "Truncate the text.",
-            prompt_and_text=length,
-            positions=limit,
         )
     with disabled(model):
         words = stack.embedding(ids)[0]
     slots = prompt.encoder.folded()[EMBEDDINGS][prompt.layout.table_rows].to(words)
     rows: list[Tensor] = []
     for column in range(ids.shape[1] + 1):
-        here = places.live[0] & (places.offsets[0] == column)
+        here = places.live[0] & (places.offsets[0] == column)  # the slots in front of this column
         rows += [slots[here.to(slots.device)], words[column : column + 1]]
     sequence = torch.cat(rows)
     if server is None:
@@ -70,17 +68,17 @@ def sequence_embeddings(
 
 
 def _require_rows(model: nn.Module) -> SoftPrompt:
-    """The prompt that is on, if it is embedding rows and nothing else."""
+    """The active prompt, if it is embedding rows and nothing else."""
     prompted = require_prompted_model(model)
     names = [prompted.active] if prompted.rows is None else list(prompted.rows)
     if prompted.rows is not None or prompted.active is None or prompted.disabled:
         raise OptionError(
-            f"one prompt must be on, for one text; on are {names!r}{', disabled' if prompted.disabled else ''}."
+            f"the active prompts are {names!r}{', disabled' if prompted.disabled else ''}; exactly one prompt must be active."
         )
     prompt = soft_prompts_of(prompted)[prompted.active]
     if prompted.structure.entry.reads_ids:
         raise UnsupportedModelError(
-            "a sequence of embedding rows must be all that a model looks at; this one looks at the ids behind them too.",
+            "the model depends on token ids and not on embeddings alone, so embeddings cannot stand for its input.",
             "Serve this model with `softhooks.integrations.transformers_serve`.",
             model=type(model).__name__,
         )
@@ -88,10 +86,9 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     causal = prompted.structure.entry.causal and not prompted.structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
-            "a server takes embedding rows for a decoder, and nothing else of a prompt.",
-            "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`; of a multitask prompt, "
+            f"this prompt ({prompt.method.kind}) is more than embedding rows for a decoder, which is all that a server takes.",
+            "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`, and a multitask prompt with "
             "one task.",
-            method=prompt.method.kind,
             enters="as embedding rows" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
             heads=", ".join(prompt.heads) or "none",
             needs=missing or ("rows of added tokens" if prompt.added else "nothing more"),
@@ -103,9 +100,9 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
 def _ids(text: str | list[int] | Tensor, tokenizer: Any) -> Tensor:
     if isinstance(text, str):
         if tokenizer is None:
-            raise OptionError("a text needs the model's tokenizer; pass `tokenizer=`, or the text's ids.")
+            raise OptionError("a text was given without a tokenizer; pass `tokenizer=`, or the ids of the text.")
         text = tokenizer(text)["input_ids"]
     ids = torch.as_tensor(text, dtype=torch.long).reshape(1, -1)
     if not ids.shape[1]:
-        raise OptionError("a server needs at least one token of text behind the prompt; there is none.")
+        raise OptionError("the text is empty; a server needs at least one token of text after the prompt.")
     return ids

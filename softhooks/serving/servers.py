@@ -1,7 +1,7 @@
-"""What inference servers do with embedding rows that they are given, and which models they are known to serve rightly.
+"""How inference servers scale the embeddings that they are given, and the models for which this is known.
 
-Some models multiply their embeddings by a factor. transformers has it inside the embedding module (Gemma), so that rows are given
-to it with the factor, or behind it (Granite), so that they are given without. A server that has it elsewhere needs other rows.
+Some models multiply their embeddings by a factor. transformers applies it inside the embedding module (Gemma), so `inputs_embeds`
+must include the factor, or after it (Granite), so they must not. A server that applies it elsewhere needs other embeddings.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ServerName = Literal["vllm", "sglang"]
 
 @dataclass(frozen=True)
 class Server:
-    """What one server does.
+    """How a server treats models that scale their embeddings.
 
     Attributes:
-        label: its name and the version of which this is known.
-        multiplies: the model types whose factor it applies to given rows too, where transformers has it inside the embedding.
-        keeps: the other model types with a factor of which it is known that it takes rows as transformers does.
+        label: its name, and the version that was examined.
+        multiplies: the model types with the factor inside the embedding for which it scales given embeddings too.
+        keeps: the other examined model types with a factor; it takes the same embeddings as transformers.
     """
 
     label: str
@@ -35,27 +35,27 @@ class Server:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The model types with a factor that it serves rightly."""
+        """The model types with a factor that it is known to serve correctly."""
         return (*self.multiplies, *self.keeps)
 
 
 SERVERS: dict[str, Server] = {
-    # Run: rows of Gemma, Gemma 2, Gemma 3 and Granite as transformers takes them; vLLM multiplies the rows of ids only.
+    # Measured with Gemma, Gemma 2, Gemma 3 and Granite: vLLM scales the embeddings of ids only.
     "vllm": Server("vLLM 0.32.0", (), ("gemma", "gemma2", "gemma3", "gemma3_text", "granite")),
-    # Read: `hidden_states *= normalizer` behind either in Gemma and Gemma 2; a scaled embedding module in Gemma 3.
+    # From its source: Gemma and Gemma 2 scale ids' and given embeddings alike; Gemma 3 has a scaled embedding module.
     "sglang": Server("SGLang 0.5.23", ("gemma", "gemma2"), ("gemma3", "gemma3_text", "granite")),
 }
 
 
 def for_server(model: nn.Module, stack: Stack, rows: Tensor, name: str) -> Tensor:
-    """Bring rows, as the model's `inputs_embeds` takes them, into the form that a server takes. [N, H] -> [N, H].
+    """Convert embeddings for the model's `inputs_embeds` to those that a server takes. [N, H] -> [N, H].
 
     Raises:
-        OptionError: there is no such server.
-        UnsupportedModelError: it is not known what the server does with the rows.
+        OptionError: the server is not known.
+        UnsupportedModelError: it is not known what the server does with the embeddings of this model.
     """
     if name not in SERVERS:
-        raise OptionError(f"server must be one of {', '.join(map(repr, SERVERS))}; it is {name!r}.")
+        raise OptionError(f"server is {name!r}; it must be one of {', '.join(map(repr, SERVERS))}.")
     server, kind = SERVERS[name], _kind(model)
     inside = factor_inside(stack)
     _require_known(model, stack, server, inside)
@@ -65,7 +65,7 @@ def for_server(model: nn.Module, stack: Stack, rows: Tensor, name: str) -> Tenso
 
 
 def factor_inside(stack: Stack) -> float | None:
-    """What the embedding module multiplies its weights by, measured; 1.0 where it does not, None where it does something else."""
+    """Measure the factor by which the embedding module multiplies its weights; None if it does something else."""
     weight: Any = stack.embedding.weight
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
     with eval_mode(stack.embedding):
@@ -73,14 +73,14 @@ def factor_inside(stack: Stack) -> float | None:
     if rows.shape != words.shape:
         return None
     factor = _ratio(rows, words, torch.finfo(weight.dtype).eps)
-    told = getattr(stack.embedding, "embed_scale", None)
-    if factor is not None and told is not None and abs(float(told) / factor - 1) < 0.01:
-        return float(told)  # without the rounding of the rows
+    declared = getattr(stack.embedding, "embed_scale", None)
+    if factor is not None and declared is not None and abs(float(declared) / factor - 1) < 0.01:
+        return float(declared)  # exact, where the measured factor is rounded
     return factor
 
 
-def factor_behind(model: nn.Module, stack: Stack) -> float | None:
-    """What the stack multiplies given rows by before its first layer, measured; None where it does more or it cannot be seen."""
+def factor_after(model: nn.Module, stack: Stack) -> float | None:
+    """Measure the factor by which the stack multiplies given embeddings before its first layer; None if there is none."""
     layers = [part for part in stack.module.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not layers:
         return None
@@ -98,25 +98,24 @@ def factor_behind(model: nn.Module, stack: Stack) -> float | None:
         rows = stack.embedding(ids)
         handle = layers[0][0].register_forward_pre_hook(note, with_kwargs=True)
         try:
-            for given in (rows, 2 * rows):  # positions that are added to both fall out of their difference
+            for given in (rows, 2 * rows):  # added position embeddings cancel in the difference
                 model(inputs_embeds=given, use_cache=False)
         except Exception as error:
             raise UnsupportedModelError(
-                "a server takes embedding rows; so must the model.",
+                f"{type(model).__name__} does not run on embeddings alone, as a server would run it.",
                 "Serve this model with `softhooks.integrations.transformers_serve`.",
-                model=type(model).__name__,
-                cause=f"{type(error).__name__}: {error}",
+                error=f"{type(error).__name__}: {error}",
             ) from error
         finally:
             handle.remove()
     if len(seen) != 2 or seen[0].shape != rows.shape:
         return None
     factor = _ratio(seen[1].float() - seen[0].float(), rows.float(), 2 * torch.finfo(rows.dtype).eps)
-    return factor if factor != 0.0 else None  # a norm makes the same of both
+    return factor if factor != 0.0 else None  # 0: a norm removes the factor
 
 
 def _ratio(rows: Tensor, words: Tensor, precision: float) -> float | None:
-    """The one factor between two tensors, if there is one."""
+    """The factor between two tensors, if there is one."""
     factor = float((rows * words).sum() / (words * words).sum().clamp(min=1e-30))
     if abs(factor) < 4 * precision:
         return 0.0
@@ -131,22 +130,21 @@ def _kind(model: nn.Module) -> str:
 
 
 def _require_known(model: nn.Module, stack: Stack, server: Server, inside: float | None) -> None:
-    """Refuse models whose rows the server may take for something else."""
+    """Refuse models whose embeddings the server may scale differently."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", stack.width)
     factors: dict[str, object] = {}
     if inside != 1.0:
         factors["inside the embedding"] = "more than a factor" if inside is None else inside
-    behind = factor_behind(model, stack) if width == stack.width else 1.0
-    if behind not in (1.0, None):
-        factors["behind the embedding"] = round(behind or 0.0, 4)
+    after = factor_after(model, stack) if width == stack.width else 1.0
+    if after not in (1.0, None):
+        factors["after the embedding"] = round(after or 0.0, 4)
     if (factors and _kind(model) not in server.known) or width != stack.width:
         raise UnsupportedModelError(
-            "the rows must mean to a server what they mean to transformers.",
+            f"it is not known how {server.label} scales the embeddings of the model type {_kind(model)!r}.",
             "Serve this model with `softhooks.integrations.transformers_serve`.",
-            model=_kind(model),
             factors=factors or "none",
-            known=f"of {server.label}: {', '.join(server.known)}",
-            width=f"{stack.width} of rows, {width} of states",
+            known=", ".join(server.known),
+            width=f"{stack.width} of embeddings, {width} of hidden states",
         )

@@ -13,19 +13,18 @@ def request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **op
     """The JSON body for `/generate`.
 
     Args:
-        rows: what `embeddings` made.
-        sampling_params: of the request, such as `max_new_tokens` and `temperature`.
-        options: more of its fields, such as `stream`.
+        rows: the embeddings of prompt and text, from `embeddings`, [P + T, H].
+        sampling_params: such as `max_new_tokens` and `temperature`.
+        options: other fields of the request, such as `stream`.
 
     Raises:
-        OptionError: the options say another prompt.
+        OptionError: the options hold a second prompt.
     """
     others = [name for name in ("text", "input_ids") if options.get(name) is not None]
     if others:
         raise OptionError(
-            "a request says its prompt once: as text, as ids, or as embeddings.",
-            "Leave the others out; the rows hold the text already.",
-            others=", ".join(others),
+            f"{' and '.join(f'`{name}`' for name in others)} cannot be passed: the embeddings hold the text already.",
+            "Leave it out.",
         )
     return {
         "input_embeds": rows.detach().float().cpu().tolist(),

@@ -17,23 +17,22 @@ def request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
 
     Args:
         model: the name under which the server has the base model.
-        rows: what `embeddings` made.
-        options: of the request, such as `max_tokens`, `temperature` and `stream`.
+        rows: the embeddings of prompt and text, from `embeddings`, [P + T, H].
+        options: other fields of the request, such as `max_tokens`, `temperature` and `stream`.
 
     Raises:
-        OptionError: the options say another prompt.
+        OptionError: the options hold a second prompt.
     """
     if options.get("prompt"):
         raise OptionError(
-            "a request says its prompt once: as embeddings of the whole text, or as text.",
-            "Leave `prompt` out; the rows hold the text already.",
-            prompt=repr(options["prompt"]),
+            f"`prompt` is {options['prompt']!r}, but the embeddings hold the text already; pass one of them.",
+            "Leave `prompt` out.",
         )
     return {"model": model, "prompt_embeds": encode(rows), **options}
 
 
 def encode(rows: Tensor) -> str:
-    """A tensor as the server reads it: written by `torch.save`, in base64."""
+    """Encode a tensor for the server: `torch.save` in base64."""
     buffer = io.BytesIO()
-    torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # a clone: a view would bring its whole storage along
+    torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # a clone: a view would save its whole storage
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -280,7 +280,7 @@ def test_checkpoints_of_peft_are_told(tmp_path: Path, kind: str) -> None:
     text = run(tmp_path)
     assert f"{name}, {P} virtual tokens, written by PEFT" in text
     assert config["task_type"] in text
-    assert ("direction not told" in text) == (head == "tokens")
+    assert ("direction not known" in text) == (head == "tokens")
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_place_without_a_prompt_is_one_message_and_exit_code_2(saved: Path, ch
         status, message = failing(path)
         assert status == 2
         lines = message.splitlines()
-        assert lines[0] == "`softhooks inspect` takes the directory of a saved prompt."
+        assert lines[0] == "there is no saved prompt at this path."
         assert lines[1] == f"path:     {path}"
         assert found in lines[3]
         assert len(lines) == 5

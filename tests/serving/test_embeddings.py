@@ -134,7 +134,7 @@ def test_each_server_is_given_the_rows_that_it_makes_the_models_of(server: Any, 
 
 
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
-@pytest.mark.parametrize(("kind", "where"), [("gemma", "inside"), ("granite", "behind")])
+@pytest.mark.parametrize(("kind", "where"), [("gemma", "inside"), ("granite", "after")])
 def test_a_factor_that_nobody_has_read_about_is_refused(server: Any, kind: str, where: str) -> None:
     model = scaled(kind)
     softhooks.attach(model, PromptTuning(5))
@@ -150,7 +150,7 @@ def test_a_factor_is_measured_whatever_its_name_in_a_config() -> None:
     handle = model.model.register_forward_pre_hook(
         lambda _module, args, kwargs: (args, {**kwargs, "inputs_embeds": 3 * kwargs["inputs_embeds"]}), with_kwargs=True
     )
-    with pytest.raises(UnsupportedModelError, match=r"behind the embedding.: 3\.0"):
+    with pytest.raises(UnsupportedModelError, match=r"after the embedding.: 3\.0"):
         sequence_embeddings(model, TEXT, server="vllm")
     handle.remove()
     assert sequence_embeddings(model, TEXT, server="vllm").shape[0] == 10
@@ -175,7 +175,7 @@ def test_an_unknown_server_is_refused() -> None:
 def test_rows_of_another_width_are_refused() -> None:
     model = zoo.build("opt")  # 16 wide, projected to 32
     softhooks.attach(model, PromptTuning(3))
-    with pytest.raises(UnsupportedModelError, match="16 of rows, 32 of states"):
+    with pytest.raises(UnsupportedModelError, match="16 of embeddings, 32 of hidden states"):
         sequence_embeddings(model, TEXT, server="vllm")
 
 
@@ -222,7 +222,7 @@ def test_what_is_asked_for_wrongly() -> None:
         sequence_embeddings(model, [5] * 91)
     with softhooks.disabled(model), pytest.raises(OptionError, match="disabled"):
         sequence_embeddings(model, TEXT)
-    with softhooks.rows(model, ["default"]), pytest.raises(OptionError, match="one prompt"):
+    with softhooks.rows(model, ["default"]), pytest.raises(OptionError, match="exactly one prompt"):
         sequence_embeddings(model, TEXT)
 
 
