@@ -20,14 +20,14 @@ from softhooks.backbone.probing import probing, probing_with_prompt
 from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.frozen_record import FrozenRecord
 from softhooks.base_model.take_fingerprint import take_fingerprint
+from softhooks.checks.attach_arguments import check_arguments, check_length, too_long_error
 from softhooks.checks.causality import check_causality
 from softhooks.checks.content_masks import require_common_masks
-from softhooks.checks.head_columns import check_unread
 from softhooks.checks.injection import choose_injection, probe_inputs
 from softhooks.checks.left_padding import takes_left_padding
 from softhooks.checks.reach import prove_reach
 from softhooks.checks.remedies import names_tried_remedies
-from softhooks.checks.request import check_length, check_request, no_room
+from softhooks.checks.unread_slots import check_unread
 from softhooks.compat.bitsandbytes import keep_unpacked, unpacked
 from softhooks.compat.offload import device_of
 from softhooks.compat.peft import home, keep_wrapped, refuse_prompts
@@ -150,7 +150,7 @@ def attach_encoder(
         check_base: raises if it was made for another model of the kind; the heads fit then.
     """
     present = prompted_model_of(model)
-    check_request(model, method, name, present, trainable)
+    check_arguments(model, method, name, present, trainable)
     refuse_prompts(model)
     model = present.model if present else model  # a wrapper around a model with a prompt stands for that model
     with unpacked(model), _all_off(present):
@@ -214,7 +214,7 @@ def attach_encoder(
         prompted.active = before
         limit = structure.entry.positions.limit
         if isinstance(error, PromptTooLongError) and error.text is not None and limit is not None:
-            raise no_room(method.where.columns, limit, error.text) from None
+            raise too_long_error(method.where.columns, limit, error.text) from None
         raise
     prompt.is_attached = True
     prompted.recompute_check = RecomputeCheck()  # probes count for nothing

@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a prompt behind the text of a language model": (
         llama, lambda: PromptTuning(3, placement="end"), {}, UnsupportedMethodError,
-        r"needs a text that is complete(.|\n)*model: *LlamaForCausalLM\nplacement: *end\nUse placement='front'",
+        r"would move as the text grows(.|\n)*model: *LlamaForCausalLM\nplacement: *end\nUse placement='front'",
     ),
     "a prompt as long as the positions": (
         lambda: zoo.build("gpt2"), lambda: PromptTuning(96), {}, PromptTooLongError,
@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a way in that is not there": (
         lambda: zoo.build("bert", "masked"), lambda: PromptTuning(3), {"injection": "shared"}, UnsupportedMethodError,
-        r"exist and be exact(.|\n)*asked: *'shared'\npossible: *'slots'\nmodel: *BertForMaskedLM\nLeave `injection` out",
+        r"'shared' is not available for BertForMaskedLM(.|\n)*asked: *'shared'\npossible: *'slots'\nLeave `injection` out",
     ),
     "a prefix in slots": (
         llama, lambda: PrefixTuning(3), {"injection": "slots"}, UnsupportedMethodError,

@@ -19,7 +19,7 @@ from softhooks.backbone.find_positions import find_positions
 from softhooks.backbone.find_stack import ModuleCall, find_stack, record
 from softhooks.backbone.max_positions import dynamic_rope_length, rotary_limit
 from softhooks.backbone.probe_inputs import CHOICES, as_choices, decoder_ids, probe_ids, probe_length
-from softhooks.backbone.probing import INSIDE, eval_mode, probing
+from softhooks.backbone.probing import INSIDE, eval_mode, float_dtype, probing
 from softhooks.backbone.stack import ModelStructure, Stack, StackName
 from softhooks.backbone.visibility import change_before, is_rounding
 from softhooks.compat.peft import unwrapped
@@ -192,7 +192,7 @@ def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, room
 
         def change(*texts: Tensor, column: int = first_changed, run: Callable[[Tensor], None] = run) -> bool:
             forwards = [lambda rows=rows: run(rows) for rows in texts]
-            return is_rounding(change_before(module, column, forwards), _dtype(module))
+            return is_rounding(change_before(module, column, forwards), float_dtype(module))
 
         # First both texts as two rows of one forward. Some models take one row only, and some let rows influence each other.
         with suppress(Exception):
@@ -204,7 +204,3 @@ def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, room
             if length == ids.shape[1]:
                 raise
     raise AssertionError("one of the two lengths returns or raises")
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

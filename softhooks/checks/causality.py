@@ -1,4 +1,7 @@
-"""Whether tokens see what they see without a prompt: nothing later in a causal stack, the whole text in an encoder."""
+"""Check at attach that tokens see the same tokens as without a prompt.
+
+In a causal stack these are no later ones, in an encoder all of the text.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids, probe_length
-from softhooks.backbone.probing import eval_mode
+from softhooks.backbone.probing import eval_mode, float_dtype
 from softhooks.backbone.stack import Stack
 from softhooks.backbone.visibility import change_before, is_rounding
 from softhooks.errors import UnsupportedMethodError
@@ -16,10 +19,10 @@ from softhooks.prompt import SoftPrompt
 
 
 def check_causality(prompt: SoftPrompt) -> None:
-    """Check that a prompt changes which tokens see each other in none of the model's stacks.
+    """Check that, in every stack of the model, a prompt does not change which tokens see each other.
 
     Raises:
-        UnsupportedMethodError: it does.
+        UnsupportedMethodError: it does in one of them.
     """
     structure = prompt.prompted_model.structure
     for number, stack in enumerate(structure.stacks):
@@ -28,8 +31,8 @@ def check_causality(prompt: SoftPrompt) -> None:
             continue
         with eval_mode(prompt.model):
             change = _change(prompt, stack, *calls)
-        # An encoder with fresh weights barely listens; yet it does, and in one made causal nothing moves at all.
-        if (not is_rounding(change, _dtype(stack))) if stack.causal else change == 0:
+        # In an encoder with fresh weights later tokens change earlier ones only a little; in one made causal, not at all.
+        if (not is_rounding(change, float_dtype(stack.module))) if stack.causal else change == 0:
             raise _refusal(prompt, stack, change)
 
 
@@ -39,21 +42,19 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-    """A call, the same call with other ids from a column on, and that column; None where there is none to change."""
+    """A column, a call, and the same call with other ids from that column on; None where the text is too short for it."""
     structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.columns if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)
     anchors = layout.probe(short)[0].shape[1] - short.shape[1]
-    rooms = [room - length - anchors for room in map(_room, structure.stacks) if room is not None]
-    room = min(rooms, default=None)
-    if room is not None and room < short.shape[1]:
+    limits = [limit - length - anchors for limit in map(_max_positions, structure.stacks) if limit is not None]
+    limit = min(limits, default=None)
+    if limit is not None and limit < short.shape[1]:
         return None
-    columns, cut = probe_length(stack.module, room, length)
-    each = []
-    for seed in (0, 1):
-        ids, extra = layout.probe(probe_ids(prompt.model, structure.vocabulary, columns, seed))
-        each.append((ids, extra))
-    (ids, extra), (other, _) = each
+    columns, cut = probe_length(stack.module, limit, length)
+    (ids, extra), (other, _) = (
+        layout.probe(probe_ids(prompt.model, structure.vocabulary, columns, seed)) for seed in (0, 1)
+    )
     if other.shape != ids.shape:
         return None
     if layout.placement == "layout":
@@ -74,13 +75,9 @@ def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str
     return cut, {**inputs, "decoder_input_ids": ids}, {**inputs, "decoder_input_ids": mixed}
 
 
-def _room(stack: Stack) -> int | None:
+def _max_positions(stack: Stack) -> int | None:
     positions = stack.positions
     return positions.limit if positions.limit is not None else positions.trained
-
-
-def _dtype(stack: Stack) -> torch.dtype:
-    return next((p.dtype for p in stack.module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMethodError:
@@ -91,15 +88,15 @@ def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMeth
     }
     if stack.causal:
         return UnsupportedMethodError(
-            "with a prompt, as without, no token of a causal model may depend on a later one.",
+            "with this prompt, earlier tokens of a causal model depend on later ones; no token may depend on a later one.",
             "Use a method whose virtual tokens stand in the sequence, such as PromptTuning with injection='slots'.",
             **about,
-            found=f"earlier states move by {change:.2g} of their size when later ids change",
-            because="its layers choose what a token sees by its position, which the prompt has moved",
+            found=f"earlier states change by {change:.2g} of their size when later ids change",
+            because="its layers choose what a token sees by its position, which the prompt shifts",
         )
     return UnsupportedMethodError(
-        "in an encoder, tokens must see those behind them, with a prompt as without.",
+        "with this prompt, tokens of an encoder do not see later ones; in an encoder they must.",
         "Use another method, or another attention function (`model.set_attn_implementation`).",
         **about,
-        found="no earlier state moves when later ids change",
+        found="no earlier state changes when later ids change",
     )

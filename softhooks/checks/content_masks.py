@@ -1,4 +1,7 @@
-"""Whether a model makes its masks of what a text says: of its values (Doge), or of a selection of its keys (DeepSeek-V3.2)."""
+"""Check at attach that attention masks do not depend on the text.
+
+Doge makes its masks from values, DeepSeek-V3.2 from a selection of keys.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from softhooks.prompt import SoftPrompt
 
 
 class _MaskPass(Pass):
-    """Note the mask that each site of self-attention hands to its attention function, and what the text's rows were.
+    """A forward that records the mask of each site of self-attention.
 
     Attributes:
-        rows: the embeddings, [1, T, H], by which masks can be differentiated.
+        rows: the text's embeddings, [1, T, H], with respect to which masks are differentiated.
         masks: by the site's index.
     """
 
@@ -29,12 +32,12 @@ class _MaskPass(Pass):
         self.masks: dict[int, Any] = {}
 
     def embed(self, output: Tensor) -> Tensor:
-        """Return the same rows at the start of a graph."""
+        """Return the same rows as the start of an autograd graph."""
         self.rows = output.detach().requires_grad_(torch.is_grad_enabled())
         return self.rows.clone()  # CTRL scales its embeddings in place, which a leaf does not allow
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note the mask, and go on."""
+        """Record the mask, and run the attention function."""
         self.touched = True
         if site.role == "self":
             self.masks[site.index] = args[4] if len(args) > 4 else kwargs.get("attention_mask")
@@ -42,17 +45,18 @@ class _MaskPass(Pass):
 
 
 def require_common_masks(prompt: SoftPrompt) -> None:
-    """Check, for a prompt that enters as keys and values, that masks are the same for two texts and have no gradient of theirs.
+    """Check, for a prompt that enters as keys and values, that two texts have the same masks, without a gradient to the texts.
 
-    Fresh weights may make equal masks of different texts, but the graph shows what they are made of.
+    With fresh weights masks may be equal by chance; the autograd graph shows what they are computed from.
 
     Raises:
-        UnsupportedMethodError: they are made of the text, where keys and values of words would not be what these words are.
+        UnsupportedMethodError: the masks depend on the text: then the keys and values of words do not have the effect of the
+        words.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "attention":
         return
-    limits = [room for room in (stack.positions.limit, stack.positions.trained) if room is not None]
+    limits = [limit for limit in (stack.positions.limit, stack.positions.trained) if limit is not None]
     columns, _ = probe_length(stack.module, min(limits, default=None))
     with eval_mode(prompt.model), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
         one, other = (_pass(prompt, stack, columns, seed) for seed in (0, 1))
@@ -61,17 +65,17 @@ def require_common_masks(prompt: SoftPrompt) -> None:
         )
     if own:
         raise UnsupportedMethodError(
-            "a key-value prefix needs masks that do not depend on what a text says.",
+            f"the attention masks of {type(prompt.model).__name__} are computed from the text; a key-value prefix needs masks "
+            "that do not depend on the text.",
             "Use a prompt that enters as embeddings, such as PromptTuning.",
             model=f"{type(prompt.model).__name__} ({stack.path or 'the model itself'})",
             method=prompt.method.kind,
-            found="masks that are computed from the states of the text",
-            because="its layers make them of the text's own keys or values, in which a prefix would have no part",
+            because="its layers compute them from the text's own keys or values, which a prefix is not part of",
         )
 
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
-    """Run a text without the prompt: through the whole model, or through the stack alone if the model needs more than ids."""
+    """Run a text without the prompt, through the whole model, or through the stack if the model needs more than ids."""
     live, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)

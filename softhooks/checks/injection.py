@@ -1,4 +1,4 @@
-"""Choose a prompt's way into a model: the fastest that is exact, checked by running it."""
+"""The choice of a prompt's injection: the fastest that is exact in its model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from softhooks.backbone.entry_points import require_sites
 from softhooks.backbone.heads import can_generate
 from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids
-from softhooks.checks.exactness import shares_exactly
+from softhooks.checks.shared_exactness import shares_exactly
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import hook_linears, linears
 
@@ -22,7 +22,7 @@ PROBE_COLUMNS = 5
 
 
 def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """A call of a few ordinary tokens and the anchors of the prompt, with what else the model and the method want."""
+    """A call of a few ordinary tokens and the prompt's anchors, with the further arguments that model and method need."""
     structure = prompt.prompted_model.structure
     ids, columns = prompt.layout.probe(probe_ids(prompt.model, structure.vocabulary, PROBE_COLUMNS))
     text = ids if structure.choices is None else as_choices(ids, structure.choices)
@@ -33,10 +33,10 @@ def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 
 def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
-    """Choose the way in, or check the one that was asked for.
+    """Choose the injection, or check the one that was asked for.
 
     Raises:
-        UnsupportedMethodError: the way asked for does not exist here, or would give other results.
+        UnsupportedMethodError: the injection that was asked for is not available in this model, or would not be exact.
     """
     structure = prompt.prompted_model.structure
     if prompt.method.enters == "branch":
@@ -71,22 +71,25 @@ def _hook_linears(prompt: SoftPrompt) -> None:
 def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> Injection:
     if asked not in (None, possible):
         raise UnsupportedMethodError(
-            "a way into the model must exist and be exact.",
+            f"injection={asked!r} is not available for {type(prompt.model).__name__}; this prompt can enter it by {possible!r}.",
             "Leave `injection` out.",
             asked=repr(asked),
             possible=repr(possible),
-            model=type(prompt.model).__name__,
         )
     return possible
 
 
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
-    """Behind the text of a language model a prompt would steer no training token, and move as the text grows."""
+    """Refuse a prompt at the end of a language model's text: no token is trained after it, and it would move as text is added.
+
+    Raises:
+        UnsupportedMethodError: the model generates, and the prompt is at the end.
+    """
     if prompt.layout.has_tail and prompt.prompted_model.structure.entry.causal and can_generate(prompt.model):
         raise UnsupportedMethodError(
-            "a prompt at the end needs a text that is complete: in a language model it would move as the text grows.",
-            "Use placement='front' or 'after_first', or a layout with an anchor or a field behind its last slots, such as a "
-            "field for what is to be generated.",
+            f"{type(prompt.model).__name__} generates text; a prompt at the end would move as the text grows.",
+            "Use placement='front' or 'after_first', or a layout with an anchor or a field after its last slots, such as a field "
+            "for the text to generate.",
             model=type(prompt.model).__name__,
             placement=prompt.layout if prompt.layout.placement == "layout" else "end",
         )

@@ -1,22 +1,20 @@
-"""Whether rows may begin with padding, found by running a text with padding before it, and without.
+"""Check at attach whether rows may begin with padding.
 
-A model that is told where each row's text stands needs no such run. Others count columns, padding too (ProphetNet, Pegasus-X), or
-lay the mask of a prefix over other columns (GIT): the same text would get another answer behind other padding.
+A model that takes the positions of each row's text needs no check. Others count columns, padding included (ProphetNet,
+Pegasus-X), or apply the mask of a prefix to the wrong columns (GIT): more padding before the same text would change the answer.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.placeholder_ids import usual_id
 from softhooks.backbone.probe_inputs import ordinary_ids
-from softhooks.backbone.probing import eval_mode, last_hidden_state
+from softhooks.backbone.probing import eval_mode, recorded_states
 from softhooks.checks.injection import probe_inputs
-from softhooks.checks.reach import standing_in
+from softhooks.checks.reach import perturbed_copy
 from softhooks.errors import SoftHooksError
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.contexts import Block
@@ -27,11 +25,11 @@ _FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, Attribut
 
 @torch.no_grad()
 def takes_left_padding(prompt: SoftPrompt) -> bool:
-    """Whether padding before a text, told by the mask, leaves the answer with a prompt as it is; what fails does not.
+    """Whether masked padding before a text leaves the answer with a prompt unchanged; False also where the forward fails.
 
-    A model that reads padding whatever the mask says does so without a prompt too: then nothing is refused that it takes bare.
+    True for a model that reads padding in spite of the mask without a prompt, too: then the prompt is not the cause.
     """
-    if _is_told(prompt):
+    if _takes_positions(prompt):
         return True
     inputs = probe_inputs(prompt)
     pad = usual_id(prompt.model, prompt.prompted_model.structure.vocabulary)
@@ -43,7 +41,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
                     _states(prompt, _padded(inputs, pad), cut=True), _states(prompt, _padded(inputs, other), cut=True)
                 ):
                     return True
-            with standing_in(prompt, 1.0, 0):
+            with perturbed_copy(prompt, 1.0, 0):
                 return _equal(_states(prompt, inputs, cut=False), _states(prompt, _padded(inputs, pad), cut=True))
         except SoftHooksError:
             return True  # such rows are refused by name already
@@ -51,8 +49,8 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
             return False
 
 
-def _is_told(prompt: SoftPrompt) -> bool:
-    """Whether the stack is told by row where its text stands, and no cache takes columns that its masks may not know of."""
+def _takes_positions(prompt: SoftPrompt) -> bool:
+    """Whether the stack takes positions for each row, and no prefix enters through a cache, whose columns masks may miss."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.argument or (table is not None and table.by_row)
@@ -65,23 +63,13 @@ def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
 
 
 def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
-    """The last stack's states of the text, [.., T, H]."""
-    kept: list[Tensor] = []
+    """The last hidden states of the text, in the last stack, [.., T, H]."""
     structure = prompt.prompted_model.structure
     stack = structure.stacks[-1]
-    outer = stack.state.current
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if stack.state.current is outer:  # not the prompt's own rows
-            kept.append(last_hidden_state(output).float())
-
-    handle = stack.module.register_forward_hook(keep)
-    try:
-        with prompt.without_objective():
-            prompt.model(**inputs)
-    finally:
-        handle.remove()
-    return kept[-1][:, _PADDING:] if cut and not structure.is_encoder_decoder else kept[-1]
+    with recorded_states(stack.module, stack.state) as states, prompt.without_objective():
+        prompt.model(**inputs)
+    state = states[-1].float()
+    return state[:, _PADDING:] if cut and not structure.is_encoder_decoder else state
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

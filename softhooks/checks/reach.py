@@ -1,7 +1,7 @@
-"""The proof at attach that a prompt reaches the model's output, and a gradient every part of it that is to be trained.
+"""Check at attach that a prompt changes the model's output, and that every trained part of it gets a gradient.
 
-It is made with a copy of the encoder, moved away from where the prompt starts, since a start may change nothing by design (gates
-at zero). The prompt itself, gradients, random states and what is kept from forward to forward stay as they are.
+The check uses a copy of the encoder with random changes, because an initial prompt may have no effect by design (gates at zero).
+The prompt itself, gradients, random states and results kept between forwards stay as they are.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
 from softhooks.encoder import PromptEncoder
 from softhooks.errors import UnsupportedModelError
+from softhooks.patching.patches import Patches
 from softhooks.prompt import SoftPrompt
 
 _SCALES = (1.0, 0.1, 10.0)
-"""How far the copies are moved, in turn, where one shows nothing: too far overflows, too little drowns in a low precision."""
+"""The sizes of the random changes, tried in turn: too large ones overflow, too small ones vanish in a low precision."""
 
 
 def prove_reach(prompt: SoftPrompt) -> None:
-    """Show that the prompt changes the model's output and, if it is to be trained, that every part of it gets a gradient.
+    """Check that the prompt changes the model's output and, if it is trained, that every part of it gets a gradient.
 
-    In inference mode there are no gradients; then the output alone is shown.
+    In inference mode there are no gradients, and the output alone is checked.
 
     Raises:
-        UnsupportedModelError: the model does not run with the prompt, or the prompt or a part of it does nothing.
+        UnsupportedModelError: the model does not run with the prompt, or the prompt or a part of it has no effect.
     """
     trains = any(parameter.requires_grad for parameter in prompt.encoder.parameters())
     with probing_with_prompt(prompt.model), eval_mode(prompt.model):
@@ -52,7 +53,7 @@ def _show_effect(prompt: SoftPrompt) -> None:
     for scale in _SCALES:
         outputs = []
         for seed in (0, 1):
-            with standing_in(prompt, scale, seed):
+            with perturbed_copy(prompt, scale, seed):
                 outputs.append(_output(prompt))
         one, other = outputs
         if one is not None and other is not None and not torch.equal(one, other):
@@ -61,7 +62,7 @@ def _show_effect(prompt: SoftPrompt) -> None:
 
 
 def _output(prompt: SoftPrompt) -> Tensor | None:
-    """What the model is run for: the first floating-point tensor that it returns. None if it has numbers that are not finite."""
+    """The first floating-point tensor that the model returns; None if no number in it is finite."""
     with prompt.without_objective():
         output: Any = prompt.model(**probe_inputs(prompt), **_without_cache(prompt.model))
     values = [output] if isinstance(output, Tensor) else output.values() if hasattr(output, "values") else output
@@ -72,7 +73,7 @@ def _output(prompt: SoftPrompt) -> Tensor | None:
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """Training keeps no cache; some models (RWKV) write into theirs what a backward needs."""
+    """Turn the cache off where gradients are computed: some models (RWKV) overwrite in it what the backward needs."""
     takes = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
     return {"use_cache": False} if takes and torch.is_grad_enabled() else {}
 
@@ -81,10 +82,10 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 def _show_gradient(prompt: SoftPrompt) -> None:
-    """Run backward from the output to a copy of the encoder, and name every part that nothing reaches."""
+    """Compute gradients of the output for a copy of the encoder, and refuse if a part has none."""
     dead: list[str] = []
     for scale in _SCALES:
-        with torch.enable_grad(), standing_in(prompt, scale, seed=0) as encoder:
+        with torch.enable_grad(), perturbed_copy(prompt, scale, seed=0) as encoder:
             dead = _dead_parts(prompt, encoder)
         if not dead:
             return
@@ -92,23 +93,25 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 
 
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
-    """Name what gets no gradient: parameters, and of what the encoder computes the parts for single layers.
+    """The names of the parts without a gradient: parameters, and the parts of the encoder's output for single layers.
 
-    A layer may run without gradients in some of its turns (HRM). What stood there would take part in every answer as it was
-    drawn, untrained; and to share another turn's keys and values would make a prefix of real words differ from the words. So
-    such a model is refused, and the refusal names the parts.
+    A layer may run without gradients in some of its calls (HRM). Its part of a prefix would stay as it was initialized; and with
+    the keys and values of another call, a prefix of real words would differ from the words. So such a model is refused.
     """
     made: dict[str, Tensor] = {}
 
     def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        made[args[0]] = output = output.view_as(output)  # not the parameter itself, which may go in by other ways too
+        made[args[0]] = output = output.view_as(
+            output
+        )  # a view of its own: a parameter itself may be used elsewhere too
         return output
 
     encoder.register_forward_hook(note)
-    with _noting_calls(prompt.model) as called:
+    with _recorded_calls(prompt.model) as called:
         output = _output(prompt)
     if output is None or output.grad_fn is None:
         return ["it, for the output is not finite" if output is None else "any part of it"]
+    # Random weights, for the plain sum of an output may be constant, as that of a softmax is.
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
     parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     targets = [*parameters.values(), *made.values()]
@@ -125,15 +128,13 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
 
 
 @contextmanager
-def _noting_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """Note which modules are called: an expert that no token is sent to is not."""
+def _recorded_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Record which modules are called; an expert that gets no token is not."""
     called: set[nn.Module] = set()
-    handles = [part.register_forward_pre_hook(lambda module, _args: called.add(module)) for part in every_module(model)]
-    try:
+    with Patches() as patches:
+        for part in every_module(model):
+            patches.keep(part.register_forward_pre_hook(lambda module, _args: called.add(module)))
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _lives(gradient: Tensor | None) -> bool:
@@ -147,7 +148,7 @@ def _listed(names: list[str]) -> str:
 
 def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        "a prompt must reach the model's output, and be reached by its gradient where it is trained.",
+        f"{found}; a prompt must reach the model's output, and get a gradient where it is trained.",
         OTHER_METHOD,
         model=type(prompt.model).__name__,
         method=repr(prompt.method),
@@ -160,23 +161,21 @@ def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
 
 
 @contextmanager
-def standing_in(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[PromptEncoder]:
-    """Let a copy of the encoder, moved at random, stand in its place; nothing that it computes is kept."""
-    own = prompt.encoder
-    stand_in = copy.deepcopy(own).eval()
+def perturbed_copy(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[PromptEncoder]:
+    """Replace the encoder by a copy with random changes, for the length of a block; keep no result of it."""
+    duplicate = copy.deepcopy(prompt.encoder).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        held = [buffer for buffer in stand_in.buffers() if buffer.is_floating_point()]
-        for parameter in list(stand_in.parameters()) or held:  # a context that is done has no parameters
+        held = [buffer for buffer in duplicate.buffers() if buffer.is_floating_point()]
+        for parameter in list(duplicate.parameters()) or held:  # a folded context has no parameters
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             spread = parameter.float().square().mean().sqrt().clamp(min=0.1, max=10.0).nan_to_num(0.1)
             parameter.add_(noise * (scale * spread).to(parameter))
-    kept = prompt._memory, prompt._branches
-    prompt._memory, prompt._branches = {}, {}
-    prompt.module["encoder"] = stand_in
-    try:
-        yield stand_in
-    finally:
-        unwatch(stand_in)
-        prompt.module["encoder"] = own
-        prompt._memory, prompt._branches = kept
+    with Patches() as patches:
+        patches.set(prompt, "_memory", {})
+        patches.set(prompt, "_branches", {})
+        patches.set(prompt.module._modules, "encoder", duplicate)
+        try:
+            yield duplicate
+        finally:
+            unwatch(duplicate)

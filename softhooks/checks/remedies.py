@@ -1,4 +1,4 @@
-"""Remedies that are tried before an error names them: what can be attached to, and how, where an attach was refused."""
+"""Remedies in the errors of `attach`, tried on the model before an error names them."""
 
 from __future__ import annotations
 
@@ -67,20 +67,20 @@ def _with_tried(attach: Attach, message: str, model: nn.Module, method: Method) 
 
 
 def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
-    """Name the text model inside that the method can be attached to.
+    """Name a text model inside the model that the method can be attached to.
 
-    One that attends to what another part of the model makes is none: by itself it would run without.
+    One that attends to states of another part of the model does not count: by itself it runs without them.
     """
     for path, part in model.named_modules():
         if part is model or not hasattr(part, "config") or not callable(getattr(part, "get_input_embeddings", None)):
             continue
         if not _is_fed(part) and _fits(attach, part, method):
             return f"Attach to the text model inside: `model.{path}`, a {type(part).__name__}."
-    return "Attach to another model: nothing in this one runs on token ids alone."
+    return "Attach to another model: no part of this one runs on token ids alone."
 
 
 def _is_fed(part: nn.Module) -> bool:
-    """Whether a model takes the states of another one, as decoders do that attend to a text or an image."""
+    """Whether a model takes states of another one, as a decoder does that attends to a text or an image."""
     arguments = inspect.signature(part.forward).parameters
     return any(name.endswith("_states") and name not in ("hidden_states", "output_hidden_states") for name in arguments)
 

@@ -38,7 +38,7 @@ def _wide(model: Any) -> Any:
 def test_a_prefix_is_refused_where_masks_are_made_of_values(method: Any) -> None:
     """Doge adds a function of each key's value to its scores, which a prefix would lack."""
     model = _wide(tf.DogeForCausalLM(tf.DogeConfig(**_SIZES)))
-    with pytest.raises(UnsupportedMethodError, match="masks that do not depend on what a text says"):
+    with pytest.raises(UnsupportedMethodError, match="masks that do not depend on the text"):
         softhooks.attach(model, method)
     assert real_words.front_gap(model, zoo.text(1, 12), 4) < 1e-5  # what the message recommends
 

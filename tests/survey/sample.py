@@ -49,7 +49,7 @@ _REASONS: list[tuple[str, str, str]] = [
         "ctrl-causal diffllama-causal mobilebert-masked",
     ),
     (
-        "a key-value prefix needs masks that do not depend on what a text says",
+        "a key-value prefix needs masks that do not depend on the text",
         "prefix",
         "deepseek_v32-causal",
     ),

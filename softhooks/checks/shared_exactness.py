@@ -1,4 +1,4 @@
-"""Whether a front prompt that is computed once gives what the prompt in the sequence gives, found by running both."""
+"""A comparison at attach of a shared prompt with the same prompt as slots."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.probe_inputs import as_choices, probe_ids, probe_length
-from softhooks.backbone.probing import eval_mode, last_hidden_state
+from softhooks.backbone.probing import eval_mode, float_dtype, recorded_states
 from softhooks.backbone.stack import Stack
 from softhooks.errors import SoftHooksError
+from softhooks.patching.patches import Patches
 from softhooks.runtime.contexts import Block
 
 if TYPE_CHECKING:
@@ -24,23 +25,23 @@ _FAILURES = (SoftHooksError, RuntimeError, TypeError, ValueError, AttributeError
 
 
 def shares_exactly(prompt: SoftPrompt) -> bool:
-    """Compare a prompt computed once with the prompt in the sequence, on rows of text, padded on either side too.
+    """Whether a prompt that is computed once gives the states that it gives as slots, on rows without and with padding.
 
-    The text is longer than the short windows and chunks that the model has, so that they count. The difference is held against
-    the precision of the states, and against what the prompt changes at all. What cannot be compared is not exact.
+    The text is longer than the short windows and chunks of the model, so that they take effect. The difference must be small for
+    the precision of the states, and next to the effect of the prompt. Where one of the two does not run, the answer is no.
     """
     stack = prompt.prompted_model.structure.entry
-    if _looks_far(stack):
+    if _exceeds_probe(stack):
         return False
     call = _call(prompt, stack)
     shared = _states(prompt, "shared", call)
     plain = None if shared is None else _states(prompt, "slots", call)
     is_alone = shared is not None and plain is None
-    if is_alone:  # a model around the stack makes masks that slots cannot widen
+    if is_alone:  # the model around the stack makes masks that slots cannot widen: compare the stack by itself
         shared, plain = (_states(prompt, way, call, alone=True) for way in _WAYS)
     if shared is None or plain is None:
         return False
-    real, precision = call["attention_mask"].flatten(0, -2).bool(), _precision(stack)
+    real, precision = call["attention_mask"].flatten(0, -2).bool(), torch.finfo(float_dtype(stack.module)).eps
     shared, plain = shared[real].float(), plain[real].float()
     if _is_rounding(shared, plain, precision):
         return True
@@ -49,11 +50,11 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
 
 
 def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bool:
-    """Whether two results are one, up to rounding.
+    """Whether two results are equal up to rounding.
 
     Args:
-        without: what comes out where there is no prompt: a difference that is as large as the prompt's effect is no rounding.
-        precision: of the numbers that the states were computed in.
+        without: the result without a prompt: a difference as large as the prompt's effect is not rounding.
+        precision: the machine epsilon of the states' dtype.
     """
     if not _are_finite(ours, theirs):
         return False
@@ -64,7 +65,7 @@ def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bo
 
 
 def _is_rounding(ours: Tensor, theirs: Tensor, precision: float) -> bool:
-    """Whether a difference is that of the order of a sum, however little the prompt changes."""
+    """Whether a difference is as small as that of another order of summation, however small the prompt's effect is."""
     return _are_finite(ours, theirs) and _size(ours - theirs) <= 4 * precision * _size(theirs)
 
 
@@ -76,15 +77,10 @@ def _size(states: Tensor) -> float:
     return float(states.square().mean().sqrt())
 
 
-def _precision(stack: Stack) -> float:
-    dtype = next((p.dtype for p in stack.module.parameters() if p.is_floating_point()), torch.float32)
-    return torch.finfo(dtype).eps
+def _exceeds_probe(stack: Stack) -> bool:
+    """Whether the config has chunks or a selection of keys, which would differ in texts longer than a probe.
 
-
-def _looks_far(stack: Stack) -> bool:
-    """Whether the config names something that groups or selects tokens over more columns than a probe has.
-
-    Chunks are cut where the text's own columns are, and keys are selected among the text's own.
+    Chunks begin at fixed columns of the text, and keys are selected among the text's own.
     """
     config: Any = getattr(stack.module, "config", None)
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
@@ -93,10 +89,10 @@ def _looks_far(stack: Stack) -> bool:
 
 
 def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
-    """Three rows, of which the second ends in padding and the third begins with it."""
+    """A call of three rows; the second ends with padding and the third begins with it."""
     positions, length = stack.positions, prompt.layout.columns
-    rooms = [room for room in (positions.limit, positions.trained, positions.changes) if room is not None]
-    columns, _ = probe_length(stack.module, min(rooms) - length if rooms else None, length)
+    limits = [limit for limit in (positions.limit, positions.trained, positions.changes) if limit is not None]
+    columns, _ = probe_length(stack.module, min(limits) - length if limits else None, length)
     rows = [probe_ids(prompt.model, prompt.prompted_model.structure.vocabulary, columns, seed) for seed in (0, 1, 2)]
     ids = torch.cat(rows)
     mask = torch.ones_like(ids)
@@ -112,38 +108,32 @@ def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
 def _states(
     prompt: SoftPrompt, injection: Injection | None, call: dict[str, Tensor], alone: bool = False
 ) -> Tensor | None:
-    """The stack's last states in a call with one way in, or without the prompt; None where that fails.
+    """The stack's last hidden states with one injection, or without the prompt; None where the forward fails.
 
     Args:
         alone: call the stack itself, not the model around it.
     """
-    kept: list[Tensor] = []
     prompted, stack = prompt.prompted_model, prompt.prompted_model.structure.entry
 
-    def begin(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def note_arguments(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if stack.state.current is None:
             given = dict(zip(stack.parameters, args, strict=False)) | kwargs
             stack.proven = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        if stack.state.current is None:  # not the prompt's own rows
-            kept.append(last_hidden_state(output))
-
-    before = prompt.injection, prompt.requires_sharing
-    handles = [stack.module.register_forward_hook(keep)]
-    if injection == "shared" and not alone:  # before the prompt's own hook, which changes the call
-        handles.append(stack.module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
-    if injection is None:
-        call = {name: value for name, value in call.items() if name not in prompted.columns}
-    else:
-        prompt.injection, prompt.requires_sharing = injection, injection == "shared"
-    try:
-        with eval_mode(prompt.model), Block(prompt.model, off=True) if injection is None else nullcontext():
-            (stack.module if alone else prompt.model)(**call)
-    except _FAILURES:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-        prompt.injection, prompt.requires_sharing = before
-    return kept[-1]
+    with Patches() as patches:
+        if injection == "shared" and not alone:  # before the prompt's own hook, which changes the call
+            hook = stack.module.register_forward_pre_hook(note_arguments, with_kwargs=True, prepend=True)
+            patches.keep(hook)
+        if injection is None:
+            call = {name: value for name, value in call.items() if name not in prompted.columns}
+        else:
+            patches.set(prompt, "injection", injection)
+            patches.set(prompt, "requires_sharing", injection == "shared")
+        off = Block(prompt.model, off=True) if injection is None else nullcontext()
+        text_states = recorded_states(stack.module, stack.state)
+        with eval_mode(prompt.model), off, text_states as states:
+            try:
+                (stack.module if alone else prompt.model)(**call)
+            except _FAILURES:
+                return None
+    return states[-1]

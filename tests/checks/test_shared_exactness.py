@@ -12,7 +12,7 @@ import zoo
 
 import softhooks
 from softhooks import PromptTuning
-from softhooks.checks.exactness import agree
+from softhooks.checks.shared_exactness import agree
 from softhooks.errors import UnsupportedModeError
 from softhooks.runtime import dispatch
 

@@ -1,4 +1,7 @@
-"""Whether anything behind the layers of an encoder reads a virtual slot: a head or a pooler that takes a column by its number."""
+"""Check at attach that no head or pooler of an encoder reads the state of a slot.
+
+One that takes a column by its number would.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,20 @@ from softhooks.backbone.stack import Stack
 from softhooks.checks.injection import probe_inputs
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.slots.slot_pass import SlotPass
+from softhooks.patching.patches import Patches
 from softhooks.prompt import SoftPrompt
 
 _Change = Callable[[nn.Module, Tensor], Tensor]
 
 
 def check_unread(prompt: SoftPrompt) -> None:
-    """Change the states that the last layer gives for slots, and see whether the model's answer moves.
+    """Change the last layer's states of slots, and check that the model's outputs stay the same.
 
-    Slots have done their work by then: layers have attended to them. In a decoder the last slot before a token predicts it, and
-    the decoder of an encoder-decoder attends to them; there, they are read on purpose.
+    Text attends to slots in the layers only. In a decoder the last slot before a token predicts it, and the decoder of an
+    encoder-decoder attends to slots: there they are read on purpose, and nothing is checked.
 
     Raises:
-        UnsupportedMethodError: it moves.
+        UnsupportedMethodError: the outputs change.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "slots" or stack.causal or stack.name != "text":
@@ -35,7 +39,7 @@ def check_unread(prompt: SoftPrompt) -> None:
         with _watched(stack, lambda _module, states: states) as calls:
             answer = _answer(prompt)
         if not calls:
-            return  # nothing in it gives a state for each column; what the stack returns is checked where slots are stripped
+            return  # no layer returns a state for each column; the stack's own output is checked where slots are removed
         last, count = calls[-1], sum(call is calls[-1] for call in calls)
         passed: list[nn.Module] = []
 
@@ -49,17 +53,16 @@ def check_unread(prompt: SoftPrompt) -> None:
     moved = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
     if moved:
         raise UnsupportedMethodError(
-            "nothing behind a model's layers may read a virtual token.",
+            f"the state of a slot goes into {', '.join(moved)}; nothing after a model's layers may read a virtual token.",
             "Use another placement, such as placement='after_first', or a prompt that enters as keys and values, such as "
             "PrefixTuning.",
             model=type(prompt.model).__name__,
             placement=prompt.layout.placement,
-            reads=f"the state of a slot goes into {', '.join(moved)}",
         )
 
 
 def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """What a forward returns, without the states of its layers."""
+    """The floating-point tensors that a forward returns, by name; tuples, such as the layers' states, are left out."""
     with prompt.without_objective():
         output: Any = prompt.model(**probe_inputs(prompt))
     named = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
@@ -70,7 +73,7 @@ def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
-    """Note, in order, the layers that give a state for each column of the widened sequence, and change what they give."""
+    """Record, in order, the layers that return a state for each column of text and slots, and change these states."""
     called: list[nn.Module] = []
 
     def after(module: nn.Module, _args: Any, output: Any) -> Any:
@@ -85,12 +88,10 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     layers = {part for holder in stack.module.modules() if isinstance(holder, nn.ModuleList) for part in holder}
-    handles = [layer.register_forward_hook(after) for layer in layers]
-    try:
+    with Patches() as patches:
+        for layer in layers:
+            patches.keep(layer.register_forward_hook(after))
         yield called
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _disturbed(stack: Stack, states: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is asked of `attach`, checked against the model before anything is changed."""
+"""Checks of the arguments of `attach`, before anything in the model is changed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from softhooks.method import Method
 from softhooks.runtime.prompted_model import PromptedModel
 
 _LEAST_TEXT = 5
-"""How many tokens of text the first probe of a prompt has."""
+"""The number of text tokens in the first probe of a prompt."""
 
 
-def check_request(
+def check_arguments(
     model: nn.Module, method: Method, name: str, present: PromptedModel | None, trainable: tuple[str, ...]
 ) -> None:
-    """Check what is asked for against the model and the prompts that it carries.
+    """Check the arguments of `attach` against the model and the prompts that it has.
 
     Args:
         present: of the model, if it carries any.
@@ -44,7 +44,7 @@ def check_request(
         raise AttachError("attach a prompt before `torch.compile`: compiled code does not see hooks that come later.")
     if present and name in present.prompts:
         raise NameTakenError(
-            "a name belongs to one prompt.",
+            f"a prompt named {name!r} is attached already; a name belongs to one prompt.",
             "Remove the other prompt first, or attach this one under another `name=`.",
             attached=f"{name!r}: {present.prompts[name].method!r}",
             asked=f"{name!r}: {method!r}",
@@ -58,7 +58,7 @@ def check_request(
 
 
 def check_length(structure: ModelStructure, method: Method) -> None:
-    """Check that a prompt leaves room for text.
+    """Check that a prompt leaves positions for text.
 
     Raises:
         PromptTooLongError: it does not.
@@ -68,20 +68,22 @@ def check_length(structure: ModelStructure, method: Method) -> None:
     limit = positions.limit if positions.limit is not None else trained
     length = method.where.columns
     if method.enters != "branch" and limit is not None and length >= limit:
-        raise no_room(length, limit, _LEAST_TEXT)
+        raise too_long_error(length, limit, _LEAST_TEXT)
 
 
-def no_room(length: int, limit: int, text: int) -> PromptTooLongError:
-    """What to say of a prompt that leaves too little room for text.
+def too_long_error(length: int, limit: int, text: int) -> PromptTooLongError:
+    """The error for a prompt that leaves too few positions for text.
 
     Args:
-        text: how many tokens of text shall fit beside it.
+        length: the number of virtual tokens.
+        limit: the number of positions.
+        text: how many tokens of text must fit after them.
     """
-    room = max(limit - text, 0)
+    most = max(limit - text, 0)
     return PromptTooLongError(
-        "a prompt must leave room for text among the model's positions.",
-        f"Use a prompt of {room} virtual tokens or fewer; of {room}, texts have the other {limit - room} positions.",
+        f"{length} virtual tokens do not leave room for text among the model's {limit} positions.",
+        f"Use a prompt of {most} virtual tokens or fewer; with {most}, a text can have the other {limit - most} positions.",
         virtual_tokens=length,
         positions=limit,
-        room_for=f"{room} virtual tokens and a text of {text}, the least that a prompt is tried with",
+        room_for=f"{most} virtual tokens and a text of {text}, the shortest that a prompt is tried with",
     )
