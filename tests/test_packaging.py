@@ -107,11 +107,14 @@ def test_few_files_lie_at_the_top_and_none_is_long() -> None:
     assert not [str(file) for file in files if len(file.read_text().splitlines()) > 300]
 
 
-def test_pre_commit_runs_what_make_lint_and_make_types_run() -> None:
+def test_pre_commit_runs_what_make_test_runs() -> None:
     [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     hooks = [hook["entry"].removeprefix(".venv/bin/") for hook in repository["hooks"]]
     recipes = re.findall(r"^(?:lint|types):.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert hooks == [line.removeprefix("\t$(BIN)/") for recipe in recipes for line in recipe.splitlines()]
+    assert hooks == [
+        *(line.removeprefix("\t$(BIN)/") for recipe in recipes for line in recipe.splitlines()),
+        "make unit",
+    ]
 
 
 # --- import contracts -------------------------------------------------------------------------------------------------
