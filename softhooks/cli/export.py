@@ -47,12 +47,12 @@ def export(
     """Write a text with its prompt as embeddings, for vLLM or SGLang.
 
     These servers do not support soft prompts, but they accept embeddings in place of token ids. Two files are written:
-    [bold]prompt_embeds.safetensors[/] with the embeddings, and [bold]request.json[/] to post to /v1/completions
+    **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to /v1/completions
     (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, with --disable-radix-cache).
 
-    [bold]Example[/]
+    **Example**
 
-      softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
+        softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
     """
     with usage():
         if (text is None) == (text_file is None):

@@ -30,25 +30,23 @@ def inspect(
 ) -> None:
     """Show what a saved prompt is: its method, its base model, its tensors. No model is needed.
 
-    It reads JSON and safetensors, never a pickle, and makes every check that [bold]softhooks.load[/] makes before it
+    It reads JSON and safetensors, never a pickle, and makes every check that **softhooks.load** makes before it
     needs a model: what inspect shows is complete and consistent. Whether the prompt fits a model shows when it is loaded.
 
-    [bold]norms of rows[/] are the smallest and the largest Euclidean norm of a tensor's rows; in most methods a row is a
+    **norms of rows** are the smallest and the largest Euclidean norm of a tensor's rows; in most methods a row is a
     virtual token. Norms far larger than those of word embeddings mean that training has diverged.
 
-    [bold]live[/] are the parameters in a Trainer's checkpoint from which training resumes (the MLP of a prefix, a head,
+    **live** are the parameters in a Trainer's checkpoint from which training resumes (the MLP of a prefix, a head,
     other trained parameters). For an adapter of PEFT, method and options are those that softhooks.load makes of it.
 
     All paths are read before anything is printed. Exit status: 0; 1 if a file is damaged or contradicts itself; 2 if
     there is no prompt at a PATH.
 
-    [bold]Examples[/]
+    **Examples**
 
-      softhooks inspect sst2-prompt
-
-      softhooks inspect runs/checkpoint-500 runs/checkpoint-1000
-
-      softhooks inspect my-peft-adapter --json | jq '.[0].options'
+        softhooks inspect sst2-prompt
+        softhooks inspect runs/checkpoint-500 runs/checkpoint-1000
+        softhooks inspect my-peft-adapter --json | jq '.[0].options'
     """
     for path in paths:
         problem = _problem(path)
