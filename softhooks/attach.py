@@ -229,9 +229,9 @@ def attach_encoder(
 def _prove_reached(prompt: SoftPrompt) -> None:
     """Run the probes of what was attached."""
     entry = prompt.prompted_model.structure.entry
-    if prompt.injection == "slots" and not entry.fills:
+    if prompt.injection == "slots" and not entry.slot_values:
         with probing(prompt.model), _all_off(prompt.prompted_model):
-            entry.fills = find_fills(entry, probe_inputs(prompt)["input_ids"].flatten(0, -2)[:1])
+            entry.slot_values = find_fills(entry, probe_inputs(prompt)["input_ids"].flatten(0, -2)[:1])
     prove_reach(prompt)
     with probing_with_prompt(prompt.model):
         check_causality(prompt)

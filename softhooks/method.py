@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor
 
 from softhooks.backbone.entry_points import groups_of, require_sites
-from softhooks.backbone.parts import Part, cut
+from softhooks.backbone.table_slices import TableSlice, slices_of
 from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.errors import CheckpointError, OptionError
 from softhooks.layout.layout import Layout
@@ -100,7 +100,7 @@ class Method:
         """The sites of a stack that this method enters; a table of keys and values holds theirs, in this order."""
         return stack.sites_of(role)
 
-    def parts(self, structure: ModelStructure, group: str) -> list[Part]:
+    def parts(self, structure: ModelStructure, group: str) -> list[TableSlice]:
         """The parts of a group that each must get a gradient when the prompt trains.
 
         Of keys and values, those of each site. Embedding rows have none: a layout need not use all of them in every text.
@@ -109,7 +109,9 @@ class Method:
             return []
         stack, role = groups_of(structure)[group]
         sites = self.sites(stack, role)
-        return cut([(f"the keys and values of {group} {role}-attention {s.index}", s.numbers, s.module) for s in sites])
+        return slices_of(
+            [(f"the keys and values of {group} {role}-attention {s.index}", s.size, s.module) for s in sites]
+        )
 
     # --- a prompt that enters as a gated branch -----------------------------------------------------------------------
 
@@ -139,7 +141,7 @@ class Method:
             return {EMBEDDINGS: (self.num_virtual_tokens, structure.entry.width)}
         require_sites(structure)
         return {
-            group: (self.num_virtual_tokens, sum(site.numbers for site in self.sites(stack, role)))
+            group: (self.num_virtual_tokens, sum(site.size for site in self.sites(stack, role)))
             for group, (stack, role) in groups_of(structure).items()
         }
 

@@ -1,4 +1,4 @@
-"""How to call an attention module on states that stand at no position."""
+"""How to call an attention module on hidden states that have no position."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class AttentionCall:
-    """How to call a site's attention module for rows that stand nowhere.
+    """The arguments with which an attention module computes keys and values of hidden states, without rotation and mask.
 
     Attributes:
-        width: H, of the rows.
+        width: H, of the hidden states.
         query_heads: Hq.
-        args, kwargs: the arguments of the call; the rows stand where None is at `place`.
-        place: which argument the rows are, by number or by name.
-        failure: why the site cannot be given rows; empty if it can.
+        args, kwargs: the arguments of the call, with None in the place of the hidden states.
+        place: the position or the name of the argument of the hidden states.
+        failure: why the module cannot be called like this; empty if it can.
     """
 
     width: int
@@ -29,9 +29,9 @@ class AttentionCall:
     failure: str = ""
 
     def arguments(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments for rows, [N, H]."""
-        args = [_to_device_of(value, rows) for value in self.args]
-        kwargs = {name: _to_device_of(value, rows) for name, value in self.kwargs.items()}
+        """The arguments for hidden states [N, H], each a sequence of one token."""
+        args = [_on_device_of(value, rows) for value in self.args]
+        kwargs = {name: _on_device_of(value, rows) for name, value in self.kwargs.items()}
         if isinstance(self.place, int):
             args[self.place] = rows[:, None]
         else:
@@ -39,10 +39,10 @@ class AttentionCall:
         return args, kwargs
 
 
-def _to_device_of(value: Any, rows: Tensor) -> Any:
-    """Bring an argument to where the rows are; what a layer may write to is copied."""
+def _on_device_of(value: Any, rows: Tensor) -> Any:
+    """Move an argument to the device of the rows. A dictionary is copied, because the layer may write to it."""
     if isinstance(value, Tensor):
         return value.to(rows) if value.is_floating_point() else value.to(rows.device)
     if isinstance(value, tuple):
-        return tuple(_to_device_of(part, rows) for part in value)
+        return tuple(_on_device_of(part, rows) for part in value)
     return copy.copy(value) if isinstance(value, dict) else value

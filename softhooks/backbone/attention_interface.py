@@ -68,7 +68,7 @@ def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
         current = current_pass(module)
         if current is None:
             return attention(module, *args, **kwargs)
-        return current.attend(current.turn(module.__dict__[MARK]), attention, (module, *args), kwargs)
+        return current.attend(current.site_for_call(module.__dict__[MARK]), attention, (module, *args), kwargs)
 
     setattr(attend, MARK, None)
     return attend
@@ -120,7 +120,7 @@ def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
     """Mark the attention module of every site, and replace the forward of those with inline attention."""
     for stack in stacks:
         for site in stack.sites:
-            if not site.turns or site is site.turns[0]:
+            if not site.shared_sites or site is site.shared_sites[0]:
                 patches.set(site.module, MARK, site)
                 if stack.injection == "written_out":
                     patches.set(site.module, "forward", inline_forward(site, current_pass))

@@ -145,7 +145,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
         model(**{key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in runs.inputs.items()})
 
     positions = find_positions(run, runs.calls, module, found.lookup.module, "position_ids" in parameters)
-    positions.changes, positions.rotary = dynamic_rope_length(module), rotary_limit(module)
+    positions.dynamic_rope_length, positions.rotary_limit = dynamic_rope_length(module), rotary_limit(module)
     room = positions.limit if positions.limit is not None else positions.trained
     return Stack(
         name=name,
@@ -156,7 +156,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
         causal=found.causal and _is_causal(model, module, ids, name, room),
         positions=positions,
         parameters=[key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD],
-        pooled=_pooled(module, runs.calls),
+        pooled_module=_pooled(module, runs.calls),
     )
 
 

@@ -83,8 +83,8 @@ def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[S
     for record in records:
         role: Role = "cross" if stack.name == "decoder" and record.key[2] == encoded else "self"
         site = Site(stack, role, count[role], record.module, record.key[1], record.key[3], record.value[3])
-        site.turns = shared.setdefault(id(record.module), [])
-        site.turns.append(site)
+        site.shared_sites = shared.setdefault(id(record.module), [])
+        site.shared_sites.append(site)
         sites.append(site)
         count[role] += 1
     return sites
@@ -100,7 +100,7 @@ class _Recorder:
         self.stack = self.state = self.current = self
         self.records = records
 
-    def turn(self, site: Any) -> Any:
+    def site_for_call(self, site: Any) -> Any:
         return site
 
     def attend(self, _site: Any, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -71,7 +71,7 @@ def find_positions(
         limits = [trained] if isinstance(trained, int) else []
     padding = next((getattr(table.module, "padding_idx", None) for table in plain.tables), None)
     return Positions(
-        argument=start is not None,
+        takes_position_ids=start is not None,
         table=table,
         start=start or 0,
         padding=padding if start and padding == start - 1 else None,

@@ -1,4 +1,4 @@
-"""A pass: what one forward of a stack carries from its first hook to its last."""
+"""A pass: what one forward of a stack does with a prompt, from its first hook to its last."""
 
 from __future__ import annotations
 
@@ -16,88 +16,88 @@ AttentionFunction = Callable[..., Any]
 
 
 def function_name(attention: AttentionFunction) -> str:
-    """What an attention function is called, by which its masks are known; of a partial one, what it calls.
-
-    A callable object has the name of its class.
-    """
+    """The name of an attention function, which tells the form of its masks; that of the class, for a callable object."""
     while isinstance(attention, functools.partial):
         attention = attention.func
     return str(getattr(attention, "__name__", type(attention).__name__))
 
 
 class Pass:
-    """One forward of one stack. Subclasses override what they change; this base changes nothing.
+    """One forward of one stack. Subclasses override what they change; this class changes nothing.
 
     Args:
-        stack: the stack whose forward this is. While it runs, `stack.state.current` is this pass.
+        stack: the stack. While its forward runs, `stack.state.current` is this pass.
 
     Attributes:
-        thread: the number of the thread whose forward this is; nobody else meets the pass.
-        entered: whether the stack's forward that it is for has begun. A call of the stack after that is another one, inside.
-        touched: whether the prompt was put in. A pass that ends untouched is an error, not silence.
+        thread: the number of the thread in which the forward runs. In other threads the pass is invisible.
+        has_begun: whether the stack's forward has begun. Another call of the stack is then a call inside it.
+        has_injected: whether the prompt has entered. If it has not when the forward ends, an error is raised.
         handles: hooks for this forward only.
-        made: returns the state of the prompts that the pass puts in, for notes on caches and encoder states.
-        calls: how often each module that serves several layers was called, by its first site's role and index.
+        provenance: returns the state of the prompts, to be recorded on caches and encoder states.
+        calls: how often each module that serves several layers was called, by the role and index of its first site.
     """
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.thread = threading.get_ident()
-        self.entered = False
-        self.touched = False
+        self.has_begun = False
+        self.has_injected = False
         self.handles: list[Any] = []
-        self.made: Callable[[], Any]
+        self.provenance: Callable[[], Any]
         self.calls: dict[tuple[str, int], int] = {}
 
-    def embed(self, output: Tensor) -> Tensor:
-        """Change what the embedding returns. [B, T, H] -> [B, T, H]."""
-        return output
-
-    def is_text(self, args: tuple[Any, ...]) -> bool:
-        """Whether a call of the embedding with these arguments looks up the text, and nothing else."""
+    def looks_up_text(self, args: tuple[Any, ...]) -> bool:
+        """Whether a call of the embedding with these arguments looks up the text."""
         return True
 
-    def turn(self, site: Site) -> Site:
-        """Tell which site a module's call is: one that serves several layers has a site for each, in the order of its calls.
+    def embed(self, output: Tensor) -> Tensor:
+        """Change the output of the embedding. [B, T, H] -> [B, T, H]."""
+        return output
+
+    def site_for_call(self, site: Site) -> Site:
+        """Choose the site of a module's call: a module that serves several layers has one for each, in order of its calls.
 
         Raises:
-            UnsupportedModeError: it is called more often than in the probe at attach.
+            UnsupportedModeError: the module is called more often than in the probe at attach.
         """
-        if len(site.turns) < 2:
+        if len(site.shared_sites) < 2:
             return site
         count = self.calls.get((site.role, site.index), 0)
-        if count == len(site.turns):
+        if count == len(site.shared_sites):
             raise UnsupportedModeError(
-                "a layer that is shared must run as often in every forward as it did when the prompt was attached.",
+                f"{type(site.module).__name__} ran more than {count} times in one forward; a layer that is shared must run as "
+                "often as when the prompt was attached.",
                 "Attach the prompt after the model's number of layers is settled.",
-                layer=type(site.module).__name__,
-                calls=f"more than {count}",
             )
         self.calls[site.role, site.index] = count + 1
-        return site.turns[count]
+        return site.shared_sites[count]
 
     def enters(self, site: Site) -> bool:
-        """Tell whether the pass wants to see a site's keys and values."""
+        """Whether the pass reads or changes the keys and values of a site."""
         return type(self).attend is not Pass.attend
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a site's attention function. `args` are module, query, key, value, mask."""
+        """Run the attention function of a site.
+
+        Args:
+            args: module, query, key, value, and the mask if it is not among the keyword arguments.
+        """
         return attention(*args, **kwargs)
 
-    def injected(self) -> list[Tensor]:
-        """What the pass puts in at attention, to be compared with what another one did."""
+    def injected_tensors(self) -> list[Tensor]:
+        """The tensors that enter at attention, to be compared with those of another pass."""
         return []
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Change the output of one of the stack's linear layers, which are hooked where a method asks for it."""
+        """Change the output of a linear layer of the stack; None leaves it. Only some methods have linear layers hooked."""
         return None
 
     def leave(self, output: Any) -> Any:
-        """Change what the stack returns, after a forward that did not raise."""
+        """Change the output of the stack, after a forward that did not raise."""
         return output
 
     def close(self) -> None:
-        """Undo what the pass changed on modules, also after a forward that raised."""
+        """Remove the hooks of this forward, also after one that raised."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

@@ -202,7 +202,7 @@ def _forward(
     **kwargs: Any,
 ) -> Any:
     current = current_pass(module)
-    site = first if current is None else current.turn(first)
+    site = first if current is None else current.site_for_call(first)
     if current is None or not current.enters(site):
         return type(module).forward(module, *args, **kwargs)
 

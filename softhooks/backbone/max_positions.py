@@ -66,10 +66,10 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
         text: its tokens, without padding.
         length: the virtual tokens.
     """
-    limit = positions.rotary
-    if limit is None or positions.warned or text + length <= limit or torch.compiler.is_compiling():
+    limit = positions.rotary_limit
+    if limit is None or positions.has_warned or text + length <= limit or torch.compiler.is_compiling():
         return
-    positions.warned = True
+    positions.has_warned = True
     warnings.warn(
         format_message(
             "prompt and text together stand beyond the positions that the model was trained for; its answers get worse there.",
@@ -87,11 +87,11 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 def unwarned(structure: ModelStructure) -> Iterator[None]:
     """Let the probes of an attach go by: their text is none of the user's."""
     each = [stack.positions for stack in structure.stacks]
-    before = [positions.warned for positions in each]
+    before = [positions.has_warned for positions in each]
     for positions in each:
-        positions.warned = True
+        positions.has_warned = True
     try:
         yield
     finally:
         for positions, warned in zip(each, before, strict=True):
-            positions.warned = warned
+            positions.has_warned = warned

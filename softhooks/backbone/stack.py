@@ -1,4 +1,4 @@
-"""What a model is made of: its stacks, their attention, their positions."""
+"""The description of a model: its stacks, their attention modules and their positions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ StackName = Literal["text", "encoder", "decoder"]
 
 @dataclass(eq=False)
 class Site:
-    """One attention module that a key-value prefix can enter.
+    """An attention module that keys and values can enter, for one layer of a stack.
 
     Attributes:
-        module: the module that calls the attention function, or that hands its keys to the cache.
-        index: its place among the sites of its stack and role; the layer's index where a cache is the way in.
-        heads: Hk. key_dim, value_dim: D of the keys and of the values.
-        turns: where one module serves several layers, as in ALBERT: their sites, in the order of its calls in a forward.
-        call: how to call the module on states that stand at no position, once that was found out.
-        is_windowed: whether its masks hide what is farther than the config's `sliding_window`, of which its calls do not tell.
+        index: its number among the sites of its stack and role; the layer's index if keys and values enter by a cache.
+        module: the module that calls the attention function, or that gives its keys to the cache.
+        heads: Hk.
+        key_dim, value_dim: D of the keys and of the values.
+        shared_sites: the sites of a module that serves several layers (ALBERT), in the order of its calls in a forward.
+        call: how to call the module on hidden states without a position; None until `projection_probe` has found out.
+        is_windowed: whether its masks follow the config's `sliding_window`, although its calls do not pass the window.
     """
 
     stack: Stack
@@ -34,24 +35,24 @@ class Site:
     heads: int
     key_dim: int
     value_dim: int
-    turns: list[Site] = field(default_factory=list)
+    shared_sites: list[Site] = field(default_factory=list)
     call: AttentionCall | None = None
     is_windowed: bool = False
 
     @property
-    def numbers(self) -> int:
-        """How many numbers one virtual token takes here."""
+    def size(self) -> int:
+        """How many numbers the key and the value of one virtual token have."""
         return self.heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(eq=False)
 class PositionTable:
-    """A module that answers with rows of a matrix of its own, one position after another.
+    """A module that returns consecutive rows of its own matrix, one for each position.
 
     Attributes:
         weight: the name of the matrix.
         first: the row of a text's first token.
-        by_row: whether its answers may differ from row to row of a batch.
+        by_row: whether rows of a batch can have different positions.
     """
 
     module: nn.Module
@@ -62,46 +63,52 @@ class PositionTable:
 
 @dataclass(eq=False)
 class Positions:
-    """How a stack learns where its tokens stand.
+    """How a stack numbers its columns.
 
     Attributes:
-        argument: whether its forward takes `position_ids`, and heeds them.
-        table: where it does not: its position table, if that can answer for it.
-        start: the id that the first token of a row has in a bare forward (RoBERTa: padding_idx + 1; PaliGemma: 1).
-        padding: the id of a padding column, where that is one of its own.
-        limit: how many real positions there are, where exceeding them is an error rather than a loss of quality.
+        takes_position_ids: whether its forward takes `position_ids` and uses them.
+        table: its position table, if it does not, and if the table can be made to return other positions.
+        start: the position id of a row's first token (RoBERTa: padding_idx + 1; PaliGemma: 1).
+        padding: the position id of padding, if padding has one of its own.
+        limit: how many positions there are, if more of them are an error.
         trained: how many positions the config declares.
-        rotary: how many its rotary embeddings are made for; beyond, quality is lost. None: it has none, or they adapt.
-        warned: whether it was said that a prompt and its text stand beyond those.
-        changes: from how many positions on the model rotates every position otherwise (dynamic RoPE, LongRoPE); None: never.
+        rotary_limit: how many positions the rotary embeddings are made for. None: there are none, or they adapt.
+        has_warned: whether the warning about a longer prompt and text was given.
+        dynamic_rope_length: from how many positions on all positions are rotated by other frequencies. None: never.
     """
 
-    argument: bool
+    takes_position_ids: bool
     table: PositionTable | None
     start: int
     padding: int | None
     limit: int | None
     trained: int | None
-    rotary: int | None = None
-    warned: bool = False
-    changes: int | None = None
+    rotary_limit: int | None = None
+    has_warned: bool = False
+    dynamic_rope_length: int | None = None
 
     @property
-    def movable(self) -> bool:
-        """Whether the stack can be told that its text stands behind a prefix."""
-        return self.argument or self.table is not None
+    def can_shift(self) -> bool:
+        """Whether the text can be given the positions after a prefix."""
+        return self.takes_position_ids or self.table is not None
 
 
 @dataclass(eq=False)
 class Stack:
-    """A text backbone: what takes ids and returns one state a token.
+    """A text backbone: the module that takes token ids and returns one hidden state a token.
 
     Attributes:
-        fills: the per-token arguments that a virtual slot has a value for, found out where slots are used.
-        owner: the prompted model that the stack is part of.
-        proven: the plain arguments of the call on which the ways in were compared; the same again change nothing.
-        pooled: the module in it whose first column is handed to a pooler, where the pooler never sees the others.
-        reads_ids: whether its states depend on ids beside their embeddings, once that was measured.
+        path: of the module in the model; empty if it is the model.
+        width: H.
+        causal: whether tokens see earlier tokens only.
+        parameters: the names of the forward's arguments.
+        sites: the attention modules that keys and values can enter.
+        injection: how they enter: at the attention function, in inline attention, or by a cache. None: they cannot.
+        slot_values: the per-token arguments that have a value for virtual slots, once slots are used.
+        compared_arguments: the plain arguments of the call in which the shared prompt was compared with slots.
+        pooled_module: the child whose first column goes to the pooler, if the pooler never sees the other columns.
+        reads_ids: whether its states depend on token ids other than by their embeddings; None until that was measured.
+        state: the forward that is running now.
     """
 
     name: StackName
@@ -114,9 +121,9 @@ class Stack:
     parameters: list[str]
     sites: list[Site] = field(default_factory=list)
     injection: Literal["attention", "written_out", "cache"] | None = None
-    fills: dict[str, int] = field(default_factory=dict)
-    proven: dict[str, Any] = field(default_factory=dict)
-    pooled: nn.Module | None = None
+    slot_values: dict[str, int] = field(default_factory=dict)
+    compared_arguments: dict[str, Any] = field(default_factory=dict)
+    pooled_module: nn.Module | None = None
     reads_ids: bool | None = None
     state: StackState = field(default_factory=StackState, init=False, repr=False)
 
@@ -127,10 +134,11 @@ class Stack:
 
 @dataclass(eq=False)
 class ModelStructure:
-    """The stacks of a model. An encoder-decoder has two, everything else one.
+    """The stacks of a model: two in an encoder-decoder, else one.
 
     Attributes:
-        choices: how many choices a row had in the probes, where the model takes rows of choices, [B, C, T]; else None.
+        vocabulary: the number of rows of the input embedding.
+        choices: how many choices a row had in the probes, if the model takes rows of choices, [B, C, T]; else None.
     """
 
     stacks: list[Stack]
@@ -139,7 +147,7 @@ class ModelStructure:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether a decoder attends to an encoder here."""
+        """Whether a decoder attends to an encoder."""
         return len(self.stacks) == 2
 
     @property

@@ -15,16 +15,16 @@ class RunningPass(Protocol):
     """A `Pass` as the modules of its stack meet it: the embedding, the attention modules and the linear layers."""
 
     thread: int
-    entered: bool
+    has_begun: bool
 
-    def is_text(self, args: tuple[Any, ...]) -> bool:
+    def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """Whether a call of the embedding looks up the text."""
 
     def embed(self, output: Tensor) -> Tensor:
         """Change what the embedding returns."""
 
-    def turn(self, site: Any) -> Any:
-        """Tell which site a module's call is."""
+    def site_for_call(self, site: Any) -> Any:
+        """Choose the site of a module's call."""
 
     def enters(self, site: Any) -> bool:
         """Whether the pass reads or changes the keys and values of a site."""

@@ -64,7 +64,7 @@ def check_length(structure: ModelStructure, method: Method) -> None:
         PromptTooLongError: it does not.
     """
     positions = structure.entry.positions
-    trained = positions.trained if positions.rotary is None else positions.rotary
+    trained = positions.trained if positions.rotary_limit is None else positions.rotary_limit
     limit = positions.limit if positions.limit is not None else trained
     length = method.where.columns
     if method.enters != "branch" and limit is not None and length >= limit:

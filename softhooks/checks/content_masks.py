@@ -38,7 +38,7 @@ class _MaskPass(Pass):
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the mask, and run the attention function."""
-        self.touched = True
+        self.has_injected = True
         if site.role == "self":
             self.masks[site.index] = args[4] if len(args) > 4 else kwargs.get("attention_mask")
         return attention(*args, **kwargs)

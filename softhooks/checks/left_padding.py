@@ -53,7 +53,7 @@ def _takes_positions(prompt: SoftPrompt) -> bool:
     """Whether the stack takes positions for each row, and no prefix enters through a cache, whose columns masks may miss."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
-    by_row = positions.argument or (table is not None and table.by_row)
+    by_row = positions.takes_position_ids or (table is not None and table.by_row)
     return by_row and (prompt.injection == "slots" or entry.injection != "cache")
 
 

@@ -91,7 +91,9 @@ def _exceeds_probe(stack: Stack) -> bool:
 def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
     """A call of three rows; the second ends with padding and the third begins with it."""
     positions, length = stack.positions, prompt.layout.columns
-    limits = [limit for limit in (positions.limit, positions.trained, positions.changes) if limit is not None]
+    limits = [
+        limit for limit in (positions.limit, positions.trained, positions.dynamic_rope_length) if limit is not None
+    ]
     columns, _ = probe_length(stack.module, min(limits) - length if limits else None, length)
     rows = [probe_ids(prompt.model, prompt.prompted_model.structure.vocabulary, columns, seed) for seed in (0, 1, 2)]
     ids = torch.cat(rows)
@@ -118,7 +120,9 @@ def _states(
     def note_arguments(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if stack.state.current is None:
             given = dict(zip(stack.parameters, args, strict=False)) | kwargs
-            stack.proven = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))}
+            stack.compared_arguments = {
+                name: value for name, value in given.items() if isinstance(value, (bool, int, float, str))
+            }
 
     with Patches() as patches:
         if injection == "shared" and not alone:  # before the prompt's own hook, which changes the call

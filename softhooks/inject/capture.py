@@ -34,7 +34,7 @@ class CapturePass(Pass):
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record keys and values, [B, Hk, P, D], and run the attention function."""
-        self.touched = True
+        self.has_injected = True
         self.keys[site.role][site.index] = args[2]
         self.values[site.role][site.index] = args[3]
         return attend_alone(attention, window_of(site, kwargs), args, kwargs)

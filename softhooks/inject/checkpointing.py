@@ -78,9 +78,9 @@ class UnchangedPass(CheckpointedPass):
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
-        self.touched = True
+        self.has_injected = True
 
-    def turn(self, site: Site) -> Site:
+    def site_for_call(self, site: Site) -> Site:
         """Return the site itself: calls need no counting where none is changed."""
         return site
 

@@ -150,7 +150,7 @@ def require_same_prompt(cache: PagedAttentionCache | None, live: Pass | None, se
     """
     if cache is None:
         return
-    now = [] if live is None else live.injected()
+    now = [] if live is None else live.injected_tensors()
     noted = note_on(cache).injected
     if noted is None:
         _add(cache, injected=(selection, now))

@@ -35,7 +35,7 @@ def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
     """
     variants, length = rows.shape[:2]
     inputs: dict[str, Any] = {"input_ids": placeholder.to(rows.device).expand(variants, length)}
-    if stack.positions.argument:
+    if stack.positions.takes_position_ids:
         inputs["position_ids"] = torch.arange(length, device=rows.device)[None] + stack.positions.start
     with _without_checkpointing(stack.module):
         found, states = capture(stack, inputs, rows, _ALONE)

@@ -67,6 +67,6 @@ class ExpectedModules:
 def modules_entered(stack: Stack) -> list[nn.Module]:
     """The modules of a stack that prompts enter: the embedding, the poolers and every attention module."""
     inside = {id(module) for module in stack.module.modules()}
-    poolers = (stack.pooled, getattr(stack.module, "pooler", None))
+    poolers = (stack.pooled_module, getattr(stack.module, "pooler", None))
     wanted = {id(module): module for module in (stack.embedding, *poolers, *(site.module for site in stack.sites))}
     return [module for key, module in wanted.items() if key in inside and module is not None]

@@ -46,10 +46,10 @@ def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> 
         # The virtual tokens were computed when the cache was filled, with or without sharing.
         return ["past_key_values, which hold the prompt's slots"] if slots_in(cache) is not None else []
     found = [name for name, value in call.items() if value is not None and name not in _HARMLESS]
-    found = [name for name in found if not _same(call[name], stack.proven.get(name))]
+    found = [name for name in found if not _same(call[name], stack.compared_arguments.get(name))]
     if isinstance(cache, EncoderDecoderCache) and is_filled(cache.cross_attention_cache):
         found.append("past_key_values, which hold an encoder's states")
-    changes = stack.positions.changes
+    changes = stack.positions.dynamic_rope_length
     if changes is not None and length + _text_length(call) > changes:
         found.append(f"more than {changes} positions, beyond which the model rotates all of them differently")
     return found

@@ -20,7 +20,7 @@ def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: l
         ids: in the stack's own numbering, [B or 1, T]; [T] for a table that gives all rows of a batch the same positions.
         handles: the handle of the hook is added here.
     """
-    if stack.positions.argument:
+    if stack.positions.takes_position_ids:
         call["position_ids"] = ids
     elif stack.positions.table is not None:
         handles.append(set_table_positions(stack.positions.table, ids))
@@ -33,7 +33,7 @@ def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:
     """
     where = stack.positions
     counts_itself = stack.name == "decoder" and isinstance(shift, int) and shift == 0
-    return where.argument or (where.table is not None and not counts_itself)
+    return where.takes_position_ids or (where.table is not None and not counts_itself)
 
 
 def shift_positions(
@@ -52,7 +52,7 @@ def shift_positions(
     ids = positions + where.start + (shift.to(positions.device) if isinstance(shift, Tensor) else shift)
     if where.padding is not None and mask is not None:
         ids = ids.masked_fill(mask[:, -ids.shape[-1] :] == 0, where.padding)
-    if not where.argument and where.table is not None:
+    if not where.takes_position_ids and where.table is not None:
         if mask is None and isinstance(shift, int) and shift == 0:
             return  # the table's own answer is right
         if not where.table.by_row:

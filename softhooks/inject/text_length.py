@@ -27,8 +27,8 @@ def check_text_length(
         PromptTooLongError: prompt and text together exceed the table. Padding does not count.
     """
     positions = stack.positions
-    limit = positions.limit if positions.limit is not None else positions.rotary
-    if limit is None or length == 0 or (positions.limit is None and positions.warned):
+    limit = positions.limit if positions.limit is not None else positions.rotary_limit
+    if limit is None or length == 0 or (positions.limit is None and positions.has_warned):
         return
     longest = longest_text(call)
     if longest is None:

@@ -123,7 +123,7 @@ def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> 
     positions, and would leave a gap. A text that continues a cache has started before. Positions of several axes (M-RoPE) are
     places in an image.
     """
-    if call.get("position_ids") is None or not stack.positions.argument:
+    if call.get("position_ids") is None or not stack.positions.takes_position_ids:
         return ""
     if is_filled(cache_of(call)) or paged_cache(call) is not None:
         return ""

@@ -107,7 +107,7 @@ class DeepPrefix(Method):
         """Whether positions move and sliding layers see the prefix as tokens."""
         stack = structure.entry
         shift = stack.causal if self.shift_positions is None else self.shift_positions
-        movable = stack.positions.movable
+        movable = stack.positions.can_shift
         if shift and not movable and not (stack.causal and stack.injection == "cache"):
             if self.shift_positions:
                 raise UnsupportedMethodError(
@@ -129,6 +129,6 @@ class DeepPrefix(Method):
     def start(self, structure: ModelStructure) -> dict[str, Tensor]:
         """The keys and values that each group starts from, [P, numbers of its sites]: from N(0, 0.02)."""
         return {
-            group: torch.randn(self.num_virtual_tokens, sum(s.numbers for s in self.sites(stack, role))) * RANDOM_STD
+            group: torch.randn(self.num_virtual_tokens, sum(s.size for s in self.sites(stack, role))) * RANDOM_STD
             for group, (stack, role) in groups_of(structure).items()
         }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.backbone.parts import Part, cut
+from softhooks.backbone.table_slices import TableSlice, slices_of
 from softhooks.encoder import PromptEncoder
 from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModeError
 from softhooks.inject.branch.branch import CONTEXT, BranchInputs, GatedRows
@@ -186,18 +186,18 @@ class LlamaAdapter(Method):
         """Say whether the linear layer has no context to work on."""
         return self.context_size is not None and CONTEXT not in given
 
-    def parts(self, structure: ModelStructure, group: str) -> list[Part]:
+    def parts(self, structure: ModelStructure, group: str) -> list[TableSlice]:
         """List the rows and gates of each layer, and the factors and offsets of each linear layer."""
         stack = next(stack for stack in structure.stacks if group.startswith(f"{stack.name}_"))
         kind = group.removeprefix(f"{stack.name}_")
         if kind in (FACTORS, OFFSETS):
-            return cut([(f"{kind} of {name}", size, module) for name, (module, size) in linears(stack).items()])
+            return slices_of([(f"{kind} of {name}", size, module) for name, (module, size) in linears(stack).items()])
         fused, prompted = self._layers(stack)
         sites = {PROMPTS: prompted, GATES: [*fused, *prompted]}.get(kind, [])
         names = [(f"{kind} of {stack.name} attention {site.index}", site) for site in sites]
         if kind == PROMPTS:
-            return cut([(name, self.num_virtual_tokens, site.module) for name, site in names], by_rows=True)
-        return cut([(name, self._gates(site), site.module) for name, site in names])[len(fused) :]
+            return slices_of([(name, self.num_virtual_tokens, site.module) for name, site in names], by_rows=True)
+        return slices_of([(name, self._gates(site), site.module) for name, site in names])[len(fused) :]
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
         """The layers that get rows: none of cross-attention."""

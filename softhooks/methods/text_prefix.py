@@ -29,7 +29,7 @@ class ReadPrefix(Method):
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """Positions move behind the text wherever the model can be told so; sliding layers see it as tokens."""
         stack = structure.entry
-        shift = stack.causal and (stack.positions.movable or stack.injection == "cache")
+        shift = stack.causal and (stack.positions.can_shift or stack.injection == "cache")
         return {"shift_positions": shift, "windowed": True}
 
     @staticmethod

@@ -206,7 +206,7 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
     mask = padding_mask(call, outer)
     if branch.branch.scaled:
         branch.blank = blanks(mask, columns)
-    by_caller = stack.positions.argument and (outer is None or outer.positions is not None)
+    by_caller = stack.positions.takes_position_ids and (outer is None or outer.positions is not None)
     if mask is None or not needs_position_ids(stack, 0) or (by_caller and call.get("position_ids") is not None):
         return branch
     positions = positions_in_text(stack, call, outer)

@@ -139,7 +139,7 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _is_own_call(prompted: PromptedModel) -> bool:
     """Whether this call is the library's run of a prompt alone, which reaches these hooks if the model itself is the stack."""
     passes = (stack.state.current for stack in prompted.structure.stacks)
-    return any(current is not None and not current.entered for current in passes)
+    return any(current is not None and not current.has_begun for current in passes)
 
 
 class StackHooks:
@@ -153,8 +153,8 @@ class StackHooks:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Open the pass of this forward and change the call's arguments."""
         own = self.stack.state.current
-        if own is not None and not own.entered:
-            own.entered = True
+        if own is not None and not own.has_begun:
+            own.has_begun = True
             return None  # the library runs the prompt alone
         begun = self.prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call())
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
@@ -173,7 +173,7 @@ class StackHooks:
             live.close()
 
         begun.cleanups.append(restore)
-        live.entered = True
+        live.has_begun = True
         stack.state.current = live
         if not stack.module.training or not torch.is_grad_enabled():
             return
@@ -195,7 +195,7 @@ class StackHooks:
             if opened is None or output is None:
                 return None
             changed = opened.leave(output)
-            if not opened.touched:
+            if not opened.has_injected:
                 raise PromptNotReachedError(
                     f"the forward of {type(self.stack.module).__name__} did not use the prompt.",
                     "Register attention functions before the prompt is attached, and do not replace the embedding after that.",
@@ -203,9 +203,9 @@ class StackHooks:
                     injection=type(opened).__name__,
                 )
             if self.stack.name == "encoder":
-                note_encoded(changed, opened.made())
+                note_encoded(changed, opened.provenance())
             else:
-                note_caches(changed, opened.made)
+                note_caches(changed, opened.provenance)
             if (
                 begun.forward is begun
                 and torch.is_grad_enabled()
@@ -219,7 +219,7 @@ class StackHooks:
     def embed(self, _module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Let the current pass change the output of the embedding."""
         live = self.stack.state.current
-        return None if live is None or not live.is_text(args) else live.embed(output)
+        return None if live is None or not live.looks_up_text(args) else live.embed(output)
 
     def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Remove virtual slots from the input of a pooler inside the stack."""

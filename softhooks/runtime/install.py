@@ -31,8 +31,8 @@ def install(prompted: PromptedModel) -> None:
         prompted.embedding_hooks.append(embedding_hook)
         keep(embedding_hook)
         pooler = getattr(stack.module, "pooler", None)
-        if stack.pooled is not None:
-            keep(stack.pooled.register_forward_hook(hooks.unslot))
+        if stack.pooled_module is not None:
+            keep(stack.pooled_module.register_forward_hook(hooks.unslot))
         elif isinstance(pooler, nn.Module):
             keep(pooler.register_forward_pre_hook(hooks.pool))
     keep(model.register_load_state_dict_pre_hook(prompted.note_loaded_state))

@@ -70,7 +70,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
         keep_documents_apart(opened, packed)
     if paged is not None:
         require_same_prompt(paged, opened, prompted.selection_text)
-    opened.made = made
+    opened.provenance = made
     return opened
 
 

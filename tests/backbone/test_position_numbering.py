@@ -66,7 +66,7 @@ def test_the_first_token_has_the_number_that_the_bare_model_gives_it(name):
     with softhooks.attach(_model(name), softhooks.PromptTuning(3)) as prompt:
         positions = prompt.prompted_model.structure.entry.positions
     assert positions.start == STARTS[name][1]
-    assert positions.movable
+    assert positions.can_shift
 
 
 @pytest.mark.parametrize("name", STARTS)

@@ -54,7 +54,7 @@ def prefix_gap(
 
 def movable(prompt: Any) -> bool:
     """Whether a prefix can move the positions of a model's text, which it does by default in decoders alone."""
-    return prompt.prompted_model.structure.entry.positions.movable
+    return prompt.prompted_model.structure.entry.positions.can_shift
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ class BranchPass(CheckpointedPass):
         super().__init__(stack)
         self.branch = branch
         self.blank: Tensor | None = None
-        self.touched = not branch.keys and not branch.pending
+        self.has_injected = not branch.keys and not branch.pending
         if training:
             self.follow_checkpointing()
 
@@ -121,7 +121,7 @@ class BranchPass(CheckpointedPass):
         output, weights = attention(*args, **kwargs)
         if not self.enters(site):
             return output, weights
-        self.touched = True
+        self.has_injected = True
         return output + self._added(site.index, args[1], kwargs).to(output), weights
 
     def _added(self, index: int, query: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -148,7 +148,7 @@ class BranchPass(CheckpointedPass):
         """Scale the output of one of the stack's linear layers, and add its offset."""
         return scale(self.branch.scaled, name, output, self.blank)
 
-    def injected(self) -> list[Tensor]:
+    def injected_tensors(self) -> list[Tensor]:
         """Every key and value, factor and offset."""
         scaled = [part for both in self.branch.scaled.values() for part in both]
         return [*self.branch.keys.values(), *self.branch.values.values(), *scaled]

@@ -158,8 +158,8 @@ def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
     """
     if call.place == "":
         return "its input is not a sequence of states"
-    if seen.calls != len(site.turns):
-        return f"it calls the attention function {len(site.turns) / seen.calls:g} times"
+    if seen.calls != len(site.shared_sites):
+        return f"it calls the attention function {len(site.shared_sites) / seen.calls:g} times"
     if getattr(seen.output, "shape", None) != (1, 1, call.query_heads, site.value_dim):
         return "its attention function does not return [B, T, heads, head size]"
     own: Tensor = (seen.args[call.place] if isinstance(call.place, int) else seen.kwargs[call.place])[0]

@@ -23,7 +23,7 @@ class _ProjectionPass(Pass):
 
     def __init__(self, stack: Stack, scaled: Scaled) -> None:
         super().__init__(stack)
-        self.entered = True  # a module runs here, not the stack
+        self.has_begun = True  # a module runs here, not the stack
         self.scaled = scaled
         self.key: Tensor | None = None
         self.value: Tensor | None = None

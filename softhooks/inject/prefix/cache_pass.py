@@ -123,7 +123,7 @@ class CachePass(PrefixPass):
 
     def leave(self, output: Any) -> Any:
         """Return the caller's cache, and the attentions without the prefix's columns."""
-        self.touched = self.prefixed.touched
+        self.has_injected = self.prefixed.has_injected
         if isinstance(output, tuple):
             items = [self.inner if item is self.cache else self._strip(item) for item in output]
             return tuple(item for item in items if item is not None)

@@ -34,7 +34,7 @@ class PrefixCache(Cache):
         self.prefix = prefix
         self.order = order
         self.inner = inner
-        self.touched = False
+        self.has_injected = False
         if inner is not None and any(getattr(layer, "is_sliding", False) for layer in inner.layers):
             raise UnsupportedModeError(
                 f"{type(inner).__name__} has sliding layers; a prefix that enters through a cache needs one of full length.",
@@ -43,7 +43,7 @@ class PrefixCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Update the caller's cache, and return its keys and values after the layer's prefix, if any, [B, Hk, P + K, D]."""
-        self.touched = True
+        self.has_injected = True
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx not in self.prefix.keys:

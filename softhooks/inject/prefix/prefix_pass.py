@@ -54,7 +54,7 @@ class PrefixPass(CheckpointedPass):
         """Run the attention function over the prefix and the text."""
         if not self.enters(site):
             return attention(*args, **kwargs)
-        self.touched = True
+        self.has_injected = True
         prefix = self.prefixes[site.role]
         module, query, key, value, mask, *rest = args if len(args) > 4 else (*args, kwargs.pop("attention_mask", None))
         flash = function_name(attention).startswith("flash")  # aligns queries with the last keys by itself
@@ -166,7 +166,7 @@ class PrefixPass(CheckpointedPass):
             visible = near if visible is None else near & visible
         return visible
 
-    def injected(self) -> list[Tensor]:
+    def injected_tensors(self) -> list[Tensor]:
         """Every key and value."""
         return [part for own in self.prefixes.values() for parts in (own.keys, own.values) for part in parts.values()]
 

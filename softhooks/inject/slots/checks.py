@@ -143,7 +143,7 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
     Raises:
         UnsupportedModeError: the call has one.
     """
-    known = {*_UNTOUCHED, *_WIDENED, *COPIED, *stack.fills}
+    known = {*_UNTOUCHED, *_WIDENED, *COPIED, *stack.slot_values}
     for key, value in call.items():
         if not isinstance(value, Tensor) or key in known:
             continue

@@ -30,7 +30,7 @@ class CrossSlotPass(Pass):
         super().__init__(stack)
         states = call.get("encoder_hidden_states")
         self._wide: Widened | None = None
-        self.touched = True
+        self.has_injected = True
         if not isinstance(states, Tensor):
             return
         batch, columns = states.shape[0], states.shape[1] - slots.columns

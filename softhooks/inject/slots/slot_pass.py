@@ -113,8 +113,8 @@ class SlotPass(Pass):
             )
         else:
             call["inputs_embeds"] = self._insert_rows(self._wide.spread(call["inputs_embeds"], 0))
-            self.touched = True
-        widen_known(call, self._wide, self.stack.fills)
+            self.has_injected = True
+        widen_known(call, self._wide, self.stack.slot_values)
         if call.get("token_type_ids") is not None:
             self._ids = call.get("input_ids")
         if given is not None or self.slots.uneven:
@@ -140,10 +140,10 @@ class SlotPass(Pass):
     def _place(self, call: dict[str, Any], ids: Tensor) -> None:
         """Give the stack the positions of the call's columns; one that gives all rows the same positions counts them itself."""
         where = self.stack.positions
-        if where.argument or (where.table is not None and where.table.by_row):
+        if where.takes_position_ids or (where.table is not None and where.table.by_row):
             set_position_ids(self.stack, call, ids, self.handles)
 
-    def is_text(self, args: tuple[Any, ...]) -> bool:
+    def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """Whether the embedding looks up the ids, and not token types, for which GPT-2 and CTRL use the same table."""
         ids = self._ids
         if self._embeds_given:
@@ -156,7 +156,7 @@ class SlotPass(Pass):
         """Replace the slots' rows of the embedding's output, [B, N, H]."""
         if self._wide is None or output.shape[1] != self._wide.columns:
             return output
-        self.touched = True
+        self.has_injected = True
         return self._insert_rows(output)
 
     def _insert_rows(self, output: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class SlotPass(Pass):
             call["attention_mask"] = wide_mask
         counted = positions_of(self.stack, wide_mask)[:, -self.columns :]
         self._place(call, counted if positions is None else positions + places.live.sum(-1, keepdim=True))
-        self.touched = True
+        self.has_injected = True
 
     def _continue_state(self, cache: Any) -> None:
         """Continue from a state of recurrent layers, in which the slots were read already."""
@@ -205,7 +205,7 @@ class SlotPass(Pass):
                 "Start again from the text, without the state.",
                 rows=self.batch,
             )
-        self.touched = True
+        self.has_injected = True
 
     def _widened(self, places: Places, mask: Tensor) -> Widened:
         """The map of this batch. In a decoder unused slots go to the left, because text is generated at the right."""
