@@ -218,7 +218,7 @@ def attach_encoder(
         raise
     prompt.is_attached = True
     prompted.recompute_check = RecomputeCheck()  # probes count for nothing
-    if method.columns:
+    if method.batch_columns:
         wrap_candidate_generator(prompted)
     return prompt
 

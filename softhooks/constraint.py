@@ -1,6 +1,6 @@
-"""Constraints that hold after each optimizer step, in any loop, without a call by the user.
+"""Constraints on parameters, applied after each optimizer step in any training loop, without a call by the user.
 
-torch tells of every step of every optimizer; while a constrained prompt is attached anywhere, one hook listens.
+One hook on all torch optimizers applies them. It is registered while an encoder with constraints is attached anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from softhooks.patching.shared_patches import SharedPatches
 
 
 class Constrained(Protocol):
-    """A module whose parameters have bounds."""
+    """A module whose parameters must stay within bounds."""
 
     is_constrained: ClassVar[bool]
 
@@ -25,10 +25,11 @@ class Constrained(Protocol):
         """Bring the parameters back within their bounds."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The parameters that an optimizer may hold."""
+        """Iterate over the parameters that an optimizer may have."""
 
 
-_done: weakref.WeakSet[Constrained] = weakref.WeakSet()  # since a Trainer's step began
+_done: weakref.WeakSet[Constrained] = weakref.WeakSet()
+"""The encoders that were constrained since the Trainer's step began."""
 
 
 def _listen(patches: Patches) -> None:
@@ -37,22 +38,22 @@ def _listen(patches: Patches) -> None:
 
 
 watched: SharedPatches[Constrained] = SharedPatches(_listen)
-"""The encoders that are constrained."""
+"""The encoders to constrain; the hook is removed with the last one."""
 
 
 def watch(encoder: Constrained) -> None:
-    """Constrain an encoder after each step of an optimizer that holds its parameters."""
+    """Constrain an encoder after each step of an optimizer that has its parameters."""
     if encoder.is_constrained:
         watched.add(encoder)
 
 
 def unwatch(encoder: Constrained) -> None:
-    """Let an encoder go; with the last one, the hook."""
+    """Stop constraining an encoder."""
     watched.discard(encoder)
 
 
 def constrain(encoder: Constrained) -> None:
-    """Bring an encoder's parameters back to where they may be."""
+    """Bring an encoder's parameters back within their bounds."""
     if encoder.is_constrained:
         with torch.no_grad():
             encoder.constrain()
@@ -64,7 +65,7 @@ def begin_step(encoder: Constrained) -> None:
 
 
 def end_step(encoder: Constrained) -> None:
-    """Constrain an encoder after a Trainer's step, unless the optimizer is torch's and has had it done."""
+    """Constrain an encoder after a Trainer's step, unless the hook on torch optimizers has done it."""
     if encoder not in _done:
         constrain(encoder)
 

@@ -1,4 +1,4 @@
-"""The modules that compute a prompt, and hold what is trained."""
+"""The interface of prompt encoders, the modules that are trained and compute a prompt."""
 
 from __future__ import annotations
 
@@ -14,63 +14,79 @@ from softhooks.constraint import watch
 from softhooks.errors import UnsupportedModeError
 
 EMBEDDINGS = "embeddings"
-"""The group of an encoder whose prompt enters as embedding rows."""
+"""The group of an encoder whose prompt is rows of embeddings."""
 
 
 class PromptEncoder(nn.Module):
-    """What is trained: it makes a prompt, without a batch dimension.
+    """A module that computes a prompt, without a batch dimension.
 
-    Subclasses list their `groups` and compute each in `forward`. A group is `embeddings`, or the part of the model that keys
-    and values enter: `text`, or `encoder`, `decoder` and `cross`. What else a subclass may do has a default here: make one of
-    several variants for each row, hide virtual tokens from some rows, keep its parameters within bounds.
+    Subclasses set `groups` and compute each in `forward`. A group is `embeddings`, or the part of the model that keys and values
+    enter: `text`, or `encoder`, `decoder` and `cross`. All other methods have defaults; overriding them lets a prompt have
+    variants from which each row takes one, hide virtual tokens from some rows, or keep its parameters within bounds.
     """
 
     groups: tuple[str, ...] = ()
     start_ids: Sequence[int | None] | None = None
-    """The ids of the words that a new prompt's embedding rows are, None where a row is no word; None: no row is one."""
+    """The ids of the words that the rows of a new prompt are initialized from; None where a row is not a word."""
 
     is_constrained: ClassVar[bool] = False
     """Whether `constrain` must run after each optimizer step."""
 
     @property
-    def unmoved(self) -> frozenset[str]:
-        """The names of parameters whose gradient is zero whatever the model does, such as recurrent weights over one row."""
+    def zero_gradient_parameters(self) -> frozenset[str]:
+        """The names of parameters whose gradient is always zero, such as recurrent weights over a single row."""
         return frozenset()
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Compute one group's prompt, [P, H] or [P, numbers of the group's sites]."""
-        raise NotImplementedError(f"{type(self).__name__} must compute its groups {self.groups}.")
+        """Compute one group of the prompt, [P, H] or [P, the numbers of the group's layers]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `forward` for its groups {self.groups}.")
 
-    def choose(self, given: dict[str, Tensor], batch: int) -> Sequence[int] | None:
-        """Choose each row's variant by the extra arguments of the forward; None where there is only one."""
+    def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int] | None:
+        """Choose the variant of each row.
+
+        Args:
+            given: the batch columns of the forward that the method takes.
+            batch: the number of rows.
+
+        Returns:
+            a variant for each row; None if there is only one.
+        """
         return None
 
-    def hidden(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Which virtual tokens each row does not see in this forward, [B or 1, P] bool; None: it sees all."""
+    def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
+        """Choose the virtual tokens that each row does not see in this forward.
+
+        Args:
+            given: the batch columns of the forward that the method takes.
+            batch: the number of rows.
+
+        Returns:
+            True for hidden tokens, [B or 1, P]; None if every row sees all.
+        """
         return None
 
     def constrain(self) -> None:
-        """Bring the parameters back to where they may be, once after each step; runs without gradients."""
+        """Bring the parameters back within their bounds, after each optimizer step; runs without gradients."""
 
     def metrics(self) -> dict[str, float]:
-        """What to show in a training log, by name: gates, shares of projected tokens. Asked for only when one is due."""
+        """Return values for the training log by name, such as gates; called only when the Trainer logs."""
         return {}
 
     def folded(self) -> dict[str, Tensor]:
-        """Run the reparameterization once and keep only its result, in fp32."""
-        with self._at_rest():
+        """Compute the groups once, in fp32, so that the reparameterization is no longer needed."""
+        with self._inference():
             return {group: self(group).detach().float().clone() for group in self.groups}
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of its parameters and buffers."""
         for tensor in chain(self.parameters(), self.buffers()):
             return tensor.device
         return torch.device("cpu")
 
     @contextmanager
-    def _at_rest(self) -> Iterator[None]:
-        """Compute as in evaluation, without gradients, in the parameters' own precision."""
+    def _inference(self) -> Iterator[None]:
+        """Compute inside the context in evaluation mode, without gradients and without autocast."""
         training = self.training
         self.eval()
         try:
@@ -80,16 +96,16 @@ class PromptEncoder(nn.Module):
             self.train(training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up a copied or unpickled state; a copy is constrained as the original is."""
+        """Restore a copied or unpickled state, and constrain the copy as the original."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         watch(self)
 
 
 class TableEncoder(PromptEncoder):
-    """A prompt that is its own parameter: prompt tuning, a prefix without an MLP, and every folded prompt.
+    """A prompt whose tables are parameters themselves: prompt tuning, a prefix without an MLP, and most folded prompts.
 
     Args:
-        tables: [P, numbers] for each group.
+        tables: the table of each group, [P, H] or [P, numbers].
     """
 
     def __init__(self, tables: dict[str, Tensor]) -> None:
@@ -99,22 +115,22 @@ class TableEncoder(PromptEncoder):
             self.register_parameter(group, nn.Parameter(table.detach().float().clone()))
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Return the parameter itself, [P, numbers]."""
+        """Return the parameter of a group."""
         table: Tensor = getattr(self, group)
         return table
 
 
-def require(given: dict[str, Tensor], name: str, why: str) -> Tensor:
-    """An extra argument that a prompt cannot do without.
+def require_column(given: dict[str, Tensor], name: str, reason: str) -> Tensor:
+    """Return a batch column that the prompt needs in each forward.
 
     Raises:
-        UnsupportedModeError: the call did not bring it.
+        UnsupportedModeError: the call does not have it.
     """
     if name not in given:
         raise UnsupportedModeError(
-            f"this prompt needs the argument `{name}` in each call of the model.",
+            f"the call has no `{name}`, which this prompt needs in each call of the model.",
             f"Add a column `{name}` to the batch, or pass it to the model.",
-            because=why,
-            given=", ".join(given) or "no extra argument",
+            because=reason,
+            given=", ".join(given) or "no batch column of a prompt",
         )
     return given[name]

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.method import choice
+from softhooks.errors import OptionError, UnsupportedModeError, check_choice
 from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.switch import rows
 
@@ -70,7 +69,7 @@ class PromptEnsemble:
         is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names)
         if not is_list or not all(name is None or isinstance(name, str) for name in names):
             raise OptionError(f"an ensemble must name its prompts in a list, one or more; it is {names!r}.")
-        choice("combine", combine, ("vote", "logits", "probabilities"))
+        check_choice("combine", combine, ("vote", "logits", "probabilities"))
         for name in names:
             require_prompted_model(model, name)
         self.model = model

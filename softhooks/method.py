@@ -1,4 +1,4 @@
-"""What a method is: frozen options, and how they become the encoder that is trained.
+"""The interface of a method: its options, and how they become the encoder that is trained.
 
 A new method is one file in `methods/` with a subclass of `Method`, one line in `methods/__init__.py`, and one line in the tests'
 table.
@@ -16,7 +16,7 @@ from torch import Tensor
 from softhooks.backbone.entry_points import groups_of, require_sites
 from softhooks.backbone.table_slices import TableSlice, slices_of
 from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
-from softhooks.errors import CheckpointError, OptionError
+from softhooks.errors import CheckpointError, check_int
 from softhooks.layout.layout import Layout
 
 if TYPE_CHECKING:
@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
 
 METHODS: dict[str, type[Method]] = {}
-"""The methods by the name that saved prompts and the command line have for them; `softhooks.methods` lists them."""
+"""The methods by kind, the name in saved prompts and on the command line. `softhooks.methods` registers them."""
+
+COLUMN_METHODS: dict[str, list[str]] = {}
+"""For each batch column of a registered method, the methods that take it and with which option, in words."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """The options of a method, checked when they are given.
+    """The options of a method, checked when it is made.
 
     Args:
         num_virtual_tokens: P.
@@ -41,69 +44,80 @@ class Method:
 
     kind: ClassVar[str] = ""
     enters: ClassVar[Literal["embeddings", "attention", "branch"]] = "embeddings"
-    start_options: ClassVar[tuple[str, ...]] = ()
-    """The options that only say where a prompt starts; a saved prompt has no use for them."""
+    """What the prompt is: rows of embeddings, keys and values at attention, or a gated branch next to attention."""
+
+    init_options: ClassVar[tuple[str, ...]] = ()
+    """The options that only say how a new prompt is initialized; a saved prompt is loaded without them."""
 
     columns: ClassVar[tuple[str, ...]] = ()
-    """Extra arguments of the model's forward that the method takes: columns of the batch, which the model never sees."""
+    """Batch columns that the method takes. They are arguments of the model's forward, removed before the model sees them."""
+
+    optional_columns: ClassVar[dict[str, str]] = {}
+    """Batch columns that the method takes with some options only, and with which, in words."""
+
+    sampler_class: ClassVar[type[Any]] = type(None)
+    """The class of the method's `sampler`, if it has one; a Trainer's sampler of this class is not replaced."""
 
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"placement": ("front", "after_first", "end")}
-    """What a saved prompt must say about the pass, and may say."""
+    """The conventions that a saved prompt must have, and their possible values."""
 
     num_virtual_tokens: int
 
     def __post_init__(self) -> None:
-        """Check what every method shares."""
-        count = self.num_virtual_tokens
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise OptionError(f"num_virtual_tokens must be a whole number of 1 or more; it is {count!r}.")
+        """Check the options that all methods share."""
+        check_int("num_virtual_tokens", self.num_virtual_tokens)
+
+    @property
+    def batch_columns(self) -> tuple[str, ...]:
+        """The batch columns that the method takes with these options."""
+        return self.columns
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the encoder for a model, initialized."""
-        raise NotImplementedError(f"{type(self).__name__} must build its encoder.")
+        """Make the initialized encoder for a model."""
+        raise NotImplementedError(f"{type(self).__name__} must implement `build`.")
 
     def probe_arguments(self) -> dict[str, Tensor]:
-        """The extra arguments that a forward of one row cannot do without, for the checks at attach."""
+        """Return the batch columns that a forward of one row needs, for the checks at attach."""
         return {}
 
-    def has_idle(self, given: Container[str]) -> bool:
-        """Whether some parameters have no part in a training step.
+    def has_unused_parameters(self, given: Container[str]) -> bool:
+        """Whether some parameters get no gradient in a training step.
 
         Args:
-            given: the names of the extra arguments that its forwards bring.
+            given: the names of the batch columns that its forwards have.
         """
         return False
 
     @property
-    def draws_rows(self) -> bool:
-        """Whether a Trainer's rows come in the order of the method's `sampler`, and not in its own."""
+    def has_sampler(self) -> bool:
+        """Whether a Trainer draws its rows by the method's `sampler` instead of its own."""
         return False
 
     def sampler(self, rows: Any, batch_size: int, seed: int) -> Sampler[int]:
-        """Make the order in which a Trainer draws its rows.
+        """Make the sampler by which a Trainer draws its rows.
 
         Args:
             rows: the data set.
-            batch_size: of one process.
-            seed: of the draws.
+            batch_size: the batch size of one process.
+            seed: the seed.
         """
-        raise NotImplementedError(f"{type(self).__name__} must order the rows.")
+        raise NotImplementedError(f"{type(self).__name__} must implement `sampler`.")
 
     def objective(self) -> Objective | None:
-        """What to train on beside, or in the place of, the model's own loss; None: the model's loss."""
+        """Make the training objective that adds to, or replaces, the model's own loss; None for the model's own loss."""
         return None
 
     def check(self, prompt: PromptOnModel) -> None:
         """Refuse a model or an injection that the method does not support. Called at attach, once the injection is known."""
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """The sites of a stack that this method enters; a table of keys and values holds theirs, in this order."""
+        """Return the attention layers of a stack that the prompt enters; a table of keys and values has theirs in this order."""
         return stack.sites_of(role)
 
     def parts(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """The parts of a group that each must get a gradient when the prompt trains.
+        """Return the parts of a group that must each get a gradient when the prompt is trained; attach checks it.
 
-        Of keys and values, those of each site. Embedding rows have none: a layout need not use all of them in every text.
+        Keys and values have a part for each attention layer. Embedding rows have none: a text need not use all of a layout.
         """
         if self.enters != "attention":
             return []
@@ -120,19 +134,20 @@ class Method:
         """Whether the prompt also scales the model's linear layers."""
         return False
 
-    def branch_given(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
-        """What a stack gets.
+    def branch_inputs(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
+        """Compute the rows and gates of a stack.
 
         Args:
             table: computes one of the encoder's groups.
-            context: the rows' own context, [B, ...], where the forward brings one.
+            stack: the stack.
+            context: a context for each row of the batch, [B, ...], if the forward has one.
         """
-        raise NotImplementedError(f"{type(self).__name__} must make its rows and gates.")
+        raise NotImplementedError(f"{type(self).__name__} must implement `branch_inputs`.")
 
     # --- a folded prompt ----------------------------------------------------------------------------------------------
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """The tables of a folded prompt and their shapes, on a model.
+        """Return the shapes of a folded prompt's tables on a model.
 
         Raises:
             UnsupportedMethodError: the prompt cannot enter the model.
@@ -146,38 +161,38 @@ class Method:
         }
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check what a file holds against the options that it names, before there is a model.
+        """Check the tables of a file against its options; before a model is known.
 
         Raises:
-            CheckpointError: they contradict each other.
+            CheckpointError: they do not match.
         """
         rows = sorted({table.shape[0] for table in tables.values()})
         if rows != [self.num_virtual_tokens]:
             raise CheckpointError(
-                f"{source} says {self.num_virtual_tokens} virtual tokens; its tensors have {rows} rows."
+                f"{source} has options for {self.num_virtual_tokens} virtual tokens, and its tensors have {rows} rows."
             )
         if (set(tables) == {EMBEDDINGS}) != (self.enters == "embeddings"):
-            raise CheckpointError(f"{source} must hold what {self.kind} trains; it holds {sorted(tables)}.")
+            raise CheckpointError(f"{source} has the tensors {sorted(tables)}, which are not those of {self.kind}.")
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder of a prompt that is folded."""
+        """Make the encoder of a folded prompt."""
         return TableEncoder(tables)
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder that goes on training a folded prompt."""
+        """Make the encoder that continues the training of a folded prompt."""
         return self.folded_encoder(tables)
 
     @property
     def where(self) -> Layout:
-        """Where the virtual tokens stand."""
+        """The places of the virtual tokens."""
         return Layout.placed("front", self.num_virtual_tokens)
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """What a prompt trained so takes for granted about the model's pass; stored with it."""
+        """Return what the prompt assumes about the forward pass; saved with it and checked when it is loaded."""
         return {"placement": self.where.placement}
 
     def options(self) -> dict[str, Any]:
-        """The options as JSON can hold them; tokenizers and tensors are left out, their result is saved."""
+        """Return the options as JSON can hold them, without tokenizers and tensors: the saved prompt has their result."""
         kept: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -190,11 +205,9 @@ class Method:
         return kept
 
 
-def choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Check an option that takes one of a few words.
-
-    Raises:
-        OptionError: naming the words.
-    """
-    if value not in allowed:
-        raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.")
+def register(methods: list[type[Method]]) -> None:
+    """Add methods to `METHODS`, and their batch columns to `COLUMN_METHODS`."""
+    for method in methods:
+        METHODS[method.kind] = method
+        for column, note in {**dict.fromkeys(method.columns, ""), **method.optional_columns}.items():
+            COLUMN_METHODS.setdefault(column, []).append(f"{method.__name__} {note}".rstrip())

@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a prompt of another length": (
         llama, lambda: PromptTuning(3, init="tensor", init_tensor=torch.zeros(4, 32)), {},
-        PromptMismatchError, r"one a virtual token(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
+        PromptMismatchError, r"one row for each virtual token(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
     ),
     "a prefix where attention cannot be entered": (
         squeezebert, lambda: PrefixTuning(3), {}, UnsupportedMethodError,
@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "positions that cannot be shifted": (
         lambda: zoo.build("t5", "seq2seq"), lambda: PrefixTuning(3, shift_positions=True), {}, UnsupportedMethodError,
-        r"told where its text stands(.|\n)*model: *T5Stack\nLeave shift_positions out",
+        r"takes no positions that could be shifted(.|\n)*model: *T5Stack\nLeave shift_positions out",
     ),
 }  # fmt: skip
 
@@ -217,7 +217,7 @@ WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
     (lambda: PrefixTuning(3, init="vocab"), "init must be one of 'text', 'zero', 'random'; it is 'vocab'"),
     (lambda: PrefixTuning(3, dropout=1.0), "dropout must be at least 0 and below 1; it is 1.0"),
     (lambda: PrefixTuning(3, dropout=-0.1), "it is -0.1"),
-    (lambda: PrefixTuning(3, hidden_size=0), "hidden_size must be 1 or more; it is 0"),
+    (lambda: PrefixTuning(3, hidden_size=0), "hidden_size must be a whole number of 1 or more; it is 0"),
     (
         lambda: PrefixTuning(3, init="zero", init_ids=[5]),
         "init_text and init_ids belong to init='text'; init is 'zero'",
@@ -241,7 +241,7 @@ def test_a_prompt_without_virtual_tokens_is_refused(way: str, count: Any) -> Non
     """P = 0 would be the base model and train nothing; use `disabled` for the base."""
     said = re.escape(f"num_virtual_tokens must be a whole number of 1 or more; it is {count!r}.")
     if way == "p-tuning" and type(count) is int and count == 0:  # stands for none given, for a layout may say it
-        said = "needs to know its virtual tokens; pass `num_virtual_tokens`"
+        said = "PTuning has no virtual tokens; pass `num_virtual_tokens`"
     with pytest.raises(OptionError, match=said):
         NUMBERED[way](count)
 

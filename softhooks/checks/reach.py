@@ -117,8 +117,8 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
     targets = [*parameters.values(), *made.values()]
     gradients = torch.autograd.grad((output * weights).float().sum(), targets, allow_unused=True)
     dead = [name for name, own in zip(parameters, gradients, strict=False) if not _lives(own)]
-    dead = [name for name in dead if name not in encoder.unmoved]
-    if prompt.method.has_idle(prompt.method.probe_arguments()):
+    dead = [name for name in dead if name not in encoder.zero_gradient_parameters]
+    if prompt.method.has_unused_parameters(prompt.method.probe_arguments()):
         dead = dead if len(dead) == len(parameters) else []
     for group, own in zip(made, gradients[len(parameters) :], strict=True):
         for part in prompt.method.parts(prompt.prompted_model.structure, group):

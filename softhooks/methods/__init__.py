@@ -1,12 +1,12 @@
-"""The methods, one file a paper. A new method is one more import here.
+"""The methods, one file for each. Add a new method with one more import here.
 
-The modules import torch but not transformers, which takes seconds: `softhooks inspect` needs only their options.
+The modules import torch but not transformers, which takes seconds: `softhooks inspect` only needs their options.
 """
 
 from __future__ import annotations
 
 from softhooks.method import METHODS as METHODS
-from softhooks.method import Method
+from softhooks.method import Method, register
 
 # In the order in which `softhooks run --help` lists them.
 # isort: off
@@ -22,8 +22,10 @@ from softhooks.methods.context_tuning import ContextTuning as ContextTuning
 from softhooks.methods.cartridge import Cartridge as Cartridge
 # isort: on
 
-METHODS.update(
-    (value.kind, value)
-    for value in tuple(globals().values())
-    if isinstance(value, type) and issubclass(value, Method) and value.kind
+register(
+    [
+        value
+        for value in tuple(globals().values())
+        if isinstance(value, type) and issubclass(value, Method) and value.kind
+    ]
 )

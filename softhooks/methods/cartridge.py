@@ -1,4 +1,4 @@
-"""Cartridges: a document's keys and values, far fewer than its tokens, trained to answer as if it were there."""
+"""Cartridges: a few trained keys and values that replace a long document in the context."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.encoder import PromptEncoder
-from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongError
+from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongError, check_int
 from softhooks.formats.stored import StoredPrompt
 from softhooks.methods.from_prompt import Handle, read_checked
-from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
+from softhooks.methods.prefilled_prefix import PrefilledPrefix, bos_ids, ids_of
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 _JOINED = (
     "{count} cartridges were joined that were not trained together. Measurements (arXiv:2606.04557) find that such a prompt may "
-    "answer no better than chance. Train it together (`trainable=True`), or use one cartridge at a time, and check its answers."
+    "answer no better than chance. Train them together (`trainable=True`), or use one cartridge at a time, and check the answers."
 )
 
 
 class CartridgeEncoder(PromptEncoder):
-    """Keys and values whose first rows are no parameters, so that neither momentum nor weight decay moves them.
+    """Keys and values whose first rows are buffers, so that neither momentum nor weight decay moves them.
 
     Args:
-        tables: [P, numbers] for each group.
-        frozen_slots: how many rows are frozen.
+        tables: the keys and values of each group, [P, numbers].
+        frozen_slots: the number of frozen rows.
     """
 
     def __init__(self, tables: dict[str, Tensor], frozen_slots: int) -> None:
@@ -42,52 +42,57 @@ class CartridgeEncoder(PromptEncoder):
         self.groups = tuple(tables)
         self.rows = nn.ParameterDict()
         for group, table in tables.items():
-            held = table.detach().float()
-            self.register_buffer(f"frozen_{group}", held[:frozen_slots].clone())
-            self.rows[group] = nn.Parameter(held[frozen_slots:].clone())
+            rows = table.detach().float()
+            self.register_buffer(f"frozen_{group}", rows[:frozen_slots].clone())
+            self.rows[group] = nn.Parameter(rows[frozen_slots:].clone())
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Put the frozen rows before the others, [P, numbers]."""
+        """Concatenate the frozen and the trained rows, [P, numbers]."""
         return torch.cat([getattr(self, f"frozen_{group}"), self.rows[group]])
 
 
 @dataclass(frozen=True)
-class Cartridge(ReadPrefix):
-    """A cartridge: P virtual keys and values that take the place of a long document.
+class Cartridge(PrefilledPrefix):
+    """Cartridge: P virtual keys and values that replace a long document.
 
-    They start as the document's first P and learn by self-distillation: for each row the teacher is the frozen model with the
-    whole document before the text, the student the same model with the cartridge there. The loss is the KL divergence on the
-    teacher's likeliest tokens, at the positions whose next token is labeled; labels equal to the ids train on the whole text.
-    The texts are questions and answers about the document, written by the model or by anybody; the labels' tokens are not a
-    target themselves. The document runs once a step, without gradients, and its keys and values serve all rows; train inside
-    `with softhooks.kept(model):` (`trainer.train()` too) to run it once for all steps. Evaluation reports the model's own loss on
-    the labels.
+    They start as the keys and values of the document's first P tokens, and are trained by self-distillation: for each row the
+    teacher is the frozen model with the whole document before the text, the student the same model with the cartridge instead.
+    The loss is the KL divergence on the teacher's most likely tokens, at the positions whose next token is labeled; to train on
+    the whole text, pass labels equal to the ids. The texts are questions and answers about the document, written by the model or
+    by anybody; the tokens of the labels are not targets themselves.
 
-    Start from AdamW with a learning rate of 2e-2 (the paper). The first slot is frozen, for many models keep an attention sink
+    The document runs once in each step, without gradients, and its keys and values serve all rows. Train inside
+    `with softhooks.kept(model):` (also `trainer.train()`) to run it once for all steps. Evaluation reports the model's own loss
+    on the labels.
+
+    Start with AdamW and a learning rate of 2e-2 (the paper). The first slot is frozen, as many models keep an attention sink
     there.
 
-    A document must fit into the model's window, for the teacher reads it whole. Of a longer one make a cartridge for each part;
-    put together with `concatenate` they do not answer as the parts together would, unless they are trained together.
+    The document must fit into the model's context window, as the teacher reads all of it. For a longer one, make a cartridge for
+    each part. Cartridges that are joined with `concatenate` do not answer as the parts together would, unless they are trained
+    together.
 
-    Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differs: what the teacher gives to all tokens but the k likeliest enters the
-    KL as one more token, so that the loss is never negative, and 0 where the student is the teacher; the authors leave it out.
+    Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differs: the probability of all tokens but the teacher's k most likely enters
+    the KL as one more token, so that the loss is never negative, and 0 if the student equals the teacher; the authors leave it
+    out.
 
     Args:
         num_virtual_tokens: P.
-        document: a text or ids. A saved cartridge keeps the ids, to go on training. With a tokenizer that has a BOS token, that
-            comes first; then tokenize rows without.
+        document: a text or ids. A saved cartridge has the ids, for further training. A text starts with the tokenizer's BOS
+            token if it has one; tokenize rows without BOS then.
         tokenizer: the model's tokenizer or its name, for a text.
-        frozen_slots: how many of the first slots never move.
-        distill: train by self-distillation, in language models; False: on the model's own loss, in any model.
-        top_k: how many tokens of the teacher's distribution are told apart.
+        frozen_slots: the number of slots at the start that are not trained.
+        distill: train by self-distillation, in causal language models; False: train on the model's own loss, in any model.
+        top_k: the number of most likely tokens of the teacher that are compared one by one.
 
     Shape:
         the encoder returns [P, sum over layers of Hk * (Dk + Dv)] for each group.
 
     Raises:
         OptionError: an option is wrong, or the document is missing or shorter than the cartridge.
-        PromptTooLongError: the document does not fit into the model's window.
-        UnsupportedMethodError: the model's attention cannot be entered; or it is to distill and is no causal language model.
+        PromptTooLongError: the document does not fit into the model's context window.
+        UnsupportedMethodError: the model's attention cannot be entered, or `distill` is True and the model is not a causal
+            language model.
     """
 
     kind: ClassVar[str] = "cartridge"
@@ -99,26 +104,26 @@ class Cartridge(ReadPrefix):
     top_k: int = field(default=20, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options, and keep the text as ids."""
+        """Check the options, and replace the text by its ids."""
         super().__post_init__()
-        for option, least in (("frozen_slots", 0), ("top_k", 1)):
-            value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise OptionError(f"{option} must be a whole number of {least} or more; it is {value!r}.")
+        check_int("frozen_slots", self.frozen_slots, 0)
+        check_int("top_k", self.top_k)
         if self.frozen_slots >= self.num_virtual_tokens:
             raise OptionError(
-                f"frozen_slots must leave a slot to train; it is {self.frozen_slots} of {self.num_virtual_tokens}."
+                f"frozen_slots is {self.frozen_slots} of {self.num_virtual_tokens} virtual tokens; it must leave a slot to train."
             )
         if self.document is None:
             if self.distill:
-                raise OptionError("self-distillation needs its document; pass `document=`, or choose distill=False.")
+                raise OptionError(
+                    "self-distillation needs its document, and none is given; pass `document=`, or distill=False."
+                )
             return
-        lead = opening(self.tokenizer) if isinstance(self.document, str) else ()
+        lead = bos_ids(self.tokenizer) if isinstance(self.document, str) else ()
         ids = lead + ids_of(self.document, self.tokenizer, "document")
         object.__setattr__(self, "document", ids)
         if len(ids) < self.num_virtual_tokens:
             raise OptionError(
-                "a cartridge must not be longer than its document.",
+                f"the document has {len(ids)} tokens; a cartridge must not be longer than its document.",
                 "Use fewer virtual tokens.",
                 num_virtual_tokens=self.num_virtual_tokens,
                 document=f"{len(ids)} tokens",
@@ -126,25 +131,27 @@ class Cartridge(ReadPrefix):
 
     @property
     def ids(self) -> list[int]:
-        """The document's ids; none where it is not known."""
+        """The ids of the document; empty if it is not known."""
         return [int(i) for i in self.document or ()]
 
     def objective(self) -> Objective | None:
-        """Distill the document, or train on the model's own loss."""
+        """Train by self-distillation of the document, or on the model's own loss."""
         from softhooks.objectives.self_distillation import SelfDistillation  # imports transformers
 
         return SelfDistillation(self.ids, self.top_k) if self.distill else None
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Read the document with the frozen model, and keep its first P tokens."""
+        """Compute the keys and values of the document with the frozen model, and keep those of its first P tokens."""
         if self.document is None:
-            raise OptionError("a cartridge needs its document to begin; `load` goes on without it.")
+            raise OptionError(
+                "a new cartridge needs its document to begin with; pass `document=`, or use `load` to continue a saved one."
+            )
         self._check_window(structure)
-        tables = self.read(structure, self.ids)
+        tables = self.prefill(structure, self.ids)
         return self.folded_encoder({group: table[: self.num_virtual_tokens] for group, table in tables.items()})
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder, whose folded form is itself: the frozen slots stay frozen."""
+        """Make the encoder; folding does not change it, so that frozen slots stay frozen."""
         return CartridgeEncoder(tables, self.frozen_slots)
 
     def _check_window(self, structure: ModelStructure) -> None:
@@ -152,7 +159,7 @@ class Cartridge(ReadPrefix):
         window = positions.trained if positions.limit is None else positions.limit
         if window is not None and len(self.ids) >= window:
             raise PromptTooLongError(
-                "a document must fit into the model's window, and leave room for text: the teacher reads it whole.",
+                f"the document has {len(self.ids)} tokens, and the model's window {window}; the teacher reads all of it.",
                 "Shorten it, or make a cartridge for each part of it and use the one that a question is about. Parts joined "
                 "with `Cartridge.concatenate` need training together.",
                 document=len(self.ids),
@@ -163,25 +170,28 @@ class Cartridge(ReadPrefix):
     def concatenate(
         model: nn.Module, sources: Sequence[str | Path | Handle], name: str = "default", *, trainable: bool = False
     ) -> Any:
-        """Put cartridges one behind the other and attach them as one.
+        """Concatenate cartridges and attach them as one.
 
-        This is not the model with the documents side by side: each cartridge keeps the keys that it learned alone at the start
-        of a context, and none was trained with others beside it. The paper reports that two can be joined without training;
-        later measurements (arXiv:2606.04557) find that cartridges trained alone and then joined answer no better than chance.
-        Train the joined cartridge (`trainable=True`), and check its answers. The text's positions start behind all of them. The
-        slots that are frozen in the first stay frozen, those of the others are ordinary ones.
+        The result does not answer like the model with all documents in its context: each cartridge was trained alone, at the
+        start of a context. The paper reports that two can be joined without training; later measurements (arXiv:2606.04557) find
+        that such prompts answer no better than chance. Train the joined cartridge (`trainable=True`), and check its answers.
+
+        The text's positions start after all of them. The frozen slots of the first one stay frozen; those of the others do not.
 
         Warns:
-            UserWarning: what is joined was not trained together.
+            UserWarning: the cartridges were not trained together.
 
         Args:
             model: the base model of all of them.
-            sources: two or more: directories that `load` reads, or cartridges that are attached.
-            name: under which to attach the result.
-            trainable: go on training it, on the model's own loss.
+            sources: two or more: directories that `load` reads, or attached cartridges.
+            name: the name under which the result is attached.
+            trainable: attach it for training, on the model's own loss.
+
+        Returns:
+            the attached prompt, a `SoftPrompt`.
 
         Raises:
-            OptionError: fewer than two, or one of them is no cartridge, or brings a head of its own.
+            OptionError: there are fewer than two, or one of them is not a cartridge or has a head of its own.
             PromptMismatchError: they are of different models.
         """
         parts = [_read(source) for source in sources]
@@ -193,7 +203,7 @@ class Cartridge(ReadPrefix):
 def attach_joined(
     model: nn.Module, stored: StoredPrompt, name: str, *, trainable: bool, parts: Sequence[StoredPrompt]
 ) -> Any:
-    """Attach a joined cartridge. `softhooks.load`, which can attach, puts its own function in this place."""
+    """Attach a joined cartridge. `softhooks.load` replaces this function, as attaching is in a higher layer."""
     raise ImportError("`Cartridge.concatenate` attaches a prompt; import `softhooks.load` first.")
 
 
@@ -215,7 +225,7 @@ def join(parts: Sequence[StoredPrompt]) -> StoredPrompt:
 
 
 def _read(source: str | Path | Handle) -> StoredPrompt:
-    """A cartridge as it would be read from a file."""
+    """Return a cartridge as plain data."""
     return read_checked(source)[0] if isinstance(source, (str, Path)) else source.to_stored()
 
 
@@ -223,8 +233,8 @@ def _check_joinable(parts: Sequence[StoredPrompt]) -> None:
     kinds = {part.source: part.kind for part in parts}
     if len(parts) < 2 or set(kinds.values()) != {Cartridge.kind} or any(part.heads for part in parts):
         raise OptionError(
-            "to concatenate, two cartridges or more are needed, without heads of their own.",
-            "Train them on language models, whose heads stay the base's.",
+            "the prompts cannot be concatenated: it takes two cartridges or more, without heads of their own.",
+            "Train them on language models, whose heads are not trained.",
             found=kinds,
             heads=[part.source for part in parts if part.heads] or "none",
         )
@@ -234,8 +244,8 @@ def _check_joinable(parts: Sequence[StoredPrompt]) -> None:
         part.conventions != parts[0].conventions for part in parts
     ):
         raise PromptMismatchError(
-            "cartridges can be put together only if they are of one base model.",
-            "Concatenate those of one model.",
+            "the cartridges have different shapes or conventions; only those of one base model can be concatenated.",
+            "Concatenate cartridges of one model.",
             numbers=widths,
             conventions=[part.conventions for part in parts],
         )

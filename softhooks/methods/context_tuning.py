@@ -1,4 +1,4 @@
-"""Context tuning: the demonstrations' own keys and values are what is trained."""
+"""Context tuning: the keys and values of few-shot demonstrations are trained."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from softhooks.encoder import PromptEncoder, TableEncoder, require
-from softhooks.errors import OptionError, UnsupportedModeError
-from softhooks.methods.text_prefix import ReadPrefix, ids_of, opening
+from softhooks.encoder import PromptEncoder, TableEncoder
+from softhooks.errors import OptionError, check_dropout
+from softhooks.methods.leave_one_out import EXAMPLE_IDS, hide_own_example
+from softhooks.methods.prefilled_prefix import PrefilledPrefix, bos_ids, ids_of
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
 
-EXAMPLE_IDS = "example_ids"
-
 
 class DemonstrationEncoder(TableEncoder):
-    """Keys and values of demonstrations, and which rows do not see which of them.
+    """Keys and values of demonstrations, some of which are hidden from some rows.
 
     Args:
-        tables: [P, numbers] for each group.
-        lengths: how many virtual tokens each demonstration has; what is left stands before the first.
-        leave_one_out: ask for `example_ids` in training.
-        token_dropout: with which probability a virtual token is hidden from a row in training.
+        tables: the keys and values of each group, [P, numbers].
+        lengths: the number of virtual tokens of each demonstration; all others come before the first one.
+        leave_one_out: require `example_ids` in training.
+        token_dropout: the probability that a virtual token is hidden from a row in training.
     """
 
     owners: Tensor
@@ -43,60 +42,42 @@ class DemonstrationEncoder(TableEncoder):
         self.leave_one_out = leave_one_out
         self.token_dropout = token_dropout
 
-    def hidden(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Hide a row's own demonstration from it, and in training a few virtual tokens at random. -> [B, P]."""
-        if self.training and self.leave_one_out:
-            why = "a row that is a demonstration must not see its own; -1 for a row that is none"
-            require(given, EXAMPLE_IDS, f"{why} (or choose leave_one_out=False)")
-        masks = []
-        if EXAMPLE_IDS in given:
-            rows = self._checked(given[EXAMPLE_IDS], batch).to(self.owners.device)[:, None]
-            masks.append((self.owners == rows) & (rows >= 0))
-        if self.training and self.token_dropout > 0:
-            masks.append(torch.rand(batch, len(self.owners), device=self.owners.device) < self.token_dropout)
-        if not masks:
-            return None
-        return masks[0] if len(masks) == 1 else masks[0] | masks[1]
-
-    def _checked(self, rows: Tensor, batch: int) -> Tensor:
-        whole = not rows.is_floating_point() and rows.dtype != torch.bool
-        if whole and rows.numel() == batch and int(rows.min()) >= -1 and int(rows.max()) < self.demonstrations:
-            return rows.reshape(batch)
-        raise UnsupportedModeError(
-            "`example_ids` must say of each row which demonstration it is, counted from 0; -1 where it is none.",
-            "Give one whole number a row.",
-            example_ids=f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}",
-            batch=batch,
-            demonstrations=self.demonstrations,
-        )
+    def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
+        """Hide a row's own demonstration from it, and in training random virtual tokens. -> [B, P]."""
+        required = self.training and self.leave_one_out
+        own = hide_own_example(given, batch, self.owners, self.demonstrations, required=required)
+        if not self.training or self.token_dropout == 0:
+            return own
+        dropped = torch.rand(batch, len(self.owners), device=self.owners.device) < self.token_dropout
+        return dropped if own is None else own | dropped
 
 
 @dataclass(frozen=True)
-class ContextTuning(ReadPrefix):
-    """Context tuning: few-shot demonstrations are read once, and their keys and values trained as a prefix.
+class ContextTuning(PrefilledPrefix):
+    """Context tuning: the keys and values of few-shot demonstrations become a prefix, which is trained.
 
-    Before the first step the model answers as with the demonstrations in its context. The rows to train on are the
-    demonstrations themselves, each split into text and label. Two things keep them from being looked up in the prefix:
-    - `leave_one_out`: the batch's column `example_ids` says which demonstration a row is, counted from 0 (-1: none), and the row
-      does not see its keys and values. Later demonstrations have read it, in the frozen model, and stay visible. A row that
-      brings its id is masked in evaluation too.
-    - `token_dropout`: in training each virtual token is hidden from a row with this probability, one draw a row and forward.
+    Before the first step the model answers as with the demonstrations in its context. The training rows are the demonstrations
+    themselves, each split into text and label. Two options keep the model from looking the answers up in the prefix:
+    - `leave_one_out`: the batch column `example_ids` is the number of the demonstration that a row is, from 0 (-1: none); the row
+      does not see the keys and values of that demonstration. Later demonstrations stay visible, although the frozen model
+      computed them with that one in their context. Rows with `example_ids` are masked in evaluation too.
+    - `token_dropout`: in training each virtual token is hidden from a row with this probability, drawn anew in each forward.
 
-    Start from AdamW with a learning rate of 1e-3. Rows must be tokenized as they would follow the demonstrations: where those
-    begin with BOS, without another.
+    Start with AdamW and a learning rate of 1e-3. Tokenize rows as they would follow the demonstrations: without BOS if the
+    demonstrations start with it.
 
-    Source: Lu et al. 2025, arXiv:2507.04221, its key-value variant (CT-KV). Differs: `instruction` is ours, and so are
-    encoder-decoders: there both sides read the demonstrations, and each of the three prefixes draws its own dropout.
+    Source: Lu et al. 2025, arXiv:2507.04221, the key-value variant (CT-KV). Differs: `instruction` is ours, and so are
+    encoder-decoders, where encoder and decoder both read the demonstrations, and each of the three prefixes has its own dropout.
 
     Args:
-        num_virtual_tokens: P; the demonstrations say it, so leave it out.
-        demonstrations: texts or lists of ids, one a demonstration, each with what separates it from the next.
-        instruction: a text or ids before the first demonstration. Before texts comes the tokenizer's BOS token, if any.
+        num_virtual_tokens: P; it follows from the demonstrations, so leave it out.
+        demonstrations: texts or lists of ids, one for each demonstration, including the separator before the next one.
+        instruction: a text or ids before the first demonstration. If there are texts, the tokenizer's BOS token comes first.
         tokenizer: the model's tokenizer or its name, for texts.
-        leave_one_out: ask for `example_ids` in training.
-        token_dropout: 0.05 to 0.1 in the paper.
-        lengths: how many virtual tokens each demonstration has. The demonstrations say it; a saved prompt keeps it, so that it
-            goes on training under the same masks.
+        leave_one_out: require `example_ids` in training.
+        token_dropout: the probability; 0.05 to 0.1 in the paper.
+        lengths: the number of virtual tokens of each demonstration. It follows from the demonstrations; a saved prompt has it
+            for the masks of further training.
 
     Shape:
         the encoder returns [P, sum over layers of Hk * (Dk + Dv)] for each group.
@@ -108,7 +89,7 @@ class ContextTuning(ReadPrefix):
 
     kind: ClassVar[str] = "context_tuning"
     columns: ClassVar[tuple[str, ...]] = (EXAMPLE_IDS,)
-    start_options: ClassVar[tuple[str, ...]] = ("demonstrations", "instruction")
+    init_options: ClassVar[tuple[str, ...]] = ("demonstrations", "instruction")
 
     num_virtual_tokens: int = 0
     demonstrations: Sequence[str] | Sequence[Sequence[int]] = field(default=(), kw_only=True)
@@ -119,17 +100,17 @@ class ContextTuning(ReadPrefix):
     lengths: Sequence[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options, and keep texts as ids."""
+        """Check the options, and replace texts by ids."""
         if isinstance(self.demonstrations, str):
-            raise OptionError("demonstrations must be a list, one item a demonstration; it is one text.")
+            raise OptionError("demonstrations is one text; it must be a list with one item for each demonstration.")
         if len(self.demonstrations):
             self._tokenize()
         given: Any = self.lengths
         whole = isinstance(given, (list, tuple)) and all(type(n) is int and n > 0 for n in given)
         if not whole or not given:
             raise OptionError(
-                "context tuning needs its demonstrations: one or more.",
-                "Pass `demonstrations=`, a list of texts with a `tokenizer=`, or of lists of ids.",
+                "there are no demonstrations; context tuning needs one or more.",
+                "Pass `demonstrations=`, a list of texts with a `tokenizer=`, or a list of lists of ids.",
                 demonstrations=repr(self.demonstrations),
                 lengths=repr(given),
             )
@@ -139,14 +120,13 @@ class ContextTuning(ReadPrefix):
             raise OptionError(
                 f"lengths must add up to num_virtual_tokens at most; they are {list(given)} and {self.num_virtual_tokens}."
             )
-        if not 0.0 <= self.token_dropout < 1.0:
-            raise OptionError(f"token_dropout must be at least 0 and below 1; it is {self.token_dropout}.")
+        check_dropout("token_dropout", self.token_dropout)
 
     def _tokenize(self) -> None:
-        """Turn what was given into ids, and count them."""
+        """Tokenize the demonstrations and the instruction, and count their ids."""
         shots = tuple(ids_of(shot, self.tokenizer, "demonstrations") for shot in self.demonstrations)
         texts = any(isinstance(text, str) for text in (*self.demonstrations, self.instruction))
-        lead = opening(self.tokenizer) if texts else ()
+        lead = bos_ids(self.tokenizer) if texts else ()
         if self.instruction is not None and len(self.instruction):
             lead += ids_of(self.instruction, self.tokenizer, "instruction")
         lengths = tuple(len(shot) for shot in shots)
@@ -156,18 +136,21 @@ class ContextTuning(ReadPrefix):
             ("num_virtual_tokens", self.num_virtual_tokens or None, count),
         ):
             if asked not in (None, found):
-                raise OptionError(f"{option} follows from the demonstrations: {found}; it is given as {asked}.")
+                raise OptionError(f"{option} is given as {asked}, and the demonstrations have {found}; leave it out.")
         kept = {"demonstrations": shots, "instruction": lead, "lengths": lengths, "num_virtual_tokens": count}
         for option, value in kept.items():
             object.__setattr__(self, option, value)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Read the demonstrations with the frozen model."""
+        """Compute the keys and values of the demonstrations with the frozen model."""
         if not len(self.demonstrations):
-            raise OptionError("context tuning needs its demonstrations to begin; `load` goes on without them.")
+            raise OptionError(
+                "a new prompt of context tuning needs its demonstrations to begin with; pass `demonstrations=`, or use `load` to "
+                "continue a saved prompt."
+            )
         ids = [*(self.instruction or ()), *(i for shot in self.demonstrations for i in shot)]
-        return self.folded_encoder(self.read(structure, ids))
+        return self.folded_encoder(self.prefill(structure, ids))
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder, whose folded form is itself; the masks come with it."""
+        """Make the encoder; folding does not change it, so that the masks are kept."""
         return DemonstrationEncoder(tables, self.lengths or (), self.leave_one_out, self.token_dropout)

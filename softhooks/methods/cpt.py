@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning: the words of a few-shot context, of which all but labels and separators may move a little."""
+"""Context-aware prompt tuning: a few-shot context whose words may move a little, except for labels and separators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from softhooks.errors import OptionError, UnsupportedMethodError
 from softhooks.layout.few_shot import INPUT, Context, ExampleTemplate, whole_numbers
 from softhooks.layout.tokenizing import IGNORE_INDEX, tokenizer_of
 from softhooks.method import Method
-from softhooks.methods.cpt_encoder import EXAMPLE_IDS, ContextEncoder, FoldedContext
+from softhooks.methods.cpt_encoder import ContextEncoder, FoldedContext
+from softhooks.methods.leave_one_out import EXAMPLE_IDS
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
@@ -26,53 +27,55 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WIDTH = 2048
-"""The model width that bounds are given for."""
+"""The model width for which epsilons are given."""
 
 
 @dataclass(frozen=True)
 class ContextAwarePromptTuning(Method):
     """Context-aware prompt tuning (CPT): a few-shot context whose inputs and formats may move a little; its labels never do.
 
-    It stands in front of every row, as in in-context learning, and at step 0 answers like it. Each token that moves stays within
-    a bound around its word: after each step of any optimizer it is brought back, in any loop. The loss is the cross-entropy on
-    the label tokens of the context's examples **and** of the row: labels are weighted by 1 for the row's, and from the last
-    example to the first by `decay`, its square, and so on; the mean divides by the number of label tokens. The rows of a batch
-    are weighted by their label tokens, so that micro-batches equal one batch. It takes the place of the model's own loss in
-    training; an evaluation's loss is the model's own, on the row alone. What a model adds to its loss itself (a router's
-    balance) is left out.
+    The context comes before every row, as in in-context learning, and before the first step the model answers the same. Each
+    token that moves stays within a bound around its word: after each step of any optimizer, in any loop, it is projected back.
 
-    The context is computed once a step, and so are its logits, at its labels only; so it needs a causal language model whose
-    front prompt can be shared by all rows (`prompt.injection` is `shared`), and is refused elsewhere. A folded context does not
-    train on; load it with `trainable=True` for that.
+    The loss is the cross-entropy on the label tokens of the context's examples **and** of the row. The row's labels have weight
+    1, those of the last example `decay`, of the one before it `decay` squared, and so on; the mean is over the number of label
+    tokens. The rows of a batch are weighted by their label tokens, so that micro-batches equal one batch. This loss replaces the
+    model's own in training; an evaluation's loss is the model's own, on the row alone. Terms that a model adds to its loss, such
+    as a router's load balancing, are left out.
 
-    Rows must read as the examples do: make them with `render`, in training and in use. They follow the context, so they have no
-    token that begins a text. The order of the examples is part of the prompt.
+    The context is computed once in each step, and so are its logits, at its labels only. This needs a causal language model whose
+    front prompt can be shared by all rows (`prompt.injection` is `shared`); others are refused. A folded context cannot be
+    trained; load it with `trainable=True` for that.
 
-    `leave_one_out`: where the rows to train on are the examples themselves, their answers stand in the context. The batch's
-    column `example_ids` says which example a row is, counted from 0 (-1: none); the row does not see its keys and values, and its
-    label in the context does not count for it. Later examples have read it, and stay visible. A row that brings its id is
-    masked in evaluation too.
+    Rows must have the format of the examples: make them with `render`, in training and in use. They follow the context, so they
+    have no BOS token. The order of the examples is part of the prompt.
 
-    Start from a learning rate of 1e-4 to 1e-3 with AdamW, and look at what is logged at attach: how far tokens may move, in
-    lengths of their words.
+    `leave_one_out`: if the training rows are the examples themselves, their answers are in the context. The batch column
+    `example_ids` is the number of the example that a row is, from 0 (-1: none); the row does not see the keys and values of that
+    example, and its label in the context does not count for it. Later examples stay visible, although they were computed with
+    it in their context. Rows with `example_ids` are masked in evaluation too.
 
-    Source: Blau et al. 2024, arXiv:2410.17222, and the authors' code. Differs: batches of more than one row, and
-    `leave_one_out`, are ours (the latter after arXiv:2507.04221).
+    Start with AdamW and a learning rate of 1e-4 to 1e-3, and look at the log message at attach: how far tokens may move, relative
+    to the norm of their words.
+
+    Source: Blau et al. 2024, arXiv:2410.17222, and the authors' code. Differs: batches of more than one row and `leave_one_out`
+    are ours (the latter after arXiv:2507.04221).
 
     Args:
-        num_virtual_tokens: P; the context says it, so leave it out.
+        num_virtual_tokens: P; it follows from the context, so leave it out.
         examples: mappings of the template's fields to text, or pairs of input and label.
-        template: how an example reads: text, fields in braces, `{label}` the last of them, and `{sep}` where nothing moves.
+        template: the format of an example: text with fields in braces, the last of them `{label}`, and `{sep}` for a separator
+            that never moves.
         tokenizer: the model's tokenizer or its name, for examples and for `render`.
-        separator: between examples.
-        inner_separator: what `{sep}` stands for.
-        context_ids, token_types: the context itself, in the place of examples. The tokens of example i have the types 4i+1
+        separator: the text between examples.
+        inner_separator: the text of `{sep}`.
+        context_ids, token_types: the context itself, instead of examples. The tokens of example i have the types 4i+1
             (format of the input), 4i+2 (input), 4i+3 (format of the label), 4i+4 (label); separators have 0.
-        epsilon_input, epsilon_format: how far tokens of the input, and of the formats, may move, in a model of width 2048; the
-            bound grows with the root of the width. None: as far as they like.
-        decay: of the labels' weights, last to first.
+        epsilon_input, epsilon_format: how far tokens of the input, and of the formats, may move in a model of width 2048; the
+            bound grows with the square root of the width. None: without a bound.
+        decay: the factor between the weights of labels, from the last example to the first.
         context_loss: train on the context's labels too.
-        leave_one_out: ask for `example_ids` in training.
+        leave_one_out: require `example_ids` in training.
 
     Shape:
         the encoder returns [P, H].
@@ -82,6 +85,7 @@ class ContextAwarePromptTuning(Method):
     """
 
     kind: ClassVar[str] = "context_aware_prompt_tuning"
+    optional_columns: ClassVar[dict[str, str]] = {EXAMPLE_IDS: "with `leave_one_out`"}
 
     num_virtual_tokens: int = field(default=0, kw_only=True)
     examples: Sequence[Any] | None = field(default=None, kw_only=True, compare=False, repr=False)
@@ -99,12 +103,11 @@ class ContextAwarePromptTuning(Method):
 
     def __post_init__(self) -> None:
         """Make the context, and check the options against each other."""
-        context = self._given() if self.examples is None else self._made(self.examples)
+        context = self._context_of_ids() if self.examples is None else self._context_of(self.examples)
         kept = {"context_ids": context.ids, "token_types": context.types, "num_virtual_tokens": len(context.ids)}
         if self.num_virtual_tokens not in (0, len(context.ids)):
             raise OptionError(
-                f"the context says how many virtual tokens there are: {len(context.ids)}; num_virtual_tokens is "
-                f"{self.num_virtual_tokens!r}."
+                f"the context has {len(context.ids)} tokens, and num_virtual_tokens is {self.num_virtual_tokens!r}; leave it out."
             )
         for name in ("epsilon_input", "epsilon_format"):
             kept[name] = _bound(getattr(self, name), name)
@@ -118,19 +121,21 @@ class ContextAwarePromptTuning(Method):
         if self.context_loss:
             context.check_labels()
 
-    def _given(self) -> Context:
+    def _context_of_ids(self) -> Context:
         if self.context_ids is None or self.token_types is None:
             raise OptionError(
-                "a context is made of examples, or given as ids and types.",
+                "there is no context: neither examples, nor ids with their types, are given.",
                 "Pass `examples=`, `template=` and `tokenizer=`; or `context_ids=` and `token_types=`.",
                 context_ids="missing" if self.context_ids is None else "given",
                 token_types="missing" if self.token_types is None else "given",
             )
         return Context(whole_numbers(self.context_ids, "context_ids"), whole_numbers(self.token_types, "token_types"))
 
-    def _made(self, examples: Sequence[Any]) -> Context:
+    def _context_of(self, examples: Sequence[Any]) -> Context:
         if self.context_ids is not None or self.token_types is not None:
-            raise OptionError("examples and context_ids with token_types say the same thing twice; give one of them.")
+            raise OptionError(
+                "examples and context_ids or token_types are both given, and say the same; give one of them."
+            )
         if isinstance(examples, (str, Mapping)) or not len(examples):
             raise OptionError(f"examples must be a list of one example or more; it is {examples!r}.")
         if self.template is None or self.tokenizer is None:
@@ -140,9 +145,7 @@ class ContextAwarePromptTuning(Method):
 
     def _template(self) -> ExampleTemplate:
         if self.template is None:
-            raise OptionError(
-                "a row is rendered by the template of the context; this one was made without `template=`."
-            )
+            raise OptionError("the context was made without `template=`, and rows are rendered with it.")
         return ExampleTemplate(self.template, self.separator, self.inner_separator)
 
     @property
@@ -151,27 +154,27 @@ class ContextAwarePromptTuning(Method):
         return Context(tuple(self.context_ids or ()), tuple(self.token_types or ()))
 
     @property
-    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The batch column that says which rows are examples."""
+    def batch_columns(self) -> tuple[str, ...]:
+        """The batch column with the number of the example that each row is."""
         return (EXAMPLE_IDS,) if self.leave_one_out else ()
 
     def options(self) -> dict[str, Any]:
-        """The options as JSON can hold them; the examples are in the context."""
+        """Return the options as JSON can hold them, without the examples: the context has them."""
         return {name: value for name, value in super().options().items() if name != "examples"}
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def render(self, row: Any, label: str | None = None, *, tokenizer: Any = None) -> dict[str, Any]:
-        """Make a row of the template that the context was made of, so that it reads as the examples do.
+        """Render a row with the template of the context, so that it has the format of the examples.
 
         Args:
-            row: a mapping of fields, or the input where there is one. A mapping may hold the label.
+            row: a mapping of fields, or the input if there is only one. A mapping may have the label.
             label: the label; without one the row ends where it is to be generated.
-            tokenizer: in the place of the method's; a loaded prompt has none.
+            tokenizer: a tokenizer instead of the method's; a loaded prompt has none.
 
         Returns:
-            `input_ids` and `attention_mask`; with a label `labels`, -100 outside it, and with `leave_one_out` `example_ids`: the
-            example of the context that reads the same, or -1.
+            `input_ids` and `attention_mask`; with a label also `labels`, -100 outside it, and with `leave_one_out` also
+            `example_ids`: the example of the context with the same ids, or -1.
         """
         template = self._template()
         single = isinstance(row, str) and len(template.inputs) == 1
@@ -184,7 +187,7 @@ class ContextAwarePromptTuning(Method):
         if fields.get("label") is None:
             return rendered
         if not answer:
-            raise OptionError(f"a label must hold at least one token; it is {fields['label']!r}.")
+            raise OptionError(f"a label must have at least one token; it is {fields['label']!r}.")
         rendered["labels"] = [IGNORE_INDEX] * len(ids) + answer
         if self.leave_one_out:
             rendered[EXAMPLE_IDS] = self.context.example_of(ids + answer)
@@ -193,7 +196,7 @@ class ContextAwarePromptTuning(Method):
     # --- on a model ---------------------------------------------------------------------------------------------------
 
     def build(self, structure: ModelStructure) -> ContextEncoder:
-        """Look the context's words up, with nothing learned yet."""
+        """Make the encoder of the context's words, with deltas of zero."""
         context, width = self.context, structure.entry.width
         words = embed_ids(structure, context.ids)
         limits = [
@@ -204,21 +207,22 @@ class ContextAwarePromptTuning(Method):
         encoder.start_ids = list(context.ids)
         low, high = encoder.reach.min(), encoder.reach.max()
         logger.info(
-            "a context of %d tokens and %d examples; %d tokens move, by %.3g to %.3g of the length of their words",
+            "a context of %d tokens and %d examples; %d tokens may move, by %.3g to %.3g of the norm of their words",
             len(context.ids), context.count, len(bounds), low, high,
         )  # fmt: skip
         return encoder
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Refuse what is no causal language model, or cannot share its prompt.
+        """Refuse a model that is not a causal language model, or cannot share its prompt between rows.
 
         Raises:
-            UnsupportedMethodError: naming the model and its way in.
+            UnsupportedMethodError: naming the model and the injection.
         """
         if prompt.injection == "shared" and can_generate(prompt.model):
             return
         raise UnsupportedMethodError(
-            "a context needs a causal language model whose front prompt is computed once and shared by all rows.",
+            f"{type(prompt.model).__name__} with injection {prompt.injection!r} does not support this method: it needs a causal "
+            "language model whose front prompt is computed once for all rows.",
             "Leave `injection` out and the model whole (no FSDP), use such a model, or use PromptTuning with init='text'.",
             method=self.kind,
             model=type(prompt.model).__name__,
@@ -226,7 +230,7 @@ class ContextAwarePromptTuning(Method):
         )
 
     def objective(self) -> Objective | None:
-        """The labels of the context beside those of the row."""
+        """Train on the labels of the context and of the row."""
         if not self.context_loss:
             return None
         context = self.context
@@ -237,13 +241,13 @@ class ContextAwarePromptTuning(Method):
         return WeightedLabels(places, [context.ids[place] for place in places], weights)
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> FoldedContext:
-        """Make the encoder of a context that is done."""
+        """Make the encoder of a folded context."""
         return FoldedContext(self.context, tables[EMBEDDINGS])
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> ContextEncoder:
-        """Tell the model's words and what was learned apart again."""
+        """Split a folded context into the model's words and deltas again."""
         encoder = self.build(structure)
-        encoder.take(tables[EMBEDDINGS])
+        encoder.load_folded(tables[EMBEDDINGS])
         return encoder
 
 
@@ -252,7 +256,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _bound(value: Any, name: str) -> float | None:
-    """A bound; None where there is none."""
+    """Check an epsilon; infinity is None, no bound."""
     if value is None or (_is_number(value) and value == math.inf):
         return None
     if not _is_number(value) or not value >= 0:

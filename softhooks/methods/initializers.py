@@ -1,6 +1,6 @@
-"""Where prompts start: random numbers, words of the vocabulary, a text, labels, the keys and values of a text.
+"""Initial rows of embeddings: random, from the vocabulary, from labels, or given as a tensor.
 
-Rows are what the model's own embedding module returns, so that a scale inside it (Gemma) is part of them.
+Rows of words are outputs of the model's embedding module, so they include a scale inside it (Gemma).
 """
 
 from __future__ import annotations
@@ -16,38 +16,37 @@ from softhooks.backbone.word_embeddings import embed_ids, words_of_weight
 from softhooks.errors import OptionError, PromptMismatchError
 from softhooks.layout.tokenizing import tokenize
 
-Words = Sequence[int | None] | None
-"""The id of the word that each row is, if it is one; see `PromptEncoder.start_ids`."""
+WordIds = Sequence[int | None] | None
+"""For each row the id of its word, or None; see `PromptEncoder.start_ids`."""
 
 COMMON_IDS = 5000
-"""The first ids of a vocabulary are its most frequent words; Lester et al. draw from these."""
+"""The number of ids to sample from: the first ids of most vocabularies are the most frequent, as in Lester et al."""
 
 
 def random_rows(structure: ModelStructure, count: int) -> Tensor:
-    """Draw from U[-0.5, 0.5]. -> [P, H]."""
+    """Sample rows from U[-0.5, 0.5]. -> [P, H]."""
     return torch.rand(count, structure.entry.width) - 0.5
 
 
 def vocabulary_ids(structure: ModelStructure, count: int, whole: bool = False) -> Tensor:
-    """Draw ids of the vocabulary, without replacement where it is large enough. -> [P]."""
+    """Sample ids of the vocabulary, without replacement if it is large enough. -> [P]."""
     size = structure.vocabulary if whole or count > COMMON_IDS else min(structure.vocabulary, COMMON_IDS)
     if count > size:
         return torch.randint(size, (count,))
     return torch.randperm(size)[:count]
 
 
-def filled(structure: ModelStructure, count: int, ids: Sequence[int]) -> list[int]:
-    """Take P ids of a text; what it lacks comes from the vocabulary."""
-    known = list(ids[:count])
-    missing = count - len(known)
-    return known + (vocabulary_ids(structure, missing).tolist() if missing else [])
+def fill_ids(structure: ModelStructure, count: int, ids: Sequence[int]) -> list[int]:
+    """Take the first P ids of a text; sample more from the vocabulary if it is shorter."""
+    missing = max(0, count - len(ids))
+    return [*ids[:count], *(vocabulary_ids(structure, missing).tolist() if missing else [])]
 
 
-def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tokenizer: Any) -> tuple[Tensor, Words]:
-    """Take one row a label, the mean of its tokens' rows; what is missing comes from the vocabulary.
+def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tokenizer: Any) -> tuple[Tensor, WordIds]:
+    """Make one row for each label, the mean of its tokens' rows; sample more from the vocabulary if there are fewer than P.
 
     Returns:
-        the rows, [P, H], and the id of each that is one word.
+        the rows, [P, H], and the ids of those that are single words.
     """
     if isinstance(labels, str) or not labels:
         raise OptionError(f"init_labels must be a list of one label or more; it is {labels!r}.")
@@ -62,7 +61,9 @@ def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tok
 
 
 def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
-    """Take the rows that a user gives; those of the embedding's weight mean their words, also where a scale follows.
+    """Check rows that the user gives; rows of the embedding's weight are replaced by the embeddings of their words.
+
+    The two differ if the embedding module scales its weight.
 
     Raises:
         PromptMismatchError: the shape is not [P, H].
@@ -77,7 +78,7 @@ def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
 
 
 def tensor_rows(structure: ModelStructure, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:
-    """Take another prompt's rows.
+    """Check rows of another prompt.
 
     Raises:
         PromptMismatchError: its shape is not [P, H].
@@ -85,7 +86,7 @@ def tensor_rows(structure: ModelStructure, count: int, tensor: Any, option: str 
     rows = torch.as_tensor(tensor).detach().float()
     if tuple(rows.shape) != (count, structure.entry.width):
         raise PromptMismatchError(
-            "the initial rows must be one a virtual token, as wide as the model's embeddings.",
+            f"{option} is {list(rows.shape)}; it must have one row for each virtual token, as wide as the model's embeddings.",
             "Set num_virtual_tokens to their number, and take them from the same base model.",
             **{option: list(rows.shape)},
             expected=[count, structure.entry.width],

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: rows that each query attends to beside the text, in the top layers, behind gates that start at zero."""
+"""LLaMA-Adapter: rows that every query attends to in addition to the text, with gates that start at zero."""
 
 from __future__ import annotations
 
@@ -12,65 +12,80 @@ from torch.nn import functional
 
 from softhooks.backbone.table_slices import TableSlice, slices_of
 from softhooks.encoder import PromptEncoder
-from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, UnsupportedModeError
+from softhooks.errors import (
+    CheckpointError,
+    OptionError,
+    UnsupportedMethodError,
+    check_choice,
+    check_int,
+)
 from softhooks.inject.branch.branch import CONTEXT, BranchInputs, GatedRows
 from softhooks.inject.branch.linear_scaling import linears
 from softhooks.inject.branch.projections import require_call
-from softhooks.method import Method, choice
-from softhooks.methods.llama_adapter_encoder import GATES, AdapterEncoder
+from softhooks.method import Method
+from softhooks.methods.llama_adapter_encoder import (
+    CONTEXT_BIAS,
+    CONTEXT_WEIGHT,
+    FACTORS,
+    GATES,
+    OFFSETS,
+    PROMPTS,
+    AdapterEncoder,
+    check_context,
+)
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
 
-PROMPTS, FACTORS, OFFSETS = "prompts", "factors", "offsets"
-CONTEXT_WEIGHT, CONTEXT_BIAS = "context_weight", "context_bias"
-
 
 @dataclass(frozen=True)
 class LlamaAdapter(Method):
-    """LLaMA-Adapter: K rows a layer, which the layer's own projections turn into keys and values beside those of the text.
+    """LLaMA-Adapter: K rows in each layer, which the layer's own projections turn into keys and values in addition to the text's.
 
-    In the top layers attention returns `softmax(q k^T) v + tanh(g) softmax(q (Wk P)^T) Wv P`, with one g a head. All g start at
-    0: the model starts as it is, bit for bit, also where projections have biases, and what the rows say comes in as the gates
-    open. The text sees every row, without mask, rotation or a shift of positions; rows skip the layer's input norm. It enters
-    every model whose attention goes through transformers' attention interface, or is written out in a way that softhooks knows
-    (there step 0 is the base to rounding); an encoder-decoder in the self-attention of both its sides.
+    Attention returns `softmax(q k^T) v + tanh(g) softmax(q (Wk P)^T) Wv P`, with one g for each head. All g start at 0, so the
+    output is that of the base model, bit for bit, also where projections have biases; the rows take effect as the gates open.
+    Every token of the text sees every row, without a mask, rotation, or a shift of positions; rows skip the layer's input norm.
 
-    **Context.** Each row of a batch may bring a context, such as the vectors of an image, as `prompt_context` in the call of the
-    model (a column of the batch, an argument of `generate`): [B, C], added to all K rows, or [B, K, C], one vector a row. Without
-    `context_size`, C is the model's width; with it, a linear layer from C to the width is trained with the prompt. A call without
-    it is a text without a context.
+    It enters every model whose attention goes through transformers' attention interface, or has inline attention that softhooks
+    knows (where step 0 equals the base up to rounding); in an encoder-decoder the self-attention of encoder and decoder.
 
-    **Version 2.** `scale_and_bias` gives every linear layer of the backbone's blocks a factor and an offset of its own.
-    `early_fusion` lets the context into the first layers only, as rows of their own, and leaves the prompts to the others. The
-    norms are trained with `attach(..., trainable="*norm*")`; their weights belong to the base and are saved with it. Its disjoint
-    groups of parameters are for a loop of one's own, not for a Trainer: one optimizer for batches with images, over
-    `text_context_weight`, `text_context_bias` and `text_gates`, and one for batches of text alone, over all but the former two;
-    after a backward with images, zero the gradient of the gates behind the first `early_fusion * Hq`, which are the early layers'
-    (a text without a context gives those none), keep the gates out of weight decay, and zero every gradient after each step.
+    **Context.** Each row of a batch may have a context, such as the vectors of an image, as `prompt_context` in the call of the
+    model (a batch column, an argument of `generate`): [B, C], added to all K rows, or [B, K, C], one vector for each row. C is
+    the model's width, or `context_size`; then a linear layer from C to the width is trained with the prompt. Without
+    `prompt_context` no context is added.
 
-    At g = 0 the gradient of the rows is zero: the gates open first. Start from a learning rate of 5e-3 with AdamW (the authors
-    ran 1.1e-3, weight decay 0.02, betas 0.9 and 0.95, loss on the response only).
+    **Version 2.** `scale_and_bias` trains a factor and an offset for every linear layer of the backbone's blocks. `early_fusion`
+    puts the context into the first layers only, as rows of their own, and the prompts into all others. The norms are trained with
+    `attach(..., trainable="*norm*")`; their weights belong to the base and are saved with it.
+
+    The disjoint parameter groups of version 2 need your own training loop instead of a Trainer: one optimizer for batches with
+    images, over `text_context_weight`, `text_context_bias` and `text_gates`, and one for batches of text alone, over all but the
+    first two. After a backward with images, zero the gradients of all gates after the first `early_fusion * Hq`, which are those
+    of the early layers (batches without a context give these no gradient). Keep the gates out of weight decay, and zero all
+    gradients after each step.
+
+    At g = 0 the gradient of the rows is zero: the gates open first. Start with AdamW and a learning rate of 5e-3 (the authors:
+    1.1e-3, weight decay 0.02, betas 0.9 and 0.95, loss on the response only).
 
     Source: Zhang et al. 2023, arXiv:2303.16199; Gao et al. 2023, arXiv:2304.15010. Differs: every layer by default, where the
-    paper leaves out the lowest two of 32; the paper writes the gate raw, its code and this default take its tanh; a cap that a
-    model puts on its scores is put on these too; rows of an early context have gates, so that step 0 is the base; factors are
-    kept less 1, so that weight decay pulls them to 1.
+    paper leaves out the lowest two of 32; the paper uses the gate as it is, its code and this default take tanh; a model's cap on
+    attention scores also applies to these; rows of an early context have gates, so that step 0 is the base; factors are stored
+    minus 1, so that weight decay pulls them to 1.
 
     Args:
         num_virtual_tokens: K.
-        num_layers: how many layers, from the top, get rows; None: all (that `early_fusion` leaves). Layers are those with
-            attention.
-        gate: `tanh`, or `raw`: what of g multiplies.
-        gate_per: `head`, or `layer`: for what there is a g.
-        context_size: C, where it is not the model's width.
-        early_fusion: how many layers, from the bottom, get the context as rows; 0 adds it to the prompts.
+        num_layers: the number of layers, from the top, that get rows; None: all (except those of `early_fusion`). Only layers
+            with attention count.
+        gate: multiply by `tanh` of g, or by g itself (`raw`).
+        gate_per: one g for each `head`, or for each `layer`.
+        context_size: C, if it is not the model's width.
+        early_fusion: the number of layers, from the bottom, that get the context as rows; 0 adds it to the prompts.
         scale_and_bias: train a factor and an offset for the output of every linear layer.
-        init_std: the rows start from N(0, init_std).
+        init_std: the rows are initialized from N(0, init_std).
 
     Shape:
-        the encoder's groups, for each stack (`text`, or `encoder` and `decoder`): prompts [layers * K, H] and gates
-        [1, layers * Hq] or [1, layers]; where asked for context_weight [H, C] and context_bias [1, H], factors and offsets
+        the encoder's groups for each stack (`text`, or `encoder` and `decoder`): prompts [layers * K, H] and gates
+        [1, layers * Hq] or [1, layers]; with the options above context_weight [H, C] and context_bias [1, H], factors and offsets
         [1, sum of the linear layers' outputs].
 
     Raises:
@@ -82,7 +97,7 @@ class LlamaAdapter(Method):
     kind: ClassVar[str] = "llama_adapter"
     enters: ClassVar[Literal["embeddings", "attention", "branch"]] = "branch"
     columns: ClassVar[tuple[str, ...]] = (CONTEXT,)
-    start_options: ClassVar[tuple[str, ...]] = ("init_std",)
+    init_options: ClassVar[tuple[str, ...]] = ("init_std",)
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {
         "gate": ("tanh", "raw"),
         "branch": ("before the output projection",),
@@ -101,22 +116,22 @@ class LlamaAdapter(Method):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        choice("gate", self.gate, ("tanh", "raw"))
-        choice("gate_per", self.gate_per, ("head", "layer"))
-        for name, least in (("num_layers", 1), ("context_size", 1), ("early_fusion", 0)):
-            value = getattr(self, name)
-            optional = name != "early_fusion" and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise OptionError(f"{name} must be a whole number of {least} or more; it is {value!r}.")
+        check_choice("gate", self.gate, ("tanh", "raw"))
+        check_choice("gate_per", self.gate_per, ("head", "layer"))
+        check_int("early_fusion", self.early_fusion, 0)
+        if self.num_layers is not None:
+            check_int("num_layers", self.num_layers)
+        if self.context_size is not None:
+            check_int("context_size", self.context_size)
         if not isinstance(self.init_std, (int, float)) or not 0.0 <= self.init_std < float("inf"):
             raise OptionError(f"init_std must be 0 or more; it is {self.init_std!r}.")
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """The gate's form, and where the branch comes in."""
+        """Return the form of the gate, and where the branch is added."""
         return {name: self.gate if name == "gate" else allowed[0] for name, allowed in self.conventions_allowed.items()}
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make rows and gates for every stack of the model, initialized."""
+        """Make the initialized rows and gates for every stack of the model."""
         tables = {group: torch.zeros(shape) for group, shape in self.shapes(structure).items()}
         for group, table in tables.items():
             if group.endswith(PROMPTS):
@@ -126,10 +141,10 @@ class LlamaAdapter(Method):
         return AdapterEncoder(tables, self.gate)
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """The tables of every stack.
+        """Return the shapes of the tables of every stack.
 
         Raises:
-            UnsupportedMethodError: rows cannot be given to a layer.
+            UnsupportedMethodError: a layer cannot get rows.
         """
         from softhooks.inject.branch.projection_probe import find_attention_calls  # imports transformers
 
@@ -149,10 +164,10 @@ class LlamaAdapter(Method):
         return shapes
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check that the tables are those that the options ask for.
+        """Check the tables of a file against its options.
 
         Raises:
-            CheckpointError: they are not.
+            CheckpointError: they do not match.
         """
         kinds = {PROMPTS, GATES}
         kinds |= {CONTEXT_WEIGHT, CONTEXT_BIAS} if self.context_size is not None else set()
@@ -162,32 +177,33 @@ class LlamaAdapter(Method):
         ]
         if set(tables) not in expected:
             raise CheckpointError(
-                f"{source} must hold what {self.kind} trains, {sorted(kinds)}; it holds {sorted(tables)}."
+                f"{source} has the tensors {sorted(tables)}; {self.kind} has {sorted(kinds)} for each stack."
             )
         count = self.num_virtual_tokens
         for group, table in tables.items():
             if group.endswith(PROMPTS) and (not table.shape[0] or table.shape[0] % count):
                 raise CheckpointError(
-                    f"{source} says {count} virtual tokens; its table {group!r} has {table.shape[0]} rows for all layers."
+                    f"{source} has options for {count} virtual tokens, and the table {group!r} has {table.shape[0]} rows for all "
+                    "layers."
                 )
 
     # --- the branch ---------------------------------------------------------------------------------------------------
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder of saved tables, which nothing is folded in."""
+        """Make the encoder; folding does not change its tables."""
         return AdapterEncoder(tables, self.gate)
 
     @property
     def scales_linears(self) -> bool:
-        """Whether linear layers are scaled."""
+        """Whether the prompt also scales the model's linear layers."""
         return self.scale_and_bias
 
-    def has_idle(self, given: Container[str]) -> bool:
-        """Say whether the linear layer has no context to work on."""
+    def has_unused_parameters(self, given: Container[str]) -> bool:
+        """Whether the linear layer of the context gets no gradient, as there is no context."""
         return self.context_size is not None and CONTEXT not in given
 
     def parts(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """List the rows and gates of each layer, and the factors and offsets of each linear layer."""
+        """Return the rows and gates of each layer, and the factors and offsets of each linear layer."""
         stack = next(stack for stack in structure.stacks if group.startswith(f"{stack.name}_"))
         kind = group.removeprefix(f"{stack.name}_")
         if kind in (FACTORS, OFFSETS):
@@ -200,39 +216,40 @@ class LlamaAdapter(Method):
         return slices_of([(name, self._gates(site), site.module) for name, site in names])[len(fused) :]
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """The layers that get rows: none of cross-attention."""
+        """Return the layers that get rows; none for cross-attention."""
         fused, prompted = self._layers(stack)
         return [*fused, *prompted] if role == "self" else []
 
-    def branch_given(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
-        """Each layer's rows and gates; rows have a batch dimension where each row of the batch brings its own context."""
+    def branch_inputs(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
+        """Compute each layer's rows and gates; rows have a batch dimension if there is a context."""
         fused, prompted = self._layers(stack)
         sites = [*fused, *prompted]
         gates = table(f"{stack.name}_{GATES}")[0]
         gates = torch.tanh(gates) if self.gate == "tanh" else gates
-        own = gates.split([self._gates(site) for site in sites])
-        vectors = None if context is None else self._vectors(table, stack, context)
+        split_gates = gates.split([self._gates(site) for site in sites])
+        vectors = None if context is None else self._project(table, stack, context)
         prompts = table(f"{stack.name}_{PROMPTS}").unflatten(0, (len(prompted), -1)).unbind(0)
         added = None if self.early_fusion else vectors
         rows = [*(vectors for _ in fused), *(prompt if added is None else prompt + added for prompt in prompts)]
         gated = [
             GatedRows(site, row, gate.expand(require_call(site).query_heads))
-            for site, row, gate in zip(sites, rows, own, strict=True)
+            for site, row, gate in zip(sites, rows, split_gates, strict=True)
             if row is not None
         ]
         return BranchInputs(gated, self._scaled(table, stack) if self.scale_and_bias else {})
 
     def _gates(self, site: Site) -> int:
-        """How many gates a layer has."""
+        """Return the number of gates of a layer."""
         return require_call(site).query_heads if self.gate_per == "head" else 1
 
     def _layers(self, stack: Stack) -> tuple[list[Site], list[Site]]:
-        """The layers that get the context alone, and those that get prompts."""
+        """Return the layers that get only the context, and those that get prompts."""
         sites = stack.sites_of("self")
         count = len(sites) - self.early_fusion if self.num_layers is None else self.num_layers
         if count < 1 or count + self.early_fusion > len(sites):
             raise UnsupportedMethodError(
-                "there must be a layer for the prompts, and as many layers as they and an early context are to enter.",
+                f"{len(sites)} layers with attention are too few for num_layers={self.num_layers} and "
+                f"early_fusion={self.early_fusion}; prompts need one or more.",
                 "Use fewer layers.",
                 num_layers=self.num_layers,
                 early_fusion=self.early_fusion,
@@ -240,20 +257,11 @@ class LlamaAdapter(Method):
             )
         return sites[: self.early_fusion], sites[len(sites) - count :]
 
-    def _vectors(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor) -> Tensor:
-        """The context as wide as the model. [B, C] or [B, K, C] -> [B, 1 or K, H]."""
+    def _project(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor) -> Tensor:
+        """Project the context to the model's width. [B, C] or [B, K, C] -> [B, 1 or K, H]."""
         width = require_call(self.sites(stack, "self")[0]).width
-        size = width if self.context_size is None else self.context_size
-        vectors = context[:, None] if context.dim() == 2 else context
-        count = vectors.shape[1] if self.early_fusion else self.num_virtual_tokens
-        if not context.is_floating_point() or vectors.dim() != 3 or vectors.shape[1:] not in ((1, size), (count, size)):
-            raise UnsupportedModeError(
-                f"`{CONTEXT}` must bring each row of the batch one vector, or one for each virtual token.",
-                "Set `context_size` to the width of the vectors if it is not the model's.",
-                prompt_context=f"{list(context.shape)}, {context.dtype}",
-                expected=f"[B, {size}] or [B, {'any' if self.early_fusion else count}, {size}], floating-point",
-            )
-        vectors = vectors.float()
+        count = None if self.early_fusion else self.num_virtual_tokens
+        vectors = check_context(context, width if self.context_size is None else self.context_size, count)
         if self.context_size is None:
             return vectors
         weight, bias = table(f"{stack.name}_{CONTEXT_WEIGHT}"), table(f"{stack.name}_{CONTEXT_BIAS}")[0]
@@ -268,15 +276,15 @@ class LlamaAdapter(Method):
 
 
 def _width(sites: Sequence[Site]) -> int:
-    """H, of the rows that layers take.
+    """Return H, the width of the rows.
 
     Raises:
-        UnsupportedMethodError: it is not one number, or a layer cannot be given rows.
+        UnsupportedMethodError: layers have different widths, or one cannot get rows.
     """
     widths = sorted({require_call(site).width for site in sites})
     if len(widths) > 1:
         raise UnsupportedMethodError(
-            "the layers that get rows must have one width.",
+            f"the layers that get rows have different widths: {widths}.",
             "Use fewer layers with `num_layers`, or another method.",
             widths=widths,
         )

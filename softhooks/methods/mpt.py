@@ -1,4 +1,4 @@
-"""Multitask prompt tuning: one shared prompt, and two vectors for each task that scale its rows and columns."""
+"""Multitask prompt tuning: one shared prompt, with two vectors for each task that scale its rows and columns."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from softhooks.encoder import EMBEDDINGS, PromptEncoder
-from softhooks.errors import CheckpointError, OptionError, PromptMismatchError
-from softhooks.method import Method, choice
+from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, check_choice, check_int
+from softhooks.method import Method
 from softhooks.methods.from_prompt import word_ids_of
 from softhooks.methods.mpt_encoder import (
     TASK_IDS,
     FoldedTask,
     FoldedTasks,
-    LearningEncoder,
     MultitaskEncoder,
+    TeacherTrainingEncoder,
     are_tasks,
     check_task,
 )
-from softhooks.methods.mpt_init import SEVERAL, front, ones, taught, vectors
+from softhooks.methods.mpt_init import SEVERAL, ones, read_front_prompt, read_teachers, vectors
 from softhooks.methods.prompt_tuning import PromptTuning
-from softhooks.methods.task_sampling import WEIGHTS, TaskSampler, column
+from softhooks.methods.task_sampling import WEIGHTS, TaskSampler, task_column
 from softhooks.objectives.distillation import Distillation
 
 if TYPE_CHECKING:
@@ -36,61 +36,63 @@ if TYPE_CHECKING:
     from softhooks.objectives.base import Objective, PromptOnModel
 
 NOISE = 0.02
-"""Of u and v around 1 at the start."""
+"""The standard deviation of the initial u and v around 1."""
 
 TRAIN = "train"
+"""The value of `teachers` that trains them in the same run."""
 
 
 @dataclass(frozen=True)
 class MultitaskPromptTuning(Method):
-    """Multitask prompt tuning: `P_k = P* o (u_k v_k^T)`, with P* shared by K tasks and u_k, v_k for each of them.
+    """Multitask prompt tuning: `P_k = P* o (u_k v_k^T)`, where K tasks share P* and each has its own u_k and v_k.
 
-    **Source training**: several tasks in one data set with a column `task_ids` (0 to K-1), which the model never sees. With
+    **Source training**: several tasks in one data set, with a column `task_ids` (0 to K-1) that the model never sees. With
     `teachers`, vanilla prompts of the tasks on the same frozen model, the loss is `L + distillation * (KL(teacher || student) +
-    MSE of the hidden states)`; the teacher's forward is at rest (no dropout), and a head that trains serves both.
-    `teachers="train"` trains them in the same run: its first `teacher_steps` steps train the vanilla prompts on L, those after
-    them the decomposition, under one optimizer and one schedule; so DDP must look for unused parameters, or is refused.
-    Evaluation and saving take the decomposition throughout, which has not moved before; so compare checkpoints of later steps
-    only.
+    MSE of the hidden states)`. The teacher runs in evaluation mode (no dropout); a head that is trained serves both.
+    `teachers="train"` trains them in the same run: the first `teacher_steps` steps train the vanilla prompts on L, all later
+    steps the decomposition, under one optimizer and one schedule. DDP then requires `find_unused_parameters=True`. Evaluation and
+    saving use the decomposition throughout, which does not change in the first `teacher_steps` steps; so compare later
+    checkpoints only.
 
-    **Target adaptation**: `source=` a saved prompt. Each target starts from P* and the mean of the source's u and v. One target
-    folds to one P x H matrix and needs no task id; several share P*.
+    **Target adaptation**: `source=` a saved prompt. Each target starts from P* and the mean of the source's u and v. A single
+    target folds to one P x H matrix and needs no task id; several targets share P*.
 
-    In an encoder-decoder the prompt goes to the encoder only. A Trainer's rows are drawn as in the paper; a loop of one's own
-    uses `softhooks.TaskSampler`. In `rows`, a row's task id counts for the prompt of that row alone.
+    In an encoder-decoder the prompt enters the encoder only. A Trainer's rows are drawn as in the paper; in your own loop use
+    `softhooks.TaskSampler`. In `rows`, a row's task id counts for the prompt of that row only.
 
-    Start from a learning rate of 1e-2 with AdamW; the paper's 0.3, with 10% of warm-up, is for T5 in full precision.
+    Start with AdamW and a learning rate of 1e-2; the paper's 0.3, with 10% warm-up, is for T5 in full precision.
 
     Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differs: u and v start at 1 with a little noise and are
-    decayed to 1; teachers can be trained in the run of their students; the hidden states compared are the last ones. Remembered,
-    not read in the paper: lambda = 0.9 and the two learning rates 0.3 and 0.4.
+    decayed to 1; teachers can be trained in the run of their students; the hidden states compared are the last ones. Lambda = 0.9
+    and the two learning rates 0.3 and 0.4 are from memory, not checked in the paper.
 
     Args:
         num_virtual_tokens: P.
-        tasks: their names, or how many. With one, `task_ids` may be left out.
-        rank: r of u_k [P, r] and v_k [H, r]; the paper's is 1. Further columns start with v = 0, so that the product is ones.
+        tasks: the names of the tasks, or their number. With one task, `task_ids` may be left out.
+        rank: r of u_k [P, r] and v_k [H, r]; 1 in the paper. Further columns start with v = 0, so that the product is ones.
         teachers: saved prompts (directories or hub ids) or tensors [P, H], in the order of the tasks or by name; or "train".
-        teacher_steps: for how many steps of the optimizer the teachers train, with "train".
-        distillation: lambda, the weight of what is learned from teachers.
-        source: a saved prompt whose P*, u and v are taken up: of this method, or any prompt of [P, H]; also one of PEFT.
-        task_rate: the learning rate of u and v in multiples of P*'s, with Adam and its kin, whatever the optimizer's groups. With
-            SGD it counts twice (squared).
-        sampling: how likely each task is drawn in a Trainer: `size`, `log`, `capped` or `equal` (see `TaskSampler`); None leaves
+        teacher_steps: the number of optimizer steps that train the teachers, with "train".
+        distillation: lambda, the weight of the distillation loss.
+        source: a saved prompt to start from: of this method, or any prompt of [P, H]; PEFT's too.
+        task_rate: the learning rate of u and v as a multiple of P*'s, with Adam and similar optimizers, without parameter
+            groups. With SGD it counts twice (squared).
+        sampling: the probability of each task in a Trainer: `size`, `log`, `capped` or `equal` (see `TaskSampler`); None keeps
             the Trainer's own order.
-        init, init_text, init_labels, init_tensor, tokenizer, whole_vocabulary: where P*, and teachers that are trained, start, as
-            in `PromptTuning`.
+        init, init_text, init_labels, init_tensor, tokenizer, whole_vocabulary: the initialization of P*, and of teachers that are
+            trained; see `PromptTuning`.
 
     Shape:
         the encoder returns [P, H] for each task.
 
     Raises:
-        OptionError: an option is wrong, or belongs to another.
+        OptionError: an option is wrong, or requires another one.
     """
 
     kind: ClassVar[str] = "multitask_prompt_tuning"
     columns: ClassVar[tuple[str, ...]] = (TASK_IDS,)
-    start_options: ClassVar[tuple[str, ...]] = (
-        *PromptTuning.start_options,
+    sampler_class: ClassVar[type[TaskSampler]] = TaskSampler
+    init_options: ClassVar[tuple[str, ...]] = (
+        *PromptTuning.init_options,
         "source",
         "teachers",
         "teacher_steps",
@@ -117,18 +119,17 @@ class MultitaskPromptTuning(Method):
         """Check the options against each other."""
         super().__post_init__()
         if not isinstance(self.tasks, (int, str)):
-            object.__setattr__(self, "tasks", tuple(self.tasks))  # as a file gives them back
+            object.__setattr__(self, "tasks", tuple(self.tasks))  # as a saved prompt has them
         if not are_tasks(self.tasks):
             raise OptionError(f"tasks must be different names, or a number of 1 or more; it is {self.tasks!r}.")
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise OptionError(f"rank must be a whole number of 1 or more; it is {self.rank!r}.")
+        check_int("rank", self.rank)
         if not self.task_rate > 0 or not self.distillation >= 0:
             rates = f"task_rate {self.task_rate!r}, distillation {self.distillation!r}"
             raise OptionError(f"task_rate must be above 0 and distillation not below 0; they are {rates}.")
         if self.sampling is not None:
-            choice("sampling", self.sampling, WEIGHTS)
+            check_choice("sampling", self.sampling, WEIGHTS)
         if self.source is not None and self.init != "vocab":
-            raise OptionError(f"a prompt starts from source= or from init=, not both; init is {self.init!r}.")
+            raise OptionError(f"source= and init={self.init!r} are both given; a prompt starts from one of them.")
         self._check_teachers()
         self._vanilla()
 
@@ -138,8 +139,8 @@ class MultitaskPromptTuning(Method):
         is_count = isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
         if trains != (steps is not None) or (trains and not is_count):
             raise OptionError(
-                f"teacher_steps belongs to teachers='train', a whole number of 1 or more; it is {steps!r}, and teachers "
-                f"{'is' if trains else 'is not'} 'train'."
+                f"teacher_steps is {steps!r} and teachers {'is' if trains else 'is not'} 'train'; teachers='train' needs a whole "
+                "number of 1 or more, and nothing else takes it."
             )
         if given is None or trains:
             return
@@ -148,7 +149,7 @@ class MultitaskPromptTuning(Method):
         named = set(given) == set(self.names) if isinstance(given, Mapping) else len(given) == len(self.names)
         if not named:
             raise OptionError(
-                "there must be one teacher for each task.",
+                f"there are {len(given)} teachers for {len(self.names)} tasks, or other names; give one teacher for each task.",
                 "Give a list in the order of the tasks, or a dictionary by name.",
                 tasks=", ".join(self.names),
                 teachers=list(given) if isinstance(given, Mapping) else len(given),
@@ -156,11 +157,11 @@ class MultitaskPromptTuning(Method):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tasks' names; their numbers, where they have none."""
+        """The names of the tasks, or their numbers if they have none."""
         return tuple(map(str, range(self.tasks))) if isinstance(self.tasks, int) else tuple(self.tasks)
 
     def _vanilla(self) -> PromptTuning:
-        """The prompt tuning by which P* starts, and a teacher."""
+        """Return the prompt tuning that initializes P* and the teachers."""
         return PromptTuning(
             self.num_virtual_tokens,
             init=self.init,
@@ -174,82 +175,82 @@ class MultitaskPromptTuning(Method):
     # --- the encoder --------------------------------------------------------------------------------------------------
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make P*, u and v, and what there is of teachers."""
-        encoder = self._built(structure)
+        """Make the encoder with P*, u, v and the teachers, if there are any."""
+        encoder = self._build(structure)
         if self.source is not None:
             encoder.start_ids = word_ids_of(self.source)
         return encoder
 
-    def _built(self, structure: ModelStructure) -> PromptEncoder:
+    def _build(self, structure: ModelStructure) -> PromptEncoder:
         start = self._start(structure) if self.source is None else self._adapt(structure, self.source)
         if self.teachers is None:
             return MultitaskEncoder(self.names, *start, self.task_rate)
         if self.teacher_steps is None:
-            teachers = taught(self.names, self.teachers, self.num_virtual_tokens, structure)
+            teachers = read_teachers(self.names, self.teachers, self.num_virtual_tokens, structure)
             return MultitaskEncoder(self.names, *start, self.task_rate, teachers)
-        vanilla = torch.stack([self._vanilla().rows(structure) for _ in self.names])
-        return LearningEncoder(self.names, *start, self.task_rate, vanilla, self.teacher_steps)
+        vanilla = torch.stack([self._vanilla().initial_rows(structure)[0] for _ in self.names])
+        return TeacherTrainingEncoder(self.names, *start, self.task_rate, vanilla, self.teacher_steps)
 
     def _start(self, structure: ModelStructure) -> tuple[Tensor, Tensor, Tensor]:
-        """P* from words, and u and v near ones."""
-        shared = self._vanilla().rows(structure)
+        """Initialize P* from words, and u and v near ones."""
+        shared = self._vanilla().initial_rows(structure)[0]
         left, right = ones(len(self.names), shared.shape, self.rank)
         left[..., 0] += NOISE * torch.randn_like(left[..., 0])
         right[..., 0] += NOISE * torch.randn_like(right[..., 0])
         return shared, left, right
 
     def _adapt(self, structure: ModelStructure, source: str | Path) -> tuple[Tensor, Tensor, Tensor]:
-        """P* of a source prompt, and for each task the mean of its u and v."""
-        stored, method = front("source", source, structure)
+        """Take P* of a source prompt, and for each task the mean of its u and v."""
+        stored, method = read_front_prompt("source", source, structure)
         tables, length = stored.tables, method.num_virtual_tokens
         rank = tables["left"].shape[1] if "left" in tables else self.rank
         if (length, rank) != (self.num_virtual_tokens, self.rank):
             raise PromptMismatchError(
-                "a prompt must be as long as the source that it starts from, and of its rank.",
+                f"the source has {length} virtual tokens and rank {rank}; a prompt that starts from it needs the same.",
                 "Set num_virtual_tokens and rank to those of the source.",
                 source=f"{length} tokens, rank {rank} ({stored.source})",
                 asked=f"{self.num_virtual_tokens} tokens, rank {self.rank}",
             )
         if EMBEDDINGS in tables:
             return tables[EMBEDDINGS], *ones(len(self.names), tables[EMBEDDINGS].shape, self.rank)
-        means = [vectors.mean(0).expand(len(self.names), -1, -1) for vectors in vectors(tables)]
+        means = [each.mean(0).expand(len(self.names), -1, -1) for each in vectors(tables)]
         return tables["shared"], means[0], means[1]
 
     # --- training -----------------------------------------------------------------------------------------------------
 
     def objective(self) -> Objective | None:
-        """Learn from teachers, if there are any."""
-        return None if self.teachers is None else Distillation(self.distillation, _speak)
+        """Distill from the teachers, if there are any."""
+        return None if self.teachers is None else Distillation(self.distillation, _teaching)
 
-    def has_idle(self, given: Container[str]) -> bool:
-        """Say whether teachers are trained: then they, or the decomposition, have no part in a step."""
+    def has_unused_parameters(self, given: Container[str]) -> bool:
+        """Whether teachers are trained: in each step either they or the decomposition get gradients."""
         return self.teacher_steps is not None
 
     @property
-    def draws_rows(self) -> bool:
-        """Whether rows are drawn as in the paper: where there are several tasks."""
+    def has_sampler(self) -> bool:
+        """Whether a Trainer draws rows by task, as in the paper; with several tasks only."""
         return self.sampling is not None and len(self.names) > 1
 
     def sampler(self, rows: Any, batch_size: int, seed: int) -> Sampler[int]:
-        """Draw rows as the paper does.
+        """Make the sampler of the paper.
 
         Raises:
-            TrainerError: the data set does not say the task of each row.
-            UnsupportedModeError: it says one that there is not.
+            TrainerError: the data set does not have the task of each row.
+            UnsupportedModeError: it has a task that the prompt does not have.
         """
-        tasks = column(rows, TASK_IDS)
+        tasks = task_column(rows, TASK_IDS)
         for task in set(tasks):
             check_task(task, self.names)
         return TaskSampler(tasks, batch_size, weights=str(self.sampling), seed=seed)
 
     def probe_arguments(self) -> dict[str, Tensor]:
-        """The first task, for the checks at attach."""
+        """Return the first task, for the checks at attach."""
         return {TASK_IDS: torch.zeros(1, dtype=torch.long)}
 
     # --- a folded prompt ----------------------------------------------------------------------------------------------
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """One task: [P, H]. Several: P* [P, H], u [K * P, r], v [K * H, r]."""
+        """Return the shapes: [P, H] for one task; for several P* [P, H], u [K * P, r], v [K * H, r]."""
         whole = super().shapes(structure)
         count, (length, width) = len(self.names), whole[EMBEDDINGS]
         if count == 1:
@@ -259,10 +260,10 @@ class MultitaskPromptTuning(Method):
         )
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check what a file holds against the options that it names, before there is a model.
+        """Check the tables of a file against its options; before a model is known.
 
         Raises:
-            CheckpointError: they contradict each other.
+            CheckpointError: they do not match.
         """
         if len(self.names) == 1:
             super().check_tables(tables, source)
@@ -270,24 +271,25 @@ class MultitaskPromptTuning(Method):
         if set(tables) != set(SEVERAL) or tables["shared"].shape[0] != self.num_virtual_tokens:
             found = {name: list(table.shape) for name, table in tables.items()}
             raise CheckpointError(
-                f"{source} must hold {', '.join(SEVERAL)} of {self.num_virtual_tokens} virtual tokens; it holds {found}."
+                f"{source} has the tensors {found}; it must have {', '.join(SEVERAL)} for {self.num_virtual_tokens} virtual "
+                "tokens."
             )
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder of a prompt that is folded."""
+        """Make the encoder of a folded prompt."""
         return FoldedTask(self.names[0], tables) if len(self.names) == 1 else FoldedTasks(self.names, tables)
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder that goes on training a folded prompt, without teachers; one task's starts from ones again."""
+        """Make the encoder that continues training, without teachers; u and v of a single task start from ones again."""
         if EMBEDDINGS in tables:
             rows = tables[EMBEDDINGS]
             return MultitaskEncoder(self.names, rows, *ones(len(self.names), rows.shape, self.rank), self.task_rate)
         return MultitaskEncoder(self.names, tables["shared"], *vectors(tables), self.task_rate)
 
 
-def _speak(prompt: PromptOnModel) -> AbstractContextManager[None] | None:
-    """Let the teachers speak, once they are trained."""
+def _teaching(prompt: PromptOnModel) -> AbstractContextManager[None] | None:
+    """Return the context in which the model runs with the teachers; None without teachers, or while they are trained."""
     encoder = prompt.encoder
-    if not isinstance(encoder, MultitaskEncoder) or encoder.teachers is None or encoder.is_learning_from_scratch:
+    if not isinstance(encoder, MultitaskEncoder) or encoder.teachers is None or encoder.trains_teachers:
         return None
     return encoder.teaching()

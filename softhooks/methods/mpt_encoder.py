@@ -1,4 +1,4 @@
-"""The encoders of multitask prompt tuning: one that trains, one that trains its teachers first, and what is saved of them.
+"""The encoders of multitask prompt tuning: trained, trained after its own teachers, and folded.
 
 Names: K tasks, P virtual tokens, H width, r rank.
 """
@@ -12,52 +12,52 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.compat.sharding import full
-from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder, require
+from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder, require_column
 from softhooks.errors import UnsupportedModeError
 
 TASK_IDS = "task_ids"
-"""The column of a batch that says each row's task."""
+"""The batch column with the task of each row."""
 
 
 def product(shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """One task's prompt, P* o (u v^T). [P, H], [P, r], [H, r] -> [P, H].
+    """Compute one task's prompt, P* o (u v^T). [P, H], [P, r], [H, r] -> [P, H].
 
-    Summed by hand: a matrix product may be computed in fewer bits, by a setting that is not ours.
+    The sum is explicit because a matrix product may use lower precision, such as TF32, if the user allows it.
     """
     return shared * (left[:, None, :] * right[None, :, :]).sum(-1)
 
 
-def chosen(given: dict[str, Tensor], batch: int, names: Sequence[str]) -> list[int]:
-    """Each row's task. With one task nobody has to name it.
+def task_of_rows(given: dict[str, Tensor], batch: int, names: Sequence[str]) -> list[int]:
+    """Return each row's task. With one task the column may be left out.
 
     Raises:
-        UnsupportedModeError: there are several and the call does not say which; or the ids are no whole numbers.
+        UnsupportedModeError: there are several tasks and no column; or the ids are not whole numbers.
     """
     if len(names) == 1 and TASK_IDS not in given:
         return [0] * batch
-    ids = require(given, TASK_IDS, f"it has {len(names)} tasks: {', '.join(names)}")
+    ids = require_column(given, TASK_IDS, f"it has {len(names)} tasks: {', '.join(names)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise UnsupportedModeError(f"{TASK_IDS} must be whole numbers, 0 to {len(names) - 1}; they are {ids.dtype}.")
     return [int(number) for number in ids.reshape(-1).tolist()]
 
 
 def are_tasks(tasks: object) -> bool:
-    """Whether these are different names of tasks, or a number of 1 or more."""
+    """Whether these are different names, or a number of 1 or more."""
     if isinstance(tasks, tuple):
         return bool(tasks) and all(isinstance(name, str) and name for name in tasks) and len(set(tasks)) == len(tasks)
     return isinstance(tasks, int) and not isinstance(tasks, bool) and tasks > 0
 
 
 def check_task(number: int, names: Sequence[str]) -> int:
-    """Check a task that a row of this prompt asks for.
+    """Check the number of a task.
 
     Raises:
-        UnsupportedModeError: there is none of that number.
+        UnsupportedModeError: there is no such task.
     """
     if not 0 <= number < len(names):
         raise UnsupportedModeError(
-            "a row's task must be one of the prompt's.",
-            "Number the tasks in the order in which the method names them.",
+            f"a row has the task {number}, which the prompt does not have.",
+            "Number the tasks from 0, in the order of the method's `tasks`.",
             task_ids=number,
             tasks=", ".join(f"{i}: {name}" for i, name in enumerate(names)),
         )
@@ -67,18 +67,18 @@ def check_task(number: int, names: Sequence[str]) -> int:
 class MultitaskEncoder(PromptEncoder):
     """A shared prompt P* and, for each task, vectors that scale its rows and columns: `P_k = P* o (u_k v_k^T)`.
 
-    Trained are P* and the distance of u and v from their start, in units of `rate`: `u = 1 + rate * left`. So weight decay
-    pulls u and v to 1, and an optimizer that makes steps of one size for all (Adam and its kin) moves them `rate` times as fast
-    as P*: two learning rates in one group. With a rank above 1 the further columns of u and v are decayed to 0 instead, for the
-    product to stay ones.
+    The parameters are P* and the difference of u and v from 1, in units of `rate`: `u = 1 + rate * left`. So weight decay pulls u
+    and v to 1, and an optimizer with the same step size for all parameters, such as Adam, moves them `rate` times as fast as P*:
+    two learning rates in one parameter group. With a rank above 1 the further columns of u and v are decayed to 0 instead, so
+    that the product stays ones.
 
-    Variant k is task k; variant K + k is what its teacher says, if there are teachers.
+    Variant k is task k; variant K + k is its teacher, if there are teachers.
 
     Args:
-        names: of the tasks, K.
-        shared: P*, [P, H].
-        left, right: u [K, P, r] and v [K, H, r] to start from.
-        rate: how much faster u and v move than P*.
+        names: the names of the K tasks.
+        shared: the initial P*, [P, H].
+        left, right: the initial u [K, P, r] and v [K, H, r].
+        rate: the learning rate of u and v as a multiple of P*'s.
         teachers: frozen prompts of the tasks, [K, P, H].
     """
 
@@ -108,41 +108,44 @@ class MultitaskEncoder(PromptEncoder):
         self.right = nn.Parameter((right.detach().float() - center) / rate)
 
     @property
-    def is_learning_from_scratch(self) -> bool:
-        """Whether the teachers themselves are trained now."""
+    def trains_teachers(self) -> bool:
+        """Whether the teachers themselves are being trained."""
         return False
 
     def vectors(self) -> tuple[Tensor, Tensor]:
-        """The tasks' u [K, P, r] and v [K, H, r]."""
+        """Compute u [K, P, r] and v [K, H, r] of all tasks."""
         return self.center + self.rate * self.left, self.center + self.rate * self.right
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
         """Compute one task's prompt, or its teacher's, [P, H]."""
         count = len(self.names)
         if count <= variant < 2 * count and self.teachers is not None:
-            return self.taught(variant - count)
+            return self.teacher(variant - count)
         task = check_task(variant if variant < 2 * count else variant - count, self.names)
         return product(
             self.shared, self.center + self.rate * self.left[task], self.center + self.rate * self.right[task]
         )
 
-    def taught(self, task: int) -> Tensor:
-        """The prompt of a task's teacher, [P, H]."""
+    def teacher(self, task: int) -> Tensor:
+        """Return the prompt of a task's teacher, [P, H]."""
         assert self.teachers is not None
         return self.teachers[task]
 
-    def choose(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
-        """Choose each row's task, or its teacher; a number that is no task's stays none, until a row of this prompt has it."""
+    def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
+        """Choose each row's task, or its teacher.
+
+        Numbers out of range stay out of range: they are refused only if a row of this prompt has one.
+        """
         count = len(self.names)
-        teach = self.is_teaching or (self.training and self.is_learning_from_scratch)
+        teach = self.is_teaching or (self.training and self.trains_teachers)
         return [
             task + count if task >= count or (teach and task >= 0) else task
-            for task in chosen(given, batch, self.names)
+            for task in task_of_rows(given, batch, self.names)
         ]
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
-        """Let the teachers speak."""
+        """Use the teachers' prompts inside the context."""
         before, self.is_teaching = self.is_teaching, True
         try:
             yield
@@ -150,22 +153,22 @@ class MultitaskEncoder(PromptEncoder):
             self.is_teaching = before
 
     def folded(self) -> dict[str, Tensor]:
-        """One task: its prompt, [P, H]. Several: P*, and u and v of all tasks, stacked, [K * P, r] and [K * H, r]."""
+        """Return the prompt of a single task, [P, H]; for several tasks P*, u [K * P, r] and v [K * H, r]."""
         if len(self.names) == 1:
             return super().folded()
-        with self._at_rest():
+        with self._inference():
             left, right = self.vectors()
             tables = {"shared": self.shared, "left": left.flatten(0, 1), "right": right.flatten(0, 1)}
             return {name: table.detach().float().clone() for name, table in tables.items()}
 
 
-class LearningEncoder(MultitaskEncoder):
-    """Train a vanilla prompt for each task first; after so many steps they are the teachers.
+class TeacherTrainingEncoder(MultitaskEncoder):
+    """Trains a vanilla prompt for each task first, and then the decomposition, with the vanilla prompts as teachers.
 
     Args:
-        names, shared, left, right, rate: as for the other.
-        start: what the vanilla prompts start from, [K, P, H].
-        steps: for how many steps of the optimizer they train.
+        names, shared, left, right, rate: as in `MultitaskEncoder`.
+        start: the initial vanilla prompts, [K, P, H].
+        steps: the number of optimizer steps that train them.
     """
 
     is_constrained = True
@@ -180,17 +183,17 @@ class LearningEncoder(MultitaskEncoder):
         self.register_buffer("taken", torch.zeros((), dtype=torch.long))
 
     @property
-    def is_learning_from_scratch(self) -> bool:
-        """Whether the teachers themselves are trained now."""
+    def trains_teachers(self) -> bool:
+        """Whether the teachers themselves are being trained."""
         return int(self.taken) < self.steps
 
-    def taught(self, task: int) -> Tensor:
-        """The prompt that shall be the task's teacher, while it trains; then the teacher, which no optimizer moves."""
-        return self.vanilla[task] if self.is_learning_from_scratch else super().taught(task)
+    def teacher(self, task: int) -> Tensor:
+        """Return a task's vanilla prompt while it is trained; afterwards the copy that no optimizer changes."""
+        return self.vanilla[task] if self.trains_teachers else super().teacher(task)
 
     def constrain(self) -> None:
-        """Count the steps; after the last one keep the prompts as teachers."""
-        if not self.is_learning_from_scratch:
+        """Count the steps; after the last one, copy the vanilla prompts to the teachers."""
+        if not self.trains_teachers:
             return
         self.taken += 1
         if int(self.taken) == self.steps and self.teachers is not None:
@@ -198,7 +201,7 @@ class LearningEncoder(MultitaskEncoder):
 
 
 class FoldedTasks(PromptEncoder):
-    """Several tasks as they are saved: P* [P, H], u [K * P, r], v [K * H, r]; each task's prompt is what it was, bit for bit."""
+    """A folded prompt of several tasks: P* [P, H], u [K * P, r], v [K * H, r]. Each task's prompt is unchanged, bit for bit."""
 
     groups = (EMBEDDINGS,)
 
@@ -215,17 +218,17 @@ class FoldedTasks(PromptEncoder):
         left, right = (table.unflatten(0, (len(self.names), -1)) for table in (self.left, self.right))
         return product(self.shared, left[task], right[task])
 
-    def choose(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
+    def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
         """Choose each row's task."""
-        return chosen(given, batch, self.names)
+        return task_of_rows(given, batch, self.names)
 
     def folded(self) -> dict[str, Tensor]:
-        """The tables themselves."""
+        """Return the tables."""
         return {name: table.detach().float().clone() for name, table in self.named_parameters()}
 
 
 class FoldedTask(TableEncoder):
-    """One task as it is saved: its prompt, [P, H]."""
+    """A folded prompt of one task, [P, H]."""
 
     def __init__(self, name: str, tables: dict[str, Tensor]) -> None:
         super().__init__(tables)
@@ -235,6 +238,6 @@ class FoldedTask(TableEncoder):
         """Return the parameter itself, [P, H]."""
         return super().forward(group, check_task(variant, self.names))
 
-    def choose(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
-        """Choose the one task; another is refused."""
-        return chosen(given, batch, self.names)
+    def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
+        """Choose the only task; others are refused."""
+        return task_of_rows(given, batch, self.names)

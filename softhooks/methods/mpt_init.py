@@ -1,4 +1,4 @@
-"""Where multitask prompt tuning starts: ones, or a prompt that was saved."""
+"""Initial values of multitask prompt tuning: ones, a saved source prompt, or saved teachers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
 
 SEVERAL = ("shared", "left", "right")
-"""The tables of a folded prompt for several tasks."""
+"""The tables of a folded prompt of several tasks."""
 
 
 def ones(count: int, shape: torch.Size, rank: int) -> tuple[Tensor, Tensor]:
-    """Make u [K, P, r] and v [K, H, r] whose product is ones, [P, H]; further columns can leave 0, for only v's are 0."""
+    """Make u [K, P, r] and v [K, H, r] whose product is ones, [P, H].
+
+    In further columns only v is 0, so that v gets a gradient.
+    """
     left, right = (torch.zeros(count, size, rank) for size in shape)
     left[..., 1:].normal_()
     left[..., 0] = right[..., 0] = 1
@@ -33,23 +36,28 @@ def ones(count: int, shape: torch.Size, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def vectors(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Take u [K, P, r] and v [K, H, r] of a folded prompt for several tasks."""
+    """Return u [K, P, r] and v [K, H, r] of a folded prompt of several tasks."""
     length, width = tables["shared"].shape
     return tables["left"].unflatten(0, (-1, length)), tables["right"].unflatten(0, (-1, width))
 
 
-def front(what: str, path: str | Path, structure: ModelStructure) -> tuple[StoredPrompt, Method]:
-    """Read a saved prompt that consists of rows at the front and nothing else.
+def read_front_prompt(name: str, path: str | Path, structure: ModelStructure) -> tuple[StoredPrompt, Method]:
+    """Read a saved prompt of rows at the front, without a head.
+
+    Args:
+        name: what the prompt is for, for errors.
+        path: a directory or a hub id.
+        structure: the model's structure.
 
     Raises:
-        CheckpointError: there is none, or it is another kind.
+        CheckpointError: there is no prompt, or it is of another kind.
         PromptMismatchError: it does not fit the model.
     """
     stored, method = read_checked(path)
     place = stored.conventions.get("placement")
     if stored.heads or place != "front" or set(stored.tables) not in ({EMBEDDINGS}, set(SEVERAL)):
         raise CheckpointError(
-            f"{what} must be a prompt of rows at the front of the text, without a head of its own.",
+            f"{name} is a prompt of {stored.kind}; it must have rows at the front of the text and no head of its own.",
             "Give a prompt of prompt tuning or multitask prompt tuning, of a model without a new head.",
             file=stored.source,
             method=stored.kind,
@@ -61,19 +69,19 @@ def front(what: str, path: str | Path, structure: ModelStructure) -> tuple[Store
     return stored, method
 
 
-def taught(names: Sequence[str], teachers: Any, length: int, structure: ModelStructure) -> Tensor:
-    """Read the teachers that were given, in the order of the tasks, [K, P, H].
+def read_teachers(names: Sequence[str], teachers: Any, length: int, structure: ModelStructure) -> Tensor:
+    """Read the teachers in the order of the tasks, [K, P, H].
 
     Raises:
-        CheckpointError: a saved prompt holds several tasks.
+        CheckpointError: a saved prompt has several tasks.
     """
     each, rows = [teachers[name] for name in names] if isinstance(teachers, Mapping) else teachers, []
     for name, teacher in zip(names, each, strict=True):
         if isinstance(teacher, (str, Path)):
-            stored, _ = front(f"the teacher of {name!r}", teacher, structure)
+            stored, _ = read_front_prompt(f"the teacher of {name!r}", teacher, structure)
             if EMBEDDINGS not in stored.tables:
                 raise CheckpointError(
-                    f"{stored.source} must hold one prompt to teach {name!r}; it holds several tasks."
+                    f"the teacher of {name!r} has several tasks; it must be a single prompt ({stored.source})."
                 )
             teacher = stored.tables[EMBEDDINGS]
         rows.append(initializers.tensor_rows(structure, length, teacher))

@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens anywhere among the text, reparameterized by an LSTM or an MLP."""
+"""P-tuning: virtual tokens anywhere among the text, computed by an LSTM or an MLP."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from torch import Tensor, nn
 
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
-from softhooks.errors import OptionError, PromptMismatchError
+from softhooks.errors import OptionError, PromptMismatchError, check_choice, check_int
 from softhooks.layout.layout import Layout
-from softhooks.method import Method, choice
+from softhooks.layout.template import COLUMN
+from softhooks.method import Method
 from softhooks.methods import initializers
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
 
-_CLOSE = 1e-3
-"""How near a slot must start to its word, as a part of the largest number in the words' rows."""
+_TOLERANCE = 1e-3
+"""How far a slot may start from its word, relative to the largest number in the words' rows."""
 
 
-class ReparameterizedRows(PromptEncoder):
-    """Rows of embeddings that a network makes of learned ones: `h = MLP(BiLSTM(Z))`, or `h = MLP(Z)`.
+class ReparameterizedEncoder(PromptEncoder):
+    """Computes rows from learned rows Z: `h = MLP(BiLSTM(Z))`, or `h = MLP(Z)`.
 
     Args:
         count: P.
         width: H.
-        lstm: whether the rows see each other through an LSTM.
-        hidden_size: of the LSTM, each way; without one, of the MLP.
-        num_layers: of the LSTM.
+        lstm: whether there is an LSTM.
+        hidden_size: the width of the LSTM in each direction; without an LSTM, of the MLP.
+        num_layers: the number of layers of the LSTM.
     """
 
     groups = (EMBEDDINGS,)
@@ -45,14 +46,14 @@ class ReparameterizedRows(PromptEncoder):
         self.up = nn.Linear(width if lstm else hidden_size, width)
 
     @property
-    def unmoved(self) -> frozenset[str]:
-        """Name the LSTM's recurrent weights where it makes one step, from a state of zeros."""
+    def zero_gradient_parameters(self) -> frozenset[str]:
+        """The LSTM's recurrent weights if P is 1: the only step starts from a state of zeros."""
         if self.rows.shape[0] > 1:
             return frozenset()
         return frozenset(name for name, _ in self.named_parameters() if name.startswith("lstm.weight_hh"))
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Compute the rows in one pass over all of them, in the order of the layout, [P, H]."""
+        """Compute all rows in one pass, in the order of the layout, [P, H]."""
         result: Tensor = self.up(self._hidden())
         return result
 
@@ -64,11 +65,11 @@ class ReparameterizedRows(PromptEncoder):
         return torch.relu(self.down(rows))
 
     @torch.no_grad()
-    def start_at(self, words: dict[int, Tensor]) -> None:
-        """Let some rows start as given ones: the smallest change of the last layer that does it and leaves the others.
+    def initialize_rows(self, words: dict[int, Tensor]) -> None:
+        """Make some rows start as given ones, by the smallest change of the last layer that keeps the other rows.
 
         Raises:
-            OptionError: there are more rows than the last layer can place at will.
+            OptionError: the last layer is too small to make these rows.
         """
         if not words:
             return
@@ -79,9 +80,9 @@ class ReparameterizedRows(PromptEncoder):
         difference = (target - self.up(hidden)).double()
         self.up.weight += torch.linalg.lstsq(hidden.double(), difference, driver="gelsd").solution.T.to(self.up.weight)
         off = float((self.up(hidden) - target).abs().max() / target.abs().max())
-        if off > _CLOSE:
+        if off > _TOLERANCE:
             raise OptionError(
-                "slots that start as words need a network wide enough to make every row at will.",
+                "the network is too small for the words that slots are initialized from; it must be wide enough for all rows.",
                 "Use a larger hidden_size, fewer slots, or encoder='none'.",
                 slots=self.rows.shape[0],
                 hidden=hidden.shape[1],
@@ -91,9 +92,9 @@ class ReparameterizedRows(PromptEncoder):
 
 @contextmanager
 def _one_kernel() -> Iterator[None]:
-    """Keep an LSTM to one kernel: torch's fast ones differ with and without gradients, and then folding is not exact.
+    """Use torch's plain LSTM kernel, whose results do not depend on whether there are gradients, so that folding is exact.
 
-    Training takes the fast ones, for what is folded is what evaluation computes.
+    Training uses the fast kernels; a folded prompt only has to equal what evaluation computes.
     """
     onednn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
@@ -107,23 +108,23 @@ def _one_kernel() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PTuning(Method):
-    """P-tuning: `h = MLP(BiLSTM(Z))`, rows of embeddings that stand anywhere among the text.
+    """P-tuning: `h = MLP(BiLSTM(Z))`, rows of embeddings at any places among the text.
 
-    One pass of the LSTM goes over all virtual tokens in the order of the layout, ignores the text, and has no batch dimension;
-    only h is kept after training. Tied slots are one virtual token, at the place where their name comes first.
+    One pass of the LSTM goes over all virtual tokens in the order of the layout. It ignores the text and has no batch dimension;
+    after training only h is kept. Tied slots are one virtual token, at the place where their name comes first.
 
-    Start from a learning rate of 1e-3 with AdamW, and of 1e-2 without a network.
+    Start with AdamW and a learning rate of 1e-3, or 1e-2 without a network.
 
-    Source: Liu et al. 2021, arXiv:2103.10385. Differs: the start as words, which the last layer is solved for; without a network
-    the rows start as words of the vocabulary, as in prompt tuning.
+    Source: Liu et al. 2021, arXiv:2103.10385. Differs: slots can be initialized from words, for which the last layer is solved;
+    without a network the rows are initialized from the vocabulary, as in prompt tuning.
 
     Args:
-        num_virtual_tokens: P, in front of the text. With a layout, leave it out.
-        layout: where the virtual tokens stand.
+        num_virtual_tokens: P, before the text. Leave it out if there is a layout.
+        layout: where the virtual tokens go.
         encoder: `lstm`, `mlp` (Linear-ReLU-Linear), or `none`.
-        shape: of the LSTM: `lama` has hidden size H/2 each way, `fewshot` H; then Linear-ReLU-Linear.
-        hidden_size: another size of the LSTM each way, or of the MLP, whose own is H.
-        num_layers: of the LSTM.
+        shape: the LSTM's width in each direction: H/2 with `lama`, H with `fewshot`. Linear-ReLU-Linear follow.
+        hidden_size: another width for the LSTM in each direction, or for the MLP, whose default is H.
+        num_layers: the number of layers of the LSTM.
         tokenizer: the model's tokenizer or its name, for words in the layout.
 
     Shape:
@@ -134,6 +135,7 @@ class PTuning(Method):
     """
 
     kind: ClassVar[str] = "p_tuning"
+    optional_columns: ClassVar[dict[str, str]] = {COLUMN: "with a template as its layout"}
 
     num_virtual_tokens: int = 0
     layout: Layout | None = field(default=None, kw_only=True)
@@ -152,35 +154,34 @@ class PTuning(Method):
             layout = layout.bound(self.tokenizer)
             if self.num_virtual_tokens not in (0, layout.num_virtual_tokens):
                 raise OptionError(
-                    f"the layout says how many virtual tokens there are: {layout.num_virtual_tokens}; num_virtual_tokens is "
-                    f"{self.num_virtual_tokens!r}."
+                    f"num_virtual_tokens is {self.num_virtual_tokens!r}, and the layout has {layout.num_virtual_tokens}; leave "
+                    "num_virtual_tokens out."
                 )
             object.__setattr__(self, "layout", layout)
             object.__setattr__(self, "num_virtual_tokens", layout.num_virtual_tokens)
         elif self.num_virtual_tokens == 0:
             raise OptionError(
-                "PTuning needs to know its virtual tokens; pass `num_virtual_tokens`, such as PTuning(20), or a `layout`."
+                "PTuning has no virtual tokens; pass `num_virtual_tokens`, such as PTuning(20), or a `layout`."
             )
         super().__post_init__()
-        choice("encoder", self.encoder, ("lstm", "mlp", "none"))
-        choice("shape", self.shape, ("lama", "fewshot"))
-        for name, size in (("hidden_size", self.hidden_size), ("num_layers", self.num_layers)):
-            is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-            if not is_size and not (name == "hidden_size" and size is None):
-                raise OptionError(f"{name} must be a whole number of 1 or more; it is {size!r}.")
+        check_choice("encoder", self.encoder, ("lstm", "mlp", "none"))
+        check_choice("shape", self.shape, ("lama", "fewshot"))
+        check_int("num_layers", self.num_layers)
+        if self.hidden_size is not None:
+            check_int("hidden_size", self.hidden_size)
 
     @property
-    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+    def batch_columns(self) -> tuple[str, ...]:
         """The batch column that a template needs."""
         return () if self.layout is None else self.layout.batch_columns
 
     @property
     def where(self) -> Layout:
-        """Where the virtual tokens stand."""
+        """The places of the virtual tokens."""
         return super().where if self.layout is None else self.layout
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the network and its rows, initialized."""
+        """Make the initialized network and its rows."""
         count, width = self.num_virtual_tokens, structure.entry.width
         self._check_ids(structure)
         starts = self.where.starts
@@ -194,9 +195,9 @@ class PTuning(Method):
             table.start_ids = ids
             return table
         lstm = self.encoder == "lstm"
-        published = width // 2 if lstm and self.shape == "lama" else width
-        built = ReparameterizedRows(count, width, lstm, self.hidden_size or published, self.num_layers)
-        built.start_at(words)
+        default = width // 2 if lstm and self.shape == "lama" else width
+        built = ReparameterizedEncoder(count, width, lstm, self.hidden_size or default, self.num_layers)
+        built.initialize_rows(words)
         built.start_ids = [starts.get(row) for row in range(count)]
         return built
 
@@ -204,8 +205,8 @@ class PTuning(Method):
         beyond = [token for token in self.where.ids if token >= structure.vocabulary]
         if beyond:
             raise PromptMismatchError(
-                "the ids of a layout must be in the model's vocabulary.",
-                "Give the layout the tokenizer that belongs to the model.",
+                f"the layout has ids that are not in the model's vocabulary: {beyond}.",
+                "Give the layout the model's own tokenizer.",
                 ids=beyond,
                 vocabulary=f"0 to {structure.vocabulary - 1}",
             )

@@ -1,4 +1,4 @@
-"""P-tuning v2: deep prompts for understanding tasks, with a trained head."""
+"""P-tuning v2: a key-value prefix for classification and tagging, with a trained head."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from softhooks.errors import OptionError
-from softhooks.methods.deep_prefix import DeepPrefix
+from softhooks.methods.key_value_prefix import KeyValuePrefix
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import Role, Site, Stack
 
 
 @dataclass(frozen=True)
-class PTuningV2(DeepPrefix):
-    """P-tuning v2: P virtual keys and values in every layer, or in chosen ones, beside a trained head.
+class PTuningV2(KeyValuePrefix):
+    """P-tuning v2: P virtual keys and values in every layer, or in chosen layers, with a trained head.
 
-    Made for heads that classify a text or its tokens, or extract spans, on encoders and decoders; `attach` trains a copy of the
-    head with the prompt. Spans and token labels keep the text's own columns.
+    For heads that classify a text or its tokens, or extract spans, on encoders and decoders; `attach` trains a copy of the head
+    with the prompt. Spans and token labels refer to the columns of the text, as without a prompt.
 
-    Start from a learning rate of 5e-3 with AdamW (the paper: 5e-3 to 6e-2) and 8 to 128 virtual tokens; hard tagging tasks want
-    the most.
+    Start with AdamW, a learning rate of 5e-3 (the paper: 5e-3 to 6e-2) and 8 to 128 virtual tokens; hard tagging tasks need the
+    most.
 
-    Source: Liu et al. 2021, arXiv:2110.07602. Differs: dropout draws one mask for all rows of a batch, as the prefix is computed
-    once; the authors' BERT places a text's first token at position P, ours leaves an encoder's positions alone unless
-    `shift_positions=True`; the MLP is fitted to its start by least squares.
+    Source: Liu et al. 2021, arXiv:2110.07602. Differs: dropout uses one mask for all rows of a batch, as the prefix is computed
+    once; the authors' BERT gives a text's first token the position P, ours does not shift an encoder's positions unless
+    `shift_positions=True`; the MLP is fitted to the initial prefix by least squares.
 
     Args:
         num_virtual_tokens: P.
-        layers: which layers get a prompt, counted in each stack from 0, or from the top with -1; `range(-12, 0)` are the top
-            twelve. None: every layer. The others are left as they are.
-        projection: train an MLP that makes the prefix; only its result is saved.
-        hidden_size: m, of the MLP.
-        dropout: on the prefix.
-        shift_positions: whether the text's positions start at P. None: yes in causal decoders, no elsewhere.
-        windowed: whether sliding layers of a decoder see the prefix as tokens at the positions before the text, as a cache
-            would. A deep prompt stands for no tokens, and the token that is classified comes last; so every token sees all of it.
+        layers: the layers that get a prompt, counted in each stack from 0, or from the top with -1; `range(-12, 0)` are the top
+            twelve. None: every layer. All other layers are unchanged.
+        projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
+        hidden_size: m, the width of the MLP.
+        dropout: dropout on the prefix.
+        shift_positions: start the text's positions at P. None: yes in causal decoders, no elsewhere.
+        windowed: in layers with a sliding window, show the prefix only to tokens within the window, as a cache would. The
+            default shows all of it to every token, as a deep prompt does not stand for tokens and the token that is classified
+            comes last.
 
     Shape:
         the encoder returns [P, sum over chosen layers of Hk * (Dk + Dv)] for each group.
@@ -67,10 +68,10 @@ class PTuningV2(DeepPrefix):
         object.__setattr__(self, "layers", layers)
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """The sites of the chosen layers, in the model's order.
+        """Return the attention layers that are chosen, in the model's order.
 
         Raises:
-            OptionError: the stack has no such layer, or the choice names one twice.
+            OptionError: the stack has no such layer, or `layers` names one twice.
         """
         sites = stack.sites_of(role)
         if self.layers is None:
@@ -79,7 +80,7 @@ class PTuningV2(DeepPrefix):
         chosen = [layer + count if layer < 0 else layer for layer in self.layers]
         if not all(0 <= layer < count for layer in chosen) or len(set(chosen)) < len(chosen):
             raise OptionError(
-                "`layers` must name layers that the model has, each once.",
+                f"`layers` is {list(self.layers)}; it must name layers that the model has, each once.",
                 "Count from 0, or from the top with -1.",
                 layers=list(self.layers),
                 model=f"{type(stack.module).__name__}, {count} layers with {role}-attention: {-count} to {count - 1}",

@@ -1,4 +1,4 @@
-"""Prefix tuning: keys and values before those of the text, in every layer."""
+"""Prefix tuning: trained keys and values before those of the text, in every layer."""
 
 from __future__ import annotations
 
@@ -10,40 +10,43 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.word_embeddings import embed_ids
-from softhooks.errors import OptionError
+from softhooks.errors import OptionError, check_choice
 from softhooks.layout.tokenizing import tokenize
-from softhooks.method import choice
 from softhooks.methods import initializers
-from softhooks.methods.deep_prefix import DeepPrefix
+from softhooks.methods.key_value_prefix import KeyValuePrefix
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
 
 
 @dataclass(frozen=True)
-class PrefixTuning(DeepPrefix):
-    """Prefix tuning: P virtual keys and values in every layer, put in at attention.
+class PrefixTuning(KeyValuePrefix):
+    """Prefix tuning: P virtual keys and values in every layer, added at attention.
 
-    An encoder-decoder gets three independent prefixes: in the encoder's self-attention, the decoder's, and cross-attention.
+    An encoder-decoder gets three independent prefixes: in the encoder's self-attention, the decoder's self-attention, and
+    cross-attention.
 
-    Start from a learning rate of 5e-3 with AdamW without the MLP, and of 5e-4 with it (the paper: 5e-5, P = 10, m = 512, many
-    epochs). Keys and values of real words are by far the best start; zero is the safe one.
+    Start with AdamW and a learning rate of 5e-3 without the MLP, or 5e-4 with it (the paper: 5e-5, P = 10, m = 512, many
+    epochs). Keys and values of real words are by far the best initialization; `zero` is the safe one.
 
-    Source: Li & Liang 2021, arXiv:2101.00190. Differs: no MLP by default, for a start from real words makes it stable; the MLP is
-    fitted to its start by least squares instead of 500 steps; `windowed` is ours.
+    Source: Li & Liang 2021, arXiv:2101.00190. Differs: no MLP by default, as an initialization from real words is stable without
+    it; the MLP is fitted to the initial prefix by least squares instead of 500 steps; `windowed` is ours.
 
     Args:
         num_virtual_tokens: P.
-        projection: train an MLP that makes the prefix; only its result is saved.
-        hidden_size: m, of the MLP.
-        dropout: on the prefix.
-        init: `text` takes the keys and values of real words: of `init_text` or `init_ids`, repeated up to P, or of words sampled
-            from the vocabulary where neither is given; `zero`; `random` draws from N(0, 0.02).
-        init_text, init_ids: the text, cut to P tokens.
+        projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
+        hidden_size: m, the width of the MLP.
+        dropout: dropout on the prefix.
+        init: how the prefix is initialized:
+            `text`: the keys and values of `init_text` or `init_ids`, repeated up to P tokens; without either, of words sampled
+            from the vocabulary;
+            `zero`: zeros;
+            `random`: N(0, 0.02).
+        init_text, init_ids: the text; its first P tokens are used.
         tokenizer: the model's tokenizer or its name, for `init_text`.
-        shift_positions: whether the text's positions start at P. None: yes in causal decoders, no elsewhere.
-        windowed: whether sliding layers of a decoder see the prefix as tokens at positions 0 to P-1, as a cache would; False
-            shows the whole prefix to every token, as encoders do anyway.
+        shift_positions: start the text's positions at P. None: yes in causal decoders, no elsewhere.
+        windowed: in layers with a sliding window, show the prefix only to tokens within the window, as a cache would; the prefix
+            has the positions 0 to P-1. False shows the whole prefix to every token, as encoders always do.
 
     Shape:
         the encoder returns [P, sum over layers of Hk * (Dk + Dv)] for each group.
@@ -54,7 +57,7 @@ class PrefixTuning(DeepPrefix):
     """
 
     kind: ClassVar[str] = "prefix_tuning"
-    start_options: ClassVar[tuple[str, ...]] = ("init", "init_text", "init_ids")
+    init_options: ClassVar[tuple[str, ...]] = ("init", "init_text", "init_ids")
 
     init: str = field(default="text", kw_only=True)
     init_text: str | None = field(default=None, kw_only=True)
@@ -64,23 +67,23 @@ class PrefixTuning(DeepPrefix):
     def __post_init__(self) -> None:
         """Check the options against each other."""
         super().__post_init__()
-        choice("init", self.init, ("text", "zero", "random"))
+        check_choice("init", self.init, ("text", "zero", "random"))
         if self.init != "text" and (self.init_text is not None or self.init_ids is not None):
             raise OptionError(f"init_text and init_ids belong to init='text'; init is {self.init!r}.")
         if self.init_text is not None and self.init_ids is not None:
-            raise OptionError("init_text and init_ids say the same thing twice; give one of them.")
+            raise OptionError("init_text and init_ids are both given, and say the same thing twice; give one of them.")
         if self.init_text is not None and self.tokenizer is None:
             raise OptionError(
                 "init_text needs a tokenizer; none is given. Pass `tokenizer=`, or the ids as `init_ids=`."
             )
 
-    def start(self, structure: ModelStructure) -> dict[str, Tensor]:
-        """The keys and values that each group starts from, [P, numbers]."""
+    def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
+        """Make the keys and values that each group starts from, [P, numbers]."""
         if self.init == "text":
             from softhooks.inject.text_key_values import key_values_of  # imports transformers
 
             return key_values_of(structure, self._ids(structure))
-        tables = super().start(structure)
+        tables = super().initial_tables(structure)
         return tables if self.init == "random" else {group: torch.zeros_like(t) for group, t in tables.items()}
 
     def _ids(self, structure: ModelStructure) -> Tensor:

@@ -1,4 +1,4 @@
-"""Prompt tuning: P rows of embeddings before the text are all that is trained."""
+"""Prompt tuning: P trained rows of embeddings before the text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
-from softhooks.errors import OptionError
+from softhooks.errors import OptionError, check_choice
 from softhooks.layout.layout import Layout, Placement
 from softhooks.layout.tokenizing import tokenize
-from softhooks.method import Method, choice
+from softhooks.method import Method
 from softhooks.methods import initializers
 from softhooks.methods.from_prompt import Handle, rows_of, word_ids_of
 
@@ -22,36 +22,40 @@ if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure
 
 _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "init_tensor", "prompt": "init_from"}
-"""The option that each `init` needs, and no other may have."""
+"""The option that each `init` needs and all others refuse."""
 
 
 @dataclass(frozen=True)
 class PromptTuning(Method):
-    """Prompt tuning: `X' = [P; X]`, with P in R^{P x H} trained and everything else frozen.
+    """Prompt tuning: `X' = [P; X]`, where P in R^{P x H} is trained and everything else is frozen.
 
-    In an encoder-decoder the prompt goes to the encoder only, as in the paper. In a causal decoder a prompt at the front is
-    computed once and shared by all rows.
+    In an encoder-decoder the prompt enters the encoder only, as in the paper. In a causal decoder a prompt at the front is
+    computed once for all rows of a batch.
 
-    Start from a learning rate of 1e-2 with AdamW and sweep 1e-3 to 1e-1; the paper's 0.3 is a value for Adafactor with a constant
-    schedule. Rows that start as words of the vocabulary train better than random ones.
+    Start with AdamW and a learning rate of 1e-2, and try 1e-3 to 1e-1; the paper's 0.3 is for Adafactor with a constant schedule.
+    Rows that are initialized from words of the vocabulary train better than random rows.
 
-    Source: Lester et al. 2021, arXiv:2104.08691; `init="prompt"` is Vu et al. 2022, arXiv:2110.07904. Differs: the default P is
-    the user's; `whole_vocabulary` is ours.
+    Source: Lester et al. 2021, arXiv:2104.08691; `init="prompt"`: Vu et al. 2022 (SPoT), arXiv:2110.07904. Differs: there is no
+    default for P; `whole_vocabulary` is ours.
 
     Args:
-        num_virtual_tokens: P. Quality rises up to about 20 and little beyond.
-        init: `vocab` samples rows of the 5,000 most frequent ids; `random` draws from U[-0.5, 0.5]; `text` takes the rows of
-            `init_text`; `class_labels` one row a label of `init_labels`, the mean of its tokens; `tensor` takes `init_tensor`;
-            `prompt` starts from another prompt, `init_from` (SPoT: one tuned on a source task; see `most_similar`).
-            Rows that a text or labels do not fill are sampled from the vocabulary.
-        init_text: the text, cut to P tokens, without special tokens.
+        num_virtual_tokens: P. Quality rises up to about 20 and hardly beyond.
+        init: how the rows are initialized:
+            `vocab`: embeddings of ids sampled from the first 5,000, the most frequent;
+            `random`: U[-0.5, 0.5];
+            `text`: the embeddings of `init_text`;
+            `class_labels`: one row for each label of `init_labels`, the mean of its tokens;
+            `tensor`: `init_tensor`;
+            `prompt`: another prompt, `init_from`, such as one that was tuned on a source task (see `most_similar`).
+            Rows that a text or labels do not fill are sampled as with `vocab`.
+        init_text: the text; its first P tokens are used, without special tokens.
         init_labels: the labels.
-        init_tensor: another prompt's rows, [P, H]. Rows of the embedding's weight are their words: where the embedding multiplies
-            them (Gemma), the prompt starts from the products.
-        init_from: another prompt of P virtual tokens: a directory or repository that `load` reads, or a handle.
+        init_tensor: rows, [P, H]. Rows of the embedding's weight stand for their words: if the model scales its embeddings
+            (Gemma), so are these rows.
+        init_from: another prompt of P virtual tokens: a directory or repository that `load` reads, or a `SoftPrompt`.
         tokenizer: the model's tokenizer or its name, for `text` and `class_labels`.
-        whole_vocabulary: let `vocab` draw from every id.
-        placement: `front`, before the text; `after_first`, behind a row's first token (BOS, [CLS]); `end`, behind the text.
+        whole_vocabulary: sample from all ids with `vocab`.
+        placement: `front`, before the text; `after_first`, after its first token (BOS, [CLS]); `end`, after the text.
 
     Shape:
         the encoder returns [P, H].
@@ -62,7 +66,7 @@ class PromptTuning(Method):
 
     kind: ClassVar[str] = "prompt_tuning"
     enters: ClassVar[Literal["embeddings", "attention"]] = "embeddings"
-    start_options: ClassVar[tuple[str, ...]] = (
+    init_options: ClassVar[tuple[str, ...]] = (
         "init",
         "init_text",
         "init_labels",
@@ -84,8 +88,8 @@ class PromptTuning(Method):
     def __post_init__(self) -> None:
         """Check the options against each other."""
         super().__post_init__()
-        choice("init", self.init, ("vocab", "random", "text", "class_labels", "tensor", "prompt"))
-        choice("placement", self.placement, ("front", "after_first", "end"))
+        check_choice("init", self.init, ("vocab", "random", "text", "class_labels", "tensor", "prompt"))
+        check_choice("placement", self.placement, ("front", "after_first", "end"))
         for init, option in _OPTION_OF.items():
             given = getattr(self, option) is not None
             if given != (self.init == init):
@@ -98,28 +102,24 @@ class PromptTuning(Method):
 
     @property
     def where(self) -> Layout:
-        """Where the virtual tokens stand."""
+        """The places of the virtual tokens."""
         return Layout.placed(self.placement, self.num_virtual_tokens)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the [P, H] parameter, initialized."""
-        rows, words = self.start(structure)
+        """Make the initialized [P, H] parameter."""
+        rows, ids = self.initial_rows(structure)
         encoder = TableEncoder({EMBEDDINGS: rows})
-        encoder.start_ids = words
+        encoder.start_ids = ids
         return encoder
 
-    def rows(self, structure: ModelStructure) -> Tensor:
-        """Make the rows that the prompt starts from, [P, H]."""
-        return self.start(structure)[0]
-
-    def start(self, structure: ModelStructure) -> tuple[Tensor, initializers.Words]:
-        """Make the rows that the prompt starts from, [P, H], and tell the ids of those that are words."""
+    def initial_rows(self, structure: ModelStructure) -> tuple[Tensor, initializers.WordIds]:
+        """Make the rows that the prompt starts from, [P, H], and the ids of those that are words."""
         count = self.num_virtual_tokens
         if self.init == "random":
             return initializers.random_rows(structure, count), None
         if self.init == "text":
             ids = tokenize(self.init_text or "", self.tokenizer, "init_text")
-            ids = initializers.filled(structure, count, ids)
+            ids = initializers.fill_ids(structure, count, ids)
             return embed_ids(structure, ids), ids
         if self.init == "class_labels":
             return initializers.label_rows(structure, count, self.init_labels or (), self.tokenizer)

@@ -1,4 +1,4 @@
-"""Residual prompt tuning: the rows of a prompt, and what one small MLP adds to each."""
+"""Residual prompt tuning: a prompt plus the output of a small MLP on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softhooks.encoder import EMBEDDINGS, PromptEncoder
-from softhooks.errors import OptionError
+from softhooks.errors import check_dropout, check_int
 from softhooks.methods.prompt_tuning import PromptTuning
 
 if TYPE_CHECKING:
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 
 class ResidualEncoder(PromptEncoder):
-    """`P' = P + MLP(P)`, one MLP for all rows: down, ReLU, up, LayerNorm. Its last layer starts at zero, so that P' starts as P.
+    """Compute `P' = P + MLP(P)`, with one MLP for all rows: down, ReLU, up, LayerNorm.
+
+    The last layer is initialized with zeros, so that P' starts as P.
 
     Args:
         rows: P, [P, H].
-        hidden_size: m, of the MLP.
-        layer_norm: end the MLP in a LayerNorm.
-        dropout: on the MLP's output, before the LayerNorm.
+        hidden_size: m, the width of the MLP.
+        layer_norm: end the MLP with a LayerNorm.
+        dropout: dropout on the MLP's output, before the LayerNorm.
     """
 
     groups = (EMBEDDINGS,)
@@ -48,25 +50,25 @@ class ResidualEncoder(PromptEncoder):
 
 @dataclass(frozen=True)
 class ResidualPromptTuning(PromptTuning):
-    """Residual prompt tuning: `P' = P + MLP(P)` takes the place of P; only its result is saved.
+    """Residual prompt tuning: `P' = P + MLP(P)` replaces P; only P' is saved.
 
-    The MLP lets rows learn from each other's gradients, which makes the result depend less on the start and the learning rate.
-    Start from the learning rates of `PromptTuning`.
+    Through the MLP each row also learns from the gradients of the others, so the result depends less on the initialization and
+    the learning rate. Start with the learning rates of `PromptTuning`.
 
-    The MLP's last layer (the LayerNorm's scale and offset, or without it the up-projection) starts at zero: the first prompt is
-    what `init` says, bit for bit, and a saved prompt goes on training from where it was. In the first step only that layer has a
-    gradient beside the rows.
+    The MLP's last layer (the LayerNorm's scale and offset, or the up-projection if there is no LayerNorm) is initialized with
+    zeros. So the initial prompt is exactly what `init` says, and the training of a saved prompt continues where it was. In the
+    first step only the rows and that layer have a gradient.
 
-    Source: Razdaibiedina et al. 2023, arXiv:2305.03937, the MLP that all rows share. Differs: the authors start the LayerNorm at
-    a scale of 1, which adds noise of size 1 to each number of the first prompt; that hides a start from words in models whose
-    embeddings are small.
+    Source: Razdaibiedina et al. 2023, arXiv:2305.03937, the MLP that all rows share. Differs: the authors initialize the
+    LayerNorm's scale with 1, which adds noise of size 1 to each number of the initial prompt; that hides an initialization from
+    words in models with small embeddings.
 
     Args:
-        num_virtual_tokens, init, init_text, init_labels, init_tensor, tokenizer, whole_vocabulary, placement: as in
+        num_virtual_tokens, init, init_text, init_labels, init_tensor, init_from, tokenizer, whole_vocabulary, placement: as in
             `PromptTuning`.
-        hidden_size: m, of the MLP.
-        layer_norm: end the MLP in a LayerNorm.
-        dropout: on the MLP's output, before the LayerNorm.
+        hidden_size: m, the width of the MLP.
+        layer_norm: end the MLP with a LayerNorm.
+        dropout: dropout on the MLP's output, before the LayerNorm.
 
     Shape:
         the encoder returns [P, H].
@@ -84,20 +86,18 @@ class ResidualPromptTuning(PromptTuning):
     def __post_init__(self) -> None:
         """Check the options against each other."""
         super().__post_init__()
-        if not isinstance(self.hidden_size, int) or self.hidden_size < 1:
-            raise OptionError(f"hidden_size must be a whole number of 1 or more; it is {self.hidden_size!r}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise OptionError(f"dropout must be at least 0 and below 1; it is {self.dropout}.")
+        check_int("hidden_size", self.hidden_size)
+        check_dropout("dropout", self.dropout)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the rows, initialized, and the MLP."""
-        rows, words = self.start(structure)
+        """Make the initialized rows and the MLP."""
+        rows, ids = self.initial_rows(structure)
         encoder = self._encoder(rows)
-        encoder.start_ids = words
+        encoder.start_ids = ids
         return encoder
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Put a new MLP, which adds nothing yet, on a folded prompt."""
+        """Put a new MLP, whose output is zero at first, on a folded prompt."""
         return self._encoder(tables[EMBEDDINGS])
 
     def _encoder(self, rows: Tensor) -> ResidualEncoder:

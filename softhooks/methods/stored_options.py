@@ -28,7 +28,7 @@ def method_of(stored: StoredPrompt) -> Method:
             f"{source} has options of {kind} that this softhooks does not know: {unknown}. Upgrade it."
         )
     options = {
-        key: value for key, value in stored.options.items() if fields[key].compare and key not in cls.start_options
+        key: value for key, value in stored.options.items() if fields[key].compare and key not in cls.init_options
     }
     for key, value in options.items():
         _check_type(fields[key], value, source)

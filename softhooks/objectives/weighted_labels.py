@@ -72,7 +72,7 @@ class WeightedLabels(Objective):
 
     def _visible(self, prompt: PromptOnModel, given: dict[str, Tensor], batch: int) -> Tensor:
         """Tell which of the prompt's label tokens each row sees, [B, labels] bool."""
-        hidden = prompt.encoder.hidden(given, batch)
+        hidden = prompt.encoder.hidden_tokens(given, batch)
         if hidden is None:
             return torch.ones(batch, len(self.places), dtype=torch.bool)
         return ~hidden[:, self.places.to(hidden.device)].expand(batch, -1)

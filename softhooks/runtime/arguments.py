@@ -13,15 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from softhooks.errors import AttachError, UnsupportedModeError
+from softhooks.method import COLUMN_METHODS
 from softhooks.patching.method_wrapper import MethodWrapper
-
-TAKEN_BY = {
-    "task_ids": "MultitaskPromptTuning",
-    "example_ids": "ContextTuning, and ContextAwarePromptTuning with `leave_one_out`",
-    "prompt_context": "LlamaAdapter",
-    "soft_slots": "PTuning with a template as its layout",
-}
-"""The columns of the methods of this library, and the methods that take them."""
 
 
 def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection[str], own: Collection[str]) -> None:
@@ -36,13 +29,13 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
     Raises:
         UnsupportedModeError: naming the column and the methods that take it.
     """
-    for name in (*TAKEN_BY, *known):
+    for name in (*COLUMN_METHODS, *known):
         if call.get(name) is None or name in used or name in own:
             continue
         raise UnsupportedModeError(
             f"no prompt in use takes the argument `{name}`; it would be ignored.",
             f"Leave `{name}` out, or use a prompt that takes it (`softhooks.activate`).",
-            taken_by=TAKEN_BY.get(name, "another prompt of this model"),
+            taken_by=", ".join(COLUMN_METHODS.get(name, ["another prompt of this model"])),
             prompts_in_use_take=", ".join(f"`{column}`" for column in used) or "no column",
         )
 

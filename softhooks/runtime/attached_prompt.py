@@ -187,7 +187,7 @@ class AttachedPrompt:
     def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
         if context is not None and rows is not None:
             context = context[list(rows)]
-        return branch_of(self.method.branch_given(self._encode, stack, context))
+        return branch_of(self.method.branch_inputs(self._encode, stack, context))
 
     @property
     def states(self) -> Tensor | None:

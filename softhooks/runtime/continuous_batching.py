@@ -20,7 +20,7 @@ _START = "init_continuous_batching"
 def required_columns(prompt: AttachedPrompt) -> str:
     """The batch columns that a prompt needs in each call, as text; empty if it needs none."""
     try:
-        prompt.encoder.choose({}, 1)
+        prompt.encoder.choose_variants({}, 1)
     except UnsupportedModeError:
         return ", ".join(prompt.method.probe_arguments())
     return ", ".join(prompt.layout.batch_columns)

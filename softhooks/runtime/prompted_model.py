@@ -22,9 +22,10 @@ from softhooks.compat.peft import unwrapped
 from softhooks.errors import NotAttachedError, UnsupportedModeError
 from softhooks.inject.provenance import Provenance, token_of
 from softhooks.inject.replaced_modules import ExpectedModules, modules_entered
+from softhooks.method import COLUMN_METHODS
 from softhooks.patching.movable_hook import MovableHook
 from softhooks.patching.patches import Patches
-from softhooks.runtime.arguments import TAKEN_BY, refuse_unused
+from softhooks.runtime.arguments import refuse_unused
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.contexts import choice_of, repeats_of
 from softhooks.runtime.label_names import LabelNames
@@ -213,21 +214,23 @@ class PromptedModel:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The extra arguments (batch columns) that the model's prompts take."""
-        return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.columns))
+        """The extra arguments that the model's prompts take."""
+        return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.batch_columns))
 
     def accepted(self) -> tuple[str, ...]:
         """The extra arguments that a call may have now: those of the prompts in use, or of all prompts if none is in use."""
         names = dict.fromkeys(self._names) if self.is_in_use else self.prompts
         used = [self.prompts[name] for name in names if name in self.prompts]
-        return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.columns))
+        return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.batch_columns))
 
     def refuse_unused(self, call: dict[str, Any], own: Sequence[str] = ()) -> None:
         """Refuse extra arguments that no prompt in use takes. See `softhooks.runtime.arguments.refuse_unused`."""
         columns = self.columns
-        if (TAKEN_BY.keys().isdisjoint(call) and call.keys().isdisjoint(columns)) or not self.is_in_use:
+        if (COLUMN_METHODS.keys().isdisjoint(call) and call.keys().isdisjoint(columns)) or not self.is_in_use:
             return
-        model = inspect.signature(type(unwrapped(self.model)).forward).parameters if call.keys() & TAKEN_BY else {}
+        model = (
+            inspect.signature(type(unwrapped(self.model)).forward).parameters if call.keys() & COLUMN_METHODS else {}
+        )
         refuse_unused(call, self.accepted(), columns, (*own, *model))
 
     # --- the modules that prompts enter -----------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class Selection:
         """Which virtual tokens are hidden from each row, [B or 1, length] bool, right-aligned; None: none are."""
         found: list[Tensor | None] = []
         for prompt in self.prompts:
-            own = prompt.encoder.hidden(self.given, batch)
+            own = prompt.encoder.hidden_tokens(self.given, batch)
             found.append(None if own is None else functional.pad(own, (length - own.shape[-1], 0)))
         present = [mask for mask in found if mask is not None]
         if not present:
@@ -110,13 +110,13 @@ def select_rows(
 
 
 def _variants(prompt: AttachedPrompt, given: dict[str, Tensor], batch: int) -> Sequence[int]:
-    chosen = prompt.encoder.choose(given, batch)
+    chosen = prompt.encoder.choose_variants(given, batch)
     if chosen is None:
         return [0] * batch
     if len(chosen) != batch:
         raise UnsupportedModeError(
             f"an extra argument has {len(chosen)} values for a batch of {batch} rows; give one value for each row.",
-            f"Check the columns that {prompt.method.kind} takes: {', '.join(prompt.method.columns)}.",
+            f"Check the columns that {prompt.method.kind} takes: {', '.join(prompt.method.batch_columns)}.",
             prompt=prompt.name,
         )
     return chosen

@@ -31,7 +31,7 @@ def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str,
     if wrapper is None or not wrapper.training or (wrapper.find_unused_parameters and not wrapper.static_graph):
         return
     for prompt in prompts:
-        if prompt.method.has_idle(given):
+        if prompt.method.has_unused_parameters(given):
             found = f"find_unused_parameters={wrapper.find_unused_parameters}, static_graph={wrapper.static_graph}"
             raise unused_parameters_error(prompt.method.kind, found)
 

@@ -19,7 +19,6 @@ from softhooks.compat.bitsandbytes import admit, dismiss, require_trainable
 from softhooks.compat.sharding import shards
 from softhooks.constraint import begin_step, end_step
 from softhooks.method import Method
-from softhooks.methods.task_sampling import arrange
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.trainer import add_callback
@@ -42,6 +41,7 @@ from softhooks.trainer.optimizer import is_mended, mend_optimizer, name_of, refu
 from softhooks.trainer.other_prompts import FrozenPrompts
 from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
 from softhooks.trainer.recovery import remove_links, rename_incomplete, replacement_links
+from softhooks.trainer.sampling import use_sampler
 from softhooks.trainer.template_rows import prepare_template_rows
 
 
@@ -192,7 +192,7 @@ class SoftPromptCallback(TrainerCallback):
         prompt.prompted_model.embed_last()
         saver.verify = None if self._is_sharded else lambda: self._frozen_check.check(prompt, "save", state.global_step)
         seed = args.seed if args.data_seed is None else args.data_seed  # the seed by which the Trainer would shuffle
-        self._sampler = arrange(kwargs.get("train_dataloader"), self.method, seed)
+        self._sampler = use_sampler(kwargs.get("train_dataloader"), self.method, seed)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

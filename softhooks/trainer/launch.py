@@ -34,7 +34,7 @@ def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> N
     """
     for found, remedy in _obstacles(args, model):
         raise TrainerError(found, remedy)
-    if args.world_size > 1 and method.has_idle(method.columns):
+    if args.world_size > 1 and method.has_unused_parameters(method.batch_columns):
         _check_unused_parameters(args, method)
 
 

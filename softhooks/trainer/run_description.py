@@ -12,7 +12,7 @@ from softhooks.prompt import SoftPrompt
 def describe(prompt: SoftPrompt, optimizer: str | None) -> dict[str, Any]:
     """Describe the prompt, its base and its optimizer; None or an empty value where something is not known."""
     method, shared = prompt.method, prompt.prompted_model
-    options = {k: v for k, v in method.options().items() if k not in method.start_options}
+    options = {k: v for k, v in method.options().items() if k not in method.init_options}
     names = [name for name, _ in prompt.named_parameters() if not is_prompt_key(name)]
     parameters = dict(prompt.model.named_parameters())
     return {

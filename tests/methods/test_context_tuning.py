@@ -147,7 +147,7 @@ def test_training_without_the_column_is_refused_and_evaluation_is_not() -> None:
 def test_ids_of_no_demonstration_are_refused(wrong: Tensor) -> None:
     model, ids = zoo.build("llama"), zoo.text(2, 6)
     with softhooks.attach(model, method()):
-        with pytest.raises(UnsupportedModeError, match=r"(?s)counted from 0.*demonstrations: +3"):
+        with pytest.raises(UnsupportedModeError, match=r"(?s)counted from 0.*examples: +3"):
             model(ids, example_ids=wrong)
         model(ids, example_ids=torch.tensor([[0], [2]]))
 
@@ -199,10 +199,10 @@ def test_tokens_drop_in_training_by_torchs_random_numbers() -> None:
 def test_as_many_tokens_drop_as_asked_for_and_one_draw_serves_a_row() -> None:
     with softhooks.attach(zoo.build("llama"), method(leave_one_out=False, token_dropout=0.1)) as prompt:
         prompt.encoder.train()
-        hidden = prompt.encoder.hidden({}, 4000)
+        hidden = prompt.encoder.hidden_tokens({}, 4000)
         assert hidden.shape == (4000, P)
         torch.testing.assert_close(hidden.float().mean(0), torch.full((P,), 0.1), rtol=0, atol=0.025)
-        shared = prompt.encoder.hidden({"example_ids": torch.ones(4000, dtype=torch.long)}, 4000)
+        shared = prompt.encoder.hidden_tokens({"example_ids": torch.ones(4000, dtype=torch.long)}, 4000)
         assert bool(shared[:, columns_of(1)].all())
         assert 0.05 < float(shared[:, columns_of(2)].float().mean()) < 0.15
 
@@ -279,16 +279,16 @@ def test_it_is_a_prefix_to_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "needs its demonstrations"),
+        ({}, "there are no demonstrations"),
         ({"demonstrations": "one text"}, "must be a list"),
         ({"demonstrations": ["word5"]}, "tokenizer"),
         ({"demonstrations": [[]]}, "a text or a list of one id or more"),
         ({"demonstrations": [[5, 6.0]]}, "a text or a list of one id or more"),
         ({"demonstrations": [5, 6]}, "a text or a list of one id or more"),
-        ({"demonstrations": SHOTS, "num_virtual_tokens": 7}, r"num_virtual_tokens follows.*12; it is given as 7"),
-        ({"demonstrations": SHOTS, "lengths": (1, 2, 3)}, r"lengths follows"),
+        ({"demonstrations": SHOTS, "num_virtual_tokens": 7}, r"num_virtual_tokens is given as 7, and the demonstrations have 12"),
+        ({"demonstrations": SHOTS, "lengths": (1, 2, 3)}, r"lengths is given as \(1, 2, 3\), .* have \(4, 3, 5\)"),
         ({"lengths": (4, 3), "num_virtual_tokens": 5}, "add up"),
-        ({"lengths": (4, -3), "num_virtual_tokens": 5}, "needs its demonstrations"),
+        ({"lengths": (4, -3), "num_virtual_tokens": 5}, "there are no demonstrations"),
         ({"demonstrations": SHOTS, "token_dropout": 1.0}, "token_dropout"),
     ],
     ids=lambda item: str(item),

@@ -173,8 +173,8 @@ def test_the_trainer_brings_the_column_of_examples(tmp_path: Path) -> None:
     trainer, callback = make(tmp_path, model, method(leave_one_out=True), rows=rows, max_steps=2)
     assert callback.soft_prompt is not None
     encoder = callback.soft_prompt.encoder
-    original = encoder.hidden
-    encoder.hidden = lambda given, batch: (seen.append(given.get("example_ids")), original(given, batch))[1]
+    original = encoder.hidden_tokens
+    encoder.hidden_tokens = lambda given, batch: (seen.append(given.get("example_ids")), original(given, batch))[1]
     trainer.train()
     trainer.evaluate()
     given = [own for own in seen if own is not None]

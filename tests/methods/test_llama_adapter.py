@@ -273,7 +273,9 @@ def test_layers_that_attend_twice_or_share_keys_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("options", [{"num_layers": 3}, {"early_fusion": 2}, {"early_fusion": 1, "num_layers": 2}])
 def test_more_layers_than_there_are(options: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedMethodError, match=r"there must be a layer(.|\n)*layers with attention: 2"):
+    with pytest.raises(
+        UnsupportedMethodError, match=r"layers with attention are too few(.|\n)*layers with attention: 2"
+    ):
         softhooks.attach(zoo.build("llama"), LlamaAdapter(K, **options))
 
 

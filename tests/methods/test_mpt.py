@@ -213,7 +213,7 @@ def test_several_tasks_without_task_ids_is_an_error_that_names_them() -> None:
             model(ids, task_ids=torch.tensor([-1, 0]))
         with pytest.raises(UnsupportedModeError, match=r"float32"):
             model(ids, task_ids=torch.tensor([0.0, 1.0]))
-        with pytest.raises(UnsupportedModeError, match=r"(?s)values: +3.*batch: +2"):
+        with pytest.raises(UnsupportedModeError, match=r"3 values for a batch of 2 rows"):
             model(ids, task_ids=torch.tensor([0, 1, 1]))
         with pytest.raises(UnsupportedModeError, match=r"list"):
             model(ids, task_ids=[0, 1])

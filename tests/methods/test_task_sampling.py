@@ -28,7 +28,8 @@ from softhooks import (
     TrainerError,
     UnsupportedModeError,
 )
-from softhooks.methods.task_sampling import CAP, arrange
+from softhooks.methods.task_sampling import CAP
+from softhooks.trainer.sampling import use_sampler
 
 SIZES = [60, 30, 10, 20]
 TASKS = [task for task, size in enumerate(SIZES) for _ in range(size)]
@@ -165,14 +166,14 @@ class Watch(tf.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         encoder = kwargs["model"].soft_prompt["default"]["encoder"]
-        choose = type(encoder).choose
+        choose = type(encoder).choose_variants
 
         def noting(given: Any, batch: int) -> Any:
             if encoder.training:
                 self.seen.append(given["task_ids"].tolist())
             return choose(encoder, given, batch)
 
-        encoder.choose = noting
+        encoder.choose_variants = noting
 
 
 def task_rows(count: int = 24, tasks: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -318,6 +319,6 @@ def test_several_processes_share_the_batches(tmp_path: Path) -> None:
     for rank in range(2):
         inner = BatchSampler(RandomSampler(rows), 4, drop_last=False)
         loader = DataLoader(rows, batch_sampler=BatchSamplerShard(inner, num_processes=2, process_index=rank))
-        assert arrange(loader, method, 1) is inner.sampler
+        assert use_sampler(loader, method, 1) is inner.sampler
         found.append([[row % 3 for row in batch] for batch in loader.batch_sampler])
     assert [batch for pair in zip(*found, strict=True) for batch in pair] == expected_batches(1)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import training
 import zoo
+from table import TABLE
 from untouched import remove_all
 
 import softhooks
@@ -26,8 +27,7 @@ from softhooks import (
     SoftPromptCallback,
     UnsupportedModeError,
 )
-from softhooks.methods import METHODS
-from softhooks.runtime.arguments import TAKEN_BY
+from softhooks.method import COLUMN_METHODS
 
 IDS = zoo.text(2, 6)
 COLUMNS: dict[str, Any] = {
@@ -49,9 +49,11 @@ def multitask() -> MultitaskPromptTuning:
 
 
 def test_the_columns_of_all_methods_are_known() -> None:
-    fixed = {name for method in METHODS.values() if isinstance(method.columns, tuple) for name in method.columns}
-    template = PTuning(layout=Layout("{soft:4} {a} {mask}")).columns
-    assert fixed | set(template) == set(TAKEN_BY)
+    assert set(COLUMN_METHODS) == {*COLUMNS}
+    for entry in TABLE:
+        method = entry.make(4)
+        assert set(method.batch_columns) <= {*method.columns, *method.optional_columns}
+    assert PTuning(layout=Layout("{soft:4} {a} {mask}")).batch_columns == ("soft_slots",)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -66,7 +68,7 @@ def test_a_column_that_no_prompt_takes_is_refused_by_name(way: str, arch: str, c
     call: dict[str, Any] = {"input_ids": IDS, "decoder_input_ids": IDS} if head == "seq2seq" else {"input_ids": IDS}
     prompt = softhooks.attach(model, PrefixTuning(4) if arch == "bert" else PromptTuning(4))
     given = {column: COLUMNS[column]}
-    match = rf"(?s){column}.*{TAKEN_BY[column].split()[0].rstrip(',')}"
+    match = rf"(?s){column}.*{COLUMN_METHODS[column][0].split()[0]}"
     ways = {
         "model": lambda: model(**call, **given),
         "stack": lambda: prompt.prompted_model.structure.entry.module(input_ids=IDS, **given),
@@ -129,7 +131,7 @@ def test_the_signature_names_the_columns_of_the_prompts_in_use() -> None:
     softhooks.attach(model, LlamaAdapter(4), "adapter")
 
     def named() -> set[str]:
-        return set(inspect.signature(model.forward).parameters) & set(TAKEN_BY)
+        return set(inspect.signature(model.forward).parameters) & set(COLUMN_METHODS)
 
     assert named() == {"prompt_context"}
     softhooks.activate(model, "tasks")

@@ -489,8 +489,8 @@ def test_a_compiled_model(way: str) -> None:
         bare = answer(lambda: model(**first).logits)
         torch.testing.assert_close(answer(lambda: compiled(**first).logits), bare)
     torch.testing.assert_close(answer(lambda: compiled(**first).logits), expected[0])
-    choose = prompt.encoder.choose
-    prompt.encoder.choose = lambda *given: running.stop() or choose(*given)
+    choose = prompt.encoder.choose_variants
+    prompt.encoder.choose_variants = lambda *given: running.stop() or choose(*given)
     running = Paused(lambda: compiled(**first).logits)
     with running:
         assert running.reached

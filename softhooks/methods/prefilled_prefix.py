@@ -1,4 +1,4 @@
-"""What context tuning and cartridges share: a prefix that starts as the keys and values of a text that the model has read."""
+"""The base class of context tuning and cartridges: a prefix that starts as the keys and values of a text."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ReadPrefix(Method):
-    """A method whose prompt is keys and values of a text, and stands where that text would stand: before the row's own."""
+class PrefilledPrefix(Method):
+    """A method whose prompt starts as the keys and values of a text, as if that text came before each row."""
 
     enters: ClassVar[Literal["embeddings", "attention"]] = "attention"
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"shift_positions": (True, False), "windowed": (True,)}
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """Positions move behind the text wherever the model can be told so; sliding layers see it as tokens."""
+        """Shift positions if the model takes positions; sliding windows apply to the prefix as to tokens."""
         stack = structure.entry
         shift = stack.causal and (stack.positions.can_shift or stack.injection == "cache")
         return {"shift_positions": shift, "windowed": True}
 
     @staticmethod
-    def read(structure: ModelStructure, ids: Sequence[int]) -> dict[str, Tensor]:
-        """Run a text through the frozen model and take its keys and values. -> {group: [P, numbers]}."""
+    def prefill(structure: ModelStructure, ids: Sequence[int]) -> dict[str, Tensor]:
+        """Run a text through the frozen model and return its keys and values. -> {group: [P, numbers]}."""
         require_sites(structure)
         tokens = torch.tensor(list(ids), dtype=torch.long)
         embed_ids(structure, tokens)  # refuses ids outside the vocabulary
@@ -44,7 +44,7 @@ class ReadPrefix(Method):
 
 
 def ids_of(text: Any, tokenizer: Any, option: str) -> tuple[int, ...]:
-    """The ids of a text, without special tokens; ids are taken as they are.
+    """Return the ids of a text, without special tokens; ids are returned as they are.
 
     Raises:
         OptionError: it is empty, neither text nor ids, or a text without a tokenizer.
@@ -57,7 +57,7 @@ def ids_of(text: Any, tokenizer: Any, option: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def opening(tokenizer: Any) -> tuple[int, ...]:
-    """What a tokenizer puts before every text: its BOS token, if it has one."""
+def bos_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokenizer's BOS token, if it has one."""
     first = getattr(tokenizer_of(tokenizer), "bos_token_id", None)
     return () if first is None else (int(first),)

@@ -1,4 +1,4 @@
-"""What prefix tuning and P-tuning v2 share: keys and values before those of the text, trained as they are or through an MLP."""
+"""The base class of prefix tuning and P-tuning v2: a key-value prefix, trained directly or through an MLP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from softhooks.backbone.entry_points import groups_of, require_sites
 from softhooks.encoder import PromptEncoder, TableEncoder
-from softhooks.errors import OptionError, UnsupportedMethodError
+from softhooks.errors import UnsupportedMethodError, check_dropout, check_int
 from softhooks.method import Method
 
 if TYPE_CHECKING:
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 RANDOM_STD = 0.02
 
 
-class PrefixEncoder(PromptEncoder):
-    """An MLP over learned rows, for each group its own: `Z -> Linear -> tanh -> Linear -> keys and values`.
+class MLPPrefixEncoder(PromptEncoder):
+    """Computes each group with an MLP of its own over learned rows: `Z -> Linear -> tanh -> Linear -> keys and values`.
 
     Args:
         tables: the keys and values that each group starts from, [P, numbers].
-        width: H, of the learned rows.
-        hidden_size: m, of the MLP.
-        dropout: on the prefix.
+        width: H, the width of the learned rows.
+        hidden_size: m, the width of the MLP.
+        dropout: dropout on the prefix.
     """
 
     def __init__(self, tables: dict[str, Tensor], width: int, hidden_size: int, dropout: float) -> None:
@@ -42,9 +42,9 @@ class PrefixEncoder(PromptEncoder):
 
     @torch.no_grad()
     def _fit(self, group: str, table: Tensor) -> None:
-        """Solve the last layer for the start that is asked for; exact where P is at most m.
+        """Fit the last layer to the initial keys and values; exact if P is at most m.
 
-        The reference code descends to it in 500 steps; least squares has the answer in closed form.
+        The reference code takes 500 steps of gradient descent; least squares has a closed form.
         """
         hidden = torch.tanh(self.down[group](self.rows[group])).double()
         up = self.up[group]
@@ -57,8 +57,8 @@ class PrefixEncoder(PromptEncoder):
         return functional.dropout(prefix, self.dropout, self.training)
 
 
-class LeafPrefix(TableEncoder):
-    """Keys and values that are parameters themselves, with prefix dropout."""
+class PrefixEncoder(TableEncoder):
+    """Keys and values that are parameters themselves, with dropout."""
 
     def __init__(self, tables: dict[str, Tensor], dropout: float) -> None:
         super().__init__(tables)
@@ -70,16 +70,16 @@ class LeafPrefix(TableEncoder):
 
 
 @dataclass(frozen=True)
-class DeepPrefix(Method):
+class KeyValuePrefix(Method):
     """A method whose prompt is keys and values.
 
     Args:
-        projection: train an MLP that makes the prefix; only its result is saved.
-        hidden_size: m, of the MLP.
-        dropout: on the prefix.
-        shift_positions: whether the text's positions start at P. None: yes in causal decoders, no elsewhere.
-        windowed: whether sliding layers of a decoder see the prefix as tokens at the positions before the text, as a cache
-            would; False shows the whole prefix to every token, as encoders do anyway.
+        projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
+        hidden_size: m, the width of the MLP.
+        dropout: dropout on the prefix.
+        shift_positions: start the text's positions at P. None: yes in causal decoders, no elsewhere.
+        windowed: in layers with a sliding window, show the prefix only to tokens within the window, as a cache would. False
+            shows the whole prefix to every token, as encoders always do.
     """
 
     enters: ClassVar[Literal["embeddings", "attention"]] = "attention"
@@ -98,20 +98,18 @@ class DeepPrefix(Method):
     def __post_init__(self) -> None:
         """Check the options against each other."""
         super().__post_init__()
-        if not 0.0 <= self.dropout < 1.0:
-            raise OptionError(f"dropout must be at least 0 and below 1; it is {self.dropout}.")
-        if self.hidden_size < 1:
-            raise OptionError(f"hidden_size must be 1 or more; it is {self.hidden_size}.")
+        check_dropout("dropout", self.dropout)
+        check_int("hidden_size", self.hidden_size)
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """Whether positions move and sliding layers see the prefix as tokens."""
+        """Return whether the text's positions are shifted, and whether sliding windows apply to the prefix."""
         stack = structure.entry
         shift = stack.causal if self.shift_positions is None else self.shift_positions
         movable = stack.positions.can_shift
         if shift and not movable and not (stack.causal and stack.injection == "cache"):
             if self.shift_positions:
                 raise UnsupportedMethodError(
-                    "positions can be shifted only in a model that can be told where its text stands.",
+                    f"shift_positions is True, and {type(stack.module).__name__} takes no positions that could be shifted.",
                     "Leave shift_positions out.",
                     model=type(stack.module).__name__,
                 )
@@ -119,15 +117,15 @@ class DeepPrefix(Method):
         return {"shift_positions": shift, "windowed": self.windowed}
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the prefix for every group of the model, initialized."""
+        """Make the initialized prefix for every group of the model."""
         require_sites(structure)
-        tables = self.start(structure)
+        tables = self.initial_tables(structure)
         if self.projection:
-            return PrefixEncoder(tables, structure.entry.width, self.hidden_size, self.dropout)
-        return LeafPrefix(tables, self.dropout)
+            return MLPPrefixEncoder(tables, structure.entry.width, self.hidden_size, self.dropout)
+        return PrefixEncoder(tables, self.dropout)
 
-    def start(self, structure: ModelStructure) -> dict[str, Tensor]:
-        """The keys and values that each group starts from, [P, numbers of its sites]: from N(0, 0.02)."""
+    def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
+        """Sample the keys and values that each group starts from, [P, numbers of its layers], from N(0, 0.02)."""
         return {
             group: torch.randn(self.num_virtual_tokens, sum(s.size for s in self.sites(stack, role))) * RANDOM_STD
             for group, (stack, role) in groups_of(structure).items()

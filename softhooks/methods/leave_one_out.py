@@ -1,0 +1,55 @@
+"""Leave-one-out: a training row that is an example of the prompt does not see that example in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softhooks.encoder import require_column
+from softhooks.errors import UnsupportedModeError
+
+EXAMPLE_IDS = "example_ids"
+"""The batch column with the number of the example that each row is, from 0; -1 for a row that is none."""
+
+
+def hide_own_example(
+    given: dict[str, Tensor], batch: int, owners: Tensor, count: int, *, required: bool
+) -> Tensor | None:
+    """Hide each row's own example from it.
+
+    Args:
+        given: the batch columns of the forward.
+        batch: the number of rows.
+        owners: the example that each virtual token belongs to, [P]; -1 for none.
+        count: the number of examples.
+        required: refuse a call without the column.
+
+    Returns:
+        True for hidden tokens, [B, P]; None if the call does not have the column.
+
+    Raises:
+        UnsupportedModeError: the column is required and missing, or has other values than examples.
+    """
+    if required:
+        reason = (
+            "a row that is an example must not see itself; -1 for a row that is none (or choose leave_one_out=False)"
+        )
+        require_column(given, EXAMPLE_IDS, reason)
+    if EXAMPLE_IDS not in given:
+        return None
+    rows = _checked(given[EXAMPLE_IDS], batch, count).to(owners.device)[:, None]
+    return (owners == rows) & (rows >= 0)
+
+
+def _checked(rows: Tensor, batch: int, count: int) -> Tensor:
+    whole = not rows.is_floating_point() and rows.dtype != torch.bool
+    if whole and rows.numel() == batch and int(rows.min()) >= -1 and int(rows.max()) < count:
+        return rows.reshape(batch)
+    found = f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}"
+    raise UnsupportedModeError(
+        f"`{EXAMPLE_IDS}` is {found}; it must be the number of each row's example, counted from 0, or -1 for a row that is none.",
+        "Give one whole number for each row.",
+        example_ids=found,
+        batch=batch,
+        examples=count,
+    )
