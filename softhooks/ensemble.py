@@ -1,6 +1,6 @@
-"""Prompt ensembles: several prompts on one frozen model answer one batch in one forward, and are combined.
+"""Prompt ensembles: several prompts on one frozen model run in one forward, and their outputs are combined.
 
-Source: Lester et al. 2021, arXiv:2104.08691: prompts trained on one task, a majority vote. An ensemble costs one model.
+Source: Lester et al. 2021, arXiv:2104.08691: prompts trained on one task, a majority vote.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Combine = Literal["vote", "logits", "probabilities"]
 
 @dataclass(frozen=True)
 class EnsembleOutput:
-    """What an ensemble answers.
+    """The output of an ensemble.
 
     Attributes:
-        predictions: the class (or the next token) chosen, [B] or [B, T].
+        predictions: the class (or the next token), [B] or [B, T].
         scores: the share of votes, or the mean of the logits or of the probabilities, [B, C] or [B, T, C].
-        members: each prompt's own logits, [E, B, C] or [E, B, T, C].
+        members: the logits of each prompt, [E, B, C] or [E, B, T, C].
     """
 
     predictions: Tensor
@@ -37,11 +37,11 @@ class EnsembleOutput:
 
 @dataclass(frozen=True)
 class EnsembleTexts:
-    """What an ensemble writes.
+    """The texts that an ensemble generates.
 
     Attributes:
-        texts: the text that most prompts write, for each row.
-        members: each prompt's own texts.
+        texts: for each row the text that most prompts generate.
+        members: the texts of each prompt.
     """
 
     texts: list[str]
@@ -49,26 +49,26 @@ class EnsembleTexts:
 
 
 class PromptEnsemble:
-    """Several prompts of one model that answer together.
+    """Combines the outputs of several prompts of one model.
 
-    Each row of a batch is run once for each prompt, all in one forward, and the answers are combined: by majority vote, as in the
-    paper, or by the mean of the logits or of the probabilities. Where a vote is even, the mean probability decides among those
-    that lead. The prompts may be of any methods that can stand in one batch (`rows`), each with a head of its own.
+    Each row of a batch runs once for each prompt, all in one forward. The outputs are combined by majority vote, as in the paper,
+    or by the mean of the logits or of the probabilities. A tied vote is decided by the mean probability. The prompts may be of
+    all methods that can be used in one batch (see `rows`), each with its own head.
 
     Args:
-        model: carries the prompts.
-        names: of the prompts; None among them is the bare model.
+        model: the model with the prompts.
+        names: the names of the prompts; None stands for the model without a prompt.
         combine: `vote`, `logits` or `probabilities`.
 
     Raises:
-        NotAttachedError: the model carries no prompt of one of the names.
+        NotAttachedError: the model has no prompt of one of the names.
         OptionError: no prompt is named, or `combine` is none of the three.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str | None], combine: Combine = "vote") -> None:
         is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names)
         if not is_list or not all(name is None or isinstance(name, str) for name in names):
-            raise OptionError(f"an ensemble must name its prompts in a list, one or more; it is {names!r}.")
+            raise OptionError(f"names must be a list of the names of one or more prompts; it is {names!r}.")
         check_choice("combine", combine, ("vote", "logits", "probabilities"))
         for name in names:
             require_prompted_model(model, name)
@@ -78,24 +78,24 @@ class PromptEnsemble:
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> EnsembleOutput:
-        """Answer a batch.
+        """Run a batch and combine the outputs.
 
         Args:
-            inputs: of the model's forward, by name, without labels.
+            inputs: the arguments of the model's forward, by name, without labels.
 
         Raises:
-            OptionError: labels are among them, or one-number outputs are to be voted on.
+            OptionError: there are labels, or a vote over outputs of one number.
             UnsupportedModeError: the model's output has no `logits`.
         """
         if inputs.get("labels") is not None:
-            raise OptionError("an ensemble answers and has no loss; pass the inputs without labels.")
+            raise OptionError("the inputs have labels, and an ensemble has no loss; leave the labels out.")
         batch, repeated = self._repeat(inputs)
         with rows(self.model, self._each(batch)):
             output = self.model(**{**repeated, "return_dict": True})
         logits = output.get("logits")
         if not isinstance(logits, Tensor):
             raise UnsupportedModeError(
-                "an ensemble combines the `logits` of a model.",
+                f"the output of {type(self.model).__name__} has no `logits`, which an ensemble combines.",
                 "Run the prompts with `softhooks.rows` and combine what the model returns.",
                 model=type(self.model).__name__,
                 output=", ".join(output),
@@ -104,21 +104,20 @@ class PromptEnsemble:
 
     @torch.no_grad()
     def generate(self, tokenizer: Any, **inputs: Any) -> EnsembleTexts:
-        """Let every prompt continue the texts, and keep for each row the text that most of them write.
+        """Generate with every prompt, and choose for each row the text that most of them generate.
 
-        Texts are compared without special tokens and the blanks around them; where as many prompts write one as another, the
-        prompt that is named first decides.
+        Texts are compared without special tokens and surrounding whitespace; a tie is decided by the prompt that is named first.
 
         Args:
-            tokenizer: decodes what is generated.
-            inputs: of the model's `generate`, by name, with its options.
+            tokenizer: decodes the texts.
+            inputs: the arguments of the model's `generate`, by name, with its options.
 
         Raises:
-            OptionError: several sequences a row, or a dictionary, are asked for.
+            OptionError: `num_return_sequences` is not 1, or `return_dict_in_generate` is set.
         """
         if inputs.get("num_return_sequences", 1) != 1 or inputs.get("return_dict_in_generate"):
             raise OptionError(
-                "each prompt of an ensemble writes one text a row; ask for no more and for no dictionary."
+                "num_return_sequences or return_dict_in_generate is set; each prompt of an ensemble generates one text a row."
             )
         batch, repeated = self._repeat(inputs)
         with rows(self.model, self._each(batch)):
@@ -135,10 +134,10 @@ class PromptEnsemble:
         return [name for name in self.names for _ in range(batch)]
 
     def _repeat(self, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Repeat every row once for each prompt: all rows of the first, then all of the second. -> batch and inputs."""
+        """Repeat the batch once for each prompt, one after the other. -> the number of rows and the inputs."""
         first = next((inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None), None)
         if not isinstance(first, Tensor):
-            raise OptionError(f"an ensemble needs `input_ids` or `inputs_embeds`; it is given {sorted(inputs)}.")
+            raise OptionError(f"the inputs {sorted(inputs)} have neither `input_ids` nor `inputs_embeds`.")
         batch = first.shape[0]
 
         def repeat(value: Any) -> Any:
@@ -147,7 +146,7 @@ class PromptEnsemble:
 
         return batch, {key: repeat(value) for key, value in inputs.items()}
 
-    # --- answers ------------------------------------------------------------------------------------------------------
+    # --- outputs ------------------------------------------------------------------------------------------------------
 
     def _combined(self, members: Tensor) -> EnsembleOutput:
         """Combine the prompts' logits, [E, B, ..., C]."""
@@ -155,12 +154,14 @@ class PromptEnsemble:
             scores = members.float().mean(0)
             return EnsembleOutput(scores.argmax(-1), scores, members)
         if members.shape[-1] == 1:
-            raise OptionError(f"combine={self.combine!r} needs classes; the model gives one number, so use 'logits'.")
+            raise OptionError(
+                f"combine={self.combine!r} needs classes, and the model returns one number; use 'logits'."
+            )
         likely = members.float().softmax(-1).mean(0)
         if self.combine == "probabilities":
             return EnsembleOutput(likely.argmax(-1), likely, members)
-        cast = members.argmax(-1).movedim(0, -1)
-        ones = torch.ones_like(cast, dtype=likely.dtype)
-        shares = torch.zeros_like(likely).scatter_add(-1, cast, ones) / len(self.names)
+        votes = members.argmax(-1).movedim(0, -1)
+        ones = torch.ones_like(votes, dtype=likely.dtype)
+        shares = torch.zeros_like(likely).scatter_add(-1, votes, ones) / len(self.names)
         leading = shares == shares.amax(-1, keepdim=True)
         return EnsembleOutput(likely.masked_fill(~leading, -1).argmax(-1), shares, members)

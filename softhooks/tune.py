@@ -1,4 +1,4 @@
-"""`tune`: a decorator around a training function of one's own."""
+"""`tune`: a decorator for your own training function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 HANDLE = "soft_prompt"
-"""The parameter by which a decorated function takes the handle."""
+"""The name of the parameter that gets the attached prompt."""
 
 
 def tune(
@@ -35,22 +35,22 @@ def tune(
     freeze_dropout: bool = False,
     train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
 ) -> Callable[[Callable[P, R]], Callable[..., R]]:
-    """Attach a prompt for each call of a function: it is attached, trained by the function, checked, saved, and removed.
+    """Attach a prompt for each call of a function; after it, check the frozen weights, save the prompt, and remove it.
 
-    The function takes the handle too, if it has a parameter named `soft_prompt`. If it raises, nothing is saved and the model is
-    as it was.
+    If the function has a parameter `soft_prompt`, it gets the attached prompt. If it raises, nothing is saved and the model is
+    unchanged.
 
     Args:
-        method: what to attach.
-        save_to: where to save the prompt when the function has returned.
-        name: under which to attach it.
+        method: the method to attach.
+        save_to: the directory to save the prompt to when the function has returned.
+        name: the name under which it is attached.
         model: the name of the function's parameter that is the model; None: the first argument that is a module.
         train_head, trainable, freeze_dropout, train_added_tokens: as in `attach`.
 
     Raises:
-        OptionError: no argument of a call is a model; or the function is a coroutine or a generator, which would run when the
-            prompt is gone.
-        FrozenModifiedError: after the call, if something frozen has moved; then nothing is saved.
+        OptionError: no argument of a call is a model; or the function is a coroutine or a generator, which would run after the
+            prompt is removed.
+        FrozenModifiedError: after the call, if a frozen tensor has changed; then nothing is saved.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[..., R]:
@@ -89,14 +89,14 @@ def _refuse_deferred(function: Callable[..., Any]) -> None:
     deferred = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
     if any(kind(function) for kind in deferred):
         raise OptionError(
-            "a function decorated with tune must have done its work when it returns.",
+            "`tune` decorates a coroutine or a generator, which would run after the prompt is removed.",
             "Use `with softhooks.attach(model, method) as prompt:` inside it.",
-            function=f"{getattr(function, '__name__', function)}, a coroutine or a generator",
+            function=getattr(function, "__name__", function),
         )
 
 
 def _by_name(signature: inspect.Signature, given: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name; those that `*args` and `**kwargs` take stand among them."""
+    """Return a call's arguments by name, including those in `*args` and `**kwargs`."""
     named: dict[str, Any] = {}
     for name, value in given.items():
         kind = signature.parameters[name].kind
@@ -114,7 +114,7 @@ def _find_model(given: dict[str, Any], name: str | None, function: str) -> nn.Mo
     if isinstance(found, nn.Module):
         return found
     raise OptionError(
-        "a function decorated with tune must be called with a model.",
+        f"the call of {function!r}, decorated with `tune`, has no model among its arguments.",
         "Pass the model itself, or name its parameter: `@softhooks.tune(method, model='net')`.",
         function=function,
         expected="a module among its arguments" if name is None else f"a module as {name!r}",

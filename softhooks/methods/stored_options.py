@@ -78,6 +78,6 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
 
 
 def _allowed(method: Method, key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values of a convention that the options allow; an option that is None allows all of them."""
+    """Return the values of a convention that the options allow; an option that is None allows all of them."""
     option = getattr(method, key, None)
     return (option,) if option in values else values
