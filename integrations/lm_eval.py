@@ -165,9 +165,9 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run the harness's command line with the model type in it."""
-    from softhooks.integration_support.command_line import reported, usage
+    from softhooks.integration_support.command_line import report_errors, usage_errors
 
-    with reported(), usage():
+    with report_errors(), usage_errors():
         register()
         from lm_eval.__main__ import cli_evaluate
 

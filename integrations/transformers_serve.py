@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from softhooks.errors import OptionError, SoftHooksError
-from softhooks.integration_support.command_line import reported, usage
+from softhooks.integration_support.command_line import report_errors, usage_errors
 
 __all__ = ["main", "prompted", "serve"]
 
@@ -141,10 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt")
     parser.add_argument("--no-strict", action="store_true")
     own, rest = parser.parse_known_args(arguments)
-    with reported(), usage():
+    with report_errors(), usage_errors():
         if own.prompt is None and "--help" not in rest:
             raise OptionError("the server needs `--prompt DIR`; without a prompt, run `transformers serve`.")
-    with reported(), prompted(own.prompt, strict=not own.no_strict):
+    with report_errors(), prompted(own.prompt, strict=not own.no_strict):
         import typer
         from transformers.cli.serve import Serve
 

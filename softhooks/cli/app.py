@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from softhooks.cli import run_config, run_parser
-from softhooks.cli.exit_codes import reported, usage
+from softhooks.cli.exit_codes import report_errors, usage_errors
 from softhooks.cli.export import export
 from softhooks.cli.inspect import inspect
 from softhooks.cli.run_help import help_text
@@ -127,7 +127,7 @@ def demo(
 )
 def run(context: typer.Context) -> None:
     """Run an unmodified Trainer script, or a module (-m), with a soft prompt: softhooks run script.py ARGS."""
-    with usage():
+    with usage_errors():
         line = run_parser.read(context.args)
         if line.help:
             method = line.method or run_config.read(line.config)["method"]
@@ -135,7 +135,7 @@ def run(context: typer.Context) -> None:
             return
     from softhooks.cli import run, run_arguments  # torch and transformers take seconds to import
 
-    with usage():
+    with usage_errors():
         request = run_arguments.request(line)
     run.run_program(request)
 
@@ -193,9 +193,9 @@ def convert(
     from softhooks.cli.convert import convert as convert_prompts  # torch and transformers take seconds to import
     from softhooks.cli.convert import prompts_in
 
-    with usage(CheckpointError):
+    with usage_errors(CheckpointError):
         prompts_in(source)
-    with usage():
+    with usage_errors():
         converted = convert_prompts(source, target, None if to is None else to.value, base, strict)
     for name, stored in converted.items():
         where = target if name == "default" else target / name
@@ -208,7 +208,7 @@ app.command()(inspect)
 
 def main() -> None:
     """Run the command line; an expected error is one message, without a traceback."""
-    with reported():
+    with report_errors():
         app()
 
 

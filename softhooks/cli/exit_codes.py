@@ -1,4 +1,4 @@
-"""How a command ends: 0; 1 where what it was asked for failed; 2 where it was asked wrongly, as with argparse and click."""
+"""Exit codes of the commands: 1 for a failure and 2 for a wrong command line, as with argparse and click."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _STATUS = "_softhooks_exit_status"
 
 
 @contextmanager
-def usage(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
-    """Note on an error of this kind that it is one of whoever has called the command."""
+def usage_errors(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
+    """Let errors of a kind that are raised in this context end the command with the exit code of a wrong command line."""
     try:
         yield
     except kind as error:
@@ -26,11 +26,11 @@ def usage(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """End the process with an expected error as one message, without a traceback."""
+def report_errors() -> Iterator[None]:
+    """Print an expected error as a message without a traceback, and exit."""
     try:
         yield
     except SoftHooksError as error:
-        message = visible(f"{type(error).__name__}: {error}", kept="\n")  # a hostile file's words may be in it
+        message = visible(f"{type(error).__name__}: {error}", kept="\n")  # it may quote an untrusted file
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
         sys.exit(getattr(error, _STATUS, FAILURE))

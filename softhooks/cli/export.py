@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softhooks.cli.exit_codes import usage
+from softhooks.cli.exit_codes import usage_errors
 from softhooks.errors import CheckpointError, OptionError
 
 EMBEDDINGS_FILE = "prompt_embeds.safetensors"
@@ -54,7 +54,7 @@ def export(
 
         softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
     """
-    with usage():
+    with usage_errors():
         if (text is None) == (text_file is None):
             raise OptionError("softhooks export needs one of --text and --text-file.")
     content = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")

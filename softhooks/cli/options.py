@@ -1,6 +1,6 @@
-"""The options of methods and of the callback, for command lines and configuration files.
+"""The options of the methods and of the callback that `softhooks run` takes.
 
-They are read from the source of the classes: annotations, defaults and docstrings. So help does not have to import torch.
+They are read from the source code of the classes (annotations, defaults and docstrings), because importing it imports torch.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Option:
         """
         if not self.takes:
             raise OptionError(
-                f"{self.flag} takes what only Python can make.",
-                "Leave it out here, or call `softhooks.attach` in the script.",
+                f"{self.flag} takes an object that only Python code can create.",
+                "Leave the option out, or call `softhooks.attach` in the script.",
                 takes=self.annotation,
                 given=repr(value),
             )
@@ -66,7 +66,7 @@ class Option:
             return convert(value, self.hint)
         except ValueError:
             raise OptionError(
-                f"{self.flag} takes {self.takes}; {value!r} is something else.",
+                f"{self.flag} cannot be {value!r}; it takes {self.takes}.",
                 f"Write `{self.flag}`, or `--no-{self.flag[2:]}`."
                 if self.is_switch
                 else "A list is written as [1, 2], or by repeating the option.",

@@ -1,6 +1,6 @@
-"""`softhooks run script.py ARGS`, `softhooks run -m module ARGS`: an unchanged Trainer script trains a soft prompt.
+"""`softhooks run`: run an unmodified Trainer script or module so that it trains a soft prompt.
 
-A callback joins those that every Trainer gets by default; then the script or the module runs as Python would run it.
+A `SoftPromptCallback` is added to the default callbacks of every Trainer; then the script or module runs as under Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import distributed
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from softhooks.cli.exit_codes import usage
+from softhooks.cli.exit_codes import usage_errors
 from softhooks.cli.run_arguments import Request, parse
 from softhooks.compat.bitsandbytes import needs_admission
 from softhooks.errors import OptionError, TrainerError
@@ -29,11 +29,11 @@ from softhooks.trainer.callback import SoftPromptCallback
 
 
 def run(arguments: list[str]) -> None:
-    """Run what a command line asks for.
+    """Run the script or module that a command line names, with a soft prompt.
 
     Raises:
         OptionError: the command line or the configuration is wrong.
-        TrainerError: the script trained nothing with a Trainer.
+        TrainerError: the script created no Trainer.
     """
     run_program(parse(arguments))
 
@@ -42,13 +42,13 @@ def run_program(request: Request) -> None:
     """Run a script or a module with a callback in each of its Trainers.
 
     Raises:
-        TrainerError: the script trained nothing with a Trainer.
+        TrainerError: the script created no Trainer.
     """
     with _callbacks(request) as made, _as_program(request):
         if request.is_module:
-            with usage():
+            with usage_errors():
                 _require_module(str(request.script))
-        _say(f"{request.script} trains {request.method}")
+        _log(f"{request.script} trains {request.method}")
         try:
             if request.is_module:
                 runpy.run_module(str(request.script), run_name="__main__", alter_sys=True)
@@ -59,49 +59,47 @@ def run_program(request: Request) -> None:
                 raise
     if not made:
         raise TrainerError(
-            f"`softhooks run` trains through a transformers Trainer; {request.script} ended without making one.\n"
-            "Attach the prompt in its own loop with `softhooks.attach` or `softhooks.tune`."
+            f"{request.script} ended without creating a transformers Trainer, which `softhooks run` needs.",
+            "In your own training loop, attach the prompt with `softhooks.attach` or `softhooks.tune`.",
         )
     if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()  # scripts leave that to the interpreter's end, where now and then gloo aborts
+        distributed.destroy_process_group()  # at interpreter exit, gloo sometimes aborts
 
 
 def _require_module(name: str) -> None:
-    """Check that a module can be run, as `python -m` does.
+    """Check that `python -m` could run a module.
 
     Raises:
-        OptionError: it is not there, or is a package without `__main__`.
+        OptionError: there is no such module, or it is a package without `__main__`.
     """
     packages = ["", *accumulate(name.split("."), "{}.{}".format)]
     try:
         is_name = not name.endswith(".py") and all(map(str.isidentifier, name.split(".")))
-        spec = find_spec(name) if is_name else None  # imports the packages around it
+        spec = find_spec(name) if is_name else None  # imports its parent packages
         is_package = spec is not None and spec.submodule_search_locations is not None
         can_run = spec is not None and (not is_package or find_spec(f"{name}.__main__") is not None)
     except (ModuleNotFoundError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name not in packages:
-            raise  # the package itself misses something
+            raise  # an import in a parent package failed
         spec, can_run = None, False
     if not can_run:
         raise OptionError(
-            "`softhooks run -m` runs a module that `python -m` would run here.",
-            "Name it with dots and without `.py`, and run the command where it can be imported.",
-            module=repr(name),
-            found="a package without `__main__`" if spec is not None else "no such module",
-            looked_in=f"{sys.path[0]} and where Python is installed",
+            f"`softhooks run -m` cannot run {name!r}: {'it is a package without `__main__`' if spec else 'no such module'}.",
+            "Give its name with dots and without `.py`, and run the command where the module can be imported.",
+            looked_in=f"{sys.path[0]} and the installed packages",
         )
 
 
 @contextmanager
 def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
-    """Give every Trainer that is made meanwhile a callback of its own; collect them."""
+    """Add a callback to every Trainer that is created in this context, and collect the callbacks."""
     made: list[SoftPromptCallback] = []
 
     class Given(SoftPromptCallback):
-        """The callback that `softhooks run` gives to each Trainer."""
+        """The callback that `softhooks run` adds to each Trainer."""
 
         remedy: ClassVar[str] = (
-            "The script brings a SoftPromptCallback of its own: run it with `python`, or take the callback out."
+            "The script adds its own SoftPromptCallback: run it with `python`, or remove that callback."
         )
 
         def __init__(self) -> None:
@@ -112,7 +110,7 @@ def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
 
     @functools.wraps(original)
     def with_prompt(trainer: transformers.Trainer, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        if needs_admission(model):  # the Trainer asks before its callbacks are made
+        if needs_admission(model):  # the Trainer refuses quantized models before it creates callbacks
             SoftPromptCallback(request.method, **request.callback, model=model)
         original(trainer, model, *args, **kwargs)
 
@@ -128,7 +126,7 @@ def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
 
 @contextmanager
 def _as_program(request: Request) -> Iterator[None]:
-    """Show the script the `sys.argv` and `sys.path` that it would have alone."""
+    """Set `sys.argv` and `sys.path` to what the script or module would see under `python`."""
     argv, path = sys.argv, list(sys.path)
     sys.argv = ["-m" if request.is_module else str(request.script), *request.arguments]
     sys.path[0] = str(Path.cwd()) if request.is_module else str(Path(request.script).resolve().parent)
@@ -139,6 +137,7 @@ def _as_program(request: Request) -> Iterator[None]:
         sys.path[:] = path
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
+    """Print a line to stderr, in one process."""
     if os.environ.get("RANK", "0") == "0":
         Console(stderr=True).print(f"softhooks run: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -1,7 +1,4 @@
-"""What `softhooks run` runs: a script or a module with a method and the options of the callback.
-
-They are read from the command line and the configuration file.
-"""
+"""The arguments of `softhooks run`: script or module, method, and options of the callback."""
 
 from __future__ import annotations
 
@@ -26,14 +23,14 @@ from softhooks.methods import METHODS
 
 @dataclass(frozen=True)
 class Request:
-    """What to run.
+    """The script or module to run, and the prompt to train.
 
     Attributes:
         method: the method with its options.
         callback: the options of the callback.
-        script: the file to run, or the name of the module.
+        script: the path of the script, or the name of the module.
         arguments: the arguments of the script or module.
-        is_module: whether it is a module, run as `python -m` runs one.
+        is_module: whether to run a module, as `python -m` does.
     """
 
     method: Method
@@ -44,7 +41,7 @@ class Request:
 
 
 def parse(arguments: list[str]) -> Request:
-    """Read a command line and the configuration file that it names.
+    """Parse a command line and read the configuration file that it names.
 
     Raises:
         OptionError: an option, its value or the script is wrong.
@@ -53,7 +50,7 @@ def parse(arguments: list[str]) -> Request:
 
 
 def request(line: CommandLine) -> Request:
-    """Make the method and the callback's options that a command line asks for.
+    """Create the method and collect the options of the callback.
 
     Raises:
         OptionError: an option, its value or the script is wrong.
@@ -61,14 +58,14 @@ def request(line: CommandLine) -> Request:
     config = run_config.read(line.config)
     if not line.program:
         raise OptionError(
-            "`softhooks run` needs a script or `-m MODULE` to run; none is named. `softhooks run --help` shows examples."
+            "`softhooks run` needs a script or `-m MODULE`, but none is named. `softhooks run --help` shows examples."
         )
     script: Path | str = line.program[0] if line.is_module else Path(line.program[0])
     if isinstance(script, Path) and not script.is_file():
         found = "a directory" if script.is_dir() else "no such file"
         raise OptionError(
-            f"{str(script)!r} is not a script that can be run: {found}.",
-            "Options of `softhooks run` stand before the script; a module is run with `-m`.",
+            f"{str(script)!r} is not a script: {found}.",
+            "Options of `softhooks run` go before the script; modules are run with `-m`.",
             looked_in=Path.cwd(),
         )
     method, callback = resolve(line.method or config["method"], config, line.options)
@@ -76,10 +73,14 @@ def request(line: CommandLine) -> Request:
 
 
 def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
-    """Read a method and the options of the callback from what a configuration holds: `method`, `options`, `callback`.
+    """Read the method and the options of the callback from the sections of a configuration.
+
+    Args:
+        found: the sections `method`, `options` and `callback`.
+        source: where they were found, for the error.
 
     Raises:
-        OptionError: it holds something else, or its values do not fit.
+        OptionError: there is another section, or a value does not fit.
     """
     config = run_config.sections(found, source)
     return resolve(config["method"], config, {})
@@ -88,15 +89,15 @@ def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
 def resolve(
     name: str | None, config: Mapping[str, Any], given: Mapping[str, bool | list[str]]
 ) -> tuple[Method, dict[str, Any]]:
-    """Make the method and the options of the callback from a configuration and the command line, which wins.
+    """Create the method and collect the options of the callback; the command line takes precedence.
 
     Args:
-        name: the method's; None for the default.
+        name: the name of the method; None for the default.
         config: the sections of the configuration.
         given: the options of the command line.
 
     Raises:
-        OptionError: an option belongs elsewhere or is missing, or its value does not fit.
+        OptionError: an option is unknown or missing, or its value does not fit.
     """
     kind = method_kind(name or DEFAULT_METHOD)
     options, callback = method_options(kind), callback_options()
@@ -114,22 +115,22 @@ def resolve(
 def _values(
     config: Mapping[str, Any], given: Mapping[str, bool | list[str]], options: Mapping[str, Option], owner: str
 ) -> dict[str, Any]:
-    """Convert the values of a file and of a command line, which wins."""
+    """Convert the values of a file and of a command line, which takes precedence."""
     _check_names((*config, *given), options, owner)
     texts = {name: _text(value, options[name]) if isinstance(value, list) else value for name, value in given.items()}
     return {name: options[name].read(value) for name, value in {**config, **texts}.items()}
 
 
 def _text(texts: list[str], option: Option) -> str | list[str]:
-    """The last text of an option that was repeated, or all of them where the option takes a list."""
+    """All texts of a repeated option that takes a list; the last text of any other option."""
     return texts if len(texts) > 1 and (option.hint is Any or "list" in option.takes) else texts[-1]
 
 
 def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str) -> None:
-    """Check that every option that was given belongs to its owner.
+    """Check that every option belongs to a method, or to the callback.
 
     Raises:
-        OptionError: naming the methods that it belongs to, or the nearest names.
+        OptionError: one does not; the error names the methods that have it, or similar names.
     """
     for name in given:
         if name in options:

@@ -1,4 +1,4 @@
-"""The help of `softhooks run`: what it does, examples, and what every option of every method means."""
+"""The help of `softhooks run`: usage, examples, and the options of the callback and of every method."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from softhooks.cli.options import Option, callback_options, method_options, meth
 from softhooks.cli.run_parser import DEFAULT_METHOD, DEFAULT_TOKENS
 
 _INTRODUCTION = """
-Usage: softhooks run [--method METHOD] [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]
+Usage: softhooks run [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]
 
-  or:  softhooks run [--method METHOD] [OPTIONS] -m MODULE [ARGUMENTS OF THE MODULE]
+  or:  softhooks run [OPTIONS] -m MODULE [ARGUMENTS OF THE MODULE]
 
-Run a Trainer script, not a line of it changed, so that it trains a soft prompt. Every transformers Trainer that the script makes
-(a Seq2SeqTrainer too) gets a SoftPromptCallback: the model is frozen, the prompt is all that trains, checkpoints and
-save_model hold the prompt only, and at the end the frozen weights are proved unchanged. Use the saved prompt with
+Run an unmodified Trainer script so that it trains a soft prompt. Every transformers Trainer that the script creates, a \
+Seq2SeqTrainer too, gets a SoftPromptCallback: the model is frozen, only the prompt trains, checkpoints and save_model contain \
+only the prompt, and after training the callback checks that the frozen weights are unchanged. Load the saved prompt with \
 softhooks.load(model, directory).
 
-Prompts want a far larger learning rate than weights: 1e-2 for prompt tuning, 5e-3 for a prefix. Give it to the script.
+Prompts need a far higher learning rate than weights: 1e-2 for prompt tuning, 5e-3 for a prefix. Set it in the script or in its \
+arguments.
 
 Examples:
 
   softhooks run train.py --learning_rate 1e-2 --output_dir sst2
 
-  softhooks run --method prefix-tuning --num-virtual-tokens 16 train.py --learning_rate 5e-3
+  softhooks run --method prefix-tuning train.py --learning_rate 5e-3
 
   softhooks run -m package.train --learning_rate 1e-2
 
-  torchrun --nproc-per-node 2 -m softhooks run --config prompt.yaml train.py --learning_rate 1e-2
+  torchrun --nproc-per-node 2 -m softhooks run --config prompt.yaml train.py
 
-`accelerate launch -m softhooks run ...` works too. The exit status is the script's; 2 if this command line is wrong.
+`accelerate launch -m softhooks run ...` works too. The exit status is that of the script, or 2 if this command line is wrong.
 
-A configuration in YAML or JSON; the command line wins over it:
+A configuration file is YAML or JSON; options on the command line take precedence:
 
   method: prompt_tuning
   options:
@@ -46,12 +47,16 @@ A configuration in YAML or JSON; the command line wins over it:
 
 
 def help_text(kind: str | None = None) -> str:
-    """The help: an overview, or with one method's options in full."""
+    """The help of `softhooks run`.
+
+    Args:
+        kind: the method whose options are described; None for an overview of all methods.
+    """
     lines = [*_wrapped(_INTRODUCTION), "Options:"]
     lines += _row("--method NAME", f"the method; {DEFAULT_METHOD} by default")
-    lines += _row("--config FILE", "read the method and options from a YAML or JSON file")
-    lines += _row("-m MODULE", "run a module as python -m does; what follows is passed on to it")
-    lines += _row("--help", "show this help; with --method, what all options of that method mean")
+    lines += _row("--config FILE", "a YAML or JSON file with the method and its options")
+    lines += _row("-m MODULE", "run a module as python -m does; everything after it is passed to the module")
+    lines += _row("--help", "show this help; with --method, also describe all options of that method")
     lines += ["", "Options of the callback:"]
     for option in callback_options().values():
         lines += _option(option)
@@ -64,12 +69,12 @@ def help_text(kind: str | None = None) -> str:
         for option in method_options(name).values():
             lines += _option(option)
     if kind is None:
-        lines += ["", "`softhooks run --method NAME --help` explains the options of a method."]
+        lines += ["", "`softhooks run --method NAME --help` describes the options of a method."]
     return "\n".join(lines) + "\n"
 
 
 def _wrapped(text: str) -> list[str]:
-    """Wrap paragraphs; indented ones stay as they are."""
+    """Wrap the paragraphs that are not indented."""
     found: list[str] = []
     for paragraph in text.strip().split("\n\n"):
         indented = paragraph.startswith(" ")

@@ -1,6 +1,6 @@
 """The command line of `softhooks run`: options, then a script or a module with arguments of its own.
 
-Neither torch nor transformers is imported here, so that help and a misspelled option are answered at once.
+This module does not import torch, so that help and errors about options appear at once.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ DEFAULT_TOKENS = 20
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command line, taken apart.
+    """A parsed command line.
 
     Attributes:
-        options: the options of the method and the callback by name; True or False for a switch, the texts in order of
-            appearance for any other.
-        program: the script or module and its arguments; empty if there is none.
+        options: the options of the method and of the callback by name: True or False for a switch; for any other option
+            the texts, in the order in which they were given.
+        program: the script or module and its arguments; empty if none was given.
         is_module: whether `program` was given with `-m`.
-        method: the method that was named.
-        config: the configuration file that was named.
-        help: whether help was asked for.
+        method: the value of `--method`.
+        config: the value of `--config`.
+        help: whether `--help` was given.
     """
 
     options: dict[str, bool | list[str]]
@@ -42,10 +42,10 @@ class CommandLine:
 
 
 def read(arguments: list[str]) -> CommandLine:
-    """Take a command line apart.
+    """Parse a command line.
 
     Raises:
-        OptionError: an option is unknown or has no value.
+        OptionError: an option is unknown, or its value is missing.
     """
     module = next((index for index, word in enumerate(arguments) if word.startswith("-m")), len(arguments))
     given = _parse(arguments[:module])  # an `-m` after a script belongs to the script
@@ -61,18 +61,18 @@ def read(arguments: list[str]) -> CommandLine:
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
-    """Parse options up to the first other word; that word and everything after it is the program."""
+    """Parse the options; the first word that is not one, and everything after it, is `program`."""
     try:
         given, unknown = _parser().parse_known_args(arguments)
     except argparse.ArgumentError as error:
         flag = str(error.argument_name).split("/")[0]
         if "expected one argument" in error.message:
             raise OptionError(
-                f"{flag} needs a value, and none follows it.",
-                f"A value that begins with a hyphen is written as `{flag}=-value`.",
+                f"{flag} needs a value, but none follows it.",
+                f"If the value begins with a hyphen, write `{flag}=VALUE`.",
             ) from None
         raise OptionError(
-            f"{flag} is a switch and takes no other value than yes or no: {error.message}.",
+            f"{flag} takes yes or no: {error.message}.",
             f"Write `{flag}`, or `--no-{flag[2:]}`.",
         ) from None
     if unknown:
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
             continue
         parser.add_argument(*flags, dest=name, action=argparse.BooleanOptionalAction)
         parser.add_argument(f"--no_{name}", dest=name, action="store_false")
-        for words, action in ((YES, "store_true"), (NO, "store_false")):  # a switch of argparse takes no `=yes`
+        for words, action in ((YES, "store_true"), (NO, "store_false")):  # BooleanOptionalAction refuses `=yes`
             spellings = {f"{flag}={word}" for flag in flags for text in words for word in (text, text.title())}
             parser.add_argument(*spellings, dest=name, action=action)
     parser.add_argument("program", nargs=argparse.PARSER, default=[]).required = False
@@ -111,7 +111,7 @@ def _switches() -> dict[str, bool]:
 
 
 def method_kind(name: Any) -> str:
-    """Find the `kind` of a method from the name that a user wrote: `prefix-tuning`, `PrefixTuning`, `prefix_tuning`.
+    """The `kind` of a method that is given as `prefix-tuning`, `PrefixTuning` or `prefix_tuning`.
 
     Raises:
         OptionError: there is no such method.
@@ -127,17 +127,17 @@ def method_kind(name: Any) -> str:
 
 
 def unknown_option(name: str, known: Iterable[str]) -> OptionError:
-    """The error for an option that nothing takes."""
+    """The error for an option that does not exist, with similar names."""
     return OptionError(
         f"{name} is not an option of the method, of the callback or of `softhooks run`.",
-        (suggestion(name, known, "--{}") or "Options of the script stand after the script.")
+        (suggestion(name, known, "--{}") or "Options of the script go after the script.")
         + " `softhooks run --help` lists all.",
         unknown=name,
     )
 
 
 def suggestion(name: str, known: Iterable[str], form: str) -> str:
-    """Ask whether one of the nearest known names was meant; empty if none is near."""
+    """A question whether one of the most similar names was meant; empty if none is similar."""
     plain = name.lstrip("-").replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""

@@ -1,5 +1,5 @@
 """Commands of integrations, with the exit codes and error messages of `softhooks`."""
 
-from softhooks.cli.exit_codes import reported, usage
+from softhooks.cli.exit_codes import report_errors, usage_errors
 
-__all__ = ["reported", "usage"]
+__all__ = ["report_errors", "usage_errors"]
