@@ -47,7 +47,7 @@ def run(profile: Profile, progress: Progress) -> Result:
                 progress.advance(task)
     return Result(
         name="exactness",
-        title="Exactness: how far loss and gradients are off the hand-made oracle's and off PEFT's",
+        title="Exactness: differences of loss and gradients from the oracle's and from PEFT's",
         explanation=(
             "Relative differences, for a prompt with the same numbers in each; unpadded text, the first real token without a "
             "label."

@@ -96,7 +96,7 @@ def run(profile: Profile, progress: Progress) -> Result:
         name="training_step",
         title="Training step: times the bare model's, and softhooks against PEFT",
         explanation=(
-            "Medians of ratios of CPU time, paired within rounds, with their 95% intervals, and beside them the ratio of the "
+            "Medians of ratios of CPU time, paired within rounds, with their 95% intervals, and the ratio of the "
             "shortest times. The bare model sees the same text without a prompt. Rows of 8 tasks in one batch need 8 prompts, as "
             "many as PEFT runs: there multitask prompts are hardly faster, and no bound is set."
         ),
