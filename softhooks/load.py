@@ -8,18 +8,20 @@ from pathlib import Path
 
 from torch import nn
 
-from softhooks.attach import attach_encoder
+from softhooks.attach import attach_prompt
 from softhooks.backbone.stack import ModelStructure
 from softhooks.encoder import PromptEncoder
 from softhooks.formats.find import find
 from softhooks.formats.stored import StoredPrompt
+from softhooks.method import Method
 from softhooks.methods import cartridge
 from softhooks.methods.cartridge import Cartridge
 from softhooks.methods.stored_fit import check_fit
 from softhooks.methods.stored_options import method_of
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.added_tokens import copy_rows, take_rows
+from softhooks.runtime.added_tokens import AddedTokens, copy_rows, take_rows
 from softhooks.runtime.attached_prompt import Injection
+from softhooks.runtime.prompt_parts import PromptSource
 
 __all__ = ["Cartridge", "attach_stored", "load"]
 
@@ -86,39 +88,61 @@ def attach_stored(
         parts: the prompts that it was joined from; each one's base model is compared.
     """
     method = method_of(stored)
-
-    def make(structure: ModelStructure) -> PromptEncoder:
-        if trainable:
-            return method.rebuild(structure, stored.tables)
-        return method.folded_encoder(stored.tables).requires_grad_(False)
-
-    def check_base(structure: ModelStructure) -> None:
-        for part in parts:
-            part.require_base(model, structure, override="or leave this one out")
-        if strict and not parts:
-            stored.require_base(model, structure)
-
-    prompt = attach_encoder(
+    prompt = attach_prompt(
         model,
         method,
         name,
-        make=make,
-        conventions=stored.conventions,
-        head_states=stored.heads,
-        source=stored.source,
-        labels=stored.labels,
-        make_added=lambda structure: copy_rows(stored.added_ids, model, structure) if stored.added_ids else None,
-        take_added=lambda own: take_rows(own, stored.added, stored.source),
+        PromptFile(stored, method, trainable, strict, parts),
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,
-        check=lambda structure: check_fit(stored, method, structure, strict=strict),
-        check_base=check_base,
     )
     prompt.heads.requires_grad_(trainable)
     if prompt.added is not None:
         prompt.added.requires_grad_(trainable)
     return prompt
+
+
+class PromptFile(PromptSource):
+    """A stored prompt, as a source to attach. Arguments as in `attach_stored`."""
+
+    def __init__(
+        self, stored: StoredPrompt, method: Method, trainable: bool, strict: bool, parts: Sequence[StoredPrompt]
+    ) -> None:
+        self.name = stored.source
+        self.conventions = stored.conventions
+        self.head_states = stored.heads
+        self.labels = stored.labels
+        self._stored = stored
+        self._method = method
+        self._trainable = trainable
+        self._strict = strict
+        self._parts = parts
+
+    def check_fit(self, structure: ModelStructure) -> None:
+        """Compare the shapes and the kind of model."""
+        check_fit(self._stored, self._method, structure, strict=self._strict)
+
+    def build(self, structure: ModelStructure) -> PromptEncoder:
+        """Make the encoder from the stored tensors."""
+        if self._trainable:
+            return self._method.rebuild(structure, self._stored.tables)
+        return self._method.folded_encoder(self._stored.tables).requires_grad_(False)
+
+    def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
+        """Copy the model's rows of the added tokens that the file has rows for."""
+        return copy_rows(self._stored.added_ids, model, structure) if self._stored.added_ids else None
+
+    def fill_added_tokens(self, added: AddedTokens) -> None:
+        """Put the stored rows into the copies."""
+        take_rows(added, self._stored.added, self._stored.source)
+
+    def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
+        """Compare the base that the prompt, or each of its parts, was trained with."""
+        for part in self._parts:
+            part.require_base(model, structure, override="or leave this one out")
+        if self._strict and not self._parts:
+            self._stored.require_base(model, structure)
 
 
 cartridge.attach_joined = attach_stored

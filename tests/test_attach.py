@@ -144,17 +144,17 @@ def test_an_error_while_attaching_undoes_everything() -> None:
     """A check that fails after the hooks are registered leaves nothing behind."""
     model = zoo.build("llama")
     before = _hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()]
-    original = softhooks.attach.__globals__["_prove_reached"]
+    original = softhooks.attach.__globals__["_check_attached"]
 
-    def fail(_prompt: Any) -> None:
+    def fail(*_args: Any) -> None:
         raise KeyboardInterrupt
 
-    softhooks.attach.__globals__["_prove_reached"] = fail
+    softhooks.attach.__globals__["_check_attached"] = fail
     try:
         with pytest.raises(KeyboardInterrupt):
             softhooks.attach(model, PromptTuning(3))
     finally:
-        softhooks.attach.__globals__["_prove_reached"] = original
+        softhooks.attach.__globals__["_check_attached"] = original
     assert before == (_hooks(model), _attributes(model), [p.requires_grad for p in model.parameters()])
 
 

@@ -107,7 +107,7 @@ def test_every_name_is_there_and_a_module_never_hides_a_function(tmp_path: objec
         assert callable(getattr(softhooks, name)), name
     with pytest.raises(AttributeError, match="has no attribute 'attatch'"):
         softhooks.attatch  # noqa: B018
-    order = "import softhooks.attach, softhooks.kept\nfrom softhooks.attach import attach_encoder\nimport softhooks"
+    order = "import softhooks.attach, softhooks.kept\nfrom softhooks.attach import attach_prompt\nimport softhooks"
     told = python(f"{order}\nprint(callable(softhooks.attach), callable(softhooks.kept))", tmp_path)
     assert told.split() == ["True", "True"]
     assert python("import softhooks; print(softhooks.errors.OptionError.__name__)", tmp_path).split() == ["OptionError"]

@@ -1,0 +1,133 @@
+"""The parts of a prompt that is attached: where they come from, and the module that holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from softhooks.backbone.added_vocabulary import warn_of_added
+from softhooks.backbone.heads import check_heads, copy_heads, find_heads
+from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids, stored_ids
+from softhooks.backbone.stack import ModelStructure
+from softhooks.compat.offload import device_of
+from softhooks.compat.peft import home
+from softhooks.encoder import EMBEDDINGS, PromptEncoder
+from softhooks.formats.labels import Labels
+from softhooks.layout.tokenizing import tokenizer_of
+from softhooks.method import Method
+from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_rows
+
+
+class PromptSource:
+    """The source of the parts of a prompt: its method, or a file.
+
+    Attributes:
+        name: the name of the source in errors.
+        conventions: the stored conventions; None: the method's.
+        head_states: the stored heads, by their path in the transformers model; None: copies of every new head of the model.
+        labels: the stored names of the heads' labels; None: the model's.
+    """
+
+    name = "given"
+    conventions: dict[str, Any] | None = None
+    head_states: dict[str, dict[str, Tensor]] | None = None
+    labels: Labels | None = None
+
+    def check_fit(self, structure: ModelStructure) -> None:
+        """Check that a stored prompt fits a model of this kind.
+
+        Raises:
+            PromptMismatchError: it was made for a model of another kind.
+        """
+
+    def build(self, structure: ModelStructure) -> PromptEncoder:
+        """Make the encoder for a model."""
+        raise NotImplementedError
+
+    def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
+        """Copy the vocabulary rows that the prompt trains, if any."""
+        raise NotImplementedError
+
+    def fill_added_tokens(self, added: AddedTokens) -> None:
+        """Put stored rows into these copies, after they have been checked against the model's rows."""
+
+    def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
+        """Check that a stored prompt was made for this base model. Called once its heads are known to fit.
+
+        Raises:
+            PromptMismatchError: it was made for another base.
+        """
+
+
+class NewPrompt(PromptSource):
+    """A prompt that its method initializes.
+
+    Args:
+        method: the method.
+        train_head, train_added_tokens: as in `attach`.
+    """
+
+    def __init__(self, method: Method, train_head: bool, train_added_tokens: Any) -> None:
+        self.head_states = None if train_head else {}
+        self._method = method
+        self._train_added_tokens = train_added_tokens
+
+    def build(self, structure: ModelStructure) -> PromptEncoder:
+        """Make the encoder, with its initial values."""
+        return self._method.build(structure)
+
+    def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
+        """Copy the rows of the tokens that `train_added_tokens` names."""
+        chosen, tokenizer = self._train_added_tokens, getattr(self._method, "tokenizer", None)
+        if chosen is True and tokenizer is not None:
+            chosen = tokenizer_of(tokenizer)
+        ids = chosen_ids(chosen, model, structure)
+        return copy_rows(ids, model, structure) if ids else None
+
+
+def build_module(
+    model: nn.Module,
+    structure: ModelStructure,
+    method: Method,
+    encoder: PromptEncoder,
+    source: PromptSource,
+    needs_ids: bool,
+) -> tuple[nn.ModuleDict, dict[str, Any], dict[str, nn.Module]]:
+    """The module that holds a prompt's encoder, heads and added tokens; its conventions; and the model's heads, by path."""
+    encoder.to(device_of(structure.entry.embedding))
+    module = nn.ModuleDict({"encoder": encoder})
+    ids, conventions = _ids_and_conventions(model, structure, method, encoder, source, needs_ids)
+    if ids is not None:
+        module.register_buffer(BUFFER, ids.to(encoder.device))
+    heads, states = find_heads(model, structure), source.head_states
+    if states is not None:
+        states = {home(model) + path: state for path, state in states.items()}
+        heads = {path: head for path, head in heads.items() if path in states}
+    module["heads"] = own = copy_heads(heads)
+    check_heads(own, states or {}, source.name)
+    added = source.added_tokens(model, structure)
+    if added is not None:
+        module[ADDED] = added
+    warn_of_added(model, structure, () if added is None else frozenset(added.ids.tolist()))
+    source.check_base(model, structure)
+    return module.train(model.training), conventions, heads
+
+
+def _ids_and_conventions(
+    model: nn.Module,
+    structure: ModelStructure,
+    method: Method,
+    encoder: PromptEncoder,
+    source: PromptSource,
+    needs_ids: bool,
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The ids of the virtual tokens, [P], if the model reads ids as well as embeddings; and the conventions."""
+    count = method.num_virtual_tokens
+    if source.conventions is not None:
+        return stored_ids(model, structure, count, source.conventions, source.name, needed=needs_ids)
+    if not needs_ids:
+        return None, method.conventions(structure)
+    known = encoder.start_ids
+    rows = encoder.folded().get(EMBEDDINGS) if known is None else None
+    return fresh_ids(model, structure, count, known, rows), method.conventions(structure)
