@@ -1,4 +1,4 @@
-"""The handle of a prompt: the only owner of its state."""
+"""`SoftPrompt`, the handle of an attached prompt: its parameters, saving, folding and removal."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class SoftPrompt(AttachedPrompt):
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
-        """The conventions as a file holds them, with the ids behind virtual tokens where the model looks at them."""
+        """The conventions as a file holds them, with the ids of the virtual tokens if the model reads ids."""
         own = self.module._buffers.get(BUFFER)
         return dict(self.conventions) if own is None else {**self.conventions, BUFFER: own.tolist()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trainable parameter, by its name in the model: the prompt's, its heads', and those kept trainable."""
+        """Every trainable parameter by its name in the model: of the prompt, of its heads, and of the base if kept trainable."""
         for name, parameter in self.model.named_parameters():
             mine = is_prompt_key(name, self.name)
             if parameter.requires_grad and (mine or not is_prompt_key(name)):
@@ -80,24 +80,22 @@ class SoftPrompt(AttachedPrompt):
 
     @property
     def num_parameters(self) -> int:
-        """How many parameters the prompt has, trainable or not: its own, its heads', and those of the base that train.
+        """The number of parameters of the prompt, of its heads, and of the base if they are trainable.
 
-        A prompt that was loaded to be used has those of the folded prompt: the MLP or LSTM that made it is gone.
+        A prompt that was loaded without `trainable=True` is folded: an MLP or LSTM of its encoder does not count.
         """
         own = sum(p.numel() for p in self.encoder.parameters()) or sum(
             t.numel() for t in self.encoder.folded().values()
         )
-        beside = [p for n, p in self.model.named_parameters() if p.requires_grad and not is_prompt_key(n)]
-        beside += [*self.heads.parameters(), *(self.added.parameters() if self.added else ())]
-        return own + sum(parameter.numel() for parameter in beside)
-
-    # --- what a user asks ---------------------------------------------------------------------------------------------
+        others = [p for n, p in self.model.named_parameters() if p.requires_grad and not is_prompt_key(n)]
+        others += [*self.heads.parameters(), *(self.added.parameters() if self.added else ())]
+        return own + sum(parameter.numel() for parameter in others)
 
     def fold(self) -> SoftPrompt:
-        """Run the reparameterization once and keep only its result; exact, and final.
+        """Run the reparameterization once and keep only its result. The outputs do not change; it cannot be undone.
 
         Raises:
-            UnsupportedModeError: another thread runs the model.
+            UnsupportedModeError: another thread is running the model.
         """
         with self.running.exclusive("`fold`"):
             self._fold()
@@ -113,16 +111,16 @@ class SoftPrompt(AttachedPrompt):
         self._branches.clear()
 
     def verify_frozen(self) -> FrozenReport:
-        """Prove that every frozen parameter and buffer has the bits that it had at attach.
+        """Check that every frozen parameter and buffer has the bits that it had at attach.
 
         Raises:
-            FrozenModifiedError: naming what moved.
+            FrozenModifiedError: one has changed; it is named.
             NotAttachedError: the prompt was removed, or loaded without a record.
         """
         self._require_attached()
         if self.prompted_model.record is None:
             raise NotAttachedError(
-                "no record of the frozen tensors was taken; load the prompt with `trainable=True` to take one."
+                "the prompt was loaded without a record of the frozen tensors; load it with `trainable=True` to take one."
             )
         return self.prompted_model.record.verify(self.model)
 
@@ -132,11 +130,12 @@ class SoftPrompt(AttachedPrompt):
         In a sharded model every rank must call this; the first one writes.
 
         Args:
-            save_directory: where to; made if it is not there.
-            as_peft: write an adapter that PEFT loads instead, where PEFT computes the same.
+            save_directory: the directory; made if it does not exist.
+            as_peft: write an adapter for PEFT instead, if PEFT computes the same.
 
         Raises:
-            UnsupportedMethodError: PEFT has nothing that computes the same.
+            NotAttachedError: the prompt was removed.
+            UnsupportedMethodError: PEFT has no method that computes the same.
         """
         folder = Path(save_directory)
         with gathered(self) as writes:
@@ -150,7 +149,7 @@ class SoftPrompt(AttachedPrompt):
                 say_unsaved(self, self.name, self.model, self.prompted_model.structure, stored.added_ids)
 
     def to_stored(self) -> StoredPrompt:
-        """The prompt as a file would hold it: folded, its heads by their path in the transformers model.
+        """The prompt as a file holds it: folded, and with its heads by their path in the transformers model.
 
         Raises:
             NotAttachedError: the prompt was removed.
@@ -173,7 +172,7 @@ class SoftPrompt(AttachedPrompt):
         )
 
     def _fingerprint(self) -> Fingerprint:
-        """The fingerprint of the base; of a sharded model, of which a process has parts, the one that was taken at attach."""
+        """The fingerprint of the base. For a sharded model, it is the one that was taken at attach, from whole weights."""
         prompted, added = self.prompted_model, self.added
         kept = prompted.fingerprint if shards(prompted.model) else None
         own = frozenset() if added is None else frozenset(added.ids.tolist())
@@ -185,8 +184,8 @@ class SoftPrompt(AttachedPrompt):
         """Upload what `save_pretrained` writes.
 
         Args:
-            repo_id: the repository; made if it is not there.
-            private: make it a private one.
+            repo_id: the repository; made if it does not exist.
+            private: make it private.
             token: as in `huggingface_hub`.
             kwargs: for `huggingface_hub.HfApi.upload_folder`: `commit_message`, `revision`, `create_pr`, ...
         """
@@ -200,10 +199,10 @@ class SoftPrompt(AttachedPrompt):
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
     def remove(self) -> None:
-        """Give the model back as it was before this prompt. Calling it again does nothing.
+        """Remove the prompt and restore the model as it was before. Calling it again does nothing.
 
         Raises:
-            UnsupportedModeError: another thread runs the model.
+            UnsupportedModeError: another thread is running the model.
         """
         with self.running.exclusive("`remove`"):
             if self.is_attached:

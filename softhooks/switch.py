@@ -1,4 +1,4 @@
-"""Several prompts on one model: which is on, for the model, for each row, or none."""
+"""Choose which prompts of a model are on: for the model, for each row of a batch, or none."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from softhooks.runtime.prompted_model import PromptedModel, require_prompted_mod
 
 
 def activate(model: nn.Module, name: str) -> SoftPrompt:
-    """Turn one prompt on, and the others of the model off, for every thread.
+    """Turn one prompt of a model on and the others off, in every thread.
 
-    A prompt that goes off keeps its gradients, so that one step may train several prompts; `zero_grad` clears them as ever.
+    A prompt that is turned off keeps its gradients, so that one step can train several prompts; `zero_grad` clears them.
 
     Raises:
-        NotAttachedError: the model carries no prompt of that name.
-        OptionError: it is given something else than one name.
-        UnsupportedModeError: another thread runs the model.
+        NotAttachedError: the model has no prompt of that name.
+        OptionError: `name` is not a string.
+        UnsupportedModeError: another thread is running the model.
     """
     if not isinstance(name, str):
         raise OptionError(
-            "`activate` turns one prompt on, for all rows.",
-            "For one prompt a row use `softhooks.rows(model, names)`, for several that answer together "
-            "`softhooks.PromptEnsemble(model, names)`, for the bare model `softhooks.disabled(model)`.",
-            name=repr(name),
+            f"`activate` was given {name!r}; it takes the name of one prompt, for all rows.",
+            "For a prompt for each row use `softhooks.rows(model, names)`, to combine the outputs of several "
+            "`softhooks.PromptEnsemble(model, names)`, for the model without a prompt `softhooks.disabled(model)`.",
             attached=", ".join(map(repr, require_prompted_model(model).prompts)),
         )
     prompted = require_prompted_model(model, name)
@@ -39,10 +38,10 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the bare model: no prompt, the model's own heads. May be nested; holds in this thread or asyncio task.
+    """Run the model without prompts and with its own heads, inside the context. Applies to this thread or asyncio task.
 
     Raises:
-        NotAttachedError: the model carries no prompt.
+        NotAttachedError: the model has no prompt.
     """
     prompted = require_prompted_model(model)
     try:
@@ -54,28 +53,30 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _show_labels(prompted: PromptedModel) -> None:
-    """Let the config show the names of this thread's labels; while another one runs the model, it shows that one's."""
-    with suppress(UnsupportedModeError), prompted.running.exclusive("the names of labels"):
+    """Let the config show this thread's label names, unless another thread is running the model."""
+    with suppress(UnsupportedModeError), prompted.running.exclusive("a change of label names"):
         prompted.show_labels()
 
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Give each row of the batches inside its own prompt, in forward and generate; None gives a row the bare model.
+    """Use one prompt for each row of the batches inside the context, in forward and generate; None uses no prompt for a row.
 
-    Holds in this thread or asyncio task, and in tasks that are started inside.
+    Applies to this thread or asyncio task, and to tasks that are started inside.
 
     Args:
-        names: one a row; in generate, beams and returned sequences belong to their row.
+        names: one name for each row. In generate, beams and returned sequences belong to their row.
 
     Raises:
-        NotAttachedError: the model carries no prompt of one of the names.
-        OptionError: no row is named.
+        NotAttachedError: the model has no prompt of one of the names.
+        OptionError: `names` is not a list with at least one name or None.
     """
     is_list = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
     listed = list(names) if is_list else []
     if not listed or not all(name is None or isinstance(name, str) for name in listed):
-        raise OptionError(f"rows must be a list of one prompt name a row, or None; it is {names!r}.")
+        raise OptionError(
+            f"`rows` was given {names!r}; it takes a list of one prompt name for each row, or None for no prompt."
+        )
     for name in dict.fromkeys(listed):
         require_prompted_model(model, name)
     with Block(require_prompted_model(model).model, rows=listed):

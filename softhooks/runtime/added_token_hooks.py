@@ -106,7 +106,7 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
         elif isinstance(module, nn.Embedding) and id(module) not in tables:
             given = (args or tuple(kwargs.values()))[0]
             if isinstance(given, Tensor) and given.shape == ids.shape and torch.equal(given, ids):
-                refuse_tables(model, f"the ids are looked up in a second table ({type(module).__name__})")
+                refuse_tables(model, f"a second table reads the ids ({type(module).__name__})")
 
     with eval_mode(model), _hooked(model, listen):
         with Block(prompt.model, off=True):
@@ -114,15 +114,17 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
             for embedding in tables.values():
                 expected = embedding(added.ids[None])
                 if not torch.equal(added.look_up(embedding, added.ids[None], expected)[0], expected):
-                    refuse_tables(model, f"an embedding that does more than look rows up ({type(embedding).__name__})")
+                    refuse_tables(model, f"its embedding ({type(embedding).__name__}) does more than look rows up")
         logits = getattr(answered, "logits", None)
         is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == prompt.structure.vocabulary
         if is_vocabulary and not seen:
-            refuse_tables(model, "logits of the vocabulary that are not computed by the output embeddings")
+            refuse_tables(model, "its logits are not computed by its output embeddings")
         for hidden, output in seen:
             mine, theirs = added.logits(hidden, output), output[..., added.ids]
             if float((mine - theirs).abs().max()) > 1e-2 * float(theirs.abs().max()) + 1e-6:
-                refuse_tables(model, f"output embeddings that do more than multiply ({type(head).__name__})")
+                refuse_tables(
+                    model, f"its output embeddings ({type(head).__name__}) do more than multiply by their rows"
+                )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Rows of the vocabulary that a prompt trains as its own: those of tokens that a script has added.
+"""Vocabulary rows that a prompt trains: copies of the model's rows for tokens that a script has added.
 
-The prompt holds copies of the rows; hooks put them in the place of the model's, where the embedding looks ids up and where the
-output embeddings (`lm_head`) compute these tokens' logits. The model's own tables keep every bit.
+Hooks use the copies instead of the model's rows, both in the embedding and in the output embeddings (`lm_head`). The model's own
+tables do not change.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from softhooks.compat.peft import unwrapped
 from softhooks.errors import OptionError, PromptMismatchError, UnsupportedModelError
 
 ADDED = "added"
-"""Under which name a prompt's module holds them."""
+"""The name of the added tokens in a prompt's module."""
 
 
 class AddedTokens(nn.Module):
-    """A prompt's own rows of the vocabulary, in fp32.
+    """A prompt's own vocabulary rows, in fp32.
 
     Args:
-        ids: which.
-        vocabulary: how many rows the model has.
-        rows: of the input embedding, [N, E]; where the output embeddings are tied to it, theirs too.
-        output_rows, output_bias: of output embeddings that are not tied, [N, H], and of their bias, [N].
+        ids: the ids of the tokens.
+        vocabulary: the number of rows of the model.
+        rows: rows of the input embedding, [N, E]; also of the output embeddings, if they are tied to it.
+        output_rows, output_bias: rows of output embeddings that are not tied, [N, H], and of their bias, [N].
     """
 
     ids: Tensor
@@ -54,12 +54,13 @@ class AddedTokens(nn.Module):
         self.output_bias = None if output_bias is None else nn.Parameter(output_bias.detach().float().clone())
 
     def look_up(self, embedding: nn.Module, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Look ids up as an embedding does, in the prompt's own rows: its factors apply to them too.
+        """Look ids up in the prompt's own rows by the forward of the embedding, so that its scaling applies to them too.
 
         Returns:
-            the rows, and which of the ids are the prompt's own.
+            the embeddings, and a mask of the ids that are the prompt's own.
         """
         places = self.places[ids]
+        # A stand-in for the embedding with the prompt's rows as its weight, without copying anything else.
         own: Any = object.__new__(type(embedding))
         table: Any = embedding.weight
         own.__dict__.update(embedding.__dict__)
@@ -69,13 +70,13 @@ class AddedTokens(nn.Module):
         return found.to(output.dtype), places >= 0
 
     def logits(self, hidden: Tensor, output: Tensor) -> Tensor:
-        """These tokens' logits, [..., N]."""
+        """The logits of these tokens, [..., N]."""
         rows = self.rows if self.output_rows is None else self.output_rows
         bias = None if self.output_bias is None else self.output_bias.to(hidden.dtype)
         return functional.linear(hidden, rows.to(hidden.dtype), bias).to(output.dtype)
 
     def tables(self) -> dict[str, Tensor]:
-        """Everything, by name, as a file holds it."""
+        """The tensors by name, as a file holds them."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
@@ -83,10 +84,10 @@ class AddedTokens(nn.Module):
 
 
 def chosen_ids(asked: Any, model: nn.Module, structure: ModelStructure) -> tuple[int, ...]:
-    """The ids of the rows to train: those that were named, or those that were added; to a tokenizer, if one is given.
+    """The ids that `train_added_tokens` selects: listed ids, the rows added to the model, or the tokens added to a tokenizer.
 
     Raises:
-        OptionError: an id is not in the vocabulary; or nothing tells which rows were added.
+        OptionError: an id is not in the vocabulary, or it is not known which rows were added.
     """
     if isinstance(asked, bool):
         if not asked:
@@ -94,9 +95,9 @@ def chosen_ids(asked: Any, model: nn.Module, structure: ModelStructure) -> tuple
         base = base_rows(model, structure)
         if base is None:
             raise OptionError(
-                "train_added_tokens=True trains the rows that `resize_token_embeddings` has added; nothing tells of any.",
+                f"train_added_tokens=True, but no rows that `resize_token_embeddings` has added to "
+                f"{type(unwrapped(model)).__name__} are known.",
                 "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
-                model=f"{type(unwrapped(model)).__name__}, {structure.vocabulary} rows",
             )
         return tuple(range(base, structure.vocabulary))
     if hasattr(asked, "get_added_vocab"):
@@ -104,44 +105,47 @@ def chosen_ids(asked: Any, model: nn.Module, structure: ModelStructure) -> tuple
     try:
         ids = [asked] if isinstance(asked, int) else [number.__index__() for number in asked]
     except (TypeError, AttributeError) as error:
-        raise OptionError(f"train_added_tokens must be True, False or ids of tokens; it is {asked!r}.") from error
+        raise OptionError(
+            f"train_added_tokens is {asked!r}; it takes True, False, token ids or a tokenizer."
+        ) from error
     beyond = [number for number in ids if not 0 <= number < structure.vocabulary]
     if not ids or beyond:
         raise OptionError(
-            "train_added_tokens must name rows of the model's vocabulary.",
-            "Call `model.resize_token_embeddings(len(tokenizer))` before, or mend the ids.",
-            ids=beyond or "none",
-            vocabulary=f"{structure.vocabulary} rows",
+            f"train_added_tokens selects {f'the ids {beyond}' if beyond else 'no ids'}; the model's vocabulary has "
+            f"{structure.vocabulary} rows.",
+            "Call `model.resize_token_embeddings(len(tokenizer))` before, or correct the ids.",
         )
     return tuple(sorted(set(ids)))
 
 
 def _added_to(tokenizer: Any, model: nn.Module, structure: ModelStructure) -> list[int]:
-    """The tokens that were added to a tokenizer and have rows beyond the model's own, or else beyond the tokenizer's own."""
+    """The tokens added to a tokenizer whose rows were added to the model, or, if that is not known, all of them."""
     base = base_rows(model, structure)
     first = tokenizer.vocab_size if base is None else base
     return sorted(number for number in tokenizer.get_added_vocab().values() if number >= first)
 
 
 def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -> AddedTokens:
-    """Copy rows of a model's vocabulary.
+    """Copy vocabulary rows of a model.
 
     Raises:
-        UnsupportedModelError: its tables are of a kind whose rows cannot be replaced.
+        UnsupportedModelError: its embeddings are of a kind whose rows cannot be replaced.
     """
     table, head = _input_of(model, structure), output_of(model)
     tables = {id(head), *(id(stack.embedding) for stack in structure.stacks)}
     for module in model.modules():
         is_adapter = hasattr(module, "base_layer") or hasattr(module, "original_module")
         if is_adapter and any(id(part) in tables for part in module.modules()):
-            refuse_tables(model, f"a table that an adapter of PEFT trains ({type(module).__name__})")
+            refuse_tables(model, f"its embeddings are in an adapter of PEFT ({type(module).__name__})")
     index = torch.tensor(list(ids), device=table.device)
     rows, output_rows, output_bias = table.detach()[index], None, None
     if head is not None:
         weight: Any = getattr(head, "weight", None)
         bias: Any = getattr(head, "bias", None)
         if not _is_table(weight, structure.vocabulary) or (bias is not None and bias.shape != weight.shape[:1]):
-            refuse_tables(model, f"output embeddings of another form ({type(head).__name__})")
+            refuse_tables(
+                model, f"its output embeddings ({type(head).__name__}) are not a matrix with one row for each token"
+            )
         output_rows = None if weight is table else weight.detach()[index]
         output_bias = None if bias is None else bias.detach()[index]
     return AddedTokens(ids, structure.vocabulary, rows, output_rows, output_bias).to(
@@ -153,15 +157,15 @@ def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
     """Put stored rows into a prompt's copies.
 
     Raises:
-        PromptMismatchError: their shape, or whether tables are tied, is another.
+        PromptMismatchError: their shapes differ, or tables are tied in only one of the two.
     """
     expected = {name: list(table.shape) for name, table in own.tables().items()}
     found = {name: list(table.shape) for name, table in tables.items()}
     if expected != found:
         raise PromptMismatchError(
-            "a prompt's rows of added tokens must fit the tables of the model.",
-            "Load the base model that it was trained with.",
-            prompt=f"{found} ({source})",
+            f"{source}: the prompt's rows of added tokens do not fit the model's embeddings.",
+            "Load the base model that the prompt was trained with.",
+            prompt=found,
             model=expected,
         )
     with torch.no_grad():
@@ -170,22 +174,22 @@ def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
 
 
 def _input_of(model: nn.Module, structure: ModelStructure) -> Tensor:
-    """The one table in which all stacks look ids up."""
+    """The embedding matrix that all stacks share."""
     tables = [getattr(stack.embedding, "weight", None) for stack in structure.stacks]
     for stack, table in zip(structure.stacks, tables, strict=True):
         if not isinstance(stack.embedding, nn.Embedding) or not _is_table(table, structure.vocabulary):
-            refuse_tables(model, f"an embedding of another kind ({type(stack.embedding).__name__})")
+            refuse_tables(model, f"its embedding ({type(stack.embedding).__name__}) is not a plain `nn.Embedding`")
         if stack.embedding.max_norm is not None:
-            refuse_tables(model, "an embedding that changes its rows as it looks them up (max_norm)")
+            refuse_tables(model, "its embedding changes its rows in a forward (max_norm)")
     if any(table is not tables[0] for table in tables):
-        refuse_tables(model, "encoder and decoder look ids up in tables of their own")
+        refuse_tables(model, "encoder and decoder have different embeddings")
     table = tables[0]
     assert isinstance(table, Tensor)
     return table
 
 
 def output_of(model: nn.Module) -> nn.Module | None:
-    """The output embeddings of a model, if it has some."""
+    """The output embeddings of a model, if it has any."""
     plain: Any = unwrapped(model)
     try:
         head = plain.get_output_embeddings()
@@ -200,14 +204,15 @@ def _is_table(weight: Any, rows: int) -> bool:
 
 
 def refuse_tables(model: nn.Module, found: str) -> NoReturn:
-    """Refuse a model whose tables are of another kind.
+    """Refuse a model whose vocabulary rows cannot be replaced.
+
+    Args:
+        found: the reason, as a clause.
 
     Raises:
-        UnsupportedModelError: saying what was found.
+        UnsupportedModelError: always.
     """
     raise UnsupportedModelError(
-        "rows of added tokens are trained where one whole, unquantized table is looked up, and ids are used nowhere else.",
-        "Attach without `train_added_tokens`, and save the resized model beside the prompt.",
-        model=type(unwrapped(model)).__name__,
-        found=found,
+        f"the added tokens of {type(unwrapped(model)).__name__} cannot be trained: {found}.",
+        "Attach without `train_added_tokens`, and save the resized model next to the prompt.",
     )

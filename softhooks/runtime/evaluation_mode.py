@@ -15,7 +15,7 @@ def refuse_evaluation(method: Method, model: nn.Module) -> None:
     """Refuse to train a model in evaluation mode if the method has an objective.
 
     Raises:
-        TrainerError: naming the method.
+        TrainerError: it is in evaluation mode.
     """
     if not model.training and method.objective() is not None:
         raise _in_evaluation(method, model)
@@ -41,8 +41,6 @@ def refuse_backward(method: Method, model: nn.Module) -> Callable[[Any], Any]:
 
 def _in_evaluation(method: Method, model: nn.Module) -> TrainerError:
     return TrainerError(
-        "the model is in evaluation mode; a method with its own objective trains only in training mode.",
+        f"{type(model).__name__} is in evaluation mode, in which the objective of {method.kind} does not run.",
         "Call `model.train()` first: `from_pretrained` gives a model in evaluation mode, and some loops leave it there.",
-        method=method.kind,
-        model=type(model).__name__,
     )
