@@ -214,6 +214,7 @@ def _freeze_and_install(prompted: PromptedModel, trainable: tuple[str, ...], fro
 
 
 def _add(prompted: PromptedModel, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dropout: bool) -> None:
+    """Add a prompt to the model's prompts, turn it on, and register the hooks of its heads and added tokens."""
     container: Container = getattr(prompted.model, CONTAINER)
     container[prompt.name] = prompt.module
     prompted.labels.begin(prompt)

@@ -43,14 +43,11 @@ _TRAINED_KEY_VALUES = ("attention", "written_out", "cache")
 """The injections whose keys and values are trained for the first positions, or computed once and kept."""
 
 
-def open_pass(
-    stack: Stack, call: dict[str, Any], selection: Selection, placeholder: int, outer: OuterCall | None = None
-) -> Pass:
+def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None = None) -> Pass:
     """Open the pass for one forward of a stack; the call's arguments are changed in place.
 
     Args:
         selection: the prompts of the batch, and which row has which.
-        placeholder: an ordinary id for slots.
         outer: positions and mask of the model's own call; None where the stack is called by itself.
 
     Raises:
@@ -77,9 +74,9 @@ def open_pass(
         return _open_prefix(stack, call, selection, outer)
     fallback = next((found for found in reasons if found), [])
     if not fallback:
-        return _open_slots(stack, call, selection, placeholder, outer)
+        return _open_slots(stack, call, selection, outer)
     try:
-        return _open_slots(stack, call, selection, placeholder, outer, is_fallback=True)
+        return _open_slots(stack, call, selection, outer, is_fallback=True)
     except UnsupportedModeError as error:
         raise slots_error(fallback, error) from error
 
@@ -123,16 +120,11 @@ def _refuse_left_padding(stack: Stack, mask: Tensor | None) -> None:
 
 
 def _open_slots(
-    stack: Stack,
-    call: dict[str, Any],
-    selection: Selection,
-    placeholder: int,
-    outer: OuterCall | None,
-    is_fallback: bool = False,
+    stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None, is_fallback: bool = False
 ) -> Pass:
-    slots = _slots_of(stack, selection)
+    slots, first = _slots_of(stack, selection), selection.prompts[0]
     if stack.name == "decoder":
-        return CrossSlotPass(stack, selection.prompts[0].structure.entry, slots, call)
+        return CrossSlotPass(stack, first.structure.entry, slots, call)
     if selection.hidden(text_shape(call)[0], slots.columns) is not None:
         raise UnsupportedModeError(
             "the prompt enters as slots, but hiding virtual tokens from some rows needs one that enters as keys and values.",
@@ -141,8 +133,8 @@ def _open_slots(
         )
     check_text_length(stack, call, slots.columns, cached=slots.columns, outer=outer)
     if is_fallback:
-        return FallbackPass(stack, slots, call, placeholder, outer=outer)
-    return SlotPass(stack, slots, call, placeholder, keep=stack.name == "encoder", outer=outer)
+        return FallbackPass(stack, slots, call, first.placeholder_id, outer=outer)
+    return SlotPass(stack, slots, call, first.placeholder_id, keep=stack.name == "encoder", outer=outer)
 
 
 def _slots_of(stack: Stack, selection: Selection) -> Slots:

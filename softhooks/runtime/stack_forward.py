@@ -65,7 +65,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
     if prompted.freeze_dropout:
         _keep_dropout_off(prompted, stack)
     with scope_on(paged, prompted.model):
-        opened = open_pass(stack, call, selection, prompted.placeholder_id, outer)
+        opened = open_pass(stack, call, selection, outer)
     if packed is not None:
         keep_documents_apart(opened, packed)
     if paged is not None:
