@@ -1,8 +1,8 @@
-"""A model with a prompt inside another model that saves and loads it, as in a sentence-transformers model.
+"""A prompted model inside a sentence-transformers model, which saves and loads it.
 
-The outer model's checkpoint holds what was trained of the inner one, and nothing else of it. The outer model resumes by loading a
-second model from the checkpoint and taking its state dict: `Trained` stands in for the inner model there, and `complete` adds
-what the checkpoint leaves out, from the model in training itself.
+A checkpoint of the sentence model holds what was trained in the inner model. To resume, the library loads a second model from the
+checkpoint and takes its state dict: `TrainedTensors` replaces the inner model there, and the hook `complete` adds the base from
+the model that is being trained.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def saving_itself(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Let a model save its own weights, also while a callback saves the prompt in their place.
+    """Let a model save its own weights, although a callback saves the prompt instead of them.
 
     Yields:
-        its state dict without any prompt's parameters.
+        its state dict without prompts.
     """
     names = ("save_pretrained", "_keys_to_ignore_on_save")
     kept = {name: model.__dict__.pop(name) for name in names if name in model.__dict__}
@@ -37,19 +37,20 @@ def saving_itself(model: nn.Module) -> Iterator[dict[str, Tensor]]:
         model.__dict__.update(kept)
 
 
-def refuse_bare(folder: Path, remedy: str) -> None:
-    """Refuse a Trainer's checkpoint where a whole model is wanted: the base is not in it.
+def refuse_checkpoint(folder: Path, remedy: str) -> None:
+    """Refuse a Trainer's checkpoint instead of a saved model, because the base is not in it.
 
     Raises:
         CheckpointError: naming the folder.
     """
     if (folder / LIVE).is_file():
-        rule = "a Trainer's checkpoint holds the prompt alone; its base is not in it."
-        raise CheckpointError(rule, remedy, folder=folder)
+        raise CheckpointError(
+            f"{folder} is a Trainer's checkpoint, which holds only the prompt and not the base.", remedy
+        )
 
 
-class Trained(nn.Module):
-    """Stands in for a module whose `model` is the inner one: its state dict is what was trained, and nothing else.
+class TrainedTensors(nn.Module):
+    """A module whose state dict has the trained tensors of a checkpoint, under `model.`.
 
     Args:
         folder: a Trainer's checkpoint.
@@ -69,10 +70,10 @@ class Trained(nn.Module):
 
 
 def complete(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-    """Check a checkpoint's state against the prompt in training, and add the base to it; a hook before a state dict is loaded.
+    """A hook before a state dict is loaded: check that it belongs to the prompt in training, and add the base to it.
 
     Raises:
-        TrainerError: it is of another prompt, or of another base.
+        TrainerError: it belongs to another prompt or base.
     """
     saver = saver_of(model)
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -90,17 +91,17 @@ def complete(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) 
 
 # --- the module around it ---------------------------------------------------------------------------------------------
 
-_DRESS = "_soft_prompt_dress"
+_WRAPPER = "_soft_prompt_wrapper"
 _FLATTENS = "can_flatten_inputs"
 _POOL = "start_multi_process_pool"
 
 
-class Dress:
-    """What the module around a model wears while the model carries a prompt; until its last prompt is removed.
+class ModuleWrapper:
+    """Changes the module around a model while the model has a prompt; undone when the last one is removed.
 
     Args:
-        module: the module, whose `model` is the inner one.
-        kind: its class meanwhile: a subclass of its own that saves and loads the prompt.
+        module: the module; its `model` is the inner model.
+        kind: the class that the module gets: a subclass of its own that saves and loads the prompt.
         prompted: the state of the model's prompts.
     """
 
@@ -116,11 +117,11 @@ class Dress:
             prompted.patches.set(module, _FLATTENS, False)
         prompted.patches.keep(prompted.model.register_load_state_dict_pre_hook(complete))
         prompted.patches.keep(self)
-        module.__dict__[_DRESS] = self
+        module.__dict__[_WRAPPER] = self
         module.__class__ = kind
 
     def cover(self, model: nn.Module) -> None:
-        """Freeze what else the outer model has, and keep it to one process."""
+        """Freeze the other modules of the sentence model, and refuse multi-process pools."""
         if not isinstance(model.__dict__.get(_POOL), _NoPool):
             self.prompted.patches.set(model, _POOL, _NoPool())
         known = {id(parameter) for parameter in self.module.model.parameters()}
@@ -132,58 +133,57 @@ class Dress:
             parameter.requires_grad_(False)
 
     def remove(self) -> None:
-        """Give the module its class back, and the rest of the outer model its flags."""
+        """Restore the module's class, and `requires_grad` of the other modules."""
         self.module.__class__ = self.plain
-        self.module.__dict__.pop(_DRESS, None)
+        self.module.__dict__.pop(_WRAPPER, None)
         for parameter, flag in self.covered:
             parameter.requires_grad_(flag)
         self.covered.clear()
 
 
-def dress_of(module: nn.Module) -> Dress | None:
-    """What a module wears, if its model carries a prompt."""
-    worn: Dress | None = module.__dict__.get(_DRESS)
-    return worn
+def wrapper_of(module: nn.Module) -> ModuleWrapper | None:
+    """The wrapper of a module whose model has a prompt."""
+    wrapper: ModuleWrapper | None = module.__dict__.get(_WRAPPER)
+    return wrapper
 
 
 class _NoPool:
-    """Stands in for `start_multi_process_pool`."""
+    """Replaces `start_multi_process_pool`."""
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refuse.
+        """Refuse to start a pool.
 
         Raises:
             UnsupportedModeError: always.
         """
         raise UnsupportedModeError(
-            "a prompt lives in the process that it was attached in; a pool would start others without it.",
-            "Encode here, on one device, or load the saved model in processes of your own.",
-            asked="a multi-process pool",
+            "a multi-process pool would encode without the prompt, which is only in this process.",
+            "Encode in this process, on one device, or load the saved model in your own processes.",
         )
 
 
-def leave_room(module: Any, prompted: PromptedModel) -> None:
-    """Cut texts so much earlier (`max_seq_length`) that slots fit among the positions beside them, until the last prompt goes."""
+def limit_text_length(module: Any, prompted: PromptedModel) -> None:
+    """Lower `max_seq_length` so that text and slots fit into the model's positions, until the last prompt is removed."""
     slots = [prompt.layout.columns for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
     limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length
     if slots and limit is not None and asked is not None and asked + max(slots) > limit:
-        prompted.patches.keep(_Longer(module, asked))
+        prompted.patches.keep(_TextLength(module, asked))
         module.max_seq_length = limit - max(slots)
         logger.warning(
-            "texts are cut after %d tokens, not %d, as long as the prompt is on: its %d slots need positions too",
+            "texts are truncated to %d tokens instead of %d while the prompt is attached: its %d slots need positions too",
             module.max_seq_length,
             asked,
             max(slots),
         )
 
 
-class _Longer:
-    """Lets texts be as long as they were again, with the last prompt."""
+class _TextLength:
+    """The `max_seq_length` of a module before it was lowered."""
 
     def __init__(self, module: Any, length: int) -> None:
         self.module = module
         self.length = length
 
     def remove(self) -> None:
-        """Put the length back; of two prompts' lengths the longer was there first."""
+        """Restore it; if two prompts lowered it, the longer length was the first."""
         self.module.max_seq_length = max(self.length, self.module.max_seq_length)

@@ -90,7 +90,7 @@ def _check_choices(name: str, values: Any) -> None:
     )
     if not plain:
         raise OptionError(
-            f"{name}={values!r} is not a list of values to choose from: strings, numbers, booleans or None, or one value of "
-            "another type.",
+            f"{name}={values!r} is not a list of values to choose from: strings, numbers, booleans or None, or "
+            "one value of another type.",
             "Write init=['vocab', 'random'], or layers=[[0, 1]] for a value that is itself a list.",
         )

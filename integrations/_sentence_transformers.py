@@ -1,6 +1,6 @@
-"""A sentence-transformers model around the prompted one: what it calls, what it saves, what it loads.
+"""How a sentence-transformers model calls, saves and loads its prompted transformers model.
 
-The library's classes are imported when they are used; `softhooks.integrations.sentence_transformers` is where people come in.
+The library is imported when it is used. The public functions are in `softhooks.integrations.sentence_transformers`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from softhooks.integration_support.models import require_prompted_model, soft_pr
 from softhooks.integration_support.saved_prompts import attach_stored, find
 
 from ._imports import import_framework
-from ._inner_model import Dress, Trained, dress_of, leave_room, refuse_bare, saving_itself
+from ._inner_model import ModuleWrapper, TrainedTensors, limit_text_length, refuse_checkpoint, saving_itself, wrapper_of
 
 PROMPTED = "PromptedTransformer"
 KIND = f"softhooks.integrations.sentence_transformers.{PROMPTED}"
-"""What `modules.json` calls the transformer of a model that was saved with its prompt."""
+"""The class in `modules.json` of the first module of a model that was saved with its prompt."""
 
 FAMILIES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 """The library's classes of models."""
 
 WHOLE = "Load the base model, then `load_prompt(model, folder)`; `trainer.save_model(folder)` saves a whole model."
-"""What to do with a folder that holds a prompt and no model."""
+"""The remedy for a directory with a prompt but no model."""
 
 
 def sentence_library() -> Any:
@@ -39,10 +39,10 @@ def sentence_library() -> Any:
 
 
 def transformer_of(model: Any) -> Any:
-    """The one module of a sentence model that holds a transformers model.
+    """The module of a sentence model that holds its only transformers model.
 
     Raises:
-        UnsupportedModelError: there is none that a prompt can enter, or more than one.
+        UnsupportedModelError: there is no such module, or it cannot have a prompt.
     """
     library = sentence_library()
     from sentence_transformers.base.modules import Transformer
@@ -54,35 +54,34 @@ def transformer_of(model: Any) -> Any:
     first = next(iter(model.children()), None) if found else None
     why = ""
     if not isinstance(model, families):
-        why = f"it is a {type(model).__name__}"
+        why = f"it is none of {', '.join(FAMILIES)}"
     elif len(found) != 1 or first is not found[0] or type(first) not in (Transformer, prompted_transformer()):
         why = f"its modules are {', '.join(type(module).__name__ for module in model.children())}"
     elif first.backend != "torch":
         why = f"its backend is {first.backend}"
     elif getattr(first.model, "_hf_peft_config_loaded", False) or hasattr(first.model, "peft_config"):
-        why = "it carries an adapter of PEFT"
+        why = "it has an adapter of PEFT"
     if why:
         raise UnsupportedModelError(
-            "a prompt enters a SentenceTransformer, CrossEncoder or SparseEncoder that begins with its only Transformer.",
-            "Take a model of that kind, on the torch backend, with adapters merged; SetFit's Trainer takes a "
-            "`SetFitPromptCallback` (softhooks.integrations.setfit).",
-            model=f"{type(model).__name__}: {why}",
+            f"a prompt cannot be attached to this {type(model).__name__}: {why}.",
+            "Use a SentenceTransformer, CrossEncoder or SparseEncoder whose first module is its only Transformer, with the torch "
+            "backend and merged adapters; for SetFit, use `SetFitPromptCallback` (softhooks.integrations.setfit).",
         )
     return first
 
 
-def dress(model: Any) -> None:
-    """Let a sentence model call, save and load its inner model with the prompt; once is enough."""
+def wrap_sentence_model(model: Any) -> None:
+    """Let a sentence model call, save and load its inner model with the prompt. Calling it again does nothing."""
     transformer = transformer_of(model)
-    _dress_module(transformer).cover(model)
-    leave_room(transformer, require_prompted_model(transformer.model))
+    _wrap_module(transformer).cover(model)
+    limit_text_length(transformer, require_prompted_model(transformer.model))
 
 
-def _dress_module(transformer: Any) -> Dress:
-    worn = dress_of(transformer)
-    return (
-        Dress(transformer, prompted_transformer(), require_prompted_model(transformer.model)) if worn is None else worn
-    )
+def _wrap_module(transformer: Any) -> ModuleWrapper:
+    wrapper = wrapper_of(transformer)
+    if wrapper is None:
+        wrapper = ModuleWrapper(transformer, prompted_transformer(), require_prompted_model(transformer.model))
+    return wrapper
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -90,36 +89,34 @@ def _dress_module(transformer: Any) -> Dress:
 
 @functools.cache
 def prompted_transformer() -> Any:
-    """The class of a sentence model's first module, where that carries a prompt."""
+    """The class of a sentence model's first module while its model has a prompt."""
     sentence_library()
     from sentence_transformers.base.modules import Transformer
 
     class PromptedTransformer(Transformer):
-        """A `Transformer` whose model carries a prompt: saved with it, and loaded with it."""
+        """A `Transformer` that is saved and loaded with the prompt of its model."""
 
         def forward(self, features: dict[str, Any], **kwargs: Any) -> Any:
-            """Refuse one prompt a row: the library sorts texts by their length before it batches them."""
+            """Refuse one prompt per row, because the library sorts texts by length before it batches them."""
             prompted = require_prompted_model(self.model)
             if prompted.rows is not None:
                 raise UnsupportedModeError(
-                    "the texts of a sentence model share one prompt: the library sorts them before it batches them, so that "
-                    "rows would meet each other's.",
-                    "Encode the texts of each prompt by themselves, with `softhooks.activate(model, name)` before.",
+                    "`rows` cannot be used with a sentence model: the library sorts the texts before it batches them.",
+                    "Encode the texts of each prompt separately, after `softhooks.activate(model, name)`.",
                     rows=prompted.rows,
                 )
             return super().forward(features, **kwargs)
 
         def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-            """Save model, prompt, processor and config; into a Trainer's checkpoint the prompt in the model's place."""
+            """Save model, prompt, processor and config; in a Trainer's checkpoint the prompt instead of the model."""
             prompted, folder = require_prompted_model(self.model), Path(output_path)
             if saver_of(self.model) is not None and re.fullmatch(r"checkpoint-\d+", folder.name):
                 super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
                 return
             if len(prompted.prompts) > 1:
                 raise UnsupportedModeError(
-                    "a sentence model is saved with one prompt.",
+                    f"the sentence model has the prompts {', '.join(map(repr, prompted.prompts))}; it is saved with one.",
                     "Remove the others, or save each with its own `save_pretrained`.",
-                    prompts=", ".join(map(repr, prompted.prompts)),
                 )
             with saving_itself(self.model) as state:
                 self.model.save_pretrained(folder, state_dict=state)
@@ -130,22 +127,22 @@ def prompted_transformer() -> Any:
 
         @classmethod
         def load(cls, model_name_or_path: str, subfolder: str = "", module_classes: Any = None, **kwargs: Any) -> Any:
-            """Load the model and put its prompt on; of a Trainer's checkpoint, if the Trainer asks, what was trained."""
+            """Load the model and its prompt; for a Trainer that resumes, only the trained tensors of its checkpoint."""
             folder = Path(model_name_or_path, subfolder)
             if module_classes and (folder / LIVE).is_file():
-                return Trained(folder)
-            refuse_bare(folder, WHOLE)
+                return TrainedTensors(folder)
+            refuse_checkpoint(folder, WHOLE)
             module = super().load(model_name_or_path, subfolder=subfolder, **kwargs)
             source = folder if folder.is_dir() else model_name_or_path
             attach_stored(module.model, find(source, kwargs.get("revision"), kwargs.get("token")), "default")
-            _dress_module(module)
+            _wrap_module(module)
             return module
 
         def on_model_ready(self, model: Any) -> None:
-            """Freeze what else the loaded model has."""
+            """Wrap the loaded sentence model."""
             super().on_model_ready(model)
-            dress(model)
+            wrap_sentence_model(model)
 
-    # The library writes module and name into `modules.json`, and imports them from there.
+    # The library writes this module and name into `modules.json`, and imports the class by them.
     PromptedTransformer.__module__, PromptedTransformer.__qualname__ = KIND.rsplit(".", 1)
     return PromptedTransformer

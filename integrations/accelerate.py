@@ -280,8 +280,8 @@ def _place_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
     if len(found) == 1:
         return found[0]
     raise TrainerError(
-        f"{len(found)} of the {len(weights)} models that accelerate is about to write hold the prompt {prompt.name!r}, and not "
-        "one.",
+        f"{len(found)} of the {len(weights)} models that accelerate is about to write hold the prompt {prompt.name!r}; exactly "
+        "one must.",
         "Let no other hook of `register_save_state_pre_hook` remove the weights first.",
     )
 

@@ -1,17 +1,17 @@
-"""lm-evaluation-harness: score a model with its prompt.
+"""lm-evaluation-harness: evaluate a model with its prompt.
 
-A model type `softhooks`, which is the harness's own `HFLM` with one argument more, `prompt`: a directory, a hub id or a
-checkpoint of PEFT. Everything else is HFLM's: log-likelihoods, rolling windows, generation, batch sizes, chat templates. Slots
-take places in the model's context, so `max_length` is HFLM's own less what the prompt takes; with the prompt off it is HFLM's,
-and so is every score, bit for bit. From a shell, with the harness's own options behind it:
+The model type `softhooks` is the harness's `HFLM` with one more argument, `prompt`: a directory, a hub id or a PEFT checkpoint.
+Log-likelihoods, rolling windows, generation, batch sizes and chat templates are HFLM's. Slots take positions of the model's
+context, so `max_length` is HFLM's minus the length of the prompt. With the prompt disabled, all scores are those of HFLM, bit for
+bit. From a shell, followed by the harness's own options:
 
     python -m softhooks.integrations.lm_eval --model softhooks --model_args pretrained=NAME,prompt=DIR --tasks arc_easy
 
-In Python, `register()` makes `lm_eval.simple_evaluate(model="softhooks", model_args=...)` find it, and `SoftPromptLM` takes a
-model that carries a prompt already.
+In Python, after `register()`, `lm_eval.simple_evaluate(model="softhooks", model_args=...)` works; `SoftPromptLM` also takes a
+model that already has a prompt.
 
-Refused by name, for the harness has rows of ids and nothing else: layouts that are templates, layouts whose slots stand next to
-anchors or at the end (a scored continuation may not move them), and a multitask prompt of several tasks.
+Refused with an error, because the harness passes only token ids: layouts with a template, layouts with slots at anchors or at the
+end (they would move in front of a scored continuation), and a multitask prompt of several tasks.
 
 Versions tested: lm-eval 0.4.13.
 
@@ -44,11 +44,11 @@ __all__ = ["SoftPromptLM", "main", "register"]
 SoftPromptLM: Any  # made by `__getattr__`
 
 NAME = "softhooks"
-"""What the harness calls the model type."""
+"""The name of the model type."""
 
 
 def register() -> None:
-    """Make the harness find the model type `softhooks`; calling it again does nothing.
+    """Register the model type `softhooks` in the harness. Calling it again does nothing.
 
     Raises:
         SoftHooksError: lm-eval is not installed.
@@ -60,26 +60,26 @@ def register() -> None:
         model_registry.register(NAME, target=_language_model())
 
 
-def room_taken(model: nn.Module) -> int:
-    """How many of a model's positions its prompts take now: the longest of those that are on; 0 where none is."""
+def positions_taken(model: nn.Module) -> int:
+    """The number of positions that the active prompts of a model take: that of the longest; 0 without an active prompt."""
     from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
 
     prompted = prompted_model_of(model)
     if prompted is None or not prompted.is_in_use:
         return 0
     names = [prompted.active] if prompted.rows is None else prompted.rows
-    return max(_room(soft_prompts_of(prompted)[name]) for name in names if name is not None)
+    return max(_positions(soft_prompts_of(prompted)[name]) for name in names if name is not None)
 
 
-def _room(prompt: SoftPrompt) -> int:
-    """A prefix that leaves the text where it stands takes no position, and a gated branch has none."""
+def _positions(prompt: SoftPrompt) -> int:
+    """A prefix that does not shift positions takes none, and neither does a gated branch."""
     if prompt.injection == "branch" or not prompt.conventions.get("shift_positions", True):
         return 0
     return prompt.layout.columns
 
 
 def require_plain_rows(prompt: SoftPrompt) -> None:
-    """Refuse a prompt that needs more than rows of ids.
+    """Check that a prompt needs nothing but token ids.
 
     Raises:
         UnsupportedMethodError: naming what it needs.
@@ -89,10 +89,9 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
     needs = "slots that are looked for in each row" if prompt.layout.searches else required_columns(prompt)
     if needs:
         raise UnsupportedMethodError(
-            "the harness gives a model rows of ids, in which every continuation is scored at its own place.",
-            "Use a prompt that stands at the front; of a multitask prompt, one task.",
+            f"the prompt needs {needs}, but the harness passes only token ids.",
+            "Use a prompt at the front of the text; of a multitask prompt, one task.",
             method=prompt.method.kind,
-            needs=needs,
         )
 
 
@@ -101,7 +100,7 @@ def _harness() -> Any:
 
 
 def _language_model() -> type:
-    """Build the class, once: it must subclass the harness's."""
+    """Make the class that derives from the harness's, once."""
     if "SoftPromptLM" in globals():
         return globals()["SoftPromptLM"]  # type: ignore[no-any-return]
     _harness()
@@ -114,24 +113,24 @@ def _language_model() -> type:
         """HFLM with a prompt.
 
         Args:
-            pretrained: as HFLM takes it: a name, a directory, or a model; one that carries a prompt is taken with it.
-            prompt: a saved prompt to load; None: the model carries one.
+            pretrained: as for HFLM: a name, a directory, or a model, which may already have a prompt.
+            prompt: a saved prompt to load; None: the model has one.
             strict: as in `softhooks.load`.
-            kwargs: HFLM's own. A `max_length` that is given is the context's whole length, of which the prompt takes its part.
+            kwargs: HFLM's arguments. `max_length` is the length of the context, including the prompt.
 
         Raises:
-            OptionError: there is no prompt, or there are two.
-            UnsupportedMethodError: the prompt needs more than rows of ids. The model is as it was.
+            OptionError: there is no prompt, or both `prompt` and one on the model.
+            UnsupportedMethodError: the prompt needs more than token ids. The model is unchanged.
         """
 
         def __init__(self, pretrained: Any, prompt: str | None = None, strict: bool = True, **kwargs: Any) -> None:
-            carries = not isinstance(pretrained, str) and prompted_model_of(pretrained) is not None
-            if carries == (prompt is not None):
+            has_prompt = not isinstance(pretrained, str) and prompted_model_of(pretrained) is not None
+            if has_prompt == (prompt is not None):
                 raise OptionError(
-                    "a model is scored with one prompt: one that is loaded, or one that it carries.",
-                    "Give `prompt=DIR` with a bare model; for the bare model alone, use the harness's own `hf`.",
-                    model="carries a prompt" if carries else "carries none",
-                    prompt=prompt,
+                    f"the model already has a prompt, and prompt={prompt!r} would load another."
+                    if has_prompt
+                    else "the model has no prompt, and `prompt` is not given.",
+                    "Pass either `prompt=DIR` or a model with a prompt; without a prompt, use the harness's model type `hf`.",
                 )
             super().__init__(pretrained, **kwargs)
             if prompt is None:
@@ -149,8 +148,8 @@ def _language_model() -> type:
 
         @property
         def max_length(self) -> int:
-            """How many tokens of text a row may have."""
-            return int(super().max_length) - room_taken(self.model)
+            """The longest text in tokens."""
+            return int(super().max_length) - positions_taken(self.model)
 
     SoftPromptLM.__module__, SoftPromptLM.__qualname__ = __name__, "SoftPromptLM"
     globals()["SoftPromptLM"] = SoftPromptLM
@@ -164,7 +163,7 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Run the harness's command line with the model type in it."""
+    """Run the harness's command line with the model type registered."""
     from softhooks.integration_support.command_line import report_errors, usage_errors
 
     with report_errors(), usage_errors():

@@ -1,22 +1,22 @@
-"""MLflow beside a prompt that trains: the prompt as an artifact, the words that it lies near, what it is, a run for each trial.
+"""MLflow: a trained prompt as an artifact, its options and nearest words, and one run for each trial of a search.
 
-The curves of a prompt (norm, gradient, distance from the start, gates, share projected) need nothing of this: they reach
-`report_to="mlflow"` by themselves, as `soft_prompt/*`. This callback adds to the Trainer's run, on a server or in local files,
+The prompt's metrics (`soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="mlflow"` without this
+callback. It adds to the Trainer's run, on a server or in local files:
 
-- the method, its options and the number of its parameters, as parameters `soft_prompt.*` (cut to MLflow's length; the
-  artifact's `soft_prompt.json` has them whole);
-- at the end of training (of the best model, where that is loaded) the prompt's files as the artifact `soft_prompt`, from which
+- the method, its options and the number of parameters, as parameters `soft_prompt.*` (cut to MLflow's maximum length; complete in
+  the artifact's `soft_prompt.json`);
+- at the end of training (after the best model is loaded, if it is) the prompt's files as the artifact `soft_prompt`, from which
   `softhooks.load(model, mlflow.artifacts.download_artifacts(run_id=..., artifact_path="soft_prompt"))` loads;
 - with a tokenizer, the words nearest to each virtual token, `soft_prompt_words.tsv`;
-- in a hyperparameter search a run for each trial (inside the script's own, if it has one), where the Trainer's own reporter
-  starts one for the first only; the last one ends with the process, or with `mlflow.end_run()`.
+- in a hyperparameter search one run for each trial, nested in the script's run if there is one; the Trainer's own reporter starts
+  a run for the first trial only. The last run ends with the process or with `mlflow.end_run()`.
 
 MLflow writes to local files (`MLFLOW_TRACKING_URI=file:...`) only with `MLFLOW_ALLOW_FILE_STORE=true`. Set
-`MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` there too: its threads race for the folder of a metric with a slash in its name, and
-who loses drops a point ("Failed to log run data: File exists").
+`MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise its threads race to create the directory of a metric with a slash in its
+name, and a value may be lost ("Failed to log run data: File exists").
 
-Refused by name, before a step: no run that is under way; `HF_MLFLOW_LOG_ARTIFACTS`, which logs every checkpoint as a model that
-`pyfunc` could load, and a prompt is none; a tokenizer for a prompt that enters as keys and values, or in a sharded model.
+Refused with an error before the first step: no active run; `HF_MLFLOW_LOG_ARTIFACTS`, which logs every checkpoint as a model for
+`pyfunc`, which a prompt is not; a tokenizer for a prompt of keys and values or in a sharded model.
 
 Versions tested: mlflow-skinny 3.17.2
 
@@ -58,11 +58,11 @@ _EAGER = "HF_MLFLOW_LOG_ARTIFACTS"
 
 
 class PromptArtifact(PromptTracker):
-    """Keep the prompt that a Trainer trains in its run of MLflow.
+    """Record the prompt that a Trainer trains in its MLflow run.
 
     Args:
         tokenizer: the model's tokenizer; None: no table of nearest words.
-        words: how many of the nearest words for each virtual token.
+        words: the number of nearest words for each virtual token.
 
     Raises:
         SoftHooksError: MLflow is not installed.
@@ -76,32 +76,30 @@ class PromptArtifact(PromptTracker):
         self._is_over = True
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note whether a run of the script's own is under way."""
+        """Note whether the script has started a run."""
         self._outer = _active()
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Note what the prompt is; in a search, in the trial's run.
+        """Log the options, in a search in the trial's run.
 
         Raises:
-            TrainerError: no run is under way, or checkpoints are to be logged as models.
+            TrainerError: there is no active run, or HF_MLFLOW_LOG_ARTIFACTS is set.
         """
         if os.environ.get(_EAGER, "").upper() in _TRUE:
             raise TrainerError(
-                "a checkpoint of a prompt is no model that `pyfunc` could load.",
-                f"Unset {_EAGER}: PromptArtifact keeps the prompt's files.",
-                **{_EAGER: os.environ[_EAGER]},
+                f"{_EAGER}={os.environ[_EAGER]} would log each checkpoint as a model for `pyfunc`, but it holds only the prompt.",
+                f"Unset {_EAGER}; PromptArtifact logs the prompt's files.",
             )
         self._run_id = self._of_trial(state) if state.is_hyper_param_search else _active()
         if self._run_id is None:
             raise TrainerError(
-                "PromptArtifact adds to a run of MLflow; none is under way.",
+                "there is no active MLflow run for PromptArtifact to log to.",
                 "Set report_to='mlflow', which starts one, or call `mlflow.start_run()` before `train()`.",
-                run=None,
             )
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 
     def _of_trial(self, state: TrainerState) -> str:
-        """The run of a trial: the one that the reporter has just started for the first, a new one for each other."""
+        """The run of a trial: the reporter starts that of the first trial, this callback those of the others."""
         mlflow, last = _mlflow(), self._run_id
         if last is not None and _active() == last:
             mlflow.end_run("FINISHED" if self._is_over else "FAILED")
@@ -113,9 +111,9 @@ class PromptArtifact(PromptTracker):
         return str(run.info.run_id)
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Log files and words. The reporter may have ended the run; a trial's waits for the evaluation that follows."""
+        """Log files and words, also if the reporter has ended the run; a trial's run is resumed for its final evaluation."""
         mlflow = _mlflow()
-        mlflow.flush_async_logging()  # to find a run's artifacts, MLflow reads its metrics, which may be half written
+        mlflow.flush_async_logging()  # MLflow reads the run's metrics too, which may be half written
         client = mlflow.MlflowClient()
         client.log_artifacts(self._run_id, str(folder), ABOUT)
         if words:
@@ -132,13 +130,13 @@ def _active() -> str | None:
 
 
 def _cell(value: Any) -> str:
-    """A value in one cell of a table; tabs and line ends as they are escaped in JSON."""
+    """A value as a cell of a table, with tabs and line breaks escaped as in JSON."""
     text = str(value)
     return text if text.isprintable() and text else json.dumps(text)
 
 
 def _short(value: Any) -> str:
-    """A parameter as MLflow takes it."""
+    """A parameter's value as a string, cut to MLflow's maximum length."""
     from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
     text = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,16 +1,16 @@
-"""Search with Optuna over methods, their length, their initialization and the learning rate.
+"""Optuna: search over methods, their length, their initialization and the learning rate.
 
-A `PromptSpace` says what to try. Its `callback()` takes the place of a `SoftPromptCallback`, and the space itself is the
-`hp_space` of `trainer.hyperparameter_search`: each trial trains a new prompt of its own method on the model that `model_init`
-returns, which may be one and the same base for all, for it does not move. Pruning works as in any search of the Trainer's. In a
-study of one's own, `objective(model, train)` attaches each trial's prompt, proves that the base has not moved, removes the prompt
-(also where the trial is pruned or fails), and keeps it in a folder.
+A `PromptSpace` defines the search. Pass its `callback()` to a Trainer instead of a `SoftPromptCallback`, and the space itself as
+the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns; that may
+be the same base for all trials, because the base does not change. Pruning works as in any search with a Trainer. For your own
+study, `objective(model, train)` attaches the prompt of each trial, checks that the base has not changed, saves the prompt, and
+removes it, also if the trial is pruned or fails.
 
-The best run comes back from its files (`checkpoint_of`), or by training with what it chose (`settle`). Values are those of the
-last evaluation, as the Trainer's search has it.
+Get the best prompt from its checkpoint (`checkpoint_of`), or train again with the chosen options (`settle`). The values of trials
+are those of their last evaluation, as in the Trainer's search.
 
-Refused by name: a space without candidates; options that a method does not have; searches in several threads (`n_jobs`), which
-would share one model; runs that belong to another space.
+Refused with an error: a space without candidates; options that a method does not have; searches with several threads (`n_jobs`),
+which would share one model; runs of another space.
 
 Versions tested: optuna 5.0.0
 
@@ -44,7 +44,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from softhooks.attach import attach
-from softhooks.errors import CheckpointError, OptionError, TrainerError, format_message
+from softhooks.errors import CheckpointError, OptionError, TrainerError
 from softhooks.integration_support.training import SoftPromptCallback
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
@@ -55,45 +55,48 @@ from ._search_space import Candidate, Chosen
 __all__ = ["METHOD", "Candidate", "Chosen", "PromptSpace", "checkpoint_of"]
 
 METHOD = "method"
-"""The name of the parameter that says which candidate a trial tries."""
+"""The trial parameter with the name of the candidate."""
 
 
 class PromptSpace:
-    """What a search may choose from: candidates by name.
+    """A search space: candidates by name.
 
-    The space is itself the `hp_space` of `trainer.hyperparameter_search`; add further arguments of the Trainer with
+    The space is the `hp_space` of `trainer.hyperparameter_search`. To search over more arguments of the Trainer, pass
     `lambda trial: {**space(trial), "num_train_epochs": trial.suggest_int(...)}`.
 
     Args:
-        candidates: the methods to try.
+        candidates: the candidates.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there are no candidates.
     """
 
     def __init__(self, **candidates: Candidate) -> None:
         if not candidates:
             raise OptionError(
-                "a search needs a candidate or more, such as prompt=Candidate(PromptTuning, num_virtual_tokens=[8, 20], "
-                "learning_rate=(1e-3, 1e-1))."
+                "the PromptSpace has no candidates.",
+                "Pass some, such as prompt=Candidate(PromptTuning, num_virtual_tokens=[8, 20], learning_rate=(1e-3, 1e-1)).",
             )
         self.candidates = candidates
 
     def suggest(self, trial: Any) -> Chosen:
-        """What a trial tries; asked again, the same."""
+        """Choose the method and the learning rate of a trial; called again, the same."""
         names = list(self.candidates)
         name = names[0] if len(names) == 1 else trial.suggest_categorical(METHOD, names)
         return self.candidates[name].suggest(trial, name)
 
     def __call__(self, trial: Any) -> dict[str, float]:
-        """The arguments of the Trainer that a trial chooses."""
+        """The Trainer's arguments for a trial."""
         return {"learning_rate": self.suggest(trial).learning_rate}
 
     def chosen(self, found: Any) -> Chosen:
-        """What was chosen: from the best run of a Trainer's search, a trial of a study, or its parameters.
+        """The method and the learning rate of a finished trial.
+
+        Args:
+            found: the best run of a Trainer's search, a trial of a study, or the parameters of a trial.
 
         Raises:
-            OptionError: the parameters are of another space.
+            OptionError: the parameters belong to another space.
         """
         parameters = next(
             (getattr(found, name) for name in ("hyperparameters", "params") if hasattr(found, name)), found
@@ -102,37 +105,39 @@ class PromptSpace:
             return self.suggest(_optuna().trial.FixedTrial(dict(parameters)))
         except (ValueError, KeyError) as error:
             raise OptionError(
-                "what was found must be of this space.",
-                "Give the space that was searched.",
-                found=dict(parameters),
+                "the trial does not belong to this space.",
+                "Use the space that was searched.",
+                parameters=dict(parameters),
                 candidates=", ".join(self.candidates),
             ) from error
 
     # --- with a Trainer -----------------------------------------------------------------------------------------------
 
     def callback(self, **options: Any) -> SoftPromptCallback:
-        """Make the callback that trains what each trial chooses. Outside of a search it trains what was settled on.
+        """Make the callback that trains each trial's method; outside a search that of `settle`, or of the first candidate.
 
         Args:
             options: as for `SoftPromptCallback`.
         """
-        return _Searching(self, **options)
+        return _SearchCallback(self, **options)
 
     def settle(self, found: Any, trainer: Any) -> Chosen:
-        """Let a Trainer train with what was found from now on: `train()` then repeats that run.
+        """Set a Trainer to the options of a trial, so that `train()` repeats it.
 
         Args:
-            found: as for `chosen`; other arguments that it holds are set too.
-            trainer: the Trainer that searched, or another one of the same kind.
+            found: as for `chosen`; the Trainer's arguments in it are set too.
+            trainer: the Trainer that searched, or one with the same arguments and another `callback()` of this space.
 
         Raises:
             TrainerError: the Trainer has no callback of this space.
         """
         chosen = self.chosen(found)
-        own = [one for one in trainer.callback_handler.callbacks if isinstance(one, _Searching) and one.space is self]
+        own = [
+            one for one in trainer.callback_handler.callbacks if isinstance(one, _SearchCallback) and one.space is self
+        ]
         if not own:
             raise TrainerError(
-                "a Trainer settles on what its own callback has searched.",
+                "the Trainer has no callback of this space.",
                 "Pass `space.callback()` to it in `callbacks=[...]`.",
                 callbacks=", ".join(type(one).__name__ for one in trainer.callback_handler.callbacks),
             )
@@ -143,7 +148,7 @@ class PromptSpace:
         trainer.args.learning_rate = chosen.learning_rate
         return chosen
 
-    # --- with a study of one's own ------------------------------------------------------------------------------------
+    # --- with your own study -------------------------------------------------------------------------------------------
 
     def objective(
         self,
@@ -153,23 +158,23 @@ class PromptSpace:
         save_to: str | Path | None = None,
         **options: Any,
     ) -> Callable[[Any], float]:
-        """Make what `study.optimize` calls.
+        """Make the objective for `study.optimize`.
 
         Args:
-            model: the base of all trials; it does not move.
-            train: takes the handle, the learning rate and `report(value, step)`, which also prunes; returns the value.
-            save_to: where to keep each trial's prompt, in a folder `trial-<number>`.
+            model: the base of all trials.
+            train: called with the prompt, the learning rate and `report(value, step)`, which also prunes; returns the value.
+            save_to: a directory for the trials' prompts, in subdirectories `trial-<number>`; None: they are not saved.
             options: as for `attach`.
 
         Raises:
-            TrainerError: in a trial, another one is under way on the same model.
-            FrozenModifiedError: in a trial, the base has moved.
+            TrainerError: in a trial: another trial is running on the same model.
+            FrozenModifiedError: in a trial: the base has changed.
         """
         alone = threading.Lock()
 
         def objective(trial: Any) -> float:
             if not alone.acquire(blocking=False):
-                raise TrainerError(_together(trial))
+                raise _concurrent(trial)
             try:
                 method, rate = self.suggest(trial)
                 with attach(model, method, **options) as prompt:
@@ -184,8 +189,8 @@ class PromptSpace:
         return objective
 
 
-class _Searching(SoftPromptCallback):
-    """A callback whose method is the trial's."""
+class _SearchCallback(SoftPromptCallback):
+    """A callback that trains the method of each trial."""
 
     def __init__(self, space: PromptSpace, **options: Any) -> None:
         candidate = next(iter(space.candidates.values()))
@@ -195,22 +200,22 @@ class _Searching(SoftPromptCallback):
         super().__init__(self.settled, **options)
 
     def method_for(self, trial: Any) -> Method:
-        """What the trial chooses.
+        """The method of a trial.
 
         Raises:
-            TrainerError: another thread's trial is under way.
+            TrainerError: a trial is running in another thread.
         """
         if trial is None:
             return self.settled
         if self._thread not in (None, threading.get_ident()):
-            raise TrainerError(_together(trial))
+            raise _concurrent(trial)
         self._thread = threading.get_ident()
         return self.space.suggest(trial).method
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The trial is over."""
+        """End the trial."""
         self._thread = None
         super().on_train_end(args, state, control, **kwargs)
 
@@ -219,7 +224,7 @@ def checkpoint_of(best: Any, args: Any) -> Path:
     """The last checkpoint of a run of a Trainer's search; `softhooks.load` reads it.
 
     Args:
-        best: what `hyperparameter_search` has returned.
+        best: the result of `hyperparameter_search`.
         args: the Trainer's arguments.
 
     Raises:
@@ -229,24 +234,22 @@ def checkpoint_of(best: Any, args: Any) -> Path:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is None:
         raise CheckpointError(
-            "a run comes back from a checkpoint that it has saved.",
+            f"there is no checkpoint of the run in {folder}.",
             "Search with save_strategy='steps' or 'epoch' and without `hp_name`, or train it again after "
             "`space.settle(best, trainer)`.",
-            looked_in=folder,
         )
     return Path(last)
 
 
-def _together(trial: Any) -> str:
-    return format_message(
-        "the trials of a search share one Trainer or one model, so they follow one another.",
-        "Search with n_jobs=1; let several processes share the study's storage instead.",
-        trial=f"{trial.number}, while another one is under way",
+def _concurrent(trial: Any) -> TrainerError:
+    return TrainerError(
+        f"trial {trial.number} started while another one is running on the same Trainer or model.",
+        "Search with n_jobs=1; to search in parallel, let several processes share the study's storage.",
     )
 
 
 def _reporting(trial: Any) -> Callable[[float, int], None]:
-    """What tells the study how a trial does, and ends the trial if the study says so."""
+    """Make the function that reports a value to the study, and ends the trial if the study prunes it."""
     pruned = _optuna().TrialPruned
 
     def report(value: float, step: int) -> None:

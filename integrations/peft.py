@@ -1,15 +1,16 @@
-"""PEFT: its prompts become softhooks' and back, from model to model; for folders there is `softhooks convert`.
+"""PEFT: convert its prompts to softhooks and back, between models in memory; for saved ones there is `softhooks convert`.
 
-`from_peft` attaches the adapters of a live `PeftModel` to a bare model, one prompt for each, by name: prompt tuning, P-tuning
-(LSTM or MLP, folded), prefix tuning (its MLP folded), multitask prompt tuning, CPT, LLaMA-Adapter and cartridges, each with its
-own trained head. `to_peft` makes a `PeftModel` of prompts. Both ways text without padding has the same logits; with padding,
-packed rows, caches and classification on decoders softhooks' are right and PEFT's are not. `softhooks.load` reads a folder of
-PEFT, `save_pretrained(..., as_peft=True)` writes one. A prompt over LoRA needs no integration: attach it to its `PeftModel`.
+`from_peft` attaches the adapters of a `PeftModel` to a model without PEFT, one prompt for each, by name: prompt tuning,
+P-tuning (LSTM or MLP, folded), prefix tuning (its MLP folded), multitask prompt tuning, CPT, LLaMA-Adapter and cartridges, with
+their trained heads. `to_peft` makes a `PeftModel` from prompts. Both ways the logits of text without padding are the same. With
+padding, packed rows, caches and classification on decoders the results differ: softhooks' are right and PEFT's are not.
+`softhooks.load` reads a saved adapter, and `save_pretrained(..., as_peft=True)` writes one. A prompt together with LoRA needs
+no integration: attach it to the `PeftModel`.
 
-Refused by name, models untouched: other kinds of adapters (LoRA stays with PEFT, and so do trainable tokens: they are rows of
-the vocabulary, and no prompt); prefixes of encoder-decoders, of which PEFT shares one table between layers; prompts in encoders
-that classify their first position, in PEFT a virtual token's; LLaMA-Adapter on GPT-2 or behind biased projections; onto PEFT a
-layout, a prefix in some of the layers, and three prefixes of an encoder-decoder.
+Refused with an error, without changing either model. From PEFT: other kinds of adapters (LoRA stays with PEFT, and so do
+trainable tokens); prefixes of encoder-decoders, of which PEFT shares one table between layers; prompts in encoders that classify
+the first position, which in PEFT is a virtual token; LLaMA-Adapter on GPT-2 or with biased projections. To PEFT: a layout, a
+prefix in some of the layers, and three prefixes of an encoder-decoder.
 
 Versions tested: peft 0.21.2, transformers 5.23.0.
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["from_peft", "to_peft"]
 
 _ADAPTED = ("AdaptedAttention", "AdaptedAttentionGPT")
-"""The modules that PEFT puts in the place of attention for LLaMA-Adapter."""
+"""The modules by which PEFT replaces attention for LLaMA-Adapter."""
 
 
 def _peft() -> Any:
@@ -66,20 +67,20 @@ def from_peft(
     *,
     trainable: bool = False,
 ) -> dict[str, SoftPrompt]:
-    """Attach the prompts of a live PEFT model to a bare model.
+    """Attach the prompts of a PEFT model to another model.
 
     Args:
-        peft_model: its adapters are read, and stay what they are.
-        model: the base model: one of its own, or `peft_model.get_base_model()`, which the two then share.
-        names: of the adapters to take; None: all. A mapping gives them other names here.
-        trainable: go on training them; networks are folded, so rows and tables train on directly.
+        peft_model: the model with the adapters; it is not changed.
+        model: the base model: another one, or `peft_model.get_base_model()`, which both then share.
+        names: the adapters to convert; None: all. A mapping gives new names.
+        trainable: make the prompts trainable; their encoders are folded, so the embeddings or key-value tables train directly.
 
     Returns:
-        the handles, by name. The adapter that is active in PEFT is on; if it was not asked for, the last one.
+        the prompts, by name. The active adapter's prompt is active; if it was not asked for, the last one.
 
     Raises:
         OptionError: there is no such adapter.
-        CheckpointError: an adapter is of a kind that has no equal here.
+        CheckpointError: softhooks has no method for an adapter.
         PromptMismatchError, AttachError: a prompt does not fit the model. Nothing is attached then.
     """
     _peft()
@@ -91,7 +92,7 @@ def from_peft(
     taken = [name for name in found if before is not None and name in before.prompts]
     if taken:
         raise NameTakenError(
-            f"the model has prompts named {taken} already; give the adapters other names with `names=`."
+            f"the model already has prompts named {taken}; give the adapters other names with `names=`."
         )
     attached: dict[str, SoftPrompt] = {}
     try:
@@ -110,24 +111,24 @@ def from_peft(
 
 
 def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
-    """Read one adapter of a live PEFT model as a prompt that is on no model yet.
+    """Read one adapter of a PEFT model as a stored prompt.
 
     Raises:
-        CheckpointError: it is of a kind that has no equal here.
+        CheckpointError: softhooks has no method for it.
     """
     config = peft_model.peft_config[adapter]
-    told = json.loads(json.dumps(config.to_dict(), default=_plain))
+    described = json.loads(json.dumps(config.to_dict(), default=_jsonable))
     source = f"the adapter {adapter!r} of {type(peft_model).__name__}"
-    peft_read.require_kind(told, source)
-    with torch.no_grad(), _kept(peft_model):
+    peft_read.require_kind(described, source)
+    with torch.no_grad(), _restored(peft_model):
         tensors = _peft().get_peft_model_state_dict(peft_model, adapter_name=adapter, save_embedding_layers=False)
         copied = {name: tensor.detach().clone().cpu() for name, tensor in tensors.items()}
-    return peft_read.parse(told, copied, source)
+    return peft_read.parse(described, copied, source)
 
 
 @contextmanager
-def _kept(peft_model: nn.Module) -> Iterator[None]:
-    """Put back what PEFT changes by looking at it: reading a CPT projects its deltas anew."""
+def _restored(peft_model: nn.Module) -> Iterator[None]:
+    """Restore parameters that PEFT changes when it reads them: reading a CPT projects its deltas."""
     before = [(parameter, parameter.data) for parameter in peft_model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -136,12 +137,12 @@ def _kept(peft_model: nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
-def _plain(value: Any) -> Any:
+def _jsonable(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) -> dict[str, str]:
-    """The adapters that are asked for, and what they are to be called."""
+    """The adapters that were asked for, with the names of their prompts."""
     configs = getattr(peft_model, "peft_config", None)
     if not isinstance(configs, dict) or not hasattr(peft_model, "get_base_model"):
         raise OptionError(f"from_peft takes a PeftModel; it was given {type(peft_model).__name__}.")
@@ -153,8 +154,8 @@ def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) ->
     unknown = [name for name in chosen if name not in configs]
     if unknown or not chosen or len(set(chosen.values())) < len(chosen):
         raise OptionError(
-            "`names` must name adapters of the PEFT model, each once, and give each a name of its own.",
-            "Leave it out to take all of them.",
+            f"names={names!r} does not name adapters of the PEFT model, each once and with a different name for its prompt.",
+            "Leave `names` out to convert all of them.",
             asked=chosen,
             adapters=list(configs),
         )
@@ -162,16 +163,16 @@ def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) ->
 
 
 def _require_plain(model: nn.Module) -> None:
-    """Check that PEFT puts nothing of its own into the forward of a model.
+    """Check that a model has no LLaMA-Adapter of PEFT in its forward.
 
     Raises:
-        OptionError: naming what it puts in.
+        OptionError: naming the module.
     """
     adapted = [name for name, module in model.named_modules() if type(module).__name__ in _ADAPTED]
     if adapted:
         raise OptionError(
-            "prompts are attached to a model that PEFT adds nothing to; this one has a LLaMA-Adapter of PEFT in "
-            f"{adapted[0]}. Load the base model anew and give that one."
+            f"the model has a LLaMA-Adapter of PEFT in {adapted[0]}; prompts are attached to a model without it.",
+            "Load the base model again and pass that one.",
         )
 
 
@@ -179,20 +180,20 @@ def _require_plain(model: nn.Module) -> None:
 
 
 def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, trainable: bool = False) -> PeftModel:
-    """Make a PEFT model of prompts, with an adapter for each, by name.
+    """Make a PEFT model with an adapter for each prompt, by name.
 
     Args:
-        prompts: of one model.
-        model: the base model: a bare one of the same class and shape; or the prompts' own, from which they are removed then.
+        prompts: prompts of one model.
+        model: the base model: one of the same class and shape without prompts, or the prompts' own, from which they are removed.
         trainable: leave the adapters trainable, as `get_peft_model` does.
 
     Returns:
-        the PEFT model; the adapter of the prompt that is on is active.
+        the PEFT model; the active prompt's adapter is active.
 
     Raises:
-        UnsupportedMethodError: PEFT has nothing that computes the same. The model is as it was.
-        PromptMismatchError: the model is another. It is as it was.
-        OptionError: there are no prompts, or the model carries others.
+        UnsupportedMethodError: PEFT has no adapter that computes the same. The model is unchanged.
+        PromptMismatchError: the model has another class or shape. It is unchanged.
+        OptionError: there are no prompts, or the model has others.
     """
     peft = _peft()
     given = [prompts] if isinstance(prompts, SoftPrompt) else list(prompts)
@@ -204,7 +205,8 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
     kinds = {config["peft_type"] for config, _ in parts.values()}
     if len(kinds) > 1:
         raise OptionError(
-            f"a PEFT model holds prompts of one kind; these are {sorted(kinds)}. Make a model for each kind."
+            f"the prompts become adapters of the types {sorted(kinds)}; a PEFT model has one type.",
+            "Make one PEFT model for each type.",
         )
     active = given[0].prompted_model.active
     _require_base(given, model)
@@ -238,51 +240,50 @@ def _require_one_model(prompts: list[SoftPrompt]) -> None:
     detached = [prompt.name for prompt in prompts if not prompt.is_attached]
     if len(models) != 1 or detached:
         raise OptionError(
-            "`to_peft` takes prompts that are attached to one model.",
-            "Attach or load them first; call it once for each model.",
-            models=len(models),
+            f"the prompts are on {len(models)} models; `to_peft` takes prompts that are attached to one model.",
+            "Attach or load them first; call `to_peft` once for each model.",
             removed=detached or "none",
         )
 
 
 def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
-    """Check that a model is the one that the prompts are for, and that it carries nothing else.
+    """Check that a model has the prompts' class and shape, and no other prompts or adapters.
 
     Raises:
-        OptionError, PromptMismatchError: it is not.
+        OptionError, PromptMismatchError: it has not.
     """
     own = prompts[0].model
     prompted = prompted_model_of(model)
     others = sorted(set(prompted.prompts) - {prompt.name for prompt in prompts}) if prompted and model is own else []
     if hasattr(model, "peft_config") or (prompted is not None and model is not own) or others:
         raise OptionError(
-            "PEFT wraps a bare model.",
-            "Load the base model anew, or remove its other prompts first; merge its LoRA.",
-            model=type(model).__name__,
-            carries=f"prompts {others or sorted(prompted.prompts)}" if prompted is not None else "adapters of PEFT",
+            f"the {type(model).__name__} already has "
+            + (f"the prompts {others or sorted(prompted.prompts)}" if prompted is not None else "adapters of PEFT")
+            + "; PEFT wraps a model without either.",
+            "Load the base model again, or remove its other prompts and merge its LoRA.",
         )
     if model is own:
         return
-    mine, theirs = _told(unwrapped(own)), _told(model)
-    heads = [prompt.name for prompt in prompts if not _fit(prompt.to_stored(), model)]
+    mine, theirs = _description(unwrapped(own)), _description(model)
+    heads = [prompt.name for prompt in prompts if not _has_heads(prompt.to_stored(), model)]
     if mine != theirs or heads:
         raise PromptMismatchError(
-            "a prompt must enter a model of the kind that it was trained with.",
-            "Load the base model that it was trained with.",
+            "the prompts were trained with a model of another class or shape.",
+            "Pass the base model that they were trained with.",
             prompt=mine,
             model=theirs,
             heads_that_do_not_fit=heads or "none",
         )
 
 
-def _told(model: nn.Module) -> str:
+def _description(model: nn.Module) -> str:
     prompted = prompted_model_of(model)
     structure = examine(model) if prompted is None else prompted.structure
     return f"{type(model).__name__}, width {structure.entry.width}, {outline(structure)}"
 
 
-def _fit(stored: StoredPrompt, model: nn.Module) -> bool:
-    """Whether a model has the heads of a prompt, in their shapes."""
+def _has_heads(stored: StoredPrompt, model: nn.Module) -> bool:
+    """Whether a model has the heads of a prompt, with the same shapes."""
     modules = dict(model.named_modules())
     for path, state in stored.heads.items():
         known = modules[path].state_dict() if path in modules else {}

@@ -1,14 +1,13 @@
-"""Ray Train: a Trainer with a prompt in Ray's workers, whose checkpoints Ray keeps and gives back.
+"""Ray Train: a callback that reports a Trainer's checkpoints, with a prompt, from Ray's workers.
 
-`SoftPromptCallback` trains in a `TorchTrainer`'s loop as anywhere, in one process or in several. But Ray's own
-`RayTrainReportCallback` lets every worker copy the checkpoint while the first one may still be writing it, and all copies go into
-one directory. So `ReportCallback` stands in its place: workers wait until the checkpoint is whole, the first one reports it, the
-others add the state of their random numbers. Names and layout are Ray's (`checkpoint/` in the reported directory), and hold the
-prompt only.
-`last_checkpoint` gives the path from which a restarted or resumed run goes on bit for bit.
+`SoftPromptCallback` works in the loop of a `TorchTrainer` as anywhere, in one process or several. But with Ray's own
+`RayTrainReportCallback` every worker copies the checkpoint, possibly while the first one is still writing it, and all copies go
+to one directory. With `ReportCallback`, workers wait until the checkpoint is complete; the first one reports it, and the others
+add their random state. Names and layout are those of Ray's callback (`checkpoint/` in the reported directory). Checkpoints hold
+only the prompt. `last_checkpoint` returns the path from which a restarted run resumes bit for bit.
 
-Refused: a save that has left no checkpoint of the Trainer. Loops that are not a Trainer's report as they like, with
-`prompt.save_pretrained`; what goes on bit for bit there is `softhooks.integrations.accelerate`.
+Refused with an error: a save that left no checkpoint of the Trainer. In a training loop without a Trainer, report the result of
+`prompt.save_pretrained` yourself, or resume with `softhooks.integrations.accelerate`.
 
 Example:
     import ray.train
@@ -50,7 +49,7 @@ from ._imports import import_framework
 __all__ = ["ReportCallback", "last_checkpoint"]
 
 CHECKPOINT = "checkpoint"
-"""Where in a directory that is reported the Trainer's checkpoint lies: as Ray's own callback has it."""
+"""The subdirectory of a reported directory with the Trainer's checkpoint, as in Ray's own callback."""
 
 
 class ReportCallback(TrainerCallback):
@@ -64,10 +63,10 @@ class ReportCallback(TrainerCallback):
         _ray_train()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report the checkpoint once it is whole.
+        """Report the checkpoint once it is complete.
 
         Raises:
-            TrainerError: there is none.
+            TrainerError: there is no checkpoint.
         """
         train = _ray_train()
         if not is_single_process():
@@ -88,14 +87,14 @@ class ReportCallback(TrainerCallback):
 
 @contextmanager
 def last_checkpoint(start: Any = None) -> Iterator[str | None]:
-    """Give the path of the last checkpoint that this run has reported, also before Ray restarted it; None: there is none.
+    """The path of the last checkpoint that this run has reported, also before Ray restarted it; None if there is none.
 
     Args:
-        start: a checkpoint of another run (`result.checkpoint`), to go on from where this one has none yet.
+        start: a checkpoint of another run (`result.checkpoint`) to start from if this run has none yet.
 
     Raises:
         SoftHooksError: Ray is not installed.
-        TrainerError: the checkpoint is of something else.
+        TrainerError: the checkpoint was not reported by ReportCallback.
     """
     checkpoint = _ray_train().get_checkpoint() or start
     if checkpoint is None:
@@ -105,22 +104,19 @@ def last_checkpoint(start: Any = None) -> Iterator[str | None]:
         path = Path(folder) / CHECKPOINT
         if not path.is_dir():
             raise TrainerError(
-                "a run goes on from a checkpoint that ReportCallback has reported.",
-                "Give the run another name or storage path, or resume from such a checkpoint.",
-                checkpoint=repr(checkpoint),
-                holds=", ".join(sorted(entry.name for entry in Path(folder).iterdir())) or "nothing",
-                expected=f"{CHECKPOINT}/",
+                f"{checkpoint!r} has no {CHECKPOINT}/, so ReportCallback has not reported it.",
+                "Give the run another name or storage path, or resume from a checkpoint of ReportCallback.",
+                contents=", ".join(sorted(entry.name for entry in Path(folder).iterdir())) or "nothing",
             )
         yield str(path)
 
 
 def _copy(folder: Path, target: Path) -> None:
-    """Copy a checkpoint, without what only its writer needs: locks and temporary files."""
+    """Copy a checkpoint without locks and temporary files."""
     if not folder.is_dir():
         raise TrainerError(
-            "a Trainer's save must leave a checkpoint to report.",
-            "Use the Trainer's own `output_dir` and names.",
-            expected=folder,
+            f"the Trainer has saved no checkpoint in {folder}.",
+            "Do not change the Trainer's `output_dir` or the names of its checkpoints.",
         )
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns(".*"))
 

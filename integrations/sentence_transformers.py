@@ -1,18 +1,17 @@
-"""Soft prompts in sentence-transformers: embedding models, cross-encoders and sparse encoders.
+"""sentence-transformers: prompts in embedding models, cross-encoders and sparse encoders.
 
-The prompt stands on the transformers model inside (`model.transformers_model`); pooling, normalization and all that follows see
-the text alone. `SentencePromptCallback` trains it with the library's trainers and losses; everything else in the model stays as
-it is. `attach` puts a prompt on without a Trainer; `softhooks.disabled` and `activate` take the sentence model itself.
+The prompt is attached to the transformers model inside (`model.transformers_model`); pooling, normalization and all later modules
+get only the text. `SentencePromptCallback` trains it with the library's trainers and losses; everything else in the model is
+frozen. `attach` attaches a prompt without a Trainer. `softhooks.disabled` and `activate` accept the sentence model.
 
-What `model.save_pretrained` and `trainer.save_model` write is a whole model with its prompt, of which `modules.json` says that it
-needs softhooks: `load(folder)` reads it, and so does `SentenceTransformer(folder, trust_remote_code=True)`, which the library
-asks for whenever a module is not its own; without that it raises. A Trainer's checkpoints hold the prompt alone; they resume bit
-for bit, and `load_prompt(model, folder)` puts one on its base.
+`model.save_pretrained` and `trainer.save_model` write the whole model with its prompt. `load(folder)` reads it, and so does
+`SentenceTransformer(folder, trust_remote_code=True)`; without the flag, the library raises for every module that is not its own.
+A Trainer's checkpoints hold only the prompt and resume bit for bit; `load_prompt(model, folder)` loads one onto its base.
 
-Refused by name: several transformers models in one (Router), other first modules than `Transformer`, backends other than torch,
-adapters of PEFT, one prompt a row (`rows`: the library sorts texts), losses with weights of their own (SoftmaxLoss), pools of
-processes, `torch_compile`, FSDP; DDP trains as one process does. Inputs are padded even where the library would pack them for
-flash attention, and texts are cut earlier where slots need positions.
+Refused with an error: several transformers models in one (Router), a first module other than `Transformer`, backends other than
+torch, PEFT adapters, one prompt per row (`rows`; the library sorts texts), losses with their own parameters (SoftmaxLoss),
+multi-process pools, `torch_compile`, FSDP. DDP works. Inputs are padded even where the library would pack them for flash
+attention, and texts are truncated earlier if slots need positions.
 
 Versions tested: sentence-transformers 6.2.0
 
@@ -54,16 +53,16 @@ from softhooks.load import load as load_onto_model
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
-from ._inner_model import refuse_bare
+from ._inner_model import refuse_checkpoint
 from ._sentence_transformers import (
     FAMILIES,
     KIND,
     PROMPTED,
     WHOLE,
-    dress,
     prompted_transformer,
     sentence_library,
     transformer_of,
+    wrap_sentence_model,
 )
 
 __all__ = ["SentencePromptCallback", "attach", "load", "load_prompt"]
@@ -81,52 +80,51 @@ def attach(model: Any, method: Method, name: str = "default", **options: Any) ->
         options: as in `softhooks.attach`.
 
     Raises:
-        AttachError: the prompt cannot be attached. The model is as it was.
+        AttachError: the prompt cannot be attached. The model is unchanged.
     """
     transformer = transformer_of(model)
     prompt = attach_to_model(transformer.model, method, name, **options)
-    dress(model)
+    wrap_sentence_model(model)
     return prompt
 
 
 def load_prompt(model: Any, path: str | Path, name: str = "default", **options: Any) -> SoftPrompt:
-    """Load a saved prompt onto the sentence model that it was trained on: from a whole model, a checkpoint, or the hub.
+    """Load a saved prompt onto a sentence model: from a saved model with its prompt, a checkpoint, or the hub.
 
     Args:
-        model: the base, unmodified.
+        model: the sentence model that the prompt was trained on, without prompts.
         path, name, options: as in `softhooks.load`.
 
     Raises:
-        CheckpointError, PromptMismatchError, AttachError: as in `softhooks.load`. The model is as it was.
+        CheckpointError, PromptMismatchError, AttachError: as in `softhooks.load`. The model is unchanged.
     """
     prompt = load_onto_model(transformer_of(model).model, path, name, **options)
-    dress(model)
+    wrap_sentence_model(model)
     return prompt
 
 
 def load(folder: str | Path, **options: Any) -> Any:
-    """Load a model that was saved with its prompt. Of other modules than the library's and this one no code is run.
+    """Load a sentence model that was saved with its prompt; no code from the directory is run.
 
     Args:
         folder: a directory that `model.save_pretrained` or `trainer.save_model` wrote.
-        options: as for `SentenceTransformer`, `CrossEncoder` or `SparseEncoder`, whichever it holds.
+        options: arguments of the saved class: `SentenceTransformer`, `CrossEncoder` or `SparseEncoder`.
 
     Raises:
-        CheckpointError: there is no model with a prompt.
+        CheckpointError: the directory has no sentence model with a prompt.
     """
     library, folder = sentence_library(), Path(folder)
-    refuse_bare(folder, WHOLE)
+    refuse_checkpoint(folder, WHOLE)
     try:
         modules = json.loads((folder / "modules.json").read_bytes())
         family = json.loads((folder / "config_sentence_transformers.json").read_bytes()).get("model_type")
         kinds = [module["type"] for module in modules]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder} must hold a sentence model; it does not: {error}") from error
+        raise CheckpointError(f"{folder} holds no sentence model: {error}.") from error
     if KIND not in kinds or family not in FAMILIES:
         raise CheckpointError(
-            "only a model that was saved with its prompt is loaded so.",
-            "Load any other with sentence-transformers itself.",
-            folder=folder,
+            f"{folder} holds a sentence model that was not saved with a prompt.",
+            "Load it with sentence-transformers itself.",
             model=family,
             modules=", ".join(map(str, kinds)),
         )
@@ -134,7 +132,7 @@ def load(folder: str | Path, **options: Any) -> Any:
     return getattr(library, family)._load_with_module_classes(str(folder), classes, **options)
 
 
-# --- with one ---------------------------------------------------------------------------------------------------------
+# --- with a Trainer ---------------------------------------------------------------------------------------------------
 
 
 class SentencePromptCallback(SoftPromptCallback):
@@ -154,35 +152,34 @@ class SentencePromptCallback(SoftPromptCallback):
         inner = transformer_of(model).model
         _refuse_arguments(args)
         super().on_init_end(args, state, control, **{**kwargs, "model": inner})
-        dress(model)
+        wrap_sentence_model(model)
 
     def on_model_init(self, args: Any, control: Any, model: Any, trial: Any) -> None:
-        """Attach to the transformers model inside of one that `model_init` has made."""
+        """Attach to the transformers model inside a model that `model_init` returned."""
         super().on_model_init(args, control, transformer_of(model).model, trial)
-        dress(model)
+        wrap_sentence_model(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Meet the model and the optimizer that will train."""
+        """Check the model and the optimizer that will train."""
         model = kwargs["model"]
         inner = transformer_of(model).model
         _refuse_arguments(args)
-        _refuse_weights_of_losses(kwargs["optimizer"], model)
+        _refuse_loss_parameters(kwargs["optimizer"], model)
         super().on_train_begin(args, state, control, **{**kwargs, "model": inner})
-        dress(model)
+        wrap_sentence_model(model)
         if self._saver is not None:
-            self._saver.loaded = False  # from now on: whether the best checkpoint was
+            self._saver.loaded = False  # from now on it tells whether the best checkpoint was loaded
         self._around = (
             FrozenRecord(model, lambda name: f".{CONTAINER}." not in name) if self._frozen_check.asked else None
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prove that the best checkpoint was loaded, where it should, and that nothing else moved."""
+        """Check that the best checkpoint was loaded, if it should be, and that nothing else has changed."""
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and self._saver is not None and not self._saver.loaded:
             raise TrainerError(
-                "a run that should end with its best prompt must have loaded it; the library only logs why it has not.",
-                "See the error logged above; `load_prompt` reads the checkpoint.",
-                best=best,
+                f"the best checkpoint {best} was not loaded at the end of training.",
+                "The library has logged the error; `load_prompt` loads the checkpoint.",
             )
         super().on_train_end(args, state, control, **kwargs)
         if self._around is not None:
@@ -195,26 +192,24 @@ def _refuse_arguments(args: Any) -> None:
         found.append("fsdp (accelerate's configuration)")
     if found:
         raise TrainerError(
-            "a prompt on a sentence model trains uncompiled and unsharded; several processes train it with DDP.",
-            "Leave this out.",
-            found=", ".join(found),
+            f"{', '.join(found)} cannot be used with a prompt on a sentence model.",
+            "Remove the setting; in several processes, use DDP.",
         )
 
 
-def _refuse_weights_of_losses(optimizer: Any, model: nn.Module) -> None:
+def _refuse_loss_parameters(optimizer: Any, model: nn.Module) -> None:
     known = {id(parameter) for parameter in model.parameters()}
     groups = getattr(optimizer, "param_groups", [])
     shapes = [list(p.shape) for group in groups for p in group["params"] if p.requires_grad and id(p) not in known]
     if shapes:
         raise TrainerError(
-            "a loss must have no weights of its own: the library's checkpoints lose them.",
+            f"the loss has its own parameters ({len(shapes)} tensors {shapes}), which the library does not save in checkpoints.",
             "Use a loss without, such as MultipleNegativesRankingLoss or CoSENTLoss; for classes, a CrossEncoder or SetFit.",
-            found=f"{len(shapes)} tensors {shapes}",
         )
 
 
 def __getattr__(name: str) -> Any:
-    """The class that `modules.json` names; it is made when sentence-transformers is there."""
+    """Make the class that `modules.json` names at its first use, when sentence-transformers is installed."""
     if name == PROMPTED:
         return prompted_transformer()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

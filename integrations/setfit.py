@@ -1,17 +1,18 @@
-"""Soft prompts in SetFit: the contrastive phase trains the prompt on the body, the second phase a head on what it embeds.
+"""SetFit: the contrastive phase trains a prompt on the body, the second phase trains the head.
 
-`SetFitPromptCallback` goes into `setfit.Trainer(callbacks=[...])`. With a differentiable head and `end_to_end=True` the prompt
-goes on training beside the head; without, only the head trains then. SetFit thaws the whole body after that phase; while a prompt
-is on it, only what was trained is thawed, so a second `train()` leaves the base alone too.
+Pass `SetFitPromptCallback` to `setfit.Trainer(callbacks=[...])`. With a differentiable head and `end_to_end=True` the second
+phase trains the prompt too. SetFit unfreezes the whole body after that phase; with a prompt, only what was trainable is
+unfrozen, so a second `train()` does not train the base either.
 
-`model.save_pretrained(folder)` saves body, prompt and head, and `SetFitModel.from_pretrained(folder, trust_remote_code=True)`
-loads them: the flag because one module of the body is not sentence-transformers' own; without it the library raises. Checkpoints
-of the first phase hold the prompt alone. `load_best_model_at_end` restores it; `load_prompt(model.model_body, checkpoint)` of
-`softhooks.integrations.sentence_transformers` puts one on a fresh body. SetFit's Trainer resumes nothing by itself.
+`model.save_pretrained(folder)` saves body, prompt and head; `SetFitModel.from_pretrained(folder, trust_remote_code=True)` loads
+them. It needs the flag because one module of the body is not from sentence-transformers, and raises without it. Checkpoints of
+the first phase hold only the prompt. `load_best_model_at_end` restores the best one;
+`softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads one onto a new body. SetFit's
+Trainer does not support resuming.
 
-Refused by name: what `softhooks.integrations.sentence_transformers` refuses; the models of aspect-based sentiment analysis, since
-one callback would serve two of them; and a Trainer that was given another model (`hyperparameter_search`), for SetFit then trains
-neither of the two. SetFit renames the loss, so its logs lack the prompt's numbers.
+Refused with an error: what `softhooks.integrations.sentence_transformers` refuses; models for aspect-based sentiment analysis,
+which train two models with one callback; a Trainer whose model was replaced (`hyperparameter_search`), because SetFit then runs
+one model and steps the other. SetFit renames the loss in its logs, so they do not have the prompt's metrics.
 
 Versions tested: setfit 1.2.0
 
@@ -48,7 +49,7 @@ from ._sentence_transformers import transformer_of
 __all__ = ["SetFitPromptCallback"]
 
 _FREEZE = "_freeze_or_not"
-"""What SetFit's `freeze` and `unfreeze` call."""
+"""The method that SetFit's `freeze` and `unfreeze` call."""
 
 
 class SetFitPromptCallback(SentencePromptCallback):
@@ -59,25 +60,25 @@ class SetFitPromptCallback(SentencePromptCallback):
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the body's transformers model."""
+        """Attach to the transformers model in the body."""
         model, args, kwargs = _of_the_body(args, kwargs)
         super().on_init_end(args, state, control, **kwargs)
         _keep_frozen(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Meet the body and the optimizer that will train."""
+        """Check the body and the optimizer that will train."""
         model, args, kwargs = _of_the_body(args, kwargs)
         self._refuse_another(kwargs["model"])
         super().on_train_begin(args, state, control, **kwargs)
         _keep_frozen(model)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is whole."""
+        """Release the checkpoint's lock, and check the base."""
         _, args, kwargs = _of_the_body(args, kwargs)
         super().on_save(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The first phase is over: prove that nothing else moved."""
+        """Check the base at the end of the first phase."""
         _, args, kwargs = _of_the_body(args, kwargs)
         super().on_train_end(args, state, control, **kwargs)
 
@@ -85,34 +86,31 @@ class SetFitPromptCallback(SentencePromptCallback):
         known = None if self.soft_prompt is None else self.soft_prompt.model
         if known is not None and transformer_of(body).model is not known:
             raise TrainerError(
-                "a setfit.Trainer must train the model that it was made with: it runs that one in its forwards, whatever its "
-                "`model` is now, and steps the other.",
-                "Make a new Trainer, with a callback of its own, for each model and each trial.",
+                "the setfit.Trainer has another model than it was made with: it would run the first one and step the other.",
+                "Make a new Trainer with a new callback for each model and each trial.",
                 made_with=f"{type(known).__name__} at {id(known):#x}",
                 found=f"{type(body.transformers_model).__name__} at {id(body.transformers_model):#x}",
             )
 
 
 def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """SetFit's model, and what sentence-transformers would have told of the body's training."""
+    """SetFit's model, and the event's arguments as a SentenceTransformerTrainer would pass them for the body."""
     if "st_model" not in kwargs:
         raise TrainerError(
-            "this callback is for a setfit.Trainer.",
-            "Use SentencePromptCallback, or SoftPromptCallback with a Trainer of transformers.",
-            model=type(kwargs.get("model")).__name__,
+            f"SetFitPromptCallback needs a setfit.Trainer; this Trainer's model is {type(kwargs.get('model')).__name__}.",
+            "Use SentencePromptCallback with sentence-transformers, or SoftPromptCallback with the Trainer of transformers.",
         )
     model = kwargs["model"]
     if any(kind.__name__ == "SpanSetFitModel" for kind in type(model).__mro__):
         raise UnsupportedModelError(
-            "one callback trains one model; aspect-based sentiment analysis trains two with it.",
+            f"{type(model).__name__}, for aspect-based sentiment analysis, would train two models with one callback.",
             "Train the aspect and the polarity model without a prompt, or as two SetFit models.",
-            model=type(model).__name__,
         )
     return model, kwargs["st_args"], {**kwargs, "model": kwargs["st_model"]}
 
 
 class _Freeze:
-    """SetFit's own freezing of a body or a head; of a body with a prompt, it touches only what trains.
+    """Replaces SetFit's freezing and unfreezing: of a body with a prompt, only trainable parameters are changed.
 
     Args:
         model: the SetFit model.
@@ -124,7 +122,7 @@ class _Freeze:
         self.frozen: list[nn.Parameter] = []
 
     def __call__(self, module: nn.Module, to_freeze: bool) -> None:
-        """Freeze, or thaw what was frozen."""
+        """Freeze, or unfreeze what was frozen here."""
         if module is not self.model.model_body:
             self.before(module, to_freeze)
             return
@@ -137,6 +135,6 @@ class _Freeze:
 
 
 def _keep_frozen(model: Any) -> None:
-    """Let SetFit thaw no more of a body than trains, as long as a prompt is on it."""
+    """Keep SetFit from unfreezing the base while a prompt is on the body."""
     if not isinstance(model.__dict__.get(_FREEZE), _Freeze):
         require_prompted_model(transformer_of(model.model_body).model).patches.set(model, _FREEZE, _Freeze(model))

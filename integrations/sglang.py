@@ -1,18 +1,18 @@
-"""SGLang: a text with its prompt as input embeddings.
+"""SGLang: requests with a text and its prompt as input embeddings.
 
-SGLang knows nothing of soft prompts, but its own endpoint `/generate` takes the embeddings of a whole prompt in the place of its
-ids, as lists of numbers: `input_embeds`. Start the server with `--disable-radix-cache`: its cache finds prompts by their ids, and
-rows have none. `embeddings` makes the rows, slots and words together, and `request` what is posted. Or from a shell:
+SGLang does not support soft prompts, but its endpoint `/generate` accepts the embeddings of the whole input instead of its ids,
+as lists of numbers: `input_embeds`. Start the server with `--disable-radix-cache`, because its cache finds inputs by their ids.
+`embeddings` computes the embeddings of prompt and text together, and `request` makes the body of the request. From a shell:
 `softhooks export DIR --to sglang --model MODEL --text "..." --output OUT`.
 
-Refused by name: prompts that enter as keys and values or as a branch (prefix tuning, P-tuning v2, context tuning, cartridges,
-LLaMA-Adapter), for which SGLang has no way in; trained heads; multitask prompts of several tasks; `text` or `input_ids` beside
-`input_embeds`; models that scale their embeddings in a way of which it is not known where SGLang does it.
+Refused with an error: prompts of keys and values and gated branches (prefix tuning, P-tuning v2, context tuning, cartridges,
+LLaMA-Adapter), which SGLang cannot take; trained heads; multitask prompts of several tasks; `text` or `input_ids` together with
+`input_embeds`; models that scale their embeddings, unless it is known where SGLang does so.
 
-For Gemma and Gemma 2 the rows are divided by the factor of the embeddings, for SGLang multiplies given rows by it.
+For Gemma and Gemma 2 the embeddings are divided by their scale, because SGLang multiplies given embeddings by it.
 
-Read from SGLang's documentation and source, and not run: it needs a GPU. What is tested is that transformers, given the rows,
-generates what it generates with the prompt, and that the request's fields are those that SGLang 0.5.23 publishes.
+Written from SGLang's documentation and source, and not run, because it needs a GPU. The tests check that transformers generates
+the same from the embeddings as with the prompt, and that the request has the fields that SGLang 0.5.23 documents.
 
 Versions tested: none; transformers 5.23.0 for the rows.
 
@@ -39,15 +39,15 @@ __all__ = ["embeddings", "request"]
 
 
 def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None) -> Tensor:
-    """The rows of a text with the prompt that is on, as SGLang takes them.
+    """The embeddings of a text with the active prompt.
 
     Args:
-        model: the base model in transformers, with the prompt.
-        text: a text, or its ids (of a chat, after its template).
-        tokenizer: the model's, for a text.
+        model: the model of transformers with the prompt.
+        text: a text, or its ids; of a chat, after its template.
+        tokenizer: the model's tokenizer, for a text.
 
     Shape:
-        -> [P + T, H], on the CPU, in the model's precision.
+        -> [P + T, H], on the CPU, in the model's dtype.
 
     Raises:
         SoftHooksError: as `softhooks.serving.embeddings.sequence_embeddings`.

@@ -1,14 +1,14 @@
-"""TensorBoard beside a prompt that trains: its rows in the embedding projector, the words that they lie near, what it is.
+"""TensorBoard: a trained prompt in the embedding projector, its nearest words and its options.
 
-The curves of a prompt (norm, gradient, distance from the start, gates, share projected) need nothing of this: they reach
-`report_to="tensorboard"` by themselves, as `train/soft_prompt/*`. This callback takes that reporter's place and writes the same
-curves; with a tokenizer, at the end of training (of the best model, where that is loaded), also
+The prompt's metrics (`train/soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="tensorboard"`
+without this callback. The callback replaces that reporter and writes the same metrics; with a tokenizer, at the end of training
+(after the best model is loaded, if it is), also:
 
-- the projector: virtual tokens among the words nearest to them (`soft_prompt`), labeled;
+- the virtual tokens among the words nearest to them, with labels, in the embedding projector (`soft_prompt`);
 - a table of these words with their cosines.
 
-Refused by name: `report_to="tensorboard"` at the same time (every curve would be written twice); a tokenizer for a prompt that
-enters as keys and values, which has no rows to project; a sharded model.
+Refused with an error: `report_to="tensorboard"` at the same time, because every metric would be written twice; a tokenizer for a
+prompt of keys and values, which has no embeddings to show; a sharded model.
 
 Versions tested: tensorboard 2.21.0
 
@@ -49,12 +49,12 @@ __all__ = ["PromptBoard"]
 
 
 class PromptBoard(PromptTracker):
-    """Write a prompt's curves, rows and nearest words for TensorBoard.
+    """Write a prompt's metrics, embeddings and nearest words for TensorBoard.
 
     Args:
-        tokenizer: the model's tokenizer; None: no rows and no words, only the curves and what the prompt is.
-        log_dir: where to; None: where the Trainer's own reporter would write.
-        words: how many of the nearest words for each virtual token.
+        tokenizer: the model's tokenizer; None: only metrics and options, no embeddings and words.
+        log_dir: the directory to write to; None: that of the Trainer's own reporter.
+        words: the number of nearest words for each virtual token.
 
     Raises:
         SoftHooksError: TensorBoard is not installed.
@@ -62,7 +62,7 @@ class PromptBoard(PromptTracker):
 
     def __init__(self, tokenizer: Any = None, *, log_dir: str | Path | None = None, words: int = 5) -> None:
         if importlib.util.find_spec("tensorboard") is None:
-            raise SoftHooksError('TensorBoard is not installed here: pip install "softhooks[tensorboard]"')
+            raise SoftHooksError("TensorBoard is not installed.", 'Install it: pip install "softhooks[tensorboard]".')
         from transformers.integrations.integration_utils import TensorBoardCallback
 
         super().__init__(tokenizer, words=words)
@@ -72,18 +72,17 @@ class PromptBoard(PromptTracker):
         self._about: dict[str, Any] = {}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse a second reporter of the same kind."""
+        """Refuse a second reporter for TensorBoard."""
         if "tensorboard" in (args.report_to or []):
             raise TrainerError(
-                "one callback writes a training's curves for TensorBoard.",
-                "Set report_to='none', or leave 'tensorboard' out of the list; or leave PromptBoard out.",
-                report_to=args.report_to,
+                f"report_to={args.report_to} and PromptBoard would both write the metrics for TensorBoard.",
+                "Set report_to='none', remove 'tensorboard' from the list, or remove PromptBoard.",
             )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the file, once it is sure that all can be told at the end."""
+        """Open the file, after checking that the words can be computed at the end."""
         super().on_train_begin(args, state, control, **kwargs)
         self._reporter.on_train_begin(args, state, control, **kwargs)
         if self._reporter.tb_writer is not None:
@@ -91,24 +90,24 @@ class PromptBoard(PromptTracker):
             self._reporter.tb_writer.add_text(ABOUT, f"```json\n{text}\n```", state.global_step)
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Keep what the prompt is for when the file is open."""
+        """Keep the options until the file is open."""
         self._about = about
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the curves."""
+        """Write the metrics."""
         self._reporter.on_log(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the rows and the words, and close the file."""
+        """Write embeddings and words, and close the file."""
         try:
             super().on_train_end(args, state, control, **kwargs)
         finally:
             self._reporter.on_train_end(args, state, control)
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Write rows and words, where there are any."""
+        """Write embeddings and words, with a tokenizer."""
         if not words:
             return
         lines = [WORDS, *table_of(words)]
@@ -127,7 +126,7 @@ class PromptBoard(PromptTracker):
 
 
 def _plain(value: Any, *but: str) -> str:
-    """A label in one cell: no tab and no line ends, nor what else would end it; never empty."""
+    """A label as a cell of a table: never empty, with tabs, line breaks and the marks in `but` escaped."""
     text = str(value).encode("unicode_escape").decode() if not str(value).isprintable() else str(value)
     for mark in but:
         text = text.replace(mark, f"\\{mark}")

@@ -1,14 +1,14 @@
-"""`transformers serve` and continuous batching, with a prompt.
+"""transformers serve: transformers' server with a prompt, with and without continuous batching.
 
-`model.generate_batch` needs nothing from here: a prefix, a front prompt or an adapter that is on is met by every request. This
-module starts transformers' own server on one model with its prompt; completions and chats, streamed or not, by
-`generate` or by continuous batching, answer as `generate` does. From a shell, with the server's own options:
+`model.generate_batch` needs nothing from this module: its requests use the active prompt. This module starts transformers' server
+on one model with its prompt. Completions and chats, streamed or not, by `generate` or by continuous batching, give the same
+results as `generate`. From a shell, with the server's own options:
 
     python -m softhooks.integrations.transformers_serve MODEL --prompt DIR --port 8000 --continuous-batching
 
-Refused by name: a server that is not pinned to a model (a prompt belongs to one, and fits others of its shape by accident); with
-continuous batching, prompts that enter as slots or differ from request to request, flash attention, CUDA graphs and compiled
-forwards. The last three are what transformers would choose on a GPU; the server is told not to unless it was asked for them.
+Refused with an error: a server that is not pinned to one model, because a prompt belongs to one model but may fit others by
+accident; with continuous batching, prompts that enter as slots or differ between requests, flash attention, CUDA graphs and
+compiled forwards. On a GPU, transformers would choose the last three; they are turned off unless they were asked for.
 
 Versions tested: transformers 5.23.0, fastapi 0.165.0, uvicorn 0.54.0, openai 3.57.0.
 
@@ -40,15 +40,15 @@ def serve(prompt: str | Path, model: str, **options: Any) -> Any:
     """Start transformers' server on one model with its prompt.
 
     Args:
-        prompt: a saved prompt: a directory, a hub id, or a checkpoint of PEFT.
-        model: the base model, a name or a directory; the server is pinned to it.
-        options: of `transformers serve`, by their Python names (`port`, `device`, `continuous_batching`, ...).
+        prompt: a saved prompt: a directory, a hub id, or a PEFT checkpoint.
+        model: the base model, a name or a directory; the server serves only this model.
+        options: options of `transformers serve`, by their Python names (`port`, `device`, `continuous_batching`, ...).
 
     Returns:
-        transformers' `Serve`, once the server has ended; at once with `non_blocking=True`.
+        transformers' `Serve`, once the server has ended, or at once with `non_blocking=True`.
 
     Raises:
-        SoftHooksError: what serving needs is not installed; the prompt does not fit the model, or cannot be served so.
+        SoftHooksError: the server's dependencies are not installed, or the prompt does not fit the model or cannot be served.
     """
     with prompted(prompt):
         from transformers.cli.serve import Serve
@@ -58,20 +58,21 @@ def serve(prompt: str | Path, model: str, **options: Any) -> Any:
 
 @contextmanager
 def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
-    """Let every server that is made meanwhile load its model with a prompt.
+    """Let servers that are made inside the block load their model with a prompt.
 
     Args:
         prompt: a saved prompt.
         strict: as in `softhooks.load`.
 
     Raises:
-        SoftHooksError: what serving needs is not installed.
+        SoftHooksError: the server's dependencies are not installed.
     """
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
         raise SoftHooksError(
-            'what transformers serves with is not installed here: pip install "softhooks[transformers-serve]"'
+            "the dependencies of `transformers serve` are not installed.",
+            'Install them: pip install "softhooks[transformers-serve]".',
         )
     from transformers.cli.serving import model_manager, utils
 
@@ -85,10 +86,10 @@ def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
 
 
 def _manager(base: Any, prompt: str, strict: bool) -> Any:
-    """The class of managers that load a model with a prompt."""
+    """Make a subclass of transformers' model manager that loads a prompt."""
 
     class PromptedModelManager(base):
-        """Loads the one model that the server is pinned to, and the prompt onto it."""
+        """Loads the server's model and the prompt onto it."""
 
         def __init__(self, *args: Any, continuous_batching: bool = False, **kwargs: Any) -> None:
             self._batches = continuous_batching
@@ -98,10 +99,9 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
             super()._validate_args()
             if self.force_model is None:
                 raise OptionError(
-                    "a server with a prompt must be pinned to the model that the prompt was trained with.",
-                    "Name the model when the server starts.",
+                    "the server is not pinned to the model that the prompt was trained with.",
+                    "Name the model when you start the server.",
                     prompt=prompt,
-                    model="any that a request names",
                 )
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,10 +118,10 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
 
 
 def _state(base: Any) -> Any:
-    """The class of states whose continuous batches run where a prompt can be joined."""
+    """Make a subclass of transformers' generation state whose continuous batches work with a prompt."""
 
     class PromptedGenerationState(base):
-        """Leaves attention and graphs as they are, unless the server was asked for others."""
+        """Turns off flash attention and CUDA graphs, unless the server was asked for them."""
 
         def __init__(self, continuous_batching: bool = False, cb_config: Any = None, **kwargs: Any) -> None:
             from transformers import ContinuousBatchingConfig
@@ -136,14 +136,14 @@ def _state(base: Any) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `transformers serve`, with one option more: `--prompt`."""
+    """Run `transformers serve` with two more options: `--prompt` and `--no-strict`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt")
     parser.add_argument("--no-strict", action="store_true")
     own, rest = parser.parse_known_args(arguments)
     with report_errors(), usage_errors():
         if own.prompt is None and "--help" not in rest:
-            raise OptionError("the server needs `--prompt DIR`; without a prompt, run `transformers serve`.")
+            raise OptionError("`--prompt DIR` is missing; without a prompt, run `transformers serve`.")
     with report_errors(), prompted(own.prompt, strict=not own.no_strict):
         import typer
         from transformers.cli.serve import Serve

@@ -1,16 +1,17 @@
-"""Train a prompt with TRL: `callbacks=[SoftPromptCallback(method)]` in SFT, DPO, KTO, Reward, GRPO and RLOO trainers.
+"""TRL: prompts in SFT, DPO, KTO, Reward, GRPO and RLOO trainers, with `callbacks=[SoftPromptCallback(method)]`.
 
-DPO and KTO compare the policy with a reference. `reference(model)` is the same model with its prompt off, and takes no memory;
-without it TRL loads a second copy from `model.config.name_or_path`, which is as right. With `precompute_ref_log_probs=True` and
-no reference TRL runs the policy itself: the callback turns the prompt off for that. GRPO generates with the prompt.
+DPO and KTO compare the policy with a reference model. `reference(model)` is the same model without its prompt, and takes no
+memory. Without it, TRL loads a second copy from `model.config.name_or_path`, which is also right. With
+`precompute_ref_log_probs=True` and no reference, TRL runs the policy itself; the callback disables the prompt for that. GRPO and
+RLOO generate with the prompt.
 
-Packed (`bfd`, `bfd_split`) and padding-free rows give every document the prompt, with sdpa or eager attention; `wrapped` rows are
-cut through documents and get one prompt each.
+In packed rows (`bfd`, `bfd_split`) and padding-free rows every document gets the prompt, with sdpa or eager attention. `wrapped`
+rows cut documents, and get one prompt each.
 
-Refused by name, before a step: `use_vllm` and continuous batching (they generate without the prompt, or convert the base),
-`sync_ref_model`, `use_liger_kernel`, `cast_lm_head_to_fp32` on other heads, methods with an objective of their own, adapters of
-PEFT that a prompt would freeze or that share a reference with it, references with a prompt to be trained (`copy.deepcopy` of a
-model that has one), `reference` under FSDP, and TRL's other trainers.
+Refused with an error before the first step: `use_vllm` and continuous batching (they generate without the prompt, or convert the
+base), `sync_ref_model`, `use_liger_kernel`, `cast_lm_head_to_fp32` on heads that are not in fp32, methods with their own
+objective, PEFT adapters that the prompt would freeze or that share their reference with it, references with a trainable prompt
+(`copy.deepcopy` of a prompted model), `reference` under FSDP, and other trainers of TRL.
 
 Versions tested: trl 1.16.0
 
@@ -55,12 +56,12 @@ _COMPARING = {"DPOConfig": "DPOTrainer", "KTOConfig": "KTOTrainer"}
 
 
 def reference(model: nn.Module, prompt: str | None = None) -> Reference:
-    """The policy's own model, without the prompt that trains on it, as the `ref_model` of a DPO or KTO trainer.
+    """The policy without its trained prompt, as the `ref_model` of a DPO or KTO trainer.
 
     Args:
-        model: the model that the trainer is given.
-        prompt: run with this other prompt of the model instead, which must rest: the one that was trained before, say, loaded
-            under a name of its own. None: the bare model.
+        model: the trainer's model.
+        prompt: the name of another prompt of the model for the reference, such as one from an earlier training, loaded under this
+            name and frozen. None: no prompt.
     """
     return Reference(model, prompt)
 
@@ -69,82 +70,75 @@ def reference(model: nn.Module, prompt: str | None = None) -> Reference:
 
 
 def check(args: Any, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-    """Refuse what TRL would do wrongly with a prompt. `SoftPromptCallback` calls this before it attaches.
+    """Refuse settings that TRL would apply wrongly with a prompt; `SoftPromptCallback` calls this before it attaches.
 
     Raises:
         TrainerError: naming the setting.
     """
-    for found, rule, remedy in (*_unserved(args, model, method), *_adapters(args, model, trainable)):
-        raise TrainerError(rule, remedy, found=found)
+    for found, remedy in (*_unsupported(args, model, method), *_adapter_conflicts(args, model, trainable)):
+        raise TrainerError(found, remedy)
 
 
 def _kind(args: Any) -> str:
-    """The name of TRL's own class of arguments, also where a user has derived another from it."""
+    """The name of TRL's class of arguments, also for a subclass of it."""
     return next(kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl")
 
 
-def _unserved(args: Any, model: nn.Module, method: Method) -> Iterator[tuple[str, str, str]]:
+def _unsupported(args: Any, model: nn.Module, method: Method) -> Iterator[tuple[str, str]]:
+    """Settings that do not work with a prompt, each with a remedy."""
     kind = _kind(args)
     if kind.removesuffix("Config") not in _TRAINERS:
         yield (
-            kind,
-            f"of TRL's trainers, a prompt trains in those for {', '.join(_TRAINERS)}: what others do to a model is not known.",
-            "Use one of these, or a loop of your own with `softhooks.attach`.",
+            f"TRL's trainer of {kind} has not been tested with a prompt; supported are those for {', '.join(_TRAINERS)}.",
+            "Use one of these, or your own training loop with `softhooks.attach`.",
         )
     if getattr(args, "use_vllm", False):
         yield (
-            "use_vllm=True: vLLM is sent the weights, and generates without the prompt",
-            "completions must come from the policy that is trained, prompt and all.",
-            "Set `use_vllm=False`: the model itself then generates, with the prompt.",
+            "use_vllm=True would generate completions without the prompt: TRL sends vLLM only the model's weights.",
+            "Set `use_vllm=False`; the model then generates, with the prompt.",
         )
     if getattr(args, "use_transformers_continuous_batching", False):
         yield (
-            "use_transformers_continuous_batching=True: paged attention, for which TRL also converts the base to 16 bits",
-            "completions must come from the policy that is trained, and its base must stay as it is.",
-            "Set it to False: the model then generates batch by batch, with the prompt.",
+            "use_transformers_continuous_batching=True would convert the frozen base to 16 bits, for paged attention.",
+            "Set it to False; the model then generates batch by batch, with the prompt.",
         )
     if getattr(args, "sync_ref_model", False):
         yield (
-            "sync_ref_model=True: TRL mixes the parameters of the policy into those of the reference, one by one",
-            "a reference without a prompt has no parameters to follow a prompt with.",
+            "sync_ref_model=True mixes the policy's parameters into the reference's, which has none for the prompt.",
             "Set `sync_ref_model=False`.",
         )
     if getattr(args, "use_liger_kernel", False):
         yield (
-            "use_liger_kernel=True: the model's layers are replaced when training begins",
-            "a prompt is proven on the layers that the model has when it is attached.",
-            "Set `use_liger_kernel=False`; TRL's own fused head spares the logits already.",
+            "use_liger_kernel=True would replace the model's layers after the prompt was attached and checked on them.",
+            "Set `use_liger_kernel=False`; TRL's own fused head already avoids the full logits.",
         )
     head = model.get_output_embeddings() if getattr(args, "cast_lm_head_to_fp32", False) else None  # type: ignore[operator]
     if head is not None and head.weight.dtype != torch.float32:
         yield (
-            f"cast_lm_head_to_fp32=True, and a head in {head.weight.dtype}: TRL converts it after the prompt is attached",
-            "the base must stay as it is.",
-            "Convert the head before the trainer is made: `model.lm_head.float()`.",
+            f"cast_lm_head_to_fp32=True would convert the frozen head from {head.weight.dtype} after the prompt was attached.",
+            "Convert the head before you make the trainer: `model.lm_head.float()`.",
         )
     if method.objective() is not None:
         yield (
-            repr(method),
-            "a method with an objective of its own trains on the model's loss; TRL computes another, from no logits.",
+            f"{method!r} has its own objective, which changes the model's loss; TRL computes its loss itself.",
             "Use the Trainer of transformers, or a method or option without an objective.",
         )
 
 
-def _adapters(args: Any, model: nn.Module, trainable: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+def _adapter_conflicts(args: Any, model: nn.Module, trainable: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Settings of PEFT's adapters that do not work with a prompt, each with a remedy."""
     if not hasattr(model, "peft_config"):
         return
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     frozen = [name for name in trained if not any(fnmatch.fnmatch(name, pattern) for pattern in trainable)]
     if frozen and prompted_model_of(model) is None:
         yield (
-            f"{len(frozen)} tensors of an adapter, {frozen[0]} first",
-            "`peft_config` asks TRL to train an adapter, and a prompt would freeze it.",
+            f"the prompt would freeze the adapter of `peft_config` ({frozen[0]} and {len(frozen) - 1} other tensors).",
             "Leave `peft_config` out, or train both: `SoftPromptCallback(method, trainable='*lora_*')`.",
         )
     if _kind(args) in ("GRPOConfig", "RLOOConfig") and args.beta != 0.0:
         yield (
-            f"beta={args.beta} with an adapter of PEFT: its reference is the policy with the adapter off and the prompt on",
-            "a reference must be without the prompt that trains.",
+            f"with beta={args.beta} and a PEFT adapter, TRL's reference is the policy without the adapter but with the prompt.",
             "Set `beta=0.0`, or merge the adapter into the model.",
         )
 
@@ -153,16 +147,16 @@ def _adapters(args: Any, model: nn.Module, trainable: Sequence[str]) -> Iterator
 
 
 def guard(args: Any, prompted: PromptedModel) -> None:
-    """Mind the reference of a DPO or KTO trainer until the model's last prompt is removed. `SoftPromptCallback` calls this."""
+    """Keep the prompt out of the reference of a DPO or KTO trainer; `SoftPromptCallback` calls this after it attaches."""
     name = _COMPARING.get(_kind(args))
     if name is not None:
         import trl
 
-        prompted.outside_patches.keep(_Guard(getattr(trl, name)))
+        prompted.outside_patches.keep(_ReferenceGuard(getattr(trl, name)))
 
 
-class _Guard:
-    """Keeps two methods of a trainer's class wrapped, for no callback meets the trainer itself; the last one puts them back."""
+class _ReferenceGuard:
+    """Wraps two methods of a trainer's class, because callbacks do not see the trainer; the last guard restores them."""
 
     def __init__(self, trainer: type) -> None:
         _guards.add(self, trainer)
@@ -172,36 +166,35 @@ class _Guard:
 
 
 def _wrap_trainer(patches: Patches, trainer: type) -> None:
-    patches.wrap(trainer, "compute_loss", _comparing)
-    patches.wrap(trainer, "compute_ref_log_probs", _computing)
+    patches.wrap(trainer, "compute_loss", _with_checked_reference)
+    patches.wrap(trainer, "compute_ref_log_probs", _without_prompt)
 
 
-_guards: SharedPatches[_Guard] = SharedPatches(_wrap_trainer)
+_guards: SharedPatches[_ReferenceGuard] = SharedPatches(_wrap_trainer)
 
 
-def _comparing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_checked_reference(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         prompted = prompted_model_of(self.model)
         if prompted is not None and prompted.is_on:
-            _require_bare(self)
+            _refuse_trainable_reference(self)
             if self.ref_model is None and not self.precompute_ref_logps:
                 raise TrainerError(
-                    "a reference must be without the prompt that trains.",
-                    "Set `precompute_ref_log_probs=True`, for which adapter and prompt are off, or pass a `ref_model`.",
-                    found="an adapter of PEFT and no `ref_model`: TRL turns off the adapter, and the prompt stays on",
+                    "without a `ref_model`, TRL's reference is the policy without its PEFT adapter but with the prompt.",
+                    "Set `precompute_ref_log_probs=True`, which disables adapter and prompt, or pass a `ref_model`.",
                 )
         return original(self, *args, **kwargs)
 
     return compute_loss
 
 
-def _computing(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _without_prompt(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     @functools.wraps(original)
     def compute_ref_log_probs(self: Any, model: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         if prompted_model_of(self.model) is None:
             return original(self, model, inputs)
-        _require_bare(self)
+        _refuse_trainable_reference(self)
         if self.ref_model is not None:
             return original(self, model, inputs)
         if self.state.global_step:
@@ -212,16 +205,15 @@ def _computing(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., 
     return compute_ref_log_probs
 
 
-def _require_bare(trainer: Any) -> None:
-    """Refuse a reference with a prompt that could train, as a deep copy of a policy has; a prompt that was loaded may stay."""
+def _refuse_trainable_reference(trainer: Any) -> None:
+    """Refuse a reference with a trainable prompt, such as a deep copy of the policy; a loaded prompt is frozen and allowed."""
     prompted = None if trainer.ref_model is None else prompted_model_of(trainer.ref_model)
     if prompted is None or not prompted.is_on:
         return
     encoders = [prompt.encoder for prompt in prompted.prompts.values()]
     if any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters()):
         raise TrainerError(
-            "a reference must be without the prompt that trains.",
-            "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with a prompt that was trained before, "
-            "load it on the model under another name, and name it: `reference(model, prompt=name)`.",
-            reference=f"{type(trainer.ref_model).__name__} with a copy of the prompt {prompted.selection_text}",
+            f"the `ref_model` has a trainable copy of the prompt {prompted.selection_text}; a reference must not have it.",
+            "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with an earlier prompt, load it on the "
+            "model under another name, and pass `reference(model, prompt=name)`.",
         )

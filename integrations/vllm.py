@@ -1,19 +1,19 @@
-"""vLLM: a text with its prompt as prompt embeddings.
+"""vLLM: requests with a text and its prompt as prompt embeddings.
 
-vLLM knows nothing of soft prompts, but takes the embeddings of a whole prompt in the place of its ids: `LLM(...,
-enable_prompt_embeds=True)` as `{"prompt_embeds": rows}`, and a server started with `vllm serve MODEL --enable-prompt-embeds` in
-`/v1/completions` as `prompt_embeds`, a tensor written by `torch.save`, in base64. `embeddings` makes the rows, slots and words
-together, and `request` what is posted. Or from a shell: `softhooks export DIR --to vllm --model MODEL --text "..." --output OUT`.
+vLLM does not support soft prompts, but accepts the embeddings of the whole input instead of its ids: `LLM(...,
+enable_prompt_embeds=True)` as `{"prompt_embeds": rows}`, and a server started with `vllm serve MODEL --enable-prompt-embeds` as
+`prompt_embeds` of `/v1/completions`, a tensor written by `torch.save`, in base64. `embeddings` computes the embeddings of prompt
+and text together, and `request` makes the body of the request. From a shell:
+`softhooks export DIR --to vllm --model MODEL --text "..." --output OUT`.
 
-Refused by name: prompts that enter as keys and values or as a branch (prefix tuning, P-tuning v2, context tuning, cartridges,
-LLaMA-Adapter), for which vLLM has no way in; trained heads; multitask prompts of several tasks; `prompt` beside
-`prompt_embeds`, which is a second prompt to the server and not the rest of the first; models that scale their embeddings in a way
-of which it is not known where vLLM does it. `/v1/chat/completions` puts a template around what it is given: use completions, and
-the template before the rows are made.
+Refused with an error: prompts of keys and values and gated branches (prefix tuning, P-tuning v2, context tuning, cartridges,
+LLaMA-Adapter), which vLLM cannot take; trained heads; multitask prompts of several tasks; `prompt` together with `prompt_embeds`,
+which the server would answer as two inputs; models that scale their embeddings, unless it is known where vLLM does so.
+`/v1/chat/completions` applies a chat template to its input: use completions, and apply the template before `embeddings`.
 
-Rows are those of transformers' own `inputs_embeds`, also for Gemma and Gemma 2: vLLM multiplies the rows of ids, and not those it
-is given (measured with 0.32.0 on a CPU). The tests do not run vLLM. They check that transformers, given the
-rows, generates what it generates with the prompt, and that the request's fields are those that vLLM 0.33.0 publishes.
+The embeddings are those of transformers' `inputs_embeds`, also for Gemma and Gemma 2: vLLM scales the embeddings of ids, but not
+given ones (measured with 0.32.0 on a CPU). The tests do not run vLLM. They check that transformers generates the same from the
+embeddings as with the prompt, and that the request has the fields that vLLM 0.33.0 documents.
 
 Versions: rows of vLLM 0.32.0; transformers 5.23.0.
 
@@ -41,15 +41,15 @@ __all__ = ["embeddings", "encode", "request"]
 
 
 def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None) -> Tensor:
-    """The rows of a text with the prompt that is on, as vLLM takes them.
+    """The embeddings of a text with the active prompt.
 
     Args:
-        model: the base model in transformers, with the prompt.
-        text: a text, or its ids (of a chat, after its template).
-        tokenizer: the model's, for a text.
+        model: the model of transformers with the prompt.
+        text: a text, or its ids; of a chat, after its template.
+        tokenizer: the model's tokenizer, for a text.
 
     Shape:
-        -> [P + T, H], on the CPU, in the model's precision.
+        -> [P + T, H], on the CPU, in the model's dtype.
 
     Raises:
         SoftHooksError: as `softhooks.serving.embeddings.sequence_embeddings`.

@@ -1,16 +1,15 @@
-"""Weights & Biases beside a prompt that trains: the prompt as an artifact, the words that it lies near, what it is.
+"""Weights & Biases: a trained prompt as an artifact, its options and its nearest words.
 
-The curves of a prompt (norm, gradient, distance from the start, gates, share projected) need nothing of this: they reach
-`report_to="wandb"` by themselves, as `train/soft_prompt/*`, and `WANDB_LOG_MODEL` uploads checkpoints that hold the prompt only.
-This callback adds to the Trainer's run, offline (`WANDB_MODE=offline`) as online,
+The prompt's metrics (`train/soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="wandb"` without
+this callback, and `WANDB_LOG_MODEL` uploads checkpoints with only the prompt. The callback adds to the Trainer's run, also
+offline (`WANDB_MODE=offline`):
 
-- the method, its options and the number of its parameters, in the run's configuration under `soft_prompt`;
-- at the end of training (of the best model, where that is loaded) an artifact of the type `soft-prompt`, from which
+- the method, its options and the number of parameters, in the run's configuration under `soft_prompt`;
+- at the end of training (after the best model is loaded, if it is) an artifact of type `soft-prompt`, from which
   `softhooks.load(model, artifact.download())` loads;
 - with a tokenizer, a table of the words nearest to each virtual token, `soft_prompt/words`.
 
-Refused by name, before a step: no run that is under way; a tokenizer for a prompt that enters as keys and values, or in a
-sharded model.
+Refused with an error before the first step: no active run; a tokenizer for a prompt of keys and values or in a sharded model.
 
 Versions tested: wandb 0.31.0
 
@@ -50,12 +49,12 @@ KIND = "soft-prompt"
 
 
 class PromptArtifact(PromptTracker):
-    """Keep the prompt that a Trainer trains in its run of Weights & Biases.
+    """Record the prompt that a Trainer trains in its Weights & Biases run.
 
     Args:
         tokenizer: the model's tokenizer; None: no table of nearest words.
-        name: of the artifact; None: `soft-prompt-` and the run's id.
-        words: how many of the nearest words for each virtual token.
+        name: the name of the artifact; None: `soft-prompt-` and the run's id.
+        words: the number of nearest words for each virtual token.
 
     Raises:
         SoftHooksError: wandb is not installed.
@@ -68,10 +67,10 @@ class PromptArtifact(PromptTracker):
         self._about: dict[str, Any] = {}
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Note what the prompt is.
+        """Log the options.
 
         Raises:
-            TrainerError: no run is under way.
+            TrainerError: there is no active run.
         """
         self._about = about
         self._run().config.update({ABOUT: about}, allow_val_change=True)
@@ -90,9 +89,8 @@ class PromptArtifact(PromptTracker):
         run = _wandb().run
         if run is None:
             raise TrainerError(
-                "PromptArtifact adds to a run of Weights & Biases; none is under way.",
+                "there is no active Weights & Biases run for PromptArtifact to log to.",
                 "Set report_to='wandb', which starts one, or call `wandb.init()` before `train()`.",
-                run=None,
             )
         return run
 

@@ -157,7 +157,7 @@ def test_long_texts_fit_because_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert -2000 < whole < -250
     lm.loglikelihood(requests("loglikelihood", (LONG, "word5 word6")), disable_tqdm=True)
     lm.generate_until(requests("generate_until", (LONG, {"until": [], "max_gen_toks": 4})), disable_tqdm=True)
-    monkeypatch.setattr(integration, "room_taken", lambda model: 0)
+    monkeypatch.setattr(integration, "positions_taken", lambda model: 0)
     with pytest.raises(PromptTooLongError):
         lm.loglikelihood_rolling(asked, disable_tqdm=True)
 
@@ -258,9 +258,9 @@ def test_prompts_that_need_more_than_rows_of_ids_are_refused(method: Any, named:
 
 def test_one_prompt_no_more_no_less(saved: Path) -> None:
     model = zoo.build("llama")
-    with untouched.untouched(model), pytest.raises(OptionError, match="carries none"):
+    with untouched.untouched(model), pytest.raises(OptionError, match="the model has no prompt"):
         with_prompt(model)
-    with softhooks.attach(model, PromptTuning(2)), pytest.raises(OptionError, match="carries a prompt"):
+    with softhooks.attach(model, PromptTuning(2)), pytest.raises(OptionError, match="the model already has a prompt"):
         with_prompt(model, prompt=str(saved / "prompt"))
 
 

@@ -221,7 +221,7 @@ def test_the_trials_of_a_search_have_a_run_each(tmp_path: Path, runs: Runs) -> N
 def test_what_is_refused(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build("llama")
     for method, report, options, words in (
-        (PromptTuning(4), PromptArtifact(), {}, "none is under way"),
+        (PromptTuning(4), PromptArtifact(), {}, "no active Weights & Biases run"),
         (PrefixTuning(4), PromptArtifact(tokens.tokenizer()), {"report_to": ["wandb"]}, "rows of embeddings"),
     ):
         trainer = training.make(tmp_path / "out", model, "causal", [SoftPromptCallback(method), report], **options)  # type: ignore[arg-type]
