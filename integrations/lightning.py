@@ -222,7 +222,8 @@ class _Callback:
         assert outer is not None, "Lightning calls setup first"
         prompt, saver = outer.prompt, outer.saver
         refuse_evaluation(prompt.method, prompt.model)
-        self._frozen_check.begin(prompt, trainer.global_step)
+        converts = "Lightning's `bf16-true` converts the model, `bf16-mixed` does not: use that, or load the model in bfloat16."
+        self._frozen_check.begin(prompt, trainer.global_step, converts)
         remedy = "Make it from `self.parameters()` in `configure_optimizers`, not in `__init__`; frozen parameters are removed."
         saver.optimizer = require_held(trainer.optimizers, prompt, remedy)
         for optimizer in trainer.optimizers:

@@ -29,6 +29,7 @@ from softhooks.saving.outer_model import SaveFromOutside, prompt_folders
 logger = logging.getLogger(__name__)
 
 _IGNORED = "_keys_to_ignore_on_save"
+_ADAPTER = "adapter_config.json"
 
 
 class SavePrompts:
@@ -164,7 +165,9 @@ class SavePrompts:
 class LoadAdapter:
     """Replaces `load_adapter` of a PEFT model, which a Trainer calls to resume: it loads the checkpoint's prompts too.
 
-    PEFT freezes everything except the adapter that it loads; this keeps the prompts trainable.
+    PEFT freezes everything except the adapter that it loads; this keeps the prompts trainable, and from a checkpoint also what
+    else trains. PEFT saves adapters that are not named `default` in folders of their own; a Trainer looks there when it resumes,
+    but in the checkpoint's root, which may hold another adapter, when it loads the best model.
 
     Args:
         prompted: the state of the model's prompts.
@@ -178,15 +181,18 @@ class LoadAdapter:
         """Load the adapter and, from a checkpoint, the prompts."""
         model: Any = self.prompted.model
         load = self._before or type(model).load_adapter.__get__(model)
-        given = Path(str(model_id))
-        live = next((folder / LIVE for folder in (given, given.parent) if (folder / LIVE).is_file()), None)
+        given, name = Path(str(model_id)), args[0] if args else kwargs.get("adapter_name")
+        root = next((folder for folder in (given, given.parent) if (folder / LIVE).is_file()), None)
+        if root is not None:
+            own = root / str(name)
+            model_id = str(own if (own / _ADAPTER).is_file() else root)
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         result = load(model_id, *args, **kwargs)
         for name, parameter in model.named_parameters():
-            if is_prompt_key(name) or (live is not None and name in before):
+            if is_prompt_key(name) or (root is not None and name in before):
                 parameter.requires_grad_(before[name])
-        if live is not None:
-            model.load_state_dict(read_tensors(live)[0], strict=False)
+        if root is not None:
+            model.load_state_dict(read_tensors(root / LIVE)[0], strict=False)
         return result
 
 

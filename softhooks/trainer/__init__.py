@@ -1,1 +1,1 @@
-"""One callback in an unmodified `Trainer`: `callback.py` says when, and each other file does one thing of what a run needs."""
+"""Training with an unmodified `Trainer`: `callback.py` handles its events, each other file one part of a run."""

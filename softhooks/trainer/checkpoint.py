@@ -21,16 +21,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import TrainerError
-from softhooks.formats.files import parse_json, read_tensors
-from softhooks.formats.native import LIVE
+from softhooks.formats.files import parse_json
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.live_state import DESCRIPTION, NotSaved, live_tensors, write_live
 from softhooks.saving.model import SavePrompts
 from softhooks.trainer.metrics import TrainingMetrics
 from softhooks.trainer.recovery import Lock
 from softhooks.trainer.run_description import describe, require_same_run
-
-_ADAPTER = "adapter_config.json"
 
 
 class CheckpointSaver:
@@ -70,14 +67,12 @@ class CheckpointSaver:
         self._save_all: SavePrompts | None = (
             before._save_all if before else own if isinstance(own, SavePrompts) else None
         )
-        self._load_adapter: Any = before._load_adapter if before else getattr(model, "load_adapter", None)
         self._set_adapter: Any = before._set_adapter if before else getattr(model, "set_adapter", None)
         if before:
             before.close()
         shared.patches.set(prompt.model, "save_pretrained", self)
         shared.patches.set(prompt.model, "_keys_to_ignore_on_save", NotSaved(prompt))
         if _is_peft(model):
-            shared.patches.set(prompt.model, "load_adapter", self.load_adapter)
             shared.patches.set(prompt.model, "set_adapter", self.set_adapter)
         self._handle = model.register_load_state_dict_pre_hook(self._check)
         shared.patches.keep(self._handle)
@@ -143,23 +138,6 @@ class CheckpointSaver:
         return f"{CONTAINER}.{self.prompt.name}.{DESCRIPTION}"
 
     # --- load ---------------------------------------------------------------------------------------------------------
-
-    def load_adapter(self, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load an adapter into a PEFT model, and the live parameters from the same checkpoint.
-
-        PEFT saves adapters that are not named `default` in folders of their own. The Trainer looks there when it resumes, but in
-        the checkpoint's root, which may hold another adapter, when it loads the best model.
-        """
-        given = Path(model_id)
-        root = next((folder for folder in (given, given.parent) if (folder / LIVE).is_file()), None)
-        if root is None or not self.prompt.is_attached:
-            return self._load_adapter(model_id, adapter_name, *args, **kwargs)
-        own = root / adapter_name
-        folder = own if (own / _ADAPTER).is_file() else root
-        with self._requires_grad_kept():
-            result = self._load_adapter(str(folder), adapter_name, *args, **kwargs)
-        self.prompt.model.load_state_dict(read_tensors(root / LIVE)[0], strict=False)
-        return result
 
     def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Switch the adapter of a PEFT model, as the Trainer does after loading, without a change of what trains."""

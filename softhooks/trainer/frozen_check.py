@@ -13,6 +13,10 @@ CheckFrozen = Literal["end", "save", "log"] | bool
 Moment = Literal["end", "save", "log"]
 
 _MOMENTS: dict[str, tuple[Moment, ...]] = {"end": ("end",), "save": ("end", "save"), "log": ("end", "save", "log")}
+_LOAD_IN_PRECISION = (
+    "`bf16_full_eval` and `fp16_full_eval` convert a model that is evaluated outside of training: load it in that precision, or "
+    "evaluate after the training."
+)
 
 
 class FrozenCheck:
@@ -36,8 +40,11 @@ class FrozenCheck:
         self.report: FrozenReport | None = None
         self._last_step = 0
 
-    def begin(self, prompt: SoftPrompt, step: int) -> None:
+    def begin(self, prompt: SoftPrompt, step: int, remedy: str = _LOAD_IN_PRECISION) -> None:
         """Check dtypes and shapes of the base before training; no values are read.
+
+        Args:
+            remedy: the remedy in the error.
 
         Raises:
             TrainerError: the base was converted after the prompt was attached.
@@ -48,8 +55,7 @@ class FrozenCheck:
         if converted:
             raise TrainerError(
                 f"{len(converted)} tensors of the base have another dtype or shape than when the prompt was attached.",
-                "`bf16_full_eval` and `fp16_full_eval` convert a model that is evaluated outside of training: load it in that "
-                "precision, or evaluate after the training. Lightning's `bf16-true` converts the model, `bf16-mixed` does not.",
+                remedy,
                 first=converted[0],
             )
 
