@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from softhooks.backbone.heads import can_generate
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.peft import unwrapped
@@ -213,17 +214,11 @@ def _task(stored: StoredPrompt, model: nn.Module | None) -> str:
     for ending, task in _TASKS.items():
         if name.endswith(ending) and not is_encoder_decoder:
             return task
-    if _class_generates(name) if model is None else _generates(model):
+    if _class_generates(name) if model is None else can_generate(unwrapped(model)):
         return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
     if not name and stored.base.task in _KNOWN_TASKS:
         return stored.base.task
     raise _refusal(stored, name or "an unknown model", "a language model, or a sequence or token classifier")
-
-
-def _generates(model: nn.Module) -> bool:
-    """Whether a model is a language model that generates."""
-    can_generate = getattr(unwrapped(model), "can_generate", None)
-    return can_generate is not None and bool(can_generate())
 
 
 def _class_generates(name: str) -> bool:

@@ -192,7 +192,10 @@ def test_a_second_prompt_goes_onto_the_inner_model(tmp_path):
     assert not (model.predict(pairs) == before).any()
     softhooks.activate(model, "default")
     assert (model.predict(pairs) == before).all()
-    with softhooks.rows(model, ["default", "second"]), pytest.raises(UnsupportedModeError, match="the library sorts the texts"):
+    with (
+        softhooks.rows(model, ["default", "second"]),
+        pytest.raises(UnsupportedModeError, match="the library sorts the texts"),
+    ):
         model.predict(pairs)  # the longer pair would come first, and meet the prompt of the other
     assert (model.predict(pairs) == before).all()
 
