@@ -23,6 +23,8 @@ from typer.testing import CliRunner
 import softhooks
 from softhooks import methods
 from softhooks.cli import app, options, source
+from softhooks.encoder import PromptEncoder
+from softhooks.method import Method
 
 PAGE = "CONTRIBUTING.md"
 CASES = [zoo.Case("llama", "causal"), zoo.Case("bert", "sequence"), zoo.Case("t5", "seq2seq")]
@@ -138,6 +140,13 @@ def test_the_command_line_shows_its_options(decomposed: Any, monkeypatch: pytest
 def test_its_imports_exist_those_for_types_too() -> None:
     imports = [node for node in ast.walk(ast.parse(_code(0))) if isinstance(node, ast.ImportFrom)]
     assert all(hasattr(importlib.import_module(str(node.module)), name.name) for node in imports for name in node.names)
+
+
+def test_what_a_method_can_override_exists() -> None:
+    classes = {"Method": Method, "PromptEncoder": PromptEncoder}
+    named = re.findall(r"`(Method|PromptEncoder)\.(\w+)`", markdown.text_of(PAGE))
+    assert len(named) >= 10
+    assert all(hasattr(classes[owner], name) for owner, name in named)
 
 
 def test_the_table_of_layers_is_the_contract_that_the_linter_checks() -> None:
