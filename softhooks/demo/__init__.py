@@ -1,5 +1,5 @@
-"""`softhooks demo`: the whole job on real text, as a plain Hugging Face Trainer script.
+"""`softhooks demo`: train, save, load and compare prompts on real text.
 
-`corpus` reads the text, `train` is the script (copy its Trainer lines), `baselines` is what the results are compared
-with, `report` prints the table, `run` puts them in order. Importing this package imports none of them.
+`run` is the whole demo. `train` is its training script, written to be copied; `corpus` and `data` prepare the text, `models`
+loads the model, `baselines` trains what the prompts are compared with, and `report` prints the results.
 """

@@ -1,4 +1,4 @@
-"""What the trained prompts are compared with: the majority class, and logistic regression on the frozen features."""
+"""Baselines of the demo: the majority class, and logistic regression on the features of the frozen model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 
 @dataclass(frozen=True)
 class Baseline:
-    """A result that needs no prompt."""
+    """The result of a baseline.
+
+    Attributes:
+        accuracy: on the test rows.
+        trained: the number of trained parameters.
+        seconds: the time for features and training.
+    """
 
     accuracy: float
     trained: int
@@ -30,15 +36,15 @@ class Baseline:
 
 
 def majority_class(data: EncodedData) -> Baseline:
-    """Answer with the training rows' most frequent class, whatever the text."""
+    """Predict the most frequent class of the training rows for every text."""
     [(label, _)] = Counter(data.train.labels).most_common(1)
     return Baseline(data.test.labels.count(label) / len(data.test), 0, 0.0)
 
 
 def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) -> Baseline:
-    """Fit a linear classifier on the untouched encoder's mean-pooled hidden states.
+    """Fit a linear classifier on the mean-pooled hidden states of the unmodified model.
 
-    Its regularization is chosen by cross-validation on the training rows alone, with whole source files held out.
+    The regularization strength is chosen by cross-validation on the training rows, with whole source files held out.
 
     Raises:
         SoftHooksError: scikit-learn is not installed.
@@ -50,7 +56,7 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise SoftHooksError(
-            "the demo compares the prompts with a logistic regression, which needs scikit-learn.",
+            "scikit-learn, which the demo needs for its logistic regression, is not installed.",
             "Install it: pip install 'softhooks[demo]'",
             missing=error.name,
         ) from error
@@ -62,7 +68,7 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
         cv=GroupKFold(FOLDS),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fold may lack a small package: that costs it a little, no more
+        warnings.simplefilter("ignore")  # a small package may be missing from a fold
         search.fit(features, data.train.labels, groups=data.train.sources)
     classifier = search.best_estimator_[-1]
     accuracy = float(search.score(mean_pooled(model, data.test, data, batch_size), data.test.labels))
@@ -71,7 +77,7 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
 
 @torch.inference_mode()
 def mean_pooled(model: nn.Module, rows: Rows, data: EncodedData, batch_size: int) -> npt.NDArray[np.float32]:
-    """The mean of each row's last hidden states over its real tokens.
+    """Average the last hidden states of each row over its tokens, without padding.
 
     Shape:
         returns [len(rows), H]

@@ -1,9 +1,8 @@
-"""The demo's text: first paragraphs of the Python standard library's own docstrings, classified by their package.
+"""The demo's texts: the first paragraphs of docstrings in Python's standard library, each labeled with its package.
 
-Every machine that runs Python has it, so nothing is downloaded. Files are parsed and never imported; a package that
-this machine lacks (tkinter is often packaged apart) is reported and left out. What would give the answer away is
-removed: the ten names are masked in every text, no text stands in two rows, and no source file is on both sides of a
-split.
+They come with Python, so nothing is downloaded. Files are parsed, never imported. A package that is not installed (tkinter is
+often separate) is reported and left out. Nothing gives the answer away: the names of the packages are masked in every text,
+every text occurs once, and no source file has rows in both parts of the split.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Row:
-    """One text, the package that it comes from, and the source file (relative to the library) that it stands in."""
+    """A text with its package and its source file, relative to the library."""
 
     text: str
     package: str
@@ -49,33 +48,33 @@ class Row:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Every row, in a fixed order, and the packages that this machine lacks."""
+    """All rows, in a fixed order, and the packages that are not installed."""
 
     rows: tuple[Row, ...]
     missing: tuple[str, ...]
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The packages that are present: a row's class is its package's index here."""
+        """The packages that are installed; the class of a row is the index of its package in them."""
         return tuple(package for package in PACKAGES if package not in self.missing)
 
 
 def read_corpus(stdlib: Path | None = None) -> Corpus:
-    """Read the docstrings of this machine's standard library.
+    """Read the docstrings of the standard library.
 
     Args:
-        stdlib: the library's directory; by default the one of the running Python.
+        stdlib: the directory of the library; by default that of the running Python.
 
     Raises:
-        SoftHooksError: fewer than two of the packages are there, so that nothing could be classified.
+        SoftHooksError: fewer than two of the packages are installed.
     """
     root = stdlib or Path(sysconfig.get_path("stdlib"))
     rows = _unambiguous([row for package in PACKAGES for row in _package_rows(root, package)])
     present = {row.package for row in rows}
     if len(present) < 2:
         raise SoftHooksError(
-            "the demo needs the source files of at least two packages of the standard library.",
-            "Run it with a Python that ships its library as .py files.",
+            f"the standard library has source files of {len(present)} of the demo's packages; it needs at least two packages.",
+            "Run the demo with a Python that has its library as .py files.",
             looked_in=root,
             found=", ".join(sorted(present)) or "none",
         )
@@ -83,13 +82,12 @@ def read_corpus(stdlib: Path | None = None) -> Corpus:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Divide the rows by whole source files, package by package.
+    """Split the rows in two, so that all rows of a source file are in the same part.
 
     Args:
-        rows: what to divide.
-        fraction: the second part's share of each package's rows, at most; a file that would exceed it stays in the
-            first part.
-        seed: the same seed divides the same rows in the same way.
+        rows: the rows.
+        fraction: the largest share of each package's rows that the second part may get.
+        seed: seeds the choice of files.
 
     Returns:
         The two parts, both in the order of `rows`.
@@ -104,23 +102,23 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
 
 def _choose_files(sizes: Counter[str], fraction: float, generator: random.Random) -> set[str]:
-    """Files that together hold the given fraction of a package's rows, or a little less: the best of several draws."""
+    """Choose files with at most the given fraction of a package's rows: the largest of several random choices."""
     best: set[str] = set()
     for _ in range(SPLIT_DRAWS):
         files = sorted(sizes)
         generator.shuffle(files)
         chosen: set[str] = set()
-        room = fraction * sizes.total()
+        remaining = fraction * sizes.total()
         for file in files:
-            if sizes[file] <= room:
+            if sizes[file] <= remaining:
                 chosen.add(file)
-                room -= sizes[file]
+                remaining -= sizes[file]
         best = max(best, chosen, key=lambda chosen: sum(sizes[file] for file in chosen))
     return best
 
 
 def _package_rows(root: Path, package: str) -> Iterator[Row]:
-    """The rows of one package, tests left out (some Pythons ship unittest's own)."""
+    """The rows of a package, without its tests, which some distributions of Python include."""
     for file in sorted((root / package).rglob("*.py")):
         source = file.relative_to(root)
         if {"test", "tests"} & set(source.parts):
@@ -133,13 +131,13 @@ def _package_rows(root: Path, package: str) -> Iterator[Row]:
 
 
 def _first_paragraph(docstring: str) -> str:
-    """The docstring up to its first blank line, on one line, with every package's name masked."""
+    """The docstring up to its first blank line, as one line, with the names of the packages masked."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return _NAMES.sub(MASK, " ".join(paragraph.split()))
 
 
 def _unambiguous(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Each text once, and none that two packages share: no classifier could be right about both."""
+    """Keep each text once, and drop texts that occur in two packages, which no classifier could tell apart."""
     packages: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         packages[row.text.casefold()].add(row.package)

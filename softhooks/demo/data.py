@@ -1,4 +1,4 @@
-"""The corpus as a Trainer wants it: token ids and labels, and a collator."""
+"""The corpus as datasets for a Trainer: token ids, labels and a collator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softhooks.demo.corpus import Corpus, Row, split
 
 
 class EncodedRow(TypedDict):
-    """One row of a dataset, named as the model's forward names its arguments."""
+    """A row of a dataset; the keys are arguments of the model's forward."""
 
     input_ids: list[int]
     attention_mask: list[int]
@@ -22,11 +22,11 @@ class EncodedRow(TypedDict):
 
 
 class Rows(Dataset[EncodedRow]):
-    """One side of the split.
+    """One part of the split.
 
     Args:
-        rows: what a Trainer is given, one by one.
-        sources: the source file of each.
+        rows: the rows.
+        sources: the source file of each row.
     """
 
     def __init__(self, rows: Sequence[EncodedRow], sources: Sequence[str]) -> None:
@@ -47,13 +47,13 @@ class Rows(Dataset[EncodedRow]):
 
 @dataclass(frozen=True)
 class EncodedData:
-    """The two sides of the split, ready for a Trainer.
+    """Both parts of the split, as datasets.
 
     Attributes:
         train: the training rows.
-        test: the test rows, the shortest first, so that a batch needs little padding.
-        labels: the classes' names.
-        tokenizer: what encoded the text.
+        test: the test rows, sorted by length, so that batches need little padding.
+        labels: the names of the classes.
+        tokenizer: the tokenizer of the rows.
     """
 
     train: Rows
@@ -62,7 +62,7 @@ class EncodedData:
     tokenizer: PreTrainedTokenizerBase
 
     def collate(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-        """Pad rows to one batch."""
+        """Pad rows to a batch."""
         batch: dict[str, Tensor] = dict(DataCollatorWithPadding(self.tokenizer)([dict(row) for row in rows]))
         return batch
 
@@ -75,15 +75,15 @@ def encode(
     seed: int,
     limit: int | None = None,
 ) -> EncodedData:
-    """Split the corpus and turn its text into token ids.
+    """Split the corpus and tokenize it.
 
     Args:
-        corpus: the text.
-        tokenizer: the model's own.
-        max_length: longer texts are cut.
-        test_fraction: the test rows' share.
-        seed: of the split.
-        limit: keep about so many rows in all, spread over the corpus; `None` keeps all.
+        corpus: the texts.
+        tokenizer: the tokenizer of the model.
+        max_length: longer texts are truncated to this many tokens.
+        test_fraction: the share of the test rows.
+        seed: seeds the split.
+        limit: about how many rows to keep, spread over the corpus; None keeps all.
     """
     rows = corpus.rows if limit is None else corpus.rows[:: max(1, len(corpus.rows) // limit)]
     train, test = split(rows, test_fraction, seed)

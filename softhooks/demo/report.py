@@ -1,4 +1,4 @@
-"""The demo's last page: one table, the proof that the model stayed frozen, and what to do next."""
+"""The report of the demo: a table of results, the check of the frozen weights, and how to load the prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from softhooks.demo.train import Result
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table; `None` where a column does not apply."""
+    """A line of the table; None where a column does not apply.
+
+    Attributes:
+        name: what was trained.
+        accuracy: on the test rows.
+        trained: the number of trained parameters.
+        seconds: the training time.
+        checkpoint_bytes: the size of the saved checkpoint.
+        frozen_tensors: how many frozen tensors were compared with their values before training.
+        frozen_bytes: the size of these tensors.
+    """
 
     name: str
     accuracy: float
@@ -28,12 +38,12 @@ class Line:
 
     @classmethod
     def of_baseline(cls, name: str, baseline: Baseline) -> Line:
-        """What needs no training of the model."""
+        """The line of a baseline."""
         return cls(name, baseline.accuracy, baseline.trained, baseline.seconds or None)
 
     @classmethod
     def of_result(cls, name: str, result: Result, data: EncodedData) -> Line:
-        """What a Trainer trained."""
+        """The line of a training run."""
         return cls(
             name,
             result.accuracy(data),
@@ -47,7 +57,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """A saved prompt in a fresh model: the predictions that are the same, and how far the logits are apart."""
+    """A saved prompt that was loaded into a fresh model, compared with the trained one.
+
+    Attributes:
+        name: what was trained.
+        directory: where it was saved.
+        same: the number of test rows with the same prediction.
+        rows: the number of test rows.
+        largest_difference: the largest difference between two logits.
+    """
 
     name: str
     directory: str
@@ -58,7 +76,7 @@ class Reloaded:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the demo found; also written as `report.json`."""
+    """All results of the demo, as in `report.json`."""
 
     model: str
     train_rows: int
@@ -70,17 +88,17 @@ class Report:
 
     @property
     def standard_error(self) -> float:
-        """Of an accuracy near the best one, from the number of test rows alone."""
+        """The standard error of the best accuracy, from the number of test rows."""
         best = max(line.accuracy for line in self.lines)
         return math.sqrt(best * (1 - best) / self.test_rows)
 
 
 def print_report(report: Report, output: Path, console: Console) -> None:
-    """Print the table and what follows from it."""
+    """Print the report."""
     console.print()
     console.print(_table(report))
     console.print(
-        f"* on the frozen model's mean-pooled features. Standard error: {100 * report.standard_error:.1f} points.\n"
+        f"* on the mean-pooled features of the frozen model. Standard error: {100 * report.standard_error:.1f} points.\n"
     )
     for line in report.lines:
         if line.frozen_tensors is not None:
@@ -88,11 +106,11 @@ def print_report(report: Report, output: Path, console: Console) -> None:
     console.print()
     for reloaded in report.reloaded:
         console.print(
-            f"{reloaded.name}: saved, loaded into a fresh model: {reloaded.same} of {reloaded.rows} predictions are "
-            f"the same, largest difference of a logit {reloaded.largest_difference:g}",
+            f"{reloaded.name}: loaded into a fresh model, {reloaded.same} of {reloaded.rows} predictions are the same; "
+            f"the largest difference between logits is {reloaded.largest_difference:g}",
             soft_wrap=True,
         )
-    console.print(f"\nEverything is in {output}. To use a prompt:", markup=False, soft_wrap=True)
+    console.print(f"\nCheckpoints and report.json are in {output}. To load a prompt:", markup=False, soft_wrap=True)
     for reloaded in report.reloaded:
         console.print(f'  softhooks.load(model, "{reloaded.directory}")', markup=False, highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""The demo from beginning to end."""
+"""The demo: train a head, a soft prompt and a prefix, compare them, and load the saved prompts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ QUICK_EPOCHS = 1
 
 
 def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
-    """Train the three, compare them, save and load a prompt; print it all and write `report.json`.
+    """Run the demo: print the results, and write them to `report.json`.
 
-    Writes nothing outside `options.output`.
+    It writes nothing outside `options.output`.
+
+    Args:
+        options: the options.
+        console: where to print.
 
     Raises:
-        SoftHooksError: the model or a package that the demo needs is missing, or a frozen tensor moved.
+        SoftHooksError: the model or a required package is missing, or a frozen tensor changed.
     """
     console = console or Console()
     transformers.logging.set_verbosity_error()
@@ -64,10 +68,10 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
 
 
 def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, EncodedData]:
-    """Find the model, read the text, and say what there is."""
+    """Load the model's tokenizer and the texts, and print what the demo will do."""
     corpus = read_corpus()
     for package in corpus.missing:
-        console.print(f"[yellow]{package} is not part of this machine's Python: the demo goes on without it.[/]")
+        console.print(f"[yellow]{package} is not installed with this Python; the demo continues without it.[/]")
     options.output.mkdir(parents=True, exist_ok=True)
     if options.model is not None:
         checkpoint = Checkpoint(options.model, options.model)
@@ -78,14 +82,14 @@ def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, Encode
     limit = QUICK_ROWS if options.quick else None
     data = encode(corpus, checkpoint.tokenizer(), options.max_length, options.test_fraction, options.seed, limit)
     console.print(
-        f"[bold]{checkpoint.name}[/] on {len(data.train)} training and {len(data.test)} test rows: docstrings of "
-        f"Python's standard library, classified by package ({', '.join(data.labels)}). No source file is on both sides.\n"
+        f"[bold]{checkpoint.name}[/] classifies docstrings of Python's standard library by package "
+        f"({', '.join(data.labels)}): {len(data.train)} training and {len(data.test)} test rows, from different files.\n"
     )
     return checkpoint, data
 
 
 def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, console: Console) -> dict[str, Result]:
-    """The three trainings, one after the other, each into its own directory."""
+    """Train the head, the soft prompt and the prefix, each in its own directory."""
     tokens = options.num_virtual_tokens
     console.print("[bold]1/3[/] the head alone")
     recipe = _recipe(options, options.head_epochs, options.head_learning_rate)
@@ -102,7 +106,7 @@ def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, 
 def _compare_reloaded(
     options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, results: dict[str, Result], console: Console
 ) -> list[Reloaded]:
-    """Load each saved prompt into a fresh model and compare its logits with those of the model that was trained."""
+    """Load each saved prompt into a fresh model, and compare the logits with those after training."""
     console.print("\n[bold]The saved prompts, loaded into fresh models[/]")
     compared = []
     for name, result in results.items():

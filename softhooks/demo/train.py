@@ -1,4 +1,4 @@
-"""The training script of the demo: plain Hugging Face Trainers. The prompts' differ from any other by one argument."""
+"""The training script of the demo: plain Hugging Face Trainers; for a prompt, `callbacks` is the only difference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Logits: TypeAlias = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one of the three is trained."""
+    """The hyperparameters of a training run."""
 
     epochs: float
     learning_rate: float
@@ -33,14 +33,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to.
+    """The result of a training run.
 
     Attributes:
-        logits: on the test rows, [rows, classes].
-        trained: how many numbers were trained.
-        seconds: of training alone.
+        logits: of the test rows, [rows, classes].
+        trained: the number of trained parameters.
+        seconds: the training time, without saving and evaluation.
         checkpoint: the directory that `trainer.save_model` wrote.
-        frozen: the proof that the base model's tensors did not move.
+        frozen: the report that the tensors of the base model are unchanged.
     """
 
     logits: Logits
@@ -50,20 +50,20 @@ class Result:
     frozen: FrozenReport
 
     def accuracy(self, data: EncodedData) -> float:
-        """The share of test rows that were classified rightly."""
+        """The share of test rows whose prediction is right."""
         return float(np.mean(self.logits.argmax(-1) == data.test.labels))
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The size of the checkpoint, without the tokenizer and the training arguments that a Trainer puts beside any."""
-        beside = ("tokenizer", "special_tokens", "vocab", "training_args")
-        return sum(file.stat().st_size for file in self.checkpoint.iterdir() if not file.name.startswith(beside))
+        """The size of the checkpoint, without the tokenizer and the training arguments that a Trainer saves with it."""
+        extras = ("tokenizer", "special_tokens", "vocab", "training_args")
+        return sum(file.stat().st_size for file in self.checkpoint.iterdir() if not file.name.startswith(extras))
 
 
 def train_soft_prompt(
     method: Method, checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, directory: Path
 ) -> Result:
-    """Train a prompt (and the new head) on the frozen model: these are the lines to copy."""
+    """Train a prompt and the new head on the frozen model: the lines to copy."""
     set_seed(recipe.seed)
     model = checkpoint.classifier(data.tokenizer, data.labels)
     callback = SoftPromptCallback(method)
@@ -78,14 +78,14 @@ def train_soft_prompt(
     trainer.save_model(str(directory))
     logits = predict(model, data, directory)
     soft_prompt = callback.soft_prompt
-    assert soft_prompt is not None  # the Trainer has attached it
+    assert soft_prompt is not None  # the Trainer attached it
     result = Result(logits, soft_prompt.num_parameters, seconds, directory, soft_prompt.verify_frozen())
     soft_prompt.remove()
     return result
 
 
 def train_head(checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, directory: Path) -> Result:
-    """Train the new head alone, as one does without softhooks: freeze the rest by hand, save the whole model."""
+    """Train the new head alone, without softhooks: freeze the base by hand, and save the whole model."""
     set_seed(recipe.seed)
     model = checkpoint.classifier(data.tokenizer, data.labels)
     model.base_model.requires_grad_(False)
@@ -104,7 +104,7 @@ def train_head(checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, direct
 
 
 def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, directory: Path) -> Logits:
-    """Load a saved prompt into a fresh model, whose own new head is random, and classify the test rows."""
+    """Load a saved prompt into a fresh model, whose head is random until then, and classify the test rows."""
     set_seed(seed)
     model = checkpoint.classifier(data.tokenizer, data.labels)
     load(model, directory)
@@ -112,18 +112,18 @@ def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, direc
 
 
 def predict(model: PreTrainedModel, data: EncodedData, directory: Path) -> Logits:
-    """Classify the test rows in their own order: grouping by length, as in training, would shuffle them."""
+    """Classify the test rows in their order; grouping by length, as in training, would change it."""
     arguments = TrainingArguments(
         output_dir=str(directory), per_device_eval_batch_size=64, report_to="none", dataloader_pin_memory=False
     )
     trainer = Trainer(model=model, args=arguments, data_collator=DataCollatorWithPadding(data.tokenizer))
     output = trainer.predict(data.test)
-    assert np.array_equal(np.asarray(output.label_ids), data.test.labels)  # or else no row could be compared
+    assert np.array_equal(np.asarray(output.label_ids), data.test.labels)  # the rows are in the order of the data
     return np.asarray(output.predictions)
 
 
 def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
-    """The same for all three, but for the learning rate and the epochs."""
+    """The arguments of all three runs; they differ in learning rate and epochs."""
     return TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=recipe.epochs,
@@ -134,7 +134,7 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         train_sampling_strategy="group_by_length",
         logging_strategy="epoch",
         save_strategy="no",
-        disable_tqdm=False,  # the demo keeps transformers quiet, and the Trainer would leave its bar out for that
+        disable_tqdm=False,  # else the low verbosity of the demo would hide the progress bar
         report_to="none",
         dataloader_pin_memory=False,
         seed=recipe.seed,

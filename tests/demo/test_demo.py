@@ -291,7 +291,7 @@ class TestDemo:
         monkeypatch.setattr("softhooks.demo.run.read_corpus", lambda: type(whole)(rows, ("tkinter",)))
         console = Console(width=140, record=True)
         assert len(run_demo(DemoOptions(output=tmp_path, quick=True), console).lines) == 5
-        assert "tkinter is not part of this machine's Python" in console.export_text()
+        assert "tkinter is not installed with this Python" in console.export_text()
 
     def test_a_decoder_without_a_padding_token(self, finished: tuple[Report, Path, str], tmp_path: Path) -> None:
         _, output, _ = finished
