@@ -164,7 +164,7 @@ class _NoPool:
 
 def limit_text_length(module: Any, prompted: PromptedModel) -> None:
     """Lower `max_seq_length` so that text and slots fit into the model's positions, until the last prompt is removed."""
-    slots = [prompt.layout.columns for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
+    slots = [prompt.layout.num_slots for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
     limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length
     if slots and limit is not None and asked is not None and asked + max(slots) > limit:
         prompted.patches.keep(_TextLength(module, asked))

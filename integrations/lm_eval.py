@@ -75,7 +75,7 @@ def _positions(prompt: SoftPrompt) -> int:
     """A prefix that does not shift positions takes none, and neither does a gated branch."""
     if prompt.injection == "branch" or not prompt.conventions.get("shift_positions", True):
         return 0
-    return prompt.layout.columns
+    return prompt.layout.num_slots
 
 
 def require_plain_rows(prompt: SoftPrompt) -> None:

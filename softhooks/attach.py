@@ -146,7 +146,7 @@ def attach_prompt(
         prompted.active = before
         limit = structure.entry.positions.limit
         if isinstance(error, PromptTooLongError) and error.text is not None and limit is not None:
-            raise too_long_error(method.where.columns, limit, error.text) from None
+            raise too_long_error(method.token_layout.num_slots, limit, error.text) from None
         raise
     prompt.is_attached = True
     prompted.recompute_check = RecomputeCheck()  # forget the forwards of the checks

@@ -114,7 +114,7 @@ class Method:
         """Return the attention layers of a stack that the prompt enters; a table of keys and values has theirs in this order."""
         return stack.sites_of(role)
 
-    def parts(self, structure: ModelStructure, group: str) -> list[TableSlice]:
+    def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
         """Return the parts of a group that must each get a gradient when the prompt is trained; attach checks it.
 
         Keys and values have a part for each attention layer. Embedding rows have none: a text need not use all of a layout.
@@ -183,13 +183,13 @@ class Method:
         return self.folded_encoder(tables)
 
     @property
-    def where(self) -> Layout:
+    def token_layout(self) -> Layout:
         """The places of the virtual tokens."""
         return Layout.placed("front", self.num_virtual_tokens)
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """Return what the prompt assumes about the forward pass; saved with it and checked when it is loaded."""
-        return {"placement": self.where.placement}
+        return {"placement": self.token_layout.placement}
 
     def options(self) -> dict[str, Any]:
         """Return the options as JSON can hold them, without tokenizers and tensors: the saved prompt has their result."""

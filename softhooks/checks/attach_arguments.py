@@ -66,7 +66,7 @@ def check_length(structure: ModelStructure, method: Method) -> None:
     positions = structure.entry.positions
     trained = positions.trained if positions.rotary_limit is None else positions.rotary_limit
     limit = positions.limit if positions.limit is not None else trained
-    length = method.where.columns
+    length = method.token_layout.num_slots
     if method.enters != "branch" and limit is not None and length >= limit:
         raise too_long_error(length, limit, _LEAST_TEXT)
 

@@ -44,7 +44,7 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
     """A column, a call, and the same call with other ids from that column on; None where the text is too short for it."""
     structure, layout = prompt.prompted_model.structure, prompt.layout
-    length = layout.columns if prompt.method.enters != "branch" else 0
+    length = layout.num_slots if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)
     anchors = layout.probe(short)[0].shape[1] - short.shape[1]
     limits = [limit - length - anchors for limit in map(_max_positions, structure.stacks) if limit is not None]

@@ -121,7 +121,7 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
     if prompt.method.has_unused_parameters(prompt.method.probe_arguments()):
         dead = dead if len(dead) == len(parameters) else []
     for group, own in zip(made, gradients[len(parameters) :], strict=True):
-        for part in prompt.method.parts(prompt.prompted_model.structure, group):
+        for part in prompt.method.table_slices(prompt.prompted_model.structure, group):
             if part.module in called and not (own is not None and _lives(own[part.rows, part.columns])):
                 dead.append(part.name)
     return dead

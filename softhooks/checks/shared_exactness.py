@@ -90,7 +90,7 @@ def _exceeds_probe(stack: Stack) -> bool:
 
 def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
     """A call of three rows; the second ends with padding and the third begins with it."""
-    positions, length = stack.positions, prompt.layout.columns
+    positions, length = stack.positions, prompt.layout.num_slots
     limits = [
         limit for limit in (positions.limit, positions.trained, positions.dynamic_rope_length) if limit is not None
     ]

@@ -147,7 +147,7 @@ class Layout:
         return self._form.starts
 
     @property
-    def columns(self) -> int:
+    def num_slots(self) -> int:
         """S, the number of slots in a row."""
         return len(self.table_rows)
 

@@ -83,7 +83,7 @@ class Verbalizer:
         labels = torch.as_tensor(labels)
         if self.causal:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        scores: Tensor = logits[_places(labels)][:, self.ids]
+        scores: Tensor = logits[_labels_at(labels)][:, self.ids]
         return scores
 
     def classes(self, labels: Any) -> Tensor:
@@ -93,7 +93,7 @@ class Verbalizer:
             OptionError: a row has no label, or several, or one that is not the word of a class.
         """
         labels = torch.as_tensor(labels)
-        return self._class_of(labels[_places(labels)])
+        return self._class_of(labels[_labels_at(labels)])
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """Compute the loss: the sum over labels, divided by their number or by the Trainer's `num_items_in_batch`.
@@ -127,31 +127,31 @@ class Verbalizer:
     def _masks(self, input_ids: Tensor) -> Tensor:
         if self._mask_id is None:
             raise OptionError("the tokenizer has no mask token, and the mask of a row is found by it.")
-        at = input_ids == self._mask_id
-        wrong = (at.sum(-1) != 1).nonzero()[:, 0].tolist()
-        if wrong:
-            raise OptionError(
-                f"{len(wrong)} rows of the batch do not have the mask once.",
-                "Put one {mask} into the template, and none into the text.",
-                rows=", ".join(map(str, wrong)),
-                masks=at.sum(-1)[wrong].tolist(),
-            )
-        return at
+        return _one_per_row(
+            input_ids == self._mask_id, "mask", "Put one {mask} into the template, and none into the text."
+        )
 
 
-def _places(labels: Tensor) -> Tensor:
+def _labels_at(labels: Tensor) -> Tensor:
     """Find the one label of each row. [B, T] -> [B, T] bool."""
-    at = labels != IGNORE_INDEX
-    wrong = (at.sum(-1) != 1).nonzero()[:, 0].tolist()
+    remedy = (
+        "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, use "
+        "`verbalizer.scores(logits, input_ids)`."
+    )
+    return _one_per_row(labels != IGNORE_INDEX, "label that is not -100", remedy)
+
+
+def _one_per_row(found: Tensor, name: str, remedy: str) -> Tensor:
+    counts = found.sum(-1)
+    wrong = (counts != 1).nonzero()[:, 0].tolist()
     if wrong:
         raise OptionError(
-            f"{len(wrong)} rows do not have exactly one label that is not -100: the word of their class.",
-            "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, use "
-            "`verbalizer.scores(logits, input_ids)`.",
+            f"{len(wrong)} rows of the batch do not have exactly one {name}.",
+            remedy,
             rows=", ".join(map(str, wrong)),
-            labels=at.sum(-1)[wrong].tolist(),
+            found=counts[wrong].tolist(),
         )
-    return at
+    return found
 
 
 def _token_of(word: str | int, tokenizer: Any) -> int:

@@ -202,7 +202,7 @@ class LlamaAdapter(Method):
         """Whether the linear layer of the context gets no gradient, as there is no context."""
         return self.context_size is not None and CONTEXT not in given
 
-    def parts(self, structure: ModelStructure, group: str) -> list[TableSlice]:
+    def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
         """Return the rows and gates of each layer, and the factors and offsets of each linear layer."""
         stack = next(stack for stack in structure.stacks if group.startswith(f"{stack.name}_"))
         kind = group.removeprefix(f"{stack.name}_")

@@ -176,15 +176,15 @@ class PTuning(Method):
         return () if self.layout is None else self.layout.batch_columns
 
     @property
-    def where(self) -> Layout:
+    def token_layout(self) -> Layout:
         """The places of the virtual tokens."""
-        return super().where if self.layout is None else self.layout
+        return super().token_layout if self.layout is None else self.layout
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the initialized network and its rows."""
         count, width = self.num_virtual_tokens, structure.entry.width
         self._check_ids(structure)
-        starts = self.where.starts
+        starts = self.token_layout.starts
         words = dict(zip(starts, embed_ids(structure, list(starts.values())), strict=True))
         if self.encoder == "none":
             ids = initializers.vocabulary_ids(structure, count).tolist()
@@ -202,7 +202,7 @@ class PTuning(Method):
         return built
 
     def _check_ids(self, structure: ModelStructure) -> None:
-        beyond = [token for token in self.where.ids if token >= structure.vocabulary]
+        beyond = [token for token in self.token_layout.ids if token >= structure.vocabulary]
         if beyond:
             raise PromptMismatchError(
                 f"the layout has ids that are not in the model's vocabulary: {beyond}.",

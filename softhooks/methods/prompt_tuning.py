@@ -101,7 +101,7 @@ class PromptTuning(Method):
             )
 
     @property
-    def where(self) -> Layout:
+    def token_layout(self) -> Layout:
         """The places of the virtual tokens."""
         return Layout.placed(self.placement, self.num_virtual_tokens)
 

@@ -55,7 +55,7 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     """Check the conventions of a file against its method and options."""
     allowed = {key: _allowed(method, key, values) for key, values in method.conventions_allowed.items()}
     if "placement" in allowed:
-        allowed["placement"] = (method.where.placement,)
+        allowed["placement"] = (method.token_layout.placement,)
     found = {key: value for key, value in conventions.items() if key != BUFFER}
     if set(found) != set(allowed) or not all(found[key] in allowed[key] for key in allowed):
         raise CheckpointError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.packed_documents import document_numbers
 
 
@@ -33,6 +34,20 @@ def _merge_others(log_probs: Tensor, top: Tensor) -> Tensor:
     """Keep some log-probabilities and append that of all others together. [..., V], [..., k] -> [..., k + 1]."""
     others = log_probs.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, top), others], dim=-1)
+
+
+def require_logits(logits: Tensor, rows: int, columns: int) -> None:
+    """Check that a model returned logits for every row and column of the labels.
+
+    Raises:
+        UnsupportedModeError: it did not.
+    """
+    if logits.shape[:2] != (rows, columns):
+        raise UnsupportedModeError(
+            f"the model returned logits for {list(logits.shape[:2])} tokens, and the labels are {[rows, columns]}; the loss "
+            "needs all logits.",
+            "Leave `logits_to_keep` out in training.",
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from softhooks.inject.reuse import ResultCache
 from softhooks.inject.text_key_values import key_values_of
 from softhooks.layout.tokenizing import IGNORE_INDEX
 from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_loss
-from softhooks.objectives.losses import kl_divergence
+from softhooks.objectives.losses import kl_divergence, require_logits
 
 _STUDENT_ONLY = (
     "labels",
@@ -107,12 +107,5 @@ def _as_prefix(prompt: PromptOnModel, stack: Stack, tables: dict[str, Tensor]) -
 
 def _select(logits: Tensor, compared: Tensor) -> Tensor:
     """Take the logits of the positions whose next token is labeled. [B, T, V] and [B, T - 1] -> [N, V]."""
-    if logits.shape[1] != compared.shape[1] + 1:
-        raise UnsupportedModeError(
-            f"the model returned logits for {logits.shape[1]} columns, and the labels have {compared.shape[1] + 1}; "
-            "self-distillation needs the logits of every labeled column.",
-            "Call the model without `logits_to_keep`.",
-            logits=list(logits.shape),
-            labels=f"{compared.shape[1] + 1} columns",
-        )
+    require_logits(logits, compared.shape[0], compared.shape[1] + 1)
     return logits[:, :-1][compared.to(logits.device)]

@@ -13,7 +13,7 @@ from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefill import logits_of
 from softhooks.layout.tokenizing import IGNORE_INDEX
 from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_loss
-from softhooks.objectives.losses import Texts
+from softhooks.objectives.losses import Texts, require_logits
 
 
 class WeightedLabels(Objective):
@@ -80,14 +80,7 @@ class WeightedLabels(Objective):
 
 def _label_sums(logits: Tensor, targets: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
     """Sum the cross-entropy of each text's label tokens, and count them. [B, T, V], [B, T] -> [texts], [texts]."""
-    if logits.shape[:2] != targets.shape:
-        raise UnsupportedModeError(
-            f"the model returned logits for {logits.shape[1]} columns, and the labels have {targets.shape[1]}; the loss needs a "
-            "logit for each label.",
-            "Leave `logits_to_keep` out in training.",
-            logits=list(logits.shape[:2]),
-            labels=list(targets.shape),
-        )
+    require_logits(logits, *targets.shape)
     targets = targets.to(logits.device)
     is_label = targets != IGNORE_INDEX
     losses = functional.cross_entropy(logits[is_label].float(), targets[is_label], reduction="none")

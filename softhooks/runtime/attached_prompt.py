@@ -71,7 +71,7 @@ class AttachedPrompt:
         self.structure = structure
         self.running = running
         self.placeholder_id = placeholder_id
-        self.layout = method.where
+        self.layout = method.token_layout
         self.objective = method.objective()
         self.injection: Injection = "slots"
         self.requires_sharing = False

@@ -97,7 +97,7 @@ def _reasons_for_slots(
     for prompt in selection.prompts:
         found: list[str] = []
         if prompt.injection == "shared":
-            found = reasons_against_sharing(stack, call, prompt.layout.columns) + ([moved] if moved else [])
+            found = reasons_against_sharing(stack, call, prompt.layout.num_slots) + ([moved] if moved else [])
         if found and prompt.requires_sharing:
             raise always_shared_error(prompt.name, found)
         reasons.append(found)

@@ -107,7 +107,7 @@ def _columns_of(collator: Any) -> tuple[str, ...]:
 
 def prepare_template_rows(trainer: Trainer, method: Method) -> None:
     """Let a Trainer make batches of a template's rows, whether the dataset or the collator renders them."""
-    if not method.where.batch_columns:
+    if not method.token_layout.batch_columns:
         return
     collator = trainer.data_collator
     by_default = collator is default_data_collator or (

@@ -302,7 +302,7 @@ def test_front_slots_are_computed_once_whatever_they_are_called() -> None:
     with softhooks.attach(model, PTuning(layout=Layout.insert(start=4), encoder="none")) as prompt:
         assert prompt.injection == "shared"
         assert prompt.conventions == {"placement": "front"}
-        assert PTuning(4, encoder="none").where == prompt.layout
+        assert PTuning(4, encoder="none").token_layout == prompt.layout
         model(ids)
 
 

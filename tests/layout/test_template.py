@@ -460,7 +460,7 @@ def test_generation_of_an_encoder_decoder(arch: str, beams: int) -> None:
 def test_tied_slots_share_a_gradient() -> None:
     tokenizer = tokens.masked()
     layout = Layout("{soft:2, name=t} {a} {soft:1} ? {soft:2, name=t} {mask}")
-    assert (layout.columns, layout.num_virtual_tokens, layout.table_rows) == (5, 3, [0, 1, 2, 0, 1])
+    assert (layout.num_slots, layout.num_virtual_tokens, layout.table_rows) == (5, 3, [0, 1, 2, 0, 1])
     model = zoo.build("bert", "masked")
     batch = {k: torch.tensor([v]) for k, v in layout.render(tokenizer, {"a": "hello world"}).items()}
     with softhooks.attach(model, PTuning(layout=layout, encoder="none")) as prompt:

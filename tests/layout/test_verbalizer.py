@@ -71,7 +71,7 @@ def test_a_mapper_puts_the_word_where_the_mask_stands() -> None:
 def test_rows_with_no_mask_or_two() -> None:
     tokenizer, words = made()
     ids = tokenizer(["a [MASK] b", "a c b", "[MASK] [MASK] b"], return_tensors="pt")["input_ids"]
-    with pytest.raises(OptionError, match=r"the mask once(.|\n)*rows: *1, 2\nmasks: *\[0, 2\]"):
+    with pytest.raises(OptionError, match=r"exactly one mask(.|\n)*rows: *1, 2\nfound: *\[0, 2\]"):
         words.labels(ids, torch.zeros(3).long())
 
 

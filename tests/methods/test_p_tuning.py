@@ -315,7 +315,7 @@ def test_options_that_cannot_be(options: Any) -> None:
 
 def test_tied_slots_count_as_often_as_they_stand_among_the_positions() -> None:
     layout = Layout(" ".join(["{soft:20, name=t} ."] * 5))
-    assert (layout.num_virtual_tokens, layout.columns) == (20, 100)
+    assert (layout.num_virtual_tokens, layout.num_slots) == (20, 100)
     with pytest.raises(softhooks.PromptTooLongError, match=r"virtual tokens: +100"):
         softhooks.attach(zoo.build("bert", "masked"), PTuning(layout=layout))
 

@@ -99,7 +99,7 @@ def test_the_bare_model_continues_the_rows_as_the_prompted_model_the_text(arch: 
     prompt = table.BY_NAME[name].attach(model, 5) if method is None else softhooks.attach(model, method)
     wake(prompt)
     rows = sequence_embeddings(model, TEXT)
-    assert rows.shape[0] == len(TEXT) + prompt.layout.columns
+    assert rows.shape[0] == len(TEXT) + prompt.layout.num_slots
     assert continued(model, rows) == generated(model, TEXT)
     expected = last_logits(model, input_ids=torch.tensor([TEXT]))
     with softhooks.disabled(model):

@@ -38,7 +38,7 @@ class Slots:
     @property
     def columns(self) -> int:
         """S, the slots of the prompt with the most."""
-        return max(layout.columns for layout in self.layouts)
+        return max(layout.num_slots for layout in self.layouts)
 
     @property
     def uneven(self) -> bool:
@@ -46,7 +46,7 @@ class Slots:
         if any(layout.may_skip for layout in self.layouts):
             return True
         return self.choice is not None and any(
-            row is None or self.layouts[row].columns < self.columns for row in self.choice
+            row is None or self.layouts[row].num_slots < self.columns for row in self.choice
         )
 
     def places(self, mask: Tensor, ids: Tensor | None) -> Places:
@@ -68,10 +68,10 @@ class Slots:
         for part, layout in enumerate(self.layouts):
             rows = [row for row, chosen in enumerate(self.choice) if chosen == part]
             index = torch.tensor(rows, device=mask.device)
-            own = None if given is None else given.to(mask.device)[index, : layout.columns]
+            own = None if given is None else given.to(mask.device)[index, : layout.num_slots]
             found = layout.places(mask[index], None if ids is None else ids[index], own, rows)
-            offsets[index, : layout.columns] = found.offsets
-            live[index, : layout.columns] = found.live
+            offsets[index, : layout.num_slots] = found.offsets
+            live[index, : layout.num_slots] = found.live
         return Places(offsets, live)
 
     def _refuse_chunk(self, columns: int, prompt: int) -> None:
