@@ -145,4 +145,5 @@ class PromptFile(PromptSource):
             self._stored.require_base(model, structure)
 
 
+# `Cartridge.concatenate` attaches, but methods lie below the module that can attach
 cartridge.attach_joined = attach_stored

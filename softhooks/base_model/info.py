@@ -1,4 +1,4 @@
-"""What identifies the base model of a prompt: class, name, revision, quantization, sizes and fingerprint."""
+"""Facts that identify the base model of a prompt: class, name, revision, quantization, sizes and fingerprint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,22 @@ from softhooks.base_model.fingerprint import Fingerprint
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import CheckpointError
 
+_JSON: dict[str, tuple[str, type]] = {
+    "class_name": ("class", str),
+    "name_or_path": ("name_or_path", str),
+    "revision": ("revision", str),
+    "quantization": ("quantization", str),
+    "width": ("width", int),
+    "vocabulary": ("vocabulary", int),
+    "sliding_window": ("slides", bool),
+    "task": ("task", str),
+}
+"""The key and the type of each attribute in a file."""
+
 
 @dataclass(frozen=True)
 class BaseModelInfo:
-    """What is known of a base model; an empty text or None where it is not known.
+    """What is known of a base model; an empty string or None if it is not known.
 
     Attributes:
         class_name: the name of its class.
@@ -26,7 +38,7 @@ class BaseModelInfo:
         width: the width of its embeddings, H.
         vocabulary: the number of rows of its embeddings.
         sliding_window: whether it has layers with a sliding window.
-        task: the task type in a checkpoint of PEFT, which stands there for the class; None if PEFT did not write the checkpoint.
+        task: the task type of an adapter of PEFT, whose config does not name the class; None if PEFT did not write the prompt.
     """
 
     class_name: str = ""
@@ -62,36 +74,18 @@ class BaseModelInfo:
         Raises:
             CheckpointError: the fingerprint is malformed.
         """
-
-        def read(key: str, kind: type) -> Any:
-            return value[key] if type(value.get(key)) is kind else None
-
-        return cls(
-            class_name=read("class", str) or "",
-            name_or_path=read("name_or_path", str) or "",
-            revision=read("revision", str),
-            quantization=read("quantization", str),
-            fingerprint=_read_fingerprint(value.get("fingerprint"), source),
-            width=read("width", int),
-            vocabulary=read("vocabulary", int),
-            sliding_window=read("slides", bool),
-            task=read("task", str),
-        )
+        known = {name: value[key] for name, (key, kind) in _JSON.items() if type(value.get(key)) is kind}
+        try:
+            fingerprint = None if value.get("fingerprint") is None else Fingerprint.from_json(value["fingerprint"])
+        except ValueError as error:
+            raise CheckpointError(f"{source} has a malformed fingerprint of its base model: {error}.") from error
+        return cls(**known, fingerprint=fingerprint)
 
     def to_json(self) -> dict[str, Any]:
         """The description as a file holds it, without what is not known."""
-        values = {
-            "class": self.class_name or None,
-            "name_or_path": self.name_or_path,
-            "revision": self.revision,
-            "quantization": self.quantization,
-            "fingerprint": self.fingerprint and self.fingerprint.to_json(),
-            "width": self.width,
-            "vocabulary": self.vocabulary,
-            "slides": self.sliding_window,
-            "task": self.task,
-        }
-        return {name: value for name, value in values.items() if value is not None}
+        values = {key: getattr(self, name) for name, (key, _) in _JSON.items()}
+        values["fingerprint"] = self.fingerprint and self.fingerprint.to_json()
+        return {key: value for key, value in values.items() if value is not None}
 
     def __str__(self) -> str:
         """Name the model on one line: class, name, revision, digest of the weights, size of the vocabulary."""
@@ -115,10 +109,9 @@ def _quantization(config: Any) -> str | None:
     return " ".join(dict.fromkeys(words))
 
 
-def _read_fingerprint(value: Any, source: str) -> Fingerprint | None:
-    if value is None:
-        return None
-    try:
-        return Fingerprint.from_json(value)
-    except ValueError as error:
-        raise CheckpointError(f"{source} has a malformed fingerprint of its base model: {error}.") from error
+def class_of_transformers(name: str) -> type | None:
+    """The class of transformers with a name from a file; None if there is no such class, or the name is private."""
+    import transformers
+
+    found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    return found if isinstance(found, type) else None

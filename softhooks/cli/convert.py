@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from softhooks.base_model.info import class_of_transformers
 from softhooks.errors import CheckpointError, OptionError
 from softhooks.formats import native, peft_write
 from softhooks.formats.find import MARKS, Format, read
@@ -161,15 +162,15 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
     name = stored.base.class_name
     if not name:
         name = _AUTO.get(stored.base.task or "", f"no model of task {stored.base.task!r}")
-    cls = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
-    if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
+    cls: Any = class_of_transformers(name)
+    if not hasattr(cls, "from_pretrained"):
         raise CheckpointError(f"{stored.source}: its base model is {name}, which transformers does not have.")
     hub = {"local_files_only": True, "trust_remote_code": False}
     labels = {} if (count := _labels(stored)) is None else {"num_labels": count}
     try:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(str(base), **hub, **labels)
-            _require_config(cls, config)
+            _check_config(config, cls)
             model: nn.Module = cls.from_pretrained(
                 str(base), config=config, use_safetensors=True, dtype=torch.float32, **hub
             )
@@ -182,12 +183,8 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
     return model.eval()
 
 
-def _require_config(cls: Any, config: Any) -> None:
-    """Check that a config belongs to a model's class: from another one transformers would make a model with random weights.
-
-    Raises:
-        ValueError: it does not.
-    """
+def _check_config(config: Any, cls: Any) -> None:
+    """Refuse the config of another class of models, from which transformers would make a model with random weights."""
     own = getattr(cls, "config_class", None)
     if own is not None and type(config) is not own:
         raise ValueError(f"the config is a {type(config).__name__}; {cls.__name__} needs a {own.__name__}")

@@ -60,7 +60,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:
-    """The options; those that only say where the prompt started, which `method_of` leaves out, are taken from the file."""
+    """The options; `method_of` leaves out those of the initialization, which are read from the file here."""
     options = {key: value for key, value in method.options().items() if key not in method.init_options}
     given = stored.options
     return options | {key: given[key] for key in method.init_options if key in given and _is_flat(given[key])}

@@ -1,4 +1,4 @@
-"""What a folder without a prompt of its own holds: checkpoints of a Trainer, other prompts, or a whole model."""
+"""Explain what a folder without a prompt holds: checkpoints of a Trainer, other prompts, or a whole model."""
 
 from __future__ import annotations
 

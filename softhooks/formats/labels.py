@@ -47,16 +47,13 @@ class Labels:
             names = {int(number): name for number, name in (self.id2label or {}).items()}
         except (TypeError, ValueError):
             return None
-        numbers = {name: number for name, number in (self.label2id or {}).items() if _is_number(number, names)}
-        is_sound = len(names) in _row_counts(heads) and sorted(names) == list(range(len(names)))
-        if not is_sound or not all(map(_is_name, (*names.values(), *numbers))):
-            return None
-        return {
+        value = {
             "id2label": {str(number): names[number] for number in sorted(names)},
-            "label2id": numbers,
+            "label2id": {name: number for name, number in (self.label2id or {}).items() if _is_number(number, names)},
             "num_labels": len(names),
             "problem_type": self.problem_type if self.problem_type in PROBLEM_TYPES else None,
         }
+        return value if _are_sound(value, heads) else None
 
 
 def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
@@ -67,41 +64,38 @@ def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
     """
     if value is None:
         return None
-    names, numbers, problem_type, count = (
-        value.get(key) if isinstance(value, dict) else None
-        for key in ("id2label", "label2id", "problem_type", "num_labels")
-    )
-    counts = _row_counts(heads)
-    is_sound = (
-        isinstance(names, dict)
-        and isinstance(numbers, dict)
-        and count == len(names)
-        and count in counts
-        and [str(number) for number in range(len(names))] == sorted(names, key=lambda key: (len(key), key))
-        and all(map(_is_name, (*names.values(), *numbers)))
-        and all(_is_number(number, range(len(names))) for number in numbers.values())
-        and problem_type in (None, *PROBLEM_TYPES)
-        and not (problem_type == PROBLEM_TYPES[1] and count == 1)  # transformers refuses such a config
-    )
-    if not is_sound:
+    if not isinstance(value, dict) or not _are_sound(value, heads):
         raise CheckpointError(
             f"the label names in {source} are malformed, or no head has as many rows.",
             "Save the prompt again.",
             labels=value,
-            rows=sorted(counts) or "no head",
+            rows=sorted(_row_counts(heads)) or "no head",
         )
-    assert isinstance(names, dict)
-    assert isinstance(numbers, dict)
-    return Labels({int(number): name for number, name in names.items()}, dict(numbers), problem_type)
+    names = {int(number): name for number, name in value["id2label"].items()}
+    return Labels(names, dict(value["label2id"]), value.get("problem_type"))
+
+
+def _are_sound(value: dict[str, Any], heads: Heads) -> bool:
+    """Whether each row of a head has a name, and the numbers of names are those of rows."""
+    names, numbers, count, problem_type = (
+        value.get(key) for key in ("id2label", "label2id", "num_labels", "problem_type")
+    )
+    return (
+        isinstance(names, dict)
+        and isinstance(numbers, dict)
+        and count == len(names)
+        and count in _row_counts(heads)
+        and [str(number) for number in range(len(names))] == sorted(names, key=lambda key: (len(key), key))
+        and all(isinstance(name, str) for name in (*names.values(), *numbers))
+        and all(_is_number(number, range(len(names))) for number in numbers.values())
+        and problem_type in (None, *PROBLEM_TYPES)
+        and not (problem_type == PROBLEM_TYPES[1] and count == 1)  # transformers refuses such a config
+    )
 
 
 def _row_counts(heads: Heads) -> set[int]:
     """The numbers of rows of the heads' tensors; that of the last one is the number of labels."""
     return {tensor.shape[0] for head in heads.values() for tensor in head.values() if tensor.dim()}
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _is_number(value: Any, known: Any) -> bool:

@@ -1,7 +1,8 @@
-"""LLaMA-Adapters in PEFT's format, where PEFT computes what the paper says.
+"""LLaMA-Adapters in PEFT's format.
 
-PEFT has one raw gate for each layer and adds the branch after the output projection, not before it. Both are the same only if the
-projection has no bias. In GPT-2 PEFT does not project the branch at all. Adapters with a difference are refused.
+PEFT has one raw gate for each layer and adds the branch after the output projection; the paper adds it before. Both are the same
+only if the projection has no bias. In GPT-2 PEFT does not project the branch at all. Adapters that PEFT would compute differently
+are refused.
 
 Source: the format of PEFT 0.21: `base_model.model.model.layers.{i}.self_attn.adaption_prompt` [1, K, H] and `.adaption_gate` [1].
 """
@@ -122,7 +123,7 @@ def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[st
     """The property of an adapter that PEFT's format cannot hold, and the supported ones; None if there is no such property.
 
     Args:
-        structure: of the model. Without it an adapter cannot be written: its file does not say whether projections have biases.
+        structure: of the model; an adapter cannot be written without it, because its file does not tell of biases.
     """
     options = stored.options
     if options["scale_and_bias"] or options["early_fusion"] or options["context_size"] is not None:

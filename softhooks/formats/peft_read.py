@@ -118,7 +118,7 @@ def _rows(
     options: dict[str, Any],
     tables: dict[str, Tensor],
     config: dict[str, Any],
-    rest: dict[str, Tensor],
+    others: dict[str, Tensor],
     source: str,
 ) -> StoredPrompt:
     """Make a prompt of embedding rows. P-tuning's are folded already; the decoder's rows are dropped: generation ignores them."""
@@ -128,7 +128,7 @@ def _rows(
         stacks = {"encoder": {"causal": False}, "decoder": {"causal": True}}
     elif task in ("CAUSAL_LM", "SEQ_CLS"):
         stacks["text"]["causal"] = True
-    return StoredPrompt(kind, options, tables, _heads(rest, source), {"placement": "front"}, source, stacks)
+    return StoredPrompt(kind, options, tables, _heads(others, source), {"placement": "front"}, source, stacks)
 
 
 def _multitask(
@@ -155,7 +155,7 @@ def _multitask(
     return options, {"shared": shared, "left": left.flatten(0, 1), "right": right.flatten(0, 1)}
 
 
-def _prefix(table: Tensor, config: dict[str, Any], rest: dict[str, Tensor], source: str) -> StoredPrompt:
+def _prefix(table: Tensor, config: dict[str, Any], others: dict[str, Tensor], source: str) -> StoredPrompt:
     """Make a prefix, whose MLP PEFT has folded already, or a cartridge; PEFT does not save a cartridge's document."""
     task = config.get("task_type")
     if task == "SEQ_2_SEQ_LM":
@@ -183,7 +183,7 @@ def _prefix(table: Tensor, config: dict[str, Any], rest: dict[str, Tensor], sour
     if config["peft_type"] == "CARTRIDGE":
         kind, options = "cartridge", options | {"frozen_slots": config.get("num_frozen_tokens"), "distill": False}
     conventions = {"shift_positions": True, "windowed": True}
-    return StoredPrompt(kind, options, {"text": table}, _heads(rest, source), conventions, source, stacks)
+    return StoredPrompt(kind, options, {"text": table}, _heads(others, source), conventions, source, stacks)
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from softhooks.backbone.heads import can_generate
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure
+from softhooks.base_model.info import class_of_transformers
 from softhooks.compat.peft import unwrapped
 from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import UnsupportedMethodError
@@ -223,10 +224,10 @@ def _task(stored: StoredPrompt, model: nn.Module | None) -> str:
 
 def _class_generates(name: str) -> bool:
     """Whether a class of transformers, by name, is a language model that generates."""
-    import transformers
+    from transformers import PreTrainedModel
 
-    found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
-    return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.can_generate()
+    found = class_of_transformers(name)
+    return found is not None and issubclass(found, PreTrainedModel) and found.can_generate()
 
 
 def _refusal(stored: StoredPrompt, found: str, supported: object) -> UnsupportedMethodError:

@@ -80,7 +80,7 @@ def factor_inside(stack: Stack) -> float | None:
 
 
 def factor_after(model: nn.Module, stack: Stack) -> float | None:
-    """Measure the factor by which the stack multiplies given embeddings before its first layer; None if there is none."""
+    """Measure the factor by which the stack multiplies given embeddings before its first layer; None if it does more."""
     layers = [part for part in stack.module.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not layers:
         return None
@@ -134,17 +134,22 @@ def _require_known(model: nn.Module, stack: Stack, server: Server, inside: float
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", stack.width)
+    remedy = "Serve this model with `softhooks.integrations.transformers_serve`."
+    if width != stack.width:
+        raise UnsupportedModelError(
+            f"the model's embeddings are {stack.width} wide and its hidden states {width}; no server is known to take these.",
+            remedy,
+        )
     factors: dict[str, object] = {}
     if inside != 1.0:
         factors["inside the embedding"] = "more than a factor" if inside is None else inside
-    after = factor_after(model, stack) if width == stack.width else 1.0
+    after = factor_after(model, stack)
     if after not in (1.0, None):
         factors["after the embedding"] = round(after or 0.0, 4)
-    if (factors and _kind(model) not in server.known) or width != stack.width:
+    if factors and _kind(model) not in server.known:
         raise UnsupportedModelError(
             f"it is not known how {server.label} scales the embeddings of the model type {_kind(model)!r}.",
-            "Serve this model with `softhooks.integrations.transformers_serve`.",
-            factors=factors or "none",
+            remedy,
+            factors=factors,
             known=", ".join(server.known),
-            width=f"{stack.width} of embeddings, {width} of hidden states",
         )
