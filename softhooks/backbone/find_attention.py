@@ -17,7 +17,7 @@ from softhooks.backbone.attention_interface import (
     wrap_attention_functions,
 )
 from softhooks.backbone.inline_attention import inline_attention, inline_attention_of
-from softhooks.backbone.probing import are_close, last_hidden_state
+from softhooks.backbone.probing import FORWARD_ERRORS, are_close, last_hidden_state
 from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.backbone.stack import Role, Site, Stack
 from softhooks.backbone.windows import hides_distant, shortened_window
@@ -158,7 +158,7 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
         if own is not None and "forward" not in module.__dict__:  # nobody has replaced its forward
             try:
                 ours = own.run(args, kwargs, attention)
-            except (TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError):
+            except FORWARD_ERRORS:
                 ours = None
         if ours is None or not are_close(last_hidden_state(ours), last_hidden_state(output)):
             differing.append(module)

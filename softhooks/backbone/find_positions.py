@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from softhooks.backbone.find_stack import ModuleCall
 from softhooks.backbone.position_table import set_table_positions
-from softhooks.backbone.probing import are_close, recorded_states, seeded
+from softhooks.backbone.probing import FORWARD_ERRORS, are_close, recorded_states, seeded
 from softhooks.backbone.stack import Positions, PositionTable
 from softhooks.compat.offload import read
 from softhooks.patching.patches import Patches
 
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 """What a model may raise on positions that it does not take."""
 
 
@@ -92,7 +91,7 @@ def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
     candidates = [0, 1, 2, *([padding + 1] if isinstance(padding, int) else [])]
     try:
         from_zero = probe.run(position_ids=counted)
-    except _FAILURES:
+    except FORWARD_ERRORS:
         from_zero = None
     if from_zero is not None and from_zero.tables and plain.tables:
         candidates = [plain.tables[0].first - from_zero.tables[0].first, *candidates]
@@ -110,7 +109,7 @@ def _is_same(probe: _Probe, plain: _Forward, exactly: bool = False, **change: An
     """Whether a change leaves the states of the first row as they are; if the model fails, it does not."""
     try:
         states = probe.run(**change).states[:1]
-    except _FAILURES:
+    except FORWARD_ERRORS:
         return False
     return torch.equal(states, plain.states) if exactly else are_close(states, plain.states)
 

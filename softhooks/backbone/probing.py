@@ -14,6 +14,9 @@ from softhooks.backbone.stack_state import StackState
 from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, UnsupportedModelError
 from softhooks.patching.patches import Patches
 
+FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+"""What a model may raise in a forward that it does not support."""
+
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
 OTHER_METHOD = "Use another method, if one can enter this model."
 """Remedies that `softhooks.checks.remedies` replaces with one that it has tried."""

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from softhooks.backbone.placeholder_ids import usual_id
 from softhooks.backbone.probe_inputs import ordinary_ids
-from softhooks.backbone.probing import eval_mode, recorded_states
+from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode, recorded_states
 from softhooks.checks.injection import probe_inputs
 from softhooks.checks.reach import perturbed_copy
 from softhooks.errors import SoftHooksError
@@ -20,7 +20,6 @@ from softhooks.prompt import SoftPrompt
 from softhooks.runtime.contexts import Block
 
 _PADDING = 3
-_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, NotImplementedError)
 
 
 @torch.no_grad()
@@ -45,7 +44,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
                 return _equal(_states(prompt, inputs, cut=False), _states(prompt, _padded(inputs, pad), cut=True))
         except SoftHooksError:
             return True  # such rows are refused by name already
-        except _FAILURES:
+        except FORWARD_ERRORS:
             return False
 
 

@@ -101,9 +101,8 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
     made: dict[str, Tensor] = {}
 
     def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        made[args[0]] = output = output.view_as(
-            output
-        )  # a view of its own: a parameter itself may be used elsewhere too
+        # A view, not the parameter itself, which may be used elsewhere too.
+        made[args[0]] = output = output.view_as(output)
         return output
 
     encoder.register_forward_hook(note)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.probe_inputs import as_choices, probe_ids, probe_length
-from softhooks.backbone.probing import eval_mode, float_dtype, recorded_states
+from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode, float_dtype, recorded_states, relative_difference
 from softhooks.backbone.stack import Stack
 from softhooks.errors import SoftHooksError
 from softhooks.patching.patches import Patches
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _PADDED = 3
 _WAYS: tuple[Injection, Injection] = ("shared", "slots")
-_FAILURES = (SoftHooksError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 def shares_exactly(prompt: SoftPrompt) -> bool:
@@ -60,8 +59,9 @@ def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bo
         return False
     if _is_rounding(ours, theirs, precision):
         return True
-    worst = (ours - theirs).abs().amax() / theirs.abs().amax().clamp(min=1e-6)
-    return bool(worst <= 200 * precision**0.9) and _size(ours - theirs) <= 0.05 * _size(theirs - without)
+    return relative_difference(ours, theirs) <= 200 * precision**0.9 and _size(ours - theirs) <= 0.05 * _size(
+        theirs - without
+    )
 
 
 def _is_rounding(ours: Tensor, theirs: Tensor, precision: float) -> bool:
@@ -138,6 +138,6 @@ def _states(
         with eval_mode(prompt.model), off, text_states as states:
             try:
                 (stack.module if alone else prompt.model)(**call)
-            except _FAILURES:
+            except (SoftHooksError, AssertionError, *FORWARD_ERRORS):
                 return None
     return states[-1]

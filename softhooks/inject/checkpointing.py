@@ -102,9 +102,8 @@ class _ReenteringCheckpoint:
             if not self.live._closed and stack.state.current is not None:
                 return layer(*inner_args, **inner_kwargs)
             with stack.state.running(self.live, alone="a backward"):
-                self.live.calls = dict(
-                    calls
-                )  # as before the first run, so that a shared layer meets the same site again
+                # As before the first run: a module that serves several layers is the same one of them again.
+                self.live.calls = dict(calls)
                 handles = self.live.prepare() if self.live._closed else []
                 try:
                     return layer(*inner_args, **inner_kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import uuid
 import weakref
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,30 +24,6 @@ _tokens: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 def token_of(model: nn.Module) -> str:
     """An id of a model that is unique across processes; copies of the model share it."""
     return _tokens.setdefault(model, uuid.uuid4().hex)
-
-
-class Prompt(Protocol):
-    """An attached prompt, as far as its state goes."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model, as the user gave it."""
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The module that computes the prompt."""
-
-    @property
-    def added(self) -> nn.Module | None:
-        """The prompt's own rows of the vocabulary, if it trains some."""
-
-    @property
-    def injection(self) -> str:
-        """How it enters the model."""
-
-    @property
-    def conventions(self) -> dict[str, Any]:
-        """The conventions that are stored with it."""
 
 
 class Snapshot:
@@ -82,38 +58,49 @@ def _local(tensor: Tensor) -> Tensor:
     return own
 
 
-def snapshot(prompt: Prompt, before: Snapshot | None) -> Snapshot:
+def snapshot(
+    model: nn.Module,
+    encoder: nn.Module,
+    added: nn.Module | None,
+    injection: str,
+    conventions: dict[str, Any],
+    before: Snapshot | None,
+) -> Snapshot:
     """Take a prompt's state; return the snapshot from before if nothing has changed.
 
     Nothing changes inside a `generate` call. There the address and version of each tensor replace the comparison of values.
+
+    Args:
+        added: the prompt's own rows of the vocabulary, if it trains some.
     """
-    tensors = [*every_tensor(prompt.encoder), *(prompt.added.parameters() if prompt.added else ())]
-    scope = scope_of(prompt.model)
+    tensors = [*every_tensor(encoder), *(added.parameters() if added else ())]
+    scope = scope_of(model)
     place = None
     if scope is not None and not scope.is_explicit and not any(tensor.is_inference() for tensor in tensors):
-        place = [(id(prompt.encoder), prompt.injection), *[(t.data_ptr(), t._version) for t in tensors]]
-        known = scope.snapshots.get(id(prompt))
+        place = [injection, *[(t.data_ptr(), t._version) for t in tensors]]
+        known = scope.snapshots.get(id(encoder))
         if known is not None and known[0] == place:
             found: Snapshot = known[1]
             return found
-    values, facts = [_local(tensor) for tensor in tensors], _facts(prompt)
+    values = [_local(tensor) for tensor in tensors]
+    facts = injection, repr(sorted(conventions.items())), _facts(encoder)
     if before is None or not before.equals(values, facts):
         before = Snapshot([value.clone() for value in values], facts)
     if scope is not None and place is not None:
-        scope.snapshots[id(prompt)] = place, before
+        scope.snapshots[id(encoder)] = place, before
     return before
 
 
-def _facts(prompt: Prompt) -> tuple[Any, ...]:
-    modules = tuple(
+def _facts(encoder: nn.Module) -> tuple[Any, ...]:
+    """The type, the plain attributes and the hooks of each module."""
+    return tuple(
         (
             type(module).__qualname__,
             tuple((key, value) for key, value in vars(module).items() if key != "training" and type(value) in _PLAIN),
             tuple(map(id, (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))),
         )
-        for module in prompt.encoder.modules()
+        for module in encoder.modules()
     )
-    return prompt.injection, tuple(sorted((key, repr(value)) for key, value in prompt.conventions.items())), modules
 
 
 @dataclass(frozen=True)

@@ -86,24 +86,21 @@ def using(scope: ReuseScope) -> Iterator[None]:
 
 @contextmanager
 def new_scope(model: object, is_explicit: bool = False) -> Iterator[None]:
-    """Open a new scope for the length of a block."""
+    """Open a scope for the length of a block; inside `softhooks.kept`, that one serves a call of `generate` too.
+
+    Args:
+        is_explicit: whether this is `softhooks.kept`, rather than a call of `generate`.
+    """
+    outer = scope_of(model)
+    if not is_explicit and outer is not None and outer.is_explicit:
+        yield
+        return
     scope = ReuseScope(model, is_explicit)
     try:
         with using(scope):
             yield
     finally:
         scope.close()
-
-
-@contextmanager
-def generation_scope(model: object) -> Iterator[None]:
-    """Open a scope for one call of `generate`; inside `softhooks.kept` use that scope."""
-    outer = scope_of(model)
-    if outer is not None and outer.is_explicit:
-        yield
-        return
-    with new_scope(model):
-        yield
 
 
 _SCOPE = "_softhooks_scope"

@@ -198,7 +198,9 @@ class AttachedPrompt:
 
     def snapshot(self) -> Snapshot:
         """The prompt's state now; the same object as before if nothing has changed."""
-        self._snapshot = snapshot(self, self._snapshot)
+        self._snapshot = snapshot(
+            self.model, self.encoder, self.added, self.injection, self.conventions, self._snapshot
+        )
         return self._snapshot
 
     def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:

@@ -20,8 +20,7 @@ from softhooks.inject.prefix.prefix_pass import PrefixPass
 from softhooks.inject.shared_prompt import always_shared_error, reasons_against_sharing, slots_error
 from softhooks.inject.shift_positions import needs_position_ids, shift_positions
 from softhooks.inject.slots.cross_attention import CrossSlotPass
-from softhooks.inject.slots.fallback import FallbackPass
-from softhooks.inject.slots.slot_pass import SlotPass
+from softhooks.inject.slots.slot_pass import FallbackPass, SlotPass
 from softhooks.inject.slots.slot_tables import Slots
 from softhooks.inject.text_length import check_text_length
 from softhooks.inject.text_positions import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.reuse import generation_scope
+from softhooks.inject.reuse import new_scope
 from softhooks.patching.method_wrapper import MethodWrapper
 from softhooks.runtime.contexts import Block, generation_of
 
@@ -40,7 +40,7 @@ class _Generate(PromptedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         held, block = self.prompted.running.exclusive("`generate`"), Block(self.prompted.model, generates=True)
-        with held, block, generation_scope(self.prompted.model):
+        with held, block, new_scope(self.prompted.model):
             self.prompted.refuse_unused(kwargs)
             return self.original()(*args, **kwargs)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softhooks.backbone.attention_call import AttentionCall
 from softhooks.backbone.attention_interface import marked_sites
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
-from softhooks.backbone.probing import OTHER_METHOD, eval_mode, last_hidden_state
+from softhooks.backbone.probing import FORWARD_ERRORS, OTHER_METHOD, eval_mode, last_hidden_state, relative_difference
 from softhooks.backbone.stack import ModelStructure, Site, Stack
 from softhooks.compat.offload import device_of
 from softhooks.errors import UnsupportedMethodError
@@ -167,7 +167,7 @@ def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
     try:
         keys, values = keys_and_values(site, torch.cat([own, other]))
         alone = keys_and_values(site, other)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+    except FORWARD_ERRORS as error:
         return f"it cannot run on rows alone: {type(error).__name__}: {error}"
     if keys.shape != (2, site.heads, site.key_dim) or values.shape != (2, site.heads, site.value_dim):
         return f"its keys {list(keys.shape)} and values {list(values.shape)} are not the rows'"
@@ -179,9 +179,8 @@ def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    precision = torch.finfo(other.dtype).eps
-    scale = other.float().abs().amax().clamp(min=1e-6)
-    return bool((one.float() - other.float()).abs().amax() <= 20 * precision**0.9 * scale)
+    tolerance: float = 20 * torch.finfo(other.dtype).eps ** 0.9
+    return relative_difference(one, other) <= tolerance
 
 
 def _collinear(one: Tensor, other: Tensor) -> bool:

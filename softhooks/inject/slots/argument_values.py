@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softhooks.backbone.probing import eval_mode, last_hidden_state
+from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode, last_hidden_state
 from softhooks.backbone.stack import Stack
 from softhooks.layout.slot_map import Widened
 
@@ -22,6 +22,8 @@ _PADDED: dict[str, tuple[str, str | int]] = {
     "xpath_tags_seq": ("tag_pad_id", "max_depth"),
     "xpath_subs_seq": ("subs_pad_id", "max_depth"),
 }
+ZERO_AT_SLOTS = ("token_type_ids", "visual_pos_masks", "image_embeds_position_mask")
+"""Arguments that are 0 at a slot: the first type of token, and no part of an image."""
 COPIED = ("langs",)
 """Arguments whose value at a slot is that of the row's first token."""
 
@@ -57,14 +59,7 @@ def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
 def _state(stack: Stack, inputs: dict[str, Tensor]) -> Tensor | None:
     try:
         return last_hidden_state(stack.module(**inputs))
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        IndexError,
-        KeyError,
-    ):  # the model does not take the argument alone: its value at slots stays unknown
+    except FORWARD_ERRORS:  # the model does not take the argument alone: its value at slots stays unknown
         return None
 
 
@@ -73,8 +68,13 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def fill(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
-    """Add the slots' columns to the per-token arguments of a call whose value at slots is known, in place."""
-    columns = wide.text.shape[1]
+    """Add the slots' columns to the per-token arguments of a call whose value at slots is known, in place.
+
+    Args:
+        wide: the map of the sequence with slots.
+        fills: the values that were found for this stack.
+    """
+    columns, fills = wide.text.shape[1], {**dict.fromkeys(ZERO_AT_SLOTS, 0), **fills}
     for name, value in call.items():
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != columns:
             continue

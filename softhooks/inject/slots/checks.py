@@ -11,14 +11,11 @@ from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.caches import is_recurrent
-from softhooks.inject.slots.argument_values import COPIED, fill
+from softhooks.inject.slots.argument_values import COPIED, ZERO_AT_SLOTS
 from softhooks.inject.text_positions import OuterCall, padding_mask
-from softhooks.layout.slot_map import Widened
 
 _UNTOUCHED = {"past_key_values", "inputs_embeds", "encoder_hidden_states", "cross_attention_states"}
-_ZERO_AT_SLOTS = ("token_type_ids", "visual_pos_masks", "image_embeds_position_mask")
-"""Per-token arguments that are 0 at a virtual token: the first type of token, and no part of an image."""
-_WIDENED = {"input_ids", "attention_mask", "position_ids", *_ZERO_AT_SLOTS}
+_WIDENED = {"input_ids", "attention_mask", "position_ids", *ZERO_AT_SLOTS}
 
 
 def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:
@@ -128,15 +125,6 @@ def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
     call["lengths"] = None
 
 
-def widen_known(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
-    """Add the slots' columns to the per-token arguments whose value at a slot is known, in place.
-
-    Args:
-        fills: the values that were found for this stack.
-    """
-    fill(call, wide, {**dict.fromkeys(_ZERO_AT_SLOTS, 0), **fills})
-
-
 def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int) -> None:
     """Refuse per-token arguments whose value at a slot is unknown: [B, T, ...], and masks for each query, [B, 1, T, ...].
 
@@ -153,17 +141,13 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
                 f"Leave `{key}` out, or disable the prompt for this call.",
                 argument=f"{key} {list(value.shape)}",
             )
-        of_encoder = (
-            key == "encoder_attention_mask"
-        )  # [B, S], whatever S is; one with more dimensions is for each query
+        # The mask of an encoder's columns, [B, S], may happen to have as many; with more dimensions it is for each query.
+        of_encoder = key == "encoder_attention_mask"
         per_token = value.dim() >= (3 if of_encoder else 2) and value.shape[:2] == (batch, columns)
         per_query = value.dim() >= 3 and columns in value.shape[1:-1] and value.shape[0] in (1, batch)
         if per_token or per_query:
-            other = (
-                ""
-                if stack.injection is None
-                else ", or use a prompt that enters as keys and values, such as PrefixTuning"
-            )
+            has_prefixes = stack.injection is not None
+            other = ", or use a prompt that enters as keys and values, such as PrefixTuning" if has_prefixes else ""
             raise UnsupportedModeError(
                 f"the call brings `{key}`, a per-token argument whose value at virtual slots is not known.",
                 f"Leave `{key}` out{other}.",

@@ -16,8 +16,10 @@ from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.caches import cache_of, caches_in, is_filled, is_recurrent
+from softhooks.inject.checkpointing import CheckpointedPass
 from softhooks.inject.notes import WrittenSlots, note_slots, slots_in
 from softhooks.inject.shift_positions import set_position_ids
+from softhooks.inject.slots.argument_values import fill
 from softhooks.inject.slots.checks import (
     has_positions_in_types,
     mask_of_text,
@@ -26,7 +28,6 @@ from softhooks.inject.slots.checks import (
     refuse_static,
     refuse_unknown,
     replace_lengths,
-    widen_known,
 )
 from softhooks.inject.slots.slot_positions import positions_of, widened_positions
 from softhooks.inject.slots.slot_tables import Slots
@@ -114,7 +115,7 @@ class SlotPass(Pass):
         else:
             call["inputs_embeds"] = self._insert_rows(self._wide.spread(call["inputs_embeds"], 0))
             self.has_injected = True
-        widen_known(call, self._wide, self.stack.slot_values)
+        fill(call, self._wide, self.stack.slot_values)
         if call.get("token_type_ids") is not None:
             self._ids = call.get("input_ids")
         if given is not None or self.slots.uneven:
@@ -134,8 +135,8 @@ class SlotPass(Pass):
     def _insert_ids(self, wide: Widened, ids: Tensor) -> Tensor:
         """Insert the slots' placeholder ids, [B, T] -> [B, N]."""
         spread = wide.spread(ids, self.placeholder)
-        behind = self.slots.stacked_ids(ids)
-        return spread if behind is None else spread.scatter(1, wide.slots, behind.expand_as(wide.slots))
+        own = self.slots.stacked_ids(ids)
+        return spread if own is None else spread.scatter(1, wide.slots, own.expand_as(wide.slots))
 
     def _place(self, call: dict[str, Any], ids: Tensor) -> None:
         """Give the stack the positions of the call's columns; one that gives all rows the same positions counts them itself."""
@@ -245,3 +246,17 @@ class SlotPass(Pass):
         if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
             return states
         return self._wide.own_states(states)
+
+
+class FallbackPass(SlotPass, CheckpointedPass):
+    """A forward with slots in a stack whose prompt is shared as a rule: its checkpointed layers need a pass in the backward."""
+
+    def __init__(
+        self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, outer: OuterCall | None = None
+    ) -> None:
+        super().__init__(stack, slots, call, placeholder, outer=outer)
+        if stack.module.training:
+            self.follow_checkpointing()
+
+    def detach_injected(self) -> None:
+        """Do nothing: the prompt enters at the embedding, before every layer."""
