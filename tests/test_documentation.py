@@ -143,6 +143,17 @@ def test_every_module_and_file_that_is_named_exists() -> None:
             assert importlib.util.find_spec(f"softhooks.integrations.{name}"), f"{page}: {name}"
 
 
+def test_what_a_page_names_together_with_its_file_is_defined_there() -> None:
+    named = re.findall(
+        r"`(\w+)`\s+\(`((?:softhooks|tests)/[\w/]+\.py)`\)", "".join(map(markdown.text_of, markdown.PAGES))
+    )
+    assert len(named) >= 3
+    for name, path in named:
+        assert re.search(rf"^(class|def) {name}\b|^{name}\b.* = ", (ROOT / path).read_text(encoding="utf-8"), re.M), (
+            name
+        )
+
+
 def test_every_page_is_in_the_index() -> None:
     index = markdown.text_of("docs/README.md")
     assert all(
