@@ -163,8 +163,8 @@ def test_options_that_cannot_be(options: Any, words: str) -> None:
         ({"examples": [EXAMPLES[0], {"input": "word5"}]}, "example 1"),
         ({"examples": [("word5", 1)]}, "as text"),
         ({"examples": [(None, "word5")]}, "as text"),
-        ({"context_ids": IDS}, "twice"),
-        ({"token_types": IDS}, "twice"),
+        ({"context_ids": IDS}, "both given"),
+        ({"token_types": IDS}, "both given"),
     ],
     ids=str,
 )  # fmt: skip

@@ -254,7 +254,7 @@ def test_a_deep_copy_notes_its_own_prompts() -> None:
     with torch.no_grad(), softhooks.attach(model, PTuning(layout=layout)) as prompt:
         twin = copy.deepcopy(model)
         assert twin.generate.model is twin
-        assert twin.generate.prompted_model is softhooks.runtime.prompted_model.prompted_model_of(twin)
+        assert twin.generate.prompted is softhooks.runtime.prompted_model.prompted_model_of(twin)
         expected = model.generate(ROWS[0][None], max_new_tokens=3, do_sample=False)
         prompt.encoder.rows.zero_()
         assert torch.equal(twin.generate(ROWS[0][None], max_new_tokens=3, do_sample=False), expected)

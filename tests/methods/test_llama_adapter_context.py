@@ -162,7 +162,7 @@ WRONG = {
     "four dimensions": (torch.ones(3, 1, 1, 32), r"\[3, 1, 1, 32\]"),
     "one dimension": (torch.ones(3), r"\[3\]"),
     "whole numbers": (torch.ones(3, 32, dtype=torch.long), r"torch\.int64"),
-    "no tensor": ([[1.0] * 32] * 3, r"must be a tensor(.|\n)*list"),
+    "no tensor": ([[1.0] * 32] * 3, r"is a list; it must be a tensor"),
 }
 
 

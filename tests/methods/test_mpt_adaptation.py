@@ -160,7 +160,7 @@ def test_the_whole_procedure_with_one_callback(tmp_path: Path, arch: str, head: 
     trainer = training.make(tmp_path, model, head, [source], max_steps=10)
     trainer.train_dataset, trainer.eval_dataset = rows_of(head, 12), rows_of(head, 4)
     trainer.train()
-    assert source.soft_prompt.encoder.is_learning_from_scratch is False
+    assert source.soft_prompt.encoder.trains_teachers is False
     trainer.save_model(str(tmp_path / "source"))
     source.soft_prompt.remove()
 

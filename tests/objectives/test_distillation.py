@@ -461,7 +461,7 @@ def test_first_the_teachers_train_and_then_the_decomposition(name: str, to_none:
     optimizer, plain = kind(prompt.parameters(), lr=0.05, weight_decay=0.1), kind([rows], lr=0.05, weight_decay=0.1)
     taught = None
     for step in range(6):
-        assert encoder.is_learning_from_scratch == (step < 3)
+        assert encoder.trains_teachers == (step < 3)
         model(**call).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=to_none)

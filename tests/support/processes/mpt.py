@@ -54,7 +54,7 @@ def train(folder: Path, size: int, steps: int, **options: Any) -> dict[str, torc
     trainer.train()
     assert callback.soft_prompt is not None
     encoder = callback.soft_prompt.encoder
-    assert not encoder.is_learning_from_scratch
+    assert not encoder.trains_teachers
     learned = training.trained(callback) | {"teachers": encoder.teachers.clone()}
     return {name: full(tensor) for name, tensor in learned.items()}
 
@@ -90,7 +90,7 @@ def loop_in_parts() -> dict[str, torch.Tensor]:
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids, task_ids=torch.arange(3)).loss.backward()
         optimizer.step()
-    assert not prompt.encoder.is_learning_from_scratch
+    assert not prompt.encoder.trains_teachers
     return {name: full(p.detach()) for name, p in prompt.encoder.named_parameters()}
 
 
