@@ -54,11 +54,11 @@ from softhooks.integration_support.checkpoints import (
 )
 from softhooks.integration_support.training import (
     broadcast_from_rank_0,
+    is_sharded_model,
     is_single_process,
     require_held,
     require_same_on_all_ranks,
     require_trainable_prompt,
-    shards,
 )
 from softhooks.prompt import SoftPrompt
 
@@ -116,7 +116,7 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
 def _refuse(accelerator: Any, prompt: SoftPrompt) -> None:
     require_trainable_prompt(prompt)
     kind = accelerator.distributed_type.value
-    if kind in _UNSUPPORTED or shards(prompt.model):
+    if kind in _UNSUPPORTED or is_sharded_model(prompt.model):
         raise TrainerError(
             f"`track` needs the whole model in each process, but {_UNSUPPORTED.get(kind, 'the model is sharded')}.",
             "Train with DDP, or under FSDP2 with `transformers.Trainer` and SoftPromptCallback.",

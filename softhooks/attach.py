@@ -12,7 +12,7 @@ from torch import nn
 from softhooks.backbone.container import CONTAINER, Container
 from softhooks.backbone.examine import examine
 from softhooks.backbone.id_dependence import reads_ids
-from softhooks.backbone.max_positions import unwarned
+from softhooks.backbone.max_positions import without_position_warning
 from softhooks.backbone.probing import probing, probing_with_prompt
 from softhooks.base_model.frozen_record import FrozenRecord
 from softhooks.base_model.take_fingerprint import take_fingerprint
@@ -25,7 +25,7 @@ from softhooks.checks.reach import prove_reach
 from softhooks.checks.remedies import names_tried_remedies
 from softhooks.checks.unread_slots import check_unread
 from softhooks.compat.bitsandbytes import keep_unpacked, unpacked
-from softhooks.compat.peft import keep_wrapped, refuse_prompts
+from softhooks.compat.peft import refuse_peft_prompts, refuse_unloading
 from softhooks.constraint import watch
 from softhooks.errors import PromptTooLongError
 from softhooks.inject.slots.argument_values import find_fills
@@ -118,7 +118,7 @@ def attach_prompt(
     """
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)
-    refuse_prompts(model)
+    refuse_peft_prompts(model)
     model = present.model if present else model  # the prompts are on the model inside a wrapper
     with unpacked(model), _all_off(present):
         structure = present.structure if present else examine(model)
@@ -138,7 +138,7 @@ def attach_prompt(
         elif frozen_record and prompted.record is None:
             prompted.record = FrozenRecord(model)
         _add(prompted, prompt, heads, freeze_dropout)
-        with unwarned(structure):
+        with without_position_warning(structure):
             _check_attached(prompt, injection, source)
         sign_forward(prompted)
     except BaseException as error:
@@ -208,7 +208,7 @@ def _freeze_and_install(prompted: PromptedModel, trainable: tuple[str, ...], fro
         prompted.record = FrozenRecord(model)
     prompted.fingerprint = take_fingerprint(model, prompted.structure, frozen=True)
     keep_unpacked(model, prompted.patches)
-    keep_wrapped(model, prompted.patches)
+    refuse_unloading(model, prompted.patches)
     replace_saving(prompted)
     install(prompted)
 

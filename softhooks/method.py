@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from softhooks.backbone.entry_points import groups_of, require_sites
+from softhooks.backbone.attention_groups import groups_of, require_sites
 from softhooks.backbone.table_slices import TableSlice, slices_of
 from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.errors import CheckpointError, check_int

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.backbone.added_vocabulary import say_unsaved
+from softhooks.backbone.added_vocabulary import log_unsaved_rows
 from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.base_model.fingerprint import Fingerprint
 from softhooks.base_model.frozen_record import FrozenReport
 from softhooks.base_model.info import BaseModelInfo
 from softhooks.base_model.take_fingerprint import take_fingerprint, without_rows
-from softhooks.compat.peft import home
-from softhooks.compat.sharding import gathered, shards
+from softhooks.compat.peft import path_in_wrapper
+from softhooks.compat.sharding import gathered, is_sharded_model
 from softhooks.constraint import unwatch
 from softhooks.errors import NotAttachedError
 from softhooks.formats import native, peft_write
@@ -146,7 +146,7 @@ class SoftPrompt(AttachedPrompt):
                 peft_write.write(peft_write.adapter_of(stored, self.model, self.prompted_model.structure), folder)
             else:
                 native.write(stored, folder)
-                say_unsaved(self, self.name, self.model, self.prompted_model.structure, stored.added_ids)
+                log_unsaved_rows(self, self.name, self.model, self.prompted_model.structure, stored.added_ids)
 
     def to_stored(self) -> StoredPrompt:
         """The prompt as a file holds it: folded, and with its heads by their path in the transformers model.
@@ -155,7 +155,7 @@ class SoftPrompt(AttachedPrompt):
             NotAttachedError: the prompt was removed.
         """
         self._require_attached()
-        inner, added = home(self.model), self.added
+        inner, added = path_in_wrapper(self.model), self.added
         return StoredPrompt(
             self.method.kind,
             self.method.options(),
@@ -174,7 +174,7 @@ class SoftPrompt(AttachedPrompt):
     def _fingerprint(self) -> Fingerprint:
         """The fingerprint of the base. For a sharded model, it is the one that was taken at attach, from whole weights."""
         prompted, added = self.prompted_model, self.added
-        kept = prompted.fingerprint if shards(prompted.model) else None
+        kept = prompted.fingerprint if is_sharded_model(prompted.model) else None
         own = frozenset() if added is None else frozenset(added.ids.tolist())
         return without_rows(kept or take_fingerprint(prompted.model, prompted.structure, frozen=True), own)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.word_embeddings import embed_ids
-from softhooks.compat.sharding import shards
+from softhooks.compat.sharding import is_sharded_model
 from softhooks.errors import OptionError, PromptMismatchError, UnsupportedModeError
 from softhooks.layout.tokenizing import tokenizer_of
 from softhooks.methods.from_prompt import rows_of
@@ -91,7 +91,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
         OptionError: the prompt does not fold to embedding rows, or `count` is not between 1 and the size of the vocabulary.
         UnsupportedModeError: the model is sharded, so no process holds the whole vocabulary.
     """
-    if shards(prompt.model):
+    if is_sharded_model(prompt.model):
         raise UnsupportedModeError(
             "the model is sharded, and the nearest words need the whole vocabulary; save the prompt, and load it onto the model "
             "in one process."

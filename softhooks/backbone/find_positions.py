@@ -18,7 +18,7 @@ from softhooks.backbone.find_stack import ModuleCall
 from softhooks.backbone.position_table import set_table_positions
 from softhooks.backbone.probing import FORWARD_ERRORS, are_close, recorded_states, seeded
 from softhooks.backbone.stack import Positions, PositionTable
-from softhooks.compat.offload import read
+from softhooks.compat.offload import read_tensor
 from softhooks.patching.patches import Patches
 
 """What a model may raise on positions that it does not take."""
@@ -192,7 +192,7 @@ def _consecutive_rows(part: nn.Module, output: Any) -> PositionTable | None:
     for name, matrix in _matrices(part):
         if matrix.shape[1] != rows.shape[1] or len(matrix) < len(rows):
             continue
-        matrix = read(part, name, matrix)  # it may be offloaded
+        matrix = read_tensor(part, name, matrix)  # it may be offloaded
         if matrix.is_meta:
             continue
         matrix = matrix.to(rows.device)

@@ -1,4 +1,4 @@
-"""Warn when prompt and text exceed `max_position_embeddings` of rotary embeddings: no error, but worse answers."""
+"""Warn when prompt and text exceed the positions that rotary embeddings are made for: no error, but worse outputs."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from torch import nn
 
 from softhooks.backbone.stack import ModelStructure, Positions
 from softhooks.errors import format_message
+from softhooks.patching.patches import Patches
 
-_ADAPTS = ("dynamic",)
-"""Kinds of rotary embeddings that stretch themselves over whatever length comes."""
+_ADAPTIVE = ("dynamic",)
+"""Types of rotary embeddings that adapt to any length."""
 
 
 def rotary_limit(module: nn.Module) -> int | None:
-    """How many positions a stack's rotary embeddings are made for; None where it has none, or they adapt to any length.
+    """How many positions the rotary embeddings of a stack are made for; None if it has none, or they adapt to any length.
 
-    A scale that the config declares counts: `max_position_embeddings` is what the model was pretrained for where the scale is
-    `linear`, and may be where it is another (YaRN).
+    `max_position_embeddings` is the length of pretraining if the config declares a `linear` scale, and may be if it declares
+    another one (YaRN). So the scale is counted in.
     """
     config = getattr(module, "config", None)
     trained = getattr(config, "max_position_embeddings", None)
     rotates = any("inv_freq" in name for name, _ in module.named_buffers())
-    if (
-        not isinstance(trained, int) or not rotates or getattr(config, "alibi", False)
-    ):  # Falcon computes both, and uses one
+    if not isinstance(trained, int) or not rotates or getattr(config, "alibi", False):  # Falcon has both, and uses one
         return None
     scaled: Any = getattr(config, "rope_parameters", None)
     scaled = scaled if isinstance(scaled, dict) else {}
-    if scaled.get("rope_type", "default") in _ADAPTS:
+    if scaled.get("rope_type", "default") in _ADAPTIVE:
         return None
     factor, original = scaled.get("factor"), scaled.get("original_max_position_embeddings")
     if original is None and scaled.get("rope_type") == "linear":
@@ -60,11 +59,11 @@ def dynamic_rope_length(module: nn.Module) -> int | None:
 
 
 def warn_beyond(positions: Positions, text: int, length: int) -> None:
-    """Warn, once for a model, where prompt and text together exceed these positions.
+    """Warn, once for a model, if prompt and text together exceed these positions.
 
     Args:
-        text: its tokens, without padding.
-        length: the virtual tokens.
+        text: the number of its tokens, without padding.
+        length: the number of virtual tokens.
     """
     limit = positions.rotary_limit
     if limit is None or positions.has_warned or text + length <= limit or torch.compiler.is_compiling():
@@ -72,7 +71,8 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
     positions.has_warned = True
     warnings.warn(
         format_message(
-            "prompt and text together stand beyond the positions that the model was trained for; its answers get worse there.",
+            f"prompt and text together have {text + length} tokens, beyond the positions that the model was trained for; its "
+            "outputs get worse there.",
             "Truncate the text earlier, use a shorter prompt, or scale the model's rotary embeddings (`rope_parameters`).",
             prompt=length,
             text=text,
@@ -84,14 +84,9 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 
 
 @contextmanager
-def unwarned(structure: ModelStructure) -> Iterator[None]:
-    """Let the probes of an attach go by: their text is none of the user's."""
-    each = [stack.positions for stack in structure.stacks]
-    before = [positions.has_warned for positions in each]
-    for positions in each:
-        positions.has_warned = True
-    try:
+def without_position_warning(structure: ModelStructure) -> Iterator[None]:
+    """Do not give the warning in a block of probes, whose text is not the user's."""
+    with Patches() as patches:
+        for stack in structure.stacks:
+            patches.set(stack.positions, "has_warned", True)
         yield
-    finally:
-        for positions, warned in zip(each, before, strict=True):
-            positions.has_warned = warned

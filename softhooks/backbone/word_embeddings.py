@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import ModelStructure
-from softhooks.compat.offload import device_of, read
+from softhooks.compat.offload import device_of, read_tensor
 from softhooks.compat.sharding import full
 from softhooks.errors import OptionError
 
@@ -71,7 +71,7 @@ def words_of_weight(structure: ModelStructure, rows: Tensor) -> list[int | None]
         rows [P, H] -> P ids
     """
     embedding = structure.entry.embedding
-    weight = full(read(embedding, "weight", embedding.weight)).detach()  # type: ignore[arg-type]
+    weight = full(read_tensor(embedding, "weight", embedding.weight)).detach()  # type: ignore[arg-type]
     found: list[int | None] = [None] * len(rows)
     if weight.dim() != 2 or weight.shape[1] != rows.shape[1] or not weight.is_floating_point() or weight.is_meta:
         return found

@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor, nn
 
 from softhooks.backbone.container import is_prompt_key
-from softhooks.compat.offload import read
+from softhooks.compat.offload import read_tensor
 from softhooks.compat.sharding import full
 from softhooks.errors import FrozenModifiedError
 
@@ -65,7 +65,7 @@ def digest(tensor: Tensor) -> Digest:
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """List every parameter and buffer once, reading offloaded ones one by one, and the scales of quantized layers."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        yield name, read(model, name, tensor)
+        yield name, read_tensor(model, name, tensor)
     for name, module in model.named_modules():
         if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
             yield from _unregistered(name, module)

@@ -27,7 +27,7 @@ from softhooks.base_model.fingerprint import (
     WeightSample,
 )
 from softhooks.base_model.merged_lora import LoraWeight, adapted_weights, is_packed, is_readable
-from softhooks.compat.offload import read
+from softhooks.compat.offload import read_tensor
 from softhooks.compat.sharding import full, is_sharded
 
 _READ_WHOLE = 2**16
@@ -123,7 +123,7 @@ def _brought_in(weight: Tensor, model: nn.Module) -> Tensor:
     if not weight.is_meta or weight.numel() > _READ_WHOLE:
         return weight
     name = next((name for name, one in model.named_parameters() if one is weight), None)
-    return weight if name is None else read(model, name, weight)
+    return weight if name is None else read_tensor(model, name, weight)
 
 
 def _dtype(weight: Tensor) -> str:

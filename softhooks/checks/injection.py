@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softhooks.backbone.entry_points import require_sites
+from softhooks.backbone.attention_groups import require_sites
 from softhooks.backbone.heads import can_generate
 from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids
 from softhooks.checks.shared_exactness import shares_exactly

@@ -23,7 +23,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from softhooks.cli.exit_codes import usage_errors
 from softhooks.cli.run_arguments import Request, parse
-from softhooks.compat.bitsandbytes import needs_admission
+from softhooks.compat.bitsandbytes import is_purely_quantized
 from softhooks.errors import OptionError, TrainerError
 from softhooks.trainer.callback import SoftPromptCallback
 
@@ -110,7 +110,7 @@ def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
 
     @functools.wraps(original)
     def with_prompt(trainer: transformers.Trainer, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        if needs_admission(model):  # the Trainer refuses quantized models before it creates callbacks
+        if is_purely_quantized(model):  # the Trainer refuses quantized models before it creates callbacks
             SoftPromptCallback(request.method, **request.callback, model=model)
         original(trainer, model, *args, **kwargs)
 

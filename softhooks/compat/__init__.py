@@ -1,1 +1,1 @@
-"""Bases that other libraries have wrapped, quantized, offloaded or sharded."""
+"""What accelerate, PEFT, FSDP2, DeepSpeed and bitsandbytes do to a model, and how prompts work with it."""

@@ -1,50 +1,46 @@
-"""Models whose weights accelerate keeps on the CPU or on disk and brings in for each forward (`device_map`, `cpu_offload`)."""
+"""Models whose weights accelerate keeps on the CPU or on disk and loads for each forward (`device_map`, `cpu_offload`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softhooks.errors import UnsupportedModelError
+from softhooks.patching.patches import Patches
 
-_HOOKED = ("_hf_hook", "_old_forward", "forward")
-"""What accelerate sets on the instance of a module that it looks after."""
+_HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward", "forward")
+"""What accelerate sets on the instance of a module."""
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights lie, or will lie once they were brought in.
+    """The device on which a module computes: that of its weights, or that to which accelerate loads them.
 
     Raises:
-        UnsupportedModelError: its weights lie nowhere, and nothing brings them in.
+        UnsupportedModelError: its weights are on the meta device, and nothing loads them.
     """
     weight = next(chain(module.parameters(), module.buffers()), None)
     if weight is None:
         raise UnsupportedModelError(
-            "a soft prompt needs a module with weights, to lie where they lie.",
+            f"{type(module).__name__} has no parameters and no buffers, so that its device is not known.",
             "Attach to the model that holds the embedding of its tokens.",
-            module=f"{type(module).__name__}, without parameters and buffers",
         )
     if not weight.is_meta:
         return weight.device
-    hook = module.__dict__.get("_hf_hook")
-    device = getattr(hook, "execution_device", None)
+    device = getattr(module.__dict__.get("_hf_hook"), "execution_device", None)
     if device is None:
         raise UnsupportedModelError(
-            "a soft prompt needs a model whose weights are there.",
+            f"the weights of {type(module).__name__} are on the meta device, and no hook loads them.",
             "Load the weights, or let accelerate offload each module by itself (without `preload_module_classes`).",
-            module=type(module).__name__,
-            weights="on the meta device, with no hook that brings them in",
         )
     return torch.device(device)
 
 
-def read(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Read a tensor of a model that may be offloaded; one that cannot be read stays on the meta device."""
+def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Read a tensor of a model from the CPU or from disk if it is offloaded; one that cannot be read stays a meta tensor."""
     if not tensor.is_meta:
         return tensor
     from accelerate.utils.modeling import align_module_device, has_offloaded_params
@@ -54,20 +50,16 @@ def read(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if not has_offloaded_params(owner):
         return tensor
     with align_module_device(owner, torch.device("cpu")):
-        brought: Tensor = getattr(owner, leaf)
-        return brought.detach().clone()
+        loaded: Tensor = getattr(owner, leaf)
+        return loaded.detach().clone()
 
 
 @contextmanager
-def unhooked(module: nn.Module) -> Iterator[None]:
-    """Take accelerate's hooks off, to copy a module: a copy must not bring in the weights of the original."""
-    taken: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for part in module.modules():
-        own = part.__dict__
-        if "_hf_hook" in own:
-            taken.append((own, {key: own.pop(key) for key in _HOOKED if key in own}))
-    try:
+def without_accelerate_hooks(module: nn.Module) -> Iterator[None]:
+    """Remove accelerate's hooks in a block that copies a module: the copy must not load the weights of the original."""
+    with Patches() as patches:
+        for part in module.modules():
+            if "_hf_hook" in part.__dict__:
+                for name in _HOOK_ATTRIBUTES:
+                    patches.delete(part, name)
         yield
-    finally:
-        for own, attributes in taken:
-            own.update(attributes)

@@ -1,4 +1,4 @@
-"""A base that PEFT has wrapped: where the model lies in it, and what would tear a prompt off."""
+"""Base models that PEFT has wrapped: find the model inside, and refuse what would lose a prompt."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from softhooks.patching.patches import Patches
 _UNLOADS = ("merge_and_unload", "unload")
 
 
-def home(model: nn.Module) -> str:
-    """The path of the transformers model inside a PEFT model, with a dot behind; empty for any other model.
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; any other model as it is."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
 
-    Heads are stored by their path from there on, so that a prompt that was trained over LoRA fits the merged model too.
+
+def path_in_wrapper(model: nn.Module) -> str:
+    """The path of the transformers model inside a PEFT model, with a dot at the end; empty for any other model.
+
+    The paths of saved heads begin after it, so that a prompt that was trained over LoRA fits the merged model too.
     """
     inner = unwrapped(model)
     return "" if inner is model else next(f"{path}." for path, part in model.named_modules() if part is inner)
 
 
-def refuse_prompts(model: nn.Module) -> None:
-    """Refuse a PEFT model whose adapters are prompts themselves: two libraries would each put theirs in.
+def refuse_peft_prompts(model: nn.Module) -> None:
+    """Refuse a PEFT model whose adapters are prompts: both libraries would insert theirs.
 
     Raises:
         UnsupportedModelError: naming them.
@@ -33,34 +39,9 @@ def refuse_prompts(model: nn.Module) -> None:
     found = {name: _kind(config) for name, config in configs.items() if _is_prompt(config)}
     if found:
         raise UnsupportedModelError(
-            "a prompt of softhooks cannot stand on a model that PEFT prompts.",
-            "Bring its prompts onto the bare model with `softhooks.integrations.peft.from_peft(peft_model, model)`.",
+            "the model has prompts of PEFT already; a prompt of softhooks cannot be attached to it.",
+            "Convert them for the model without PEFT with `softhooks.integrations.peft.from_peft(peft_model, model)`.",
             adapters=", ".join(f"{name!r} ({kind})" for name, kind in found.items()),
-        )
-
-
-def keep_wrapped(model: nn.Module, patches: Patches) -> None:
-    """Until the last prompt is removed, keep PEFT from taking the model out of the wrapper that carries the prompts."""
-    if unwrapped(model) is model or not hasattr(model, "peft_config"):
-        return
-    for module in (model, getattr(model, "base_model", model)):
-        for name in _UNLOADS:
-            if hasattr(module, name):
-                patches.set(module, name, _Refusal(name))
-
-
-class _Refusal:
-    """What stands in for a method that would leave a prompt behind."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        raise AttachError(
-            f"`{self._name}` gives back a model without the wrapper that carries the prompts, heads and hooks.",
-            "Save the prompt and remove it, merge, and load it onto the merged model; or keep the wrapper: "
-            "`merge_adapter()` merges in place.",
-            called=self._name,
         )
 
 
@@ -73,7 +54,25 @@ def _is_prompt(config: Any) -> bool:
     return bool(getattr(config, "is_prompt_learning", False)) or _kind(config) == "ADAPTION_PROMPT"
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model; any other model as it is."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+def refuse_unloading(model: nn.Module, patches: Patches) -> None:
+    """Make the methods of a PEFT model raise that return the model without its wrapper, which holds the prompts."""
+    if unwrapped(model) is model or not hasattr(model, "peft_config"):
+        return
+    for module in (model, getattr(model, "base_model", model)):
+        for name in _UNLOADS:
+            if hasattr(module, name):
+                patches.set(module, name, _Refusal(name))
+
+
+class _Refusal:
+    """Stands in for a method that would lose the prompts. A class, so that copies of the model can be pickled."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise AttachError(
+            f"`{self._name}` returns the model without its PEFT wrapper, which holds the prompts, heads and hooks.",
+            "Save the prompt and remove it, merge, and load it onto the merged model; or keep the wrapper: "
+            "`merge_adapter()` merges in place.",
+        )

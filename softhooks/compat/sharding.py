@@ -1,4 +1,4 @@
-"""Parameters that several processes hold in parts (FSDP2): how to see them whole, and what cannot be done with parts."""
+"""Models whose parameters are sharded over processes (FSDP2, DeepSpeed): gather them, and refuse what cannot work on shards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any, Protocol
 from torch import Tensor, distributed, nn
 
 from softhooks.errors import UnsupportedModeError, UnsupportedModelError
+from softhooks.patching.patches import Patches
 
 
 class Prompt(Protocol):
-    """A prompt on a model, as far as its parameters go."""
+    """A prompt and the model that it is attached to."""
 
     @property
     def model(self) -> nn.Module:
@@ -23,46 +24,45 @@ class Prompt(Protocol):
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of a tensor (a DTensor, whose module takes long to import)."""
+    """Whether this process holds only a part of a tensor. `DTensor` is not named here: its module takes long to import."""
     return hasattr(tensor, "full_tensor")
 
 
-def shards(model: nn.Module) -> bool:
-    """Whether a model is sharded, also while its parameters happen to be whole (after an evaluation)."""
-    managed = any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
-    return managed or any(map(is_sharded, model.parameters()))
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether a model is sharded, also while its parameters are gathered (after an evaluation)."""
+    is_managed = any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
+    return is_managed or any(map(is_sharded, model.parameters()))
 
 
-def gather_again(model: nn.Module) -> None:
-    """Have the weights of a sharded model's root whole: a forward within its own has put them back in parts when it ended."""
+def gather_root(model: nn.Module) -> None:
+    """Gather the weights of a sharded model's root again: a forward inside its own forward has sharded them at its end."""
     unshard = getattr(model, "unshard", None)
-    if unshard is not None and shards(model):
+    if unshard is not None and is_sharded_model(model):
         unshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor; every process must ask for it. Any other tensor is returned as it is."""
+    """Gather a sharded tensor, which every process must do; any other tensor is returned as it is."""
     if not is_sharded(tensor):
         return tensor
-    parts: Any = tensor
-    whole: Tensor = parts.to(parts.device_mesh.device_type).full_tensor()
+    sharded: Any = tensor
+    whole: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
     return whole
 
 
 @contextmanager
 def gathered(prompt: Prompt, state: Mapping[str, Tensor] | None = None) -> Iterator[bool]:
-    """Let a prompt's sharded parameters be whole for a while, so that they can be written.
+    """Replace a prompt's sharded parameters by whole ones in a block that saves them.
 
     Args:
-        state: a full state dict of the model, where there is one; without it every process must enter. What it says is what is
-            written: it may hold averaged values, for instance.
+        state: a full state dict of the model, if there is one. Its values are saved: they may be averages, for instance. Without
+            it every process must enter the block.
 
     Yields:
         whether this process is the one to write.
     """
-    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     writes = True
-    try:
+    with Patches() as patches:
         for name, parameter in list(prompt.named_parameters()):
             given = None if state is None else state.get(name)
             if not is_sharded(parameter) and (given is None or given.data_ptr() == parameter.data_ptr()):
@@ -72,32 +72,26 @@ def gathered(prompt: Prompt, state: Mapping[str, Tensor] | None = None) -> Itera
             else:
                 values = given
             path, _, leaf = name.rpartition(".")
-            module = prompt.model.get_submodule(path)
-            swapped.append((module, leaf, parameter))
-            module._parameters[leaf] = nn.Parameter(values.to(parameter.device))
+            parameters = prompt.model.get_submodule(path)._parameters
+            patches.set(parameters, leaf, nn.Parameter(values.to(parameter.device)))
         yield writes
-    finally:
-        for module, leaf, parameter in swapped:
-            module._parameters[leaf] = parameter
 
 
 def refuse_sharded(base: Iterable[Tensor]) -> None:
-    """Refuse to run a prompt alone through a model whose weights come and go with each layer's forward.
+    """Refuse to compute a prompt once for all rows with a model whose weights are gathered for each layer only.
 
     Raises:
-        UnsupportedModeError: its keys and values would outlive the weights that their backward needs.
+        UnsupportedModeError: the prompt's keys and values would outlive the weights that their backward needs.
     """
     if distributed.is_available() and distributed.is_initialized() and any(map(is_sharded, base)):
         raise UnsupportedModeError(
-            "a prompt that is computed once for all rows needs a model that is not sharded.",
+            "injection='shared' computes the prompt once for all rows, which a sharded model (fully_shard) does not support.",
             "Attach it with `injection='slots'`, before the model is sharded.",
-            injection="'shared'",
-            model="sharded (fully_shard)",
         )
 
 
 def refuse_partitioned(model: nn.Module) -> None:
-    """Refuse a model whose weights DeepSpeed (ZeRO stage 3) has taken apart: they are there within its own forwards only.
+    """Refuse a model whose weights DeepSpeed (ZeRO stage 3) has partitioned: they exist in its own forwards only.
 
     Raises:
         UnsupportedModelError: naming a weight.
@@ -105,8 +99,7 @@ def refuse_partitioned(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(
-                "a soft prompt needs a model whose weights are there.",
-                "Load the model without DeepSpeed; where it does not fit on one device, shard it with FSDP2.",
+                f"the weights of {type(model).__name__} are partitioned by DeepSpeed (ZeRO stage 3).",
+                "Load the model without DeepSpeed; if it does not fit on one device, shard it with FSDP2.",
                 weight=name,
-                weights="taken apart by DeepSpeed (ZeRO stage 3)",
             )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.stack import Stack
-from softhooks.compat.peft_layers import switches
+from softhooks.compat.peft_layers import adapter_state
 
 T = TypeVar("T")
 
@@ -160,7 +160,7 @@ class ResultCache(Generic[T]):
         """
         own, base = list(own), list(base)
         model = None if stack.state.owner is None else stack.state.owner.model
-        switched = switches(stack.module, stack.module if model is None else model) if base else ()
+        switched = adapter_state(stack.module, stack.module if model is None else model) if base else ()
         scope = None if model is None else scope_of(model)
         if scope is None:
             return self._compute(compute)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from softhooks.backbone.attention_groups import groups_of
 from softhooks.backbone.attention_interface import marked_sites
-from softhooks.backbone.entry_points import groups_of
 from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of

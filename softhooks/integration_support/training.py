@@ -3,7 +3,7 @@
 from softhooks.backbone.probing import eval_mode
 from softhooks.base_model.frozen_record import FrozenRecord, FrozenReport
 from softhooks.cli.run_arguments import from_sections
-from softhooks.compat.sharding import shards
+from softhooks.compat.sharding import is_sharded_model
 from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
 from softhooks.runtime.evaluation_mode import refuse_evaluation
@@ -39,6 +39,7 @@ __all__ = [
     "fsdp_plugin",
     "held_by",
     "is_mended",
+    "is_sharded_model",
     "is_single_process",
     "mend_optimizer",
     "refuse_evaluation",
@@ -47,5 +48,4 @@ __all__ = [
     "require_held",
     "require_same_on_all_ranks",
     "require_trainable_prompt",
-    "shards",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softhooks.backbone.entry_points import groups_of, require_sites
+from softhooks.backbone.attention_groups import groups_of, require_sites
 from softhooks.encoder import PromptEncoder, TableEncoder
 from softhooks.errors import UnsupportedMethodError, check_dropout, check_int
 from softhooks.method import Method

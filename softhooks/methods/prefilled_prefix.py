@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from softhooks.backbone.entry_points import require_sites
+from softhooks.backbone.attention_groups import require_sites
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError
 from softhooks.layout.tokenizing import tokenize, tokenizer_of

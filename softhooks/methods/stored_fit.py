@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from softhooks.backbone.added_vocabulary import require_rows
+from softhooks.backbone.added_vocabulary import require_vocabulary
 from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import PromptMismatchError
 from softhooks.formats import peft_llama_adapter
@@ -31,7 +31,7 @@ def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *
     enters_rows = method.enters == "embeddings"
     _check_stacks(stored, structure, directions_only=enters_rows)
     if strict:
-        require_rows(stored.base.vocabulary, structure, stored.source)
+        require_vocabulary(stored.base.vocabulary, structure, stored.source)
     if stored.base.task is not None and enters_rows and structure.entry.reads_ids:
         raise PromptMismatchError(
             "the states of this model depend on token ids, which PEFT does not pass with a prompt's embeddings.",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softhooks.backbone.heads import is_causal_lm
 from softhooks.backbone.probing import eval_mode
-from softhooks.compat.sharding import gather_again
+from softhooks.compat.sharding import gather_root
 from softhooks.errors import UnsupportedModeError
 from softhooks.layout.tokenizing import IGNORE_INDEX
 from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_loss
@@ -59,7 +59,7 @@ class Distillation(Objective):
         requested = _RequestedOutput.of(prompt.model, call)
         with torch.no_grad(), eval_mode(prompt.model), prompt.without_objective(), context:
             target = comparison.read(prompt.model(**call, **given))
-        gather_again(prompt.model)
+        gather_root(prompt.model)
 
         def finish(output: Any) -> Any:
             divergence, distance = comparison.compare(target, comparison.read(output))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softhooks.backbone.added_vocabulary import base_rows
+from softhooks.backbone.added_vocabulary import original_vocabulary
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of
 from softhooks.compat.peft import unwrapped
@@ -92,7 +92,7 @@ def chosen_ids(asked: Any, model: nn.Module, structure: ModelStructure) -> tuple
     if isinstance(asked, bool):
         if not asked:
             return ()
-        base = base_rows(model, structure)
+        base = original_vocabulary(model, structure)
         if base is None:
             raise OptionError(
                 f"train_added_tokens=True, but no rows that `resize_token_embeddings` has added to "
@@ -120,7 +120,7 @@ def chosen_ids(asked: Any, model: nn.Module, structure: ModelStructure) -> tuple
 
 def _added_to(tokenizer: Any, model: nn.Module, structure: ModelStructure) -> list[int]:
     """The tokens added to a tokenizer whose rows were added to the model, or, if that is not known, all of them."""
-    base = base_rows(model, structure)
+    base = original_vocabulary(model, structure)
     first = tokenizer.vocab_size if base is None else base
     return sorted(number for number in tokenizer.get_added_vocab().values() if number >= first)
 

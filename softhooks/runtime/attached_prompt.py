@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.entry_points import groups_of
+from softhooks.backbone.attention_groups import groups_of
 from softhooks.backbone.module_walk import every_tensor
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure, Role, Stack

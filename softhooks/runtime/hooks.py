@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.forward_pass import Pass
-from softhooks.backbone.heads import answer, answer_rows
+from softhooks.backbone.heads import run_head, run_heads_by_row
 from softhooks.backbone.multiple_choice import choices_of, for_each_choice
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
@@ -250,5 +250,5 @@ class HeadHooks:
         heads = [prompt.head(self.key) for prompt in selection.prompts]
         choice = selection.choice_of_prompts()
         if choice is not None:
-            return answer_rows(heads, choice, args, kwargs, output)
-        return output if heads[0] is None else answer(heads[0], args, kwargs, output)
+            return run_heads_by_row(heads, choice, args, kwargs, output)
+        return output if heads[0] is None else run_head(heads[0], args, kwargs, output)

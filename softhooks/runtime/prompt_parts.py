@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softhooks.backbone.added_vocabulary import warn_of_added
-from softhooks.backbone.heads import check_heads, copy_heads, find_heads
+from softhooks.backbone.added_vocabulary import warn_about_added_rows
+from softhooks.backbone.heads import copy_heads, find_heads, load_heads
 from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids, stored_ids
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of
-from softhooks.compat.peft import home
+from softhooks.compat.peft import path_in_wrapper
 from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.formats.labels import Labels
 from softhooks.layout.tokenizing import tokenizer_of
@@ -102,14 +102,14 @@ def build_module(
         module.register_buffer(BUFFER, ids.to(encoder.device))
     heads, states = find_heads(model, structure), source.head_states
     if states is not None:
-        states = {home(model) + path: state for path, state in states.items()}
+        states = {path_in_wrapper(model) + path: state for path, state in states.items()}
         heads = {path: head for path, head in heads.items() if path in states}
     module["heads"] = own = copy_heads(heads)
-    check_heads(own, states or {}, source.name)
+    load_heads(own, states or {}, source.name)
     added = source.added_tokens(model, structure)
     if added is not None:
         module[ADDED] = added
-    warn_of_added(model, structure, () if added is None else frozenset(added.ids.tolist()))
+    warn_about_added_rows(model, structure, () if added is None else frozenset(added.ids.tolist()))
     source.check_base(model, structure)
     return module.train(model.training), conventions, heads
 

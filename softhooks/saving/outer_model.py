@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.compat.sharding import shards
+from softhooks.compat.sharding import is_sharded_model
 from softhooks.formats.folders import is_checkpoint
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel
@@ -54,7 +54,7 @@ class SaveFromOutside:
             return
         folder, writes = Path(call["save_directory"]), call.get("is_main_process", True)
         disabled = self.prompted.disabled
-        folders = {} if disabled or shards(self.prompted.model) else prompt_folders(self.prompted, folder)
+        folders = {} if disabled or is_sharded_model(self.prompted.model) else prompt_folders(self.prompted, folder)
         for prompt, own in folders.items() if writes else ():
             prompt.save_pretrained(own)
         keeps_tensors = not disabled and (is_checkpoint(folder) or not folders)

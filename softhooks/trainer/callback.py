@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.base_model.frozen_record import FrozenRecord, FrozenReport
-from softhooks.compat.bitsandbytes import admit, dismiss, require_trainable
-from softhooks.compat.sharding import shards
+from softhooks.compat.bitsandbytes import mark_trainable, require_trainable, unmark_trainable
+from softhooks.compat.sharding import is_sharded_model
 from softhooks.constraint import begin_step, end_step
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
@@ -110,7 +110,7 @@ class SoftPromptCallback(TrainerCallback):
         if model is not None:
             require_trainable(model)
             self.soft_prompt, _ = attach_or_continue(model, method, name, injection, self._options)
-            admit(model, self.soft_prompt.prompted_model.patches)
+            mark_trainable(model, self.soft_prompt.prompted_model.patches)
         add_callback.users.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ class SoftPromptCallback(TrainerCallback):
         if not is_known:
             guard_trainer(args, prompt.prompted_model)
             saver.check_loaded_before()
-        self._is_sharded = shards(model)
+        self._is_sharded = is_sharded_model(model)
         require_loaded(state, self.name, saver.loaded)
         saver.has_trained = True
         if not is_mended(optimizer, prompt):
@@ -275,7 +275,7 @@ class SoftPromptCallback(TrainerCallback):
         refuse_second(self, model, control)
         prompt, is_new = attach_or_continue(model, self.method, self.name, self._injection, self._options)
         shared = prompt.prompted_model
-        dismiss(model, shared.patches)
+        unmark_trainable(model, shared.patches)
         shared.active = self.name
         self._other_prompts.freeze_all_but(prompt)
         if shared.record is None:

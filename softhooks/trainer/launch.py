@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from softhooks.compat.sharding import shards
+from softhooks.compat.sharding import is_sharded_model
 from softhooks.errors import TrainerError
 from softhooks.method import Method
 from softhooks.runtime.attached_prompt import Injection
@@ -80,7 +80,7 @@ def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str,
             f"with `{getattr(kind, 'name', kind)}` the Trainer writes sharded checkpoints of the whole model, not the prompt.",
             "Set `fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}`, or `fsdp_state_dict_type` in accelerate's configuration.",
         )
-    if prompted_model_of(model) is None and shards(model):
+    if prompted_model_of(model) is None and is_sharded_model(model):
         yield (
             "the model is already sharded; a prompt must be attached before, so that it is sharded too.",
             "Let the Trainer shard the model, or call `softhooks.attach` first.",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from softhooks.backbone.heads import worn
+from softhooks.backbone.heads import active_head
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 
@@ -88,7 +88,7 @@ def _head_copies(prompt: SoftPrompt) -> dict[int, nn.Parameter]:
     """The prompt's copies of the parameters of the model's heads, by the id of the original."""
     copies: dict[int, nn.Parameter] = {}
     for key, own in prompt.heads.items():
-        head = worn(prompt.model.get_submodule(key.replace("/", ".")))
+        head = active_head(prompt.model.get_submodule(key.replace("/", ".")))
         copies |= {
             id(parameter): copied
             for parameter, copied in zip(head.parameters(), own.parameters(), strict=True)

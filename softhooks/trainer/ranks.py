@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from softhooks.base_model.frozen_record import FrozenRecord, digest
-from softhooks.compat.sharding import shards
+from softhooks.compat.sharding import is_sharded_model
 from softhooks.errors import TrainerError
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.live_state import live_tensors
@@ -35,7 +35,7 @@ def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
     Raises:
         TrainerError: the ranks have different methods or models.
     """
-    if is_single_process() or shards(prompt.model):
+    if is_single_process() or is_sharded_model(prompt.model):
         return
     prompted = prompt.prompted_model
     tensors = {**dict(prompt.model.named_parameters()), **dict(prompt.model.named_buffers()), **live_tensors(prompt)}
@@ -64,7 +64,7 @@ def require_same_on_all_ranks(prompt: SoftPrompt) -> None:
     Raises:
         TrainerError: the prompts differ.
     """
-    if is_single_process() or shards(prompt.model):
+    if is_single_process() or is_sharded_model(prompt.model):
         return
     bits = {name: digest(tensor).bits for name, tensor in live_tensors(prompt).items()}
     _require_equal(bits, "prompt")

@@ -10,7 +10,7 @@ from torch import nn
 
 from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.probing import eval_mode
-from softhooks.compat.sharding import shards
+from softhooks.compat.sharding import is_sharded_model
 from softhooks.errors import TrainerError
 from softhooks.runtime.contexts import Block
 from softhooks.runtime.prompted_model import prompted_model_of, require_prompted_model
@@ -104,7 +104,7 @@ def require_fixed(model: nn.Module, prompt: str | None) -> None:
             reference=f"{type(model).__name__} with {'no prompt' if prompt is None else f'the prompt {prompt!r}'}",
             trained=f"{len(trained)} tensors",
         )
-    if shards(model):
+    if is_sharded_model(model):
         raise TrainerError(
             "the model is sharded (FSDP), and cannot be its own reference.",
             "Pass another model as `ref_model`.",

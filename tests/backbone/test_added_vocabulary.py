@@ -11,14 +11,14 @@ import zoo
 
 import softhooks
 from softhooks import PromptMismatchError, PromptTuning
-from softhooks.backbone.added_vocabulary import base_rows
+from softhooks.backbone.added_vocabulary import original_vocabulary
 from softhooks.backbone.examine import examine
 
 ARCHS = ["llama", "qwen3", "gemma3", "gpt2", "bert", "t5"]
 
 
 def told(model: Any) -> int | None:
-    return base_rows(model, examine(model))
+    return original_vocabulary(model, examine(model))
 
 
 def loaded(arch: str, folder: Path) -> Any:

@@ -466,7 +466,7 @@ def test_a_sharded_base_has_the_fingerprint_of_when_it_was_whole(
 ) -> None:
     model = zoo.build("llama")
     with softhooks.attach(model, PrefixTuning(3)) as prompt:
-        monkeypatch.setattr("softhooks.prompt.shards", lambda _model: True)
+        monkeypatch.setattr("softhooks.prompt.is_sharded_model", lambda _model: True)
         prompted: PromptedModel = prompt.prompted_model
         kept = prompted.fingerprint
         assert kept is not None

@@ -104,9 +104,8 @@ def test_a_report_names_what_it_could_not_read() -> None:
 
 def test_a_model_without_weights_is_refused_by_name() -> None:
     model = zoo.build("llama").to("meta")
-    with pytest.raises(UnsupportedModelError, match="weights are there") as refused:
+    with pytest.raises(UnsupportedModelError, match=r"^the weights of .* are on the meta device"):
         softhooks.attach(model, METHODS["prompt"])
-    assert "meta device" in str(refused.value)
 
 
 def test_a_head_on_disk_is_copied_and_its_original_stays_offloaded(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import softhooks
-from softhooks.backbone.entry_points import groups_of
+from softhooks.backbone.attention_groups import groups_of
 from softhooks.backbone.examine import examine
 from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.recording_cache import RecordingCache

@@ -59,7 +59,7 @@ _REASONS: list[tuple[str, str, str]] = [
         "hrm_text-causal",
     ),
     (
-        "a key-value prefix needs attention that goes through transformers' attention interface",
+        "has no attention that a key-value prefix can enter",
         "prefix",
         (
             "mamba2-causal big_bird-masked convbert-masked fnet-masked luke-masked nystromformer-masked "

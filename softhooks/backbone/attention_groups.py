@@ -1,18 +1,16 @@
-"""Where keys and values can enter a model."""
+"""The groups of attention modules that keys and values can enter."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from softhooks.backbone.probing import OTHER_METHOD
+from softhooks.backbone.stack import ModelStructure, Stack
 from softhooks.errors import UnsupportedMethodError
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure, Stack
 
 
 def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
-    """Name the places that keys and values can enter: `text`, or `encoder`, `decoder` and `cross`."""
+    """Name the groups that keys and values can enter: `text`, or `encoder`, `decoder` and `cross`."""
     groups: dict[str, tuple[Stack, Literal["self", "cross"]]] = {}
     for stack in structure.stacks:
         groups[stack.name] = (stack, "self")
@@ -30,8 +28,7 @@ def require_sites(structure: ModelStructure) -> None:
     for stack in structure.stacks:
         if stack.injection is None:
             raise UnsupportedMethodError(
-                "a key-value prefix needs attention that goes through transformers' attention interface or a cache, or "
-                "that softhooks knows.",
+                f"{type(stack.module).__name__} has no attention that a key-value prefix can enter: it must use transformers' "
+                "attention interface or a cache, or be known to softhooks.",
                 OTHER_METHOD,
-                model=f"{type(stack.module).__name__}, whose attention does neither",
             )
