@@ -89,7 +89,7 @@ def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMeth
     if stack.causal:
         return UnsupportedMethodError(
             "with this prompt, earlier tokens of a causal model depend on later ones; no token may depend on a later one.",
-            "Use a method whose virtual tokens stand in the sequence, such as PromptTuning with injection='slots'.",
+            "Use a method whose virtual tokens are in the sequence, such as PromptTuning with injection='slots'.",
             **about,
             found=f"earlier states change by {change:.2g} of their size when later ids change",
             because="its layers choose what a token sees by its position, which the prompt shifts",

@@ -73,7 +73,5 @@ def _common_positions(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:
             f"{type(stack.module).__name__} gives all rows of a batch the same positions, but the texts of these {len(ids)} "
             "rows need different ones.",
             "Pad on the right, and run rows with other prompts in batches of their own.",
-            model=type(stack.module).__name__,
-            rows=len(ids),
         )
     return common

@@ -110,8 +110,6 @@ def _refuse_left_padding(stack: Stack, mask: Tensor | None) -> None:
             f"{int((mask[:, 0] == 0).sum())} rows begin with padding, but with a prompt the answer of "
             f"{type(stack.module).__name__} changes with padding before the text.",
             "Pad on the right, or run rows of one length together, without padding.",
-            model=type(stack.module).__name__,
-            attention_mask=f"{int((mask[:, 0] == 0).sum())} rows begin with padding",
         )
 
 
@@ -128,7 +126,6 @@ def _open_slots(
         raise UnsupportedModeError(
             "the prompt enters as slots, but hiding virtual tokens from some rows needs one that enters as keys and values.",
             "Use a causal decoder whose prompt is computed once (`prompt.injection`).",
-            injection="slots",
         )
     check_text_length(stack, call, slots.columns, cached=slots.columns, outer=outer)
     if is_fallback:
@@ -222,17 +219,16 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     prompts = selection.prompts
     if any(prompt.injection != "branch" for prompt in prompts):
         raise UnsupportedModeError(
-            "a gated branch and a prompt that enters in another way cannot share a batch.",
+            "this batch has a gated branch and a prompt that enters in another way; they cannot share a batch.",
             "Run their rows in batches of their own.",
             prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
         )
     context = selection.given.get(CONTEXT)
     if context is not None and context.shape[0] != batch:
         raise UnsupportedModeError(
-            f"`{CONTEXT}` has {context.shape[0]} entries for a batch of {batch} rows; give one for each row.",
+            f"`{CONTEXT}` has {context.shape[0]} entries for a batch of {batch} rows; it must have one for each row.",
             "Give each row its own context, in the order of the rows.",
             context=list(context.shape),
-            batch=batch,
         )
     choice = selection.choice_of_prompts()
     if choice is None:

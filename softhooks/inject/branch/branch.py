@@ -1,4 +1,4 @@
-"""GatedRows branches: each query also attends to the prompt's rows, in a softmax of its own, times a gate.
+"""Gated branches: each query also attends to the prompt's rows, in a softmax of its own, times a gate.
 
 `output = attention(q, k, v) + gate * softmax(q kP^T) vP`, added before the output projection: with gates of 0 the output is the
 base model's bit for bit. The text's own attention runs unchanged, with its masks, caches, windows and kernels.

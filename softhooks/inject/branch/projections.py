@@ -69,8 +69,8 @@ def require_call(site: Site) -> AttentionCall:
     assert site.call is not None, "find_attention_calls comes first"
     if site.call.failure:
         raise UnsupportedMethodError(
-            f"layer {site.index} cannot have a gated branch, for {site.call.failure}; a gated branch needs layers whose keys and "
-            "values are made of their input alone.",
+            f"layer {site.index} cannot have a gated branch, because {site.call.failure}; a gated branch needs layers whose keys "
+            "and values are made of their input alone.",
             "Use another method, such as PrefixTuning; `num_layers` leaves layers out from below.",
             layer=f"{type(site.module).__name__}, number {site.index} of {site.stack.path or 'the model'}",
             because=site.call.failure,

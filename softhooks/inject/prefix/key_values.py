@@ -39,7 +39,7 @@ class KeyValues:
 
     @property
     def variants(self) -> int:
-        """R."""
+        """R, the number of rows of each tensor."""
         return self.any_key.shape[0]
 
     @property
