@@ -229,6 +229,6 @@ def test_keys_and_values_and_parts_have_no_words(monkeypatch: pytest.MonkeyPatch
         pytest.raises(OptionError, match=r"prefix_tuning.* not embedding rows, so it cannot be compared with words"),
     ):
         nearest_words(prompt, TOKENIZER)
-    monkeypatch.setattr(similarity, "shards", lambda model: True)
+    monkeypatch.setattr(similarity, "is_sharded_model", lambda model: True)
     with softhooks.attach(model, PromptTuning(2)) as prompt, pytest.raises(UnsupportedModeError, match="sharded"):
         nearest_words(prompt, TOKENIZER)
