@@ -126,7 +126,7 @@ def attach_prompt(
         source.check_fit(structure)
         check_length(structure, method)
         encoder = source.build(structure)
-    module, conventions, heads = build_module(model, structure, method, encoder, source, needs_ids)
+    module, conventions, heads = build_module(model, structure, source, encoder, needs_ids)
 
     prompted = present or PromptedModel(model, structure)
     prompt = SoftPrompt(prompted, name, method, module, conventions)

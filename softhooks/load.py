@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from softhooks.attach import attach_prompt
+from softhooks.backbone.placeholder_ids import stored_ids
 from softhooks.backbone.stack import ModelStructure
 from softhooks.encoder import PromptEncoder
 from softhooks.formats.find import find
@@ -109,25 +111,31 @@ class PromptFile(PromptSource):
     def __init__(
         self, stored: StoredPrompt, method: Method, trainable: bool, strict: bool, parts: Sequence[StoredPrompt]
     ) -> None:
+        super().__init__(method)
         self.name = stored.source
-        self.conventions = stored.conventions
         self.head_states = stored.heads
         self.labels = stored.labels
         self._stored = stored
-        self._method = method
         self._trainable = trainable
         self._strict = strict
         self._parts = parts
 
     def check_fit(self, structure: ModelStructure) -> None:
         """Compare the shapes and the kind of model."""
-        check_fit(self._stored, self._method, structure, strict=self._strict)
+        check_fit(self._stored, self.method, structure, strict=self._strict)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the encoder from the stored tensors."""
         if self._trainable:
-            return self._method.rebuild(structure, self._stored.tables)
-        return self._method.folded_encoder(self._stored.tables).requires_grad_(False)
+            return self.method.rebuild(structure, self._stored.tables)
+        return self.method.folded_encoder(self._stored.tables).requires_grad_(False)
+
+    def ids_and_conventions(
+        self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The stored ids and conventions."""
+        count = self.method.num_virtual_tokens
+        return stored_ids(model, structure, count, self._stored.conventions, self.name, needed=needs_ids)
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
         """Copy the model's rows of the added tokens that the file has rows for."""

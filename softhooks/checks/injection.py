@@ -63,7 +63,7 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
 def _hook_linears(prompt: SoftPrompt) -> None:
     """Hook the linear layers that the prompt scales, until the model's last prompt is removed."""
     for stack in prompt.prompted_model.structure.stacks:
-        prompt.prompted_model.watch_modules(stack, [module for module, _ in linears(stack).values()])
+        prompt.prompted_model.expected_modules[stack.name].add(module for module, _ in linears(stack).values())
         for handle in hook_linears(stack):
             prompt.prompted_model.patches.keep(handle)
 

@@ -6,7 +6,7 @@ from softhooks.cli.run_arguments import from_sections
 from softhooks.compat.sharding import is_sharded_model
 from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
-from softhooks.runtime.evaluation_mode import refuse_evaluation
+from softhooks.runtime.untrained_loss import refuse_evaluation
 from softhooks.trainer.callback import SoftPromptCallback
 from softhooks.trainer.checks import check_equal, require_trainable_prompt
 from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck

@@ -228,7 +228,6 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
         raise UnsupportedModeError(
             f"`{CONTEXT}` has {context.shape[0]} entries for a batch of {batch} rows; it must have one for each row.",
             "Give each row its own context, in the order of the rows.",
-            context=list(context.shape),
         )
     choice = selection.choice_of_prompts()
     if choice is None:

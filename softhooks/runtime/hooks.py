@@ -20,10 +20,9 @@ from softhooks.inject.slots.slot_pass import SlotPass
 from softhooks.inject.text_positions import OUTER_ARGUMENTS
 from softhooks.runtime.arguments import take
 from softhooks.runtime.contexts import choice_of
-from softhooks.runtime.evaluation_mode import refuse_backward
-from softhooks.runtime.frozen_output import mark_frozen
 from softhooks.runtime.running import Call, module_call
 from softhooks.runtime.stack_forward import begin_stack_forward
+from softhooks.runtime.untrained_loss import mark_frozen, refuse_backward
 from softhooks.runtime.unused_parameters import require_unused_search
 
 if TYPE_CHECKING:
@@ -48,7 +47,8 @@ class ModelHooks:
             prompted.show_labels()
         call.is_on = prompted.is_on
         prompted.refuse_unused(kwargs)
-        prompted.require_heads_in_place()
+        if prompted.is_in_use:
+            prompted.expected_heads.check(prompted.model)
         call.given = take(kwargs, prompted.columns)
         named = self._named(args, kwargs)
         call.brought = {name: named.get(name) for name in OUTER_ARGUMENTS}

@@ -59,7 +59,7 @@ def install_head(prompted: PromptedModel, path: str) -> None:
     """Let the prompts' own heads answer in the place of one of the model's."""
     hooks, head = HeadHooks(prompted, path.replace(".", "/")), prompted.model.get_submodule(path)
     prompted.patches.keep(head.register_forward_hook(hooks.answer, with_kwargs=True))
-    prompted.watch_head(head)
+    prompted.expected_heads.add([head])
 
 
 def install_added_tokens(prompted: PromptedModel) -> None:
@@ -70,7 +70,7 @@ def install_added_tokens(prompted: PromptedModel) -> None:
     head = AddedTokenHooks(prompted).head
     prompted.embed_last()  # virtual tokens may have the id of an added token; their embeddings must win
     if head is not None:
-        prompted.watch_head(head)
+        prompted.expected_heads.add([head])
 
 
 def sign_forward(prompted: PromptedModel) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.added_vocabulary import warn_about_added_rows
 from softhooks.backbone.heads import copy_heads, find_heads, load_heads
-from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids, stored_ids
+from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of
 from softhooks.compat.peft import path_in_wrapper
@@ -20,19 +20,20 @@ from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_
 
 
 class PromptSource:
-    """The source of the parts of a prompt: its method, or a file.
+    """The source of a prompt's parts: its method (`NewPrompt`), or a file (`softhooks.load.PromptFile`).
 
     Attributes:
         name: the name of the source in errors.
-        conventions: the stored conventions; None: the method's.
         head_states: the stored heads, by their path in the transformers model; None: copies of every new head of the model.
         labels: the stored names of the heads' labels; None: the model's.
     """
 
     name = "given"
-    conventions: dict[str, Any] | None = None
     head_states: dict[str, dict[str, Tensor]] | None = None
     labels: Labels | None = None
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
 
     def check_fit(self, structure: ModelStructure) -> None:
         """Check that a stored prompt fits a model of this kind.
@@ -43,7 +44,18 @@ class PromptSource:
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the encoder for a model."""
-        raise NotImplementedError
+        return self.method.build(structure)
+
+    def ids_and_conventions(
+        self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The ids of the virtual tokens, [P], if the model reads ids as well as embeddings; and the conventions."""
+        conventions = self.method.conventions(structure)
+        if not needs_ids:
+            return None, conventions
+        known = encoder.start_ids
+        rows = encoder.folded().get(EMBEDDINGS) if known is None else None
+        return fresh_ids(model, structure, self.method.num_virtual_tokens, known, rows), conventions
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
         """Copy the vocabulary rows that the prompt trains, if any."""
@@ -69,17 +81,13 @@ class NewPrompt(PromptSource):
     """
 
     def __init__(self, method: Method, train_head: bool, train_added_tokens: Any) -> None:
+        super().__init__(method)
         self.head_states = None if train_head else {}
-        self._method = method
         self._train_added_tokens = train_added_tokens
-
-    def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the encoder, with its initial values."""
-        return self._method.build(structure)
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
         """Copy the rows of the tokens that `train_added_tokens` names."""
-        chosen, tokenizer = self._train_added_tokens, getattr(self._method, "tokenizer", None)
+        chosen, tokenizer = self._train_added_tokens, getattr(self.method, "tokenizer", None)
         if chosen is True and tokenizer is not None:
             chosen = tokenizer_of(tokenizer)
         ids = chosen_ids(chosen, model, structure)
@@ -87,17 +95,12 @@ class NewPrompt(PromptSource):
 
 
 def build_module(
-    model: nn.Module,
-    structure: ModelStructure,
-    method: Method,
-    encoder: PromptEncoder,
-    source: PromptSource,
-    needs_ids: bool,
+    model: nn.Module, structure: ModelStructure, source: PromptSource, encoder: PromptEncoder, needs_ids: bool
 ) -> tuple[nn.ModuleDict, dict[str, Any], dict[str, nn.Module]]:
     """The module that holds a prompt's encoder, heads and added tokens; its conventions; and the model's heads, by path."""
     encoder.to(device_of(structure.entry.embedding))
     module = nn.ModuleDict({"encoder": encoder})
-    ids, conventions = _ids_and_conventions(model, structure, method, encoder, source, needs_ids)
+    ids, conventions = source.ids_and_conventions(model, structure, encoder, needs_ids)
     if ids is not None:
         module.register_buffer(BUFFER, ids.to(encoder.device))
     heads, states = find_heads(model, structure), source.head_states
@@ -112,22 +115,3 @@ def build_module(
     warn_about_added_rows(model, structure, () if added is None else frozenset(added.ids.tolist()))
     source.check_base(model, structure)
     return module.train(model.training), conventions, heads
-
-
-def _ids_and_conventions(
-    model: nn.Module,
-    structure: ModelStructure,
-    method: Method,
-    encoder: PromptEncoder,
-    source: PromptSource,
-    needs_ids: bool,
-) -> tuple[Tensor | None, dict[str, Any]]:
-    """The ids of the virtual tokens, [P], if the model reads ids as well as embeddings; and the conventions."""
-    count = method.num_virtual_tokens
-    if source.conventions is not None:
-        return stored_ids(model, structure, count, source.conventions, source.name, needed=needs_ids)
-    if not needs_ids:
-        return None, method.conventions(structure)
-    known = encoder.start_ids
-    rows = encoder.folded().get(EMBEDDINGS) if known is None else None
-    return fresh_ids(model, structure, count, known, rows), method.conventions(structure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softhooks.backbone.attention_interface import unwrap_attention_functions, wrap_attention_functions
 from softhooks.backbone.container import CONTAINER, Container, is_prompt_key
 from softhooks.backbone.probe_inputs import ordinary_ids
-from softhooks.backbone.stack import ModelStructure, Stack
+from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.fingerprint import Fingerprint
 from softhooks.base_model.frozen_record import FrozenRecord
 from softhooks.base_model.gradients import StashedGradients
@@ -57,6 +57,8 @@ class PromptedModel:
         outside_patches: the same for other objects (an optimizer, a Trainer's logs), which copies of the model leave alone.
         embedding_hooks: the hooks that put virtual tokens into the embeddings.
         files: the names of the Python modules whose attention functions the model calls; empty while nothing is installed.
+        expected_modules: by stack, the modules at which prompts enter; forwards are refused once one has been replaced.
+        expected_heads: the same for the heads of which prompts have copies.
         has_added_tokens: whether hooks for rows of added tokens are registered.
     """
 
@@ -81,8 +83,8 @@ class PromptedModel:
         self.has_added_tokens = False
         self.files: frozenset[str] = frozenset()
         self._active: str | None = None
-        self._standing = {stack.name: ExpectedModules(modules_entered(stack)) for stack in structure.stacks}
-        self._answering = ExpectedModules()  # heads, which stand outside of the stacks
+        self.expected_modules = {stack.name: ExpectedModules(modules_entered(stack)) for stack in structure.stacks}
+        self.expected_heads = ExpectedModules()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy or a pickle."""
@@ -232,33 +234,6 @@ class PromptedModel:
             inspect.signature(type(unwrapped(self.model)).forward).parameters if call.keys() & COLUMN_METHODS else {}
         )
         refuse_unused(call, self.accepted(), columns, (*own, *model))
-
-    # --- the modules that prompts enter -----------------------------------------------------------------------------------
-
-    def require_heads_in_place(self) -> None:
-        """Check that the heads for which prompts have copies are still the model's, if a prompt is in use.
-
-        Raises:
-            UnsupportedModeError: one has been replaced.
-        """
-        if self.is_in_use:
-            self._answering.check(self.model)
-
-    def require_modules_in_place(self, stack: Stack) -> None:
-        """Check that the modules at which prompts enter a stack are still the model's.
-
-        Raises:
-            UnsupportedModeError: one has been replaced.
-        """
-        self._standing[stack.name].check(stack.module)
-
-    def watch_head(self, head: nn.Module) -> None:
-        """Refuse forwards once this head of the model has been replaced."""
-        self._answering.add([head])
-
-    def watch_modules(self, stack: Stack, modules: Iterable[nn.Module]) -> None:
-        """Refuse forwards once one of these modules of a stack has been replaced."""
-        self._standing[stack.name].add(modules)
 
     def embed_last(self) -> None:
         """Run the hooks on the embeddings after all hooks that others have registered since, such as NEFTune's noise."""

@@ -51,7 +51,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
     forward.batch = batch if forward.batch is None else forward.batch
     if not selection.uses:
         return None
-    prompted.require_modules_in_place(stack)
+    prompted.expected_modules[stack.name].check(stack.module)
     made = partial(prompted.provenance, selection)
     if cache is not None:
         require_own_cache(cache, made())
