@@ -480,15 +480,15 @@ def test_keys_and_values_that_nobody_has_seen_are_an_error_of_ours() -> None:
 
 
 NEVER_EMPTY = {
-    "added_hooks.py": "the argument that a layer is called with, and the ids of a probe",
-    "command/options.py": "the class that declares a dataclass's field",
+    "runtime/added_token_hooks.py": "the argument that a layer is called with, and the ids of a probe",
+    "cli/options.py": "the class that declares a dataclass's field",
     "demo/baselines.py": "the parameters of the demo's models",
-    "inject/keyvalues.py": "a site that some prompt has keys for",
+    "inject/prefix/key_values.py": "a site that some prompt has keys for",
     "methods/context_tuning.py": "the tables of a prompt",
     "methods/llama_adapter.py": "the stack that a group of its encoder is named after",
-    "model_saving.py": "the prompts of a model that has some",
+    "saving/outer_model.py": "the prompts of a model that has some",
     "methods/cartridge.py": "two cartridges or more, which have tables",
-    "peft_base.py": "the model inside a PEFT model, which was found there",
+    "compat/peft.py": "the model inside a PEFT model, which was found there",
 }
 """Calls of `next` without a default, and why their iterators cannot be exhausted."""
 
