@@ -76,12 +76,12 @@ def require_common_masks(prompt: SoftPrompt) -> None:
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
     """Run a text without the prompt, through the whole model, or through the stack if the model needs more than ids."""
-    live, structure = _MaskPass(stack), prompt.prompted_model.structure
+    forward_pass, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)
-    with stack.state.running(live, alone="a prompt's own rows"):
+    with stack.state.running(forward_pass, alone="a prompt's own rows"):
         (stack.module if by_itself else prompt.model)(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return live
+    return forward_pass
 
 
 def _same(one: Any, other: Any) -> bool:

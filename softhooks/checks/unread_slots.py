@@ -78,10 +78,10 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
 
     def after(module: nn.Module, _args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) and output else output
-        live = stack.state.current
-        if not isinstance(live, SlotPass) or not isinstance(states, Tensor) or states.dim() != 3:
+        forward_pass = stack.state.current
+        if not isinstance(forward_pass, SlotPass) or not isinstance(states, Tensor) or states.dim() != 3:
             return None
-        if live.slot_columns is None or states.shape[1] != live.total_columns:
+        if forward_pass.slot_columns is None or states.shape[1] != forward_pass.total_columns:
             return None
         called.append(module)
         changed = change(module, states)
@@ -95,9 +95,9 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
 
 
 def _disturbed(stack: Stack, states: Tensor) -> Tensor:
-    live = stack.state.current
-    assert isinstance(live, SlotPass)
-    assert live.slot_columns is not None
-    index = live.slot_columns.expand(states.shape[0], -1)[..., None].expand(-1, -1, states.shape[2])
+    forward_pass = stack.state.current
+    assert isinstance(forward_pass, SlotPass)
+    assert forward_pass.slot_columns is not None
+    index = forward_pass.slot_columns.expand(states.shape[0], -1)[..., None].expand(-1, -1, states.shape[2])
     noise = torch.linspace(-1, 1, states.shape[2], device=states.device) * states.float().abs().amax().clamp(min=1.0)
     return states.scatter(1, index, noise.to(states).expand_as(index).contiguous())

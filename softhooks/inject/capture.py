@@ -59,10 +59,10 @@ def capture(
     cache = RecordingCache() if stack.injection == "cache" else None
     if cache is not None:
         inputs["past_key_values"] = cache
-    live = CapturePass(stack, rows)
-    with stack.state.running(live, alone):
+    forward_pass = CapturePass(stack, rows)
+    with stack.state.running(forward_pass, alone):
         state = last_hidden_state(stack.module(**inputs))
     if cache is not None:
-        live.keys["self"] = {index: key for index, (key, _) in cache.recorded.items()}
-        live.values["self"] = {index: value for index, (_, value) in cache.recorded.items()}
-    return {role: KeyValues(keys, live.values[role]) for role, keys in live.keys.items()}, state
+        forward_pass.keys["self"] = {index: key for index, (key, _) in cache.recorded.items()}
+        forward_pass.values["self"] = {index: value for index, (_, value) in cache.recorded.items()}
+    return {role: KeyValues(keys, forward_pass.values[role]) for role, keys in forward_pass.keys.items()}, state

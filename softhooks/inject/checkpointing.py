@@ -91,20 +91,20 @@ class UnchangedPass(CheckpointedPass):
 class _ReenteringCheckpoint:
     """A checkpointing function that runs its layer inside the pass of its forward, also in the backward."""
 
-    def __init__(self, live: CheckpointedPass, function: Callable[..., Any]) -> None:
-        self.live = live
+    def __init__(self, forward_pass: CheckpointedPass, function: Callable[..., Any]) -> None:
+        self.forward_pass = forward_pass
         self.function = function
 
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        stack, calls = self.live.stack, dict(self.live.calls)
+        stack, calls = self.forward_pass.stack, dict(self.forward_pass.calls)
 
         def inside(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            if not self.live._closed and stack.state.current is not None:
+            if not self.forward_pass._closed and stack.state.current is not None:
                 return layer(*inner_args, **inner_kwargs)
-            with stack.state.running(self.live, alone="a backward"):
+            with stack.state.running(self.forward_pass, alone="a backward"):
                 # As before the first run: a module that serves several layers is the same one of them again.
-                self.live.calls = dict(calls)
-                handles = self.live.prepare() if self.live._closed else []
+                self.forward_pass.calls = dict(calls)
+                handles = self.forward_pass.prepare() if self.forward_pass._closed else []
                 try:
                     return layer(*inner_args, **inner_kwargs)
                 finally:

@@ -137,12 +137,12 @@ def _in_words(before: Provenance | None, now: Provenance | None, difference: str
     return f"with {before.words}" + ("" if now is None or before.words != now.words else f", {difference}")
 
 
-def require_same_prompt(cache: PagedAttentionCache | None, live: Pass | None, selection: str | None) -> None:
+def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | None, selection: str | None) -> None:
     """Check that a paged cache was filled with the prompt that is on now; note it on a new one.
 
     Args:
         cache: of a continuous batch; None outside of one.
-        live: the pass that was opened, and is closed on an error; None where no prompt is on.
+        forward_pass: the pass that was opened, and is closed on an error; None where no prompt is on.
         selection: the prompt that is on, in words.
 
     Raises:
@@ -150,7 +150,7 @@ def require_same_prompt(cache: PagedAttentionCache | None, live: Pass | None, se
     """
     if cache is None:
         return
-    now = [] if live is None else live.injected_tensors()
+    now = [] if forward_pass is None else forward_pass.injected_tensors()
     noted = note_on(cache).injected
     if noted is None:
         _add(cache, injected=(selection, now))
@@ -158,8 +158,8 @@ def require_same_prompt(cache: PagedAttentionCache | None, live: Pass | None, se
     words, before = noted
     if len(now) == len(before) and all(a is b or torch.equal(a, b) for a, b in zip(now, before, strict=True)):
         return
-    if live is not None:
-        live.close()
+    if forward_pass is not None:
+        forward_pass.close()
     changed = ", which has changed since" if words == selection else ""
     raise UnsupportedModeError(
         "the paged cache was filled with another prompt than is on now; a cache serves only the prompt that it was filled with.",

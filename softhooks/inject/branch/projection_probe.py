@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from softhooks.backbone.stack import ModelStructure, Site, Stack
 from softhooks.compat.offload import device_of
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.projections import keys_and_values
+from softhooks.patching.patches import Patches
 
 _PROBE_ID = 63
 
@@ -98,13 +98,13 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
     inputs: dict[str, Any] = {"input_ids": _one_id(stack, vocabulary)}
     if encoded is not None:
         inputs["encoder_hidden_states"] = encoded
-    live = _WatchPass(stack)
-    with eval_mode(stack.module), marked_sites(stack), ExitStack() as hooks:
+    forward_pass = _WatchPass(stack)
+    with eval_mode(stack.module), marked_sites(stack), Patches() as hooks:
         for module in {id(site.module): site.module for site in stack.sites_of("self")}.values():
-            hooks.callback(module.register_forward_pre_hook(live.note, with_kwargs=True).remove)
-        with stack.state.running(live):
+            hooks.keep(module.register_forward_pre_hook(forward_pass.note, with_kwargs=True))
+        with stack.state.running(forward_pass):
             stack.module(**inputs)
-    return live.count()
+    return forward_pass.count()
 
 
 def _encode(stack: Stack, vocabulary: int) -> Tensor:

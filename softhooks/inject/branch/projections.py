@@ -52,12 +52,12 @@ def keys_and_values(site: Site, rows: Tensor, scaled: Scaled | None = None) -> t
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     rows = rows if weight is None or weight.is_meta else rows.to(weight)
     args, kwargs = call.arguments(rows)
-    live = _ProjectionPass(stack, scaled or {})
-    with stack.state.running(live):
+    forward_pass = _ProjectionPass(stack, scaled or {})
+    with stack.state.running(forward_pass):
         module.forward(*args, **kwargs)  # without hooks: those that collect attentions would count this call
-    assert live.key is not None
-    assert live.value is not None
-    return live.key.squeeze(2), live.value.squeeze(2)
+    assert forward_pass.key is not None
+    assert forward_pass.value is not None
+    return forward_pass.key.squeeze(2), forward_pass.value.squeeze(2)
 
 
 def require_call(site: Site) -> AttentionCall:

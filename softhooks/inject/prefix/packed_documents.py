@@ -71,13 +71,13 @@ def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
         )
 
 
-def keep_documents_apart(live: Pass, numbers: Tensor) -> None:
+def keep_documents_apart(forward_pass: Pass, numbers: Tensor) -> None:
     """Let a pass refuse attention in which documents see each other.
 
     Args:
         numbers: the document of each column, [B or 1, T].
     """
-    attend: Callable[..., Any] = live.attend
+    attend: Callable[..., Any] = forward_pass.attend
     checked: list[Any] = []  # layers are mostly given the same mask object
 
     def attend_apart(site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -87,7 +87,7 @@ def keep_documents_apart(live: Pass, numbers: Tensor) -> None:
             checked.append(mask)
         return attend(site, attention, args, kwargs)
 
-    live.attend = attend_apart  # type: ignore[method-assign]  # of this pass alone
+    forward_pass.attend = attend_apart  # type: ignore[method-assign]  # of this pass alone
 
 
 def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
