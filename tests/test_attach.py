@@ -1,4 +1,4 @@
-"""The lifecycle of a prompt: attaching, freezing, the ways in, removal."""
+"""The lifecycle of a prompt: attaching, freezing, injections, removal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _attributes(model: nn.Module) -> list[Any]:
     return [(name, sorted(module.__dict__), sorted(module._modules)) for name, module in model.named_modules()]
 
 
-WAYS = [
+INJECTIONS = [
     ("llama", "causal", PromptTuning(3), "shared"), ("gptj", "causal", PromptTuning(3), "shared"),
     ("gemma3", "causal", PromptTuning(3), "shared"), ("llama", "sequence", PromptTuning(3), "shared"),
     ("llama", "causal", PromptTuning(3, placement="after_first"), "slots"), ("bert", "masked", PromptTuning(3), "slots"),
@@ -44,11 +44,11 @@ WAYS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arch", "head", "method", "way"), WAYS)
-def test_the_way_in_is_chosen_by_a_check_and_visible(arch: str, head: str, method: Any, way: str) -> None:
+@pytest.mark.parametrize(("arch", "head", "method", "injection"), INJECTIONS)
+def test_the_injection_is_chosen_by_a_check_and_visible(arch: str, head: str, method: Any, injection: str) -> None:
     with softhooks.attach(zoo.build(arch, head), method) as prompt:
-        assert prompt.injection == way
-        assert way in repr(prompt)
+        assert prompt.injection == injection
+        assert injection in repr(prompt)
 
 
 def test_a_decoder_that_takes_no_positions_is_told_them_at_its_table() -> None:
@@ -209,9 +209,9 @@ def test_on_a_model_that_carries_lora() -> None:
     ids = zoo.text(2, 6)
     flags = [p.requires_grad for p in model.parameters()]
     bare = model(ids).logits
-    for method, way in ((PromptTuning(3), "shared"), (PrefixTuning(3), "attention")):
+    for method, injection in ((PromptTuning(3), "shared"), (PrefixTuning(3), "attention")):
         with softhooks.attach(model, method, trainable="*lora_*") as prompt:
-            assert prompt.injection == way
+            assert prompt.injection == injection
             model(ids, labels=ids).loss.backward()
             trained = {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None and "lora" in n}
             assert trained == {"lora_A", "lora_B"}

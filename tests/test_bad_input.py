@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     "no method": (
         llama, lambda: "prompt", {}, UnsupportedMethodError, r"PromptTuning\(20\); it was given str",
     ),
-    "a way in that is not there": (
+    "an injection that is not available": (
         lambda: zoo.build("bert", "masked"), lambda: PromptTuning(3), {"injection": "shared"}, UnsupportedMethodError,
         r"'shared' is not available for BertForMaskedLM(.|\n)*asked: *'shared'\npossible: *'slots'\nLeave `injection` out",
     ),

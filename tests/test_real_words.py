@@ -15,7 +15,7 @@ def _gaps(measure, model, **more):
 
 
 @pytest.mark.parametrize("arch", [*zoo.CAUSAL, "gptj", "bloom", "falcon"])
-def test_a_causal_models_words_are_the_same_in_every_way_in(arch):
+def test_a_causal_models_words_are_the_same_with_every_injection(arch):
     model = zoo.build(arch)
     for measure in (real_words.prefix_gap, real_words.shared_gap, real_words.slots_gap):
         assert max(_gaps(measure, model)) < 1e-5, measure.__name__

@@ -84,7 +84,7 @@ def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMeth
     about = {
         "model": f"{type(prompt.model).__name__} ({stack.path or 'the model itself'})",
         "method": prompt.method.kind,
-        "way_in": repr(prompt.injection),
+        "injection": repr(prompt.injection),
     }
     if stack.causal:
         return UnsupportedMethodError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from softhooks.runtime.attached_prompt import Injection
 
 _PADDED = 3
-_WAYS: tuple[Injection, Injection] = ("shared", "slots")
+_COMPARED: tuple[Injection, Injection] = ("shared", "slots")
 
 
 def shares_exactly(prompt: SoftPrompt) -> bool:
@@ -37,7 +37,7 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
     plain = None if shared is None else _states(prompt, "slots", call)
     is_alone = shared is not None and plain is None
     if is_alone:  # the model around the stack makes masks that slots cannot widen: compare the stack by itself
-        shared, plain = (_states(prompt, way, call, alone=True) for way in _WAYS)
+        shared, plain = (_states(prompt, injection, call, alone=True) for injection in _COMPARED)
     if shared is None or plain is None:
         return False
     real, precision = call["attention_mask"].flatten(0, -2).bool(), torch.finfo(float_dtype(stack.module)).eps

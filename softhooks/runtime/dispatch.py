@@ -60,14 +60,14 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
     reasons = _reasons_for_slots(stack, call, selection, outer)
     as_slots = [prompt.injection == "slots" or bool(found) for prompt, found in zip(prompts, reasons, strict=True)]
     if len(set(as_slots)) == 2:
-        ways = [
+        injections = [
             f"{prompt.name}: {'slots' if slots else prompt.injection}"
             for prompt, slots in zip(prompts, as_slots, strict=True)
         ]
         raise UnsupportedModeError(
-            "the prompts of this batch enter in different ways; all must enter as slots, or all as keys and values.",
+            "this batch mixes prompts that enter as slots with prompts that enter as keys and values; all must enter alike.",
             "Attach them with one `injection=`, or run their rows in batches of their own.",
-            prompts=", ".join(ways),
+            prompts=", ".join(injections),
         )
     if not as_slots[0]:
         return _open_prefix(stack, call, selection, outer)

@@ -74,7 +74,7 @@ def _padded(ids: torch.Tensor, left: int, right: int) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_words_are_the_same_in_every_way_in(name):
+def test_words_are_the_same_with_every_injection(name):
     model, ids = _model(name), zoo.text(1, 9)
     for measure in (real_words.prefix_gap, real_words.front_gap, real_words.slots_gap):
         assert measure(model, ids, 3, left=3) < 1e-5, measure.__name__

@@ -157,7 +157,7 @@ def test_no_row_with_an_adapter_is_the_bare_model() -> None:
 
 
 @pytest.mark.parametrize("other", [PrefixTuning(2), PromptTuning(2), PromptTuning(2, placement="after_first")], ids=str)
-def test_another_way_in_beside_an_adapter_is_refused_by_name(other: Any) -> None:
+def test_another_injection_next_to_an_adapter_is_refused_by_name(other: Any) -> None:
     model, _ = prompted("llama")
     softhooks.attach(model, other, "other")
     with softhooks.rows(model, ["a", "other"]):

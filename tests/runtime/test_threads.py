@@ -42,7 +42,7 @@ def refused(result: Any) -> bool:
 
 
 def cases() -> dict[str, tuple[str, str, Any, dict[str, Any], dict[str, Any]]]:
-    """Each way in: a model, a method, and two calls that differ in their columns and text."""
+    """For each injection: a model, a method, and two calls that differ in their columns and text."""
     images = torch.randn(2, 1, 1, 5, generator=torch.Generator().manual_seed(3)) * 5
     first, second = zoo.text(1, 6, seed=1), zoo.text(1, 6, seed=2)
     ids = [{"input_ids": one} for one in (first, second)]

@@ -54,7 +54,7 @@ class Finding:
 
     Attributes:
         refusal: the error of attach, if it refused.
-        injection: the way in, if it did not.
+        injection: the injection of the prompt, if it was attached.
         wrong: the checks that do not hold, in words.
     """
 

@@ -252,7 +252,7 @@ def test_weights_that_zero_3_has_taken_apart_are_refused() -> None:
     assert "FSDP2" in str(refused.value)
 
 
-def test_a_callback_passes_its_way_in_on(tmp_path: Path) -> None:
+def test_a_callback_passes_its_injection_on(tmp_path: Path) -> None:
     callback = SoftPromptCallback(METHODS["prompt"], injection="slots")
     model = zoo.build("llama")
     attached = softhooks.attach(model, METHODS["prompt"])
