@@ -52,7 +52,7 @@ class PromptEnsemble:
     """Combines the outputs of several prompts of one model.
 
     Each row of a batch runs once for each prompt, all in one forward. The outputs are combined by majority vote, as in the paper,
-    or by the mean of the logits or of the probabilities. A tied vote is decided by the mean probability. The prompts may be of
+    or by the mean of the logits or of the probabilities. In a tie, the mean probability decides. The prompts may be of
     all methods that can be used in one batch (see `rows`), each with its own head.
 
     Args:
@@ -163,5 +163,6 @@ class PromptEnsemble:
         votes = members.argmax(-1).movedim(0, -1)
         ones = torch.ones_like(votes, dtype=likely.dtype)
         shares = torch.zeros_like(likely).scatter_add(-1, votes, ones) / len(self.names)
+        # In a tie, the mean probability decides among the classes with the most votes.
         leading = shares == shares.amax(-1, keepdim=True)
         return EnsembleOutput(likely.masked_fill(~leading, -1).argmax(-1), shares, members)

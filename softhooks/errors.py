@@ -118,8 +118,13 @@ def check_int(name: str, value: object, minimum: int = 1) -> None:
     Raises:
         OptionError: it is not a whole number, or below the minimum.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not is_int(value, minimum):
         raise OptionError(f"{name} must be a whole number of {minimum} or more; it is {value!r}.")
+
+
+def is_int(value: object, minimum: int) -> bool:
+    """Whether a value is a whole number of a minimum or more; a bool is not."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def check_dropout(name: str, value: float) -> None:

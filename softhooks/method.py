@@ -192,7 +192,7 @@ class Method:
         return {"placement": self.token_layout.placement}
 
     def options(self) -> dict[str, Any]:
-        """Return the options as JSON can hold them, without tokenizers and tensors: the saved prompt has their result."""
+        """Return the options as JSON values, without tokenizers and tensors, whose results are in the saved prompt."""
         kept: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)

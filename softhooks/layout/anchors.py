@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, check_int
+from softhooks.errors import OptionError, check_int, is_int
 from softhooks.layout.tokenizing import tokenizer_of
 
 Which = Literal["first", "last"]
@@ -18,7 +18,7 @@ AnchorValue = str | int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Anchor:
-    """A token or words that slots stand next to.
+    """A token or words that slots are placed next to.
 
     Attributes:
         value: what the user gave: a token or words, an id, or several ids.
@@ -81,13 +81,9 @@ def anchor_of(value: Any, tokenizer: Any) -> Anchor:
     if isinstance(value, str) and value.strip():
         return Anchor(value) if tokenizer is None else Anchor(value).bound(tokenizer)
     row = (value,) if isinstance(value, int) else value
-    if not isinstance(row, (tuple, list)) or not row or not all(map(_is_id, row)):
+    if not isinstance(row, (tuple, list)) or not row or not all(is_int(item, 0) for item in row):
         raise OptionError(f"an anchor must be a token, words, an id, or a tuple of ids; it is {value!r}.")
     return Anchor(value if isinstance(value, int) else tuple(row), (tuple(row),))
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
@@ -131,6 +127,6 @@ def ids_from_json(value: Any) -> Sequence[tuple[int, ...]]:
         OptionError: they are not lists of ids.
     """
     rows = value if isinstance(value, list) else None
-    if rows is None or not all(isinstance(row, list) and row and all(map(_is_id, row)) for row in rows):
+    if rows is None or not all(isinstance(row, list) and row and all(is_int(item, 0) for item in row) for row in rows):
         raise OptionError(f"a layout's ids must be lists of whole numbers; they are {value!r}.")
     return [tuple(row) for row in rows]

@@ -25,7 +25,7 @@ class Group:
     Attributes:
         at: before a row's first token (`start`), after it (`first`), `after` or `before` an anchor, or after the last token.
         count: the number of slots.
-        anchor: the anchor that they stand `after` or `before`.
+        anchor: the anchor that they are placed `after` or `before`.
     """
 
     at: At
@@ -111,6 +111,7 @@ class Insertion:
         real = mask.bool().sum(-1)
         offsets, live = [], []
         for group in self.groups:
+            # The offset of a slot is the number of real tokens before it: 0 at the start, 1 after the first token.
             found = torch.ones_like(real, dtype=torch.bool)
             offset = {"first": torch.ones_like(real), "end": real}.get(group.at, torch.zeros_like(real))
             if group.anchor is not None:
@@ -135,7 +136,7 @@ class Insertion:
             return
         lacking = [rows[i] for i, is_there in enumerate(found.tolist()) if not is_there]
         raise UnsupportedModeError(
-            f"{len(lacking)} rows of the batch lack the anchor {anchor.value!r} that slots stand next to.",
+            f"{len(lacking)} rows of the batch lack the anchor {anchor.value!r} that slots are next to.",
             "Do not truncate the anchor, prefill a prompt in one chunk, or leave the slots out with missing='skip'.",
             anchor=f"{anchor.value!r}, ids {' or '.join(map(str, anchor.ids))}",
             rows=f"{', '.join(map(str, lacking))} of the batch",
@@ -147,7 +148,7 @@ class Insertion:
         return torch.cat([torch.tensor([row], dtype=ids.dtype, device=ids.device), ids], dim=1) if row else ids, {}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the groups as JSON can hold them, each with its ids."""
+        """Return the groups as JSON values, each with its ids."""
         groups: list[dict[str, Any]] = []
         for group in self.groups:
             item: dict[str, Any] = {"at": group.at, "count": group.count}

@@ -251,7 +251,7 @@ class Layout:
     # --- as JSON ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout as JSON can hold it."""
+        """Return the layout as JSON values."""
         return self._form.to_json()
 
     @classmethod

@@ -92,7 +92,7 @@ def parse(template: str) -> list[Part]:
 
 
 def _remedy(inside: str | None) -> str:
-    """Say what to write instead of these contents of braces; None: of an unmatched brace."""
+    """Compose the remedy for the contents of braces; None: for an unmatched brace."""
     if inside is None:
         return "Write a literal brace twice: {{ or }}."
     word = (re.match(r"\w*", inside) or [""])[0]
@@ -255,7 +255,7 @@ class Template:
         return ids, {COLUMN: torch.zeros(1, len(self.table_rows), dtype=torch.long, device=ids.device)}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the template, and the ids of its words, as JSON can hold them."""
+        """Return the template, and the ids of its words, as JSON values."""
         return {"template": self.source, "words": [list(part.ids) for part in self.parts if part.ids]}
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softhooks.encoder import PromptEncoder, TableEncoder
-from softhooks.errors import OptionError, check_dropout
+from softhooks.errors import OptionError, check_dropout, is_int
 from softhooks.methods.leave_one_out import EXAMPLE_IDS, hide_own_example
 from softhooks.methods.prefilled_prefix import PrefilledPrefix, bos_ids, ids_of
 
@@ -106,7 +106,7 @@ class ContextTuning(PrefilledPrefix):
         if len(self.demonstrations):
             self._tokenize()
         given: Any = self.lengths
-        whole = isinstance(given, (list, tuple)) and all(type(n) is int and n > 0 for n in given)
+        whole = isinstance(given, (list, tuple)) and all(is_int(length, 1) for length in given)
         if not whole or not given:
             raise OptionError(
                 "there are no demonstrations; context tuning needs one or more.",

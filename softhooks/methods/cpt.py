@@ -159,7 +159,7 @@ class ContextAwarePromptTuning(Method):
         return (EXAMPLE_IDS,) if self.leave_one_out else ()
 
     def options(self) -> dict[str, Any]:
-        """Return the options as JSON can hold them, without the examples: the context has them."""
+        """Return the options as JSON values, without the examples, which are in the context."""
         return {name: value for name, value in super().options().items() if name != "examples"}
 
     # --- rows ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -162,15 +162,8 @@ class MultitaskPromptTuning(Method):
 
     def _vanilla(self) -> PromptTuning:
         """Return the prompt tuning that initializes P* and the teachers."""
-        return PromptTuning(
-            self.num_virtual_tokens,
-            init=self.init,
-            init_text=self.init_text,
-            init_labels=self.init_labels,
-            init_tensor=self.init_tensor,
-            tokenizer=self.tokenizer,
-            whole_vocabulary=self.whole_vocabulary,
-        )
+        shared = {item.name for item in fields(self)} & {item.name for item in fields(PromptTuning)}
+        return PromptTuning(**{name: getattr(self, name) for name in shared})
 
     # --- the encoder --------------------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class Distillation(Objective):
         requested = _RequestedOutput.of(prompt.model, call)
         with torch.no_grad(), eval_mode(prompt.model), prompt.without_objective(), context:
             target = comparison.read(prompt.model(**call, **given))
-        gather_root(prompt.model)
+        gather_root(prompt.model)  # under FSDP the teacher's forward has sharded the root again
 
         def finish(output: Any) -> Any:
             divergence, distance = comparison.compare(target, comparison.read(output))
