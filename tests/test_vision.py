@@ -74,15 +74,7 @@ IDS = torch.tensor([[5, 6, 92, IMAGE, IMAGE, IMAGE, IMAGE, 93, 7, 8, 9]])
 
 @cache
 def model_of(name: str) -> Any:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return zoo.with_large_weights(MODELS[name])
 
 
 def inputs(name: str, ids: Tensor = IDS) -> dict[str, Tensor]:

@@ -57,15 +57,7 @@ MODELS = {"gemma3": _gemma3, "paligemma": _paligemma, "fuyu": _fuyu, "qwen2-vl":
 
 @cache
 def _model(name: str) -> Any:
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+    return zoo.with_large_weights(MODELS[name])
 
 
 def _padded(ids: torch.Tensor, left: int, right: int) -> dict[str, torch.Tensor]:

@@ -274,3 +274,16 @@ def main_output(output: Any) -> torch.Tensor:
     if hasattr(output, "start_logits"):
         return torch.stack([output.start_logits, output.end_logits], -1)
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def with_large_weights(build: Callable[[], Any]) -> Any:
+    """Build a model whose matrices are large enough for every token to matter, and whose generation does not end early."""
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
