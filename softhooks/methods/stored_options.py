@@ -70,7 +70,7 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     are_ids = isinstance(ids, list) and len(ids) == count and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     if not are_ids or method.enters != "embeddings":
         raise CheckpointError(
-            f"the ids of virtual tokens in {source} are malformed.",
+            f"the ids in {source} are not one for each virtual token that is an embedding row.",
             "Save the prompt again.",
             expected=f"{count} ids" if method.enters == "embeddings" else "none",
             found=str(ids)[:80],
