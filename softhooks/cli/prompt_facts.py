@@ -20,7 +20,7 @@ from softhooks.methods.stored_options import method_of
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """Describe a saved prompt, as JSON can hold it; a number that JSON lacks becomes a text, `"Infinity"`.
+    """Describe a saved prompt, as JSON can hold it; a number that JSON lacks becomes a string, `"Infinity"`.
 
     Raises:
         CheckpointError: a file is truncated, of another format, or contradicts itself.

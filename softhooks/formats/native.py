@@ -1,13 +1,13 @@
 """The files of softhooks: `soft_prompt.safetensors`, and `soft_prompt.json` for people.
 
 The safetensors file holds the folded prompt, its heads and its rows of added tokens, and a description of everything else in its
-metadata. So one rename completes a save. `soft_prompt.json` repeats the description, and is never read.
+metadata, so one rename completes a save. `soft_prompt.json` repeats the description, and is never read.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ _ADDED_DIMS = {"rows": 2, "output_rows": 2, "output_bias": 1}
 
 
 def write(stored: StoredPrompt, folder: Path) -> None:
-    """Write a prompt; both files appear complete or not at all."""
+    """Write a prompt; each file appears completely or not at all."""
     tensors = {_PROMPT + group: table for group, table in stored.tables.items()}
     for path, state in stored.heads.items():
         for name, value in state.items():
@@ -72,7 +72,7 @@ def _describe(stored: StoredPrompt) -> dict[str, Any]:
         "base": {**stored.base.to_json(), "stacks": stored.stacks},
         "versions": {
             "softhooks": __version__,
-            "transformers": metadata.version("transformers"),
+            "transformers": importlib.metadata.version("transformers"),
             "torch": torch.__version__,
         },
     }
