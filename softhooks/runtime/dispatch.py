@@ -65,7 +65,7 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
             for prompt, slots in zip(prompts, as_slots, strict=True)
         ]
         raise UnsupportedModeError(
-            "this batch mixes prompts that enter as slots with prompts that enter as keys and values; all must enter alike.",
+            "this batch mixes slots with keys and values; all must enter as slots, or all as keys and values.",
             "Attach them with one `injection=`, or run their rows in batches of their own.",
             prompts=", ".join(injections),
         )
