@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from softhooks.cli.source import find
+from softhooks.cli.definitions import find
 
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 _SEQUENCES = (Sequence, Iterable, list, tuple)

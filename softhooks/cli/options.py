@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from softhooks.cli.definitions import Definition, find, imported
 from softhooks.cli.option_types import alternatives, convert, describe, read_annotation
-from softhooks.cli.source import Definition, find, imported
 from softhooks.errors import OptionError
 
 
@@ -60,17 +60,16 @@ class Option:
                 f"{self.flag} takes an object that only Python code can create.",
                 "Leave the option out, or call `softhooks.attach` in the script.",
                 takes=self.annotation,
-                given=repr(value),
             )
         try:
             return convert(value, self.hint)
         except ValueError:
-            raise OptionError(
-                f"{self.flag} cannot be {value!r}; it takes {self.takes}.",
-                f"Write `{self.flag}`, or `--no-{self.flag[2:]}`."
-                if self.is_switch
-                else "A list is written as [1, 2], or by repeating the option.",
-            ) from None
+            remedy = "`softhooks run --method NAME --help` describes the options of a method."
+            if self.is_switch:
+                remedy = f"Write `{self.flag}`, or `--no-{self.flag[2:]}`."
+            elif "list" in self.takes:
+                remedy = "Write a list as [1, 2], or repeat the option."
+            raise OptionError(f"{self.flag} cannot be {value!r}; it takes {self.takes}.", remedy) from None
 
 
 @cache

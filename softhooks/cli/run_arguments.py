@@ -108,7 +108,9 @@ def resolve(
         values.setdefault("num_virtual_tokens", DEFAULT_TOKENS)
     for option in options.values():
         if option.default is None and option.name not in values:
-            raise OptionError(f"{kind} needs {option.flag}: {option.about} It takes {option.takes}.")
+            raise OptionError(
+                f"{kind} needs {option.flag}, which is not given.", f"It takes {option.takes}: {option.about}"
+            )
     return METHODS[kind](**values), _values(config["callback"], of_callback, callback, "the callback")
 
 
@@ -141,6 +143,5 @@ def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str
                 f"{name} is not an option of {owner}.",
                 f"Leave it out, or name the method: `--method {others[0]}`.",
                 belongs_to=", ".join(others),
-                asked=owner,
             )
         raise unknown_option(name, options)

@@ -15,10 +15,10 @@ _SECTIONS: dict[str, type] = {"method": str, "options": dict, "callback": dict}
 
 
 def read(file: str | None) -> dict[str, Any]:
-    """Read a configuration; without a file, an empty one.
+    """Read a configuration; without a file it is empty.
 
     Raises:
-        OptionError: the file cannot be read, or holds something else.
+        OptionError: the file cannot be read, or a section is wrong.
     """
     if file is None:
         return sections({}, "")
@@ -35,17 +35,17 @@ def read(file: str | None) -> dict[str, Any]:
 
 
 def sections(found: Any, source: str) -> dict[str, Any]:
-    """Check the sections of a configuration, and spell its options as Python does.
+    """Check the sections of a configuration, and write its options with underscores.
 
     Args:
         found: the content of the file.
-        source: where it was found, for the error.
+        source: the file, for the error.
 
     Returns:
         `method` (a name or None), `options` and `callback` (values by name).
 
     Raises:
-        OptionError: there is an unknown section, or one holds something else.
+        OptionError: a section is unknown or has the wrong type.
     """
     config: dict[str, Any] = {"method": None, "options": {}, "callback": {}}
     pairs: Iterable[tuple[Any, Any]] = found.items() if isinstance(found, dict) else [("", found)]
@@ -53,7 +53,7 @@ def sections(found: Any, source: str) -> dict[str, Any]:
         if not isinstance(value, _SECTIONS.get(name, ())):
             shown = f"{name}: {value!r}" if name else repr(found)
             raise OptionError(
-                f"a configuration of `softhooks run` holds {shown}.",
+                f"a configuration of `softhooks run` cannot contain {shown}.",
                 suggestion(str(name), _SECTIONS, "{}:")
                 or "Write `method: prompt_tuning`, and `options:` with one option a line below it.",
                 file=source,

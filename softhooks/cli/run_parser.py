@@ -72,7 +72,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
                 f"If the value begins with a hyphen, write `{flag}=VALUE`.",
             ) from None
         raise OptionError(
-            f"{flag} takes yes or no: {error.message}.",
+            f"{flag} cannot be {error.message.rpartition('argument ')[2]}; it takes yes or no.",
             f"Write `{flag}`, or `--no-{flag[2:]}`.",
         ) from None
     if unknown:
@@ -132,7 +132,6 @@ def unknown_option(name: str, known: Iterable[str]) -> OptionError:
         f"{name} is not an option of the method, of the callback or of `softhooks run`.",
         (suggestion(name, known, "--{}") or "Options of the script go after the script.")
         + " `softhooks run --help` lists all.",
-        unknown=name,
     )
 
 
