@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from softhooks.attach import attach_prompt
-from softhooks.backbone.placeholder_ids import stored_ids
+from softhooks.backbone.placeholder_ids import saved_placeholder_ids
 from softhooks.backbone.stack import ModelStructure
 from softhooks.encoder import PromptEncoder
 from softhooks.formats.find import find
@@ -135,7 +135,7 @@ class PromptFile(PromptSource):
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The stored ids and conventions."""
         count = self.method.num_virtual_tokens
-        return stored_ids(model, structure, count, self._stored.conventions, self.name, needed=needs_ids)
+        return saved_placeholder_ids(model, structure, count, self._stored.conventions, self.name, needed=needs_ids)
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
         """Copy the model's rows of the added tokens that the file has rows for."""

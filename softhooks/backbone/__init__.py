@@ -1,1 +1,1 @@
-"""What a model is made of: its text stack, attention modules, positions and heads."""
+"""The text backbone of a model: its stacks, attention modules, positions, embeddings and heads, and how they are found."""

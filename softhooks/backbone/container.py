@@ -11,7 +11,7 @@ CONTAINER = "soft_prompt"
 
 
 def is_prompt_key(key: str, prompt: str | None = None) -> bool:
-    """Whether a key of a model's state dict belongs to a prompt: to the one of that name, or, without a name, to any."""
+    """Whether a key of a model's state dict belongs to the prompt of that name, or to any prompt if no name is given."""
     return key.startswith(f"{CONTAINER}." if prompt is None else f"{CONTAINER}.{prompt}.")
 
 
@@ -25,7 +25,7 @@ class Container(nn.ModuleDict):
     prompted_model: Any
 
     def _apply(self, fn: Any, recurse: bool = True) -> Container:
-        """Follow the model to another device, but stay in fp32: these are the master weights."""
+        """Move to another device with the model, but keep fp32: these are the master weights."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)

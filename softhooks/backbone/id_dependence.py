@@ -17,7 +17,7 @@ _COLUMNS = 5
 
 
 def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
-    """Whether a model's states depend on ids beside their embeddings: measured once, with two texts of the same embeddings."""
+    """Whether a model's states depend on ids other than by their embeddings; measured once for each model."""
     stack = structure.entry
     if stack.reads_ids is None:
         stack.reads_ids = _states_differ(model, structure)

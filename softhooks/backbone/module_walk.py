@@ -1,4 +1,4 @@
-"""Walks over the modules of a model that are made in every forward: faster than those of torch, which also join names."""
+"""List the modules and tensors of a model in every forward: faster than `named_modules`, which also joins names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def every_module(module: nn.Module) -> list[nn.Module]:
 
 
 def every_tensor(module: nn.Module) -> list[Tensor]:
-    """List every parameter and buffer of a module; a shared one may come twice."""
+    """List every parameter and buffer of a module; a shared one may appear twice."""
     found: list[Tensor | None] = []
     waiting: list[nn.Module | None] = [module]
     while waiting:

@@ -1,6 +1,6 @@
-"""Rows of choices, [B, C, T], as models for multiple choice take them and flatten to [B * C, T] before their stack.
+"""Rows of several choices, [B, C, T], which models for multiple choice flatten to [B * C, T] before their stack.
 
-A prompt, a task or a context is named for a row; each choice of the row meets it.
+Users name a prompt, a task or a context for each row; all choices of the row get it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from softhooks.layout.template import COLUMN
 
 
 def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Rows and choices of a call of the model; (0, 1) where its text has no choices."""
+    """The numbers of rows and of choices in a call of the model; (0, 1) if its text has no choices."""
     for text, dimensions in (
         (kwargs.get("input_ids", args[0] if args else None), 3),
         (kwargs.get("inputs_embeds"), 4),
@@ -24,13 +24,13 @@ def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
 
 
 def for_each_choice(given: dict[str, Tensor], rows: int, choices: int) -> dict[str, Tensor]:
-    """Give each choice of a row the row's extra arguments; where slots stand may be told for each choice, [B, C, S]."""
-    spread = {}
+    """Repeat the extra arguments of each row for its choices. The column of slots may have its own choices, [B, C, S]."""
+    repeated = {}
     for name, value in given.items():
         if name == COLUMN and value.dim() == 3:
-            spread[name] = value.flatten(0, 1)
+            repeated[name] = value.flatten(0, 1)
         elif value.dim() and value.shape[0] == rows:
-            spread[name] = value.repeat_interleave(choices, dim=0)
+            repeated[name] = value.repeat_interleave(choices, dim=0)
         else:
-            spread[name] = value  # the method says what is wrong with it
-    return spread
+            repeated[name] = value  # of another size: the method raises an error that names it
+    return repeated

@@ -1,4 +1,4 @@
-"""Words of the vocabulary as rows of the model's embedding, and the words that given rows are."""
+"""Embeddings of token ids, and the ids of given embeddings."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from softhooks.compat.offload import device_of, read_tensor
 from softhooks.compat.sharding import full
 from softhooks.errors import OptionError
 
-_SCANNED = 8192
-"""How many words are compared with rows at a time."""
+_CHUNK = 8192
+"""How many rows of the vocabulary are compared at a time."""
 
 
 def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
-    """Look ids up in the model's embedding. [P] -> [P, H]."""
+    """Look ids up in the model's embedding. [P] -> [P, H].
+
+    Raises:
+        OptionError: the vocabulary does not contain an id.
+    """
     stack = structure.entry
     ids = torch.as_tensor(ids, dtype=torch.long)
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= structure.vocabulary):
         raise OptionError(
-            "the ids of an initial text must be in the model's vocabulary.",
+            "the initial text has ids that are not in the model's vocabulary.",
             "Give the tokenizer that belongs to the model.",
             ids=f"{int(ids.min())} to {int(ids.max())}",
             vocabulary=f"0 to {structure.vocabulary - 1}",
@@ -34,50 +38,47 @@ def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def words_among(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """The id of each row that is a word's embedding, number by number; transformers finds ids behind embeddings so too.
+def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
+    """Find the id whose embedding equals each row exactly. [P, H] -> P ids.
 
-    Shape:
-        rows [P, H] -> P ids
+    transformers finds the ids of `inputs_embeds` in the same way.
     """
     found: list[int | None] = [None] * len(rows)
-    for start in range(0, structure.vocabulary, _SCANNED):
-        ids = range(start, min(start + _SCANNED, structure.vocabulary))
+    for start in range(0, structure.vocabulary, _CHUNK):
+        ids = range(start, min(start + _CHUNK, structure.vocabulary))
         table = embed_ids(structure, list(ids))
-        here = rows_equal_to(table, rows.to(table.device))
-        found = [
-            start + word if before is None and word is not None else before
-            for before, word in zip(found, here, strict=True)
-        ]
+        for row, index in enumerate(_equal_rows(table, rows.to(table.device))):
+            if found[row] is None and index is not None:
+                found[row] = start + index
     return found
 
 
-def rows_equal_to(table: Tensor, rows: Tensor) -> list[int | None]:
+def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
     """The first row of a table that each row equals. [V, H], [P, H] -> P numbers."""
     found: list[int | None] = [None] * len(rows)
-    for row, word in (rows[:, None, 0] == table[None, :, 0].float()).nonzero().tolist():
-        if found[row] is None and torch.equal(rows[row], table[word].float()):
-            found[row] = word
+    for row, index in (rows[:, None, 0] == table[None, :, 0].float()).nonzero().tolist():
+        if found[row] is None and torch.equal(rows[row], table[index].float()):
+            found[row] = index
     return found
 
 
 @torch.no_grad()
-def words_of_weight(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """The word of each row that equals, number by number, a row of the embedding's weight and is no output of the embedding.
+def ids_of_weight_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
+    """Find the id of each row that equals a row of the embedding's weight, and is no output of the embedding.
 
-    Such rows exist only where the embedding does more than look rows up: Gemma's multiplies them by sqrt(H).
+    There are such rows only if the embedding does more than look rows up: Gemma's multiplies them by sqrt(H).
 
     Shape:
         rows [P, H] -> P ids
     """
     embedding = structure.entry.embedding
     weight = full(read_tensor(embedding, "weight", embedding.weight)).detach()  # type: ignore[arg-type]
-    found: list[int | None] = [None] * len(rows)
+    none: list[int | None] = [None] * len(rows)
     if weight.dim() != 2 or weight.shape[1] != rows.shape[1] or not weight.is_floating_point() or weight.is_meta:
-        return found
-    known = rows_equal_to(weight, rows.to(weight.device))
-    words = sorted({word for word in known if word is not None})
-    if not words or torch.equal(embed_ids(structure, words), weight[words].float()):
-        return found
-    outputs = words_among(structure, rows)
-    return [word if output is None else None for word, output in zip(known, outputs, strict=True)]
+        return none
+    ids = _equal_rows(weight, rows.to(weight.device))
+    known = sorted({id_ for id_ in ids if id_ is not None})
+    if not known or torch.equal(embed_ids(structure, known), weight[known].float()):
+        return none
+    outputs = ids_of_rows(structure, rows)
+    return [id_ if output is None else None for id_, output in zip(ids, outputs, strict=True)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softhooks.backbone.placeholder_ids import usual_id
+from softhooks.backbone.placeholder_ids import default_id
 from softhooks.backbone.probe_inputs import ordinary_ids
 from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode, recorded_states
 from softhooks.checks.injection import probe_inputs
@@ -31,7 +31,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
     if _takes_positions(prompt):
         return True
     inputs = probe_inputs(prompt)
-    pad = usual_id(prompt.model, prompt.prompted_model.structure.vocabulary)
+    pad = default_id(prompt.model, prompt.prompted_model.structure.vocabulary)
     other = next((i for i in ordinary_ids(prompt.model, prompt.prompted_model.structure.entry, 64) if i != pad), pad)
     with eval_mode(prompt.model):
         try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.stack import ModelStructure
-from softhooks.backbone.word_embeddings import embed_ids, words_of_weight
+from softhooks.backbone.word_embeddings import embed_ids, ids_of_weight_rows
 from softhooks.errors import OptionError, PromptMismatchError
 from softhooks.layout.tokenizing import tokenize
 
@@ -69,7 +69,7 @@ def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
         PromptMismatchError: the shape is not [P, H].
     """
     rows = tensor_rows(structure, count, tensor)
-    words = words_of_weight(structure, rows)
+    words = ids_of_weight_rows(structure, rows)
     found = [row for row, word in enumerate(words) if word is not None]
     if found:
         embedded = embed_ids(structure, [word for word in words if word is not None])

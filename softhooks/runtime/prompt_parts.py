@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.added_vocabulary import warn_about_added_rows
 from softhooks.backbone.heads import copy_heads, find_heads, load_heads
-from softhooks.backbone.placeholder_ids import BUFFER, fresh_ids
+from softhooks.backbone.placeholder_ids import BUFFER, new_placeholder_ids
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of
 from softhooks.compat.peft import path_in_wrapper
@@ -55,7 +55,7 @@ class PromptSource:
             return None, conventions
         known = encoder.start_ids
         rows = encoder.folded().get(EMBEDDINGS) if known is None else None
-        return fresh_ids(model, structure, self.method.num_virtual_tokens, known, rows), conventions
+        return new_placeholder_ids(model, structure, self.method.num_virtual_tokens, known, rows), conventions
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
         """Copy the vocabulary rows that the prompt trains, if any."""

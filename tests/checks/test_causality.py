@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning
-from softhooks.backbone.probe_inputs import probe_length, reach_of
+from softhooks.backbone.probe_inputs import longest_distance, probe_length
 from softhooks.errors import UnsupportedMethodError
 from softhooks.method import Method
 
@@ -170,7 +170,7 @@ class _Holder(torch.nn.Module):
 )
 def test_a_probe_is_longer_than_the_distances_that_a_config_names(values: dict[str, Any], reach: int) -> None:
     module = _Holder(**values)
-    assert reach_of(module) == reach
+    assert longest_distance(module) == reach
     columns, cut = probe_length(module, None)
     assert columns > 2 * reach
     assert (cut + 1) % reach == 0
