@@ -504,5 +504,5 @@ def test_next_has_a_default_wherever_something_may_be_exhausted() -> None:
 
 
 def test_a_module_without_weights_is_an_error_of_ours() -> None:
-    with pytest.raises(softhooks.errors.UnsupportedModelError, match="without parameters and buffers"):
+    with pytest.raises(softhooks.errors.UnsupportedModelError, match="no parameters and no buffers"):
         device_of(torch.nn.Identity())

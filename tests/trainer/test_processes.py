@@ -247,7 +247,7 @@ def test_weights_that_zero_3_has_taken_apart_are_refused() -> None:
     for number, parameter in enumerate(model.parameters()):
         parameter.ds_id, parameter.ds_shape = number, parameter.shape
         parameter.data = torch.empty(0)
-    with untouched(model), pytest.raises(UnsupportedModelError, match="taken apart by DeepSpeed") as refused:
+    with untouched(model), pytest.raises(UnsupportedModelError, match="partitioned by DeepSpeed") as refused:
         softhooks.attach(model, METHODS["prefix"])
     assert "FSDP2" in str(refused.value)
 
