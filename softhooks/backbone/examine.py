@@ -146,14 +146,14 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
 
     positions = find_positions(run, runs.calls, module, found.lookup.module, "position_ids" in parameters)
     positions.dynamic_rope_length, positions.rotary_limit = dynamic_rope_length(module), rotary_limit(module)
-    room = positions.limit if positions.limit is not None else positions.trained
+    max_columns = positions.limit if positions.limit is not None else positions.trained
     return Stack(
         name=name,
         path=found.call.path,
         module=module,
         embedding=found.lookup.module,
         width=found.lookup.output.shape[-1],
-        causal=found.causal and _is_causal(model, module, ids, name, room),
+        causal=found.causal and _is_causal(model, module, ids, name, max_columns),
         positions=positions,
         parameters=[key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD],
         pooled_module=_pooled(module, runs.calls),
@@ -169,14 +169,14 @@ def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
     return [call.module for call in calls[:pooler] if id(call.module) in children][-1]
 
 
-def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, room: int | None) -> bool:
+def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, max_columns: int | None) -> bool:
     """Change the later tokens of a text, and see whether earlier states change.
 
     Args:
         ids: four ids, for a model that takes no more.
-        room: how many positions the stack has.
+        max_columns: how many positions the stack has.
     """
-    columns, column = probe_length(module, room)
+    columns, column = probe_length(module, max_columns)
     for length, first_changed in ((columns, column), (ids.shape[1], 1)):
         text, other = (probe_ids(model, _vocabulary(model), length, seed) for seed in (0, 1))
         changed = torch.where(torch.arange(length, device=ids.device) >= first_changed, other, text)

@@ -79,18 +79,18 @@ def as_choices(ids: Tensor, choices: int) -> Tensor:
 # --- length -----------------------------------------------------------------------------------------------------------
 
 
-def probe_length(module: nn.Module, room: int | None, prompt: int = 0) -> tuple[int, int]:
+def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) -> tuple[int, int]:
     """Choose how many columns a probe of a stack has, and a column before which states must not depend on later ids.
 
     The column is one before the end of a window, chunk or block, so that a token that sees too far sees beyond its end.
 
     Args:
-        room: how many columns the model has positions for; None: any number.
+        max_columns: how many columns the model has positions for; None: any number.
         prompt: the number of virtual tokens; the text is longer, within limits.
     """
     distance = longest_distance(module)
     columns = max(_MIN_COLUMNS, 2 * distance + 2, min(prompt + 8, 2 * _MIN_COLUMNS))
-    columns = columns if room is None else max(min(columns, room), 2)
+    columns = columns if max_columns is None else max(min(columns, max_columns), 2)
     step = distance if distance < columns else 8
     cut = columns // 2 // step * step or min(step, columns)
     return columns, max(min(cut, columns) - 1, 1)
