@@ -1,4 +1,4 @@
-"""Definitions in the source files of softhooks, found without importing torch, as importing those files would."""
+"""Find definitions in the source code of softhooks without importing it, because that imports torch."""
 
 from __future__ import annotations
 
@@ -11,27 +11,34 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Definition:
-    """A class, a function or a value at the top level of a module, as a syntax tree."""
+    """A class, a function or a value at the top level of a module.
+
+    Attributes:
+        node: its syntax tree; of a value, that of the assigned expression.
+        module: the module that defines it.
+    """
 
     node: ast.stmt | ast.expr
     module: str
 
 
 def find(name: str, module: str) -> Definition | None:
-    """Find what a name means in a module of softhooks, through its imports; None if softhooks does not define it."""
+    """Find the definition of a name in a module, following imports; None if softhooks does not define it."""
     found = _names(module).get(name)
     return find(*found) if isinstance(found, tuple) else None if found is None else Definition(found, module)
 
 
-def imported(module: str) -> list[Definition]:
-    """The definitions that a module imports from modules below its package, in order."""
-    found = [find(*target) for target in _names(module).values() if isinstance(target, tuple)]
-    return [definition for definition in found if definition is not None and definition.module.startswith(module + ".")]
+def imported(package: str) -> list[Definition]:
+    """The definitions that a package imports from its own modules, in order."""
+    found = [find(*target) for target in _names(package).values() if isinstance(target, tuple)]
+    return [
+        definition for definition in found if definition is not None and definition.module.startswith(package + ".")
+    ]
 
 
 @cache
 def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
-    """The top-level names of a module: their definitions, or the name and module that they are imported from."""
+    """The top-level names of a module, each with its definition or with the name and module that it is imported from."""
     names: dict[str, ast.stmt | ast.expr | tuple[str, str]] = {}
     for node in _statements(ast.parse(_text(module)).body):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -44,7 +51,7 @@ def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module, those under `if TYPE_CHECKING:` too."""
+    """The statements of a module, including those under `if TYPE_CHECKING:`."""
     for node in body:
         yield from node.body if isinstance(node, ast.If) else [node]
 
@@ -56,4 +63,4 @@ def _text(module: str) -> bytes:
             return pkgutil.get_data("softhooks", file) or b""
         except FileNotFoundError:
             continue
-    raise ModuleNotFoundError(f"the source of {module} is not installed.", name=module)
+    raise ModuleNotFoundError(f"the source code of {module} is not installed.", name=module)

@@ -1,4 +1,4 @@
-"""Types of options: read from annotations, described in words, and values converted to them."""
+"""Types of options: read them from annotations, describe them in words, and convert values to them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _WORDS = {bool: "yes or no", int: "a whole number", float: "a number", str: "tex
 
 
 class OnlyInPython:
-    """Stands for a type whose values only Python code can make."""
+    """Stands for a type whose values only Python code can create."""
 
 
 class LayoutText:
-    """Stands for a `Layout`, which is made from one text; importing it would import torch."""
+    """Stands for `Layout`, which is created from a text; importing it would import torch."""
 
     def __new__(cls, text: str) -> Any:
-        """Make the layout."""
+        """Create the layout."""
         from softhooks.layout.layout import Layout
 
         return Layout(text)
@@ -41,11 +41,11 @@ _TYPES: dict[str, Any] = {
 
 
 def read_annotation(node: ast.expr, module: str) -> Any:
-    """Make the type that an annotation in a module of softhooks names.
+    """Evaluate an annotation.
 
     Args:
         node: the annotation.
-        module: the module, whose aliases and imports count.
+        module: the module that contains it, for aliases and imports.
     """
     if isinstance(node, ast.Constant) and node.value is None:
         return type(None)
@@ -70,7 +70,7 @@ def alternatives(hint: Any) -> list[Any]:
 
 
 def describe(hint: Any) -> str:
-    """Say in words what a type takes; empty if no text can give it."""
+    """Describe the values of a type in words; empty if text cannot give one."""
     return " or ".join(filter(None, map(_describe_one, alternatives(hint))))
 
 
@@ -91,7 +91,7 @@ def _describe_one(kind: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value of a file, or the text or texts of a command line, to a type.
+    """Convert a value from a file, or the text or texts from a command line, to a type.
 
     Raises:
         ValueError: the value cannot be converted.
@@ -107,7 +107,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _breadth(kind: Any) -> int:
-    """The order in which the types of a union are tried: first those that few texts fit, last those that any text fits."""
+    """The order in which the types of a union are tried: the more texts can be converted to a type, the later."""
     if kind in (str, Any, Path):
         return 2
     return int((typing.get_origin(kind) or kind) in _SEQUENCES or kind is LayoutText)
@@ -136,7 +136,7 @@ def _convert_one(value: Any, kind: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    """A text read as JSON, if it is JSON."""
+    """Parse a text as JSON; return any other value, and text that is not JSON, unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:

@@ -36,7 +36,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option on a command line."""
+        """The name of the option on a command line."""
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -46,14 +46,14 @@ class Option:
 
     @property
     def takes(self) -> str:
-        """The values it takes, in words; empty if only Python code can give it."""
+        """Its values in words; empty if only Python code can create them."""
         return describe(self.hint)
 
     def read(self, value: Any) -> Any:
-        """Convert a value of a file, or the text or texts of a command line.
+        """Convert a value from a file, or the text or texts from a command line.
 
         Raises:
-            OptionError: the value has another type, or only Python code can give it.
+            OptionError: the value does not fit the type, or only Python code can create one.
         """
         if not self.takes:
             raise OptionError(
