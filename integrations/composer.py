@@ -2,7 +2,7 @@
 
 `SoftPromptAlgorithm` attaches at `Event.INIT` to the model in the `HuggingFaceModel`, and changes the Trainer's optimizer to
 hold exactly the prompt's parameters. The model's part of a checkpoint is what is trained; when it is loaded, the base is added
-from the model, so that strict loading works. After each batch the prompt must have a gradient; at `Event.FIT_END` the base is
+from the model, so that strict loading works. Before each step the prompt must have a gradient; at `Event.FIT_END` the base is
 checked.
 
 Refused with an error: models that are not a `HuggingFaceModel` or already have a prompt; FSDP and tensor parallelism; several

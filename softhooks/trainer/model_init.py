@@ -37,18 +37,18 @@ class PatchedTrainer:
         self._call_model_init = trainer.call_model_init
         self._create_optimizer = trainer.create_optimizer
         self._patches = Patches()
-        self._patches.set(trainer, "call_model_init", self.call_model_init)
+        self._patches.set(trainer, "call_model_init", self)
         self._patches.set(trainer, "create_optimizer", self.create_optimizer)
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Make a model and attach the prompt, before a checkpoint is loaded and the optimizer is made."""
+    def __call__(self, trial: Any = None) -> nn.Module:
+        """In place of `call_model_init`: attach the prompt before a checkpoint is loaded and the optimizer is made."""
         model = self._call_model_init(trial)
         if has_callback(self._trainer, self.callback):
             self.callback.on_model_init(self._trainer.args, self._trainer.control, model, trial)
         return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the optimizer, and let it hold exactly the prompt's parameters, also in a subclass that makes its own.
+        """In place of the method: let the optimizer hold exactly the prompt's parameters, also in a subclass that makes its own.
 
         Raises:
             TrainerError: the callback was removed from the Trainer, but its prompt was not removed from the model.
@@ -73,7 +73,7 @@ def patch_trainer(callback: TrainingCallback) -> Trainer | None:
     """Patch the Trainer that is calling a callback, once; return it, or None if no Trainer is."""
     trainer = find_trainer(callback)
     if trainer is not None:
-        patched = getattr(trainer.__dict__.get("call_model_init"), "__self__", None)
+        patched = trainer.__dict__.get("call_model_init")
         if not (isinstance(patched, PatchedTrainer) and patched.callback is callback):
             PatchedTrainer(trainer, callback)
     return trainer
