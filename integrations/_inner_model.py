@@ -1,7 +1,7 @@
 """A prompted model inside a sentence-transformers model, which saves and loads it.
 
 A checkpoint of the sentence model holds what was trained in the inner model. To resume, the library loads a second model from the
-checkpoint and takes its state dict: `TrainedTensors` replaces the inner model there, and the hook `complete` adds the base from
+checkpoint and takes its state dict: `TrainedTensors` replaces the inner model there, and the hook `add_base` adds the base from
 the model that is being trained.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from softhooks.errors import CheckpointError, UnsupportedModeError
+from softhooks.integration_support import Patches
 from softhooks.integration_support.checkpoints import LIVE, is_prompt_key, read_tensors, saver_of
 from softhooks.integration_support.models import PromptedModel, route_direct_calls
 
@@ -23,18 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def saving_itself(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def own_save_pretrained(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Let a model save its own weights, although a callback saves the prompt instead of them.
 
     Yields:
         its state dict without prompts.
     """
-    names = ("save_pretrained", "_keys_to_ignore_on_save")
-    kept = {name: model.__dict__.pop(name) for name in names if name in model.__dict__}
-    try:
+    with Patches() as patches:
+        for name in ("save_pretrained", "_keys_to_ignore_on_save"):
+            patches.delete(model, name)
         yield {name: tensor for name, tensor in model.state_dict().items() if not is_prompt_key(name)}
-    finally:
-        model.__dict__.update(kept)
 
 
 def refuse_checkpoint(folder: Path, remedy: str) -> None:
@@ -69,7 +68,7 @@ class TrainedTensors(nn.Module):
             holder.register_buffer(leaf, tensor)
 
 
-def complete(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+def add_base(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
     """A hook before a state dict is loaded: check that it belongs to the prompt in training, and add the base to it.
 
     Raises:
@@ -108,37 +107,36 @@ class ModuleWrapper:
     def __init__(self, module: Any, kind: type[Any], prompted: PromptedModel) -> None:
         self.module = module
         self.prompted = prompted
-        self.plain = (
-            type(module) if type(module) is not kind else kind.__mro__[1]
-        )  # a loaded one is of the kind already
-        self.covered: list[tuple[nn.Parameter, bool]] = []
+        # a module that was loaded with its prompt has the class already
+        self._original_class = kind.__mro__[1] if type(module) is kind else type(module)
+        self._others: list[tuple[nn.Parameter, bool]] = []
         route_direct_calls(prompted)
         if getattr(module, _FLATTENS, False):
             prompted.patches.set(module, _FLATTENS, False)
-        prompted.patches.keep(prompted.model.register_load_state_dict_pre_hook(complete))
+        prompted.patches.keep(prompted.model.register_load_state_dict_pre_hook(add_base))
         prompted.patches.keep(self)
         module.__dict__[_WRAPPER] = self
         module.__class__ = kind
 
-    def cover(self, model: nn.Module) -> None:
+    def freeze_others(self, model: nn.Module) -> None:
         """Freeze the other modules of the sentence model, and refuse multi-process pools."""
         if not isinstance(model.__dict__.get(_POOL), _NoPool):
             self.prompted.patches.set(model, _POOL, _NoPool())
         known = {id(parameter) for parameter in self.module.model.parameters()}
-        known |= {id(parameter) for parameter, _ in self.covered}
+        known |= {id(parameter) for parameter, _ in self._others}
         for parameter in model.parameters():
             if id(parameter) not in known:
-                self.covered.append((parameter, parameter.requires_grad))
-        for parameter, _ in self.covered:
+                self._others.append((parameter, parameter.requires_grad))
+        for parameter, _ in self._others:
             parameter.requires_grad_(False)
 
     def remove(self) -> None:
         """Restore the module's class, and `requires_grad` of the other modules."""
-        self.module.__class__ = self.plain
+        self.module.__class__ = self._original_class
         self.module.__dict__.pop(_WRAPPER, None)
-        for parameter, flag in self.covered:
+        for parameter, flag in self._others:
             parameter.requires_grad_(flag)
-        self.covered.clear()
+        self._others.clear()
 
 
 def wrapper_of(module: nn.Module) -> ModuleWrapper | None:

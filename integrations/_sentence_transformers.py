@@ -16,7 +16,14 @@ from softhooks.integration_support.models import require_prompted_model, soft_pr
 from softhooks.integration_support.saved_prompts import attach_stored, find
 
 from ._imports import import_framework
-from ._inner_model import ModuleWrapper, TrainedTensors, limit_text_length, refuse_checkpoint, saving_itself, wrapper_of
+from ._inner_model import (
+    ModuleWrapper,
+    TrainedTensors,
+    limit_text_length,
+    own_save_pretrained,
+    refuse_checkpoint,
+    wrapper_of,
+)
 
 PROMPTED = "PromptedTransformer"
 KIND = f"softhooks.integrations.sentence_transformers.{PROMPTED}"
@@ -30,7 +37,7 @@ WHOLE = "Load the base model, then `load_prompt(model, folder)`; `trainer.save_m
 
 
 def sentence_library() -> Any:
-    """sentence-transformers.
+    """The package sentence_transformers.
 
     Raises:
         SoftHooksError: it is not installed.
@@ -73,7 +80,7 @@ def transformer_of(model: Any) -> Any:
 def wrap_sentence_model(model: Any) -> None:
     """Let a sentence model call, save and load its inner model with the prompt. Calling it again does nothing."""
     transformer = transformer_of(model)
-    _wrap_module(transformer).cover(model)
+    _wrap_module(transformer).freeze_others(model)
     limit_text_length(transformer, require_prompted_model(transformer.model))
 
 
@@ -118,7 +125,7 @@ def prompted_transformer() -> Any:
                     f"the sentence model has the prompts {', '.join(map(repr, prompted.prompts))}; it is saved with one.",
                     "Remove the others, or save each with its own `save_pretrained`.",
                 )
-            with saving_itself(self.model) as state:
+            with own_save_pretrained(self.model) as state:
                 self.model.save_pretrained(folder, state_dict=state)
             (prompt,) = soft_prompts_of(prompted).values()
             prompt.save_pretrained(folder)

@@ -194,7 +194,7 @@ class Tracker:
         require_same_on_all_ranks(prompt)
         if self.check_frozen:
             prompt.verify_frozen()
-        del weights[_place_of(prompt, weights)]
+        del weights[_index_of(prompt, weights)]
         if _writes(accelerator):
             folder = self._folder(output_dir)
             prompt.save_pretrained(folder)
@@ -268,7 +268,7 @@ def _require_prepared(models: list[nn.Module], prompt: SoftPrompt) -> nn.Module:
     )
 
 
-def _place_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
+def _index_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
     """The index of the prompted model's state dict among those that are about to be written.
 
     Raises:

@@ -55,7 +55,7 @@ __all__ = ["FrozenCheck", "PromptedModule"]
 FrozenCheck: Any  # made by `__getattr__`
 
 _BASE = "model."
-_MADE_ANEW = ("model", "prompt", "_live")
+_REBUILT = ("model", "prompt", "_live")
 """Attributes that a copy makes anew from the arguments."""
 
 
@@ -131,14 +131,14 @@ class PromptedModule(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle the arguments and the trained tensors; the model and its hooks are made anew."""
-        own = {name: value for name, value in self.__dict__.items() if name not in (*_MADE_ANEW, "_modules")}
+        own = {name: value for name, value in self.__dict__.items() if name not in (*_REBUILT, "_modules")}
         state = {
             "own": own,
             "modules": {name: module for name, module in self._modules.items() if name != "model"},
             "trained": dict(_trained(self)),
             "mode": {name: module.training for name, module in self.model.named_modules()},
         }
-        return _made_anew, (type(self), self._arguments), state
+        return _rebuild, (type(self), self._arguments), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Put the copied tensors themselves into the new module, because a copied optimizer may hold them."""
@@ -157,7 +157,7 @@ class PromptedModule(nn.Module):
             self.model.get_submodule(name).training = mode
 
 
-def _made_anew(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedModule:
+def _rebuild(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedModule:
     """Make the module of a copy without a change of the random state; `__setstate__` fills in its tensors."""
     module = cls.__new__(cls)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from softhooks.errors import OptionError, SoftHooksError
+from softhooks.integration_support import Patches
 from softhooks.integration_support.command_line import report_errors, usage_errors
 
 __all__ = ["main", "prompted", "serve"]
@@ -76,13 +77,10 @@ def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
         )
     from transformers.cli.serving import model_manager, utils
 
-    before = model_manager.ModelManager, utils.GenerationState
-    model_manager.ModelManager = _manager(model_manager.ModelManager, str(prompt), strict)  # type: ignore[misc]
-    utils.GenerationState = _state(utils.GenerationState)  # type: ignore[misc]
-    try:
+    with Patches() as patches:
+        patches.set(model_manager, "ModelManager", _manager(model_manager.ModelManager, str(prompt), strict))
+        patches.set(utils, "GenerationState", _state(utils.GenerationState))
         yield
-    finally:
-        model_manager.ModelManager, utils.GenerationState = before  # type: ignore[misc]
 
 
 def _manager(base: Any, prompt: str, strict: bool) -> Any:

@@ -44,8 +44,9 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.errors import TrainerError
+from softhooks.integration_support import Patches, SharedPatches
 from softhooks.integration_support.models import PromptedModel, prompted_model_of
-from softhooks.integration_support.training import Patches, Reference, SharedPatches, eval_mode, require_fixed
+from softhooks.integration_support.training import Reference, eval_mode, require_fixed
 from softhooks.method import Method
 from softhooks.switch import disabled
 

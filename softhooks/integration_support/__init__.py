@@ -5,6 +5,8 @@ tensors and files of a prompt in training, `saved_prompts` the formats of saved 
 prompts, `serving` and `command_line` what servers and commands need. This module itself does not load torch.
 """
 
+from softhooks.patching.patches import Patches
+from softhooks.patching.shared_patches import SharedPatches
 from softhooks.trainer.derived_trainers import register
 
-__all__ = ["register"]
+__all__ = ["Patches", "SharedPatches", "register"]

@@ -4,8 +4,6 @@ from softhooks.backbone.probing import eval_mode
 from softhooks.base_model.frozen_record import FrozenRecord, FrozenReport
 from softhooks.cli.run_arguments import from_sections
 from softhooks.compat.sharding import is_sharded_model
-from softhooks.patching.patches import Patches
-from softhooks.patching.shared_patches import SharedPatches
 from softhooks.runtime.untrained_loss import refuse_evaluation
 from softhooks.trainer.callback import SoftPromptCallback
 from softhooks.trainer.checks import check_equal, require_trainable_prompt
@@ -27,9 +25,7 @@ __all__ = [
     "FrozenCheck",
     "FrozenRecord",
     "FrozenReport",
-    "Patches",
     "Reference",
-    "SharedPatches",
     "SoftPromptCallback",
     "broadcast_from_rank_0",
     "check_equal",

@@ -190,7 +190,7 @@ def test_a_prompt_that_cannot_be_served_stops_the_start(tmp_path: Path) -> None:
 
     before = model_manager.ModelManager, utils.GenerationState
     GIVEN["write_model"](tmp_path, PromptTuning(3, placement="after_first"))
-    with pytest.raises(UnsupportedModeError, match="enters as slots"):
+    with pytest.raises(UnsupportedModeError, match=r"injection='slots'\) cannot be used in continuous batching"):
         integration.serve(tmp_path / "prompt", str(tmp_path / "model"), device="cpu", continuous_batching=True)
     other = zoo.build("llama", hidden_size=64)
     softhooks.attach(other, PromptTuning(3)).save_pretrained(tmp_path / "other")
