@@ -201,7 +201,7 @@ def _freeze_and_install(prompted: PromptedModel, trainable: tuple[str, ...], fro
     model.add_module(CONTAINER, container)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatch.fnmatch(name, pattern) for pattern in trainable))
-    prompted.set_aside.take(
+    prompted.stashed_gradients.take(
         (name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad
     )
     if frozen_record:
@@ -217,7 +217,7 @@ def _add(prompted: PromptedModel, prompt: SoftPrompt, heads: dict[str, nn.Module
     """Add a prompt to the model's prompts, turn it on, and register the hooks of its heads and added tokens."""
     container: Container = getattr(prompted.model, CONTAINER)
     container[prompt.name] = prompt.module
-    prompted.labels.begin(prompt)
+    prompted.labels.add(prompt)
     prompted.prompts[prompt.name] = prompt
     prompted.active = prompt.name
     watch(prompt.encoder)

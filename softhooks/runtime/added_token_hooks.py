@@ -31,12 +31,14 @@ class AddedTokenHooks:
         self.prompted = prompted
         tables = {id(stack.embedding): stack.embedding for stack in prompted.structure.stacks}
         for embedding in tables.values():
-            prompted.patches.keep(embedding.register_forward_hook(self.embed, with_kwargs=True))
+            prompted.patches.keep(embedding.register_forward_hook(self.replace_embeddings, with_kwargs=True))
         self.head = output_of(prompted.model)
         if self.head is not None:
-            prompted.patches.keep(self.head.register_forward_hook(self.answer, with_kwargs=True))
+            prompted.patches.keep(self.head.register_forward_hook(self.replace_logits, with_kwargs=True))
 
-    def embed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def replace_embeddings(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         """Replace the embeddings of added tokens by the prompt's own rows."""
         ids = args[0] if args else kwargs["input"]
         changed = output
@@ -46,7 +48,7 @@ class AddedTokenHooks:
             changed = torch.where(here.unsqueeze(-1), own, changed)
         return None if changed is output else changed
 
-    def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def replace_logits(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Replace the logits of added tokens by those of the prompt's own rows."""
         hidden = args[0] if args else next(iter(kwargs.values()))
         for added, rows in self._uses(output.shape[0]):

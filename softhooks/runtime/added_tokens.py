@@ -83,14 +83,14 @@ class AddedTokens(nn.Module):
 # --- which rows -------------------------------------------------------------------------------------------------------
 
 
-def chosen_ids(asked: Any, model: nn.Module, structure: ModelStructure) -> tuple[int, ...]:
+def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> tuple[int, ...]:
     """The ids that `train_added_tokens` selects: listed ids, the rows added to the model, or the tokens added to a tokenizer.
 
     Raises:
         OptionError: an id is not in the vocabulary, or it is not known which rows were added.
     """
-    if isinstance(asked, bool):
-        if not asked:
+    if isinstance(requested, bool):
+        if not requested:
             return ()
         base = original_vocabulary(model, structure)
         if base is None:
@@ -100,13 +100,13 @@ def chosen_ids(asked: Any, model: nn.Module, structure: ModelStructure) -> tuple
                 "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
             )
         return tuple(range(base, structure.vocabulary))
-    if hasattr(asked, "get_added_vocab"):
-        asked = _added_to(asked, model, structure)
+    if hasattr(requested, "get_added_vocab"):
+        requested = _added_to(requested, model, structure)
     try:
-        ids = [asked] if isinstance(asked, int) else [number.__index__() for number in asked]
+        ids = [requested] if isinstance(requested, int) else [number.__index__() for number in requested]
     except (TypeError, AttributeError) as error:
         raise OptionError(
-            f"train_added_tokens is {asked!r}; it takes True, False, token ids or a tokenizer."
+            f"train_added_tokens is {requested!r}; it takes True, False, token ids or a tokenizer."
         ) from error
     beyond = [number for number in ids if not 0 <= number < structure.vocabulary]
     if not ids or beyond:

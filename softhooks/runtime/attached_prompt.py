@@ -113,7 +113,7 @@ class AttachedPrompt:
 
     def without_objective(self) -> ExclusiveBlock:
         """A `with` block in which the model runs without this prompt's objective."""
-        return self.running.exclusive("a forward without objective", aside=True)
+        return self.running.exclusive("a forward without objective", skip_objective=True)
 
     @property
     def computed(self) -> int:

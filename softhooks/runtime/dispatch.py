@@ -46,7 +46,7 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
     """Open the pass for one forward of a stack; the call's arguments are changed in place.
 
     Args:
-        selection: the prompts of the batch, and which row has which.
+        selection: the prompts of the batch, and which of them each row uses.
         outer: positions and mask of the model's own call; None where the stack is called by itself.
 
     Raises:
@@ -66,7 +66,7 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
         ]
         raise UnsupportedModeError(
             "this batch mixes slots with keys and values; all must enter as slots, or all as keys and values.",
-            "Attach them with one `injection=`, or run their rows in batches of their own.",
+            "Attach them with one `injection=`, or run their rows in separate batches.",
             prompts=", ".join(injections),
         )
     if not as_slots[0]:
@@ -83,7 +83,7 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
 def _reasons_for_slots(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None
 ) -> list[list[str]]:
-    """For each prompt, the arguments of the call for which it must enter as slots although it is shared as a rule.
+    """For each prompt, the arguments of the call for which it must enter as slots, though it is otherwise shared.
 
     Raises:
         UnsupportedModeError: a prompt must follow them, and cannot.
@@ -188,7 +188,7 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
 
 
 def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
-    """Open a gated branch, and give a row that begins with padding the positions that its text has alone."""
+    """Open a gated branch, and give a row that begins with padding the positions that its text has without padding."""
     batch, columns = text_shape(call)
     branch = BranchPass(stack, _branch_of(stack, selection, batch), stack.module.training)
     mask = padding_mask(call, outer)
@@ -220,7 +220,7 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     if any(prompt.injection != "branch" for prompt in prompts):
         raise UnsupportedModeError(
             "this batch has a gated branch and a prompt that enters in another way; they cannot share a batch.",
-            "Run their rows in batches of their own.",
+            "Run their rows in separate batches.",
             prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
         )
     context = selection.given.get(CONTEXT)
@@ -237,7 +237,7 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     if any(branch.pending for branch in branches):
         raise UnsupportedModeError(
             f"in a sharded model (FSDP) all rows of a batch have one gated branch; those of this one have {len(prompts)}.",
-            "Run the rows of each prompt in batches of their own.",
+            "Run the rows of each prompt in separate batches.",
             prompts=", ".join(prompt.name for prompt in prompts),
         )
     return mix_branches(branches, rows, batch)

@@ -51,14 +51,14 @@ class ModelHooks:
             prompted.expected_heads.check(prompted.model)
         call.given = take(kwargs, prompted.columns)
         named = self._named(args, kwargs)
-        call.brought = {name: named.get(name) for name in OUTER_ARGUMENTS}
+        call.model_arguments = {name: named.get(name) for name in OUTER_ARGUMENTS}
         if prompted.structure.choices is not None:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
         if prompted.is_in_use and encoded is not None and prompted.structure.is_encoder_decoder:
             require_encoded(encoded, prompted.provenance())  # they must come from the same prompts
         call.encoded = encoded_slots(encoded)
-        if call.is_aside or not prompted.is_in_use or not torch.is_grad_enabled():
+        if call.runs_without_objective or not prompted.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
         trainable = [prompt for prompt in prompted.active_prompts() if prompt.takes_gradients]
         require_unused_search(trainable, call.given)
@@ -128,12 +128,12 @@ class ModelHooks:
 
 
 def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Repeat the extra arguments of a row for each of its choices, which are rows of their own in the stack."""
+    """Repeat the extra arguments of a row for each of its choices, which the stack gets as rows."""
     rows, call.choices = choices_of(args, kwargs)
     call.given = for_each_choice(call.given, rows, call.choices)
-    for name, value in (call.brought or {}).items():
-        if isinstance(value, Tensor) and value.dim() == 3 and call.brought is not None:
-            call.brought[name] = value.flatten(0, 1)
+    for name, value in (call.model_arguments or {}).items():
+        if isinstance(value, Tensor) and value.dim() == 3 and call.model_arguments is not None:
+            call.model_arguments[name] = value.flatten(0, 1)
 
 
 def _is_own_call(prompted: PromptedModel) -> bool:
@@ -228,7 +228,7 @@ class StackHooks:
             return (live.pooled(args[0]), *args[1:])
         return None
 
-    def unslot(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def strip_slots(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Remove virtual slots before the stack takes one column for its pooler, which could be a slot."""
         return self.stack.state.current.leave(output) if isinstance(self.stack.state.current, SlotPass) else None
 

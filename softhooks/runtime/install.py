@@ -32,7 +32,7 @@ def install(prompted: PromptedModel) -> None:
         keep(embedding_hook)
         pooler = getattr(stack.module, "pooler", None)
         if stack.pooled_module is not None:
-            keep(stack.pooled_module.register_forward_hook(hooks.unslot))
+            keep(stack.pooled_module.register_forward_hook(hooks.strip_slots))
         elif isinstance(pooler, nn.Module):
             keep(pooler.register_forward_pre_hook(hooks.pool))
     keep(model.register_load_state_dict_pre_hook(prompted.note_loaded_state))
@@ -56,14 +56,14 @@ def uninstall(prompted: PromptedModel) -> None:
 
 
 def install_head(prompted: PromptedModel, path: str) -> None:
-    """Let the prompts' own heads answer in the place of one of the model's."""
+    """Use the prompts' own copies of one of the model's heads."""
     hooks, head = HeadHooks(prompted, path.replace(".", "/")), prompted.model.get_submodule(path)
     prompted.patches.keep(head.register_forward_hook(hooks.answer, with_kwargs=True))
     prompted.expected_heads.add([head])
 
 
 def install_added_tokens(prompted: PromptedModel) -> None:
-    """Let the prompts' own rows of the vocabulary take the place of the model's."""
+    """Use the prompts' own vocabulary rows instead of the model's."""
     if prompted.has_added_tokens:
         return
     prompted.has_added_tokens = True
@@ -107,4 +107,4 @@ def detach(prompted: PromptedModel, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         if parameter_name in prompted.was_trainable:
             parameter.requires_grad_(prompted.was_trainable[parameter_name])
-    prompted.set_aside.restore(model.named_parameters())
+    prompted.stashed_gradients.restore(model.named_parameters())

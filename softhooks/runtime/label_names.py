@@ -42,7 +42,7 @@ class LabelNames:
             return None
         return Labels.of(self._config) if prompt.name == self._shown or prompt.labels is None else prompt.labels
 
-    def begin(self, prompt: AttachedPrompt) -> None:
+    def add(self, prompt: AttachedPrompt) -> None:
         """Give a new prompt the names that the config has now, unless it was stored with names."""
         if not len(prompt.heads):
             return

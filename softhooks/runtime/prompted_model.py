@@ -58,7 +58,7 @@ class PromptedModel:
         embedding_hooks: the hooks that put virtual tokens into the embeddings.
         files: the names of the Python modules whose attention functions the model calls; empty while nothing is installed.
         expected_modules: by stack, the modules at which prompts enter; forwards are refused once one has been replaced.
-        expected_heads: the same for the heads of which prompts have copies.
+        expected_heads: the same for the heads that prompts have copies of.
         has_added_tokens: whether hooks for rows of added tokens are registered.
     """
 
@@ -71,7 +71,7 @@ class PromptedModel:
         self.recompute_check = RecomputeCheck()
         self.freeze_dropout = False
         self.was_trainable: dict[str, bool] = {}
-        self.set_aside = StashedGradients()
+        self.stashed_gradients = StashedGradients()
         self.token = token_of(model)
         self.record: FrozenRecord | None = None
         self.fingerprint: Fingerprint | None = None

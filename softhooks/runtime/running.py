@@ -63,11 +63,11 @@ class Call:
         is_on: whether prompts are on in it.
         given: the extra arguments of the forward.
         choices: the number of choices per row (multiple choice); a stack gets each choice as a row.
-        brought: the masks and positions that the caller passed; None in a forward of a stack.
+        model_arguments: the masks and positions that the caller passed; None in a forward of a stack.
         encoded: where the virtual slots are in the encoder states that the decoder attends to.
         batch: the batch size of the first stack's forward that a prompt entered; None until then.
         finish: a function that changes the output, for a method's objective.
-        aside: whether forwards inside it run without an objective.
+        skips_objective: whether forwards inside it run without an objective.
         prefilled: the keys and values of each prompt that was run alone, by `id(prompt)`.
         opened: in a forward of a stack, its pass.
         cleanups: functions that undo what the call has changed, called in reverse order.
@@ -84,11 +84,11 @@ class Call:
         self.is_on = False
         self.given: dict[str, Tensor] = {}
         self.choices = 1
-        self.brought: dict[str, Any] | None = None
+        self.model_arguments: dict[str, Any] | None = None
         self.encoded: WrittenSlots | None = None
         self.batch: int | None = None
         self.finish: Finish | None = None
-        self.aside = False
+        self.skips_objective = False
         self.prefilled: dict[int, dict[Any, KeyValues]] = {}
         self.opened: Pass | None = None
         self.cleanups: list[Callable[[], object]] = []
@@ -100,9 +100,9 @@ class Call:
         return outer if not self.is_model and outer is not None and outer.is_model else self
 
     @property
-    def is_aside(self) -> bool:
+    def runs_without_objective(self) -> bool:
         """Whether the call runs without an objective."""
-        return self.outer is not None and (self.outer.aside or self.outer.is_aside)
+        return self.outer is not None and (self.outer.skips_objective or self.outer.runs_without_objective)
 
     def runs(self) -> bool:
         """Whether the call is still running. torch calls no hook after a KeyboardInterrupt, and a thread may have ended."""
@@ -209,9 +209,9 @@ class RunningCalls:
         if call is not None and call.thread is not this_thread() and call.runs():
             raise call.refusal()
 
-    def exclusive(self, what: str, aside: bool = False) -> ExclusiveBlock:
+    def exclusive(self, what: str, skip_objective: bool = False) -> ExclusiveBlock:
         """A `with` block in which no other thread may run the model. See `ExclusiveBlock`."""
-        return ExclusiveBlock(self, what, aside)
+        return ExclusiveBlock(self, what, skip_objective)
 
 
 class ExclusiveBlock:
@@ -220,18 +220,18 @@ class ExclusiveBlock:
     Args:
         running: the calls that are running on the model.
         what: the name of the block in errors.
-        aside: whether forwards inside run without an objective.
+        skip_objective: whether forwards inside run without an objective.
     """
 
-    def __init__(self, running: RunningCalls, what: str, aside: bool = False) -> None:
+    def __init__(self, running: RunningCalls, what: str, skip_objective: bool = False) -> None:
         self._running = running
         self._what = what
-        self._aside = aside
+        self._skip_objective = skip_objective
         self._call: Call | None = None
 
     def __enter__(self) -> None:
         self._call = self._running.begin(self, self._what, sys._getframe(1))
-        self._call.aside = self._aside
+        self._call.skips_objective = self._skip_objective
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -91,7 +91,9 @@ def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
 
 def _outer_call(forward: Call, stack: Stack) -> OuterCall | None:
     """The positions and the mask for a stack, as the caller passed them to the model."""
-    if forward.brought is None:
+    if forward.model_arguments is None:
         return None
     prefix = "decoder_" if stack.name == "decoder" else ""
-    return OuterCall(forward.brought.get(f"{prefix}position_ids"), forward.brought.get(f"{prefix}attention_mask"))
+    return OuterCall(
+        forward.model_arguments.get(f"{prefix}position_ids"), forward.model_arguments.get(f"{prefix}attention_mask")
+    )
