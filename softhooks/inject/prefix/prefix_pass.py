@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.forward_pass import AttentionFunction, function_name
@@ -57,15 +57,16 @@ class PrefixPass(CheckpointedPass):
         self.has_injected = True
         prefix = self.prefixes[site.role]
         module, query, key, value, mask, *rest = args if len(args) > 4 else (*args, kwargs.pop("attention_mask", None))
-        flash = function_name(attention).startswith("flash")  # aligns queries with the last keys by itself
-        causal = mask is None and self._is_causal(site, function_name(attention), kwargs)
-        if causal and not flash and key.shape[2] > query.shape[2] > 1:
+        function = function_name(attention)
+        causal = mask is None and self._is_causal(site, function, kwargs)
+        # Flash attention aligns queries with the last keys by itself.
+        if causal and not function.startswith("flash") and key.shape[2] > query.shape[2] > 1:
             # An empty static cache: the keys after the queries are blank, and no mask hides them.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        if site.role == "self" and joining_pays(function_name(attention), prefix, query, key, mask, kwargs):
-            joined = self._joined_mask(site, module, query, mask, kwargs, causal)
+        if site.role == "self" and joining_pays(function, prefix, query, key, mask, kwargs):
+            joined = self._joined_mask(site, query, mask, kwargs, causal)
             return attend_jointly(attention, prefix, site.index, (module, query, key, value, joined, *rest), kwargs)
-        mask = self._mask(site, attention, module, query, key, mask, kwargs, causal)
+        mask = self._mask(site, function, query, key, mask, kwargs, causal)
         paged = paged_cache(kwargs)
         if paged is not None:
             kwargs = {**kwargs, "cache": PrefixedPagedCache(paged, prefix, site.index)}
@@ -80,38 +81,26 @@ class PrefixPass(CheckpointedPass):
         return output, weights if weights is None else weights[..., prefix.length :]
 
     def _mask(
-        self,
-        site: Site,
-        attention: AttentionFunction,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        mask: Any,
-        kwargs: Any,
-        causal: bool,
+        self, site: Site, function: str, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool
     ) -> Any:
         """Widen a layer's mask over the prefix. Layers with the same window share one mask, built once a forward."""
-        name = function_name(attention)
         window = window_of(site, kwargs) if site.role == "self" else None
         everywhere = not self.stack.causal or self.prefixes[site.role].windowed is False
-        refuse_attention(name, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))
+        refuse_attention(function, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))
         window = window if self.stack.causal else None  # in an encoder the mask alone applies the window
         causal = causal and query.shape[2] > 1
 
         def build() -> Any:
             visible = self._visible(site, window, query)
-            return widen_mask(mask, self.prefixes[site.role].length, visible, causal, query, key, name)
+            return widen_mask(mask, self.prefixes[site.role].length, visible, causal, query, key, function)
 
         if torch.compiler.is_compiling():
             return build()
         shape = (query.shape[2], key.shape[2])
-        return self._once(
-            mask, (site.role, *self._rows_of(site), window, causal, name, query.dtype, query.device, shape), build
-        )
+        kind = (site.role, *self._rows_of(site), window, causal, function, query.dtype, query.device, shape)
+        return self._once(mask, kind, build)
 
-    def _joined_mask(
-        self, site: Site, module: nn.Module, query: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool
-    ) -> Tensor:
+    def _joined_mask(self, site: Site, query: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool) -> Tensor:
         """The mask of all rows in one sequence after one prefix; built once a forward."""
         window = window_of(site, kwargs) if self.stack.causal else None
         causal = causal and query.shape[2] > 1
