@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from softhooks.backbone.container import CONTAINER, Container
+from softhooks.backbone.dependence import reads_ids
 from softhooks.backbone.examine import examine
-from softhooks.backbone.id_dependence import reads_ids
 from softhooks.backbone.max_positions import without_position_warning
 from softhooks.backbone.probing import probing, probing_with_prompt
 from softhooks.base_model.frozen_record import FrozenRecord

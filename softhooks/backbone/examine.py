@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from softhooks.backbone.dependence import change_before, is_rounding
 from softhooks.backbone.find_attention import AttentionRecord, find_sites, recorded_attention
 from softhooks.backbone.find_positions import find_positions
 from softhooks.backbone.find_stack import ModuleCall, find_stack, record
@@ -21,7 +22,6 @@ from softhooks.backbone.max_positions import dynamic_rope_length, rotary_limit
 from softhooks.backbone.probe_inputs import CHOICES, as_choices, decoder_ids, probe_ids, probe_length
 from softhooks.backbone.probing import INSIDE, eval_mode, float_dtype, probing
 from softhooks.backbone.stack import ModelStructure, Stack, StackName
-from softhooks.backbone.visibility import change_before, is_rounding
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModelError
 

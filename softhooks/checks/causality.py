@@ -10,10 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from softhooks.backbone.dependence import change_before, is_rounding
 from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids, probe_length
 from softhooks.backbone.probing import eval_mode, float_dtype
 from softhooks.backbone.stack import Stack
-from softhooks.backbone.visibility import change_before, is_rounding
 from softhooks.errors import UnsupportedMethodError
 from softhooks.prompt import SoftPrompt
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning
+from softhooks.backbone.dependence import reads_ids
 from softhooks.backbone.examine import examine
-from softhooks.backbone.id_dependence import reads_ids
 
 
 @pytest.mark.parametrize(("arch", "head", "forwards"), [("llama", "causal", 6), ("bert", "sequence", 5)])

@@ -1,7 +1,8 @@
-"""Measure whether a stack's states depend on token ids in another way than by their embeddings."""
+"""Measure what the states of a stack depend on: later tokens, and token ids other than by their embeddings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from softhooks.backbone.probe_inputs import as_choices, decoder_ids, ordinary_ids, probe_ids
 from softhooks.backbone.probing import eval_mode, probing, recorded_states, relative_difference
 from softhooks.backbone.stack import ModelStructure
+from softhooks.backbone.stack_state import StackState
 from softhooks.patching.patches import Patches
 
 _COLUMNS = 5
@@ -92,3 +94,31 @@ class _SameEmbeddings:
             self._first.append(output)
             return None
         return self._first[self._call - 1] if self._call <= len(self._first) else None
+
+
+def change_before(
+    module: nn.Module, column: int, forwards: Sequence[Callable[[], object]], state: StackState | None = None
+) -> float:
+    """Measure by how much a stack's states before a column differ between two texts.
+
+    Args:
+        module: the module of the stack.
+        column: the column from which on the texts differ.
+        forwards: one forward for each text, or one with both texts as its rows.
+        state: the stack's state, if prompts may be on.
+
+    Returns:
+        the largest difference, relative to the largest state.
+    """
+    rows: list[Tensor] = []
+    with recorded_states(module, state) as states:
+        for forward in forwards:
+            forward()
+            rows.append(states[-1][:, :column])
+    first, second = torch.cat(rows).chunk(2)
+    return relative_difference(second, first)
+
+
+def is_rounding(change: float, dtype: torch.dtype) -> bool:
+    """Whether a relative change is as small as that of another order of summation."""
+    return change <= max(1e-5, 8 * torch.finfo(dtype).eps)
