@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import softhooks
 from softhooks import methods
-from softhooks.cli import app, options, source
+from softhooks.cli import app, definitions, options
 from softhooks.encoder import PromptEncoder
 from softhooks.method import Method
 
@@ -123,9 +123,11 @@ def test_it_folds_and_decodes(entry: Entry) -> None:
 
 def test_the_command_line_shows_its_options(decomposed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line reads the sources in the package; here it is given those with the method."""
-    read, added = source._text, {methods.__name__: _listing(), decomposed.__module__: _code(0)}
-    monkeypatch.setattr(source, "_text", lambda module: added[module].encode() if module in added else read(module))
-    caches = (source._names, options.methods, options.method_options)
+    read, added = definitions._text, {methods.__name__: _listing(), decomposed.__module__: _code(0)}
+    monkeypatch.setattr(
+        definitions, "_text", lambda module: added[module].encode() if module in added else read(module)
+    )
+    caches = (definitions._names, options.methods, options.method_options)
     for cache in caches:
         cache.cache_clear()
     try:
