@@ -22,6 +22,7 @@ from softhooks.runtime.running import Call
 
 if TYPE_CHECKING:
     from softhooks.runtime.prompted_model import PromptedModel
+    from softhooks.runtime.selection import Selection
 
 
 def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
@@ -32,45 +33,51 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
     """
     in_use = prompted.is_in_use
     prompted.recompute_check.note(prompted.selection_text if in_use else "none", stack.module.training)
-    cache = cache_of(call) if in_use else call.get("past_key_values")
+    cache, paged = cache_of(call) if in_use else call.get("past_key_values"), paged_cache(call)
     if not in_use:
         require_own_cache(cache, None)
     prompted.refuse_unused(call, stack.parameters)
     given = take(call, prompted.columns)  # some stacks are called by themselves: `generate` calls an encoder
-    paged = paged_cache(call)
     if not (in_use or prompted.is_on):
         require_same_prompt(paged, None, None)
         return None
     if paged is not None:
         require_servable(prompted)
     text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-    batch = text.shape[0] if isinstance(text, Tensor) else 0
+    batch, columns = text.shape[:2] if isinstance(text, Tensor) else (0, 0)
     forward = prompted.running.forward
     assert forward is not None, "the stack's hook has begun a call"
+    # Selecting also checks `rows` against the batch, even if they select no prompt.
     selection = prompted.select(batch, given or forward.given)
     forward.batch = batch if forward.batch is None else forward.batch
     if not selection.uses:
         return None
     prompted.expected_modules[stack.name].check(stack.module)
-    made = partial(prompted.provenance, selection)
+    provenance = partial(prompted.provenance, selection)
     if cache is not None:
-        require_own_cache(cache, made())
-    columns = text.shape[1] if isinstance(text, Tensor) else 0
+        require_own_cache(cache, provenance())
+    if prompted.freeze_dropout:
+        _keep_dropout_off(prompted, stack)
+    with scope_on(paged, prompted.model):
+        opened = _open_for_documents(stack, call, selection, _outer_call(forward, stack), columns)
+    if paged is not None:
+        require_same_prompt(paged, opened, prompted.selection_text)
+    opened.provenance = provenance
+    return opened
+
+
+def _open_for_documents(
+    stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None, columns: int
+) -> Pass:
+    """Open the pass. Documents that are packed into one row each see the prompt, and not each other."""
     own = call.get("position_ids")
-    outer = _outer_call(forward, stack)
     positions = outer.positions if own is None and outer is not None else own
     packed = document_numbers(positions, call.get("attention_mask"), columns)
     if packed is not None:
         require_masks(stack, packed, by_position=own is not None)
-    if prompted.freeze_dropout:
-        _keep_dropout_off(prompted, stack)
-    with scope_on(paged, prompted.model):
-        opened = open_pass(stack, call, selection, outer)
+    opened = open_pass(stack, call, selection, outer)  # changes the positions in the call
     if packed is not None:
         keep_documents_apart(opened, packed)
-    if paged is not None:
-        require_same_prompt(paged, opened, prompted.selection_text)
-    opened.provenance = made
     return opened
 
 
