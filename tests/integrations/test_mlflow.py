@@ -186,7 +186,12 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         remove_all()
 
     refused(PromptTuning(4), PromptArtifact(), "no active MLflow run")
-    refused(PrefixTuning(4), PromptArtifact(tokens.tokenizer()), "rows of embeddings", report_to=["mlflow"])
+    refused(
+        PrefixTuning(4),
+        PromptArtifact(tokens.tokenizer()),
+        "not embedding rows, so it cannot be compared with words",
+        report_to=["mlflow"],
+    )
     monkeypatch.setenv("HF_MLFLOW_LOG_ARTIFACTS", "1")
     refused(
         PromptTuning(4),

@@ -121,7 +121,7 @@ def test_a_column_of_the_prompts_comes_through_a_collator_of_ones_own(tmp_path: 
     assert training.losses(trainer)[0] == pytest.approx(mean, rel=1e-5)
     remove_all()
     trainer, _ = prompted("SFT", tmp_path, build("SFT"), method, **options)
-    with pytest.raises(UnsupportedModeError, match="needs the argument `task_ids`"):
+    with pytest.raises(UnsupportedModeError, match="the call has no `task_ids`"):
         trainer.train()
 
 

@@ -222,7 +222,12 @@ def test_what_is_refused(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyP
     model = zoo.build("llama")
     for method, report, options, words in (
         (PromptTuning(4), PromptArtifact(), {}, "no active Weights & Biases run"),
-        (PrefixTuning(4), PromptArtifact(tokens.tokenizer()), {"report_to": ["wandb"]}, "rows of embeddings"),
+        (
+            PrefixTuning(4),
+            PromptArtifact(tokens.tokenizer()),
+            {"report_to": ["wandb"]},
+            "not embedding rows, so it cannot be compared with words",
+        ),
     ):
         trainer = training.make(tmp_path / "out", model, "causal", [SoftPromptCallback(method), report], **options)  # type: ignore[arg-type]
         before = snapshot(model)
