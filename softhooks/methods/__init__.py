@@ -1,4 +1,4 @@
-"""The methods, one file for each. Add a new method with one more import here.
+"""The methods, and the code that they share. To add a method, import it here.
 
 The modules import torch but not transformers, which takes seconds: `softhooks inspect` only needs their options.
 """

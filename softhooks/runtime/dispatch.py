@@ -214,12 +214,12 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     """The gated branch of a batch.
 
     Raises:
-        UnsupportedModeError: a prompt enters in another way, or the extra argument has other rows than the batch.
+        UnsupportedModeError: a prompt has another injection, or the extra argument has other rows than the batch.
     """
     prompts = selection.prompts
     if any(prompt.injection != "branch" for prompt in prompts):
         raise UnsupportedModeError(
-            "this batch has a gated branch and a prompt that enters in another way; they cannot share a batch.",
+            "this batch has a gated branch and a prompt with another injection; they cannot share a batch.",
             "Run their rows in separate batches.",
             prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
         )
