@@ -18,10 +18,10 @@ from softhooks.base_model.frozen_record import FrozenRecord
 from softhooks.base_model.take_fingerprint import take_fingerprint
 from softhooks.checks.attach_arguments import check_arguments, check_length, too_long_error
 from softhooks.checks.causality import check_causality
+from softhooks.checks.choose_injection import choose_injection, probe_inputs
 from softhooks.checks.content_masks import require_common_masks
-from softhooks.checks.injection import choose_injection, probe_inputs
 from softhooks.checks.left_padding import takes_left_padding
-from softhooks.checks.reach import prove_reach
+from softhooks.checks.reaches_output import prove_reach
 from softhooks.checks.remedies import names_tried_remedies
 from softhooks.checks.unread_slots import check_unread
 from softhooks.compat.bitsandbytes import keep_unpacked, unpacked
@@ -33,14 +33,14 @@ from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.added_token_hooks import check_added_rows
 from softhooks.runtime.attached_prompt import Injection
-from softhooks.runtime.contexts import Block
 from softhooks.runtime.exclusive import exclusive
 from softhooks.runtime.generate import wrap_candidate_generator
 from softhooks.runtime.install import detach, install, install_added_tokens, install_head, sign_forward
 from softhooks.runtime.prompt_parts import NewPrompt, PromptSource, build_module
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
 from softhooks.runtime.recomputed_forward import RecomputeCheck
-from softhooks.saving.model import replace_saving
+from softhooks.runtime.with_blocks import Block
+from softhooks.saving.save_pretrained import replace_saving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

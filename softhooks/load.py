@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from softhooks.attach import attach_prompt
 from softhooks.backbone.placeholder_ids import saved_placeholder_ids
 from softhooks.backbone.stack import ModelStructure
-from softhooks.encoder import PromptEncoder
 from softhooks.formats.find import find
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
@@ -21,6 +20,7 @@ from softhooks.methods.cartridge import Cartridge
 from softhooks.methods.stored_fit import check_fit
 from softhooks.methods.stored_options import method_of
 from softhooks.prompt import SoftPrompt
+from softhooks.prompt_encoder import PromptEncoder
 from softhooks.runtime.added_tokens import AddedTokens, copy_rows, take_rows
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.prompt_parts import PromptSource

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from softhooks.backbone.attention_groups import groups_of, require_sites
 from softhooks.backbone.table_slices import TableSlice, slices_of
-from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.errors import CheckpointError, check_int
 from softhooks.layout.layout import Layout
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler

@@ -21,8 +21,8 @@ from softhooks.compat.peft import path_in_wrapper
 from softhooks.compat.sharding import gathered, is_sharded_model
 from softhooks.constraint import unwatch
 from softhooks.errors import NotAttachedError
-from softhooks.formats import native, peft_write
-from softhooks.formats.stack_outline import outline
+from softhooks.formats import peft_write, softhooks_files
+from softhooks.formats.stack_shapes import outline
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.runtime.attached_prompt import AttachedPrompt
@@ -145,7 +145,7 @@ class SoftPrompt(AttachedPrompt):
             if as_peft:
                 peft_write.write(peft_write.adapter_of(stored, self.model, self.prompted_model.structure), folder)
             else:
-                native.write(stored, folder)
+                softhooks_files.write(stored, folder)
                 log_unsaved_rows(self, self.name, self.model, self.prompted_model.structure, stored.added_ids)
 
     def to_stored(self) -> StoredPrompt:

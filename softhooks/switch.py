@@ -9,8 +9,8 @@ from torch import nn
 
 from softhooks.errors import OptionError, UnsupportedModeError
 from softhooks.prompt import SoftPrompt, soft_prompts_of
-from softhooks.runtime.contexts import Block
 from softhooks.runtime.prompted_model import PromptedModel, require_prompted_model
+from softhooks.runtime.with_blocks import Block
 
 
 def activate(model: nn.Module, name: str) -> SoftPrompt:

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 import softhooks
 from softhooks import methods
 from softhooks.cli import app, definitions, options
-from softhooks.encoder import PromptEncoder
 from softhooks.method import Method
+from softhooks.prompt_encoder import PromptEncoder
 
 PAGE = "CONTRIBUTING.md"
 CASES = [zoo.Case("llama", "causal"), zoo.Case("bert", "sequence"), zoo.Case("t5", "seq2seq")]

@@ -11,7 +11,7 @@ import pytest
 from transformers.trainer import TRAINER_STATE_NAME
 
 import softhooks
-from softhooks.trainer import recovery
+from softhooks.trainer import incomplete_checkpoints
 
 NOBODY = (
     "transformers.trainer",
@@ -114,4 +114,4 @@ def test_every_name_is_there_and_a_module_never_hides_a_function(tmp_path: objec
 
 
 def test_the_trainers_constant_is_what_it_was() -> None:
-    assert recovery._STATE == TRAINER_STATE_NAME
+    assert incomplete_checkpoints._STATE == TRAINER_STATE_NAME

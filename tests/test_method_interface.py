@@ -19,10 +19,10 @@ from torch.optim import optimizer as torch_optimizer
 
 import softhooks
 from softhooks import AttachError, UnsupportedMethodError, UnsupportedModeError, constraint
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.inject.prefill import logits_of
 from softhooks.method import Method
 from softhooks.objectives.base import Objective, with_loss
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 P = 3

@@ -13,11 +13,11 @@ from torch.nn import functional
 from softhooks.backbone.placeholder_ids import default_id
 from softhooks.backbone.probe_inputs import ordinary_ids
 from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode, recorded_states
-from softhooks.checks.injection import probe_inputs
-from softhooks.checks.reach import perturbed_copy
+from softhooks.checks.choose_injection import probe_inputs
+from softhooks.checks.reaches_output import perturbed_copy
 from softhooks.errors import SoftHooksError
 from softhooks.prompt import SoftPrompt
-from softhooks.runtime.contexts import Block
+from softhooks.runtime.with_blocks import Block
 
 _PADDING = 3
 

@@ -13,7 +13,7 @@ from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode, float_dtype, r
 from softhooks.backbone.stack import Stack
 from softhooks.errors import SoftHooksError
 from softhooks.patching.patches import Patches
-from softhooks.runtime.contexts import Block
+from softhooks.runtime.with_blocks import Block
 
 if TYPE_CHECKING:
     from softhooks.prompt import SoftPrompt

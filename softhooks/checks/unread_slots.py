@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import Stack
-from softhooks.checks.injection import probe_inputs
+from softhooks.checks.choose_injection import probe_inputs
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.slots.slot_pass import SlotPass
 from softhooks.patching.patches import Patches

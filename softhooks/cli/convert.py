@@ -22,7 +22,7 @@ from torch import nn
 
 from softhooks.base_model.info import class_of_transformers
 from softhooks.errors import CheckpointError, OptionError
-from softhooks.formats import native, peft_write
+from softhooks.formats import peft_write, softhooks_files
 from softhooks.formats.find import MARKS, Format, read
 from softhooks.formats.folders import explain_missing
 from softhooks.formats.stored import StoredPrompt
@@ -132,7 +132,7 @@ def _writer(stored: StoredPrompt, wanted: Format, base: Path | None, strict: boo
         return lambda folder: peft_write.write(adapter, folder)
     if model is None:
         _require_known(stored)
-    return lambda folder: native.write(stored, folder)
+    return lambda folder: softhooks_files.write(stored, folder)
 
 
 def _require_known(stored: StoredPrompt) -> None:

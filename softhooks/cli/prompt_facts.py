@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from softhooks.backbone.container import CONTAINER, is_prompt_key
-from softhooks.formats import native, peft_read
+from softhooks.formats import peft_read, softhooks_files
 from softhooks.formats.files import parse_json, read_json, read_tensors
 from softhooks.formats.find import format_of, read
-from softhooks.formats.native import LIVE
+from softhooks.formats.softhooks_files import LIVE
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods.stored_options import method_of
@@ -28,10 +28,10 @@ def facts_of(folder: Path) -> dict[str, Any]:
     stored = read(folder)
     method = method_of(stored)
     is_native = format_of(folder) == "softhooks"
-    file = folder / (native.TENSORS if is_native else peft_read.TENSORS)
+    file = folder / (softhooks_files.TENSORS if is_native else peft_read.TENSORS)
     tensors, metadata = read_tensors(file)
     if is_native:
-        versions = parse_json(metadata[native.FORMAT], str(file)).get("versions")
+        versions = parse_json(metadata[softhooks_files.FORMAT], str(file)).get("versions")
     else:
         versions = {"peft": read_json(folder / peft_read.CONFIG).get("peft_version")}
     in_heads = sum(tensor.numel() for head in stored.heads.values() for tensor in head.values())

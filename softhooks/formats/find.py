@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from softhooks.errors import CheckpointError
-from softhooks.formats import native, peft_read
+from softhooks.formats import peft_read, softhooks_files
 from softhooks.formats.folders import explain_missing
 from softhooks.formats.stored import StoredPrompt
 
 Format = Literal["softhooks", "peft"]
-MARKS: dict[Format, str] = {"softhooks": native.TENSORS, "peft": peft_read.CONFIG}
+MARKS: dict[Format, str] = {"softhooks": softhooks_files.TENSORS, "peft": peft_read.CONFIG}
 """The file by which a prompt of each format is recognized."""
 
 
@@ -34,7 +34,7 @@ def read(folder: Path) -> StoredPrompt:
     found = format_of(folder)
     if found is None:
         raise explain_missing(folder, tuple(MARKS.values()))
-    return native.read(folder / native.TENSORS) if found == "softhooks" else peft_read.read(folder)
+    return softhooks_files.read(folder / softhooks_files.TENSORS) if found == "softhooks" else peft_read.read(folder)
 
 
 def _exists(path: Path) -> bool:
@@ -49,7 +49,7 @@ def _download(repository: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = [native.DESCRIPTION, native.TENSORS, peft_read.CONFIG, peft_read.TENSORS]
+    wanted = [softhooks_files.DESCRIPTION, softhooks_files.TENSORS, peft_read.CONFIG, peft_read.TENSORS]
     try:
         return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from softhooks.base_model.info import BaseModelInfo
-from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import CheckpointError
 from softhooks.formats import peft_llama_adapter
 from softhooks.formats.files import read_json, read_tensors
 from softhooks.formats.stored import StoredPrompt
+from softhooks.prompt_encoder import EMBEDDINGS
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

@@ -19,12 +19,12 @@ from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure
 from softhooks.base_model.info import class_of_transformers
 from softhooks.compat.peft import unwrapped
-from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import UnsupportedMethodError
 from softhooks.formats import peft_llama_adapter
 from softhooks.formats.files import write_json, write_tensors
 from softhooks.formats.peft_read import CONFIG, TABLE, TENSORS
 from softhooks.formats.stored import StoredPrompt
+from softhooks.prompt_encoder import EMBEDDINGS
 
 Adapter = tuple[dict[str, Any], dict[str, Tensor]]
 """The config and the tensors of an adapter."""

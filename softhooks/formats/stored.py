@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.stack import ModelStructure
-from softhooks.base_model.check import OVERRIDE, require_base
 from softhooks.base_model.info import BaseModelInfo
+from softhooks.base_model.same_base import OVERRIDE, require_base
 from softhooks.errors import CheckpointError
 from softhooks.formats.labels import Labels
 

@@ -14,8 +14,8 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
+from softhooks.inject.cache_notes import slots_in
 from softhooks.inject.caches import cache_of, is_filled
-from softhooks.inject.notes import slots_in
 from softhooks.inject.prefix.paged_cache import paged_cache
 
 _TEXT = {

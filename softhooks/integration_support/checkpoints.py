@@ -2,7 +2,7 @@
 
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.formats.files import read_tensors, write_tensors
-from softhooks.formats.native import LIVE, TENSORS
+from softhooks.formats.softhooks_files import LIVE, TENSORS
 from softhooks.saving.live_state import live_tensors, write_live
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from softhooks.encoder import PromptEncoder
 from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongError, check_int
 from softhooks.formats.stored import StoredPrompt
 from softhooks.methods.from_prompt import Handle, read_checked
 from softhooks.methods.prefilled_prefix import PrefilledPrefix, bos_ids, ids_of
+from softhooks.prompt_encoder import PromptEncoder
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from softhooks.encoder import PromptEncoder, TableEncoder
 from softhooks.errors import OptionError, check_dropout, is_int
 from softhooks.methods.leave_one_out import EXAMPLE_IDS, hide_own_example
 from softhooks.methods.prefilled_prefix import PrefilledPrefix, bos_ids, ids_of
+from softhooks.prompt_encoder import PromptEncoder, TableEncoder
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from softhooks.backbone.heads import can_generate
 from softhooks.backbone.word_embeddings import embed_ids
-from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import OptionError, UnsupportedMethodError
 from softhooks.layout.few_shot import INPUT, Context, ExampleTemplate, whole_numbers
 from softhooks.layout.tokenizing import IGNORE_INDEX, tokenizer_of
 from softhooks.method import Method
 from softhooks.methods.cpt_encoder import ContextEncoder, FoldedContext
 from softhooks.methods.leave_one_out import EXAMPLE_IDS
+from softhooks.prompt_encoder import EMBEDDINGS
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import PromptMismatchError
 from softhooks.layout.few_shot import Context
 from softhooks.methods.leave_one_out import hide_own_example
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 _TARGET, _LIMIT = 1 - 2.0**-19, 1 - 2.0**-20
 """Rows longer than `_LIMIT` of their bound are scaled to `_TARGET` of it: rounding then neither exceeds the bound nor makes the

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import OptionError
 from softhooks.formats.find import find
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods.stored_options import method_of
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 
 @runtime_checkable

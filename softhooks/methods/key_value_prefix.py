@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softhooks.backbone.attention_groups import groups_of, require_sites
-from softhooks.encoder import PromptEncoder, TableEncoder
 from softhooks.errors import UnsupportedMethodError, check_dropout, check_int
 from softhooks.method import Method
+from softhooks.prompt_encoder import PromptEncoder, TableEncoder
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

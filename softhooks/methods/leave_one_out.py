@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softhooks.encoder import require_column
 from softhooks.errors import UnsupportedModeError
+from softhooks.prompt_encoder import require_column
 
 EXAMPLE_IDS = "example_ids"
 """The batch column with the number of the example that each row is, from 0; -1 for a row that is none."""

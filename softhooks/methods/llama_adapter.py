@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.table_slices import TableSlice, slices_of
-from softhooks.encoder import PromptEncoder
 from softhooks.errors import (
     CheckpointError,
     OptionError,
@@ -33,6 +32,7 @@ from softhooks.methods.llama_adapter_encoder import (
     AdapterEncoder,
     check_context,
 )
+from softhooks.prompt_encoder import PromptEncoder
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure, Role, Site, Stack

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softhooks.encoder import TableEncoder
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.branch.branch import CONTEXT
+from softhooks.prompt_encoder import TableEncoder
 
 PROMPTS, GATES, FACTORS, OFFSETS = "prompts", "gates", "factors", "offsets"
 CONTEXT_WEIGHT, CONTEXT_BIAS = "context_weight", "context_bias"

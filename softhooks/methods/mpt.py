@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, check_choice, check_int
 from softhooks.method import Method
 from softhooks.methods.from_prompt import word_ids_of
@@ -28,6 +27,7 @@ from softhooks.methods.mpt_init import SEVERAL, ones, read_front_prompt, read_te
 from softhooks.methods.prompt_tuning import PromptTuning
 from softhooks.methods.task_sampling import WEIGHTS, TaskSampler, task_column
 from softhooks.objectives.distillation import Distillation
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 if TYPE_CHECKING:
     from torch.utils.data import Sampler

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.compat.sharding import full
-from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder, require_column
 from softhooks.errors import UnsupportedModeError
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder, require_column
 
 TASK_IDS = "task_ids"
 """The batch column with the task of each row."""

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import CheckpointError
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods import initializers
 from softhooks.methods.from_prompt import read_checked
 from softhooks.methods.stored_fit import check_fit
+from softhooks.prompt_encoder import EMBEDDINGS
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

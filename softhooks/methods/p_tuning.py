@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.word_embeddings import embed_ids
-from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.errors import OptionError, PromptMismatchError, check_choice, check_int
 from softhooks.layout.layout import Layout
 from softhooks.layout.template import COLUMN
 from softhooks.method import Method
 from softhooks.methods import initializers
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

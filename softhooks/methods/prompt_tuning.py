@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor
 
 from softhooks.backbone.word_embeddings import embed_ids
-from softhooks.encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 from softhooks.errors import OptionError, check_choice
 from softhooks.layout.layout import Layout, Placement
 from softhooks.layout.tokenizing import tokenize
 from softhooks.method import Method
 from softhooks.methods import initializers
 from softhooks.methods.from_prompt import Handle, rows_of, word_ids_of
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.errors import check_dropout, check_int
 from softhooks.methods.prompt_tuning import PromptTuning
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 if TYPE_CHECKING:
     from softhooks.backbone.stack import ModelStructure

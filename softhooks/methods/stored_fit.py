@@ -8,7 +8,7 @@ from softhooks.backbone.added_vocabulary import require_vocabulary
 from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import PromptMismatchError
 from softhooks.formats import peft_llama_adapter
-from softhooks.formats.stack_outline import on_one_line, outline
+from softhooks.formats.stack_shapes import on_one_line, outline
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 

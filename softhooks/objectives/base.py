@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from softhooks.backbone.stack import ModelStructure, Role, Stack
-from softhooks.encoder import PromptEncoder
 from softhooks.inject.prefix.key_values import KeyValues
+from softhooks.prompt_encoder import PromptEncoder
 
 Finish = Callable[[Any], Any]
 """A function that takes the model's output and returns the output to use instead."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.probing import eval_mode
 from softhooks.runtime.added_tokens import AddedTokens, output_of, refuse_tables
-from softhooks.runtime.contexts import Block
+from softhooks.runtime.with_blocks import Block
 
 if TYPE_CHECKING:
     from softhooks.runtime.attached_prompt import AttachedPrompt

@@ -14,7 +14,6 @@ from softhooks.backbone.module_walk import every_tensor
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure, Role, Stack
 from softhooks.compat.sharding import refuse_sharded
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.formats.labels import Labels
 from softhooks.inject.branch.branch import Branch, branch_of
 from softhooks.inject.prefill import prefill
@@ -22,6 +21,7 @@ from softhooks.inject.prefix.key_values import KeyValues, split
 from softhooks.inject.provenance import Snapshot, snapshot
 from softhooks.inject.reuse import ResultCache
 from softhooks.method import Method
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 from softhooks.runtime.added_tokens import ADDED, AddedTokens
 from softhooks.runtime.running import ExclusiveBlock, RunningCalls
 

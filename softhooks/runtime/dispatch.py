@@ -33,7 +33,7 @@ from softhooks.inject.text_positions import (
     positions_in_text,
     text_shape,
 )
-from softhooks.runtime.contexts import generation_of
+from softhooks.runtime.with_blocks import generation_of
 
 if TYPE_CHECKING:
     from softhooks.runtime.selection import Selection

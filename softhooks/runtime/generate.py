@@ -11,7 +11,7 @@ from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.reuse import new_scope
 from softhooks.patching.method_wrapper import MethodWrapper
-from softhooks.runtime.contexts import Block, generation_of
+from softhooks.runtime.with_blocks import Block, generation_of
 
 if TYPE_CHECKING:
     from softhooks.runtime.prompted_model import PromptedModel

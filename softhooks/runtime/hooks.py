@@ -13,17 +13,17 @@ from softhooks.backbone.heads import run_head, run_heads_by_row
 from softhooks.backbone.multiple_choice import choices_of, for_each_choice
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
+from softhooks.inject.cache_notes import encoded_slots, note_caches, note_encoded, require_encoded
 from softhooks.inject.checkpointing import CheckpointedPass, UnchangedPass
-from softhooks.inject.notes import encoded_slots, note_caches, note_encoded, require_encoded
 from softhooks.inject.slots.cross_attention import strip_encoder_state
 from softhooks.inject.slots.slot_pass import SlotPass
 from softhooks.inject.text_positions import OUTER_ARGUMENTS
 from softhooks.runtime.arguments import take
-from softhooks.runtime.contexts import choice_of
 from softhooks.runtime.running import Call, module_call
 from softhooks.runtime.stack_forward import begin_stack_forward
 from softhooks.runtime.untrained_loss import mark_frozen, refuse_backward
 from softhooks.runtime.unused_parameters import require_unused_search
+from softhooks.runtime.with_blocks import choice_of
 
 if TYPE_CHECKING:
     from softhooks.runtime.attached_prompt import AttachedPrompt

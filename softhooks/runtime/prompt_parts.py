@@ -12,10 +12,10 @@ from softhooks.backbone.placeholder_ids import BUFFER, new_placeholder_ids
 from softhooks.backbone.stack import ModelStructure
 from softhooks.compat.offload import device_of
 from softhooks.compat.peft import path_in_wrapper
-from softhooks.encoder import EMBEDDINGS, PromptEncoder
 from softhooks.formats.labels import Labels
 from softhooks.layout.tokenizing import tokenizer_of
 from softhooks.method import Method
+from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_rows
 
 

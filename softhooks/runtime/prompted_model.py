@@ -27,12 +27,12 @@ from softhooks.patching.movable_hook import MovableHook
 from softhooks.patching.patches import Patches
 from softhooks.runtime.arguments import refuse_unused
 from softhooks.runtime.attached_prompt import AttachedPrompt
-from softhooks.runtime.contexts import choice_of, repeats_of
 from softhooks.runtime.label_names import LabelNames
-from softhooks.runtime.optimizer_steps import unwatch_steps, watch_steps
+from softhooks.runtime.optimizer_check import unwatch_steps, watch_steps
 from softhooks.runtime.recomputed_forward import RecomputeCheck
 from softhooks.runtime.running import RunningCalls
 from softhooks.runtime.selection import Selection, select_rows
+from softhooks.runtime.with_blocks import choice_of, repeats_of
 
 
 class PromptedModel:

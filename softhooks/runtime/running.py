@@ -19,7 +19,7 @@ from softhooks.errors import UnsupportedModeError
 
 if TYPE_CHECKING:
     from softhooks.backbone.forward_pass import Pass
-    from softhooks.inject.notes import WrittenSlots
+    from softhooks.inject.cache_notes import WrittenSlots
     from softhooks.inject.prefix.key_values import KeyValues
     from softhooks.objectives.base import Finish
 

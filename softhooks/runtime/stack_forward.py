@@ -9,8 +9,8 @@ from torch import Tensor
 
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
+from softhooks.inject.cache_notes import require_own_cache, require_same_prompt
 from softhooks.inject.caches import cache_of
-from softhooks.inject.notes import require_own_cache, require_same_prompt
 from softhooks.inject.prefix.packed_documents import document_numbers, keep_documents_apart, require_masks
 from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.inject.reuse import scope_on

@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from softhooks.backbone.container import CONTAINER
 from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.formats.files import write_json, write_tensors
-from softhooks.formats.native import LIVE
+from softhooks.formats.softhooks_files import LIVE
 from softhooks.prompt import SoftPrompt
 
 DESCRIPTION = "description"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.encoder import EMBEDDINGS
 from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError
 from softhooks.prompt import SoftPrompt, soft_prompts_of
+from softhooks.prompt_encoder import EMBEDDINGS
 from softhooks.runtime.continuous_batching import required_columns
 from softhooks.runtime.prompted_model import require_prompted_model
 from softhooks.serving.servers import ServerName, for_server

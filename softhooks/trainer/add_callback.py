@@ -15,8 +15,8 @@ from transformers.trainer_callback import CallbackHandler
 from softhooks.errors import TrainerError
 from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
-from softhooks.trainer.checks import TrainingCallback
 from softhooks.trainer.model_init import callers, find_trainer
+from softhooks.trainer.prompt_checks import TrainingCallback
 
 
 def _with_init_event(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,16 +8,16 @@ from torch import nn
 from transformers import TrainerControl
 
 from softhooks.attach import attach
-from softhooks.checks.injection import choose_injection
+from softhooks.checks.choose_injection import choose_injection
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
-from softhooks.trainer.checks import check_equal, require_trainable_prompt
 from softhooks.trainer.launch import injection_for_launch
-from softhooks.trainer.log import LoggedMetrics
+from softhooks.trainer.log_metrics import LoggedMetrics
 from softhooks.trainer.metrics import TrainingMetrics
+from softhooks.trainer.prompt_checks import check_equal, require_trainable_prompt
 
 
 def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:

@@ -24,7 +24,14 @@ from softhooks.runtime.attached_prompt import Injection
 from softhooks.trainer import add_callback
 from softhooks.trainer.attachment import attach_or_continue, present_prompt, saver_for
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
-from softhooks.trainer.checks import (
+from softhooks.trainer.derived_trainers import check_trainer, guard_trainer
+from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
+from softhooks.trainer.incomplete_checkpoints import remove_links, rename_incomplete, replacement_links
+from softhooks.trainer.launch import check_launch
+from softhooks.trainer.model_init import patch_trainer
+from softhooks.trainer.optimizer import is_mended, mend_optimizer, name_of, refuse_fused, require_gradient
+from softhooks.trainer.other_prompts import FrozenPrompts
+from softhooks.trainer.prompt_checks import (
     detached_on_error,
     refuse_late,
     refuse_second,
@@ -33,14 +40,7 @@ from softhooks.trainer.checks import (
     require_loaded,
     require_present,
 )
-from softhooks.trainer.derived_trainers import check_trainer, guard_trainer
-from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
-from softhooks.trainer.launch import check_launch
-from softhooks.trainer.model_init import patch_trainer
-from softhooks.trainer.optimizer import is_mended, mend_optimizer, name_of, refuse_fused, require_gradient
-from softhooks.trainer.other_prompts import FrozenPrompts
 from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
-from softhooks.trainer.recovery import remove_links, rename_incomplete, replacement_links
 from softhooks.trainer.sampling import use_sampler
 from softhooks.trainer.template_rows import prepare_template_rows
 

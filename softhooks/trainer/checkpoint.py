@@ -24,9 +24,9 @@ from softhooks.errors import TrainerError
 from softhooks.formats.files import parse_json
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.live_state import DESCRIPTION, NotSaved, live_tensors, write_live
-from softhooks.saving.model import SavePrompts
+from softhooks.saving.save_pretrained import SavePrompts
+from softhooks.trainer.incomplete_checkpoints import Lock
 from softhooks.trainer.metrics import TrainingMetrics
-from softhooks.trainer.recovery import Lock
 from softhooks.trainer.run_description import describe, require_same_run
 
 

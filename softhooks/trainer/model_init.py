@@ -16,8 +16,8 @@ from torch import nn
 from softhooks.errors import TrainerError
 from softhooks.patching.patches import Patches
 from softhooks.trainer.checkpoint import saver_of
-from softhooks.trainer.checks import TrainingCallback
 from softhooks.trainer.optimizer import is_mended, mend_optimizer
+from softhooks.trainer.prompt_checks import TrainingCallback
 
 if TYPE_CHECKING:
     from transformers import Trainer

@@ -31,7 +31,7 @@ from softhooks import (
 )
 from softhooks.cli import app
 from softhooks.formats.files import read_tensors, write_tensors
-from softhooks.formats.native import DESCRIPTION, FORMAT, TENSORS
+from softhooks.formats.softhooks_files import DESCRIPTION, FORMAT, TENSORS
 from softhooks.method import Method
 
 P = 4

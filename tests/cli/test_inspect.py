@@ -28,7 +28,7 @@ from softhooks.backbone.container import CONTAINER
 from softhooks.cli import app
 from softhooks.cli.prompt_facts import facts_of
 from softhooks.cli.prompt_table import show
-from softhooks.formats.native import DESCRIPTION, LIVE, TENSORS
+from softhooks.formats.softhooks_files import DESCRIPTION, LIVE, TENSORS
 
 P = 4
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from untouched import remove_all, same_bits, untouched
 import softhooks
 from softhooks import CheckpointError, LlamaAdapter, PromptMismatchError
 from softhooks.formats.files import read_tensors, write_tensors
-from softhooks.formats.native import DESCRIPTION, FORMAT, TENSORS
+from softhooks.formats.softhooks_files import DESCRIPTION, FORMAT, TENSORS
 
 K = 3
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -32,7 +32,7 @@ from softhooks import (
     PromptTuning,
     SoftHooksError,
 )
-from softhooks.formats.native import DESCRIPTION, FORMAT, TENSORS
+from softhooks.formats.softhooks_files import DESCRIPTION, FORMAT, TENSORS
 
 CASES = [
     zoo.Case(*name.split("-"))

@@ -24,7 +24,7 @@ from untouched import untouched
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, PTuning, SoftPromptCallback, TrainerError
 from softhooks.errors import FrozenModifiedError
-from softhooks.formats.native import LIVE
+from softhooks.formats.softhooks_files import LIVE
 from softhooks.integrations.accelerate import track
 from softhooks.runtime.prompted_model import prompted_model_of
 

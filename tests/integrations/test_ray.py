@@ -22,7 +22,7 @@ import zoo
 import softhooks
 from softhooks import PrefixTuning, SoftHooksError, TrainerError
 from softhooks.formats.files import read_tensors
-from softhooks.formats.native import LIVE
+from softhooks.formats.softhooks_files import LIVE
 from softhooks.integrations import ray as integration
 from softhooks.integrations.ray import ReportCallback, last_checkpoint
 

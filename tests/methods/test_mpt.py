@@ -28,7 +28,7 @@ from softhooks import (
     TrainerError,
     UnsupportedModeError,
 )
-from softhooks.formats.native import TENSORS
+from softhooks.formats.softhooks_files import TENSORS
 
 P, H, K = 3, 32, 3
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

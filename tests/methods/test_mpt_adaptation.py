@@ -25,7 +25,7 @@ from softhooks import (
     PromptTuning,
     SoftPromptCallback,
 )
-from softhooks.formats.native import TENSORS
+from softhooks.formats.softhooks_files import TENSORS
 
 P, H, K = 3, 32, 3
 

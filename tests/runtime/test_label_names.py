@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import softhooks
 from softhooks import CheckpointError, PromptTuning, SoftPromptCallback
-from softhooks.formats.native import DESCRIPTION, TENSORS
+from softhooks.formats.softhooks_files import DESCRIPTION, TENSORS
 
 NAMES = ("NEGATIVE", "NEUTRAL", "POSITIVE")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from softhooks import (
     SoftPrompt,
 )
-from softhooks.formats.native import FORMAT, TENSORS
+from softhooks.formats.softhooks_files import FORMAT, TENSORS
 
 
 @torch.no_grad()

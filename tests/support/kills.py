@@ -35,7 +35,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.trainer_utils import get_last_checkpoint
 from untouched import leave_libraries_alone
 
-from softhooks.formats.native import LIVE
+from softhooks.formats.softhooks_files import LIVE
 from softhooks.saving.live_state import live_tensors
 
 STEPS = 6

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from untouched import remove_all
 
 from softhooks import PrefixTuning, SoftPromptCallback
-from softhooks.trainer.recovery import LOCK, Lock, find_damage, rename_incomplete, replacement_links
+from softhooks.trainer.incomplete_checkpoints import LOCK, Lock, find_damage, rename_incomplete, replacement_links
 
 METHOD = PrefixTuning(4, projection=True, hidden_size=16, dropout=0.1)
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}

@@ -20,7 +20,7 @@ from untouched import differences, remove_all, snapshot
 
 import softhooks
 from softhooks import PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
-from softhooks.formats.native import LIVE, TENSORS
+from softhooks.formats.softhooks_files import LIVE, TENSORS
 from softhooks.method import Method
 
 RUNS = [

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.inject.prefix.left_padding import KeyOrder
+from softhooks.inject.prefix.prefix_after_padding import KeyOrder
 
 
 class PrefixCache(Cache):

@@ -9,9 +9,9 @@ from torch import Tensor
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError
+from softhooks.inject.cache_notes import slots_in
 from softhooks.inject.gather_columns import gather_columns
-from softhooks.inject.notes import slots_in
-from softhooks.inject.slots.checks import flat_mask
+from softhooks.inject.slots.refused_calls import flat_mask
 from softhooks.inject.slots.slot_tables import Slots
 from softhooks.layout.slot_map import Widened
 

@@ -15,12 +15,12 @@ from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
+from softhooks.inject.cache_notes import WrittenSlots, note_slots, slots_in
 from softhooks.inject.caches import cache_of, caches_in, is_filled, is_recurrent
 from softhooks.inject.checkpointing import CheckpointedPass
-from softhooks.inject.notes import WrittenSlots, note_slots, slots_in
 from softhooks.inject.shift_positions import set_position_ids
 from softhooks.inject.slots.argument_values import fill
-from softhooks.inject.slots.checks import (
+from softhooks.inject.slots.refused_calls import (
     has_positions_in_types,
     mask_of_text,
     refuse_later_text,

@@ -20,7 +20,7 @@ from softhooks.compat.sharding import gathered
 from softhooks.errors import PromptMismatchError
 from softhooks.formats.files import read_tensors
 from softhooks.formats.folders import is_checkpoint
-from softhooks.formats.native import LIVE
+from softhooks.formats.softhooks_files import LIVE
 from softhooks.prompt import soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.saving.live_state import NotSaved, live_tensors, write_live

@@ -20,7 +20,7 @@ from untouched import remove_all
 
 import softhooks
 from softhooks import Layout, PrefixTuning, PromptTuning, PTuning, UnsupportedModeError
-from softhooks.trainer.reference import Reference
+from softhooks.trainer.reference_policy import Reference
 
 IDS = zoo.text(1, 6)
 NEW = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": zoo.PAD}

@@ -12,8 +12,8 @@ from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.probing import eval_mode
 from softhooks.compat.sharding import is_sharded_model
 from softhooks.errors import TrainerError
-from softhooks.runtime.contexts import Block
 from softhooks.runtime.prompted_model import prompted_model_of, require_prompted_model
+from softhooks.runtime.with_blocks import Block
 from softhooks.switch import disabled
 
 

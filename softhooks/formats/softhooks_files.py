@@ -16,11 +16,11 @@ from torch import Tensor
 
 from softhooks._version import __version__
 from softhooks.base_model.info import BaseModelInfo
-from softhooks.encoder import TableEncoder
 from softhooks.errors import CheckpointError
 from softhooks.formats.files import parse_json, read_tensors, write_json, write_tensors
 from softhooks.formats.labels import read_labels
 from softhooks.formats.stored import StoredPrompt
+from softhooks.prompt_encoder import TableEncoder
 
 TENSORS = "soft_prompt.safetensors"
 DESCRIPTION = "soft_prompt.json"

@@ -18,7 +18,7 @@ from untouched import remove_all
 
 import softhooks
 from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, SoftPromptCallback
-from softhooks.encoder import PromptEncoder, TableEncoder
+from softhooks.prompt_encoder import PromptEncoder, TableEncoder
 
 BARE_ON_LOG = CallbackHandler.on_log
 KEYS = {"soft_prompt/norm", "soft_prompt/grad_norm", "soft_prompt/distance"}

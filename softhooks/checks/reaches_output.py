@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from softhooks.backbone.module_walk import every_module
 from softhooks.backbone.probing import OTHER_METHOD, eval_mode, probing_with_prompt
-from softhooks.checks.injection import probe_inputs
+from softhooks.checks.choose_injection import probe_inputs
 from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
-from softhooks.encoder import PromptEncoder
 from softhooks.errors import UnsupportedModelError
 from softhooks.patching.patches import Patches
 from softhooks.prompt import SoftPrompt
+from softhooks.prompt_encoder import PromptEncoder
 
 _SCALES = (1.0, 0.1, 10.0)
 """The sizes of the random changes, tried in turn: too large ones overflow, too small ones vanish in a low precision."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import softhooks
 from softhooks import AttachError, LlamaAdapter, PrefixTuning, PromptTuning, PTuningV2, UnsupportedModelError
 from softhooks.backbone.examine import examine
-from softhooks.checks import reach
+from softhooks.checks import reaches_output
 
 METHODS = [PromptTuning(3), PrefixTuning(3), LlamaAdapter(3)]
 
@@ -43,7 +43,7 @@ def test_the_proof_leaves_nothing_behind(entry: Entry, case: zoo.Case, monkeypat
     model.train()
     model.config.problem_type = None
     seen: list[Any] = []
-    own = reach.prove_reach
+    own = reaches_output.prove_reach
 
     def watched(prompt: softhooks.SoftPrompt) -> None:
         before = {name: value.clone() for name, value in model.state_dict().items()}

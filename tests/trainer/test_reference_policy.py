@@ -13,7 +13,7 @@ from untouched import remove_all, untouched
 
 import softhooks
 from softhooks import NotAttachedError, PrefixTuning, PromptTuning, TrainerError
-from softhooks.trainer.reference import Reference
+from softhooks.trainer.reference_policy import Reference
 
 IDS = zoo.text()
 
@@ -98,7 +98,7 @@ def test_one_that_would_move_or_is_not_there_is_refused() -> None:
 def test_a_sharded_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build("llama")
     softhooks.attach(model, PromptTuning(4))
-    monkeypatch.setattr("softhooks.trainer.reference.is_sharded_model", lambda model: True)
+    monkeypatch.setattr("softhooks.trainer.reference_policy.is_sharded_model", lambda model: True)
     with (
         untouched(model),
         pytest.raises(TrainerError, match=r"cannot be its own reference(.|\n)*another model as `ref_model`"),
