@@ -146,7 +146,7 @@ def test_every_layer_but_the_integrations_is_kept_from_importing_frameworks() ->
 def test_integrations_are_kept_from_importing_every_private_layer() -> None:
     _, private = (contract for contract in _contracts() if contract["type"] == "forbidden")
     packages = {name for name in _below_integrations() if (ROOT / "softhooks" / name).is_dir()}
-    expected = {"constraint", "encoder", *packages} - {"integration_support"}
+    expected = {"constraint", "prompt_encoder", *packages} - {"integration_support"}
     assert set(private["forbidden_modules"]) == {f"softhooks.{name}" for name in expected}
 
 
