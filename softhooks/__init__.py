@@ -153,4 +153,4 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-import_module("softhooks.integrations")  # registers the Trainers of other libraries that the callback checks
+import softhooks.integrations  # noqa: E402, F401 - registers the Trainers of other libraries that the callback checks
