@@ -118,7 +118,7 @@ def test_a_model_that_skips_its_stack() -> None:
         stack, model.model = model.model, torch.nn.Identity()
         model.forward = lambda input_ids: model.lm_head(states)  # somebody's shortcut
         message = (
-            r"forward of LlamaForCausalLM did not go through the prompt(.|\n)*"
+            r"forward of LlamaForCausalLM bypassed the prompt(.|\n)*"
             r"stacks: *model\n(.|\n)*Call the model with `input_ids`"
         )
         with pytest.raises(PromptNotReachedError, match=message):

@@ -131,11 +131,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a text of no tokens": (
         llama, lambda: PromptTuning(3, init="text", init_text=" ", tokenizer=tokens.tokenizer()), {},
-        OptionError, r"init_text must hold at least one token; the tokenizer finds none in ' '",
+        OptionError, r"init_text is ' ', which has no tokens; it must have at least one",
     ),
     "no labels": (
         llama, lambda: PromptTuning(3, init="class_labels", init_labels=[], tokenizer=tokens.tokenizer()),
-        {}, OptionError, r"one label or more; it is (\[\]|\(\))",
+        {}, OptionError, r"init_labels is (\[\]|\(\)); it must be a list of at least one label",
     ),
     "no method": (
         llama, lambda: "prompt", {}, UnsupportedMethodError, r"PromptTuning\(20\); it was given str",

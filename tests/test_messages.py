@@ -92,7 +92,7 @@ def test_p_tuning_without_arguments() -> None:
     ],
 )
 def test_slots_that_do_not_say_how_many(slots: str) -> None:
-    with pytest.raises(OptionError, match=r"Give the number of slots, \{soft:3\}") as told:
+    with pytest.raises(OptionError, match=r"Write the number of slots, \{soft:3\}") as told:
         Layout("{a} " + slots + " b {soft:2}")
     assert f"not understood: {slots!r}" in str(told.value)
     assert "twice" not in str(told.value)
@@ -100,7 +100,7 @@ def test_slots_that_do_not_say_how_many(slots: str) -> None:
 
 @pytest.mark.parametrize("field", ["{a b}", "{}", "{a.b}", "{a!r}", "{a-b}", "{mask?}"])
 def test_fields_that_no_column_has(field: str) -> None:
-    with pytest.raises(OptionError, match=r"Name a field as its column, with letters, digits and _") as told:
+    with pytest.raises(OptionError, match=r"Name a field like its column, with letters, digits and _") as told:
         Layout("{soft:2} " + field)
     assert f"not understood: {field!r}" in str(told.value)
 

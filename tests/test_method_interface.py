@@ -168,7 +168,7 @@ def test_hidden_tokens_in_slots_are_refused() -> None:
     model = zoo.build("llama")
     with (
         softhooks.attach(model, Toy(), injection="slots"),
-        pytest.raises(UnsupportedModeError, match="hiding virtual tokens"),
+        pytest.raises(UnsupportedModeError, match="hides virtual tokens"),
     ):
         model(zoo.text(2, 6), hide=torch.zeros(2, P))
 

@@ -114,7 +114,7 @@ def test_options_that_do_not_belong_together(tmp_path: Path) -> None:
         PromptTuning(P, init="prompt")
     with pytest.raises(OptionError, match="init_from is given"):
         PromptTuning(P, init_from=tmp_path)
-    with pytest.raises(OptionError, match="a int was given as a prompt; give a handle, a directory or a tensor"):
+    with pytest.raises(OptionError, match="a int was given as a prompt; pass a handle, a directory or a tensor"):
         softhooks.attach(zoo.build("llama"), PromptTuning(P, init="prompt", init_from=3))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError):
         softhooks.attach(zoo.build("llama"), PromptTuning(P, init="prompt", init_from=tmp_path))

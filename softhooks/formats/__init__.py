@@ -1,1 +1,1 @@
-"""Files of saved prompts, those of softhooks and those of PEFT. Everything that a file says is checked."""
+"""Read and write saved prompts in softhooks' own format and in PEFT's; every value read from a file is checked."""

@@ -1,4 +1,4 @@
-"""Reading and writing of JSON and safetensors files; a write appears completely or not at all."""
+"""Read and write JSON and safetensors files; writes are atomic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from softhooks.errors import CheckpointError
 
 _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, OverflowError)
-"""The errors that reading raises if a file is damaged, is no safetensors file, or has a dtype that torch lacks."""
+"""The errors that reading raises for a damaged file, for a file of another format, or for a dtype that torch lacks."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -60,14 +60,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read the tensors and the metadata of a safetensors file. Pickles are never read.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or no safetensors file.
+        CheckpointError: the file is missing, truncated or not a safetensors file.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except _UNREADABLE as error:
         raise CheckpointError(
-            f"{path} is missing, truncated, or no safetensors file.",
+            f"{path} is missing, truncated or not a safetensors file.",
             "Save the prompt again; other formats are not read.",
             error=f"{type(error).__name__}: {error}",
         ) from error
@@ -77,7 +77,7 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     """Parse a JSON object.
 
     Args:
-        source: the file, for errors.
+        source: the name of the file in errors.
 
     Raises:
         CheckpointError: the text is not a JSON object.
@@ -85,9 +85,9 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source} does not hold valid JSON: {error}") from error
+        raise CheckpointError(f"{source} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{source} holds a JSON {type(content).__name__}; a JSON object is expected.")
+        raise CheckpointError(f"{source} contains a JSON {type(content).__name__}; it must contain a JSON object.")
     return content
 
 
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: the file cannot be read, or does not hold a JSON object.
+        CheckpointError: the file cannot be read, or does not contain a JSON object.
     """
     try:
         return parse_json(path.read_bytes(), str(path))

@@ -12,7 +12,7 @@ from softhooks.formats.stored import StoredPrompt
 
 Format = Literal["softhooks", "peft"]
 MARKS: dict[Format, str] = {"softhooks": softhooks_files.TENSORS, "peft": peft_read.CONFIG}
-"""The file by which a prompt of each format is recognized."""
+"""The file that identifies a prompt of each format."""
 
 
 def find(path: str | Path, revision: str | None = None, token: str | None = None) -> StoredPrompt:
@@ -21,7 +21,7 @@ def find(path: str | Path, revision: str | None = None, token: str | None = None
 
 
 def format_of(folder: Path) -> Format | None:
-    """The format of the prompt in a folder; None if there is none. A folder with both formats has a prompt over an adapter."""
+    """Return the format of the prompt in a folder, or None. A folder with both formats has a prompt over an adapter."""
     return next((name for name, mark in MARKS.items() if (folder / mark).is_file()), None)
 
 
@@ -29,7 +29,7 @@ def read(folder: Path) -> StoredPrompt:
     """Read a prompt from a directory, in either format.
 
     Raises:
-        CheckpointError: there is none, or its file is truncated, of another format, or contradicts itself.
+        CheckpointError: there is no prompt, or its file is truncated, of another format or inconsistent.
     """
     found = format_of(folder)
     if found is None:
@@ -54,7 +54,7 @@ def _download(repository: str, revision: str | None, token: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{repository!r} is neither a directory on this machine nor a repository that the hub gives.",
+            f"{repository!r} is neither a local directory nor a repository that can be downloaded from the hub.",
             "Check the path, or the name of the repository.",
             hub=f"{type(error).__name__}: {error}",
         ) from error

@@ -1,4 +1,4 @@
-"""Explain what a folder without a prompt holds: checkpoints of a Trainer, other prompts, or a whole model."""
+"""Errors for a folder without a prompt, which may contain checkpoints of a Trainer, other prompts or a whole model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _MAX_BYTES = 64 * 2**20  # larger files are not parsed as JSON
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is named like a checkpoint of a Trainer."""
+    """Return whether the name of a folder is that of a Trainer's checkpoint, such as `checkpoint-500`."""
     return _CHECKPOINT.fullmatch(folder.name) is not None
 
 
 def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
-    """Make the error for a folder without a prompt; it names the prompts in subfolders, or the whole model in the folder.
+    """Return the error for a folder without a prompt; it names prompts in subfolders, or the whole model in the folder.
 
     Args:
-        folder: where a prompt was expected.
-        marks: the files by which a prompt is recognized; any of them is enough.
+        folder: the folder in which a prompt was expected.
+        marks: the files that identify a prompt; any of them is enough.
     """
     inside = [entry for entry in _entries(folder) if any((entry / mark).is_file() for mark in marks)]
     if inside:
@@ -39,8 +39,8 @@ def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
     if tensors:
         return _whole_model(folder, tensors)
     return CheckpointError(
-        "the directory holds no saved prompt.",
-        "Give the directory that `save_pretrained` wrote.",
+        "the directory does not contain a saved prompt.",
+        "Pass the directory that `save_pretrained` wrote.",
         directory=folder,
         expected=" or ".join(marks),
     )
@@ -60,13 +60,15 @@ def _prompts_inside(folder: Path, inside: list[Path]) -> CheckpointError:
     remedy = f"Load one of them: `softhooks.load(model, {str(wanted)!r})`."
     if best is not None and best != checkpoints[-1]:
         remedy = remedy[:-1] + f" (the best), `softhooks.load(model, {str(checkpoints[-1])!r})` (the last)."
-    return CheckpointError("the directory holds no prompt itself, but its subdirectories do.", remedy, **values)
+    return CheckpointError(
+        "the directory does not contain a prompt itself, but its subdirectories do.", remedy, **values
+    )
 
 
 def _whole_model(folder: Path, tensors: list[str]) -> CheckpointError:
     return CheckpointError(
-        "the directory holds the weights of a whole model with the live tensors of a prompt among them, as softhooks 0.1.0 and "
-        "tools that save a plain state dict write it; `from_pretrained` would drop the prompt.",
+        "the directory contains the weights of a whole model with the live tensors of a prompt among them, as written by "
+        "softhooks 0.1.0 and by tools that save a plain state dict; `from_pretrained` would drop the prompt.",
         "Attach the prompt again with the method and the name that it was trained with, load these tensors with "
         "`model.load_state_dict(tensors, strict=False)`, where tensors = {name: tensor for name, tensor in "
         f'safetensors.torch.load_file(file).items() if "{CONTAINER}." in name}}, and save it with '
@@ -77,7 +79,7 @@ def _whole_model(folder: Path, tensors: list[str]) -> CheckpointError:
 
 
 def _best_of(checkpoints: list[Path]) -> Path | None:
-    """The best checkpoint according to the Trainer's state in the last one, if it exists."""
+    """Return the best checkpoint according to the Trainer's state in the last checkpoint, or None if it does not exist."""
     if not checkpoints:
         return None
     path = _read_json(checkpoints[-1] / _TRAINER_STATE).get("best_model_checkpoint")
@@ -86,7 +88,7 @@ def _best_of(checkpoints: list[Path]) -> Path | None:
 
 
 def _prompt_tensors(folder: Path) -> Iterator[str]:
-    """The names of prompts' tensors among the weights of a whole model; files that cannot be read are skipped."""
+    """Yield the names of prompts' tensors in the weights of a whole model; files that cannot be read are skipped."""
     for file in sorted(entry for entry in _entries(folder) if entry.suffix == ".safetensors"):
         try:
             with safe_open(str(file), framework="pt") as weights:
@@ -116,7 +118,7 @@ def _order(entry: Path) -> tuple[bool, int, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a small file; empty if the file holds none."""
+    """Read a JSON object from a small file; empty if the file does not contain an object."""
     try:
         content = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_BYTES else None
     except (OSError, ValueError, RecursionError):

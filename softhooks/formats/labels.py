@@ -11,14 +11,14 @@ from torch import Tensor
 from softhooks.errors import CheckpointError
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-"""The values that transformers allows for `config.problem_type`."""
+"""The values of `config.problem_type` that transformers allows."""
 
 Heads = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The label names of a head, as a config holds them."""
+    """The label names of a head, as in a config."""
 
     id2label: dict[int, str] | None
     label2id: dict[str, int] | None
@@ -35,14 +35,14 @@ class Labels:
         )
 
     def put(self, config: Any) -> None:
-        """Write the label names into a config that has some."""
+        """Write the label names into a config that has label names."""
         if hasattr(config, "id2label") and Labels.of(config) != self:
             config.id2label = None if self.id2label is None else dict(self.id2label)
             config.label2id = None if self.label2id is None else dict(self.label2id)
             config.problem_type = self.problem_type
 
     def described(self, heads: Heads) -> dict[str, Any] | None:
-        """The label names as JSON holds them; None unless there is a name for each row of a head."""
+        """Return the label names as JSON values, or None unless there is a name for each row of a head."""
         try:
             names = {int(number): name for number, name in (self.id2label or {}).items()}
         except (TypeError, ValueError):
@@ -57,10 +57,10 @@ class Labels:
 
 
 def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
-    """Read the label names of a file, and check them against its heads; None if there are none.
+    """Read the label names of a file and check them against its heads; return None if there are none.
 
     Raises:
-        CheckpointError: they are no names, or no head has as many rows.
+        CheckpointError: the label names are malformed, or no head has as many rows.
     """
     if value is None:
         return None
@@ -76,7 +76,7 @@ def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
 
 
 def _are_sound(value: dict[str, Any], heads: Heads) -> bool:
-    """Whether each row of a head has a name, and the numbers of names are those of rows."""
+    """Return whether each row of a head has a name, and the names are numbered like the rows."""
     names, numbers, count, problem_type = (
         value.get(key) for key in ("id2label", "label2id", "num_labels", "problem_type")
     )
@@ -94,7 +94,7 @@ def _are_sound(value: dict[str, Any], heads: Heads) -> bool:
 
 
 def _row_counts(heads: Heads) -> set[int]:
-    """The numbers of rows of the heads' tensors; that of the last one is the number of labels."""
+    """Return the numbers of rows of the heads' tensors, one of which must be the number of labels."""
     return {tensor.shape[0] for head in heads.values() for tensor in head.values() if tensor.dim()}
 
 

@@ -1,8 +1,8 @@
 """LLaMA-Adapters in PEFT's format.
 
-PEFT has one raw gate for each layer and adds the branch after the output projection; the paper adds it before. Both are the same
-only if the projection has no bias. In GPT-2 PEFT does not project the branch at all. Adapters that PEFT would compute differently
-are refused.
+PEFT has one raw gate for each layer and adds the branch after the output projection; the paper adds the branch before.
+The results are equal only if the projection has no bias. In GPT-2 PEFT does not project the branch at all. Adapters that PEFT
+would compute differently are refused.
 
 Source: the format of PEFT 0.21: `base_model.model.model.layers.{i}.self_attn.adaption_prompt` [1, K, H] and `.adaption_gate` [1].
 """
@@ -31,7 +31,7 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
     """Read the prompts and gates of consecutive layers.
 
     Raises:
-        CheckpointError: there are none, there are other tensors, or shapes differ between layers.
+        CheckpointError: tensors are missing, there are other tensors, or shapes differ between layers.
     """
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -39,7 +39,7 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
         if match is None:
             raise CheckpointError(
                 f"{name!r} is not the prompt or the gate of one of Llama's or Mistral's layers.",
-                "Train a LLaMA-Adapter for other models with softhooks; in GPT-2 PEFT adds the branch without projecting it.",
+                "For other models, train a LLaMA-Adapter with softhooks; in GPT-2 PEFT adds the branch without projecting it.",
                 file=source,
             )
         found.setdefault(int(match[1]), {})[match[2]] = tensor
@@ -54,8 +54,7 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
         or not (are_complete and are_floats and _are_sound(shapes))
     ):
         raise CheckpointError(
-            "the LLaMA-Adapter of PEFT does not hold a prompt [1, K, H] and a gate [1], of floating-point numbers, for each of "
-            "the top layers.",
+            "the LLaMA-Adapter of PEFT does not have a floating-point prompt [1, K, H] and gate [1] for each of the top layers.",
             "Save the adapter again with PEFT.",
             file=source,
             layers=layers,
@@ -81,22 +80,22 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
 
 
 def _are_sound(shapes: list[tuple[int, ...]]) -> bool:
-    """Whether there is one shape of gates and one of prompts."""
+    """Return whether all gates have one shape, and all prompts."""
     return len(shapes) == 2 and shapes[0] == (1,) and len(shapes[1]) == 3 and shapes[1][0] == 1 and shapes[1][1] > 0
 
 
 def check_fit(layers: tuple[int, ...], structure: ModelStructure, source: str) -> None:
-    """Check that PEFT's LLaMA-Adapter in some layers of a model computes what softhooks' does.
+    """Check that PEFT and softhooks compute the same with a LLaMA-Adapter in these layers of a model.
 
     Raises:
-        PromptMismatchError: the layers are not the top ones, or PEFT computes something else in them.
+        PromptMismatchError: these are not the top layers, or PEFT computes something else in them.
     """
     difference = _difference(structure, layers)
     if difference is None:
         return
     raise PromptMismatchError(
-        "PEFT's LLaMA-Adapter computes something else in this model; it is the same only in the top layers of Llama and Mistral, "
-        "after output projections without a bias.",
+        "PEFT computes a LLaMA-Adapter differently in these layers; the results are equal only in the top layers of Llama and "
+        "Mistral with output projections without a bias.",
         "Train the adapter with softhooks.",
         prompt=f"layers {layers[0]} to {layers[-1]} ({source})",
         model=difference,
@@ -104,7 +103,7 @@ def check_fit(layers: tuple[int, ...], structure: ModelStructure, source: str) -
 
 
 def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
-    """The properties of a model that make PEFT compute something else in these layers; None if there are none."""
+    """Return the properties of a model that make PEFT compute something else in these layers, or None."""
     stack = structure.entry
     sites = stack.sites_of("self")
     config: Any = getattr(stack.module, "config", None)
@@ -120,10 +119,10 @@ def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
 
 
 def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
-    """The property of an adapter that PEFT's format cannot hold, and the supported ones; None if there is no such property.
+    """Return a property of an adapter that PEFT's format does not support, with the supported alternative, or None.
 
     Args:
-        structure: of the model; an adapter cannot be written without it, because its file does not tell of biases.
+        structure: the model's structure, which is required because the file of an adapter does not record biases.
     """
     options = stored.options
     if options["scale_and_bias"] or options["early_fusion"] or options["context_size"] is not None:
@@ -144,7 +143,7 @@ def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[st
 
 
 def parts(stored: StoredPrompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's config and tensors of an adapter without an obstacle; PEFT's gates are raw, so tanh is applied here."""
+    """Return PEFT's config and tensors of a supported adapter; PEFT's gates are raw, so tanh is applied here."""
     options, tables = stored.options, stored.tables
     layers = sum(run[0] for run in stored.stacks["text"]["self"])
     count = layers if options["num_layers"] is None else options["num_layers"]

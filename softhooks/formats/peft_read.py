@@ -33,28 +33,28 @@ def read(folder: Path) -> StoredPrompt:
     """Read an adapter of PEFT.
 
     Raises:
-        CheckpointError: it is of another type, a pickle, or its tensors do not match its config.
+        CheckpointError: the adapter is of another type, it is a pickle, or its tensors do not match its config.
     """
     config = read_json(folder / CONFIG)
     require_kind(config, folder / CONFIG)
     path = folder / TENSORS
     if not path.is_file() and (folder / _PICKLE).is_file():
         raise CheckpointError(
-            f"{folder / _PICKLE} is a pickle, and pickles are never read. Save the adapter as safetensors with PEFT."
+            f"{folder / _PICKLE} is a pickle, and pickles are not read. Save the adapter as safetensors with PEFT."
         )
     return parse(config, read_tensors(path)[0], str(path))
 
 
 def require_kind(config: dict[str, Any], source: object) -> None:
-    """Check that an adapter is of a type that softhooks has too.
+    """Check that an adapter is of a type that softhooks supports.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the type is not supported.
     """
     kind = config.get("peft_type")
     if kind not in KINDS:
         raise CheckpointError(
-            f"an adapter of PEFT with peft_type {kind!r} cannot be loaded as a prompt.",
+            f"the adapter of PEFT has peft_type {kind!r} and cannot be loaded as a prompt.",
             "Load other adapters with PEFT; a prompt of softhooks can be attached over them.",
             file=source,
             supported=", ".join(KINDS),
@@ -65,8 +65,8 @@ def parse(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> St
     """Read a prompt from the config and the tensors of an adapter, from a file or from a live PEFT model.
 
     Args:
-        config: as JSON holds it.
-        tensors: as PEFT saves them; those that are used are removed.
+        config: the config of the adapter, as JSON values.
+        tensors: the tensors that PEFT saves; used tensors are removed.
         source: the name of the adapter in errors.
 
     Raises:
@@ -85,13 +85,13 @@ def parse(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> St
 
 
 def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Read an adapter whose prompt is one table."""
+    """Read an adapter with a prompt that is a single table."""
     kind, table, count = config["peft_type"], tensors.pop(TABLE, None), config.get("num_virtual_tokens")
     is_count = isinstance(count, int) and not isinstance(count, bool) and count > 0
     copies = _copies(config) if kind in (*_ROW_KINDS, _MULTITASK) else 1
     if table is None or not is_count or table.dim() != 2 or table.shape[0] != count * copies:  # type: ignore[operator]
         raise CheckpointError(
-            "the adapter does not hold one row for each virtual token (two in an encoder-decoder).",
+            "the adapter does not have one row for each virtual token (two in an encoder-decoder).",
             _AGAIN,
             file=source,
             prompt_embeddings="absent" if table is None else list(table.shape),
@@ -107,7 +107,7 @@ def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str)
 
 
 def _copies(config: dict[str, Any]) -> int:
-    """How many times P rows are stored: in an encoder-decoder twice (the encoder's first), unless the config says once."""
+    """Return how often the P rows are stored: twice in an encoder-decoder (the encoder's first), unless the config differs."""
     if config.get("task_type") != "SEQ_2_SEQ_LM":
         return 1
     return 1 if config.get("num_transformer_submodules") == 1 else 2
@@ -121,7 +121,7 @@ def _rows(
     others: dict[str, Tensor],
     source: str,
 ) -> StoredPrompt:
-    """Make a prompt of embedding rows. P-tuning's are folded already; the decoder's rows are dropped: generation ignores them."""
+    """Make a prompt of embedding rows. P-tuning is already folded; the decoder's rows, which generation ignores, are dropped."""
     task = config.get("task_type")
     stacks: dict[str, dict[str, Any]] = {"text": {}}
     if task == "SEQ_2_SEQ_LM":
@@ -134,7 +134,7 @@ def _rows(
 def _multitask(
     table: Tensor, tensors: dict[str, Tensor], config: dict[str, Any], source: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the encoder's P* and each task's u and v; a single task is folded. -> options, tables."""
+    """Read the encoder's P* and the u and v of each task; fold a single task. -> options, tables."""
     left, right = tensors.pop("prefix_task_cols", None), tensors.pop("prefix_task_rows", None)
     tasks, rank, count = (config.get(key) for key in ("num_tasks", "num_ranks", "num_virtual_tokens"))
     shapes = [None if part is None else list(part.shape) for part in (left, right)]
@@ -142,7 +142,7 @@ def _multitask(
     are_floats = all(part is None or part.is_floating_point() for part in (table, left, right))
     if left is None or right is None or shapes != expected or not are_floats:
         raise CheckpointError(
-            "the multitask prompt does not hold the row and column vectors of each task.",
+            "the multitask prompt does not have the row and column vectors of each task.",
             _AGAIN,
             file=source,
             found=dict(zip(("prefix_task_cols", "prefix_task_rows"), shapes, strict=True)),
@@ -150,24 +150,24 @@ def _multitask(
         )
     options = {"num_virtual_tokens": count, "tasks": tasks, "rank": rank}
     shared, left, right = table[:count].float(), left[:, :count].float(), right.mT.float()
-    if tasks == 1:  # summed by hand, as in training: a matrix product may use fewer bits
+    if tasks == 1:  # an explicit sum, as in training: a matrix product may use lower precision
         return options, {EMBEDDINGS: shared * (left[0][:, None, :] * right[0][None, :, :]).sum(-1)}
     return options, {"shared": shared, "left": left.flatten(0, 1), "right": right.flatten(0, 1)}
 
 
 def _prefix(table: Tensor, config: dict[str, Any], others: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Make a prefix, whose MLP PEFT has folded already, or a cartridge; PEFT does not save a cartridge's document."""
+    """Make a prefix, with the MLP already folded by PEFT, or a cartridge; PEFT does not save the document of a cartridge."""
     task = config.get("task_type")
     if task == "SEQ_2_SEQ_LM":
         raise CheckpointError(
-            f"{source} is a prefix of PEFT for an encoder-decoder, which shares one table between layers and has none for the "
-            "encoder; softhooks cannot load it. Train a prefix with softhooks."
+            f"{source} is a prefix of PEFT for an encoder-decoder, with one table for all layers and none for the encoder; "
+            "softhooks cannot load such a prefix. Train a prefix with softhooks."
         )
     layers, width, heads = (config.get(key) for key in ("num_layers", "token_dim", "num_attention_heads"))
     sizes = [value for value in (layers, width, heads) if isinstance(value, int) and value > 0]
     if len(sizes) < 3 or sizes[1] % sizes[2] or table.shape[1] != 2 * sizes[0] * sizes[1]:
         raise CheckpointError(
-            "the prefix does not hold a key and a value for each layer.",
+            "the prefix does not have a key and a value for each layer.",
             _AGAIN,
             file=source,
             prompt_embeddings=list(table.shape),
@@ -187,7 +187,7 @@ def _prefix(table: Tensor, config: dict[str, Any], others: dict[str, Tensor], so
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """The options of the method. PEFT always trains CPT on the context's loss; without labels in the types there is none."""
+    """Return the method's options. PEFT always trains CPT with the loss on the context, if the types mark its labels."""
     options = {"num_virtual_tokens": config["num_virtual_tokens"]}
     if config["peft_type"] != "CPT":
         return options
@@ -210,6 +210,6 @@ def _heads(tensors: dict[str, Tensor], source: str) -> dict[str, dict[str, Tenso
     for name, tensor in tensors.items():
         parts = name.removeprefix(_PREFIX).split(".")
         if not name.startswith(_PREFIX) or len(parts) < 2:
-            raise CheckpointError(f"{source} holds {name!r}, which is neither a prompt nor the parameter of a head.")
+            raise CheckpointError(f"{source} contains {name!r}, which is neither a prompt nor a parameter of a head.")
         heads.setdefault(parts[0], {})[".".join(parts[1:])] = tensor
     return heads

@@ -1,7 +1,7 @@
 """Write prompts in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-A prompt is written only if PEFT computes the same with it: for text without padding PEFT then gives the logits that softhooks
-gives. Other prompts, such as the prefix of an encoder-decoder, are refused.
+A prompt is written only if PEFT computes the same with it: for text without padding, PEFT and softhooks then return the same
+logits. Other prompts, such as the prefix of an encoder-decoder, are refused.
 
 Source: the format of PEFT 0.21.
 """
@@ -32,22 +32,22 @@ Adapter = tuple[dict[str, Any], dict[str, Tensor]]
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 _KNOWN_TASKS = (*_TASKS.values(), "CAUSAL_LM", "SEQ_2_SEQ_LM")
 _UNBOUNDED = 1e9
-"""The bound that PEFT gets where softhooks has none; with infinity PEFT computes NaN."""
+"""The bound written for PEFT if softhooks has no bound; PEFT computes NaN with infinity."""
 
 _PREFIXED_ENCODERS = ("Bert", "Roberta", "XLMRoberta")
-"""The encoders that can take PEFT's prefix: they have a cache, because they can be decoders too."""
+"""The encoders that support PEFT's prefix: they have a cache because they can also be decoders."""
 
 
 def adapter_of(
     stored: StoredPrompt, model: nn.Module | None = None, structure: ModelStructure | None = None
 ) -> Adapter:
-    """Make PEFT's config and tensors of a prompt.
+    """Convert a prompt to PEFT's config and tensors.
 
     Args:
-        model, structure: the model that the prompt is on; None if only its file is known.
+        model, structure: the model with the prompt, or None if only the file of the prompt is known.
 
     Raises:
-        UnsupportedMethodError: PEFT has no equal.
+        UnsupportedMethodError: PEFT's format has no equivalent.
     """
     task = _task(stored, model)
     if stored.added_ids:
@@ -81,7 +81,7 @@ def write(adapter: Adapter, folder: Path) -> None:
 
 
 def _shape(stored: StoredPrompt, width: int) -> dict[str, Any]:
-    """The sizes in the config of every prompt of PEFT; PEFT fills in those that are None."""
+    """Return the size entries that the config of every PEFT prompt has; PEFT fills in entries that are None."""
     runs = next(iter(stored.stacks.values()), {}).get("self") or []
     return {
         "num_virtual_tokens": stored.options["num_virtual_tokens"],
@@ -93,10 +93,10 @@ def _shape(stored: StoredPrompt, width: int) -> dict[str, Any]:
 
 
 def _front_rows(stored: StoredPrompt, task: str) -> Tensor:
-    """The rows of a prompt at the front, [P, H].
+    """Return the rows of a prompt at the front, [P, H].
 
     Raises:
-        UnsupportedMethodError: the prompt is placed elsewhere, or PEFT would pool a virtual token.
+        UnsupportedMethodError: the prompt is not at the front, or PEFT would pool a virtual token.
     """
     placement = stored.conventions["placement"]
     if placement != "front":
@@ -110,20 +110,20 @@ def _refuse_pooled(stored: StoredPrompt, task: str, what: str) -> None:
     if text is not None and not text.get("causal") and task != "TOKEN_CLS":
         raise _refusal(
             stored,
-            f"{what} in an encoder that classifies the first position, which PEFT gives to a virtual token",
+            f"{what} in an encoder that classifies the first position, which in PEFT is a virtual token",
             "a decoder, an encoder-decoder, or an encoder that classifies tokens",
         )
 
 
 def _rows(stored: StoredPrompt, task: str) -> Adapter:
-    """Embedding rows, those of P-tuning too: its network is folded, and PEFT would make another one."""
+    """Write embedding rows, including those from P-tuning's network, which is folded because PEFT would build a different one."""
     rows = _front_rows(stored, task)
     config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", **_shape(stored, rows.shape[1])}
     return config, {TABLE: rows}
 
 
 def _context(stored: StoredPrompt, task: str) -> Adapter:
-    """A context of CPT: its rows, and the options by which PEFT would train them."""
+    """Write a context of CPT: its rows, and PEFT's options to train them."""
     rows, options = _front_rows(stored, task), stored.options
     bounds = [options[name] for name in ("epsilon_input", "epsilon_format")]
     bounds = [_UNBOUNDED if bound is None else bound for bound in bounds]
@@ -140,7 +140,7 @@ def _context(stored: StoredPrompt, task: str) -> Adapter:
 
 
 def _prefix(stored: StoredPrompt, _task: str) -> Adapter:
-    """A prefix with the same attention in every layer."""
+    """Write a prefix for a model with the same attention shape in every layer."""
     if list(stored.stacks) != ["text"]:
         raise _refusal(stored, "prefixes in an encoder and its decoder", "a prefix in a decoder, or in BERT or RoBERTa")
     text, base_class = stored.stacks["text"], stored.base.class_name
@@ -150,12 +150,12 @@ def _prefix(stored: StoredPrompt, _task: str) -> Adapter:
     runs = text.get("self") or []
     shapes = {tuple(run[1:]) for run in runs}
     if len(shapes) != 1 or any(key != value for _, key, value in shapes):
-        raise _refusal(stored, f"layers of shapes {sorted(shapes)}", "one shape for all keys and values")
+        raise _refusal(stored, f"layers with the shapes {sorted(shapes)}", "one shape for all keys and values")
     (heads, size, _), layers, table = shapes.pop(), sum(run[0] for run in runs), stored.tables["text"]
     if table.shape[1] != 2 * layers * heads * size:
         raise _refusal(stored, "a prefix in some of the layers", "a prefix in every layer")
     expected = {"shift_positions": True}
-    if is_causal and stored.base.sliding_window is not False:  # without sliding windows `windowed` changes nothing
+    if is_causal and stored.base.sliding_window is not False:  # `windowed` has no effect without sliding windows
         expected["windowed"] = True
     differing = {key: value for key, value in stored.conventions.items() if value != expected.get(key, value)}
     if differing:
@@ -172,12 +172,14 @@ def _cartridge(stored: StoredPrompt, task: str) -> Adapter:
 
 
 def _multitask(stored: StoredPrompt, task: str) -> Adapter:
-    """Several tasks; a single one is a plain prompt, which needs no task ids. `RANDOM` keeps PEFT from reading a checkpoint."""
+    """Write several tasks; a single task is a plain prompt without task ids. `RANDOM` keeps PEFT from reading a checkpoint."""
     tables = stored.tables
     if EMBEDDINGS in tables:
         return _rows(stored, task)
     if "text" not in stored.stacks:
-        raise _refusal(stored, "several tasks in an encoder whose decoder PEFT prompts too", "a decoder, or one task")
+        raise _refusal(
+            stored, "several tasks in an encoder-decoder, where PEFT also prompts the decoder", "a decoder, or one task"
+        )
     _refuse_pooled(stored, task, "several tasks")
     length, width = tables["shared"].shape
     left, right = tables["left"].unflatten(0, (-1, length)), tables["right"].unflatten(0, (-1, width)).mT
@@ -210,7 +212,7 @@ _WRITERS: dict[str, Callable[[StoredPrompt, str], Adapter]] = {
 
 
 def _task(stored: StoredPrompt, model: nn.Module | None) -> str:
-    """The task type, by which PEFT chooses the class of its model."""
+    """Return the task type, which determines the class of PEFT's model."""
     name, is_encoder_decoder = stored.base.class_name, len(stored.stacks) == 2
     for ending, task in _TASKS.items():
         if name.endswith(ending) and not is_encoder_decoder:
@@ -219,11 +221,13 @@ def _task(stored: StoredPrompt, model: nn.Module | None) -> str:
         return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
     if not name and stored.base.task in _KNOWN_TASKS:
         return stored.base.task
-    raise _refusal(stored, name or "an unknown model", "a language model, or a sequence or token classifier")
+    raise _refusal(
+        stored, f"a prompt for {name or 'an unknown model'}", "a language model, or a sequence or token classifier"
+    )
 
 
 def _class_generates(name: str) -> bool:
-    """Whether a class of transformers, by name, is a language model that generates."""
+    """Return whether a class of transformers, by name, is a language model that generates."""
     from transformers import PreTrainedModel
 
     found = class_of_transformers(name)
@@ -232,7 +236,7 @@ def _class_generates(name: str) -> bool:
 
 def _refusal(stored: StoredPrompt, found: str, supported: object) -> UnsupportedMethodError:
     return UnsupportedMethodError(
-        f"PEFT has no equal of {found}.",
+        f"PEFT's format has no equivalent of {found}.",
         "Save the prompt with `save_pretrained(directory)`, and load it with softhooks.",
         supported=supported,
         prompt=stored.source,

@@ -1,7 +1,7 @@
-"""The files of softhooks: `soft_prompt.safetensors`, and `soft_prompt.json` for people.
+"""softhooks' own files: `soft_prompt.safetensors`, and `soft_prompt.json` for people to read.
 
-The safetensors file holds the folded prompt, its heads and its rows of added tokens, and a description of everything else in its
-metadata, so one rename completes a save. `soft_prompt.json` repeats the description, and is never read.
+The safetensors file contains the folded prompt, its heads and its rows of added tokens, with a description of everything else in
+its metadata, so a single rename completes a save. `soft_prompt.json` repeats the description and is never read by softhooks.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from softhooks.prompt_encoder import TableEncoder
 TENSORS = "soft_prompt.safetensors"
 DESCRIPTION = "soft_prompt.json"
 LIVE = "soft_prompt.live.safetensors"
-"""The file of a checkpoint with the live parameters, from which training resumes."""
+"""The file of the live parameters in a checkpoint, from which training resumes."""
 FORMAT = "softhooks"
 """The key of the description in the file's metadata."""
 
 _VERSION = 1
 _PROMPT, _HEAD, _ADDED = "prompt.", "head.", "added."
-"""The beginnings of the names of tensors."""
+"""The prefixes of tensor names."""
 
 _STACKS = ({"text"}, {"encoder", "decoder"})
 _ROLES = ("self", "cross")
@@ -42,7 +42,7 @@ _ADDED_DIMS = {"rows": 2, "output_rows": 2, "output_bias": 1}
 
 
 def write(stored: StoredPrompt, folder: Path) -> None:
-    """Write a prompt; each file appears completely or not at all."""
+    """Write a prompt; each file is written atomically."""
     tensors = {_PROMPT + group: table for group, table in stored.tables.items()}
     for path, state in stored.heads.items():
         for name, value in state.items():
@@ -51,7 +51,7 @@ def write(stored: StoredPrompt, folder: Path) -> None:
     description = _describe(stored)
     description["tensors"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
     write_tensors(folder / TENSORS, tensors, {"format": "pt", FORMAT: json.dumps(description)})
-    if stored.base.fingerprint is not None:  # people compare the digest, not the numbers
+    if stored.base.fingerprint is not None:  # the digest is enough for people
         description["base"]["fingerprint"] = stored.base.fingerprint.digest
     write_json(folder / DESCRIPTION, description)
 
@@ -85,7 +85,7 @@ def read(path: Path) -> StoredPrompt:
     """Read `soft_prompt.safetensors`.
 
     Raises:
-        CheckpointError: it is truncated, of another format, or contradicts itself.
+        CheckpointError: the file is truncated, of another format or inconsistent.
     """
     tensors, metadata = read_tensors(path)
     source = str(path)
@@ -94,19 +94,23 @@ def read(path: Path) -> StoredPrompt:
     description = parse_json(metadata[FORMAT], source)
     version = description.get("format_version")
     if version != _VERSION:
-        raise CheckpointError(f"{source} has format version {version!r}; this softhooks reads {_VERSION}. Upgrade it.")
+        raise CheckpointError(
+            f"{source} has format version {version!r}; this version of softhooks reads {_VERSION}. Upgrade softhooks."
+        )
     if description.get("tensors") != {name: list(tensor.shape) for name, tensor in tensors.items()}:
-        raise CheckpointError(f"{source} holds other tensors or shapes than its description names.")
+        raise CheckpointError(f"the names or shapes of the tensors in {source} differ from its description.")
     tables, heads, added = _sort(tensors, source)
     kind, options, conventions, also_trained, base = (
         description.get(key) for key in ("method", "options", "conventions", "also_trained", "base")
     )
     if not isinstance(kind, str) or not isinstance(options, dict):
-        raise CheckpointError(f"{source} names no method with options; it has {kind!r} with {options!r}.")
+        raise CheckpointError(
+            f"{source} has the method {kind!r} with options {options!r}; it must have a name and an object."
+        )
     if not isinstance(conventions, dict):
-        raise CheckpointError(f"{source} has no object of conventions; it has {conventions!r}.")
+        raise CheckpointError(f"{source} has the conventions {conventions!r}; they must be an object.")
     if not isinstance(also_trained, list) or not all(isinstance(name, str) for name in also_trained):
-        raise CheckpointError(f"{source} has no list of names under 'also_trained'; it has {also_trained!r}.")
+        raise CheckpointError(f"{source} has {also_trained!r} under 'also_trained'; it must be a list of names.")
     base = base if isinstance(base, dict) else {}
     stacks = base.get("stacks")
     if not isinstance(stacks, dict) or set(stacks) not in _STACKS or not all(map(_is_outline, stacks.values())):
@@ -136,7 +140,7 @@ def _sort(
     tables: dict[str, Tensor] = {}
     heads: dict[str, dict[str, Tensor]] = {}
     added: dict[str, Tensor] = {}
-    taken = TableEncoder({})  # a table becomes an attribute of an encoder, and must not replace one
+    taken = TableEncoder({})  # a table becomes an attribute of an encoder, and must not replace an existing attribute
     for name, tensor in tensors.items():
         group = name.removeprefix(_PROMPT)
         if name.startswith(_PROMPT) and group.isidentifier() and not hasattr(taken, group) and tensor.dim() == 2:
@@ -148,12 +152,12 @@ def _sort(
             added[name.removeprefix(_ADDED)] = tensor
         else:
             shape = list(tensor.shape)
-            raise CheckpointError(f"{source} holds {name!r} {shape}, which is no table, head or row of a prompt.")
+            raise CheckpointError(f"{source} contains {name!r} {shape}, which is not a table, head or row of a prompt.")
     return tables, heads, added
 
 
 def _is_outline(stack: Any) -> bool:
-    """Whether a file describes a stack: its direction and, if known, runs of `[layers, heads, key size, value size]`."""
+    """Return whether an entry describes a stack: direction and, if known, runs of `[layers, heads, key size, value size]`."""
     if not isinstance(stack, dict) or not isinstance(stack.get("causal"), bool) or set(stack) - {"causal", *_ROLES}:
         return False
     runs = [stack[role] for role in _ROLES if role in stack]
@@ -165,10 +169,10 @@ def _is_run(run: Any) -> bool:
 
 
 def _read_ids(ids: Any, rows: dict[str, Tensor], source: str) -> tuple[int, ...]:
-    """Read the ids of added tokens, and check that the file holds a row for each.
+    """Read the ids of added tokens, and check that the file has a row for each id.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: ids and rows do not match.
     """
     if ids is None and not rows:
         return ()
@@ -184,7 +188,7 @@ def _read_ids(ids: Any, rows: dict[str, Tensor], source: str) -> tuple[int, ...]
     )
     if not is_sound:
         raise CheckpointError(
-            f"{source} does not hold one row for each added token.",
+            f"{source} does not have one row for each added token.",
             "Save the prompt again.",
             tokens=ids,
             rows={name: list(table.shape) for name, table in rows.items()},

@@ -1,4 +1,4 @@
-"""An outline of a model's stacks: their direction and the shapes of their attention, which a saved prompt depends on."""
+"""An outline of a model's stacks: the properties that a saved prompt depends on, direction and attention shapes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from softhooks.backbone.stack import ModelStructure, Role, Stack
 
 
 def outline(structure: ModelStructure) -> dict[str, dict[str, Any]]:
-    """Outline the stacks of a model, as JSON can hold it.
+    """Outline the stacks of a model as JSON values.
 
     Returns:
-        for each stack whether it is causal and, by role, runs of layers with the same attention: `[layers, heads, key size,
+        for each stack, whether it is causal and, by role, runs of layers with the same attention: `[layers, heads, key size,
         value size]`.
     """
     return {stack.name: {"causal": stack.causal, **_attention_shapes(stack)} for stack in structure.stacks}
@@ -25,5 +25,5 @@ def _attention_shapes(stack: Stack) -> dict[str, list[list[int]]]:
 
 
 def on_one_line(stacks: dict[str, dict[str, Any]]) -> str:
-    """An outline on one line, for errors."""
+    """Format an outline on one line, for errors."""
     return ", ".join(" ".join([name, *[f"{k}={v}" for k, v in stack.items()]]) for name, stack in stacks.items())

@@ -1,4 +1,4 @@
-"""A saved prompt as plain data: the kind of its method, options and tensors, and what is known of its base model."""
+"""A saved prompt as plain data: its method, options and tensors, and the known facts about its base model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class StoredPrompt:
-    """A prompt as a file holds it. `softhooks.methods.stored_options` finds its method and checks the options.
+    """The content of a prompt's file. `softhooks.methods.stored_options` finds the method and checks the options.
 
     Attributes:
-        kind: the kind of its method, such as `prompt_tuning`.
-        options: the method's options, as JSON holds them; not checked here.
+        kind: the kind of the method, such as `prompt_tuning`.
+        options: the method's options as JSON values; not checked here.
         tables: the folded prompt by group, [P, numbers].
-        heads: state dicts of its heads, by path.
-        conventions: placement, shifted positions, ...: how a forward treats the prompt; not checked here.
+        heads: the state dicts of the heads, by path.
+        conventions: the assumptions about the forward (placement, shifted positions, ...); not checked here.
         source: the file, or another name for errors.
-        stacks: what is known of the base's stacks, as `outline` describes those of a model.
-        base: what is known of the base model.
+        stacks: the known facts about the base model's stacks, in the form of `outline`.
+        base: the known facts about the base model.
         also_trained: names of base parameters that were trained with the prompt and are not in the file.
         adapter_layers: the layers of a LLaMA-Adapter that PEFT wrote.
-        labels: the names of its heads' labels, where they are known.
+        labels: the label names of the heads, or None if unknown.
         added: the prompt's own rows of the vocabulary, by name.
         added_ids: the ids of these rows.
     """
@@ -52,7 +52,7 @@ class StoredPrompt:
     added_ids: tuple[int, ...] = ()
 
     def require_finite(self) -> None:
-        """Check the tensors of a file.
+        """Check that all tensors are finite.
 
         Raises:
             CheckpointError: a tensor has infinite numbers or NaN, or is not floating-point.
@@ -62,19 +62,19 @@ class StoredPrompt:
             is_float = tensor.dtype in _FLOATS
             if not is_float or not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
-                    f"the tensor {name!r} holds {'infinite numbers or NaN' if is_float else tensor.dtype}, not finite floats.",
+                    f"the tensor {name!r} contains {'infinite numbers or NaN' if is_float else tensor.dtype}, not finite floats.",
                     "Use a checkpoint from before the training diverged.",
                     file=self.source,
                 )
 
     def require_base(self, model: nn.Module, structure: ModelStructure, override: str = OVERRIDE) -> None:
-        """Check that a model is the base model that the prompt was trained with, as far as that is known.
+        """Check that a model is the base model of the prompt, as far as the base model is known.
 
         Args:
-            override: what else the user can do, for the error.
+            override: another remedy, for the error.
 
         Raises:
-            PromptMismatchError: it is another one.
+            PromptMismatchError: the model is not the base model.
         """
         has_adapters = any("lora_" in name for name in self.also_trained)
         require_base(self.base, model, structure, self.source, has_adapters=has_adapters, override=override)

@@ -1,1 +1,1 @@
-"""Where virtual tokens go among the text: in templates over the fields of a data set, or inserted into tokenized batches."""
+"""The positions of virtual tokens in the text: from templates over the fields of a data set, or inserted into tokenized rows."""

@@ -1,4 +1,4 @@
-"""Anchors: tokens or words of a text that virtual tokens are placed next to, found in its ids."""
+"""Anchors: tokens or words next to which virtual tokens are placed, found in the ids of a text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ AnchorValue = str | int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Anchor:
-    """A token or words that slots are placed next to.
+    """A token or words next to which slots are placed.
 
     Attributes:
-        value: what the user gave: a token or words, an id, or several ids.
-        ids: each sequence of ids that the words may have in a text; empty until a tokenizer is known.
+        value: the value that the user passed: a token or words, an id, or several ids.
+        ids: the sequences of ids that the words can have in a text; empty until a tokenizer is known.
     """
 
     value: AnchorValue
@@ -42,8 +42,8 @@ class Anchor:
         """Find the anchor in each row.
 
         Args:
-            ids, mask: the text's, [B, T]; padding never matches, whatever its id.
-            which: which place to take if there are several.
+            ids, mask: the ids and mask of the text, [B, T]; padding never matches, regardless of its id.
+            which: which match to take if there are several.
 
         Returns:
             whether the row has the anchor, and the number of real tokens before its start and before its end; [B] each.
@@ -61,7 +61,7 @@ class Anchor:
             pattern = torch.tensor(sequence, device=ids.device)
             matches = (ids.unfold(1, length, 1) == pattern).all(-1) & real.unfold(1, length, 1).all(-1)
             places = torch.arange(matches.shape[1], device=ids.device)
-            # One number ranks the matches: by column first, then by length, as the longer match is the more specific.
+            # One number ranks the matches: by column, then by length, because a longer match is more specific.
             rank = (columns - places if which == "first" else places + 1) * (columns + 1) + length
             rank = torch.where(matches, rank, -1)
             found, column = rank.max(-1)
@@ -73,21 +73,21 @@ class Anchor:
 
 
 def anchor_of(value: Any, tokenizer: Any) -> Anchor:
-    """Make an anchor of what a user gave.
+    """Make an anchor from a user's value.
 
     Raises:
-        OptionError: it is neither words nor ids.
+        OptionError: the value is neither words nor ids.
     """
     if isinstance(value, str) and value.strip():
         return Anchor(value) if tokenizer is None else Anchor(value).bound(tokenizer)
     row = (value,) if isinstance(value, int) else value
     if not isinstance(row, (tuple, list)) or not row or not all(is_int(item, 0) for item in row):
-        raise OptionError(f"an anchor must be a token, words, an id, or a tuple of ids; it is {value!r}.")
+        raise OptionError(f"the anchor {value!r} is not a token, words, an id, or a tuple of ids.")
     return Anchor(value if isinstance(value, int) else tuple(row), (tuple(row),))
 
 
 def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Tokenize words as one token of the vocabulary, as the start of a text, and after a space."""
+    """Tokenize words as a single token of the vocabulary, at the start of a text, and after a space."""
     tokenizer = tokenizer_of(tokenizer)
     sequences: list[tuple[int, ...]] = []
     token = tokenizer.convert_tokens_to_ids(words)
@@ -99,8 +99,8 @@ def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
             sequences.append(row)
     if not sequences:
         raise OptionError(
-            f"the tokenizer has no ids for the anchor {words!r}; it only gives {tokenizer.unk_token!r}.",
-            "Give another anchor, or its ids as a tuple.",
+            f"the tokenizer has no ids for the anchor {words!r}; it only returns {tokenizer.unk_token!r}.",
+            "Choose another anchor, or pass its ids as a tuple.",
             anchor=repr(words),
             tokenizer=type(tokenizer).__name__,
         )
@@ -111,10 +111,10 @@ def anchors_from(value: Any, option: str, tokenizer: Any) -> list[tuple[Anchor, 
     """Read the option `after` or `before`: anchors, and the number of slots next to each.
 
     Raises:
-        OptionError: it is not such a mapping.
+        OptionError: the value is not such a mapping.
     """
     if not isinstance(value, dict):
-        raise OptionError(f"{option} must map anchors to numbers of slots, such as {{'?': 2}}; it is {value!r}.")
+        raise OptionError(f"{option} is {value!r}; it must map anchors to numbers of slots, such as {{'?': 2}}.")
     for anchor, count in value.items():
         check_int(f"{option}[{anchor!r}]", count)
     return [(anchor_of(anchor, tokenizer), count) for anchor, count in value.items()]
@@ -124,9 +124,9 @@ def ids_from_json(value: Any) -> Sequence[tuple[int, ...]]:
     """Read sequences of ids from a file.
 
     Raises:
-        OptionError: they are not lists of ids.
+        OptionError: the value is not a list of lists of ids.
     """
     rows = value if isinstance(value, list) else None
     if rows is None or not all(isinstance(row, list) and row and all(is_int(item, 0) for item in row) for row in rows):
-        raise OptionError(f"a layout's ids must be lists of whole numbers; they are {value!r}.")
+        raise OptionError(f"the ids of a layout are {value!r}; they must be lists of whole numbers.")
     return [tuple(row) for row in rows]

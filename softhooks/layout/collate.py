@@ -1,4 +1,4 @@
-"""The mapper and the data collator of a template: rows of fields become ids, slots and labels."""
+"""The mapper and the data collator of a template, which convert rows of fields to ids, slots and labels."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ class Mapper:
     chat: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Check that the template has what is to be predicted."""
+        """Check that the template contains the target field or the mask to predict."""
         fields = self.template.fields
         masks = sum(part.kind == "mask" for part in self.template.parts)
         if self.target is not None and self.verbalizer is not None:
-            raise OptionError("target and verbalizer are both given, and both make labels; give one of them.")
+            raise OptionError("target and verbalizer are both given, and both make labels; pass one of them.")
         if self.target is not None and fields.count(self.target) != 1:
-            raise OptionError(f"target must be a field that the template has once: {fields}; it is {self.target!r}.")
+            raise OptionError(
+                f"target is {self.target!r}; it must be one of the template's fields {fields} that occurs once."
+            )
         if self.verbalizer is not None and masks != 1:
-            raise OptionError(f"the template has {masks} masks; a verbalizer needs one {{mask}}.")
+            raise OptionError(f"the template has {masks} masks; a verbalizer needs exactly one {{mask}}.")
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """Render a row, or a batch of columns."""
@@ -61,10 +63,10 @@ class Mapper:
         return found if labels is None else found | {"labels": labels}
 
     def labeled(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Take a rendered row; with a verbalizer, add the labels of its class if it has none.
+        """Return a rendered row; with a verbalizer, add the labels of its class if it has no labels.
 
         Raises:
-            OptionError: the row does not have the mask once.
+            OptionError: the row does not have exactly one mask.
         """
         found = dict(row)
         if self.verbalizer is None or "labels" in row or self.label not in row:
@@ -72,7 +74,9 @@ class Mapper:
         ids = [int(token) for token in row["input_ids"]]
         places = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if len(places) != 1:
-            raise OptionError(f"a rendered row has the mask {len(places)} times; it must have it once, for its class.")
+            raise OptionError(
+                f"a rendered row contains {len(places)} masks; it must contain exactly one, for its class."
+            )
         labels = [IGNORE_INDEX] * len(ids)
         labels[places[0]] = self.verbalizer.token(int(row[self.label]))
         return found | {"labels": labels}
@@ -93,16 +97,16 @@ class Mapper:
 
 @dataclass
 class Collator:
-    """Collates rows of fields, or rows that are rendered already.
+    """Collates rows of fields or rendered rows.
 
-    Padding is on the tokenizer's side. Only the attention mask tells it apart, as its id may be that of a real token.
+    Padding is on the tokenizer's side. Only the attention mask identifies padding, because its id may also be a real token's.
     """
 
     mapper: Mapper
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All columns of the data that a batch is made of: those of rendered rows, the template's fields, and the class."""
+        """The columns of the data from which batches are made: the columns of rendered rows, the fields, and the class."""
         rendered = [*self.mapper.tokenizer.model_input_names, COLUMN, *_LABELS]
         return tuple(dict.fromkeys([*rendered, *self.mapper.template.fields, self.mapper.label]))
 
@@ -133,7 +137,7 @@ class Collator:
         fields = self.mapper.template.fields
         if fields and not any(name in example for name in fields):
             raise OptionError(
-                "the rows have none of the template's fields, and are not rendered.",
+                "the rows are not rendered and have none of the template's fields.",
                 "A Trainer removes columns that the model's forward does not name: train with `SoftPromptCallback`, which "
                 "keeps them, or set `TrainingArguments(remove_unused_columns=False)`.",
                 fields=", ".join(fields),
@@ -142,7 +146,7 @@ class Collator:
 
 
 def padded_labels(labels: Sequence[Any], mask: Tensor) -> Tensor:
-    """Pad the labels of rows with -100 as the mask says; stack labels that are classes.
+    """Pad the labels of rows with -100 according to the mask; stack labels that are classes.
 
     Shape:
         one entry for each row, or one for each token; mask [B, T] -> [B] or [B, T]

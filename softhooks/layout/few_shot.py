@@ -1,4 +1,4 @@
-"""Few-shot contexts of context-aware prompt tuning: examples become ids, with a type for every token."""
+"""Few-shot contexts of context-aware prompt tuning: conversion of examples to ids, with a type for every token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softhooks.layout.rendering import encode, text_of
 from softhooks.layout.template import Part, parse
 
 SEPARATOR, INPUT_FORMAT, INPUT, LABEL_FORMAT, LABEL = range(5)
-"""The kinds of tokens. The type of a token is 0 for a separator, and else 4i + its kind, in example i."""
+"""The kinds of tokens. The type of a token in example i is 4i + its kind; the type of a separator is 0."""
 
 _LABEL, _SEPARATOR = "label", "sep"
 
@@ -25,13 +25,13 @@ class Context:
 
     Args:
         ids: the ids, [P].
-        types: their types, [P].
+        types: the types of the tokens, [P].
 
     Attributes:
-        examples: the example that each token belongs to; a separator belongs to the example before it, or to -1.
+        examples: the example of each token; a separator belongs to the example before it, or to -1.
 
     Raises:
-        OptionError: ids and types do not match, examples are not numbered 0, 1, 2, ..., or no token may move.
+        OptionError: ids and types do not match, examples are not numbered 0, 1, 2, ..., or no token is movable.
     """
 
     ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class Context:
         """Check the types against each other."""
         if len(self.ids) != len(self.types) or not self.ids:
             raise OptionError(
-                f"context_ids has {len(self.ids)} entries and token_types {len(self.types)}; they must be as long as each other, "
+                f"context_ids has {len(self.ids)} entries and token_types {len(self.types)}; both must have the same length, "
                 "1 or more."
             )
         if min(*self.ids, *self.types, 0) < 0:
@@ -55,7 +55,7 @@ class Context:
                 raise OptionError(
                     f"token_types goes from example {last} to example {own}; examples are numbered in order, with types 4i+1 to "
                     "4i+4 in example i, and 0 for separators.",
-                    "Make them with `examples=`, `template=` and `tokenizer=`, or count from 0 without a gap.",
+                    "Pass `examples=`, `template=` and `tokenizer=` instead, or number the examples from 0 without a gap.",
                     token=f"{place}, of type {token_type}",
                     example=own,
                     after_example=last,
@@ -65,7 +65,7 @@ class Context:
         object.__setattr__(self, "examples", tuple(examples))
         if not self.movable:
             raise OptionError(
-                f"token_types must let a token move, one of the types 4i+1, 4i+2 or 4i+3; they are {set(self.types)}."
+                f"token_types has the types {set(self.types)}; it must have a token of type 4i+1, 4i+2 or 4i+3, which is movable."
             )
 
     @property
@@ -80,7 +80,7 @@ class Context:
 
     @property
     def movable(self) -> list[int]:
-        """The places of tokens that are trained."""
+        """The places of the tokens that are trained."""
         return [place for place, kind in enumerate(self.kinds) if kind not in (SEPARATOR, LABEL)]
 
     @property
@@ -92,21 +92,21 @@ class Context:
         """Check that every example has a label, with a token before it that predicts it.
 
         Raises:
-            OptionError: naming the example.
+            OptionError: an example has no such label; the error names it.
         """
         labeled = {self.examples[place] for place in self.labels if place > 0}
         missing = [example for example in range(self.count) if example not in labeled]
         if missing or 0 in self.labels:
             example = missing[0] if missing else 0
             raise OptionError(
-                f"example {example} needs a label (type 4i+4) with a token before it, for the loss over the context.",
+                f"example {example} has no label (type 4i+4) with a token before it, which the loss over the context needs.",
                 "Mark the labels, or choose context_loss=False.",
                 example=example,
                 types=[t for t, own in zip(self.types, self.examples, strict=True) if own == example],
             )
 
     def example_of(self, row: Sequence[int]) -> int:
-        """Return the example with the same ids as a row, up to its label; -1 if there is none."""
+        """Return the example with the same ids as a row, up to its label, or -1 if there is none."""
         for example in range(self.count):
             own = [place for place, number in enumerate(self.examples) if number == example]
             labels = [place for place in own if place in set(self.labels)]
@@ -116,24 +116,24 @@ class Context:
 
 
 class ExampleTemplate:
-    """The template of an example: text with fields in braces, the last of them `{label}`.
+    """The template of an example: text with fields in braces, of which `{label}` is the last.
 
-    Text before the last input is the format of the input, text after it the format of the label. `{sep}` is a separator, which
-    never moves, and ends the format of the input. Each part is tokenized separately, so that no token spans two of them; spaces
-    before a field belong to it.
+    Text before the last input is the format of the input, and text after it is the format of the label. `{sep}` is a separator,
+    which never moves and ends the format of the input. Each part is tokenized separately, so that no token spans two parts;
+    spaces before a field belong to the field.
 
     Args:
         template: such as "Text: {input}{sep}Label: {label}".
-        separator: the text between examples, and after the last.
+        separator: the text between examples and after the last example.
         inner: the text of `{sep}`.
 
     Raises:
-        OptionError: it cannot be parsed, has no input, or `{label}` is not its last field.
+        OptionError: the template cannot be parsed, has no input, or `{label}` is not its last field.
     """
 
     def __init__(self, template: str, separator: str, inner: str) -> None:
         if not isinstance(template, str):
-            raise OptionError(f"template must be a text with fields, such as 'Text: {{input}}'; it is {template!r}.")
+            raise OptionError(f"template is {template!r}; it must be a text with fields, such as 'Text: {{input}}'.")
         self.separator = separator
         self.inner = inner
         self.parts = parse(template)
@@ -142,14 +142,14 @@ class ExampleTemplate:
         other = [part.kind for part in self.parts if part.kind not in ("text", "field")]
         if fields.count(_LABEL) != 1 or fields[-1] != _LABEL or not self.inputs or other:
             raise OptionError(
-                f"the fields of the template are {fields}; it must have inputs and then {{label}}, once, and no slots or masks.",
-                "Write it such as 'Text: {input}{sep}Label: {label}'.",
+                f"the fields of the template are {fields}; they must be inputs and then one {{label}}, without slots or masks.",
+                "Use a template such as 'Text: {input}{sep}Label: {label}'.",
                 template=repr(template),
                 fields=", ".join(fields) or "none",
             )
 
     def context(self, examples: Iterable[Any], tokenizer: Any) -> Context:
-        """Concatenate examples, after the tokenizer's BOS token if it has one.
+        """Concatenate examples after the tokenizer's BOS token, if it has one.
 
         Args:
             examples: mappings with the template's fields, or pairs of input and label.
@@ -169,7 +169,7 @@ class ExampleTemplate:
         return Context(tuple(ids), tuple(types))
 
     def row(self, fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
-        """Return the ids of a row up to its label, without BOS, and those of its label."""
+        """Return the ids of a row up to its label, without BOS, and the ids of its label."""
         pieces = self._pieces(fields, tokenizer)
         end = next((place for place, (_, kind) in enumerate(pieces) if kind == LABEL), None)
         if end is None:
@@ -180,7 +180,7 @@ class ExampleTemplate:
         """Return the fields of an example, which may be a pair of input and label.
 
         Raises:
-            OptionError: it is neither a mapping nor a pair, or a pair for several inputs.
+            OptionError: the example is neither a mapping nor a pair, or it is a pair but the template has several inputs.
         """
         if isinstance(example, Mapping):
             return dict(example)
@@ -190,16 +190,16 @@ class ExampleTemplate:
         raise OptionError(
             "an example must be a mapping with the template's fields, or a pair of input and label if there is one input; it is "
             f"{example!r}.",
-            "Give it such as {'input': 'a text', 'label': 'its label'}.",
+            "Pass an example such as {'input': 'a text', 'label': 'its label'}.",
             fields=", ".join([*self.inputs, _LABEL]),
             example=repr(example),
         )
 
     def _pieces(self, fields: Mapping[str, Any], tokenizer: Any) -> list[tuple[list[int], int]]:
-        """Return the ids and the kind of each part; the label of a row without one has no ids."""
+        """Return the ids and the kind of each part; if a row has no label, its label part has no ids."""
         if tokenizer is None:
             raise OptionError(
-                "a template needs a tokenizer; none is given. Pass `tokenizer=`: the model's, or its name."
+                "a template needs a tokenizer, but none is given. Pass `tokenizer=`: the model's tokenizer or its name."
             )
         last = max(place for place, part in enumerate(self.parts) if part.text in self.inputs and part.kind == "field")
         seps = [place for place, part in enumerate(self.parts) if part.kind == "field" and part.text == _SEPARATOR]
@@ -225,14 +225,14 @@ def whole_numbers(value: Any, option: str) -> tuple[int, ...]:
     """Copy a sequence or a tensor of whole numbers to a tuple.
 
     Raises:
-        OptionError: it has other values.
+        OptionError: a value is not a whole number.
     """
     listed = value.tolist() if isinstance(value, Tensor) else value
     if not isinstance(listed, Iterable) or isinstance(listed, str):
-        raise OptionError(f"{option} must be a list of whole numbers; it is {value!r}.")
+        raise OptionError(f"{option} is {value!r}; it must be a list of whole numbers.")
     numbers = []
     for item in listed:
         if isinstance(item, bool) or not hasattr(item, "__index__"):
-            raise OptionError(f"{option} must be a list of whole numbers; it holds {item!r}.")
+            raise OptionError(f"{option} contains {item!r}; it must be a list of whole numbers.")
         numbers.append(operator.index(item))
     return tuple(numbers)

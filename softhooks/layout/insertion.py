@@ -1,4 +1,4 @@
-"""Layouts for batches that are already tokenized: slots at the ends of a row, and next to anchors that are found in it."""
+"""Layouts for tokenized batches: slots at the ends of a row and next to anchors, which are found in the row's ids."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class Group:
     """Adjacent slots.
 
     Attributes:
-        at: before a row's first token (`start`), after it (`first`), `after` or `before` an anchor, or after the last token.
+        at: the place: before a row's first token (`start`), after it (`first`), `after` or `before` an anchor, or after the
+            last token.
         count: the number of slots.
-        anchor: the anchor that they are placed `after` or `before`.
+        anchor: the anchor of slots that are placed `after` or `before` an anchor.
     """
 
     at: At
@@ -39,11 +40,11 @@ class Insertion:
 
     Attributes:
         groups: the slots, in order.
-        which: which place to take in a row that has an anchor more than once.
-        missing: whether a row without an anchor is an error, or skips the anchor's slots.
+        which: which match to take in a row that has an anchor more than once.
+        missing: whether a row without an anchor is an error or skips the anchor's slots.
 
     Raises:
-        OptionError: there are no slots, or `which` or `missing` is not one of its words.
+        OptionError: there are no slots, or `which` or `missing` has an unknown value.
     """
 
     groups: tuple[Group, ...]
@@ -53,16 +54,16 @@ class Insertion:
     def __post_init__(self) -> None:
         """Check the options."""
         if not self.groups:
-            raise OptionError("the layout has no slots: start, after, before and end are all empty. Give one of them.")
+            raise OptionError("the layout has no slots: start, after, before and end are all empty. Pass one of them.")
         if self.which not in ("first", "last") or self.missing not in ("error", "skip"):
             raise OptionError(
-                "which must be 'first' or 'last', and missing 'error' or 'skip'; they are "
-                f"{self.which!r} and {self.missing!r}."
+                f"which is {self.which!r} and missing is {self.missing!r}; which must be 'first' or 'last', and missing "
+                "'error' or 'skip'."
             )
 
     @property
     def placement(self) -> str:
-        """The name that is stored with a prompt: `front`, `after_first`, `end`, or `layout` for any other."""
+        """The name that is saved with a prompt: `front`, `after_first`, `end`, or `layout` for any other placement."""
         return _PLACEMENTS.get(self.groups[0].at, "layout") if len(self.groups) == 1 else "layout"
 
     @property
@@ -103,15 +104,15 @@ class Insertion:
 
     @property
     def starts(self) -> dict[int, int]:
-        """The rows of the table that are initialized from words, with their ids: none."""
+        """The rows of the table that are initialized from words; always empty."""
         return {}
 
     def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
-        """Find the anchors in a batch, and so the place of each slot; see `Layout.places`."""
+        """Find the anchors in a batch and the place of each slot; see `Layout.places`."""
         real = mask.bool().sum(-1)
         offsets, live = [], []
         for group in self.groups:
-            # The offset of a slot is the number of real tokens before it: 0 at the start, 1 after the first token.
+            # The offset of a slot is the number of real tokens before the slot: 0 at the start, 1 after the first token.
             found = torch.ones_like(real, dtype=torch.bool)
             offset = {"first": torch.ones_like(real), "end": real}.get(group.at, torch.zeros_like(real))
             if group.anchor is not None:
@@ -125,7 +126,7 @@ class Insertion:
     def _ids(self, ids: Tensor | None) -> Tensor:
         if ids is None:
             raise UnsupportedModeError(
-                "the call has no `input_ids`, and the layout has slots next to anchors, which are found in ids.",
+                "the call has no `input_ids`, in which the layout finds the anchors of its slots.",
                 "Pass ids instead of embeddings, or use a layout with start and end only.",
                 layout=self,
             )
@@ -136,8 +137,8 @@ class Insertion:
             return
         lacking = [rows[i] for i, is_there in enumerate(found.tolist()) if not is_there]
         raise UnsupportedModeError(
-            f"{len(lacking)} rows of the batch lack the anchor {anchor.value!r} that slots are next to.",
-            "Do not truncate the anchor, prefill a prompt in one chunk, or leave the slots out with missing='skip'.",
+            f"{len(lacking)} rows of the batch do not contain the anchor {anchor.value!r}, next to which slots are placed.",
+            "Do not truncate the anchor, prefill a prompt in one chunk, or skip the slots with missing='skip'.",
             anchor=f"{anchor.value!r}, ids {' or '.join(map(str, anchor.ids))}",
             rows=f"{', '.join(map(str, lacking))} of the batch",
         )
@@ -148,7 +149,7 @@ class Insertion:
         return torch.cat([torch.tensor([row], dtype=ids.dtype, device=ids.device), ids], dim=1) if row else ids, {}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the groups as JSON values, each with its ids."""
+        """Return the groups as JSON values with the ids of their anchors."""
         groups: list[dict[str, Any]] = []
         for group in self.groups:
             item: dict[str, Any] = {"at": group.at, "count": group.count}
@@ -161,10 +162,10 @@ class Insertion:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Insertion:
-        """Make the layout of what `to_json` returned."""
+        """Make the layout from the values that `to_json` returned."""
         groups = stored["insert"]
         if not isinstance(groups, list):
-            raise OptionError(f"a stored layout must list its slots; it has {groups!r}.")
+            raise OptionError(f"the stored layout has the slots {groups!r}; they must be a list.")
         return cls(tuple(map(_group_from_json, groups)), stored.get("which", ""), stored.get("missing", ""))
 
     def __repr__(self) -> str:
@@ -186,7 +187,7 @@ def _group_from_json(stored: Any) -> Group:
     at: Any = stored.get("at") if isinstance(stored, dict) else None
     has_anchor = _HAS_ANCHOR.get(at) if isinstance(at, str) else None
     if has_anchor is None or set(stored) - {"at", "count"} != ({"anchor", "ids"} if has_anchor else set()):
-        raise OptionError(f"slots of a stored layout must have a place; these are {stored!r}.")
+        raise OptionError(f"the slots {stored!r} of the stored layout do not have a valid place.")
     count = stored.get("count")
     check_int("count", count)
     if not has_anchor:
@@ -194,5 +195,7 @@ def _group_from_json(stored: Any) -> Group:
     value, ids = stored["anchor"], tuple(ids_from_json(stored["ids"]))
     anchor = anchor_of(tuple(value) if isinstance(value, list) else value, None)
     if not ids or (anchor.ids and anchor.ids != ids):
-        raise OptionError(f"an anchor of a stored layout must have its own ids; {value!r} has {stored['ids']!r}.")
+        raise OptionError(
+            f"the anchor {value!r} of the stored layout has the ids {stored['ids']!r}, which are not the anchor's own."
+        )
     return Group(at, count, Anchor(anchor.value, ids))

@@ -1,4 +1,4 @@
-"""`Layout`: where virtual tokens go among the text: at its ends, next to anchors, or as a template says."""
+"""`Layout`: the positions of virtual tokens in a text: at its ends, next to anchors, or as in a template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AT: dict[Placement, At] = {"front": "start", "after_first": "first", "end": "en
 
 
 def text_positions(mask: Tensor) -> Tensor:
-    """Count positions from the mask, so that they do not depend on padding.
+    """Compute positions from the mask, so that they do not depend on padding.
 
     Args:
         mask: 1 for a real column, 0 for padding.
@@ -32,23 +32,23 @@ def text_positions(mask: Tensor) -> Tensor:
 
 
 class Layout:
-    """Where virtual tokens (slots), fixed text and the fields of the data go in a row.
+    """The order of virtual tokens (slots), fixed text and the fields of the data in a row.
 
-    As a template, for data that is not tokenized yet: `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`.
-    - Text outside braces is an anchor: it is tokenized, and keeps its frozen embeddings.
+    For data that is not tokenized yet, a template: `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`.
+    - Text outside braces is an anchor, which is tokenized and keeps its frozen embeddings.
     - `{mask}` is the tokenizer's mask token.
     - `{soft:3}` are three slots. `{soft:"some words"}` are as many slots as the words have tokens, initialized from their
       embeddings. `{soft:2, name=a}` are tied: slots of the same name share their virtual tokens.
     - Any other `{name}` is a field.
 
-    A list of chat messages whose contents are templates goes through the tokenizer's chat template. `mapper` (for `datasets.map`)
-    and `collator` make rows of ids without slots, and a column `soft_slots` that says where the slots go.
+    A list of chat messages with templates as contents goes through the tokenizer's chat template. `mapper` (for `datasets.map`)
+    and `collator` make rows of ids without slots, and a column `soft_slots` with the places of the slots.
 
-    Or with `insert`, for data that is tokenized already: the script that tokenizes it does not change.
+    For tokenized data, `insert`; the script that tokenizes the data does not change.
 
     Args:
         template: the template, or messages with `role` and `content`.
-        tokenizer: the model's tokenizer or its name, for slots that are initialized from words; a method also takes it.
+        tokenizer: the model's tokenizer or its name, for slots that are initialized from words; or pass it to the method.
 
     Raises:
         OptionError: the template cannot be parsed, has no slot, or slots of one name differ.
@@ -76,11 +76,11 @@ class Layout:
         Args:
             start: the number of slots before a row's first token.
             after, before: anchors, with the number of slots next to each. An anchor is a token or words (as the tokenizer encodes
-                them at the start of a text or after a space), an id, or a tuple of ids. `generate` searches the input only.
+                them at the start of a text or after a space), an id, or a tuple of ids. `generate` searches only its input.
             end: the number of slots after a row's last token.
-            which: take the `first` or the `last` place of an anchor in a row.
-            missing: `error` refuses a row without an anchor; `skip` leaves the anchor's slots out of it.
-            tokenizer: the model's tokenizer or its name, for anchors that are words; a method also takes it.
+            which: use the `first` or the `last` match of an anchor in a row.
+            missing: `error` refuses a row without an anchor; `skip` omits the anchor's slots in such a row.
+            tokenizer: the model's tokenizer or its name, for anchors that are words; or pass it to the method.
 
         Raises:
             OptionError: a number or an anchor is wrong, or there are no slots.
@@ -108,12 +108,12 @@ class Layout:
 
     @property
     def placement(self) -> str:
-        """The name that is stored with a prompt: `front`, `after_first`, `end`, or `layout` for any other."""
+        """The name that is saved with a prompt: `front`, `after_first`, `end`, or `layout` for any other placement."""
         return self._form.placement
 
     @property
     def batch_columns(self) -> tuple[str, ...]:
-        """The batch columns that it needs."""
+        """The batch columns that the layout needs."""
         return (COLUMN,) if isinstance(self._form, Template) else ()
 
     @property
@@ -133,7 +133,7 @@ class Layout:
 
     @property
     def ids(self) -> list[int]:
-        """All ids of anchors to be found, or of words that slots are initialized from."""
+        """All ids of anchors, or of words from which slots are initialized."""
         return self._form.ids
 
     @property
@@ -143,30 +143,30 @@ class Layout:
 
     @property
     def starts(self) -> dict[int, int]:
-        """The rows of the table that are initialized from words, with their ids."""
+        """The rows of the table that are initialized from words, mapped to the ids of those words."""
         return self._form.starts
 
     @property
     def num_slots(self) -> int:
-        """S, the number of slots in a row."""
+        """The number of slots in a row (S)."""
         return len(self.table_rows)
 
     @property
     def num_virtual_tokens(self) -> int:
-        """P, the number of rows of the prompt's table; below S if slots are tied."""
+        """The number of rows of the prompt's table (P), which is less than the number of slots (S) if slots are tied."""
         return max(self.table_rows) + 1
 
     def bound(self, tokenizer: Any) -> Layout:
         """Return the layout with the ids of all its words.
 
         Raises:
-            OptionError: it has words, and there is no tokenizer.
+            OptionError: the layout has words, and there is no tokenizer.
         """
         if self._form.is_bound:
             return self
         if tokenizer is None:
             raise OptionError(
-                "the layout has words and needs the tokenizer; none is given.",
+                "the layout has words and needs a tokenizer, but none is given.",
                 "Pass `tokenizer=` to the layout or to the method: the model's own, or its name.",
                 layout=self,
             )
@@ -177,17 +177,17 @@ class Layout:
 
         Args:
             mask: 1 for real tokens, [B, T].
-            ids: the text's, [B, T]; None if the call has embeddings.
+            ids: the ids of the text, [B, T], or None if the call has embeddings.
             given: the column `soft_slots` of a template, [B, S].
-            rows: the rows' numbers in the batch, for errors.
+            rows: the numbers of the rows in the batch, for errors.
 
         Raises:
-            UnsupportedModeError: a row lacks an anchor, or the column is missing or belongs to other rows.
+            UnsupportedModeError: a row has no anchor, or the column is missing or does not fit the rows.
         """
         return self._form.places(mask, ids, given, rows)
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ids for a test forward, and the batch columns that belong to them. [1, T] -> [1, T']."""
+        """Return the ids and batch columns for a test forward. [1, T] -> [1, T']."""
         return self._form.probe(ids)
 
     # --- rendering ----------------------------------------------------------------------------------------------------
@@ -197,16 +197,16 @@ class Layout:
     ) -> dict[str, list[int]]:
         """Make a row from the template's fields.
 
-        Each anchor and field is tokenized separately, so no token spans two of them, and an anchor's tokens do not depend on the
+        Each anchor and field is tokenized separately, so no token spans two parts, and an anchor's tokens do not depend on the
         fields. Spaces before a field belong to the field; spaces before slots, the mask and the end are dropped. A tokenizer that
-        starts every text as a new word (SentencePiece) does so for each of them.
+        starts every text as a new word (SentencePiece) does so for each part.
 
         Args:
             tokenizer: the model's tokenizer.
             fields: the text of each field.
             max_length: the maximum length of the row with its slots. Longer rows lose tokens of their fields, one by one from
                 the longest field, at the tokenizer's `truncation_side`; anchors and slots are never truncated.
-            chat: for a chat, arguments of `apply_chat_template`, such as `add_generation_prompt`.
+            chat: arguments of `apply_chat_template` for a chat, such as `add_generation_prompt`.
 
         Returns:
             `input_ids` without slots, `attention_mask`, `token_type_ids` if the tokenizer has them, and `soft_slots`.
@@ -231,21 +231,21 @@ class Layout:
         Args:
             tokenizer, max_length, chat: as in `render`.
             target: the field to predict: rows get `labels` with its ids, and -100 elsewhere.
-            verbalizer: rows get `labels` with the word of their class at the mask, and -100 elsewhere.
+            verbalizer: maps classes to words: rows get `labels` with the word of their class at the mask, and -100 elsewhere.
             label: the column of the class, for the verbalizer.
 
         Raises:
-            OptionError: the layout is not a template, or has no such field or no mask.
+            OptionError: the layout is not a template, or does not have the field or a mask.
         """
         form = self.bound(tokenizer)._form
         if not isinstance(form, Template):
             raise OptionError(
-                f"{self!r} is not a template and has nothing to render; the model inserts its slots into the ids of a batch."
+                f"{self!r} is not a template, so there is nothing to render; the model inserts the slots into the ids of a batch."
             )
         return Mapper(form, tokenizer, max_length, target, verbalizer, label, chat)
 
     def collator(self, tokenizer: Any, **options: Any) -> Collator:
-        """Make a data collator for rows of fields, or for rows that `mapper` has rendered; takes the options of `mapper`."""
+        """Make a data collator for rows of fields, or for rows rendered by `mapper`; takes the options of `mapper`."""
         return Collator(self.mapper(tokenizer, **options))
 
     # --- as JSON ------------------------------------------------------------------------------------------------------
@@ -256,16 +256,16 @@ class Layout:
 
     @classmethod
     def from_json(cls, stored: Any) -> Layout:
-        """Make the layout of what `to_json` returned.
+        """Make the layout from the values that `to_json` returned.
 
         Raises:
-            OptionError: it is not a layout.
+            OptionError: the values are not a layout.
         """
         if not isinstance(stored, dict) or ("template" in stored) == ("insert" in stored):
-            raise OptionError(f"a stored layout must have a template, or slots to insert; it is {stored!r}.")
+            raise OptionError(f"the stored layout {stored!r} must have either a template or slots to insert.")
         form = Template.from_json(stored) if "template" in stored else Insertion.from_json(stored)
         if not form.is_bound or form.to_json() != stored:
-            raise OptionError(f"a stored layout must have the entries of a layout and no others; it is {stored!r}.")
+            raise OptionError(f"the stored layout {stored!r} has missing or unknown entries.")
         return cls._of(form)
 
     def __eq__(self, other: object) -> bool:

@@ -1,4 +1,4 @@
-"""Rendering of templates: parts and fields become a row of ids, and the places of slots in it."""
+"""Render templates: convert parts and fields to a row of ids, and find the places of the slots in that row."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from softhooks.errors import OptionError
 from softhooks.layout.template import Message, Part, Template
 
 _SENTINEL = re.compile("\ue000(\\d+)\ue001")
-"""Marks the place of a slot or field in the text that a chat template makes."""
+"""The marker for a slot or field in the output of a chat template."""
 
 _SPACE_MARKS = ("\u2581", "\u0120")
-"""How SentencePiece and byte-level tokenizers write the space before a word."""
+"""The characters that SentencePiece and byte-level tokenizers use for the space before a word."""
 
 
 @dataclass
@@ -24,8 +24,8 @@ class Row:
     Attributes:
         ids: the ids, without slots.
         slots: for each slot, the number of ids before it.
-        masks: the places of the tokenizer's mask.
-        spans: the start and end of each field, for every time it is in the template.
+        masks: the places of the mask token.
+        spans: the start and end of each field, for each of its occurrences in the template.
     """
 
     ids: list[int]
@@ -67,7 +67,7 @@ def render_row(
 
 
 def shares(lengths: Mapping[int, int], budget: int, max_length: int, fixed: int) -> dict[int, int]:
-    """Truncate fields to a budget of tokens: while they exceed it, the longest loses one token (of equals, the first).
+    """Truncate fields to a budget of tokens, one token at a time from the longest field (the first of equally long fields).
 
     Returns:
         the number of tokens that each field keeps.
@@ -77,8 +77,8 @@ def shares(lengths: Mapping[int, int], budget: int, max_length: int, fixed: int)
     """
     if budget < 0:
         raise OptionError(
-            f"max_length={max_length} is too short for the layout: its anchors, special tokens and slots take {fixed}, and are "
-            "never cut.",
+            f"max_length={max_length} is too short for the layout: its anchors, special tokens and slots take {fixed} tokens, "
+            "which are never cut.",
             "Raise max_length, or shorten the template.",
             max_length=max_length,
             anchors_and_slots=fixed,
@@ -94,7 +94,7 @@ def _ids_of(part: Part, tokenizer: Any, fields: Mapping[str, Any]) -> list[int]:
         return encode(part.text, tokenizer)
     if part.kind == "mask":
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise OptionError("the layout has a {mask}, and the tokenizer has no mask token.")
+            raise OptionError("the layout has a {mask}, but the tokenizer has no mask token.")
         return [int(tokenizer.mask_token_id)]
     if part.kind == "soft":
         return []
@@ -102,16 +102,16 @@ def _ids_of(part: Part, tokenizer: Any, fields: Mapping[str, Any]) -> list[int]:
 
 
 def text_of(part: Part, fields: Mapping[str, Any]) -> str:
-    """Return a field's text, with the spaces before it; empty if the field is.
+    """Return a field's text with the spaces before it, or an empty text if the field is empty.
 
     Raises:
         OptionError: the field is missing or not a text.
     """
     value = fields.get(part.text)
     if not isinstance(value, str):
-        found = "nothing" if value is None else repr(value)
+        found = "not given" if value is None else repr(value)
         raise OptionError(
-            f"the field {part.text!r} of a template must be given as text; it is {found}.",
+            f"the field {part.text!r} of the template is {found}; it must be text.",
             "Rename the field in the template, or the column of the data; write numbers as words.",
             field=part.text,
             found=found,
@@ -138,7 +138,7 @@ def special_tokens_of(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the ids that the tokenizer adds before and after a text, such as [CLS] and [SEP].
 
     Raises:
-        OptionError: it also changes the ids of the text.
+        OptionError: the tokenizer also changes the ids of the text.
     """
     plain = _plain("a", tokenizer)
     full = [int(i) for i in tokenizer("a")["input_ids"]]
@@ -154,7 +154,7 @@ def special_tokens_of(tokenizer: Any) -> tuple[list[int], list[int]]:
 def in_chat(
     messages: Sequence[Message], parsed: Sequence[Sequence[Part]], tokenizer: Any, **options: Any
 ) -> list[Part]:
-    """Put the parts of each message into the tokenizer's chat template; the chat template's own text becomes anchors.
+    """Insert the parts of each message into the tokenizer's chat template, the text of which becomes anchors.
 
     Raises:
         OptionError: the chat template drops, moves or repeats a part.
@@ -167,13 +167,13 @@ def in_chat(
             content += part.text if part.kind == "text" else f"\ue000{len(held)}\ue001"
             held += [] if part.kind == "text" else [part]
         filled.append({**message, "content": content})
-    # The chat template is rendered with a marker in place of each slot and field, and then split at the markers.
+    # The chat template is rendered with a marker for each slot and field, and then split at the markers.
     text = tokenizer.apply_chat_template(filled, tokenize=False, **options)
     pieces = _SENTINEL.split(text)
     if [int(number) for number in pieces[1::2]] != list(range(len(held))):
         raise OptionError(
-            "the chat template does not keep the slots and fields of its messages, each once and in order.",
-            "Give the messages as the template expects them.",
+            "the chat template drops, repeats or reorders the slots and fields of the messages.",
+            "Pass the messages in the form that the chat template expects.",
             parts=len(held),
             kept=", ".join(pieces[1::2]) or "none",
         )

@@ -1,7 +1,7 @@
-"""The map between the columns of a text and those of the same text with slots inserted.
+"""The map between the columns of a text and the columns of the same text with slots inserted.
 
 Names: B rows, T text columns, S slot columns, N = T + S columns in all. The place of a slot is the number of real tokens before
-it in its row, so left, right and no padding are one case.
+the slot in its row, so left, right and no padding are the same case.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Places:
     """The place of each slot in each row.
 
     Attributes:
-        offsets: the number of the row's real tokens before each slot, [B, S].
+        offsets: the number of real tokens before each slot, [B, S].
         live: which slots are in use, [B, S] bool; rows with a shorter prompt have spare slots.
     """
 
@@ -26,9 +26,9 @@ class Places:
 
 
 def gaps(mask: Tensor, offsets: Tensor) -> Tensor:
-    """Find the text column that each slot is inserted before (T: after all columns).
+    """Find the text column before which each slot is inserted (T for a slot after all columns).
 
-    A slot with tokens before it comes directly after the last of them, one without directly before the row's first token.
+    A slot comes directly after the last token before it, or directly before the row's first token if there is no such token.
 
     Shape:
         mask [B, T], offsets [B, S] -> [B, S]
@@ -40,14 +40,14 @@ def gaps(mask: Tensor, offsets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Widened:
-    """The map between the text's columns and those of the widened sequence, which has the slots too.
+    """The map from the text's columns to the columns of the widened sequence, which also contains the slots.
 
     Attributes:
         text: the widened column of each text column, [B, T].
         slots: the widened column of each slot, [B, S].
         live: which slots are in use, [B, S] bool.
-        predicting: the widened column whose state predicts the token after each text column, [B, T]: that of the last slot
-            before the next text column, or the column itself.
+        predicting: for each text column, the widened column that predicts the next token, [B, T]: the last slot before the next
+            text column, or else the column itself.
     """
 
     text: Tensor
@@ -57,7 +57,7 @@ class Widened:
 
     @property
     def columns(self) -> int:
-        """N, the number of columns of the widened sequence."""
+        """The number of columns of the widened sequence (N)."""
         return self.text.shape[1] + self.slots.shape[1]
 
     def spread(self, values: Tensor, fill: int) -> Tensor:
@@ -77,7 +77,7 @@ class Widened:
         return states.gather(1, _match(self.text, states))
 
     def predicting_states(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Select the state that predicts the token after each text column: that of the last slot before it, if there is one.
+        """Select, for each text column, the state that predicts the next token: the last slot's before it, if there is a slot.
 
         Padding keeps its own state, so that the columns before a row's first token do not change.
 
@@ -89,15 +89,15 @@ class Widened:
 
 
 def widen(before: Tensor, live: Tensor, text_columns: int, spare_first: bool = False) -> Widened:
-    """Insert each slot before its text column; spare slots go to an end of the row, like padding.
+    """Insert each slot before its text column; spare slots are moved to an end of the row, like padding.
 
     Slots before the same column keep their order.
 
     Args:
-        before: the text column that each slot is inserted before, T for none, [B, S].
+        before: the text column before which each slot is inserted, or T after all columns, [B, S].
         live: which slots are in use, [B, S] bool.
         text_columns: T.
-        spare_first: put spare slots at the left, as `generate` needs: generated tokens directly follow the text.
+        spare_first: put spare slots at the left; in `generate` the new tokens must directly follow the text.
     """
     batch, slots = before.shape
     used = live.long()

@@ -1,7 +1,8 @@
-"""Templates: the syntax, and the places of slots.
+"""Templates: their syntax, and the places of their slots.
 
-A template is text with parts in braces: `{soft:3}`, `{soft:"some words"}`, `{soft:2, name=a}` are slots, `{mask}` is the
-tokenizer's mask, any other `{name}` is a field of the data. `{{` and `}}` are literal braces. Text outside braces is an anchor.
+A template is text with parts in braces: `{soft:3}`, `{soft:"some words"}` and `{soft:2, name=a}` are slots, `{mask}` is
+the tokenizer's mask, and any other `{name}` is a field of the data. `{{` and `}}` are literal braces. Text outside braces is an
+anchor.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _PIECE = re.compile(
 
 Message = Mapping[str, str]
 Source = str | Sequence[Message]
-"""A template, or the messages of a chat whose contents are templates."""
+"""A template, or the messages of a chat with templates as contents."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Part:
     """One part of a template.
 
     Attributes:
-        kind: the kind of part; `soft` are slots.
-        text: an anchor's text, a field's name, or the words that slots are initialized from.
+        kind: the kind of the part; `soft` for slots.
+        text: an anchor's text, a field's name, or the words from which slots are initialized.
         count: the number of slots; 0 until the words are tokenized.
-        tie: the name under which slots are tied.
+        tie: the name of tied slots.
         ids: the ids of the words.
-        space: the spaces before a field, which are tokenized with its text.
+        space: the spaces before a field, which are tokenized with the field's text.
     """
 
     kind: Literal["text", "field", "mask", "soft"]
@@ -61,7 +62,7 @@ def parse(template: str) -> list[Part]:
     """Split a template into its parts.
 
     Raises:
-        OptionError: a brace is not closed or not opened, or what is in braces is not a part.
+        OptionError: a brace is not closed or not opened, or the content of braces is not a part.
     """
     parts: list[Part] = []
     place, text = 0, ""
@@ -71,7 +72,7 @@ def parse(template: str) -> list[Part]:
             wrong = re.match(r"\{[^{}]*\}", template[place:])
             found = repr(wrong[0] if wrong else template[place : place + 30])
             raise OptionError(
-                f"the template has {found}; braces must hold a field, `mask`, or slots such as {{soft:3}}, "
+                f"the template has {found}; braces must contain a field, `mask`, or slots such as {{soft:3}}, "
                 '{soft:"some words"}, {soft:2, name=a}.',
                 _remedy(wrong[0][1:-1].strip() if wrong else None),
                 template=repr(template),
@@ -92,18 +93,18 @@ def parse(template: str) -> list[Part]:
 
 
 def _remedy(inside: str | None) -> str:
-    """Compose the remedy for the contents of braces; None: for an unmatched brace."""
+    """Return the remedy for invalid contents of braces, or for an unmatched brace if `inside` is None."""
     if inside is None:
         return "Write a literal brace twice: {{ or }}."
     word = (re.match(r"\w*", inside) or [""])[0]
     if difflib.get_close_matches(word.lower(), ["soft"], cutoff=0.7) or re.search(r"[:=]\s*\d+$", inside):
         return (
-            'Give the number of slots, {soft:3}, or the words that initialize them, {soft:"some words"}; tied slots have a '
+            'Write the number of slots, {soft:3}, or the words that initialize them, {soft:"some words"}; tied slots have a '
             "name, {soft:3, name=a}."
         )
     return (
-        "Name a field as its column, with letters, digits and _: {text}; the mask is {mask}. Write literal braces twice: {{ and "
-        "}}."
+        "Name a field like its column, with letters, digits and _: {text}; the mask is {mask}. Write literal braces twice: {{ "
+        "and }}."
     )
 
 
@@ -123,9 +124,9 @@ def _split(source: Any) -> tuple[tuple[Part, ...], ...]:
     elif isinstance(source, (list, tuple)) and source and all(map(_is_message, source)):
         parsed = tuple(tuple(parse(message["content"])) for message in source)
     else:
-        raise OptionError(f"a layout takes a template, or messages with role and content; it is given {source!r}.")
+        raise OptionError(f"the layout is given {source!r}; it takes a template, or messages with role and content.")
     if not any(part.kind == "soft" for parts in parsed for part in parts):
-        raise OptionError(f"the layout has no slot, such as {{soft:3}}: {source!r}.")
+        raise OptionError(f"the layout {source!r} has no slot, such as {{soft:3}}.")
     return parsed
 
 
@@ -136,17 +137,17 @@ def _is_message(message: Any) -> bool:
 
 
 class Template:
-    """A layout that makes rows of ids from fields.
+    """A layout that renders fields to rows of ids.
 
     Args:
         source: the template, or messages.
-        words: the ids of the words that slots are initialized from, in order; None if they are not known yet.
+        words: the ids of the words from which slots are initialized, in order, or None if they are not known yet.
 
     Attributes:
         parsed: the parts of each message; a plain template is one message.
 
     Raises:
-        OptionError: it cannot be parsed, has no slot, or slots of one name differ.
+        OptionError: the template cannot be parsed, has no slot, or slots of one name differ.
     """
 
     placement = "layout"
@@ -166,7 +167,7 @@ class Template:
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
-        """The messages, if the template is a chat."""
+        """The messages, or None if the template is not a chat."""
         return None if isinstance(self.source, str) else self.source
 
     @property
@@ -176,7 +177,7 @@ class Template:
 
     @property
     def fields(self) -> list[str]:
-        """The names of fields, in order; a field may be there twice."""
+        """The names of the fields, in order; a field can occur twice."""
         return [part.text for part in self.parts if part.kind == "field"]
 
     @property
@@ -185,7 +186,7 @@ class Template:
         return all(part.count for part in self.parts if part.kind == "soft")
 
     def bound(self, tokenizer: Any) -> Template:
-        """Return the template with the ids of the words that slots are initialized from."""
+        """Return the template with the ids of the words from which slots are initialized."""
         texts = [part.text for part in self.parts if part.kind == "soft" and part.text]
         return Template(self.source, [tuple(tokenize(text, tokenizer, "soft")) for text in texts])
 
@@ -196,7 +197,7 @@ class Template:
 
     @property
     def ids(self) -> list[int]:
-        """The ids that slots are initialized from."""
+        """The ids from which slots are initialized."""
         return [token for part in self.parts for token in part.ids]
 
     @property
@@ -206,7 +207,7 @@ class Template:
 
     @property
     def starts(self) -> dict[int, int]:
-        """The rows of the table that are initialized from words, with their ids."""
+        """The rows of the table that are initialized from words, mapped to the ids of those words."""
         return self._rows()[1]
 
     def _rows(self) -> tuple[list[int], dict[int, int]]:
@@ -220,8 +221,8 @@ class Template:
             first, model = tied.setdefault(part.tie, (count, part)) if part.tie else (count, part)
             if (model.count, model.text) != (part.count, part.text):
                 raise OptionError(
-                    f"the slots named {part.tie!r} are {model.text or model.count!r} and {part.text or part.count!r}; slots of "
-                    "one name must be equal."
+                    f"the slots named {part.tie!r} are {model.text or model.count!r} and {part.text or part.count!r}; slots with "
+                    "the same name must be equal."
                 )
             rows += range(first, first + part.count)
             starts |= {first + i: token for i, token in enumerate(part.ids)}
@@ -229,38 +230,38 @@ class Template:
         return rows, starts
 
     def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
-        """Read the places of slots from the column; see `Layout.places`."""
+        """Read the places of the slots from the batch column; see `Layout.places`."""
         real = mask.bool().sum(-1)
         columns = len(self.table_rows)
         if given is None or tuple(given.shape) != (len(rows), columns):
             found = "absent" if given is None else list(given.shape)
             raise UnsupportedModeError(
-                f"the column `{COLUMN}`, the places of a template's slots in each row, is {found}.",
-                "Make the batch with the layout's own `render`, `mapper` or `collator`, and keep the column.",
+                f"the column `{COLUMN}`, with the places of a template's slots in each row, is {found}.",
+                "Make the batch with the layout's `render`, `mapper` or `collator`, and keep the column.",
                 given=found,
                 expected=[len(rows), columns],
             )
         offsets = given.to(real)
         if bool(((offsets < 0) | (offsets > real[:, None])).any()):
             raise UnsupportedModeError(
-                f"`{COLUMN}` is out of range: a row has fewer tokens than are before its slots.",
-                "Truncate with the layout's `max_length`, which cuts fields only, and prefill a prompt in one chunk.",
+                f"`{COLUMN}` is out of range: it counts more tokens before a slot than the row has.",
+                "Truncate with the layout's `max_length`, which only cuts fields, and prefill a prompt in one chunk.",
                 tokens=real.tolist(),
                 soft_slots=offsets.amax(-1).tolist(),
             )
         return Places(offsets, torch.ones_like(offsets).bool())
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ids for a test forward, and the column for them. [1, T] -> [1, T]."""
+        """Return the ids and the batch column for a test forward. [1, T] -> [1, T]."""
         return ids, {COLUMN: torch.zeros(1, len(self.table_rows), dtype=torch.long, device=ids.device)}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the template, and the ids of its words, as JSON values."""
+        """Return the template and the ids of its words as JSON values."""
         return {"template": self.source, "words": [list(part.ids) for part in self.parts if part.ids]}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Template:
-        """Make the template of what `to_json` returned."""
+        """Make the template from the values that `to_json` returned."""
         return cls(stored["template"], ids_from_json(stored.get("words")))
 
     def __repr__(self) -> str:

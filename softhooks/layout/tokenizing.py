@@ -1,4 +1,4 @@
-"""Tokenization of texts that are given as options."""
+"""Tokenization of texts that are passed as options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ IGNORE_INDEX = -100
 
 
 def tokenizer_of(tokenizer: Any) -> Any:
-    """Return the tokenizer; load it if its name is given."""
+    """Return a tokenizer, which is loaded if its name is given."""
     if not isinstance(tokenizer, str):
         return tokenizer
     from transformers import AutoTokenizer
@@ -25,18 +25,18 @@ def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
     Args:
         text: the text.
         tokenizer: the tokenizer or its name.
-        option: the name of the option that holds the text, for errors.
+        option: the name of the option with the text, for errors.
 
     Raises:
         OptionError: no tokenizer was given, or the text has no tokens.
     """
     if tokenizer is None:
         raise OptionError(
-            f"{option} is a text, and no tokenizer is given.",
+            f"{option} is a text, but no tokenizer is given.",
             "Pass `tokenizer=`: the model's own, or its name.",
             **{option: repr(text)},
         )
     ids = tokenizer_of(tokenizer)(text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise OptionError(f"{option} must hold at least one token; the tokenizer finds none in {text!r}.")
+        raise OptionError(f"{option} is {text!r}, which has no tokens; it must have at least one.")
     return [int(i) for i in ids]

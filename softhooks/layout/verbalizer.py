@@ -1,4 +1,4 @@
-"""Verbalizers: each class is a word, and the loss is over the logits of these words."""
+"""Verbalizers, which represent each class by a word and compute the loss over the logits of these words."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Verbalizer:
     """Maps each class to a word of the vocabulary; the loss is the cross-entropy over the logits of these words.
 
     Pass it to a Trainer as `compute_loss_func`, or call it in your own loop with the model's output and the labels. Labels have
-    one entry for each token: the id of the class's word at its place, -100 elsewhere. `Layout.mapper(..., verbalizer=)` and
-    `labels` make them.
+    one entry for each token: the id of the class's word at the mask, and -100 elsewhere. `Layout.mapper(..., verbalizer=)` and
+    `labels` make such labels.
 
     Source: Liu et al. 2021, arXiv:2103.10385, few-shot setting.
 
     Args:
-        words: the word of each class, in order: one token each, tokenized after a space, or its id.
+        words: the word of each class, in order: a single token when tokenized after a space, or its id.
         tokenizer: the model's tokenizer or its name.
-        causal: for a causal language model, where the token before the word predicts it; False: a mask predicts it.
+        causal: True for a causal language model, where the token before the word predicts it; False if a mask predicts it.
 
     Raises:
         OptionError: a word is not one token, or two classes have the same word.
@@ -34,27 +34,27 @@ class Verbalizer:
 
     def __init__(self, words: Sequence[str | int], tokenizer: Any = None, *, causal: bool = False) -> None:
         if isinstance(words, str) or len(words) < 2:
-            raise OptionError(f"words must be a list of one word for each class, two or more; it is {words!r}.")
+            raise OptionError(f"words is {words!r}; it must be a list of two or more words, one for each class.")
         tokenizer = tokenizer_of(tokenizer)
         self.words = list(words)
         self.causal = causal
         self.ids = [_token_of(word, tokenizer) for word in words]
         self._mask_id: int | None = getattr(tokenizer, "mask_token_id", None)
         if len(set(self.ids)) < len(self.ids):
-            raise OptionError(f"classes must have different words; {self.words} are the tokens {self.ids}.")
+            raise OptionError(f"two classes have the same word: {self.words} are the tokens {self.ids}.")
 
     def token(self, label: Any) -> int:
         """Return the id of a class's word.
 
         Raises:
-            OptionError: there is no such class.
+            OptionError: the class does not exist.
         """
         if not isinstance(label, int) or not 0 <= label < len(self.ids):
-            raise OptionError(f"a label must be a class from 0 to {len(self.ids) - 1}; it is {label!r}.")
+            raise OptionError(f"the label is {label!r}; it must be a class from 0 to {len(self.ids) - 1}.")
         return self.ids[label]
 
     def labels(self, input_ids: Tensor, classes: Tensor) -> Tensor:
-        """Make labels: the word of each row's class at its mask, -100 elsewhere. [B, T], [B] -> [B, T]."""
+        """Make labels with the word of each row's class at its mask, and -100 elsewhere. [B, T], [B] -> [B, T]."""
         at = self._masks(input_ids)
         words = torch.tensor([self.token(int(label)) for label in classes], device=input_ids.device)
         return torch.full_like(input_ids, IGNORE_INDEX).masked_scatter(at, words.to(input_ids.dtype))
@@ -64,14 +64,14 @@ class Verbalizer:
         return logits[self._masks(input_ids)][:, self.ids]
 
     def scores_at_labels(self, logits: Any, labels: Any) -> Tensor:
-        """Select the logits of each class's word where the row's label is; for a Trainer's `preprocess_logits_for_metrics`.
+        """Select the logits of each class's word at the row's label, for a Trainer's `preprocess_logits_for_metrics`.
 
         The Trainer then gathers C numbers for each row instead of the whole vocabulary, and `trainer.predict(rows).predictions`
         are the scores of the classes.
 
         Args:
             logits: the model's logits, or a tuple that starts with them.
-            labels: labels with one entry in each row that is not -100.
+            labels: labels with exactly one entry in each row that is not -100.
 
         Raises:
             OptionError: a row has no label, or several.
@@ -90,7 +90,7 @@ class Verbalizer:
         """Return the class of each row's label, for `compute_metrics`. [B, T] -> [B].
 
         Raises:
-            OptionError: a row has no label, or several, or one that is not the word of a class.
+            OptionError: a row has no label, several labels, or a label that is not the word of a class.
         """
         labels = torch.as_tensor(labels)
         return self._class_of(labels[_labels_at(labels)])
@@ -117,7 +117,7 @@ class Verbalizer:
         if not bool(matches.any(-1).all()):
             unknown = sorted(set(labels[~matches.any(-1)].tolist()))
             raise OptionError(
-                f"the labels {unknown} are not the word of a class, nor -100.",
+                f"the labels {unknown} are neither the id of a class's word nor -100.",
                 "Make labels with `Layout.mapper(..., verbalizer=)`, or with `Verbalizer.labels`.",
                 labels=unknown,
                 words=dict(zip(self.words, self.ids, strict=True)),
@@ -126,7 +126,7 @@ class Verbalizer:
 
     def _masks(self, input_ids: Tensor) -> Tensor:
         if self._mask_id is None:
-            raise OptionError("the tokenizer has no mask token, and the mask of a row is found by it.")
+            raise OptionError("the tokenizer has no mask token, which is needed to find the mask of a row.")
         return _one_per_row(
             input_ids == self._mask_id, "mask", "Put one {mask} into the template, and none into the text."
         )
@@ -158,12 +158,12 @@ def _token_of(word: str | int, tokenizer: Any) -> int:
     if isinstance(word, int) and not isinstance(word, bool):
         return word
     if tokenizer is None or not isinstance(word, str):
-        raise OptionError(f"a verbalizer's word must be text, with a tokenizer, or an id; it is {word!r}.")
+        raise OptionError(f"the verbalizer's word {word!r} is neither an id nor text with a tokenizer.")
     ids = encode(f" {word}", tokenizer)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise OptionError(
-            f"the tokenizer makes {len(ids)} tokens of {word!r}, or does not know it; the word of a class must be one token.",
-            "Choose another word, or give the id of a token.",
+            f"the tokenizer splits {word!r} into {len(ids)} tokens, or does not know it; the word of a class must be one token.",
+            "Choose another word, or pass the id of a token.",
             word=repr(word),
             tokens=tokenizer.convert_ids_to_tokens(ids),
         )

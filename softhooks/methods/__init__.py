@@ -1,6 +1,6 @@
-"""The methods, and the code that they share. To add a method, import it here.
+"""The methods and their shared code. To add a method, import it here.
 
-The modules import torch but not transformers, which takes seconds: `softhooks inspect` only needs their options.
+The modules import torch but not transformers, which takes seconds to import: `softhooks inspect` only needs the options.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from softhooks.method import METHODS as METHODS
 from softhooks.method import Method, register
 
-# In the order in which `softhooks run --help` lists them.
+# In the order of `softhooks run --help`.
 # isort: off
 from softhooks.methods.prompt_tuning import PromptTuning as PromptTuning
 from softhooks.methods.prefix_tuning import PrefixTuning as PrefixTuning

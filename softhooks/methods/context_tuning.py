@@ -1,4 +1,4 @@
-"""Context tuning: the keys and values of few-shot demonstrations are trained."""
+"""Context tuning: training of the keys and values of few-shot demonstrations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DemonstrationEncoder(TableEncoder):
 
     Args:
         tables: the keys and values of each group, [P, numbers].
-        lengths: the number of virtual tokens of each demonstration; all others come before the first one.
+        lengths: the number of virtual tokens of each demonstration; other virtual tokens come before the first demonstration.
         leave_one_out: require `example_ids` in training.
         token_dropout: the probability that a virtual token is hidden from a row in training.
     """
@@ -43,7 +43,7 @@ class DemonstrationEncoder(TableEncoder):
         self.token_dropout = token_dropout
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Hide a row's own demonstration from it, and in training random virtual tokens. -> [B, P]."""
+        """Hide each row's own demonstration and, in training, random virtual tokens. -> [B, P]."""
         required = self.training and self.leave_one_out
         own = hide_own_example(given, batch, self.owners, self.demonstrations, required=required)
         if not self.training or self.token_dropout == 0:
@@ -54,37 +54,40 @@ class DemonstrationEncoder(TableEncoder):
 
 @dataclass(frozen=True)
 class ContextTuning(PrefilledPrefix):
-    """Context tuning: the keys and values of few-shot demonstrations become a prefix, which is trained.
+    """Context tuning: a trained prefix that is initialized with the keys and values of few-shot demonstrations.
 
-    Before the first step the model answers as with the demonstrations in its context. The training rows are the demonstrations
-    themselves, each split into text and label. Two options keep the model from looking the answers up in the prefix:
-    - `leave_one_out`: the batch column `example_ids` is the number of the demonstration that a row is, from 0 (-1: none); the row
-      does not see the keys and values of that demonstration. Later demonstrations stay visible, although the frozen model
-      computed them with that one in their context. Rows with `example_ids` are masked in evaluation too.
-    - `token_dropout`: in training each virtual token is hidden from a row with this probability, drawn anew in each forward.
+    Before the first step the model's output is the same as with the demonstrations in its context. The training rows are the
+    demonstrations themselves, each split into text and label. Two options keep the model from looking up the answers in the
+    prefix:
+    - `leave_one_out`: the batch column `example_ids` has the number of the row's own demonstration, from 0, or -1 for none; the
+      row does not see the keys and values of this demonstration. Later demonstrations stay visible, although the frozen model
+      computed them with this demonstration in their context. Rows with `example_ids` are masked in evaluation too.
+    - `token_dropout`: in training each virtual token is hidden from a row with this probability, sampled in each forward.
 
-    Start with AdamW and a learning rate of 1e-3. Tokenize rows as they would follow the demonstrations: without BOS if the
-    demonstrations start with it.
+    Start with AdamW and a learning rate of 1e-3. Tokenize rows as a continuation of the demonstrations: without BOS if the
+    demonstrations start with BOS.
 
-    Source: Lu et al. 2025, arXiv:2507.04221, the key-value variant (CT-KV). Differs: `instruction` is ours, and so are
-    encoder-decoders, where encoder and decoder both read the demonstrations, and each of the three prefixes has its own dropout.
+    Source: Lu et al. 2025, arXiv:2507.04221, the key-value variant (CT-KV). Differs: `instruction` is ours. So is the
+    support of encoder-decoders, where encoder and decoder both read the demonstrations and each of the three prefixes has its own
+    dropout.
 
     Args:
-        num_virtual_tokens: P; it follows from the demonstrations, so leave it out.
+        num_virtual_tokens: P, which is computed from the demonstrations; leave it out.
         demonstrations: texts or lists of ids, one for each demonstration, including the separator before the next one.
-        instruction: a text or ids before the first demonstration. If there are texts, the tokenizer's BOS token comes first.
+        instruction: a text or ids before the first demonstration. Texts are tokenized with the tokenizer's BOS token at the
+            start.
         tokenizer: the model's tokenizer or its name, for texts.
         leave_one_out: require `example_ids` in training.
-        token_dropout: the probability; 0.05 to 0.1 in the paper.
-        lengths: the number of virtual tokens of each demonstration. It follows from the demonstrations; a saved prompt has it
-            for the masks of further training.
+        token_dropout: the probability of hiding a virtual token; 0.05 to 0.1 in the paper.
+        lengths: the number of virtual tokens of each demonstration, which is computed from the demonstrations, and saved for the
+            masks of further training.
 
     Shape:
         the encoder returns [P, sum over layers of Hk * (Dk + Dv)] for each group.
 
     Raises:
         OptionError: an option is wrong, or the demonstrations are missing.
-        UnsupportedMethodError: the model's attention cannot be entered.
+        UnsupportedMethodError: prompts cannot enter the model's attention.
     """
 
     kind: ClassVar[str] = "context_tuning"
@@ -102,14 +105,16 @@ class ContextTuning(PrefilledPrefix):
     def __post_init__(self) -> None:
         """Check the options, and replace texts by ids."""
         if isinstance(self.demonstrations, str):
-            raise OptionError("demonstrations is one text; it must be a list with one item for each demonstration.")
+            raise OptionError(
+                "demonstrations is a single text; it must be a list with one item for each demonstration."
+            )
         if len(self.demonstrations):
             self._tokenize()
         given: Any = self.lengths
         whole = isinstance(given, (list, tuple)) and all(is_int(length, 1) for length in given)
         if not whole or not given:
             raise OptionError(
-                "there are no demonstrations; context tuning needs one or more.",
+                "there are no demonstrations; context tuning needs at least one.",
                 "Pass `demonstrations=`, a list of texts with a `tokenizer=`, or a list of lists of ids.",
                 demonstrations=repr(self.demonstrations),
                 lengths=repr(given),
@@ -118,7 +123,7 @@ class ContextTuning(PrefilledPrefix):
         super().__post_init__()
         if sum(given) > self.num_virtual_tokens:
             raise OptionError(
-                f"lengths must add up to num_virtual_tokens at most; they are {list(given)} and {self.num_virtual_tokens}."
+                f"lengths {list(given)} add up to more than num_virtual_tokens={self.num_virtual_tokens}."
             )
         check_dropout("token_dropout", self.token_dropout)
 
@@ -136,7 +141,7 @@ class ContextTuning(PrefilledPrefix):
             ("num_virtual_tokens", self.num_virtual_tokens or None, count),
         ):
             if asked not in (None, found):
-                raise OptionError(f"{option} is given as {asked}, and the demonstrations have {found}; leave it out.")
+                raise OptionError(f"{option} is {asked}, but the demonstrations have {found}; leave {option} out.")
         kept = {"demonstrations": shots, "instruction": lead, "lengths": lengths, "num_virtual_tokens": count}
         for option, value in kept.items():
             object.__setattr__(self, option, value)
@@ -145,12 +150,12 @@ class ContextTuning(PrefilledPrefix):
         """Compute the keys and values of the demonstrations with the frozen model."""
         if not len(self.demonstrations):
             raise OptionError(
-                "a new prompt of context tuning needs its demonstrations to begin with; pass `demonstrations=`, or use `load` to "
-                "continue a saved prompt."
+                "a new prompt of context tuning is initialized from demonstrations, but none are given; pass `demonstrations=`, "
+                "or use `load` to continue a saved prompt."
             )
         ids = [*(self.instruction or ()), *(i for shot in self.demonstrations for i in shot)]
         return self.folded_encoder(self.prefill(structure, ids))
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder; folding does not change it, so that the masks are kept."""
+        """Make the encoder; folding does not change it, to keep the masks."""
         return DemonstrationEncoder(tables, self.lengths or (), self.leave_one_out, self.token_dropout)

@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning: a few-shot context whose words may move a little, except for labels and separators."""
+"""Context-aware prompt tuning: a few-shot context with words that may move a little, except for labels and separators."""
 
 from __future__ import annotations
 
@@ -27,61 +27,61 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WIDTH = 2048
-"""The model width for which epsilons are given."""
+"""The model width to which the epsilons refer."""
 
 
 @dataclass(frozen=True)
 class ContextAwarePromptTuning(Method):
-    """Context-aware prompt tuning (CPT): a few-shot context whose inputs and formats may move a little; its labels never do.
+    """Context-aware prompt tuning (CPT): a few-shot context with inputs and formats that may move a little, and fixed labels.
 
-    The context comes before every row, as in in-context learning, and before the first step the model answers the same. Each
-    token that moves stays within a bound around its word: after each step of any optimizer, in any loop, it is projected back.
+    The context comes before every row, as in in-context learning, and before the first step the output is the same. Each movable
+    token stays within a bound around its word: it is projected back after each step of any optimizer, in any loop.
 
-    The loss is the cross-entropy on the label tokens of the context's examples **and** of the row. The row's labels have weight
-    1, those of the last example `decay`, of the one before it `decay` squared, and so on; the mean is over the number of label
-    tokens. The rows of a batch are weighted by their label tokens, so that micro-batches equal one batch. This loss replaces the
-    model's own in training; an evaluation's loss is the model's own, on the row alone. Terms that a model adds to its loss, such
-    as a router's load balancing, are left out.
+    The loss is the cross-entropy on the label tokens of the context's examples **and** of the row. The row's labels have
+    weight 1, the labels of the last example `decay`, of the example before it `decay` squared, and so on; the mean is over the
+    number of label tokens. The rows of a batch are weighted by their label tokens, so that micro-batches equal one batch. This
+    loss replaces the model's own loss in training; in evaluation the loss is the model's own, on the row alone. Additional
+    terms in a model's loss, such as a router's load balancing, are left out.
 
-    The context is computed once in each step, and so are its logits, at its labels only. This needs a causal language model whose
-    front prompt can be shared by all rows (`prompt.injection` is `shared`); others are refused. A folded context cannot be
-    trained; load it with `trainable=True` for that.
+    The context, and its logits at its labels, are computed once in each step. This needs a causal language model that can share a
+    front prompt between all rows (`prompt.injection` is `shared`); other models are refused. A folded context cannot be trained;
+    to continue training, load the prompt with `trainable=True`.
 
-    Rows must have the format of the examples: make them with `render`, in training and in use. They follow the context, so they
-    have no BOS token. The order of the examples is part of the prompt.
+    Rows must have the format of the examples: make them with `render`, in training and in inference. They follow the context, so
+    they have no BOS token. The order of the examples is part of the prompt.
 
     `leave_one_out`: if the training rows are the examples themselves, their answers are in the context. The batch column
-    `example_ids` is the number of the example that a row is, from 0 (-1: none); the row does not see the keys and values of that
-    example, and its label in the context does not count for it. Later examples stay visible, although they were computed with
-    it in their context. Rows with `example_ids` are masked in evaluation too.
+    `example_ids` has the number of the row's own example, from 0, or -1 for none; the row does not see the keys and values of
+    this example, and the example's label does not count in the row's loss. Later examples stay visible, although they were
+    computed with this example in their context. Rows with `example_ids` are masked in evaluation too.
 
-    Start with AdamW and a learning rate of 1e-4 to 1e-3, and look at the log message at attach: how far tokens may move, relative
+    Start with AdamW and a learning rate of 1e-4 to 1e-3, and check the log message at attach: how far tokens may move, relative
     to the norm of their words.
 
     Source: Blau et al. 2024, arXiv:2410.17222, and the authors' code. Differs: batches of more than one row and `leave_one_out`
     are ours (the latter after arXiv:2507.04221).
 
     Args:
-        num_virtual_tokens: P; it follows from the context, so leave it out.
+        num_virtual_tokens: P, which is computed from the context; leave it out.
         examples: mappings of the template's fields to text, or pairs of input and label.
-        template: the format of an example: text with fields in braces, the last of them `{label}`, and `{sep}` for a separator
-            that never moves.
+        template: the format of an example: text with fields in braces, of which `{label}` is the last, and `{sep}` for a
+            separator that never moves.
         tokenizer: the model's tokenizer or its name, for examples and for `render`.
         separator: the text between examples.
         inner_separator: the text of `{sep}`.
         context_ids, token_types: the context itself, instead of examples. The tokens of example i have the types 4i+1
             (format of the input), 4i+2 (input), 4i+3 (format of the label), 4i+4 (label); separators have 0.
         epsilon_input, epsilon_format: how far tokens of the input, and of the formats, may move in a model of width 2048; the
-            bound grows with the square root of the width. None: without a bound.
+            bound grows with the square root of the width. None for no bound.
         decay: the factor between the weights of labels, from the last example to the first.
-        context_loss: train on the context's labels too.
+        context_loss: also train on the labels of the context.
         leave_one_out: require `example_ids` in training.
 
     Shape:
         the encoder returns [P, H].
 
     Raises:
-        OptionError: an option is wrong, or the types do not make sense.
+        OptionError: an option is wrong, or the token types are inconsistent.
     """
 
     kind: ClassVar[str] = "context_aware_prompt_tuning"
@@ -107,7 +107,7 @@ class ContextAwarePromptTuning(Method):
         kept = {"context_ids": context.ids, "token_types": context.types, "num_virtual_tokens": len(context.ids)}
         if self.num_virtual_tokens not in (0, len(context.ids)):
             raise OptionError(
-                f"the context has {len(context.ids)} tokens, and num_virtual_tokens is {self.num_virtual_tokens!r}; leave it out."
+                f"num_virtual_tokens is {self.num_virtual_tokens!r}, but the context has {len(context.ids)} tokens; leave it out."
             )
         for name in ("epsilon_input", "epsilon_format"):
             kept[name] = _bound(getattr(self, name), name)
@@ -117,14 +117,14 @@ class ContextAwarePromptTuning(Method):
         if self.template is not None:
             self._template()
         if not _is_number(self.decay) or not 0 < self.decay <= 1:
-            raise OptionError(f"decay must be above 0 and at most 1; it is {self.decay!r}.")
+            raise OptionError(f"decay is {self.decay!r}; it must be above 0 and at most 1.")
         if self.context_loss:
             context.check_labels()
 
     def _context_of_ids(self) -> Context:
         if self.context_ids is None or self.token_types is None:
             raise OptionError(
-                "there is no context: neither examples, nor ids with their types, are given.",
+                "there is no context: neither examples nor ids with their types are given.",
                 "Pass `examples=`, `template=` and `tokenizer=`; or `context_ids=` and `token_types=`.",
                 context_ids="missing" if self.context_ids is None else "given",
                 token_types="missing" if self.token_types is None else "given",
@@ -133,19 +133,17 @@ class ContextAwarePromptTuning(Method):
 
     def _context_of(self, examples: Sequence[Any]) -> Context:
         if self.context_ids is not None or self.token_types is not None:
-            raise OptionError(
-                "examples and context_ids or token_types are both given, and say the same; give one of them."
-            )
+            raise OptionError("examples and context_ids or token_types are both given; pass one of them.")
         if isinstance(examples, (str, Mapping)) or not len(examples):
-            raise OptionError(f"examples must be a list of one example or more; it is {examples!r}.")
+            raise OptionError(f"examples is {examples!r}; it must be a list of at least one example.")
         if self.template is None or self.tokenizer is None:
             missing = "template" if self.template is None else "tokenizer"
-            raise OptionError(f"examples need a template and a tokenizer; {missing}= is missing.")
+            raise OptionError(f"{missing}= is missing; examples need a template and a tokenizer.")
         return self._template().context(examples, tokenizer_of(self.tokenizer))
 
     def _template(self) -> ExampleTemplate:
         if self.template is None:
-            raise OptionError("the context was made without `template=`, and rows are rendered with it.")
+            raise OptionError("the context was made without `template=`, which is needed to render rows.")
         return ExampleTemplate(self.template, self.separator, self.inner_separator)
 
     @property
@@ -155,11 +153,11 @@ class ContextAwarePromptTuning(Method):
 
     @property
     def batch_columns(self) -> tuple[str, ...]:
-        """The batch column with the number of the example that each row is."""
+        """The batch column with the number of each row's own example."""
         return (EXAMPLE_IDS,) if self.leave_one_out else ()
 
     def options(self) -> dict[str, Any]:
-        """Return the options as JSON values, without the examples, which are in the context."""
+        """Return the options as JSON values, without the examples, which the context already contains."""
         return {name: value for name, value in super().options().items() if name != "examples"}
 
     # --- rows ---------------------------------------------------------------------------------------------------------
@@ -168,13 +166,13 @@ class ContextAwarePromptTuning(Method):
         """Render a row with the template of the context, so that it has the format of the examples.
 
         Args:
-            row: a mapping of fields, or the input if there is only one. A mapping may have the label.
-            label: the label; without one the row ends where it is to be generated.
-            tokenizer: a tokenizer instead of the method's; a loaded prompt has none.
+            row: a mapping of fields, or the input if there is only one input. A mapping may contain the label.
+            label: the label; a row without a label ends where the label is to be generated.
+            tokenizer: a tokenizer instead of the method's tokenizer; a loaded prompt has no tokenizer.
 
         Returns:
-            `input_ids` and `attention_mask`; with a label also `labels`, -100 outside it, and with `leave_one_out` also
-            `example_ids`: the example of the context with the same ids, or -1.
+            `input_ids` and `attention_mask`; with a label also `labels`, which are -100 outside the label; with `leave_one_out`
+            also `example_ids`: the example of the context with the same ids, or -1.
         """
         template = self._template()
         single = isinstance(row, str) and len(template.inputs) == 1
@@ -187,7 +185,7 @@ class ContextAwarePromptTuning(Method):
         if fields.get("label") is None:
             return rendered
         if not answer:
-            raise OptionError(f"a label must have at least one token; it is {fields['label']!r}.")
+            raise OptionError(f"the label {fields['label']!r} has no tokens; it must have at least one.")
         rendered["labels"] = [IGNORE_INDEX] * len(ids) + answer
         if self.leave_one_out:
             rendered[EXAMPLE_IDS] = self.context.example_of(ids + answer)
@@ -196,7 +194,7 @@ class ContextAwarePromptTuning(Method):
     # --- on a model ---------------------------------------------------------------------------------------------------
 
     def build(self, structure: ModelStructure) -> ContextEncoder:
-        """Make the encoder of the context's words, with deltas of zero."""
+        """Make the encoder with the context's words and deltas of zero."""
         context, width = self.context, structure.entry.width
         words = embed_ids(structure, context.ids)
         limits = [
@@ -213,17 +211,17 @@ class ContextAwarePromptTuning(Method):
         return encoder
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Refuse a model that is not a causal language model, or cannot share its prompt between rows.
+        """Refuse a model that is not a causal language model or cannot share its prompt between rows.
 
         Raises:
-            UnsupportedMethodError: naming the model and the injection.
+            UnsupportedMethodError: the model is not supported.
         """
         if prompt.injection == "shared" and can_generate(prompt.model):
             return
         raise UnsupportedMethodError(
-            f"{type(prompt.model).__name__} with injection {prompt.injection!r} does not support this method: it needs a causal "
-            "language model whose front prompt is computed once for all rows.",
-            "Leave `injection` out and the model whole (no FSDP), use such a model, or use PromptTuning with init='text'.",
+            f"{type(prompt.model).__name__} with injection {prompt.injection!r} does not support {self.kind}: it needs a causal "
+            "language model that computes a front prompt once for all rows.",
+            "Use a causal language model without `injection=` and without FSDP, or PromptTuning with init='text'.",
             method=self.kind,
             model=type(prompt.model).__name__,
             injection=repr(prompt.injection),
@@ -245,7 +243,7 @@ class ContextAwarePromptTuning(Method):
         return FoldedContext(self.context, tables[EMBEDDINGS])
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> ContextEncoder:
-        """Split a folded context into the model's words and deltas again."""
+        """Split a folded context into the model's words and deltas."""
         encoder = self.build(structure)
         encoder.load_folded(tables[EMBEDDINGS])
         return encoder
@@ -256,9 +254,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _bound(value: Any, name: str) -> float | None:
-    """Check an epsilon; infinity is None, no bound."""
+    """Check an epsilon; convert infinity to None, no bound."""
     if value is None or (_is_number(value) and value == math.inf):
         return None
     if not _is_number(value) or not value >= 0:
-        raise OptionError(f"{name} must be a number of 0 or more, or None; it is {value!r}.")
+        raise OptionError(f"{name} is {value!r}; it must be a number of 0 or more, or None.")
     return float(value)

@@ -1,4 +1,4 @@
-"""The encoders of context-aware prompt tuning: the words of a context plus bounded, learned differences."""
+"""The encoders of context-aware prompt tuning: the words of a context plus bounded, learned deltas."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 _TARGET, _LIMIT = 1 - 2.0**-19, 1 - 2.0**-20
 """Rows longer than `_LIMIT` of their bound are scaled to `_TARGET` of it: rounding then neither exceeds the bound nor makes the
-next step scale the same row again."""
+next step scale the row again."""
 
 _SAME_WORD = 2.0**-7
-"""How far a stored word may be from the model's own, relative to its length: the precision of bfloat16."""
+"""The largest distance of a saved word from the model's word, relative to its norm: the precision of bfloat16."""
 
 
 class ContextRows(PromptEncoder):
-    """A context as rows of embeddings; an example may be hidden from rows of the batch.
+    """A context as rows of embeddings; examples can be hidden from rows of the batch.
 
     Args:
         context: the tokens and their types.
@@ -39,7 +39,7 @@ class ContextRows(PromptEncoder):
         self.register_buffer("examples", torch.tensor(context.examples), persistent=False)
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Hide a row's own example from it. -> [B, P]."""
+        """Hide each row's own example. -> [B, P]."""
         required = self.leave_one_out and self.training and torch.is_grad_enabled()
         return hide_own_example(given, batch, self.examples, self.count, required=required)
 
@@ -49,8 +49,8 @@ class ContextEncoder(ContextRows):
 
     Args:
         context: the tokens and their types.
-        words: E, their embeddings, [P, H].
-        bounds: the largest norm of the delta of each token that moves, [M].
+        words: E, the embeddings of the tokens, [P, H].
+        bounds: the largest norm of the delta of each movable token, [M].
         leave_one_out: require `example_ids` in training.
     """
 
@@ -72,19 +72,19 @@ class ContextEncoder(ContextRows):
         return self.words.index_add(0, self.movable, self.delta)
 
     def constrain(self) -> None:
-        """Scale each delta that is too long back to its bound."""
+        """Scale each delta that exceeds its bound back to the bound."""
         lengths = torch.linalg.vector_norm(self.delta, dim=1)
         beyond = self._projected = lengths > self.bounds * _LIMIT
         scale = torch.where(beyond, self.bounds * _TARGET / lengths, torch.ones_like(lengths))
         self.delta.copy_(torch.where(beyond[:, None], self.delta * scale[:, None], self.delta))
 
     def metrics(self) -> dict[str, float]:
-        """Return the share of tokens that the last step moved beyond their bounds, of those that may move."""
+        """Return the share of the movable tokens that the last step moved beyond their bounds."""
         return {} if self._projected is None else {"projected": float(self._projected.float().mean())}
 
     @property
     def reach(self) -> Tensor:
-        """How far each token may move, relative to the norm of its word, [M]: `epsilon / ||E||`."""
+        """Return how far each token may move, relative to the norm of its word, [M]: `epsilon / ||E||`."""
         reach: Tensor = self.bounds / torch.linalg.vector_norm(self.words[self.movable], dim=1)
         return reach
 
@@ -93,7 +93,7 @@ class ContextEncoder(ContextRows):
         """Set the deltas from a folded context.
 
         Raises:
-            PromptMismatchError: its labels or separators are not the words of this model.
+            PromptMismatchError: the labels or separators are not the words of this model.
         """
         moved = table.to(self.words) - self.words
         fixed = torch.ones(len(moved), dtype=torch.bool, device=moved.device)
@@ -101,23 +101,23 @@ class ContextEncoder(ContextRows):
         off = torch.linalg.vector_norm(moved, dim=1) / torch.linalg.vector_norm(self.words, dim=1).clamp(min=1e-12)
         if bool((off[fixed] > _SAME_WORD).any()):
             raise PromptMismatchError(
-                "the labels and separators of the context are not this model's words; they never move in training.",
-                "Load it onto the base model that it was trained with.",
+                "the labels and separators of the context, which training never moves, are not this model's words.",
+                "Load the prompt onto the base model that it was trained with.",
                 token=int((off * fixed).argmax()),
-                off_by=f"{float(off[fixed].max()):.2g} of its word's length",
+                off_by=f"{float(off[fixed].max()):.2g} of the norm of its word",
             )
         self.delta.copy_(moved[self.movable])
         beyond = int((torch.linalg.vector_norm(self.delta, dim=1) > self.bounds * (1 + _SAME_WORD)).sum())
         if beyond:
             warnings.warn(
-                f"{beyond} tokens of this context are beyond their bounds, and are scaled back to them.", stacklevel=2
+                f"{beyond} tokens of this context exceed their bounds and are scaled back to the bounds.", stacklevel=2
             )
         self.constrain()
         self._projected = None
 
 
 class FoldedContext(ContextRows):
-    """A folded context. It has no parameters, as an optimizer would also move its labels."""
+    """A folded context. It has no parameters, because an optimizer would also move its labels."""
 
     embeddings: Tensor
 

@@ -1,4 +1,4 @@
-"""A saved or attached prompt as the start of a new one."""
+"""Initialization of a new prompt from a saved or attached prompt."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Handle(Protocol):
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
-        """The conventions as a file holds them."""
+        """The conventions as they are saved."""
 
     def to_stored(self) -> StoredPrompt:
-        """The prompt as a file would hold it."""
+        """Return the prompt as it would be saved."""
 
 
 def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
-    """Read a saved prompt and make its method; the options of the prompt are then complete.
+    """Read a saved prompt and make its method; default options are filled in.
 
     Raises:
         CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
@@ -50,17 +50,17 @@ def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
 
 
 def rows_of(source: Any, purpose: str = "start another prompt", *, structure: ModelStructure | None = None) -> Tensor:
-    """The embedding rows of a prompt, [P, H].
+    """Return the embedding rows of a prompt, [P, H].
 
     Args:
-        source: a handle; a directory or repository that `load` reads, also one of PEFT; or the rows themselves.
-        purpose: what the rows are for, for the error.
-        structure: of the model that the rows will enter; it must be the base model that they were trained with.
+        source: a handle; a directory or repository that `load` reads, including PEFT's; or the rows themselves.
+        purpose: the purpose of the rows, for the error.
+        structure: the structure of the new prompt's model, which must be the base model that the rows were trained with.
 
     Raises:
-        OptionError: the source is none of these, or a prompt that does not fold to embedding rows.
+        OptionError: the source has a wrong type, or is a prompt that does not fold to embedding rows.
         CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
-        PromptMismatchError: the prompt was trained with another base model.
+        PromptMismatchError: the prompt was trained with a different base model.
     """
     if isinstance(source, Tensor):
         return source.detach().float()
@@ -72,20 +72,20 @@ def rows_of(source: Any, purpose: str = "start another prompt", *, structure: Mo
         known = source.to_stored() if source.is_attached else None
         tables, name = source.encoder.folded(), f"{source.name!r} ({source.method.kind})"
     else:
-        raise OptionError(f"a {type(source).__name__} was given as a prompt; give a handle, a directory or a tensor.")
+        raise OptionError(f"a {type(source).__name__} was given as a prompt; pass a handle, a directory or a tensor.")
     if set(tables) != {EMBEDDINGS}:
         raise OptionError(
-            f"the prompt {name} holds {', '.join(sorted(tables))}, not embedding rows, so it cannot {purpose}.",
-            "Take a prompt of PromptTuning or of another method that enters as embeddings.",
+            f"the prompt {name} contains {', '.join(sorted(tables))}, not embedding rows, so it cannot {purpose}.",
+            "Use a prompt of PromptTuning or of another method that enters as embeddings.",
         )
     rows = tables[EMBEDDINGS].detach().float()
     if structure is not None and known is not None and rows.shape[1] == structure.entry.width:
-        known.require_base(structure.entry.module, structure, override="or start from its rows alone, as a tensor")
+        known.require_base(structure.entry.module, structure, override="or pass only its rows, as a tensor")
     return rows
 
 
 def word_ids_of(source: Any) -> list[int] | None:
-    """The token ids of a prompt's virtual tokens, if its model depends on them; None if they are not known."""
+    """Return the ids of a prompt's virtual tokens, if its model depends on them, or None if they are unknown."""
     if isinstance(source, (str, Path)):
         conventions = find(source).conventions
     else:

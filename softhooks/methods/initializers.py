@@ -1,6 +1,6 @@
-"""Initial rows of embeddings: random, from the vocabulary, from labels, or given as a tensor.
+"""Initial embedding rows: random, from the vocabulary, from labels, or given as a tensor.
 
-Rows of words are outputs of the model's embedding module, so they include a scale inside it (Gemma).
+Rows of words are outputs of the model's embedding module, so they include its scaling (Gemma).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from softhooks.errors import OptionError, PromptMismatchError
 from softhooks.layout.tokenizing import tokenize
 
 WordIds = Sequence[int | None] | None
-"""For each row the id of its word, or None; see `PromptEncoder.start_ids`."""
+"""The id of each row's word, or None; see `PromptEncoder.start_ids`."""
 
 COMMON_IDS = 5000
-"""The number of ids to sample from: the first ids of most vocabularies are the most frequent, as in Lester et al."""
+"""The number of ids to sample from, as in Lester et al.: in most vocabularies the first ids are the most frequent."""
 
 
 def random_rows(structure: ModelStructure, count: int) -> Tensor:
@@ -29,7 +29,7 @@ def random_rows(structure: ModelStructure, count: int) -> Tensor:
 
 
 def vocabulary_ids(structure: ModelStructure, count: int, whole: bool = False) -> Tensor:
-    """Sample ids of the vocabulary, without replacement if it is large enough. -> [P]."""
+    """Sample ids of the vocabulary, without replacement if the vocabulary is large enough. -> [P]."""
     size = structure.vocabulary if whole or count > COMMON_IDS else min(structure.vocabulary, COMMON_IDS)
     if count > size:
         return torch.randint(size, (count,))
@@ -37,19 +37,19 @@ def vocabulary_ids(structure: ModelStructure, count: int, whole: bool = False) -
 
 
 def fill_ids(structure: ModelStructure, count: int, ids: Sequence[int]) -> list[int]:
-    """Take the first P ids of a text; sample more from the vocabulary if it is shorter."""
+    """Return the first P ids of a text, filled up with ids sampled from the vocabulary if the text is shorter."""
     missing = max(0, count - len(ids))
     return [*ids[:count], *(vocabulary_ids(structure, missing).tolist() if missing else [])]
 
 
 def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tokenizer: Any) -> tuple[Tensor, WordIds]:
-    """Make one row for each label, the mean of its tokens' rows; sample more from the vocabulary if there are fewer than P.
+    """Make one row for each label, the mean of its tokens' rows; further rows are sampled from the vocabulary.
 
     Returns:
-        the rows, [P, H], and the ids of those that are single words.
+        the rows, [P, H], and the ids of the rows that are single words.
     """
     if isinstance(labels, str) or not labels:
-        raise OptionError(f"init_labels must be a list of one label or more; it is {labels!r}.")
+        raise OptionError(f"init_labels is {labels!r}; it must be a list of at least one label.")
     ids = [tokenize(label, tokenizer, "init_labels") for label in labels]
     rows = torch.stack([embed_ids(structure, label).mean(0) for label in ids])[:count]
     words: list[int | None] = [label[0] if len(label) == 1 else None for label in ids[:count]]
@@ -61,9 +61,9 @@ def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tok
 
 
 def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
-    """Check rows that the user gives; rows of the embedding's weight are replaced by the embeddings of their words.
+    """Check rows given by the user; rows of the embedding's weight are replaced by the embeddings of their words.
 
-    The two differ if the embedding module scales its weight.
+    Weight and embeddings differ if the embedding module scales its weight.
 
     Raises:
         PromptMismatchError: the shape is not [P, H].
@@ -78,16 +78,16 @@ def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
 
 
 def tensor_rows(structure: ModelStructure, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:
-    """Check rows of another prompt.
+    """Check the shape of rows from another prompt.
 
     Raises:
-        PromptMismatchError: its shape is not [P, H].
+        PromptMismatchError: the shape of the tensor is not [P, H].
     """
     rows = torch.as_tensor(tensor).detach().float()
     if tuple(rows.shape) != (count, structure.entry.width):
         raise PromptMismatchError(
-            f"{option} is {list(rows.shape)}; it must have one row for each virtual token, as wide as the model's embeddings.",
-            "Set num_virtual_tokens to their number, and take them from the same base model.",
+            f"{option} has the shape {list(rows.shape)}; it must be [num_virtual_tokens, width of the model's embeddings].",
+            "Set num_virtual_tokens to the number of rows, and use rows of the same base model.",
             **{option: list(rows.shape)},
             expected=[count, structure.entry.width],
         )

@@ -199,7 +199,7 @@ class LlamaAdapter(Method):
         return self.scale_and_bias
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Whether the linear layer of the context gets no gradient, as there is no context."""
+        """Return whether the linear layer of the context gets no gradient, as there is no context."""
         return self.context_size is not None and CONTEXT not in given
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:

@@ -42,7 +42,7 @@ def task_of_rows(given: dict[str, Tensor], batch: int, names: Sequence[str]) -> 
 
 
 def are_tasks(tasks: object) -> bool:
-    """Whether these are different names, or a number of 1 or more."""
+    """Return whether these are different names, or a number of 1 or more."""
     if isinstance(tasks, tuple):
         return bool(tasks) and all(isinstance(name, str) and name for name in tasks) and len(set(tasks)) == len(tasks)
     return isinstance(tasks, int) and not isinstance(tasks, bool) and tasks > 0

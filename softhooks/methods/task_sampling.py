@@ -62,7 +62,7 @@ class TaskSampler(Sampler[int]):
         self.weights = drawn[weights] / drawn[weights].sum()
 
     def __len__(self) -> int:
-        """The number of rows of the data set."""
+        """Return the number of rows of the data set."""
         return sum(len(own) for own in self.rows.values())
 
     def set_epoch(self, epoch: int) -> None:

@@ -1,1 +1,1 @@
-"""What runs while prompts are attached: state, hooks, and the choice of what a forward does."""
+"""The runtime of attached prompts: their state, the hooks, and the choice of how each forward uses prompts."""

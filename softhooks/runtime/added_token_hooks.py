@@ -1,4 +1,4 @@
-"""The hooks that use a prompt's own vocabulary rows instead of the model's, and a check that both give the same results."""
+"""Hooks that replace the model's vocabulary rows by a prompt's own rows, and a check that both give the same results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class AddedTokenHooks:
-    """The hooks that use the prompts' own vocabulary rows instead of the model's.
+    """The hooks that replace the model's vocabulary rows by the prompts' own rows.
 
     Args:
         prompted: the state of the model's prompts.
@@ -49,7 +49,7 @@ class AddedTokenHooks:
         return None if changed is output else changed
 
     def replace_logits(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Replace the logits of added tokens by those of the prompt's own rows."""
+        """Replace the logits of added tokens by the logits of the prompt's own rows."""
         hidden = args[0] if args else next(iter(kwargs.values()))
         for added, rows in self._uses(output.shape[0]):
             own = added.logits(hidden, output)
@@ -59,7 +59,7 @@ class AddedTokenHooks:
         return output
 
     def _uses(self, batch: int) -> Iterator[tuple[AddedTokens, Tensor | None]]:
-        """The added tokens of each prompt in use, with a mask of the rows of the batch that use it, [B]; None: all rows."""
+        """Yield the added tokens of each prompt in use, with a mask [B] of the rows that use the prompt, or None if all do."""
         prompted = self.prompted
         if not prompted.is_on:
             return
@@ -92,7 +92,8 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
         inputs: the arguments of a call of the model.
 
     Raises:
-        UnsupportedModelError: they do not; or a second table reads the ids, or the logits do not come from the output embeddings.
+        UnsupportedModelError: the results differ, a second table reads the ids, or the logits do not come from the output
+            embeddings.
     """
     added, model = prompt.added, prompt.model
     if added is None:

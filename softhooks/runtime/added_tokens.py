@@ -1,4 +1,4 @@
-"""Vocabulary rows that a prompt trains: copies of the model's rows for tokens that a script has added.
+"""Vocabulary rows that a prompt trains: copies of the model's rows for tokens that were added to the vocabulary.
 
 Hooks use the copies instead of the model's rows, both in the embedding and in the output embeddings (`lm_head`). The model's own
 tables do not change.
@@ -28,9 +28,9 @@ class AddedTokens(nn.Module):
 
     Args:
         ids: the ids of the tokens.
-        vocabulary: the number of rows of the model.
-        rows: rows of the input embedding, [N, E]; also of the output embeddings, if they are tied to it.
-        output_rows, output_bias: rows of output embeddings that are not tied, [N, H], and of their bias, [N].
+        vocabulary: the number of rows of the model's embedding.
+        rows: rows of the input embedding, [N, E], and of the output embeddings if these are tied to it.
+        output_rows, output_bias: rows of untied output embeddings, [N, H], and of their bias, [N].
     """
 
     ids: Tensor
@@ -54,13 +54,13 @@ class AddedTokens(nn.Module):
         self.output_bias = None if output_bias is None else nn.Parameter(output_bias.detach().float().clone())
 
     def look_up(self, embedding: nn.Module, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Look ids up in the prompt's own rows by the forward of the embedding, so that its scaling applies to them too.
+        """Look up ids in the prompt's own rows with the forward of the embedding, so that its scaling applies to these rows.
 
         Returns:
             the embeddings, and a mask of the ids that are the prompt's own.
         """
         places = self.places[ids]
-        # A stand-in for the embedding with the prompt's rows as its weight, without copying anything else.
+        # A shallow copy of the embedding with the prompt's rows as its weight.
         own: Any = object.__new__(type(embedding))
         table: Any = embedding.weight
         own.__dict__.update(embedding.__dict__)
@@ -70,13 +70,13 @@ class AddedTokens(nn.Module):
         return found.to(output.dtype), places >= 0
 
     def logits(self, hidden: Tensor, output: Tensor) -> Tensor:
-        """The logits of these tokens, [..., N]."""
+        """Compute the logits of the added tokens, [..., N]."""
         rows = self.rows if self.output_rows is None else self.output_rows
         bias = None if self.output_bias is None else self.output_bias.to(hidden.dtype)
         return functional.linear(hidden, rows.to(hidden.dtype), bias).to(output.dtype)
 
     def tables(self) -> dict[str, Tensor]:
-        """The tensors by name, as a file holds them."""
+        """Return the tensors by name, as they are saved."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
@@ -84,10 +84,10 @@ class AddedTokens(nn.Module):
 
 
 def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> tuple[int, ...]:
-    """The ids that `train_added_tokens` selects: listed ids, the rows added to the model, or the tokens added to a tokenizer.
+    """Return the ids that `train_added_tokens` selects: listed ids, rows added to a model, or tokens added to a tokenizer.
 
     Raises:
-        OptionError: an id is not in the vocabulary, or it is not known which rows were added.
+        OptionError: an id is not in the vocabulary, or the added rows are unknown.
     """
     if isinstance(requested, bool):
         if not requested:
@@ -95,7 +95,7 @@ def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> t
         base = original_vocabulary(model, structure)
         if base is None:
             raise OptionError(
-                f"train_added_tokens=True, but no rows that `resize_token_embeddings` has added to "
+                f"train_added_tokens=True, but no rows that `resize_token_embeddings` added to "
                 f"{type(unwrapped(model)).__name__} are known.",
                 "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
             )
@@ -119,7 +119,7 @@ def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> t
 
 
 def _added_to(tokenizer: Any, model: nn.Module, structure: ModelStructure) -> list[int]:
-    """The tokens added to a tokenizer whose rows were added to the model, or, if that is not known, all of them."""
+    """Return the tokens added to a tokenizer that have added rows in the model, or all of them if the added rows are unknown."""
     base = original_vocabulary(model, structure)
     first = tokenizer.vocab_size if base is None else base
     return sorted(number for number in tokenizer.get_added_vocab().values() if number >= first)
@@ -129,7 +129,7 @@ def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -
     """Copy vocabulary rows of a model.
 
     Raises:
-        UnsupportedModelError: its embeddings are of a kind whose rows cannot be replaced.
+        UnsupportedModelError: the rows of the model's embeddings cannot be replaced.
     """
     table, head = _input_of(model, structure), output_of(model)
     tables = {id(head), *(id(stack.embedding) for stack in structure.stacks)}
@@ -157,13 +157,13 @@ def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
     """Put stored rows into a prompt's copies.
 
     Raises:
-        PromptMismatchError: their shapes differ, or tables are tied in only one of the two.
+        PromptMismatchError: the shapes differ, or the tables are tied in only one of the two.
     """
     expected = {name: list(table.shape) for name, table in own.tables().items()}
     found = {name: list(table.shape) for name, table in tables.items()}
     if expected != found:
         raise PromptMismatchError(
-            f"{source}: the prompt's rows of added tokens do not fit the model's embeddings.",
+            f"the rows of added tokens in {source} do not fit the model's embeddings.",
             "Load the base model that the prompt was trained with.",
             prompt=found,
             model=expected,
@@ -174,7 +174,7 @@ def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
 
 
 def _input_of(model: nn.Module, structure: ModelStructure) -> Tensor:
-    """The embedding matrix that all stacks share."""
+    """Return the embedding matrix that all stacks share."""
     tables = [getattr(stack.embedding, "weight", None) for stack in structure.stacks]
     for stack, table in zip(structure.stacks, tables, strict=True):
         if not isinstance(stack.embedding, nn.Embedding) or not _is_table(table, structure.vocabulary):
@@ -189,7 +189,7 @@ def _input_of(model: nn.Module, structure: ModelStructure) -> Tensor:
 
 
 def output_of(model: nn.Module) -> nn.Module | None:
-    """The output embeddings of a model, if it has any."""
+    """Return the output embeddings of a model, or None if it has none."""
     plain: Any = unwrapped(model)
     try:
         head = plain.get_output_embeddings()

@@ -1,7 +1,7 @@
-"""Extra arguments of a model's forward: batch columns that prompts take and that the model itself never gets.
+"""Extra arguments of a model's forward: batch columns that prompts take and the model itself does not receive.
 
 The Trainer keeps the columns that `forward`'s signature names, and `generate` passes on the arguments that it names. So the
-instance gets a `forward` whose signature names the extra arguments; a hook takes them out of each call.
+instance gets a `forward` that has the extra arguments in its signature; a hook removes them from each call.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
         own: the names of the model's own arguments.
 
     Raises:
-        UnsupportedModeError: naming the column and the methods that take it.
+        UnsupportedModeError: a column is not used; the error names it and the methods that take it.
     """
     for name in (*COLUMN_METHODS, *known):
         if call.get(name) is None or name in used or name in own:
             continue
         raise UnsupportedModeError(
-            f"no prompt in use takes the argument `{name}`; it would be ignored.",
+            f"the call has the argument `{name}`, which no prompt in use takes; it would be ignored.",
             f"Leave `{name}` out, or use a prompt that takes it (`softhooks.activate`).",
             taken_by=", ".join(COLUMN_METHODS.get(name, ["another prompt of this model"])),
             prompts_in_use_take=", ".join(f"`{column}`" for column in used) or "no column",
@@ -41,15 +41,15 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
 
 
 class SignedForward(MethodWrapper):
-    """A model's forward, under a signature that names more arguments.
+    """A model's forward with extra arguments in its signature.
 
     Args:
         model: the model.
         names: the extra arguments.
-        accepted: returns the extra arguments that a call may have now; None: all.
+        accepted: returns the extra arguments that a call may have now, or None for all.
 
     Raises:
-        AttachError: the model has an argument of that name already.
+        AttachError: the model's forward already has an argument of this name.
     """
 
     def __init__(
@@ -77,17 +77,17 @@ class SignedForward(MethodWrapper):
         return signature.replace(parameters=[*[p for p in parameters if p not in rest], *more, *rest])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward. Not by `original()`: `torch.compile` would confuse a bound method with this object."""
+        """Run the model's forward, but not with `original()`: `torch.compile` would confuse a bound method with this object."""
         if self.before is not None:
             return self.before(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
 
 
 def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
-    """Remove the extra arguments from a call's keyword arguments, in place, and return them.
+    """Remove the extra arguments from a call's keyword arguments in place, and return them.
 
     Raises:
-        UnsupportedModeError: one of them is not a tensor.
+        UnsupportedModeError: an extra argument is not a tensor.
     """
     taken: dict[str, Tensor] = {}
     for name in names:
@@ -97,7 +97,7 @@ def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise UnsupportedModeError(
                 f"`{name}` is a {type(value).__name__}; it must be a tensor with one entry for each row.",
-                "Let the collator make a tensor of it.",
+                "Convert the column to a tensor in the data collator.",
             )
         taken[name] = value
     return taken

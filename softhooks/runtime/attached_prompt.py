@@ -1,4 +1,4 @@
-"""A prompt that is attached to a model: its embeddings, its keys and values, its branch and its heads."""
+"""A prompt that is attached to a model: its embeddings, keys and values, gated branch and heads."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ Injection = Literal["attention", "written_out", "cache", "shared", "slots", "bra
 
 
 class AttachedPrompt:
-    """A prompt on a model, as the hooks see it. Users hold its subclass `softhooks.SoftPrompt`.
+    """A prompt on a model, as the hooks use it. Users get its subclass `softhooks.SoftPrompt`.
 
     Args:
-        name: the name under which it is attached.
+        name: the name of the prompt on the model.
         method: the method's options.
-        module: holds the encoder, the heads and the rows of added tokens; part of the model while attached.
-        conventions: what the prompt assumes about the forward pass; stored with it.
+        module: contains the encoder, the heads and the rows of added tokens; a submodule of the model while attached.
+        conventions: the assumptions of the prompt about the forward pass, which are saved with the prompt.
         model: the model, as the user gave it.
         structure: the model's stacks, embeddings and attention layers.
-        running: the calls that run on the model.
+        running: the calls that are running on the model.
         placeholder_id: an ordinary id of the vocabulary, for calls in which only the number of ids matters.
 
     Attributes:
-        layout: where the virtual tokens stand among the text, for methods that place them there.
-        objective: an additional or different training loss, if the method has one.
+        layout: the positions of the virtual tokens in the text, for methods that insert them there.
+        objective: the training loss of the method, or None for the model's own loss.
         injection: how the prompt enters the model. A `shared` prompt enters as slots in a call that has more inputs than a text
             (encoder states, token types, ...).
         requires_sharing: whether the prompt was attached with `injection='shared'`, so that such calls are refused.
         takes_left_padding: whether rows may begin with padding; in some models padding before the text changes the result.
-        labels: the names of its heads' labels, while the model's config does not show them.
+        labels: the label names of the prompt's heads, while the model's config does not show them.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class AttachedPrompt:
 
     @property
     def heads(self) -> nn.ModuleDict:
-        """The prompt's own heads, by the path of the model's head, with slashes for dots."""
+        """The prompt's own heads, by the path of the model's head with slashes instead of dots."""
         heads = self.module["heads"]
         assert isinstance(heads, nn.ModuleDict)
         return heads
 
     @property
     def added(self) -> AddedTokens | None:
-        """The prompt's own copies of vocabulary rows, if it trains any."""
+        """The prompt's own copies of vocabulary rows, or None if it trains none."""
         added = self.module._modules.get(ADDED)
         return added if isinstance(added, AddedTokens) else None
 
@@ -108,16 +108,16 @@ class AttachedPrompt:
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def head(self, key: str) -> nn.Module | None:
-        """The prompt's own copy of one of the model's heads, if it has one."""
+        """Return the prompt's own copy of one of the model's heads, or None if it has none."""
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
     def without_objective(self) -> ExclusiveBlock:
-        """A `with` block in which the model runs without this prompt's objective."""
+        """Return a `with` block in which the model runs without this prompt's objective."""
         return self.running.exclusive("a forward without objective", skip_objective=True)
 
     @property
     def computed(self) -> int:
-        """How often keys and values were computed: once per forward, or once per `generate` call or `kept` block."""
+        """The number of times keys and values were computed: once per forward, or once per `generate` call or `kept` block."""
         return sum(memory.computed for kept in (self._memory, self._branches) for memory in kept.values())
 
     @property
@@ -130,11 +130,11 @@ class AttachedPrompt:
         return torch.full((count,), self.placeholder_id, device=self.encoder.device)
 
     def embeddings(self, variant: int = 0) -> Tensor:
-        """The prompt as embedding rows, [P, H]."""
+        """Compute the prompt as embedding rows, [P, H]."""
         return self._encode(EMBEDDINGS, variant)
 
     def key_values(self, stack: Stack, variants: tuple[int, ...] = (0,)) -> dict[Role, KeyValues]:
-        """The prompt as keys and values for one stack, by role (self or cross-attention).
+        """Compute the prompt as keys and values for one stack, by role (self- or cross-attention).
 
         Args:
             variants: the variants of the prompt (its tasks, for a multitask prompt), one after another.
@@ -161,7 +161,7 @@ class AttachedPrompt:
 
     @contextmanager
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
-        """Use other keys and values, of any length, instead of the prompt's: those of a teacher, for an objective."""
+        """Replace the prompt's keys and values by others of any length, such as a teacher's for an objective."""
         outer, self._replacement = self._replacement, key_values
         try:
             yield
@@ -169,11 +169,11 @@ class AttachedPrompt:
             self._replacement = outer
 
     def branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None = None) -> Branch:
-        """The prompt as a gated branch for one stack.
+        """Compute the prompt as a gated branch for one stack.
 
         Args:
             context: the `prompt_context` of the whole batch, one entry for each row.
-            rows: the rows of the batch that use the prompt; None: all.
+            rows: the rows of the batch that use the prompt, or None for all.
 
         Raises:
             UnsupportedModeError: another thread is running the model.
@@ -191,13 +191,13 @@ class AttachedPrompt:
 
     @property
     def states(self) -> Tensor | None:
-        """The virtual tokens' last hidden states in the current forward, [R, P, H]; None if the prompt was not run alone."""
+        """Return the virtual tokens' last hidden states in this forward, [R, P, H], or None if the prompt was not run alone."""
         forward = self.running.forward
         kept = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
         return None if kept is None else kept.states
 
     def snapshot(self) -> Snapshot:
-        """The prompt's state now; the same object as before if nothing has changed."""
+        """Return the current state of the prompt; the same object as before if nothing has changed."""
         self._snapshot = snapshot(
             self.model, self.encoder, self.added, self.injection, self.conventions, self._snapshot
         )
@@ -222,9 +222,9 @@ class AttachedPrompt:
         return result
 
     def __copy__(self) -> AttachedPrompt:
-        """Return this object: a second handle could not know what the first one changes."""
+        """Return this object: two handles of one prompt would not see each other's changes."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy or a pickle, including the model, without what earlier forwards have computed."""
+        """Return the state to copy or pickle, including the model, without the results of earlier forwards."""
         return self.__dict__ | {"_memory": {}, "_branches": {}, "_replacement": None}

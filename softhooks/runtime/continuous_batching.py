@@ -1,4 +1,4 @@
-"""Continuous batching with a prompt. Checks run before a manager starts: in its thread, an error would only be logged."""
+"""Continuous batching with a prompt. The checks run before the manager starts: in its thread, errors are only logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _START = "init_continuous_batching"
 
 
 def required_columns(prompt: AttachedPrompt) -> str:
-    """The batch columns that a prompt needs in each call, as text; empty if it needs none."""
+    """Return the batch columns that a prompt needs in each call, as text; empty if it needs none."""
     try:
         prompt.encoder.choose_variants({}, 1)
     except UnsupportedModeError:
@@ -27,7 +27,7 @@ def required_columns(prompt: AttachedPrompt) -> str:
 
 
 def require_servable(prompted: PromptedModel) -> None:
-    """Refuse prompts that cannot be used in a row of many requests.
+    """Refuse prompts that cannot be used when many requests are packed into one row.
 
     Raises:
         UnsupportedModeError: rows have different prompts, or the prompt needs a column for each row or enters as slots.
@@ -42,15 +42,15 @@ def require_servable(prompted: PromptedModel) -> None:
     if prompt.injection in ("attention", "shared", "branch") and not needs:
         return
     raise UnsupportedModeError(
-        f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: a prompt "
-        "must enter at attention and be the same for every request.",
-        "Use a prefix, or `placement='front'` on a model that can share its prompt; for a multitask prompt, one task.",
+        f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: the "
+        "prompt must enter at attention and be the same for every request.",
+        "Use a prefix, or `placement='front'` on a model that can share its prompt; use one task of a multitask prompt.",
         **({"each request would need": needs} if needs else {}),
     )
 
 
 class _Loop:
-    """A manager's loop, which runs in its own thread, with the context variables of the thread that made the manager."""
+    """The loop of a manager's thread, run with the context variables of the thread that made the manager."""
 
     def __init__(self, manager: Any, own: Callable[[Any], None]) -> None:
         self._manager = manager
@@ -71,7 +71,7 @@ class _Start(PromptedMethod):
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
         manager = self.original()(*args, **kwargs)
         if kept is not None and manager is kept and not kept.is_running():
-            # Its cache finds blocks of earlier sessions by their ids, whichever prompt they were computed with.
+            # The manager's cache looks up blocks of earlier sessions by token ids only, whichever prompt computed them.
             kept.batch_processor = None
         try:
             if self.prompted.is_in_use:
@@ -88,7 +88,7 @@ class _Start(PromptedMethod):
         return manager
 
     def _require_masks(self, config: Any) -> None:
-        """Refuse attention without a mask, which could not be widened, and compiled code, which skips the hooks."""
+        """Refuse attention without a mask, which must be widened for the prompt, and compiled code, which skips hooks."""
         attention = str(self.model.config._attn_implementation)  # type: ignore[union-attr]
         joins = self.prompted.prompts[str(self.prompted.active)].injection != "branch"
         compiled = any(

@@ -1,4 +1,4 @@
-"""Send calls of `model.forward(...)`, which skip `__call__` and every hook, through `__call__`.
+"""Route calls of `model.forward(...)`, which skip `__call__` and every hook, through `__call__`.
 
 sentence-transformers makes such calls, so its integration uses this; otherwise such a call is an error.
 """
@@ -16,7 +16,7 @@ from softhooks.runtime.prompted_model import PromptedModel
 
 
 class DirectForward(MethodWrapper):
-    """A model's forward, which calls the model unless the model has called it: then the hooks run, and this is called again."""
+    """A model's forward that, when called directly, calls the model, so that the hooks run and this forward is called again."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "forward")
@@ -25,11 +25,11 @@ class DirectForward(MethodWrapper):
         self._called_in: int | None = None  # the number of the thread that is calling the model
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy or a pickle, in which no call is running."""
+        """Return the state to copy or pickle, in which no call is running."""
         return self.__dict__ | {"_called_in": None}
 
     def enter(self, _module: nn.Module, _args: Any) -> None:
-        """Note that the model was called. This is its last hook before the forward."""
+        """Note that the model was called; registered as the last hook before the forward."""
         self._called_in = threading.get_ident()
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
@@ -48,7 +48,7 @@ class DirectForward(MethodWrapper):
 
 
 def route_direct_calls(prompted: PromptedModel) -> None:
-    """Let calls of `model.forward` use the prompts as calls of the model do."""
+    """Make direct calls of `model.forward` use the prompts, as calls of the model do."""
     if not any(isinstance(value, DirectForward) for value in prompted.patches.values()):
         model = prompted.model
         direct = DirectForward(model)

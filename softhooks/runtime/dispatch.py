@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from softhooks.runtime.selection import Selection
 
 _TRAINED_KEY_VALUES = ("attention", "written_out", "cache")
-"""The injections whose keys and values are trained for the first positions, or computed once and kept."""
+"""The injections with keys and values that are trained for the first positions, or computed once and kept."""
 
 
 def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None = None) -> Pass:
@@ -47,10 +47,10 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
 
     Args:
         selection: the prompts of the batch, and which of them each row uses.
-        outer: positions and mask of the model's own call; None where the stack is called by itself.
+        outer: positions and mask of the model's call, or None if the stack is called directly.
 
     Raises:
-        UnsupportedModeError: the prompts cannot share a batch, or cannot serve this call.
+        UnsupportedModeError: the prompts cannot share a batch, or do not support this call.
     """
     prompts = selection.prompts
     if stack is prompts[0].structure.entry and not all(prompt.takes_left_padding for prompt in prompts):
@@ -83,10 +83,10 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
 def _reasons_for_slots(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None
 ) -> list[list[str]]:
-    """For each prompt, the arguments of the call for which it must enter as slots, though it is otherwise shared.
+    """Return, for each shared prompt, the arguments of the call that require it to enter as slots.
 
     Raises:
-        UnsupportedModeError: a prompt must follow them, and cannot.
+        UnsupportedModeError: a prompt would have to enter as slots, but requires sharing.
     """
     moved = later_start(stack, call, outer)
     fixed = [prompt for prompt in selection.prompts if prompt.injection in _TRAINED_KEY_VALUES]
@@ -104,11 +104,11 @@ def _reasons_for_slots(
 
 
 def _refuse_left_padding(stack: Stack, mask: Tensor | None) -> None:
-    """Refuse rows that begin with padding where it would change the answer with a prompt."""
+    """Refuse rows that begin with padding if padding would change the output with a prompt."""
     if mask is not None and not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
-            f"{int((mask[:, 0] == 0).sum())} rows begin with padding, but with a prompt the answer of "
-            f"{type(stack.module).__name__} changes with padding before the text.",
+            f"{int((mask[:, 0] == 0).sum())} rows begin with padding, but with a prompt the output of "
+            f"{type(stack.module).__name__} depends on padding before the text.",
             "Pad on the right, or run rows of one length together, without padding.",
         )
 
@@ -124,7 +124,7 @@ def _open_slots(
         return CrossSlotPass(stack, first.structure.entry, slots, call)
     if selection.hidden(text_shape(call)[0], slots.columns) is not None:
         raise UnsupportedModeError(
-            "the prompt enters as slots, but hiding virtual tokens from some rows needs one that enters as keys and values.",
+            "the prompt hides virtual tokens from some rows but enters as slots; it can only hide them as keys and values.",
             "Use a causal decoder whose prompt is computed once (`prompt.injection`).",
         )
     check_text_length(stack, call, slots.columns, cached=slots.columns, outer=outer)
@@ -134,7 +134,7 @@ def _open_slots(
 
 
 def _slots_of(stack: Stack, selection: Selection) -> Slots:
-    """The prompts of a batch, as slots."""
+    """Compute the prompts of a batch as slots."""
     tables = [use.prompt.embeddings(use.variant) for use in selection.uses]
     layouts = [use.prompt.layout for use in selection.uses]
     ids = [use.prompt.placeholder_ids for use in selection.uses] if stack.reads_ids else None
@@ -173,7 +173,7 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
 
 
 def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> dict[Role, KeyValues]:
-    """The keys and values of a batch, by role; empty where its prompts do not enter this stack."""
+    """Compute the keys and values of a batch, by role; empty if its prompts do not enter this stack."""
     each = [prompt.key_values(stack, variants) for prompt, variants in selection.by_prompt()]
     prefixes: dict[Role, KeyValues] = {}
     roles: list[Role] = ["self", "cross"]
@@ -188,7 +188,7 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
 
 
 def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
-    """Open a gated branch, and give a row that begins with padding the positions that its text has without padding."""
+    """Open a gated branch; a row that begins with padding gets the positions that its text has without padding."""
     batch, columns = text_shape(call)
     branch = BranchPass(stack, _branch_of(stack, selection, batch), stack.module.training)
     mask = padding_mask(call, outer)
@@ -199,7 +199,7 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
         return branch
     positions = positions_in_text(stack, call, outer)
     if positions.dim() == 2:
-        # Padding keeps the positions of its columns, as in the model without a prompt.
+        # Padding keeps its positions, as in the model without a prompt.
         own = torch.arange(columns, device=mask.device) + past_of(call)
         positions = torch.where(mask[:, -columns:] == 0, own, positions)
     try:
@@ -211,15 +211,15 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
 
 
 def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
-    """The gated branch of a batch.
+    """Compute the gated branch of a batch.
 
     Raises:
-        UnsupportedModeError: a prompt has another injection, or the extra argument has other rows than the batch.
+        UnsupportedModeError: a prompt has a different injection, or the extra argument does not have one entry for each row.
     """
     prompts = selection.prompts
     if any(prompt.injection != "branch" for prompt in prompts):
         raise UnsupportedModeError(
-            "this batch has a gated branch and a prompt with another injection; they cannot share a batch.",
+            "this batch mixes a gated branch with a prompt of a different injection; they cannot share a batch.",
             "Run their rows in separate batches.",
             prompts=", ".join(f"{prompt.name}: {prompt.injection}" for prompt in prompts),
         )
@@ -227,7 +227,7 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     if context is not None and context.shape[0] != batch:
         raise UnsupportedModeError(
             f"`{CONTEXT}` has {context.shape[0]} entries for a batch of {batch} rows; it must have one for each row.",
-            "Give each row its own context, in the order of the rows.",
+            f"Pass one context for each row in `{CONTEXT}`, in the order of the rows.",
         )
     choice = selection.choice_of_prompts()
     if choice is None:
@@ -236,7 +236,7 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     branches = [prompt.branch(stack, context, own) for prompt, own in zip(prompts, rows, strict=True)]
     if any(branch.pending for branch in branches):
         raise UnsupportedModeError(
-            f"in a sharded model (FSDP) all rows of a batch have one gated branch; those of this one have {len(prompts)}.",
+            "the rows of this batch use different gated branches; a sharded model (FSDP) supports one branch for all rows.",
             "Run the rows of each prompt in separate batches.",
             prompts=", ".join(prompt.name for prompt in prompts),
         )

@@ -1,4 +1,4 @@
-"""Keep other threads from running a model while a prompt is attached: they would see the probes and half of the hooks."""
+"""Keep other threads from running a model while a prompt is being attached: they would run with half of the hooks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WHAT = "`attach` or `load`"
 
 
 def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Refuse forwards in other threads while a function runs that changes a model, its first argument.
+    """Refuse forwards in other threads while a function that changes a model, its first argument, is running.
 
-    It raises UnsupportedModeError if another thread is already running the model.
+    The wrapped function raises UnsupportedModeError if another thread is already running the model.
     """
 
     @functools.wraps(change)
@@ -44,7 +44,7 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
 
 
 class _Guard:
-    """A hook that refuses forwards in other threads, for a model that has no other hooks yet."""
+    """A hook that refuses forwards in other threads, for a model without hooks of softhooks."""
 
     def __init__(self) -> None:
         self.ident = threading.get_ident()
@@ -56,7 +56,7 @@ class _Guard:
 
 
 def _entries(model: nn.Module) -> list[nn.Module]:
-    """The modules that a user may call: the model itself and every module that holds a list of layers."""
+    """Return the modules that a user may call: the model and every module that has a list of layers."""
     return [
         module
         for module in model.modules()
@@ -68,10 +68,10 @@ def _entries(model: nn.Module) -> list[nn.Module]:
 
 
 def _require_idle(model: nn.Module) -> None:
-    """Check that no other thread is in a forward of a model that has no hooks yet, by the frames of all threads.
+    """Search the frames of all threads for a forward of a model that has no hooks yet.
 
     Raises:
-        UnsupportedModeError: another thread is.
+        UnsupportedModeError: another thread is running the model.
     """
     modules = {id(module) for module in model.modules()}
     for ident, frame in sys._current_frames().items():

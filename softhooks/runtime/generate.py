@@ -1,4 +1,4 @@
-"""`generate` on a model with prompts: which rows belong together, where the input ends, and assistants without prompts."""
+"""`generate` on a model with prompts: repeated rows, the length of the input, and assistant models without prompts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class PromptedMethod(MethodWrapper):
 
 
 class _Generate(PromptedMethod):
-    """Refuses other threads until the last token, so that no thread is refused in the middle of its text.
+    """Refuses other threads until the last token is generated, so that generation is never interrupted.
 
-    Prompts are computed once, at the prefill, and used for all tokens after it.
+    Prompts are computed once, at the prefill, and reused for all later tokens.
     """
 
     @property
@@ -46,7 +46,7 @@ class _Generate(PromptedMethod):
 
 
 class _Expand(PromptedMethod):
-    """Notes the number of input columns and of beams or samples for each row."""
+    """Notes the number of input columns, and the number of beams or samples for each row."""
 
     def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         generation = generation_of(self.prompted.model)
@@ -58,14 +58,14 @@ class _Expand(PromptedMethod):
             generation.repeats = expand_size
         elif self.prompted.is_in_use and (self.prompted.rows is not None or _has_searching_layout(self.prompted)):
             raise UnsupportedModeError(
-                f"`{type(self.model).__name__}.generate` was called, not `model.generate`; the prompts' rows are not known.",
-                "Call `model.generate(...)`, not the function of its class.",
+                f"`{type(self.model).__name__}.generate` was called instead of `model.generate`; the prompts' rows are unknown.",
+                "Call `model.generate(...)` on the instance.",
             )
         return self.original()(expand_size, *args, **kwargs)
 
 
 class _Draft(PromptedMethod):
-    """Removes the prompts' columns from the arguments of an assistant model, whose forward does not take them."""
+    """Removes the prompts' columns from the arguments of an assistant model with a forward that does not take them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
@@ -81,14 +81,14 @@ def _has_searching_layout(prompted: PromptedModel) -> bool:
 
 
 def wrap_candidate_generator(prompted: PromptedModel) -> None:
-    """Do not pass the prompts' columns on to assistant models, unless their forward takes them."""
+    """Keep the prompts' columns from assistant models, unless their forward takes them."""
     model = unwrapped(prompted.model)
     if hasattr(model, _DRAFT) and not isinstance(model.__dict__.get(_DRAFT), _Draft):
         prompted.patches.set(model, _DRAFT, _Draft(prompted, model, _DRAFT))
 
 
 def wrap_generate(prompted: PromptedModel) -> None:
-    """Replace `generate`, and the method in which it repeats rows, until the last prompt is removed."""
+    """Replace `generate` and the method that repeats its rows, until the last prompt is removed."""
     model = unwrapped(prompted.model)
     if callable(getattr(model, "generate", None)):
         prompted.patches.set(model, "generate", _Generate(prompted, model, "generate"))

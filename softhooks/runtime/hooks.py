@@ -1,4 +1,4 @@
-"""The hooks on a model, its stacks and its heads. They are bound methods, so that a deep copy of the model has its own."""
+"""The hooks on a model, its stacks and its heads. They are bound methods, so that a deep copy of a model gets its own hooks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ModelHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Begin the call: take out the extra arguments, note masks and positions, and let an objective change the arguments."""
+        """Begin the call: remove the extra arguments, note masks and positions, and let an objective change the arguments."""
         prompted = self.prompted
         if _is_own_call(prompted):
             return None
@@ -56,7 +56,7 @@ class ModelHooks:
             _note_choices(call, args, kwargs)
         encoded = kwargs.get("encoder_outputs")
         if prompted.is_in_use and encoded is not None and prompted.structure.is_encoder_decoder:
-            require_encoded(encoded, prompted.provenance())  # they must come from the same prompts
+            require_encoded(encoded, prompted.provenance())  # the encoder states must come from the same prompts
         call.encoded = encoded_slots(encoded)
         if call.runs_without_objective or not prompted.is_in_use or not torch.is_grad_enabled():
             return args, kwargs
@@ -92,7 +92,7 @@ class ModelHooks:
             prompted.running.end(call)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call, by name."""
+        """Map the arguments of a call to their names."""
         if not args:
             return kwargs
         return dict(zip(inspect.signature(self.prompted.model.forward).parameters, args, strict=False)) | kwargs
@@ -112,8 +112,8 @@ class ModelHooks:
             )
             raise UnsupportedModeError(
                 f"{found}; {prompt.method.kind} has its own objective, which trains one prompt in forwards with `labels`.",
-                "Pass `labels` to the model and train on `output.loss`, without a Trainer's label smoothing or "
-                "`compute_loss_func`, which take the labels out of the call.",
+                "Pass `labels` to the model and train on `output.loss`; turn off a Trainer's label smoothing and "
+                "`compute_loss_func`, which remove the labels from the call.",
             )
         joined.finish = objective.begin(prompt, call, joined.given)
         return (), call
@@ -121,14 +121,14 @@ class ModelHooks:
     def _not_reached(self) -> PromptNotReachedError:
         prompted = self.prompted
         return PromptNotReachedError(
-            f"this forward of {type(prompted.model).__name__} did not go through the prompt.",
+            f"this forward of {type(prompted.model).__name__} bypassed the prompt.",
             "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with `softhooks.disabled(model)`.",
             stacks=", ".join(stack.path or "the model itself" for stack in prompted.structure.stacks),
         )
 
 
 def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Repeat the extra arguments of a row for each of its choices, which the stack gets as rows."""
+    """Repeat the extra arguments of a row for each of its choices (multiple choice), which the stack receives as rows."""
     rows, call.choices = choices_of(args, kwargs)
     call.given = for_each_choice(call.given, rows, call.choices)
     for name, value in (call.model_arguments or {}).items():
@@ -137,7 +137,7 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _is_own_call(prompted: PromptedModel) -> bool:
-    """Whether this call is the library's run of a prompt alone, which reaches these hooks if the model itself is the stack."""
+    """Return whether this call is softhooks' run of a prompt alone, which triggers these hooks if the model is the stack."""
     passes = (stack.state.current for stack in prompted.structure.stacks)
     return any(current is not None and not current.has_begun for current in passes)
 
@@ -155,17 +155,17 @@ class StackHooks:
         own = self.stack.state.current
         if own is not None and not own.has_begun:
             own.has_begun = True
-            return None  # the library runs the prompt alone
+            return None  # softhooks runs the prompt alone
         begun = self.prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call())
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
         begun.opened = begin_stack_forward(self.prompted, self.stack, call)
         self._make_current(begun, UnchangedPass(self.stack) if begun.opened is None else begun.opened)
         if begun.opened is None:
-            return None if call.keys() >= kwargs.keys() else ((), call)  # the model never sees extra arguments
+            return None if call.keys() >= kwargs.keys() else ((), call)  # the model does not take the extra arguments
         return (), call
 
     def _make_current(self, begun: Call, live: Pass) -> None:
-        """Make a pass the current one, which attention and embeddings use, until the call ends."""
+        """Make a pass the current pass of attention and embeddings until the call ends."""
         stack, outer = self.stack, self.stack.state.current
 
         def restore() -> None:
@@ -180,7 +180,7 @@ class StackHooks:
         if isinstance(live, UnchangedPass):
             live.follow_checkpointing()
         elif not isinstance(live, CheckpointedPass):
-            layers = UnchangedPass(stack)  # the layers run again in the backward, and must find this pass
+            layers = UnchangedPass(stack)  # checkpointed layers run again in the backward and need this pass
             begun.cleanups.append(layers.close)
             layers.follow_checkpointing()
 
@@ -211,7 +211,7 @@ class StackHooks:
                 and torch.is_grad_enabled()
                 and not any(prompt.takes_gradients for prompt in self.prompted.active_prompts())
             ):
-                return mark_frozen(changed)  # the stack was called by itself, not by the model
+                return mark_frozen(changed)  # the stack was called directly, not by the model
             return changed
         finally:
             self.prompted.running.end(begun)
@@ -229,7 +229,7 @@ class StackHooks:
         return None
 
     def strip_slots(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Remove virtual slots before the stack takes one column for its pooler, which could be a slot."""
+        """Remove virtual slots before the stack selects a column for its pooler, so that it does not select a slot."""
         return self.stack.state.current.leave(output) if isinstance(self.stack.state.current, SlotPass) else None
 
 
@@ -242,7 +242,7 @@ class HeadHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Compute the output with the prompts' copies of the head, for each row with its prompt's."""
+        """Compute the output with the prompts' own copies of the head, using for each row the copy of its prompt."""
         prompted = self.prompted
         if not prompted.is_on or not isinstance(output, Tensor):
             return None

@@ -1,4 +1,4 @@
-"""Install the hooks that let a model's prompts take part in its forwards, and undo all of it."""
+"""Install the hooks that make a model's forwards use its prompts, and remove them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def install(prompted: PromptedModel) -> None:
         elif isinstance(pooler, nn.Module):
             keep(pooler.register_forward_pre_hook(hooks.pool))
     keep(model.register_load_state_dict_pre_hook(prompted.note_loaded_state))
-    # Where the model is the stack, its hook must run after the stack's.
+    # If the model itself is the stack, the model's hook must run after the stack's hook.
     keep(model.register_forward_hook(outermost.leave, with_kwargs=True, always_call=True))
     mark_sites(stacks, prompted.patches)
     wrap_continuous_batching(prompted)
@@ -56,19 +56,19 @@ def uninstall(prompted: PromptedModel) -> None:
 
 
 def install_head(prompted: PromptedModel, path: str) -> None:
-    """Use the prompts' own copies of one of the model's heads."""
+    """Replace one of the model's heads by the prompts' own copies."""
     hooks, head = HeadHooks(prompted, path.replace(".", "/")), prompted.model.get_submodule(path)
     prompted.patches.keep(head.register_forward_hook(hooks.answer, with_kwargs=True))
     prompted.expected_heads.add([head])
 
 
 def install_added_tokens(prompted: PromptedModel) -> None:
-    """Use the prompts' own vocabulary rows instead of the model's."""
+    """Replace the model's vocabulary rows by the prompts' own rows."""
     if prompted.has_added_tokens:
         return
     prompted.has_added_tokens = True
     head = AddedTokenHooks(prompted).head
-    prompted.embed_last()  # virtual tokens may have the id of an added token; their embeddings must win
+    prompted.embed_last()  # virtual tokens may have the id of an added token, so their embeddings are set last
     if head is not None:
         prompted.expected_heads.add([head])
 
@@ -77,7 +77,7 @@ def sign_forward(prompted: PromptedModel) -> None:
     """Add the columns that the prompts take to the signature of the model's forward.
 
     Raises:
-        AttachError: the model has an argument of that name already.
+        AttachError: the model's forward already has an argument of this name.
     """
     signed = []
     for module in {id(m): m for m in (prompted.model, unwrapped(prompted.model))}.values():
@@ -90,7 +90,7 @@ def sign_forward(prompted: PromptedModel) -> None:
 
 
 def detach(prompted: PromptedModel, name: str) -> None:
-    """Remove one prompt; with the last one, everything. The prompt attached before it is on again."""
+    """Remove a prompt and activate the prompt attached before; with the last prompt, remove all hooks."""
     model = prompted.model
     container = model._modules.get(CONTAINER)
     prompt = prompted.prompts.pop(name, None)

@@ -1,7 +1,7 @@
-"""The label names (`config.id2label` etc.) that a model's config shows: those of the prompt that is on.
+"""The label names (such as `config.id2label`) in a model's config, which are replaced by the active prompt's names.
 
 `pipeline` reads label names from the model's config. A prompt with its own head has its own names. The config shows them while
-the prompt is on, and the model's names while it is off or removed.
+the prompt is active, and the model's names otherwise.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 class LabelNames:
-    """Switches the label names in a model's config between the model's and those of its prompts.
+    """Switches the label names in a model's config between the model's own names and the names of its prompts.
 
     Args:
         model: the model.
-        prompts: its prompts, by name; changes as prompts are attached and removed.
+        prompts: the model's prompts, by name; the mapping changes as prompts are attached and removed.
     """
 
     def __init__(self, model: nn.Module, prompts: Mapping[str, AttachedPrompt]) -> None:
         self._holder = model
         self._prompts = prompts
-        self._model: Labels | None = None  # the model's own names, while a prompt's are shown
+        self._model: Labels | None = None  # the model's own names, while a prompt's names are shown
         self._shown: str | None = None  # the prompt whose names are shown
-        self._stored: set[str] = set()  # the prompts that were stored with names of their own
+        self._stored: set[str] = set()  # the prompts that were saved with their own label names
 
     @property
     def _config(self) -> Any:
         return getattr(unwrapped(self._holder), "config", None)
 
     def of(self, prompt: AttachedPrompt) -> Labels | None:
-        """The current label names of a prompt's head; None if it has no head."""
+        """Return the current label names of a prompt's head, or None if it has no head."""
         if not len(prompt.heads):
             return None
         return Labels.of(self._config) if prompt.name == self._shown or prompt.labels is None else prompt.labels
 
     def add(self, prompt: AttachedPrompt) -> None:
-        """Give a new prompt the names that the config has now, unless it was stored with names."""
+        """Give a new prompt the label names in the config, unless it was saved with label names."""
         if not len(prompt.heads):
             return
         if prompt.labels is not None:
@@ -54,11 +54,11 @@ class LabelNames:
         if before is not None and before.labels == now:
             now = self._model or now  # the new head is a copy of the model's, so it has the model's names
         elif before is not None:
-            self._shown = None  # the user has changed the names since: they are meant for the new prompt
+            self._shown = None  # the user has changed the names since: the change is meant for the new prompt
         prompt.labels = now
 
     def show(self, active: str | None) -> None:
-        """Put the label names of a prompt into the config; those of the model for None or a prompt without a head."""
+        """Put a prompt's label names into the config, or the model's own names for None or a prompt without a head."""
         prompt = None if active is None else self._prompts.get(active)
         name = prompt.name if prompt is not None and len(prompt.heads) else None
         if name == self._shown:
@@ -80,7 +80,7 @@ class LabelNames:
 
     @contextmanager
     def model_shown(self) -> Iterator[None]:
-        """Show the model's own label names inside the context."""
+        """Show the model's own label names inside the `with` block."""
         config, now = self._config, Labels.of(self._config)
         if self._shown in self._stored and self._model is not None:
             self._model.put(config)

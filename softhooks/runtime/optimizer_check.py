@@ -1,6 +1,6 @@
-"""Check at each step of an optimizer of the model's parameters that some optimizer holds the prompt's.
+"""Check, at each step of an optimizer that holds parameters of the model, that some optimizer holds the prompt's parameters.
 
-torch calls one hook after each step of any optimizer. The hook is registered while a prompt is attached to any model.
+The check is a global hook of torch, which runs after each step of any optimizer, while any model has a prompt.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 class TrainedModel(Protocol):
-    """A model with prompts, as far as its optimizer is concerned."""
+    """The attributes of a model with prompts that the check uses."""
 
     @property
     def model(self) -> nn.Module:
         """The model."""
 
     def active_prompts(self) -> list[AttachedPrompt]:
-        """The prompts that are on, each once."""
+        """Return the active prompts, without duplicates."""
 
 
 _held_elsewhere: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[AttachedPrompt]] = weakref.WeakKeyDictionary()
-"""For each optimizer, the prompts for which some optimizer has been found already."""
+"""For each optimizer, the prompts that are already known to be in some optimizer."""
 
 
 def _listen(patches: Patches) -> None:
@@ -42,16 +42,16 @@ def _listen(patches: Patches) -> None:
 
 
 watched: SharedPatches[TrainedModel] = SharedPatches(_listen)
-"""The models with a prompt."""
+"""The models that have a prompt."""
 
 
 def watch_steps(model: TrainedModel) -> None:
-    """Check the steps of optimizers until `unwatch_steps`."""
+    """Check the steps of optimizers for a model until `unwatch_steps`."""
     watched.add(model)
 
 
 def unwatch_steps(model: TrainedModel) -> None:
-    """Stop checking for this model; with the last model, remove the hook."""
+    """Stop checking for a model, and remove the hook if it was the last model."""
     watched.discard(model)
 
 
@@ -67,7 +67,7 @@ def _held(optimizer: Any) -> list[Tensor]:
 
 
 def _require_held(model: TrainedModel, optimizer: Optimizer, reached: list[AttachedPrompt]) -> None:
-    """Refuse a step if the prompt has gradients and no optimizer holds it; only warn if the step trains something else.
+    """Refuse a step if a prompt has gradients but is in no optimizer; only warn if the step trains something else.
 
     Raises:
         TrainerError: the step trains nothing.
@@ -95,7 +95,7 @@ def _require_held(model: TrainedModel, optimizer: Optimizer, reached: list[Attac
 
 
 def _is_held(prompt: AttachedPrompt, first: Optimizer) -> bool:
-    """Whether an optimizer, this one or any other that exists, holds a parameter of the prompt that has a gradient."""
+    """Return whether any existing optimizer holds a parameter of the prompt that has a gradient; `first` is searched first."""
     wanted = {id(parameter) for parameter in prompt.module.parameters() if parameter.grad is not None}
     if any(id(parameter) in wanted for parameter in _held(first)):
         return True

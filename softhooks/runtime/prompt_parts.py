@@ -1,4 +1,4 @@
-"""The parts of a prompt that is attached: where they come from, and the module that holds them."""
+"""The parts of an attached prompt: their source, and the module that contains them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class PromptSource:
 
     Attributes:
         name: the name of the source in errors.
-        head_states: the stored heads, by their path in the transformers model; None: copies of every new head of the model.
-        labels: the stored names of the heads' labels; None: the model's.
+        head_states: the saved heads, by path in the transformers model, or None to copy every new head of the model.
+        labels: the saved label names of the heads, or None for the model's own names.
     """
 
     name = "given"
@@ -36,20 +36,20 @@ class PromptSource:
         self.method = method
 
     def check_fit(self, structure: ModelStructure) -> None:
-        """Check that a stored prompt fits a model of this kind.
+        """Check that a saved prompt fits the structure of a model.
 
         Raises:
-            PromptMismatchError: it was made for a model of another kind.
+            PromptMismatchError: the prompt was made for a different kind of model.
         """
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the encoder for a model."""
+        """Build the encoder for a model."""
         return self.method.build(structure)
 
     def ids_and_conventions(
         self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """The ids of the virtual tokens, [P], if the model reads ids as well as embeddings; and the conventions."""
+        """Return the ids of the virtual tokens, [P], or None if the model reads embeddings only; and the conventions."""
         conventions = self.method.conventions(structure)
         if not needs_ids:
             return None, conventions
@@ -62,13 +62,13 @@ class PromptSource:
         raise NotImplementedError
 
     def fill_added_tokens(self, added: AddedTokens) -> None:
-        """Put stored rows into these copies, after they have been checked against the model's rows."""
+        """Put saved rows into the copies, after the copies have been checked against the model's rows."""
 
     def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
-        """Check that a stored prompt was made for this base model. Called once its heads are known to fit.
+        """Check that a saved prompt was made for this base model; called after its heads are found to fit.
 
         Raises:
-            PromptMismatchError: it was made for another base.
+            PromptMismatchError: the prompt was made for a different base model.
         """
 
 
@@ -86,7 +86,7 @@ class NewPrompt(PromptSource):
         self._train_added_tokens = train_added_tokens
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
-        """Copy the rows of the tokens that `train_added_tokens` names."""
+        """Copy the rows of the tokens that `train_added_tokens` selects."""
         chosen, tokenizer = self._train_added_tokens, getattr(self.method, "tokenizer", None)
         if chosen is True and tokenizer is not None:
             chosen = tokenizer_of(tokenizer)
@@ -97,7 +97,7 @@ class NewPrompt(PromptSource):
 def build_module(
     model: nn.Module, structure: ModelStructure, source: PromptSource, encoder: PromptEncoder, needs_ids: bool
 ) -> tuple[nn.ModuleDict, dict[str, Any], dict[str, nn.Module]]:
-    """The module that holds a prompt's encoder, heads and added tokens; its conventions; and the model's heads, by path."""
+    """Build the module with a prompt's encoder, heads and added tokens. -> module, conventions, the model's heads by path."""
     encoder.to(device_of(structure.entry.embedding))
     module = nn.ModuleDict({"encoder": encoder})
     ids, conventions = source.ids_and_conventions(model, structure, encoder, needs_ids)

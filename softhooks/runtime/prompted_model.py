@@ -1,4 +1,4 @@
-"""The state that all prompts of one model share: the prompts by name, which of them are on, and what was set on the model."""
+"""The state of a model's prompts: the prompts by name, the active prompts, and all hooks and patches on the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from softhooks.runtime.with_blocks import choice_of, repeats_of
 
 
 class PromptedModel:
-    """The prompts of one model, and which of them are on. The hooks that `softhooks.runtime.install` registers read it.
+    """The prompts of one model and their selection. The hooks that `softhooks.runtime.install` registers read this state.
 
     Args:
         model: the model, as the user gave it.
@@ -50,15 +50,15 @@ class PromptedModel:
         freeze_dropout: whether the backbone's dropout is off while it trains.
         was_trainable: `requires_grad` of every parameter before the first prompt.
         record: the digests of the frozen tensors, if they were taken.
-        fingerprint: that of the base when the first prompt was attached, before the model may be sharded.
-        loaded_state: the last state dict with prompts that was loaded, weights as shapes only.
+        fingerprint: the fingerprint of the base model, computed when the first prompt was attached, before any sharding.
+        loaded_state: the last loaded state dict with prompts, with shapes instead of weights.
         placeholder_id: an ordinary id of the vocabulary.
-        patches: hooks and attributes on the model, undone with the last prompt; copies of the model have them too.
-        outside_patches: the same for other objects (an optimizer, a Trainer's logs), which copies of the model leave alone.
+        patches: hooks and attributes on the model, undone with the last prompt; copies of the model keep them.
+        outside_patches: patches on other objects (an optimizer, a Trainer's logs), which copies of the model do not keep.
         embedding_hooks: the hooks that put virtual tokens into the embeddings.
-        files: the names of the Python modules whose attention functions the model calls; empty while nothing is installed.
-        expected_modules: by stack, the modules at which prompts enter; forwards are refused once one has been replaced.
-        expected_heads: the same for the heads that prompts have copies of.
+        files: the names of the Python modules with the attention functions that the model calls; empty if nothing is installed.
+        expected_modules: by stack, the modules at which prompts enter; forwards are refused if a module was replaced.
+        expected_heads: the model's heads that prompts have copies of; forwards are refused if a head was replaced.
         has_added_tokens: whether hooks for rows of added tokens are registered.
     """
 
@@ -87,7 +87,7 @@ class PromptedModel:
         self.expected_heads = ExpectedModules()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy or a pickle."""
+        """Return the state to copy or pickle, without the patches on other objects."""
         return self.__dict__ | {"outside_patches": Patches()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -96,10 +96,10 @@ class PromptedModel:
             self.join_shared_patches()
 
     def join_shared_patches(self) -> None:
-        """Have the patches made that hold for the whole process: wrapped attention functions, a hook on optimizers' steps.
+        """Use the process-wide patches: wrapped attention functions, and a hook on the steps of optimizers.
 
-        A copy calls this while its model is still incomplete, so the model is known by the names of its files. In another process
-        they may not be imported yet.
+        A copy calls this while its model is still incomplete, so the attention functions are found by the names of their modules,
+        which may not be imported yet in another process.
         """
         for name in self.files:
             with suppress(ImportError):
@@ -108,16 +108,16 @@ class PromptedModel:
         watch_steps(self)
 
     def leave_shared_patches(self) -> None:
-        """Give these patches back; they are undone if no other model needs them."""
+        """Stop using the process-wide patches; they are undone if no other model uses them."""
         self.files = frozenset()
         unwrap_attention_functions(self)
         unwatch_steps(self)
 
-    # --- which prompts are on -----------------------------------------------------------------------------------------
+    # --- the selected prompts -----------------------------------------------------------------------------------------
 
     @property
     def active(self) -> str | None:
-        """The prompt that is on for rows that name none; the model's config shows its label names."""
+        """The name of the prompt for rows that do not choose one; setting it updates the label names in the model's config."""
         only = choice_of(self.model).only
         return self._active if only is None else only
 
@@ -128,12 +128,12 @@ class PromptedModel:
 
     @property
     def rows(self) -> Sequence[str | None] | None:
-        """One prompt name for each row, inside `softhooks.rows`."""
+        """The name of each row's prompt inside `softhooks.rows`, or None outside of it."""
         return choice_of(self.model).rows
 
     @property
     def disabled(self) -> bool:
-        """Whether all prompts are off, inside `softhooks.disabled`."""
+        """Whether all prompts are off because of `softhooks.disabled`."""
         return choice_of(self.model).off
 
     @property
@@ -144,7 +144,7 @@ class PromptedModel:
 
     @property
     def is_on(self) -> bool:
-        """Whether a prompt is selected; also if `rows` selects none for each row."""
+        """Whether a prompt is selected; True inside `softhooks.rows` even if it selects no prompt for any row."""
         rows, off, only = choice_of(self.model)
         return not off and bool(self.prompts) and (rows is not None or only is not None or self._active is not None)
 
@@ -159,11 +159,11 @@ class PromptedModel:
         return only is not None or self._active is not None
 
     def select(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
-        """The prompts that a forward uses, and which of them each row uses.
+        """Select the prompts that a forward uses, and the prompt of each row.
 
         Args:
             batch: the number of rows.
-            given: the extra arguments; None: those of the forward that is running.
+            given: the extra arguments, or None to use the extra arguments of the running forward.
 
         Raises:
             UnsupportedModeError: `rows` does not fit the batch.
@@ -184,29 +184,29 @@ class PromptedModel:
 
     @property
     def _names(self) -> Sequence[str | None]:
-        """The name that is selected for each row, or one for all rows."""
+        """The selected name of each row, or a single name for all rows."""
         rows = self.rows
         return [self.active] if rows is None else rows
 
     def show_labels(self) -> None:
-        """Show the label names of the prompt that is on in the model's config, or the model's own names."""
+        """Show the active prompt's label names in the model's config, or the model's own names without an active prompt."""
         self.labels.show(None if self.disabled else self.active)
 
     def active_prompts(self) -> list[AttachedPrompt]:
-        """The prompts that are on, each once."""
+        """Return the active prompts, without duplicates."""
         return [self.prompts[name] for name in dict.fromkeys(self._names) if name is not None and name in self.prompts]
 
     @property
     def selection_text(self) -> str:
-        """The names of the prompts that are on, for messages: one for all rows, or one for each row."""
+        """The names of the active prompts for messages: one name for all rows, or one for each row."""
         names = self._names
         return repr(names[0] if len(set(names)) == 1 else names)
 
     def provenance(self, selection: Selection | None = None) -> Provenance:
-        """The state of the prompts that are on, which is noted on caches and encoder outputs that a forward returns.
+        """Return the state of the active prompts, which is noted on the caches and encoder outputs that a forward returns.
 
         Args:
-            selection: the prompt of each row, if it is known.
+            selection: the prompt of each row, or None to use the selected names.
         """
         names = dict.fromkeys(self._names)
         on = tuple((name, self.prompts[name].snapshot()) for name in names if name)
@@ -220,7 +220,7 @@ class PromptedModel:
         return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.batch_columns))
 
     def accepted(self) -> tuple[str, ...]:
-        """The extra arguments that a call may have now: those of the prompts in use, or of all prompts if none is in use."""
+        """Return the extra arguments that a call may have now: the columns of the prompts in use, or else of all."""
         names = dict.fromkeys(self._names) if self.is_in_use else self.prompts
         used = [self.prompts[name] for name in names if name in self.prompts]
         return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.batch_columns))
@@ -236,18 +236,18 @@ class PromptedModel:
         refuse_unused(call, self.accepted(), columns, (*own, *model))
 
     def embed_last(self) -> None:
-        """Run the hooks on the embeddings after all hooks that others have registered since, such as NEFTune's noise."""
+        """Move the hooks on the embeddings after hooks that other code has registered since, such as NEFTune's noise."""
         for hook in self.embedding_hooks:
             hook.move_last()
 
     def note_loaded_state(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Remember a state dict with prompts, for a Trainer callback that is added later; weights as shapes only."""
+        """Remember a state dict with prompts, with shapes instead of weights, for a Trainer callback that is added later."""
         if not prefix and any(is_prompt_key(key) for key in state):
             self.loaded_state = {key: v if v.dtype == torch.uint8 else v.to("meta") for key, v in state.items()}
 
 
 def prompted_model_of(model: nn.Module) -> PromptedModel | None:
-    """The state of a model's prompts, if it has any; also through `torch.compile`, a wrapper (`module`) or a sentence model."""
+    """Return the state of a model's prompts, or None; looks inside `torch.compile`, a wrapper (`module`) and a sentence model."""
     for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
         container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
         if isinstance(container, Container):
@@ -257,10 +257,10 @@ def prompted_model_of(model: nn.Module) -> PromptedModel | None:
 
 
 def require_prompted_model(model: nn.Module, name: str | None = None) -> PromptedModel:
-    """The state of a model's prompts.
+    """Return the state of a model's prompts.
 
     Raises:
-        NotAttachedError: the model has no prompt, or none of that name.
+        NotAttachedError: the model has no prompt, or no prompt of this name.
     """
     prompted = prompted_model_of(model)
     if prompted is None:

@@ -1,8 +1,8 @@
-"""Check that a forward that the backward runs again uses the same prompts as its first run.
+"""Check that a forward recomputed in the backward uses the same prompts as its first run.
 
-A checkpoint around a whole model runs its forward again in the backward: perhaps in another thread, outside the `with` block of
-the first run, or after `activate`. Nothing shows which forward is repeated, so this is allowed only if all forwards since the
-attach have used the same prompts.
+A checkpoint around a whole model recomputes its forward in the backward: perhaps in another thread, outside the `with` block of
+the first run, or after `activate`. It is unknown which forward is recomputed, so this is allowed only if all forwards since
+`attach` have used the same prompts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from softhooks.errors import UnsupportedModeError
 
 
 class RecomputeCheck:
-    """The prompts of the forwards that a backward may run again.
+    """The prompts of the forwards that a backward may recompute.
 
     Attributes:
         seen: the names of the first forward's prompts, as text.
-        differs: whether later forwards have used other prompts.
+        differs: whether later forwards have used different prompts.
     """
 
     def __init__(self) -> None:
@@ -25,19 +25,20 @@ class RecomputeCheck:
         self.differs = False
 
     def note(self, selection: str, training: bool) -> None:
-        """Note the prompts of a forward; inside a backward, check them instead.
+        """Note the prompts of a forward, or check them inside a backward.
 
         Args:
-            selection: the names of the prompts that are on, as text.
+            selection: the names of the active prompts, as text.
             training: whether the model is in training mode. The first run of a reentrant checkpoint has no gradients.
 
         Raises:
-            UnsupportedModeError: the first run may have used other prompts.
+            UnsupportedModeError: the first run may have used different prompts.
         """
         if torch._C._current_graph_task_id() != -1:  # inside a backward
             if self.differs or self.seen != selection:
                 raise UnsupportedModeError(
-                    "a backward runs a forward again, and its first run may have used other prompts; they must be the same.",
+                    "a backward recomputes a forward, but the prompts may have changed since its first run; "
+                    "both runs must use the same prompts.",
                     "Checkpoint the layers with `gradient_checkpointing_enable()` instead of the whole model.",
                     before="several" if self.differs else self.seen or "unknown",
                     now=selection,

@@ -1,4 +1,4 @@
-"""The calls that are running on a model, one inside another, and the state of each. Only one thread at a time may run it.
+"""The nested calls that are running on a model, with the state of each. Only one thread at a time may run a model.
 
 The hooks change what a model's modules do during one forward, so a forward in another thread would see those changes. The second
 thread gets an error, and the first one is not disturbed.
@@ -27,7 +27,7 @@ _local = threading.local()
 
 
 def this_thread() -> object:
-    """An object that identifies this thread. Python reuses the number of a thread that has ended; this is never reused."""
+    """Return an object that identifies this thread and is never reused, unlike the number of a thread that has ended."""
     try:
         token: object = _local.token
     except AttributeError:
@@ -36,7 +36,7 @@ def this_thread() -> object:
 
 
 def module_call() -> FrameType:
-    """The frame of the module call whose hook is running. It is on the thread's stack as long as that call runs."""
+    """Return the frame of the module call that is running the current hook; it stays on the thread's stack during that call."""
     frame = sys._getframe(2)
     while (
         frame.f_back is not None and "_dynamo" in frame.f_code.co_filename
@@ -56,20 +56,20 @@ class Call:
     """A call that is running on a model, and its state.
 
     Attributes:
-        holder: the object that began it: a hook object or an `ExclusiveBlock`.
-        what: its name in errors.
-        outer: the call that it runs inside.
-        is_model: whether it is a forward of the whole model; forwards of stacks inside it use its state.
-        is_on: whether prompts are on in it.
+        holder: the object that began the call: a hook object or an `ExclusiveBlock`.
+        what: the name of the call in errors.
+        outer: the surrounding call, or None.
+        is_model: whether the call is a forward of the whole model; forwards of stacks inside it use its state.
+        is_on: whether prompts are active in the call.
         given: the extra arguments of the forward.
         choices: the number of choices per row (multiple choice); a stack gets each choice as a row.
-        model_arguments: the masks and positions that the caller passed; None in a forward of a stack.
-        encoded: where the virtual slots are in the encoder states that the decoder attends to.
-        batch: the batch size of the first stack's forward that a prompt entered; None until then.
-        finish: a function that changes the output, for a method's objective.
-        skips_objective: whether forwards inside it run without an objective.
+        model_arguments: the masks and positions that the caller passed, or None in a forward of a stack.
+        encoded: the places of virtual slots in the encoder states that the decoder attends to.
+        batch: the batch size of the first forward of a stack that used a prompt, or None before that.
+        finish: a function of a method's objective that changes the output.
+        skips_objective: whether forwards inside the call run without an objective.
         prefilled: the keys and values of each prompt that was run alone, by `id(prompt)`.
-        opened: in a forward of a stack, its pass.
+        opened: the open pass, in a forward of a stack.
         cleanups: functions that undo what the call has changed, called in reverse order.
     """
 
@@ -95,7 +95,7 @@ class Call:
 
     @property
     def forward(self) -> Call:
-        """The call whose state this forward uses: the model's forward around it, if this is a stack's, else this one."""
+        """The call with the state of this forward: the surrounding forward of the model for a stack's forward, else itself."""
         outer = self.outer
         return outer if not self.is_model and outer is not None and outer.is_model else self
 
@@ -105,14 +105,14 @@ class Call:
         return self.outer is not None and (self.outer.skips_objective or self.outer.runs_without_objective)
 
     def runs(self) -> bool:
-        """Whether the call is still running. torch calls no hook after a KeyboardInterrupt, and a thread may have ended."""
+        """Return whether the call still runs: torch skips hooks after a KeyboardInterrupt, and the thread may have ended."""
         if self.thread is this_thread():
             return _is_on_stack(self.frame, sys._getframe())
-        # The other thread's stack can change while it is walked, so that the frame is missed once.
+        # The stack of another thread can change during the search, so the frame may be missed.
         return any(_is_on_stack(self.frame, sys._current_frames().get(self.ident)) for _ in range(2))
 
     def refusal(self) -> UnsupportedModeError:
-        """The error for another thread that calls the model meanwhile; it names the outermost call."""
+        """Return the error for another thread that calls the model during this call; it names the outermost call."""
         return self.outer.refusal() if self.outer is not None else refusal(self.what, self.ident)
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ def _is_on_stack(wanted: FrameType | None, frame: FrameType | None) -> bool:
 
 
 def _is_autograd_thread_of(call: Call) -> bool:
-    """Whether this is a thread of autograd, working for a call that waits for its own backward."""
+    """Return whether this is a thread of autograd that works for a call which is waiting for its backward."""
     if torch._C._current_graph_task_id() == -1:
         return False
     frame = sys._current_frames().get(call.ident)
@@ -139,7 +139,7 @@ def _is_autograd_thread_of(call: Call) -> bool:
 
 
 class RunningCalls:
-    """The calls that are running on one model. A copy of the model starts with none."""
+    """The calls that are running on one model. A copy of the model starts without calls."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -153,7 +153,7 @@ class RunningCalls:
 
     @property
     def call(self) -> Call | None:
-        """The innermost call, if it runs in this thread."""
+        """The innermost call, or None if it runs in another thread."""
         call = self._innermost
         return call if call is not None and call.thread is this_thread() else None
 
@@ -167,7 +167,7 @@ class RunningCalls:
         """Begin a call. Calls that have ended without their last hook are closed first.
 
         Raises:
-            UnsupportedModeError: another thread runs the model.
+            UnsupportedModeError: another thread is running the model.
         """
         with self._lock:
             innermost = self._innermost
@@ -185,7 +185,7 @@ class RunningCalls:
             return call
 
     def find(self, holder: object, frame: FrameType) -> Call | None:
-        """The call that a hook has begun; None if it was refused, or is the library's own run of the prompt."""
+        """Find the call that a hook began, or None if it was refused or is softhooks' own run of the prompt."""
         call = self._innermost
         while call is not None and not (call.holder is holder and call.frame is frame):
             call = call.outer
@@ -203,14 +203,14 @@ class RunningCalls:
         """Check that no other thread is running the model.
 
         Raises:
-            UnsupportedModeError: another thread is.
+            UnsupportedModeError: another thread is running the model.
         """
         call = self._innermost
         if call is not None and call.thread is not this_thread() and call.runs():
             raise call.refusal()
 
     def exclusive(self, what: str, skip_objective: bool = False) -> ExclusiveBlock:
-        """A `with` block in which no other thread may run the model. See `ExclusiveBlock`."""
+        """Return a `with` block in which no other thread may run the model. See `ExclusiveBlock`."""
         return ExclusiveBlock(self, what, skip_objective)
 
 
@@ -241,10 +241,10 @@ class ExclusiveBlock:
 
 
 def refusal(what: str, ident: int) -> UnsupportedModeError:
-    """The error for a thread that calls a model while another thread runs or changes it.
+    """Return the error for a thread that calls a model while another thread runs or changes the model.
 
     Args:
-        what: what the other thread does.
+        what: the call or change that is running in the other thread.
         ident: the other thread's number.
     """
     thread = next((thread.name for thread in threading.enumerate() if thread.ident == ident), "not started by Python")

@@ -1,4 +1,4 @@
-"""The prompts that a forward uses, and which of them each row uses."""
+"""The selection of prompts for a forward: the prompts in use, and the prompt of each row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Use:
-    """A prompt in one of its variants, such as a task of a multitask prompt; most prompts have one variant."""
+    """A prompt with one of its variants, such as a task of a multitask prompt; most prompts have a single variant."""
 
     prompt: AttachedPrompt
     variant: int = 0
@@ -31,7 +31,8 @@ class Selection:
 
     Attributes:
         uses: the prompts in use; the variants of one prompt are next to each other.
-        rows: for each row of the batch, an index into `uses`, or None for no prompt; None: the first one for every row.
+        rows: for each row of the batch, an index into `uses`, or None for no prompt; None instead of a list means the first
+            entry of `uses` for every row.
         given: the extra arguments of this forward, by name.
     """
 
@@ -41,30 +42,30 @@ class Selection:
 
     @property
     def prompts(self) -> list[AttachedPrompt]:
-        """The prompts in use, each once."""
+        """The prompts in use, without duplicates."""
         return list(dict.fromkeys(use.prompt for use in self.uses))
 
     def by_prompt(self) -> Iterator[tuple[AttachedPrompt, tuple[int, ...]]]:
-        """Each prompt with its variants in use, in order."""
+        """Yield each prompt with its variants in use, in order."""
         for prompt, uses in groupby(self.uses, key=lambda use: use.prompt):
             yield prompt, tuple(use.variant for use in uses)
 
     @property
     def variants(self) -> tuple[int | None, ...]:
-        """Each row's variant (None: no prompt), or the one of all rows."""
+        """Return the variant of each row (None for a row without a prompt), or a single variant for all rows."""
         if self.rows is None:
             return (self.uses[0].variant,)
         return tuple(None if row is None else self.uses[row].variant for row in self.rows)
 
     def choice_of_prompts(self) -> Sequence[int | None] | None:
-        """For each row, an index into `prompts`; None: no prompt. None: the first one for every row."""
+        """Return each row's index into `prompts`, or None for no prompt; None instead of a list means the first for every row."""
         if self.rows is None:
             return None
         prompts = self.prompts
         return [None if row is None else prompts.index(self.uses[row].prompt) for row in self.rows]
 
     def hidden(self, batch: int, length: int) -> Tensor | None:
-        """Which virtual tokens are hidden from each row, [B or 1, length] bool, right-aligned; None: none are."""
+        """Return which virtual tokens are hidden from each row, [B or 1, length] bool, right-aligned, or None if none are."""
         found: list[Tensor | None] = []
         for prompt in self.prompts:
             own = prompt.encoder.hidden_tokens(self.given, batch)

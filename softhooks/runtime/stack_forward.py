@@ -1,4 +1,4 @@
-"""The start of a stack's forward: check the call, and open the pass that puts the prompts in use into it."""
+"""The start of a stack's forward: check the call, and open the pass that inserts the prompts in use."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
-    """Check a call of a stack, remove the extra arguments from it, and open its pass; None if no prompt is in use.
+    """Check a call of a stack, remove its extra arguments, and open its pass, or return None if no prompt is in use.
 
     Raises:
-        UnsupportedModeError: the call does not fit the prompts in use, or the cache or the documents in it.
+        UnsupportedModeError: the call, its cache or its packed documents do not fit the prompts in use.
     """
     in_use = prompted.is_in_use
     prompted.recompute_check.note(prompted.selection_text if in_use else "none", stack.module.training)
@@ -37,7 +37,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
     if not in_use:
         require_own_cache(cache, None)
     prompted.refuse_unused(call, stack.parameters)
-    given = take(call, prompted.columns)  # some stacks are called by themselves: `generate` calls an encoder
+    given = take(call, prompted.columns)  # some stacks are called directly: `generate` calls an encoder
     if not (in_use or prompted.is_on):
         require_same_prompt(paged, None, None)
         return None
@@ -47,7 +47,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
     batch, columns = text.shape[:2] if isinstance(text, Tensor) else (0, 0)
     forward = prompted.running.forward
     assert forward is not None, "the stack's hook has begun a call"
-    # Selecting also checks `rows` against the batch, even if they select no prompt.
+    # `select` also checks the length of `rows` against the batch, even if `rows` selects no prompt.
     selection = prompted.select(batch, given or forward.given)
     forward.batch = batch if forward.batch is None else forward.batch
     if not selection.uses:
@@ -69,7 +69,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
 def _open_for_documents(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None, columns: int
 ) -> Pass:
-    """Open the pass. Documents that are packed into one row each see the prompt, and not each other."""
+    """Open the pass. Documents that are packed into one row attend to the prompt, but not to each other."""
     own = call.get("position_ids")
     positions = outer.positions if own is None and outer is not None else own
     packed = document_numbers(positions, call.get("attention_mask"), columns)
@@ -82,7 +82,7 @@ def _open_for_documents(
 
 
 def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
-    """Put every module of a stack into evaluation mode until the call ends."""
+    """Set every module of a stack to evaluation mode until the call ends."""
     training = [module for module in stack.module.modules() if module.training]
 
     def restore() -> None:
@@ -97,7 +97,7 @@ def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
 
 
 def _outer_call(forward: Call, stack: Stack) -> OuterCall | None:
-    """The positions and the mask for a stack, as the caller passed them to the model."""
+    """Return the positions and the mask for a stack, as the caller passed them to the model."""
     if forward.model_arguments is None:
         return None
     prefix = "decoder_" if stack.name == "decoder" else ""

@@ -1,4 +1,4 @@
-"""Losses that would train nothing: they can be read, but their `backward` raises an error that names the cause."""
+"""Losses that would train nothing: they can be read, but `backward` raises an error that names the cause."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from softhooks.method import Method
 
 
 class FrozenOutput(Tensor):
-    """A tensor of the output of a forward in which everything is frozen: a loss, or logits and states.
+    """A tensor from the output of a forward in which everything is frozen: a loss, logits or hidden states.
 
-    Tensors computed from it have this class too. A loss that also depends on trainable parameters elsewhere has a backward.
+    Tensors computed from it also have this class. A loss that depends on other, trainable parameters can still go backward.
     """
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients, if anything takes one.
+        """Compute gradients, if the loss requires grad.
 
         Raises:
-            TrainerError: nothing does; torch would say that the tensor does not require grad.
+            TrainerError: the loss does not require grad; torch's own error would not name the cause.
         """
         if not self.requires_grad:
             raise TrainerError(
-                "`backward` on a loss of frozen parameters only; the prompt was loaded without `trainable=True`.",
+                "`backward` was called on a loss of frozen parameters only; the prompt was loaded without `trainable=True`.",
                 "Load the prompt with `softhooks.load(model, path, trainable=True)`, before the optimizer is made.",
             )
         super().backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __format__(self, format_spec: str) -> str:
-        """Format as a plain tensor: torch supports `f"{loss:.2f}"` only for those."""
+        """Format as a plain tensor: torch supports `f"{loss:.2f}"` only for plain tensors."""
         return format(self.as_subclass(Tensor), format_spec)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -46,7 +46,7 @@ class FrozenOutput(Tensor):
 
 
 def mark_frozen(output: Any) -> Any:
-    """Make the tensors of a model's output `FrozenOutput`s, so that a loss in it, or computed from it, has a clear error."""
+    """Convert the tensors of a model's output to `FrozenOutput`s, so that `backward` of a loss raises a clear error."""
     if type(output) is tuple:
         return tuple(map(_marked, output))
     if isinstance(output, dict):
@@ -62,23 +62,23 @@ def _marked(value: Any) -> Any:
     return value.as_subclass(FrozenOutput) if plain else value
 
 
-# --- the model is in evaluation mode, in which a method's objective does not run --------------------------------------
+# --- the model is in evaluation mode, so a method's objective does not run --------------------------------------------
 
 
 def refuse_evaluation(method: Method, model: nn.Module) -> None:
     """Refuse to train a model in evaluation mode if the method has an objective.
 
     Raises:
-        TrainerError: it is in evaluation mode.
+        TrainerError: the model is in evaluation mode.
     """
     if not model.training and method.objective() is not None:
         raise _in_evaluation(method, model)
 
 
 def refuse_backward(method: Method, model: nn.Module) -> Callable[[Any], Any]:
-    """Return a function that lets the loss of a forward in evaluation mode be read, but not go backward.
+    """Return a function that makes `backward` of the loss of a forward in evaluation mode raise TrainerError.
 
-    Its `backward` raises TrainerError, naming the method.
+    The loss can still be read. The error names the method.
     """
 
     def refuse(_gradient: Tensor) -> None:

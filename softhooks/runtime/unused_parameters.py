@@ -1,6 +1,6 @@
-"""Refuse settings of DDP with which parameters that are unused in a step would hang it, or miss gradients.
+"""Refuse DDP settings with which parameters that are unused in a step make DDP hang or miss gradients.
 
-Adding zero gradients to the loss for them would not help: an optimizer's momentum and weight decay would move them.
+Zero gradients for unused parameters would not be a solution: an optimizer's momentum and weight decay would change them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 
 
 def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str, Tensor]) -> None:
-    """Refuse a training forward under DDP settings that would make the next step fail, or miss gradients.
+    """Refuse a training forward under DDP settings that make the next step fail or miss gradients.
 
     Args:
         prompts: the prompts that train in this forward.
         given: the extra arguments of the forward.
 
     Raises:
-        TrainerError: naming the method.
+        TrainerError: DDP has such settings; the error names the method.
     """
-    wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # the wrapper whose forward is running
+    wrapper: Any = getattr(
+        DistributedDataParallel, "_active_ddp_module", None
+    )  # the DDP wrapper that is in its forward
     if wrapper is None or not wrapper.training or (wrapper.find_unused_parameters and not wrapper.static_graph):
         return
     for prompt in prompts:
@@ -37,14 +39,14 @@ def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str,
 
 
 def unused_parameters_error(method: str, found: str) -> TrainerError:
-    """The error for a launch or a forward with such settings.
+    """Return the error for a launch or a forward with such DDP settings.
 
     Args:
         method: the kind of the method.
-        found: the settings.
+        found: the settings, as a clause.
     """
     return TrainerError(
         f"{found}, but some parameters of {method} are unused in some steps; DDP must look for them in each step.",
-        "Set `find_unused_parameters=True`, also with gradient checkpointing, and leave `static_graph` off: "
+        "Set `find_unused_parameters=True`, even with gradient checkpointing, and leave `static_graph` off: "
         "`ddp_find_unused_parameters=True` in TrainingArguments, `DistributedDataParallelKwargs` for an Accelerator.",
     )

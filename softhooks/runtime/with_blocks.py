@@ -1,6 +1,6 @@
-"""Which prompts the `with` blocks around a forward select, kept in context variables: each thread and asyncio task has its own.
+"""The selection of prompts by `with` blocks, in context variables: each thread and asyncio task has its own selection.
 
-Tasks and `asyncio.to_thread` inherit the blocks that they are started in; a plain thread does not.
+Tasks and `asyncio.to_thread` inherit the blocks in which they are started; a plain thread does not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Block:
         model: the model, as the user gave it when the first prompt was attached.
         rows: one prompt name for each row, as in `softhooks.rows`.
         off: whether all prompts are off, as in `softhooks.disabled`.
-        only: one prompt for all rows, whatever the blocks around this one select.
+        only: one prompt for all rows, regardless of the surrounding blocks.
         generates: whether this is a call of `generate`.
         repeats: in a call of `generate`, the number of beams or samples for each row.
         prompt_columns: in a call of `generate`, the number of columns of its input.
@@ -47,31 +47,31 @@ class Block:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Generators can leave their blocks in any order: blocks that were entered later and are still open stay.
+        # Generators can exit their blocks in any order, so blocks that were entered later may stay open.
         token, now = self._token, _blocks.get()
         self._token = None
         if token is None:
             return
         try:
             token.var.reset(token)
-        except ValueError:  # a generator that was closed in another context than it was started in
+        except ValueError:  # a generator was closed in a different context than it was started in
             self._left = True
         _blocks.set(tuple(block for block in now if block is not self))
 
 
 def blocks_of(model: nn.Module) -> Sequence[Block]:
-    """The open blocks of one model in this context, outermost first."""
+    """Return the open blocks of one model in this context, outermost first."""
     found = _blocks.get()
     return found and [block for block in found if block.model is model and not block._left]
 
 
 def generation_of(model: nn.Module) -> Block | None:
-    """The innermost call of `generate` on a model in this context."""
+    """Return the innermost call of `generate` on a model in this context."""
     return next((block for block in reversed(blocks_of(model)) if block.generates), None)
 
 
 class Choice(NamedTuple):
-    """What the open blocks of a model select. Attributes as in `Block`; all unset if no block selects anything."""
+    """The combined selection of a model's open `with` blocks. Attributes as in `Block`; unset if no block selects anything."""
 
     rows: Sequence[str | None] | None = None
     off: bool = False
@@ -82,12 +82,12 @@ _NO_CHOICE = Choice()
 
 
 def choice_of(model: nn.Module) -> Choice:
-    """What the open blocks of a model select. Called several times for each token, so it walks the blocks once."""
+    """Return the combined selection of a model's open blocks. It runs several times per token, so it loops over them once."""
     rows, off = None, False
     for block in reversed(_blocks.get()):
         if block.model is not model or block._left:
             continue
-        if block.only is not None:  # the blocks around this one have no effect inside it
+        if block.only is not None:  # surrounding blocks have no effect
             return Choice(rows, off, block.only)
         rows = block.rows if rows is None else rows
         off = off or block.off
@@ -95,7 +95,7 @@ def choice_of(model: nn.Module) -> Choice:
 
 
 def repeats_of(model: nn.Module) -> int:
-    """How many rows of the batch share one entry of `rows`: its beams or samples in a `generate` inside of `rows`, else 1."""
+    """Return how many rows of the batch share an entry of `rows`: its beams or samples in `generate` inside `rows`, else 1."""
     for block in reversed(blocks_of(model)):
         if block.generates:
             return block.repeats

@@ -1,1 +1,1 @@
-"""`save_pretrained` and checkpoints of a model that carries prompts."""
+"""`save_pretrained` and checkpoints of a model with prompts."""

@@ -1,4 +1,4 @@
-"""The live state of a prompt: the tensors from which training resumes, and their file in a checkpoint."""
+"""The live state of a prompt, from which training resumes: its tensors, and their file in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from softhooks.formats.softhooks_files import LIVE
 from softhooks.prompt import SoftPrompt
 
 DESCRIPTION = "description"
-"""The entry of a live file that describes the prompt, its base and its optimizer."""
+"""The metadata entry of a live file that describes the prompt, its base model and its optimizer."""
 
 _NOTE = "A soft prompt, not a model. Load the base model, then this directory with softhooks.load(model, directory)."
 
 
 def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """The tensors that training has changed, by their names in the model, and the encoder's buffers."""
+    """Return the trained tensors and the encoder's buffers, by their names in the model."""
     encoder = f"{CONTAINER}.{prompt.name}.encoder."
     kept = {f"{encoder}{name}": tensor for name, tensor in prompt.encoder.state_dict().items()}
     ids = prompt.module._buffers.get(BUFFER)
@@ -32,9 +32,9 @@ def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 
 class NotSaved(Sequence[str]):
-    """The keys of a model's state dict that a checkpoint lacks; the Trainer does not warn about them.
+    """The keys of a model's state dict that are not saved in a checkpoint; the Trainer does not warn about them.
 
-    They are computed at each access, because prompts may come and go, and a model whose prompt is removed must be saved whole.
+    The keys are computed at each access, because prompts may be added and removed; without prompts, the whole model is saved.
     """
 
     def __init__(self, prompt: SoftPrompt) -> None:
@@ -63,8 +63,8 @@ class NotSaved(Sequence[str]):
 def write_live(folder: Path, state: dict[str, Tensor]) -> None:
     """Write the live parameters, and an index that names their file.
 
-    The index is one of the files that a Trainer resumes from. `from_pretrained` stops at it, because it lacks the `metadata` of a
-    model's index; a `model.safetensors` would not stop it, and a model with random weights would be built.
+    A Trainer can resume from the index. `from_pretrained` raises an error, because the index lacks the `metadata` of a model's
+    index; from a `model.safetensors` it would instead build a model with random weights.
     """
     write_tensors(folder / LIVE, state, {"format": "pt"})
     weight_map = dict.fromkeys((name for name in state if not name.endswith(f".{DESCRIPTION}")), LIVE)

@@ -1,8 +1,8 @@
-"""Saving of a model that contains a model with prompts, such as a wrapper or an encoder-decoder made of two models.
+"""Save a model that contains a model with prompts, such as a wrapper or an encoder-decoder made of two models.
 
 The outer model does not know about the prompts: its `save_pretrained` collects the tensors of all its modules. A hook on the
-state dict of the container finds that call, writes the prompts next to the outer model's weights, and takes their tensors out of
-these.
+state dict of the container finds that call, writes the prompts next to the outer model's weights, and removes their tensors from
+the weights.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from softhooks.runtime.prompted_model import PromptedModel
 logger = logging.getLogger(__name__)
 
 _MAX_FRAMES = 64
-"""How many frames up `save_pretrained` is searched: one for each module on the way down, and a few."""
+"""The number of frames in which `save_pretrained` is searched: one for each nested module, and a few more."""
 
 
 def prompt_folders(prompted: PromptedModel, folder: Path) -> dict[SoftPrompt, Path]:
-    """The folder of each prompt: `default`, or else the active one, gets `folder`; others get subfolders by their names."""
+    """Return the folder of each prompt: `folder` for `default`, or else the active prompt; subfolders by name for all others."""
     prompts = soft_prompts_of(prompted)
     top = "default" if "default" in prompts else prompted.active or next(reversed(prompts))
     return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
 
 
 class SaveFromOutside:
-    """A state dict hook of the container that writes the prompts when a model around theirs is saved.
+    """A state dict hook of the container that writes the prompts when an outer model is saved.
 
     Args:
         prompted: the state of the inner model's prompts.
@@ -47,7 +47,7 @@ class SaveFromOutside:
         """Write the prompts, and remove their tensors from the state dict.
 
         The tensors stay in a Trainer's checkpoint, because the Trainer resumes from the weights, and in a sharded model, because
-        one process alone cannot write a prompt there. If the prompts are disabled, the model is written without them.
+        a single process cannot write a prompt of it. If the prompts are disabled, the model is written without them.
         """
         call = None if prefix.count(".") < 2 else _saving_call(self.prompted.model)
         if call is None or not self.prompted.prompts:
@@ -77,12 +77,12 @@ class SaveFromOutside:
             "save_pretrained of %s writes the prompts of its inner %s next to its weights (%s); load them with `softhooks.load` "
             "onto the inner %s.%s",
             outer, inner, ", ".join(f"{prompt.name!r} to {folder}" for prompt, folder in folders.items()), inner,
-            " The weights hold their tensors too, for the Trainer to resume from." if keeps_tensors else "",
+            " The weights also contain their tensors, for the Trainer to resume from." if keeps_tensors else "",
         )  # fmt: skip
 
 
 def _saving_call(inner: nn.Module) -> dict[str, Any] | None:
-    """The arguments of a running `save_pretrained` of a model around `inner`, if this thread is in one."""
+    """Return the arguments of a running `save_pretrained` of a model around `inner` in this thread, or None."""
     frame: Any = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
         if frame is None:

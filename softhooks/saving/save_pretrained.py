@@ -1,7 +1,7 @@
-"""`save_pretrained` of a model that carries prompts: it writes the prompts, as PEFT writes adapters, and not the base model.
+"""`save_pretrained` of a model with prompts, which writes the prompts and not the base model, as PEFT writes adapters.
 
-The base model is frozen and already exists elsewhere. If it was written with a prompt among its weights, `from_pretrained` would
-drop the prompt without an error. A Trainer without a callback saves through here too.
+The base model is frozen and already exists elsewhere. If it were written with a prompt among its weights, `from_pretrained` would
+drop the prompt without an error. A Trainer without a callback also uses this method.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ADAPTER = "adapter_config.json"
 
 
 class SavePrompts:
-    """Replaces `save_pretrained` of a model that carries prompts.
+    """The replacement for `save_pretrained` of a model with prompts.
 
     It is an object and not a closure, so that a deep copy of the model saves its own prompts.
 
@@ -52,7 +52,7 @@ class SavePrompts:
         return self._before(*args, **kwargs) if self._before else type(model).save_pretrained(model, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Write the prompts; if they are disabled, write the model without them."""
+        """Write the prompts, or the model without them if they are disabled."""
         call = self._named(args, kwargs)
         state = call.get("state_dict")
         if not self.prompted.prompts:
@@ -62,7 +62,7 @@ class SavePrompts:
         return self._save_prompts(Path(call["save_directory"]), call)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Map a call's arguments to their names: the second positional argument differs between PEFT and transformers."""
+        """Map a call's arguments to their names; the second positional argument differs between PEFT and transformers."""
         model: Any = self.prompted.model
         signature = inspect.signature(self._before or type(model).save_pretrained)
         names = [name for name in signature.parameters if name != "self"]
@@ -91,7 +91,7 @@ class SavePrompts:
             _push(folder, before, call)
 
     def _save_other_trained(self, folder: Path, call: dict[str, Any]) -> None:
-        """Write what else is trained (PEFT's adapters, parameters of the base) and the state from which a Trainer resumes."""
+        """Write other trained parameters (PEFT's adapters, parameters of the base) and the state from which a Trainer resumes."""
         model: Any = self.prompted.model
         has_adapters = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
         in_checkpoint = is_checkpoint(folder)
@@ -106,11 +106,11 @@ class SavePrompts:
         if trained and not in_checkpoint:
             written = "these parameters were" if has_adapters else "the base model was"
             logger.warning(
-                "%d parameters of the base train with the prompt; %s written to %s too.", len(trained), written, folder
+                "%d parameters of the base train with the prompt; %s also written to %s.", len(trained), written, folder
             )
 
     def _trained_base(self) -> list[str]:
-        """The names of the base parameters that train with the prompts, without those of adapters."""
+        """Return the names of the base parameters that train with the prompts, except the parameters of adapters."""
         model = self.prompted.model
         adapters = tuple(
             f"{path}.{name}." if path else f"{name}."
@@ -137,14 +137,14 @@ class SavePrompts:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def check(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Refuse a state dict with other prompts than the model carries; `strict=False` would ignore them silently.
+        """Refuse a state dict with prompts that the model does not have; `strict=False` would ignore them silently.
 
         Raises:
-            PromptMismatchError: naming both sides.
+            PromptMismatchError: the prompts differ; the error names both.
         """
         found = {name: list(value.shape) for name, value in state.items() if is_prompt_key(name)}
         if prefix or not found or self.prompted.model.__dict__.get("save_pretrained") is not self:
-            return  # a callback's own saver checks more
+            return  # the callback's own check is stricter
         expected: dict[str, list[int]] = {}
         for name, prompt in self.prompted.prompts.items():
             if any(is_prompt_key(key, name) for key in found):
@@ -155,7 +155,7 @@ class SavePrompts:
         known = {key: shape for key, shape in found.items() if not key.endswith(".description")}
         if known != expected:
             raise PromptMismatchError(
-                "the prompts in the state dict are not those of the model; names and shapes must be the same.",
+                "the prompts in the state dict do not match the prompts of the model; names and shapes must be the same.",
                 "Attach the prompt with the method, the name and the options that wrote the checkpoint.",
                 checkpoint=known,
                 model=expected or ", ".join(map(repr, self.prompted.prompts)),
@@ -163,11 +163,11 @@ class SavePrompts:
 
 
 class LoadAdapter:
-    """Replaces `load_adapter` of a PEFT model, which a Trainer calls to resume: it loads the checkpoint's prompts too.
+    """The replacement for `load_adapter` of a PEFT model, which also loads the prompts when a Trainer resumes.
 
-    PEFT freezes everything except the adapter that it loads; this keeps the prompts trainable, and from a checkpoint also what
-    else trains. PEFT saves adapters that are not named `default` in folders of their own; a Trainer looks there when it resumes,
-    but in the checkpoint's root, which may hold another adapter, when it loads the best model.
+    PEFT freezes everything except the adapter that it loads; this class keeps the prompts and, from a checkpoint, other trained
+    parameters trainable. PEFT saves adapters that are not named `default` in subfolders; a Trainer reads these when it resumes,
+    but reads the checkpoint's root, which may contain a different adapter, when it loads the best model.
 
     Args:
         prompted: the state of the model's prompts.
@@ -197,7 +197,7 @@ class LoadAdapter:
 
 
 def replace_saving(prompted: PromptedModel) -> None:
-    """Replace the model's `save_pretrained`, and PEFT's `load_adapter`, until the last prompt is removed."""
+    """Replace the model's `save_pretrained` and PEFT's `load_adapter` until the last prompt is removed."""
     if hasattr(prompted.model, "peft_config") and hasattr(prompted.model, "load_adapter"):
         prompted.patches.set(prompted.model, "load_adapter", LoadAdapter(prompted))
     if hasattr(prompted.model, "save_pretrained"):
@@ -210,7 +210,7 @@ def replace_saving(prompted: PromptedModel) -> None:
 
 @contextmanager
 def _without_prompts(model: nn.Module) -> Iterator[None]:
-    """Take the prompts' container out of a model, and a callback's list of keys that checkpoints lack, while it is written."""
+    """Remove the prompts' container, and a callback's list of keys that are not saved, from a model while it is written."""
     modules = dict(model._modules)
     ignored = model.__dict__.get(_IGNORED)
     model._modules.pop(CONTAINER, None)

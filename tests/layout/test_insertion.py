@@ -414,7 +414,7 @@ def test_layouts_that_insert_nothing_sensible(options: Any) -> None:
 def test_words_that_the_tokenizer_cannot_write() -> None:
     with pytest.raises(OptionError, match=r"no ids for the anchor 'zebra'(.|\n)*\[UNK\]"):
         Layout.insert(after={"zebra": 1}, tokenizer=tokens.masked())
-    with pytest.raises(OptionError, match="needs the tokenizer"):
+    with pytest.raises(OptionError, match="needs a tokenizer"):
         PTuning(layout=Layout.insert(after={"world": 1}))
 
 

@@ -78,7 +78,7 @@ def test_rows_with_no_mask_or_two() -> None:
 def test_a_label_that_is_no_word() -> None:
     _, words = made()
     labels = torch.tensor([[-100, 3, words.ids[0]]])
-    with pytest.raises(OptionError, match=r"word of a class(.|\n)*labels: *\[3\]"):
+    with pytest.raises(OptionError, match=r"neither the id of a class's word nor -100(.|\n)*labels: *\[3\]"):
         words({"logits": torch.randn(1, 3, 40)}, labels)
 
 

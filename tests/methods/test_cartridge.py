@@ -352,7 +352,7 @@ def test_joined_cartridges_stand_one_behind_the_other(tmp_path: Path, arch: str)
         with softhooks.attach(model, Cartridge(5, document=first, frozen_slots=2)) as saved:
             saved.save_pretrained(tmp_path)
         attached = softhooks.attach(model, Cartridge(7, document=second), "second")
-        with pytest.warns(UserWarning, match="2 cartridges were joined that were not trained together") as warned:
+        with pytest.warns(UserWarning, match="2 cartridges that were not trained together were joined") as warned:
             whole = Cartridge.concatenate(model, [tmp_path, attached], "whole", trainable=True)
         assert len(warned) == 1
         assert warned[0].filename == __file__
@@ -371,7 +371,7 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
     with softhooks.attach(model, method(), "one") as one:
         with softhooks.attach(model, PrefixTuning(3), "other") as other:
             for sources in ([], [one], [one, other]):
-                with pytest.raises(OptionError, match="two cartridges or more"):
+                with pytest.raises(OptionError, match="two or more cartridges"):
                     Cartridge.concatenate(model, sources, "joined")
         with (
             softhooks.attach(zoo.build("gpt2"), method()) as foreign,
@@ -411,11 +411,11 @@ def test_pefts_own_composition_is_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"document": None}, "needs its document"),
+        ({"document": None}, "needs a document, but none is given"),
         ({"document": []}, "a text or a list of one id or more"),
         ({"document": "word5 word6"}, "tokenizer"),
         ({"document": [5, 6]}, r"(?s)not be longer than its document.*2 tokens"),
-        ({"frozen_slots": P}, "leave a slot to train"),
+        ({"frozen_slots": P}, "at least one must be trained"),
         ({"frozen_slots": -1}, "frozen_slots"),
         ({"frozen_slots": True}, "frozen_slots"),
         ({"top_k": 0}, "top_k"),

@@ -812,7 +812,7 @@ def test_case_7_the_type_mask() -> None:
     alone = row_loss(chances, torch.full_like(labels[0], -100))[0]
     assert abs(wrong - float(alone.detach())) < 1e-4, "of the row's labels none is left"
     for types in ([1] * P, cut):
-        with pytest.raises(softhooks.OptionError, match="needs a label"):
+        with pytest.raises(softhooks.OptionError, match="has no label"):
             method(token_types=types)
 
 

@@ -582,7 +582,7 @@ def test_a_whole_model_that_runs_again(reentrant: bool) -> None:
     (expected,) = torch.autograd.grad(run(False, None), prompts[1].encoder.parameters())
     run(True, None).backward()
     torch.testing.assert_close(next(prompts[1].encoder.parameters()).grad, expected)
-    with pytest.raises(UnsupportedModeError, match="its first run may have used other prompts"):
+    with pytest.raises(UnsupportedModeError, match="the prompts may have changed since its first run"):
         run(True, "a").backward()
     assert require_prompted_model(model).running._innermost is None
 
