@@ -104,7 +104,7 @@ def test_a_prefix_is_no_start_for_rows(tmp_path: Path) -> None:
     with softhooks.attach(zoo.build("llama"), PrefixTuning(P)) as prompt:
         prompt.save_pretrained(tmp_path)
     with pytest.raises(
-        OptionError, match=r"\(prefix_tuning\) holds text, not embedding rows, so it cannot start another prompt"
+        OptionError, match=r"\(prefix_tuning\) contains text, not embedding rows, so it cannot start another prompt"
     ):
         softhooks.attach(zoo.build("llama"), PromptTuning(P, init="prompt", init_from=tmp_path))
 

@@ -379,7 +379,7 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
         ):
             Cartridge.concatenate(model, [one, foreign], "joined")
         classifier = softhooks.attach(zoo.build("llama", "sequence"), method(distill=False))
-        with pytest.raises(OptionError, match="without heads"):
+        with pytest.raises(OptionError, match="without their own heads"):
             Cartridge.concatenate(model, [one, classifier], "joined")
         with pytest.raises(PromptTooLongError):
             Cartridge.concatenate(model, [one] * 24, "joined")
@@ -432,7 +432,7 @@ def test_a_document_beyond_the_window_is_refused_with_a_way_out() -> None:
     with pytest.raises(PromptTooLongError, match=r"(?s)window.*document: +96.*Cartridge.concatenate"):
         softhooks.attach(model, method(document=[5] * 96))
     assert not hasattr(model, "soft_prompt")
-    with pytest.raises(OptionError, match="to begin"):
+    with pytest.raises(OptionError, match="is initialized from a document, but none"):
         softhooks.attach(model, Cartridge(P, distill=False))
 
 
