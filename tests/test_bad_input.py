@@ -91,11 +91,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a prompt of another width": (
         llama, lambda: PromptTuning(3, init="tensor", init_tensor=torch.zeros(3, 16)), {},
-        PromptMismatchError, r"width of the model's embeddings\](.|\n)*init_?.?tensor: *\[3, 16\]\nexpected: *\[3, 32\]\n.*base model",
+        PromptMismatchError, r"model's embeddings\](.|\n)*init_?.?tensor: *\[3, 16\]\nexpected: *\[3, 32\]\n.*base model",
     ),
     "a prompt of another length": (
         llama, lambda: PromptTuning(3, init="tensor", init_tensor=torch.zeros(4, 32)), {},
-        PromptMismatchError, r"it must be \[num_virtual_tokens, width(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
+        PromptMismatchError, r"\[num_virtual_tokens, width(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
     ),
     "a prefix where attention cannot be entered": (
         squeezebert, lambda: PrefixTuning(3), {}, UnsupportedMethodError,

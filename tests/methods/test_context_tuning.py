@@ -300,7 +300,7 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 
 def test_demonstrations_are_needed_to_begin_and_must_be_the_models() -> None:
     model = zoo.build("llama")
-    with pytest.raises(OptionError, match="to begin"):
+    with pytest.raises(OptionError, match="is initialized from demonstrations, but none"):
         softhooks.attach(model, ContextTuning(5, lengths=(2, 3)))
     with pytest.raises(OptionError, match="vocabulary"):
         softhooks.attach(model, ContextTuning(demonstrations=[[5, 6, 700]]))
