@@ -25,11 +25,11 @@ class Constrained(Protocol):
         """Bring the parameters back within their bounds."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Iterate over the parameters that an optimizer may have."""
+        """Iterate over the parameters that an optimizer may update."""
 
 
 _done: weakref.WeakSet[Constrained] = weakref.WeakSet()
-"""The encoders that were constrained since the Trainer's step began."""
+"""The encoders that were constrained since the start of the Trainer's step."""
 
 
 def _listen(patches: Patches) -> None:
@@ -38,11 +38,11 @@ def _listen(patches: Patches) -> None:
 
 
 watched: SharedPatches[Constrained] = SharedPatches(_listen)
-"""The encoders to constrain; the hook is removed with the last one."""
+"""The encoders to constrain; the hook is removed together with the last encoder."""
 
 
 def watch(encoder: Constrained) -> None:
-    """Constrain an encoder after each step of an optimizer that has its parameters."""
+    """Constrain an encoder after each step of an optimizer that holds its parameters."""
     if encoder.is_constrained:
         watched.add(encoder)
 
@@ -60,12 +60,12 @@ def constrain(encoder: Constrained) -> None:
 
 
 def begin_step(encoder: Constrained) -> None:
-    """Note that a Trainer's optimizer is about to step."""
+    """Record that a Trainer's optimizer is about to step."""
     _done.discard(encoder)
 
 
 def end_step(encoder: Constrained) -> None:
-    """Constrain an encoder after a Trainer's step, unless the hook on torch optimizers has done it."""
+    """Constrain an encoder after a Trainer's step, unless the hook on torch optimizers has already done so."""
     if encoder not in _done:
         constrain(encoder)
 

@@ -1,4 +1,4 @@
-"""The interface of prompt encoders, the modules that are trained and compute a prompt."""
+"""The interface of prompt encoders, the trainable modules that compute a prompt."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from softhooks.constraint import watch
 from softhooks.errors import UnsupportedModeError
 
 EMBEDDINGS = "embeddings"
-"""The group of an encoder whose prompt is rows of embeddings."""
+"""The group name of an encoder that computes rows of embeddings."""
 
 
 class PromptEncoder(nn.Module):
     """A module that computes a prompt, without a batch dimension.
 
-    Subclasses set `groups` and compute each in `forward`. A group is `embeddings`, or the part of the model that keys and values
-    enter: `text`, or `encoder`, `decoder` and `cross`. All other methods have defaults; overriding them lets a prompt have
-    variants from which each row takes one, hide virtual tokens from some rows, or keep its parameters within bounds.
+    Subclasses set `groups` and compute each group in `forward`. A group is `embeddings`, or the part of the model that keys and
+    values enter: `text`, or `encoder`, `decoder` and `cross`. All other methods have defaults; overriding them lets a prompt
+    have one variant per row, hide virtual tokens from some rows, or keep its parameters within bounds.
     """
 
     groups: tuple[str, ...] = ()
     start_ids: Sequence[int | None] | None = None
-    """The ids of the words that the rows of a new prompt are initialized from; None where a row is not a word."""
+    """The ids of the words that the rows of a new prompt are initialized from, with None for a row that is not a word."""
 
     is_constrained: ClassVar[bool] = False
     """Whether `constrain` must run after each optimizer step."""
 
     @property
     def zero_gradient_parameters(self) -> frozenset[str]:
-        """The names of parameters whose gradient is always zero, such as recurrent weights over a single row."""
+        """Return the names of parameters whose gradient is always zero, such as recurrent weights over a single row."""
         return frozenset()
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Compute one group of the prompt, [P, H] or [P, the numbers of the group's layers]."""
-        raise NotImplementedError(f"{type(self).__name__} must implement `forward` for its groups {self.groups}.")
+        """Compute one group of the prompt: [P, H], or [P, number of key and value elements in the group's layers]."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement `forward` for its groups {self.groups}.")
 
     def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int] | None:
         """Choose the variant of each row.
@@ -49,7 +49,7 @@ class PromptEncoder(nn.Module):
             batch: the number of rows.
 
         Returns:
-            a variant for each row; None if there is only one.
+            a variant for each row, or None if there is only one variant.
         """
         return None
 
@@ -61,15 +61,15 @@ class PromptEncoder(nn.Module):
             batch: the number of rows.
 
         Returns:
-            True for hidden tokens, [B or 1, P]; None if every row sees all.
+            True for hidden tokens, [B or 1, P], or None if every row sees all of them.
         """
         return None
 
     def constrain(self) -> None:
-        """Bring the parameters back within their bounds, after each optimizer step; runs without gradients."""
+        """Bring the parameters back within their bounds; called after each optimizer step, without gradients."""
 
     def metrics(self) -> dict[str, float]:
-        """Return values for the training log by name, such as gates; called only when the Trainer logs."""
+        """Return values for the training log by name, such as gates; only called when the Trainer logs."""
         return {}
 
     def folded(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class PromptEncoder(nn.Module):
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """Compute inside the context in evaluation mode, without gradients and without autocast."""
+        """Run the `with` block in evaluation mode, without gradients and without autocast."""
         training = self.training
         self.eval()
         try:
@@ -96,16 +96,16 @@ class PromptEncoder(nn.Module):
             self.train(training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled state, and constrain the copy as the original."""
+        """Restore a copied or unpickled state, and constrain the copy like the original."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         watch(self)
 
 
 class TableEncoder(PromptEncoder):
-    """A prompt whose tables are parameters themselves: prompt tuning, a prefix without an MLP, and most folded prompts.
+    """An encoder whose parameters are the prompt itself: prompt tuning, a prefix without an MLP, and most folded prompts.
 
     Args:
-        tables: the table of each group, [P, H] or [P, numbers].
+        tables: the table of each group, [P, H] or [P, number of key and value elements].
     """
 
     def __init__(self, tables: dict[str, Tensor]) -> None:
@@ -128,7 +128,7 @@ def require_column(given: dict[str, Tensor], name: str, reason: str) -> Tensor:
     """
     if name not in given:
         raise UnsupportedModeError(
-            f"the call has no `{name}`, which this prompt needs in each call of the model.",
+            f"the call has no `{name}`, which this prompt needs in every call of the model.",
             f"Add a column `{name}` to the batch, or pass it to the model.",
             because=reason,
             given=", ".join(given) or "no batch column of a prompt",

@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a prompt as long as the positions": (
         lambda: zoo.build("gpt2"), lambda: PromptTuning(96), {}, PromptTooLongError,
-        r"leave room for text(.|\n)*virtual tokens: *96\npositions: *96\n(.|\n)*Use a prompt of 91 virtual tokens or fewer",
+        r"leave too few of the model's 96 positions for text(.|\n)*virtual tokens: *96\npositions: *96\n(.|\n)*Use at most 91 virtual tokens",
     ),
     "a prompt longer than rotary positions": (
         llama, lambda: PrefixTuning(200, init="zero"), {}, PromptTooLongError,
@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "ids outside the vocabulary": (
         llama, lambda: PrefixTuning(3, init_ids=[5, 96]), {}, OptionError,
-        r"in the model's vocabulary(.|\n)*ids: *5 to 96\nvocabulary: *0 to 95\nGive the tokenizer",
+        r"in the model's vocabulary(.|\n)*ids: *5 to 96\nvocabulary: *0 to 95\nPass the tokenizer",
     ),
     "a tokenizer of another model": (
         llama,
@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
         {}, OptionError, r"init_labels is (\[\]|\(\)); it must be a list of at least one label",
     ),
     "no method": (
-        llama, lambda: "prompt", {}, UnsupportedMethodError, r"PromptTuning\(20\); it was given str",
+        llama, lambda: "prompt", {}, UnsupportedMethodError, r"attach got str instead of a method such as PromptTuning\(20\)",
     ),
     "an injection that is not available": (
         lambda: zoo.build("bert", "masked"), lambda: PromptTuning(3), {"injection": "shared"}, UnsupportedMethodError,
@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "trainable parameters that are not there": (
         llama, lambda: PromptTuning(3), {"trainable": "*lora*"}, AttachError,
-        r"trainable='\*lora\*' names no parameter of LlamaForCausalLM",
+        r"trainable='\*lora\*' does not match any parameter of LlamaForCausalLM",
     ),
     "positions that cannot be shifted": (
         lambda: zoo.build("t5", "seq2seq"), lambda: PrefixTuning(3, shift_positions=True), {}, UnsupportedMethodError,

@@ -20,11 +20,13 @@ from softhooks import Layout, OptionError, PrefixTuning, PromptTooLongError, Pro
 def test_a_prompt_that_is_too_long_is_told_how_long_it_may_be(method: type, arch: str, head: str) -> None:
     """A prompt of the length that the error names can be attached."""
     model = zoo.build(arch, head)
-    with pytest.raises(PromptTooLongError, match=r"leave room for text(.|\n)*virtual tokens: *96\n") as told:
+    with pytest.raises(
+        PromptTooLongError, match=r"leave too few of the model's 96 positions for text(.|\n)*virtual tokens: *96\n"
+    ) as told:
         softhooks.attach(model, method(96))
     text = str(told.value)
     assert "text:  " not in text
-    room = int(re.search(r"Use a prompt of (\d+) virtual tokens or fewer", text)[1])
+    room = int(re.search(r"Use at most (\d+) virtual tokens", text)[1])
     softhooks.attach(model, method(room)).remove()
     if method is PromptTuning:
         with pytest.raises(PromptTooLongError, match=rf"room for: *{room} virtual tokens and a text of 5") as told:

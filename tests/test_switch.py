@@ -168,7 +168,7 @@ def test_only_what_is_on_gets_a_gradient() -> None:
 def test_a_name_is_taken_once() -> None:
     model, prompts, logits = three()
     with untouched(model):
-        message = r"belongs to one prompt(.|\n)*attached: *'a': PromptTuning\(.*3.*\)\nasked: *'a': PrefixTuning"
+        message = r"names must be unique(.|\n)*attached: *'a': PromptTuning\(.*3.*\)\nasked: *'a': PrefixTuning"
         with pytest.raises(NameTakenError, match=message):
             softhooks.attach(model, PrefixTuning(5), "a")
     assert on(model, logits) == "c"

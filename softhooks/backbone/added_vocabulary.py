@@ -1,7 +1,7 @@
-"""Find the rows that a script has added to a model's vocabulary with `resize_token_embeddings`, and warn about them.
+"""Find the rows that a script added to a model's vocabulary with `resize_token_embeddings`, and warn about them.
 
-After resizing, the config has the new size. The old size may be left in two places: the config of the checkpoint that the model
-was loaded from, and an attribute of an inner module, which transformers does not update.
+Resizing updates the config. The old size may remain in two places: the config of the checkpoint that the model was loaded from,
+and an attribute of an inner module that transformers does not update.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 
 
 def original_vocabulary(model: nn.Module, structure: ModelStructure) -> int | None:
-    """How many rows the vocabulary had before a script added some; None if nothing shows that it did."""
+    """Return the number of rows before a script added some, or None if nothing shows that rows were added."""
     plain: Any = unwrapped(model)
     config = getattr(plain, "config", None)
     rows = structure.vocabulary
     if config is None or _size(text_config(config)) != rows:
-        return None  # the table has more rows than the config says, for another reason than resizing
+        return None  # the table is larger than the config says for a reason other than resizing
     sizes = [_size_of_inner_module(plain, structure), _size_of_checkpoint(config)]
     return min((size for size in sizes if size is not None and 0 < size < rows), default=None)
 
@@ -69,7 +69,7 @@ def _size_of_checkpoint(config: Any) -> int | None:
                 return None
             path = Path(cached)
         values = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_CONFIG_BYTES else None
-    except (OSError, ValueError, RecursionError):  # no file, no JSON, or not the name of a repository
+    except (OSError, ValueError, RecursionError):  # no file, invalid JSON, or not a repository name
         return None
     if not isinstance(values, dict):
         return None
@@ -87,7 +87,7 @@ def _added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]
 
 
 def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]) -> None:
-    """Warn that rows which a script has added are neither trained nor saved with the prompt.
+    """Warn that rows which a script added are neither trained nor saved with the prompt.
 
     Args:
         own: the ids whose rows the prompt has itself.
@@ -96,8 +96,8 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
     if added:
         warnings.warn(
             f"{len(added)} rows of the vocabulary ({added[0]} to {added[-1]}) were added by `resize_token_embeddings` and are in "
-            "no checkpoint: they stay frozen at their random start and are not saved with the prompt; another process draws "
-            "other values. Pass `train_added_tokens=True` to `attach` to train and save them, or save the resized model.",
+            "no checkpoint: they stay frozen at their random initial values, are not saved with the prompt, and will differ in "
+            "another process. Pass `train_added_tokens=True` to `attach` to train and save them, or save the resized model.",
             UserWarning,
             stacklevel=stack_level(),
         )
@@ -106,7 +106,7 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
 def log_unsaved_rows(
     prompt: object, name: str, model: nn.Module, structure: ModelStructure, own: Container[int]
 ) -> None:
-    """Log, once for each prompt, that the file of the prompt does not contain rows which a script has added.
+    """Log, once for each prompt, that the prompt's file does not contain rows which a script added.
 
     Args:
         own: the ids whose rows the prompt has itself.
@@ -117,7 +117,7 @@ def log_unsaved_rows(
     if missing:
         _warned.add(prompt)
         logger.warning(
-            "%d rows of the vocabulary (%d to %d) were added by `resize_token_embeddings`; they are not in the file of "
+            "%d rows of the vocabulary (%d to %d) were added by `resize_token_embeddings` and are not in the file of "
             "the prompt %r: save the resized model too, or attach with `train_added_tokens=`.",
             len(missing), missing[0], missing[-1], name,
         )  # fmt: skip
@@ -132,18 +132,18 @@ def stack_level() -> int:
 
 
 def require_vocabulary(rows: Any, structure: ModelStructure, source: str) -> None:
-    """Refuse a model whose vocabulary is smaller than that of the base of a saved prompt.
+    """Refuse a model with a smaller vocabulary than the base model of a saved prompt.
 
     Args:
-        rows: the size of the base's vocabulary; anything but an int is ignored.
+        rows: the vocabulary size of the base model; ignored unless it is an int.
 
     Raises:
         PromptMismatchError: naming both sizes.
     """
     if type(rows) is int and structure.vocabulary < rows:
         raise PromptMismatchError(
-            "the vocabulary of the model is smaller than that of the base that the prompt was trained with.",
-            "Load the base model that it was trained with; if tokens were added then, add them and call "
+            "the model has a smaller vocabulary than the base model that the prompt was trained with.",
+            "Load the base model that the prompt was trained with; if tokens were added for the training, add them and call "
             "`resize_token_embeddings` first.",
             prompt=f"{rows} words ({source})",
             model=f"{structure.vocabulary} words",

@@ -1,4 +1,4 @@
-"""How to call an attention module on hidden states that have no position."""
+"""The arguments for calling an attention module on hidden states without positions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class AttentionCall:
-    """The arguments with which an attention module computes keys and values of hidden states, without rotation and mask.
+    """The arguments that make an attention module compute keys and values of hidden states without rotation or mask.
 
     Attributes:
-        width: H, of the hidden states.
-        query_heads: Hq.
-        args, kwargs: the arguments of the call, with None in the place of the hidden states.
-        place: the position or the name of the argument of the hidden states.
-        failure: why the module cannot be called like this; empty if it can.
+        width: the width of the hidden states, H.
+        query_heads: the number of query heads, Hq.
+        args, kwargs: the arguments of the call, with None instead of the hidden states.
+        place: the position or the name of the argument for the hidden states.
+        failure: why the module cannot be called with these arguments; empty if it can.
     """
 
     width: int
@@ -29,7 +29,7 @@ class AttentionCall:
     failure: str = ""
 
     def arguments(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments for hidden states [N, H], each a sequence of one token."""
+        """Return the arguments for hidden states [N, H], each as a sequence of one token."""
         args = [_on_device_of(value, rows) for value in self.args]
         kwargs = {name: _on_device_of(value, rows) for name, value in self.kwargs.items()}
         if isinstance(self.place, int):

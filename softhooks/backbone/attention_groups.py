@@ -10,7 +10,7 @@ from softhooks.errors import UnsupportedMethodError
 
 
 def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
-    """Name the groups that keys and values can enter: `text`, or `encoder`, `decoder` and `cross`."""
+    """Return the groups that keys and values can enter, by name: `text`, or `encoder`, `decoder` and `cross`."""
     groups: dict[str, tuple[Stack, Literal["self", "cross"]]] = {}
     for stack in structure.stacks:
         groups[stack.name] = (stack, "self")
@@ -28,7 +28,7 @@ def require_sites(structure: ModelStructure) -> None:
     for stack in structure.stacks:
         if stack.injection is None:
             raise UnsupportedMethodError(
-                f"{type(stack.module).__name__} has no attention that a key-value prefix can enter: it must use transformers' "
-                "attention interface or a cache, or be known to softhooks.",
+                f"{type(stack.module).__name__} has no attention that a key-value prefix can enter: it does not use "
+                "transformers' attention interface or a cache, and softhooks does not know its attention code.",
                 OTHER_METHOD,
             )

@@ -1,7 +1,7 @@
-"""Wrap the attention functions of transformers, so that the attention of a marked module runs inside the current pass.
+"""Wrap the attention functions of transformers so that the attention of a marked module runs inside the current pass.
 
-The entries of the global mapping, and the `eager_attention_forward` of the modeling files concerned, are wrapped as long as a
-prompt is attached to any model, and put back with the last one. `config._attn_implementation` is never changed.
+The entries of the global mapping and the `eager_attention_forward` of the model's modeling files are wrapped while any model has
+a prompt, and restored when the last prompt is removed. `config._attn_implementation` is never changed.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _EAGER = "eager_attention_forward"
 
 
 def modeling_files(modules: Iterable[nn.Module]) -> frozenset[str]:
-    """Name the Python modules in which the classes of these modules are defined."""
+    """Return the names of the Python modules that define the classes of these modules."""
     return frozenset(type(module).__module__ for module in modules)
 
 
 def wrap_attention_functions(user: object, files: Iterable[str]) -> None:
-    """Wrap the attention functions that modules of these files can call, until they are unwrapped or `user` is collected."""
+    """Wrap the attention functions that these files use, until they are unwrapped or `user` is garbage collected."""
     users.add(user, files)
 
 
 def unwrap_attention_functions(user: object) -> None:
-    """Put the original functions back, unless somebody else uses the wrapped ones."""
+    """Restore the original functions, unless something else still uses the wrapped ones."""
     users.discard(user)
 
 
@@ -54,12 +54,12 @@ def _wrap_functions(patches: Patches, files: Iterable[str]) -> None:
     wanted = [(functions, name) for name in functions]
     wanted += [(namespace, _EAGER) for namespace in namespaces if _EAGER in namespace]
     for mapping, name in wanted:
-        if not hasattr(mapping[name], MARK):  # else it is wrapped already, perhaps under a wrapper of other code
+        if not hasattr(mapping[name], MARK):  # else already wrapped, perhaps beneath another library's wrapper
             patches.set(mapping, name, _wrapper_of(mapping[name]))
 
 
 users: SharedPatches[object] = SharedPatches(_wrap_functions)
-"""Who needs the wrapped functions: models with a prompt, and probes."""
+"""The wrapped functions with their users: models with a prompt, and probes."""
 
 
 def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
@@ -76,9 +76,9 @@ def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _expects_pass(state: StackState) -> bool:
-    """Whether attention may run in a stack only inside a pass: every forward that went through the hooks has one.
+    """Whether attention may only run inside a pass in this stack; every forward that goes through the hooks has a pass.
 
-    A backward may run layers again whose forward was in another context: so it is enough that some prompt enters attention.
+    A backward may rerun layers outside the context of their forward, so it is enough that some prompt enters attention.
     """
     if state.owner is None:
         return False
@@ -88,11 +88,11 @@ def _expects_pass(state: StackState) -> bool:
 
 
 def current_pass(module: nn.Module) -> RunningPass | None:
-    """The pass that runs now in the stack of an attention module; None for a module that no prompt enters.
+    """Return the running pass in the stack of an attention module, or None if no prompt enters the module.
 
     Raises:
-        PromptNotReachedError: none runs, and a prompt is on.
-        UnsupportedModeError: none runs in this thread, while another thread runs the model.
+        PromptNotReachedError: no pass is running although a prompt is active.
+        UnsupportedModeError: no pass is running in this thread, and another thread is running the model.
     """
     site: Site | None = module.__dict__.get(MARK)
     if site is None:
@@ -105,7 +105,7 @@ def current_pass(module: nn.Module) -> RunningPass | None:
         if state.owner is not None:
             state.owner.running.require_free()
         raise PromptNotReachedError(
-            f"{type(module).__name__} ran in no forward that went through the model's hooks.",
+            f"{type(module).__name__} ran outside of a forward of the model, so the prompt's hooks did not run.",
             "Call the model, not its `forward`; checkpoint its layers with `gradient_checkpointing_enable()`; or "
             "turn the prompt off with `softhooks.disabled(model)`.",
             stack=site.stack.path or "the model itself",
@@ -117,7 +117,7 @@ def current_pass(module: nn.Module) -> RunningPass | None:
 
 
 def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
-    """Mark the attention module of every site, and replace the forward of those with inline attention."""
+    """Mark the attention module of every site, and replace the forward of modules with inline attention."""
     for stack in stacks:
         for site in stack.sites:
             if not site.shared_sites or site is site.shared_sites[0]:
@@ -127,12 +127,12 @@ def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
 
 
 class _Probe:
-    """A user of the wrapped functions for the length of a block."""
+    """A user of the wrapped functions for the duration of a `with` block."""
 
 
 @contextmanager
 def marked_sites(stack: Stack) -> Iterator[None]:
-    """Have the sites of a stack marked in a block, whether a prompt is attached or not."""
+    """Mark the sites of a stack while the `with` block runs, even if no prompt is attached."""
     if any(MARK in site.module.__dict__ for site in stack.sites):
         yield
         return

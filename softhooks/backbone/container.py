@@ -11,21 +11,21 @@ CONTAINER = "soft_prompt"
 
 
 def is_prompt_key(key: str, prompt: str | None = None) -> bool:
-    """Whether a key of a model's state dict belongs to the prompt of that name, or to any prompt if no name is given."""
+    """Whether a key of a model's state dict belongs to the named prompt, or to any prompt if no name is given."""
     return key.startswith(f"{CONTAINER}." if prompt is None else f"{CONTAINER}.{prompt}.")
 
 
 class Container(nn.ModuleDict):
-    """The one submodule that is added to a model: each prompt's encoder and heads, by name.
+    """The only submodule that is added to a model: holds each prompt's encoder and heads, by name.
 
     Attributes:
-        prompted_model: the state of the model's prompts; not a module, so not in the state dict.
+        prompted_model: the state of the model's prompts; it is not a module and so not in the state dict.
     """
 
     prompted_model: Any
 
     def _apply(self, fn: Any, recurse: bool = True) -> Container:
-        """Move to another device with the model, but keep fp32: these are the master weights."""
+        """Move the prompts to another device along with the model, but keep them in fp32: they are the master weights."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)

@@ -1,4 +1,4 @@
-"""Measure what the states of a stack depend on: later tokens, and token ids other than by their embeddings."""
+"""Measure whether the states of a stack depend on later tokens, and on token ids apart from their embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = 5
 
 
 def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
-    """Whether a model's states depend on ids other than by their embeddings; measured once for each model."""
+    """Whether a model's states depend on token ids apart from their embeddings; measured once per model."""
     stack = structure.entry
     if stack.reads_ids is None:
         stack.reads_ids = _states_differ(model, structure)
@@ -31,7 +31,7 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
     stack, vocabulary = structure.entry, structure.vocabulary
     ordinary = ordinary_ids(model, stack, vocabulary)
     if len(ordinary) < 2:
-        return True  # there is no second text to compare with
+        return True  # no second text to compare with
     end = probe_ids(model, vocabulary, 1)  # some heads look for it
     shifts = (0, max(1, min(_COLUMNS, len(ordinary) // 2)))
     texts = [
@@ -58,7 +58,7 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
         return relative_difference(second, first) > 16 * torch.finfo(same.dtype).eps
 
     with eval_mode(model), probing(model):
-        # First both texts as two rows of one forward. Some models take one row only, and some let rows influence each other.
+        # Try both texts as two rows of one forward first. Some models take only one row; in some, rows influence each other.
         with suppress(Exception):
             if not differ(torch.cat(texts)):
                 return False
@@ -69,7 +69,7 @@ class _SameEmbeddings:
     """A hook on an embedding that gives the second text the embeddings of the first.
 
     Args:
-        in_one: whether both texts are rows of one forward; else the first forward is the first text's.
+        in_one: whether both texts are rows of one forward; otherwise the first forward runs the first text.
     """
 
     def __init__(self, in_one: bool) -> None:
@@ -84,7 +84,7 @@ class _SameEmbeddings:
         self._forward, self._call = self._forward + 1, 0
 
     def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Replace the output of one call. A model may look up several times in a forward."""
+        """Replace the output of one call; a model may call its embedding several times in a forward."""
         self.dtype = output.dtype
         if self._in_one:
             half = output.shape[0] // 2
@@ -99,13 +99,13 @@ class _SameEmbeddings:
 def change_before(
     module: nn.Module, column: int, forwards: Sequence[Callable[[], object]], state: StackState | None = None
 ) -> float:
-    """Measure by how much a stack's states before a column differ between two texts.
+    """Measure how much a stack's states before a column differ between two texts.
 
     Args:
         module: the module of the stack.
-        column: the column from which on the texts differ.
+        column: the first column in which the texts differ.
         forwards: one forward for each text, or one with both texts as its rows.
-        state: the stack's state, if prompts may be on.
+        state: the stack's state, if prompts may be active.
 
     Returns:
         the largest difference, relative to the largest state.
@@ -120,5 +120,5 @@ def change_before(
 
 
 def is_rounding(change: float, dtype: torch.dtype) -> bool:
-    """Whether a relative change is as small as that of another order of summation."""
+    """Whether a relative change is small enough to come from summing in a different order."""
     return change <= max(1e-5, 8 * torch.finfo(dtype).eps)

@@ -1,7 +1,7 @@
-"""Find the text backbone of a model, with its attention and its positions, by running the model on probes.
+"""Find the text backbone of a model, with its attention and positions, by running the model on probe inputs.
 
-Names and configs are not trusted where a probe forward can tell: `OPTForCausalLM` calls its decoder without `base_model`, and one
-architecture in eight has other head sizes than its config implies.
+Probe forwards are preferred to names and configs: `OPTForCausalLM` calls its decoder without `base_model`, and in one
+architecture in eight the head sizes differ from what the config implies.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _attention_of(stacks: list[Stack], runs: _Runs) -> list[AttentionRecord] | None:
-    """The attention of the only stack in the first forward; None if the model runs the stack more than once."""
+    """Return the attention calls of the only stack in the first forward, or None if the model runs the stack more than once."""
     is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
     return runs.attention if is_run_once else None
 
@@ -135,7 +135,7 @@ def _attention_of(stacks: list[Stack], runs: _Runs) -> list[AttentionRecord] | N
 
 
 def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack:
-    """Describe the stack that some ids run through."""
+    """Describe the stack that processes the given ids."""
     found = find_stack(model, name, ids, runs.inputs, runs.calls, runs.changed[name])
     module = found.call.module
     parameters = inspect.signature(module.forward).parameters
@@ -161,7 +161,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
 
 
 def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
-    """Find the child of a stack whose first column the stack gives to its pooler (ALBERT); None if it gives all columns."""
+    """Find the child of a stack that feeds only its first column to the pooler (ALBERT); None if all columns go there."""
     pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
     if pooler is None or not calls[pooler].inputs or calls[pooler].inputs[0].dim() != 2:
         return None
@@ -170,11 +170,11 @@ def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
 
 
 def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, max_columns: int | None) -> bool:
-    """Change the later tokens of a text, and see whether earlier states change.
+    """Change the later tokens of a text, and check whether earlier states change.
 
     Args:
-        ids: four ids, for a model that takes no more.
-        max_columns: how many positions the stack has.
+        ids: four ids, for a model that does not take more.
+        max_columns: the number of positions of the stack.
     """
     columns, column = probe_length(module, max_columns)
     for length, first_changed in ((columns, column), (ids.shape[1], 1)):
@@ -194,7 +194,7 @@ def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, max_
             forwards = [lambda rows=rows: run(rows) for rows in texts]
             return is_rounding(change_before(module, column, forwards), float_dtype(module))
 
-        # First both texts as two rows of one forward. Some models take one row only, and some let rows influence each other.
+        # Try both texts as two rows of one forward first. Some models take only one row; in some, rows influence each other.
         with suppress(Exception):
             if change(torch.cat([text, changed])):
                 return True

@@ -31,7 +31,7 @@ class AttentionRecord:
     Attributes:
         module: the attention module.
         key, value: the shapes of its keys and values, [B, Hk, K, D].
-        hides_distant: whether its mask hides what is farther than a short window.
+        hides_distant: whether its mask hides tokens outside a short window.
     """
 
     module: nn.Module
@@ -41,10 +41,10 @@ class AttentionRecord:
 
 
 def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord] | None) -> None:
-    """Find the sites of each stack by running it; a decoder is given the encoder's states and one id less.
+    """Find the sites of each stack by running it; a decoder gets the encoder's states and one id less.
 
     Args:
-        stacks: their `sites` and `injection` are filled in.
+        stacks: the stacks; their `sites` and `injection` are filled in.
         ids: [1, T].
         attention: the calls of attention functions in a forward of a model with one stack, if they were recorded.
     """
@@ -75,7 +75,7 @@ def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[S
     """Turn calls of attention functions into sites.
 
     Args:
-        encoded: the number of encoder states. In a decoder, as many keys mean cross-attention.
+        encoded: the number of encoder states. In a decoder, a call with this many keys is cross-attention.
     """
     sites: list[Site] = []
     shared: dict[int, list[Site]] = {}
@@ -94,7 +94,7 @@ def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[S
 
 
 class _Recorder:
-    """Stands for the site, the stack, its state and its current pass at once, and records every call of attention."""
+    """Records every attention call; acts as the site, the stack, its state and its current pass at the same time."""
 
     def __init__(self, records: list[AttentionRecord]) -> None:
         self.stack = self.state = self.current = self
@@ -112,7 +112,7 @@ class _Recorder:
 
 @contextmanager
 def recorded_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
-    """Record the calls of attention functions by the modules of a model in a block."""
+    """Record every call of an attention function by the model's modules while the `with` block runs."""
     records: list[AttentionRecord] = []
     recorder = _Recorder(records)
     parts = list(model.modules())
@@ -127,7 +127,7 @@ def recorded_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
 
 
 def _find_windows(stack: Stack, inputs: dict[str, Tensor]) -> None:
-    """Mark the sites whose masks follow `sliding_window`: run the stack with a short window, and look at the masks."""
+    """Mark the sites with masks that follow `sliding_window`: run the stack with a short window and inspect the masks."""
     with shortened_window(stack) as is_shortened:
         if not is_shortened:
             return
@@ -144,7 +144,7 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
     """Run a stack, compute each inline attention module a second time with an attention function, and record its calls.
 
     Returns:
-        nothing if one of the modules returns something else than its own forward: this version of it is not supported.
+        an empty list if a result differs from the module's own forward: this version of the module is not supported.
     """
     records: list[AttentionRecord] = []
     differing: list[nn.Module] = []
@@ -155,7 +155,7 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         own, ours = inline_attention_of(module), None
-        if own is not None and "forward" not in module.__dict__:  # nobody has replaced its forward
+        if own is not None and "forward" not in module.__dict__:  # its forward is not replaced yet
             try:
                 ours = own.run(args, kwargs, attention)
             except FORWARD_ERRORS:
@@ -181,7 +181,7 @@ def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
         try:
             stack.module(input_ids=ids, past_key_values=cache, use_cache=True)
         except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError):
-            return  # A model that does not take this cache has no sites; methods that need them refuse it by name.
+            return  # The model does not take this cache, so it has no sites; methods that need sites refuse it by name.
     for layer, (key, value) in sorted(cache.recorded.items()):
         stack.sites.append(Site(stack, "self", layer, cache.callers[layer], key.shape[1], key.shape[3], value.shape[3]))
     if stack.sites:
@@ -190,7 +190,7 @@ def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
 
 @contextmanager
 def _running_module(module: nn.Module) -> Iterator[Callable[[], nn.Module]]:
-    """Yield a function that returns, at any moment of a forward, the innermost module that is running."""
+    """Yield a function that returns the innermost module that is running at that moment of a forward."""
     running: list[nn.Module] = []
 
     def end(*_: Any) -> None:

@@ -1,8 +1,8 @@
-"""Find out how a stack numbers its columns: watch what its position table returns, and try giving it `position_ids`.
+"""Find out how a stack numbers its columns: observe its position table, and try passing `position_ids`.
 
-Neither names nor configs tell this reliably: tables start after a padding index (RoBERTa, Luke) or at a fixed row (OPT,
-Nystromformer), are buffers (M2M100), count from where the model around them starts (PaliGemma), and some forwards ignore the
-`position_ids` that they take.
+Names and configs are not reliable here: tables start after a padding index (RoBERTa, Luke) or at a fixed row (OPT,
+Nystromformer), are buffers (M2M100), or start where the outer model says (PaliGemma), and some forwards take `position_ids` but
+ignore them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from softhooks.backbone.stack import Positions, PositionTable
 from softhooks.compat.offload import read_tensor
 from softhooks.patching.patches import Patches
 
-"""What a model may raise on positions that it does not take."""
+"""The errors that a model may raise for positions that it does not take."""
 
 
 @dataclass
 class _Forward:
-    """What was observed in one forward.
+    """The observations from one forward.
 
     Attributes:
         states: the stack's last hidden states.
-        position_ids: what the stack was given under this name.
-        tables: the position tables, with the row that the first token got.
+        position_ids: the stack's argument of this name.
+        tables: the position tables, each with the row of the first token.
     """
 
     states: Tensor
@@ -42,11 +42,11 @@ class _Forward:
 def find_positions(
     run: Callable[[int], Any], calls: Iterable[ModuleCall], module: nn.Module, embedding: nn.Module, takes_ids: bool
 ) -> Positions:
-    """Find out how a stack numbers its columns, and how it can be given other positions.
+    """Find out how a stack numbers its columns, and how to give it other positions.
 
     Args:
         run: runs the model on the probe's ids, in the given number of equal rows.
-        calls: the calls of modules in such a forward of one row.
+        calls: the module calls in a forward of one row.
         module: the module of the stack.
         embedding: its token embedding.
         takes_ids: whether its forward has an argument `position_ids`.
@@ -59,7 +59,7 @@ def find_positions(
     if start is not None:
         table = None
     if table is not None:
-        # Two rows with other positions: the first must come out as before, or the table gives all rows the same positions.
+        # Run two rows with different positions: if the first row changes, the table cannot give each row its own positions.
         table.by_row = _is_same(probe, plain, table=table, ids=torch.cat([counted, counted + 1]))
         if not table.by_row and not _is_same(probe, plain, table=table, ids=counted[0]):
             table = None
@@ -80,10 +80,10 @@ def find_positions(
 
 
 def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
-    """Find the position id that a stack gives its first token: giving it that id and the next ones changes nothing.
+    """Find the id that a stack gives to its first position: passing this id and the ones after it changes nothing.
 
     Returns:
-        None if other ids change nothing either: the stack ignores `position_ids`.
+        the id; None if the stack ignores `position_ids`, that is, if no ids change anything.
     """
     if isinstance(plain.position_ids, Tensor):
         return int(plain.position_ids.flatten()[0])
@@ -106,7 +106,7 @@ def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
 
 
 def _is_same(probe: _Probe, plain: _Forward, exactly: bool = False, **change: Any) -> bool:
-    """Whether a change leaves the states of the first row as they are; if the model fails, it does not."""
+    """Whether a change leaves the states of the first row unchanged; False if the model fails."""
     try:
         states = probe.run(**change).states[:1]
     except FORWARD_ERRORS:
@@ -133,7 +133,7 @@ class _Probe:
         ]
 
     def observed(self, calls: Iterable[ModuleCall]) -> _Forward:
-        """What a forward was like whose calls were recorded."""
+        """Return the observations from a forward, given its recorded calls."""
         by_end = sorted(calls, key=lambda call: call.end)
         own = [call for call in by_end if call.module is self.module][-1]
         assert own.state is not None
@@ -149,8 +149,8 @@ class _Probe:
         """Run once, always with the same random seed.
 
         Args:
-            position_ids: given to the stack.
-            table, ids: a table, and the positions that it shall return instead, for as many equal rows.
+            position_ids: passed to the stack.
+            table, ids: a table, and the positions that it returns instead; the text is repeated for each row of `ids`.
         """
         given: list[Any] = []
         tables: list[PositionTable] = []
@@ -170,20 +170,20 @@ class _Probe:
 
 
 def _add_table(tables: list[PositionTable], part: nn.Module, output: Any) -> None:
-    """Add a module to the tables, if its output is consecutive rows of its own matrix; once."""
+    """Add a module to the tables if its output is consecutive rows of its own matrix and it is not in the list yet."""
     found = _consecutive_rows(part, output)
     if found is not None and all(table.module is not part for table in tables):
         tables.append(found)
 
 
 def _matrices(part: nn.Module) -> list[tuple[str, Tensor]]:
-    """A module's own floating-point matrices, by name."""
+    """Return a module's own floating-point matrices, by name."""
     own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
     return [(name, tensor) for name, tensor in own if tensor.dim() == 2 and tensor.is_floating_point()]
 
 
 def _consecutive_rows(part: nn.Module, output: Any) -> PositionTable | None:
-    """Find the rows of a module's own matrix that its output consists of, in order; None if it does not."""
+    """Find the consecutive rows of a module's own matrix that make up its output; None if there are none."""
     if not isinstance(output, Tensor) or output.dim() not in (2, 3):
         return None
     rows = output if output.dim() == 2 else output[0]

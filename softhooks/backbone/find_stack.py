@@ -1,7 +1,7 @@
-"""Find the text backbone of a model in recorded probe forwards: by what its modules compute, not by their names or classes.
+"""Find the text backbone of a model in recorded probe forwards, from the outputs of its modules, not their names or classes.
 
-A stack looks token ids up in an embedding and returns one state a token, which depends on the other tokens. An embedding layer
-returns one state a token too, and may hold a list of modules (MarkupLM); but each of its states depends on its own token only.
+A stack looks up token ids in an embedding and returns one state per token that depends on the other tokens. An embedding layer
+also returns one state per token and may hold a list of modules (MarkupLM), but each state depends only on its own token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ModuleCall:
         position_ids: its argument of that name.
         start, end: how many calls had begun when it began and when it ended.
         occurrence: how many calls of the same module came before.
-        output: what it returned. Later modules may have changed it in place.
+        output: the returned value. Later modules may have changed it in place.
         state: a copy of the first tensor of the output.
     """
 
@@ -43,7 +43,7 @@ class ModuleCall:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Identifies the same call in another forward of the model."""
+        """The key that identifies the same call in another forward of the model."""
         return id(self.module), self.occurrence
 
     def contains(self, other: ModuleCall) -> bool:
@@ -71,7 +71,7 @@ def record(model: nn.Module, inputs: dict[str, Tensor]) -> list[ModuleCall]:
             running.append(call)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            while running:  # calls that were left by an exception are still on top
+            while running:  # calls that ended with an exception are still on top
                 call = running.pop()
                 if call.module is module:
                     call.end, call.output = len(calls), output
@@ -105,10 +105,10 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 @dataclass(frozen=True)
 class FoundStack:
-    """The call of a stack.
+    """A stack that was found, described by the recorded call of its module.
 
     Attributes:
-        lookup: the call of the embedding in it.
+        lookup: the call of the embedding inside the stack.
         causal: whether the state of the first token stays the same when the second token changes.
     """
 
@@ -125,17 +125,17 @@ def find_stack(
     calls: Sequence[ModuleCall],
     changed_calls: Sequence[ModuleCall],
 ) -> FoundStack:
-    """Find the innermost module that looks the ids up and after which tokens no longer look at one another.
+    """Find the innermost module that looks up the ids and after which tokens no longer influence one another.
 
     Args:
-        name: the name of the stack. After an `encoder`, the decoder looks at its states.
+        name: the name of the stack. The states of an `encoder` still influence one another later, in the decoder.
         ids: [B, T], as the stack receives them.
         inputs: the arguments of the recorded forward.
         calls: the calls of that forward.
         changed_calls: the calls of a forward in which only the second column of the ids differs.
 
     Raises:
-        UnsupportedModelError: there is no such module.
+        UnsupportedModelError: no module does this.
     """
     reached = [call for call in calls if call.received(ids)]
     lookup = _lookup(model, reached)
@@ -144,7 +144,7 @@ def find_stack(
     stacks = [call for call in around if _mixes_tokens(call, changed, ids.shape)]
     if lookup is None or not stacks:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no stack that looks token ids up in an embedding and returns one state a token, which "
+            f"{type(model).__name__} has no stack that looks up token ids in an embedding and returns one state per token that "
             "depends on the other tokens.",
             "No prompt can enter this model; tune it with adapters on its weights, such as LoRA.",
             found=_what_is_missing(lookup, around, name, ids),
@@ -156,8 +156,8 @@ def find_stack(
     if chosen is None:
         after = stacks[0].path or "the module that returns the states"
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no single stack that the text runs through as a whole: tokens still look at one "
-            f"another after {after}.",
+            f"{type(model).__name__} has no single stack that processes the whole text: tokens still influence one another "
+            f"after {after}.",
             "No prompt can enter this model; tune it with adapters on its weights, such as LoRA.",
         )
     first, other = _state(chosen)[:, 0], _state(changed[chosen.key])[:, 0]
@@ -165,14 +165,14 @@ def find_stack(
 
 
 def _lookup(model: nn.Module, reached: Sequence[ModuleCall]) -> ModuleCall | None:
-    """Choose the call that looks the ids up; if there are several tables, that of `get_input_embeddings`."""
+    """Choose the call that looks up the ids; if several tables do, prefer the one that `get_input_embeddings` returns."""
     lookups = [call for call in reached if isinstance(call.module, nn.Embedding) and isinstance(call.output, Tensor)]
     named = model.get_input_embeddings()  # type: ignore[operator]
     return next((call for call in lookups if call.module is named), lookups[0] if lookups else None)
 
 
 def _mixes_tokens(call: ModuleCall, changed: dict[tuple[int, int], ModuleCall], shape: Sequence[int]) -> bool:
-    """Whether a module returns one state a token, and states of other tokens than the changed one differ too."""
+    """Whether a module returns one state per token, and changing one token also changes the states of other tokens."""
     twin = changed.get(call.key)
     if call.state is None or twin is None or twin.state is None:
         return False
@@ -186,9 +186,9 @@ def _mixes_tokens(call: ModuleCall, changed: dict[tuple[int, int], ModuleCall], 
 def _inner_text_model(
     holder: ModuleCall, lookup: ModuleCall, calls: Sequence[ModuleCall], changed: dict[tuple[int, int], ModuleCall]
 ) -> ModuleCall:
-    """Choose the module inside that takes `inputs_embeds`, as the text model of a vision-language model; else the holder.
+    """Choose the inner module that takes `inputs_embeds`, such as the text model of a vision-language model; else the holder.
 
-    The model around it makes positions and masks from the ids. They must be made without the prompt, and moved afterwards.
+    The outer model makes positions and masks from the ids. They must be made without the prompt and shifted afterwards.
     """
     shape = _state(holder).shape[:2]
     for call in reversed(calls):
@@ -205,9 +205,9 @@ def _mixes_after(
     calls: Sequence[ModuleCall],
     changed: dict[tuple[int, int], ModuleCall],
 ) -> bool:
-    """Whether tokens look at one another after a stack too: change one of its states, and see whether others follow.
+    """Whether tokens still influence one another after a stack: change one of its states and check whether others change.
 
-    Then it is only the front of a model, such as convolutions over the embeddings: virtual tokens would end there.
+    If so, the stack is only the front of a model, such as convolutions over the embeddings, where virtual tokens would end.
     """
     later = [call for call in calls if call.contains(stack) or call.start >= stack.end]
     if not later:
@@ -236,14 +236,12 @@ def _state(call: ModuleCall) -> Tensor:
 def _what_is_missing(lookup: ModuleCall | None, around: Sequence[ModuleCall], name: str, ids: Tensor) -> str:
     ids_of = f"the {name}'s ids"
     if lookup is None:
-        return f"no nn.Embedding that is given {ids_of} as they are"
+        return f"no nn.Embedding that receives {ids_of} unchanged"
     states = [call.state for call in around if call.state is not None and call.state.dim() == 3]
     shorter = [state for state in states if state.shape[1] != ids.shape[1]]
     if shorter or not states:
         returned = [list(state.shape) for state in shorter or (call.state for call in around if call.state is not None)]
-        return (
-            f"nothing but the embeddings returns one state for each of {ids_of}, {list(ids.shape)}, but {returned[-1]}"
-        )
+        return f"only the embeddings return one state for each of {ids_of}, {list(ids.shape)}; others return {returned[-1]}"
     if not all(bool(call.state.isfinite().all()) for call in around if call.state is not None):
         return "states that are not finite numbers"
-    return f"no state around the embedding depends on another of {ids_of}"
+    return f"each state after the embedding depends on only one of {ids_of}"

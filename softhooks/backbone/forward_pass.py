@@ -1,4 +1,4 @@
-"""A pass: what one forward of a stack does with a prompt, from its first hook to its last."""
+"""The base class of passes: a pass injects a prompt in one forward of a stack, from the first hook to the last."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ AttentionFunction = Callable[..., Any]
 
 
 def function_name(attention: AttentionFunction) -> str:
-    """The name of an attention function, which tells the form of its masks; that of the class, for a callable object."""
+    """Return the name of an attention function, which determines the form of its masks; for an object, its class's name."""
     while isinstance(attention, functools.partial):
         attention = attention.func
     return str(getattr(attention, "__name__", type(attention).__name__))
 
 
 class Pass:
-    """One forward of one stack. Subclasses override what they change; this class changes nothing.
+    """One forward of one stack. This class changes nothing; subclasses override the methods for the parts that they change.
 
     Args:
-        stack: the stack. While its forward runs, `stack.state.current` is this pass.
+        stack: the stack; `stack.state.current` is this pass while its forward runs.
 
     Attributes:
-        thread: the number of the thread in which the forward runs. In other threads the pass is invisible.
-        has_begun: whether the stack's forward has begun. Another call of the stack is then a call inside it.
-        has_injected: whether the prompt has entered. If it has not when the forward ends, an error is raised.
+        thread: the id of the thread that runs the forward. Other threads do not see the pass.
+        has_begun: whether the stack's forward has begun. Any further call of the stack is nested in it.
+        has_injected: whether the prompt has entered. If it is still False when the forward ends, an error is raised.
         handles: hooks for this forward only.
         provenance: returns the state of the prompts, to be recorded on caches and encoder states.
-        calls: how often each module that serves several layers was called, by the role and index of its first site.
+        calls: the number of calls of each module that serves several layers, by the role and index of its first site.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -55,19 +55,19 @@ class Pass:
         return output
 
     def site_for_call(self, site: Site) -> Site:
-        """Choose the site of a module's call: a module that serves several layers has one for each, in order of its calls.
+        """Choose the site of a module's call; a module that serves several layers has one site per layer, in call order.
 
         Raises:
-            UnsupportedModeError: the module is called more often than in the probe at attach.
+            UnsupportedModeError: the module was called more often than in the probe at attach.
         """
         if len(site.shared_sites) < 2:
             return site
         count = self.calls.get((site.role, site.index), 0)
         if count == len(site.shared_sites):
             raise UnsupportedModeError(
-                f"{type(site.module).__name__} ran more than {count} times in one forward; a layer that is shared must run as "
-                "often as when the prompt was attached.",
-                "Attach the prompt after the model's number of layers is settled.",
+                f"{type(site.module).__name__} ran more than {count} times in one forward; a shared layer must run as often as "
+                "when the prompt was attached.",
+                "Attach the prompt after the last change to the model's number of layers.",
             )
         self.calls[site.role, site.index] = count + 1
         return site.shared_sites[count]
@@ -85,19 +85,19 @@ class Pass:
         return attention(*args, **kwargs)
 
     def injected_tensors(self) -> list[Tensor]:
-        """The tensors that enter at attention, to be compared with those of another pass."""
+        """Return the tensors that this pass injects at attention, for comparison with another pass."""
         return []
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Change the output of a linear layer of the stack; None leaves it. Only some methods have linear layers hooked."""
+        """Return a new output for a linear layer of the stack, or None to keep it; only some methods hook linear layers."""
         return None
 
     def leave(self, output: Any) -> Any:
-        """Change the output of the stack, after a forward that did not raise."""
+        """Change the output of the stack after a forward without an error."""
         return output
 
     def close(self) -> None:
-        """Remove the hooks of this forward, also after one that raised."""
+        """Remove the hooks of this forward; called even if the forward raised."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

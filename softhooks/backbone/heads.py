@@ -1,6 +1,6 @@
-"""Trained heads: each prompt has its own copy of the model's head, which is used while the prompt is on.
+"""Trained heads: each prompt has its own copy of the model's head, which is used while the prompt is active.
 
-The model's own head is frozen like the rest of the model. So detaching restores it, and each prompt can have another head.
+The model's own head stays frozen, so it is back after detaching, and each prompt can have a different head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEAD_NAMES = ("score", "classifier", "qa_outputs", "classification_head", "pre_c
 
 
 def can_generate(model: nn.Module) -> bool:
-    """Whether `generate` runs on a model."""
+    """Whether a model supports `generate`."""
     method = getattr(model, "can_generate", None)
     return method is not None and bool(method())
 
@@ -35,9 +35,9 @@ def is_causal_lm(model: nn.Module, structure: ModelStructure) -> bool:
 
 
 def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Module]:
-    """Find the newly initialized heads of a task model by their paths, outside of the stacks and the prompts.
+    """Find the newly initialized heads of a task model, outside of the stacks and the prompts, by path.
 
-    A pooler next to a classifier is one too: DeBERTa pools outside of its stack.
+    A pooler next to a classifier also counts as a head: DeBERTa pools outside of its stack.
     """
     inside = {id(module) for stack in structure.stacks for module in stack.module.modules()}
     prompts = model._modules.get(CONTAINER)
@@ -53,7 +53,7 @@ def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Modu
 
 
 def active_head(head: nn.Module) -> nn.Module:
-    """The module that computes a head: PEFT wraps the model's own head and the copies of its adapters."""
+    """Return the module that computes a head; PEFT wraps the model's own head together with its adapters' copies."""
     copies = head._modules.get("modules_to_save")
     active = getattr(head, "active_adapters", None)
     if isinstance(copies, nn.ModuleDict) and active and active[0] in copies:
@@ -62,7 +62,7 @@ def active_head(head: nn.Module) -> nn.Module:
 
 
 def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
-    """Copy heads for a prompt, in fp32, each on its head's device. The dots of a path become slashes."""
+    """Copy heads for a prompt, in fp32 and on the same devices. The dots of a path become slashes."""
     copies = nn.ModuleDict()
     for path, head in heads.items():
         head = active_head(head)
@@ -71,9 +71,9 @@ def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
 
 
 def _copy(head: nn.Module) -> nn.Module:
-    """Copy a head without its hooks, and with its weights even if accelerate has offloaded them.
+    """Copy a head without its hooks, but with its weights even if accelerate has offloaded them.
 
-    The hooks of other prompts refer to the model: the whole model would be copied with them.
+    The hooks of other prompts refer to the model, so copying them would copy the whole model.
     """
     with without_accelerate_hooks(head):
         own = copy.deepcopy(head, {id(head._forward_hooks): OrderedDict()})
@@ -88,7 +88,7 @@ def run_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], lik
     """Run a prompt's head in fp32.
 
     Args:
-        like: the output of the model's own head, whose dtype the result has.
+        like: the output of the model's own head; the result has the same dtype.
     """
 
     def to_fp32(value: Any) -> Any:
@@ -108,8 +108,8 @@ def run_heads_by_row(
     """Run the head of each row's prompt.
 
     Args:
-        heads: of the prompts; None for a prompt without a head.
-        rows: the number of each row's prompt; None for a row without a prompt.
+        heads: the heads of the prompts, with None for a prompt without a head.
+        rows: the index of each row's prompt, or None for a row without a prompt.
         base: the output of the model's own head, which rows without a head keep.
     """
     result = base
@@ -125,7 +125,7 @@ def load_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source:
     """Load saved heads into a prompt's copies.
 
     Raises:
-        PromptMismatchError: the model has no such head, or one of another shape.
+        PromptMismatchError: the model has no head at the path, or a head of a different shape.
     """
     for path, state in states.items():
         key = path.replace(".", "/")
@@ -134,7 +134,7 @@ def load_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source:
         found = {name: list(value.shape) for name, value in state.items()}
         if head is None or expected != found:
             raise PromptMismatchError(
-                f"the prompt's trained head `{path}` does not fit the head of the model.",
+                f"the prompt's trained head `{path}` does not fit the model.",
                 "Load the base with the same task class and number of labels.",
                 prompt=f"{path}: {found} ({source})",
                 model=f"{path}: {expected or 'no such head'}",

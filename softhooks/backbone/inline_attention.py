@@ -1,10 +1,10 @@
-"""Attention that a model computes inline in its own forward, rewritten as a call of an attention function.
+"""Attention that a module computes inline in its own forward, rewritten as a call of an attention function.
 
 MegatronBERT, RoFormer, RemBERT, MPNet and both DeBERTa compute their scores in the forward of their attention module, without
-transformers' attention interface, and as encoders without a cache. For each family a function here computes the same with a given
-attention function. While a pass enters such a module, its forward is replaced by that function, so that everything that works at
-the attention interface works there too. At attach the result is compared with that of the module's own forward; if they differ,
-the module is not supported.
+transformers' attention interface and, as encoders, without a cache. For each family, a function here computes the same result
+with a given attention function. The forward of each module is replaced by this function, so that everything that works at the
+attention interface works there too. At attach, the result is compared with the module's own forward; if they differ, the module
+is not supported.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def inline_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention as these families do.
+    """Compute attention in the same way as these families.
 
     Args:
         attention_mask: [B, 1, 1 or T, K], bool (True: seen) or additive.
@@ -66,7 +66,7 @@ def inline_attention(
 
 
 def _bert(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """MegatronBERT, RemBERT, and RoFormer with its rotary positions; also as decoders with a cache."""
+    """Compute the attention of MegatronBERT, RemBERT and RoFormer (with rotary positions), including decoders with a cache."""
     states, cache = call["hidden_states"], call.get("past_key_values")
     shape = (*states.shape[:-1], -1, module.attention_head_size)
     query, key, value = (part(states).view(shape).transpose(1, 2) for part in (module.query, module.key, module.value))
@@ -95,7 +95,7 @@ def _mpnet(module: Any, call: dict[str, Any], attention: AttentionFunction) -> A
 
 
 def _deberta(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """DeBERTa: one projection for query, key and value; the bias is computed from the scaled query."""
+    """Compute the attention of DeBERTa: one projection for query, key and value, and a bias from the scaled query."""
     query, key, value = module.transpose_for_scores(module.in_proj(call["hidden_states"])).chunk(3, dim=-1)
     query = query + module.transpose_for_scores(module.q_bias[None, None, :])
     value = value + module.transpose_for_scores(module.v_bias[None, None, :])
@@ -108,7 +108,7 @@ def _deberta(module: Any, call: dict[str, Any], attention: AttentionFunction) ->
 
 
 def _deberta_v2(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """DeBERTa-v2 and -v3, which fold the heads into the batch dimension, [B * Hq, T, D]."""
+    """Compute the attention of DeBERTa-v2 and -v3, which fold the heads into the batch dimension, [B * Hq, T, D]."""
     states, heads = call["hidden_states"], module.num_attention_heads
     projections = (module.query_proj, module.key_proj, module.value_proj)
     flat = [module.transpose_for_scores(part(states), heads) for part in projections]
@@ -143,10 +143,10 @@ _FAMILIES: dict[tuple[str, str], FamilyForward] = {
     ("modeling_deberta", "DisentangledSelfAttention"): _deberta,
     ("modeling_deberta_v2", "DisentangledSelfAttention"): _deberta_v2,
 }
-"""By the modeling file and the class of the attention module."""
+"""The families by the modeling file and the class of the attention module."""
 
 _OTHER_STATES = ("encoder_hidden_states", "query_states")
-"""Arguments with which a module attends to other states than its own. The functions above do not support that."""
+"""Arguments that make a module attend to states other than its own, which the functions above do not support."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class InlineAttention:
     names: tuple[str, ...]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], attention: AttentionFunction) -> Any:
-        """Compute the forward with an attention function; None if it attends to other states than its own."""
+        """Compute the forward with an attention function; None if the call attends to states other than the module's own."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
         if any(call.get(name) is not None for name in _OTHER_STATES):
             return None
@@ -171,7 +171,7 @@ class InlineAttention:
 
 
 def inline_attention_of(module: nn.Module) -> InlineAttention | None:
-    """The module as one of the families; None if it is of none."""
+    """Return the inline attention of a module, or None if it belongs to none of the families."""
     keys = [(cls.__module__.rpartition(".")[2], cls.__name__) for cls in type(module).__mro__]
     family = next((_FAMILIES[key] for key in keys if key in _FAMILIES), None)
     if family is None:
@@ -183,7 +183,7 @@ def inline_attention_of(module: nn.Module) -> InlineAttention | None:
 
 
 def inline_forward(site: Site, current_pass: Callable[[nn.Module], RunningPass | None]) -> Callable[..., Any]:
-    """Make the forward that replaces a module's own: it runs the attention of the site inside the current pass.
+    """Make the forward that replaces a module's own and runs the attention of the site inside the current pass.
 
     Args:
         current_pass: returns the pass that runs in the stack of a module.
@@ -212,7 +212,8 @@ def _forward(
     output = own.run(args, kwargs, attention)
     if output is None:
         raise UnsupportedModeError(
-            f"{type(module).__name__} was called to attend to other states than its own; a prefix cannot enter there.",
+            f"{type(module).__name__} was called with encoder or query states; a prefix can enter only if it attends to its own "
+            "input.",
             "Turn the prompt off for this forward with `softhooks.disabled(model)`.",
             given=", ".join(name for name in _OTHER_STATES if name in kwargs) or "positional arguments",
         )

@@ -1,4 +1,4 @@
-"""Warn when prompt and text exceed the positions that rotary embeddings are made for: no error, but worse outputs."""
+"""Warn if prompt and text exceed the trained range of rotary positions, where a model raises no error but gets worse."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _ADAPTIVE = ("dynamic",)
 
 
 def rotary_limit(module: nn.Module) -> int | None:
-    """How many positions the rotary embeddings of a stack are made for; None if it has none, or they adapt to any length.
+    """Return the number of positions that the rotary embeddings of a stack support; None without such embeddings or limit.
 
-    `max_position_embeddings` is the length of pretraining if the config declares a `linear` scale, and may be if it declares
-    another one (YaRN). So the scale is counted in.
+    `max_position_embeddings` is the length of pretraining if the config declares a `linear` scale, and may be with other scales
+    (YaRN), so it is multiplied by the scale.
     """
     config = getattr(module, "config", None)
     trained = getattr(config, "max_position_embeddings", None)
     rotates = any("inv_freq" in name for name, _ in module.named_buffers())
-    if not isinstance(trained, int) or not rotates or getattr(config, "alibi", False):  # Falcon has both, and uses one
+    if (
+        not isinstance(trained, int) or not rotates or getattr(config, "alibi", False)
+    ):  # Falcon with ALiBi does not rotate
         return None
     scaled: Any = getattr(config, "rope_parameters", None)
     scaled = scaled if isinstance(scaled, dict) else {}
@@ -42,7 +44,7 @@ def rotary_limit(module: nn.Module) -> int | None:
 
 
 def dynamic_rope_length(module: nn.Module) -> int | None:
-    """The length from which on rotary embeddings rotate all positions by other frequencies (dynamic RoPE, LongRoPE)."""
+    """Return the length above which the frequencies of all rotary positions change (dynamic RoPE, LongRoPE)."""
     lengths = []
     for part in module.modules():
         kinds, config = getattr(part, "rope_type", None), getattr(part, "config", None)
@@ -59,10 +61,10 @@ def dynamic_rope_length(module: nn.Module) -> int | None:
 
 
 def warn_beyond(positions: Positions, text: int, length: int) -> None:
-    """Warn, once for a model, if prompt and text together exceed these positions.
+    """Warn, once per model, if prompt and text together exceed these positions.
 
     Args:
-        text: the number of its tokens, without padding.
+        text: the number of text tokens, without padding.
         length: the number of virtual tokens.
     """
     limit = positions.rotary_limit
@@ -71,9 +73,9 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
     positions.has_warned = True
     warnings.warn(
         format_message(
-            f"prompt and text together have {text + length} tokens, beyond the positions that the model was trained for; its "
-            "outputs get worse there.",
-            "Truncate the text earlier, use a shorter prompt, or scale the model's rotary embeddings (`rope_parameters`).",
+            f"prompt and text together have {text + length} tokens, more than the positions that the model was trained for; "
+            "its outputs get worse there.",
+            "Truncate the text further, use a shorter prompt, or scale the model's rotary embeddings (`rope_parameters`).",
             prompt=length,
             text=text,
             max_position_embeddings=limit,
@@ -85,7 +87,7 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 
 @contextmanager
 def without_position_warning(structure: ModelStructure) -> Iterator[None]:
-    """Do not give the warning in a block of probes, whose text is not the user's."""
+    """Suppress the warning while the `with` block runs probes, because their text is not the user's."""
     with Patches() as patches:
         for stack in structure.stacks:
             patches.set(stack.positions, "has_warned", True)

@@ -1,4 +1,4 @@
-"""List the modules and tensors of a model in every forward: faster than `named_modules`, which also joins names."""
+"""List the modules and tensors of a model fast enough for every forward; `named_modules` spends time on joining names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def every_module(module: nn.Module) -> list[nn.Module]:
-    """List a module and all modules in it, each once, in no particular order."""
+    """List a module and all modules in it, without duplicates, in no particular order."""
     found: dict[nn.Module, None] = {}
     waiting: list[nn.Module | None] = [module]
     while waiting:

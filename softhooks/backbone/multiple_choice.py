@@ -1,6 +1,6 @@
-"""Rows of several choices, [B, C, T], which models for multiple choice flatten to [B * C, T] before their stack.
+"""Rows with several choices, [B, C, T], which multiple-choice models flatten to [B * C, T] before their stack.
 
-Users name a prompt, a task or a context for each row; all choices of the row get it.
+Users give a prompt, a task or a context for each row; it applies to all choices of the row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from softhooks.layout.template import COLUMN
 
 
 def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """The numbers of rows and of choices in a call of the model; (0, 1) if its text has no choices."""
+    """Return the numbers of rows and of choices in a call of the model, or (0, 1) if the text has no choices."""
     for text, dimensions in (
         (kwargs.get("input_ids", args[0] if args else None), 3),
         (kwargs.get("inputs_embeds"), 4),
@@ -24,7 +24,7 @@ def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
 
 
 def for_each_choice(given: dict[str, Tensor], rows: int, choices: int) -> dict[str, Tensor]:
-    """Repeat the extra arguments of each row for its choices. The column of slots may have its own choices, [B, C, S]."""
+    """Repeat the extra arguments of each row for its choices. The column of slots may already have choices, [B, C, S]."""
     repeated = {}
     for name, value in given.items():
         if name == COLUMN and value.dim() == 3:
@@ -32,5 +32,5 @@ def for_each_choice(given: dict[str, Tensor], rows: int, choices: int) -> dict[s
         elif value.dim() and value.shape[0] == rows:
             repeated[name] = value.repeat_interleave(choices, dim=0)
         else:
-            repeated[name] = value  # of another size: the method raises an error that names it
+            repeated[name] = value  # the size is wrong: the method raises an error that names it
     return repeated

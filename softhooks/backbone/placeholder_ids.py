@@ -1,9 +1,9 @@
-"""The token ids of virtual tokens, in models whose states depend on ids other than by their embeddings.
+"""The token ids of virtual tokens, for models whose states depend on ids apart from their embeddings.
 
-Gemma 3n and Gemma 4 look up one embedding for each layer, and DeepSeek-V4 chooses experts by a table of ids. In such a model a
+Gemma 3n and Gemma 4 look up one embedding for each layer, and DeepSeek-V4 chooses experts by a table of ids. In these models a
 virtual token needs an id, and its effect depends on the id. A row that starts as a word has the id of that word, so that a prompt
-of real words has the effect of those words. Any other row has the id that transformers uses for tokens without one, such as those
-of images: the padding id of the text's config, or 0. The ids are saved with the prompt.
+of real words has the same effect as the words. Any other row has the id that transformers uses for tokens without an id, such as
+image tokens: the padding id of the text config, or 0. The ids are saved with the prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUFFER = "placeholder"
 
 
 def default_id(model: nn.Module, vocabulary: int) -> int:
-    """The id that transformers uses for a token without one: the padding id of the text's config, or 0 if it has none."""
+    """Return the id that transformers uses for a token without an id: the padding id of the text config, or 0."""
     pad = getattr(text_config(getattr(model, "config", None)), "pad_token_id", None)
     pad = pad[0] if isinstance(pad, (list, tuple)) and pad else pad
     return pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0
@@ -38,8 +38,8 @@ def new_placeholder_ids(
 
     Args:
         count: P.
-        known: the ids of the words that the prompt starts from, with None for a row that is no word. None: they are found by the
-            rows.
+        known: the ids of the words that the prompt starts from, with None for a row that is not a word; or None to find the
+            ids by the rows.
         rows: the prompt's embedding rows, [P, H].
     """
     default = default_id(model, structure.vocabulary)
@@ -56,7 +56,8 @@ def saved_placeholder_ids(
 
     Args:
         count: P.
-        needed: whether the model's states depend on ids. Then a file without ids gets those that were used before ids were saved.
+        needed: whether the model's states depend on ids. If so, a file without ids gets the default of the versions that did
+            not save ids.
 
     Returns:
         the ids, and the other conventions.
@@ -73,7 +74,7 @@ def saved_placeholder_ids(
         if max(saved) >= structure.vocabulary:
             raise PromptMismatchError(
                 "the virtual tokens of the prompt have ids that are not in the model's vocabulary.",
-                "Load it onto the base model that it was trained with.",
+                "Load the prompt onto the base model that it was trained with.",
                 prompt=f"{source}: ids up to {max(saved)}",
                 vocabulary=f"0 to {structure.vocabulary - 1}",
             )
@@ -83,9 +84,9 @@ def saved_placeholder_ids(
     special = special_ids(getattr(model, "config", None))
     first = next((one for one in range(min(structure.vocabulary, 64)) if one not in special), 0)
     warnings.warn(
-        f"{source} was saved by a version of softhooks that did not store the id behind virtual tokens, on which "
-        f"{type(model).__name__} depends. {first} is taken: the first id that is not a special id of the config. If the special "
-        "ids were others in training (`pad_token_id`), set them as they were, load the prompt again and save it.",
+        f"{source} was saved by a version of softhooks that did not store the ids of virtual tokens, on which "
+        f"{type(model).__name__} depends. The first id that is not a special id of the config is used: {first}. If the special "
+        "ids were different in training (`pad_token_id`), set them as they were, load the prompt again and save it.",
         UserWarning,
         stacklevel=2,
     )

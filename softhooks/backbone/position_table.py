@@ -1,4 +1,4 @@
-"""Make the position table of a stack return other positions than those that it counts."""
+"""Make the position table of a stack return given positions instead of the positions that it would count."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softhooks.patching.patches import Patch, patch
 
 
 class _FixedPositions:
-    """Stands in for the forward of a position table that is given no ids, and returns the rows of fixed positions."""
+    """Replaces the forward of a position table that takes no ids; returns the rows of fixed positions."""
 
     def __init__(self, table: PositionTable, ids: Tensor) -> None:
         self._table = table
@@ -23,7 +23,7 @@ class _FixedPositions:
         return functional.embedding(self._rows_for(asked), getattr(self._table.module, self._table.weight))
 
     def _rows_for(self, asked: Any) -> Tensor:
-        """Repeat the last position for the columns that a stack adds to its text (LED fills up whole windows).
+        """Repeat the last position for the columns that a stack adds to its text (LED pads to whole windows).
 
         Args:
             asked: the argument of the table: ids, or the shape of ids.
@@ -36,9 +36,9 @@ class _FixedPositions:
 
 
 def set_table_positions(table: PositionTable, ids: Tensor) -> Patch:
-    """Make a position table that is given no ids return the rows of these positions, until the result is removed.
+    """Make a position table that takes no ids return the rows of these positions, until the result is removed.
 
-    The table's forward is replaced, not its output changed: it fails on padded rows with more columns than positions.
+    The forward is replaced and not its output, because it fails on padded rows with more columns than positions.
 
     Args:
         ids: counted from 0, [B, T], or [T] for all rows.

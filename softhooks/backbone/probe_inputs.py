@@ -13,7 +13,7 @@ from softhooks.backbone.stack import Stack
 from softhooks.compat.offload import device_of
 
 CHOICES = 2
-"""How many choices a row has in the probes of a model for multiple choice."""
+"""The number of choices of a row in the probes of a multiple-choice model."""
 
 _MIN_COLUMNS = 24
 _MAX_DISTANCE = 128
@@ -25,7 +25,7 @@ _DISTANCES = ("window", "chunk", "compress", "conv", "kernel", "topk", "block", 
 
 
 def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
-    """Make one row of ids without special ids, [1, columns]. The last one is the end-of-text id, if the model has one."""
+    """Make one row of ids without special ids, [1, columns]; only the last is the end-of-text id, if the model has one."""
     config = getattr(model, "config", None)
     inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -42,7 +42,7 @@ def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) ->
 
 
 def special_ids(config: Any) -> set[int | None]:
-    """The special ids of a config. Models find padding and the end of a text by them."""
+    """Return the special ids of a config, by which models find padding and the end of a text."""
     special: set[int | None] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
         value = getattr(config, name, None)
@@ -51,7 +51,7 @@ def special_ids(config: Any) -> set[int | None]:
 
 
 def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
-    """List ids, the lowest first, that are no special ids of a config and no padding index of an embedding."""
+    """List the ids in ascending order that are neither special ids of a config nor the padding index of an embedding."""
     special = {part.padding_idx for part in stack.module.modules() if isinstance(part, nn.Embedding)}
     config: Any = getattr(model, "config", None)
     for each in (config, text_config(config)):
@@ -62,17 +62,17 @@ def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that describes the text model; the config itself if it has no such part."""
+    """Return the part of a config that describes the text model, or the whole config if it has no separate part."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def decoder_ids(ids: Tensor) -> Tensor:
-    """Make decoder ids: other ids than the encoder's, and as many, because some heads require that."""
+    """Make decoder ids that differ from the encoder's; their number is the same, because some heads require that."""
     return ids.roll(1, dims=-1)
 
 
 def as_choices(ids: Tensor, choices: int) -> Tensor:
-    """Repeat every row as a row of equal choices. [B, T] -> [B, C, T]."""
+    """Turn every row into a row of equal choices. [B, T] -> [B, C, T]."""
     return ids.unsqueeze(1).expand(-1, choices, -1).contiguous()
 
 
@@ -80,12 +80,12 @@ def as_choices(ids: Tensor, choices: int) -> Tensor:
 
 
 def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) -> tuple[int, int]:
-    """Choose how many columns a probe of a stack has, and a column before which states must not depend on later ids.
+    """Choose the number of columns for a probe of a stack, and a column before which states must not depend on later ids.
 
-    The column is one before the end of a window, chunk or block, so that a token that sees too far sees beyond its end.
+    The column is the one before the end of a window, chunk or block, so that a token that sees too far sees beyond this end.
 
     Args:
-        max_columns: how many columns the model has positions for; None: any number.
+        max_columns: the number of columns that the model has positions for, or None for any number.
         prompt: the number of virtual tokens; the text is longer, within limits.
     """
     distance = longest_distance(module)
@@ -97,7 +97,7 @@ def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) ->
 
 
 def longest_distance(module: nn.Module) -> int:
-    """The least common multiple of the short distances in a stack's config, or the longest of them. At least 8."""
+    """Return the least common multiple of the short distances in a stack's config, or the longest of them; at least 8."""
     config = getattr(module, "config", None)
     found = {value for value in _distances(getattr(config, "__dict__", {})) if 2 <= value <= _MAX_DISTANCE} | {8}
     multiple = math.lcm(*found)

@@ -1,4 +1,4 @@
-"""Run a model on probe inputs: in evaluation mode, with its states recorded, and with errors that say what has failed."""
+"""Run a model on probe inputs: in evaluation mode, with its states recorded, and with errors that name the failure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, 
 from softhooks.patching.patches import Patches
 
 FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-"""What a model may raise in a forward that it does not support."""
+"""The errors that a model may raise in a forward that it does not support."""
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
 OTHER_METHOD = "Use another method, if one can enter this model."
-"""Remedies that `softhooks.checks.remedies` replaces with one that it has tried."""
+"""Remedies that `softhooks.checks.remedies` replaces with a remedy that it has tried."""
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     """Turn any exception of a model in a probe forward into an `UnsupportedModelError`; errors of softhooks pass through.
 
     Raises:
-        UnsupportedModelError: the model raised something else.
+        UnsupportedModelError: the model raised an error of its own.
     """
     try:
         yield
@@ -39,7 +39,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} failed in a probe forward at attach.",
-            "If it runs on `input_ids` and `attention_mask` alone, this is a limit of softhooks.",
+            "Check that the model runs with only `input_ids` and `attention_mask`; if it does, softhooks does not support it.",
             cause=f"{type(error).__name__}: {error}",
         ) from error
 
@@ -74,7 +74,7 @@ def probing_with_prompt(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and dropout; put the mode of every module and the random state back."""
+    """Run the `with` block without gradients and dropout; restore the mode of every module and the random state after it."""
     random_state = torch.get_rng_state()
     with Patches() as patches, torch.no_grad():
         for module in every_module(model):
@@ -88,7 +88,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(module: nn.Module) -> Iterator[None]:
-    """Run a block with the random seed 0, so that a model that draws random numbers repeats them; put the state back."""
+    """Run the `with` block with the random seed 0, so that a model repeats its random numbers; restore the state after it."""
     devices = {weight.device for weight in module.parameters()}
     with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
         # `torch.manual_seed` also seeds CUDA lazily, which takes as long as the forward of a small model.
@@ -112,11 +112,11 @@ def last_hidden_state(output: Any) -> Tensor:
 
 @contextmanager
 def recorded_states(module: nn.Module, state: StackState | None = None) -> Iterator[list[Tensor]]:
-    """Record the last hidden states that a stack returns in a block, one for each of its forwards.
+    """Record the last hidden states that a stack returns while the `with` block runs, one entry for each forward.
 
     Args:
         module: the module of the stack.
-        state: the stack's state, if prompts may be on: forwards of a prompt's own rows are then left out.
+        state: the stack's state, if prompts may be active; forwards of a prompt's own rows are then left out.
     """
     states: list[Tensor] = []
     outer = None if state is None else state.current

@@ -10,14 +10,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class RecordingCache(Cache):
-    """A cache that records the keys and values of each layer, and returns them as if nothing were in the past.
+    """A cache that records the keys and values of each layer and returns only them, without any past.
 
     Args:
-        running: returns the module that is running, to record which module hands them over.
+        running: returns the running module, to record which module passes the keys and values.
 
     Attributes:
         recorded: keys and values by layer, [B, Hk, T, D] each.
-        callers: the module of each layer.
+        callers: the module that called the cache, by layer.
     """
 
     def __init__(self, running: Callable[[], nn.Module] | None = None) -> None:
@@ -34,9 +34,9 @@ class RecordingCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: nothing is in the past."""
+        """Return 0: there are no past tokens."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return as many keys as queries."""
+        """Return the number of keys, which equals the number of queries, and their offset."""
         return query_length, 0

@@ -19,12 +19,12 @@ class Site:
     """An attention module that keys and values can enter, for one layer of a stack.
 
     Attributes:
-        index: its number among the sites of its stack and role; the layer's index if keys and values enter by a cache.
-        module: the module that calls the attention function, or that gives its keys to the cache.
-        heads: Hk.
-        key_dim, value_dim: D of the keys and of the values.
+        index: the index among the sites of its stack and role; the layer's index if keys and values enter by a cache.
+        module: the module that calls the attention function, or that passes its keys to the cache.
+        heads: the number of key-value heads, Hk.
+        key_dim, value_dim: the head dimensions of keys and values, D.
         shared_sites: the sites of a module that serves several layers (ALBERT), in the order of its calls in a forward.
-        call: how to call the module on hidden states without a position; None until `projection_probe` has found out.
+        call: the arguments for calling the module on hidden states without positions; None until `projection_probe` finds them.
         is_windowed: whether its masks follow the config's `sliding_window`, although its calls do not pass the window.
     """
 
@@ -41,7 +41,7 @@ class Site:
 
     @property
     def size(self) -> int:
-        """How many numbers the key and the value of one virtual token have."""
+        """The number of values in the key and the value of one virtual token."""
         return self.heads * (self.key_dim + self.value_dim)
 
 
@@ -67,14 +67,14 @@ class Positions:
 
     Attributes:
         takes_position_ids: whether its forward takes `position_ids` and uses them.
-        table: its position table, if it does not, and if the table can be made to return other positions.
+        table: its position table, if it does not use `position_ids` and the table can be made to return other positions.
         start: the position id of a row's first token (RoBERTa: padding_idx + 1; PaliGemma: 1).
-        padding: the position id of padding, if padding has one of its own.
-        limit: how many positions there are, if more of them are an error.
-        trained: how many positions the config declares.
-        rotary_limit: how many positions the rotary embeddings are made for. None: there are none, or they adapt.
-        has_warned: whether the warning about a longer prompt and text was given.
-        dynamic_rope_length: from how many positions on all positions are rotated by other frequencies. None: never.
+        padding: the position id of padding, if padding has its own.
+        limit: the number of positions, if exceeding it is an error.
+        trained: the number of positions that the config declares.
+        rotary_limit: the number of positions that the rotary embeddings support; None without such embeddings or limit.
+        has_warned: whether the warning about exceeded positions was given.
+        dynamic_rope_length: the length above which the frequencies of all rotary positions change, or None for never.
     """
 
     takes_position_ids: bool
@@ -95,19 +95,19 @@ class Positions:
 
 @dataclass(eq=False)
 class Stack:
-    """A text backbone: the module that takes token ids and returns one hidden state a token.
+    """A text backbone: the module that takes token ids and returns one hidden state per token.
 
     Attributes:
-        path: of the module in the model; empty if it is the model.
-        width: H.
-        causal: whether tokens see earlier tokens only.
+        path: the module's path in the model; empty if it is the model itself.
+        width: the width of its hidden states, H.
+        causal: whether tokens see only earlier tokens.
         parameters: the names of the forward's arguments.
         sites: the attention modules that keys and values can enter.
-        injection: how they enter: at the attention function, in inline attention, or by a cache. None: they cannot.
-        slot_values: the per-token arguments that have a value for virtual slots, once slots are used.
-        compared_arguments: the plain arguments of the call in which the shared prompt was compared with slots.
+        injection: how they enter: at the attention function, in inline attention, or by a cache; None if they cannot.
+        slot_values: the per-token arguments with a known value for virtual slots; filled in when slots are used.
+        compared_arguments: the non-tensor arguments of the call in which the shared prompt was compared with slots.
         pooled_module: the child whose first column goes to the pooler, if the pooler never sees the other columns.
-        reads_ids: whether its states depend on token ids other than by their embeddings; None until that was measured.
+        reads_ids: whether its states depend on token ids apart from their embeddings; None until measured.
         state: the forward that is running now.
     """
 
@@ -128,17 +128,17 @@ class Stack:
     state: StackState = field(default_factory=StackState, init=False, repr=False)
 
     def sites_of(self, role: Role) -> list[Site]:
-        """The sites of one role, in order of index."""
+        """Return the sites of one role in the order of their indices."""
         return [site for site in self.sites if site.role == role]
 
 
 @dataclass(eq=False)
 class ModelStructure:
-    """The stacks of a model: two in an encoder-decoder, else one.
+    """The stacks of a model: two in an encoder-decoder, otherwise one.
 
     Attributes:
         vocabulary: the number of rows of the input embedding.
-        choices: how many choices a row had in the probes, if the model takes rows of choices, [B, C, T]; else None.
+        choices: the number of choices of a row in the probes, if the model takes rows of choices, [B, C, T]; else None.
     """
 
     stacks: list[Stack]

@@ -1,4 +1,4 @@
-"""The forward that is running in a stack now; `softhooks.backbone.stack` describes the stack itself."""
+"""The state of a stack while a forward runs; `softhooks.backbone.stack` describes the stack itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class RunningPass(Protocol):
-    """A `Pass` as the modules of its stack meet it: the embedding, the attention modules and the linear layers."""
+    """The methods of a `Pass` that the modules of its stack call: the embedding, the attention and the linear layers."""
 
     thread: int
     has_begun: bool
@@ -21,7 +21,7 @@ class RunningPass(Protocol):
         """Whether a call of the embedding looks up the text."""
 
     def embed(self, output: Tensor) -> Tensor:
-        """Change what the embedding returns."""
+        """Change the output of the embedding."""
 
     def site_for_call(self, site: Any) -> Any:
         """Choose the site of a module's call."""
@@ -40,7 +40,7 @@ class ModelForward(Protocol):
     """A forward of the whole model.
 
     Attributes:
-        encoded: where slots stand in the states of an encoder that its decoder attends to.
+        encoded: the places of the slots in the encoder states that the decoder attends to.
     """
 
     encoded: Any
@@ -51,7 +51,7 @@ class ModelCalls(Protocol):
 
     @property
     def forward(self) -> ModelForward | None:
-        """The forward of this thread that is running."""
+        """The running forward of this thread."""
 
     def exclusive(self, what: str) -> AbstractContextManager[None]:
         """Keep other threads from running the model."""
@@ -65,15 +65,15 @@ class AttachedPrompt(Protocol):
 
     @property
     def injection(self) -> str:
-        """How it enters the model."""
+        """How the prompt enters the model."""
 
 
 class Owner(Protocol):
-    """The prompts of a model, as its stacks know them."""
+    """The attributes of a model's prompts that its stacks use."""
 
     @property
     def model(self) -> nn.Module:
-        """The model as the user holds it."""
+        """The model as the user passed it."""
 
     @property
     def prompts(self) -> Mapping[str, AttachedPrompt]:
@@ -85,14 +85,14 @@ class Owner(Protocol):
 
     @property
     def is_in_use(self) -> bool:
-        """Whether a forward now meets a prompt in some row."""
+        """Whether a forward started now would use a prompt in any row."""
 
 
 class StackState:
-    """The forward that is running in a stack, and the prompts that its model carries.
+    """The running forward of a stack, and the prompts of its model.
 
     Attributes:
-        owner: the prompts of the model; None while it has none.
+        owner: the prompts of the model, or None while it has none.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class StackState:
 
     @property
     def current(self) -> RunningPass | None:
-        """The pass of the forward that is running in this thread, if any; attention and embedding read it."""
+        """The pass of the running forward of this thread, if any; attention and embedding read it."""
         current = self._current
         if current is None or torch.compiler.is_compiling() or current.thread == threading.get_ident():
             return current
@@ -117,17 +117,17 @@ class StackState:
 
     @contextmanager
     def running(self, forward_pass: RunningPass, alone: str = "") -> Iterator[None]:
-        """Run the modules of the stack inside a pass, for the length of a block.
+        """Run the modules of the stack inside a pass while the `with` block runs.
 
         Args:
-            alone: the name in errors of what the block does, if no other thread may run the model meanwhile.
+            alone: a description of the block for errors, if no other thread may run the model meanwhile.
 
         Raises:
-            UnsupportedModeError: another thread runs the model, and the block must be alone.
+            UnsupportedModeError: another thread is running the model, and the block must run alone.
         """
         with self.owner.running.exclusive(alone) if self.owner is not None and alone else nullcontext():
             outer, self._current = self._current, forward_pass
-            forward_pass.thread = threading.get_ident()  # a backward runs layers again in a thread of autograd
+            forward_pass.thread = threading.get_ident()  # a backward reruns layers in an autograd thread
             try:
                 yield
             finally:
@@ -135,7 +135,7 @@ class StackState:
 
     @property
     def encoded(self) -> Any:
-        """Where slots stand in the states of an encoder that its decoder attends to, in the forward that is running."""
+        """The places of the slots in the encoder states that the decoder attends to in the running forward."""
         forward = None if self.owner is None else self.owner.running.forward
         return None if forward is None else forward.encoded
 

@@ -1,4 +1,4 @@
-"""Which rows or columns of a prompt's table belong to which module of the model."""
+"""The slices of a prompt's table: the rows or columns that belong to each module of the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class TableSlice(NamedTuple):
-    """The part of one group of a prompt that one module of the model receives."""
+    """The part of one group of a prompt for one module of the model."""
 
     name: str
     rows: slice
@@ -21,8 +21,8 @@ def slices_of(parts: Sequence[tuple[str, int, nn.Module]], by_rows: bool = False
     """Divide a group into consecutive slices.
 
     Args:
-        parts: the name, the size and the module of each.
-        by_rows: divide the rows, not the columns.
+        parts: the name, the size and the module of each slice.
+        by_rows: whether to divide the rows instead of the columns.
     """
     found, first = [], 0
     for name, size, module in parts:

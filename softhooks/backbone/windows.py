@@ -1,7 +1,7 @@
-"""How far the tokens of a layer look back, if only a mask says so: sliding windows and chunks.
+"""Find sliding windows and chunks that only the masks of a layer define.
 
 PhiMoE has its windows in its masks and does not pass them to the attention function. Llama 4 cuts a text into chunks, and its
-tokens see those of their own chunk only.
+tokens see only the tokens of their own chunk.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
 
 _PROBE_WINDOW = 2
-"""A window that hides tokens in a probe of four."""
+"""A window that hides tokens in a probe of four tokens."""
 
 
 @contextmanager
 def shortened_window(stack: Stack) -> Iterator[bool]:
-    """Shorten the sliding window of a causal stack in a block; yields False if its config has none."""
+    """Shorten the sliding window of a causal stack while the `with` block runs; yield False if its config has no window."""
     config: Any = getattr(stack.module, "config", None)
     window = getattr(config, "sliding_window", None)
     if not stack.causal or type(window) is not int or window <= 0:
@@ -36,7 +36,7 @@ def shortened_window(stack: Stack) -> Iterator[bool]:
 
 
 def hides_distant(mask: Any, window: int = _PROBE_WINDOW) -> bool:
-    """Whether an attention mask hides from the last query what is farther than a window."""
+    """Whether an attention mask hides tokens outside the window from the last query."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] <= window:
         return False
     distant = mask[0, 0, -1, -window - 1]
@@ -44,10 +44,10 @@ def hides_distant(mask: Any, window: int = _PROBE_WINDOW) -> bool:
 
 
 def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
-    """How many tokens, including itself, a token of a site sees; None: all.
+    """Return the number of tokens, including itself, that a token of a site sees, or None for all.
 
     Args:
-        kwargs: of the call of the attention function.
+        kwargs: the keyword arguments of the attention function's call.
     """
     window = kwargs.get("sliding_window", getattr(site.module, "sliding_window", None))
     if window is None and site.is_windowed:
@@ -56,11 +56,11 @@ def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
 
 
 def require_one_chunk(stack: Stack, virtual_tokens: int, positions: Tensor | None) -> None:
-    """Refuse a prefix and a text that together exceed the first chunk: the model would cut its chunks P tokens too late.
+    """Refuse a prefix and a text that together exceed the first chunk, because the model would end its chunks P tokens late.
 
     Args:
-        virtual_tokens: how many stand before the text in self-attention, at positions of their own.
-        positions: of the text, counted from 0 in each row, [B or 1, T].
+        virtual_tokens: the number of virtual tokens before the text in self-attention, at their own positions.
+        positions: the positions of the text, counted from 0 in each row, [B or 1, T].
 
     Raises:
         UnsupportedModeError: prefix and text together are longer than a chunk.

@@ -1,4 +1,4 @@
-"""Embeddings of token ids, and the ids of given embeddings."""
+"""Look up the embeddings of token ids, and find the ids of given embeddings."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from softhooks.compat.sharding import full
 from softhooks.errors import OptionError
 
 _CHUNK = 8192
-"""How many rows of the vocabulary are compared at a time."""
+"""The number of rows of the vocabulary to compare at a time."""
 
 
 def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
-    """Look ids up in the model's embedding. [P] -> [P, H].
+    """Look up ids in the model's embedding. [P] -> [P, H].
 
     Raises:
         OptionError: the vocabulary does not contain an id.
@@ -28,7 +28,7 @@ def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= structure.vocabulary):
         raise OptionError(
             "the initial text has ids that are not in the model's vocabulary.",
-            "Give the tokenizer that belongs to the model.",
+            "Pass the tokenizer that belongs to the model.",
             ids=f"{int(ids.min())} to {int(ids.max())}",
             vocabulary=f"0 to {structure.vocabulary - 1}",
         )
@@ -54,7 +54,7 @@ def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
 
 
 def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
-    """The first row of a table that each row equals. [V, H], [P, H] -> P numbers."""
+    """Find the first row of a table that each row equals. [V, H], [P, H] -> P numbers."""
     found: list[int | None] = [None] * len(rows)
     for row, index in (rows[:, None, 0] == table[None, :, 0].float()).nonzero().tolist():
         if found[row] is None and torch.equal(rows[row], table[index].float()):
@@ -64,9 +64,9 @@ def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
 
 @torch.no_grad()
 def ids_of_weight_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """Find the id of each row that equals a row of the embedding's weight, and is no output of the embedding.
+    """Find the id of each row that equals a row of the embedding's weight but not an output of the embedding; else None.
 
-    There are such rows only if the embedding does more than look rows up: Gemma's multiplies them by sqrt(H).
+    These two differ only if the embedding does more than a lookup: Gemma's multiplies the rows by sqrt(H).
 
     Shape:
         rows [P, H] -> P ids

@@ -18,20 +18,20 @@ _MIN_COSINE = 0.7
 """The least cosine between a model and a fine-tuned variant of it. Between two models trained from scratch it is about 0."""
 
 _MAX_TIES = 0.125
-"""The share of numbers that two conversions of precision may round to neighboring values."""
+"""The share of values that two dtype conversions may round to neighboring values."""
 
 _PRODUCT_ERROR = 1e-6
-"""The error of the product of LoRA's matrices, relative to the largest number."""
+"""The error of the product of LoRA's matrices, relative to the largest value."""
 
 
 @dataclass(frozen=True)
 class _GroupComparison:
-    """The comparison of one group of weights of two fingerprints.
+    """The comparison of one group of weights in two fingerprints.
 
     Attributes:
         known: whether there were weights to compare.
-        same: whether they are equal up to conversions of precision.
-        cosine: the cosine of the angle between them.
+        same: whether they are equal up to dtype conversions.
+        cosine: the cosine similarity between them.
     """
 
     known: bool
@@ -40,21 +40,21 @@ class _GroupComparison:
 
 
 def compare(then: Fingerprint, now: Fingerprint, *, adapters: bool = True) -> Finding:
-    """Decide whether two fingerprints are of one base model, and if not, what the difference looks like.
+    """Decide whether two fingerprints come from the same base model, and if not, classify the difference.
 
-    A base with LoRA counts as the same model as the one that the LoRA was merged into, and not as the base without LoRA.
+    A base model with LoRA counts as the same model after the LoRA is merged, but not as the base model without LoRA.
 
     Args:
-        then: of the base that a prompt was trained with.
-        now: of the model that the prompt is loaded onto.
-        adapters: whether LoRA that is not merged counts; it does not if it was trained together with the prompt.
+        then: the fingerprint of the base model that a prompt was trained with.
+        now: the fingerprint of the model that the prompt is loaded onto.
+        adapters: whether unmerged LoRA counts; it does not if it was trained together with the prompt.
     """
     found = _compare(then, now)
     if found in SAME and adapters and (then.merged or now.merged):
         active = _compare(*(one.with_merged() if one.merged else one for one in (then, now)))
         return found if active in SAME else "adapters"
     if found not in SAME and _compare(then, lowered(now)[0]) == "same":
-        return "converted"  # in this direction only: after small steps of training, weights round to where they began
+        return "converted"  # in this direction only: after small training steps, weights round to their initial values
     if found != "merged":
         return found
     pairs = [(then.with_merged(), now)] if then.merged else []
@@ -78,7 +78,7 @@ def _compare(then: Fingerprint, now: Fingerprint) -> Finding:
 
 
 def lowered(fingerprint: Fingerprint) -> tuple[Fingerprint, str]:
-    """Relabel fp32 weights that hold nothing but numbers of bf16 (or of fp16) as weights of that dtype.
+    """Relabel fp32 weights that contain only bf16 (or only fp16) values as weights of that dtype.
 
     Returns:
         the fingerprint, and the name of the dtype; `fp32` if nothing was relabeled.
@@ -134,10 +134,10 @@ def _compare_group(then: dict[str, WeightSample], now: dict[str, WeightSample]) 
 
 
 def _count_different(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, int]:
-    """Count the numbers that differ, and those that are neighbors in the coarser of two dtypes.
+    """Count the values that differ, and the values that are neighbors in the coarser of two dtypes.
 
-    In one dtype every difference counts. A conversion rounds, two conversions may round to neighboring values, and fp16 has no
-    numbers below 6e-8.
+    If both have the same dtype, every difference counts. A conversion rounds, two conversions may round to neighboring values,
+    and fp16 has no values below 6e-8.
     """
     if one == other:
         return int((a != b).sum()), 0
@@ -150,7 +150,7 @@ def _count_different(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, i
 
 
 def _count_beyond_merge(one: WeightSample, other: WeightSample, are_read: Tensor) -> int:
-    """Count the numbers that differ by more than the roundings of a merge: of the product, the sum and a later conversion."""
+    """Count the values that differ by more than the rounding errors of a merge: in product, sum and later conversion."""
     given = [sample.magnitudes for sample in (one, other) if sample.magnitudes is not None]
     magnitudes = torch.stack(given).amax(0)[are_read]
     a, b = one.values[are_read], other.values[are_read]

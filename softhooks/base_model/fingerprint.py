@@ -1,6 +1,6 @@
-"""The fingerprint of a base model: a few numbers of each of its weights, by which a saved prompt knows its base again.
+"""The fingerprint of a base model: a few values of each weight, by which a saved prompt recognizes its base model.
 
-The file holds the numbers, not a hash of them, so that they can be compared within the rounding of a conversion of precision.
+The file contains the values and not a hash of them, so that they can be compared up to the rounding of a dtype conversion.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ Group = Literal["embeddings", "vectors", "matrices"]
 
 GROUPS: tuple[Group, ...] = ("embeddings", "vectors", "matrices")
 PACKED = "packed"
-"""Stands for the dtype of a weight whose numbers are codes of a quantizer."""
+"""The dtype name for a weight that contains the codes of a quantizer."""
 
 PER_WEIGHT = 2
-"""How many numbers of each weight are read."""
+"""The number of values to read from each weight."""
 PER_EMBEDDING = 16
-"""How many numbers of each embedding are read."""
+"""The number of values to read from each embedding."""
 MAX_LAYERS = 128
-"""How many weights of one name are read, of all layers."""
+"""The maximal number of weights with the same name to read, over all layers."""
 
 _CODES = {"float64": "d", "float32": "f", "bfloat16": "b", "float16": "h", PACKED: "q"}
 
 
 @dataclass(frozen=True)
 class WeightSample:
-    """Some numbers of the weights of one name, of all layers.
+    """Some values of the weights with the same name in all layers.
 
     Attributes:
-        dtype: the name of their dtype, or `packed`.
-        values: fp32; NaN for a number that was not read.
-        magnitudes: for sums that other code may have rounded: the sum of the absolute values of what was added.
+        dtype: the name of the weights' dtype, or `packed`.
+        values: the values in fp32; NaN for a value that was not read.
+        magnitudes: the sum of the absolute summands of each value, if the value is a sum that may have been rounded elsewhere.
     """
 
     dtype: str
@@ -50,9 +50,9 @@ class Fingerprint:
     """The fingerprint of a base model.
 
     Attributes:
-        vocabulary: the number of rows of its embedding.
-        samples: by group and by a hash of the name, in which `*` stands for the number of the layer.
-        merged: the matrices that adapters change, as they are after merging the adapters; empty if that is not known.
+        vocabulary: the number of rows of the embedding.
+        samples: the samples by group and by a hash of the name, with `*` for the number of the layer.
+        merged: the matrices that adapters change, with the adapters merged; empty if unknown.
     """
 
     vocabulary: int
@@ -60,11 +60,11 @@ class Fingerprint:
     merged: dict[str, WeightSample] = field(default_factory=dict)
 
     def with_merged(self) -> Fingerprint:
-        """The fingerprint of the same base with its adapters merged."""
+        """Return the fingerprint of the same base model with its adapters merged."""
         return self._with({name: sample.values for name, sample in self.merged.items()})
 
     def with_unmerged(self) -> Fingerprint:
-        """The fingerprint of the same base after its adapters were perhaps merged and unmerged, which rounds."""
+        """Return the fingerprint of the same base model if merging and unmerging its adapters may have rounded weights."""
         own = self.samples.get("matrices", {})
         return self._with({name: own[name].values for name in self.merged})
 
@@ -77,13 +77,13 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """A short form for people. Rounded to bf16, so that conversions of precision rarely change it."""
+        """A short form for messages, computed from bf16 values so that dtype conversions rarely change it."""
         values = [sample.values for group in GROUPS for _, sample in sorted(self.samples.get(group, {}).items())]
         rounded = torch.cat([torch.zeros(1), *values]).to(torch.bfloat16).view(torch.int16).numpy()
         return str(xxhash.xxh3_64_hexdigest(rounded.tobytes()))[:8]
 
     def to_json(self) -> dict[str, Any]:
-        """The fingerprint as a file holds it."""
+        """Return the fingerprint as it is stored in a file."""
         groups: dict[str, Any] = {
             group: {name: _encoded(sample) for name, sample in named.items()} for group, named in self.samples.items()
         }
@@ -96,25 +96,25 @@ class Fingerprint:
         """Read a fingerprint that `to_json` has written.
 
         Raises:
-            ValueError: the value has another form.
+            ValueError: the value is malformed.
         """
         if not isinstance(value, dict) or type(value.get("vocabulary")) is not int or value["vocabulary"] < 1:
-            raise ValueError("a fingerprint must be an object with its vocabulary")
+            raise ValueError("it is not an object with `vocabulary`, a whole number of 1 or more")
         samples = {group: _read(value, group) for group in GROUPS}
         if not any(samples.values()):
-            raise ValueError("a fingerprint must hold numbers of some weights")
+            raise ValueError("it has no values of any weight")
         merged = _read(value, "merged")
         for name, sample in merged.items():
             own = samples["matrices"].get(name)
             if own is None or own.values.shape != sample.values.shape:
-                raise ValueError("a fingerprint must hold each merged matrix as it is unmerged, too")
+                raise ValueError("it has a merged matrix without the unmerged one")
         return cls(value["vocabulary"], samples, merged)
 
 
 def _read(value: dict[str, Any], group: str) -> dict[str, WeightSample]:
     named = value.get(group, {})
     if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
-        raise ValueError(f"a fingerprint must hold its {group} as text")
+        raise ValueError(f"its {group} are not an object of strings")
     return {name: _decoded(group, text) for name, text in named.items()}
 
 
@@ -123,11 +123,11 @@ def _encoded(sample: WeightSample) -> str:
 
 
 def _decoded(group: str, text: str) -> WeightSample:
-    """Decode a sample, and check that it has as many numbers as `take_fingerprint` reads."""
+    """Decode a sample, and check that it has the number of values that `take_fingerprint` reads."""
     dtypes = {code: dtype for dtype, code in _CODES.items()}
     data = base64.b64decode(text[1:], validate=True)
     if text[:1] not in dtypes or len(data) % 4:
-        raise ValueError(f"a fingerprint must hold a precision and fp32 numbers, not {text[:40]!r}")
+        raise ValueError(f"it contains {text[:40]!r} instead of a dtype and fp32 values")
     sample = WeightSample(dtypes[text[0]], torch.from_numpy(np.frombuffer(data, "<f4").astype("f4")))
     count = sample.values.numel()
     if group == "embeddings":
@@ -135,5 +135,7 @@ def _decoded(group: str, text: str) -> WeightSample:
     else:
         is_complete = 0 < count <= PER_WEIGHT * MAX_LAYERS and count % PER_WEIGHT == 0
     if not is_complete or (sample.dtype == PACKED and not sample.values.isnan().all()):
-        raise ValueError(f"a fingerprint must hold the numbers of each weight, not {count} of {sample.dtype} {group}")
+        raise ValueError(
+            f"it has a sample of {count} {sample.dtype} values in {group}; their number or content is invalid"
+        )
     return sample

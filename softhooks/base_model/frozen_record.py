@@ -24,9 +24,9 @@ class FrozenReport:
 
     Attributes:
         tensors: the number of parameters, buffers and scales of quantized weights that were compared.
-        bytes: their size.
+        bytes: the size of these tensors.
         seconds: the duration of the check.
-        unread: the names of tensors on the meta device that no hook brings in, so that they could not be read.
+        unread: the names of tensors that could not be read, because they are on the meta device and no hook loads them.
     """
 
     tensors: int
@@ -72,7 +72,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unregistered(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List what a layer saves but does not register, such as the scales of bitsandbytes."""
+    """List the tensors that a layer saves but does not register, such as the scales of bitsandbytes."""
     prefix = f"{name}." if name else ""
     known = {prefix + own for own in (*module._parameters, *module._buffers)}
     saved: dict[str, object] = {}
@@ -82,7 +82,7 @@ def _unregistered(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class _NotTrained:
-    """Whether a tensor of a model neither trains nor belongs to a prompt. A class, because a closure cannot be pickled."""
+    """The default test for frozen tensors: not trainable and not part of a prompt. A closure could not be pickled."""
 
     trained: frozenset[str]
 
@@ -95,8 +95,8 @@ class FrozenRecord:
 
     Args:
         model: the model; tied tensors are read once.
-        is_frozen: whether a tensor must not change, by its name. By default: every tensor that does not train now and belongs
-            to no prompt.
+        is_frozen: whether the tensor with a name must not change. By default, this holds for every tensor that is not trainable
+            now and does not belong to a prompt.
     """
 
     def __init__(self, model: nn.Module, is_frozen: Callable[[str], bool] | None = None) -> None:
@@ -111,12 +111,12 @@ class FrozenRecord:
         return self._digests
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """Hash those of the frozen tensors that are among these names."""
+        """Hash the digests of the frozen tensors with these names."""
         parts = [(name, self._digests[name].bits) for name in sorted(names) if name in self._digests]
         return str(xxhash.xxh3_128_hexdigest(repr(parts).encode()))
 
     def converted(self, model: nn.Module) -> list[str]:
-        """Name the frozen tensors whose dtype or shape has changed; their bits are not read."""
+        """Describe each frozen tensor whose dtype or shape has changed, without comparing values."""
         found = []
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             known = self._digests.get(name)
@@ -131,7 +131,7 @@ class FrozenRecord:
             where: values to add to the error, such as the step of the training.
 
         Raises:
-            FrozenModifiedError: naming the tensors that have changed, are missing or are new.
+            FrozenModifiedError: some tensors have changed, are missing or are new; the error names them.
         """
         start = time.perf_counter()
         changed, unread, missing, size = [], [], dict.fromkeys(self._digests), 0
@@ -150,9 +150,9 @@ class FrozenRecord:
         if changed:
             raise FrozenModifiedError(
                 f"{len(changed)} of {len(self._digests)} frozen tensors have changed since the prompt was attached; each must "
-                "keep its bits.",
-                "Look for code that writes to the base model: an optimizer that holds its parameters, another "
-                "callback, a conversion of its precision.",
+                "stay bit-identical.",
+                "Look for code that writes to the base model, such as an optimizer that holds its parameters, another "
+                "callback, or a dtype conversion.",
                 changed=_listed(changed),
                 **where,
             )
@@ -167,9 +167,9 @@ def _listed(names: Sequence[str]) -> str:
 def _difference(before: Digest | None, after: Digest) -> str:
     """Describe how a tensor differs from its record; empty if it does not."""
     if before is None:
-        return "not there at attach"
+        return "did not exist at attach"
     if before.dtype != after.dtype:
-        return f"precision {before.dtype} became {after.dtype}"
+        return f"dtype changed from {before.dtype} to {after.dtype}"
     if before.shape != after.shape:
-        return f"shape {list(before.shape)} became {list(after.shape)}"
+        return f"shape changed from {list(before.shape)} to {list(after.shape)}"
     return "" if before.bits == after.bits else "values changed"

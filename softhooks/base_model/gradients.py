@@ -1,4 +1,4 @@
-"""Take away the gradients that frozen parameters already have: an optimizer over all parameters would apply them."""
+"""Remove the gradients that frozen parameters already have, because an optimizer over all parameters would apply them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor, nn
 
 
 class StashedGradients:
-    """Gradients taken from parameters that are frozen now, by name. Copies and pickles are empty."""
+    """The gradients removed from parameters that are now frozen, by name. Copies and pickles are empty."""
 
     def __init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as an empty one."""
+        """Copy and pickle as an empty object."""
         return type(self), ()
 
     def take(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Take the gradients of these parameters."""
+        """Remove and keep the gradients of these parameters."""
         for name, parameter in parameters:
             if parameter.grad is not None:
                 self._gradients[name] = parameter.grad
                 parameter.grad = None
 
     def restore(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Give the same tensors back, converted to the parameter's device and dtype if these have changed.
+        """Restore the gradients, converted to the parameter's device and dtype if these have changed.
 
-        A parameter that has received another gradient since keeps that one. If the shape differs, nothing is given back.
+        A parameter that has a new gradient keeps it. If the shape of a parameter has changed, its gradient is not restored.
         """
         for name, parameter in parameters:
             gradient = self._gradients.pop(name, None)

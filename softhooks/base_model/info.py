@@ -22,12 +22,12 @@ _JSON: dict[str, tuple[str, type]] = {
     "sliding_window": ("slides", bool),
     "task": ("task", str),
 }
-"""The key and the type of each attribute in a file."""
+"""The key in the file and the type of each attribute."""
 
 
 @dataclass(frozen=True)
 class BaseModelInfo:
-    """What is known of a base model; an empty string or None if it is not known.
+    """The known facts about a base model; unknown facts are an empty string or None.
 
     Attributes:
         class_name: the name of its class.
@@ -38,7 +38,7 @@ class BaseModelInfo:
         width: the width of its embeddings, H.
         vocabulary: the number of rows of its embeddings.
         sliding_window: whether it has layers with a sliding window.
-        task: the task type of an adapter of PEFT, whose config does not name the class; None if PEFT did not write the prompt.
+        task: the task type in PEFT's adapter config, which does not name the class; None if PEFT did not write the prompt.
     """
 
     class_name: str = ""
@@ -69,7 +69,7 @@ class BaseModelInfo:
 
     @classmethod
     def from_json(cls, value: dict[str, Any], source: str) -> BaseModelInfo:
-        """Read the description that a file holds. A value of another type than expected counts as not known.
+        """Read the description that a file contains; a value of the wrong type counts as unknown.
 
         Raises:
             CheckpointError: the fingerprint is malformed.
@@ -82,13 +82,13 @@ class BaseModelInfo:
         return cls(**known, fingerprint=fingerprint)
 
     def to_json(self) -> dict[str, Any]:
-        """The description as a file holds it, without what is not known."""
+        """Return the description as it is stored in a file; unknown values are left out."""
         values = {key: getattr(self, name) for name, (key, _) in _JSON.items()}
         values["fingerprint"] = self.fingerprint and self.fingerprint.to_json()
         return {key: value for key, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        """Name the model on one line: class, name, revision, digest of the weights, size of the vocabulary."""
+        """Describe the model on one line: class, name, revision, digest of the weights, size of the vocabulary."""
         known = self.fingerprint
         facts = [f"revision {self.revision}"] if self.revision else []
         facts += [f"digest {known.digest}, {known.vocabulary} rows of embeddings"] if known else []
@@ -97,7 +97,7 @@ class BaseModelInfo:
 
 
 def _quantization(config: Any) -> str | None:
-    """The quantization method and its width, as far as the config names them."""
+    """Return the quantization method and its width, as far as the config names them."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
@@ -110,7 +110,7 @@ def _quantization(config: Any) -> str | None:
 
 
 def class_of_transformers(name: str) -> type | None:
-    """The class of transformers with a name from a file; None if there is no such class, or the name is private."""
+    """Return the transformers class with a name from a file, or None if it does not exist or is private."""
     import transformers
 
     found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None

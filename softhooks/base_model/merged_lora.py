@@ -1,4 +1,4 @@
-"""What merging the LoRA adapters of PEFT would add to single numbers of the weights under them."""
+"""Compute the changes that merging PEFT's LoRA adapters would make to single values of the base weights."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LoraWeight:
-    """A weight under LoRA.
+    """A base weight with LoRA.
 
     Attributes:
-        layer: PEFT's layer around the module that has the weight.
-        adapters: the names of the adapters that are active and not merged.
+        layer: the PEFT layer that wraps the module with the weight.
+        adapters: the names of the active adapters that are not merged.
     """
 
     layer: Any
     adapters: tuple[str, ...]
 
     def delta(self, indices: Tensor, width: int) -> Tensor:
-        """What merging adds to the weight at some places, as fp32.
+        """Return the changes that merging would make to the weight at some places, in fp32.
 
         Args:
-            indices: into the flattened weight.
+            indices: indices into the flattened weight.
             width: the weight's last dimension.
         """
         rows, columns = indices // width, indices % width
@@ -45,21 +45,21 @@ class LoraWeight:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether the numbers of a weight are codes of a quantizer."""
+    """Whether a weight contains the codes of a quantizer."""
     is_plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
     return not is_plain or weight.dtype not in _FLOATS
 
 
 def is_readable(weight: Tensor) -> bool:
-    """Whether single numbers of a weight can be read in this process."""
+    """Whether single values of a weight can be read in this process."""
     return not (is_packed(weight) or is_sharded(weight) or weight.is_meta or not weight.numel())
 
 
 def adapted_weights(model: nn.Module) -> dict[int, LoraWeight]:
-    """Find the weights that merging the active adapters would change, by their id.
+    """Find the weights that merging the active adapters would change, by `id`.
 
-    The result is empty if the merged value of one of them is not known: for adapters other than plain LoRA on linear layers
-    (DoRA, LoHa, embeddings, biases, token rows), and for weights that are quantized, sharded or offloaded.
+    The result is empty if any merged value is unknown: for adapters other than plain LoRA on linear layers (DoRA, LoHa,
+    embeddings, biases, token rows), and for weights that are quantized, sharded or offloaded.
     """
     layers, tuners = (sys.modules.get(f"peft.{name}") for name in ("tuners.lora.layer", "tuners.tuners_utils"))
     found: dict[int, LoraWeight] = {}
@@ -79,7 +79,7 @@ def adapted_weights(model: nn.Module) -> dict[int, LoraWeight]:
 
 
 def _is_plain(layer: Any, name: str) -> bool:
-    """Whether an adapter of a linear layer adds the product of two readable matrices and nothing else."""
+    """Whether an adapter of a linear layer only adds the product of two readable matrices."""
     if name in layer.lora_variant or layer.lora_bias.get(name) or name not in layer.lora_A:
         return False
     weights = (layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight)

@@ -1,4 +1,4 @@
-"""Check that a prompt enters the base model that it was trained with, by comparing two fingerprints."""
+"""Check that a model is the base model that a prompt was trained with, by comparing two fingerprints."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from softhooks.errors import PromptMismatchError
 
 _FINDINGS: dict[Finding, str] = {
     "merged": "the model looks like the base model of the prompt with merged adapters (or with weights that were quantized and "
-    "written back): embeddings and norms are the same, matrices are not",
-    "adapters": "the model is the base model of the prompt, but other adapters (LoRA) are on, or none",
-    "resized": "the model looks like the base model of the prompt with resized embeddings: the rows that both have are the same",
-    "tuned": "the model looks like a fine-tuned variant of the base model of the prompt: its weights are close, but not the same",
-    "another": "the model is not the base model that the prompt was trained with: its weights are others",
+    "dequantized): embeddings and norms are the same, matrices are not",
+    "adapters": "the model is the base model of the prompt, but with different active adapters (LoRA) or without any",
+    "resized": "the model looks like the base model of the prompt with resized embeddings: the common rows are the same",
+    "tuned": "the model looks like a fine-tuned variant of the base model of the prompt: its weights are close, but not equal",
+    "another": "the model is not the base model that the prompt was trained with: its weights are different",
 }
 _REMEDIES: dict[Finding, str] = {
-    "merged": "Load it onto the base with the adapters that it was trained with, and no others; plain LoRA may be merged or not;",
-    "adapters": "Load the adapters that it was trained with first, and turn off others; plain LoRA may also be merged;",
+    "merged": "Load the prompt onto its base model with the adapters of the training and no others (plain LoRA may be merged);",
+    "adapters": "First load the adapters of the training and disable any others (plain LoRA may be merged);",
     "resized": "Resize the embeddings as in training (`resize_token_embeddings`);",
-    "tuned": "Load it onto the base that it was trained with, in the same revision;",
-    "another": "Load it onto the base that it was trained with;",
+    "tuned": "Load the prompt onto the base model that it was trained with, in the same revision;",
+    "another": "Load the prompt onto the base model that it was trained with;",
 }
 _QUANTIZED = (
-    "{source}: the model looks like the base model of the prompt with another quantization ({before}, now {after}). Its outputs "
-    "with this prompt will be close to those in training, but not the same."
+    "{source}: the model looks like the base model of the prompt with a different quantization ({before} in training, now "
+    "{after}). Its outputs with this prompt will be close to the outputs in training, but not equal."
 )
 _CONVERTED = (
     "{source}: the model looks like the base model of the prompt, converted to {precision} and back. Its outputs with this "
-    "prompt will be close to those in training, but not the same."
+    "prompt will be close to the outputs in training, but not equal."
 )
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 OVERRIDE = (
-    "or pass `strict=False` to `load` (`--no-strict` on a command line) to use it here all the same, and check "
-    "what it answers"
+    "or pass `strict=False` to `load` (`--no-strict` on a command line) to use it with this model anyway, and check its "
+    "outputs"
 )
 
 
@@ -54,16 +54,16 @@ def require_base(
     has_adapters: bool = False,
     override: str = OVERRIDE,
 ) -> None:
-    """Compare a model with the base model that a prompt was trained with, as far as that is known.
+    """Check that a model is the base model that a prompt was trained with, as far as it is known.
 
     Args:
         base: the base model that the prompt was trained with.
-        source: what to call the prompt in errors.
-        has_adapters: whether adapters were trained with the prompt, and are not in its file.
-        override: what else the user can do, for the error.
+        source: the name of the prompt in errors.
+        has_adapters: whether adapters were trained with the prompt but are not in its file.
+        override: another remedy for the error.
 
     Raises:
-        PromptMismatchError: they differ. The error names both.
+        PromptMismatchError: the models differ. The error names both.
     """
     found = BaseModelInfo.of(model, structure)
     if base.fingerprint is None:
@@ -91,12 +91,12 @@ def require_base(
 
 
 def _require_revision(base: BaseModelInfo, found: BaseModelInfo, source: str, override: str) -> None:
-    """Compare commits on the hub, if there is no fingerprint. Names of branches and tags are not compared: they may move."""
+    """Compare Hub commits if there is no fingerprint. Branch and tag names are not compared, because they may move."""
     then, now = base.revision or "", found.revision or ""
     if not _COMMIT.fullmatch(then) or not now or base.name_or_path != found.name_or_path or now.startswith(then):
         return
     raise PromptMismatchError(
-        "the model has another revision than the base model that the prompt was trained with.",
+        "the model's revision differs from the revision of the base model that the prompt was trained with.",
         f"Load the model with `revision={then!r}`; {override}.",
         trained_with=base,
         model=found,

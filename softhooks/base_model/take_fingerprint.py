@@ -1,6 +1,6 @@
-"""Take the fingerprint of a base model: read a few numbers of each of its weights, at places that follow from its name alone.
+"""Take the fingerprint of a base model: read a few values of each weight, at places that only depend on the weight's name.
 
-Heads, poolers, adapters and what trains with the prompt are left out: they may differ between two loads of the same base.
+Heads, poolers, adapters and weights that train with the prompt are left out: they may differ when the same base is loaded again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from softhooks.compat.offload import read_tensor
 from softhooks.compat.sharding import full, is_sharded
 
 _READ_WHOLE = 2**16
-"""The number of elements up to which an offloaded or sharded weight is brought in."""
+"""The largest number of elements for which an offloaded or sharded weight is loaded or gathered."""
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.", "original_module.")
 _GOLDEN_RATIO = 0.6180339887498949
@@ -40,11 +40,11 @@ _GOLDEN_RATIO = 0.6180339887498949
 def take_fingerprint(
     model: nn.Module, structure: ModelStructure, *, like: Fingerprint | None = None, frozen: bool = False
 ) -> Fingerprint:
-    """Take the fingerprint of a model. It takes some milliseconds, because few numbers are read.
+    """Take the fingerprint of a model, in a few milliseconds, because only few values are read.
 
     Args:
-        like: the fingerprint to compare with: the rows of the vocabulary that it holds are read.
-        frozen: leave out weights that train; set where the rest of the base is frozen.
+        like: the fingerprint to compare with; the same rows of the vocabulary are read.
+        frozen: whether to leave out trainable weights; set if the rest of the base model is frozen.
     """
     vocabulary = structure.vocabulary if like is None else like.vocabulary
     weights: dict[Group, dict[str, list[Tensor]]] = {group: {} for group in GROUPS}
@@ -69,14 +69,14 @@ def take_fingerprint(
 
 
 def _to_cpu(values: list[Tensor]) -> Tensor:
-    """Bring the numbers of many weights to the CPU with one transfer, or one for each if they are on several devices."""
+    """Copy the values of many weights to the CPU in one transfer, or in one transfer each if the devices differ."""
     if len({tensor.device for tensor in values}) == 1:
         return torch.cat(values).cpu()
     return torch.cat([tensor.cpu() for tensor in values])
 
 
 def _weights(model: nn.Module, structure: ModelStructure) -> Iterator[tuple[Group, str, Tensor]]:
-    """List each weight of the base with its group and the hash of its name; tied weights once."""
+    """List each weight of the base model once, with its group and the hash of its name."""
     seen = {id(p) for head in find_heads(model, structure).values() for p in head.parameters()}
     for stack in structure.stacks:
         weight: Any = stack.embedding.weight
@@ -94,7 +94,7 @@ def _weights_of_stack(model: nn.Module, stack: Stack, seen: set[int]) -> Iterato
     pooler = getattr(stack.module, "pooler", None)
     if isinstance(pooler, nn.Module):
         seen.update(map(id, pooler.parameters()))
-    # PEFT wraps a layer: the base's weights are under `base_layer` or `original_module`, the adapter's next to it.
+    # PEFT wraps a layer: base weights are under `base_layer` or `original_module`, adapter weights are next to it.
     wrapped = [
         (f"{path}.", inside)
         for path, module in stack.module.named_modules()
@@ -114,12 +114,12 @@ def _weights_of_stack(model: nn.Module, stack: Stack, seen: set[int]) -> Iterato
 
 
 def _hashed(name: str) -> str:
-    """A short hash of a name, to keep files small."""
+    """Return a short hash of a name, to keep files small."""
     return str(xxhash.xxh32_hexdigest(name.encode()))
 
 
 def _brought_in(weight: Tensor, model: nn.Module) -> Tensor:
-    """Read a small offloaded weight; any other stays where it is."""
+    """Load an offloaded weight if it is small; return any other weight as it is."""
     if not weight.is_meta or weight.numel() > _READ_WHOLE:
         return weight
     name = next((name for name, one in model.named_parameters() if one is weight), None)
@@ -131,7 +131,7 @@ def _dtype(weight: Tensor) -> str:
 
 
 def _values(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:
-    """Read the numbers of one weight at its places, as fp32.
+    """Read the values of one weight at its sampled places, in fp32.
 
     Args:
         vocabulary: the number of rows to choose from, if the weight is an embedding.
@@ -154,12 +154,12 @@ def _values(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:
 
 
 def _indices(weight: Tensor, name: str) -> Tensor:
-    """The places of a weight that is no embedding, as indices into the flattened weight."""
+    """Return the sampled places of a weight other than an embedding, as indices into the flattened weight."""
     return torch.tensor([int(place * weight.numel()) for place in _places(name, PER_WEIGHT)], device=weight.device)
 
 
 def _deltas(weights: list[Tensor], name: str, adapted: dict[int, LoraWeight]) -> list[Tensor]:
-    """What merging the adapters adds to the numbers of some weights."""
+    """Return the changes that merging the adapters would make to the sampled values of some weights."""
     deltas = []
     for weight in weights:
         lora = adapted.get(id(weight))
@@ -171,7 +171,7 @@ def _deltas(weights: list[Tensor], name: str, adapted: dict[int, LoraWeight]) ->
 
 
 def _places(name: str, count: int) -> list[float]:
-    """The relative places of the numbers of a weight, from 0 to 1: a golden-ratio sequence that starts at the name's hash."""
+    """Return the relative places to sample, from 0 to 1: a golden-ratio sequence that starts at the hash of the name."""
     start = xxhash.xxh3_64_intdigest(name.encode()) / 2**64
     return [(start + (k + 1) * _GOLDEN_RATIO) % 1 for k in range(count)]
 
@@ -181,7 +181,7 @@ def _rows(name: str, vocabulary: int) -> list[int]:
 
 
 def without_rows(fingerprint: Fingerprint, ids: Collection[int]) -> Fingerprint:
-    """Leave out the rows of some tokens: those that a prompt has of its own."""
+    """Leave out the rows of tokens for which a prompt has its own rows."""
     if not ids:
         return fingerprint
     embeddings = {}

@@ -1,1 +1,1 @@
-"""Checks at attach: what a prompt needs of a model, found by running it."""
+"""Checks that run at attach and find out, by running the model, whether it supports a prompt."""

@@ -1,4 +1,4 @@
-"""Checks of the arguments of `attach`, before anything in the model is changed."""
+"""Check the arguments of `attach` before anything in the model is changed."""
 
 from __future__ import annotations
 
@@ -24,44 +24,48 @@ def check_arguments(
     """Check the arguments of `attach` against the model and the prompts that it has.
 
     Args:
-        present: of the model, if it carries any.
+        present: the state of the model's prompts, if it has any.
 
     Raises:
-        AttachError: nothing of the kind can be attached.
+        AttachError: a prompt with these arguments cannot be attached.
     """
     if not isinstance(method, Method):
         raise UnsupportedMethodError(
-            f"attach takes a method such as PromptTuning(20); it was given {type(method).__name__}."
+            f"attach got {type(method).__name__} instead of a method such as PromptTuning(20)."
         )
     if (
         not re.fullmatch(r"[A-Za-z0-9_-]+", name)
         or hasattr(nn.ModuleDict, name)
         or name in ("training", "prompted_model")
     ):
-        raise AttachError(f"a prompt's name must be letters, digits, - and _, and no module attribute; it is {name!r}.")
+        raise AttachError(
+            f"{name!r} cannot be a prompt's name: use letters, digits, - and _, and not the name of a module attribute."
+        )
     refuse_partitioned(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise AttachError("attach a prompt before `torch.compile`: compiled code does not see hooks that come later.")
+        raise AttachError("the model is compiled, so hooks have no effect; attach the prompt before `torch.compile`.")
     if present and name in present.prompts:
         raise NameTakenError(
-            f"a prompt named {name!r} is attached already; a name belongs to one prompt.",
+            f"a prompt named {name!r} is already attached; names must be unique.",
             "Remove the other prompt first, or attach this one under another `name=`.",
             attached=f"{name!r}: {present.prompts[name].method!r}",
             asked=f"{name!r}: {method!r}",
         )
     if present is None and hasattr(model, CONTAINER):
-        raise AttachError(f"the model has an attribute {CONTAINER!r} of its own; softhooks needs that name.")
+        raise AttachError(
+            f"the model already has an attribute {CONTAINER!r}; softhooks needs this name for its prompts."
+        )
     names = [parameter for parameter, _ in model.named_parameters()]
     for pattern in trainable:
         if not fnmatch.filter(names, pattern):
-            raise AttachError(f"trainable={pattern!r} names no parameter of {type(model).__name__}.")
+            raise AttachError(f"trainable={pattern!r} does not match any parameter of {type(model).__name__}.")
 
 
 def check_length(structure: ModelStructure, method: Method) -> None:
     """Check that a prompt leaves positions for text.
 
     Raises:
-        PromptTooLongError: it does not.
+        PromptTooLongError: too few positions are left.
     """
     positions = structure.entry.positions
     trained = positions.trained if positions.rotary_limit is None else positions.rotary_limit
@@ -72,18 +76,18 @@ def check_length(structure: ModelStructure, method: Method) -> None:
 
 
 def too_long_error(length: int, limit: int, text: int) -> PromptTooLongError:
-    """The error for a prompt that leaves too few positions for text.
+    """Return the error for a prompt that leaves too few positions for text.
 
     Args:
         length: the number of virtual tokens.
         limit: the number of positions.
-        text: how many tokens of text must fit after them.
+        text: the number of text tokens that must fit after the prompt.
     """
     most = max(limit - text, 0)
     return PromptTooLongError(
-        f"{length} virtual tokens do not leave room for text among the model's {limit} positions.",
-        f"Use a prompt of {most} virtual tokens or fewer; with {most}, a text can have the other {limit - most} positions.",
+        f"{length} virtual tokens leave too few of the model's {limit} positions for text.",
+        f"Use at most {most} virtual tokens; with {most}, a text can have the remaining {limit - most} positions.",
         virtual_tokens=length,
         positions=limit,
-        room_for=f"{most} virtual tokens and a text of {text}, the shortest that a prompt is tried with",
+        room_for=f"{most} virtual tokens and a text of {text} tokens, the shortest text in the checks",
     )

@@ -1,6 +1,6 @@
-"""Check at attach that tokens see the same tokens as without a prompt.
+"""Check at attach that each token sees the same tokens as without a prompt.
 
-In a causal stack these are no later ones, in an encoder all of the text.
+In a causal stack these are the earlier tokens; in an encoder, the whole text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def check_causality(prompt: SoftPrompt) -> None:
     """Check that, in every stack of the model, a prompt does not change which tokens see each other.
 
     Raises:
-        UnsupportedMethodError: it does in one of them.
+        UnsupportedMethodError: the prompt changes this in some stack.
     """
     structure = prompt.prompted_model.structure
     for number, stack in enumerate(structure.stacks):
@@ -32,18 +32,18 @@ def check_causality(prompt: SoftPrompt) -> None:
             continue
         with eval_mode(prompt.model):
             change = _change(prompt, stack, *calls)
-        # In an encoder with fresh weights later tokens change earlier ones only a little; in one made causal, not at all.
+        # In a randomly initialized encoder, later tokens change earlier states only a little; if made causal, not at all.
         if (not is_rounding(change, float_dtype(stack.module))) if stack.causal else change == 0:
             raise _refusal(prompt, stack, change)
 
 
 def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor], changed: dict[str, Tensor]) -> float:
-    """Measure by how much states before the cut differ between the two calls."""
+    """Measure how much the states before the cut differ between the two calls."""
     forwards = [partial(prompt.model, **call), partial(prompt.model, **changed)]
     change = change_before(stack.module, cut, forwards, stack.state)
     if stack.causal and not is_rounding(change, float_dtype(stack.module)):
-        # 8-bit layers of bitsandbytes pick outliers in a batch as a whole, so that later tokens change how earlier ones are
-        # rounded, in the bare model too. Rows of one forward share that choice; what a token sees still differs between them.
+        # 8-bit layers of bitsandbytes choose outliers for the whole batch, so later tokens change the rounding of earlier ones,
+        # even without a prompt. The rows of one forward share this choice, so a remaining difference shows what tokens see.
         both = {name: torch.cat([value, changed[name]]) for name, value in call.items()}
         with suppress(Exception):  # some models take one row only
             change = min(change, change_before(stack.module, cut, [partial(prompt.model, **both)], stack.state))
@@ -51,7 +51,7 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-    """A column, a call, and the same call with other ids from that column on; None where the text is too short for it."""
+    """Make a call, and a copy with different ids from some column on; return the column and both, or None for a short text."""
     structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.num_slots if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)
@@ -97,15 +97,15 @@ def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMeth
     }
     if stack.causal:
         return UnsupportedMethodError(
-            "with this prompt, earlier tokens of a causal model depend on later ones; no token may depend on a later one.",
+            "with this prompt, earlier tokens of a causal model depend on later tokens.",
             "Use a method whose virtual tokens are in the sequence, such as PromptTuning with injection='slots'.",
             **about,
-            found=f"earlier states change by {change:.2g} of their size when later ids change",
-            because="its layers choose what a token sees by its position, which the prompt shifts",
+            found=f"earlier states change by {change:.2g} of their size if later ids change",
+            because="its layers choose the visible tokens by position, which the prompt shifts",
         )
     return UnsupportedMethodError(
-        "with this prompt, tokens of an encoder do not see later ones; in an encoder they must.",
+        "with this prompt, tokens of an encoder do not see later tokens.",
         "Use another method, or another attention function (`model.set_attn_implementation`).",
         **about,
-        found="no earlier state changes when later ids change",
+        found="earlier states do not change if later ids change",
     )

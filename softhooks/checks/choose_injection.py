@@ -1,4 +1,4 @@
-"""The choice of a prompt's injection: the fastest that is exact in its model."""
+"""Choose the injection of a prompt: the fastest one that is exact for the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROBE_COLUMNS = 5
 
 
 def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """A call of a few ordinary tokens and the prompt's anchors, with the further arguments that model and method need."""
+    """Make a call with a few ordinary tokens and the prompt's anchors, and with all arguments that model and method need."""
     structure = prompt.prompted_model.structure
     ids, columns = prompt.layout.probe(probe_ids(prompt.model, structure.vocabulary, PROBE_COLUMNS))
     text = ids if structure.choices is None else as_choices(ids, structure.choices)
@@ -33,10 +33,10 @@ def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 
 def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
-    """Choose the injection, or check the one that was asked for.
+    """Choose the injection, or check the requested one.
 
     Raises:
-        UnsupportedMethodError: the injection that was asked for is not available in this model, or would not be exact.
+        UnsupportedMethodError: the requested injection is not available for this model, or would not be exact.
     """
     structure = prompt.prompted_model.structure
     if prompt.method.enters == "branch":
@@ -71,7 +71,7 @@ def _hook_linears(prompt: SoftPrompt) -> None:
 def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> Injection:
     if asked not in (None, possible):
         raise UnsupportedMethodError(
-            f"injection={asked!r} is not available for {type(prompt.model).__name__}; this prompt can enter it by {possible!r}.",
+            f"injection={asked!r} is not available for {type(prompt.model).__name__}; this prompt can use {possible!r}.",
             "Leave `injection` out.",
             asked=repr(asked),
             possible=repr(possible),
@@ -80,14 +80,14 @@ def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> I
 
 
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
-    """Refuse a prompt at the end of a language model's text: no token is trained after it, and it would move as text is added.
+    """Refuse a prompt at the end of a language model's text, where no token follows and generated text would move the prompt.
 
     Raises:
         UnsupportedMethodError: the model generates, and the prompt is at the end.
     """
     if prompt.layout.has_tail and prompt.prompted_model.structure.entry.causal and can_generate(prompt.model):
         raise UnsupportedMethodError(
-            f"{type(prompt.model).__name__} generates text; a prompt at the end would move as the text grows.",
+            f"{type(prompt.model).__name__} generates text, so a prompt at the end would move as the text grows.",
             "Use placement='front' or 'after_first', or a layout with an anchor or a field after its last slots, such as a field "
             "for the text to generate.",
             model=type(prompt.model).__name__,

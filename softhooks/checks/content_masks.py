@@ -1,6 +1,6 @@
-"""Check at attach that attention masks do not depend on the text.
+"""Check at attach that attention masks do not depend on the content of the text.
 
-Doge makes its masks from values, DeepSeek-V3.2 from a selection of keys.
+Doge computes its masks from values, DeepSeek-V3.2 from a selection of keys.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from softhooks.prompt import SoftPrompt
 
 
 class _MaskPass(Pass):
-    """A forward that records the mask of each site of self-attention.
+    """A forward that records the mask of each self-attention site.
 
     Attributes:
-        rows: the text's embeddings, [1, T, H], with respect to which masks are differentiated.
-        masks: by the site's index.
+        rows: the text's embeddings, [1, T, H], in the autograd graph of masks that depend on them.
+        masks: the masks by site index.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -45,13 +45,12 @@ class _MaskPass(Pass):
 
 
 def require_common_masks(prompt: SoftPrompt) -> None:
-    """Check, for a prompt that enters as keys and values, that two texts have the same masks, without a gradient to the texts.
+    """Check, for a prompt that enters as keys and values, that two texts have equal masks without a gradient to the texts.
 
-    With fresh weights masks may be equal by chance; the autograd graph shows what they are computed from.
+    With random weights, masks may be equal by chance; the autograd graph shows their inputs.
 
     Raises:
-        UnsupportedMethodError: the masks depend on the text: then the keys and values of words do not have the effect of the
-        words.
+        UnsupportedMethodError: the masks depend on the text, so the keys and values of words lack the effect of the words.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "attention":
@@ -70,7 +69,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
             "Use a prompt that enters as embeddings, such as PromptTuning.",
             model=f"{type(prompt.model).__name__} ({stack.path or 'the model itself'})",
             method=prompt.method.kind,
-            because="its layers compute them from the text's own keys or values, which a prefix is not part of",
+            because="its layers compute them from the keys or values of the text, which do not include a prefix",
         )
 
 

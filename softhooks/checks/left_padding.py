@@ -1,7 +1,7 @@
-"""Check at attach whether rows may begin with padding.
+"""Check at attach whether rows may start with padding.
 
-A model that takes the positions of each row's text needs no check. Others count columns, padding included (ProphetNet,
-Pegasus-X), or apply the mask of a prefix to the wrong columns (GIT): more padding before the same text would change the answer.
+A model that takes positions for each row needs no check. Other models count columns, including padding (ProphetNet, Pegasus-X),
+or apply the mask of a prefix to the wrong columns (GIT), so more padding before the same text would change the output.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PADDING = 3
 
 @torch.no_grad()
 def takes_left_padding(prompt: SoftPrompt) -> bool:
-    """Whether masked padding before a text leaves the answer with a prompt unchanged; False also where the forward fails.
+    """Whether masked padding before a text leaves the output with a prompt unchanged; False if the forward fails.
 
-    True for a model that reads padding in spite of the mask without a prompt, too: then the prompt is not the cause.
+    True for a model whose output also changes without a prompt, because then the prompt is not the cause.
     """
     if _takes_positions(prompt):
         return True
@@ -43,13 +43,13 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
             with perturbed_copy(prompt, 1.0, 0):
                 return _equal(_states(prompt, inputs, cut=False), _states(prompt, _padded(inputs, pad), cut=True))
         except SoftHooksError:
-            return True  # such rows are refused by name already
+            return True  # these rows are already refused with a specific error
         except FORWARD_ERRORS:
             return False
 
 
 def _takes_positions(prompt: SoftPrompt) -> bool:
-    """Whether the stack takes positions for each row, and no prefix enters through a cache, whose columns masks may miss."""
+    """Whether the stack takes positions for each row and no prefix enters by a cache (masks may not cover its columns)."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.takes_position_ids or (table is not None and table.by_row)
@@ -62,7 +62,7 @@ def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
 
 
 def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
-    """The last hidden states of the text, in the last stack, [.., T, H]."""
+    """Return the last hidden states of the text in the last stack, [.., T, H]."""
     structure = prompt.prompted_model.structure
     stack = structure.stacks[-1]
     with recorded_states(stack.module, stack.state) as states, prompt.without_objective():

@@ -1,7 +1,7 @@
-"""Check at attach that a prompt changes the model's output, and that every trained part of it gets a gradient.
+"""Check at attach that a prompt changes the model's output, and that every trained part of the prompt gets a gradient.
 
-The check uses a copy of the encoder with random changes, because an initial prompt may have no effect by design (gates at zero).
-The prompt itself, gradients, random states and results kept between forwards stay as they are.
+The check uses a copy of the encoder with random changes, because a new prompt may have no effect by design (gates at zero).
+The prompt itself, gradients, random states and cached results are not changed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from softhooks.prompt import SoftPrompt
 from softhooks.prompt_encoder import PromptEncoder
 
 _SCALES = (1.0, 0.1, 10.0)
-"""The sizes of the random changes, tried in turn: too large ones overflow, too small ones vanish in a low precision."""
+"""The sizes of the random changes to try in turn: large ones may overflow, small ones may vanish in a low precision."""
 
 
 def prove_reach(prompt: SoftPrompt) -> None:
-    """Check that the prompt changes the model's output and, if it is trained, that every part of it gets a gradient.
+    """Check that the prompt changes the model's output and, if it is trainable, that all its parts get a gradient.
 
-    In inference mode there are no gradients, and the output alone is checked.
+    In inference mode there are no gradients, so only the output is checked.
 
     Raises:
         UnsupportedModelError: the model does not run with the prompt, or the prompt or a part of it has no effect.
@@ -49,7 +49,7 @@ def prove_reach(prompt: SoftPrompt) -> None:
 
 
 def _show_effect(prompt: SoftPrompt) -> None:
-    """Compare the outputs of two prompts."""
+    """Check that two randomly changed prompts give different outputs."""
     for scale in _SCALES:
         outputs = []
         for seed in (0, 1):
@@ -62,18 +62,18 @@ def _show_effect(prompt: SoftPrompt) -> None:
 
 
 def _output(prompt: SoftPrompt) -> Tensor | None:
-    """The first floating-point tensor that the model returns; None if no number in it is finite."""
+    """Return the first floating-point tensor in the model's output, or None if none of its values is finite."""
     with prompt.without_objective():
         output: Any = prompt.model(**probe_inputs(prompt), **_without_cache(prompt.model))
     values = [output] if isinstance(output, Tensor) else output.values() if hasattr(output, "values") else output
     found = next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
     if found is None:
-        raise _refusal(prompt, f"the model returns no floating-point tensor, but a {type(output).__name__}")
+        raise _refusal(prompt, f"the model returns a {type(output).__name__} without a floating-point tensor")
     return found if bool(found.isfinite().any()) else None
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """Turn the cache off where gradients are computed: some models (RWKV) overwrite in it what the backward needs."""
+    """Return the argument that disables the cache, because some models (RWKV) overwrite in it tensors for the backward."""
     takes = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
     return {"use_cache": False} if takes and torch.is_grad_enabled() else {}
 
@@ -82,7 +82,7 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 def _show_gradient(prompt: SoftPrompt) -> None:
-    """Compute gradients of the output for a copy of the encoder, and refuse if a part has none."""
+    """Compute gradients of the output for a copy of the encoder, and refuse the model if some part gets none."""
     dead: list[str] = []
     for scale in _SCALES:
         with torch.enable_grad(), perturbed_copy(prompt, scale, seed=0) as encoder:
@@ -93,15 +93,15 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 
 
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
-    """The names of the parts without a gradient: parameters, and the parts of the encoder's output for single layers.
+    """List the parts that get no gradient: parameters of the encoder, and the parts of its output for single layers.
 
-    A layer may run without gradients in some of its calls (HRM). Its part of a prefix would stay as it was initialized; and with
-    the keys and values of another call, a prefix of real words would differ from the words. So such a model is refused.
+    A layer may run without gradients in some of its calls (HRM). Its part of a prefix would stay as initialized, and with keys and
+    values from another call a prefix of real words would differ from the words, so the model is refused.
     """
     made: dict[str, Tensor] = {}
 
     def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # A view, not the parameter itself, which may be used elsewhere too.
+        # A view, because the parameter itself may be used elsewhere.
         made[args[0]] = output = output.view_as(output)
         return output
 
@@ -109,8 +109,8 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
     with _recorded_calls(prompt.model) as called:
         output = _output(prompt)
     if output is None or output.grad_fn is None:
-        return ["it, for the output is not finite" if output is None else "any part of it"]
-    # Random weights, for the plain sum of an output may be constant, as that of a softmax is.
+        return ["the prompt, because the output is not finite" if output is None else "any part of the prompt"]
+    # Random weights, because the plain sum of an output may be constant (a softmax).
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
     parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     targets = [*parameters.values(), *made.values()]
@@ -128,7 +128,7 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
 
 @contextmanager
 def _recorded_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """Record which modules are called; an expert that gets no token is not."""
+    """Record which modules are called; an expert without tokens is not called."""
     called: set[nn.Module] = set()
     with Patches() as patches:
         for part in every_module(model):
@@ -147,7 +147,7 @@ def _listed(names: list[str]) -> str:
 
 def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{found}; a prompt must reach the model's output, and get a gradient where it is trained.",
+        f"{found}; a prompt must change the model's output and, if trained, get a gradient.",
         OTHER_METHOD,
         model=type(prompt.model).__name__,
         method=repr(prompt.method),
@@ -161,7 +161,7 @@ def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
 
 @contextmanager
 def perturbed_copy(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[PromptEncoder]:
-    """Replace the encoder by a copy with random changes, for the length of a block; keep no result of it."""
+    """Replace the encoder by a copy with random changes while the `with` block runs, and discard its results."""
     duplicate = copy.deepcopy(prompt.encoder).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

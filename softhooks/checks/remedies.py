@@ -1,4 +1,4 @@
-"""Remedies in the errors of `attach`, tried on the model before an error names them."""
+"""Remedies for the errors of `attach`, which are tried on the model before an error names them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TRIAL = "softhooks_trial"
 def names_tried_remedies(
     attach: Attach,
 ) -> Callable[[Callable[Arguments, SoftPrompt]], Callable[Arguments, SoftPrompt]]:
-    """Decorate a function that attaches, so that its errors name remedies that were tried on the model and work.
+    """Decorate a function that attaches a prompt, so that its errors only name remedies that work on the model.
 
-    The decorated function takes the model, the method and the name first, and undoes everything when it raises.
+    The decorated function takes the model, the method and the name first, and undoes everything if it raises.
 
     Args:
-        attach: attaches a method to a model under a name, to try what works.
+        attach: attaches a method to a model under a name, for trying remedies.
     """
 
     def decorate(function: Callable[Arguments, SoftPrompt]) -> Callable[Arguments, SoftPrompt]:
@@ -67,26 +67,26 @@ def _with_tried(attach: Attach, message: str, model: nn.Module, method: Method) 
 
 
 def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
-    """Name a text model inside the model that the method can be attached to.
+    """Suggest a text model inside this model that a prompt of this method can be attached to.
 
-    One that attends to states of another part of the model does not count: by itself it runs without them.
+    A text model that attends to states of another part of the model does not count, because alone it runs without these states.
     """
     for path, part in model.named_modules():
         if part is model or not hasattr(part, "config") or not callable(getattr(part, "get_input_embeddings", None)):
             continue
         if not _is_fed(part) and _fits(attach, part, method):
-            return f"Attach to the text model inside: `model.{path}`, a {type(part).__name__}."
+            return f"Attach to the inner text model `model.{path}`, a {type(part).__name__}."
     return "Attach to another model: no part of this one runs on token ids alone."
 
 
 def _is_fed(part: nn.Module) -> bool:
-    """Whether a model takes states of another one, as a decoder does that attends to a text or an image."""
+    """Whether a model takes the states of another model, such as a decoder that attends to a text or an image."""
     arguments = inspect.signature(part.forward).parameters
     return any(name.endswith("_states") and name not in ("hidden_states", "output_hidden_states") for name in arguments)
 
 
 def _other_method(attach: Attach, model: nn.Module, method: Method) -> str:
-    """Name the methods that can enter the model."""
+    """Suggest other methods that can enter the model."""
     others: list[Method] = [PromptTuning(1), PrefixTuning(1), LlamaAdapter(1)]
     names = [type(other).__name__ for other in others if other.enters != method.enters and _fits(attach, model, other)]
     if not names:

@@ -1,4 +1,4 @@
-"""A comparison at attach of a shared prompt with the same prompt as slots."""
+"""Compare, at attach, a shared prompt with the same prompt as slots."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _COMPARED: tuple[Injection, Injection] = ("shared", "slots")
 
 
 def shares_exactly(prompt: SoftPrompt) -> bool:
-    """Whether a prompt that is computed once gives the states that it gives as slots, on rows without and with padding.
+    """Whether a prompt that is computed once gives the same states as with slots, on rows without and with padding.
 
-    The text is longer than the short windows and chunks of the model, so that they take effect. The difference must be small for
-    the precision of the states, and next to the effect of the prompt. Where one of the two does not run, the answer is no.
+    The text is longer than the short windows and chunks of the model, so that they take effect. The difference must be small
+    relative to the precision of the states and to the effect of the prompt. False if one of the two forwards fails.
     """
     stack = prompt.prompted_model.structure.entry
     if _exceeds_probe(stack):
@@ -36,7 +36,7 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
     shared = _states(prompt, "shared", call)
     plain = None if shared is None else _states(prompt, "slots", call)
     is_alone = shared is not None and plain is None
-    if is_alone:  # the model around the stack makes masks that slots cannot widen: compare the stack by itself
+    if is_alone:  # the outer model makes masks that slots cannot widen, so compare only the stack
         shared, plain = (_states(prompt, injection, call, alone=True) for injection in _COMPARED)
     if shared is None or plain is None:
         return False
@@ -49,10 +49,10 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
 
 
 def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bool:
-    """Whether two results are equal up to rounding.
+    """Whether the states with two injections are equal up to rounding.
 
     Args:
-        without: the result without a prompt: a difference as large as the prompt's effect is not rounding.
+        without: the states without a prompt; a difference as large as the prompt's effect is not rounding.
         precision: the machine epsilon of the states' dtype.
     """
     if not _are_finite(ours, theirs):
@@ -65,7 +65,7 @@ def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bo
 
 
 def _is_rounding(ours: Tensor, theirs: Tensor, precision: float) -> bool:
-    """Whether a difference is as small as that of another order of summation, however small the prompt's effect is."""
+    """Whether a difference is small enough to come from summing in a different order, even if the effect is small too."""
     return _are_finite(ours, theirs) and _size(ours - theirs) <= 4 * precision * _size(theirs)
 
 
@@ -78,9 +78,9 @@ def _size(states: Tensor) -> float:
 
 
 def _exceeds_probe(stack: Stack) -> bool:
-    """Whether the config has chunks or a selection of keys, which would differ in texts longer than a probe.
+    """Whether the config has chunks or a selection of keys, which would differ for texts longer than a probe.
 
-    Chunks begin at fixed columns of the text, and keys are selected among the text's own.
+    Chunks start at fixed columns of the text, and keys are selected from the text only.
     """
     config: Any = getattr(stack.module, "config", None)
     chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
@@ -89,7 +89,7 @@ def _exceeds_probe(stack: Stack) -> bool:
 
 
 def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
-    """A call of three rows; the second ends with padding and the third begins with it."""
+    """Make a call of three rows; the second ends with padding and the third starts with padding."""
     positions, length = stack.positions, prompt.layout.num_slots
     limits = [
         limit for limit in (positions.limit, positions.trained, positions.dynamic_rope_length) if limit is not None
@@ -110,10 +110,10 @@ def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
 def _states(
     prompt: SoftPrompt, injection: Injection | None, call: dict[str, Tensor], alone: bool = False
 ) -> Tensor | None:
-    """The stack's last hidden states with one injection, or without the prompt; None where the forward fails.
+    """Return the stack's last hidden states with one injection or without the prompt, or None if the forward fails.
 
     Args:
-        alone: call the stack itself, not the model around it.
+        alone: whether to call the stack itself instead of the whole model.
     """
     prompted, stack = prompt.prompted_model, prompt.prompted_model.structure.entry
 

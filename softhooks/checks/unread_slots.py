@@ -1,6 +1,6 @@
-"""Check at attach that no head or pooler of an encoder reads the state of a slot.
+"""Check at attach that heads and poolers of an encoder do not read the state of a slot.
 
-One that takes a column by its number would.
+A head that selects a column by its index would do so.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _Change = Callable[[nn.Module, Tensor], Tensor]
 
 
 def check_unread(prompt: SoftPrompt) -> None:
-    """Change the last layer's states of slots, and check that the model's outputs stay the same.
+    """Change the slots' states in the last layer, and check that the model's outputs stay the same.
 
-    Text attends to slots in the layers only. In a decoder the last slot before a token predicts it, and the decoder of an
-    encoder-decoder attends to slots: there they are read on purpose, and nothing is checked.
+    Text attends to slots only inside the layers. In a decoder the last slot before a token predicts the token, and the decoder of
+    an encoder-decoder attends to slots; there the states are read on purpose, and nothing is checked.
 
     Raises:
         UnsupportedMethodError: the outputs change.
@@ -39,7 +39,7 @@ def check_unread(prompt: SoftPrompt) -> None:
         with _watched(stack, lambda _module, states: states) as calls:
             answer = _answer(prompt)
         if not calls:
-            return  # no layer returns a state for each column; the stack's own output is checked where slots are removed
+            return  # no layer returns one state per column; the stack's own output is checked when slots are removed
         last, count = calls[-1], sum(call is calls[-1] for call in calls)
         passed: list[nn.Module] = []
 
@@ -53,7 +53,7 @@ def check_unread(prompt: SoftPrompt) -> None:
     moved = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
     if moved:
         raise UnsupportedMethodError(
-            f"the state of a slot goes into {', '.join(moved)}; nothing after a model's layers may read a virtual token.",
+            f"the state of a slot changes {', '.join(moved)}; nothing after a model's layers may read a virtual token.",
             "Use another placement, such as placement='after_first', or a prompt that enters as keys and values, such as "
             "PrefixTuning.",
             model=type(prompt.model).__name__,
@@ -62,7 +62,7 @@ def check_unread(prompt: SoftPrompt) -> None:
 
 
 def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """The floating-point tensors that a forward returns, by name; tuples, such as the layers' states, are left out."""
+    """Return the floating-point tensors of a forward's output by name, without tuples such as the layers' states."""
     with prompt.without_objective():
         output: Any = prompt.model(**probe_inputs(prompt))
     named = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
@@ -73,7 +73,7 @@ def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
-    """Record, in order, the layers that return a state for each column of text and slots, and change these states."""
+    """Record, in order, the layers that return a state for each column of text and slots, and apply `change` to the states."""
     called: list[nn.Module] = []
 
     def after(module: nn.Module, _args: Any, output: Any) -> Any:

@@ -1,1 +1,1 @@
-"""What accelerate, PEFT, FSDP2, DeepSpeed and bitsandbytes do to a model, and how prompts work with it."""
+"""Make prompts work with models that accelerate, PEFT, FSDP2, DeepSpeed or bitsandbytes has changed."""

@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps on the CPU or on disk and loads for each forward (`device_map`, `cpu_offload`)."""
+"""Offloaded models: accelerate keeps their weights on the CPU or disk and loads them for each forward (`device_map` etc.)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from softhooks.errors import UnsupportedModelError
 from softhooks.patching.patches import Patches
 
 _HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward", "forward")
-"""What accelerate sets on the instance of a module."""
+"""The attributes that accelerate sets on the instance of a module."""
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device on which a module computes: that of its weights, or that to which accelerate loads them.
+    """Return the device on which a module computes: the device of its weights, or where accelerate loads them to.
 
     Raises:
-        UnsupportedModelError: its weights are on the meta device, and nothing loads them.
+        UnsupportedModelError: the weights are on the meta device, and no hook loads them.
     """
     weight = next(chain(module.parameters(), module.buffers()), None)
     if weight is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no parameters and no buffers, so that its device is not known.",
-            "Attach to the model that holds the embedding of its tokens.",
+            f"{type(module).__name__} has no parameters and no buffers, so its device is unknown.",
+            "Attach to the model that contains the token embedding.",
         )
     if not weight.is_meta:
         return weight.device
@@ -34,13 +34,13 @@ def device_of(module: nn.Module) -> torch.device:
     if device is None:
         raise UnsupportedModelError(
             f"the weights of {type(module).__name__} are on the meta device, and no hook loads them.",
-            "Load the weights, or let accelerate offload each module by itself (without `preload_module_classes`).",
+            "Load the weights, or let accelerate offload each module separately (without `preload_module_classes`).",
         )
     return torch.device(device)
 
 
 def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Read a tensor of a model from the CPU or from disk if it is offloaded; one that cannot be read stays a meta tensor."""
+    """Read a model's tensor, from the CPU or disk if it is offloaded; return a meta tensor if it cannot be read."""
     if not tensor.is_meta:
         return tensor
     from accelerate.utils.modeling import align_module_device, has_offloaded_params
@@ -56,7 +56,7 @@ def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def without_accelerate_hooks(module: nn.Module) -> Iterator[None]:
-    """Remove accelerate's hooks in a block that copies a module: the copy must not load the weights of the original."""
+    """Remove accelerate's hooks while the `with` block copies a module, so that the copy does not load the original's weights."""
     with Patches() as patches:
         for part in module.modules():
             if "_hf_hook" in part.__dict__:

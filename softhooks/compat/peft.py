@@ -1,4 +1,4 @@
-"""Base models that PEFT has wrapped: find the model inside, and refuse what would lose a prompt."""
+"""Base models that PEFT has wrapped: find the inner model, and refuse calls that would lose a prompt."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ _UNLOADS = ("merge_and_unload", "unload")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model; any other model as it is."""
+    """Return the transformers model inside a PEFT model, or any other model unchanged."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
 
 
 def path_in_wrapper(model: nn.Module) -> str:
-    """The path of the transformers model inside a PEFT model, with a dot at the end; empty for any other model.
+    """Return the path of the transformers model inside a PEFT model, with a dot at the end; empty for any other model.
 
-    The paths of saved heads begin after it, so that a prompt that was trained over LoRA fits the merged model too.
+    The paths of saved heads start after this prefix, so that a prompt trained with LoRA also fits the merged model.
     """
     inner = unwrapped(model)
     return "" if inner is model else next(f"{path}." for path, part in model.named_modules() if part is inner)
 
 
 def refuse_peft_prompts(model: nn.Module) -> None:
-    """Refuse a PEFT model whose adapters are prompts: both libraries would insert theirs.
+    """Refuse a PEFT model whose adapters are prompts, because both libraries would insert a prompt.
 
     Raises:
-        UnsupportedModelError: naming them.
+        UnsupportedModelError: the model has PEFT prompts; the error names them.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
@@ -39,8 +39,8 @@ def refuse_peft_prompts(model: nn.Module) -> None:
     found = {name: _kind(config) for name, config in configs.items() if _is_prompt(config)}
     if found:
         raise UnsupportedModelError(
-            "the model has prompts of PEFT already; a prompt of softhooks cannot be attached to it.",
-            "Convert them for the model without PEFT with `softhooks.integrations.peft.from_peft(peft_model, model)`.",
+            "the model already has PEFT prompts, so a softhooks prompt cannot be attached to it.",
+            "Convert the PEFT prompts for the unwrapped model with `softhooks.integrations.peft.from_peft(peft_model, model)`.",
             adapters=", ".join(f"{name!r} ({kind})" for name, kind in found.items()),
         )
 
@@ -55,7 +55,7 @@ def _is_prompt(config: Any) -> bool:
 
 
 def refuse_unloading(model: nn.Module, patches: Patches) -> None:
-    """Make the methods of a PEFT model raise that return the model without its wrapper, which holds the prompts."""
+    """Make the methods that unwrap a PEFT model raise an error, because the removed wrapper holds the prompts."""
     if unwrapped(model) is model or not hasattr(model, "peft_config"):
         return
     for module in (model, getattr(model, "base_model", model)):
@@ -65,14 +65,14 @@ def refuse_unloading(model: nn.Module, patches: Patches) -> None:
 
 
 class _Refusal:
-    """Stands in for a method that would lose the prompts. A class, so that copies of the model can be pickled."""
+    """Replacement for a method that would lose the prompts; a class, so that copies of the model can be pickled."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise AttachError(
-            f"`{self._name}` returns the model without its PEFT wrapper, which holds the prompts, heads and hooks.",
-            "Save the prompt and remove it, merge, and load it onto the merged model; or keep the wrapper: "
-            "`merge_adapter()` merges in place.",
+            f"`{self._name}` would remove the PEFT wrapper, which holds the prompts, heads and hooks.",
+            "Save and remove the prompt, merge, and load it onto the merged model; or keep the wrapper and merge in place "
+            "with `merge_adapter()`.",
         )

@@ -1,4 +1,4 @@
-"""Adapter layers of PEFT in a base model: what their output depends on apart from tensors."""
+"""PEFT's adapter layers in a base model: the state other than tensors on which their output depends."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 from softhooks.errors import UnsupportedModeError
 
 _PER_ROW = ("adapter_names", "alora_offsets")
-"""What PEFT passes to its layers for each row of one forward, by hooks that last as long as that forward."""
+"""The arguments that PEFT passes to its layers for each row of a forward, by hooks that it removes after the forward."""
 
 
 def adapter_state(module: nn.Module, model: nn.Module) -> tuple[Any, ...]:
-    """Which adapters in a module are active, and their scales: what PEFT changes without changing a tensor.
+    """Return the active adapters in a module and their scales, which PEFT changes without changing a tensor.
 
     Args:
-        model: the model that holds the module.
+        model: the model that contains the module.
 
     Raises:
         UnsupportedModeError: the rows of this forward have different adapters.
@@ -35,7 +35,7 @@ def adapter_state(module: nn.Module, model: nn.Module) -> tuple[Any, ...]:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """List the layers of PEFT in a module. This runs for each token, so each class is inspected once."""
+    """List the PEFT layers in a module. This runs for each token, so each class is inspected only once."""
     if "peft" not in sys.modules:
         return []
     found: list[nn.Module] = []
@@ -55,7 +55,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 
 def _per_row(hook: Any) -> str | None:
-    """The name of the argument that a hook passes for each row, if it does."""
+    """Return the name of the per-row argument that a hook passes, or None."""
     keywords = getattr(hook, "keywords", None) or {}
     return next((name for name in _PER_ROW if keywords.get(name) is not None), None)
 
@@ -66,14 +66,14 @@ def _require_one_for_all_rows(layer: nn.Module, model: nn.Module) -> None:
         if given is not None:
             _remove_hooks(model)
             raise UnsupportedModeError(
-                f"`{given}` gives each row an adapter of its own, but the keys and values of a prompt are computed once for all.",
+                f"`{given}` gives each row its own adapter, but the keys and values of a prompt are computed once for all rows.",
                 "Attach the prompt with `injection='slots'`, or call the model once for each adapter.",
                 layer=type(layer).__name__,
             )
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Remove the hooks of this forward: after an error PEFT would leave them, and every later forward would run them."""
+    """Remove PEFT's hooks for this forward: PEFT does not do so after an error, and later forwards would run them."""
     for layer in _layers(model):
         for number in [number for number, hook in layer._forward_pre_hooks.items() if _per_row(hook) is not None]:
             del layer._forward_pre_hooks[number]

@@ -1,4 +1,4 @@
-"""Models whose parameters are sharded over processes (FSDP2, DeepSpeed): gather them, and refuse what cannot work on shards."""
+"""Models whose parameters are sharded over processes (FSDP2, DeepSpeed): gather shards, and refuse unsupported uses."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ class Prompt(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """The model, which holds the prompt's parameters."""
+        """The model, which contains the prompt's parameters."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable parameters, by their names in the model."""
+        """Return the trainable parameters, by their names in the model."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of a tensor. `DTensor` is not named here: its module takes long to import."""
+    """Whether this process holds only a part of a tensor. `DTensor` itself is not imported, because that is slow."""
     return hasattr(tensor, "full_tensor")
 
 
 def is_sharded_model(model: nn.Module) -> bool:
-    """Whether a model is sharded, also while its parameters are gathered (after an evaluation)."""
+    """Whether a model is sharded, even if its parameters are currently gathered (after an evaluation)."""
     is_managed = any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
     return is_managed or any(map(is_sharded, model.parameters()))
 
 
 def gather_root(model: nn.Module) -> None:
-    """Gather the weights of a sharded model's root again: a forward inside its own forward has sharded them at its end."""
+    """Gather the root weights of a sharded model again, after a nested forward has resharded them at its end."""
     unshard = getattr(model, "unshard", None)
     if unshard is not None and is_sharded_model(model):
         unshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor, which every process must do; any other tensor is returned as it is."""
+    """Gather a sharded tensor, in which every process must take part; return any other tensor unchanged."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor
@@ -52,14 +52,14 @@ def full(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(prompt: Prompt, state: Mapping[str, Tensor] | None = None) -> Iterator[bool]:
-    """Replace a prompt's sharded parameters by whole ones in a block that saves them.
+    """Replace a prompt's sharded parameters by full ones while the `with` block saves them.
 
     Args:
-        state: a full state dict of the model, if there is one. Its values are saved: they may be averages, for instance. Without
-            it every process must enter the block.
+        state: a full state dict of the model with the values to save, such as averages. Without it, every process must enter
+            the block.
 
     Yields:
-        whether this process is the one to write.
+        whether this process writes the file.
     """
     writes = True
     with Patches() as patches:
@@ -78,23 +78,23 @@ def gathered(prompt: Prompt, state: Mapping[str, Tensor] | None = None) -> Itera
 
 
 def refuse_sharded(base: Iterable[Tensor]) -> None:
-    """Refuse to compute a prompt once for all rows with a model whose weights are gathered for each layer only.
+    """Refuse to compute a prompt once for all rows with a model that gathers its weights layer by layer.
 
     Raises:
-        UnsupportedModeError: the prompt's keys and values would outlive the weights that their backward needs.
+        UnsupportedModeError: the model is sharded, so the weights for the backward of the keys and values would be gone.
     """
     if distributed.is_available() and distributed.is_initialized() and any(map(is_sharded, base)):
         raise UnsupportedModeError(
-            "injection='shared' computes the prompt once for all rows, which a sharded model (fully_shard) does not support.",
-            "Attach it with `injection='slots'`, before the model is sharded.",
+            "injection='shared' computes the prompt once for all rows, which does not work in a sharded model (fully_shard).",
+            "Attach the prompt with `injection='slots'`, before the model is sharded.",
         )
 
 
 def refuse_partitioned(model: nn.Module) -> None:
-    """Refuse a model whose weights DeepSpeed (ZeRO stage 3) has partitioned: they exist in its own forwards only.
+    """Refuse a model whose weights DeepSpeed (ZeRO stage 3) has partitioned, so that they only exist during its forwards.
 
     Raises:
-        UnsupportedModelError: naming a weight.
+        UnsupportedModelError: the weights are partitioned; the error names one.
     """
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):

@@ -1,1 +1,1 @@
-"""Attributes, functions and hooks that are set on other people's objects, and put back."""
+"""Patches that set attributes, functions and hooks on objects of other libraries or the user, and restore the originals."""

@@ -1,4 +1,4 @@
-"""A method of a model, replaced on the instance by an object that runs code around it."""
+"""Wrappers that replace a method on a model instance and run code around it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 
 
 class MethodWrapper:
-    """Base class of such objects. They are not closures, so that a deep copy of the model calls its own method.
+    """Base class of method wrappers. They are not closures, so that a deep copy of the model calls its own method.
 
     Args:
         model: the model whose method it is.
         name: the name of the method.
 
     Attributes:
-        before: an earlier replacement on the instance, which this one calls; None: the method of the class.
+        before: an earlier replacement on the instance, which this wrapper calls, or None for the method of the class.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -26,7 +26,7 @@ class MethodWrapper:
         self.before: Callable[..., Any] | None = model.__dict__.get(name)
 
     def original(self) -> Callable[..., Any]:
-        """The method as the model had it."""
+        """The method that was replaced."""
         if self.before is not None:
             return self.before
         kind = type(self.model)

@@ -9,11 +9,11 @@ from torch import nn
 
 
 class MovableHook:
-    """A forward hook, which runs after the hooks that were registered before it was registered or moved.
+    """A forward hook that runs after all hooks that were registered before it was registered or last moved.
 
     Args:
-        module: gets the hook.
-        hook: as for `register_forward_hook`.
+        module: the module to hook.
+        hook: the hook, as for `register_forward_hook`.
     """
 
     def __init__(self, module: nn.Module, hook: Callable[..., Any]) -> None:

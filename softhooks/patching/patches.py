@@ -1,16 +1,16 @@
-"""Attributes set on objects that belong to the user, transformers or torch, and put back later.
+"""Set attributes on objects that belong to the user, transformers or torch, and restore them later.
 
 Everything that softhooks sets on such an object goes through `Patches`:
 
     patches.set(module, "forward", forward)             an attribute of one instance, class or Python module
     patches.set(mapping, "sdpa", function)              an entry of a dictionary
-    patches.wrap(Trainer, "compute_loss", wrapper_of)   a function, replaced by a wrapper of it, once
-    patches.delete(module, "_hf_hook")                  an attribute that must be gone for a while
+    patches.wrap(Trainer, "compute_loss", wrapper_of)   a function, wrapped at most once
+    patches.delete(module, "_hf_hook")                  an attribute to delete temporarily
     patches.keep(module.register_forward_hook(hook))    anything with `remove()`
-    patches.undo()                                      puts everything back, the last first
+    patches.undo()                                      restores everything, in reverse order
 
-`with Patches() as patches:` and `with patched(owner, name, value):` put back at the end of the block. What several models share,
-process-wide, is a `softhooks.patching.shared_patches.SharedPatches`.
+`with Patches() as patches:` and `with patched(owner, name, value):` restore at the end of the block. Process-wide patches that
+several models share are a `softhooks.patching.shared_patches.SharedPatches`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any, Protocol
 
 
 class Handle(Protocol):
-    """Something that can be undone, such as the handle of a hook."""
+    """An object with `remove()`, such as the handle of a hook."""
 
     def remove(self) -> object:
-        """Undo it."""
+        """Undo the change."""
 
 
 class _Absent:
-    """Stands for a missing attribute. The class itself is used, never an instance: a copy of a class is the class."""
+    """Placeholder for a missing attribute. The class itself is used, because copying a class returns the same object."""
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """One attribute of an object, or one entry of a dictionary, with the value before and the value now."""
+    """One attribute of an object or one entry of a dictionary, with its old and its new value."""
 
     owner: Any
     name: str
@@ -43,17 +43,17 @@ class Patch:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the value is still there; False once other code has set another one."""
+        """Whether the new value is still set, that is, other code has not replaced it."""
         return _get(self.owner, self.name) is self.value
 
     def remove(self) -> None:
-        """Put the value before back, unless other code has set another value since."""
+        """Restore the old value, unless other code has set a different value since."""
         if self.is_in_place:
             _put(self.owner, self.name, self.before)
 
 
 class Patches:
-    """Attributes that were set and handles that were registered, in order. Picklable and copyable with the objects in it."""
+    """The attributes that were set and the handles that were registered, in order. Can be copied and pickled."""
 
     def __init__(self) -> None:
         self._made: list[Patch | Handle] = []
@@ -68,20 +68,20 @@ class Patches:
         return bool(self._made)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute of an object, past any setter of its class, or an entry of a dictionary."""
+        """Set an attribute of an object, bypassing any setter of its class, or set an entry of a dictionary."""
         self._made.append(patch(owner, name, value))
 
     def delete(self, owner: Any, name: str) -> None:
-        """Delete an attribute of an object or an entry of a dictionary; nothing happens if there is none."""
+        """Delete an attribute of an object or an entry of a dictionary, if it exists."""
         self.set(owner, name, _Absent)
 
     def wrap(self, owner: Any, name: str, wrapper_of: Callable[[Any], Any]) -> None:
-        """Replace a function by a wrapper of it, unless these patches have done so already."""
+        """Wrap a function, unless these patches have already wrapped it."""
         if not any(patch.owner is owner and patch.name == name for patch in self._patches()):
             self.set(owner, name, wrapper_of(owner[name] if isinstance(owner, dict) else getattr(owner, name)))
 
     def keep(self, handle: Handle) -> None:
-        """Remove a handle, such as that of a hook, when everything is undone."""
+        """Register a handle, such as a hook's, whose `remove()` is called when everything is undone."""
         self._made.append(handle)
 
     def restore(self, owner: Any, name: str) -> None:
@@ -93,11 +93,11 @@ class Patches:
                 return
 
     def values(self) -> list[Any]:
-        """The values that are set."""
+        """Return the values that are set."""
         return [patch.value for patch in self._patches()]
 
     def undo(self) -> None:
-        """Undo everything, the last first.
+        """Undo everything in reverse order.
 
         A patch that other code has replaced or wrapped stays, so that `wrap` does not wrap the same function twice.
         """
@@ -112,7 +112,7 @@ class Patches:
 
 
 def patch(owner: Any, name: str, value: Any) -> Patch:
-    """Set one attribute of an object, or one entry of a dictionary, until `remove()` is called on the result."""
+    """Set one attribute of an object or one entry of a dictionary until `remove()` is called on the result."""
     made = Patch(owner, name, _get(owner, name), value)
     _put(owner, name, value)
     return made
@@ -120,14 +120,14 @@ def patch(owner: Any, name: str, value: Any) -> Patch:
 
 @contextmanager
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set one attribute of an object, or one entry of a dictionary, for the length of a block."""
+    """Set one attribute of an object or one entry of a dictionary while the `with` block runs."""
     with Patches() as patches:
         patches.set(owner, name, value)
         yield
 
 
 def _get(owner: Any, name: str) -> Any:
-    """Read an attribute that an object has itself, not from its class; read an entry of a dictionary."""
+    """Read an attribute of the object itself (not of its class) or an entry of a dictionary."""
     return (owner if isinstance(owner, dict) else vars(owner)).get(name, _Absent)
 
 

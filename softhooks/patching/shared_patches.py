@@ -1,4 +1,4 @@
-"""Patches that hold for the whole process while anybody needs them, such as a wrapped function of transformers."""
+"""Process-wide patches that stay in place while something uses them, such as a wrapper around a function of transformers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _User = TypeVar("_User")
 
 
 class SharedPatches(Generic[_User]):
-    """Patches with their users: the first user has them made, and after the last one they are undone.
+    """Patches with users: they are made for the first user, and undone when the last user is removed.
 
-    Users are held weakly and compared by identity; one that is garbage collected is no user anymore. Safe with several threads.
+    Users are held by weak references, compared by identity, and removed when they are garbage collected. Thread-safe.
 
     Args:
-        make: called as `make(patches, *args)` for each user that is added; makes the patches that are not made yet.
+        make: called as `make(patches, *args)` for each added user; makes the patches that do not exist yet.
     """
 
     def __init__(self, make: Callable[..., None]) -> None:
@@ -35,7 +35,7 @@ class SharedPatches(Generic[_User]):
         return any(True for _ in self)
 
     def add(self, user: _User, *args: Any) -> None:
-        """Add a user and make the patches that it needs; they stay until it is discarded or garbage collected."""
+        """Add a user and make the patches that it needs; they stay until the user is discarded or garbage collected."""
         key = id(user)
         with self._lock:
             self._references[key] = weakref.ref(user, lambda _: self._leave(key))

@@ -159,7 +159,7 @@ class Bag(nn.Module):
 
 def test_a_model_whose_tokens_never_meet_is_refused() -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"^Bag has no stack(.|\n)*depends on the other tokens(.|\n)*no state"
+        UnsupportedModelError, match=r"^Bag has no stack(.|\n)*depends on the other tokens(.|\n)*each state"
     ):
         softhooks.attach(Bag(), PromptTuning(3))
 
@@ -192,7 +192,8 @@ def test_a_stack_that_feeds_no_output_is_refused() -> None:
     model = Misled()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
-        UnsupportedModelError, match=r"must reach the model's output(.|\n)*no gradient reaches any part of it"
+        UnsupportedModelError,
+        match=r"no gradient reaches any part of the prompt; a prompt must change the model's output",
     ):
         softhooks.attach(model, PromptTuning(3))
     assert list(model.state_dict()) == list(state)

@@ -113,7 +113,7 @@ def test_adapters_that_are_on_are_part_of_the_base(tmp_path: Path, trained_on: s
 
     folder = saved(make(trained_on), tmp_path)
     softhooks.load(make(trained_on), folder).remove()
-    with pytest.raises(PromptMismatchError, match=r"other adapters \(LoRA\) are on, or none"):
+    with pytest.raises(PromptMismatchError, match=r"different active adapters \(LoRA\) or without any"):
         softhooks.load(make(loaded_onto), folder)
     softhooks.load(make(loaded_onto), folder, strict=False).remove()
 
@@ -144,7 +144,7 @@ def test_a_quantized_base_is_known_again_with_a_word(tmp_path: Path, bits: int) 
     folder = saved(zoo.build("llama"), tmp_path / "prompt")
     config = tf.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
     load: Any = lambda: tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).eval()  # noqa: E731
-    said = rf"with another quantization \(none, now bitsandbytes load_in_{bits}bit\)"
+    said = rf"with a different quantization \(none in training, now bitsandbytes load_in_{bits}bit\)"
     with pytest.warns(UserWarning, match=said):
         softhooks.load(load(), folder).remove()
     again = saved(load(), tmp_path / "again")
@@ -172,7 +172,7 @@ def test_a_base_with_other_weights_is_refused(tmp_path: Path, arch: str, name: s
     saved(model, tmp_path, METHODS[name])
     other = reseeded(arch)
     before = {key: value.requires_grad for key, value in other.named_parameters()}
-    with pytest.raises(PromptMismatchError, match="its weights are others") as raised:
+    with pytest.raises(PromptMismatchError, match="its weights are different") as raised:
         softhooks.load(other, tmp_path)
     kind = type(model).__name__
     assert str(raised.value).count(kind) == 2

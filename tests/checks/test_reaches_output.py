@@ -135,8 +135,8 @@ def _blind(model: Any) -> Any:
     ("change", "message"),
     [
         (_without_backward, r"cause: *NotImplementedError: this kernel has no backward"),
-        (_cut_off, "no gradient reaches any part of it"),
-        (_blind, "no gradient reaches any part of it"),
+        (_cut_off, "no gradient reaches any part of the prompt"),
+        (_blind, "no gradient reaches any part of the prompt"),
     ],
 )
 def test_a_prompt_that_cannot_be_trained_is_refused(change: Callable[[Any], Any], message: str, method: Any) -> None:

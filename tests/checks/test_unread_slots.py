@@ -146,5 +146,5 @@ def _funnel(kind: str) -> Any:
 @pytest.mark.parametrize("kind", ["FunnelBaseModel", "FunnelForSequenceClassification"])
 @pytest.mark.parametrize("placement", ["front", "after_first", "end"])
 def test_a_funnel_that_pools_virtual_tokens_with_the_text_is_refused_at_attach(kind: str, placement: Any) -> None:
-    with pytest.raises(AttachError, match="one state a token"):
+    with pytest.raises(AttachError, match="one state per token"):
         softhooks.attach(_funnel(kind), PromptTuning(LENGTH, placement=placement))

@@ -67,12 +67,12 @@ _REASONS: list[tuple[str, str, str]] = [
         ),
     ),
     (
-        "no nn.Embedding that is given the text's ids as they are",
+        "no nn.Embedding that receives the text's ids unchanged",
         "prompt prefix adapter",
         "xlnet-causal ibert-masked",
     ),
     (
-        "nothing but the embeddings returns one state for each of the text's ids",
+        "only the embeddings return one state for each of the text's ids",
         "prompt prefix adapter",
         "funnel-sequence",
     ),
