@@ -110,7 +110,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a prompt as long as the positions": (
         lambda: zoo.build("gpt2"), lambda: PromptTuning(96), {}, PromptTooLongError,
-        r"leave too few of the model's 96 positions for text(.|\n)*virtual tokens: *96\npositions: *96\n(.|\n)*Use at most 91 virtual tokens",
+        r"leave too few of the model's 96 positions(.|\n)*virtual tokens: *96\npositions: *96\n(.|\n)*at most 91 virtual tokens",
     ),
     "a prompt longer than rotary positions": (
         llama, lambda: PrefixTuning(200, init="zero"), {}, PromptTooLongError,

@@ -295,6 +295,6 @@ def test_masks_of_four_dimensions_are_refused_by_slots() -> None:
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
     with (
         softhooks.attach(model, PromptTuning(P, placement="after_first")),
-        pytest.raises(UnsupportedModeError, match="one number a token"),
+        pytest.raises(UnsupportedModeError, match="one value per token"),
     ):
         model(ids, attention_mask=mask)

@@ -162,5 +162,5 @@ def test_masks_of_four_dimensions(arch: str, way: str) -> None:
 @pytest.mark.parametrize("arch", ["bloom", "falcon"])
 def test_an_adapter_is_refused_where_no_branch_can_enter(arch: str) -> None:
     model = zoo.build(arch)
-    with untouched(model), pytest.raises(UnsupportedMethodError, match="a gated branch needs attention that goes"):
+    with untouched(model), pytest.raises(UnsupportedMethodError, match="a gated branch needs attention that uses"):
         softhooks.attach(model, LlamaAdapter(P))

@@ -124,7 +124,7 @@ def log_unsaved_rows(
 
 
 def stack_level() -> int:
-    """The `stacklevel` for `warnings.warn` that names the first caller outside of this package."""
+    """Return the `stacklevel` with which `warnings.warn` names the first caller outside of this package."""
     level, frame = 1, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "softhooks":
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]

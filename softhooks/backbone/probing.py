@@ -133,12 +133,12 @@ def recorded_states(module: nn.Module, state: StackState | None = None) -> Itera
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's first floating-point parameter."""
+    """Return the dtype of a module's first floating-point parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def relative_difference(states: Tensor, reference: Tensor) -> float:
-    """The largest difference between two tensors, relative to the largest value of the second."""
+    """Return the largest difference between two tensors, relative to the largest value of the second."""
     if states.shape != reference.shape:
         return float("inf")
     states, reference = states.float(), reference.float()

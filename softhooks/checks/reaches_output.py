@@ -95,8 +95,8 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
     """List the parts that get no gradient: parameters of the encoder, and the parts of its output for single layers.
 
-    A layer may run without gradients in some of its calls (HRM). Its part of a prefix would stay as initialized, and with keys and
-    values from another call a prefix of real words would differ from the words, so the model is refused.
+    A layer may run without gradients in some of its calls (HRM). Its part of a prefix would stay as initialized, and with keys
+    and values from another call a prefix of real words would differ from the words, so the model is refused.
     """
     made: dict[str, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""Notes on caches and encoder outputs: the prompts that they were computed with, and where slots are in them."""
+"""Notes on caches and encoder outputs: the prompts that they were computed with, and the places of slots in them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _NOTE = "_softhooks_note"
 
 @dataclass(frozen=True)
 class WrittenSlots:
-    """Where a forward wrote slots.
+    """The places where a forward inserted slots.
 
-    A later forward finds them by their offsets, which count from a row's first token, so columns may be added on either side.
+    A later forward finds the slots by their offsets from a row's first token, so columns may be added on either side.
 
     Attributes:
-        places: of the slots in each row.
-        before: the text column that each stood before in the forward that wrote them, [B, S].
-        columns: the text columns of that forward.
+        places: the places of the slots in each row.
+        before: the text column after each slot, in the forward that inserted the slots, [B, S].
+        columns: the number of text columns of that forward.
     """
 
     places: Places
@@ -39,14 +39,14 @@ class WrittenSlots:
     columns: int
 
     def places_in(self, batch: int) -> Places | None:
-        """The places in a batch that repeats each of these rows equally often (beams, samples); None for any other batch."""
+        """Return the places for a batch that repeats each row equally often (beams, samples); None for any other batch size."""
         times = self._times(batch)
         if times is None:
             return None
         return Places(self.places.offsets.repeat_interleave(times, 0), self.places.live.repeat_interleave(times, 0))
 
     def widened(self, batch: int) -> Widened | None:
-        """The map of an encoder's forward, for such a batch."""
+        """Return the map between text columns and columns with slots, for a batch as in `places_in`; else None."""
         places, times = self.places_in(batch), self._times(batch)
         if places is None or times is None:
             return None
@@ -59,12 +59,12 @@ class WrittenSlots:
 
 @dataclass(frozen=True)
 class Note:
-    """What is noted on a cache, on an encoder's output, or on its states. Copies of the holder keep the note.
+    """The note on a cache, on an encoder's output or on its states; copies of the object keep it.
 
     Attributes:
-        provenance: the prompts that it was computed with; None: the model without a prompt, or unknown.
-        slots: where slots are in it.
-        injected: of a paged cache, the prompts in words, and the keys and values that they had at attention.
+        provenance: the prompts that the object was computed with; None if it was computed without a prompt, or unknown.
+        slots: the places of the slots in the object.
+        injected: for a paged cache, the names of the prompts in words, and their keys and values at attention.
     """
 
     provenance: Provenance | None = None
@@ -76,23 +76,23 @@ _NOTHING = Note()
 
 
 def note_on(holder: Any) -> Note:
-    """The note on a cache, on states, or on the output that holds them; an empty one where there is none."""
+    """Return the note on a cache, on states, or on the output that contains the states; an empty note if there is none."""
     note: Note = getattr(holder, _NOTE, _NOTHING)
     return note
 
 
 def _add(holder: Any, **changes: Any) -> None:
-    if not isinstance(holder, tuple):  # which has no attributes
+    if not isinstance(holder, tuple):  # a tuple cannot have attributes
         setattr(holder, _NOTE, replace(note_on(holder), **changes))
 
 
 def slots_in(holder: Any) -> WrittenSlots | None:
-    """Where slots are in a cache, in states, or in the output that holds them; None where nothing is noted."""
+    """Return the places of slots in a cache, in states, or in the output that contains the states; None without a note."""
     return note_on(holder).slots
 
 
 def note_slots(holder: Any, slots: WrittenSlots) -> None:
-    """Note where slots are in a cache, in states, or in the output that holds them."""
+    """Record where the slots are, as a note on a cache, on encoder states, or on the output that contains the states."""
     _add(holder, slots=slots)
 
 
@@ -100,20 +100,20 @@ def note_slots(holder: Any, slots: WrittenSlots) -> None:
 
 
 def note_caches(output: Any, provenance: Callable[[], Provenance]) -> None:
-    """Note on a cache that the stack has made which prompts filled it; a cache that was given has its note already."""
+    """Note the prompts on a cache that the stack created; a cache that was passed in already has its note."""
     for cache in caches_in(output):
         if note_on(cache).provenance is None:
             _add(cache, provenance=provenance())
 
 
 def require_own_cache(cache: Any, now: Provenance | None) -> None:
-    """Check that what a cache holds was computed with the prompts that are on, as they are; note them on an empty one.
+    """Check that a cache was filled with the active prompts in their present state; if it is empty, note them on it.
 
     Args:
-        now: the prompts that are on; None: the model without a prompt.
+        now: the active prompts; None without a prompt.
 
     Raises:
-        UnsupportedModeError: it was filled without a prompt, with others, or before they changed.
+        UnsupportedModeError: the cache was filled without a prompt, with other prompts, or before the prompts changed.
     """
     if not hasattr(cache, "get_seq_length"):
         return
@@ -123,8 +123,9 @@ def require_own_cache(cache: Any, now: Provenance | None) -> None:
         return
     if is_filled(cache):
         raise UnsupportedModeError(
-            "the cache was filled with other prompts than are on now; a cache serves only the prompts that it was filled with.",
-            "Continue with these prompts on, or start again from the text without the cache.",
+            "the cache was not filled with the prompts that are active now; a cache can only be used with the prompts that "
+            "filled it.",
+            "Activate the prompts that filled the cache, or start again from the text without the cache.",
             filled=_in_words(before, now, difference),
             now=f"with {now.words}" if now else "without a prompt",
         )
@@ -138,15 +139,15 @@ def _in_words(before: Provenance | None, now: Provenance | None, difference: str
 
 
 def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | None, selection: str | None) -> None:
-    """Check that a paged cache was filled with the prompt that is on now; note it on a new one.
+    """Check that a paged cache was filled with the active prompt; if it is new, note the prompt on it.
 
     Args:
-        cache: of a continuous batch; None outside of one.
-        forward_pass: the pass that was opened, and is closed on an error; None where no prompt is on.
-        selection: the prompt that is on, in words.
+        cache: the cache of a continuous batch, or None outside of continuous batching.
+        forward_pass: the pass that was opened and is closed on an error; None if no prompt is active.
+        selection: the name of the active prompt, in words.
 
     Raises:
-        UnsupportedModeError: it was another one, or has been trained since.
+        UnsupportedModeError: the prompt was a different one, or has been trained since.
     """
     if cache is None:
         return
@@ -162,10 +163,11 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
         forward_pass.close()
     changed = ", which has changed since" if words == selection else ""
     raise UnsupportedModeError(
-        "the paged cache was filled with another prompt than is on now; a cache serves only the prompt that it was filled with.",
-        "Stop the manager and start another after `activate`, `disabled` or a step of training.",
+        "the paged cache was not filled with the prompt that is active now; a cache can only be used with the prompt that "
+        "filled it.",
+        "Stop the manager, and start a new one after `activate`, `disabled` or a training step.",
         filled=f"with {words}" if words else "without a prompt",
-        now=f"with {selection}{changed}" if selection else "without",
+        now=f"with {selection}{changed}" if selection else "without a prompt",
     )
 
 
@@ -173,34 +175,36 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
 
 
 def note_encoded(output: Any, provenance: Provenance) -> None:
-    """Note on an encoder's output, and on its states, which prompts it ran with."""
+    """Note the prompts that an encoder ran with on its output and on its states."""
     for part in (output, last_hidden_state(output)):
         _add(part, provenance=provenance)
 
 
 def encoded_slots(encoded: Any) -> WrittenSlots | None:
-    """Where slots are in an encoder's output that a caller brings; the output or its states bear the note."""
+    """Find where the slots are in an encoder output that the caller passed, from the note on the output or on its states."""
     return next((slots for slots in map(slots_in, _bearers(encoded)) if slots is not None), None)
 
 
 def require_encoded(given: Any, now: Provenance) -> None:
-    """Check that an encoder's output, which a caller brings, was computed with the prompts that are on.
+    """Check that an encoder output that the caller passed was computed with the active prompts.
 
     Raises:
-        PromptNotReachedError: it was computed without a prompt, with others, or before they changed.
+        PromptNotReachedError: it was computed without a prompt, with other prompts, or before the prompts changed.
     """
     noted = [before for part in _bearers(given) if (before := note_on(part).provenance) is not None]
     differences = [now.difference(before) for before in noted]
     if None not in differences:
         raise PromptNotReachedError(
-            "`encoder_outputs` were not computed with the prompts that are on; a decoder must be given the states of an encoder "
-            "that ran with the prompt.",
-            "Let the model run its encoder itself, or call the encoder while the prompt is on and pass its output as it is.",
-            encoder_outputs=f"made {_in_words(noted[0], now, str(differences[0]))}" if noted else "made without",
+            "`encoder_outputs` were not computed with the active prompts; the decoder needs the states of an encoder that ran "
+            "with the prompt.",
+            "Let the model run its encoder itself, or call the encoder while the prompt is active and pass its output unchanged.",
+            encoder_outputs=f"made {_in_words(noted[0], now, str(differences[0]))}"
+            if noted
+            else "made without a prompt",
             now=now.words,
         )
 
 
 def _bearers(encoded: Any) -> list[Any]:
-    """What may bear the note of an encoder's output: beam search copies the states and keeps the output that holds them."""
+    """List the objects that may hold the note: the output and its states, because beam search copies only the states."""
     return [encoded, *([encoded[0]] if isinstance(encoded, (tuple, list, dict)) and len(encoded) else [])]

@@ -1,4 +1,4 @@
-"""The cache of a call: where it is, and whether it holds anything."""
+"""Find the cache of a call, and check whether it is empty."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from softhooks.errors import UnsupportedModeError
 
 
 def cache_of(call: dict[str, Any]) -> Any:
-    """The cache in the arguments of a stack's forward: `past_key_values`, or `cache_params` of purely recurrent models.
+    """Return the cache in the arguments of a stack's forward: `past_key_values`, or `cache_params` in recurrent models.
 
     Raises:
-        UnsupportedModeError: the model keeps its state as plain tensors (RWKV), which cannot bear a note of their prompt.
+        UnsupportedModeError: the model keeps its state as plain tensors (RWKV), which cannot hold a note of their prompt.
     """
     if call.get("state") is not None:
         raise UnsupportedModeError(
-            f"the call brings `state`, a {type(call['state']).__name__} of tensors, which does not tell whether it holds the "
-            "prompt already.",
+            f"the call has `state`, a {type(call['state']).__name__} of tensors, from which softhooks cannot see whether the "
+            "prompt is already in it.",
             "Generate with `use_cache=False`.",
         )
     cache = call.get("past_key_values")
@@ -27,21 +27,21 @@ def cache_of(call: dict[str, Any]) -> Any:
 
 
 def is_recurrent(cache: Any) -> bool:
-    """Whether all layers of a cache are states of recurrent layers, which have no columns to count."""
+    """Whether a cache contains only states of recurrent layers, which have no columns to count."""
     layers = getattr(cache, "layers", None) or ()
     return bool(len(layers)) and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
 
 def is_filled(cache: Any) -> bool:
-    """Whether a cache holds anything: keys and values, or the state of a recurrent layer."""
+    """Whether a cache contains keys and values or the state of a recurrent layer."""
     for layer in getattr(cache, "layers", None) or ():
-        states = getattr(layer, "has_previous_state", False)  # one answer, or one for each state of the layer
+        states = getattr(layer, "has_previous_state", False)  # a bool, or a bool for each state of the layer
         if any(states.values()) if isinstance(states, dict) else states:
             return True
     return cache is not None and not is_recurrent(cache) and bool(int(cache.get_seq_length()))
 
 
 def caches_in(output: Any) -> list[Any]:
-    """The caches in a stack's output, whether the caller gave them or the stack made them."""
+    """List the caches in a stack's output, whether the caller passed them or the stack created them."""
     items = [] if isinstance(output, Tensor) else output if isinstance(output, tuple) else output.values()
     return [item for item in items if hasattr(item, "get_seq_length")]

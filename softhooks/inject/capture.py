@@ -1,4 +1,4 @@
-"""Keys and values that the attention modules of a stack compute, recorded in a forward of the stack alone."""
+"""Record the keys and values that the attention modules of a stack compute, in a forward of only the stack."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CapturePass(Pass):
     """A forward that records the keys and values of each site.
 
     Args:
-        rows: what the embedding returns, [B, P, H]; None leaves its own output.
+        rows: the output of the embedding, [B, P, H]; None to keep its own output.
     """
 
     def __init__(self, stack: Stack, rows: Tensor | None = None) -> None:
@@ -33,7 +33,7 @@ class CapturePass(Pass):
         return output if self.rows is None else self.rows.to(output).expand_as(output)
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record keys and values, [B, Hk, P, D], and run the attention function."""
+        """Record the keys and values, [B, Hk, P, D], and run the attention function."""
         self.has_injected = True
         self.keys[site.role][site.index] = args[2]
         self.values[site.role][site.index] = args[3]
@@ -46,8 +46,8 @@ def capture(
     """Run a stack and record its keys and values.
 
     Args:
-        inputs: the arguments of its forward.
-        rows: embeddings to use instead of those of the `input_ids`, [B, P, H].
+        inputs: the arguments of the stack's forward.
+        rows: embeddings to use instead of the embeddings of `input_ids`, [B, P, H].
         alone: as in `StackState.running`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Passes for layers with activation checkpointing, which the backward runs a second time."""
+"""Passes that support activation checkpointing, in which the backward runs layers a second time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softhooks.backbone.stack import Site, Stack
 from softhooks.patching.patches import Patches
 
 _FUNCTION = "_gradient_checkpointing_func"
-"""The attribute in which transformers keeps the checkpointing function of a module."""
+"""The attribute in which transformers stores the checkpointing function of a module."""
 
 
 class CheckpointedPass(Pass):
@@ -32,7 +32,7 @@ class CheckpointedPass(Pass):
         self._closed = False
 
     def follow_checkpointing(self) -> None:
-        """Let each checkpointed layer enter this pass again in the backward, when the forward has ended."""
+        """Make each checkpointed layer enter this pass again in the backward, after the forward has ended."""
         for module in every_module(self.stack.module):
             if _FUNCTION in module.__dict__ and is_checkpointed(module):
                 function: Any = module.__dict__[_FUNCTION]
@@ -42,15 +42,15 @@ class CheckpointedPass(Pass):
                     self.detach_injected()
 
     def detach_injected(self) -> None:
-        """Replace what this pass injects by leaves of the autograd graph, made by `leaf_of`.
+        """Replace the tensors that this pass injects by leaves of the autograd graph, made by `leaf_of`.
 
-        A reentrant checkpoint runs a backward of its own in every layer, and the first one would free the prompt's graph. Leaves
-        accumulate the gradients of all layers. The anchor at the embedding, whose backward runs last, passes them on.
+        A reentrant checkpoint runs a separate backward for each layer, and the first would free the prompt's graph. Leaves
+        accumulate the gradients of all layers; the anchor at the embedding, whose backward runs last, passes them on.
         """
-        raise NotImplementedError(f"{type(self).__name__} must detach what it injects.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement `detach_injected`.")
 
     def leaf_of(self, tensor: Tensor) -> Tensor:
-        """Make a leaf in the place of a tensor; the anchor passes its gradient on to the tensor."""
+        """Make a leaf that replaces a tensor; the anchor passes its gradient on to the tensor."""
         leaf = tensor.detach().requires_grad_(tensor.requires_grad)
         self._anchored += [tensor, leaf]
         return leaf
@@ -63,25 +63,25 @@ class CheckpointedPass(Pass):
         return anchored
 
     def prepare(self) -> list[Any]:
-        """Register further hooks on layers, for the forward or for a layer that runs again in the backward."""
+        """Register further hooks on layers, for the forward or for a layer that is recomputed in the backward."""
         return []
 
     def close(self) -> None:
-        """Put every layer's own checkpointing function back."""
+        """Restore every layer's own checkpointing function."""
         super().close()
         self._closed = True
         self._patches.undo()
 
 
 class UnchangedPass(CheckpointedPass):
-    """A forward in which the prompt does not change attention: it is off, has nothing for this stack, or enters as slots."""
+    """A forward in which attention is unchanged: no prompt is active or enters this stack, or it enters as slots."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
         self.has_injected = True
 
     def site_for_call(self, site: Site) -> Site:
-        """Return the site itself: calls need no counting where none is changed."""
+        """Return the site itself: calls need not be counted, because none is changed."""
         return site
 
     def detach_injected(self) -> None:
@@ -89,7 +89,7 @@ class UnchangedPass(CheckpointedPass):
 
 
 class _ReenteringCheckpoint:
-    """A checkpointing function that runs its layer inside the pass of its forward, also in the backward."""
+    """A checkpointing function that runs its layer inside the pass of its forward, in the forward and in the backward."""
 
     def __init__(self, forward_pass: CheckpointedPass, function: Callable[..., Any]) -> None:
         self.forward_pass = forward_pass
@@ -102,7 +102,7 @@ class _ReenteringCheckpoint:
             if not self.forward_pass._closed and stack.state.current is not None:
                 return layer(*inner_args, **inner_kwargs)
             with stack.state.running(self.forward_pass, alone="a backward"):
-                # As before the first run: a module that serves several layers is the same one of them again.
+                # Reset to the counts before the first run, so that a shared module stands for the same layer again.
                 self.forward_pass.calls = dict(calls)
                 handles = self.forward_pass.prepare() if self.forward_pass._closed else []
                 try:
@@ -132,7 +132,7 @@ class _Anchor(torch.autograd.Function):
 
 def is_checkpointed(module: nn.Module) -> bool:
     """Whether activation checkpointing is on for a module or its layers."""
-    # Read from the dictionaries: `getattr` on a module without the attribute is slow, and this runs for every module.
+    # Read from `__dict__`: `getattr` on a module without the attribute is slow, and this runs for every module.
     own = module.__dict__.get("gradient_checkpointing")
     return bool(getattr(type(module), "gradient_checkpointing", False) if own is None else own)
 

@@ -1,4 +1,4 @@
-"""Columns of a tensor, selected row by row."""
+"""Select columns of a tensor for each row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def gather_columns(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Select columns of each row along one dimension.
+    """Select the given columns of each row along one dimension.
 
     Shape:
         tensor [B, ..., N, ...], index [B, C] -> [B, ..., C, ...]

@@ -1,7 +1,7 @@
-"""A front prompt of a causal decoder, run through the model once; its keys and values serve every row as a prefix.
+"""Run a front prompt of a causal decoder once; its keys and values are the prefix of every row.
 
-Virtual tokens at the front attend to each other only, so their states are the same in every row. They run at batch 1, with
-gradients. `softhooks.inject.reuse` decides when a later forward may use the result again.
+Virtual tokens at the front only attend to each other, so their states are the same in every row. They run at batch size 1, with
+gradients. `softhooks.inject.reuse` decides whether a later forward may reuse the result.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _ALONE = "a prompt's own rows"
 
 
 def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
-    """Run virtual tokens through a stack, each variant of a prompt in one row.
+    """Run virtual tokens through a stack, with one row for each variant of the prompt.
 
     Args:
-        rows: the prompt's embeddings, [R, P, H]; R is 1 where all rows of the batch share one.
-        placeholder: the ids of the virtual tokens, for models whose states depend on ids beyond their embeddings, [P].
+        rows: the prompt's embeddings, [R, P, H]; R is 1 if all rows of the batch share them.
+        placeholder: the ids of the virtual tokens, [P], for models whose states depend on ids apart from their embeddings.
     """
     variants, length = rows.shape[:2]
     inputs: dict[str, Any] = {"input_ids": placeholder.to(rows.device).expand(variants, length)}
@@ -44,7 +44,7 @@ def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
 
 @contextmanager
 def _without_checkpointing(module: nn.Module) -> Iterator[None]:
-    """Turn activation checkpointing off: the keys and values of the few rows must stay in the autograd graph."""
+    """Disable activation checkpointing, because the keys and values of these few rows must stay in the autograd graph."""
     with Patches() as patches:
         for part in every_module(module):
             if is_checkpointed(part):
@@ -53,7 +53,7 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 
 class _StatesOnly(BaseModelOutput):
-    """A stack's output with hidden states alone; any other attribute that a model reads is None."""
+    """A stack's output with only hidden states; any other attribute that a model reads is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -61,7 +61,7 @@ class _StatesOnly(BaseModelOutput):
 
 
 def logits_of(model: nn.Module, stack: Stack, states: Tensor, placeholder: int) -> Tensor:
-    """The logits that the model's head, with its scaling and capping, gives for hidden states; the stack does not run.
+    """Compute the logits for hidden states with the model's head, including scaling and capping, without running the stack.
 
     Shape:
         states [R, P, H] -> logits [R, P, V]

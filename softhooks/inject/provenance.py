@@ -1,7 +1,7 @@
-"""The prompts that a cache or an encoder's output was computed with, in the state that they were in.
+"""Record which prompts, and in which state, a cache or an encoder's output was computed with.
 
-A name does not identify a prompt: a step of training, `.data`, a fold or another prompt of the same name change it. So its
-tensors are compared by value, with a copy that all notes of the same state share.
+A name does not identify a prompt: a training step, `.data`, folding or a new prompt with the same name change it. So the tensors
+are compared by value with a copy, which all notes of the same state share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _tokens: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def token_of(model: nn.Module) -> str:
-    """An id of a model that is unique across processes; copies of the model share it."""
+    """Return an id of a model that is unique across processes; copies of the model share the id."""
     return _tokens.setdefault(model, uuid.uuid4().hex)
 
 
@@ -30,8 +30,8 @@ class Snapshot:
     """The state of a prompt at one moment.
 
     Args:
-        values: copies of its tensors, which never change.
-        facts: everything else: its injection and conventions, and the plain attributes and hooks of its modules.
+        values: copies of the prompt's tensors, which never change.
+        facts: everything else: the injection and the conventions, and the plain attributes and hooks of the modules.
     """
 
     def __init__(self, values: list[Tensor], facts: tuple[Any, ...]) -> None:
@@ -43,7 +43,7 @@ class Snapshot:
         return self
 
     def equals(self, values: list[Tensor], facts: tuple[Any, ...]) -> bool:
-        """Whether a prompt with these tensors and facts is in this state."""
+        """Whether a prompt with these tensors and facts is in the same state."""
         return facts == self.facts and len(values) == len(self.values) and all(map(_equal, values, self.values))
 
 
@@ -52,7 +52,7 @@ def _equal(now: Tensor, before: Tensor) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds."""
+    """Return the part of a tensor that this process holds."""
     local: Any = getattr(tensor, "to_local", None)
     own: Tensor = tensor.detach() if local is None else local().detach()
     return own
@@ -66,12 +66,12 @@ def snapshot(
     conventions: dict[str, Any],
     before: Snapshot | None,
 ) -> Snapshot:
-    """Take a prompt's state; return the snapshot from before if nothing has changed.
+    """Take a snapshot of a prompt; return the previous one if nothing has changed.
 
-    Nothing changes inside a `generate` call. There the address and version of each tensor replace the comparison of values.
+    Inside a `generate` call nothing changes, so the address and version of each tensor are compared instead of the values.
 
     Args:
-        added: the prompt's own rows of the vocabulary, if it trains some.
+        added: the prompt's own rows of the vocabulary, if it trains any.
     """
     tensors = [*every_tensor(encoder), *(added.parameters() if added else ())]
     scope = scope_of(model)
@@ -92,7 +92,7 @@ def snapshot(
 
 
 def _facts(encoder: nn.Module) -> tuple[Any, ...]:
-    """The type, the plain attributes and the hooks of each module."""
+    """Return the type, the plain attributes and the hooks of each module."""
     return tuple(
         (
             type(module).__qualname__,
@@ -108,10 +108,10 @@ class Provenance:
     """The prompts that a cache or an encoder's output was computed with.
 
     Attributes:
-        words: their names, for messages.
+        words: the names of the prompts, for messages.
         model: the token of their model.
-        prompts: the name and the state of each.
-        variants: each row's variant, or the one of all rows; None: unknown.
+        prompts: the name and the state of each prompt.
+        variants: the variant of each row, or a single variant for all rows; None if unknown.
     """
 
     words: str
@@ -124,10 +124,10 @@ class Provenance:
         return self
 
     def difference(self, other: Provenance | None) -> str | None:
-        """How another provenance differs, in words for a message; None if it does not.
+        """Describe how another provenance differs, for messages; None if it does not.
 
         Args:
-            other: None stands for the model without a prompt.
+            other: the other provenance, or None for the model without a prompt.
         """
         if other is None or other.words != self.words:
             return "others"
@@ -137,12 +137,12 @@ class Provenance:
             if now is not before and not now.equals(before.values, before.facts):
                 return "which have changed since"
         if self.variants and other.variants and not _same_rows(self.variants, other.variants):
-            return "in other variants (tasks) of theirs"
+            return "with other variants (tasks)"
         return None
 
 
 def _same_rows(now: tuple[int | None, ...], before: tuple[int | None, ...]) -> bool:
-    """Whether rows have the variants that they had; each row may be repeated, all equally often."""
+    """Whether rows have the same variants as before; all rows may be repeated equally often."""
     if len(set(now)) == len(set(before)) == 1:
         return now[0] == before[0]
     if not len(now) or len(now) % len(before):

@@ -1,6 +1,6 @@
-"""A check that the modules with hooks of a prompt are still part of the model.
+"""Check that the modules with a prompt's hooks are still part of the model.
 
-A module that replaces one of them has no hook: it would run without the prompt.
+A module that replaces one of them has no hook and would run without the prompt.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from softhooks.errors import UnsupportedModeError
 
 
 class ExpectedModules:
-    """Modules that must remain somewhere below a root module.
+    """Modules that must remain somewhere inside a root module.
 
     Args:
-        modules: those at attach.
+        modules: the modules at attach.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
@@ -26,7 +26,7 @@ class ExpectedModules:
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the places out of copies and pickles, which find those in their own model."""
+        """Leave the places out of copies and pickles, which find the places in their own model."""
         return {"_expected": self._expected, "_places": None}
 
     def add(self, modules: Iterable[nn.Module]) -> None:
@@ -35,10 +35,10 @@ class ExpectedModules:
         self._places = None
 
     def check(self, root: nn.Module) -> None:
-        """Check that each module is where it was, or elsewhere below the root; once a forward.
+        """Check, once per forward, that each module is still in its place or elsewhere inside the root.
 
         Raises:
-            UnsupportedModeError: one of them has been replaced.
+            UnsupportedModeError: a module has been replaced.
         """
         places = self._places
         if places is None or any(parent.get(name) is not module for parent, name, module in places):
@@ -50,8 +50,8 @@ class ExpectedModules:
         if gone:
             raise UnsupportedModeError(
                 f"{', '.join(dict.fromkeys(gone))} of {type(root).__name__} has been replaced; the modules that a prompt enters "
-                "must be those that the model had when it was attached.",
-                "Put the old ones back, or save the prompt, remove it, and load it onto the model as it is now.",
+                "must be the same as when it was attached.",
+                "Restore the old modules, or save the prompt, remove it, and load it onto the changed model.",
             )
         places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
         for module in self._expected:
@@ -65,7 +65,7 @@ class ExpectedModules:
 
 
 def modules_entered(stack: Stack) -> list[nn.Module]:
-    """The modules of a stack that prompts enter: the embedding, the poolers and every attention module."""
+    """List the modules of a stack that prompts enter: the embedding, the poolers and every attention module."""
     inside = {id(module) for module in stack.module.modules()}
     poolers = (stack.pooled_module, getattr(stack.module, "pooler", None))
     wanted = {id(module): module for module in (stack.embedding, *poolers, *(site.module for site in stack.sites))}

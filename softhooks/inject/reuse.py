@@ -1,8 +1,8 @@
-"""Reuse of a prompt's keys and values inside one `generate` call, one continuous batch, or `softhooks.kept`.
+"""Reuse a prompt's keys and values inside one `generate` call, one continuous batch, or `softhooks.kept`.
 
-They depend on everything in the base model: weights that may change through `.data`, hooks, attributes, replaced modules. No
-check that is cheap enough for every token detects all of these changes. So each forward computes them anew, unless a scope is
-open in which nothing changes; the results belong to that scope and end with it.
+They depend on everything in the base model: weights (which may change through `.data`), hooks, attributes, replaced modules. No
+check that is cheap enough for every token detects all of these changes. So each forward recomputes them, unless a scope is open
+in which nothing changes; the results belong to this scope and are discarded with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Result:
-    """A result, with what is compared before it is used again.
+    """A cached result, with the values that must be unchanged for it to be reused.
 
     Attributes:
         key: the addresses and versions of tensors, and the modes of torch.
@@ -37,11 +37,11 @@ class _Result:
 
 
 class ReuseScope:
-    """A time in which a model and its prompts do not change.
+    """A scope in which a model and its prompts do not change.
 
     Args:
-        model: the model, as the user gave it when the first prompt was attached.
-        is_explicit: whether the user opened it, rather than a `generate` call.
+        model: the model that the user passed when the first prompt was attached.
+        is_explicit: whether the user opened the scope, rather than a `generate` call.
     """
 
     def __init__(self, model: object, is_explicit: bool = False) -> None:
@@ -52,13 +52,13 @@ class ReuseScope:
         self.snapshots: dict[int, tuple[list[Any], Any]] = {}  # by prompt, with the addresses of its tensors
 
     def close(self) -> None:
-        """End the scope, also in tasks and threads that have inherited it."""
+        """End the scope, including in tasks and threads that have inherited it."""
         self.is_open = False
         self.results.clear()
         self.snapshots.clear()
 
     def __deepcopy__(self, _memo: object) -> ReuseScope:
-        """Return a scope without results: a copied cache may be used with a copy of the model."""
+        """Return a scope without results, because a copied cache may be used with a copy of the model."""
         return ReuseScope(None)
 
     def __reduce__(self) -> tuple[type[ReuseScope], tuple[None]]:
@@ -70,13 +70,13 @@ _scopes: ContextVar[tuple[ReuseScope, ...]] = ContextVar("softhooks_scopes", def
 
 
 def scope_of(model: object) -> ReuseScope | None:
-    """The innermost scope of a model that is open in this thread and task."""
+    """Return the innermost open scope of a model in this thread and task."""
     return next((scope for scope in reversed(_scopes.get()) if scope.model is model and scope.is_open), None)
 
 
 @contextmanager
 def using(scope: ReuseScope) -> Iterator[None]:
-    """Use a scope in this thread and task for the length of a block, and leave it open after."""
+    """Use a scope in this thread and task while the `with` block runs, and leave the scope open after it."""
     _scopes.set((*_scopes.get(), scope))
     try:
         yield
@@ -86,10 +86,10 @@ def using(scope: ReuseScope) -> Iterator[None]:
 
 @contextmanager
 def new_scope(model: object, is_explicit: bool = False) -> Iterator[None]:
-    """Open a scope for the length of a block; inside `softhooks.kept`, that one serves a call of `generate` too.
+    """Open a scope while the `with` block runs; a `generate` call inside `softhooks.kept` uses the outer scope.
 
     Args:
-        is_explicit: whether this is `softhooks.kept`, rather than a call of `generate`.
+        is_explicit: whether this is `softhooks.kept`, rather than a `generate` call.
     """
     outer = scope_of(model)
     if not is_explicit and outer is not None and outer.is_explicit:
@@ -108,10 +108,10 @@ _SCOPE = "_softhooks_scope"
 
 @contextmanager
 def scope_on(holder: Any, model: object) -> Iterator[None]:
-    """Use a scope that lives as long as another object, the paged cache of a continuous batch.
+    """Use a scope that lives as long as another object, such as the paged cache of a continuous batch.
 
     Args:
-        holder: any object with a `__dict__`; None: no scope is used.
+        holder: any object with a `__dict__`, or None to use no scope.
     """
     if holder is None:
         yield
@@ -124,13 +124,13 @@ def scope_on(holder: Any, model: object) -> Iterator[None]:
 
 
 class ResultCache(Generic[T]):
-    """The result that a prompt has for one stack: computed once in a scope, else in each forward, and whenever a graph is built.
+    """The result of a prompt for one stack: computed once per scope, or in each forward outside a scope or with gradients.
 
-    Common changes are detected inside a scope too: the addresses and versions of tensors, the values of trained ones (fused
-    optimizers do not count up the version), the active adapters of PEFT, autocast.
+    Common changes are detected even inside a scope: the addresses and versions of tensors, the values of trained tensors (fused
+    optimizers do not increase the version), the active PEFT adapters, autocast.
 
     Attributes:
-        computed: how often it was computed.
+        computed: the number of times that the result was computed.
     """
 
     def __init__(self) -> None:
@@ -148,15 +148,15 @@ class ResultCache(Generic[T]):
         compute: Callable[[], T],
         variant: object = None,
     ) -> T:
-        """Return the result of `compute`, from this scope if it was computed there.
+        """Return the result of `compute`, reusing it if it was already computed in this scope.
 
         Args:
             own: the prompt's parameters and buffers.
-            base: every parameter and buffer of the base that the result depends on.
+            base: every parameter and buffer of the base model that the result depends on.
             variant: any further value that the result depends on.
 
         Raises:
-            UnsupportedModeError: the rows of this forward have different adapters of PEFT.
+            UnsupportedModeError: the rows of this forward have different PEFT adapters.
         """
         own, base = list(own), list(base)
         model = None if stack.state.owner is None else stack.state.owner.model
@@ -168,7 +168,7 @@ class ResultCache(Generic[T]):
         state = None
         if not stack.module.training and not (torch.is_grad_enabled() and trained):
             state = _state([*own, *base])
-        if state is None:  # a result with a graph serves one backward only
+        if state is None:  # a result with a graph can only be used for one backward
             scope.results.pop(self, None)
             return self._compute(compute)
         key = (variant, switched, *state)
@@ -186,7 +186,7 @@ class ResultCache(Generic[T]):
 
 
 def _state(tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """The addresses and versions of tensors, and the modes of torch; None for inference tensors, which have no version."""
+    """Return the addresses and versions of tensors and torch's modes; None for inference tensors, which have no version."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu")
@@ -195,5 +195,5 @@ def _state(tensors: list[Tensor]) -> tuple[Any, ...] | None:
 
 
 def equal_values(now: list[Tensor], before: list[Tensor]) -> bool:
-    """Whether two lists hold equal tensors, one by one."""
+    """Whether two lists contain equal tensors in the same order."""
     return len(now) == len(before) and all(map(torch.equal, now, before))

@@ -1,8 +1,8 @@
-"""Whether a call lets a front prompt be computed once and shared by all rows.
+"""Decide whether a front prompt can be computed once and shared by all rows of a call.
 
-A virtual token at the front attends to virtual tokens only. So its states do not depend on the text, unless the call brings
-something that reaches virtual tokens too: encoder states that a decoder attends to, token types, a language for each row, or any
-argument that is not known here. For such a call the prompt enters as slots.
+A virtual token at the front only attends to virtual tokens. So its states do not depend on the text, unless the call has an
+argument that also affects virtual tokens: encoder states that a decoder attends to, token types, a language for each row, or any
+argument that is not known here. In such a call the prompt enters as slots.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from softhooks.inject.prefix.paged_cache import paged_cache
 _TEXT = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
     *("past_key_values", "cache_params", "state", "use_cache"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # where packed documents begin
-    *("per_layer_inputs", "ple_input_ids"),  # of the text's tokens; the virtual ones have their placeholder's
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # the starts of packed documents
+    *("per_layer_inputs", "ple_input_ids"),  # for text tokens; virtual tokens have their placeholder's
     *("visual_pos_masks", "deepstack_visual_embeds", "vision_mask", "deepstack_features"),  # for the tokens of an image
 }
 _OUTPUT = {
@@ -30,11 +30,11 @@ _OUTPUT = {
     *("labels", "shift_labels", "num_items_in_batch"),
 }
 _HARMLESS = _TEXT | _OUTPUT
-"""Arguments that describe the text or the output, and do not reach a virtual token at the front."""
+"""Arguments that describe the text or the output and do not affect virtual tokens at the front."""
 
 
 def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> list[str]:
-    """What in a call could change the states of virtual tokens, in words; empty where computing them once is exact.
+    """List the arguments of a call that could change virtual tokens' states, in words; empty if computing them once is exact.
 
     Args:
         length: the number of virtual tokens.
@@ -43,25 +43,25 @@ def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> 
         return []
     cache = cache_of(call)
     if is_filled(cache):
-        # The virtual tokens were computed when the cache was filled, with or without sharing.
-        return ["past_key_values, which hold the prompt's slots"] if slots_in(cache) is not None else []
+        # The virtual tokens were already computed when the cache was filled, with or without sharing.
+        return ["past_key_values, which contain the prompt's slots"] if slots_in(cache) is not None else []
     found = [name for name, value in call.items() if value is not None and name not in _HARMLESS]
     found = [name for name in found if not _same(call[name], stack.compared_arguments.get(name))]
     if isinstance(cache, EncoderDecoderCache) and is_filled(cache.cross_attention_cache):
-        found.append("past_key_values, which hold an encoder's states")
+        found.append("past_key_values, which contain an encoder's states")
     changes = stack.positions.dynamic_rope_length
     if changes is not None and length + _text_length(call) > changes:
-        found.append(f"more than {changes} positions, beyond which the model rotates all of them differently")
+        found.append(f"more than {changes} positions, above which the rotary frequencies of all positions change")
     return found
 
 
 def _same(value: Any, proven: Any) -> bool:
-    """Whether an argument has the value with which sharing was compared with slots at attach."""
+    """Whether an argument has the same value as when sharing was compared with slots at attach."""
     return isinstance(value, (bool, int, float, str)) and type(value) is type(proven) and value == proven
 
 
 def _text_length(call: dict[str, Any]) -> int:
-    """How many positions the text of a call takes, without prompt and cache."""
+    """Return the number of positions that the text of a call takes, without prompt and cache."""
     positions = call.get("position_ids")
     if isinstance(positions, Tensor):
         return int(positions.max()) + 1
@@ -74,22 +74,22 @@ def _text_length(call: dict[str, Any]) -> int:
 
 
 def slots_error(reasons: list[str], error: UnsupportedModeError) -> UnsupportedModeError:
-    """The error for a call that can neither share the prompt nor take it as slots.
+    """Return the error for a call that can neither share the prompt nor use slots.
 
     Args:
-        reasons: why it cannot share it.
-        error: why it cannot take slots.
+        reasons: why the call cannot share the prompt.
+        error: why the call cannot use slots.
     """
     return UnsupportedModeError(
-        f"this call brings {', '.join(reasons)}, which could change the states of virtual tokens; so the prompt is not computed "
+        f"this call has {', '.join(reasons)}, which could change the states of virtual tokens; so the prompt is not computed "
         f"once here, but enters as slots.\n{error}"
     )
 
 
 def always_shared_error(name: str, reasons: list[str]) -> UnsupportedModeError:
-    """The error for such a call where the prompt was attached with `injection='shared'`."""
+    """Return the error for a call that cannot share a prompt that was attached with `injection='shared'`."""
     return UnsupportedModeError(
-        f"prompt {name!r} was attached with injection='shared' and is computed once, but this call brings "
+        f"prompt {name!r} was attached with injection='shared' and is computed once, but this call has "
         f"{', '.join(reasons)}, which could change the states of its virtual tokens.",
-        "Leave the argument out, or attach the prompt without `injection='shared'`: it then enters as slots for such calls.",
+        "Leave the argument out, or attach the prompt without `injection='shared'`; it then enters as slots in this call.",
     )

@@ -1,4 +1,4 @@
-"""The keys and values that the frozen model computes for a text."""
+"""Compute the keys and values of the frozen model for a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from softhooks.inject.prefix.key_values import flatten
 def key_values_of(structure: ModelStructure, ids: Tensor) -> dict[str, Tensor]:
     """Run a text through the frozen model and return its keys and values, for every group.
 
-    In an encoder-decoder the text goes through both stacks. All tokens are returned, also for layers with sliding windows.
+    In an encoder-decoder the text goes through both stacks. All tokens are returned, even for layers with sliding windows.
 
     Shape:
         ids [P] -> {group: [P, numbers]}

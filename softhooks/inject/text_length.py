@@ -1,4 +1,4 @@
-"""Whether a prompt and the text of a call fit into the model's positions."""
+"""Check that a prompt and the text of a call fit into the model's positions."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from softhooks.inject.text_positions import OuterCall, padding_mask, past_of, te
 def check_text_length(
     stack: Stack, call: dict[str, Any], length: int, cached: int = 0, outer: OuterCall | None = None
 ) -> None:
-    """Refuse a text that would exceed the learned positions; warn where it exceeds what rotary ones are made for.
+    """Refuse a text that would exceed the learned positions, and warn if it exceeds the trained range of rotary positions.
 
     Args:
         length: the number of virtual tokens.
-        cached: how many of them a cache that is not empty holds.
+        cached: the number of virtual tokens in a cache that is not empty.
         outer: the arguments of the model's own call.
 
     Raises:
-        PromptTooLongError: prompt and text together exceed the table. Padding does not count.
+        PromptTooLongError: prompt and text together, without padding, exceed the position table.
     """
     positions = stack.positions
     limit = positions.limit if positions.limit is not None else positions.rotary_limit
@@ -35,7 +35,7 @@ def check_text_length(
         _, columns = text_shape(call)
         past = past_of(call)
         past = past - cached if past else past
-        # The number of columns, which costs nothing, is an upper bound: only a text near the limit has its mask read.
+        # The number of columns is a free upper bound, so the mask is only read for a text near the limit.
         if isinstance(past, Tensor) or past + columns + length <= limit:
             return
         mask = padding_mask(call, outer)
@@ -45,7 +45,7 @@ def check_text_length(
     elif longest + length > limit:
         error = PromptTooLongError(
             f"a prompt of {length} virtual tokens and a text of {longest} exceed the model's {limit} positions.",
-            "Truncate the text earlier, or use a shorter prompt.",
+            "Truncate the text further, or use a shorter prompt.",
             prompt=length,
             text=longest,
             positions=limit,

@@ -1,4 +1,4 @@
-"""The positions of the text in a call, whether the caller, the mask or a model in between gives them."""
+"""Find the positions of the text in a call, given by the caller, the mask or an outer model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.layout.layout import text_positions
 
 OUTER_ARGUMENTS = ("position_ids", "attention_mask", "decoder_position_ids", "decoder_attention_mask")
-"""The arguments of the model's own call that are kept, as the caller gave them, until its forward ends."""
+"""The arguments of the model's own call that are kept unchanged until its forward ends."""
 
 
 @dataclass(frozen=True)
 class OuterCall:
-    """What the caller of the model gave for a stack inside it.
+    """The arguments with which the model was called, for a stack inside it.
 
-    A model around a text model may count columns and pass these on as positions, and may pass on a mask that is prepared for
-    attention already. Then only the caller's own arguments tell where the text is.
+    An outer model may count columns and pass them to its text model as positions, and may pass a mask that is already prepared
+    for attention. In this case only the caller's own arguments show where the text is.
 
     Attributes:
-        positions: the `position_ids`.
-        mask: the `attention_mask`.
+        positions: the caller's `position_ids`.
+        mask: the caller's `attention_mask`.
     """
 
     positions: Any
@@ -35,7 +35,7 @@ class OuterCall:
 
 
 def text_shape(call: dict[str, Any]) -> tuple[int, int]:
-    """The batch size and the columns of the text in a call.
+    """Return the batch size and the number of text columns in a call.
 
     Raises:
         PromptNotReachedError: the call has neither ids nor embeddings.
@@ -53,15 +53,15 @@ def _text(call: dict[str, Any]) -> Any:
 
 
 def past_of(call: dict[str, Any]) -> Any:
-    """How many columns of the text are in the cache."""
+    """Return the number of text columns in the cache."""
     cache = call.get("past_key_values")
     return 0 if cache is None else cache.get_seq_length()
 
 
 def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """The mask with one number a column, [B, past + T], or None.
+    """Return the mask with one value per column, [B, past + T], or None.
 
-    Where a model in between has made a mask for attention of it, the caller's own is returned.
+    If an outer model has turned it into a mask for attention, the caller's own mask is returned.
     """
     mask = call.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -74,9 +74,9 @@ def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None
 
 
 def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """The `position_ids` of a call, in the stack's own numbering; None if it has none.
+    """Return the `position_ids` of a call in the stack's own numbering, or None if it has none.
 
-    A model in between may have numbered the columns, padding included. Such positions are counted again by the mask.
+    An outer model may have numbered the columns, including padding; such positions are recounted by the mask.
     """
     given = call.get("position_ids")
     if given is None or outer is None or outer.positions is not None:
@@ -87,19 +87,19 @@ def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None)
     _, columns = text_shape(call)
     counted = torch.arange(columns, device=given.device) + past_of(call) + stack.positions.start
     if given.shape[-1] != columns or not bool((given == counted).all()):
-        return torch.as_tensor(given)  # not a plain count of columns, such as M-RoPE's
+        return torch.as_tensor(given)  # not a plain count of columns (M-RoPE)
     own = text_positions(mask.to(given.device))[:, -columns:] + stack.positions.start
     return own.expand(*given.shape[:-2], -1, -1) if given.dim() > 2 else own
 
 
 def positions_in_text(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor:
-    """The text's positions, counted from 0 in each row (or document), [B or 1, T]; with several axes (M-RoPE), [A, B, T]."""
+    """Return the text's positions from 0 in each row or document, [B or 1, T], or [A, B, T] with several axes (M-RoPE)."""
     given = given_positions(stack, call, outer)
     return counted_positions(call, outer) if given is None else given - stack.positions.start
 
 
 def counted_positions(call: dict[str, Any], outer: OuterCall | None) -> Tensor:
-    """The text's positions from 0, counted by its mask, or by its columns where it has none. -> [B or 1, T]."""
+    """Count the text's positions from 0 by its mask, or by its columns if there is no mask. -> [B or 1, T]."""
     _, columns = text_shape(call)
     mask = padding_mask(call, outer)
     if mask is not None:
@@ -109,7 +109,7 @@ def counted_positions(call: dict[str, Any], outer: OuterCall | None) -> Tensor:
 
 
 def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """How many tokens precede each token, [B or 1, T]; positions of several axes (M-RoPE) are places in an image instead."""
+    """Return the number of tokens before each token, [B or 1, T], which differs from M-RoPE's positions in an image."""
     if positions is None or positions.dim() < 3:
         return positions
     # Of four axes the first numbers the tokens of the text.
@@ -117,11 +117,11 @@ def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCa
 
 
 def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> str:
-    """Whether the text of a call starts at a later position than without `position_ids`, in words; empty if not, or unknown.
+    """Describe a text that starts at a later position than without `position_ids`; empty if it does not, or if unknown.
 
-    A prompt in the sequence moves along with the text. Keys and values that are computed once, or trained, have the first
-    positions, and would leave a gap. A text that continues a cache has started before. Positions of several axes (M-RoPE) are
-    places in an image.
+    A prompt in the sequence moves along with the text. Keys and values that are computed once or trained have the first
+    positions, so there would be a gap. A text that continues a cache has already started. Positions with several axes (M-RoPE)
+    are places in an image.
     """
     if call.get("position_ids") is None or not stack.positions.takes_position_ids:
         return ""
@@ -131,7 +131,7 @@ def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> 
     if given is None or given.dim() != 2 or (mask is None and call.get("attention_mask") is not None):
         return ""
     if mask is not None:
-        # The first real column of each row: the positions of padding mean nothing.
+        # Use the first real column of each row, because the positions of padding mean nothing.
         first = mask[:, -given.shape[1] :].to(given.device).long().argmax(-1, keepdim=True)
         given = given.expand(len(first), -1).gather(1, first)
     starts = given[:, 0] - stack.positions.start
@@ -139,14 +139,14 @@ def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> 
 
 
 def later_start_error(stack: Stack, found: str) -> UnsupportedModeError:
-    """The error for such a call where the prompt's keys and values have the first positions.
+    """Return the error for a text that starts at a later position although the prompt's keys and values have the first ones.
 
     Args:
-        found: what `later_start` has found.
+        found: the result of `later_start`.
     """
     return UnsupportedModeError(
-        f"the call brings {found}, but a prompt that enters as keys and values has the first positions, and the text must have "
-        "those right after it.",
-        "Leave `position_ids` out or count it by the attention mask; or use PromptTuning, which moves along.",
+        f"the call has {found}, but the prompt's keys and values take the first positions, and the text must follow them "
+        "directly.",
+        "Leave `position_ids` out or count them by the attention mask; or use PromptTuning, which moves along with the text.",
         model=f"{type(stack.module).__name__}, which starts at {stack.positions.start}",
     )

@@ -26,7 +26,7 @@ class MethodWrapper:
         self.before: Callable[..., Any] | None = model.__dict__.get(name)
 
     def original(self) -> Callable[..., Any]:
-        """The method that was replaced."""
+        """Return the method that was replaced."""
         if self.before is not None:
             return self.before
         kind = type(self.model)

@@ -74,12 +74,17 @@ def test_training_gradients_are_those_of_sdpa() -> None:
 def test_what_flash_attention_cannot_show_is_refused() -> None:
     """A prefix that some queries do not see: in sliding windows, and in rows with prompts of different lengths."""
     model = emulated("mistral")
-    with pytest.raises(UnsupportedModeError, match=r"shows every query the whole prefix(.|\n)*set_attn_implementation"):
+    with pytest.raises(
+        UnsupportedModeError, match=r"with flash attention every query sees it(.|\n)*set_attn_implementation"
+    ):
         softhooks.attach(model, PrefixTuning(P))
     model = emulated("llama")
     softhooks.attach(model, PrefixTuning(P), "long")
     softhooks.attach(model, PrefixTuning(2), "short")
-    with softhooks.rows(model, ["long", "short"]), pytest.raises(UnsupportedModeError, match="shows every query"):
+    with (
+        softhooks.rows(model, ["long", "short"]),
+        pytest.raises(UnsupportedModeError, match="with flash attention every query sees it"),
+    ):
         model(zoo.text(2, 6))
     with softhooks.rows(model, ["long", "long"]), torch.no_grad():
         together = model(zoo.text(2, 6)).logits
@@ -95,7 +100,9 @@ def test_a_prefix_that_is_seen_past_a_window_is_refused(arch: str) -> None:
     for method in (PTuningV2(P), PrefixTuning(P, windowed=False)):
         with pytest.raises(UnsupportedModeError, match=r"function: *flash_emulated_forward with windows"):
             softhooks.attach(model, method)
-    with pytest.raises(UnsupportedModeError, match="shows every query" if arch == "mistral" else "with windows"):
+    with pytest.raises(
+        UnsupportedModeError, match="with flash attention every query sees it" if arch == "mistral" else "with windows"
+    ):
         softhooks.attach(model, PrefixTuning(P))
 
 

@@ -267,7 +267,7 @@ def test_layers_that_attend_twice_or_share_keys_are_refused_by_name() -> None:
         hidden_size_per_layer_input=8, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
     shared = tf.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(UnsupportedMethodError, match=r"Gemma3nTextAttention, number 2(.|\n)*are not the rows'"):
+    with pytest.raises(UnsupportedMethodError, match=r"Gemma3nTextAttention, number 2(.|\n)*do not match the rows"):
         softhooks.attach(shared, LlamaAdapter(K))
 
 

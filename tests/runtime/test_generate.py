@@ -218,7 +218,7 @@ def test_slots_refuse_a_returned_cache(arch: str, way: str) -> None:
     model, _, _ = prompted(arch, way)
     first = generate(model, **naive.left_padded(ROWS[:2]), return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.tensor([[5, 6]] * 2)], 1)
-    with pytest.raises(UnsupportedModeError, match="their own generation has filled"):
+    with pytest.raises(UnsupportedModeError, match="the same generation has filled"):
         generate(model, input_ids=ids, attention_mask=(ids != 0).long(), past_key_values=first.past_key_values)
 
 

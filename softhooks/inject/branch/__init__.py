@@ -1,1 +1,1 @@
-"""A gated attention over the prompt, added to the output of attention."""
+"""Gated attention over the prompt, added to the output of the model's attention."""

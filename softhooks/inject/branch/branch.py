@@ -1,7 +1,7 @@
-"""Gated branches: each query also attends to the prompt's rows, in a softmax of its own, times a gate.
+"""Gated branches: each query also attends to the prompt's rows with a separate softmax, and a gate scales the result.
 
-`output = attention(q, k, v) + gate * softmax(q kP^T) vP`, added before the output projection: with gates of 0 the output is the
-base model's bit for bit. The text's own attention runs unchanged, with its masks, caches, windows and kernels.
+`output = attention(q, k, v) + gate * softmax(q kP^T) vP`, added before the output projection: with gates of 0 the output equals
+the base model's output bit for bit. The attention over the text runs unchanged, with its masks, caches, windows and kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from softhooks.inject.branch.projections import keys_and_values
 from softhooks.inject.checkpointing import CheckpointedPass
 
 CONTEXT = "prompt_context"
-"""The extra argument of the forward with a context for each row, such as the vectors of an image."""
+"""The extra argument of the forward that contains a context for each row, such as the vectors of an image."""
 
 
 @dataclass
@@ -30,8 +30,8 @@ class GatedRows:
     """The rows and the gate of a prompt at one site.
 
     Attributes:
-        rows: [K, H], or [B, K, H] where each row of the batch has its own.
-        gate: [Hq], as it multiplies.
+        rows: [K, H], or [B, K, H] if each row of the batch has its own.
+        gate: the factor of each head, [Hq].
     """
 
     site: Site
@@ -44,8 +44,8 @@ class BranchInputs:
     """The rows, gates and scales of a prompt for one stack.
 
     Attributes:
-        gated: those of each site.
-        scaled: a factor and an offset for the output of linear layers, by name, [1, out] each.
+        gated: the rows and the gate of each site.
+        scaled: the factor and the offset for the output of linear layers, by name, [1, out] each.
     """
 
     gated: list[GatedRows]
@@ -58,8 +58,8 @@ class Branch:
 
     Attributes:
         keys, values: [R, Hq, K, D] for each site index; R is 1 (shared by every row) or B. Gates are part of the values.
-        pending: the sites whose weights are whole in their layer's forward only (FSDP2): their keys are computed there.
-        seen: which of the K each row has, [B, 1, 1, K] bool, for the sites where rows differ in that.
+        pending: the sites whose weights are only gathered in the forward of their layer (FSDP2), where the keys are computed.
+        seen: the visible keys of each row, [B, 1, 1, K] bool, for sites at which the rows differ.
         scaled: factor and offset of linear layers, by name, [R, out] each.
     """
 
@@ -83,7 +83,7 @@ def branch_of(given: BranchInputs) -> Branch:
 
 
 def _made_of(gated: GatedRows, scaled: Scaled) -> tuple[Tensor, Tensor]:
-    """The keys and the gated values of one site's rows, [R, Hq, K, D]."""
+    """Compute the keys and the gated values of one site's rows, [R, Hq, K, D]."""
     site, rows = gated.site, gated.rows if gated.rows.dim() == 3 else gated.rows[None]
     repeats = gated.gate.shape[0] // site.heads
     both = [part.unflatten(0, rows.shape[:2]) for part in keys_and_values(site, rows.flatten(0, 1), scaled)]
@@ -101,7 +101,7 @@ class BranchPass(CheckpointedPass):
         training: whether layers may be checkpointed in this forward.
 
     Attributes:
-        blank: the columns that are padding before text, [B, T] bool; None: there are none.
+        blank: the columns of left padding, [B, T] bool; None if there are none.
     """
 
     def __init__(self, stack: Stack, branch: Branch, training: bool = False) -> None:
@@ -149,7 +149,7 @@ class BranchPass(CheckpointedPass):
         return scale(self.branch.scaled, name, output, self.blank)
 
     def injected_tensors(self) -> list[Tensor]:
-        """Every key and value, factor and offset."""
+        """Return every key, value, factor and offset."""
         scaled = [part for both in self.branch.scaled.values() for part in both]
         return [*self.branch.keys.values(), *self.branch.values.values(), *scaled]
 
@@ -169,11 +169,11 @@ class BranchPass(CheckpointedPass):
 
 
 def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batch: int) -> Branch:
-    """Give each row of a batch its own prompt's branch; a row without one, or without one at a site, has values of 0.
+    """Give each row of a batch its own prompt's branch; rows without a prompt, or without prompt rows at a site, get values of 0.
 
     Args:
-        branches: the prompts' branches, R_i being 1 or the number of the prompt's rows.
-        rows: the rows of each.
+        branches: the branch of each prompt; R_i is 1 or the number of batch rows with the prompt.
+        rows: the batch rows of each prompt.
         batch: the number of rows.
 
     Shape:
@@ -209,7 +209,7 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
 
 
 def _spread(tensors: Sequence[Tensor], rows: Sequence[Sequence[int]], batch: int) -> Tensor:
-    """Copy each tensor [1 or n, ...] to its n rows of a batch; the other rows are 0. -> [B, ...]."""
+    """Copy each tensor [1 or n, ...] to its n rows of a batch and set the other rows to 0. -> [B, ...]."""
     count = sum(tensor.shape[0] for tensor in tensors)
     source, first = [count] * batch, 0
     for tensor, places in zip(tensors, rows, strict=True):

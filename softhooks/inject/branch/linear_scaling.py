@@ -11,11 +11,11 @@ from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 
 Scaled = dict[str, tuple[Tensor, Tensor]]
-"""Factor and offset of linear layers by name, [R, out] each; R is 1 (shared by every row) or B."""
+"""Factors and offsets of linear layers by name, [R, out] each; R is 1 (shared by every row) or B."""
 
 
 def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
-    """Every linear layer in the blocks of a stack, by name, with the width of its output; the factors of LoRA do not count."""
+    """List the linear layers in the blocks of a stack, except LoRA's, by name and with the width of their output."""
     from transformers.pytorch_utils import Conv1D
 
     blocks = {name for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList)}
@@ -28,13 +28,13 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
 
 
 def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
-    """The columns of a text that are padding, if any row begins with padding; else None.
+    """Find the columns of a text that are padding; None if no row starts with padding.
 
-    Recurrent layers read every column, and skip padding because its states are 0: no offset may be added to them.
+    Recurrent layers read every column and ignore padding because its states are 0, so no offset may be added there.
 
     Args:
-        mask: one number a column, [B, past + T].
-        columns: T.
+        mask: the mask with one value per column, [B, past + T].
+        columns: the number of columns, T.
 
     Shape:
         -> [B, T] bool
@@ -45,16 +45,16 @@ def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
 
 
 def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None) -> Tensor | None:
-    """Multiply the output of a linear layer by its factor and add its offset; None for a layer without them.
+    """Multiply the output of a linear layer by its factor and add its offset; return None for a layer without these.
 
     Args:
-        blank: the columns that get no offset, [B, T] bool.
+        blank: the columns without an offset, [B, T] bool.
 
     Shape:
-        output [B, ..., out], or [N, out] where all rows share one factor
+        output [B, ..., out], or [N, out] if all rows share one factor
 
     Raises:
-        UnsupportedModeError: rows differ, and the output has not one entry a row.
+        UnsupportedModeError: the rows differ, and the output does not have one entry per row.
     """
     if name not in scaled:
         return None
@@ -63,8 +63,8 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
     if rows > 1 and output.shape[0] != rows:
         raise UnsupportedModeError(
             f"layer {name} returns {list(output.shape)} for {rows} rows with different prompts; prompts that scale linear layers "
-            "share a batch only where every layer keeps the rows apart.",
-            "Run the rows of each prompt in a batch of their own.",
+            "can only share a batch if every layer keeps the rows apart.",
+            "Run the rows of each prompt in a separate batch.",
         )
     shape = (rows, *[1] * (output.dim() - 2), -1) if rows > 1 else (-1,)
     offset = offset.view(shape)
@@ -74,19 +74,19 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
 
 
 class ScaleHook:
-    """The hook of one linear layer; the running pass has its factor."""
+    """The hook of one linear layer; the running pass holds the factor."""
 
     def __init__(self, stack: Stack, name: str) -> None:
         self.stack = stack
         self.name = name
 
     def scale(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Scale the output, if a pass is running."""
+        """Scale the output if a pass is running."""
         return None if self.stack.state.current is None else self.stack.state.current.scale(self.name, output)
 
 
 def hook_linears(stack: Stack) -> list[RemovableHandle]:
-    """Hook every linear layer of a stack that has no such hook yet, and return the handles."""
+    """Hook the linear layers of a stack that are not hooked yet, and return the handles."""
     handles = []
     for name, (module, _) in linears(stack).items():
         if not any(isinstance(getattr(hook, "__self__", None), ScaleHook) for hook in module._forward_hooks.values()):

@@ -1,4 +1,4 @@
-"""A probe that finds how to call each attention module of a model on single rows, and checks the keys and values."""
+"""Find out how to call each attention module of a model on single rows, and check the resulting keys and values."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _PROBE_ID = 63
 
 
 def find_attention_calls(structure: ModelStructure) -> None:
-    """Find how to call every self-attention of a model on rows; once for each model.
+    """Find out how to call each self-attention module of a model on rows; the result is kept for the model.
 
     Raises:
-        UnsupportedMethodError: a stack's attention is neither called through the interface nor known.
+        UnsupportedMethodError: a stack's attention neither uses the attention interface nor is known to softhooks.
     """
     encoded: Tensor | None = None
     for stack in structure.stacks:
         if stack.injection not in ("attention", "written_out"):
             raise UnsupportedMethodError(
-                f"the attention of {type(stack.module).__name__} is not supported; a gated branch needs attention that goes "
-                "through transformers' attention interface, or that softhooks knows.",
+                f"the attention of {type(stack.module).__name__} is not supported; a gated branch needs attention that uses "
+                "transformers' attention interface or that softhooks knows.",
                 OTHER_METHOD,
             )
         if all(site.call is not None for site in stack.sites_of("self")):
@@ -48,13 +48,13 @@ def find_attention_calls(structure: ModelStructure) -> None:
 
 @dataclass(eq=False)
 class _Seen:
-    """What one site received and returned in a forward of one token.
+    """The input and output of one site in a forward of one token.
 
     Attributes:
-        args, kwargs: of the call of its module.
+        args, kwargs: the arguments of its module.
         query, key, value: the arguments of its attention function.
-        output: what the attention function returned.
-        calls: how often the module was called, for all the sites that it serves.
+        output: the output of the attention function.
+        calls: the number of calls of the module, for all sites that it serves.
     """
 
     args: tuple[Any, ...]
@@ -117,7 +117,7 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
 
 
 def _attention_call(seen: _Seen) -> AttentionCall:
-    """Turn a recorded call into one for rows without positions."""
+    """Turn a recorded call into the arguments for rows without positions."""
     given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
     place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
     return AttentionCall(
@@ -134,7 +134,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _nowhere(value: Any) -> Any:
-    """Remove rotation and cache from an argument; anything else stays, also a mask of one token."""
+    """Remove rotation and cache from an argument; return anything else unchanged, even a mask of one token."""
     if hasattr(value, "get_seq_length"):
         return None
     if isinstance(value, Tensor):
@@ -150,11 +150,11 @@ def _nowhere(value: Any) -> Any:
 
 
 def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
-    """Why a site's keys and values for rows are wrong; empty if they are right.
+    """Describe why a site's keys and values for rows are wrong; empty if they are right.
 
-    The recorded token is at position 0, where rotations change nothing but, in some models, the scale of keys. So its value must
-    be computed again exactly, and its key up to a factor. A second row in the batch must change neither, and must have a key and
-    a value of its own.
+    The recorded token is at position 0, where rotations only change, in some models, the scale of keys. So its value must be
+    reproduced exactly, and its key up to a factor. A second row in the batch must not change them, and must get a different key
+    and value.
     """
     if call.place == "":
         return "its input is not a sequence of states"
@@ -170,7 +170,7 @@ def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
     except FORWARD_ERRORS as error:
         return f"it cannot run on rows alone: {type(error).__name__}: {error}"
     if keys.shape != (2, site.heads, site.key_dim) or values.shape != (2, site.heads, site.value_dim):
-        return f"its keys {list(keys.shape)} and values {list(values.shape)} are not the rows'"
+        return f"its keys {list(keys.shape)} and values {list(values.shape)} do not match the rows"
     if not _close(values[0], seen.value[0, :, 0]) or not _collinear(keys[0], seen.key[0, :, 0]):
         return "its keys and values depend on more than its input"
     if not _close(keys[1], alone[0][0]) or not _close(values[1], alone[1][0]) or torch.equal(*values):

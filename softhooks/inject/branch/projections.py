@@ -1,8 +1,8 @@
-"""The keys and values that an attention module computes for given rows, whatever its projections are.
+"""Compute the keys and values of an attention module for given rows, independent of the form of its projections.
 
 The module runs its own forward on each row as a sequence of one token, without rotation, mask or cache, and the arguments of its
-attention function are recorded. So separate, fused, biased and low-rank projections, norms of keys, and adapters on any of them
-need no code here. `projection_probe` checks at attach that this works.
+attention function are recorded. Separate, fused, biased and low-rank projections, key norms, and adapters on any of them thus
+need no special code. `projection_probe` checks at attach that this works.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from softhooks.inject.branch.linear_scaling import Scaled, scale
 
 
 class _ProjectionPass(Pass):
-    """Record the key and the value of one call of an attention function, and return zeros."""
+    """A pass that records the key and the value of one attention call, and returns zeros."""
 
     def __init__(self, stack: Stack, scaled: Scaled) -> None:
         super().__init__(stack)
-        self.has_begun = True  # a module runs here, not the stack
+        self.has_begun = True  # only a module runs, not the stack
         self.scaled = scaled
         self.key: Tensor | None = None
         self.value: Tensor | None = None
@@ -34,7 +34,7 @@ class _ProjectionPass(Pass):
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], self.value.shape[3]), None
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Scale the output of the module's linear layers, as for the text."""
+        """Scale the output of the module's linear layers in the same way as for the text."""
         return scale(self.scaled, name, output)
 
 
@@ -42,7 +42,7 @@ def keys_and_values(site: Site, rows: Tensor, scaled: Scaled | None = None) -> t
     """Run rows through a site's own projections.
 
     Args:
-        scaled: how the prompt scales linear layers.
+        scaled: the prompt's factors and offsets of linear layers.
 
     Shape:
         rows [N, H] -> keys [N, Hk, Dk], values [N, Hk, Dv]
@@ -54,14 +54,16 @@ def keys_and_values(site: Site, rows: Tensor, scaled: Scaled | None = None) -> t
     args, kwargs = call.arguments(rows)
     forward_pass = _ProjectionPass(stack, scaled or {})
     with stack.state.running(forward_pass):
-        module.forward(*args, **kwargs)  # without hooks: those that collect attentions would count this call
+        module.forward(
+            *args, **kwargs
+        )  # `forward` skips hooks, because hooks that collect attentions would count this call
     assert forward_pass.key is not None
     assert forward_pass.value is not None
     return forward_pass.key.squeeze(2), forward_pass.value.squeeze(2)
 
 
 def require_call(site: Site) -> AttentionCall:
-    """How to call a site's attention module on rows.
+    """Return the arguments for calling a site's attention module on rows.
 
     Raises:
         UnsupportedMethodError: the layer cannot be called on rows.
@@ -70,8 +72,8 @@ def require_call(site: Site) -> AttentionCall:
     if site.call.failure:
         raise UnsupportedMethodError(
             f"layer {site.index} cannot have a gated branch, because {site.call.failure}; a gated branch needs layers whose keys "
-            "and values are made of their input alone.",
-            "Use another method, such as PrefixTuning; `num_layers` leaves layers out from below.",
+            "and values only depend on their input.",
+            "Use another method, such as PrefixTuning, or leave out the lower layers with `num_layers`.",
             layer=f"{type(site.module).__name__}, number {site.index} of {site.stack.path or 'the model'}",
             because=site.call.failure,
         )

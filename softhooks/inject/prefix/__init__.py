@@ -1,1 +1,1 @@
-"""Keys and values of a prompt at the attention function or in a cache."""
+"""Inject a prompt's keys and values at the attention function or through a cache."""

@@ -17,17 +17,17 @@ from softhooks.inject.prefix.prefix_cache import PrefixCache, PrefixPair
 from softhooks.inject.prefix.prefix_pass import PrefixPass
 
 _BY_COLUMN = ("attention_mask", "alibi")
-"""Arguments of a layer with one entry, in the last dimension, for each column that it may attend to."""
+"""The arguments of a layer whose last dimension has one entry for each key column."""
 
 
 class CachePass(PrefixPass):
-    """A forward whose cache puts the prefix before what the caller's cache holds.
+    """A forward with a cache that puts the prefix before the contents of the caller's cache.
 
     Args:
         stack: the stack.
         prefix: keys and values by layer.
         call: the arguments of the forward; cache and mask are replaced in place.
-        shape: batch and columns of the text.
+        shape: the batch size and the number of text columns.
     """
 
     def __init__(self, stack: Stack, prefix: KeyValues, call: dict[str, Any], shape: tuple[int, int]) -> None:
@@ -59,7 +59,7 @@ class CachePass(PrefixPass):
         self.handles += self.prepare()
 
     def prepare(self) -> list[Any]:
-        """Remove the prefix's columns from the masks of the layers that have no prefix; the stack makes one mask for all."""
+        """Remove the prefix's columns from the masks of layers without a prefix, because the stack makes one mask for all."""
 
         def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -87,8 +87,8 @@ class CachePass(PrefixPass):
                 if module is self.stack.module:
                     continue
                 raise UnsupportedModeError(
-                    f"{type(module).__name__} takes no cache with gradient checkpointing, but its prefix enters through one.",
-                    "Turn gradient checkpointing off.",
+                    f"{type(module).__name__} takes no cache with gradient checkpointing, but its prefix enters through a cache.",
+                    "Disable gradient checkpointing.",
                 )
             self._patches.set(module, "_can_checkpoint_with_cache", True)
 
@@ -97,9 +97,9 @@ class CachePass(PrefixPass):
         prefix = self.prefixes["self"]
         if prefix.missing:
             raise UnsupportedModeError(
-                f"layers {sorted(prefix.missing)} have no prefix in some rows; where prefixes enter through a cache, the prompts "
-                "of one batch must enter the same layers.",
-                "Run their rows in batches of their own.",
+                f"layers {sorted(prefix.missing)} have no prefix in some rows; if prefixes enter through a cache, all prompts "
+                "of a batch must enter the same layers.",
+                "Run the rows of each prompt in a separate batch.",
                 model=type(self.stack.module).__name__,
             )
         device = prefix.any_key.device
@@ -134,7 +134,7 @@ class CachePass(PrefixPass):
         return output
 
     def _strip(self, value: Any) -> Any:
-        """Strip a tuple of attentions, [B, Hq, T, P + K] for each site that has a prefix; return anything else as it is."""
+        """Strip a tuple of attentions, [B, Hq, T, P + K] for each site with a prefix; return anything else unchanged."""
         if not isinstance(value, tuple) or not all(isinstance(item, Tensor) and item.dim() == 4 for item in value):
             return value
         prefix = self.prefixes["self"]

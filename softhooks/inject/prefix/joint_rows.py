@@ -1,9 +1,9 @@
-"""Attention of all rows in one sequence after a long prefix, with a mask that keeps the rows apart.
+"""Attention over all rows in one sequence after a long prefix, with a mask that keeps the rows apart.
 
-In a batch the prefix's keys and values are copied for every row. In one sequence they are there once, but scores between rows are
-computed in vain; so it pays where the prefix is at least as long as all rows together. Measured at P = 900, T = 64, B = 8: with
-heads that share keys (grouped queries) the step takes as long and its peak memory is 45% lower; with a key for every head it is
-5% slower and takes 15% more. With 4 rows of 32 the step is 13 to 15% faster.
+In a batch, the prefix's keys and values are copied for every row. In one sequence there is a single copy, but scores between
+rows are wasted, so this pays if the prefix is at least as long as all rows together. Measured at P = 900, T = 64, B = 8: with
+grouped queries the step takes as long and its peak memory is 45% lower; with a key for every head the step is 5% slower and
+takes 15% more memory. With 4 rows of 32 the step is 13 to 15% faster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from softhooks.inject.prefix.key_values import KeyValues
 def joining_pays(
     function: str, prefix: KeyValues, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether rows can be joined, and whether it pays: in training, with one long prefix that they share."""
+    """Whether rows can be joined and joining is faster: in training, with one long prefix that all rows share."""
     batch, _, columns, _ = query.shape
     shared = prefix.variants == 1 and prefix.lengths is None and kwargs.get("position_bias") is None
     plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1)
@@ -32,14 +32,14 @@ def joining_pays(
 
 
 def joint_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, query: Tensor, causal: bool) -> Tensor:
-    """The mask of the joined rows: which keys each query sees.
+    """Make the mask of the joined rows, which defines the keys that each query sees.
 
     Args:
-        mask: [B, 1, T, T], bool (True: seen) or additive; None: every text token, or with `causal` those up to its own.
-        visible: which virtual tokens each query sees, [B or 1, 1, T or 1, P] bool; None: all.
+        mask: [B, 1, T, T], bool (True: seen) or additive; or None to see every text token, with `causal` up to the query's.
+        visible: the virtual tokens that each query sees, [B or 1, 1, T or 1, P] bool, or None for all.
 
     Shape:
-        -> [1, 1, B * T, P + B * T], of the mask's kind.
+        -> [1, 1, B * T, P + B * T], in the form of the mask.
     """
     batch, _, columns, _ = query.shape
     length, device = prefix.length, query.device
@@ -51,7 +51,7 @@ def joint_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, q
     joined[..., :length] = 1 if mask.dtype == torch.bool else 0
     if visible is not None:
         joined[..., :length].masked_fill_(~visible[:, 0].expand(batch, columns, -1), hidden)
-    # Block (row, row) on the diagonal is the row's own mask; all others stay hidden.
+    # Each block (row, row) on the diagonal is the mask of that row; all other blocks stay hidden.
     blocks = joined[..., length:].unflatten(-1, (batch, columns))
     each = torch.arange(batch, device=device)
     blocks[each, :, each] = mask[:, 0].expand(batch, -1, -1)
@@ -61,10 +61,10 @@ def joint_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, q
 def attend_jointly(
     attention: Callable[..., Any], prefix: KeyValues, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run an attention function over joined rows, and split its output into rows.
+    """Run an attention function over joined rows, and split its output into rows again.
 
     Args:
-        index: of the site.
+        index: the index of the site.
         args: module, query [B, Hq, T, D], key and value [B, Hk, T, D], joint mask, and any further arguments.
     """
     module, query, key, value, mask, *rest = args

@@ -1,4 +1,4 @@
-"""The keys and values of a prompt for every attention module, shared by all rows of a batch or one for each."""
+"""The keys and values of a prompt for every attention module, either shared by all rows of a batch or different in each row."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class KeyValues:
     Attributes:
         keys, values: [R, Hk, P, D] for each site index that has a prefix; R is 1 (shared by every row), B, or the number of a
             prompt's variants.
-        lengths: how many of the P virtual tokens each row has, [B]; the rightmost, next to the text. None: all have P.
-        windowed: whether sliding windows apply to the prefix, as to tokens just before the text; a bool, or [B] bool.
+        lengths: the number of virtual tokens of each row, [B], which are the rightmost of the P; None if all rows have P.
+        windowed: whether sliding windows apply to the prefix as to tokens just before the text; a bool, or [B] bool.
         shifted: whether the text's positions start after the prefix; a bool, or [B] bool.
-        states: the virtual tokens' last hidden states, [R, P, H], where the prompt was run through the stack.
-        hidden: the virtual tokens that a row must not see, [B or 1, P] bool; None: it sees all that it has.
-        missing: the rows without a prefix at a site where other rows have one, [B] bool by site index.
+        states: the virtual tokens' last hidden states, [R, P, H], if the prompt was run through the stack.
+        hidden: the virtual tokens that a row must not see, [B or 1, P] bool, or None if it sees all that it has.
+        missing: the rows without a prefix at a site where other rows have a prefix, [B] bool by site index.
     """
 
     keys: dict[int, Tensor]
@@ -44,21 +44,21 @@ class KeyValues:
 
     @property
     def length(self) -> int:
-        """P, the longest row's virtual tokens."""
+        """P, the number of virtual tokens of the longest row."""
         return self.any_key.shape[2]
 
     @property
     def any_key(self) -> Tensor:
-        """The keys of some site; those of all sites have the same R and P.
+        """Return the keys of some site; R and P are the same for all sites.
 
         Raises:
-            PromptNotReachedError: there are none: no attention was seen when the prompt ran through the stack.
+            PromptNotReachedError: there are no keys, because no attention call was seen when the prompt ran through the stack.
         """
         for key in self.keys.values():
             return key
         raise PromptNotReachedError(
-            "the prompt has no keys and values: the model's attention was not seen when the prompt ran through it.",
-            "Do not replace attention modules or functions while a prompt is attached; or attach with `injection='slots'`.",
+            "the prompt has no keys and values, because no attention call was seen when it ran through the model.",
+            "Do not replace attention modules or functions while a prompt is attached, or attach with `injection='slots'`.",
         )
 
     def before(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,16 +69,16 @@ class KeyValues:
         return torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
 
     def shift(self) -> int | Tensor:
-        """By how much the text's positions shift: P or 0, or [B, 1] where rows differ."""
+        """Return the shift of the text's positions: P or 0, or [B, 1] if rows differ."""
         if isinstance(self.shifted, Tensor) and self.lengths is not None:
             return (self.lengths * self.shifted)[:, None]
         return self.length if self.shifted else 0
 
     def present(self, device: torch.device, index: int | None = None) -> Tensor | None:
-        """Which virtual tokens each row has and may see, [B or 1, P] bool; None: all.
+        """Return the virtual tokens that each row has and may see, [B or 1, P] bool, or None for all.
 
         Args:
-            index: of a site; its rows without a prefix see none. None: those of all sites.
+            index: the index of a site, where rows without a prefix see no virtual tokens; or None for all sites.
         """
         seen = None if self.hidden is None else ~self.hidden.to(device)
         missing = None if index is None else self.missing.get(index)
@@ -96,13 +96,13 @@ def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
     """Split the flat form of a prefix into the keys and values of its sites.
 
     Shape:
-        [P, sum over sites of Hk * (Dk + Dv)] -> keys [1, Hk, P, Dk], values [1, Hk, P, Dv] each; keys come first.
+        [P, sum over sites of Hk * (Dk + Dv)] -> keys [1, Hk, P, Dk], values [1, Hk, P, Dv] for each site; keys come first.
     """
     virtual = flat.shape[0]
     first = sites[0]
-    # The backward of `unbind` and `split` is one copy; that of indexing fills a full-size tensor for every layer.
+    # The backward of `unbind` and `split` is one copy; the backward of indexing fills a full-size tensor for every layer.
     if all((s.heads, s.key_dim, s.value_dim) == (first.heads, first.key_dim, first.key_dim) for s in sites):
-        # One copy for all layers instead of one strided view a layer: every later `cat` then reads contiguous rows.
+        # One copy for all layers instead of a strided view per layer, so that every later `cat` reads contiguous rows.
         stacked = flat.view(virtual, 2 * len(sites), first.heads, first.key_dim).permute(1, 2, 0, 3).contiguous()
         parts = stacked.unsqueeze(1).unbind(0)
     else:
@@ -119,7 +119,7 @@ def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
 
 
 def flatten(keys: dict[int, Tensor], values: dict[int, Tensor], sites: Sequence[Site]) -> Tensor:
-    """The inverse of `split`: [1, Hk, P, D] for each site -> [P, numbers]."""
+    """Invert `split`: [1, Hk, P, D] for each site -> [P, sum over sites]."""
     parts = []
     for site in sites:
         parts += [tensor[0].transpose(0, 1).flatten(1) for tensor in (keys[site.index], values[site.index])]
@@ -131,7 +131,7 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
 
     Args:
         prompts: the prompts of the batch; each may leave sites out.
-        rows: for each row, which variant, in one numbering of the variants of all prompts; None: no prompt.
+        rows: the variant of each row, numbered over the variants of all prompts, or None for no prompt.
 
     Shape:
         prompts [R_i, Hk, P_i, D] -> [B, Hk, max P_i, D]
@@ -147,7 +147,7 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     index = torch.tensor([len(owners) if row is None else row for row in rows], device=device)
 
     def gather(given: list[Tensor | None]) -> Tensor:
-        like = next(tensor for tensor in given if tensor is not None)  # at least one prompt has the site
+        like = next(tensor for tensor in given if tensor is not None)  # some prompt has the site
         nothing = like.new_zeros(1, like.shape[1], longest, like.shape[3])
         parts = [
             nothing.expand(prompt.variants, -1, -1, -1)

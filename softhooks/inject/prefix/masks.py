@@ -1,4 +1,4 @@
-"""Attention masks with columns for a prefix."""
+"""Add columns for a prefix to attention masks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, maske
     """Refuse attention functions whose mask cannot be widened over a prefix.
 
     Args:
-        name: of the attention function.
-        kwargs: its arguments.
-        cut: whether tokens see a window of tokens but the whole prefix; flash attention would apply the window to the prefix too.
+        name: the name of the attention function.
+        kwargs: the keyword arguments of its call.
+        cut: whether tokens see a window of tokens but the whole prefix, to which flash attention would also apply the window.
         masked: whether the call has a mask.
 
     Raises:
-        UnsupportedModeError: for flex attention, for paged attention without a mask, and for flash attention where it is packed
+        UnsupportedModeError: the function is flex attention, paged attention without a mask, or flash attention that is packed
             or would cut the prefix.
     """
     flash = name.startswith("flash")
@@ -33,7 +33,7 @@ def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, maske
     if "flex" in name or unmasked or packed or cut:
         function = name + (" with packed sequences" if packed else " with windows" if cut else "")
         raise UnsupportedModeError(
-            f"{function} has no mask that can be widened over a key-value prefix.",
+            f"{function} has no mask that can be extended to a key-value prefix.",
             "Use `model.set_attn_implementation('sdpa')` or 'eager'.",
             function=function,
         )
@@ -42,18 +42,18 @@ def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, maske
 def widen_mask(
     mask: Any, length: int, visible: Tensor | None, causal: bool, query: Tensor, key: Tensor, function: str
 ) -> Any:
-    """Add the prefix's columns to a mask, before those of the text.
+    """Add the prefix's columns to a mask, before the text's columns.
 
     Args:
         mask: None; [B, K] (flash); or [B, 1 or H, T, K], bool (True: seen) or additive.
-        length: P.
-        visible: which virtual tokens each query sees, [B or 1, 1, T or 1, P]; None: all.
-        causal: whether a mask of None means that each query sees the keys up to its own.
-        query, key: of the text alone; their shapes, precision and device are used.
+        length: the number of virtual tokens, P.
+        visible: the virtual tokens that each query sees, [B or 1, 1, T or 1, P], or None for all.
+        causal: whether without a mask each query sees only the keys up to its own position.
+        query, key: the queries and keys of the text, used for their shapes, dtype and device.
         function: the name of the attention function.
 
     Shape:
-        -> the same kind of mask with P + K columns, or None where everything is seen.
+        -> the same kind of mask with P + K columns, or None if everything is seen.
     """
     if function.startswith("flash"):
         return _widen_flat_mask(mask, length, visible)
@@ -61,7 +61,7 @@ def widen_mask(
         return None
     queries, keys = query.shape[2], key.shape[2]
     if mask is None:
-        # The function's own causal masking would count the prefix's columns, so the mask is written out.
+        # The function's own causal masking would count the prefix's columns, so an explicit mask is needed.
         mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(keys - queries) if causal else mask
         if function != "sdpa_attention_forward":
@@ -80,10 +80,10 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _widen_flat_mask(mask: Tensor | None, length: int, visible: Tensor | None) -> Tensor | None:
-    """Widen the [B, K] mask of flash attention, which aligns its own causal mask with the last key: a prefix is seen by all."""
+    """Widen the [B, K] mask of flash attention, which aligns its causal mask with the last key, so that all see the prefix."""
     if visible is not None:
         raise UnsupportedModeError(
-            "some queries must not see the whole prefix, but flash attention shows every query the whole prefix.",
+            "some queries must not see the whole prefix, but with flash attention every query sees it.",
             "Use `model.set_attn_implementation('sdpa')` for prompts of different lengths in one batch and for models "
             "with sliding windows.",
         )

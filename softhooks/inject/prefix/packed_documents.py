@@ -1,8 +1,8 @@
-"""Documents packed into one row: each sees the prompt and itself, or the forward is refused.
+"""Check that documents packed into one row see only the prompt and themselves, and refuse the forward otherwise.
 
-A prompt that enters as keys and values is before every document, and the positions of each document start after it. The documents
-are kept apart by the mask, which transformers makes of `position_ids` in most models, where there is neither an attention mask
-nor a cache. So the mask itself is checked, whatever the model.
+A prompt that enters as keys and values is before every document, and the positions of each document start after it. The mask
+keeps the documents apart. In most models, transformers makes it from `position_ids` if there is neither an attention mask nor a
+cache, so the mask itself is checked in any model.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
 
 _REMEDY = (
-    "Give the packed row no attention mask, pass `use_cache=False` (a Trainer does), and use 'sdpa' or 'eager' attention; where "
-    "the model has no masks for packed rows, give each document a row of its own."
+    "Pass the packed row without an attention mask and with `use_cache=False` (as a Trainer does), and use 'sdpa' or 'eager' "
+    "attention; if the model has no masks for packed rows, put each document into its own row."
 )
 
 
 def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
-    """Number the documents of each row: one begins where the positions restart. None if there is one document a row.
+    """Number the documents of each row, which start where positions restart; None if each row has one document.
 
     Args:
-        positions: as the caller gives them.
-        mask: the caller's mask; positions of padding are ignored. With a mask that is prepared for attention the result is None:
-            it keeps documents apart, or not, by itself.
+        positions: the caller's `position_ids`.
+        mask: the caller's mask; positions of padding are ignored. With a mask prepared for attention the result is None, because
+            this mask alone decides whether documents are kept apart.
 
     Shape:
         positions [B or 1, T], or [4, B, T], text first -> [B or 1, T]
@@ -39,7 +39,7 @@ def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
     rows = positions[0] if positions.dim() == 3 and positions.shape[0] == 4 else positions
     if rows.dim() != 2 or rows.shape[1] != columns:
         return None
-    # Each position is compared with that of the last real column before it.
+    # Each position is compared with the position of the last real column before it.
     last = torch.arange(columns, device=rows.device)[None]
     real = None if mask is None else mask[:, -columns:].to(rows.device).bool()
     if real is not None:
@@ -63,22 +63,22 @@ def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
 
     Args:
         numbers: the document of each column, [B or 1, T].
-        by_position: whether the stack itself was given the positions; without them it cannot tell documents apart.
+        by_position: whether the stack itself received the positions, without which it cannot tell documents apart.
     """
     if stack.injection != "attention" or not by_position:
         raise _refusal(
-            numbers, f"not seen: {type(stack.module).__name__} makes it without positions, or where no hook sees it"
+            numbers, f"unknown: {type(stack.module).__name__} makes it without positions, or where no hook sees it"
         )
 
 
 def keep_documents_apart(forward_pass: Pass, numbers: Tensor) -> None:
-    """Let a pass refuse attention in which documents see each other.
+    """Make a pass refuse attention in which documents see each other.
 
     Args:
         numbers: the document of each column, [B or 1, T].
     """
     attend: Callable[..., Any] = forward_pass.attend
-    checked: list[Any] = []  # layers are mostly given the same mask object
+    checked: list[Any] = []  # most layers receive the same mask object
 
     def attend_apart(site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
@@ -87,21 +87,21 @@ def keep_documents_apart(forward_pass: Pass, numbers: Tensor) -> None:
             checked.append(mask)
         return attend(site, attention, args, kwargs)
 
-    forward_pass.attend = attend_apart  # type: ignore[method-assign]  # of this pass alone
+    forward_pass.attend = attend_apart  # type: ignore[method-assign]  # only of this pass
 
 
 def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
     """Check that no query sees a key of another document.
 
     Raises:
-        UnsupportedModeError: one does, or the mask does not tell.
+        UnsupportedModeError: a query sees another document, or this cannot be seen from the mask.
     """
     if function.startswith("flash"):
         raise _refusal(numbers, f"{function} keeps documents apart by itself, but not with a prompt before them")
     if not isinstance(mask, Tensor) or keys != numbers.shape[1] or mask.shape[-1] != keys:
-        raise _refusal(numbers, "none that tells them apart")
+        raise _refusal(numbers, "none that keeps them apart")
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    asking = numbers[:, -mask.shape[-2] :]  # a layer may have queries for the last columns alone
+    asking = numbers[:, -mask.shape[-2] :]  # a layer may have queries only for the last columns
     other = asking[:, None, :, None] != numbers[:, None, None, :]
     if bool((seen & other.to(mask.device)).any()):
         raise _refusal(numbers, f"{list(mask.shape)}, in which they see each other")
@@ -109,8 +109,8 @@ def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
 
 def _refusal(numbers: Tensor, mask: str) -> UnsupportedModeError:
     return UnsupportedModeError(
-        "documents packed into one row must not see each other, which this call does not ensure.",
+        "documents packed into one row could see each other in this call; each must see only the prompt and itself.",
         _REMEDY,
-        documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, by position_ids that start again",
+        documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, by restarting position_ids",
         mask=mask,
     )

@@ -1,8 +1,8 @@
-"""A prefix with the paged cache of continuous batching, in which the sequences of many requests share one row.
+"""Prefixes with the paged cache of continuous batching, in which the sequences of many requests share one row.
 
-The attention function writes to the cache and reads from it, and its mask keeps the sequences apart. A prompt that all of them
-see is one more run of columns before all others: its keys and values are concatenated once, for all requests, after the cache was
-updated. They never enter the cache itself, because requests with the same ids share its blocks.
+The attention function writes to the cache and reads from it, and its mask keeps the sequences apart. The prompt is one block of
+columns that all sequences see, before all other columns: its keys and values are prepended once for all requests, after the
+update of the cache. They never enter the cache itself, because requests with the same ids share cache blocks.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from softhooks.inject.prefix.key_values import KeyValues
 
 
 def paged_cache(arguments: dict[str, Any]) -> PagedAttentionCache | None:
-    """The paged cache in the arguments of a stack or of an attention function; None outside of a continuous batch."""
+    """Return the paged cache in the arguments of a stack or an attention function; None outside of continuous batching."""
     cache = arguments.get("cache")
     return cache if isinstance(cache, PagedAttentionCache) else None
 
 
 def longest_text(call: dict[str, Any]) -> int | None:
-    """How many tokens the longest sequence of a continuous batch has, by its positions; None outside of a continuous batch.
+    """Return the length of the longest sequence in a continuous batch, by its positions; None outside of continuous batching.
 
-    The columns do not tell: they are the new tokens of several sequences, without those in the cache.
+    The number of columns is different: it counts the new tokens of several sequences, without the tokens in the cache.
     """
     positions = call.get("position_ids")
     return None if paged_cache(call) is None or positions is None else int(positions.max()) + 1
@@ -40,7 +40,7 @@ class PrefixedPagedCache(PagedAttentionCache):
     Args:
         cache: the cache of the batch.
         prefix: the prompt's keys and values, shared by all sequences.
-        index: of the site.
+        index: the index of the site.
     """
 
     def __init__(self, cache: PagedAttentionCache, prefix: KeyValues, index: int) -> None:
@@ -48,7 +48,7 @@ class PrefixedPagedCache(PagedAttentionCache):
         self._prefix = (prefix.keys[index], prefix.values[index])
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Update the cache, and prepend the prefix. [1, Hk, T, D] -> [1, Hk, P + K, D], or [P + K, Hk, D] (older)."""
+        """Update the cache and prepend the prefix. [1, Hk, T, D] -> [1, Hk, P + K, D], or [P + K, Hk, D] (older versions)."""
         key, value = map(_prepend, self._prefix, self._cache.update(*args, **kwargs))
         return key, value
 
@@ -62,11 +62,11 @@ def _prepend(own: Tensor, read: Tensor) -> Tensor:
 def attend_alone(
     attention: AttentionFunction, window: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run the attention of a prompt's own rows, which are in no cache, also where the model's function needs a paged cache.
+    """Run attention over a prompt's own rows, which are not in a cache, even if the model's function needs a paged cache.
 
     Args:
-        attention: the model's function; replaced by eager attention if it needs a paged cache.
-        window: of the site, if it has one.
+        attention: the model's attention function; replaced by eager attention if it needs a paged cache.
+        window: the sliding window of the site, if it has a window.
     """
     if "paged" not in function_name(attention):
         return attention(*args, **kwargs)
@@ -82,6 +82,6 @@ def attend_alone(
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """The eager attention function in a model's file, without the wrapper of softhooks."""
+    """Return the eager attention function of a modeling file, without softhooks' wrapper."""
     function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     return getattr(function, "__wrapped__", function)

@@ -1,4 +1,4 @@
-"""Prefixes between the left padding of a row and its text, for layers whose biases and windows count columns."""
+"""Put a prefix between the left padding of a row and its text, for layers whose biases and windows count columns."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from softhooks.inject.gather_columns import gather_columns
 
 @dataclass(frozen=True)
 class KeyOrder:
-    """The order of keys in rows that begin with padding: the padding, the prefix, the text.
+    """The order of keys in rows that start with padding: the padding, the prefix, the text.
 
     Attributes:
-        order: the column, of prefix and text concatenated, that goes to each place, [B, P + K].
+        order: for each place, the column of the concatenated prefix and text that goes there, [B, P + K].
         text: the place of each column of the text, [B, K].
     """
 
@@ -23,7 +23,7 @@ class KeyOrder:
     text: Tensor
 
     def arrange(self, tensor: Tensor, dim: int) -> Tensor:
-        """Put columns of prefix and text in order. [B, ..., P + K, ...] -> the same."""
+        """Put columns of prefix and text in order. [B, ..., P + K, ...] -> the same shape."""
         return gather_columns(tensor, self.order, dim)
 
     def own(self, tensor: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ class KeyOrder:
 
 
 def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
-    """The order of a text's keys with a prefix of `length`; None where no row begins with padding.
+    """Return the order of a text's keys with a prefix of `length`, or None if no row starts with padding.
 
     Args:
-        mask: the text's, [B, K].
+        mask: the text's mask, [B, K].
     """
     if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):
         return None

@@ -1,7 +1,7 @@
 """Caches that put a prefix before the keys and values of a layer.
 
 GPT-J, BLOOM, Falcon and similar models do not use the attention interface. They pass their keys and values to `cache.update` and
-attend to what it returns: the one place where a prefix can be added without changing their attention code.
+attend to its result, so this is where a prefix can be added without changing their attention code.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from softhooks.inject.prefix.prefix_after_padding import KeyOrder
 
 
 class PrefixCache(Cache):
-    """A read-only prefix before the caller's cache, or before the text alone.
+    """A read-only prefix before the caller's cache, or before only the text if there is no cache.
 
-    The text's keys and values go to the caller's cache alone, and the prefix is put before what that returns. So the caller's
-    cache never holds a virtual token, and a layer that is recomputed reads the same keys twice.
+    Only the text's keys and values go to the caller's cache, and the prefix is put before its result. The caller's cache
+    therefore never contains a virtual token, and a recomputed layer reads the same keys again.
 
     Args:
         prefix: keys and values by layer.
         inner: the caller's cache.
-        order: the order of keys, where rows begin with padding.
+        order: the order of keys, if rows start with padding.
     """
 
     def __init__(self, prefix: KeyValues, inner: Cache | None, order: KeyOrder | None = None) -> None:
@@ -37,7 +37,7 @@ class PrefixCache(Cache):
         self.has_injected = False
         if inner is not None and any(getattr(layer, "is_sliding", False) for layer in inner.layers):
             raise UnsupportedModeError(
-                f"{type(inner).__name__} has sliding layers; a prefix that enters through a cache needs one of full length.",
+                f"{type(inner).__name__} has sliding layers; a prefix that enters through a cache needs a full-length cache.",
                 "Generate with the default cache of full length.",
             )
 
@@ -52,15 +52,15 @@ class PrefixCache(Cache):
         return (key, value) if self.order is None else (self.order.arrange(key, 2), self.order.arrange(value, 2))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The length of the prefix and of the caller's cache."""
+        """Return the length of the prefix and the caller's cache together."""
         return self.prefix.length + (0 if self.inner is None else self.inner.get_seq_length(layer_idx))
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Queries come after the prefix and the cached tokens."""
+        """Return the offset of the queries, which come after the prefix and the cached tokens."""
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """The number of keys, the prefix's included, and their offset."""
+        """Return the number of keys, including the prefix, and their offset."""
         if self.inner is None:
             return self.prefix.length + query_length, 0
         length, offset = self.inner.get_mask_sizes(query_length, layer_idx)
@@ -72,8 +72,8 @@ class PrefixPair(EncoderDecoderCache):
 
     Args:
         prefixed: the cache of self-attention.
-        inner: the caller's cache. The cross-attention part of an `EncoderDecoderCache` is used and filled. Otherwise the keys of
-            cross-attention are computed from the encoder's states in each forward.
+        inner: the caller's cache. The cross-attention part of an `EncoderDecoderCache` is used and filled; with any other cache,
+            the keys of cross-attention are computed from the encoder's states in each forward.
     """
 
     def __init__(self, prefixed: PrefixCache, inner: Cache | None) -> None:
@@ -83,7 +83,7 @@ class PrefixPair(EncoderDecoderCache):
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
-        """Refuse a model that reads keys from `layers`, without `update`: it would not know which attention they belong to.
+        """Refuse a model that reads keys from `layers` instead of calling `update`, which hides their kind of attention.
 
         Raises:
             UnsupportedModeError: always.
@@ -96,7 +96,7 @@ class PrefixPair(EncoderDecoderCache):
 
 
 class _Never(dict[int, bool]):
-    """The `is_updated` flags of a cache that keeps no keys of cross-attention: always empty."""
+    """The `is_updated` flags of a cache without cross-attention keys; always empty."""
 
     def __setitem__(self, _layer: int, _is_there: bool) -> None:
         return None

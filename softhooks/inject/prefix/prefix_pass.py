@@ -1,6 +1,6 @@
-"""Key-value prefixes at the attention function.
+"""Inject key-value prefixes at the attention function.
 
-The prefix never enters the model's cache, so static, cropped and returned caches and activation checkpointing work as without it.
+The prefix never enters the model's cache, so static, cropped and returned caches and checkpointing work as without a prefix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from softhooks.inject.prefix.recompute import recomputed
 
 
 class PrefixPass(CheckpointedPass):
-    """A forward with a prefix: at each site, keys and values before those of the text.
+    """A forward with a prefix: at each site, the prefix's keys and values come before the text's keys and values.
 
     Args:
         stack: the stack.
@@ -61,7 +61,7 @@ class PrefixPass(CheckpointedPass):
         causal = mask is None and self._is_causal(site, function, kwargs)
         # Flash attention aligns queries with the last keys by itself.
         if causal and not function.startswith("flash") and key.shape[2] > query.shape[2] > 1:
-            # An empty static cache: the keys after the queries are blank, and no mask hides them.
+            # This is an empty static cache: the keys after the queries are blank, and no mask hides them.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         if site.role == "self" and joining_pays(function, prefix, query, key, mask, kwargs):
             joined = self._joined_mask(site, query, mask, kwargs, causal)
@@ -83,11 +83,11 @@ class PrefixPass(CheckpointedPass):
     def _mask(
         self, site: Site, function: str, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool
     ) -> Any:
-        """Widen a layer's mask over the prefix. Layers with the same window share one mask, built once a forward."""
+        """Widen a layer's mask over the prefix. Layers with the same window share one mask, built once per forward."""
         window = window_of(site, kwargs) if site.role == "self" else None
         everywhere = not self.stack.causal or self.prefixes[site.role].windowed is False
         refuse_attention(function, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))
-        window = window if self.stack.causal else None  # in an encoder the mask alone applies the window
+        window = window if self.stack.causal else None  # in an encoder only the mask applies the window
         causal = causal and query.shape[2] > 1
 
         def build() -> Any:
@@ -101,7 +101,7 @@ class PrefixPass(CheckpointedPass):
         return self._once(mask, kind, build)
 
     def _joined_mask(self, site: Site, query: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool) -> Tensor:
-        """The mask of all rows in one sequence after one prefix; built once a forward."""
+        """Return the mask of all rows in one sequence after one prefix; it is built once per forward."""
         window = window_of(site, kwargs) if self.stack.causal else None
         causal = causal and query.shape[2] > 1
 
@@ -114,21 +114,21 @@ class PrefixPass(CheckpointedPass):
         return joint
 
     def _rows_of(self, site: Site) -> tuple[int, ...]:
-        """The site's index, where some rows have no prefix there and its mask differs from those of other sites."""
+        """Return the site's index if some rows have no prefix there, so that its mask differs from other sites' masks."""
         return (site.index,) if site.index in self.prefixes[site.role].missing else ()
 
     def _once(self, mask: Any, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
-        """Build what is made of a layer's mask once a forward; layers are mostly given the same mask object."""
+        """Build a result from a layer's mask once per forward; most layers receive the same mask object."""
         key = (id(mask), *key)
         if key not in self._masks:
             self._masks[key] = (mask, build())  # keeping the old mask keeps its id from being reused
         return self._masks[key][1]
 
     def _is_causal(self, site: Site, function: str, kwargs: dict[str, Any]) -> bool:
-        """Whether this function is causal when it is called without a mask.
+        """Whether this function is causal if it is called without a mask.
 
-        Eager attention never is. SDPA and flash attention follow the call's `is_causal`, then the module's. For any other
-        function the probe at attach decides: whether the stack was causal.
+        Eager attention is never causal. SDPA and flash attention use the call's `is_causal`, then the module's. For any other
+        function the result of the probe at attach is used: whether the stack is causal.
         """
         if function.startswith("eager"):
             return False
@@ -138,14 +138,14 @@ class PrefixPass(CheckpointedPass):
         return bool(self.stack.causal and site.role == "self" if given is None else given)
 
     def _visible(self, site: Site, window: int | None, query: Tensor) -> Tensor | None:
-        """Which virtual tokens each query sees, [B or 1, 1, Q or 1, P] bool; None: all of them.
+        """Return the virtual tokens that each query sees, [B or 1, 1, Q or 1, P] bool, or None for all.
 
         In layers that share keys (Gemma 4) the queries may be the last Q of the T columns.
         """
         prefix, device = self.prefixes[site.role], query.device
         present = prefix.present(device, site.index)
         visible = None if present is None else present[:, None, None, :]
-        # A windowed prefix has the positions just before the text, so early tokens see its end and late ones none of it.
+        # A windowed prefix is just before the text, so early tokens see the end of the prefix and later tokens nothing of it.
         if window is not None and prefix.windowed is not False and self.positions is not None:
             columns = torch.arange(prefix.length, device=device)
             distance = self.positions.to(device)[:, -query.shape[2] :, None] + prefix.length - columns
@@ -156,7 +156,7 @@ class PrefixPass(CheckpointedPass):
         return visible
 
     def injected_tensors(self) -> list[Tensor]:
-        """Every key and value."""
+        """Return every key and value."""
         return [part for own in self.prefixes.values() for parts in (own.keys, own.values) for part in parts.values()]
 
     def detach_injected(self) -> None:

@@ -1,7 +1,7 @@
-"""Concatenated keys and values of prefix and text: recomputed in the backward instead of saved.
+"""Recompute the concatenated keys and values of prefix and text in the backward instead of saving them.
 
-Attention takes the text's keys and values after a copy of the prefix for every row. Autograd would save that copy for every row
-and layer; here it saves the prefix, once, and the text's, and concatenates them again in the backward.
+Attention needs a copy of the prefix before each row's keys and values. Autograd would save this copy for every row and layer;
+here it saves the prefix once and the text's keys and values, and concatenates them again in the backward.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from softhooks.inject.prefix.key_values import KeyValues
 
 _SHARE = 0.5
-"""The least length of a prefix, as a part of the text's length, for which this pays."""
+"""The minimal length of a prefix, as a fraction of the text's length, for which this pays."""
 
 _HOOKS = ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled")
-"""Functions of torch without a public name; without them everything is saved as usual."""
+"""Private functions of torch; if they are missing, everything is saved as usual."""
 
 
 def recomputed(prefix: KeyValues, index: int, text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> Any:
-    """Recompute, in the backward, the whole keys and values that autograd would save within this context.
+    """Recompute, in the backward, the concatenated keys and values that autograd would save within this context.
 
     Args:
-        index: of the site.
+        index: the index of the site.
         text: the text's keys and values, [B, Hk, K, D].
-        whole: those of prefix and text, as `KeyValues.before` has concatenated them.
+        whole: the keys and values of prefix and text, as concatenated by `KeyValues.before`.
     """
     heads = (prefix.keys[index], prefix.values[index])
     if not _pays(prefix, text[0]) or not all(map(_keeps, heads)) or _is_hooked():
@@ -44,19 +44,19 @@ def _pays(prefix: KeyValues, key: Tensor) -> bool:
 
 
 def _keeps(part: Tensor) -> bool:
-    """Whether a prefix cannot change before the backward; a parameter can, by an optimizer's step."""
+    """Whether a prefix cannot change before the backward; an optimizer step can change a parameter."""
     base = part._base if part._is_view() else part
     return base is not None and not (base.is_leaf and base.requires_grad)
 
 
 def _is_hooked() -> bool:
-    """Whether other hooks handle saved tensors (activation checkpointing, offloading), or none may (`torch.func`)."""
+    """Whether other saved-tensor hooks are active (checkpointing, offloading), or hooks are forbidden (`torch.func`)."""
     top, may = (getattr(torch._C._autograd, name, None) for name in _HOOKS)
     return top is None or may is None or not may() or top(True) is not None
 
 
 class _Recomputed:
-    """The keys and values of one site in one forward, known by their storage."""
+    """The keys and values of one site in one forward, recognized by their storage."""
 
     def __init__(self, heads: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:
         self._parts = {
@@ -78,7 +78,7 @@ class _Recomputed:
             return packed
         (head, own), versions, *view = packed
         if versions != [head._version, own._version]:
-            # As autograd does for the tensors that it saves.
+            # Autograd does the same for the tensors that it saves.
             raise RuntimeError("keys or values that the backward needs have been modified in place since the forward.")
         with torch.no_grad():
             made = torch.cat([head.to(own).expand(len(own), -1, -1, -1), own], dim=2)

@@ -1,1 +1,1 @@
-"""Virtual slots in the sequence, whose rows are the prompt."""
+"""Inject a prompt as virtual tokens in slots of the sequence."""

@@ -1,7 +1,7 @@
-"""The values of per-token arguments at virtual slots: those that the model uses where the argument is left out.
+"""The values of per-token arguments at virtual slots, which are the model's defaults for a missing argument.
 
-Boxes on a page, paths in a document, token types: for tokens without one, tokenizers give the value of padding, and the models
-use the same value where the argument is left out. A probe at attach checks that they do. Languages are those of the text.
+Boxes on a page, paths in a document, token types: for tokens without a value, tokenizers use the value of padding, and models
+use the same value if the argument is missing. A probe checks that they do. A slot has the language of its text.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from softhooks.backbone.stack import Stack
 from softhooks.layout.slot_map import Widened
 
 _PADDED: dict[str, tuple[str, str | int]] = {
-    # argument: where the config has the value (or the value), and how many numbers a token has
+    # argument: the config's name for the value (or the value), and how many numbers a token has
     "token_type_ids": ("", 0),
     "bbox": ("", 4),
     "xpath_tags_seq": ("tag_pad_id", "max_depth"),
     "xpath_subs_seq": ("subs_pad_id", "max_depth"),
 }
 ZERO_AT_SLOTS = ("token_type_ids", "visual_pos_masks", "image_embeds_position_mask")
-"""Arguments that are 0 at a slot: the first type of token, and no part of an image."""
+"""Arguments that are 0 at a slot: the first token type, and not part of an image."""
 COPIED = ("langs",)
-"""Arguments whose value at a slot is that of the row's first token."""
+"""Arguments for which a slot has the value of the row's first token."""
 
 
 def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
-    """Find the per-token arguments of a stack whose value at a slot is known: filled with it, they must change nothing.
+    """Find the per-token arguments of a stack with a known value for slots: passing only this value must not change anything.
 
-    The stack's prompts must be off.
+    The stack's prompts must be disabled.
 
     Args:
         ids: some text, [1, T].
@@ -59,7 +59,7 @@ def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
 def _state(stack: Stack, inputs: dict[str, Tensor]) -> Tensor | None:
     try:
         return last_hidden_state(stack.module(**inputs))
-    except FORWARD_ERRORS:  # the model does not take the argument alone: its value at slots stays unknown
+    except FORWARD_ERRORS:  # the model does not take the argument alone, so its value at slots stays unknown
         return None
 
 
@@ -68,11 +68,11 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def fill(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
-    """Add the slots' columns to the per-token arguments of a call whose value at slots is known, in place.
+    """Add the slots' columns, in place, to the per-token arguments of a call that have a known value for slots.
 
     Args:
         wide: the map of the sequence with slots.
-        fills: the values that were found for this stack.
+        fills: the known values for this stack.
     """
     columns, fills = wide.text.shape[1], {**dict.fromkeys(ZERO_AT_SLOTS, 0), **fills}
     for name, value in call.items():

@@ -1,4 +1,4 @@
-"""Slots in the encoder of an encoder-decoder, as its decoder sees them: in the cross-attention mask and in the outputs."""
+"""Handle the slots of an encoder in its decoder: extend the cross-attention mask, and remove the slots from outputs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class CrossSlotPass(Pass):
         wide = _wide_of(states, encoder)
         if wide is None or (given is not None and given.shape[-1] != columns):
             raise PromptNotReachedError(
-                "the decoder was given states without the prompt; it must be given the states of an encoder that ran with the "
+                "the decoder received encoder states without the prompt; it needs the states of an encoder that ran with the "
                 "prompt.",
-                "Let the model run its encoder itself, or call the encoder while the prompt is on.",
+                "Let the model run its encoder itself, or call the encoder while the prompt is active.",
                 states=f"{states.shape[1]} columns",
                 mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
             )
@@ -75,7 +75,7 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
 
 
 def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
-    """The map of slots that the encoder's pass used for these states, repeated for beams."""
+    """Return the map of slots that the encoder's pass used for these states, repeated for beams."""
     written = slots_in(states) or encoder.state.encoded
     wide = None if written is None else written.widened(states.shape[0])
     return wide if wide is not None and wide.columns == states.shape[1] else None

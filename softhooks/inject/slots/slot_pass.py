@@ -1,7 +1,7 @@
-"""Slots in the sequence: placeholder ids are inserted, their embeddings replaced, and their states removed from the output.
+"""Insert slots into the sequence: add placeholder ids, replace their embeddings, and remove their states from the output.
 
-For encoders, for prompts that are not at the front, and for decoders whose front prompt cannot be shared. Outside of the stack
-every shape is the text's; only a decoder that attends to an encoder sees the encoder's slots.
+Used for encoders, for prompts that are not at the front, and for decoders whose front prompt cannot be shared. Outside of the
+stack every shape is the shape of the text; only a decoder that attends to an encoder sees the encoder's slots.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SlotPass(Pass):
         call: the arguments of the forward, by name; the slots are added in place.
         placeholder: an ordinary id that is not padding.
         keep: whether the returned last state keeps the slots, for a decoder that attends to it.
-        outer: positions and mask of the model's own call.
+        outer: the positions and the mask of the model's own call.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class SlotPass(Pass):
         self.placeholder = placeholder
         self._wide: Widened | None = None
         self._cached: Widened | None = None
-        self._asked = 0  # how many of the text's last columns the stack must return; 0: all
+        self._asked = 0  # the number of last text columns that the stack must return; 0 for all
         self._embeds_given = call.get("input_ids") is None
-        self._ids: Tensor | None = None  # only where token types may be looked up in the same embedding
+        self._ids: Tensor | None = None  # only if token types may be looked up in the same embedding
         text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
         if not isinstance(text, Tensor):
             raise UnsupportedModeError("the call of the model's backbone has neither `input_ids` nor `inputs_embeds`.")
@@ -84,15 +84,15 @@ class SlotPass(Pass):
 
     @property
     def slot_columns(self) -> Tensor | None:
-        """The columns of the slots in the sequence, [B, S]; None where they are in a cache."""
+        """The columns of the slots in the sequence, [B, S]; None if they are in a cache."""
         return None if self._wide is None else self._wide.slots
 
     @property
     def total_columns(self) -> int:
-        """The columns of the sequence in this forward, slots included."""
+        """The number of columns in this forward, including slots."""
         return self.columns if self._wide is None else self._wide.columns
 
-    # --- the first forward: the slots go in ---------------------------------------------------------------------------
+    # --- the first forward: insert the slots --------------------------------------------------------------------------
 
     def _insert(self, call: dict[str, Any]) -> None:
         refuse_unknown(call, self.stack, self.batch, self.columns)
@@ -108,8 +108,8 @@ class SlotPass(Pass):
             call["input_ids"] = self._insert_ids(self._wide, call["input_ids"])
         elif self.slots.ids is not None:
             raise UnsupportedModeError(
-                f"the call brings `inputs_embeds`, but the states of {type(self.stack.module).__name__} depend on ids too; with "
-                "slots it must be given ids.",
+                f"the call has `inputs_embeds`, but the states of {type(self.stack.module).__name__} also depend on token ids, "
+                "so slots need the ids.",
                 "Call the model with `input_ids`.",
             )
         else:
@@ -125,7 +125,7 @@ class SlotPass(Pass):
         self._keep_states(call)
 
     def _keep_states(self, call: dict[str, Any]) -> None:
-        """Ask a stack that computes the last columns only (Gemma 4) for as many as contain the text's last ones."""
+        """Increase `logits_to_keep` of a stack that computes only the last columns (Gemma 4) to include slots between them."""
         asked = call.get("logits_to_keep")
         if isinstance(asked, int) and asked > 0:
             assert self._wide is not None
@@ -139,13 +139,13 @@ class SlotPass(Pass):
         return spread if own is None else spread.scatter(1, wide.slots, own.expand_as(wide.slots))
 
     def _place(self, call: dict[str, Any], ids: Tensor) -> None:
-        """Give the stack the positions of the call's columns; one that gives all rows the same positions counts them itself."""
+        """Pass the positions of the columns to the stack, unless it gives all rows the same positions and counts itself."""
         where = self.stack.positions
         if where.takes_position_ids or (where.table is not None and where.table.by_row):
             set_position_ids(self.stack, call, ids, self.handles)
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
-        """Whether the embedding looks up the ids, and not token types, for which GPT-2 and CTRL use the same table."""
+        """Whether this call looks up token ids rather than token types, for which GPT-2 and CTRL use the same table."""
         ids = self._ids
         if self._embeds_given:
             return False
@@ -173,16 +173,16 @@ class SlotPass(Pass):
         given, positions = call.get("attention_mask"), given_positions(self.stack, call, self.outer)
         total = past - slots + self.columns
         flat = padding_mask(call, self.outer)
-        # The tokens that the call counts, by its mask or positions, must be those in the cache without slots, and the new ones.
+        # The call's count of tokens, by mask or positions, must equal the cached tokens without slots plus the new tokens.
         seen = None if flat is None else flat.shape[-1]
         if flat is None and positions is not None and positions.dim() == 2:
             seen = int(positions.max()) + 1 - self.stack.positions.start
         places = None if written is None else written.places_in(self.batch)
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
-                "the cache does not hold this text with its slots; they need a cache that their own generation has filled.",
+                "the cache does not contain this text with its slots; slots need a cache that the same generation has filled.",
                 "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate from the "
-                "whole text, without a cache from before.",
+                "whole text without an existing cache.",
                 cache=f"{past} columns, {slots} of them slots",
                 call=f"{self.batch} rows, {self.columns} new tokens of {'unknown' if seen is None else seen} in all, "
                 f"{total} expected",
@@ -198,18 +198,18 @@ class SlotPass(Pass):
         self.has_injected = True
 
     def _continue_state(self, cache: Any) -> None:
-        """Continue from a state of recurrent layers, in which the slots were read already."""
+        """Continue from a state of recurrent layers that have already read the slots."""
         written = slots_in(cache)
         if written is None or written.places_in(self.batch) is None:
             raise UnsupportedModeError(
-                f"{type(cache).__name__} was not made with these slots; they need a state that their own generation has made.",
+                f"{type(cache).__name__} was not made with these slots; slots need a state that the same generation has made.",
                 "Start again from the text, without the state.",
                 rows=self.batch,
             )
         self.has_injected = True
 
     def _widened(self, places: Places, mask: Tensor) -> Widened:
-        """The map of this batch. In a decoder unused slots go to the left, because text is generated at the right."""
+        """Return the map of this batch. In a decoder unused slots go to the left, because text is generated at the right."""
         spare_first = self.stack.causal and not self.keep
         return widen(gaps(mask, places.offsets), places.live, mask.shape[1], spare_first=spare_first)
 
@@ -218,14 +218,14 @@ class SlotPass(Pass):
     def strip(self, states: Tensor) -> Tensor:
         """Remove the slots from states, [B, N, H] -> [B, T, H].
 
-        In a decoder a token is predicted from the column before it: where slots are in between, from the last slot.
+        In a decoder a token is predicted from the column before it, which is the last slot if slots are in between.
         """
         wide = self._wide
         assert wide is not None
         return wide.predicting_states(states, self._mask) if self.stack.causal else wide.own_states(states)
 
     def leave(self, output: Any) -> Any:
-        """Remove the slots from states, hidden states and attentions; where a decoder attends to the last state, keep it."""
+        """Remove the slots from states, hidden states and attentions, except from a last state that a decoder attends to."""
         if self._wide is None:
             return output if self._cached is None else strip_attentions(output, self._cached)
         if self.stack.causal:
@@ -242,14 +242,14 @@ class SlotPass(Pass):
         return stripped
 
     def pooled(self, states: Any) -> Any:
-        """Remove the slots from what a pooler inside the stack is given."""
+        """Remove the slots from the input of a pooler inside the stack."""
         if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
             return states
         return self._wide.own_states(states)
 
 
 class FallbackPass(SlotPass, CheckpointedPass):
-    """A forward with slots in a stack whose prompt is shared as a rule: its checkpointed layers need a pass in the backward."""
+    """A forward with slots in a stack that normally shares its prompt; checkpointed layers need a pass in the backward."""
 
     def __init__(
         self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, outer: OuterCall | None = None

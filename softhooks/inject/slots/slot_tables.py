@@ -1,4 +1,4 @@
-"""The prompts of a batch as slots: their places in each row and their embeddings."""
+"""The slots of a batch's prompts: their places in each row and their embeddings."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from softhooks.layout.template import COLUMN
 
 @dataclass
 class Slots:
-    """The prompts of a batch, as slots.
+    """The prompts of a batch, which enter its text as slots.
 
     Attributes:
-        tables: [P, H] for each prompt in use.
-        layouts: where the slots of each are.
-        choice: for each row of the batch, which prompt (None: no prompt); None: the first, for every row.
+        tables: the embeddings of each prompt in use, [P, H].
+        layouts: the layout of each prompt, which places its slots.
+        choice: the index of each row's prompt, or None for a row without a prompt; None instead of a list means the first
+            prompt for every row.
         given: the extra arguments of the forward.
-        searched: how many columns were given to `generate`, in which layouts look for anchors; None: unknown.
-        ids: the placeholder ids of each prompt, [P], where the stack's states depend on ids; None where they do not.
+        searched: the number of columns passed to `generate`, in which layouts look for anchors; None if unknown.
+        ids: the placeholder ids of each prompt, [P], if the stack's states depend on ids; else None.
     """
 
     tables: Sequence[Tensor]
@@ -37,7 +38,7 @@ class Slots:
 
     @property
     def columns(self) -> int:
-        """S, the slots of the prompt with the most."""
+        """S, the largest number of slots of a prompt."""
         return max(layout.num_slots for layout in self.layouts)
 
     @property
@@ -54,7 +55,7 @@ class Slots:
 
         Args:
             mask: 1 for real tokens, [B, T].
-            ids: the text's, [B, T]; None where it came as embeddings.
+            ids: the text's ids, [B, T]; None if the text was passed as embeddings.
         """
         batch, columns = mask.shape
         if self.searched is not None and any(layout.searches for layout in self.layouts):
@@ -77,17 +78,17 @@ class Slots:
     def _refuse_chunk(self, columns: int, prompt: int) -> None:
         if columns < prompt:
             raise UnsupportedModeError(
-                f"the first chunk has {columns} of {prompt} columns; a layout that looks for anchors, or for the end of the "
-                "text, must see all of it at once.",
+                f"the first chunk has {columns} of {prompt} columns; a layout that looks for anchors or for the end of the "
+                "text must see the whole text at once.",
                 "Leave `prefill_chunk_size` out.",
             )
 
     def stacked(self, like: Tensor) -> Tensor:
-        """The embedding rows of all slots, [1 or B, S, H], in the precision of the text's."""
+        """Return the embedding rows of all slots, [1 or B, S, H], in the dtype of the text's embeddings."""
         return self._stacked(self.tables, like)
 
     def stacked_ids(self, like: Tensor) -> Tensor | None:
-        """The placeholder ids of all slots, [1 or B, S]; None where the stack does not depend on ids."""
+        """Return the placeholder ids of all slots, [1 or B, S]; None if the stack does not depend on ids."""
         return None if self.ids is None else self._stacked([ids[:, None] for ids in self.ids], like)[..., 0]
 
     def _stacked(self, tables: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Removal of the slots from what a stack returns."""
+"""Remove the slots from the output of a stack."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor],
 
     Args:
         wide: the map of the sequence with slots.
-        states: removes them from states, [B, N, H] -> [B, T, H].
-        keep_last: leave the last state as it is, for a decoder that attends to it.
+        states: removes the slots from states, [B, N, H] -> [B, T, H].
+        keep_last: whether to keep the last state unchanged, for a decoder that attends to it.
     """
     if isinstance(output, Tensor):
         return output if keep_last else _strip(output, wide, states)
@@ -34,7 +34,7 @@ def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor],
 
 
 def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
-    """Strip one value, by its shape: states [B, N, H], attentions [B, Hq, N, N], a router's logits [B * N, E], or a tuple."""
+    """Strip one value by its shape: states [B, N, H], attentions [B, Hq, N, N], router logits [B * N, E], or a tuple."""
     if isinstance(value, (tuple, list)):
         return type(value)(_strip(item, wide, states) for item in value)
     if not isinstance(value, Tensor):
@@ -52,10 +52,10 @@ def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any
 
 
 def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], asked: int) -> Any:
-    """Select the text's last columns from a stack that has computed its last states only (`logits_to_keep`).
+    """Select the text's last columns in the output of a stack that computes only its last states (`logits_to_keep`).
 
     Args:
-        asked: how many columns of the text.
+        asked: the number of text columns to select.
     """
     computed = last_hidden_state(output)
     last = states(functional.pad(computed, (0, 0, wide.columns - computed.shape[1], 0)))[:, -asked:]
@@ -72,7 +72,7 @@ def strip_attentions(output: Any, wide: Widened) -> Any:
         if not isinstance(weights, Tensor):
             return weights
         held = weights.shape[3]
-        # Padded on the left to the whole sequence, so that a sliding layer's columns have the same numbers as the map's.
+        # Pad on the left to the whole sequence, so that a sliding layer's columns have the same indices as in the map.
         text = gather_columns(functional.pad(weights, (wide.columns - held, 0)), wide.text, 3)
         return text if held == wide.columns else text[..., -held:]
 
