@@ -48,8 +48,8 @@ def _vocabulary(model: nn.Module) -> int:
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no input embeddings; a soft prompt needs a model that embeds tokens.",
-            f"{INSIDE} Attach to the transformers model itself, if this is a wrapper around one; to a sentence-transformers "
-            "model with `softhooks.integrations.sentence_transformers`.",
+            f"{INSIDE} Attach to the transformers model itself if this is a wrapper around it; for a sentence-transformers "
+            "model, use `softhooks.integrations.sentence_transformers`.",
         ) from error
 
 
@@ -61,12 +61,12 @@ class _Runs:
     """The recorded probe forwards of a model.
 
     Attributes:
-        ids: the ids that each stack is given.
+        ids: the ids that each stack receives.
         inputs: the arguments of the first forward.
-        calls: the calls of its modules.
-        attention: the calls of its attention functions.
-        changed: the calls of a forward in which the second column of one stack's ids differs, for each stack.
-        choices: how many choices each row has, if the model takes rows of choices.
+        calls: the module calls of the first forward.
+        attention: the attention function calls of the first forward.
+        changed: for each stack, the module calls of a forward in which the second column of its ids differs.
+        choices: the number of choices in each row, if the model takes rows of choices.
     """
 
     ids: dict[StackName, Tensor]
@@ -78,7 +78,7 @@ class _Runs:
 
 
 def _run(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on ids, and once more for each of its stacks with another second id."""
+    """Run a model on ids, and once more for each of its stacks with a different second id."""
     if _is_encoder_decoder(model):
         inputs = {"input_ids": ids, "decoder_input_ids": decoder_ids(ids)}
         stack_ids: dict[StackName, Tensor] = {"encoder": ids, "decoder": inputs["decoder_input_ids"]}
@@ -94,7 +94,7 @@ def _run(model: nn.Module, ids: Tensor) -> _Runs:
 
 
 def _run_on_ids_alone(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on one row; if it fails, on one row of two choices, [1, 2, T]."""
+    """Run a model on one row, or if that fails, on one row of two choices, [1, 2, T]."""
     try:
         return _recorded(model, {"text": ids}, {"input_ids": ids})
     except UnsupportedModelError as error:

@@ -241,7 +241,10 @@ def _what_is_missing(lookup: ModuleCall | None, around: Sequence[ModuleCall], na
     shorter = [state for state in states if state.shape[1] != ids.shape[1]]
     if shorter or not states:
         returned = [list(state.shape) for state in shorter or (call.state for call in around if call.state is not None)]
-        return f"only the embeddings return one state for each of {ids_of}, {list(ids.shape)}; others return {returned[-1]}"
+        return (
+            f"only the embeddings return one state for each of {ids_of}, {list(ids.shape)}; "
+            f"the other modules return {returned[-1]}"
+        )
     if not all(bool(call.state.isfinite().all()) for call in around if call.state is not None):
         return "states that are not finite numbers"
     return f"each state after the embedding depends on only one of {ids_of}"

@@ -63,7 +63,7 @@ class PositionTable:
 
 @dataclass(eq=False)
 class Positions:
-    """How a stack numbers its columns.
+    """The numbering of a stack's columns.
 
     Attributes:
         takes_position_ids: whether its forward takes `position_ids` and uses them.

@@ -128,7 +128,7 @@ class FrozenRecord:
         """Compare every frozen tensor with its hash.
 
         Args:
-            where: values to add to the error, such as the step of the training.
+            where: values to add to the error, such as the training step.
 
         Raises:
             FrozenModifiedError: some tensors have changed, are missing or are new; the error names them.

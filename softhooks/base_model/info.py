@@ -34,7 +34,7 @@ class BaseModelInfo:
         name_or_path: its name on the hub, or its path.
         revision: its commit on the hub.
         quantization: the method and the width of its quantization.
-        fingerprint: a few numbers of its weights.
+        fingerprint: a few values of each of its weights.
         width: the width of its embeddings, H.
         vocabulary: the number of rows of its embeddings.
         sliding_window: whether it has layers with a sliding window.

@@ -76,7 +76,7 @@ def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
             continue
         if not _is_fed(part) and _fits(attach, part, method):
             return f"Attach to the inner text model `model.{path}`, a {type(part).__name__}."
-    return "Attach to another model: no part of this one runs on token ids alone."
+    return "Attach to another model: no part of this model runs on token ids alone."
 
 
 def _is_fed(part: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """Set attributes on objects that belong to the user, transformers or torch, and restore them later.
 
-Everything that softhooks sets on such an object goes through `Patches`:
+Everything that softhooks sets on these objects goes through `Patches`:
 
     patches.set(module, "forward", forward)             an attribute of one instance, class or Python module
     patches.set(mapping, "sdpa", function)              an entry of a dictionary

@@ -113,7 +113,8 @@ def test_a_cache_from_before_the_prompt_changed_is_refused(kind: str, change: An
     change(model, prompt, tmp_path)
     for one in (cache, copied):
         with pytest.raises(
-            UnsupportedModeError, match=r"(?s)cache serves.*which have changed since|cache serves.*in 'default'"
+            UnsupportedModeError,
+            match=r"(?s)cache can only be used with.*(which have changed since|in 'default')",
         ):
             continued(model, one)
     continued(model, filled(model))

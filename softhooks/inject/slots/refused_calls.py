@@ -129,7 +129,7 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
     """Refuse per-token arguments without a known value for slots: [B, T, ...], and masks for each query, [B, 1, T, ...].
 
     Raises:
-        UnsupportedModeError: the call has such an argument.
+        UnsupportedModeError: the call has an argument of this kind.
     """
     known = {*_UNTOUCHED, *_WIDENED, *COPIED, *stack.slot_values}
     for key, value in call.items():
