@@ -59,7 +59,8 @@ def attach(
 ) -> SoftPrompt:
     """Attach a soft prompt to a model and freeze everything else.
 
-    The new prompt is on. One that was attached before is off until `activate` or `rows` selects it, or this one is removed.
+    The new prompt is active. A prompt attached before is inactive until `activate` or `rows` selects it, or the new one is
+    removed.
 
     Args:
         model: any transformers model that embeds tokens, also one with LoRA from PEFT.
@@ -186,7 +187,7 @@ def _check_attached(prompt: SoftPrompt, injection: Injection | None, source: Pro
 
 
 def _all_off(prompted: PromptedModel | None) -> AbstractContextManager[object]:
-    """Turn off the prompts that are attached already, to run the model without them."""
+    """Disable the prompts that are already attached, to run the model without them."""
     return nullcontext() if prompted is None else Block(prompted.model, off=True)
 
 

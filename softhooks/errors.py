@@ -32,8 +32,8 @@ class SoftHooksError(Exception):
     """The base class of every error that softhooks raises on purpose.
 
     Args:
-        found: what is wrong, and the rule; a traceback shows this line first.
-        remedy: what to do about it.
+        found: the problem and the rule; a traceback shows this line first.
+        remedy: the remedy.
         values: the values that were found and expected, by name; underscores are shown as spaces.
     """
 
@@ -76,7 +76,7 @@ class PromptMismatchError(SoftHooksError):
 
 
 class NotAttachedError(SoftHooksError):
-    """The model has no prompt, or none of that name."""
+    """The model has no prompt, or no prompt of this name."""
 
 
 class PromptNotReachedError(SoftHooksError):
@@ -106,7 +106,7 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Check an option that takes one of a few words.
 
     Raises:
-        OptionError: naming the words.
+        OptionError: the value is not one of the words.
     """
     if value not in allowed:
         raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.")
@@ -123,7 +123,7 @@ def check_int(name: str, value: object, minimum: int = 1) -> None:
 
 
 def is_int(value: object, minimum: int) -> bool:
-    """Whether a value is a whole number of a minimum or more; a bool is not."""
+    """Return whether a value is a whole number of a minimum or more; a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 

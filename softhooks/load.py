@@ -133,7 +133,7 @@ class PromptFile(PromptSource):
     def ids_and_conventions(
         self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """The stored ids and conventions."""
+        """Return the stored ids and conventions."""
         count = self.method.num_virtual_tokens
         return saved_placeholder_ids(model, structure, count, self._stored.conventions, self.name, needed=needs_ids)
 

@@ -1,7 +1,7 @@
 """The interface of a method: its options, and how they become the encoder that is trained.
 
-A new method is one file in `methods/` with a subclass of `Method`, one line in `methods/__init__.py`, and one line in the tests'
-table.
+A simple method is one file in `methods/` with a subclass of `Method`, one line in `methods/__init__.py`, and one line in the
+table of the tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS: dict[str, type[Method]] = {}
 """The methods by kind, the name in saved prompts and on the command line. `softhooks.methods` registers them."""
 
 COLUMN_METHODS: dict[str, list[str]] = {}
-"""For each batch column of a registered method, the methods that take it and with which option, in words."""
+"""For each batch column, a description of the registered methods and options that take the column."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,19 @@ class Method:
 
     kind: ClassVar[str] = ""
     enters: ClassVar[Literal["embeddings", "attention", "branch"]] = "embeddings"
-    """What the prompt is: rows of embeddings, keys and values at attention, or a gated branch next to attention."""
+    """The form of the prompt: rows of embeddings, keys and values at attention, or a gated branch next to attention."""
 
     init_options: ClassVar[tuple[str, ...]] = ()
-    """The options that only say how a new prompt is initialized; a saved prompt is loaded without them."""
+    """The options that only concern the initialization of a new prompt; a saved prompt is loaded without them."""
 
     columns: ClassVar[tuple[str, ...]] = ()
-    """Batch columns that the method takes. They are arguments of the model's forward, removed before the model sees them."""
+    """Batch columns that the method takes. They are extra arguments of the model's forward."""
 
     optional_columns: ClassVar[dict[str, str]] = {}
-    """Batch columns that the method takes with some options only, and with which, in words."""
+    """Batch columns that the method only takes with some options, with a description of these options."""
 
     sampler_class: ClassVar[type[Any]] = type(None)
-    """The class of the method's `sampler`, if it has one; a Trainer's sampler of this class is not replaced."""
+    """The class of the method's `sampler`, or None; a Trainer's sampler of this class is not replaced."""
 
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"placement": ("front", "after_first", "end")}
     """The conventions that a saved prompt must have, and their possible values."""
@@ -73,7 +73,7 @@ class Method:
         return self.columns
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the initialized encoder for a model."""
+        """Build the initialized encoder for a model."""
         raise NotImplementedError(f"{type(self).__name__} must implement `build`.")
 
     def probe_arguments(self) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ class Method:
         return {}
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Whether some parameters get no gradient in a training step.
+        """Return whether some parameters get no gradient in a training step.
 
         Args:
             given: the names of the batch columns that its forwards have.
@@ -108,10 +108,10 @@ class Method:
         return None
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Refuse a model or an injection that the method does not support. Called at attach, once the injection is known."""
+        """Refuse a model or an injection that the method does not support. Called at attach, after the choice of injection."""
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the attention layers of a stack that the prompt enters; a table of keys and values has theirs in this order."""
+        """Return the attention layers of a stack that the prompt enters, in the order of the tables of keys and values."""
         return stack.sites_of(role)
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
@@ -161,18 +161,20 @@ class Method:
         }
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tables of a file against its options; before a model is known.
+        """Check the tables of a file against its options, before a model is known.
 
         Raises:
-            CheckpointError: they do not match.
+            CheckpointError: tables and options do not match.
         """
         rows = sorted({table.shape[0] for table in tables.values()})
         if rows != [self.num_virtual_tokens]:
             raise CheckpointError(
-                f"{source} has options for {self.num_virtual_tokens} virtual tokens, and its tensors have {rows} rows."
+                f"{source} has options for {self.num_virtual_tokens} virtual tokens, but its tensors have {rows} rows."
             )
         if (set(tables) == {EMBEDDINGS}) != (self.enters == "embeddings"):
-            raise CheckpointError(f"{source} has the tensors {sorted(tables)}, which are not those of {self.kind}.")
+            raise CheckpointError(
+                f"the tensors {sorted(tables)} in {source} do not match the tensors of a {self.kind} prompt."
+            )
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
         """Make the encoder of a folded prompt."""
@@ -188,7 +190,7 @@ class Method:
         return Layout.placed("front", self.num_virtual_tokens)
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """Return what the prompt assumes about the forward pass; saved with it and checked when it is loaded."""
+        """Return the prompt's assumptions about the forward pass, which are saved with the prompt and checked by `load`."""
         return {"placement": self.token_layout.placement}
 
     def options(self) -> dict[str, Any]:

@@ -31,17 +31,17 @@ from softhooks.runtime.prompted_model import PromptedModel
 
 
 class SoftPrompt(AttachedPrompt):
-    """A prompt on a model: the handle that a user holds. Made by `attach` and `load`.
+    """The handle of a prompt on a model, as returned by `attach` and `load`.
 
     Attributes:
-        name: the name under which it is attached.
+        name: the name of the prompt on the model.
         method: the method's options.
-        model: the model, as it was given.
-        encoder: the module that is trained; part of the model while attached.
+        model: the model, as the user passed it.
+        encoder: the trained module; a submodule of the model while attached.
         heads: the prompt's own copies of the model's heads.
         injection: how the prompt enters the model: `attention`, `written_out`, `cache`, `shared`, `slots` or `branch`.
-        conventions: what the prompt assumes about the forward pass; stored with it.
-        is_attached: whether it has not been removed.
+        conventions: the assumptions of the prompt about the forward pass, which are saved with the prompt.
+        is_attached: whether the prompt is still attached.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class SoftPrompt(AttachedPrompt):
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
-        """The conventions as a file holds them, with the ids of the virtual tokens if the model reads ids."""
+        """The conventions as they are saved, with the ids of the virtual tokens if the model reads ids."""
         own = self.module._buffers.get(BUFFER)
         return dict(self.conventions) if own is None else {**self.conventions, BUFFER: own.tolist()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trainable parameter by its name in the model: of the prompt, of its heads, and of the base if kept trainable."""
+        """Yield every trainable parameter of the prompt, its heads and the base model, with its name in the model."""
         for name, parameter in self.model.named_parameters():
             mine = is_prompt_key(name, self.name)
             if parameter.requires_grad and (mine or not is_prompt_key(name)):
                 yield name, parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every trainable parameter, for an optimizer."""
+        """Yield every trainable parameter, for an optimizer."""
         for _, parameter in self.named_parameters():
             yield parameter
 
     @property
     def num_parameters(self) -> int:
-        """The number of parameters of the prompt, of its heads, and of the base if they are trainable.
+        """The number of trainable parameters of the prompt, its heads and the base model.
 
         A prompt that was loaded without `trainable=True` is folded: an MLP or LSTM of its encoder does not count.
         """
@@ -92,7 +92,7 @@ class SoftPrompt(AttachedPrompt):
         return own + sum(parameter.numel() for parameter in others)
 
     def fold(self) -> SoftPrompt:
-        """Run the reparameterization once and keep only its result. The outputs do not change; it cannot be undone.
+        """Run the reparameterization once and keep only its result. Outputs do not change; folding cannot be undone.
 
         Raises:
             UnsupportedModeError: another thread is running the model.
@@ -114,7 +114,7 @@ class SoftPrompt(AttachedPrompt):
         """Check that every frozen parameter and buffer has the bits that it had at attach.
 
         Raises:
-            FrozenModifiedError: one has changed; it is named.
+            FrozenModifiedError: a tensor has changed; the error names it.
             NotAttachedError: the prompt was removed, or loaded without a record.
         """
         self._require_attached()
@@ -125,9 +125,9 @@ class SoftPrompt(AttachedPrompt):
         return self.prompted_model.record.verify(self.model)
 
     def save_pretrained(self, save_directory: str | Path, *, as_peft: bool = False) -> None:
-        """Write the prompt, folded, and its trained heads: `soft_prompt.json` and `soft_prompt.safetensors`.
+        """Write the folded prompt and its trained heads to `soft_prompt.json` and `soft_prompt.safetensors`.
 
-        In a sharded model every rank must call this; the first one writes.
+        In a sharded model every rank must call this; the first rank writes.
 
         Args:
             save_directory: the directory; made if it does not exist.
@@ -149,7 +149,7 @@ class SoftPrompt(AttachedPrompt):
                 log_unsaved_rows(self, self.name, self.model, self.prompted_model.structure, stored.added_ids)
 
     def to_stored(self) -> StoredPrompt:
-        """The prompt as a file holds it: folded, and with its heads by their path in the transformers model.
+        """Return the prompt as it is saved: folded, with its heads by their path in the transformers model.
 
         Raises:
             NotAttachedError: the prompt was removed.
@@ -172,7 +172,7 @@ class SoftPrompt(AttachedPrompt):
         )
 
     def _fingerprint(self) -> Fingerprint:
-        """The fingerprint of the base. For a sharded model, it is the one that was taken at attach, from whole weights."""
+        """Return the fingerprint of the base model; for a sharded model, the fingerprint of the whole weights at attach."""
         prompted, added = self.prompted_model, self.added
         kept = prompted.fingerprint if is_sharded_model(prompted.model) else None
         own = frozenset() if added is None else frozenset(added.ids.tolist())
@@ -199,7 +199,7 @@ class SoftPrompt(AttachedPrompt):
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
     def remove(self) -> None:
-        """Remove the prompt and restore the model as it was before. Calling it again does nothing.
+        """Remove the prompt and restore the model. Calling this again has no effect.
 
         Raises:
             UnsupportedModeError: another thread is running the model.
@@ -229,5 +229,5 @@ class SoftPrompt(AttachedPrompt):
 
 
 def soft_prompts_of(prompted: PromptedModel) -> dict[str, SoftPrompt]:
-    """The handles of a model's prompts, by name."""
+    """Return the handles of a model's prompts, by name."""
     return {name: prompt for name, prompt in prompted.prompts.items() if isinstance(prompt, SoftPrompt)}

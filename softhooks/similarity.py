@@ -23,7 +23,7 @@ from softhooks.prompt import SoftPrompt
 from softhooks.switch import disabled
 
 _BLOCK = 8192
-"""How many words are compared with a prompt at a time."""
+"""The number of words that are compared with a prompt at a time."""
 
 
 def most_similar(
@@ -42,19 +42,19 @@ def most_similar(
         each name with its cosine, the most similar first.
 
     Raises:
-        OptionError: there are no prompts, or one of them does not fold to embedding rows.
-        PromptMismatchError: their widths differ, so they belong to different models.
+        OptionError: there are no prompts, or a prompt does not fold to embedding rows.
+        PromptMismatchError: the widths of the prompts differ, so they belong to different models.
     """
     named: Mapping[str, Any] = prompts if isinstance(prompts, Mapping) else {str(source): source for source in prompts}
     if isinstance(prompts, str) or not named:
-        raise OptionError(f"`prompts` is {prompts!r}; give one or more, in a list or by name.")
+        raise OptionError(f"`prompts` is {prompts!r}; pass one or more prompts, in a list or by name.")
     goal = rows_of(to, "be compared with prompts").mean(0).cpu()
     pooled = {name: rows_of(source, "be compared with prompts").mean(0).cpu() for name, source in named.items()}
     foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}
     if foreign:
         raise PromptMismatchError(
-            "the prompts have other widths than the one to compare with, so they belong to other base models.",
-            "Leave them out.",
+            "some prompts differ in width from the prompt in `to`, so they belong to another base model.",
+            "Leave these prompts out.",
             to=f"width {list(goal.shape)}",
             prompts=foreign,
         )
@@ -82,10 +82,10 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
     Args:
         prompt: a prompt that folds to embedding rows.
         tokenizer: the model's tokenizer or its name.
-        count: how many words for each virtual token.
+        count: the number of words for each virtual token.
 
     Returns:
-        for each virtual token its nearest words, the nearest first; of equally near ones the one with the lowest id.
+        for each virtual token its nearest words, the nearest first; ties are in the order of the ids.
 
     Raises:
         OptionError: the prompt does not fold to embedding rows, or `count` is not between 1 and the size of the vocabulary.
@@ -93,7 +93,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
     """
     if is_sharded_model(prompt.model):
         raise UnsupportedModeError(
-            "the model is sharded, and the nearest words need the whole vocabulary; save the prompt, and load it onto the model "
+            "the model is sharded, but the nearest words need the whole vocabulary; save the prompt, and load it onto the model "
             "in one process."
         )
     rows, known = rows_of(prompt, "be compared with words"), tokenizer_of(tokenizer)
@@ -120,6 +120,6 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
 
 
 def _first(cosines: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The greatest cosines of each row, in order; of equal ones the first."""
+    """Return the `count` greatest cosines of each row in descending order; ties keep the order of the ids."""
     order = torch.sort(cosines, dim=1, descending=True, stable=True).indices[:, :count]
     return cosines.gather(1, order), ids.gather(1, order)

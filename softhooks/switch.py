@@ -1,4 +1,4 @@
-"""Choose which prompts of a model are on: for the model, for each row of a batch, or none."""
+"""Select the active prompts of a model: one prompt, one for each row of a batch, or none."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from softhooks.runtime.with_blocks import Block
 
 
 def activate(model: nn.Module, name: str) -> SoftPrompt:
-    """Turn one prompt of a model on and the others off, in every thread.
+    """Activate one prompt of a model and deactivate all others, in every thread.
 
-    A prompt that is turned off keeps its gradients, so that one step can train several prompts; `zero_grad` clears them.
+    A deactivated prompt keeps its gradients, so that one step can train several prompts; `zero_grad` clears them.
 
     Raises:
-        NotAttachedError: the model has no prompt of that name.
+        NotAttachedError: the model has no prompt of this name.
         OptionError: `name` is not a string.
         UnsupportedModeError: another thread is running the model.
     """

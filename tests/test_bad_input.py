@@ -201,17 +201,17 @@ WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
         lambda: PromptTuning(3, placement="middle"),
         "placement must be one of 'front', 'after_first', 'end'; it is 'middle'",
     ),
-    (lambda: PromptTuning(3, init="text"), "init_text belongs to init='text'; init is 'text' and init_text is missing"),
+    (lambda: PromptTuning(3, init="text"), "init_text is missing, but init is 'text'"),
     (
         lambda: PromptTuning(3, init_text="x"),
-        "init_text belongs to init='text'; init is 'vocab' and init_text is given",
+        "init_text is given, but init is 'vocab'; init='text' requires it",
     ),
     (lambda: PromptTuning(3, init="text", init_text="x"), "needs a tokenizer; none is given. Pass `tokenizer=`"),
     (lambda: PromptTuning(3, init="class_labels", init_labels=["x"]), "needs a tokenizer; none is given"),
     (lambda: PromptTuning(3, init="class_labels", tokenizer=1), "init_labels is missing"),
     (
         lambda: PromptTuning(3, init="tensor"),
-        "init_tensor belongs to init='tensor'; init is 'tensor' and .* is missing",
+        "init_tensor is missing, but init is 'tensor'",
     ),
     (lambda: PromptTuning(3, init_tensor=torch.zeros(3, 32)), "init is 'vocab' and init_tensor is given"),
     (lambda: PrefixTuning(3, init="vocab"), "init must be one of 'text', 'zero', 'random'; it is 'vocab'"),
@@ -220,10 +220,10 @@ WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
     (lambda: PrefixTuning(3, hidden_size=0), "hidden_size must be a whole number of 1 or more; it is 0"),
     (
         lambda: PrefixTuning(3, init="zero", init_ids=[5]),
-        "init_text and init_ids belong to init='text'; init is 'zero'",
+        "init_text or init_ids is given with init='zero'",
     ),
     (lambda: PrefixTuning(3, init_text="x"), "init_text needs a tokenizer; none is given"),
-    (lambda: PrefixTuning(3, init_text="x", init_ids=[5], tokenizer=1), "say the same thing twice"),
+    (lambda: PrefixTuning(3, init_text="x", init_ids=[5], tokenizer=1), "are both given; pass one of them"),
 ]
 
 
@@ -248,7 +248,7 @@ def test_a_prompt_without_virtual_tokens_is_refused(way: str, count: Any) -> Non
 
 def test_empty_ids() -> None:
     model = zoo.build("llama")
-    with untouched(model), pytest.raises(OptionError, match="init_ids must hold at least one id"):
+    with untouched(model), pytest.raises(OptionError, match="init_ids is empty; it must contain at least one id"):
         softhooks.attach(model, PrefixTuning(3, init_ids=[]))
 
 

@@ -143,7 +143,7 @@ def test_the_nearest_comes_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [{}, [], "a directory"], ids=str)
 def test_nothing_to_compare(wrong: Any) -> None:
-    with pytest.raises(OptionError, match="give one or more"):
+    with pytest.raises(OptionError, match="pass one or more"):
         most_similar(wrong, torch.zeros(2, 3))
 
 

@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens anywhere among the text, computed by an LSTM or an MLP."""
+"""P-tuning: virtual tokens at any places in the text, computed by an LSTM or an MLP."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @torch.no_grad()
     def initialize_rows(self, words: dict[int, Tensor]) -> None:
-        """Make some rows start as given ones, by the smallest change of the last layer that keeps the other rows.
+        """Initialize some rows with given values, by the smallest change to the last layer that keeps the other rows.
 
         Raises:
             OptionError: the last layer is too small to make these rows.

@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values before those of the text, in every layer."""
+"""Prefix tuning: trained keys and values before the text's keys and values, in every layer."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class PrefixTuning(KeyValuePrefix):
         the encoder returns [P, sum over layers of Hk * (Dk + Dv)] for each group.
 
     Raises:
-        OptionError: an option is wrong, or belongs to another `init`.
-        UnsupportedMethodError: the model's attention cannot be entered.
+        OptionError: an option is wrong, or does not fit `init`.
+        UnsupportedMethodError: prompts cannot enter the model's attention.
     """
 
     kind: ClassVar[str] = "prefix_tuning"
@@ -69,12 +69,14 @@ class PrefixTuning(KeyValuePrefix):
         super().__post_init__()
         check_choice("init", self.init, ("text", "zero", "random"))
         if self.init != "text" and (self.init_text is not None or self.init_ids is not None):
-            raise OptionError(f"init_text and init_ids belong to init='text'; init is {self.init!r}.")
+            raise OptionError(
+                f"init_text or init_ids is given with init={self.init!r}; they are only used with init='text'."
+            )
         if self.init_text is not None and self.init_ids is not None:
-            raise OptionError("init_text and init_ids are both given, and say the same thing twice; give one of them.")
+            raise OptionError("init_text and init_ids are both given; pass one of them.")
         if self.init_text is not None and self.tokenizer is None:
             raise OptionError(
-                "init_text needs a tokenizer; none is given. Pass `tokenizer=`, or the ids as `init_ids=`."
+                "init_text needs a tokenizer, but none is given. Pass `tokenizer=`, or the ids as `init_ids=`."
             )
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
@@ -94,7 +96,7 @@ class PrefixTuning(KeyValuePrefix):
         if ids is None:
             ids = tokenize(self.init_text or "", self.tokenizer, "init_text")
         if not len(ids):
-            raise OptionError("init_ids must hold at least one id; it is empty.")
+            raise OptionError("init_ids is empty; it must contain at least one id.")
         repeated = torch.as_tensor(list(ids)).repeat(-(-count // len(ids)))[:count]
         embed_ids(structure, repeated)  # refuses ids outside the vocabulary
         return repeated

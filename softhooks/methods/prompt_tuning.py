@@ -94,7 +94,9 @@ class PromptTuning(Method):
             given = getattr(self, option) is not None
             if given != (self.init == init):
                 state = "is given" if given else "is missing"
-                raise OptionError(f"{option} belongs to init={init!r}; init is {self.init!r} and {option} {state}.")
+                raise OptionError(
+                    f"{option} {state}, but init is {self.init!r}; init={init!r} requires it, and no other `init` takes it."
+                )
         if self.init in ("text", "class_labels") and self.tokenizer is None:
             raise OptionError(
                 f"init={self.init!r} needs a tokenizer; none is given. Pass `tokenizer=`: the model's own, or its name."

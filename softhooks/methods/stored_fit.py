@@ -20,13 +20,13 @@ _PEFT_POOLS = (
 
 
 def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *, strict: bool = True) -> None:
-    """Compare a model with what a saved prompt needs.
+    """Check that a model meets the requirements of a saved prompt.
 
     Args:
         strict: compare the sizes of the vocabularies too.
 
     Raises:
-        PromptMismatchError: they differ in what the prompt depends on.
+        PromptMismatchError: the model differs in a property that the prompt depends on.
     """
     enters_rows = method.enters == "embeddings"
     _check_stacks(stored, structure, directions_only=enters_rows)
@@ -45,7 +45,7 @@ def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *
 
 
 def _check_stacks(stored: StoredPrompt, structure: ModelStructure, *, directions_only: bool) -> None:
-    """Compare the stacks with those of the base model, as far as they are known; embedding rows depend on directions only."""
+    """Compare the model's stacks with the saved facts about the base model; embedding rows only depend on directions."""
     model, known = outline(structure), stored.stacks
     if directions_only:
         known = {name: {k: v for k, v in stack.items() if k == "causal"} for name, stack in known.items()}
@@ -65,7 +65,7 @@ def _check_stacks(stored: StoredPrompt, structure: ModelStructure, *, directions
 
 
 def _check_tables(tables: dict[str, Tensor], method: Method, structure: ModelStructure, source: str) -> None:
-    """Compare the shapes of the tables with those that the method has on the model."""
+    """Compare the shapes of the tables with the method's shapes on the model."""
     expected = method.shapes(structure)
     for group in sorted(set(expected) | set(tables)):
         table = tables.get(group)

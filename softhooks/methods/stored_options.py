@@ -12,20 +12,20 @@ from softhooks.method import METHODS, Method
 
 
 def method_of(stored: StoredPrompt) -> Method:
-    """Make the method of a saved prompt, without the options that only say how the prompt was initialized.
+    """Make the method of a saved prompt, without the options that only concern the initialization.
 
     Raises:
         CheckpointError: the kind is unknown, an option is unknown or invalid, or conventions or tables contradict the options.
     """
     kind, source = stored.kind, stored.source
     if kind not in METHODS:
-        raise CheckpointError(f"{source} names the method {kind!r}, which is none of {sorted(METHODS)}.")
+        raise CheckpointError(f"{source} has the method {kind!r}, which is not one of {sorted(METHODS)}.")
     cls = METHODS[kind]
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(stored.options) - set(fields))
     if unknown:
         raise CheckpointError(
-            f"{source} has options of {kind} that this softhooks does not know: {unknown}. Upgrade it."
+            f"{source} has options of {kind} that this version of softhooks does not know: {unknown}. Upgrade softhooks."
         )
     options = {
         key: value for key, value in stored.options.items() if fields[key].compare and key not in cls.init_options
@@ -59,8 +59,8 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     found = {key: value for key, value in conventions.items() if key != BUFFER}
     if set(found) != set(allowed) or not all(found[key] in allowed[key] for key in allowed):
         raise CheckpointError(
-            f"the conventions in {source} are not those of {method.kind} with its options.",
-            "If a newer softhooks wrote it, upgrade this one.",
+            f"the conventions in {source} do not match {method.kind} with its options.",
+            "If a newer version of softhooks wrote the file, upgrade softhooks.",
             expected={key: list(values) for key, values in allowed.items()},
             found=conventions,
         )
@@ -70,7 +70,7 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     are_ids = isinstance(ids, list) and len(ids) == count and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     if not are_ids or method.enters != "embeddings":
         raise CheckpointError(
-            f"the ids in {source} are not one for each virtual token that is an embedding row.",
+            f"{source} does not have one id for each virtual token that is an embedding row.",
             "Save the prompt again.",
             expected=f"{count} ids" if method.enters == "embeddings" else "none",
             found=str(ids)[:80],

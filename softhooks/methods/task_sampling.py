@@ -42,9 +42,7 @@ class TaskSampler(Sampler[int]):
     def __init__(self, tasks: Sequence[int] | Tensor, batch_size: int, *, weights: str = "size", seed: int = 0) -> None:
         check_choice("weights", weights, WEIGHTS)
         if batch_size < 1 or not len(tasks):
-            raise OptionError(
-                f"there must be rows, and batch_size must be 1 or more; there are {len(tasks)} rows, and it is {batch_size}."
-            )
+            raise OptionError(f"there are {len(tasks)} rows and batch_size is {batch_size}; both must be 1 or more.")
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0

@@ -1,4 +1,4 @@
-"""The interface of training objectives, and what they ask of a prompt.
+"""The interface of training objectives, and the attributes of a prompt that they use.
 
 An objective adds to, or replaces, the model's own loss in each training forward that has labels. It may change the call before
 the model runs, and the output afterwards, so a Trainer and any loop that reads `output.loss` work without a change.
@@ -22,11 +22,11 @@ Finish = Callable[[Any], Any]
 
 
 class PromptOnModel(Protocol):
-    """A prompt that is attached to a model, as objectives and methods see it."""
+    """The attributes of an attached prompt that objectives and methods use."""
 
     @property
     def name(self) -> str:
-        """The name under which it is attached."""
+        """The name of the prompt on the model."""
 
     @property
     def model(self) -> nn.Module:
@@ -46,7 +46,7 @@ class PromptOnModel(Protocol):
 
     @property
     def conventions(self) -> Mapping[str, Any]:
-        """What the prompt assumes about the forward pass: shifted positions, sliding windows, placement."""
+        """The assumptions of the prompt about the forward pass: shifted positions, sliding windows, placement."""
 
     @property
     def placeholder_id(self) -> int:

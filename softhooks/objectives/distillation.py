@@ -71,7 +71,7 @@ class Distillation(Objective):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Where the outputs of teacher and student are compared in one batch, and with which weights.
+    """The positions of a batch at which teacher and student are compared, and their weights.
 
     Attributes:
         labeled: which logits have a label, [B, T] bool, or [B] for a classifier of rows.
@@ -149,7 +149,7 @@ def mean_square(teacher: Tensor, student: Tensor, visible: Tensor, texts: Texts)
 
 
 def _labeled(prompt: PromptOnModel, call: dict[str, Any]) -> Tensor:
-    """Tell which logits the model's own loss compares with a label."""
+    """Return which logits the model's own loss compares with a label."""
     if call.get("shift_labels") is not None:
         return torch.as_tensor(call["shift_labels"] != IGNORE_INDEX)
     labeled: Tensor = call["labels"] != IGNORE_INDEX
@@ -170,7 +170,7 @@ def _check(call: dict[str, Any]) -> None:
         )
     if (mask is not None and mask.dim() != 2) or labels.is_floating_point():
         raise UnsupportedModeError(
-            "the call has an attention mask that is not [B, T], or labels that are not classes; distillation needs both.",
+            "the call has an attention mask that is not [B, T], or labels that are not whole numbers; distillation needs both.",
             "Pass a mask with one number for each token, and labels that are whole numbers.",
             attention_mask="none" if mask is None else list(mask.shape),
             labels=f"{list(labels.shape)} {labels.dtype}",
@@ -196,7 +196,7 @@ class _RequestedOutput:
         return cls(bool(hidden), bool(named))
 
     def restore(self, output: Any) -> Any:
-        """Drop what the caller did not ask for."""
+        """Remove the outputs that the caller did not request."""
         if not self.hidden_states:
             kept = {key: value for key, value in output.items() if not key.endswith("hidden_states")}
             output = type(output)(**kept)

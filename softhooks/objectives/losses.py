@@ -31,7 +31,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) ->
 
 
 def _merge_others(log_probs: Tensor, top: Tensor) -> Tensor:
-    """Keep some log-probabilities and append that of all others together. [..., V], [..., k] -> [..., k + 1]."""
+    """Keep some log-probabilities, append the log of the total probability of all others. [..., V], [..., k] -> [..., k + 1]."""
     others = log_probs.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, top), others], dim=-1)
 
@@ -40,7 +40,7 @@ def require_logits(logits: Tensor, rows: int, columns: int) -> None:
     """Check that a model returned logits for every row and column of the labels.
 
     Raises:
-        UnsupportedModeError: it did not.
+        UnsupportedModeError: the model returned fewer logits.
     """
     if logits.shape[:2] != (rows, columns):
         raise UnsupportedModeError(
@@ -52,7 +52,7 @@ def require_logits(logits: Tensor, rows: int, columns: int) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """Which text each column of a batch belongs to: one text a row, or several documents packed into a row.
+    """The text of each column of a batch: one text per row, or several documents packed into a row.
 
     Attributes:
         columns: the number of each column's text within its row, [B, T].

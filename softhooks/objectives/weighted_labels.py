@@ -17,7 +17,7 @@ from softhooks.objectives.losses import Texts, require_logits
 
 
 class WeightedLabels(Objective):
-    """Cross-entropy on label tokens of the prompt itself, weighted, and on those of the text.
+    """Cross-entropy on the weighted label tokens of the prompt itself and on the label tokens of the text.
 
     A text's loss is the mean over both. A label token of the prompt that is hidden from the row counts neither in the sum nor in
     the number. Texts are weighted by their own label tokens: `sum_b n_b loss_b / N`, where N is the call's `num_items_in_batch`
@@ -71,7 +71,7 @@ class WeightedLabels(Objective):
         return losses * self.weights.to(logits.device)
 
     def _visible(self, prompt: PromptOnModel, given: dict[str, Tensor], batch: int) -> Tensor:
-        """Tell which of the prompt's label tokens each row sees, [B, labels] bool."""
+        """Return which of the prompt's label tokens each row sees, [B, labels] bool."""
         hidden = prompt.encoder.hidden_tokens(given, batch)
         if hidden is None:
             return torch.ones(batch, len(self.places), dtype=torch.bool)

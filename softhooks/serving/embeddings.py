@@ -68,7 +68,7 @@ def sequence_embeddings(
 
 
 def _require_rows(model: nn.Module) -> SoftPrompt:
-    """The active prompt, if it is embedding rows and nothing else."""
+    """Return the active prompt, if it is embedding rows and nothing else."""
     prompted = require_prompted_model(model)
     names = [prompted.active] if prompted.rows is None else list(prompted.rows)
     if prompted.rows is not None or prompted.active is None or prompted.disabled:

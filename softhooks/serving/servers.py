@@ -1,4 +1,4 @@
-"""How inference servers scale the embeddings that they are given, and the models for which this is known.
+"""The scaling of given embeddings by inference servers, and the models for which it is known.
 
 Some models multiply their embeddings by a factor. transformers applies it inside the embedding module (Gemma), so `inputs_embeds`
 must include the factor, or after it (Granite), so they must not. A server that applies it elsewhere needs other embeddings.
@@ -21,12 +21,12 @@ ServerName = Literal["vllm", "sglang"]
 
 @dataclass(frozen=True)
 class Server:
-    """How a server treats models that scale their embeddings.
+    """The behavior of a server for models that scale their embeddings.
 
     Attributes:
-        label: its name, and the version that was examined.
-        multiplies: the model types with the factor inside the embedding for which it scales given embeddings too.
-        keeps: the other examined model types with a factor; it takes the same embeddings as transformers.
+        label: the name and the examined version of the server.
+        multiplies: the model types, with the factor inside the embedding, for which the server also scales given embeddings.
+        keeps: the other examined model types with a factor, for which the server takes the same embeddings as transformers.
     """
 
     label: str
@@ -35,7 +35,7 @@ class Server:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The model types with a factor that it is known to serve correctly."""
+        """The model types with a factor that the server is known to serve correctly."""
         return (*self.multiplies, *self.keeps)
 
 
@@ -52,10 +52,10 @@ def for_server(model: nn.Module, stack: Stack, rows: Tensor, name: str) -> Tenso
 
     Raises:
         OptionError: the server is not known.
-        UnsupportedModelError: it is not known what the server does with the embeddings of this model.
+        UnsupportedModelError: the server's handling of this model's embeddings is unknown.
     """
     if name not in SERVERS:
-        raise OptionError(f"server is {name!r}; it must be one of {', '.join(map(repr, SERVERS))}.")
+        raise OptionError(f"server is {name!r}; supported are {', '.join(map(repr, SERVERS))}.")
     server, kind = SERVERS[name], _kind(model)
     inside = factor_inside(stack)
     _require_known(model, stack, server, inside)
@@ -65,7 +65,7 @@ def for_server(model: nn.Module, stack: Stack, rows: Tensor, name: str) -> Tenso
 
 
 def factor_inside(stack: Stack) -> float | None:
-    """Measure the factor by which the embedding module multiplies its weights; None if it does something else."""
+    """Measure the factor by which the embedding module multiplies its weights, or return None if it does something else."""
     weight: Any = stack.embedding.weight
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
     with eval_mode(stack.embedding):
@@ -80,7 +80,7 @@ def factor_inside(stack: Stack) -> float | None:
 
 
 def factor_after(model: nn.Module, stack: Stack) -> float | None:
-    """Measure the factor by which the stack multiplies given embeddings before its first layer; None if it does more."""
+    """Measure the factor by which the stack multiplies given embeddings before its first layer, or None if it does more."""
     layers = [part for part in stack.module.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not layers:
         return None
@@ -102,7 +102,7 @@ def factor_after(model: nn.Module, stack: Stack) -> float | None:
                 model(inputs_embeds=given, use_cache=False)
         except Exception as error:
             raise UnsupportedModelError(
-                f"{type(model).__name__} does not run on embeddings alone, as a server would run it.",
+                f"{type(model).__name__} does not run on embeddings alone, which a server requires.",
                 "Serve this model with `softhooks.integrations.transformers_serve`.",
                 error=f"{type(error).__name__}: {error}",
             ) from error
@@ -115,7 +115,7 @@ def factor_after(model: nn.Module, stack: Stack) -> float | None:
 
 
 def _ratio(rows: Tensor, words: Tensor, precision: float) -> float | None:
-    """The factor between two tensors, if there is one."""
+    """Return the constant factor between two tensors, or None."""
     factor = float((rows * words).sum() / (words * words).sum().clamp(min=1e-30))
     if abs(factor) < 4 * precision:
         return 0.0
@@ -130,14 +130,14 @@ def _kind(model: nn.Module) -> str:
 
 
 def _require_known(model: nn.Module, stack: Stack, server: Server, inside: float | None) -> None:
-    """Refuse models whose embeddings the server may scale differently."""
+    """Refuse models for which the server may scale embeddings differently."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", stack.width)
     remedy = "Serve this model with `softhooks.integrations.transformers_serve`."
     if width != stack.width:
         raise UnsupportedModelError(
-            f"the model's embeddings are {stack.width} wide and its hidden states {width}; no server is known to take these.",
+            f"the model's embeddings are {stack.width} wide but its hidden states {width} wide; no supported server takes them.",
             remedy,
         )
     factors: dict[str, object] = {}
@@ -148,7 +148,7 @@ def _require_known(model: nn.Module, stack: Stack, server: Server, inside: float
         factors["after the embedding"] = round(after or 0.0, 4)
     if factors and _kind(model) not in server.known:
         raise UnsupportedModelError(
-            f"it is not known how {server.label} scales the embeddings of the model type {_kind(model)!r}.",
+            f"the scaling of embeddings by {server.label} is unknown for the model type {_kind(model)!r}.",
             remedy,
             factors=factors,
             known=", ".join(server.known),

@@ -10,7 +10,7 @@ from softhooks.errors import OptionError
 
 
 def request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    """The JSON body for `/generate`.
+    """Return the JSON body for `/generate`.
 
     Args:
         rows: the embeddings of prompt and text, from `embeddings`, [P + T, H].
@@ -18,12 +18,12 @@ def request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **op
         options: other fields of the request, such as `stream`.
 
     Raises:
-        OptionError: the options hold a second prompt.
+        OptionError: the options contain a second prompt.
     """
     others = [name for name in ("text", "input_ids") if options.get(name) is not None]
     if others:
         raise OptionError(
-            f"{' and '.join(f'`{name}`' for name in others)} cannot be passed: the embeddings hold the text already.",
+            f"{' and '.join(f'`{name}`' for name in others)} cannot be passed: the embeddings already contain the text.",
             "Leave it out.",
         )
     return {

@@ -13,7 +13,7 @@ from softhooks.errors import OptionError
 
 
 def request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
-    """The JSON body for `/v1/completions`.
+    """Return the JSON body for `/v1/completions`.
 
     Args:
         model: the name under which the server has the base model.
@@ -21,11 +21,11 @@ def request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
         options: other fields of the request, such as `max_tokens`, `temperature` and `stream`.
 
     Raises:
-        OptionError: the options hold a second prompt.
+        OptionError: the options contain a second prompt.
     """
     if options.get("prompt"):
         raise OptionError(
-            f"`prompt` is {options['prompt']!r}, but the embeddings hold the text already; pass one of them.",
+            f"`prompt` is {options['prompt']!r}, but the embeddings already contain the text; pass one of them.",
             "Leave `prompt` out.",
         )
     return {"model": model, "prompt_embeds": encode(rows), **options}

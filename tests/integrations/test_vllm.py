@@ -69,7 +69,7 @@ def test_a_row_of_a_large_tensor_does_not_bring_it_along() -> None:
 
 def test_a_second_prompt_is_refused() -> None:
     rows = torch.randn(3, 32)
-    with pytest.raises(OptionError, match=r"`prompt` is .word5., but the embeddings hold the text already"):
+    with pytest.raises(OptionError, match=r"`prompt` is .word5., but the embeddings already contain the text"):
         vllm.request("the/model", rows, prompt="word5")
     assert vllm.request("the/model", rows, prompt="")["prompt"] == ""  # as OpenAI's client needs it
 
