@@ -213,7 +213,7 @@ WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
         lambda: PromptTuning(3, init="tensor"),
         "init_tensor is missing, but init is 'tensor'",
     ),
-    (lambda: PromptTuning(3, init_tensor=torch.zeros(3, 32)), "init is 'vocab' and init_tensor is given"),
+    (lambda: PromptTuning(3, init_tensor=torch.zeros(3, 32)), "init_tensor is given, but init is 'vocab'"),
     (lambda: PrefixTuning(3, init="vocab"), "init must be one of 'text', 'zero', 'random'; it is 'vocab'"),
     (lambda: PrefixTuning(3, dropout=1.0), "dropout must be at least 0 and below 1; it is 1.0"),
     (lambda: PrefixTuning(3, dropout=-0.1), "it is -0.1"),
@@ -222,7 +222,7 @@ WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
         lambda: PrefixTuning(3, init="zero", init_ids=[5]),
         "init_text or init_ids is given with init='zero'",
     ),
-    (lambda: PrefixTuning(3, init_text="x"), "init_text needs a tokenizer; none is given"),
+    (lambda: PrefixTuning(3, init_text="x"), "init_text needs a tokenizer, but none is given"),
     (lambda: PrefixTuning(3, init_text="x", init_ids=[5], tokenizer=1), "are both given; pass one of them"),
 ]
 
