@@ -57,11 +57,11 @@ class PromptEnsemble:
 
     Args:
         model: the model with the prompts.
-        names: the names of the prompts; None stands for the model without a prompt.
+        names: the names of the prompts, or None for the model without a prompt.
         combine: `vote`, `logits` or `probabilities`.
 
     Raises:
-        NotAttachedError: the model has no prompt of one of the names.
+        NotAttachedError: one of the names is not an attached prompt.
         OptionError: no prompt is named, or `combine` is none of the three.
     """
 

@@ -46,7 +46,7 @@ def load(
         model: the base model, unmodified.
         path: a directory that `save_pretrained` or a Trainer wrote; one that PEFT wrote for a prompt, a prefix, CPT, a
             LLaMA-Adapter or a cartridge; or a repository on the hub.
-        name: the name to attach it under.
+        name: the name of the prompt on the model.
         trainable: continue its training. Otherwise its parameters are frozen too, and no record of the base is taken.
         freeze_dropout, injection: as in `attach`.
         revision, token: for the hub.
@@ -106,7 +106,7 @@ def attach_stored(
 
 
 class PromptFile(PromptSource):
-    """A stored prompt, as a source to attach. Arguments as in `attach_stored`."""
+    """A saved prompt as the source of a prompt to attach. Arguments as in `attach_stored`."""
 
     def __init__(
         self, stored: StoredPrompt, method: Method, trainable: bool, strict: bool, parts: Sequence[StoredPrompt]
@@ -146,7 +146,7 @@ class PromptFile(PromptSource):
         take_rows(added, self._stored.added, self._stored.source)
 
     def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
-        """Compare the base that the prompt, or each of its parts, was trained with."""
+        """Compare the model with the base model of the prompt, or of each of its parts."""
         for part in self._parts:
             part.require_base(model, structure, override="or leave this one out")
         if self._strict and not self._parts:

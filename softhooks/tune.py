@@ -43,8 +43,8 @@ def tune(
     Args:
         method: the method to attach.
         save_to: the directory to save the prompt to when the function has returned.
-        name: the name under which it is attached.
-        model: the name of the function's parameter that is the model; None: the first argument that is a module.
+        name: the name of the prompt on the model.
+        model: the name of the function's parameter with the model, or None for the first argument that is a module.
         train_head, trainable, freeze_dropout, train_added_tokens: as in `attach`.
 
     Raises:

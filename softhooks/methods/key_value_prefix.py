@@ -77,7 +77,7 @@ class KeyValuePrefix(Method):
         projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
         hidden_size: m, the width of the MLP.
         dropout: dropout on the prefix.
-        shift_positions: start the text's positions at P. None: yes in causal decoders, no elsewhere.
+        shift_positions: start the text's positions at P. None shifts in causal decoders only.
         windowed: in layers with a sliding window, show the prefix only to tokens within the window, as a cache would. False
             shows the whole prefix to every token, as encoders always do.
     """

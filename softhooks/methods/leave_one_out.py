@@ -1,4 +1,4 @@
-"""Leave-one-out: a training row that is an example of the prompt does not see that example in it."""
+"""Leave-one-out: a training row that is also an example of the prompt does not see this example."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLE_IDS = "example_ids"
 def hide_own_example(
     given: dict[str, Tensor], batch: int, owners: Tensor, count: int, *, required: bool
 ) -> Tensor | None:
-    """Hide each row's own example from it.
+    """Hide each row's own example.
 
     Args:
         given: the batch columns of the forward.

@@ -11,7 +11,7 @@ from softhooks.prompt_encoder import TableEncoder
 
 PROMPTS, GATES, FACTORS, OFFSETS = "prompts", "gates", "factors", "offsets"
 CONTEXT_WEIGHT, CONTEXT_BIAS = "context_weight", "context_bias"
-"""What follows the name of a stack in the names of the encoder's tables."""
+"""The suffixes of the encoder's tables, after the name of the stack."""
 
 
 class AdapterEncoder(TableEncoder):
@@ -45,7 +45,7 @@ def check_context(context: Tensor, size: int, count: int | None) -> Tensor:
         [B, 1, C] or [B, K, C], in fp32.
 
     Raises:
-        UnsupportedModeError: it has another shape, or no floating-point numbers.
+        UnsupportedModeError: the context has a different shape, or is not floating-point.
     """
     vectors = context[:, None] if context.dim() == 2 else context
     allowed = vectors.dim() == 3 and vectors.shape[2] == size and (count is None or vectors.shape[1] in (1, count))

@@ -85,7 +85,7 @@ class MultitaskPromptTuning(Method):
         the encoder returns [P, H] for each task.
 
     Raises:
-        OptionError: an option is wrong, or requires another one.
+        OptionError: an option is wrong, or requires another option.
     """
 
     kind: ClassVar[str] = "multitask_prompt_tuning"

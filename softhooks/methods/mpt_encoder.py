@@ -52,7 +52,7 @@ def check_task(number: int, names: Sequence[str]) -> int:
     """Check the number of a task.
 
     Raises:
-        UnsupportedModeError: there is no such task.
+        UnsupportedModeError: the prompt does not have this task.
     """
     if not 0 <= number < len(names):
         raise UnsupportedModeError(

@@ -34,7 +34,7 @@ class PTuningV2(KeyValuePrefix):
         projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
         hidden_size: m, the width of the MLP.
         dropout: dropout on the prefix.
-        shift_positions: start the text's positions at P. None: yes in causal decoders, no elsewhere.
+        shift_positions: start the text's positions at P. None shifts in causal decoders only.
         windowed: in layers with a sliding window, show the prefix only to tokens within the window, as a cache would. The
             default shows all of it to every token, as a deep prompt does not stand for tokens and the token that is classified
             comes last.
@@ -44,7 +44,7 @@ class PTuningV2(KeyValuePrefix):
 
     Raises:
         OptionError: an option is wrong, or names a layer that the model does not have.
-        UnsupportedMethodError: the model's attention cannot be entered.
+        UnsupportedMethodError: prompts cannot enter the model's attention.
     """
 
     kind: ClassVar[str] = "p_tuning_v2"

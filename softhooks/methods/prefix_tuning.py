@@ -44,7 +44,7 @@ class PrefixTuning(KeyValuePrefix):
             `random`: N(0, 0.02).
         init_text, init_ids: the text; its first P tokens are used.
         tokenizer: the model's tokenizer or its name, for `init_text`.
-        shift_positions: start the text's positions at P. None: yes in causal decoders, no elsewhere.
+        shift_positions: start the text's positions at P. None shifts in causal decoders only.
         windowed: in layers with a sliding window, show the prefix only to tokens within the window, as a cache would; the prefix
             has the positions 0 to P-1. False shows the whole prefix to every token, as encoders always do.
 

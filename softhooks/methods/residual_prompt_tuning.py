@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ResidualEncoder(PromptEncoder):
-    """Compute `P' = P + MLP(P)`, with one MLP for all rows: down, ReLU, up, LayerNorm.
+    """Computes `P' = P + MLP(P)`, with one MLP for all rows: down, ReLU, up, LayerNorm.
 
     The last layer is initialized with zeros, so that P' starts as P.
 
