@@ -1,7 +1,7 @@
-"""Callbacks that `trainer.add_callback` adds to a Trainer that is already made.
+"""Support for `trainer.add_callback` on a Trainer that already exists.
 
 Such a callback has missed `on_init_end`, in which it attaches its prompt. `CallbackHandler.add_callback` is therefore wrapped
-while a `SoftPromptCallback` exists: it calls the event for the callback that it adds.
+while a `SoftPromptCallback` exists: the wrapper calls `on_init_end` for the added callback.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from softhooks.trainer.prompt_checks import TrainingCallback
 def _with_init_event(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_callback(handler: Any, callback: Any) -> None:
-        """Add a callback; call `on_init_end` of a SoftPromptCallback that is added after the Trainer was made."""
+        """Add a callback; if it is a SoftPromptCallback and the Trainer already exists, call its `on_init_end`."""
         original(handler, callback)
         added = handler.callbacks[-1]
         is_ours = any(
             one is added for one in users
-        )  # by identity: other callbacks may be unhashable, such as dataclasses
-        if not is_ours or not hasattr(handler, "model"):  # a handler that is being made: `on_init_end` follows
+        )  # compared by identity: callbacks may be unhashable, such as dataclasses
+        if not is_ours or not hasattr(
+            handler, "model"
+        ):  # the Trainer is still being created and will call `on_init_end` itself
             return
         try:
             _call_init_event(added)
@@ -65,6 +67,8 @@ def _call_init_event(callback: TrainingCallback) -> None:
     handler.model, handler.optimizer = trainer.model, trainer.optimizer
     others, handler.callbacks = handler.callbacks, [callback]
     try:
-        handler.on_init_end(trainer.args, trainer.state, trainer.control)  # by the handler: subclasses add arguments
+        handler.on_init_end(
+            trainer.args, trainer.state, trainer.control
+        )  # through the handler, whose subclasses add arguments
     finally:
         handler.callbacks = others

@@ -1,4 +1,4 @@
-"""Attaching the prompt of a callback to a model, or continuing with an equal prompt that the model has."""
+"""Attaching a callback's prompt to a model, or continuing with an equal prompt that the model already has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from softhooks.trainer.prompt_checks import check_equal, require_trainable_promp
 
 
 def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:
-    """The prompt of this name on a model, if there is one."""
+    """Return the prompt of this name on a model, or None if there is none."""
     shared = prompted_model_of(model)
     return soft_prompts_of(shared).get(name) if shared else None
 
@@ -29,10 +29,10 @@ def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:
 def attach_or_continue(
     model: nn.Module, method: Method, name: str, injection: Injection | None, options: dict[str, Any]
 ) -> tuple[SoftPrompt, bool]:
-    """Attach a prompt, or take an equal one that the model has.
+    """Attach a prompt, or return an equal prompt that the model already has.
 
     Args:
-        options: further arguments of `attach`.
+        options: more arguments of `attach`.
 
     Returns:
         the prompt, and whether it was attached now.
@@ -53,11 +53,11 @@ def attach_or_continue(
 
 
 def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_new: bool) -> CheckpointSaver:
-    """The saver of a callback's prompt; it is made, and logs the prompt's metrics, unless the callback has one already.
+    """Return the saver of a callback's prompt; without one, create it and start logging the prompt's metrics.
 
     Args:
         owner: the callback.
-        control: of its Trainer; a Trainer that restores its callbacks' states replaces it.
+        control: the control of the callback's Trainer, which replaces it when it restores the states of its callbacks.
         is_new: whether the callback has attached the prompt.
     """
     saver = saver_of(prompt.model)

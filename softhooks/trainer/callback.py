@@ -49,30 +49,30 @@ class SoftPromptCallback(TrainerCallback):
     """Train a soft prompt with any Trainer: `Trainer(..., callbacks=[SoftPromptCallback(PromptTuning(20))])`.
 
     Checkpoints hold the prompt (`soft_prompt.*`, which `softhooks.load` reads) and its live parameters, from which the Trainer
-    resumes bit for bit. `trainer.save_model()` writes only the prompt. Other prompts of the model are frozen meanwhile.
+    resumes bit for bit. `trainer.save_model()` writes only the prompt. The model's other prompts are frozen during training.
     Incomplete checkpoints of a killed process are renamed, so that `resume_from_checkpoint=True` finds the last complete one.
 
     Every training log has `soft_prompt/norm`, `soft_prompt/grad_norm` (after clipping), `soft_prompt/distance` (from the prompt
-    as it was attached) and the method's own metrics. Reporters and the progress bar get them together with the loss.
+    as it was attached) and the method's own metrics. Reporters and the progress bar receive them together with the loss.
 
-    If the model already has an equal prompt of this name, the callback continues to train that one. Every model that `model_init`
-    returns gets a new prompt. The callback may also be added after the Trainer was made (`add_callback`). To attach in time, it
+    If the model already has an equal prompt of this name, the callback continues to train it. Every model that `model_init`
+    returns gets a new prompt. The callback may also be added later, with `trainer.add_callback`. To attach in time, the callback
     wraps `call_model_init` and `create_optimizer` of the Trainer instance.
 
     Args:
         method: the method to train.
         name: the name of the prompt.
         train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
-        check_frozen: when to check that the base has not changed: "end": at the end of training; "save" or True: also before each
-            checkpoint, so that none is written with a changed base; "log": also at each log; False: never.
+        check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before each
+            checkpoint, so that no checkpoint is written with a changed base; "log": also at each log; False: never.
         model: the Trainer's model, if it is quantized. The prompt is then attached at once, because the Trainer accepts a
-            quantized model only if something on it can be trained.
+            quantized model only if some of its parameters can be trained.
 
     Attributes:
-        soft_prompt: the attached prompt, once the Trainer is made.
+        soft_prompt: the attached prompt, or None before the Trainer is created.
 
     Raises:
-        OptionError: `check_frozen` has another value.
+        OptionError: `check_frozen` has any other value.
     """
 
     remedy: ClassVar[str] = "Train the prompts one after the other, each with its own Trainer."
@@ -114,7 +114,7 @@ class SoftPromptCallback(TrainerCallback):
         add_callback.users.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled callback, and register it for `add_callback` of Trainers."""
+        """Restore a copied or unpickled callback, and register it for `trainer.add_callback`."""
         self.__dict__.update(state)
         add_callback.users.add(self)
 
@@ -126,7 +126,7 @@ class SoftPromptCallback(TrainerCallback):
     # --- events -------------------------------------------------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Attach before the Trainer makes its optimizer; change an optimizer that the user passed in place."""
+        """Attach the prompt before the Trainer creates its optimizer; an optimizer that the user passed is changed in place."""
         if self._options["train_added_tokens"] is True and hasattr(kwargs.get("processing_class"), "get_added_vocab"):
             self._options["train_added_tokens"] = kwargs["processing_class"]
         model, optimizer = kwargs["model"], kwargs.get("optimizer")
@@ -147,7 +147,7 @@ class SoftPromptCallback(TrainerCallback):
             prepare_template_rows(trainer, self.method)
 
     def on_model_init(self, args: TrainingArguments, control: TrainerControl, model: nn.Module, trial: Any) -> None:
-        """Attach to a model that `model_init` returned, for another training or trial; called by the patched Trainer."""
+        """Attach a prompt to a new model from `model_init`; called by the patched Trainer."""
         self.method = self.method_for(trial)
         self._check(args, model)
         remove_previous(self, model, trial)
@@ -155,13 +155,13 @@ class SoftPromptCallback(TrainerCallback):
         self._name_optimizer(args, None)
 
     def method_for(self, trial: Any) -> Method:
-        """The method to train in a trial of a search (None outside a search); subclasses may choose."""
+        """Return the method to train in a trial (None outside a search); subclasses may override this."""
         return self.method
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the model and the optimizer that will train; attach to a model that is new, or refuse it."""
+        """Check the model and the optimizer of this run; attach the prompt to a new model, or refuse the model."""
         refuse_smoothing(args, self.method)
         model, optimizer, known = kwargs["model"], kwargs["optimizer"], self.soft_prompt
         is_known = known is not None and known.is_attached and known.model is model
@@ -175,7 +175,7 @@ class SoftPromptCallback(TrainerCallback):
         prompt = self._take(model, control)
         saver = saver_of(model)
         assert saver is not None
-        if not is_known or state.is_hyper_param_search:  # a trial may have chosen the optimizer
+        if not is_known or state.is_hyper_param_search:  # a trial may have changed `args.optim`
             refuse_fused(name_of(args))
             self._name_optimizer(args, None)
         if not is_known:
@@ -191,20 +191,20 @@ class SoftPromptCallback(TrainerCallback):
         self._frozen_check.begin(prompt, state.global_step)
         prompt.prompted_model.embed_last()
         saver.verify = None if self._is_sharded else lambda: self._frozen_check.check(prompt, "save", state.global_step)
-        seed = args.seed if args.data_seed is None else args.data_seed  # the seed by which the Trainer would shuffle
+        seed = args.seed if args.data_seed is None else args.data_seed  # the seed with which the Trainer would shuffle
         self._sampler = use_sampler(kwargs.get("train_dataloader"), self.method, seed)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the epoch of the method's own sampler, also when the run is resumed within an epoch."""
+        """Set the epoch of the method's own sampler, including in a run that resumes within an epoch."""
         if self._sampler is not None and state.epoch is not None:
             self._sampler.set_epoch(int(state.epoch + 1e-6))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the gradients, and keep them for the next log.
+        """Check the gradients and keep them for the next log.
 
         Raises:
             TrainerError: the prompt was removed, or has no gradient.
@@ -219,17 +219,17 @@ class SoftPromptCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Apply the method's constraint, also with optimizers that are not torch's."""
+        """Apply the method's constraint; this also covers optimizers from outside torch."""
         if self.soft_prompt is not None:
             end_step(self.soft_prompt.encoder)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the base, with `check_frozen="log"`."""
+        """Check the base if `check_frozen="log"`."""
         if "loss" in (kwargs.get("logs") or {}) and self.soft_prompt is not None:
             self._frozen_check.check(self.soft_prompt, "log", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Release the checkpoint's lock; check the base on the ranks that did not write it, or on all ranks if it is sharded."""
+        """Release the checkpoint's lock; check the base on ranks that did not write it, or on all ranks if it is sharded."""
         saver = self._saver
         if saver is None:
             return
@@ -240,7 +240,7 @@ class SoftPromptCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Unfreeze the model's other prompts; check that ranks agree and that the base has not changed."""
+        """Unfreeze the model's other prompts, and check that the ranks agree and the base has not changed."""
         if self.soft_prompt is not None:
             require_same_on_all_ranks(self.soft_prompt)
         self._other_prompts.unfreeze()
@@ -259,19 +259,19 @@ class SoftPromptCallback(TrainerCallback):
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def _check(self, args: TrainingArguments, model: nn.Module) -> None:
-        """Check launch and settings before anything is attached."""
+        """Check the launch and the settings before anything is attached."""
         check_launch(args, model, self.method)
         check_trainer(args, model, self.method, self._options["trainable"])
 
     def _prepare(self, args: TrainingArguments, model: nn.Module, control: TrainerControl) -> SoftPrompt:
-        """Attach the prompt or continue with it, on all ranks alike."""
+        """Attach the prompt or continue with an equal one, and make it the same on all ranks."""
         prompt = self._take(model, control)
         guard_trainer(args, prompt.prompted_model)
         broadcast_from_rank_0(prompt, args.device)
         return prompt
 
     def _take(self, model: nn.Module, control: TrainerControl) -> SoftPrompt:
-        """Attach the prompt or continue with it, and let nothing else on the model train."""
+        """Attach the prompt or continue with an equal one, and freeze everything else on the model."""
         refuse_second(self, model, control)
         prompt, is_new = attach_or_continue(model, self.method, self.name, self._injection, self._options)
         shared = prompt.prompted_model
@@ -286,12 +286,12 @@ class SoftPromptCallback(TrainerCallback):
 
     @property
     def _saver(self) -> CheckpointSaver | None:
-        """The saver of the callback's model, unless another callback has taken over the model."""
+        """Return the saver of the callback's model, or None if another callback has taken over the model."""
         saver = None if self.soft_prompt is None else saver_of(self.soft_prompt.model)
         return saver if saver is not None and saver.owner is self else None
 
     def _name_optimizer(self, args: TrainingArguments, optimizer: Any) -> None:
-        """Note the optimizer whose state the Trainer saves with the prompt."""
+        """Record the name of the optimizer, whose state the Trainer saves with the prompt."""
         saver = self._saver
         if saver is not None and not args.save_only_model:
             saver.optimizer = name_of(args) if optimizer is None else type(optimizer).__name__

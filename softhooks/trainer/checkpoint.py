@@ -1,7 +1,7 @@
 """Saving and resuming a prompt in a Trainer's checkpoints.
 
-A checkpoint holds the prompt twice: folded, as `softhooks.load` reads it, and live (`soft_prompt.live.safetensors`: the encoder's
-parameters, heads, and parameters of the base that train). Its `model.safetensors.index.json` names the live file, so that the
+A checkpoint holds the prompt twice: folded, for `softhooks.load`, and live (`soft_prompt.live.safetensors`: the encoder's
+parameters, heads, and trainable parameters of the base). Its `model.safetensors.index.json` names the live file, so that the
 Trainer loads it when it resumes.
 """
 
@@ -31,7 +31,7 @@ from softhooks.trainer.run_description import describe, require_same_run
 
 
 class CheckpointSaver:
-    """Replaces `save_pretrained` of a model while one of its prompts is trained: saves the prompt, and checks what is loaded.
+    """Replaces a model's `save_pretrained` while one of its prompts trains, and checks the state dicts that are loaded.
 
     Args:
         prompt: the prompt.
@@ -39,14 +39,14 @@ class CheckpointSaver:
         control: the control of the owner's Trainer, which identifies the Trainer; None outside of a Trainer.
 
     Attributes:
-        loaded: whether the last state dict that was loaded held the prompt, since `loaded` was last set to False.
-        described: the description of its run in that state dict.
-        optimizer: the name of the optimizer whose state is in the checkpoint; None: it is not saved.
+        loaded: whether a state dict with the prompt was loaded since `loaded` was last set to False.
+        described: the description of the training run in that state dict.
+        optimizer: the name of the optimizer whose state is in the checkpoint, or None if the state is not saved.
         verify: called before a checkpoint is written; raises if the base has changed.
         metrics: the metrics for training logs.
         writes_checkpoints: whether a directory named `checkpoint-...` is a Trainer's checkpoint.
-        attached_by_owner: whether the owner attached the prompt, rather than found it on the model.
-        has_trained: whether the owner has begun to train the prompt.
+        attached_by_owner: whether the owner attached the prompt; False if the model already had it.
+        has_trained: whether the owner has started to train the prompt.
     """
 
     def __init__(self, prompt: SoftPrompt, owner: object, control: TrainerControl | None = None) -> None:
@@ -78,18 +78,18 @@ class CheckpointSaver:
         shared.patches.keep(self._handle)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles of a model that a Trainer trains leave the Trainer, its callback and its run behind."""
+        """Return the state to copy or pickle, without the Trainer, its callback and its run."""
         of_run = {"owner": None, "control": None, "metrics": None, "attached_by_owner": False, "has_trained": False}
         return self.__dict__ | {"verify": None, "_lock": None} | ({} if self.control is None else of_run)
 
     def close(self) -> None:
-        """Stop checking what is loaded."""
+        """Stop checking state dicts that are loaded."""
         self._handle.remove()
 
     # --- save ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> Any:
-        """Write the prompt, and in a Trainer's checkpoint its live parameters too; not the model's weights or config.
+        """Write the prompt, and into a Trainer's checkpoint also its live parameters, but not the model's weights or config.
 
         Raises:
             TrainerError: `push_to_hub` is set.
@@ -118,18 +118,18 @@ class CheckpointSaver:
         return None
 
     def _save_adapters(self, folder: Path) -> None:
-        """Write PEFT's adapters, without the base."""
+        """Write the PEFT adapters without the base model."""
         if self._save_all is not None:
             self._save_all.save_base({"save_directory": str(folder)})
 
     def finish(self) -> None:
-        """Release the lock of a checkpoint, after the Trainer has written its own files too."""
+        """Release the lock of a checkpoint after the Trainer has written all of its files."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def state(self) -> dict[str, Tensor]:
-        """The live parameters by their names in the model, and the description of the run as bytes of JSON."""
+        """Return the live parameters by their names in the model, and the description of the run as JSON bytes."""
         text = json.dumps(describe(self.prompt, self.optimizer)).encode()
         return live_tensors(self.prompt) | {self._description: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
@@ -140,13 +140,13 @@ class CheckpointSaver:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Switch the adapter of a PEFT model, as the Trainer does after loading, without a change of what trains."""
+        """Switch the adapter of a PEFT model, as the Trainer does after loading, without changing any `requires_grad`."""
         with self._requires_grad_kept():
             return self._set_adapter(adapter_name, *args, **kwargs)
 
     @contextmanager
     def _requires_grad_kept(self) -> Iterator[None]:
-        """Restore `requires_grad` of all parameters: PEFT sets it for the whole model when it loads or switches an adapter."""
+        """Restore `requires_grad` of all parameters, because PEFT sets it model-wide when it loads or switches an adapter."""
         model = self.prompt.model
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         try:
@@ -160,7 +160,7 @@ class CheckpointSaver:
         """Check the state dict that was loaded into the prompt before this saver existed.
 
         Raises:
-            TrainerError: it belongs to another prompt or base.
+            TrainerError: the state dict belongs to another prompt or base.
         """
         shared = self.prompt.prompted_model
         noted, shared.loaded_state = shared.loaded_state, None
@@ -172,15 +172,15 @@ class CheckpointSaver:
             self.check(state)
 
     def check(self, state: dict[str, Any]) -> None:
-        """Check a state dict before it is loaded, and take the description of its run out of it.
+        """Check a state dict before it is loaded, and remove the description of its run from it.
 
-        Nothing is checked if it holds no prompt.
+        A state dict without a prompt is not checked.
 
         Args:
-            state: with the names of the prompt's model.
+            state: the state dict, with the parameter names of the prompt's model.
 
         Raises:
-            TrainerError: it belongs to another prompt or base.
+            TrainerError: the state dict belongs to another prompt or base.
         """
         found = {key: list(value.shape) for key, value in state.items() if is_prompt_key(key)}
         self.loaded = False
@@ -205,13 +205,13 @@ class CheckpointSaver:
         """Compare the description in a checkpoint with this run.
 
         Raises:
-            TrainerError: naming what differs.
+            TrainerError: an entry differs; the message names it.
         """
         require_same_run(described, describe(self.prompt, self.optimizer))
 
 
 def saver_of(model: nn.Module) -> CheckpointSaver | None:
-    """The saver of a model whose prompt is being trained."""
+    """Return the saver of a model with a prompt in training, or None if no prompt is being trained."""
     saver = model.__dict__.get("save_pretrained")
     return saver if isinstance(saver, CheckpointSaver) else None
 

@@ -1,7 +1,7 @@
-"""Trainers that other libraries derive from transformers' Trainer, and the integrations that check them.
+"""Checks for Trainers that other libraries derive from the transformers Trainer.
 
-An integration registers a module for the library whose `TrainingArguments` it knows; the callback then finds it by the package of
-the Trainer's arguments. The module is imported when a Trainer with such arguments is made.
+An integration registers a module for the package that defines a library's `TrainingArguments`. The callback finds and imports the
+module when a Trainer is created with arguments from this package.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class TrainerIntegration(Protocol):
     """The functions of a registered module."""
 
     def check(self, args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-        """Refuse settings that would train the prompt wrongly; called before the prompt is attached.
+        """Refuse settings with which the prompt would train wrongly; called before the prompt is attached.
 
         Raises:
-            TrainerError: naming the setting.
+            TrainerError: a setting is refused; the message names it.
         """
 
     def guard(self, args: TrainingArguments, prompted: PromptedModel) -> None:
@@ -36,7 +36,7 @@ _MODULES: dict[str, str] = {}
 
 
 def register(package: str, module: str) -> None:
-    """Register the module that checks the Trainers of a library.
+    """Register a module that checks the Trainers of a library.
 
     Args:
         package: the top-level package that defines the library's `TrainingArguments`.
@@ -46,10 +46,10 @@ def register(package: str, module: str) -> None:
 
 
 def check_trainer(args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-    """Let the integration of a Trainer's arguments, if there is one, refuse wrong settings.
+    """Let the integration for a Trainer's arguments, if there is one, refuse wrong settings.
 
     Raises:
-        TrainerError: naming the setting.
+        TrainerError: a setting is refused; the message names it.
     """
     integration = _integration_for(args)
     if integration is not None:
@@ -57,7 +57,7 @@ def check_trainer(args: TrainingArguments, model: nn.Module, method: Method, tra
 
 
 def guard_trainer(args: TrainingArguments, prompted: PromptedModel) -> None:
-    """Let the integration of a Trainer's arguments, if there is one, prepare the Trainer for a model with a prompt."""
+    """Let the integration for a Trainer's arguments, if there is one, prepare the Trainer for a model with a prompt."""
     integration = _integration_for(args)
     if integration is not None:
         integration.guard(args, prompted)

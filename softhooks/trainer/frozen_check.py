@@ -1,4 +1,4 @@
-"""The check that training has changed nothing but the prompt, and the moments at which it runs."""
+"""The check that training changes only the prompt, and the choice of when it runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOAD_IN_PRECISION = (
 
 
 class FrozenCheck:
-    """Compares the base with its record at some moments of a training.
+    """Compares the base with its record at chosen points of the training.
 
     Args:
         asked: "end": at the end of training; "save": also before each checkpoint; "log": also at each log. True means "save";
@@ -30,21 +30,21 @@ class FrozenCheck:
         report: the report of the last check.
 
     Raises:
-        OptionError: `asked` is none of these.
+        OptionError: `asked` has any other value.
     """
 
     def __init__(self, asked: CheckFrozen) -> None:
         if asked not in (True, False, *_MOMENTS):
-            raise OptionError(f"check_frozen must be 'end', 'save', 'log', True or False; it is {asked!r}.")
+            raise OptionError(f"check_frozen is {asked!r}; it must be 'end', 'save', 'log', True or False.")
         self.asked = "save" if asked is True else asked
         self.report: FrozenReport | None = None
         self._last_step = 0
 
     def begin(self, prompt: SoftPrompt, step: int, remedy: str = _LOAD_IN_PRECISION) -> None:
-        """Check dtypes and shapes of the base before training; no values are read.
+        """Check the dtypes and shapes of the base before training, without reading values.
 
         Args:
-            remedy: the remedy in the error.
+            remedy: the remedy that the error suggests.
 
         Raises:
             TrainerError: the base was converted after the prompt was attached.
@@ -54,19 +54,19 @@ class FrozenCheck:
         converted = record.converted(prompt.model) if record is not None and self.asked else []
         if converted:
             raise TrainerError(
-                f"{len(converted)} tensors of the base have another dtype or shape than when the prompt was attached.",
+                f"the dtype or shape of {len(converted)} tensors of the base has changed since the prompt was attached.",
                 remedy,
                 first=converted[0],
             )
 
     def check(self, prompt: SoftPrompt, moment: Moment, step: int, rescue: Path | None = None) -> None:
-        """Compare the base with its record, if this is a moment to do so.
+        """Compare the base with its record if a check was asked for at this point.
 
         Args:
             rescue: where to save the prompt before the error is raised.
 
         Raises:
-            FrozenModifiedError: naming the tensors that changed, and between which steps.
+            FrozenModifiedError: tensors have changed; the message names them and the steps between which they changed.
         """
         if not isinstance(self.asked, str) or moment not in _MOMENTS[self.asked]:
             return

@@ -1,11 +1,11 @@
-"""Incomplete checkpoints of a killed process, renamed so that the Trainer resumes from the last complete one.
+"""Renaming of incomplete checkpoints of a killed process, so that the Trainer resumes from the last complete checkpoint.
 
-The Trainer writes a checkpoint file by file, `trainer_state.json` last, and `resume_from_checkpoint=True` takes the one with the
-highest number, complete or not. A process that writes a checkpoint holds a lock in its folder; an incomplete folder that is not
-locked is renamed. Nothing is deleted.
+The Trainer writes a checkpoint file by file, `trainer_state.json` last, and `resume_from_checkpoint=True` uses the checkpoint
+with the highest number, complete or not. A process that writes a checkpoint holds a lock in its folder; an incomplete folder
+without a lock is renamed. Nothing is deleted.
 
-Many scripts look for the last checkpoint before they make their Trainer, and pass the name of a folder that is then renamed.
-Until the first step, a link of that name points to the last complete checkpoint.
+Many scripts look for the last checkpoint before they create their Trainer, and pass the name of a folder that is renamed later.
+Until the first step, a link with this name points to the last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ logger = logging.getLogger(__name__)
 
 INCOMPLETE = "incomplete"
 LOCK = ".soft_prompt.writing"
-_STATE = "trainer_state.json"  # `TRAINER_STATE_NAME`, whose module loads everything that a Trainer can use
+_STATE = (
+    "trainer_state.json"  # `TRAINER_STATE_NAME`, copied because its module imports everything that a Trainer can use
+)
 _JIT = "checkpoint-is-incomplete.txt"
 _OURS = "soft_prompt"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class Lock:
-    """A lock on a checkpoint folder while it is written; the system releases it when the process dies.
+    """A lock on a checkpoint folder while it is written; the operating system releases the lock when the process dies.
 
-    Taking it deletes an earlier run's `trainer_state.json`, with which an incomplete checkpoint would look complete, and links
-    that `rename_incomplete` made.
+    Creating the lock deletes the `trainer_state.json` of an earlier run, which would make an incomplete checkpoint look complete,
+    and the links that `rename_incomplete` created.
     """
 
     held: ClassVar[dict[Path, Lock]] = {}
@@ -55,7 +57,9 @@ class Lock:
         self.held[self._path] = self
         (folder / _STATE).unlink(missing_ok=True)
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks: nothing is renamed there
+            with contextlib.suppress(
+                OSError
+            ):  # the file system does not support locks, so nothing will be renamed there
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
@@ -68,9 +72,9 @@ class Lock:
 
 
 def rename_incomplete(output_dir: Path) -> list[Path]:
-    """Rename the incomplete checkpoints after the last complete one, with a warning.
+    """Rename the incomplete checkpoints that follow the last complete one, with a warning.
 
-    Only folders that are empty or were begun by a SoftPromptCallback are renamed.
+    Only folders that are empty or were started by a SoftPromptCallback are renamed.
 
     Returns:
         the new paths.
@@ -95,7 +99,7 @@ def rename_incomplete(output_dir: Path) -> list[Path]:
 
 
 def _link(name: Path, last: Path | None) -> None:
-    """Link the name of a renamed checkpoint to the last complete one, or warn that a script with that name must be restarted."""
+    """Link the name of a renamed checkpoint to the last complete one, or warn that a script using this name must be restarted."""
     try:
         if last is not None:
             name.symlink_to(last.name, target_is_directory=True)
@@ -104,24 +108,24 @@ def _link(name: Path, last: Path | None) -> None:
                 name.name,
             )
             return
-    except OSError:  # a file system without links
+    except OSError:  # the file system does not support links
         pass
     logger.warning("a script that passes %s to the Trainer cannot resume; start it again", name.name)
 
 
 def replacement_links(output_dir: Path) -> list[Path]:
-    """The links with the names of renamed checkpoints."""
+    """Return the links that replace renamed checkpoints."""
     return [entry for entry in _entries(output_dir) if entry.is_symlink() and _NAME.fullmatch(entry.name)]
 
 
 def remove_links(links: list[Path]) -> None:
-    """Remove links and empty the list: when all processes have loaded their checkpoint, and before one is written."""
+    """Remove the links and empty the list, once all processes have loaded their checkpoint and before a checkpoint is written."""
     while links:
         links.pop().unlink(missing_ok=True)
 
 
 def find_damage(folder: Path) -> str | None:
-    """Describe what is missing from a checkpoint; None if it is complete."""
+    """Describe what is missing from a checkpoint, or return None if it is complete."""
     try:
         content = json.loads((folder / _STATE).read_bytes())
     except OSError:
@@ -135,7 +139,7 @@ def find_damage(folder: Path) -> str | None:
             return f"{file.name} is truncated"
     for file in sorted(folder.glob(f"{_OURS}*.safetensors")):
         try:
-            with safe_open(str(file), framework="pt"):  # reads the header only, and compares it with the file's size
+            with safe_open(str(file), framework="pt"):  # reads only the header and compares it with the file size
                 pass
         except (SafetensorError, OSError):
             return f"{file.name} is truncated"
@@ -160,7 +164,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_being_written(folder: Path) -> bool:
-    """Whether a running process, here or on another machine, holds the folder's lock; True where that is unknown."""
+    """Whether a running process, here or on another machine, holds the folder's lock; True if this is unknown."""
     path = folder.resolve() / LOCK
     if path in Lock.held:
         Lock.held[path].release()
@@ -178,7 +182,7 @@ def _is_being_written(folder: Path) -> bool:
 
 
 def _free(path: Path) -> Path:
-    """A path that does not exist yet."""
+    """Return a path that does not exist yet."""
     number = 1
     free = path
     while free.exists():

@@ -18,19 +18,19 @@ from softhooks.runtime.unused_parameters import unused_parameters_error
 
 
 def fsdp_plugin() -> Any:
-    """Accelerate's FSDP plugin of this process; None without FSDP."""
+    """Return the FSDP plugin that Accelerate uses in this process, or None without FSDP."""
     from accelerate.state import AcceleratorState, is_initialized
 
     return getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
 
 
 def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> None:
-    """Refuse launches that would train a prompt wrongly without an error; called before anything is attached.
+    """Refuse launches that would silently train a prompt wrongly; called before anything is attached.
 
     Raises:
         TrainerError: the launch uses DataParallel, DeepSpeed, FSDP 1, weights on rank 0 only, sharded checkpoints or a model that
-            is already sharded. Also, for a method with parameters that are unused in some steps: DDP without
-            `find_unused_parameters`, or FSDP2 that saves the optimizer.
+            is already sharded; or the method has parameters that are unused in some steps, and the launch uses DDP without
+            `find_unused_parameters`, or FSDP2 and saves the optimizer.
     """
     for found, remedy in _obstacles(args, model):
         raise TrainerError(found, remedy)
@@ -52,7 +52,7 @@ def _check_unused_parameters(args: TrainingArguments, method: Method) -> None:
 
 
 def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """What cannot train a prompt, each with a remedy."""
+    """List the reasons why this launch cannot train a prompt, each with a remedy."""
     plugin = fsdp_plugin()
     if args.n_gpu > 1:
         yield (
@@ -82,17 +82,17 @@ def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str,
         )
     if prompted_model_of(model) is None and is_sharded_model(model):
         yield (
-            "the model is already sharded; a prompt must be attached before, so that it is sharded too.",
+            "the model is already sharded; a prompt must be attached before sharding, so that it is sharded too.",
             "Let the Trainer shard the model, or call `softhooks.attach` first.",
         )
 
 
 def _ddp_obstacles(args: TrainingArguments) -> Iterator[str]:
-    """Arguments with which the Trainer's DDP does not look for unused parameters."""
+    """List the arguments that keep the Trainer's DDP from looking for unused parameters."""
     asked = args.ddp_find_unused_parameters
     recomputes = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
     if asked is None and recomputes:
-        yield "gradient_checkpointing=True, for which the Trainer sets find_unused_parameters=False"
+        yield "gradient_checkpointing=True, with which the Trainer sets find_unused_parameters=False"
     if asked is False:
         yield "ddp_find_unused_parameters=False"
     if getattr(args, "ddp_static_graph", None):
@@ -107,10 +107,10 @@ def _uses_deepspeed() -> bool:
 
 
 def injection_for_launch(method: Method, asked: Injection | None) -> Injection | None:
-    """Choose the injection: under FSDP, prompts of input embeddings must enter as slots, because weights are gathered per layer.
+    """Choose the injection; under FSDP, prompts of input embeddings enter as slots, because weights are gathered per layer.
 
     Raises:
-        TrainerError: another injection was asked for.
+        TrainerError: the asked injection is not available under FSDP.
     """
     if fsdp_plugin() is None or method.enters != "embeddings":
         return asked

@@ -1,7 +1,7 @@
 """A prompt's metrics in the Trainer's logs.
 
 The Trainer calls its reporters before the user's callbacks, so metrics that a callback adds in `on_log` never reach TensorBoard,
-W&B or MLflow. `CallbackHandler.on_log` is therefore wrapped, to add them first, while a callback's prompt is on any model.
+W&B or MLflow. `CallbackHandler.on_log` is therefore wrapped to add the metrics first, as long as a callback's prompt is attached.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 
 
 class LoggedMetrics:
-    """A handle: a saver's metrics are in the logs of its model's Trainer until `remove` is called."""
+    """A handle that adds a saver's metrics to the logs of its model's Trainer until `remove` is called."""
 
     def __init__(self, saver: CheckpointSaver) -> None:
         self._saver = weakref.ref(saver)
         users.add(saver)
 
     def remove(self) -> None:
-        """Log the metrics no longer. Calling it again does nothing."""
+        """Stop logging the metrics. Calling it again does nothing."""
         saver = self._saver()
         if saver is not None:
             users.discard(saver)
@@ -37,7 +37,7 @@ class LoggedMetrics:
 def _with_metrics(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def on_log(handler: Any, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> Any:
-        """Add the metrics to a training log, and to the entry of `log_history` that the Trainer has copied from it."""
+        """Add the metrics to a training log and to the copy of it that the Trainer has put in `log_history`."""
         prompted = prompted_model_of(handler.model) if isinstance(handler.model, nn.Module) else None
         saver = None if prompted is None else saver_of(prompted.model)
         if saver is not None and saver.metrics is not None and "loss" in logs:

@@ -1,4 +1,4 @@
-"""Metrics of a prompt in training: its norm, its gradient's norm, its distance from the start."""
+"""Metrics of a prompt in training: its norm, the norm of its gradient, and its distance from the initial prompt."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PREFIX = "soft_prompt"
 
 
 class TrainingMetrics:
-    """The metrics of one prompt, computed when a log asks for them.
+    """The metrics of one prompt, computed for each log.
 
     Args:
-        prompt: the prompt before its first step; its distance is measured from here.
+        prompt: the prompt before its first step; distances are measured from its current values.
     """
 
     def __init__(self, prompt: SoftPrompt) -> None:
@@ -24,13 +24,13 @@ class TrainingMetrics:
         self._gradients: list[Tensor] = []
 
     def keep_gradients(self) -> None:
-        """Keep the clipped gradients of this step; the Trainer sets them to None before it logs."""
+        """Keep the clipped gradients of this step, because the Trainer sets them to None before it logs."""
         self._gradients = [p.grad for p in self.prompt.encoder.parameters() if p.grad is not None]
 
     def compute(self) -> dict[str, float]:
-        """Compute `norm`, `distance`, `grad_norm` and the encoder's own metrics; nothing for a sharded prompt.
+        """Compute `norm`, `distance`, `grad_norm` and the encoder's own metrics; return nothing for a sharded prompt.
 
-        All processes would have to take part in computing with sharded parameters, and only the first one logs.
+        Computing with sharded parameters needs all processes, but only the first one logs.
         """
         tables = self._tables()
         if not tables:
@@ -39,7 +39,7 @@ class TrainingMetrics:
         norms = {"norm": _norm(list(tables.values())), "distance": _norm(moved)}
         if self._gradients:
             norms["grad_norm"] = _norm(self._gradients)
-        values = torch.stack(list(norms.values())).tolist()  # one transfer from the device
+        values = torch.stack(list(norms.values())).tolist()  # a single transfer from the device
         found = dict(zip(norms, values, strict=True)) | self.prompt.encoder.metrics()
         return {f"{PREFIX}/{name}": float(value) for name, value in found.items()}
 
@@ -51,7 +51,7 @@ class TrainingMetrics:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all entries of all tensors, in fp32."""
+    """Compute the Euclidean norm over all entries of all tensors, in fp32."""
     norms = [torch.linalg.vector_norm(tensor.detach().float()) for tensor in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm

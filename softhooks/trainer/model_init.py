@@ -1,7 +1,7 @@
-"""Prompts for the models that a Trainer's `model_init` makes, and for the optimizers that it makes for them.
+"""Patches of a Trainer that attach a prompt to the models from `model_init` and keep their optimizers to the prompt's parameters.
 
-The Trainer calls no event between `model_init` and the loading of a checkpoint. So the callback finds its Trainer among the
-callers of the event that it is in, and replaces two methods on that instance.
+The Trainer calls no event between `model_init` and the loading of a checkpoint. Therefore the callback finds its Trainer among
+the callers of the current event, and replaces two methods of that instance.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class PatchedTrainer:
-    """Replaces `call_model_init` and `create_optimizer` of one Trainer; does nothing once the callback is removed from it.
+    """Replaces `call_model_init` and `create_optimizer` of one Trainer; inactive once the callback is removed from the Trainer.
 
     Args:
         trainer: the Trainer.
@@ -41,14 +41,14 @@ class PatchedTrainer:
         self._patches.set(trainer, "create_optimizer", self.create_optimizer)
 
     def __call__(self, trial: Any = None) -> nn.Module:
-        """In place of `call_model_init`: attach the prompt before a checkpoint is loaded and the optimizer is made."""
+        """Call the original method, and attach the prompt before a checkpoint is loaded and the optimizer is created."""
         model = self._call_model_init(trial)
         if has_callback(self._trainer, self.callback):
             self.callback.on_model_init(self._trainer.args, self._trainer.control, model, trial)
         return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """In place of the method: let the optimizer hold exactly the prompt's parameters, also in a subclass that makes its own.
+        """Create the optimizer and make it hold exactly the prompt's parameters, including in subclasses that create their own.
 
         Raises:
             TrainerError: the callback was removed from the Trainer, but its prompt was not removed from the model.
@@ -70,7 +70,7 @@ class PatchedTrainer:
 
 
 def patch_trainer(callback: TrainingCallback) -> Trainer | None:
-    """Patch the Trainer that is calling a callback, once; return it, or None if no Trainer is."""
+    """Patch the Trainer that is calling the callback unless already patched; return it, or None if no Trainer is calling."""
     trainer = find_trainer(callback)
     if trainer is not None:
         patched = trainer.__dict__.get("call_model_init")
@@ -80,7 +80,7 @@ def patch_trainer(callback: TrainingCallback) -> Trainer | None:
 
 
 def find_trainer(callback: TrainingCallback) -> Trainer | None:
-    """Find the Trainer among the callers of this function that has a callback."""
+    """Find the Trainer with this callback among the callers of this function."""
     from transformers import Trainer
 
     for frame in callers():
@@ -91,7 +91,7 @@ def find_trainer(callback: TrainingCallback) -> Trainer | None:
 
 
 def callers() -> Iterator[FrameType]:
-    """The frames of the calls that are running, the innermost first."""
+    """Yield the frames of the running calls, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -99,13 +99,13 @@ def callers() -> Iterator[FrameType]:
 
 
 def has_callback(trainer: Trainer, callback: TrainingCallback) -> bool:
-    """Whether a callback is among a Trainer's; False while the Trainer is still being made."""
+    """Whether a Trainer has a callback; False while the Trainer is still being created."""
     handler = getattr(trainer, "callback_handler", None)
     return handler is not None and any(one is callback for one in handler.callbacks)
 
 
 def _refuse_without_callback(callback: TrainingCallback) -> None:
-    """Refuse to train a prompt whose callback was removed: nothing would check gradients, checkpoints or the base.
+    """Refuse to train a prompt without its callback, because nothing would check gradients, checkpoints or the base.
 
     Raises:
         TrainerError: no other callback has taken over the prompt.

@@ -1,4 +1,4 @@
-"""Optimizers that must hold exactly the prompt's trainable parameters."""
+"""Checks and changes that make an optimizer hold exactly the prompt's trainable parameters."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _NAMES = "param_names"
 
 
 def name_of(args: TrainingArguments) -> str:
-    """The name of the Trainer's optimizer; a fused one has the same state as the plain one, and so the same name."""
+    """Return the name of the Trainer's optimizer without "fused", because fused optimizers have the same state."""
     return str(getattr(args.optim, "value", args.optim)).removesuffix("_fused")
 
 
 def refuse_fused(name: str) -> None:
-    """Refuse optimizers that step inside the backward pass: they hold no parameters and save no state.
+    """Refuse optimizers that step inside the backward pass, because they hold no parameters and save no state.
 
     Raises:
-        TrainerError: naming the option.
+        TrainerError: the optimizer steps inside the backward pass.
     """
     if name.endswith(_FUSED):
         raise TrainerError(
-            f"optim={name!r} steps inside the backward pass; its state could not be saved, nor the prompt's gradients checked.",
-            "Choose another, such as 'adamw_torch': a prompt's optimizer state is small anyway.",
+            f"optim={name!r} steps inside the backward pass, so neither its state can be saved nor the gradients checked.",
+            "Choose another optimizer, such as 'adamw_torch'; the optimizer state of a prompt is small anyway.",
         )
 
 
@@ -47,10 +47,10 @@ def is_mended(optimizer: Any, prompt: SoftPrompt) -> bool:
 
 
 def mend_optimizer(optimizer: Any, prompt: SoftPrompt) -> None:
-    """Remove frozen parameters from an optimizer and add the prompt's.
+    """Remove frozen parameters from an optimizer and add the prompt's parameters.
 
-    Groups keep their number, order and options, because schedulers count them. The prompt's copy of a head goes into the group of
-    the model's head, every other parameter into the first group.
+    The number, order and options of the groups do not change, because schedulers count them. The prompt's copy of a head goes
+    into the group of the model's head, and every other parameter into the first group.
 
     Raises:
         TrainerError: the optimizer has no parameter groups.
@@ -85,7 +85,7 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def _head_copies(prompt: SoftPrompt) -> dict[int, nn.Parameter]:
-    """The prompt's copies of the parameters of the model's heads, by the id of the original."""
+    """Map the id of each parameter of the model's heads to the prompt's copy of it."""
     copies: dict[int, nn.Parameter] = {}
     for key, own in prompt.heads.items():
         head = active_head(prompt.model.get_submodule(key.replace("/", ".")))
@@ -106,10 +106,10 @@ def _warn_about_learning_rate(groups: list[dict[str, Any]], prompt: SoftPrompt) 
 
 
 def require_gradient(prompt: SoftPrompt, step: int) -> None:
-    """Check before a step that the prompt has a gradient; without one nothing would train, and no error would be raised.
+    """Check before a step that the prompt has a gradient; without a gradient, nothing would train and no error would be raised.
 
     Raises:
-        TrainerError: naming the step.
+        TrainerError: the prompt has no gradient; the message names the step.
     """
     if all(parameter.grad is None for parameter in prompt.encoder.parameters()):
         raise TrainerError(
@@ -121,7 +121,7 @@ def require_gradient(prompt: SoftPrompt, step: int) -> None:
 
 
 def drop_frozen(optimizer: Any) -> None:
-    """Remove frozen parameters from an optimizer; its groups stay, because schedulers count them."""
+    """Remove frozen parameters from an optimizer, but keep its groups, because schedulers count them."""
     for group in _groups(optimizer):
         kept = [number for number, parameter in enumerate(group["params"]) if parameter.requires_grad]
         for key in ("params", _NAMES):
@@ -130,18 +130,18 @@ def drop_frozen(optimizer: Any) -> None:
 
 
 def held_by(optimizer: Any) -> set[int]:
-    """The ids of the parameters that an optimizer holds."""
+    """Return the ids of the parameters that an optimizer holds."""
     return {id(parameter) for group in _groups(optimizer) for parameter in group["params"]}
 
 
 def require_held(optimizers: Sequence[Any], prompt: SoftPrompt, remedy: str) -> str:
-    """Check that optimizers hold all trainable parameters of a prompt, and name those that hold some.
+    """Check that optimizers hold all trainable parameters of a prompt, and return the names of the optimizers that hold any.
 
     Args:
-        remedy: the remedy in the error.
+        remedy: the remedy that the error suggests.
 
     Raises:
-        TrainerError: a trainable parameter is in none of them.
+        TrainerError: no optimizer holds some trainable parameter.
     """
     names = {id(parameter): name for name, parameter in prompt.named_parameters()}
     held = [held_by(optimizer) for optimizer in optimizers]

@@ -1,4 +1,4 @@
-"""The other prompts of a model, frozen while one of them trains."""
+"""Freezing of a model's other prompts while one prompt trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FrozenPrompts:
         self._gradients = StashedGradients()
 
     def freeze_all_but(self, prompt: SoftPrompt) -> None:
-        """Let one prompt of its model train, and freeze the others; their gradients are kept for later."""
+        """Make one prompt of its model trainable, and freeze the other prompts; their gradients are kept for `unfreeze`."""
         for other in prompt.prompted_model.prompts.values():
             for part in (other.encoder, other.heads):
                 for name, parameter in part.named_parameters(f"{other.name}.{type(part).__name__}"):
@@ -26,7 +26,7 @@ class FrozenPrompts:
         self._gradients.take(self._frozen)
 
     def unfreeze(self) -> None:
-        """Let the other prompts train again, with the gradients that they had."""
+        """Make the other prompts trainable again, and restore the gradients they had."""
         for _, parameter in self._frozen:
             parameter.requires_grad_(True)
         self._gradients.restore(self._frozen)

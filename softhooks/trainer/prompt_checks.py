@@ -1,4 +1,4 @@
-"""Checks of a callback's prompt: one that is already attached, one that comes too late, one that is gone."""
+"""Checks of a callback's prompt: whether an attached prompt can be used, a prompt comes too late, or a prompt is missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_equal(
     """Check that an attached prompt equals the one that a callback would attach.
 
     Raises:
-        NameTakenError: it has another method or other options.
+        NameTakenError: its method or its options differ.
     """
     model = present.model
     names = [name for name, _ in model.named_parameters() if not is_prompt_key(name)]
@@ -57,8 +57,8 @@ def check_equal(
     if present.method == method and held == wanted and bool(len(present.heads)) == own_head and rows == asked:
         return
     raise NameTakenError(
-        f"the model already has another prompt named {present.name!r}; training continues only one with equal method and "
-        "options.",
+        f"the model already has a different prompt named {present.name!r}; training only continues a prompt with equal "
+        "method and options.",
         "Remove the other prompt, or give this callback another `name=`.",
         attached=f"{present.name!r}: {present.method!r}{_extras(len(present.heads), len(held), len(rows))}",
         asked=f"{present.name!r}: {method!r}{_extras(own_head, len(wanted), len(asked))}",
@@ -74,10 +74,10 @@ def _extras(heads: int, parameters: int, rows: int) -> str:
 
 
 def require_trainable_prompt(prompt: SoftPrompt, *, may_be_frozen: bool = False) -> None:
-    """Check that a prompt has parameters that take a gradient.
+    """Check that a prompt has trainable parameters.
 
     Args:
-        may_be_frozen: accept frozen parameters, which the caller unfreezes.
+        may_be_frozen: accept frozen parameters, because the caller unfreezes them.
 
     Raises:
         TrainerError: the prompt is folded into a constant, or frozen.
@@ -92,7 +92,7 @@ def require_trainable_prompt(prompt: SoftPrompt, *, may_be_frozen: bool = False)
 
 
 def refuse_second(callback: TrainingCallback, model: nn.Module, control: TrainerControl) -> None:
-    """Refuse a second callback of one Trainer.
+    """Refuse a second callback for the same Trainer.
 
     Args:
         control: the control of the callback's Trainer, which identifies the Trainer.
@@ -105,7 +105,7 @@ def refuse_second(callback: TrainingCallback, model: nn.Module, control: Trainer
         return
     first: Any = saver.owner
     raise TrainerError(
-        "the Trainer has two SoftPromptCallbacks; it trains one prompt.",
+        "the Trainer has two SoftPromptCallbacks, but it can train only one prompt.",
         first.remedy,
         first=f"{first.name!r}: {first.method!r}",
         second=f"{callback.name!r}: {callback.method!r}",
@@ -113,13 +113,13 @@ def refuse_second(callback: TrainingCallback, model: nn.Module, control: Trainer
 
 
 def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) -> None:
-    """Remove the prompt that a callback trained before, from the last model and from one that `model_init` returns again.
+    """Remove the prompt that a callback trained before from the previous model, and from a model that `model_init` returns again.
 
     Args:
-        trial: the trial of a hyperparameter search; None outside a search.
+        trial: the trial of a hyperparameter search, or None outside a search.
 
     Raises:
-        TrainerError: the prompt was attached by the script and trained by another trial.
+        TrainerError: the script attached the prompt, and another trial has trained it.
     """
     known, saver = callback.soft_prompt, saver_of(model)
     if known is not None and known.model is not model:
@@ -131,7 +131,7 @@ def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) ->
     elif saver.has_trained and trial is not None:
         raise TrainerError(
             "`model_init` returned a model with a prompt that another trial has trained; each trial needs an untrained one.",
-            "Let `model_init` return a model without this prompt (the callback attaches it), or attach a new one inside.",
+            "Let `model_init` return a model without this prompt (the callback attaches it), or attach a new prompt there.",
             trial=getattr(trial, "number", trial),
             prompt=f"{saver.prompt.name!r}, attached by the script",
         )
@@ -139,7 +139,7 @@ def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) ->
 
 @contextmanager
 def detached_on_error(model: nn.Module) -> Iterator[None]:
-    """Remove the prompt that a callback attaches inside the block if the block raises; one that was there before stays."""
+    """Remove the prompt that a callback attaches in the `with` block if the block raises; an earlier prompt stays."""
     before = saver_of(model)
     try:
         yield
@@ -150,14 +150,14 @@ def detached_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-# --- a prompt that comes too late, or is gone -------------------------------------------------------------------------
+# --- a prompt that comes too late or is missing -----------------------------------------------------------------------
 
 
 def refuse_late(args: TrainingArguments, state: TrainerState, found: str) -> None:
-    """Refuse a prompt that comes after the optimizer was made, if training was resumed, is distributed or writes checkpoints.
+    """Refuse a prompt attached after the optimizer was created, if the run is resumed, is distributed or writes checkpoints.
 
     Raises:
-        TrainerError: naming the reason.
+        TrainerError: the prompt comes too late; the message names the reason.
     """
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     reasons = {
@@ -168,7 +168,7 @@ def refuse_late(args: TrainingArguments, state: TrainerState, found: str) -> Non
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:
         raise TrainerError(
-            "the prompt came after the Trainer made its optimizer; it must be attached before, to be resumed and synchronized.",
+            "the prompt was attached after the optimizer was created; to be resumed or synchronized, it must come first.",
             "Pass `model=` or `model_init=`, and `callbacks=[SoftPromptCallback(...)]`, to the Trainer, or call "
             "`trainer.add_callback` before `train()`. If you need no checkpoints, set save_strategy='no'.",
             found=found,
@@ -180,7 +180,7 @@ def require_loaded(state: TrainerState, name: str, loaded: bool) -> None:
     """Check that a resumed run has loaded its prompt from the checkpoint.
 
     Raises:
-        TrainerError: naming the step.
+        TrainerError: the checkpoint does not contain the prompt.
     """
     if state.global_step and not loaded:
         raise TrainerError(
@@ -190,14 +190,14 @@ def require_loaded(state: TrainerState, name: str, loaded: bool) -> None:
 
 
 def require_present(prompt: SoftPrompt | None, name: str, state: TrainerState) -> SoftPrompt:
-    """Check before a step that the prompt is attached; without it the whole model would train, or nothing.
+    """Check before a step that the prompt is attached; without it, the whole model or nothing would train.
 
     Raises:
-        TrainerError: naming the step.
+        TrainerError: the prompt is not attached; the message names the step.
     """
     if prompt is None or not prompt.is_attached:
         raise TrainerError(
-            f"the prompt {name!r} is not on the model before step {state.global_step + 1}; it must stay attached in training.",
+            f"the prompt {name!r} is not attached before step {state.global_step + 1}; it must stay attached during training.",
             "Pass the callback to the Trainer in `callbacks=[...]`; remove the prompt after `train()`.",
         )
     return prompt

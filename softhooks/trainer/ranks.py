@@ -1,4 +1,4 @@
-"""One prompt on all ranks of a distributed training."""
+"""Keeping the prompt identical on all ranks of distributed training."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def is_single_process() -> bool:
 
 
 def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
-    """Copy rank 0's prompt to every rank, and the tensors of the base that differ, such as a randomly initialized head.
+    """Copy the prompt of rank 0 to every rank, along with tensors of the base that differ, such as a randomly initialized head.
 
-    Without this, DDP would broadcast them after the record of the frozen tensors was taken, and FSDP2 would assemble one prompt
-    from the shards of different ones.
+    Otherwise, DDP would broadcast them after the record of the frozen tensors was taken, and FSDP2 would assemble a prompt from
+    shards of different prompts.
 
     Args:
-        device: where the processes exchange tensors.
+        device: the device on which the processes exchange tensors.
 
     Raises:
-        TrainerError: the ranks have different methods or models.
+        TrainerError: methods or models differ between ranks.
     """
     if is_single_process() or is_sharded_model(prompt.model):
         return
@@ -59,7 +59,7 @@ def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
 
 
 def require_same_on_all_ranks(prompt: SoftPrompt) -> None:
-    """Check that all ranks have the same prompt; a sharded prompt is one by construction.
+    """Check that all ranks have the same prompt; the shards of a sharded prompt always belong to a single prompt.
 
     Raises:
         TrainerError: the prompts differ.
@@ -71,7 +71,7 @@ def require_same_on_all_ranks(prompt: SoftPrompt) -> None:
 
 
 def _require_equal(mine: dict[str, str], what: str) -> None:
-    """Compare with rank 0; all ranks raise if one differs, so that none waits for the others."""
+    """Compare with rank 0; all ranks raise an error if any rank differs, so that no rank keeps waiting."""
     theirs = _from_rank_0(mine)
     differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     example = {name: (mine.get(name), theirs.get(name)) for name in differing[:1]}
@@ -80,7 +80,7 @@ def _require_equal(mine: dict[str, str], what: str) -> None:
         if names:
             own, first = values[names[0]]
             raise TrainerError(
-                f"rank {rank} has another {what} than rank 0; they must be the same on all ranks.",
+                f"the {what} of rank {rank} differs from rank 0; it must be the same on all ranks.",
                 "Give every rank the same script, files and checkpoint, and change no parameters on one rank only.",
                 differing=", ".join(names),
                 rank_0=f"{names[0]}: {first}",

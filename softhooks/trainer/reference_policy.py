@@ -1,4 +1,4 @@
-"""A policy without its trained prompt, as the reference model of preference training."""
+"""A policy without its trained prompt, as the reference model in preference training."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from softhooks.switch import disabled
 class Reference(nn.Module):
     """A model that runs without its trained prompt, in evaluation mode and without gradients.
 
-    It has no parameters of its own, so a trainer that moves or freezes it does not change the policy. It has the members that
-    trainers use of a reference model.
+    The reference has no parameters of its own, so a trainer that moves or freezes it does not change the policy. It has the
+    members of a model that trainers use.
 
     Args:
         model: the policy; its prompt may be attached later.
-        prompt: the name of another, frozen prompt of the model to run with; None: the model without prompts.
+        prompt: the name of another, frozen prompt to run the model with, or None to run it without prompts.
 
     Raises:
-        TrainerError: when it runs: parameters of the reference are being trained, or the model is sharded.
-        NotAttachedError: when it runs: the model has no prompt of that name.
+        TrainerError: in a forward: parameters of the reference are being trained, or the model is sharded.
+        NotAttachedError: in a forward: the model has no prompt of that name.
     """
 
     policy: Any
 
     def __init__(self, model: nn.Module, prompt: str | None = None) -> None:
         super().__init__()
-        self.__dict__["policy"] = model  # not a submodule: trainers and accelerate move and change submodules
+        self.__dict__["policy"] = model  # not a submodule, because trainers and accelerate move and change submodules
         self.prompt = prompt
 
     @property
@@ -45,12 +45,12 @@ class Reference(nn.Module):
         return self.policy.config
 
     def base_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone; some losses apply the head themselves."""
+        """Run the backbone, for losses that apply the head themselves."""
         with self._fixed():
             return self._unwrapped.base_model(*args, **kwargs)
 
     def get_output_embeddings(self) -> Any:
-        """The language model's head."""
+        """Return the language model's head."""
         return self._unwrapped.get_output_embeddings()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ class Reference(nn.Module):
             return self.policy(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The reference's tensors; caches of its log-probabilities are keyed by them."""
+        """Return the reference's tensors, which are part of the key of cached log-probabilities."""
         state = self.policy.state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if _is_in_reference(key, self.prompt)}
 
@@ -83,7 +83,7 @@ class Reference(nn.Module):
 
 
 def _is_in_reference(key: str, prompt: str | None) -> bool:
-    """Whether a tensor of the model, by its name, is part of the reference."""
+    """Whether the tensor with this name in the model is part of the reference."""
     return not is_prompt_key(key) or (prompt is not None and is_prompt_key(key, prompt))
 
 
@@ -91,7 +91,7 @@ def require_fixed(model: nn.Module, prompt: str | None) -> None:
     """Check that a model can be its own reference, and that no parameter of the reference is being trained.
 
     Raises:
-        TrainerError: one is, or the model is sharded.
+        TrainerError: a parameter is being trained, or the model is sharded.
         NotAttachedError: the model has no prompt of that name.
     """
     if prompt is not None:
@@ -106,6 +106,6 @@ def require_fixed(model: nn.Module, prompt: str | None) -> None:
         )
     if is_sharded_model(model):
         raise TrainerError(
-            "the model is sharded (FSDP), and cannot be its own reference.",
+            "the model is sharded (FSDP), so it cannot be its own reference.",
             "Pass another model as `ref_model`.",
         )

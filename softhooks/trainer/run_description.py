@@ -1,4 +1,4 @@
-"""The description of a training run that its checkpoints hold; a run resumes only if it is the same."""
+"""The description of a training run in its checkpoints; a run resumes only from a checkpoint with an equal description."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from softhooks.prompt import SoftPrompt
 
 
 def describe(prompt: SoftPrompt, optimizer: str | None) -> dict[str, Any]:
-    """Describe the prompt, its base and its optimizer; None or an empty value where something is not known."""
+    """Describe the prompt, its base and its optimizer; an unknown entry is None or empty."""
     method, shared = prompt.method, prompt.prompted_model
     options = {k: v for k, v in method.options().items() if k not in method.init_options}
     names = [name for name, _ in prompt.named_parameters() if not is_prompt_key(name)]
@@ -26,16 +26,16 @@ def describe(prompt: SoftPrompt, optimizer: str | None) -> dict[str, Any]:
 
 
 def require_same_run(stored: dict[str, Any] | None, present: dict[str, Any]) -> None:
-    """Compare a checkpoint's description with that of this run; what one of them does not know is not compared.
+    """Check that a checkpoint's description equals this run's; entries that are unknown in either are not compared.
 
     Raises:
-        TrainerError: naming the first entry that differs.
+        TrainerError: an entry differs; the message names the first one.
     """
     for key, value in (stored or {}).items():
         if key in present and present[key] and value and present[key] != value:
             raise TrainerError(
-                f"the checkpoint was written with another {key} than this run has.",
-                "Resume with what wrote the checkpoint, or start a new run in another `output_dir`.",
+                f"the {key} of this run differs from the {key} in the checkpoint.",
+                "Resume with the {key} that wrote the checkpoint, or start a new run in another `output_dir`.",
                 checkpoint=value,
                 now=present[key],
             )

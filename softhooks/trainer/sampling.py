@@ -1,4 +1,4 @@
-"""Replace the sampler of a Trainer's data loader by that of the method."""
+"""Replacement of the sampler of a Trainer's data loader by the method's sampler."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def use_sampler(loader: Any, method: Method, seed: int) -> Any:
     """Let a method order the rows of a Trainer's loader, instead of the Trainer's random sampler.
 
     Returns:
-        the method's sampler; None if it has none.
+        the method's sampler, or None if it has none.
 
     Raises:
-        TrainerError: the loader has a sampler that the user chose, or none.
+        TrainerError: the loader has no RandomSampler to replace.
     """
     if not method.has_sampler:
         return None
@@ -28,7 +28,7 @@ def use_sampler(loader: Any, method: Method, seed: int) -> Any:
     if not isinstance(batches, BatchSampler) or not isinstance(present, (RandomSampler, method.sampler_class)):
         raise TrainerError(
             f"the loader draws its rows by {type(present).__name__}; the method's sampler can only replace a RandomSampler.",
-            "Leave the order to the Trainer (`sampling=None`), or train on a data set with a length, in random order.",
+            "Leave the order to the Trainer (`sampling=None`), or train in random order on a dataset with a length.",
             method=method.kind,
             rows=type(getattr(loader, "dataset", loader)).__name__,
             order=type(present).__name__,

@@ -1,7 +1,7 @@
-"""A Trainer's batches for a layout with a template: padded rows, and columns that a collator renders.
+"""Batches of a Trainer for a layout with a template: padding of rows, and columns that a collator renders.
 
 The Trainer's default collators do not pad all columns of a template's rows, and the Trainer removes the columns that
-`Layout.collator` renders. Both are changed on the Trainer instance of a callback whose method has a template. A collator that the
+`Layout.collator` renders. If the callback's method has a template, both are changed on the Trainer instance. A collator that the
 script passed is not changed.
 """
 
@@ -31,17 +31,17 @@ class PaddedRows:
 
     Args:
         default: the Trainer's collator: `default_data_collator` or a `DataCollatorWithPadding`.
-        pad_token_id: the padding id without a tokenizer.
+        pad_token_id: the padding id if the collator has no tokenizer.
     """
 
     def __init__(self, default: Any, pad_token_id: int) -> None:
         self.default = default
         self.pad_token_id = pad_token_id
         if isinstance(default, DataCollatorWithPadding):
-            self.tokenizer = default.tokenizer  # the Trainer saves it
+            self.tokenizer = default.tokenizer  # the Trainer saves the collator's tokenizer
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        """Pad the columns whose lengths differ, and let the default collator make the batch."""
+        """Pad the columns with rows of different lengths, and let the default collator build the batch."""
         rows = [dict(row) if isinstance(row, Mapping) else dict(vars(row)) for row in features]
         ragged = {name for name in rows[0] if len({_length(row.get(name)) for row in rows}) > 1}
         if not ragged:
@@ -56,11 +56,11 @@ class PaddedRows:
         return self.default(rows)
 
     def _by_tokenizer(self, rows: list[dict[str, Any]]) -> Any:
-        """Let the tokenizer pad on its side, except labels, which it does not pad."""
+        """Pad rows with the tokenizer, and labels, which it does not pad, on its padding side."""
         labels = [row.pop("labels") for row in rows if "labels" in row]
         if labels:
             for row in rows:
-                row.pop("label", None)  # the class; its word is in the labels
+                row.pop("label", None)  # the index of the class, whose word is in the labels
         batch = self.default(rows)
         if labels:
             batch["labels"] = padded_labels(labels, batch["attention_mask"])
@@ -68,7 +68,7 @@ class PaddedRows:
 
 
 def _length(value: Any) -> int:
-    """The length of a row's entry; -1 for a scalar, or a text, which no collator makes a tensor of."""
+    """Return the length of a row's entry, or -1 for a scalar and for text, which collators do not convert to a tensor."""
     if isinstance(value, str) or not hasattr(value, "__len__") or (isinstance(value, Tensor) and not value.dim()):
         return -1
     return len(value)
@@ -79,7 +79,7 @@ def _plain(value: Any) -> Any:
 
 
 class KeptColumns:
-    """Replaces `_set_signature_columns_if_needed` of a Trainer, so that it keeps more columns than the model takes.
+    """Replaces `_set_signature_columns_if_needed` of a Trainer, so that the Trainer keeps the columns of templates and prompts.
 
     Args:
         trainer: the Trainer.
@@ -91,7 +91,7 @@ class KeptColumns:
         Patches().set(trainer, "_set_signature_columns_if_needed", self)
 
     def __call__(self) -> None:
-        """Add the columns that the collator renders, and those of the prompts, which may be newer than the Trainer's list."""
+        """Add the columns for the collator and for the prompts, which may have been attached after the Trainer made its list."""
         self._set_signature_columns()
         trainer, prompted = self._trainer, prompted_model_of(self._trainer.model)
         more = [*(prompted.columns if prompted else ()), *_columns_of(trainer.data_collator)]
@@ -106,7 +106,7 @@ def _columns_of(collator: Any) -> tuple[str, ...]:
 
 
 def prepare_template_rows(trainer: Trainer, method: Method) -> None:
-    """Let a Trainer make batches of a template's rows, whether the dataset or the collator renders them."""
+    """Let a Trainer build batches from a template's rows, whether the dataset or the collator renders them."""
     if not method.token_layout.batch_columns:
         return
     collator = trainer.data_collator

@@ -374,7 +374,7 @@ def test_prompts_are_trained_one_after_the_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_two_callbacks_on_one_trainer_are_refused(tmp_path: Path, name: str) -> None:
     callbacks = [SoftPromptCallback(METHODS["prompt"]), SoftPromptCallback(METHODS["prompt"], name=name)]
-    with pytest.raises(TrainerError, match="trains one prompt"):
+    with pytest.raises(TrainerError, match="can train only one prompt"):
         training.make(tmp_path, zoo.build("llama"), "causal", callbacks)
 
 

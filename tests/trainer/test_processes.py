@@ -131,10 +131,10 @@ def test_ranks_hold_one_prompt_or_say_so(tmp_path: Path) -> None:
     assert all(not torch.equal(value, first["start"][name]) for name, value in first["seeds"]["trained"].items())
 
     for seen in (first, second):
-        assert seen["apart"].startswith("TrainerError: rank 1 has another prompt than rank 0;")
+        assert seen["apart"].startswith("TrainerError: the prompt of rank 1 differs from rank 0;")
         assert "rank 1:" in seen["apart"]
         assert "soft_prompt.default.encoder.embeddings" in seen["apart"]
-        assert seen["methods"].startswith("TrainerError: rank 1 has another method or model than rank 0;")
+        assert seen["methods"].startswith("TrainerError: the method or model of rank 1 differs from rank 0;")
         assert "num_virtual_tokens=4" in seen["methods"]
         assert "num_virtual_tokens=5" in seen["methods"]
 
