@@ -1,4 +1,4 @@
-"""Lightning's `checkpoint_io` with prompts: checkpoints without the base, and next to each a directory with the prompt."""
+"""Lightning's `checkpoint_io` for prompts: checkpoints without the base, each with a prompt directory next to it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TrainingCallback(Protocol):
 
     Attributes:
         name: the name of the prompt.
-        beside: whether to write the directory.
-        outer: the module around the prompted model; None before the prompt is attached.
+        beside: whether to write the prompt directory.
+        outer: the module around the prompted model, or None before the prompt is attached.
     """
 
     name: str
@@ -37,12 +37,12 @@ class PromptFiles:
         self.callback = callback
 
     def __getattr__(self, name: str) -> Any:
-        if name == "checkpoint_io":  # missing while a copy is made
+        if name == "checkpoint_io":  # missing while the object is being copied
             raise AttributeError(name)
         return getattr(self.checkpoint_io, name)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint, and the prompt next to it."""
         outer = self.callback.outer
         if outer is not None and outer.prompt.is_attached:
             checkpoint = {**checkpoint, "state_dict": outer.prune(checkpoint["state_dict"])}
@@ -52,7 +52,7 @@ class PromptFiles:
         self.checkpoint_io.save_checkpoint(checkpoint, path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint, and the directory next to it."""
+        """Remove a checkpoint and the prompt directory next to it."""
         self.checkpoint_io.remove_checkpoint(path)
         folder = self._folder(path)
         if folder is not None and (folder / TENSORS).is_file():
@@ -66,7 +66,7 @@ class PromptFiles:
 
 
 def prompt_files_of(files: Any) -> Iterator[PromptFiles]:
-    """The `PromptFiles` around a `checkpoint_io`, the outermost first; each callback that trains a prompt has one."""
+    """Yield the `PromptFiles` around a `checkpoint_io`, outermost first, with one for each callback that trains a prompt."""
     while isinstance(files, PromptFiles):
         yield files
         files = files.checkpoint_io

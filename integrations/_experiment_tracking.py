@@ -1,4 +1,4 @@
-"""What experiment trackers record of a prompt in addition to its metrics: options, files, nearest words."""
+"""Recording of a prompt's options, files and nearest words in experiment trackers, in addition to its metrics."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ WORDS = ("virtual token", "rank", "word", "cosine")
 
 
 class PromptTracker(TrainerCallback):
-    """Record the prompt that a `SoftPromptCallback` trains; its metrics are in the Trainer's logs already.
+    """Records the prompt that a `SoftPromptCallback` trains; the prompt's metrics are already in the Trainer's logs.
 
     Subclasses implement `begin`, called before the first step, and `end`, called after the last one.
 
     Args:
-        tokenizer: the model's tokenizer, for a table of the words nearest to each virtual token; None: no table.
-        words: the number of words for each virtual token.
+        tokenizer: the model's tokenizer, for a table of the words nearest to each virtual token, or None for no table.
+        words: the number of nearest words for each virtual token.
     """
 
     def __init__(self, tokenizer: Any = None, *, words: int = 5) -> None:
@@ -35,7 +35,7 @@ class PromptTracker(TrainerCallback):
         self._words = words
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Record the method, its options and the number of parameters, a flat dictionary of plain values."""
+        """Record the method, its options and the number of parameters, given as a flat dictionary of plain values."""
         raise NotImplementedError
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
@@ -44,7 +44,7 @@ class PromptTracker(TrainerCallback):
         Args:
             prompt: the prompt, attached to its model.
             folder: a temporary directory with the prompt's files, as `save_pretrained` writes them.
-            words: the words nearest to each virtual token; empty without a tokenizer.
+            words: the words nearest to each virtual token; empty if there is no tokenizer.
         """
         raise NotImplementedError
 
@@ -64,7 +64,7 @@ class PromptTracker(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the trained prompt; all processes take part in saving a sharded one."""
+        """Record the trained prompt; all processes take part if the prompt is sharded."""
         prompt = _prompt_of(kwargs["model"], type(self).__name__)
         with tempfile.TemporaryDirectory() as folder:
             prompt.save_pretrained(folder)
@@ -74,7 +74,7 @@ class PromptTracker(TrainerCallback):
 
 
 def table_of(words: list[list[Word]]) -> list[tuple[int, int, str, float]]:
-    """The rows of a table with the columns `WORDS`; virtual tokens and ranks start at 0."""
+    """Return the rows of a table with the columns `WORDS`; virtual tokens and ranks start at 0."""
     return [
         (number, rank, word.token, round(word.cosine, 4))
         for number, row in enumerate(words)
@@ -83,7 +83,7 @@ def table_of(words: list[list[Word]]) -> list[tuple[int, int, str, float]]:
 
 
 def _prompt_of(model: Any, asking: str) -> SoftPrompt:
-    """The prompt that is being trained.
+    """Return the prompt that is being trained.
 
     Raises:
         TrainerError: the model has no prompt.

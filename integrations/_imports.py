@@ -14,10 +14,10 @@ def import_framework(module: str, name: str, extra: str | None = None) -> Any:
     Args:
         module: the module.
         name: the framework's name in the error.
-        extra: the extra of softhooks that installs it; None: its versions conflict with those that softhooks needs.
+        extra: the extra of softhooks that installs the framework, or None if its requirements conflict with softhooks.
 
     Raises:
-        SoftHooksError: it is not installed.
+        SoftHooksError: the framework is not installed.
     """
     try:
         return import_module(module)

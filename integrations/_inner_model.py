@@ -1,8 +1,8 @@
-"""A prompted model inside a sentence-transformers model, which saves and loads it.
+"""Saving and loading of a prompted model inside a sentence-transformers model.
 
-A checkpoint of the sentence model holds what was trained in the inner model. To resume, the library loads a second model from the
-checkpoint and takes its state dict: `TrainedTensors` replaces the inner model there, and the hook `add_base` adds the base from
-the model that is being trained.
+A checkpoint of the sentence model holds only the trained tensors of the inner model. To resume, the library loads a second model
+from the checkpoint and uses its state dict: `TrainedTensors` replaces the inner model in it, and the hook `add_base` adds the
+base from the model in training.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def own_save_pretrained(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Let a model save its own weights, although a callback saves the prompt instead of them.
+    """Let a model save its own weights, although a callback has replaced its `save_pretrained`.
 
     Yields:
-        its state dict without prompts.
+        the model's state dict without prompts.
     """
     with Patches() as patches:
         for name in ("save_pretrained", "_keys_to_ignore_on_save"):
@@ -37,10 +37,10 @@ def own_save_pretrained(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def refuse_checkpoint(folder: Path, remedy: str) -> None:
-    """Refuse a Trainer's checkpoint instead of a saved model, because the base is not in it.
+    """Refuse a Trainer's checkpoint in place of a saved model, because it does not contain the base.
 
     Raises:
-        CheckpointError: naming the folder.
+        CheckpointError: the folder is a Trainer's checkpoint.
     """
     if (folder / LIVE).is_file():
         raise CheckpointError(
@@ -49,7 +49,7 @@ def refuse_checkpoint(folder: Path, remedy: str) -> None:
 
 
 class TrainedTensors(nn.Module):
-    """A module whose state dict has the trained tensors of a checkpoint, under `model.`.
+    """A module with the trained tensors of a checkpoint in its state dict, under `model.`.
 
     Args:
         folder: a Trainer's checkpoint.
@@ -69,10 +69,10 @@ class TrainedTensors(nn.Module):
 
 
 def add_base(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-    """A hook before a state dict is loaded: check that it belongs to the prompt in training, and add the base to it.
+    """Check, before a state dict is loaded, that it belongs to the prompt in training, and add the base to it.
 
     Raises:
-        TrainerError: it belongs to another prompt or base.
+        TrainerError: the state dict belongs to another prompt or base.
     """
     saver = saver_of(model)
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -82,7 +82,7 @@ def add_base(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) 
     checked = dict(mine)
     if saver.prompt.is_attached:
         saver.check(checked)
-    for name in mine.keys() - checked.keys():  # the checkpoint's description
+    for name in mine.keys() - checked.keys():  # the description in the checkpoint
         del state[prefix + name]
     for name, tensor in model.state_dict().items():
         state.setdefault(prefix + name, tensor)
@@ -96,18 +96,18 @@ _POOL = "start_multi_process_pool"
 
 
 class ModuleWrapper:
-    """Changes the module around a model while the model has a prompt; undone when the last one is removed.
+    """Changes the module around a model while the model has a prompt, and restores it when the last prompt is removed.
 
     Args:
-        module: the module; its `model` is the inner model.
-        kind: the class that the module gets: a subclass of its own that saves and loads the prompt.
+        module: the module, with the inner model as its `model`.
+        kind: the new class of the module: a subclass of its class that saves and loads the prompt.
         prompted: the state of the model's prompts.
     """
 
     def __init__(self, module: Any, kind: type[Any], prompted: PromptedModel) -> None:
         self.module = module
         self.prompted = prompted
-        # a module that was loaded with its prompt has the class already
+        # a module that was loaded with its prompt already has this class
         self._original_class = kind.__mro__[1] if type(module) is kind else type(module)
         self._others: list[tuple[nn.Parameter, bool]] = []
         route_direct_calls(prompted)
@@ -140,7 +140,7 @@ class ModuleWrapper:
 
 
 def wrapper_of(module: nn.Module) -> ModuleWrapper | None:
-    """The wrapper of a module whose model has a prompt."""
+    """Return the wrapper of a module if its model has a prompt."""
     wrapper: ModuleWrapper | None = module.__dict__.get(_WRAPPER)
     return wrapper
 
@@ -149,19 +149,19 @@ class _NoPool:
     """Replaces `start_multi_process_pool`."""
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refuse to start a pool.
+        """Refuse to start a multi-process pool.
 
         Raises:
             UnsupportedModeError: always.
         """
         raise UnsupportedModeError(
-            "a multi-process pool would encode without the prompt, which is only in this process.",
+            "a multi-process pool would encode without the prompt, which exists only in this process.",
             "Encode in this process, on one device, or load the saved model in your own processes.",
         )
 
 
 def limit_text_length(module: Any, prompted: PromptedModel) -> None:
-    """Lower `max_seq_length` so that text and slots fit into the model's positions, until the last prompt is removed."""
+    """Lower `max_seq_length` until the last prompt is removed, so that text and slots fit into the model's positions."""
     slots = [prompt.layout.num_slots for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
     limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length
     if slots and limit is not None and asked is not None and asked + max(slots) > limit:
@@ -183,5 +183,5 @@ class _TextLength:
         self.length = length
 
     def remove(self) -> None:
-        """Restore it; if two prompts lowered it, the longer length was the first."""
+        """Restore the length; if two prompts lowered it, the original is the longer one."""
         self.module.max_seq_length = max(self.length, self.module.max_seq_length)

@@ -1,4 +1,4 @@
-"""Modules around a prompted model, such as a LightningModule with its own head: what their checkpoints save and load."""
+"""Checkpoints of modules around a prompted model, such as a LightningModule with its own head."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def find_model(module: nn.Module, attribute: str | None) -> str:
-    """The path of the model to attach to: `attribute`, or the only transformers model in the module.
+    """Return the path of the model to attach to: `attribute`, or the path of the only transformers model in the module.
 
     Raises:
-        TrainerError: there is no such submodule, or not exactly one transformers model.
+        TrainerError: there is no such submodule, or the module does not have exactly one transformers model.
     """
     if attribute is not None:
         try:
@@ -35,7 +35,7 @@ def find_model(module: nn.Module, attribute: str | None) -> str:
         except AttributeError as error:
             raise TrainerError(
                 f"attribute={attribute!r} names no submodule of {type(module).__name__}: {error}",
-                "Make the model in `__init__`; in `configure_model` or the module's own `setup` it is made too late.",
+                "Create the model in `__init__`; `configure_model` and the module's own `setup` run too late.",
             ) from error
         return attribute
     found: list[str] = []
@@ -46,28 +46,28 @@ def find_model(module: nn.Module, attribute: str | None) -> str:
     if len(found) == 1:
         return found[0]
     raise TrainerError(
-        f"{type(module).__name__} has {len(found)} transformers models; the prompt is attached to the only one.",
-        "Make the model in `__init__`; of several, name one with `attribute=`.",
+        f"{type(module).__name__} has {len(found)} transformers models; without `attribute=`, exactly one is needed.",
+        "Create the model in `__init__`; if there are several models, choose one with `attribute=`.",
         models=", ".join(found) or "none",
     )
 
 
 def holds(module: nn.Module, prompted: nn.Module) -> bool:
-    """Whether a module is the prompted model, or has it as a submodule."""
+    """Whether a module is the prompted model or has it as a submodule."""
     return any(part is prompted for part in module.modules())
 
 
 def outer_tensors(module: nn.Module, prompted: nn.Module) -> dict[str, Tensor]:
-    """The entries of a module's state dict that are not the prompted model's.
+    """Return the entries of a module's state dict that do not belong to the prompted model.
 
     Raises:
-        TrainerError: an entry is not a tensor (`get_extra_state`), or the module does not hold the model.
+        TrainerError: an entry is not a tensor (`get_extra_state`), or the module does not contain the model.
     """
     path = next((path for path, part in module.named_modules() if part is prompted), None)
     if path is None:
         raise TrainerError(
-            f"{type(module).__name__} no longer holds the {type(prompted).__name__} that has the prompt.",
-            "Attach the prompt to the model that the module has now.",
+            f"{type(module).__name__} no longer contains the {type(prompted).__name__} with the prompt.",
+            "Attach the prompt to the model that the module contains now.",
         )
     state: dict[str, Any] = module.state_dict() if path else {}
     found = {name: value for name, value in state.items() if not name.startswith(f"{path}.")}
@@ -80,7 +80,7 @@ def outer_tensors(module: nn.Module, prompted: nn.Module) -> dict[str, Tensor]:
 
 
 def require_same(stored: dict[str, Tensor], present: dict[str, Tensor]) -> None:
-    """Compare the outer tensors of a checkpoint with those of the module.
+    """Check that the tensors around the prompted model are the same in a checkpoint and in the module.
 
     Raises:
         TrainerError: names or shapes differ.
@@ -96,7 +96,7 @@ def require_same(stored: dict[str, Tensor], present: dict[str, Tensor]) -> None:
 
 
 class OuterModule:
-    """Leaves the frozen base of a prompted model out of the checkpoints of a module around it.
+    """Removes the frozen base of a prompted model from the checkpoints of a module around the model.
 
     Attributes:
         prompt: the prompt.
@@ -117,7 +117,7 @@ class OuterModule:
 
     @classmethod
     def of(cls, prompt: SoftPrompt, module: nn.Module, path: str) -> OuterModule:
-        """The OuterModule of a prompt and a module; made at the first call."""
+        """Return the OuterModule of a prompt and a module, creating it at the first call."""
         saver = saver_of(prompt.model)
         known = None if saver is None or saver.prompt is not prompt else saver.owner
         if isinstance(known, OuterModule):
@@ -132,7 +132,7 @@ class OuterModule:
             handle.remove()
 
     def _base_names(self) -> set[str]:
-        """The names of the frozen base's tensors, under all paths by which the module holds them."""
+        """Return the names of the frozen base's tensors under every path in the module."""
         model, live = self.prompt.model, live_tensors(self.prompt)
         named = (*model.named_parameters(), *model.named_buffers())
         base = {id(t) for name, t in named if name not in live and not is_prompt_key(name)}
@@ -145,19 +145,19 @@ class OuterModule:
         return kept | {f"{self._prefix}{name}": value for name, value in self.saver.state().items()}
 
     def _check(self, _module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any, strict: bool, *_: Any) -> None:
-        """Check a state dict before it is loaded: it must belong to this prompt and base."""
+        """Check before loading that a state dict belongs to this prompt and base."""
         if prefix or not self.prompt.is_attached:
             return
         own = f"{self._prefix}{CONTAINER}."
         others = {f"{own}{name}." for name in self.prompt.prompted_model.prompts if name != self.prompt.name}
-        # the other prompts of the model are not this object's to check
+        # other prompts of the model are checked elsewhere
         mine = [key for key in state if key.startswith(self._prefix) and not any(map(key.startswith, others))]
         if any(key.startswith(own) for key in mine):
             inner = {key.removeprefix(self._prefix): state[key] for key in mine}
             self.saver.check(inner)
             for key in mine:
                 if key.removeprefix(self._prefix) not in inner:
-                    del state[key]  # the description
+                    del state[key]  # removes the description
         elif strict or self._base_names() & set(state):
             raise TrainerError(
                 f"the checkpoint lacks the prompt {self.prompt.name!r} of {type(self.module).__name__}.{self._prefix[:-1]}.",
@@ -166,7 +166,7 @@ class OuterModule:
             )
 
     def _allow_missing_base(self, _module: nn.Module, incompatible: Any) -> None:
-        """Accept that the base is missing from a checkpoint, and nothing else."""
+        """Allow only the base to be missing from a checkpoint."""
         if self.prompt.is_attached:
             base_names = self._base_names()
             incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in base_names]

@@ -1,4 +1,4 @@
-"""The candidates of a hyperparameter search: methods, and the values that their options may take."""
+"""The candidates of a hyperparameter search: methods and the values to try for their options."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Candidate:
 
     Args:
         make: a method's class, such as `PromptTuning`, or a function of `num_virtual_tokens` and options that returns a method.
-        num_virtual_tokens: the lengths to choose from, or a `range` of them.
-        learning_rate: the lowest and the highest learning rate; trials sample between them on a logarithmic scale.
-        options: the values to choose from, for each option of the method.
+        num_virtual_tokens: the lengths to choose from, as a sequence or a `range`.
+        learning_rate: the lowest and the highest learning rate, between which trials sample on a logarithmic scale.
+        options: for each option of the method, the values to choose from.
 
     Raises:
-        OptionError: an option has no values, or the method does not accept one of them.
+        OptionError: an option has no values, or the method does not accept a value.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Candidate:
         low, high = learning_rate
         if not 0 < low <= high:
             raise OptionError(
-                f"learning_rate must be a pair (lowest, highest) of numbers above 0; it is {learning_rate!r}."
+                f"learning_rate is {learning_rate!r}; it must be a pair (lowest, highest) of numbers above 0."
             )
         for name, values in self.choices.items():
             _check_choices(name, values)
@@ -53,7 +53,7 @@ class Candidate:
                 self.built({**first, name: value})
 
     def built(self, chosen: Mapping[str, Any]) -> Method:
-        """Make the method with the chosen options."""
+        """Create the method with the chosen options."""
         options = dict(chosen)
         length = options.pop("num_virtual_tokens")
         try:
@@ -61,14 +61,14 @@ class Candidate:
         except TypeError as error:
             raise OptionError(
                 f"{getattr(self.make, '__name__', self.make)} does not accept the options of its candidate: {error}.",
-                "The options of a candidate are those of its method; see the method's documentation.",
+                "Use only options of the method; see the method's documentation.",
                 options=", ".join(options) or "none",
             ) from error
 
     def suggest(self, trial: Any, name: str) -> Chosen:
-        """Choose with an Optuna trial, whose parameters are named `<candidate>.<option>`.
+        """Let an Optuna trial choose the values; its parameters are named `<candidate>.<option>`.
 
-        Options with one value are not parameters of the trial.
+        Options with a single value do not become parameters of the trial.
         """
         chosen: dict[str, Any] = {}
         for option, values in self.choices.items():

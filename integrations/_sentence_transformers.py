@@ -1,6 +1,6 @@
-"""How a sentence-transformers model calls, saves and loads its prompted transformers model.
+"""A sentence-transformers model that calls, saves and loads its transformers model with a prompt.
 
-The library is imported when it is used. The public functions are in `softhooks.integrations.sentence_transformers`.
+sentence-transformers is imported when it is used. The public functions are in `softhooks.integrations.sentence_transformers`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ WHOLE = "Load the base model, then `load_prompt(model, folder)`; `trainer.save_m
 
 
 def sentence_library() -> Any:
-    """The package sentence_transformers.
+    """Import the package sentence_transformers.
 
     Raises:
-        SoftHooksError: it is not installed.
+        SoftHooksError: the package is not installed.
     """
     return import_framework("sentence_transformers", "sentence-transformers", "sentence-transformers")
 
 
 def transformer_of(model: Any) -> Any:
-    """The module of a sentence model that holds its only transformers model.
+    """Return the module of a sentence model that contains its only transformers model.
 
     Raises:
-        UnsupportedModelError: there is no such module, or it cannot have a prompt.
+        UnsupportedModelError: there is no such module, or its model cannot have a prompt.
     """
     library = sentence_library()
     from sentence_transformers.base.modules import Transformer
@@ -78,7 +78,7 @@ def transformer_of(model: Any) -> Any:
 
 
 def wrap_sentence_model(model: Any) -> None:
-    """Let a sentence model call, save and load its inner model with the prompt. Calling it again does nothing."""
+    """Make a sentence model call, save and load its inner model with the prompt. Calling it again does nothing."""
     transformer = transformer_of(model)
     _wrap_module(transformer).freeze_others(model)
     limit_text_length(transformer, require_prompted_model(transformer.model))
@@ -96,34 +96,34 @@ def _wrap_module(transformer: Any) -> ModuleWrapper:
 
 @functools.cache
 def prompted_transformer() -> Any:
-    """The class of a sentence model's first module while its model has a prompt."""
+    """Return the class that a sentence model's first module has while its model has a prompt."""
     sentence_library()
     from sentence_transformers.base.modules import Transformer
 
     class PromptedTransformer(Transformer):
-        """A `Transformer` that is saved and loaded with the prompt of its model."""
+        """A `Transformer` that saves and loads its model with the prompt."""
 
         def forward(self, features: dict[str, Any], **kwargs: Any) -> Any:
-            """Refuse one prompt per row, because the library sorts texts by length before it batches them."""
+            """Refuse one prompt per row, because the library sorts texts by length before batching."""
             prompted = require_prompted_model(self.model)
             if prompted.rows is not None:
                 raise UnsupportedModeError(
-                    "`rows` cannot be used with a sentence model: the library sorts the texts before it batches them.",
+                    "`rows` cannot be used with a sentence model, because the library sorts the texts before batching.",
                     "Encode the texts of each prompt separately, after `softhooks.activate(model, name)`.",
                     rows=prompted.rows,
                 )
             return super().forward(features, **kwargs)
 
         def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-            """Save model, prompt, processor and config; in a Trainer's checkpoint the prompt instead of the model."""
+            """Save model, prompt, processor and config; in a Trainer's checkpoint, save the prompt instead of the model."""
             prompted, folder = require_prompted_model(self.model), Path(output_path)
             if saver_of(self.model) is not None and re.fullmatch(r"checkpoint-\d+", folder.name):
                 super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
                 return
             if len(prompted.prompts) > 1:
                 raise UnsupportedModeError(
-                    f"the sentence model has the prompts {', '.join(map(repr, prompted.prompts))}; it is saved with one.",
-                    "Remove the others, or save each with its own `save_pretrained`.",
+                    f"the sentence model has the prompts {', '.join(map(repr, prompted.prompts))}; it can be saved with one.",
+                    "Remove the other prompts, or save each prompt with its own `save_pretrained`.",
                 )
             with own_save_pretrained(self.model) as state:
                 self.model.save_pretrained(folder, state_dict=state)
@@ -134,7 +134,7 @@ def prompted_transformer() -> Any:
 
         @classmethod
         def load(cls, model_name_or_path: str, subfolder: str = "", module_classes: Any = None, **kwargs: Any) -> Any:
-            """Load the model and its prompt; for a Trainer that resumes, only the trained tensors of its checkpoint."""
+            """Load the model and its prompt; for a Trainer that resumes, load only the trained tensors of its checkpoint."""
             folder = Path(model_name_or_path, subfolder)
             if module_classes and (folder / LIVE).is_file():
                 return TrainedTensors(folder)
@@ -150,6 +150,6 @@ def prompted_transformer() -> Any:
             super().on_model_ready(model)
             wrap_sentence_model(model)
 
-    # The library writes this module and name into `modules.json`, and imports the class by them.
+    # The library writes this module and name into `modules.json`, and uses them to import the class.
     PromptedTransformer.__module__, PromptedTransformer.__qualname__ = KIND.rsplit(".", 1)
     return PromptedTransformer

@@ -1,6 +1,6 @@
 """The training state of a prompt as a state dict, for frameworks that save objects with `state_dict` and `load_state_dict`.
 
-The state is that of a Trainer's checkpoint: the live parameters, and the description by which another run is refused.
+The state is the same as in a Trainer's checkpoint: the live parameters, and a description that identifies the run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from softhooks.prompt import SoftPrompt
 
 
 class LivePrompt:
-    """The training state of a prompt, for a framework's checkpoints instead of the model.
+    """The training state of a prompt, which replaces the model in a framework's checkpoints.
 
-    The model's `save_pretrained` writes only the prompt from then on.
+    After this object is created, the model's `save_pretrained` writes only the prompt.
 
     Args:
-        prompt: the prompt, attached.
-        optimizer: an optimizer of exactly the prompt's parameters. Its class is part of the description, so that the state is not
-            resumed with another one. None: it is neither checked nor described.
+        prompt: the attached prompt.
+        optimizer: an optimizer of exactly the prompt's parameters. Its class is part of the description, so that the state is
+            not resumed with a different class. With None, the optimizer is neither checked nor described.
 
     Attributes:
         prompt: the prompt.
@@ -32,8 +32,8 @@ class LivePrompt:
 
     Raises:
         NotAttachedError: the prompt has been removed.
-        TrainerError: the prompt has no trainable parameters, the optimizer has others, or another prompt of the model is being
-            saved.
+        TrainerError: the prompt has no trainable parameters, the optimizer has other parameters, or another prompt of the model
+            is being saved.
     """
 
     def __init__(self, prompt: SoftPrompt, optimizer: Any = None) -> None:
@@ -42,7 +42,7 @@ class LivePrompt:
         present = saver_of(prompt.model)
         if present is not None and present.prompt is not prompt and present.prompt.is_attached:
             raise TrainerError(
-                f"the model's checkpoints already hold the prompt {present.prompt.name!r}; they hold one prompt.",
+                f"the model's checkpoints already hold the prompt {present.prompt.name!r}; they can hold only one prompt.",
                 "Remove the other prompt, or attach this one to another model.",
                 asked=repr(prompt.name),
             )
@@ -54,7 +54,7 @@ class LivePrompt:
         self._saver.optimizer = None if optimizer is None else type(optimizer).__name__
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live parameters by their names in the model, and the description, all as tensors, so that any format can hold them.
+        """Return the live parameters by their names in the model, and the description as a tensor, which any format can store.
 
         Raises:
             NotAttachedError: the prompt has been removed.
@@ -63,15 +63,15 @@ class LivePrompt:
         return {name: tensor.detach() for name, tensor in self._saver.state().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the state; nothing is loaded if it belongs to another run.
+        """Load the state; a state of another run is refused before anything is loaded.
 
         Args:
             state_dict: the result of `state_dict`.
-            strict: accepted and ignored: all trained tensors must be present.
+            strict: accepted but ignored, because all trained tensors must be present.
 
         Raises:
             NotAttachedError: the prompt has been removed.
-            TrainerError: the state is of another prompt, method, base or optimizer, or holds no prompt.
+            TrainerError: the state belongs to another prompt, method, base or optimizer, or contains no prompt.
         """
         self.prompt._require_attached()
         if not all(isinstance(value, Tensor) for value in state_dict.values()):
@@ -93,13 +93,13 @@ class LivePrompt:
 
         Raises:
             NotAttachedError: the prompt has been removed.
-            TrainerError: it has none.
+            TrainerError: the prompt has no gradient.
         """
         self.prompt._require_attached()
         require_gradient(self.prompt, step)
 
     def verify_frozen(self) -> FrozenReport:
-        """Check that the base has not changed, and keep the report. See `SoftPrompt.verify_frozen`."""
+        """Check that the base has not changed, and store the report; see `SoftPrompt.verify_frozen`."""
         self.report = None
         self.report = self.prompt.verify_frozen()
         return self.report
@@ -109,14 +109,14 @@ def require_optimizer(prompt: SoftPrompt, optimizer: Any) -> None:
     """Check that an optimizer holds exactly the trainable parameters of a prompt.
 
     Raises:
-        TrainerError: it holds others, or lacks some.
+        TrainerError: the optimizer has other parameters, or lacks some.
     """
     if is_mended(optimizer, prompt):
         return
     held, trained = sum(len(group["params"]) for group in optimizer.param_groups), list(prompt.parameters())
     raise TrainerError(
         "the optimizer does not hold exactly the parameters that the prompt trains.",
-        "Make it after `attach`, from `prompt.parameters()`.",
+        "Create it after `attach`, from `prompt.parameters()`.",
         optimizer=f"{type(optimizer).__name__} of {held} tensors",
         prompt=f"{len(trained)} tensors, {sum(parameter.numel() for parameter in trained):,} parameters",
     )

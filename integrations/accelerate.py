@@ -1,20 +1,20 @@
 """accelerate: checkpoints of an `Accelerator` that hold the prompt instead of the model.
 
-`softhooks.attach` works in a loop with an Accelerator as in any other. After `track`, `save_state` writes the prompt (which
+`softhooks.attach` works with an Accelerator as in any other training loop. After `track`, `save_state` writes the prompt (which
 `softhooks.load` reads from the checkpoint) and its live parameters instead of the model, in safetensors. `load_state` restores
 them, so that the run resumes bit for bit; accelerate saves and restores optimizer, schedule and random state. A checkpoint of
-another method, base or optimizer is refused before anything is loaded. In several processes all ranks start with rank 0's prompt,
-and each checkpoint checks that they still have the same. Tensors around the prompted model, such as a head in a prepared module,
-are saved too.
+another method, base or optimizer is refused before anything is loaded. In several processes, all ranks start with the prompt of
+rank 0, and each checkpoint checks that it is still the same on all ranks. Tensors around the prompted model, such as a head in a
+prepared module, are saved too.
 
-Call `track` between `attach` and `prepare`; in one process also later. `accelerator.unwrap_model` returns the model with its
-prompt. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
+Call `track` between `attach` and `prepare`, or at any later time in a single process. `accelerator.unwrap_model` returns the
+model with its prompt. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
 
-Not supported: DeepSpeed, FSDP and Megatron, whose checkpoints cannot leave the base out (under FSDP2, train with the Trainer and
-SoftPromptCallback). Refused with an error: `track` after `prepare` in several processes, because DDP would not synchronize the
-prompt; optimizers without the prompt's parameters; two prompts on one model; `save_model` of a module that holds more than the
-prompted model, or without safetensors. Methods with parameters that are unused in some steps (MPT that trains its teachers,
-LlamaAdapter with a `context_size` and no context) need `DistributedDataParallelKwargs(find_unused_parameters=True)`.
+Not supported: DeepSpeed, FSDP and Megatron, because their checkpoints always contain the base (under FSDP2, train with the
+Trainer and SoftPromptCallback). Refused with an error: `track` after `prepare` in several processes, because DDP would not
+synchronize the prompt; optimizers without the prompt's parameters; two prompts on one model; `save_model` of a module with more
+than the prompted model, or without safetensors. Methods with parameters that are unused in some steps (MPT that trains its
+teachers, LlamaAdapter with a `context_size` and no context) need `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
 Example:
     from accelerate import Accelerator
@@ -81,29 +81,29 @@ _tracked: weakref.WeakKeyDictionary[Any, list[Tracker]] = weakref.WeakKeyDiction
 
 
 def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = True) -> SoftPrompt:
-    """Let an Accelerator's checkpoints hold a prompt instead of its model, until the prompt is removed.
+    """Make an Accelerator's checkpoints hold a prompt instead of its model, until the prompt is removed.
 
     Args:
         accelerator: the Accelerator.
         prompt: the prompt to train. Several prompts, each on its own model, are saved in the order in which they were tracked:
             the first in the checkpoint's directory, the others in its subdirectories `soft_prompt_1`, `soft_prompt_2`, ...
-        check_frozen: check before each checkpoint that the base has not changed.
+        check_frozen: whether to check before each checkpoint that the base has not changed.
 
     Returns:
         the prompt.
 
     Raises:
-        TrainerError: the Accelerator, or its launch, cannot train the prompt; nothing is changed.
+        TrainerError: the Accelerator or its launch cannot train the prompt. Nothing is changed.
     """
     if not hasattr(accelerator, "register_save_state_pre_hook"):
-        raise TrainerError(f"track takes an accelerate.Accelerator; it was given {type(accelerator).__name__}.")
+        raise TrainerError(f"track was given {type(accelerator).__name__}; it takes an accelerate.Accelerator.")
     prompt._require_attached()
     _refuse(accelerator, prompt)
     others = [tracker for tracker in _tracked.get(accelerator, []) if tracker.prompt is not None]
     for other in others:
         if other.prompt is not None and other.prompt.model is prompt.model:
             raise TrainerError(
-                f"the Accelerator already tracks the prompt {other.prompt.name!r}; it tracks one prompt of a model.",
+                f"the Accelerator already tracks the prompt {other.prompt.name!r}; it can track only one prompt of a model.",
                 "Remove the other prompt, or attach this one to another model.",
                 asked=repr(prompt.name),
             )
@@ -131,10 +131,10 @@ def _refuse(accelerator: Any, prompt: SoftPrompt) -> None:
 
 
 class Tracker:
-    """Writes one prompt into the checkpoints of one Accelerator, and reads it from them.
+    """Writes a prompt into the checkpoints of an Accelerator, and reads the prompt from them.
 
     Attributes:
-        number: the number of the prompt among those that the Accelerator tracks.
+        number: the index of the prompt among all prompts that the Accelerator tracks.
         check_frozen: whether the base is checked before each checkpoint.
     """
 
@@ -142,7 +142,9 @@ class Tracker:
         self.number = number
         self.check_frozen = check_frozen
         self._accelerator = weakref.ref(accelerator)
-        self._prompt = weakref.ref(prompt)  # weak: an Accelerator may outlive its models (`free_memory`)
+        self._prompt = weakref.ref(
+            prompt
+        )  # a weak reference, because an Accelerator may outlive its models (`free_memory`)
         self._handles = [
             accelerator.register_save_state_pre_hook(self._save),
             accelerator.register_load_state_pre_hook(self._load),
@@ -155,7 +157,7 @@ class Tracker:
 
     @property
     def prompt(self) -> SoftPrompt | None:
-        """The prompt; None once it is removed from its model."""
+        """The prompt, or None once it is removed from its model."""
         prompt = self._prompt()
         return prompt if prompt is not None and prompt.is_attached else None
 
@@ -184,7 +186,7 @@ class Tracker:
     # --- save ---------------------------------------------------------------------------------------------------------
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
-        """Write the prompt, and remove the model's weights from those that accelerate is about to write."""
+        """Write the prompt, and remove the model's weights from the weights that accelerate is about to write."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None:
             return
@@ -203,7 +205,7 @@ class Tracker:
                 write_tensors(folder / AROUND, {name: t.clone() for name, t in outer.items()}, {"format": "pt"})
 
     def save_model(self, model: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Replaces the Accelerator's `save_model`: writes the prompt of the prompted model, and other models as before."""
+        """Write the prompt if this is the prompted model, and any other model like the original `save_model`."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None or not holds(model, prompt.model):
             self._save_model_before(model, save_directory, *args, **kwargs)
@@ -223,7 +225,7 @@ class Tracker:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
-        """Check a checkpoint and load the prompt from it; remove the model from those that accelerate loads."""
+        """Check a checkpoint and load the prompt from it; remove the model from the models that accelerate loads."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None:
             return
@@ -244,7 +246,7 @@ class Tracker:
         require_same_on_all_ranks(prompt)
 
 
-# --- what an Accelerator holds ----------------------------------------------------------------------------------------
+# --- an Accelerator's models and optimizers ---------------------------------------------------------------------------
 
 
 def _writes(accelerator: Any) -> bool:
@@ -253,10 +255,10 @@ def _writes(accelerator: Any) -> bool:
 
 
 def _require_prepared(models: list[nn.Module], prompt: SoftPrompt) -> nn.Module:
-    """The prepared model that holds the prompted one, unwrapped.
+    """Return the prepared model that contains the prompted model, unwrapped.
 
     Raises:
-        TrainerError: there is none.
+        TrainerError: no prepared model contains the prompted model.
     """
     for model in models:
         if holds(model, prompt.model):
@@ -269,10 +271,10 @@ def _require_prepared(models: list[nn.Module], prompt: SoftPrompt) -> nn.Module:
 
 
 def _index_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
-    """The index of the prompted model's state dict among those that are about to be written.
+    """Return the index of the prompted model's state dict among the state dicts that are about to be written.
 
     Raises:
-        TrainerError: not exactly one holds the prompt.
+        TrainerError: the prompt is not in exactly one state dict.
     """
     own = {parameter.data_ptr() for parameter in prompt.parameters()}
     pointers = [{value.data_ptr() for value in state.values() if isinstance(value, Tensor)} for state in weights]
@@ -282,12 +284,12 @@ def _index_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
     raise TrainerError(
         f"{len(found)} of the {len(weights)} models that accelerate is about to write hold the prompt {prompt.name!r}; exactly "
         "one must.",
-        "Let no other hook of `register_save_state_pre_hook` remove the weights first.",
+        "Make sure that no other hook of `register_save_state_pre_hook` removes the weights first.",
     )
 
 
 def _optimizer_of(accelerator: Any, prompt: SoftPrompt) -> str | None:
-    """The name of the optimizer that trains a prompt; None if no optimizer is prepared."""
+    """Return the name of the optimizer that trains a prompt, or None if no optimizer is prepared."""
     optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in accelerator._optimizers]
     remedy = "Make the optimizer from `prompt.parameters()`, after `attach`, and pass it to `accelerator.prepare`."
     return require_held(optimizers, prompt, remedy) if optimizers else None

@@ -12,15 +12,15 @@ Refused with an error: a missing or wrong `softhooks:` section; `rl`, `reward_mo
 models and heads have not been tested with prompts; DeepSpeed; an `adapter` that would be frozen (`callback: {trainable:
 "*lora_*"}` trains it too); `relora`, `merge_lora` and `merge_method`; a model that already has a prompt.
 
-Axolotl requires other versions of transformers and peft than softhooks is tested with. Written from the source of axolotl 0.19.0.
-Its plugin manager was run with this plugin, its training command was not: the tests call the hooks in its order, with a real
-model and Trainer.
+Axolotl requires versions of transformers and peft with which softhooks is not tested. Written from the source of axolotl 0.19.0.
+Axolotl's plugin manager was run with this plugin, but its training command was not: the tests call the hooks in the same order,
+with a real model and Trainer.
 
 Example:
     from transformers import Trainer, TrainingArguments
     from softhooks.integrations.axolotl import callback_for
 
-    # what the plugin does with Axolotl's configuration, by hand
+    # these steps do by hand what the plugin does with Axolotl's configuration
     cfg = {"softhooks": {"method": "prefix_tuning", "options": {"num_virtual_tokens": 16}}}
     callback = callback_for(cfg, model)
     trainer = Trainer(model, TrainingArguments("out", report_to=[]), train_dataset=dataset, callbacks=[callback])
@@ -46,7 +46,7 @@ from ._imports import import_framework
 
 __all__ = ["SoftPromptPlugin", "callback_for"]
 
-SoftPromptPlugin: Any  # made by `__getattr__`
+SoftPromptPlugin: Any  # created by `__getattr__`
 
 SECTION = "softhooks"
 _UNSUPPORTED = {
@@ -61,7 +61,7 @@ _UNSUPPORTED = {
 
 
 def read(cfg: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Read the section of a configuration, and check the configuration's other options.
+    """Read the plugin's section of a configuration, and check the other options in the configuration.
 
     Raises:
         OptionError: an option in the section is wrong.
@@ -90,7 +90,7 @@ def read(cfg: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
 
 
 def callback_for(cfg: Mapping[str, Any], model: nn.Module) -> SoftPromptCallback:
-    """Make the callback for a configuration.
+    """Create the callback for a configuration.
 
     Raises:
         OptionError, TrainerError, AttachError: as `check`.
@@ -109,35 +109,35 @@ def check(cfg: Mapping[str, Any], model: nn.Module) -> tuple[Method, dict[str, A
     prompted = prompted_model_of(model)
     if prompted is not None:
         raise AttachError(
-            f"the model already has the prompt {', '.join(map(repr, prompted.prompts))}; the plugin attaches its own.",
-            "List the plugin once, and attach no prompt in other plugins.",
+            f"the model already has the prompt {', '.join(map(repr, prompted.prompts))}; the plugin attaches a new prompt.",
+            "List the plugin only once, and attach no prompt in other plugins.",
         )
     return read(cfg)
 
 
 class _Hooks:
-    """Train a prompt with Axolotl; its class also derives from Axolotl's `BasePlugin`, when Axolotl is installed.
+    """The hooks of the plugin that trains a prompt; `SoftPromptPlugin` derives from it and from Axolotl's `BasePlugin`.
 
     Attributes:
-        callback: the last callback that was made.
+        callback: the last callback that was created.
     """
 
     callback: SoftPromptCallback | None = None
 
     def register(self, cfg: Any) -> None:
-        """Check the options before anything is loaded."""
+        """Check the configuration before anything is loaded."""
         read(cfg)
 
     def get_input_args(self) -> str:
-        """The pydantic model of the section, without which Axolotl would drop it."""
+        """Return the name of the section's pydantic model, without which Axolotl would drop the section."""
         return f"{__name__}.SoftPromptArgs"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        """Check the validated configuration, and the model."""
+        """Check the validated configuration and the model."""
         check(cfg, model)
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """The callback that attaches the prompt when the Trainer is made."""
+        """Return the callback that attaches the prompt when the Trainer is created."""
         self.callback = callback_for(cfg, model)
         return [self.callback]
 
@@ -145,11 +145,13 @@ class _Hooks:
         """Check that the Trainer used the callback.
 
         Raises:
-            TrainerError: it did not, or the prompt was removed.
+            TrainerError: the Trainer did not use the callback, or the prompt was removed.
         """
         prompt = None if self.callback is None else self.callback.soft_prompt
         if prompt is None or not prompt.is_attached:
-            raise TrainerError("the prompt was not trained: Axolotl's Trainer has not used the plugin's callback.")
+            raise TrainerError(
+                "the prompt was not trained, because Axolotl's Trainer has not used the plugin's callback."
+            )
 
 
 def _plugin() -> type:
@@ -165,7 +167,7 @@ def _schema() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the classes that derive from Axolotl's and pydantic's at their first use."""
+    """Create the classes that derive from classes of Axolotl and pydantic at their first use."""
     makers = {"SoftPromptPlugin": _plugin, "SoftPromptArgs": _schema}
     if name not in makers:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,12 +1,12 @@
-"""MosaicML Composer: an algorithm that attaches a prompt when the Trainer is made, and leaves the base out of checkpoints.
+"""MosaicML Composer: an algorithm that attaches a prompt when the Trainer is created, and leaves the base out of checkpoints.
 
-`SoftPromptAlgorithm` attaches at `Event.INIT` to the model in the `HuggingFaceModel`, and changes the Trainer's optimizer to
-hold exactly the prompt's parameters. The model's part of a checkpoint is what is trained; when it is loaded, the base is added
-from the model, so that strict loading works. Before each step the prompt must have a gradient; at `Event.FIT_END` the base is
-checked.
+`SoftPromptAlgorithm` attaches a prompt at `Event.INIT` to the model in the `HuggingFaceModel`, and changes the Trainer's
+optimizer to hold exactly the prompt's parameters. Checkpoints contain only the trained tensors of the model; when they are
+loaded, the base is added from the model, so that strict loading works. Before each step the prompt must have a gradient; at
+`Event.FIT_END` the base is checked.
 
 Refused with an error: models that are not a `HuggingFaceModel` or already have a prompt; FSDP and tensor parallelism; several
-optimizers, or one with other parameters when `fit` begins; checkpoints without this prompt or with one of another shape.
+optimizers, or an optimizer with other parameters when `fit` begins; checkpoints without this prompt or with another shape of it.
 
 Composer requires versions of torch and torchvision that conflict with softhooks. Written from the source of mosaicml 0.32.1,
 whose Trainer was run and resumed bit for bit on a tiny model, with substitutes for torchvision and mcli. The tests call the
@@ -51,22 +51,22 @@ if TYPE_CHECKING:
 
 __all__ = ["SoftPromptAlgorithm"]
 
-SoftPromptAlgorithm: Any  # made by `__getattr__`
+SoftPromptAlgorithm: Any  # created by `__getattr__`
 
 _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 
 
 class _Events:
-    """Attach a prompt to the model of a Composer Trainer, and check its training.
+    """The methods of the algorithm that attaches a prompt to the model of a Composer Trainer, and checks its training.
 
-    The algorithm's methods; its class also derives from Composer's `Algorithm`, when Composer is installed.
+    `SoftPromptAlgorithm` derives from this class and from Composer's `Algorithm`.
 
     Args:
         method: the method to train.
-        options: further arguments of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
+        options: more arguments of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
 
     Attributes:
-        prompt: the attached prompt, once the Trainer is made.
+        prompt: the attached prompt, available once the Trainer is created.
         report: the report of the last check of the base.
     """
 
@@ -95,7 +95,7 @@ class _Events:
         if event.value == "init":
             self._attach(state)
         elif event.value == "after_load" and self._loaded:
-            # Composer has taken a step to create the optimizer's state, which a method may have counted.
+            # To create the optimizer's state, Composer has taken a step, which the method may have counted.
             self.prompt.model.load_state_dict(self._loaded, strict=False)
             self._loaded = {}
         elif event.value == "fit_start":
@@ -110,7 +110,7 @@ class _Events:
     def _own(self) -> LivePrompt:
         if self._live is None:
             raise TrainerError(
-                "the prompt is not attached yet; it is when Composer's Trainer is made with `algorithms=[...]`."
+                "the prompt is not attached yet; it is attached when Composer's Trainer is created with `algorithms=[...]`."
             )
         return self._live
 
@@ -132,7 +132,7 @@ class _Events:
         present = prompted_model_of(model)
         if present is not None:
             raise AttachError(
-                f"the model already has the prompt {', '.join(map(repr, present.prompts))}; the algorithm attaches its own."
+                f"the model already has the prompt {', '.join(map(repr, present.prompts))}; the algorithm attaches a new prompt."
             )
         prompt = attach(model, self.method, **self.options)
         mend_optimizer(optimizers[0], prompt)
@@ -143,7 +143,7 @@ class _Events:
         prompt.prompted_model.patches.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
 
     def _leave_out_base(self, model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Keep only the trained tensors in the state dict of Composer's model around this one."""
+        """Keep only the trained tensors in the state dict of Composer's wrapper model."""
         kept = live_tensors(self.prompt)
         for name in [name for name in state if prefix and name.startswith(prefix)]:
             if name.removeprefix(prefix) not in kept:
@@ -153,7 +153,7 @@ class _Events:
         """Check that a checkpoint belongs to this prompt, and add the base to it from the model.
 
         Raises:
-            TrainerError: it holds other tensors.
+            TrainerError: the checkpoint contains other tensors.
         """
         if not prefix:
             return
@@ -163,8 +163,8 @@ class _Events:
         foreign = sorted(set(found) - set(own))
         if wrong or foreign:
             raise TrainerError(
-                f"the checkpoint does not hold the tensors of the prompt {self.prompt.name!r}; names and shapes must match.",
-                "Resume with the method, the name and the options that wrote it.",
+                f"the checkpoint does not contain the tensors of the prompt {self.prompt.name!r}; names and shapes must match.",
+                "Resume with the method, the name and the options that wrote the checkpoint.",
                 missing_or_of_another_shape=", ".join(wrong[:4]) or "none",
                 unknown=", ".join(foreign[:4]) or "none",
             )
@@ -183,7 +183,7 @@ def _algorithm() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class that derives from Composer's at its first use."""
+    """Create the class that derives from Composer's `Algorithm` at its first use."""
     if name != "SoftPromptAlgorithm":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, _algorithm())

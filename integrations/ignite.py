@@ -1,10 +1,10 @@
 """PyTorch-Ignite: a `Checkpoint` that holds the prompt instead of the model.
 
-`softhooks.attach` works in an Engine's step as in any other loop. `track` returns an object for `Checkpoint`, with `state_dict`
-and `load_state_dict`: the live parameters and a description, all tensors, so that no pickled class is loaded. A run resumes bit
-for bit. The optimizer is checked at the start of each run, the gradient before each step, and the base at the end of a run (the
-returned object's `report`). In several processes, all ranks start with rank 0's prompt and must end with the same; call
-`attach` and `track` before `idist.auto_model`.
+`softhooks.attach` works in an Engine's step as in any other training loop. `track` returns an object for `Checkpoint` with
+`state_dict` and `load_state_dict`: the live parameters and a description, all as tensors, so that no pickled class is loaded. A
+run resumes bit for bit. The optimizer is checked at the start of each run, the gradient before each step, and the base at the end
+of a run (see `report` of the returned object). In several processes, all ranks start with the prompt of rank 0 and must end with
+equal prompts; call `attach` and `track` before `idist.auto_model`.
 
 Refused with an error: an optimizer that does not hold exactly the prompt's parameters; a checkpoint of another method, base or
 optimizer, before anything is loaded; two prompts on one model; a prompt that is removed during a run.
@@ -26,7 +26,7 @@ Example:
     trainer = Engine(step)
     to_save = {"prompt": track(trainer, prompt, optimizer), "optimizer": optimizer, "trainer": trainer}
     trainer.add_event_handler(Events.EPOCH_COMPLETED, Checkpoint(to_save, "checkpoints"))
-    trainer.run(loader, max_epochs=2)  # to go on: Checkpoint.load_objects(to_save, "checkpoints/checkpoint_4.pt")
+    trainer.run(loader, max_epochs=2)  # to resume: Checkpoint.load_objects(to_save, "checkpoints/checkpoint_4.pt")
 
 Versions tested: pytorch-ignite 0.5.5
 """
@@ -55,9 +55,9 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
 
     Args:
         engine: the Engine that steps the optimizer.
-        prompt: the prompt that it trains.
-        optimizer: the optimizer.
-        check_frozen: check at each `COMPLETED` that the base has not changed.
+        prompt: the prompt in training.
+        optimizer: the optimizer of the prompt.
+        check_frozen: whether to check at each `COMPLETED` that the base has not changed.
 
     Returns:
         an object for `Checkpoint`'s `to_save` and `load_objects`.
@@ -72,7 +72,7 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
     from ignite.engine import Engine, Events
 
     if not isinstance(engine, Engine):
-        raise TrainerError(f"track takes an ignite.engine.Engine; it was given {type(engine).__name__}.")
+        raise TrainerError(f"track was given {type(engine).__name__}; it takes an ignite.engine.Engine.")
     live = LivePrompt(prompt, optimizer)
     broadcast_from_rank_0(prompt, idist.device())
 

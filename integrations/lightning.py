@@ -1,21 +1,21 @@
 """Lightning: a callback that trains a soft prompt in an unmodified `LightningModule`, with checkpoints without the base.
 
-`SoftPromptCallback` attaches in `setup`, before `configure_optimizers`, to the only transformers model of the module or to
-`attribute=`. Frozen parameters are removed from the module's optimizers. Checkpoints have a few kilobytes, without the base; next
-to each local one (`epoch=0-step=4.ckpt`) is a directory that `softhooks.load` reads (`epoch=0-step=4.prompt`). A run resumes from
-`ckpt_path=` bit for bit, except for dropout, because Lightning saves no random state. Loading is strict except for the base, so
-leave `strict_loading` as it is. The callback adds only tensors to a checkpoint; `torch.load(weights_only=True)` reads them. The
-base is checked at each checkpoint and at the end.
+`SoftPromptCallback` attaches the prompt in `setup`, before `configure_optimizers`, to the only transformers model of the module
+or to `attribute=`. Frozen parameters are removed from the module's optimizers. Checkpoints take a few kilobytes, because they do
+not contain the base; next to each local checkpoint (`epoch=0-step=4.ckpt`) is a directory that `softhooks.load` reads
+(`epoch=0-step=4.prompt`). A run resumes from `ckpt_path=` bit for bit, except for dropout, because Lightning saves no random
+state. Loading is strict except for the base, so leave `strict_loading` unchanged. The callback adds only tensors to a checkpoint,
+so `torch.load(weights_only=True)` can read it. The base is checked at each checkpoint and at the end.
 
-`LightningModule.load_from_checkpoint` makes a module without callbacks. Call `attach(self, method)` of this module at the end of
-`__init__`, and it restores the prompt; a callback continues with the prompt that it finds. Otherwise it fails, because the base
-is missing from the checkpoint.
+`LightningModule.load_from_checkpoint` creates a module without callbacks, and fails because the base is missing from the
+checkpoint. To make it restore the prompt, call this module's `attach(self, method)` at the end of `__init__`; a callback then
+continues with this prompt.
 
-Not supported: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebook launchers, whose processes end with the
-prompt. Refused with an error: weight averaging, which copies the model; a module that was compiled before its prompt was
-attached; precisions that convert the base (load it in that precision); a model in evaluation mode whose method has an objective;
-models made in `configure_model` or the module's own `setup`; an optimizer without the prompt; a checkpoint of another method,
-base or optimizer. The callback also works with `pytorch_lightning`.
+Not supported: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebook launchers, because the prompt is lost when
+their processes end. Refused with an error: weight averaging, which copies the model; a module that was compiled before its prompt
+was attached; precisions that convert the base (load it in that precision); a method with its own objective on a model in
+evaluation mode; models created in `configure_model` or the module's own `setup`; an optimizer without the prompt; a checkpoint of
+another method, base or optimizer. The callback also works with `pytorch_lightning`.
 
 Example:
     import lightning
@@ -71,7 +71,7 @@ from ._outer_module import OuterModule, find_model
 
 __all__ = ["SoftPromptCallback", "attach"]
 
-SoftPromptCallback: Any  # made by `__getattr__`
+SoftPromptCallback: Any  # created by `__getattr__`
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy"}
@@ -80,7 +80,7 @@ _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
 
 
 def __getattr__(name: str) -> Any:
-    """Make the callback's class at its first use; it derives from the `Callback` of each Lightning package."""
+    """Create the callback's class at its first use; it derives from the `Callback` of each Lightning package."""
     if name != "SoftPromptCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     members = {"__module__": __name__, "__doc__": _Callback.__doc__}
@@ -89,7 +89,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _callbacks() -> list[type]:
-    """The `Callback` of each Lightning package that is imported; if none is, of the first that is installed."""
+    """Return the `Callback` of each imported Lightning package; if none is imported, use the first installed package."""
     for names in ([name for name in PACKAGES if name in sys.modules], PACKAGES):
         found: list[type] = []
         for name in names:
@@ -112,16 +112,16 @@ def attach(
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
 ) -> SoftPrompt:
-    """Attach a prompt to the model of a LightningModule, and let the module load checkpoints without the base.
+    """Attach a prompt to the model of a LightningModule, and make the module load checkpoints without the base.
 
     Args:
         module: the LightningModule.
-        attribute: the path of the model in the module (`model`, `net.encoder`); None: the only transformers model.
-        method, name, train_head, trainable, freeze_dropout: as in `softhooks.attach`. An equal prompt on the model is used.
+        attribute: the path of the model in the module (`model`, `net.encoder`), or None for the only transformers model.
+        method, name, train_head, trainable, freeze_dropout: as in `softhooks.attach`. An equal prompt on the model is reused.
 
     Raises:
         TrainerError: there is no such model.
-        AttachError, NameTakenError: the prompt cannot be attached, or another has its name. The model is unchanged.
+        AttachError, NameTakenError: the prompt cannot be attached, or its name is taken. The model is unchanged.
     """
     path = find_model(module, attribute)
     model = module.get_submodule(path)
@@ -149,15 +149,15 @@ class _Callback:
 
     Args:
         method: the method to train.
-        attribute: the path of the model in the LightningModule; None: its only transformers model.
-        name: the name of the prompt; several callbacks need different names, which are part of their directories' names.
+        attribute: the path of the model in the LightningModule, or None for the only transformers model.
+        name: the name of the prompt; several callbacks need different names, which become part of their directories' names.
         train_head, trainable, freeze_dropout: as in `softhooks.attach`.
-        check_frozen: when to check that the base has not changed: "end": at the end of training; "save" or True: also before
+        check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before
             each checkpoint; False: never.
         beside: whether to write a directory that `softhooks.load` reads next to each local checkpoint.
 
     Attributes:
-        soft_prompt: the attached prompt, once `setup` was called.
+        soft_prompt: the attached prompt, or None before `setup`.
         report: the report of the last check of the base.
     """
 
@@ -181,7 +181,7 @@ class _Callback:
         self._detaches_on_error = False
         self._options = {"train_head": train_head, "trainable": trainable, "freeze_dropout": freeze_dropout}
         if check_frozen == "log":
-            raise OptionError("check_frozen must be 'end', 'save', True or False with Lightning; it is 'log'.")
+            raise OptionError("check_frozen is 'log'; with Lightning, it must be 'end', 'save', True or False.")
         self._frozen_check = FrozenCheck(check_frozen)
 
     @property
@@ -193,12 +193,12 @@ class _Callback:
         return self._frozen_check.report
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Attach before a checkpoint is restored and the optimizers are made."""
+        """Attach the prompt before a checkpoint is restored and the optimizers are created."""
         _refuse(trainer)
         for other in trainer.callbacks:
             if isinstance(other, _Callback) and other is not self and other.name == self.name:
                 raise TrainerError(
-                    f"two SoftPromptCallbacks of the Trainer have the name {self.name!r}; their files are named by it.",
+                    f"two SoftPromptCallbacks of the Trainer have the name {self.name!r}; their files would have the same names.",
                     "Give one of them another `name=`.",
                     first=f"{self.name!r} for {self.attribute!r}: {self.method!r}",
                     second=f"{other.name!r} for {other.attribute!r}: {other.method!r}",
@@ -217,7 +217,7 @@ class _Callback:
             trainer.strategy.checkpoint_io = PromptFiles(files, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the optimizers, and the model as Lightning has set it up."""
+        """Check the optimizers and the model after Lightning has set them up."""
         outer = self.outer
         assert outer is not None, "Lightning calls setup first"
         prompt, saver = outer.prompt, outer.saver
@@ -241,7 +241,7 @@ class _Callback:
         self._detaches_on_error = False
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Check on each rank that the ranks agree and that the base has not changed."""
+        """Check on each rank that the ranks have the same prompt and the base has not changed."""
         if self.soft_prompt is not None and self.soft_prompt.is_attached:
             require_same_on_all_ranks(self.soft_prompt)
             self._frozen_check.check(self.soft_prompt, "save", trainer.global_step)
@@ -252,7 +252,7 @@ class _Callback:
             self.soft_prompt.remove()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Check that the ranks agree and that the base has not changed."""
+        """Check that the ranks have the same prompt and the base has not changed."""
         prompt = self.soft_prompt
         assert prompt is not None, "Lightning calls setup first"
         require_same_on_all_ranks(prompt)
@@ -260,7 +260,7 @@ class _Callback:
         self._frozen_check.check(prompt, "end", trainer.global_step, rescue)
 
 
-# --- what a Trainer holds ---------------------------------------------------------------------------------------------
+# --- strategies, callbacks and optimizers of a Trainer ----------------------------------------------------------------
 
 
 def _kinds(thing: object) -> set[str]:
@@ -268,7 +268,7 @@ def _kinds(thing: object) -> set[str]:
 
 
 def _refuse(trainer: Any) -> None:
-    """Refuse strategies and callbacks that would train or save a prompt wrongly, before anything is attached."""
+    """Refuse strategies and callbacks that train or save prompts wrongly, before anything is attached."""
     strategy = trainer.strategy
     if not _kinds(strategy) & _SUPPORTED or _kinds(strategy) & _UNSUPPORTED:
         raise TrainerError(
@@ -277,12 +277,12 @@ def _refuse(trainer: Any) -> None:
         )
     if "_MultiProcessingLauncher" in _kinds(strategy.launcher):
         raise TrainerError(
-            f"{type(strategy).__name__} with spawned or forked processes is not supported: the prompt would end with them.",
+            f"{type(strategy).__name__} with spawned or forked processes is not supported: the prompt would not outlive them.",
             "Use `strategy='ddp'`, which runs the script in each process.",
         )
     for callback in trainer.callbacks:
         if _kinds(callback) & _AVERAGING:
             raise TrainerError(
-                f"{type(callback).__name__} is not supported: averaging copies the model with its hooks.",
+                f"{type(callback).__name__} is not supported, because averaging copies the model with its hooks.",
                 "Remove the callback.",
             )

@@ -1,8 +1,8 @@
 """LLaMA-Factory: its training command with a prompt.
 
 `run_exp` checks the arguments and calls LLaMA-Factory's `run_exp(args, callbacks=[SoftPromptCallback(...)])`, which passes the
-callback to its Trainer. Checkpoints and the model saved at the end hold only the prompt. The arguments are those of a YAML file
-of LLaMA-Factory, with `finetuning_type: full`: the callback freezes the base.
+callback to its Trainer. Checkpoints and the model saved at the end hold only the prompt. The arguments are the same as in a YAML
+file of LLaMA-Factory, with `finetuning_type: full`, because the callback freezes the base.
 
 Refused with an error: `finetuning_type` other than `full` (an adapter would be frozen); stages other than `sft` and `pt` (their
 reference models and heads have not been tested with prompts); other trainers (`use_mca`, `use_hyper_parallel`, `USE_RAY`,
@@ -12,7 +12,7 @@ reference models and heads have not been tested with prompts); other trainers (`
 LLaMA-Factory requires an older transformers than softhooks supports. Written from the source of llamafactory 0.9.5, whose
 training command was run and resumed bit for bit on a tiny model, with `DISABLE_VERSION_CHECK=1`, without torchaudio, and with
 `disable_gradient_checkpointing: true`, because its own checkpointing fails under transformers 5.23. The tests run without
-LLaMA-Factory: they check signature and arguments, and pass the callback to a real Trainer.
+LLaMA-Factory: they check the signature and the arguments, and pass the callback to a real Trainer.
 
 Example:
     import softhooks
@@ -67,24 +67,26 @@ def run_exp(args: Mapping[str, Any], method: Method, **options: Any) -> SoftProm
     Args:
         args: LLaMA-Factory's arguments.
         method: the method to train.
-        options: further arguments of `SoftPromptCallback`.
+        options: more arguments of `SoftPromptCallback`.
 
     Returns:
         the callback, with the prompt and the report of the last check of the base.
 
     Raises:
-        TrainerError: an argument cannot be used with a prompt; nothing was loaded.
+        TrainerError: an argument cannot be used with a prompt. Nothing is loaded.
         SoftHooksError: LLaMA-Factory is not installed.
     """
     callback = callback_for(args, method, **options)
     import_framework("llamafactory.train.tuner", "LLaMA-Factory").run_exp(dict(args), callbacks=[callback])
     if callback.soft_prompt is None:
-        raise TrainerError("the prompt was not trained: LLaMA-Factory made no Trainer.", "Set `do_train: true`.")
+        raise TrainerError(
+            "the prompt was not trained, because LLaMA-Factory created no Trainer.", "Set `do_train: true`."
+        )
     return callback
 
 
 def callback_for(args: Mapping[str, Any], method: Method, **options: Any) -> SoftPromptCallback:
-    """Check LLaMA-Factory's arguments, and make the callback for its `run_exp`.
+    """Check LLaMA-Factory's arguments, and create the callback for its `run_exp`.
 
     Raises:
         TrainerError: an argument cannot be used with a prompt.

@@ -1,9 +1,9 @@
 """lm-evaluation-harness: evaluate a model with its prompt.
 
-The model type `softhooks` is the harness's `HFLM` with one more argument, `prompt`: a directory, a hub id or a PEFT checkpoint.
-Log-likelihoods, rolling windows, generation, batch sizes and chat templates are HFLM's. Slots take positions of the model's
-context, so `max_length` is HFLM's minus the length of the prompt. With the prompt disabled, all scores are those of HFLM, bit for
-bit. From a shell, followed by the harness's own options:
+The model type `softhooks` is the harness's `HFLM` with one more argument, `prompt`: a directory, a Hub id or a PEFT checkpoint.
+HFLM handles log-likelihoods, rolling windows, generation, batch sizes and chat templates. Slots take positions of the model's
+context, so `max_length` is HFLM's maximum minus the length of the prompt. With the prompt disabled, all scores equal HFLM's
+scores bit for bit. From a shell, followed by the harness's own options:
 
     python -m softhooks.integrations.lm_eval --model softhooks --model_args pretrained=NAME,prompt=DIR --tasks arc_easy
 
@@ -11,7 +11,7 @@ In Python, after `register()`, `lm_eval.simple_evaluate(model="softhooks", model
 model that already has a prompt.
 
 Refused with an error, because the harness passes only token ids: layouts with a template, layouts with slots at anchors or at the
-end (they would move in front of a scored continuation), and a multitask prompt of several tasks.
+end (a scored continuation would change their place), and multitask prompts with several tasks.
 
 Versions tested: lm-eval 0.4.13.
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SoftPromptLM", "main", "register"]
 
-SoftPromptLM: Any  # made by `__getattr__`
+SoftPromptLM: Any  # created by `__getattr__`
 
 NAME = "softhooks"
 """The name of the model type."""
@@ -61,7 +61,7 @@ def register() -> None:
 
 
 def positions_taken(model: nn.Module) -> int:
-    """The number of positions that the active prompts of a model take: that of the longest; 0 without an active prompt."""
+    """Return the number of positions that the longest active prompt of a model takes, or 0 without an active prompt."""
     from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
 
     prompted = prompted_model_of(model)
@@ -72,17 +72,17 @@ def positions_taken(model: nn.Module) -> int:
 
 
 def _positions(prompt: SoftPrompt) -> int:
-    """A prefix that does not shift positions takes none, and neither does a gated branch."""
+    """Return the number of positions that a prompt takes; gated branches and prefixes that do not shift positions take none."""
     if prompt.injection == "branch" or not prompt.conventions.get("shift_positions", True):
         return 0
     return prompt.layout.num_slots
 
 
 def require_plain_rows(prompt: SoftPrompt) -> None:
-    """Check that a prompt needs nothing but token ids.
+    """Check that a prompt needs only token ids.
 
     Raises:
-        UnsupportedMethodError: naming what it needs.
+        UnsupportedMethodError: the prompt needs other inputs; the message names them.
     """
     from softhooks.integration_support.serving import required_columns
 
@@ -90,7 +90,7 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
     if needs:
         raise UnsupportedMethodError(
             f"the prompt needs {needs}, but the harness passes only token ids.",
-            "Use a prompt at the front of the text; of a multitask prompt, one task.",
+            "Use a prompt at the front of the text; use a multitask prompt with one task.",
             method=prompt.method.kind,
         )
 
@@ -100,7 +100,7 @@ def _harness() -> Any:
 
 
 def _language_model() -> type:
-    """Make the class that derives from the harness's, once."""
+    """Return the subclass of the harness's model class, creating it on first use."""
     if "SoftPromptLM" in globals():
         return globals()["SoftPromptLM"]  # type: ignore[no-any-return]
     _harness()
@@ -114,12 +114,12 @@ def _language_model() -> type:
 
         Args:
             pretrained: as for HFLM: a name, a directory, or a model, which may already have a prompt.
-            prompt: a saved prompt to load; None: the model has one.
+            prompt: a saved prompt to load, or None if the model already has a prompt.
             strict: as in `softhooks.load`.
             kwargs: HFLM's arguments. `max_length` is the length of the context, including the prompt.
 
         Raises:
-            OptionError: there is no prompt, or both `prompt` and one on the model.
+            OptionError: there is no prompt, or `prompt` is given for a model that already has a prompt.
             UnsupportedMethodError: the prompt needs more than token ids. The model is unchanged.
         """
 
@@ -148,7 +148,7 @@ def _language_model() -> type:
 
         @property
         def max_length(self) -> int:
-            """The longest text in tokens."""
+            """The maximum length of a text in tokens."""
             return int(super().max_length) - positions_taken(self.model)
 
     SoftPromptLM.__module__, SoftPromptLM.__qualname__ = __name__, "SoftPromptLM"
@@ -174,6 +174,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from softhooks.integrations.lm_eval import main as run  # the module that the registry's class belongs to
+    from softhooks.integrations.lm_eval import (
+        main as run,
+    )  # the registered class belongs to this module, not to `__main__`
 
     run()

@@ -100,7 +100,7 @@ def demo(
     """Train a soft prompt and a prefix on real text, compare them, and check that the model stayed frozen.
 
     The texts come with every Python: the first paragraphs of the docstrings in its standard library. The task is to tell
-    from which of ten packages a docstring is. Three plain Hugging Face Trainers run one after the other: they train the
+    which of ten packages a docstring comes from. Three plain Hugging Face Trainers run one after the other: they train the
     classification head alone, a soft prompt with the head, and a prefix with the head. A table compares them with
     logistic regression on the frozen model's features and with the majority class. Then the saved prompts are loaded
     into fresh models, whose predictions must be the same. This takes three to four minutes on two idle cores.
@@ -115,7 +115,7 @@ def demo(
     """
     options = DemoOptions(**locals())
     if model is None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it once, when it is imported
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads the variable only when it is imported
     from softhooks.demo.run import run_demo  # torch and transformers take seconds to import
 
     run_demo(options)
@@ -154,7 +154,7 @@ def convert(
     ],
     to: Annotated[
         Format | None,
-        typer.Option(help="The format to write. The default is the one that IN does not have.", show_default=False),
+        typer.Option(help="The format to write. By default, the format that IN does not have.", show_default=False),
     ] = None,
     base: Annotated[
         Path | None,
@@ -177,12 +177,12 @@ def convert(
     adapter_config.json. After a conversion both compute the same logits for text without padding. Reparametrizations
     (an LSTM, an MLP) are folded: only their result is stored.
 
-    A directory of several prompts is converted as a whole: 'default' at the top, the others in subdirectories of their
-    names, as PEFT arranges them. Prompts for which the other library would compute something else are refused: prefixes
+    A directory with several prompts is converted as a whole: 'default' at the top, the other prompts in subdirectories
+    with their names, as in PEFT. Prompts for which the other library would compute something else are refused: prefixes
     of encoder-decoders, virtual tokens in the middle of the text, prompts in encoders that classify their first
-    position, prefixes in some of the layers. No pickle is read.
+    position, prefixes in some of the layers. No pickle file is read.
 
-    **softhooks.load** reads PEFT's directories directly: to use a prompt of PEFT, you need not convert it.
+    **softhooks.load** reads PEFT's directories directly, so a PEFT prompt can be used without a conversion.
 
     **Examples**
 
@@ -207,7 +207,7 @@ app.command()(inspect)
 
 
 def main() -> None:
-    """Run the command line; an expected error is one message, without a traceback."""
+    """Run the command line; an expected error is printed as a message without a traceback."""
     with report_errors():
         app()
 

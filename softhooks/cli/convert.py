@@ -1,8 +1,8 @@
 """Conversion of saved prompts between the formats of softhooks and PEFT, for `softhooks convert`.
 
-The result is what `softhooks.load` and `save_pretrained` would write on the model. The base model is needed only if a file does
-not say enough about it. A folder holds one prompt, or several as PEFT saves them: `default` at its root, others in subfolders
-with their names.
+The result equals the files that `softhooks.load` and `save_pretrained` would write with the model. The base model is needed only
+if the files do not describe it well enough. A folder holds one prompt, or several as PEFT saves them: `default` at the root, the
+other prompts in subfolders with their names.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ _AUTO = {
 def convert(
     source: Path, target: Path, to: Format | None = None, base: Path | None = None, strict: bool = True
 ) -> dict[str, StoredPrompt]:
-    """Convert a prompt, or all prompts of a folder. `target` appears completely, or not at all.
+    """Convert a prompt, or all prompts of a folder; `target` is written completely or not at all.
 
     Args:
         source: a folder that `save_pretrained`, a Trainer, or PEFT wrote.
         target: a folder that does not exist, or is empty.
-        to: the format to write; None: the other one than that of `source`.
-        base: the folder of the base model; the prompts are then attached to it and checked.
-        strict: refuse a base model with other weights than in training.
+        to: the format to write, or None for the format that `source` does not have.
+        base: the folder of the base model; with it, the prompts are attached to the base model and checked.
+        strict: refuse a base model if its weights differ from those in training.
 
     Returns:
         the prompts that were converted, by name.
 
     Raises:
-        CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
+        CheckpointError: there is no prompt, or a file is damaged or inconsistent.
         PromptMismatchError: a prompt does not fit the base model.
-        UnsupportedMethodError: PEFT has no equal of a prompt.
-        OptionError: `target` is not empty, or `source` has the format `to` already.
+        UnsupportedMethodError: PEFT has no equivalent of a prompt.
+        OptionError: `target` is not empty, or `source` already has the format `to`.
     """
     found, present = prompts_in(source)
     wanted: Format = to or ("peft" if present == "softhooks" else "softhooks")
@@ -84,10 +84,10 @@ def convert(
 
 
 def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
-    """The prompts of a folder by name, and their format. A folder with both formats has prompts over an adapter of PEFT.
+    """Return the prompts of a folder by name, and their format; files of both formats mean a softhooks prompt with PEFT adapters.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: the folder has no prompts.
     """
     inside = sorted(source.iterdir()) if source.is_dir() else []
     named = [("default", source), *((path.name, path) for path in inside if not path.name.startswith("."))]
@@ -99,7 +99,7 @@ def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
 
 
 def _read(folder: Path) -> StoredPrompt:
-    """Read a prompt, and complete its options: a file of PEFT has only some of them."""
+    """Read a prompt and complete its options, because a PEFT file has only some of them."""
     stored = read(folder)
     stored.options = method_of(stored).options()
     return stored
@@ -108,8 +108,8 @@ def _read(folder: Path) -> StoredPrompt:
 def _warn_of_also_trained(stored: StoredPrompt) -> None:
     if stored.also_trained:
         warnings.warn(
-            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained with this prompt "
-            f"({', '.join(stored.also_trained[:3])}, ...); they are not in its file, and not in the converted one.",
+            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained together with this prompt "
+            f"({', '.join(stored.also_trained[:3])}, ...); they are neither in its file nor in the converted file.",
             stacklevel=3,
         )
 
@@ -136,10 +136,10 @@ def _writer(stored: StoredPrompt, wanted: Format, base: Path | None, strict: boo
 
 
 def _require_known(stored: StoredPrompt) -> None:
-    """Check that a file of PEFT says enough about its base model to be written in softhooks' format.
+    """Check that a PEFT file describes its base model well enough for softhooks' format.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: a required fact is missing.
     """
     unknown = [name for name, stack in stored.stacks.items() if "causal" not in stack]
     if unknown or stored.adapter_layers:
@@ -152,10 +152,10 @@ def _require_known(stored: StoredPrompt) -> None:
 
 
 def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
-    """Load the base model of a prompt from a folder: safetensors only, no remote code, nothing from the hub.
+    """Load the base model of a prompt from a folder: only safetensors, no remote code, nothing from the Hub.
 
     Raises:
-        CheckpointError: it cannot be loaded as the class that the prompt was trained on.
+        CheckpointError: the model cannot be loaded with the class that the prompt was trained on.
     """
     import transformers
 
@@ -184,21 +184,21 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
 
 
 def _check_config(config: Any, cls: Any) -> None:
-    """Refuse the config of another class of models, from which transformers would make a model with random weights."""
+    """Refuse a config of a different model class, because transformers would create a model with random weights from it."""
     own = getattr(cls, "config_class", None)
     if own is not None and type(config) is not own:
         raise ValueError(f"the config is a {type(config).__name__}; {cls.__name__} needs a {own.__name__}")
 
 
 def _labels(stored: StoredPrompt) -> int | None:
-    """The number of labels of a stored head: the rows of its last matrix."""
+    """Return the number of labels of a stored head: the number of rows of its last matrix."""
     matrices = [value for head in stored.heads.values() for value in head.values() if value.dim() == 2]
     return matrices[-1].shape[0] if matrices else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress transformers' warning about a newly initialized head: the prompt brings its own."""
+    """Suppress transformers' warning about a newly initialized head, because the prompt's own head replaces it."""
     import transformers
 
     before: Any = transformers.logging.get_verbosity()
@@ -213,10 +213,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_free(target: Path) -> None:
-    """Check that nothing is overwritten.
+    """Check that nothing would be overwritten.
 
     Raises:
-        OptionError: the target exists, and is not an empty folder.
+        OptionError: the target exists and is not an empty folder.
     """
     taken = (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir()))
     if taken:
@@ -228,10 +228,10 @@ def _require_free(target: Path) -> None:
 
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `target`, and rename it to `target` after the block.
+    """Yield a temporary folder next to `target`, and rename it to `target` after the `with` block.
 
     Raises:
-        OptionError: it cannot be written.
+        OptionError: the folder cannot be written.
     """
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:

@@ -1,4 +1,4 @@
-"""Find definitions in the source code of softhooks without importing it, because that imports torch."""
+"""Find definitions in the source code of softhooks without importing the code, which would import torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Definition:
     """A class, a function or a value at the top level of a module.
 
     Attributes:
-        node: its syntax tree; of a value, that of the assigned expression.
-        module: the module that defines it.
+        node: the syntax tree of the class, the function, or the expression that is assigned to a value.
+        module: the module with the definition.
     """
 
     node: ast.stmt | ast.expr
@@ -23,13 +23,13 @@ class Definition:
 
 
 def find(name: str, module: str) -> Definition | None:
-    """Find the definition of a name in a module, following imports; None if softhooks does not define it."""
+    """Find the definition of a name in a module, following imports; return None if softhooks does not define the name."""
     found = _names(module).get(name)
     return find(*found) if isinstance(found, tuple) else None if found is None else Definition(found, module)
 
 
 def imported(package: str) -> list[Definition]:
-    """The definitions that a package imports from its own modules, in order."""
+    """Return the definitions that a package imports from its own modules, in order."""
     found = [find(*target) for target in _names(package).values() if isinstance(target, tuple)]
     return [
         definition for definition in found if definition is not None and definition.module.startswith(package + ".")
@@ -38,7 +38,7 @@ def imported(package: str) -> list[Definition]:
 
 @cache
 def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
-    """The top-level names of a module, each with its definition or with the name and module that it is imported from."""
+    """Map each top-level name of a module to its definition, or to the name and module from which it is imported."""
     names: dict[str, ast.stmt | ast.expr | tuple[str, str]] = {}
     for node in _statements(ast.parse(_text(module)).body):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -51,7 +51,7 @@ def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module, including those under `if TYPE_CHECKING:`."""
+    """Yield the statements of a module, including statements under `if TYPE_CHECKING:`."""
     for node in body:
         yield from node.body if isinstance(node, ast.If) else [node]
 

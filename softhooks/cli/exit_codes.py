@@ -17,7 +17,7 @@ _STATUS = "_softhooks_exit_status"
 
 @contextmanager
 def usage_errors(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
-    """Let errors of a kind that are raised in this context end the command with the exit code of a wrong command line."""
+    """Give errors of this kind that the `with` block raises the exit code of a wrong command line."""
     try:
         yield
     except kind as error:
@@ -31,6 +31,6 @@ def report_errors() -> Iterator[None]:
     try:
         yield
     except SoftHooksError as error:
-        message = visible(f"{type(error).__name__}: {error}", kept="\n")  # it may quote an untrusted file
+        message = visible(f"{type(error).__name__}: {error}", kept="\n")  # the message may quote an untrusted file
         Console(stderr=True).print(message, markup=False, highlight=False, soft_wrap=True)
         sys.exit(getattr(error, _STATUS, FAILURE))

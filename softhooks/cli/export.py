@@ -1,4 +1,4 @@
-"""The command `softhooks export`: a text with its prompt as a request to an inference server."""
+"""The command `softhooks export`: write a text with its prompt as a request to an inference server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Server(StrEnum):
 
 def export(
     prompt: Annotated[
-        str, typer.Argument(help="The saved prompt: a directory, of softhooks or PEFT, or a name on the Hub.")
+        str, typer.Argument(help="The saved prompt: a directory written by softhooks or PEFT, or a name on the Hub.")
     ],
     to: Annotated[Server, typer.Option("--to", help="The server.")],
     model: Annotated[str, typer.Option(help="The base model: a directory or a name on the Hub.")],
@@ -41,7 +41,8 @@ def export(
         str | None, typer.Option(help="The name of the model in vLLM, if it differs.", show_default=False)
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Refuse a base model with other weights than in training.")
+        bool,
+        typer.Option("--strict/--no-strict", help="Refuse a base model whose weights differ from those in training."),
     ] = True,
 ) -> None:
     """Write a text with its prompt as embeddings, for vLLM or SGLang.
@@ -56,7 +57,9 @@ def export(
     """
     with usage_errors():
         if (text is None) == (text_file is None):
-            raise OptionError("softhooks export needs one of --text and --text-file.")
+            raise OptionError(
+                "--text and --text-file are both given, or neither is; softhooks export needs exactly one of them."
+            )
     content = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
     rows = _rows(prompt, model, content, chat, to, strict)  # torch and transformers take seconds to import
     if to is Server.vllm:
@@ -73,7 +76,7 @@ def export(
 
 
 def _rows(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bool) -> Any:
-    """Load the base model with its prompt, and make the rows."""
+    """Load the base model with its prompt, and compute the embedding rows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from softhooks.load import load

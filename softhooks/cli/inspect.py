@@ -1,6 +1,6 @@
-"""The command `softhooks inspect`: what a saved prompt is, from its files alone, without a model.
+"""The command `softhooks inspect`: describe a saved prompt from its files alone, without a model.
 
-It reads the files as `softhooks.load` does, so it refuses the same files with the same errors.
+The command reads files like `softhooks.load`, so it refuses the same files with the same errors.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ def inspect(
         bool, typer.Option("--json", help="Print a JSON list with one object for each PATH, for scripts.")
     ] = False,
 ) -> None:
-    """Show what a saved prompt is: its method, its base model, its tensors. No model is needed.
+    """Show the method, the base model and the tensors of a saved prompt. No model is needed.
 
-    It reads JSON and safetensors, never a pickle, and makes every check that **softhooks.load** makes before it
-    needs a model: what inspect shows is complete and consistent. Whether the prompt fits a model shows when it is loaded.
+    The command reads JSON and safetensors, never a pickle, and makes every check that **softhooks.load** makes before it
+    needs a model, so the files are complete and consistent. Whether the prompt fits a model is checked by loading it.
 
     **norms of rows** are the smallest and the largest Euclidean norm of a tensor's rows; in most methods a row is a
     virtual token. Norms far larger than those of word embeddings mean that training has diverged.
 
     **live** are the parameters in a Trainer's checkpoint from which training resumes (the MLP of a prefix, a head,
-    other trained parameters). For an adapter of PEFT, method and options are those that softhooks.load makes of it.
+    other trained parameters). For a PEFT adapter, the method and options that softhooks.load would use are shown.
 
-    All paths are read before anything is printed. Exit status: 0; 1 if a file is damaged or contradicts itself; 2 if
-    there is no prompt at a PATH.
+    All paths are read before anything is printed. Exit status: 0 on success; 1 if a file is damaged or inconsistent;
+    2 if there is no prompt at a PATH.
 
     **Examples**
 
@@ -62,14 +62,14 @@ def inspect(
     if sys.stdout.isatty():
         show(facts, Console())
         return
-    plain = Console(width=100_000, force_terminal=False)  # in a pipe no line is broken
+    plain = Console(width=100_000, force_terminal=False)  # do not wrap lines in a pipe
     with plain.capture() as printed:
         show(facts, plain)
     typer.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def _problem(path: Path) -> str | None:
-    """Why a path is not the directory of a prompt; None if it is one."""
+    """Say why a path is not the directory of a prompt, or return None if it is."""
     from softhooks.formats.find import MARKS, format_of
 
     try:

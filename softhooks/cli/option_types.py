@@ -1,4 +1,4 @@
-"""Types of options: read them from annotations, describe them in words, and convert values to them."""
+"""Types of options: reading them from annotations, describing them in words, and converting values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _WORDS = {bool: "yes or no", int: "a whole number", float: "a number", str: "tex
 
 
 class OnlyInPython:
-    """Stands for a type whose values only Python code can create."""
+    """Placeholder for a type whose values can only be created by Python code."""
 
 
 class LayoutText:
-    """Stands for `Layout`, which is created from a text; importing it would import torch."""
+    """Placeholder for `Layout`, which is created from text; importing the real class would import torch."""
 
     def __new__(cls, text: str) -> Any:
         """Create the layout."""
@@ -44,8 +44,8 @@ def read_annotation(node: ast.expr, module: str) -> Any:
     """Evaluate an annotation.
 
     Args:
-        node: the annotation.
-        module: the module that contains it, for aliases and imports.
+        node: the syntax tree of the annotation.
+        module: the module that contains the annotation, for aliases and imports.
     """
     if isinstance(node, ast.Constant) and node.value is None:
         return type(None)
@@ -64,13 +64,13 @@ def read_annotation(node: ast.expr, module: str) -> Any:
 
 
 def alternatives(hint: Any) -> list[Any]:
-    """The types of a union, without None."""
+    """Return the types of a union, without None."""
     kinds = list(typing.get_args(hint)) if typing.get_origin(hint) in (Union, types.UnionType) else [hint]
     return [kind for kind in kinds if kind is not type(None)]
 
 
 def describe(hint: Any) -> str:
-    """Describe the values of a type in words; empty if text cannot give one."""
+    """Describe the values of a type in words; the result is empty if text cannot express them."""
     return " or ".join(filter(None, map(_describe_one, alternatives(hint))))
 
 
@@ -91,7 +91,7 @@ def _describe_one(kind: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value from a file, or the text or texts from a command line, to a type.
+    """Convert a value from a file, or text from a command line, to a type.
 
     Raises:
         ValueError: the value cannot be converted.
@@ -107,7 +107,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _breadth(kind: Any) -> int:
-    """The order in which the types of a union are tried: the more texts can be converted to a type, the later."""
+    """Return the sort key of a type in a union: types that accept more texts are tried later."""
     if kind in (str, Any, Path):
         return 2
     return int((typing.get_origin(kind) or kind) in _SEQUENCES or kind is LayoutText)
@@ -136,7 +136,7 @@ def _convert_one(value: Any, kind: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    """Parse a text as JSON; return any other value, and text that is not JSON, unchanged."""
+    """Parse text as JSON; return other values, and text that is not JSON, unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:

@@ -1,6 +1,7 @@
 """The options of the methods and of the callback that `softhooks run` takes.
 
-They are read from the source code of the classes (annotations, defaults and docstrings), because importing it imports torch.
+They are read from the source code of the classes (annotations, defaults and docstrings), because importing the classes would
+import torch.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from softhooks.errors import OptionError
 
 @dataclass(frozen=True)
 class Option:
-    """One option.
+    """An option of a method or of the callback.
 
     Attributes:
-        name: its Python name.
-        hint: its type.
-        annotation: its type as Python code.
-        default: its default as Python code; None if it has none.
-        about: its description.
+        name: the Python name.
+        hint: the type.
+        annotation: the type as Python code.
+        default: the default as Python code, or None if there is no default.
+        about: the description.
     """
 
     name: str
@@ -41,19 +42,19 @@ class Option:
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is given as `--name` or `--no-name`, without a value."""
+        """Whether the option is given as `--name` or `--no-name`, without a value."""
         return alternatives(self.hint) == [bool]
 
     @property
     def takes(self) -> str:
-        """Its values in words; empty if only Python code can create them."""
+        """The accepted values in words; empty if only Python code can create them."""
         return describe(self.hint)
 
     def read(self, value: Any) -> Any:
-        """Convert a value from a file, or the text or texts from a command line.
+        """Convert a value from a file, or text from a command line.
 
         Raises:
-            OptionError: the value does not fit the type, or only Python code can create one.
+            OptionError: the value does not fit the type, or values of the type can only be created by Python code.
         """
         if not self.takes:
             raise OptionError(
@@ -74,14 +75,14 @@ class Option:
 
 @cache
 def methods() -> dict[str, Definition]:
-    """The class of each method by its `kind`, in the order in which the methods are listed."""
+    """Map the `kind` of each method to its class, in the order in which the methods are listed."""
     kinds = {definition: _fields(definition).get("kind") for definition in imported("softhooks.methods")}
     return {ast.literal_eval(field.value): found for found, field in kinds.items() if field and field.value}
 
 
 @cache
 def method_options(kind: str) -> dict[str, Option]:
-    """The options of a method, by name."""
+    """Return the options of a method, by name."""
     lineage = _lineage(methods()[kind])
     about = _about(*(_docstring(base) for base in lineage))
     options: dict[str, Option] = {}
@@ -94,7 +95,7 @@ def method_options(kind: str) -> dict[str, Option]:
 
 @cache
 def callback_options() -> dict[str, Option]:
-    """The options of the callback that text can give, by name."""
+    """Return the options of the callback that can be given as text, by name."""
     callback = _found("SoftPromptCallback", "softhooks.trainer.callback")
     init = next(node for node in _body(callback) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     about = _about(_docstring(callback), _docstring(_found("attach", "softhooks.attach")))
@@ -106,12 +107,12 @@ def callback_options() -> dict[str, Option]:
 
 
 def summary(kind: str) -> str:
-    """The first sentence of a method's docstring, without markup."""
+    """Return the first sentence of a method's docstring, without markup."""
     return " ".join(_docstring(methods()[kind]).split("\n\n")[0].replace("`", "").split())
 
 
 def _option(name: str, annotation: ast.expr, value: ast.expr | None, module: str, about: dict[str, str]) -> Option:
-    """Read an option; `value` is its default, or a call of `field` that has it."""
+    """Read an option; `value` is its default, or a call of `field` that contains the default."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
         value = next((item.value for item in value.keywords if item.arg == "default"), None)
     default = None if value is None else ast.unparse(value)
@@ -127,7 +128,7 @@ def _found(name: str, module: str) -> Definition:
 
 
 def _lineage(definition: Definition) -> list[Definition]:
-    """A class and the classes of softhooks that it derives from."""
+    """Return a class and its base classes in softhooks."""
     bases = definition.node.bases if isinstance(definition.node, ast.ClassDef) else []
     found = [find(ast.unparse(base), definition.module) for base in bases]
     return [definition, *(base for parent in found if parent for base in _lineage(parent))]
@@ -138,7 +139,7 @@ def _body(definition: Definition) -> list[ast.stmt]:
 
 
 def _fields(definition: Definition) -> dict[str, ast.AnnAssign]:
-    """The annotated names in the body of a class."""
+    """Return the annotated names in the body of a class."""
     nodes = [node for node in _body(definition) if isinstance(node, ast.AnnAssign)]
     return {node.target.id: node for node in nodes if isinstance(node.target, ast.Name)}
 
@@ -149,7 +150,7 @@ def _docstring(definition: Definition) -> str:
 
 
 def _about(*docs: str) -> dict[str, str]:
-    """Read the `Args` of docstrings; the first description of an argument wins, unless it only refers to another."""
+    """Read the `Args` of docstrings; use the first description of each argument that does not just refer to another."""
     found: dict[str, str] = {}
     for doc in docs:
         section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)

@@ -20,10 +20,10 @@ from softhooks.methods.stored_options import method_of
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """Describe a saved prompt, as JSON can hold it; a number that JSON lacks becomes a string, `"Infinity"`.
+    """Describe a saved prompt with values that JSON supports; a number that JSON lacks becomes a string such as `"Infinity"`.
 
     Raises:
-        CheckpointError: a file is truncated, of another format, or contradicts itself.
+        CheckpointError: a file is truncated, inconsistent or of another format.
     """
     stored = read(folder)
     method = method_of(stored)
@@ -60,20 +60,20 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:
-    """The options; `method_of` leaves out those of the initialization, which are read from the file here."""
+    """Return the options; initialization options, which `method_of` leaves out, are read from the file."""
     options = {key: value for key, value in method.options().items() if key not in method.init_options}
     given = stored.options
     return options | {key: given[key] for key in method.init_options if key in given and _is_flat(given[key])}
 
 
 def _is_flat(value: object) -> bool:
-    """Whether an unchecked option has one of the types that are written."""
+    """Whether an unchecked option has one of the types that softhooks writes."""
     parts = value if isinstance(value, list) else [value]
     return all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
 
 
 def _base(stored: StoredPrompt) -> dict[str, Any]:
-    """The facts about the base model; None where one is not known."""
+    """Return the facts about the base model; unknown facts are None."""
     base = stored.base
     return {
         "class": base.class_name or None,
@@ -89,8 +89,8 @@ def _base(stored: StoredPrompt) -> dict[str, Any]:
 
 
 def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
-    """The shape, the dtype and the norms of the rows of a tensor; a vector is one row, and an empty tensor has no norm."""
-    numbers = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # few operations support 8 bits
+    """Return the shape, dtype and row norms of a tensor; a vector counts as one row, and an empty tensor has no norm."""
+    numbers = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # few operations support 8-bit floats
     rows = numbers.reshape(-1, numbers.shape[-1]) if tensor.numel() and tensor.dim() else numbers.reshape(1, -1)
     norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64) if tensor.numel() else None
     return {
@@ -102,10 +102,10 @@ def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _live(folder: Path) -> dict[str, Any] | None:
-    """The live parameters in a checkpoint, and the name under which the prompt was trained; None if there are none.
+    """Describe the live parameters in a checkpoint and the name of the trained prompt; return None if there are none.
 
     Raises:
-        CheckpointError: their file is truncated or of another format.
+        CheckpointError: the file of the live parameters is truncated or of another format.
     """
     path = folder / LIVE
     if not path.is_file():

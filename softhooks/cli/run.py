@@ -59,15 +59,15 @@ def run_program(request: Request) -> None:
                 raise
     if not made:
         raise TrainerError(
-            f"{request.script} ended without creating a transformers Trainer, which `softhooks run` needs.",
+            f"{request.script} ended without creating a transformers Trainer, so `softhooks run` trained no prompt.",
             "In your own training loop, attach the prompt with `softhooks.attach` or `softhooks.tune`.",
         )
     if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()  # at interpreter exit, gloo sometimes aborts
+        distributed.destroy_process_group()  # without this, gloo sometimes aborts when the interpreter exits
 
 
 def _require_module(name: str) -> None:
-    """Check that `python -m` could run a module.
+    """Check that `python -m` can run a module.
 
     Raises:
         OptionError: there is no such module, or it is a package without `__main__`.
@@ -75,7 +75,7 @@ def _require_module(name: str) -> None:
     packages = ["", *accumulate(name.split("."), "{}.{}".format)]
     try:
         is_name = not name.endswith(".py") and all(map(str.isidentifier, name.split(".")))
-        spec = find_spec(name) if is_name else None  # imports its parent packages
+        spec = find_spec(name) if is_name else None  # imports the parent packages
         is_package = spec is not None and spec.submodule_search_locations is not None
         can_run = spec is not None and (not is_package or find_spec(f"{name}.__main__") is not None)
     except (ModuleNotFoundError, ValueError) as error:
@@ -92,7 +92,7 @@ def _require_module(name: str) -> None:
 
 @contextmanager
 def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
-    """Add a callback to every Trainer that is created in this context, and collect the callbacks."""
+    """Add a callback to every Trainer that is created in the `with` block, and yield the list of callbacks."""
     made: list[SoftPromptCallback] = []
 
     class Given(SoftPromptCallback):
@@ -126,7 +126,7 @@ def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
 
 @contextmanager
 def _as_program(request: Request) -> Iterator[None]:
-    """Set `sys.argv` and `sys.path` to what the script or module would see under `python`."""
+    """Set `sys.argv` and `sys.path` to the values that the script or module would see under `python`."""
     argv, path = sys.argv, list(sys.path)
     sys.argv = ["-m" if request.is_module else str(request.script), *request.arguments]
     sys.path[0] = str(Path.cwd()) if request.is_module else str(Path(request.script).resolve().parent)
@@ -138,6 +138,6 @@ def _as_program(request: Request) -> Iterator[None]:
 
 
 def _log(text: str) -> None:
-    """Print a line to stderr, in one process."""
+    """Print a line to stderr, from one process only."""
     if os.environ.get("RANK", "0") == "0":
         Console(stderr=True).print(f"softhooks run: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -58,7 +58,7 @@ def request(line: CommandLine) -> Request:
     config = run_config.read(line.config)
     if not line.program:
         raise OptionError(
-            "`softhooks run` needs a script or `-m MODULE`, but none is named. `softhooks run --help` shows examples."
+            "`softhooks run` was called without a script or `-m MODULE`. `softhooks run --help` shows examples."
         )
     script: Path | str = line.program[0] if line.is_module else Path(line.program[0])
     if isinstance(script, Path) and not script.is_file():
@@ -77,10 +77,10 @@ def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
 
     Args:
         found: the sections `method`, `options` and `callback`.
-        source: where they were found, for the error.
+        source: the source of the sections, for error messages.
 
     Raises:
-        OptionError: there is another section, or a value does not fit.
+        OptionError: a section is unknown, or a value does not fit.
     """
     config = run_config.sections(found, source)
     return resolve(config["method"], config, {})
@@ -92,7 +92,7 @@ def resolve(
     """Create the method and collect the options of the callback; the command line takes precedence.
 
     Args:
-        name: the name of the method; None for the default.
+        name: the name of the method, or None for the default method.
         config: the sections of the configuration.
         given: the options of the command line.
 
@@ -117,22 +117,22 @@ def resolve(
 def _values(
     config: Mapping[str, Any], given: Mapping[str, bool | list[str]], options: Mapping[str, Option], owner: str
 ) -> dict[str, Any]:
-    """Convert the values of a file and of a command line, which takes precedence."""
+    """Convert the values from a file and from the command line, which takes precedence."""
     _check_names((*config, *given), options, owner)
     texts = {name: _text(value, options[name]) if isinstance(value, list) else value for name, value in given.items()}
     return {name: options[name].read(value) for name, value in {**config, **texts}.items()}
 
 
 def _text(texts: list[str], option: Option) -> str | list[str]:
-    """All texts of a repeated option that takes a list; the last text of any other option."""
+    """Return all texts of a repeated option that takes a list, or the last text of any other option."""
     return texts if len(texts) > 1 and (option.hint is Any or "list" in option.takes) else texts[-1]
 
 
 def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str) -> None:
-    """Check that every option belongs to a method, or to the callback.
+    """Check that every given option belongs to the method or to the callback.
 
     Raises:
-        OptionError: one does not; the error names the methods that have it, or similar names.
+        OptionError: an option does not; the error names the methods that have this option, or similar names.
     """
     for name in given:
         if name in options:

@@ -1,4 +1,4 @@
-"""The configuration file of `softhooks run`: YAML or JSON with a method, its options and the callback's."""
+"""The configuration file of `softhooks run`: YAML or JSON with a method, the method's options and the callback's options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECTIONS: dict[str, type] = {"method": str, "options": dict, "callback": dict}
 
 
 def read(file: str | None) -> dict[str, Any]:
-    """Read a configuration; without a file it is empty.
+    """Read a configuration; without a file, return an empty configuration.
 
     Raises:
         OptionError: the file cannot be read, or a section is wrong.
@@ -28,18 +28,18 @@ def read(file: str | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(
             f"{path} cannot be read as a YAML or JSON file.",
-            "Name a file that holds `method:` and `options:`.",
+            "Name a file with `method:` and `options:`.",
             cause=" ".join(str(error).split()),
         ) from error
     return sections(found, str(path))
 
 
 def sections(found: Any, source: str) -> dict[str, Any]:
-    """Check the sections of a configuration, and write its options with underscores.
+    """Check the sections of a configuration, and convert hyphens in the names of options to underscores.
 
     Args:
         found: the content of the file.
-        source: the file, for the error.
+        source: the file, for error messages.
 
     Returns:
         `method` (a name or None), `options` and `callback` (values by name).

@@ -13,10 +13,10 @@ Usage: softhooks run [OPTIONS] SCRIPT [ARGUMENTS OF THE SCRIPT]
 
   or:  softhooks run [OPTIONS] -m MODULE [ARGUMENTS OF THE MODULE]
 
-Run an unmodified Trainer script so that it trains a soft prompt. Every transformers Trainer that the script creates, a \
-Seq2SeqTrainer too, gets a SoftPromptCallback: the model is frozen, only the prompt trains, checkpoints and save_model contain \
-only the prompt, and after training the callback checks that the frozen weights are unchanged. Load the saved prompt with \
-softhooks.load(model, directory).
+Run an unmodified Trainer script so that it trains a soft prompt. Every transformers Trainer that the script creates, \
+including a Seq2SeqTrainer, gets a SoftPromptCallback: the model is frozen, only the prompt trains, checkpoints and \
+save_model contain only the prompt, and after training the callback checks that the frozen weights are unchanged. Load the \
+saved prompt with softhooks.load(model, directory).
 
 Prompts need a far higher learning rate than weights: 1e-2 for prompt tuning, 5e-3 for a prefix. Set it in the script or in its \
 arguments.
@@ -31,7 +31,7 @@ Examples:
 
   torchrun --nproc-per-node 2 -m softhooks run --config prompt.yaml train.py
 
-`accelerate launch -m softhooks run ...` works too. The exit status is that of the script, or 2 if this command line is wrong.
+`accelerate launch -m softhooks run ...` works too. The exit status is the script's own, or 2 if this command line is wrong.
 
 A configuration file is YAML or JSON; options on the command line take precedence:
 
@@ -47,10 +47,10 @@ A configuration file is YAML or JSON; options on the command line take precedenc
 
 
 def help_text(kind: str | None = None) -> str:
-    """The help of `softhooks run`.
+    """Return the help of `softhooks run`.
 
     Args:
-        kind: the method whose options are described; None for an overview of all methods.
+        kind: the method whose options are described, or None for an overview of all methods.
     """
     lines = [*_wrapped(_INTRODUCTION), "Options:"]
     lines += _row("--method NAME", f"the method; {DEFAULT_METHOD} by default")

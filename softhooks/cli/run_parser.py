@@ -1,4 +1,4 @@
-"""The command line of `softhooks run`: options, then a script or a module with arguments of its own.
+"""The command line of `softhooks run`: options, followed by a script or module with its own arguments.
 
 This module does not import torch, so that help and errors about options appear at once.
 """
@@ -24,8 +24,8 @@ class CommandLine:
     """A parsed command line.
 
     Attributes:
-        options: the options of the method and of the callback by name: True or False for a switch; for any other option
-            the texts, in the order in which they were given.
+        options: the options of the method and of the callback by name: True or False for a switch, and a list of texts in
+            the given order for any other option.
         program: the script or module and its arguments; empty if none was given.
         is_module: whether `program` was given with `-m`.
         method: the value of `--method`.
@@ -48,7 +48,7 @@ def read(arguments: list[str]) -> CommandLine:
         OptionError: an option is unknown, or its value is missing.
     """
     module = next((index for index, word in enumerate(arguments) if word.startswith("-m")), len(arguments))
-    given = _parse(arguments[:module])  # an `-m` after a script belongs to the script
+    given = _parse(arguments[:module])  # `-m` after the name of a script belongs to the script
     is_module = module < len(arguments) and not given["program"]
     if is_module:
         name = arguments[module].removeprefix("-m")
@@ -61,14 +61,14 @@ def read(arguments: list[str]) -> CommandLine:
 
 
 def _parse(arguments: list[str]) -> dict[str, Any]:
-    """Parse the options; the first word that is not one, and everything after it, is `program`."""
+    """Parse the options; the first word that is not an option starts `program`."""
     try:
         given, unknown = _parser().parse_known_args(arguments)
     except argparse.ArgumentError as error:
         flag = str(error.argument_name).split("/")[0]
         if "expected one argument" in error.message:
             raise OptionError(
-                f"{flag} needs a value, but none follows it.",
+                f"{flag} is given without a value.",
                 f"If the value begins with a hyphen, write `{flag}=VALUE`.",
             ) from None
         raise OptionError(
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _switches() -> dict[str, bool]:
-    """Every option of every method and of the callback, and whether it is a switch in all of them."""
+    """Return the options of all methods and of the callback; the value is True if the option is a switch wherever it exists."""
     found: dict[str, bool] = {}
     for options in (*map(method_options, methods()), callback_options()):
         for name, option in options.items():
@@ -111,7 +111,7 @@ def _switches() -> dict[str, bool]:
 
 
 def method_kind(name: Any) -> str:
-    """The `kind` of a method that is given as `prefix-tuning`, `PrefixTuning` or `prefix_tuning`.
+    """Return the `kind` of a method that is written as `prefix-tuning`, `PrefixTuning` or `prefix_tuning`.
 
     Raises:
         OptionError: there is no such method.
@@ -127,7 +127,7 @@ def method_kind(name: Any) -> str:
 
 
 def unknown_option(name: str, known: Iterable[str]) -> OptionError:
-    """The error for an option that does not exist, with similar names."""
+    """Return the error for an unknown option, with similar names."""
     return OptionError(
         f"{name} is not an option of the method, of the callback or of `softhooks run`.",
         (suggestion(name, known, "--{}") or "Options of the script go after the script.")
@@ -136,7 +136,7 @@ def unknown_option(name: str, known: Iterable[str]) -> OptionError:
 
 
 def suggestion(name: str, known: Iterable[str], form: str) -> str:
-    """A question whether one of the most similar names was meant; empty if none is similar."""
+    """Return the question whether one of the most similar names was meant, or an empty text if no name is similar."""
     plain = name.lstrip("-").replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""

@@ -1,5 +1,5 @@
 """`softhooks demo`: train, save, load and compare prompts on real text.
 
-`run` is the whole demo. `train` is its training script, written to be copied; `corpus` and `data` prepare the text, `models`
-loads the model, `baselines` trains what the prompts are compared with, and `report` prints the results.
+`run` runs the whole demo. `train` is the training script, written to be copied; `corpus` and `data` prepare the text, `models`
+loads the model, `baselines` computes the baselines of the comparison, and `report` prints the results.
 """

@@ -22,12 +22,12 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 
 @dataclass(frozen=True)
 class Baseline:
-    """The result of a baseline.
+    """The accuracy and the cost of a baseline.
 
     Attributes:
-        accuracy: on the test rows.
+        accuracy: the accuracy on the test rows.
         trained: the number of trained parameters.
-        seconds: the time for features and training.
+        seconds: the time for computing features and training.
     """
 
     accuracy: float
@@ -68,7 +68,7 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
         cv=GroupKFold(FOLDS),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a small package may be missing from a fold
+        warnings.simplefilter("ignore")  # a fold may contain no rows of a small package
         search.fit(features, data.train.labels, groups=data.train.sources)
     classifier = search.best_estimator_[-1]
     accuracy = float(search.score(mean_pooled(model, data.test, data, batch_size), data.test.labels))
@@ -77,7 +77,7 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
 
 @torch.inference_mode()
 def mean_pooled(model: nn.Module, rows: Rows, data: EncodedData, batch_size: int) -> npt.NDArray[np.float32]:
-    """Average the last hidden states of each row over its tokens, without padding.
+    """Average the last hidden states of each row over its tokens, excluding padding.
 
     Shape:
         returns [len(rows), H]

@@ -1,8 +1,8 @@
 """The demo's texts: the first paragraphs of docstrings in Python's standard library, each labeled with its package.
 
-They come with Python, so nothing is downloaded. Files are parsed, never imported. A package that is not installed (tkinter is
-often separate) is reported and left out. Nothing gives the answer away: the names of the packages are masked in every text,
-every text occurs once, and no source file has rows in both parts of the split.
+The texts come with Python, so nothing is downloaded. Files are parsed, never imported. A package that is not installed (tkinter
+is often separate) is reported and left out. Nothing gives the label away: package names are masked in every text, every text
+occurs once, and no source file has rows in both parts of the split.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Row:
-    """A text with its package and its source file, relative to the library."""
+    """A text, its package, and its source file relative to the library."""
 
     text: str
     package: str
@@ -55,7 +55,7 @@ class Corpus:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The packages that are installed; the class of a row is the index of its package in them."""
+        """The names of the installed packages; the class of a row is the index of its package in this list."""
         return tuple(package for package in PACKAGES if package not in self.missing)
 
 
@@ -63,7 +63,7 @@ def read_corpus(stdlib: Path | None = None) -> Corpus:
     """Read the docstrings of the standard library.
 
     Args:
-        stdlib: the directory of the library; by default that of the running Python.
+        stdlib: the directory of the library; by default, the library of the running Python.
 
     Raises:
         SoftHooksError: fewer than two of the packages are installed.
@@ -73,7 +73,7 @@ def read_corpus(stdlib: Path | None = None) -> Corpus:
     present = {row.package for row in rows}
     if len(present) < 2:
         raise SoftHooksError(
-            f"the standard library has source files of {len(present)} of the demo's packages; it needs at least two packages.",
+            f"the standard library has source files of {len(present)} of the demo's packages; at least two packages are needed.",
             "Run the demo with a Python that has its library as .py files.",
             looked_in=root,
             found=", ".join(sorted(present)) or "none",
@@ -82,12 +82,12 @@ def read_corpus(stdlib: Path | None = None) -> Corpus:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split the rows in two, so that all rows of a source file are in the same part.
+    """Split the rows into two parts, so that all rows of a source file are in the same part.
 
     Args:
         rows: the rows.
-        fraction: the largest share of each package's rows that the second part may get.
-        seed: seeds the choice of files.
+        fraction: the largest share of each package's rows in the second part.
+        seed: the seed for the choice of files.
 
     Returns:
         The two parts, both in the order of `rows`.
@@ -102,7 +102,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
 
 def _choose_files(sizes: Counter[str], fraction: float, generator: random.Random) -> set[str]:
-    """Choose files with at most the given fraction of a package's rows: the largest of several random choices."""
+    """Choose files with at most the given fraction of a package's rows; of several random choices, return the largest."""
     best: set[str] = set()
     for _ in range(SPLIT_DRAWS):
         files = sorted(sizes)
@@ -118,7 +118,7 @@ def _choose_files(sizes: Counter[str], fraction: float, generator: random.Random
 
 
 def _package_rows(root: Path, package: str) -> Iterator[Row]:
-    """The rows of a package, without its tests, which some distributions of Python include."""
+    """Yield the rows of a package, without its tests, which some distributions of Python include."""
     for file in sorted((root / package).rglob("*.py")):
         source = file.relative_to(root)
         if {"test", "tests"} & set(source.parts):
@@ -131,13 +131,13 @@ def _package_rows(root: Path, package: str) -> Iterator[Row]:
 
 
 def _first_paragraph(docstring: str) -> str:
-    """The docstring up to its first blank line, as one line, with the names of the packages masked."""
+    """Return the docstring up to its first blank line as a single line, with package names masked."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return _NAMES.sub(MASK, " ".join(paragraph.split()))
 
 
 def _unambiguous(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Keep each text once, and drop texts that occur in two packages, which no classifier could tell apart."""
+    """Keep each text once, and drop texts that occur in two packages, because no classifier could tell their class."""
     packages: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         packages[row.text.casefold()].add(row.package)

@@ -1,4 +1,4 @@
-"""The corpus as datasets for a Trainer: token ids, labels and a collator."""
+"""Datasets for a Trainer from the corpus: token ids, labels and a collator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softhooks.demo.corpus import Corpus, Row, split
 
 
 class EncodedRow(TypedDict):
-    """A row of a dataset; the keys are arguments of the model's forward."""
+    """A row of a dataset, with arguments of the model's forward as keys."""
 
     input_ids: list[int]
     attention_mask: list[int]
@@ -22,7 +22,7 @@ class EncodedRow(TypedDict):
 
 
 class Rows(Dataset[EncodedRow]):
-    """One part of the split.
+    """The dataset of one part of the split.
 
     Args:
         rows: the rows.
@@ -62,7 +62,7 @@ class EncodedData:
     tokenizer: PreTrainedTokenizerBase
 
     def collate(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-        """Pad rows to a batch."""
+        """Pad rows into a batch."""
         batch: dict[str, Tensor] = dict(DataCollatorWithPadding(self.tokenizer)([dict(row) for row in rows]))
         return batch
 
@@ -81,9 +81,9 @@ def encode(
         corpus: the texts.
         tokenizer: the tokenizer of the model.
         max_length: longer texts are truncated to this many tokens.
-        test_fraction: the share of the test rows.
-        seed: seeds the split.
-        limit: about how many rows to keep, spread over the corpus; None keeps all.
+        test_fraction: the share of test rows.
+        seed: the seed of the split.
+        limit: the approximate number of rows to keep, spread over the corpus, or None to keep all rows.
     """
     rows = corpus.rows if limit is None else corpus.rows[:: max(1, len(corpus.rows) // limit)]
     train, test = split(rows, test_fraction, seed)

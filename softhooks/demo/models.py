@@ -40,7 +40,7 @@ class Checkpoint:
     path: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; one without a padding token, as of many decoders, pads with its end-of-sequence token."""
+        """Load the tokenizer; without a padding token, as for many decoders, it pads with the end-of-sequence token."""
         tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -63,7 +63,7 @@ class Checkpoint:
             return auto_class.from_pretrained(self.path, **options)
         except (OSError, ValueError) as error:
             raise SoftHooksError(
-                f"{auto_class.__name__} cannot load {self.path!r}; the demo takes models that Auto classes can load.",
+                f"{auto_class.__name__} cannot load {self.path!r}; the demo needs a model that Auto classes can load.",
                 "Give a directory or the name of an encoder or decoder on the Hub, or leave out --model to use "
                 f"{MINILM}.",
                 cause=str(error).strip().splitlines()[0],
@@ -71,7 +71,7 @@ class Checkpoint:
 
 
 def minilm() -> Checkpoint:
-    """MiniLM from its package; the Hub is not used.
+    """Return MiniLM from its package, without using the Hub.
 
     Raises:
         SoftHooksError: the package is not installed.
@@ -90,7 +90,7 @@ def minilm() -> Checkpoint:
 
 
 def tiny_model(texts: Sequence[str], directory: Path) -> Checkpoint:
-    """Create a random two-layer BERT whose vocabulary is the words of these texts, for `--quick`."""
+    """Create a random two-layer BERT with the words of these texts as its vocabulary, for `--quick`."""
     directory.mkdir(parents=True, exist_ok=True)
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()

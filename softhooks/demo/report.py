@@ -1,4 +1,4 @@
-"""The report of the demo: a table of results, the check of the frozen weights, and how to load the prompts."""
+"""The report of the demo: a table of results, the check of the frozen weights, and the code for loading the prompts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from softhooks.demo.train import Result
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table; None where a column does not apply.
+    """A line of the table; columns that do not apply are None.
 
     Attributes:
-        name: what was trained.
-        accuracy: on the test rows.
+        name: the name of the training run or baseline.
+        accuracy: the accuracy on the test rows.
         trained: the number of trained parameters.
         seconds: the training time.
         checkpoint_bytes: the size of the saved checkpoint.
-        frozen_tensors: how many frozen tensors were compared with their values before training.
-        frozen_bytes: the size of these tensors.
+        frozen_tensors: the number of frozen tensors that were compared with their values before training.
+        frozen_bytes: the size of these tensors in bytes.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Line:
 
     @classmethod
     def of_baseline(cls, name: str, baseline: Baseline) -> Line:
-        """The line of a baseline."""
+        """Create the line of a baseline."""
         return cls(name, baseline.accuracy, baseline.trained, baseline.seconds or None)
 
     @classmethod
     def of_result(cls, name: str, result: Result, data: EncodedData) -> Line:
-        """The line of a training run."""
+        """Create the line of a training run."""
         return cls(
             name,
             result.accuracy(data),
@@ -57,14 +57,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """A saved prompt that was loaded into a fresh model, compared with the trained one.
+    """The comparison of a saved prompt, loaded into a fresh model, with the trained prompt.
 
     Attributes:
-        name: what was trained.
-        directory: where it was saved.
+        name: the name of the training run.
+        directory: the directory of the saved prompt.
         same: the number of test rows with the same prediction.
         rows: the number of test rows.
-        largest_difference: the largest difference between two logits.
+        largest_difference: the largest absolute difference between corresponding logits.
     """
 
     name: str

@@ -30,14 +30,14 @@ QUICK_EPOCHS = 1
 def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
     """Run the demo: print the results, and write them to `report.json`.
 
-    It writes nothing outside `options.output`.
+    Nothing is written outside `options.output`.
 
     Args:
         options: the options.
-        console: where to print.
+        console: the console to print to.
 
     Raises:
-        SoftHooksError: the model or a required package is missing, or a frozen tensor changed.
+        SoftHooksError: the model or a required package is missing, or a frozen tensor has changed.
     """
     console = console or Console()
     transformers.logging.set_verbosity_error()
@@ -106,7 +106,7 @@ def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, 
 def _compare_reloaded(
     options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, results: dict[str, Result], console: Console
 ) -> list[Reloaded]:
-    """Load each saved prompt into a fresh model, and compare the logits with those after training."""
+    """Load each saved prompt into a fresh model, and compare its logits with the logits after training."""
     console.print("\n[bold]The saved prompts, loaded into fresh models[/]")
     compared = []
     for name, result in results.items():

@@ -1,4 +1,4 @@
-"""The training script of the demo: plain Hugging Face Trainers; for a prompt, `callbacks` is the only difference."""
+"""The training script of the demo: plain Hugging Face Trainers, which differ only in `callbacks` when they train a prompt."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Result:
     """The result of a training run.
 
     Attributes:
-        logits: of the test rows, [rows, classes].
+        logits: the logits of the test rows, [rows, classes].
         trained: the number of trained parameters.
         seconds: the training time, without saving and evaluation.
         checkpoint: the directory that `trainer.save_model` wrote.
-        frozen: the report that the tensors of the base model are unchanged.
+        frozen: the report of the check that the base model is unchanged.
     """
 
     logits: Logits
@@ -50,12 +50,12 @@ class Result:
     frozen: FrozenReport
 
     def accuracy(self, data: EncodedData) -> float:
-        """The share of test rows whose prediction is right."""
+        """Return the share of test rows with a correct prediction."""
         return float(np.mean(self.logits.argmax(-1) == data.test.labels))
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The size of the checkpoint, without the tokenizer and the training arguments that a Trainer saves with it."""
+        """The size of the checkpoint, without the tokenizer and the training arguments, which a Trainer saves too."""
         extras = ("tokenizer", "special_tokens", "vocab", "training_args")
         return sum(file.stat().st_size for file in self.checkpoint.iterdir() if not file.name.startswith(extras))
 
@@ -63,7 +63,7 @@ class Result:
 def train_soft_prompt(
     method: Method, checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, directory: Path
 ) -> Result:
-    """Train a prompt and the new head on the frozen model: the lines to copy."""
+    """Train a prompt and the new head on the frozen model; copy these lines."""
     set_seed(recipe.seed)
     model = checkpoint.classifier(data.tokenizer, data.labels)
     callback = SoftPromptCallback(method)
@@ -78,7 +78,7 @@ def train_soft_prompt(
     trainer.save_model(str(directory))
     logits = predict(model, data, directory)
     soft_prompt = callback.soft_prompt
-    assert soft_prompt is not None  # the Trainer attached it
+    assert soft_prompt is not None  # attached by the callback
     result = Result(logits, soft_prompt.num_parameters, seconds, directory, soft_prompt.verify_frozen())
     soft_prompt.remove()
     return result
@@ -104,7 +104,7 @@ def train_head(checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, direct
 
 
 def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, directory: Path) -> Logits:
-    """Load a saved prompt into a fresh model, whose head is random until then, and classify the test rows."""
+    """Load a saved prompt with its head into a fresh model, and classify the test rows."""
     set_seed(seed)
     model = checkpoint.classifier(data.tokenizer, data.labels)
     load(model, directory)
@@ -112,7 +112,7 @@ def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, direc
 
 
 def predict(model: PreTrainedModel, data: EncodedData, directory: Path) -> Logits:
-    """Classify the test rows in their order; grouping by length, as in training, would change it."""
+    """Classify the test rows in their order, without grouping by length, which would change the order."""
     arguments = TrainingArguments(
         output_dir=str(directory), per_device_eval_batch_size=64, report_to="none", dataloader_pin_memory=False
     )
@@ -123,7 +123,7 @@ def predict(model: PreTrainedModel, data: EncodedData, directory: Path) -> Logit
 
 
 def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
-    """The arguments of all three runs; they differ in learning rate and epochs."""
+    """Return the arguments for a run; the three runs differ only in learning rate and epochs."""
     return TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=recipe.epochs,
@@ -134,7 +134,7 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         train_sampling_strategy="group_by_length",
         logging_strategy="epoch",
         save_strategy="no",
-        disable_tqdm=False,  # else the low verbosity of the demo would hide the progress bar
+        disable_tqdm=False,  # otherwise, the low verbosity of the demo would hide the progress bar
         report_to="none",
         dataloader_pin_memory=False,
         seed=recipe.seed,

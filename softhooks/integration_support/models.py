@@ -1,4 +1,4 @@
-"""Models with prompts: their state, their structure, their embeddings."""
+"""The state, the structure and the embeddings of models with prompts."""
 
 from softhooks.backbone.container import Container
 from softhooks.backbone.examine import examine

@@ -1,4 +1,4 @@
-"""Saved prompts, and their conversion from and to PEFT's adapters."""
+"""Saved prompts, and their conversion to and from PEFT adapters."""
 
 from softhooks.formats import peft_read, peft_write
 from softhooks.formats.find import find

@@ -1,4 +1,4 @@
-"""Prompts in servers and other programs that make the batches."""
+"""Prompts in servers and other programs that build batches themselves."""
 
 from softhooks.runtime.continuous_batching import require_servable, required_columns
 from softhooks.serving.embeddings import sequence_embeddings

@@ -34,8 +34,8 @@ def require_same_run(stored: dict[str, Any] | None, present: dict[str, Any]) -> 
     for key, value in (stored or {}).items():
         if key in present and present[key] and value and present[key] != value:
             raise TrainerError(
-                f"the {key} of this run differs from the {key} in the checkpoint.",
-                "Resume with the {key} that wrote the checkpoint, or start a new run in another `output_dir`.",
+                f"this run and the checkpoint differ in the {key}.",
+                "Resume with the settings that wrote the checkpoint, or start a new run in another `output_dir`.",
                 checkpoint=value,
                 now=present[key],
             )

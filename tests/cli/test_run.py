@@ -276,9 +276,9 @@ def test_a_wrong_command_line_says_the_rule_both_values_and_the_remedy(
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
-        ([], "none is named"),
+        ([], r"called without a script or `-m MODULE`"),
         (["no-such.py"], "not a script: no such file"),
-        (["--init"], "--init needs a value"),
+        (["--init"], "--init is given without a value"),
     ],
 )
 def test_a_command_line_without_a_script_is_refused(arguments: list[str], phrase: str) -> None:

@@ -180,18 +180,18 @@ def test_parameters_that_an_optimizer_is_given_later_are_found_when_the_run_begi
 
 def test_what_is_tracked_must_be_an_engine() -> None:
     _, prompt = _attached()
-    with pytest.raises(TrainerError, match=r"ignite\.engine\.Engine; it was given dict"):
+    with pytest.raises(TrainerError, match=r"was given dict; it takes an ignite\.engine\.Engine"):
         track({}, prompt, torch.optim.SGD(prompt.parameters()))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"method": PromptTuning(4)}, "written with another method"),
-        ({"method": PrefixTuning(5)}, "written with another method"),
-        ({"method": PrefixTuning(4), "optimizer": torch.optim.SGD}, "written with another optimizer"),
+        ({"method": PromptTuning(4)}, "differ in the method"),
+        ({"method": PrefixTuning(5)}, "differ in the method"),
+        ({"method": PrefixTuning(4), "optimizer": torch.optim.SGD}, "differ in the optimizer"),
         ({"method": PrefixTuning(4), "name": "other"}, "names and shapes must match"),
-        ({"method": PrefixTuning(4), "arch": "roberta"}, "written with another base model"),
+        ({"method": PrefixTuning(4), "arch": "roberta"}, "differ in the base model"),
     ],
     ids=["method", "shape", "optimizer", "name", "base"],
 )
@@ -217,7 +217,7 @@ def test_one_prompt_of_a_model_is_tracked(tmp_path: Path) -> None:
     run = Run(tmp_path, PromptTuning(4))
     second = softhooks.attach(run.model, PrefixTuning(4), "second")
     optimizer = torch.optim.SGD([p for n, p in second.named_parameters() if ".second." in n])
-    with pytest.raises(TrainerError, match="already hold the prompt 'default'; they hold one prompt"):
+    with pytest.raises(TrainerError, match="already hold the prompt 'default'; they can hold only one prompt"):
         track(Engine(lambda engine, batch: None), second, optimizer)
 
 

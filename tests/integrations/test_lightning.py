@@ -353,7 +353,7 @@ def test_load_from_checkpoint_restores_a_module_that_attaches_itself(
             super().__init__(seed=9)
             attach(self, METHODS["mlp"])
 
-    with pytest.raises(TrainerError, match="written with another base model"):
+    with pytest.raises(TrainerError, match="differ in the base model"):
         Other.load_from_checkpoint(path)
     Own().load_state_dict(content)
 
@@ -393,10 +393,10 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(
             trainer_of(callback).fit(module, loader(), ckpt_path=path)
         assert not module.seen
 
-    refused("written with another method", lit(), callback_of(METHODS["prompt"]))
-    refused("written with another method", lit(), callback_of(PrefixTuning(5, projection=True, hidden_size=8)))
-    refused("written with another base model", lit(seed=9), callback_of(METHODS["mlp"]))
-    refused("written with another optimizer", lit(optimizer="SGD"), callback_of(METHODS["mlp"]))
+    refused("differ in the method", lit(), callback_of(METHODS["prompt"]))
+    refused("differ in the method", lit(), callback_of(PrefixTuning(5, projection=True, hidden_size=8)))
+    refused("differ in the base model", lit(seed=9), callback_of(METHODS["mlp"]))
+    refused("differ in the optimizer", lit(optimizer="SGD"), callback_of(METHODS["mlp"]))
     refused("names and shapes must match", lit(), callback_of(METHODS["mlp"], name="other"))
 
     trainer_of(each_epoch(pl, tmp_path / "bare"), epochs=1).fit(lit(), loader())

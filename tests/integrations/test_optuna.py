@@ -104,8 +104,8 @@ def test_one_candidate_is_not_chosen_from() -> None:
         ({"init": "vocab"}, "init='vocab' is not a list"),
         ({"init": [["vocab"], ["random"]]}, "one value of another type"),
         ({"hidden": [4]}, r"PromptTuning does not accept(.|\n)*hidden"),
-        ({"learning_rate": (0.1, 0.01)}, "learning_rate must be"),
-        ({"learning_rate": (0.0, 0.01)}, "learning_rate must be"),
+        ({"learning_rate": (0.1, 0.01)}, "it must be a pair"),
+        ({"learning_rate": (0.0, 0.01)}, "it must be a pair"),
     ],
     ids=str,
 )

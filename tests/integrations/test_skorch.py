@@ -314,9 +314,9 @@ def test_a_method_with_a_loss_of_its_own_is_refused_and_the_model_untouched() ->
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"method": PrefixTuning(4)}, "written with another method"),
-        ({"method": PromptTuning(5)}, "written with another method"),
-        ({"model": functools.partial(zoo.build, "roberta", "sequence")}, "written with another base model"),
+        ({"method": PrefixTuning(4)}, "differ in the method"),
+        ({"method": PromptTuning(5)}, "differ in the method"),
+        ({"model": functools.partial(zoo.build, "roberta", "sequence")}, "differ in the base model"),
     ],
     ids=["method", "shape", "base"],
 )

@@ -183,7 +183,7 @@ def resumed(folder: Path, callback: SoftPromptCallback, **options: Any) -> tuple
         (
             {},
             {"optim": "sgd"},
-            r"the optimizer of this run differs from the optimizer in the checkpoint(.|\n)*adamw_torch(.|\n)*sgd",
+            r"this run and the checkpoint differ in the optimizer(.|\n)*adamw_torch(.|\n)*sgd",
         ),
         ({"freeze_dropout": True}, {}, r"dropout of the base(.|\n)*as the model has it(.|\n)*freeze_dropout"),
         ({"trainable": "model.norm.weight"}, {}, r"share of the base that trains(.|\n)*none(.|\n)*model\.norm\.weight"),

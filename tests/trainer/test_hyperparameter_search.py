@@ -165,7 +165,8 @@ def test_a_model_of_model_init_resumes_from_its_own_only(tmp_path: Path, entry: 
         with (
             training.logged(),
             pytest.raises(
-                (TrainerError, ValueError, RuntimeError), match=r"of this run differs from the|match|Error\(s\)"
+                (TrainerError, ValueError, RuntimeError),
+                match=r"this run and the checkpoint differ in the|match|Error\(s\)",
             ),
         ):
             wronged.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
