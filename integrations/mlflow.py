@@ -1,22 +1,22 @@
 """MLflow: a trained prompt as an artifact, its options and nearest words, and one run for each trial of a search.
 
 The prompt's metrics (`soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="mlflow"` without this
-callback. It adds to the Trainer's run, on a server or in local files:
+callback. The callback adds to the Trainer's run, on a server or in local files:
 
-- the method, its options and the number of parameters, as parameters `soft_prompt.*` (cut to MLflow's maximum length; complete in
-  the artifact's `soft_prompt.json`);
-- at the end of training (after the best model is loaded, if it is) the prompt's files as the artifact `soft_prompt`, from which
-  `softhooks.load(model, mlflow.artifacts.download_artifacts(run_id=..., artifact_path="soft_prompt"))` loads;
-- with a tokenizer, the words nearest to each virtual token, `soft_prompt_words.tsv`;
-- in a hyperparameter search one run for each trial, nested in the script's run if there is one; the Trainer's own reporter starts
-  a run for the first trial only. The last run ends with the process or with `mlflow.end_run()`.
+- the method, its options and the number of parameters, as parameters `soft_prompt.*` (cut to MLflow's maximum length; the full
+  values are in the artifact's `soft_prompt.json`);
+- at the end of training (after the best model is loaded, if enabled) the prompt's files as the artifact `soft_prompt`, for
+  `softhooks.load(model, mlflow.artifacts.download_artifacts(run_id=..., artifact_path="soft_prompt"))`;
+- with a tokenizer, the words nearest to each virtual token, as `soft_prompt_words.tsv`;
+- in a hyperparameter search, one run for each trial, nested in the script's run if there is one; the Trainer's own reporter
+  starts a run for the first trial only. The last run ends with the process or with `mlflow.end_run()`.
 
 MLflow writes to local files (`MLFLOW_TRACKING_URI=file:...`) only with `MLFLOW_ALLOW_FILE_STORE=true`. Set
-`MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise its threads race to create the directory of a metric with a slash in its
-name, and a value may be lost ("Failed to log run data: File exists").
+`MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise MLflow's threads race to create the directory of a metric with a slash in
+its name, and a value may be lost ("Failed to log run data: File exists").
 
-Refused with an error before the first step: no active run; `HF_MLFLOW_LOG_ARTIFACTS`, which logs every checkpoint as a model for
-`pyfunc`, which a prompt is not; a tokenizer for a prompt of keys and values or in a sharded model.
+Refused with an error before the first step: no active run; `HF_MLFLOW_LOG_ARTIFACTS`, because it logs every checkpoint as a model
+for `pyfunc`, although it only holds a prompt; a tokenizer for a prompt of keys and values or in a sharded model.
 
 Versions tested: mlflow-skinny 3.17.2
 
@@ -58,10 +58,10 @@ _EAGER = "HF_MLFLOW_LOG_ARTIFACTS"
 
 
 class PromptArtifact(PromptTracker):
-    """Record the prompt that a Trainer trains in its MLflow run.
+    """Records the prompt that a Trainer trains in the Trainer's MLflow run.
 
     Args:
-        tokenizer: the model's tokenizer; None: no table of nearest words.
+        tokenizer: the model's tokenizer, or None for no table of nearest words.
         words: the number of nearest words for each virtual token.
 
     Raises:
@@ -71,35 +71,35 @@ class PromptArtifact(PromptTracker):
     def __init__(self, tokenizer: Any = None, *, words: int = 5) -> None:
         super().__init__(tokenizer, words=words)
         _mlflow()
-        self._outer: str | None = None  # the script's own run
+        self._outer: str | None = None  # the run that the script started
         self._run_id: str | None = None
         self._is_over = True
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note whether the script has started a run."""
+        """Record whether the script has started a run."""
         self._outer = _active()
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Log the options, in a search in the trial's run.
+        """Log the options; in a search, log them in the trial's run.
 
         Raises:
             TrainerError: there is no active run, or HF_MLFLOW_LOG_ARTIFACTS is set.
         """
         if os.environ.get(_EAGER, "").upper() in _TRUE:
             raise TrainerError(
-                f"{_EAGER}={os.environ[_EAGER]} would log each checkpoint as a model for `pyfunc`, but it holds only the prompt.",
+                f"{_EAGER}={os.environ[_EAGER]} would log each checkpoint as a `pyfunc` model, but these hold only a prompt.",
                 f"Unset {_EAGER}; PromptArtifact logs the prompt's files.",
             )
         self._run_id = self._of_trial(state) if state.is_hyper_param_search else _active()
         if self._run_id is None:
             raise TrainerError(
                 "there is no active MLflow run for PromptArtifact to log to.",
-                "Set report_to='mlflow', which starts one, or call `mlflow.start_run()` before `train()`.",
+                "Set report_to='mlflow', which starts a run, or call `mlflow.start_run()` before `train()`.",
             )
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 
     def _of_trial(self, state: TrainerState) -> str:
-        """The run of a trial: the reporter starts that of the first trial, this callback those of the others."""
+        """Return the MLflow run of a trial; the reporter starts the run of the first trial, and this callback the later runs."""
         mlflow, last = _mlflow(), self._run_id
         if last is not None and _active() == last:
             mlflow.end_run("FINISHED" if self._is_over else "FAILED")
@@ -111,9 +111,9 @@ class PromptArtifact(PromptTracker):
         return str(run.info.run_id)
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Log files and words, also if the reporter has ended the run; a trial's run is resumed for its final evaluation."""
+        """Log files and words, even if the reporter has ended the run; a trial's run is resumed for its final evaluation."""
         mlflow = _mlflow()
-        mlflow.flush_async_logging()  # MLflow reads the run's metrics too, which may be half written
+        mlflow.flush_async_logging()  # MLflow also reads the run's metrics, which may be only partly written
         client = mlflow.MlflowClient()
         client.log_artifacts(self._run_id, str(folder), ABOUT)
         if words:
@@ -130,13 +130,13 @@ def _active() -> str | None:
 
 
 def _cell(value: Any) -> str:
-    """A value as a cell of a table, with tabs and line breaks escaped as in JSON."""
+    """Convert a value to a cell of a table, with tabs and line breaks escaped as in JSON."""
     text = str(value)
     return text if text.isprintable() and text else json.dumps(text)
 
 
 def _short(value: Any) -> str:
-    """A parameter's value as a string, cut to MLflow's maximum length."""
+    """Convert a parameter's value to a string, cut to MLflow's maximum length."""
     from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
     text = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,16 +1,16 @@
-"""Optuna: search over methods, their length, their initialization and the learning rate.
+"""Optuna: search over methods, prompt lengths, initializations and learning rates.
 
 A `PromptSpace` defines the search. Pass its `callback()` to a Trainer instead of a `SoftPromptCallback`, and the space itself as
-the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns; that may
-be the same base for all trials, because the base does not change. Pruning works as in any search with a Trainer. For your own
+the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns, which
+can be the same for all trials, because the base does not change. Pruning works as in any search with a Trainer. For your own
 study, `objective(model, train)` attaches the prompt of each trial, checks that the base has not changed, saves the prompt, and
-removes it, also if the trial is pruned or fails.
+removes it, even if the trial is pruned or fails.
 
-Get the best prompt from its checkpoint (`checkpoint_of`), or train again with the chosen options (`settle`). The values of trials
-are those of their last evaluation, as in the Trainer's search.
+Load the best prompt from its checkpoint (`checkpoint_of`), or train again with the chosen options (`settle`). A trial's value
+comes from its last evaluation, as in the Trainer's search.
 
 Refused with an error: a space without candidates; options that a method does not have; searches with several threads (`n_jobs`),
-which would share one model; runs of another space.
+which would share a model; runs of another space.
 
 Versions tested: optuna 5.0.0
 
@@ -59,13 +59,13 @@ METHOD = "method"
 
 
 class PromptSpace:
-    """A search space: candidates by name.
+    """A search space of named candidates.
 
     The space is the `hp_space` of `trainer.hyperparameter_search`. To search over more arguments of the Trainer, pass
     `lambda trial: {**space(trial), "num_train_epochs": trial.suggest_int(...)}`.
 
     Args:
-        candidates: the candidates.
+        candidates: the candidates by name.
 
     Raises:
         OptionError: there are no candidates.
@@ -80,17 +80,17 @@ class PromptSpace:
         self.candidates = candidates
 
     def suggest(self, trial: Any) -> Chosen:
-        """Choose the method and the learning rate of a trial; called again, the same."""
+        """Choose the method and the learning rate of a trial; repeated calls return the same choice."""
         names = list(self.candidates)
         name = names[0] if len(names) == 1 else trial.suggest_categorical(METHOD, names)
         return self.candidates[name].suggest(trial, name)
 
     def __call__(self, trial: Any) -> dict[str, float]:
-        """The Trainer's arguments for a trial."""
+        """Return the Trainer's arguments for a trial."""
         return {"learning_rate": self.suggest(trial).learning_rate}
 
     def chosen(self, found: Any) -> Chosen:
-        """The method and the learning rate of a finished trial.
+        """Return the method and the learning rate of a finished trial.
 
         Args:
             found: the best run of a Trainer's search, a trial of a study, or the parameters of a trial.
@@ -106,7 +106,7 @@ class PromptSpace:
         except (ValueError, KeyError) as error:
             raise OptionError(
                 "the trial does not belong to this space.",
-                "Use the space that was searched.",
+                "Use the space of the search.",
                 parameters=dict(parameters),
                 candidates=", ".join(self.candidates),
             ) from error
@@ -114,7 +114,7 @@ class PromptSpace:
     # --- with a Trainer -----------------------------------------------------------------------------------------------
 
     def callback(self, **options: Any) -> SoftPromptCallback:
-        """Make the callback that trains each trial's method; outside a search that of `settle`, or of the first candidate.
+        """Create a callback that trains each trial's method, or outside a search the method of `settle` or the first candidate.
 
         Args:
             options: as for `SoftPromptCallback`.
@@ -125,7 +125,7 @@ class PromptSpace:
         """Set a Trainer to the options of a trial, so that `train()` repeats it.
 
         Args:
-            found: as for `chosen`; the Trainer's arguments in it are set too.
+            found: as for `chosen`; if it contains arguments of the Trainer, these are set too.
             trainer: the Trainer that searched, or one with the same arguments and another `callback()` of this space.
 
         Raises:
@@ -138,7 +138,7 @@ class PromptSpace:
         if not own:
             raise TrainerError(
                 "the Trainer has no callback of this space.",
-                "Pass `space.callback()` to it in `callbacks=[...]`.",
+                "Pass `space.callback()` to the Trainer in `callbacks=[...]`.",
                 callbacks=", ".join(type(one).__name__ for one in trainer.callback_handler.callbacks),
             )
         own[0].settled = chosen.method
@@ -158,17 +158,17 @@ class PromptSpace:
         save_to: str | Path | None = None,
         **options: Any,
     ) -> Callable[[Any], float]:
-        """Make the objective for `study.optimize`.
+        """Create the objective for `study.optimize`.
 
         Args:
             model: the base of all trials.
-            train: called with the prompt, the learning rate and `report(value, step)`, which also prunes; returns the value.
-            save_to: a directory for the trials' prompts, in subdirectories `trial-<number>`; None: they are not saved.
+            train: a function of the prompt, the learning rate and `report(value, step)`, which also prunes; returns the value.
+            save_to: a directory for the trials' prompts, in subdirectories `trial-<number>`, or None to not save them.
             options: as for `attach`.
 
         Raises:
-            TrainerError: in a trial: another trial is running on the same model.
-            FrozenModifiedError: in a trial: the base has changed.
+            TrainerError: raised in a trial: another trial is running on the same model.
+            FrozenModifiedError: raised in a trial: the base has changed.
         """
         alone = threading.Lock()
 
@@ -200,10 +200,10 @@ class _SearchCallback(SoftPromptCallback):
         super().__init__(self.settled, **options)
 
     def method_for(self, trial: Any) -> Method:
-        """The method of a trial.
+        """Return the method of a trial.
 
         Raises:
-            TrainerError: a trial is running in another thread.
+            TrainerError: another trial is running in another thread.
         """
         if trial is None:
             return self.settled
@@ -221,14 +221,14 @@ class _SearchCallback(SoftPromptCallback):
 
 
 def checkpoint_of(best: Any, args: Any) -> Path:
-    """The last checkpoint of a run of a Trainer's search; `softhooks.load` reads it.
+    """Return the last checkpoint of a run of a Trainer's search, which `softhooks.load` can read.
 
     Args:
         best: the result of `hyperparameter_search`.
         args: the Trainer's arguments.
 
     Raises:
-        CheckpointError: the run has none.
+        CheckpointError: the run has no checkpoint.
     """
     folder = Path(args.output_dir) / f"run-{best.run_id}"
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
@@ -243,13 +243,13 @@ def checkpoint_of(best: Any, args: Any) -> Path:
 
 def _concurrent(trial: Any) -> TrainerError:
     return TrainerError(
-        f"trial {trial.number} started while another one is running on the same Trainer or model.",
+        f"trial {trial.number} started while another trial is running on the same Trainer or model.",
         "Search with n_jobs=1; to search in parallel, let several processes share the study's storage.",
     )
 
 
 def _reporting(trial: Any) -> Callable[[float, int], None]:
-    """Make the function that reports a value to the study, and ends the trial if the study prunes it."""
+    """Return a function that reports a value to the study, and ends the trial if the study prunes it."""
     pruned = _optuna().TrialPruned
 
     def report(value: float, step: int) -> None:

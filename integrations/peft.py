@@ -1,28 +1,28 @@
-"""PEFT: convert its prompts to softhooks and back, between models in memory; for saved ones there is `softhooks convert`.
+"""PEFT: convert the prompts of models in memory to softhooks and back; for saved prompts, use `softhooks convert`.
 
-`from_peft` attaches the adapters of a `PeftModel` to a model without PEFT, one prompt for each, by name: prompt tuning,
+`from_peft` attaches the adapters of a `PeftModel` to a model without PEFT, one prompt per adapter, by name: prompt tuning,
 P-tuning (LSTM or MLP, folded), prefix tuning (its MLP folded), multitask prompt tuning, CPT, LLaMA-Adapter and cartridges, with
-their trained heads. `to_peft` makes a `PeftModel` from prompts. Both ways the logits of text without padding are the same. With
-padding, packed rows, caches and classification on decoders the results differ: softhooks' are right and PEFT's are not.
+their trained heads. `to_peft` creates a `PeftModel` from prompts. In both directions, the logits of text without padding are the
+same. With padding, packed rows, caches and classification on decoders the results differ: softhooks is right and PEFT is wrong.
 `softhooks.load` reads a saved adapter, and `save_pretrained(..., as_peft=True)` writes one. A prompt together with LoRA needs
-no integration: attach it to the `PeftModel`.
+no integration: attach the prompt to the `PeftModel`.
 
 Refused with an error, without changing either model. From PEFT: other kinds of adapters (LoRA stays with PEFT, and so do
-trainable tokens); prefixes of encoder-decoders, of which PEFT shares one table between layers; prompts in encoders that classify
-the first position, which in PEFT is a virtual token; LLaMA-Adapter on GPT-2 or with biased projections. To PEFT: a layout, a
-prefix in some of the layers, and three prefixes of an encoder-decoder.
+trainable tokens); prefixes of encoder-decoders, because PEFT shares a table between their layers; prompts in encoders that
+classify the first position, which is a virtual token in PEFT; LLaMA-Adapter on GPT-2 or with biased projections. To PEFT: a
+layout, a prefix in only some of the layers, and three prefixes of an encoder-decoder.
 
 Versions tested: peft 0.21.2, transformers 5.23.0.
 
 Example:
     from softhooks.integrations.peft import from_peft, to_peft
 
-    prompts = from_peft(peft_model, model)  # every adapter, by its name; the one that was active is on
+    prompts = from_peft(peft_model, model)  # all adapters, by name; the active adapter's prompt is active
     with softhooks.rows(model, ["en", "de"]):
-        model.generate(**batch, max_new_tokens=8)  # one prompt a row, whatever their padding
+        model.generate(**batch, max_new_tokens=8)  # one prompt per row, with any padding
     prompts["en"].save_pretrained("en-prompt")
 
-    back = to_peft(prompts.values(), model)  # a PeftModel on the same model, which softhooks lets go
+    back = to_peft(prompts.values(), model)  # a PeftModel on the same model, from which the prompts are removed
     back.save_pretrained("adapters")
 """
 
@@ -71,17 +71,17 @@ def from_peft(
 
     Args:
         peft_model: the model with the adapters; it is not changed.
-        model: the base model: another one, or `peft_model.get_base_model()`, which both then share.
-        names: the adapters to convert; None: all. A mapping gives new names.
+        model: the base model: a separate model, or `peft_model.get_base_model()`, which is then shared.
+        names: the adapters to convert, or None for all adapters. A mapping gives new names.
         trainable: make the prompts trainable; their encoders are folded, so the embeddings or key-value tables train directly.
 
     Returns:
-        the prompts, by name. The active adapter's prompt is active; if it was not asked for, the last one.
+        the prompts, by name. The active adapter's prompt is active, or the last prompt if that adapter was not converted.
 
     Raises:
         OptionError: there is no such adapter.
         CheckpointError: softhooks has no method for an adapter.
-        PromptMismatchError, AttachError: a prompt does not fit the model. Nothing is attached then.
+        PromptMismatchError, AttachError: a prompt does not fit the model. Nothing is attached.
     """
     _peft()
     chosen = _chosen(peft_model, names)
@@ -114,7 +114,7 @@ def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
     """Read one adapter of a PEFT model as a stored prompt.
 
     Raises:
-        CheckpointError: softhooks has no method for it.
+        CheckpointError: softhooks has no method for the adapter.
     """
     config = peft_model.peft_config[adapter]
     described = json.loads(json.dumps(config.to_dict(), default=_jsonable))
@@ -128,7 +128,7 @@ def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
 
 @contextmanager
 def _restored(peft_model: nn.Module) -> Iterator[None]:
-    """Restore parameters that PEFT changes when it reads them: reading a CPT projects its deltas."""
+    """Restore the parameters that PEFT changes when it reads them; for example, reading a CPT adapter projects its deltas."""
     before = [(parameter, parameter.data) for parameter in peft_model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -142,10 +142,10 @@ def _jsonable(value: Any) -> Any:
 
 
 def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) -> dict[str, str]:
-    """The adapters that were asked for, with the names of their prompts."""
+    """Map the chosen adapters to the names of their prompts."""
     configs = getattr(peft_model, "peft_config", None)
     if not isinstance(configs, dict) or not hasattr(peft_model, "get_base_model"):
-        raise OptionError(f"from_peft takes a PeftModel; it was given {type(peft_model).__name__}.")
+        raise OptionError(f"from_peft was given {type(peft_model).__name__}; it takes a PeftModel.")
     if isinstance(names, str):
         names = [names]
     chosen = (
@@ -163,16 +163,16 @@ def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) ->
 
 
 def _require_plain(model: nn.Module) -> None:
-    """Check that a model has no LLaMA-Adapter of PEFT in its forward.
+    """Check that the model contains no LLaMA-Adapter of PEFT.
 
     Raises:
-        OptionError: naming the module.
+        OptionError: a module has such an adapter; the message names the module.
     """
     adapted = [name for name, module in model.named_modules() if type(module).__name__ in _ADAPTED]
     if adapted:
         raise OptionError(
             f"the model has a LLaMA-Adapter of PEFT in {adapted[0]}; prompts are attached to a model without it.",
-            "Load the base model again and pass that one.",
+            "Load the base model again, and pass the new model.",
         )
 
 
@@ -180,11 +180,12 @@ def _require_plain(model: nn.Module) -> None:
 
 
 def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, trainable: bool = False) -> PeftModel:
-    """Make a PEFT model with an adapter for each prompt, by name.
+    """Create a PEFT model with one adapter per prompt, under the same names.
 
     Args:
         prompts: prompts of one model.
-        model: the base model: one of the same class and shape without prompts, or the prompts' own, from which they are removed.
+        model: the base model: a model of the same class and shape without prompts, or the prompts' own model, from which they
+            are removed.
         trainable: leave the adapters trainable, as `get_peft_model` does.
 
     Returns:
@@ -192,8 +193,8 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
 
     Raises:
         UnsupportedMethodError: PEFT has no adapter that computes the same. The model is unchanged.
-        PromptMismatchError: the model has another class or shape. It is unchanged.
-        OptionError: there are no prompts, or the model has others.
+        PromptMismatchError: the class or the shape of the model differs. The model is unchanged.
+        OptionError: there are no prompts, or the model has other prompts.
     """
     peft = _peft()
     given = [prompts] if isinstance(prompts, SoftPrompt) else list(prompts)
@@ -205,8 +206,8 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
     kinds = {config["peft_type"] for config, _ in parts.values()}
     if len(kinds) > 1:
         raise OptionError(
-            f"the prompts become adapters of the types {sorted(kinds)}; a PEFT model has one type.",
-            "Make one PEFT model for each type.",
+            f"the prompts would become adapters of the types {sorted(kinds)}; a PEFT model has only one type.",
+            "Create one PEFT model for each type.",
         )
     active = given[0].prompted_model.active
     _require_base(given, model)
@@ -241,16 +242,17 @@ def _require_one_model(prompts: list[SoftPrompt]) -> None:
     if len(models) != 1 or detached:
         raise OptionError(
             f"the prompts are on {len(models)} models; `to_peft` takes prompts that are attached to one model.",
-            "Attach or load them first; call `to_peft` once for each model.",
+            "Attach or load the prompts first, and call `to_peft` once for each model.",
             removed=detached or "none",
         )
 
 
 def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
-    """Check that a model has the prompts' class and shape, and no other prompts or adapters.
+    """Check that a model has the same class and shape as the prompts' model, and no other prompts or adapters.
 
     Raises:
-        OptionError, PromptMismatchError: it has not.
+        OptionError: the model has other prompts or adapters.
+        PromptMismatchError: the class or the shape differs.
     """
     own = prompts[0].model
     prompted = prompted_model_of(model)
@@ -259,7 +261,7 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
         raise OptionError(
             f"the {type(model).__name__} already has "
             + (f"the prompts {others or sorted(prompted.prompts)}" if prompted is not None else "adapters of PEFT")
-            + "; PEFT wraps a model without either.",
+            + "; PEFT can only wrap a model without them.",
             "Load the base model again, or remove its other prompts and merge its LoRA.",
         )
     if model is own:
@@ -268,8 +270,8 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
     heads = [prompt.name for prompt in prompts if not _has_heads(prompt.to_stored(), model)]
     if mine != theirs or heads:
         raise PromptMismatchError(
-            "the prompts were trained with a model of another class or shape.",
-            "Pass the base model that they were trained with.",
+            "the class or the shape of the model differs from the model that the prompts were trained with.",
+            "Pass the base model that the prompts were trained with.",
             prompt=mine,
             model=theirs,
             heads_that_do_not_fit=heads or "none",
@@ -283,7 +285,7 @@ def _description(model: nn.Module) -> str:
 
 
 def _has_heads(stored: StoredPrompt, model: nn.Module) -> bool:
-    """Whether a model has the heads of a prompt, with the same shapes."""
+    """Whether a model has heads with the names and shapes of a prompt's heads."""
     modules = dict(model.named_modules())
     for path, state in stored.heads.items():
         known = modules[path].state_dict() if path in modules else {}

@@ -1,10 +1,10 @@
 """Ray Train: a callback that reports a Trainer's checkpoints, with a prompt, from Ray's workers.
 
-`SoftPromptCallback` works in the loop of a `TorchTrainer` as anywhere, in one process or several. But with Ray's own
-`RayTrainReportCallback` every worker copies the checkpoint, possibly while the first one is still writing it, and all copies go
-to one directory. With `ReportCallback`, workers wait until the checkpoint is complete; the first one reports it, and the others
-add their random state. Names and layout are those of Ray's callback (`checkpoint/` in the reported directory). Checkpoints hold
-only the prompt. `last_checkpoint` returns the path from which a restarted run resumes bit for bit.
+`SoftPromptCallback` works in the loop of a `TorchTrainer` as in any other Trainer, in one process or several. But with Ray's own
+`RayTrainReportCallback`, every worker copies the checkpoint, possibly while the first worker is still writing it, and all copies
+go to the same directory. With `ReportCallback`, workers wait until the checkpoint is complete; the first worker reports it, and
+the other workers add their random state. Names and layout are the same as with Ray's callback (`checkpoint/` in the reported
+directory). Checkpoints hold only the prompt. `last_checkpoint` provides the path from which a restarted run resumes bit for bit.
 
 Refused with an error: a save that left no checkpoint of the Trainer. In a training loop without a Trainer, report the result of
 `prompt.save_pretrained` yourself, or resume with `softhooks.integrations.accelerate`.
@@ -53,7 +53,7 @@ CHECKPOINT = "checkpoint"
 
 
 class ReportCallback(TrainerCallback):
-    """Report each checkpoint of a Trainer, with the latest metrics, to Ray Train.
+    """Reports each checkpoint of a Trainer, with the latest metrics, to Ray Train.
 
     Raises:
         SoftHooksError: Ray is not installed.
@@ -87,10 +87,10 @@ class ReportCallback(TrainerCallback):
 
 @contextmanager
 def last_checkpoint(start: Any = None) -> Iterator[str | None]:
-    """The path of the last checkpoint that this run has reported, also before Ray restarted it; None if there is none.
+    """Provide the path of the last checkpoint that this run reported, even before a restart by Ray, or None if there is none.
 
     Args:
-        start: a checkpoint of another run (`result.checkpoint`) to start from if this run has none yet.
+        start: a checkpoint of another run (`result.checkpoint`) to start from if this run has no checkpoint yet.
 
     Raises:
         SoftHooksError: Ray is not installed.
@@ -105,7 +105,7 @@ def last_checkpoint(start: Any = None) -> Iterator[str | None]:
         if not path.is_dir():
             raise TrainerError(
                 f"{checkpoint!r} has no {CHECKPOINT}/, so ReportCallback has not reported it.",
-                "Give the run another name or storage path, or resume from a checkpoint of ReportCallback.",
+                "Use a different name or storage path for the run, or resume from a checkpoint of ReportCallback.",
                 contents=", ".join(sorted(entry.name for entry in Path(folder).iterdir())) or "nothing",
             )
         yield str(path)

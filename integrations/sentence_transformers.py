@@ -1,14 +1,14 @@
 """sentence-transformers: prompts in embedding models, cross-encoders and sparse encoders.
 
-The prompt is attached to the transformers model inside (`model.transformers_model`); pooling, normalization and all later modules
-get only the text. `SentencePromptCallback` trains it with the library's trainers and losses; everything else in the model is
-frozen. `attach` attaches a prompt without a Trainer. `softhooks.disabled` and `activate` accept the sentence model.
+The prompt is attached to the inner transformers model (`model.transformers_model`); pooling, normalization and all later modules
+get only the text. `SentencePromptCallback` trains the prompt with the library's trainers and losses, and freezes everything else
+in the model. `attach` attaches a prompt without a Trainer. `softhooks.disabled` and `activate` accept the sentence model.
 
 `model.save_pretrained` and `trainer.save_model` write the whole model with its prompt. `load(folder)` reads it, and so does
-`SentenceTransformer(folder, trust_remote_code=True)`; without the flag, the library raises for every module that is not its own.
-A Trainer's checkpoints hold only the prompt and resume bit for bit; `load_prompt(model, folder)` loads one onto its base.
+`SentenceTransformer(folder, trust_remote_code=True)`; without the flag, the library refuses every module from another package.
+A Trainer's checkpoints hold only the prompt and resume bit for bit; `load_prompt(model, folder)` loads them onto the base.
 
-Refused with an error: several transformers models in one (Router), a first module other than `Transformer`, backends other than
+Refused with an error: several inner transformers models (Router), a first module other than `Transformer`, backends other than
 torch, PEFT adapters, one prompt per row (`rows`; the library sorts texts), losses with their own parameters (SoftmaxLoss),
 multi-process pools, `torch_compile`, FSDP. DDP works. Inputs are padded even where the library would pack them for flash
 attention, and texts are truncated earlier if slots need positions.
@@ -89,7 +89,7 @@ def attach(model: Any, method: Method, name: str = "default", **options: Any) ->
 
 
 def load_prompt(model: Any, path: str | Path, name: str = "default", **options: Any) -> SoftPrompt:
-    """Load a saved prompt onto a sentence model: from a saved model with its prompt, a checkpoint, or the hub.
+    """Load a saved prompt onto a sentence model: from a saved model with its prompt, a checkpoint, or the Hub.
 
     Args:
         model: the sentence model that the prompt was trained on, without prompts.
@@ -104,7 +104,7 @@ def load_prompt(model: Any, path: str | Path, name: str = "default", **options: 
 
 
 def load(folder: str | Path, **options: Any) -> Any:
-    """Load a sentence model that was saved with its prompt; no code from the directory is run.
+    """Load a sentence model that was saved with its prompt, without running code from the directory.
 
     Args:
         folder: a directory that `model.save_pretrained` or `trainer.save_model` wrote.
@@ -120,10 +120,10 @@ def load(folder: str | Path, **options: Any) -> Any:
         family = json.loads((folder / "config_sentence_transformers.json").read_bytes()).get("model_type")
         kinds = [module["type"] for module in modules]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder} holds no sentence model: {error}.") from error
+        raise CheckpointError(f"{folder} contains no sentence model: {error}.") from error
     if KIND not in kinds or family not in FAMILIES:
         raise CheckpointError(
-            f"{folder} holds a sentence model that was not saved with a prompt.",
+            f"{folder} contains a sentence model that was not saved with a prompt.",
             "Load it with sentence-transformers itself.",
             model=family,
             modules=", ".join(map(str, kinds)),
@@ -136,18 +136,18 @@ def load(folder: str | Path, **options: Any) -> Any:
 
 
 class SentencePromptCallback(SoftPromptCallback):
-    """Train a prompt with a `SentenceTransformerTrainer`, `CrossEncoderTrainer` or `SparseEncoderTrainer`.
+    """Trains a prompt with a `SentenceTransformerTrainer`, `CrossEncoderTrainer` or `SparseEncoderTrainer`.
 
-    Arguments and attributes are those of `SoftPromptCallback`.
+    Arguments and attributes are the same as for `SoftPromptCallback`.
 
     Raises:
-        UnsupportedModelError, TrainerError: when the Trainer is made, or before its first step.
+        UnsupportedModelError, TrainerError: when the Trainer is created, or before its first step.
     """
 
     _around: FrozenRecord | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the transformers model inside."""
+        """Attach the prompt to the inner transformers model."""
         model = kwargs["model"]
         inner = transformer_of(model).model
         _refuse_arguments(args)
@@ -155,12 +155,12 @@ class SentencePromptCallback(SoftPromptCallback):
         wrap_sentence_model(model)
 
     def on_model_init(self, args: Any, control: Any, model: Any, trial: Any) -> None:
-        """Attach to the transformers model inside a model that `model_init` returned."""
+        """Attach the prompt to the inner transformers model of a new model from `model_init`."""
         super().on_model_init(args, control, transformer_of(model).model, trial)
         wrap_sentence_model(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the model and the optimizer that will train."""
+        """Check the model and the optimizer of this run."""
         model = kwargs["model"]
         inner = transformer_of(model).model
         _refuse_arguments(args)
@@ -168,13 +168,13 @@ class SentencePromptCallback(SoftPromptCallback):
         super().on_train_begin(args, state, control, **{**kwargs, "model": inner})
         wrap_sentence_model(model)
         if self._saver is not None:
-            self._saver.loaded = False  # from now on it tells whether the best checkpoint was loaded
+            self._saver.loaded = False  # from now on, `loaded` tells whether the best checkpoint was loaded
         self._around = (
             FrozenRecord(model, lambda name: f".{CONTAINER}." not in name) if self._frozen_check.asked else None
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that the best checkpoint was loaded, if it should be, and that nothing else has changed."""
+        """Check that the best checkpoint was loaded, if that was asked for, and that nothing else has changed."""
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and self._saver is not None and not self._saver.loaded:
             raise TrainerError(
@@ -204,12 +204,12 @@ def _refuse_loss_parameters(optimizer: Any, model: nn.Module) -> None:
     if shapes:
         raise TrainerError(
             f"the loss has its own parameters ({len(shapes)} tensors {shapes}), which the library does not save in checkpoints.",
-            "Use a loss without, such as MultipleNegativesRankingLoss or CoSENTLoss; for classes, a CrossEncoder or SetFit.",
+            "Use a loss without parameters, such as MultipleNegativesRankingLoss; for classes, use a CrossEncoder or SetFit.",
         )
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class that `modules.json` names at its first use, when sentence-transformers is installed."""
+    """Create the class named in `modules.json` at its first use, if sentence-transformers is installed."""
     if name == PROMPTED:
         return prompted_transformer()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

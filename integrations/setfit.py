@@ -1,18 +1,18 @@
-"""SetFit: the contrastive phase trains a prompt on the body, the second phase trains the head.
+"""SetFit: the contrastive phase trains a prompt on the body, and the second phase trains the head.
 
 Pass `SetFitPromptCallback` to `setfit.Trainer(callbacks=[...])`. With a differentiable head and `end_to_end=True` the second
 phase trains the prompt too. SetFit unfreezes the whole body after that phase; with a prompt, only what was trainable is
 unfrozen, so a second `train()` does not train the base either.
 
 `model.save_pretrained(folder)` saves body, prompt and head; `SetFitModel.from_pretrained(folder, trust_remote_code=True)` loads
-them. It needs the flag because one module of the body is not from sentence-transformers, and raises without it. Checkpoints of
-the first phase hold only the prompt. `load_best_model_at_end` restores the best one;
-`softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads one onto a new body. SetFit's
-Trainer does not support resuming.
+them. Without the flag, loading fails, because one module of the body is not from sentence-transformers. Checkpoints of the first
+phase hold only the prompt. `load_best_model_at_end` restores the best checkpoint;
+`softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads a checkpoint onto a new body.
+SetFit's Trainer does not support resuming.
 
-Refused with an error: what `softhooks.integrations.sentence_transformers` refuses; models for aspect-based sentiment analysis,
-which train two models with one callback; a Trainer whose model was replaced (`hyperparameter_search`), because SetFit then runs
-one model and steps the other. SetFit renames the loss in its logs, so they do not have the prompt's metrics.
+Refused with an error: everything that `softhooks.integrations.sentence_transformers` refuses; models for aspect-based sentiment
+analysis, which train two models with one callback; a Trainer whose model was replaced (`hyperparameter_search`), because SetFit
+then runs one model and optimizes the other. SetFit renames the loss in its logs, so the logs do not have the prompt's metrics.
 
 Versions tested: setfit 1.2.0
 
@@ -53,27 +53,27 @@ _FREEZE = "_freeze_or_not"
 
 
 class SetFitPromptCallback(SentencePromptCallback):
-    """Train a prompt with a `setfit.Trainer`. Arguments and attributes are those of `SoftPromptCallback`.
+    """Trains a prompt with a `setfit.Trainer`. Arguments and attributes are the same as for `SoftPromptCallback`.
 
     Raises:
-        UnsupportedModelError, TrainerError: when the Trainer is made, or before its first step.
+        UnsupportedModelError, TrainerError: when the Trainer is created, or before its first step.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the transformers model in the body."""
+        """Attach the prompt to the transformers model in the body."""
         model, args, kwargs = _of_the_body(args, kwargs)
         super().on_init_end(args, state, control, **kwargs)
         _keep_frozen(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the body and the optimizer that will train."""
+        """Check the body and the optimizer of this run."""
         model, args, kwargs = _of_the_body(args, kwargs)
         self._refuse_another(kwargs["model"])
         super().on_train_begin(args, state, control, **kwargs)
         _keep_frozen(model)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Release the checkpoint's lock, and check the base."""
+        """Release the checkpoint's lock and check the base."""
         _, args, kwargs = _of_the_body(args, kwargs)
         super().on_save(args, state, control, **kwargs)
 
@@ -86,15 +86,15 @@ class SetFitPromptCallback(SentencePromptCallback):
         known = None if self.soft_prompt is None else self.soft_prompt.model
         if known is not None and transformer_of(body).model is not known:
             raise TrainerError(
-                "the setfit.Trainer has another model than it was made with: it would run the first one and step the other.",
-                "Make a new Trainer with a new callback for each model and each trial.",
+                "the model of the setfit.Trainer was replaced: SetFit would run the first model and optimize the second.",
+                "Create a new Trainer with a new callback for each model and each trial.",
                 made_with=f"{type(known).__name__} at {id(known):#x}",
                 found=f"{type(body.transformers_model).__name__} at {id(body.transformers_model):#x}",
             )
 
 
 def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """SetFit's model, and the event's arguments as a SentenceTransformerTrainer would pass them for the body."""
+    """Return SetFit's model, and the event's arguments as a SentenceTransformerTrainer would pass them for the body."""
     if "st_model" not in kwargs:
         raise TrainerError(
             f"SetFitPromptCallback needs a setfit.Trainer; this Trainer's model is {type(kwargs.get('model')).__name__}.",
@@ -110,7 +110,7 @@ def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
 
 
 class _Freeze:
-    """Replaces SetFit's freezing and unfreezing: of a body with a prompt, only trainable parameters are changed.
+    """Replaces SetFit's freezing and unfreezing, so that in a body with a prompt only trainable parameters change.
 
     Args:
         model: the SetFit model.
@@ -122,7 +122,7 @@ class _Freeze:
         self.frozen: list[nn.Parameter] = []
 
     def __call__(self, module: nn.Module, to_freeze: bool) -> None:
-        """Freeze, or unfreeze what was frozen here."""
+        """Freeze a module, or unfreeze the parameters that were frozen here."""
         if module is not self.model.model_body:
             self.before(module, to_freeze)
             return

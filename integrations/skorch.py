@@ -1,10 +1,10 @@
-"""skorch: scikit-learn's interface for models with a prompt, also in `GridSearchCV`.
+"""skorch: scikit-learn's interface for models with a prompt, including `GridSearchCV`.
 
-`PromptedModule` is the module of a net. It attaches the prompt before skorch makes the optimizer. The method is a parameter like
-any other (`module__method`), so `clone`, `set_params` and searches work. Its `state_dict` is the training state of the prompt:
+`PromptedModule` is the module of a net. It attaches the prompt before skorch creates the optimizer. The method is an ordinary
+parameter (`module__method`), so `clone`, `set_params` and searches work. The `state_dict` is the training state of the prompt:
 `Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params` and `load_params`, with and without `use_safetensors`, save and
-restore only the prompt, and training resumes bit for bit. Copies and pickles of a net, which skorch, joblib and scikit-learn
-make, have their own prompt on a new model. Nets share the weights of a model that is passed, which itself gets no prompt.
+restore only the prompt, and training resumes bit for bit. Copies and pickles of a net, as created by skorch, joblib and
+scikit-learn, have their own prompt on a new model. Nets share the weights of the model that is passed, but do not change it.
 `FrozenCheck` checks after each fit that the base has not changed.
 
 Pass the model as a function (`functools.partial(AutoModel.from_pretrained, path)`) if nets are cloned or pickled: a model would
@@ -24,7 +24,7 @@ Example:
         criterion=torch.nn.CrossEntropyLoss, optimizer=torch.optim.AdamW, lr=1e-2, callbacks=[FrozenCheck], verbose=0,
     )
     search = GridSearchCV(net, {"module__method": [softhooks.PromptTuning(4), softhooks.PrefixTuning(8)]}, cv=2)
-    search.fit(X, y)  # X: a skorch.helper.SliceDict of what the model takes
+    search.fit(X, y)  # X: a skorch.helper.SliceDict of the model's inputs
     search.best_estimator_.save_params("prompt.safetensors", use_safetensors=True)
 
 Versions tested: skorch 1.4.0 with scikit-learn 1.9.1
@@ -52,7 +52,7 @@ from ._training_state import LivePrompt
 
 __all__ = ["FrozenCheck", "PromptedModule"]
 
-FrozenCheck: Any  # made by `__getattr__`
+FrozenCheck: Any  # created by `__getattr__`
 
 _BASE = "model."
 _REBUILT = ("model", "prompt", "_live")
@@ -60,7 +60,7 @@ _REBUILT = ("model", "prompt", "_live")
 
 
 class PromptedModule(nn.Module):
-    """A model with a prompt, as the module of a skorch net. Subclasses may override `answer` and add modules.
+    """The module of a skorch net: a model with a prompt. Subclasses may override `answer` and add modules.
 
     Args:
         model: a model without a prompt, or a function without arguments that returns one.
@@ -68,7 +68,7 @@ class PromptedModule(nn.Module):
         name, train_head, freeze_dropout: as in `softhooks.attach`.
 
     Attributes:
-        model: the model with the prompt; it shares the weights of the model that was passed.
+        model: the model with the prompt, which shares the weights of the given model.
         prompt: the attached prompt.
 
     Raises:
@@ -95,17 +95,17 @@ class PromptedModule(nn.Module):
         self._live = LivePrompt(self.prompt)
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
-        """Run the model, and return its `answer`."""
+        """Run the model and return its `answer`."""
         return self.answer(self.model(*args, **inputs))
 
     def answer(self, output: Any) -> Any:
-        """The part of the model's output that the net returns to the criterion and to predictions."""
+        """Return the part of the model's output that the net passes to the criterion and to predictions."""
         return output.logits
 
     # --- files --------------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The training state of the prompt, and the tensors of a subclass's modules; not the model."""
+        """Return the training state of the prompt and the tensors of a subclass's modules, but not the model."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for name in [name for name in state if name.startswith(prefix + _BASE)]:
             del state[name]
@@ -113,10 +113,10 @@ class PromptedModule(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the state; nothing is loaded if it is of another prompt.
+        """Load the state; a state of another prompt is refused before anything is loaded.
 
         Raises:
-            TrainerError: the state is of another prompt, method or base.
+            TrainerError: the state belongs to another prompt, method or base.
         """
         of_prompt = {name.removeprefix(_BASE): v for name, v in state_dict.items() if name.startswith(_BASE)}
         others = {name: value for name, value in state_dict.items() if not name.startswith(_BASE)}
@@ -124,13 +124,17 @@ class PromptedModule(nn.Module):
         found = super().load_state_dict(others, strict=False, assign=assign)
         missing = [name for name in found.missing_keys if not name.startswith(_BASE)]
         if strict and (missing or found.unexpected_keys):
-            raise TrainerError("the state does not fit the module.", missing=missing, unknown=found.unexpected_keys)
+            raise TrainerError(
+                "the state does not fit the module: keys are missing or unknown.",
+                missing=missing,
+                unknown=found.unexpected_keys,
+            )
         return type(found)(missing, found.unexpected_keys)
 
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle the arguments and the trained tensors; the model and its hooks are made anew."""
+        """Copy and pickle the arguments and the trained tensors; the model and its hooks are created anew."""
         own = {name: value for name, value in self.__dict__.items() if name not in (*_REBUILT, "_modules")}
         state = {
             "own": own,
@@ -141,7 +145,7 @@ class PromptedModule(nn.Module):
         return _rebuild, (type(self), self._arguments), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Put the copied tensors themselves into the new module, because a copied optimizer may hold them."""
+        """Put the copied tensors into the new module without copying them again, because a copied optimizer may hold them."""
         trained: dict[str, Tensor] = state["trained"]
         self.__dict__.update(state["own"])
         self._modules.update(state["modules"])
@@ -158,7 +162,7 @@ class PromptedModule(nn.Module):
 
 
 def _rebuild(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedModule:
-    """Make the module of a copy without a change of the random state; `__setstate__` fills in its tensors."""
+    """Create the module of a copy without changing the random state; `__setstate__` sets its tensors."""
     module = cls.__new__(cls)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         PromptedModule.__init__(module, **arguments)
@@ -166,13 +170,13 @@ def _rebuild(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedMo
 
 
 def _trained(module: PromptedModule) -> dict[str, Tensor]:
-    """The parameters and buffers of a module's prompt, by their names in the model."""
+    """Return the parameters and buffers of a module's prompt, by their names in the model."""
     named = [*module.model.named_parameters(), *module.model.named_buffers()]
     return {name: tensor for name, tensor in named if is_prompt_key(name)}
 
 
 def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """Make the model of a net: call the function, or copy the model with shared weights."""
+    """Create the model of a net: call the function, or copy the model with shared weights."""
     made = model if isinstance(model, nn.Module) else model() if callable(model) else None
     if not isinstance(made, nn.Module):
         raise OptionError(
@@ -182,7 +186,7 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
         )
     if prompted_model_of(made) is not None:
         raise AttachError(
-            f"the {type(made).__name__} already has a prompt; a PromptedModule attaches its own.",
+            f"the {type(made).__name__} already has a prompt; a PromptedModule attaches a new prompt.",
             "Pass a model without prompts, and the method as `module__method`.",
             prompts=", ".join(map(repr, prompted_model_of(made).prompts)),  # type: ignore[union-attr]
         )
@@ -208,7 +212,7 @@ def _refuse_own_loss(method: Method) -> None:
 
 
 def _prompts(net: Any) -> list[SoftPrompt]:
-    """The active prompts on a net's modules, also on modules that are not a PromptedModule."""
+    """Return the active prompts on all of a net's modules, not only on a PromptedModule."""
     modules = [getattr(net, f"{name}_") for name in net._modules]
     prompted_models = [
         sub.prompted_model for module in modules for sub in module.modules() if isinstance(sub, Container)
@@ -233,7 +237,7 @@ def _frozen_check() -> type:
     from skorch.callbacks import Callback
 
     class FrozenCheck(Callback):
-        """Check each step of a fit for a gradient of the prompt, and the base at the end.
+        """Checks that the prompt has a gradient in each step of a fit, and that the base has not changed at the end.
 
         Attributes:
             reports_: the reports of the last check, one for each prompt.
@@ -258,7 +262,7 @@ def _frozen_check() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """Make the class that derives from skorch's at its first use, and only once, so that it can be pickled."""
+    """Create the class that derives from skorch's `Callback` at its first use, and only once, so that it can be pickled."""
     if name != "FrozenCheck":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, _frozen_check())

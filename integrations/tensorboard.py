@@ -1,10 +1,10 @@
 """TensorBoard: a trained prompt in the embedding projector, its nearest words and its options.
 
 The prompt's metrics (`train/soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="tensorboard"`
-without this callback. The callback replaces that reporter and writes the same metrics; with a tokenizer, at the end of training
-(after the best model is loaded, if it is), also:
+without this callback. The callback replaces that reporter and writes the same metrics. With a tokenizer, the callback also writes
+at the end of training (after the best model is loaded, if enabled):
 
-- the virtual tokens among the words nearest to them, with labels, in the embedding projector (`soft_prompt`);
+- the virtual tokens and the words nearest to them, with labels, in the embedding projector (`soft_prompt`);
 - a table of these words with their cosines.
 
 Refused with an error: `report_to="tensorboard"` at the same time, because every metric would be written twice; a tokenizer for a
@@ -20,7 +20,7 @@ Example:
 
     trainer = Trainer(
         model=model,
-        args=args,  # report_to="none", which is the default: the board below writes the curves too
+        args=args,  # report_to="none", the default, because PromptBoard also writes the curves
         train_dataset=dataset,
         callbacks=[SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptBoard(tokenizer, log_dir="runs/prompt")],
     )
@@ -49,11 +49,11 @@ __all__ = ["PromptBoard"]
 
 
 class PromptBoard(PromptTracker):
-    """Write a prompt's metrics, embeddings and nearest words for TensorBoard.
+    """Writes a prompt's metrics, embeddings and nearest words for TensorBoard.
 
     Args:
-        tokenizer: the model's tokenizer; None: only metrics and options, no embeddings and words.
-        log_dir: the directory to write to; None: that of the Trainer's own reporter.
+        tokenizer: the model's tokenizer, or None to write only metrics and options, without embeddings and words.
+        log_dir: the directory to write to, or None for the directory that the Trainer's own reporter would use.
         words: the number of nearest words for each virtual token.
 
     Raises:
@@ -107,7 +107,7 @@ class PromptBoard(PromptTracker):
             self._reporter.on_train_end(args, state, control)
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Write embeddings and words, with a tokenizer."""
+        """Write the prompt's embeddings and nearest words; do nothing without a tokenizer."""
         if not words:
             return
         lines = [WORDS, *table_of(words)]
@@ -126,7 +126,7 @@ class PromptBoard(PromptTracker):
 
 
 def _plain(value: Any, *but: str) -> str:
-    """A label as a cell of a table: never empty, with tabs, line breaks and the marks in `but` escaped."""
+    """Convert a label to a cell of a table that is never empty, with tabs, line breaks and the characters in `but` escaped."""
     text = str(value).encode("unicode_escape").decode() if not str(value).isprintable() else str(value)
     for mark in but:
         text = text.replace(mark, f"\\{mark}")

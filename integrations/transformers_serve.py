@@ -1,14 +1,14 @@
-"""transformers serve: transformers' server with a prompt, with and without continuous batching.
+"""transformers serve: the server of transformers with a prompt, with and without continuous batching.
 
-`model.generate_batch` needs nothing from this module: its requests use the active prompt. This module starts transformers' server
-on one model with its prompt. Completions and chats, streamed or not, by `generate` or by continuous batching, give the same
-results as `generate`. From a shell, with the server's own options:
+`model.generate_batch` does not need this module, because its requests use the active prompt. This module starts the server of
+transformers on one model with its prompt. Completions and chats, streamed or not, with or without continuous batching, give the
+same results as `generate`. From a shell, with the server's own options:
 
     python -m softhooks.integrations.transformers_serve MODEL --prompt DIR --port 8000 --continuous-batching
 
 Refused with an error: a server that is not pinned to one model, because a prompt belongs to one model but may fit others by
 accident; with continuous batching, prompts that enter as slots or differ between requests, flash attention, CUDA graphs and
-compiled forwards. On a GPU, transformers would choose the last three; they are turned off unless they were asked for.
+compiled forwards. On a GPU, transformers would use the last three by default; they are turned off unless explicitly requested.
 
 Versions tested: transformers 5.23.0, fastapi 0.165.0, uvicorn 0.54.0, openai 3.57.0.
 
@@ -41,8 +41,8 @@ def serve(prompt: str | Path, model: str, **options: Any) -> Any:
     """Start transformers' server on one model with its prompt.
 
     Args:
-        prompt: a saved prompt: a directory, a hub id, or a PEFT checkpoint.
-        model: the base model, a name or a directory; the server serves only this model.
+        prompt: a saved prompt: a directory, a Hub id, or a PEFT checkpoint.
+        model: the name or the directory of the base model, the only model that the server serves.
         options: options of `transformers serve`, by their Python names (`port`, `device`, `continuous_batching`, ...).
 
     Returns:
@@ -59,7 +59,7 @@ def serve(prompt: str | Path, model: str, **options: Any) -> Any:
 
 @contextmanager
 def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
-    """Let servers that are made inside the block load their model with a prompt.
+    """Make servers that are created in the `with` block load their model with a prompt.
 
     Args:
         prompt: a saved prompt.
@@ -84,10 +84,10 @@ def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
 
 
 def _manager(base: Any, prompt: str, strict: bool) -> Any:
-    """Make a subclass of transformers' model manager that loads a prompt."""
+    """Create a subclass of transformers' model manager that loads a prompt."""
 
     class PromptedModelManager(base):
-        """Loads the server's model and the prompt onto it."""
+        """Loads the server's model, and the prompt onto the model."""
 
         def __init__(self, *args: Any, continuous_batching: bool = False, **kwargs: Any) -> None:
             self._batches = continuous_batching
@@ -116,10 +116,10 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
 
 
 def _state(base: Any) -> Any:
-    """Make a subclass of transformers' generation state whose continuous batches work with a prompt."""
+    """Create a subclass of transformers' generation state for continuous batches with a prompt."""
 
     class PromptedGenerationState(base):
-        """Turns off flash attention and CUDA graphs, unless the server was asked for them."""
+        """Turns off flash attention and CUDA graphs, unless they were requested for the server."""
 
         def __init__(self, continuous_batching: bool = False, cb_config: Any = None, **kwargs: Any) -> None:
             from transformers import ContinuousBatchingConfig
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own, rest = parser.parse_known_args(arguments)
     with report_errors(), usage_errors():
         if own.prompt is None and "--help" not in rest:
-            raise OptionError("`--prompt DIR` is missing; without a prompt, run `transformers serve`.")
+            raise OptionError("`--prompt DIR` is missing; to serve without a prompt, run `transformers serve`.")
     with report_errors(), prompted(own.prompt, strict=not own.no_strict):
         import typer
         from transformers.cli.serve import Serve

@@ -1,12 +1,12 @@
 """TRL: prompts in SFT, DPO, KTO, Reward, GRPO and RLOO trainers, with `callbacks=[SoftPromptCallback(method)]`.
 
-DPO and KTO compare the policy with a reference model. `reference(model)` is the same model without its prompt, and takes no
-memory. Without it, TRL loads a second copy from `model.config.name_or_path`, which is also right. With
-`precompute_ref_log_probs=True` and no reference, TRL runs the policy itself; the callback disables the prompt for that. GRPO and
-RLOO generate with the prompt.
+DPO and KTO compare the policy with a reference model. `reference(model)` is the same model without its prompt, and takes no extra
+memory. Without it, TRL loads a second copy from `model.config.name_or_path`, which also gives correct results. With
+`precompute_ref_log_probs=True` and no reference, TRL runs the policy itself, and the callback disables the prompt meanwhile. GRPO
+and RLOO generate with the prompt.
 
 In packed rows (`bfd`, `bfd_split`) and padding-free rows every document gets the prompt, with sdpa or eager attention. `wrapped`
-rows cut documents, and get one prompt each.
+rows may split documents, and each row gets one prompt.
 
 Refused with an error before the first step: `use_vllm` and continuous batching (they generate without the prompt, or convert the
 base), `sync_ref_model`, `use_liger_kernel`, `cast_lm_head_to_fp32` on heads that are not in fp32, methods with their own
@@ -24,7 +24,7 @@ Example:
     trainer = DPOTrainer(
         model,
         ref_model=reference(model),
-        args=args,  # a DPOConfig; learning_rate=5e-3 is where to start
+        args=args,  # a DPOConfig; start with learning_rate=5e-3
         train_dataset=dataset,
         processing_class=tokenizer,
         callbacks=[SoftPromptCallback(PrefixTuning(num_virtual_tokens=16))],
@@ -57,12 +57,12 @@ _COMPARING = {"DPOConfig": "DPOTrainer", "KTOConfig": "KTOTrainer"}
 
 
 def reference(model: nn.Module, prompt: str | None = None) -> Reference:
-    """The policy without its trained prompt, as the `ref_model` of a DPO or KTO trainer.
+    """Return the policy without its trained prompt, as the `ref_model` of a DPO or KTO trainer.
 
     Args:
         model: the trainer's model.
-        prompt: the name of another prompt of the model for the reference, such as one from an earlier training, loaded under this
-            name and frozen. None: no prompt.
+        prompt: the name of another prompt of the model for the reference, such as a frozen prompt from an earlier training, or
+            None for no prompt.
     """
     return Reference(model, prompt)
 
@@ -71,22 +71,22 @@ def reference(model: nn.Module, prompt: str | None = None) -> Reference:
 
 
 def check(args: Any, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-    """Refuse settings that TRL would apply wrongly with a prompt; `SoftPromptCallback` calls this before it attaches.
+    """Refuse settings that TRL would apply wrongly with a prompt; `SoftPromptCallback` calls this before attaching.
 
     Raises:
-        TrainerError: naming the setting.
+        TrainerError: a setting is refused; the message names it.
     """
     for found, remedy in (*_unsupported(args, model, method), *_adapter_conflicts(args, model, trainable)):
         raise TrainerError(found, remedy)
 
 
 def _kind(args: Any) -> str:
-    """The name of TRL's class of arguments, also for a subclass of it."""
+    """Return the name of TRL's class of arguments, even for an instance of a subclass."""
     return next(kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl")
 
 
 def _unsupported(args: Any, model: nn.Module, method: Method) -> Iterator[tuple[str, str]]:
-    """Settings that do not work with a prompt, each with a remedy."""
+    """List settings that do not work with a prompt, each with a remedy."""
     kind = _kind(args)
     if kind.removesuffix("Config") not in _TRAINERS:
         yield (
@@ -127,7 +127,7 @@ def _unsupported(args: Any, model: nn.Module, method: Method) -> Iterator[tuple[
 
 
 def _adapter_conflicts(args: Any, model: nn.Module, trainable: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Settings of PEFT's adapters that do not work with a prompt, each with a remedy."""
+    """List conflicts between PEFT adapters and the prompt, each with a remedy."""
     if not hasattr(model, "peft_config"):
         return
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -144,11 +144,11 @@ def _adapter_conflicts(args: Any, model: nn.Module, trainable: Sequence[str]) ->
         )
 
 
-# --- trainers that compare --------------------------------------------------------------------------------------------
+# --- trainers with a reference model ----------------------------------------------------------------------------------
 
 
 def guard(args: Any, prompted: PromptedModel) -> None:
-    """Keep the prompt out of the reference of a DPO or KTO trainer; `SoftPromptCallback` calls this after it attaches."""
+    """Keep the prompt out of the reference of a DPO or KTO trainer; `SoftPromptCallback` calls this after attaching."""
     name = _COMPARING.get(_kind(args))
     if name is not None:
         import trl
@@ -157,7 +157,7 @@ def guard(args: Any, prompted: PromptedModel) -> None:
 
 
 class _ReferenceGuard:
-    """Wraps two methods of a trainer's class, because callbacks do not see the trainer; the last guard restores them."""
+    """Wraps two methods of a trainer's class, because callbacks cannot access the trainer; the last guard restores them."""
 
     def __init__(self, trainer: type) -> None:
         _guards.add(self, trainer)
@@ -207,14 +207,14 @@ def _without_prompt(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[
 
 
 def _refuse_trainable_reference(trainer: Any) -> None:
-    """Refuse a reference with a trainable prompt, such as a deep copy of the policy; a loaded prompt is frozen and allowed."""
+    """Refuse a reference with a trainable prompt, such as a deep copy of the policy; a loaded, frozen prompt is allowed."""
     prompted = None if trainer.ref_model is None else prompted_model_of(trainer.ref_model)
     if prompted is None or not prompted.is_on:
         return
     encoders = [prompt.encoder for prompt in prompted.prompts.values()]
     if any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters()):
         raise TrainerError(
-            f"the `ref_model` has a trainable copy of the prompt {prompted.selection_text}; a reference must not have it.",
+            f"the `ref_model` has a trainable copy of the prompt {prompted.selection_text}; a reference must not train.",
             "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with an earlier prompt, load it on the "
             "model under another name, and pass `reference(model, prompt=name)`.",
         )

@@ -1,13 +1,13 @@
 """Weights & Biases: a trained prompt as an artifact, its options and its nearest words.
 
 The prompt's metrics (`train/soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="wandb"` without
-this callback, and `WANDB_LOG_MODEL` uploads checkpoints with only the prompt. The callback adds to the Trainer's run, also
-offline (`WANDB_MODE=offline`):
+this callback, and `WANDB_LOG_MODEL` uploads checkpoints with only the prompt. The callback adds to the Trainer's run, including
+offline runs (`WANDB_MODE=offline`):
 
 - the method, its options and the number of parameters, in the run's configuration under `soft_prompt`;
-- at the end of training (after the best model is loaded, if it is) an artifact of type `soft-prompt`, from which
-  `softhooks.load(model, artifact.download())` loads;
-- with a tokenizer, a table of the words nearest to each virtual token, `soft_prompt/words`.
+- at the end of training (after the best model is loaded, if enabled) an artifact of type `soft-prompt`, for
+  `softhooks.load(model, artifact.download())`;
+- with a tokenizer, a table of the words nearest to each virtual token, as `soft_prompt/words`.
 
 Refused with an error before the first step: no active run; a tokenizer for a prompt of keys and values or in a sharded model.
 
@@ -49,11 +49,11 @@ KIND = "soft-prompt"
 
 
 class PromptArtifact(PromptTracker):
-    """Record the prompt that a Trainer trains in its Weights & Biases run.
+    """Records the prompt that a Trainer trains in the Trainer's Weights & Biases run.
 
     Args:
-        tokenizer: the model's tokenizer; None: no table of nearest words.
-        name: the name of the artifact; None: `soft-prompt-` and the run's id.
+        tokenizer: the model's tokenizer, or None for no table of nearest words.
+        name: the name of the artifact, or None for `soft-prompt-` followed by the run's id.
         words: the number of nearest words for each virtual token.
 
     Raises:
@@ -90,7 +90,7 @@ class PromptArtifact(PromptTracker):
         if run is None:
             raise TrainerError(
                 "there is no active Weights & Biases run for PromptArtifact to log to.",
-                "Set report_to='wandb', which starts one, or call `wandb.init()` before `train()`.",
+                "Set report_to='wandb', which starts a run, or call `wandb.init()` before `train()`.",
             )
         return run
 

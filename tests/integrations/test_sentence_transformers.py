@@ -257,7 +257,7 @@ def test_what_is_no_model_with_a_prompt_is_not_loaded_as_one(tmp_path):
     model.save_pretrained(str(tmp_path / "plain"))
     with pytest.raises(CheckpointError, match="was not saved with a prompt"):
         integration.load(tmp_path / "plain")
-    with pytest.raises(CheckpointError, match="holds no sentence model"):
+    with pytest.raises(CheckpointError, match="contains no sentence model"):
         integration.load(tmp_path / "nowhere")
     integration.attach(model, PromptTuning(3))
     model.save_pretrained(str(tmp_path / "whole"))
