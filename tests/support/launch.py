@@ -6,12 +6,12 @@ import contextlib
 import gc
 import os
 import secrets
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import ports
 import psutil
 import torch
 
@@ -30,9 +30,7 @@ def launch(
     Args:
         timeout: after how many seconds they are killed, the launcher, its workers and what those have started.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    reservation, port = ports.reserve()
     if accelerate:
         # With `--cpu` it starts one process whatever it is asked for, unless there is MPI.
         starter = [
@@ -63,12 +61,13 @@ def launch(
         text=True,
         env=environment,
     )
-    try:
-        output, _ = started.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        _kill(mark)
-        output, _ = started.communicate(timeout=60)
-        output += f"\nkilled after {timeout} seconds"
+    with reservation:
+        try:
+            output, _ = started.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            _kill(mark)
+            output, _ = started.communicate(timeout=60)
+            output += f"\nkilled after {timeout} seconds"
     return started.returncode, output
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import ports
 import tokens
 import torch
 import zoo
@@ -15,13 +15,6 @@ from transformers import AutoModelForCausalLM
 import softhooks
 
 CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-
-
-def free_port() -> int:
-    """An unused port of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_model(folder: Path, method: Any) -> None:
@@ -39,7 +32,13 @@ def write_model(folder: Path, method: Any) -> None:
 
 
 def names() -> dict[str, Any]:
-    """Folders with a model and a prompt, and a port."""
+    """Folders with a model and a prompt, and a port with the socket that reserves it."""
     folder = Path(tempfile.mkdtemp())
     write_model(folder, softhooks.PromptTuning(5))
-    return {"model_folder": str(folder / "model"), "prompt_folder": str(folder / "prompt"), "port": free_port()}
+    reservation, port = ports.reserve()
+    return {
+        "model_folder": str(folder / "model"),
+        "prompt_folder": str(folder / "prompt"),
+        "port": port,
+        "reservation": reservation,
+    }
