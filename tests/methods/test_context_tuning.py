@@ -286,7 +286,7 @@ def test_it_is_a_prefix_to_peft(tmp_path: Path) -> None:
         ({"demonstrations": [[5, 6.0]]}, "a text or a list of one id or more"),
         ({"demonstrations": [5, 6]}, "a text or a list of one id or more"),
         ({"demonstrations": SHOTS, "num_virtual_tokens": 7}, r"num_virtual_tokens is 7, but the demonstrations have 12"),
-        ({"demonstrations": SHOTS, "lengths": (1, 2, 3)}, r"lengths is given as \(1, 2, 3\), .* have \(4, 3, 5\)"),
+        ({"demonstrations": SHOTS, "lengths": (1, 2, 3)}, r"lengths is \(1, 2, 3\), .* have \(4, 3, 5\)"),
         ({"lengths": (4, 3), "num_virtual_tokens": 5}, "add up"),
         ({"lengths": (4, -3), "num_virtual_tokens": 5}, "there are no demonstrations"),
         ({"demonstrations": SHOTS, "token_dropout": 1.0}, "token_dropout"),
