@@ -196,7 +196,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     refused(
         PromptTuning(4),
         PromptArtifact(),
-        r"HF_MLFLOW_LOG_ARTIFACTS=1 would log each checkpoint as a model",
+        r"HF_MLFLOW_LOG_ARTIFACTS=1 would log each checkpoint as a `pyfunc` model",
         report_to=["mlflow"],
     )
     monkeypatch.setitem(sys.modules, "mlflow", None)
