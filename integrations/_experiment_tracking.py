@@ -26,7 +26,7 @@ class PromptTracker(TrainerCallback):
     Subclasses implement `begin`, called before the first step, and `end`, called after the last one.
 
     Args:
-        tokenizer: the model's tokenizer, for a table of the words nearest to each virtual token, or None for no table.
+        tokenizer: the model's tokenizer, for a table of the words nearest to each virtual token; if None, there is no table.
         words: the number of nearest words for each virtual token.
     """
 

@@ -57,7 +57,7 @@ _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 
 
 class _Events:
-    """The methods of the algorithm that attaches a prompt to the model of a Composer Trainer, and checks its training.
+    """The methods of the algorithm, which attaches a prompt to the model of a Composer Trainer and checks the training.
 
     `SoftPromptAlgorithm` derives from this class and from Composer's `Algorithm`.
 

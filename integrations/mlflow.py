@@ -61,7 +61,7 @@ class PromptArtifact(PromptTracker):
     """Records the prompt that a Trainer trains in the Trainer's MLflow run.
 
     Args:
-        tokenizer: the model's tokenizer, or None for no table of nearest words.
+        tokenizer: the model's tokenizer; if None, no table of nearest words is logged.
         words: the number of nearest words for each virtual token.
 
     Raises:

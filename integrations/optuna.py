@@ -96,7 +96,7 @@ class PromptSpace:
             found: the best run of a Trainer's search, a trial of a study, or the parameters of a trial.
 
         Raises:
-            OptionError: the parameters belong to another space.
+            OptionError: the parameters do not fit this space.
         """
         parameters = next(
             (getattr(found, name) for name in ("hyperparameters", "params") if hasattr(found, name)), found
@@ -105,8 +105,8 @@ class PromptSpace:
             return self.suggest(_optuna().trial.FixedTrial(dict(parameters)))
         except (ValueError, KeyError) as error:
             raise OptionError(
-                "the trial does not belong to this space.",
-                "Use the space of the search.",
+                "the trial's parameters do not fit this PromptSpace.",
+                "Call `chosen` on the PromptSpace that the search used.",
                 parameters=dict(parameters),
                 candidates=", ".join(self.candidates),
             ) from error
@@ -114,7 +114,7 @@ class PromptSpace:
     # --- with a Trainer -----------------------------------------------------------------------------------------------
 
     def callback(self, **options: Any) -> SoftPromptCallback:
-        """Create a callback that trains each trial's method, or outside a search the method of `settle` or the first candidate.
+        """Create a callback that trains each trial's method, and outside a search that of `settle` or of the first candidate.
 
         Args:
             options: as for `SoftPromptCallback`.
@@ -129,7 +129,7 @@ class PromptSpace:
             trainer: the Trainer that searched, or one with the same arguments and another `callback()` of this space.
 
         Raises:
-            TrainerError: the Trainer has no callback of this space.
+            TrainerError: the Trainer has no callback that this space created.
         """
         chosen = self.chosen(found)
         own = [
@@ -137,7 +137,7 @@ class PromptSpace:
         ]
         if not own:
             raise TrainerError(
-                "the Trainer has no callback of this space.",
+                "the Trainer has no callback that this PromptSpace created.",
                 "Pass `space.callback()` to the Trainer in `callbacks=[...]`.",
                 callbacks=", ".join(type(one).__name__ for one in trainer.callback_handler.callbacks),
             )
@@ -162,7 +162,7 @@ class PromptSpace:
 
         Args:
             model: the base of all trials.
-            train: a function of the prompt, the learning rate and `report(value, step)`, which also prunes; returns the value.
+            train: a function of the prompt, the learning rate and `report(value, step)` that returns the value; `report` prunes.
             save_to: a directory for the trials' prompts, in subdirectories `trial-<number>`, or None to not save them.
             options: as for `attach`.
 
@@ -235,7 +235,7 @@ def checkpoint_of(best: Any, args: Any) -> Path:
     if last is None:
         raise CheckpointError(
             f"there is no checkpoint of the run in {folder}.",
-            "Search with save_strategy='steps' or 'epoch' and without `hp_name`, or train it again after "
+            "Search with save_strategy='steps' or 'epoch' and without `hp_name`, or train the run again after "
             "`space.settle(best, trainer)`.",
         )
     return Path(last)

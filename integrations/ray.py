@@ -87,7 +87,7 @@ class ReportCallback(TrainerCallback):
 
 @contextmanager
 def last_checkpoint(start: Any = None) -> Iterator[str | None]:
-    """Provide the path of the last checkpoint that this run reported, even before a restart by Ray, or None if there is none.
+    """Yield the path of the last checkpoint that this run reported, including before a restart by Ray, or None if there is none.
 
     Args:
         start: a checkpoint of another run (`result.checkpoint`) to start from if this run has no checkpoint yet.

@@ -126,7 +126,7 @@ class PromptBoard(PromptTracker):
 
 
 def _plain(value: Any, *but: str) -> str:
-    """Convert a label to a cell of a table that is never empty, with tabs, line breaks and the characters in `but` escaped."""
+    """Convert a label to a non-empty cell of a table; escape tabs, line breaks and the characters in `but`."""
     text = str(value).encode("unicode_escape").decode() if not str(value).isprintable() else str(value)
     for mark in but:
         text = text.replace(mark, f"\\{mark}")

@@ -61,8 +61,8 @@ def reference(model: nn.Module, prompt: str | None = None) -> Reference:
 
     Args:
         model: the trainer's model.
-        prompt: the name of another prompt of the model for the reference, such as a frozen prompt from an earlier training, or
-            None for no prompt.
+        prompt: the name of another prompt of the model for the reference, such as a frozen prompt from an earlier training; if
+            None, the reference has no prompt.
     """
     return Reference(model, prompt)
 

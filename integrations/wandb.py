@@ -52,8 +52,8 @@ class PromptArtifact(PromptTracker):
     """Records the prompt that a Trainer trains in the Trainer's Weights & Biases run.
 
     Args:
-        tokenizer: the model's tokenizer, or None for no table of nearest words.
-        name: the name of the artifact, or None for `soft-prompt-` followed by the run's id.
+        tokenizer: the model's tokenizer; if None, no table of nearest words is logged.
+        name: the name of the artifact; by default, `soft-prompt-` followed by the run's id.
         words: the number of nearest words for each virtual token.
 
     Raises:

@@ -57,7 +57,7 @@ class PromptEnsemble:
 
     Args:
         model: the model with the prompts.
-        names: the names of the prompts, or None for the model without a prompt.
+        names: the names of the prompts; an entry None runs the model without a prompt.
         combine: `vote`, `logits` or `probabilities`.
 
     Raises:
@@ -134,7 +134,7 @@ class PromptEnsemble:
         return [name for name in self.names for _ in range(batch)]
 
     def _repeat(self, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Repeat the batch once for each prompt, one after the other. -> the number of rows and the inputs."""
+        """Repeat the batch once for each prompt, one copy after the other. -> the number of rows and the inputs."""
         first = next((inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None), None)
         if not isinstance(first, Tensor):
             raise OptionError(f"the inputs {sorted(inputs)} have neither `input_ids` nor `inputs_embeds`.")

@@ -123,7 +123,7 @@ def check_int(name: str, value: object, minimum: int = 1) -> None:
 
 
 def is_int(value: object, minimum: int) -> bool:
-    """Return whether a value is a whole number of a minimum or more; a bool is not."""
+    """Return whether a value is an int, but not a bool, of at least `minimum`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 

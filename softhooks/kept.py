@@ -1,4 +1,4 @@
-"""`softhooks.kept`: compute prompts once for many forwards, on the promise that nothing of the base changes between them."""
+"""`softhooks.kept`: compute prompts once for many forwards; the caller promises that the base does not change between them."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class PromptFile(PromptSource):
         return saved_placeholder_ids(model, structure, count, self._stored.conventions, self.name, needed=needs_ids)
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
-        """Copy the model's rows of the added tokens that the file has rows for."""
+        """Copy the model's rows for those added tokens that have rows in the file."""
         return copy_rows(self._stored.added_ids, model, structure) if self._stored.added_ids else None
 
     def fill_added_tokens(self, added: AddedTokens) -> None:

@@ -104,7 +104,7 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} must implement `sampler`.")
 
     def objective(self) -> Objective | None:
-        """Make the training objective that adds to, or replaces, the model's own loss; None for the model's own loss."""
+        """Make the training objective that adds to, or replaces, the model's own loss; return None to keep that loss alone."""
         return None
 
     def check(self, prompt: PromptOnModel) -> None:
@@ -194,7 +194,7 @@ class Method:
         return {"placement": self.token_layout.placement}
 
     def options(self) -> dict[str, Any]:
-        """Return the options as JSON values, without tokenizers and tensors, whose results are in the saved prompt."""
+        """Return the options as JSON values, without tokenizers and tensors, because the saved prompt has their results."""
         kept: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)

@@ -26,8 +26,8 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
     if not isinstance(name, str):
         raise OptionError(
             f"`activate` was given {name!r}; it takes the name of one prompt, for all rows.",
-            "For a prompt for each row use `softhooks.rows(model, names)`, to combine the outputs of several "
-            "`softhooks.PromptEnsemble(model, names)`, for the model without a prompt `softhooks.disabled(model)`.",
+            "To use one prompt for each row, call `softhooks.rows(model, names)`; to combine the outputs of several prompts, "
+            "`softhooks.PromptEnsemble(model, names)`; to run the model without a prompt, `softhooks.disabled(model)`.",
             attached=", ".join(map(repr, require_prompted_model(model).prompts)),
         )
     prompted = require_prompted_model(model, name)
@@ -65,17 +65,18 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     Applies to this thread or asyncio task, and to tasks that are started inside.
 
     Args:
-        names: one name for each row. In generate, beams and returned sequences belong to their row.
+        names: the name of a prompt, or None, for each row. In generate, beams and returned sequences belong to their row.
 
     Raises:
         NotAttachedError: the model has no prompt of one of the names.
-        OptionError: `names` is not a list with at least one name or None.
+        OptionError: `names` is empty, or is not a list of names and None.
     """
     is_list = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
     listed = list(names) if is_list else []
     if not listed or not all(name is None or isinstance(name, str) for name in listed):
         raise OptionError(
-            f"`rows` was given {names!r}; it takes a list of one prompt name for each row, or None for no prompt."
+            f"`rows` was given {names!r}; it takes a list with one entry for each row: the name of a prompt, or None to use "
+            "no prompt."
         )
     for name in dict.fromkeys(listed):
         require_prompted_model(model, name)

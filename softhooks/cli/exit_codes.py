@@ -17,7 +17,7 @@ _STATUS = "_softhooks_exit_status"
 
 @contextmanager
 def usage_errors(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
-    """Give errors of this kind that the `with` block raises the exit code of a wrong command line."""
+    """Let errors of this class that the `with` block raises end the command with the exit code of a wrong command line."""
     try:
         yield
     except kind as error:

@@ -69,7 +69,7 @@ def inspect(
 
 
 def _problem(path: Path) -> str | None:
-    """Say why a path is not the directory of a prompt, or return None if it is."""
+    """Describe why a path is not the directory of a prompt, or return None if it is one."""
     from softhooks.formats.find import MARKS, format_of
 
     try:

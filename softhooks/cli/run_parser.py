@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _switches() -> dict[str, bool]:
-    """Return the options of all methods and of the callback; the value is True if the option is a switch wherever it exists."""
+    """Map each option of the methods and of the callback to True if every method that has the option has it as a switch."""
     found: dict[str, bool] = {}
     for options in (*map(method_options, methods()), callback_options()):
         for name, option in options.items():
@@ -136,7 +136,7 @@ def unknown_option(name: str, known: Iterable[str]) -> OptionError:
 
 
 def suggestion(name: str, known: Iterable[str], form: str) -> str:
-    """Return the question whether one of the most similar names was meant, or an empty text if no name is similar."""
+    """Return a "Did you mean ...?" question that lists the most similar names, or an empty string if no name is similar."""
     plain = name.lstrip("-").replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""

@@ -40,7 +40,7 @@ class Checkpoint:
     path: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; without a padding token, as for many decoders, it pads with the end-of-sequence token."""
+        """Load the tokenizer; if it has no padding token, as for many decoders, let it pad with the end-of-sequence token."""
         tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

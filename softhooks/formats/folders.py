@@ -118,7 +118,7 @@ def _order(entry: Path) -> tuple[bool, int, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a small file; empty if the file does not contain an object."""
+    """Read a JSON object from a small file; return an empty dictionary if the file does not contain an object."""
     try:
         content = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_BYTES else None
     except (OSError, ValueError, RecursionError):

@@ -42,7 +42,7 @@ class Labels:
             config.problem_type = self.problem_type
 
     def described(self, heads: Heads) -> dict[str, Any] | None:
-        """Return the label names as JSON values, or None unless there is a name for each row of a head."""
+        """Return the label names as JSON values, or None if they do not name each row of a head."""
         try:
             names = {int(number): name for number, name in (self.id2label or {}).items()}
         except (TypeError, ValueError):

@@ -80,7 +80,7 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
 
 
 def _are_sound(shapes: list[tuple[int, ...]]) -> bool:
-    """Return whether all gates have one shape, and all prompts."""
+    """Return whether all gates have the same shape, and all prompts have the same shape."""
     return len(shapes) == 2 and shapes[0] == (1,) and len(shapes[1]) == 3 and shapes[1][0] == 1 and shapes[1][1] > 0
 
 
@@ -119,7 +119,7 @@ def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
 
 
 def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
-    """Return a property of an adapter that PEFT's format does not support, with the supported alternative, or None.
+    """Return a property of an adapter that PEFT's format does not support and the alternative, or None if it supports all.
 
     Args:
         structure: the model's structure, which is required because the file of an adapter does not record biases.
@@ -143,7 +143,7 @@ def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[st
 
 
 def parts(stored: StoredPrompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return PEFT's config and tensors of a supported adapter; PEFT's gates are raw, so tanh is applied here."""
+    """Return PEFT's config and tensors of a supported adapter; PEFT applies no tanh to gates, so it is applied here."""
     options, tables = stored.options, stored.tables
     layers = sum(run[0] for run in stored.stacks["text"]["self"])
     count = layers if options["num_layers"] is None else options["num_layers"]

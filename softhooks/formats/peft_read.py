@@ -91,7 +91,7 @@ def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str)
     copies = _copies(config) if kind in (*_ROW_KINDS, _MULTITASK) else 1
     if table is None or not is_count or table.dim() != 2 or table.shape[0] != count * copies:  # type: ignore[operator]
         raise CheckpointError(
-            "the adapter does not have one row for each virtual token (two in an encoder-decoder).",
+            f"`{TABLE}` of the adapter must have {'two rows' if copies == 2 else 'one row'} for each virtual token.",
             _AGAIN,
             file=source,
             prompt_embeddings="absent" if table is None else list(table.shape),
@@ -107,7 +107,7 @@ def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str)
 
 
 def _copies(config: dict[str, Any]) -> int:
-    """Return how often the P rows are stored: twice in an encoder-decoder (the encoder's first), unless the config differs."""
+    """Return how often the P rows are stored: once, or for the encoder and then the decoder of an encoder-decoder."""
     if config.get("task_type") != "SEQ_2_SEQ_LM":
         return 1
     return 1 if config.get("num_transformer_submodules") == 1 else 2

@@ -114,7 +114,10 @@ def read(path: Path) -> StoredPrompt:
     base = base if isinstance(base, dict) else {}
     stacks = base.get("stacks")
     if not isinstance(stacks, dict) or set(stacks) not in _STACKS or not all(map(_is_outline, stacks.values())):
-        raise CheckpointError(f"{source} does not describe the stacks of its base model.")
+        raise CheckpointError(
+            f"{source} has the stacks {stacks!r} under 'base'; it must describe each stack of the base model.",
+            "Save the prompt again.",
+        )
     stored = StoredPrompt(
         kind,
         options,

@@ -1,4 +1,4 @@
-"""An outline of a model's stacks: the properties that a saved prompt depends on, direction and attention shapes."""
+"""An outline of a model's stacks: their direction and attention shapes, which a saved prompt depends on."""
 
 from __future__ import annotations
 

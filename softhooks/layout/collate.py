@@ -63,7 +63,7 @@ class Mapper:
         return found if labels is None else found | {"labels": labels}
 
     def labeled(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a rendered row; with a verbalizer, add the labels of its class if it has no labels.
+        """Return a rendered row; if it has no labels and there is a verbalizer, add the labels of the row's class.
 
         Raises:
             OptionError: the row does not have exactly one mask.

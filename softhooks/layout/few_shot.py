@@ -106,7 +106,7 @@ class Context:
             )
 
     def example_of(self, row: Sequence[int]) -> int:
-        """Return the example with the same ids as a row, up to its label, or -1 if there is none."""
+        """Return the number of the example whose ids up to the end of its label equal a row, or -1 if there is none."""
         for example in range(self.count):
             own = [place for place, number in enumerate(self.examples) if number == example]
             labels = [place for place in own if place in set(self.labels)]
@@ -116,7 +116,7 @@ class Context:
 
 
 class ExampleTemplate:
-    """The template of an example: text with fields in braces, of which `{label}` is the last.
+    """The template of an example: text with fields in braces; the last field is `{label}`.
 
     Text before the last input is the format of the input, and text after it is the format of the label. `{sep}` is a separator,
     which never moves and ends the format of the input. Each part is tokenized separately, so that no token spans two parts;
@@ -171,9 +171,9 @@ class ExampleTemplate:
     def row(self, fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
         """Return the ids of a row up to its label, without BOS, and the ids of its label."""
         pieces = self._pieces(fields, tokenizer)
-        end = next((place for place, (_, kind) in enumerate(pieces) if kind == LABEL), None)
-        if end is None:
-            raise OptionError(f"the template has no label for the row {fields!r}.")
+        end = next(
+            place for place, (_, kind) in enumerate(pieces) if kind == LABEL
+        )  # a template has exactly one {label}
         return [token for own, _ in pieces[:end] for token in own], pieces[end][0]
 
     def fields_of(self, example: Any) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class ExampleTemplate:
         )
 
     def _pieces(self, fields: Mapping[str, Any], tokenizer: Any) -> list[tuple[list[int], int]]:
-        """Return the ids and the kind of each part; if a row has no label, its label part has no ids."""
+        """Return the ids and the kind of each part; if a row has no label, the part for the label has no ids."""
         if tokenizer is None:
             raise OptionError(
                 "a template needs a tokenizer, but none is given. Pass `tokenizer=`: the model's tokenizer or its name."

@@ -93,7 +93,7 @@ class Insertion:
 
     @property
     def ids(self) -> list[int]:
-        """All ids of anchors."""
+        """The token ids of all anchors, in order."""
         sequences = [sequence for group in self.groups if group.anchor for sequence in group.anchor.ids]
         return [token for sequence in sequences for token in sequence]
 
@@ -138,7 +138,7 @@ class Insertion:
         lacking = [rows[i] for i, is_there in enumerate(found.tolist()) if not is_there]
         raise UnsupportedModeError(
             f"{len(lacking)} rows of the batch do not contain the anchor {anchor.value!r}, next to which slots are placed.",
-            "Do not truncate the anchor, prefill a prompt in one chunk, or skip the slots with missing='skip'.",
+            "Truncate texts so that they keep the anchor, prefill in one chunk, or skip the slots with missing='skip'.",
             anchor=f"{anchor.value!r}, ids {' or '.join(map(str, anchor.ids))}",
             rows=f"{', '.join(map(str, lacking))} of the batch",
         )

@@ -133,7 +133,7 @@ class Layout:
 
     @property
     def ids(self) -> list[int]:
-        """All ids of anchors, or of words from which slots are initialized."""
+        """The token ids of all anchors, or of all words from which slots are initialized."""
         return self._form.ids
 
     @property

@@ -105,14 +105,15 @@ def text_of(part: Part, fields: Mapping[str, Any]) -> str:
     """Return a field's text with the spaces before it, or an empty text if the field is empty.
 
     Raises:
-        OptionError: the field is missing or not a text.
+        OptionError: the field is missing or not a string.
     """
     value = fields.get(part.text)
     if not isinstance(value, str):
         found = "not given" if value is None else repr(value)
         raise OptionError(
-            f"the field {part.text!r} of the template is {found}; it must be text.",
-            "Rename the field in the template, or the column of the data; write numbers as words.",
+            f"the field {part.text!r} of the template is {found}; it must be a string.",
+            "If the name differs, rename the field in the template or the column of the data. If the value is not a string, "
+            "convert it to a string.",
             field=part.text,
             found=found,
             given=", ".join(map(str, fields)),
@@ -154,7 +155,7 @@ def special_tokens_of(tokenizer: Any) -> tuple[list[int], list[int]]:
 def in_chat(
     messages: Sequence[Message], parsed: Sequence[Sequence[Part]], tokenizer: Any, **options: Any
 ) -> list[Part]:
-    """Insert the parts of each message into the tokenizer's chat template, the text of which becomes anchors.
+    """Insert the parts of each message into the tokenizer's chat template; the text of the template becomes anchors.
 
     Raises:
         OptionError: the chat template drops, moves or repeats a part.

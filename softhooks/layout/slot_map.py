@@ -77,7 +77,7 @@ class Widened:
         return states.gather(1, _match(self.text, states))
 
     def predicting_states(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Select, for each text column, the state that predicts the next token: the last slot's before it, if there is a slot.
+        """Select for each text column the state that predicts the next token, which is a slot's if slots come before that token.
 
         Padding keeps its own state, so that the columns before a row's first token do not change.
 
@@ -97,7 +97,7 @@ def widen(before: Tensor, live: Tensor, text_columns: int, spare_first: bool = F
         before: the text column before which each slot is inserted, or T after all columns, [B, S].
         live: which slots are in use, [B, S] bool.
         text_columns: T.
-        spare_first: put spare slots at the left; in `generate` the new tokens must directly follow the text.
+        spare_first: put spare slots at the left, because in `generate` new tokens must directly follow the text.
     """
     batch, slots = before.shape
     used = live.long()

@@ -64,15 +64,15 @@ class ContextAwarePromptTuning(Method):
     Args:
         num_virtual_tokens: P, which is computed from the context; leave it out.
         examples: mappings of the template's fields to text, or pairs of input and label.
-        template: the format of an example: text with fields in braces, of which `{label}` is the last, and `{sep}` for a
-            separator that never moves.
+        template: the format of an example: text with fields in braces, the last of which is `{label}`, and `{sep}` for
+            a separator that never moves.
         tokenizer: the model's tokenizer or its name, for examples and for `render`.
         separator: the text between examples.
         inner_separator: the text of `{sep}`.
         context_ids, token_types: the context itself, instead of examples. The tokens of example i have the types 4i+1
             (format of the input), 4i+2 (input), 4i+3 (format of the label), 4i+4 (label); separators have 0.
         epsilon_input, epsilon_format: how far tokens of the input, and of the formats, may move in a model of width 2048; the
-            bound grows with the square root of the width. None for no bound.
+            bound grows with the square root of the width. If None, there is no bound.
         decay: the factor between the weights of labels, from the last example to the first.
         context_loss: also train on the labels of the context.
         leave_one_out: require `example_ids` in training.
@@ -171,8 +171,8 @@ class ContextAwarePromptTuning(Method):
             tokenizer: a tokenizer instead of the method's tokenizer; a loaded prompt has no tokenizer.
 
         Returns:
-            `input_ids` and `attention_mask`; with a label also `labels`, which are -100 outside the label; with `leave_one_out`
-            also `example_ids`: the example of the context with the same ids, or -1.
+            `input_ids` and `attention_mask`. If the row has a label, also `labels`, which are -100 outside the label. With
+            `leave_one_out`, also `example_ids`: the number of the example with the same ids, or -1 if there is none.
         """
         template = self._template()
         single = isinstance(row, str) and len(template.inputs) == 1
@@ -254,7 +254,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _bound(value: Any, name: str) -> float | None:
-    """Check an epsilon; convert infinity to None, no bound."""
+    """Check an epsilon and return it as a float, or None (no bound) if it is None or infinite."""
     if value is None or (_is_number(value) and value == math.inf):
         return None
     if not _is_number(value) or not value >= 0:

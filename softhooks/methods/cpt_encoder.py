@@ -45,7 +45,7 @@ class ContextRows(PromptEncoder):
 
 
 class ContextEncoder(ContextRows):
-    """Words that may move: `E + delta`. Labels and separators have no delta, so they never move.
+    """The embeddings of the context plus a learned delta for each movable token. Labels and separators have no delta.
 
     Args:
         context: the tokens and their types.

@@ -85,7 +85,7 @@ def rows_of(source: Any, purpose: str = "start another prompt", *, structure: Mo
 
 
 def word_ids_of(source: Any) -> list[int] | None:
-    """Return the ids of a prompt's virtual tokens, if its model depends on them, or None if they are unknown."""
+    """Return the ids of a prompt's virtual tokens, which are only saved if its model reads ids, or None if there are none."""
     if isinstance(source, (str, Path)):
         conventions = find(source).conventions
     else:

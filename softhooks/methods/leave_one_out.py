@@ -47,7 +47,7 @@ def _checked(rows: Tensor, batch: int, count: int) -> Tensor:
         return rows.reshape(batch)
     found = f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}"
     raise UnsupportedModeError(
-        f"`{EXAMPLE_IDS}` is {found}; it must be the number of each row's example, counted from 0, or -1 for a row that is none.",
+        f"`{EXAMPLE_IDS}` is {found}; it must be the number of each row's example, counted from 0, or -1 for no example.",
         "Give one whole number for each row.",
         example_ids=found,
         batch=batch,

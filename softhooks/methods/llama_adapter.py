@@ -47,7 +47,7 @@ class LlamaAdapter(Method):
     Every token of the text sees every row, without a mask, rotation, or a shift of positions; rows skip the layer's input norm.
 
     It enters every model whose attention goes through transformers' attention interface, or has inline attention that softhooks
-    knows (where step 0 equals the base up to rounding); in an encoder-decoder the self-attention of encoder and decoder.
+    knows (where step 0 equals the base up to rounding). In an encoder-decoder, it enters the self-attention of both.
 
     **Context.** Each row of a batch may have a context, such as the vectors of an image, as `prompt_context` in the call of the
     model (a batch column, an argument of `generate`): [B, C], added to all K rows, or [B, K, C], one vector for each row. C is
@@ -199,7 +199,7 @@ class LlamaAdapter(Method):
         return self.scale_and_bias
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Return whether the linear layer of the context gets no gradient, as there is no context."""
+        """Return whether the call has no context, so that the linear layer of the context gets no gradient."""
         return self.context_size is not None and CONTEXT not in given
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
@@ -216,7 +216,7 @@ class LlamaAdapter(Method):
         return slices_of([(name, self._gates(site), site.module) for name, site in names])[len(fused) :]
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the layers that get rows; none for cross-attention."""
+        """Return the layers that get rows; layers of cross-attention never do."""
         fused, prompted = self._layers(stack)
         return [*fused, *prompted] if role == "self" else []
 

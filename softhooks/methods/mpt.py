@@ -71,7 +71,7 @@ class MultitaskPromptTuning(Method):
         tasks: the names of the tasks, or their number. With one task, `task_ids` may be left out.
         rank: r of u_k [P, r] and v_k [H, r]; 1 in the paper. Further columns start with v = 0, so that the product is ones.
         teachers: saved prompts (directories or hub ids) or tensors [P, H], in the order of the tasks or by name; or "train".
-        teacher_steps: the number of optimizer steps that train the teachers, with "train".
+        teacher_steps: the number of optimizer steps that train the teachers; required with teachers="train".
         distillation: lambda, the weight of the distillation loss.
         source: a saved prompt to start from: of this method, or any prompt of [P, H]; PEFT's too.
         task_rate: the learning rate of u and v as a multiple of P*'s, with Adam and similar optimizers, without parameter
@@ -149,7 +149,7 @@ class MultitaskPromptTuning(Method):
         named = set(given) == set(self.names) if isinstance(given, Mapping) else len(given) == len(self.names)
         if not named:
             raise OptionError(
-                f"there are {len(given)} teachers for {len(self.names)} tasks, or other names; give one teacher for each task.",
+                f"the {len(given)} teachers do not match the {len(self.names)} tasks; give one teacher for each task.",
                 "Give a list in the order of the tasks, or a dictionary by name.",
                 tasks=", ".join(self.names),
                 teachers=list(given) if isinstance(given, Mapping) else len(given),
@@ -221,7 +221,7 @@ class MultitaskPromptTuning(Method):
 
     @property
     def has_sampler(self) -> bool:
-        """Whether a Trainer draws rows by task, as in the paper; with several tasks only."""
+        """Whether a Trainer draws rows by task, as in the paper. This requires several tasks and the option `sampling`."""
         return self.sampling is not None and len(self.names) > 1
 
     def sampler(self, rows: Any, batch_size: int, seed: int) -> Sampler[int]:
@@ -243,7 +243,7 @@ class MultitaskPromptTuning(Method):
     # --- a folded prompt ----------------------------------------------------------------------------------------------
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """Return the shapes: [P, H] for one task; for several P* [P, H], u [K * P, r], v [K * H, r]."""
+        """Return the shapes: [P, H] for one task; P* [P, H], u [K * P, r] and v [K * H, r] for several tasks."""
         whole = super().shapes(structure)
         count, (length, width) = len(self.names), whole[EMBEDDINGS]
         if count == 1:
@@ -253,7 +253,7 @@ class MultitaskPromptTuning(Method):
         )
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tables of a file against its options; before a model is known.
+        """Check the tables of a file against its options, before a model is known.
 
         Raises:
             CheckpointError: they do not match.
@@ -281,7 +281,7 @@ class MultitaskPromptTuning(Method):
 
 
 def _teaching(prompt: PromptOnModel) -> AbstractContextManager[None] | None:
-    """Return the context in which the model runs with the teachers; None without teachers, or while they are trained."""
+    """Return the context in which the model runs with the teachers, or None if there are none or they are still being trained."""
     encoder = prompt.encoder
     if not isinstance(encoder, MultitaskEncoder) or encoder.teachers is None or encoder.trains_teachers:
         return None

@@ -153,7 +153,7 @@ class MultitaskEncoder(PromptEncoder):
             self.is_teaching = before
 
     def folded(self) -> dict[str, Tensor]:
-        """Return the prompt of a single task, [P, H]; for several tasks P*, u [K * P, r] and v [K * H, r]."""
+        """Return the prompt of a single task, [P, H], or P* [P, H], u [K * P, r] and v [K * H, r] of several tasks."""
         if len(self.names) == 1:
             return super().folded()
         with self._inference():
@@ -188,7 +188,7 @@ class TeacherTrainingEncoder(MultitaskEncoder):
         return int(self.taken) < self.steps
 
     def teacher(self, task: int) -> Tensor:
-        """Return a task's vanilla prompt while it is trained; afterwards the copy that no optimizer changes."""
+        """Return a task's vanilla prompt while it is trained; afterwards, return the copy of it that no optimizer changes."""
         return self.vanilla[task] if self.trains_teachers else super().teacher(task)
 
     def constrain(self) -> None:

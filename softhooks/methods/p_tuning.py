@@ -32,7 +32,7 @@ class ReparameterizedEncoder(PromptEncoder):
         count: P.
         width: H.
         lstm: whether there is an LSTM.
-        hidden_size: the width of the LSTM in each direction; without an LSTM, of the MLP.
+        hidden_size: the width of the LSTM in each direction, or of the MLP if there is no LSTM.
         num_layers: the number of layers of the LSTM.
     """
 
@@ -47,7 +47,7 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @property
     def zero_gradient_parameters(self) -> frozenset[str]:
-        """The LSTM's recurrent weights if P is 1: the only step starts from a state of zeros."""
+        """The LSTM's recurrent weights if P is 1, because the only step then starts from a state of zeros."""
         if self.rows.shape[0] > 1:
             return frozenset()
         return frozenset(name for name, _ in self.named_parameters() if name.startswith("lstm.weight_hh"))

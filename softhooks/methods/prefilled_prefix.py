@@ -58,6 +58,6 @@ def ids_of(text: Any, tokenizer: Any, option: str) -> tuple[int, ...]:
 
 
 def bos_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the id of the tokenizer's BOS token; empty if it has none."""
+    """Return a list with the id of the tokenizer's BOS token, or an empty list if it has none."""
     first = getattr(tokenizer_of(tokenizer), "bos_token_id", None)
     return () if first is None else (int(first),)

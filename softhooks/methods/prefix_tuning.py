@@ -38,8 +38,8 @@ class PrefixTuning(KeyValuePrefix):
         hidden_size: m, the width of the MLP.
         dropout: dropout on the prefix.
         init: how the prefix is initialized:
-            `text`: the keys and values of `init_text` or `init_ids`, repeated up to P tokens; without either, of words sampled
-            from the vocabulary;
+            `text`: the keys and values of `init_text` or `init_ids`, repeated up to P tokens, or of words sampled from the
+            vocabulary if neither is given;
             `zero`: zeros;
             `random`: N(0, 0.02).
         init_text, init_ids: the text; its first P tokens are used.

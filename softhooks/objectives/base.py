@@ -54,17 +54,17 @@ class PromptOnModel(Protocol):
 
     @property
     def states(self) -> Tensor | None:
-        """The virtual tokens' last hidden states in the current forward, [R, P, H]; None if the prompt was not run alone."""
+        """The virtual tokens' last hidden states in this forward, [R, P, H]; None if the prompt was not run before the text."""
 
     def without_objective(self) -> AbstractContextManager[Any]:
-        """Run the model inside the context without this prompt's objective."""
+        """Inside the context, run the model without this prompt's objective."""
 
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> AbstractContextManager[None]:
-        """Use other keys and values, of any length, in place of the prompt's inside the context."""
+        """Inside the context, use other keys and values, of any length, instead of the prompt's."""
 
 
 class Objective(ABC):
-    """A training objective. `Method.objective` returns one, or None for the model's own loss."""
+    """A training objective. `Method.objective` returns one, or None to train on the model's own loss."""
 
     def check(self, prompt: PromptOnModel) -> None:  # noqa: B027 - most objectives suit every model
         """Refuse a model that this objective cannot train; called when a prompt is attached for training."""

@@ -179,7 +179,7 @@ def _check(call: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _RequestedOutput:
-    """The form of output that the caller asked for; the objective itself needs hidden states, by name."""
+    """The form of output that the caller asked for; the objective itself needs a `ModelOutput` with hidden states."""
 
     hidden_states: bool
     named: bool

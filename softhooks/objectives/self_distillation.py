@@ -62,7 +62,7 @@ class SelfDistillation(Objective):
         )
 
     def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
-        """Run the teacher and remove the labels, which only say where the two are compared."""
+        """Run the teacher, and remove the labels, which only mark the positions where teacher and student are compared."""
         labels = call.pop("labels")
         items = call.pop("num_items_in_batch", None)
         compared = labels[:, 1:] != IGNORE_INDEX
@@ -78,7 +78,7 @@ class SelfDistillation(Objective):
         return finish
 
     def _teach(self, prompt: PromptOnModel, call: dict[str, Any], compared: Tensor) -> Tensor:
-        """Compute the teacher's logits where the two are compared, [N, V]."""
+        """Compute the teacher's logits at the compared positions, [N, V]."""
         if call.get("past_key_values") is not None:
             raise UnsupportedModeError(
                 "the call has `past_key_values`; self-distillation runs each text from its start, once as teacher and once as "
@@ -93,7 +93,7 @@ class SelfDistillation(Objective):
         return _select(output.logits, compared)
 
     def _read(self, prompt: PromptOnModel) -> dict[str, Tensor]:
-        """Compute the document's keys and values: once inside `softhooks.kept`, else in every step."""
+        """Compute the document's keys and values in every step, or only once inside `softhooks.kept`."""
         structure, stack = prompt.structure, prompt.structure.entry
         return self._memory.get(stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document))
 

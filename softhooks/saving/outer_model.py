@@ -26,7 +26,7 @@ _MAX_FRAMES = 64
 
 
 def prompt_folders(prompted: PromptedModel, folder: Path) -> dict[SoftPrompt, Path]:
-    """Return the folder of each prompt: `folder` for `default`, or else the active prompt; subfolders by name for all others."""
+    """Return the folder of each prompt: `folder` for `default` or, without it, the active prompt; subfolders for the others."""
     prompts = soft_prompts_of(prompted)
     top = "default" if "default" in prompts else prompted.active or next(reversed(prompts))
     return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}

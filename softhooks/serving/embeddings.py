@@ -29,8 +29,8 @@ def sequence_embeddings(
     Args:
         model: a causal decoder that carries the prompt.
         text: a text, or its ids.
-        tokenizer: the model's, for a text; it adds its special tokens.
-        server: `vllm` or `sglang`; None: make them for the model's own `inputs_embeds`.
+        tokenizer: the model's tokenizer, which adds its special tokens; required if `text` is a string.
+        server: `vllm` or `sglang`; if None, the embeddings are for the model's own `inputs_embeds`.
 
     Shape:
         -> [P + T, H], in the model's precision.
@@ -68,7 +68,7 @@ def sequence_embeddings(
 
 
 def _require_rows(model: nn.Module) -> SoftPrompt:
-    """Return the active prompt, if it is embedding rows and nothing else."""
+    """Return the active prompt, and refuse a prompt that is more than embedding rows for a decoder."""
     prompted = require_prompted_model(model)
     names = [prompted.active] if prompted.rows is None else list(prompted.rows)
     if prompted.rows is not None or prompted.active is None or prompted.disabled:
@@ -86,7 +86,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     causal = prompted.structure.entry.causal and not prompted.structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
-            f"this prompt ({prompt.method.kind}) is more than embedding rows for a decoder, which is all that a server takes.",
+            f"this prompt ({prompt.method.kind}) is more than embedding rows for a decoder; a server takes only such rows.",
             "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`, and a multitask prompt with "
             "one task.",
             enters="as embedding rows" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",

@@ -25,7 +25,7 @@ class Server:
 
     Attributes:
         label: the name and the examined version of the server.
-        multiplies: the model types, with the factor inside the embedding, for which the server also scales given embeddings.
+        multiplies: the model types that scale inside the embedding module, for which the server also scales given embeddings.
         keeps: the other examined model types with a factor, for which the server takes the same embeddings as transformers.
     """
 
@@ -80,7 +80,7 @@ def factor_inside(stack: Stack) -> float | None:
 
 
 def factor_after(model: nn.Module, stack: Stack) -> float | None:
-    """Measure the factor by which the stack multiplies given embeddings before its first layer, or None if it does more."""
+    """Measure the factor by which the stack multiplies given embeddings before its first layer; return None if it does more."""
     layers = [part for part in stack.module.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not layers:
         return None

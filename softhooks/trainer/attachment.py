@@ -53,11 +53,11 @@ def attach_or_continue(
 
 
 def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_new: bool) -> CheckpointSaver:
-    """Return the saver of a callback's prompt; without one, create it and start logging the prompt's metrics.
+    """Return the saver of a callback's prompt; if there is none, create it and start logging the prompt's metrics.
 
     Args:
         owner: the callback.
-        control: the control of the callback's Trainer, which replaces it when it restores the states of its callbacks.
+        control: the current control of the callback's Trainer; a Trainer that restores its callbacks' states replaces it.
         is_new: whether the callback has attached the prompt.
     """
     saver = saver_of(prompt.model)

@@ -155,7 +155,7 @@ class SoftPromptCallback(TrainerCallback):
         self._name_optimizer(args, None)
 
     def method_for(self, trial: Any) -> Method:
-        """Return the method to train in a trial (None outside a search); subclasses may override this."""
+        """Return the method to train; `trial` is None outside a search. Subclasses may override this."""
         return self.method
 
     def on_train_begin(
@@ -229,7 +229,7 @@ class SoftPromptCallback(TrainerCallback):
             self._frozen_check.check(self.soft_prompt, "log", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Release the checkpoint's lock; check the base on ranks that did not write it, or on all ranks if it is sharded."""
+        """Release the checkpoint's lock, and check the base on ranks where writing the checkpoint did not check it."""
         saver = self._saver
         if saver is None:
             return

@@ -36,7 +36,7 @@ class CheckpointSaver:
     Args:
         prompt: the prompt.
         owner: the callback, or the object of another framework, that trains the prompt.
-        control: the control of the owner's Trainer, which identifies the Trainer; None outside of a Trainer.
+        control: the control of the owner's Trainer, which identifies the Trainer, or None if no Trainer is used.
 
     Attributes:
         loaded: whether a state dict with the prompt was loaded since `loaded` was last set to False.
@@ -89,7 +89,7 @@ class CheckpointSaver:
     # --- save ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> Any:
-        """Write the prompt, and into a Trainer's checkpoint also its live parameters, but not the model's weights or config.
+        """Write the prompt, but not the model's weights or config; in a Trainer's checkpoint, also write the live parameters.
 
         Raises:
             TrainerError: `push_to_hub` is set.

@@ -46,7 +46,7 @@ def register(package: str, module: str) -> None:
 
 
 def check_trainer(args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-    """Let the integration for a Trainer's arguments, if there is one, refuse wrong settings.
+    """Check a Trainer's settings with the integration that is registered for its arguments, if there is one.
 
     Raises:
         TrainerError: a setting is refused; the message names it.
@@ -57,7 +57,7 @@ def check_trainer(args: TrainingArguments, model: nn.Module, method: Method, tra
 
 
 def guard_trainer(args: TrainingArguments, prompted: PromptedModel) -> None:
-    """Let the integration for a Trainer's arguments, if there is one, prepare the Trainer for a model with a prompt."""
+    """Prepare a Trainer for a model with a prompt with the integration that is registered for its arguments, if there is one."""
     integration = _integration_for(args)
     if integration is not None:
         integration.guard(args, prompted)

@@ -18,7 +18,7 @@ from softhooks.runtime.unused_parameters import unused_parameters_error
 
 
 def fsdp_plugin() -> Any:
-    """Return the FSDP plugin that Accelerate uses in this process, or None without FSDP."""
+    """Return the FSDP plugin that Accelerate uses in this process, or None if FSDP is not used."""
     from accelerate.state import AcceleratorState, is_initialized
 
     return getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
@@ -116,7 +116,7 @@ def injection_for_launch(method: Method, asked: Injection | None) -> Injection |
         return asked
     if asked not in (None, "slots"):
         raise TrainerError(
-            f"injection={asked!r} is not available under FSDP; a prompt of embeddings enters a sharded model as slots.",
-            "Leave `injection` out, or give `injection='slots'`.",
+            f"injection={asked!r} is not available under FSDP, where a prompt of input embeddings can only be injected as slots.",
+            "Leave `injection` out, or pass `injection='slots'`.",
         )
     return "slots"

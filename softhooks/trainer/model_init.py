@@ -1,4 +1,4 @@
-"""Patches of a Trainer that attach a prompt to the models from `model_init` and keep their optimizers to the prompt's parameters.
+"""Patches of a Trainer that attach a prompt to the models from `model_init` and limit their optimizers to its parameters.
 
 The Trainer calls no event between `model_init` and the loading of a checkpoint. Therefore the callback finds its Trainer among
 the callers of the current event, and replaces two methods of that instance.
@@ -70,7 +70,7 @@ class PatchedTrainer:
 
 
 def patch_trainer(callback: TrainingCallback) -> Trainer | None:
-    """Patch the Trainer that is calling the callback unless already patched; return it, or None if no Trainer is calling."""
+    """Return the Trainer that is calling the callback, or None if there is none; patch it if that was not done before."""
     trainer = find_trainer(callback)
     if trainer is not None:
         patched = trainer.__dict__.get("call_model_init")

@@ -113,7 +113,7 @@ def refuse_second(callback: TrainingCallback, model: nn.Module, control: Trainer
 
 
 def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) -> None:
-    """Remove the prompt that a callback trained before from the previous model, and from a model that `model_init` returns again.
+    """Remove a callback's earlier prompt from the previous model, and from a model that `model_init` returns a second time.
 
     Args:
         trial: the trial of a hyperparameter search, or None outside a search.

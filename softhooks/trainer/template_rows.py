@@ -56,7 +56,7 @@ class PaddedRows:
         return self.default(rows)
 
     def _by_tokenizer(self, rows: list[dict[str, Any]]) -> Any:
-        """Pad rows with the tokenizer, and labels, which it does not pad, on its padding side."""
+        """Pad rows with the tokenizer; also pad labels, which the tokenizer leaves alone, on the same side."""
         labels = [row.pop("labels") for row in rows if "labels" in row]
         if labels:
             for row in rows:

@@ -118,7 +118,7 @@ def test_what_is_of_another_space_is_refused() -> None:
     with pytest.raises(OptionError, match="has no candidates"):
         PromptSpace()
     for foreign in ({"learning_rate": 0.1}, {"method": "nothing"}, {"method": "prompt", "prompt.init": "zero"}):
-        with pytest.raises(OptionError, match=r"does not belong to this space(.|\n)*prompt, prefix"):
+        with pytest.raises(OptionError, match=r"do not fit this PromptSpace(.|\n)*prompt, prefix"):
             space().chosen(foreign)
 
 

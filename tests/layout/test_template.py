@@ -163,7 +163,7 @@ def test_a_tokenizer_that_marks_first_words_itself() -> None:
 )
 def test_fields_that_are_missing_or_no_text(fields: Any) -> None:
     with pytest.raises(
-        OptionError, match=r"is (not given|3|None); it must be text(.|\n)*field: +hypothesis(.|\n)*found"
+        OptionError, match=r"is (not given|3|None); it must be a string(.|\n)*field: +hypothesis(.|\n)*found"
     ):
         Layout(RTE).render(tokens.masked(), fields)
 

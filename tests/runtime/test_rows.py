@@ -239,7 +239,10 @@ def test_generate_is_the_models_own_again_after_rows() -> None:
 @pytest.mark.parametrize("names", ["a", [], ()])
 def test_rows_that_are_no_list_of_names(names: Any) -> None:
     model, _, _ = decoder("llama", "prompts")
-    with pytest.raises(OptionError, match="a list of one prompt name for each row"), softhooks.rows(model, names):
+    with (
+        pytest.raises(OptionError, match="a list with one entry for each row: the name of a prompt"),
+        softhooks.rows(model, names),
+    ):
         pass
 
 
