@@ -61,7 +61,7 @@ def register() -> None:
 
 
 def positions_taken(model: nn.Module) -> int:
-    """Return the number of positions that the longest active prompt of a model takes, or 0 without an active prompt."""
+    """Return the number of positions that the longest active prompt of a model takes, or 0 if no prompt is active."""
     from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
 
     prompted = prompted_model_of(model)

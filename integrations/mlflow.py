@@ -99,7 +99,7 @@ class PromptArtifact(PromptTracker):
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 
     def _of_trial(self, state: TrainerState) -> str:
-        """Return the MLflow run of a trial; the reporter starts the run of the first trial, and this callback the later runs."""
+        """Return the MLflow run of a trial; the reporter starts the run of the first trial; this callback starts the others."""
         mlflow, last = _mlflow(), self._run_id
         if last is not None and _active() == last:
             mlflow.end_run("FINISHED" if self._is_over else "FAILED")

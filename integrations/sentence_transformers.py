@@ -179,7 +179,7 @@ class SentencePromptCallback(SoftPromptCallback):
         if best is not None and self._saver is not None and not self._saver.loaded:
             raise TrainerError(
                 f"the best checkpoint {best} was not loaded at the end of training.",
-                "The library has logged the error; `load_prompt` loads the checkpoint.",
+                "See the error that the library logged; load the checkpoint with `load_prompt`.",
             )
         super().on_train_end(args, state, control, **kwargs)
         if self._around is not None:

@@ -207,7 +207,7 @@ def _without_prompt(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[
 
 
 def _refuse_trainable_reference(trainer: Any) -> None:
-    """Refuse a reference with a trainable prompt, such as a deep copy of the policy; a loaded, frozen prompt is allowed."""
+    """Refuse a reference with a trainable prompt, such as a deep copy of the policy; a frozen prompt is allowed."""
     prompted = None if trainer.ref_model is None else prompted_model_of(trainer.ref_model)
     if prompted is None or not prompted.is_on:
         return

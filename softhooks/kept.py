@@ -1,4 +1,4 @@
-"""`softhooks.kept`: compute prompts once for many forwards; the caller promises that the base does not change between them."""
+"""`softhooks.kept`: compute prompts only once for many forwards between which the base does not change."""
 
 from __future__ import annotations
 

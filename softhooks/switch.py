@@ -60,7 +60,7 @@ def _show_labels(prompted: PromptedModel) -> None:
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Use one prompt for each row of the batches inside the context, in forward and generate; None uses no prompt for a row.
+    """Use one prompt for each row of the batches inside the context, in forward and generate; a row with None uses no prompt.
 
     Applies to this thread or asyncio task, and to tasks that are started inside.
 

@@ -64,7 +64,7 @@ def convert(
     wanted: Format = to or ("peft" if present == "softhooks" else "softhooks")
     if wanted == present:
         raise OptionError(
-            f"{source} has the format of {present} already, which `--to {wanted}` asks for.",
+            f"{source} is already in the format of {present}, which `--to {wanted}` requests.",
             "Leave `--to` out, or copy the folder.",
             found=source / MARKS[present],
         )

@@ -102,7 +102,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
 
 def _choose_files(sizes: Counter[str], fraction: float, generator: random.Random) -> set[str]:
-    """Choose files with at most the given fraction of a package's rows; of several random choices, return the largest."""
+    """Choose files at random with at most the given fraction of a package's rows; of several choices, return the largest."""
     best: set[str] = set()
     for _ in range(SPLIT_DRAWS):
         files = sorted(sizes)

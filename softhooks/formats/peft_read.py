@@ -107,7 +107,7 @@ def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str)
 
 
 def _copies(config: dict[str, Any]) -> int:
-    """Return how often the P rows are stored: once, or for the encoder and then the decoder of an encoder-decoder."""
+    """Return how often the P rows are stored: once, or twice in an encoder-decoder (for the encoder, then the decoder)."""
     if config.get("task_type") != "SEQ_2_SEQ_LM":
         return 1
     return 1 if config.get("num_transformer_submodules") == 1 else 2

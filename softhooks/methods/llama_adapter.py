@@ -74,8 +74,8 @@ class LlamaAdapter(Method):
 
     Args:
         num_virtual_tokens: K.
-        num_layers: the number of layers, from the top, that get rows; None: all (except those of `early_fusion`). Only layers
-            with attention count.
+        num_layers: the number of layers, from the top, that get rows; if None, all except those of `early_fusion`. Only
+            layers with attention count.
         gate: multiply by `tanh` of g, or by g itself (`raw`).
         gate_per: one g for each `head`, or for each `layer`.
         context_size: C, if it is not the model's width.
@@ -250,7 +250,7 @@ class LlamaAdapter(Method):
             raise UnsupportedMethodError(
                 f"{len(sites)} layers with attention are too few for num_layers={self.num_layers} and "
                 f"early_fusion={self.early_fusion}; prompts need one or more.",
-                "Use fewer layers.",
+                "Reduce `num_layers` or `early_fusion`.",
                 num_layers=self.num_layers,
                 early_fusion=self.early_fusion,
                 layers_with_attention=f"{len(sites)} in {stack.path or type(stack.module).__name__}",

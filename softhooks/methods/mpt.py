@@ -216,7 +216,7 @@ class MultitaskPromptTuning(Method):
         return None if self.teachers is None else Distillation(self.distillation, _teaching)
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Return whether teachers are trained: in each step either they or the decomposition get gradients."""
+        """Return whether teachers are trained, because then each step trains only them or only the decomposition."""
         return self.teacher_steps is not None
 
     @property

@@ -115,7 +115,7 @@ class PromptTuning(Method):
         return encoder
 
     def initial_rows(self, structure: ModelStructure) -> tuple[Tensor, initializers.WordIds]:
-        """Make the rows that the prompt starts from, [P, H], and the ids of those that are words."""
+        """Make the rows that the prompt starts from, [P, H], and the word ids of the rows that are embeddings of words."""
         count = self.num_virtual_tokens
         if self.init == "random":
             return initializers.random_rows(structure, count), None

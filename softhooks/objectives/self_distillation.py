@@ -1,4 +1,4 @@
-"""Self-distillation: the prompt learns to replace a document, with the frozen model that reads the document as teacher."""
+"""Self-distillation: the prompt learns to replace a document; the teacher is the frozen model that reads the document."""
 
 from __future__ import annotations
 

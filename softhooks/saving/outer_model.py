@@ -82,7 +82,7 @@ class SaveFromOutside:
 
 
 def _saving_call(inner: nn.Module) -> dict[str, Any] | None:
-    """Return the arguments of a running `save_pretrained` of a model around `inner` in this thread, or None."""
+    """Return the arguments of the running `save_pretrained` of a model that contains `inner`, or None if there is none."""
     frame: Any = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
         if frame is None:

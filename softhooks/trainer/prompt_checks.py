@@ -1,4 +1,4 @@
-"""Checks of a callback's prompt: whether an attached prompt can be used, a prompt comes too late, or a prompt is missing."""
+"""Checks of a callback's prompt: whether an attached prompt can be used, was attached too late, or is missing."""
 
 from __future__ import annotations
 
