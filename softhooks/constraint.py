@@ -1,4 +1,4 @@
-"""Constraints on parameters, applied after each optimizer step in any training loop, without a call by the user.
+"""Constraints on parameters, which hooks apply after each optimizer step, so that no training loop needs to call them.
 
 One hook on all torch optimizers applies them. It is registered while an encoder with constraints is attached anywhere.
 """

@@ -87,7 +87,7 @@ def _added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]
 
 
 def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]) -> None:
-    """Warn that rows which a script added are neither trained nor saved with the prompt.
+    """Warn that the rows that a script added are neither trained nor saved with the prompt.
 
     Args:
         own: the ids whose rows the prompt has itself.
@@ -106,7 +106,7 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
 def log_unsaved_rows(
     prompt: object, name: str, model: nn.Module, structure: ModelStructure, own: Container[int]
 ) -> None:
-    """Log, once for each prompt, that the prompt's file does not contain rows which a script added.
+    """Log once for each prompt that its file does not contain the rows that a script added.
 
     Args:
         own: the ids whose rows the prompt has itself.

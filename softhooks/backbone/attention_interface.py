@@ -39,7 +39,7 @@ def modeling_files(modules: Iterable[nn.Module]) -> frozenset[str]:
 
 
 def wrap_attention_functions(user: object, files: Iterable[str]) -> None:
-    """Wrap the attention functions that these files use, until they are unwrapped or `user` is garbage collected."""
+    """Wrap the attention functions of these Python modules until they are unwrapped or `user` is garbage-collected."""
     users.add(user, files)
 
 
@@ -76,7 +76,7 @@ def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _expects_pass(state: StackState) -> bool:
-    """Whether attention may only run inside a pass in this stack; every forward that goes through the hooks has a pass.
+    """Whether attention in this stack may only run inside a pass. Every forward that runs the hooks has a pass.
 
     A backward may rerun layers outside the context of their forward, so it is enough that some prompt enters attention.
     """

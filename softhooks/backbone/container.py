@@ -25,7 +25,7 @@ class Container(nn.ModuleDict):
     prompted_model: Any
 
     def _apply(self, fn: Any, recurse: bool = True) -> Container:
-        """Move the prompts to another device along with the model, but keep them in fp32: they are the master weights."""
+        """Move the prompts to another device along with the model, but keep them in fp32, because they are the master weights."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)

@@ -94,7 +94,7 @@ def _run(model: nn.Module, ids: Tensor) -> _Runs:
 
 
 def _run_on_ids_alone(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on one row, or if that fails, on one row of two choices, [1, 2, T]."""
+    """Run a model on one row. If that fails, run it on one row of two choices, [1, 2, T]."""
     try:
         return _recorded(model, {"text": ids}, {"input_ids": ids})
     except UnsupportedModelError as error:
@@ -161,7 +161,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
 
 
 def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
-    """Find the child of a stack that feeds only its first column to the pooler (ALBERT); None if all columns go there."""
+    """Return the child of a stack from which the pooler gets only the first column (ALBERT), or None if it gets all columns."""
     pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
     if pooler is None or not calls[pooler].inputs or calls[pooler].inputs[0].dim() != 2:
         return None

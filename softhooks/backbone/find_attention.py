@@ -41,7 +41,7 @@ class AttentionRecord:
 
 
 def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord] | None) -> None:
-    """Find the sites of each stack by running it; a decoder gets the encoder's states and one id less.
+    """Find the sites of each stack by running it. A decoder runs on the encoder's states and on all ids but the first.
 
     Args:
         stacks: the stacks; their `sites` and `injection` are filled in.

@@ -183,7 +183,7 @@ def _matrices(part: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _consecutive_rows(part: nn.Module, output: Any) -> PositionTable | None:
-    """Find the consecutive rows of a module's own matrix that make up its output; None if there are none."""
+    """Find the consecutive rows of a module's own matrix that make up its output, or return None if there are none."""
     if not isinstance(output, Tensor) or output.dim() not in (2, 3):
         return None
     rows = output if output.dim() == 2 else output[0]

@@ -165,7 +165,7 @@ def find_stack(
 
 
 def _lookup(model: nn.Module, reached: Sequence[ModuleCall]) -> ModuleCall | None:
-    """Choose the call that looks up the ids; if several tables do, prefer the one that `get_input_embeddings` returns."""
+    """Choose the call that looks up the ids. If several tables do, prefer the one that `get_input_embeddings` returns."""
     lookups = [call for call in reached if isinstance(call.module, nn.Embedding) and isinstance(call.output, Tensor)]
     named = model.get_input_embeddings()  # type: ignore[operator]
     return next((call for call in lookups if call.module is named), lookups[0] if lookups else None)
@@ -186,7 +186,7 @@ def _mixes_tokens(call: ModuleCall, changed: dict[tuple[int, int], ModuleCall], 
 def _inner_text_model(
     holder: ModuleCall, lookup: ModuleCall, calls: Sequence[ModuleCall], changed: dict[tuple[int, int], ModuleCall]
 ) -> ModuleCall:
-    """Choose the inner module that takes `inputs_embeds`, such as the text model of a vision-language model; else the holder.
+    """Return the inner module that takes `inputs_embeds`, such as a vision-language model's text model, or `holder` if none does.
 
     The outer model makes positions and masks from the ids. They must be made without the prompt and shifted afterwards.
     """

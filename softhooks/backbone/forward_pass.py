@@ -93,11 +93,11 @@ class Pass:
         return None
 
     def leave(self, output: Any) -> Any:
-        """Change the output of the stack after a forward without an error."""
+        """Change the output of the stack; called only if the forward did not raise an error."""
         return output
 
     def close(self) -> None:
-        """Remove the hooks of this forward; called even if the forward raised."""
+        """Remove the hooks of this forward; called even if the forward raised an error."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

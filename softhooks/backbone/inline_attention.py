@@ -38,7 +38,7 @@ def inline_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention in the same way as these families.
+    """Compute attention in the same way as the model families in this file.
 
     Args:
         attention_mask: [B, 1, 1 or T, K], bool (True: seen) or additive.
@@ -163,7 +163,7 @@ class InlineAttention:
     names: tuple[str, ...]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], attention: AttentionFunction) -> Any:
-        """Compute the forward with an attention function; None if the call attends to states other than the module's own."""
+        """Run the forward with an attention function, or return None if the call attends to states from elsewhere."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
         if any(call.get(name) is not None for name in _OTHER_STATES):
             return None

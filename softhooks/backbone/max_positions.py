@@ -1,4 +1,4 @@
-"""Warn if prompt and text exceed the trained range of rotary positions, where a model raises no error but gets worse."""
+"""Warn if prompt and text exceed the trained range of rotary positions: the model raises no error, but its output gets worse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ADAPTIVE = ("dynamic",)
 
 
 def rotary_limit(module: nn.Module) -> int | None:
-    """Return the number of positions that the rotary embeddings of a stack support; None without such embeddings or limit.
+    """Return the number of positions that a stack's rotary embeddings support, or None if it has none or they have no limit.
 
     `max_position_embeddings` is the length of pretraining if the config declares a `linear` scale, and may be with other scales
     (YaRN), so it is multiplied by the scale.
@@ -61,7 +61,7 @@ def dynamic_rope_length(module: nn.Module) -> int | None:
 
 
 def warn_beyond(positions: Positions, text: int, length: int) -> None:
-    """Warn, once per model, if prompt and text together exceed these positions.
+    """Warn once per model if prompt and text together exceed this number of positions.
 
     Args:
         text: the number of text tokens, without padding.

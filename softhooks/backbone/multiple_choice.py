@@ -24,7 +24,7 @@ def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
 
 
 def for_each_choice(given: dict[str, Tensor], rows: int, choices: int) -> dict[str, Tensor]:
-    """Repeat the extra arguments of each row for its choices. The column of slots may already have choices, [B, C, S]."""
+    """Repeat each row's extra arguments once per choice. A slot column with an axis for choices, [B, C, S], is flattened."""
     repeated = {}
     for name, value in given.items():
         if name == COLUMN and value.dim() == 3:

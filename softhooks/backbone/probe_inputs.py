@@ -25,7 +25,7 @@ _DISTANCES = ("window", "chunk", "compress", "conv", "kernel", "topk", "block", 
 
 
 def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
-    """Make one row of ids without special ids, [1, columns]; only the last is the end-of-text id, if the model has one."""
+    """Make one row of ordinary ids, [1, columns]. If the model has an end-of-text id, the row ends with it."""
     config = getattr(model, "config", None)
     inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -42,7 +42,7 @@ def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) ->
 
 
 def special_ids(config: Any) -> set[int | None]:
-    """Return the special ids of a config, by which models find padding and the end of a text."""
+    """Return the special ids of a config, which models use to find padding and the end of a text."""
     special: set[int | None] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
         value = getattr(config, name, None)
@@ -97,7 +97,11 @@ def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) ->
 
 
 def longest_distance(module: nn.Module) -> int:
-    """Return the least common multiple of the short distances in a stack's config, or the longest of them; at least 8."""
+    """Return the least common multiple of 8 and the window, chunk and similar sizes in a stack's config.
+
+    Sizes above `_MAX_DISTANCE` are ignored. If the multiple exceeds `_MAX_DISTANCE`, return the largest of the sizes and 8
+    instead.
+    """
     config = getattr(module, "config", None)
     found = {value for value in _distances(getattr(config, "__dict__", {})) if 2 <= value <= _MAX_DISTANCE} | {8}
     multiple = math.lcm(*found)

@@ -72,7 +72,7 @@ class Positions:
         padding: the position id of padding, if padding has its own.
         limit: the number of positions, if exceeding it is an error.
         trained: the number of positions that the config declares.
-        rotary_limit: the number of positions that the rotary embeddings support; None without such embeddings or limit.
+        rotary_limit: the number of positions that the rotary embeddings support; None if there are none or they have no limit.
         has_warned: whether the warning about exceeded positions was given.
         dynamic_rope_length: the length above which the frequencies of all rotary positions change, or None for never.
     """
@@ -138,7 +138,7 @@ class ModelStructure:
 
     Attributes:
         vocabulary: the number of rows of the input embedding.
-        choices: the number of choices of a row in the probes, if the model takes rows of choices, [B, C, T]; else None.
+        choices: the number of choices of a row in the probes, or None if the model does not take rows of choices, [B, C, T].
     """
 
     stacks: list[Stack]

@@ -105,7 +105,7 @@ class StackState:
 
     @property
     def current(self) -> RunningPass | None:
-        """The pass of the running forward of this thread, if any; attention and embedding read it."""
+        """The pass of this thread's running forward, or None if none is running; attention and embedding read it."""
         current = self._current
         if current is None or torch.compiler.is_compiling() or current.thread == threading.get_ident():
             return current

@@ -44,7 +44,7 @@ def hides_distant(mask: Any, window: int = _PROBE_WINDOW) -> bool:
 
 
 def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
-    """Return the number of tokens, including itself, that a token of a site sees, or None for all.
+    """Return the number of tokens, including itself, that a token of a site sees, or None if it sees all of them.
 
     Args:
         kwargs: the keyword arguments of the attention function's call.

@@ -39,7 +39,7 @@ def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """Find the id whose embedding equals each row exactly. [P, H] -> P ids.
+    """For each row, find the first id whose embedding equals the row exactly, or None. [P, H] -> P ids.
 
     transformers finds the ids of `inputs_embeds` in the same way.
     """
@@ -54,7 +54,7 @@ def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
 
 
 def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
-    """Find the first row of a table that each row equals. [V, H], [P, H] -> P numbers."""
+    """For each row, find the index of the first equal row of a table, or None. [V, H], [P, H] -> P indices."""
     found: list[int | None] = [None] * len(rows)
     for row, index in (rows[:, None, 0] == table[None, :, 0].float()).nonzero().tolist():
         if found[row] is None and torch.equal(rows[row], table[index].float()):
@@ -64,7 +64,7 @@ def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
 
 @torch.no_grad()
 def ids_of_weight_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """Find the id of each row that equals a row of the embedding's weight but not an output of the embedding; else None.
+    """For each row, find the id of the equal weight row; None if there is none, or if the embedding also outputs the row.
 
     These two differ only if the embedding does more than a lookup: Gemma's multiplies the rows by sqrt(H).
 

@@ -64,7 +64,7 @@ class Fingerprint:
         return self._with({name: sample.values for name, sample in self.merged.items()})
 
     def with_unmerged(self) -> Fingerprint:
-        """Return the fingerprint of the same base model if merging and unmerging its adapters may have rounded weights."""
+        """Return the fingerprint of the same base model after merging and unmerging its adapters, which may round weights."""
         own = self.samples.get("matrices", {})
         return self._with({name: own[name].values for name in self.merged})
 
@@ -107,7 +107,7 @@ class Fingerprint:
         for name, sample in merged.items():
             own = samples["matrices"].get(name)
             if own is None or own.values.shape != sample.values.shape:
-                raise ValueError("it has a merged matrix without the unmerged one")
+                raise ValueError(f"the merged matrix {name[:40]!r} has no unmerged matrix of the same shape")
         return cls(value["vocabulary"], samples, merged)
 
 

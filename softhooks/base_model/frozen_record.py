@@ -63,7 +63,7 @@ def digest(tensor: Tensor) -> Digest:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List every parameter and buffer once, reading offloaded ones one by one, and the scales of quantized layers."""
+    """Yield every parameter, every buffer and the scales of quantized layers; offloaded tensors are read one at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield name, read_tensor(model, name, tensor)
     for name, module in model.named_modules():
@@ -165,7 +165,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _difference(before: Digest | None, after: Digest) -> str:
-    """Describe how a tensor differs from its record; empty if it does not."""
+    """Describe how a tensor differs from its record, or return an empty string if it does not."""
     if before is None:
         return "did not exist at attach"
     if before.dtype != after.dtype:

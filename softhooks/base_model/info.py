@@ -110,7 +110,7 @@ def _quantization(config: Any) -> str | None:
 
 
 def class_of_transformers(name: str) -> type | None:
-    """Return the transformers class with a name from a file, or None if it does not exist or is private."""
+    """Return the transformers class of this name, which comes from a file, or None if the class does not exist or is private."""
     import transformers
 
     found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None

@@ -54,7 +54,7 @@ def require_base(
     has_adapters: bool = False,
     override: str = OVERRIDE,
 ) -> None:
-    """Check that a model is the base model that a prompt was trained with, as far as it is known.
+    """Check that a model is the base model that a prompt was trained with, as far as the prompt's base model is known.
 
     Args:
         base: the base model that the prompt was trained with.

@@ -40,7 +40,7 @@ _GOLDEN_RATIO = 0.6180339887498949
 def take_fingerprint(
     model: nn.Module, structure: ModelStructure, *, like: Fingerprint | None = None, frozen: bool = False
 ) -> Fingerprint:
-    """Take the fingerprint of a model, in a few milliseconds, because only few values are read.
+    """Take the fingerprint of a model. It takes a few milliseconds, because only a few values are read.
 
     Args:
         like: the fingerprint to compare with; the same rows of the vocabulary are read.
@@ -69,7 +69,7 @@ def take_fingerprint(
 
 
 def _to_cpu(values: list[Tensor]) -> Tensor:
-    """Copy the values of many weights to the CPU in one transfer, or in one transfer each if the devices differ."""
+    """Copy the values of many weights to the CPU in one transfer, or one by one if their devices differ."""
     if len({tensor.device for tensor in values}) == 1:
         return torch.cat(values).cpu()
     return torch.cat([tensor.cpu() for tensor in values])

@@ -51,7 +51,7 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-    """Make a call, and a copy with different ids from some column on; return the column and both, or None for a short text."""
+    """Return a column and two calls whose ids differ only from this column on, or None if there are no two such calls."""
     structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.num_slots if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)

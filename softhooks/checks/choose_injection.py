@@ -80,7 +80,7 @@ def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> I
 
 
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
-    """Refuse a prompt at the end of a language model's text, where no token follows and generated text would move the prompt.
+    """Refuse a prompt at the end of a language model's text, because generated text would move it and no token follows it.
 
     Raises:
         UnsupportedMethodError: the model generates, and the prompt is at the end.

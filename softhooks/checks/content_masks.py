@@ -45,7 +45,7 @@ class _MaskPass(Pass):
 
 
 def require_common_masks(prompt: SoftPrompt) -> None:
-    """Check, for a prompt that enters as keys and values, that two texts have equal masks without a gradient to the texts.
+    """Check that two texts get equal masks and that the masks have no gradient to the texts, for prompts injected at attention.
 
     With random weights, masks may be equal by chance; the autograd graph shows their inputs.
 
@@ -74,7 +74,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
 
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
-    """Run a text without the prompt, through the whole model, or through the stack if the model needs more than ids."""
+    """Run a text without the prompt through the whole model, or only through the stack if the model needs more than ids."""
     forward_pass, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)

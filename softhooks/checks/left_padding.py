@@ -49,7 +49,10 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 
 def _takes_positions(prompt: SoftPrompt) -> bool:
-    """Whether the stack takes positions for each row and no prefix enters by a cache (masks may not cover its columns)."""
+    """Whether the stack takes positions for each row, and the prompt does not enter through a cache.
+
+    In some models, masks do not cover the columns of a prefix that enters through a cache.
+    """
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.takes_position_ids or (table is not None and table.by_row)

@@ -73,7 +73,7 @@ def _output(prompt: SoftPrompt) -> Tensor | None:
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """Return the argument that disables the cache, because some models (RWKV) overwrite in it tensors for the backward."""
+    """Return the argument that disables the cache, because some models (RWKV) overwrite cached tensors needed in the backward."""
     takes = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
     return {"use_cache": False} if takes and torch.is_grad_enabled() else {}
 
@@ -93,7 +93,7 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 
 
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
-    """List the parts that get no gradient: parameters of the encoder, and the parts of its output for single layers.
+    """List what gets no gradient: parameters of the encoder, and the slices of its output that belong to single layers.
 
     A layer may run without gradients in some of its calls (HRM). Its part of a prefix would stay as initialized, and with keys
     and values from another call a prefix of real words would differ from the words, so the model is refused.

@@ -1,4 +1,4 @@
-"""Compare, at attach, a shared prompt with the same prompt as slots."""
+"""Check at attach that a model computes the same states with a shared prompt as with the same prompt as slots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COMPARED: tuple[Injection, Injection] = ("shared", "slots")
 
 
 def shares_exactly(prompt: SoftPrompt) -> bool:
-    """Whether a prompt that is computed once gives the same states as with slots, on rows without and with padding.
+    """Whether a shared prompt gives the same states as the same prompt as slots, in rows with and without padding.
 
     The text is longer than the short windows and chunks of the model, so that they take effect. The difference must be small
     relative to the precision of the states and to the effect of the prompt. False if one of the two forwards fails.
@@ -65,7 +65,7 @@ def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bo
 
 
 def _is_rounding(ours: Tensor, theirs: Tensor, precision: float) -> bool:
-    """Whether a difference is small enough to come from summing in a different order, even if the effect is small too."""
+    """Whether a difference may come from summing in a different order. The size of the prompt's effect does not matter here."""
     return _are_finite(ours, theirs) and _size(ours - theirs) <= 4 * precision * _size(theirs)
 
 
@@ -78,7 +78,7 @@ def _size(states: Tensor) -> float:
 
 
 def _exceeds_probe(stack: Stack) -> bool:
-    """Whether the config has chunks or a selection of keys, which would differ for texts longer than a probe.
+    """Whether the config has chunks or a selection of keys: they affect texts that are longer than a probe differently.
 
     Chunks start at fixed columns of the text, and keys are selected from the text only.
     """

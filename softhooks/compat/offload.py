@@ -17,7 +17,7 @@ _HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward", "forward")
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device on which a module computes: the device of its weights, or where accelerate loads them to.
+    """Return the device on which a module computes: the device of its weights, or the one that accelerate loads them to.
 
     Raises:
         UnsupportedModelError: the weights are on the meta device, and no hook loads them.

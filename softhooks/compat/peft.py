@@ -19,7 +19,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def path_in_wrapper(model: nn.Module) -> str:
-    """Return the path of the transformers model inside a PEFT model, with a dot at the end; empty for any other model.
+    """Return the path of the transformers model inside a PEFT model, with a final dot, or an empty string for any other model.
 
     The paths of saved heads start after this prefix, so that a prompt trained with LoRA also fits the merged model.
     """

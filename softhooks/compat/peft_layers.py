@@ -1,4 +1,4 @@
-"""PEFT's adapter layers in a base model: the state other than tensors on which their output depends."""
+"""PEFT's adapter layers in a base model: the state, other than tensors, that their output depends on."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def gather_root(model: nn.Module) -> None:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor, in which every process must take part; return any other tensor unchanged."""
+    """Gather a sharded tensor, for which every process must make this call; return any other tensor unchanged."""
     if not is_sharded(tensor):
         return tensor
     sharded: Any = tensor

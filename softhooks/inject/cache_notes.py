@@ -39,14 +39,14 @@ class WrittenSlots:
     columns: int
 
     def places_in(self, batch: int) -> Places | None:
-        """Return the places for a batch that repeats each row equally often (beams, samples); None for any other batch size."""
+        """Return the places for a batch that repeats each row equally often (beams, samples), or None for other batch sizes."""
         times = self._times(batch)
         if times is None:
             return None
         return Places(self.places.offsets.repeat_interleave(times, 0), self.places.live.repeat_interleave(times, 0))
 
     def widened(self, batch: int) -> Widened | None:
-        """Return the map between text columns and columns with slots, for a batch as in `places_in`; else None."""
+        """Return the map between text columns and columns with slots for a batch, or None if `places_in` returns None."""
         places, times = self.places_in(batch), self._times(batch)
         if places is None or times is None:
             return None
@@ -76,7 +76,7 @@ _NOTHING = Note()
 
 
 def note_on(holder: Any) -> Note:
-    """Return the note on a cache, on states, or on the output that contains the states; an empty note if there is none."""
+    """Return the note on a cache, on states, or on the output that contains the states, or an empty note if it has none."""
     note: Note = getattr(holder, _NOTE, _NOTHING)
     return note
 
@@ -87,7 +87,7 @@ def _add(holder: Any, **changes: Any) -> None:
 
 
 def slots_in(holder: Any) -> WrittenSlots | None:
-    """Return the places of slots in a cache, in states, or in the output that contains the states; None without a note."""
+    """Return the slot places that `note_slots` recorded on a cache or an encoder output, or None if it recorded none."""
     return note_on(holder).slots
 
 
@@ -107,10 +107,10 @@ def note_caches(output: Any, provenance: Callable[[], Provenance]) -> None:
 
 
 def require_own_cache(cache: Any, now: Provenance | None) -> None:
-    """Check that a cache was filled with the active prompts in their present state; if it is empty, note them on it.
+    """Check that a cache was filled with the active prompts in their present state, or note the prompts on an empty cache.
 
     Args:
-        now: the active prompts; None without a prompt.
+        now: the active prompts; None if no prompt is active.
 
     Raises:
         UnsupportedModeError: the cache was filled without a prompt, with other prompts, or before the prompts changed.
@@ -139,7 +139,7 @@ def _in_words(before: Provenance | None, now: Provenance | None, difference: str
 
 
 def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | None, selection: str | None) -> None:
-    """Check that a paged cache was filled with the active prompt; if it is new, note the prompt on it.
+    """Check that a paged cache was filled with the active prompt, or note the prompt on a new cache.
 
     Args:
         cache: the cache of a continuous batch, or None outside of continuous batching.
@@ -175,7 +175,7 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
 
 
 def note_encoded(output: Any, provenance: Provenance) -> None:
-    """Note the prompts that an encoder ran with on its output and on its states."""
+    """Record, on an encoder's output and on its states, the prompts that the encoder ran with."""
     for part in (output, last_hidden_state(output)):
         _add(part, provenance=provenance)
 

@@ -19,7 +19,7 @@ class CapturePass(Pass):
     """A forward that records the keys and values of each site.
 
     Args:
-        rows: the output of the embedding, [B, P, H]; None to keep its own output.
+        rows: replaces the output of the embedding, [B, P, H]; None to keep that output.
     """
 
     def __init__(self, stack: Stack, rows: Tensor | None = None) -> None:

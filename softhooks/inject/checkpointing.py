@@ -32,7 +32,7 @@ class CheckpointedPass(Pass):
         self._closed = False
 
     def follow_checkpointing(self) -> None:
-        """Make each checkpointed layer enter this pass again in the backward, after the forward has ended."""
+        """Make each checkpointed layer run inside this pass again when the backward recomputes it after the forward has ended."""
         for module in every_module(self.stack.module):
             if _FUNCTION in module.__dict__ and is_checkpointed(module):
                 function: Any = module.__dict__[_FUNCTION]
@@ -74,7 +74,7 @@ class CheckpointedPass(Pass):
 
 
 class UnchangedPass(CheckpointedPass):
-    """A forward in which attention is unchanged: no prompt is active or enters this stack, or it enters as slots."""
+    """A forward with unchanged attention: no prompt is active, none enters this stack, or the prompts enter as slots."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)

@@ -124,7 +124,7 @@ class Provenance:
         return self
 
     def difference(self, other: Provenance | None) -> str | None:
-        """Describe how another provenance differs, for messages; None if it does not.
+        """Describe for a message how another provenance differs, or return None if it does not.
 
         Args:
             other: the other provenance, or None for the model without a prompt.
@@ -142,7 +142,7 @@ class Provenance:
 
 
 def _same_rows(now: tuple[int | None, ...], before: tuple[int | None, ...]) -> bool:
-    """Whether rows have the same variants as before; all rows may be repeated equally often."""
+    """Whether rows have the same variants as before, even if each row is now repeated equally often."""
     if len(set(now)) == len(set(before)) == 1:
         return now[0] == before[0]
     if not len(now) or len(now) % len(before):

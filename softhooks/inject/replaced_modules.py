@@ -26,11 +26,11 @@ class ExpectedModules:
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the places out of copies and pickles, which find the places in their own model."""
+        """Leave the places out of the state to copy or pickle, because a copy looks up the places in its own model."""
         return {"_expected": self._expected, "_places": None}
 
     def add(self, modules: Iterable[nn.Module]) -> None:
-        """Check more modules."""
+        """Add modules to check."""
         self._expected += [module for module in modules if all(module is not one for one in self._expected)]
         self._places = None
 

@@ -124,7 +124,7 @@ def scope_on(holder: Any, model: object) -> Iterator[None]:
 
 
 class ResultCache(Generic[T]):
-    """The result of a prompt for one stack: computed once per scope, or in each forward outside a scope or with gradients.
+    """The result of a prompt for one stack, computed once per scope; outside a scope or with gradients, once per forward.
 
     Common changes are detected even inside a scope: the addresses and versions of tensors, the values of trained tensors (fused
     optimizers do not increase the version), the active PEFT adapters, autocast.
@@ -186,7 +186,7 @@ class ResultCache(Generic[T]):
 
 
 def _state(tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """Return the addresses and versions of tensors and torch's modes; None for inference tensors, which have no version."""
+    """Return the addresses and versions of tensors, and torch's modes, or None for inference tensors, which have no version."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu")

@@ -34,7 +34,7 @@ _HARMLESS = _TEXT | _OUTPUT
 
 
 def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> list[str]:
-    """List the arguments of a call that could change virtual tokens' states, in words; empty if computing them once is exact.
+    """List the reasons why virtual tokens cannot be computed once for a call. If there are none, computing them once is exact.
 
     Args:
         length: the number of virtual tokens.

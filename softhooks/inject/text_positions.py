@@ -93,7 +93,7 @@ def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None)
 
 
 def positions_in_text(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor:
-    """Return the text's positions from 0 in each row or document, [B or 1, T], or [A, B, T] with several axes (M-RoPE)."""
+    """Return the text's positions from 0 in each row or document, [B or 1, T], or [A, B, T] for several axes (M-RoPE)."""
     given = given_positions(stack, call, outer)
     return counted_positions(call, outer) if given is None else given - stack.positions.start
 
@@ -109,7 +109,7 @@ def counted_positions(call: dict[str, Any], outer: OuterCall | None) -> Tensor:
 
 
 def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """Return the number of tokens before each token, [B or 1, T], which differs from M-RoPE's positions in an image."""
+    """Return the number of tokens before each token, [B or 1, T]. In an image, M-RoPE's positions differ from this number."""
     if positions is None or positions.dim() < 3:
         return positions
     # Of four axes the first numbers the tokens of the text.
@@ -117,7 +117,7 @@ def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCa
 
 
 def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> str:
-    """Describe a text that starts at a later position than without `position_ids`; empty if it does not, or if unknown.
+    """Return a phrase for errors if `position_ids` start the text after the stack's first position; otherwise return "".
 
     A prompt in the sequence moves along with the text. Keys and values that are computed once or trained have the first
     positions, so there would be a gap. A text that continues a cache has already started. Positions with several axes (M-RoPE)
@@ -139,7 +139,7 @@ def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> 
 
 
 def later_start_error(stack: Stack, found: str) -> UnsupportedModeError:
-    """Return the error for a text that starts at a later position although the prompt's keys and values have the first ones.
+    """Return the error for a text that starts at a later position, which leaves a gap after the prompt's keys and values.
 
     Args:
         found: the result of `later_start`.

@@ -18,7 +18,7 @@ _START = "init_continuous_batching"
 
 
 def required_columns(prompt: AttachedPrompt) -> str:
-    """Return the batch columns that a prompt needs in each call, as text; empty if it needs none."""
+    """Return the batch columns that a prompt needs in each call as text, or an empty string if it needs none."""
     try:
         prompt.encoder.choose_variants({}, 1)
     except UnsupportedModeError:

@@ -173,7 +173,7 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
 
 
 def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> dict[Role, KeyValues]:
-    """Compute the keys and values of a batch, by role; empty if its prompts do not enter this stack."""
+    """Compute the keys and values of a batch by role. The result is empty if the batch's prompts do not enter this stack."""
     each = [prompt.key_values(stack, variants) for prompt, variants in selection.by_prompt()]
     prefixes: dict[Role, KeyValues] = {}
     roles: list[Role] = ["self", "cross"]

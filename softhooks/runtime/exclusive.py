@@ -20,7 +20,7 @@ WHAT = "`attach` or `load`"
 
 
 def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Refuse forwards in other threads while a function that changes a model, its first argument, is running.
+    """Decorate a function that changes the model in its first argument: other threads may not run the model meanwhile.
 
     The wrapped function raises UnsupportedModeError if another thread is already running the model.
     """

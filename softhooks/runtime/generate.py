@@ -65,7 +65,7 @@ class _Expand(PromptedMethod):
 
 
 class _Draft(PromptedMethod):
-    """Removes the prompts' columns from the arguments of an assistant model with a forward that does not take them."""
+    """Removes the prompts' columns from the arguments of an assistant model whose forward does not take them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")

@@ -58,7 +58,7 @@ class LabelNames:
         prompt.labels = now
 
     def show(self, active: str | None) -> None:
-        """Put a prompt's label names into the config, or the model's own names for None or a prompt without a head."""
+        """Put a prompt's label names into the config. For None or a prompt without a head, put in the model's own names."""
         prompt = None if active is None else self._prompts.get(active)
         name = prompt.name if prompt is not None and len(prompt.heads) else None
         if name == self._shown:

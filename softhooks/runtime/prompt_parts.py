@@ -49,7 +49,7 @@ class PromptSource:
     def ids_and_conventions(
         self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the ids of the virtual tokens, [P], or None if the model reads embeddings only; and the conventions."""
+        """Return the ids of the virtual tokens, [P] (None if the model reads only embeddings), and the conventions."""
         conventions = self.method.conventions(structure)
         if not needs_ids:
             return None, conventions

@@ -189,7 +189,7 @@ class PromptedModel:
         return [self.active] if rows is None else rows
 
     def show_labels(self) -> None:
-        """Show the active prompt's label names in the model's config, or the model's own names without an active prompt."""
+        """Show the active prompt's label names in the model's config, or the model's own names if no prompt is active."""
         self.labels.show(None if self.disabled else self.active)
 
     def active_prompts(self) -> list[AttachedPrompt]:
@@ -220,7 +220,7 @@ class PromptedModel:
         return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.batch_columns))
 
     def accepted(self) -> tuple[str, ...]:
-        """Return the extra arguments that a call may have now: the columns of the prompts in use, or else of all."""
+        """Return the extra arguments that a call may have now: the columns of the prompts in use, or of all if none is in use."""
         names = dict.fromkeys(self._names) if self.is_in_use else self.prompts
         used = [self.prompts[name] for name in names if name in self.prompts]
         return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.batch_columns))
@@ -241,13 +241,13 @@ class PromptedModel:
             hook.move_last()
 
     def note_loaded_state(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Remember a state dict with prompts, with shapes instead of weights, for a Trainer callback that is added later."""
+        """Store a loaded state dict with prompts, its weights on the meta device, for a Trainer callback that is added later."""
         if not prefix and any(is_prompt_key(key) for key in state):
             self.loaded_state = {key: v if v.dtype == torch.uint8 else v.to("meta") for key, v in state.items()}
 
 
 def prompted_model_of(model: nn.Module) -> PromptedModel | None:
-    """Return the state of a model's prompts, or None; looks inside `torch.compile`, a wrapper (`module`) and a sentence model."""
+    """Return the state of a model's prompts, or None. The model may be compiled, wrapped (`module`) or in a sentence model."""
     for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
         container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
         if isinstance(container, Container):

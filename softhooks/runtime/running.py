@@ -95,7 +95,7 @@ class Call:
 
     @property
     def forward(self) -> Call:
-        """The call with the state of this forward: the surrounding forward of the model for a stack's forward, else itself."""
+        """The call that holds this forward's state: for a stack's forward, the model's forward around it; otherwise this call."""
         outer = self.outer
         return outer if not self.is_model and outer is not None and outer.is_model else self
 

@@ -31,8 +31,8 @@ class Selection:
 
     Attributes:
         uses: the prompts in use; the variants of one prompt are next to each other.
-        rows: for each row of the batch, an index into `uses`, or None for no prompt; None instead of a list means the first
-            entry of `uses` for every row.
+        rows: for each row of the batch, an index into `uses` (None for no prompt), or only None if every row has the first entry
+            of `uses`.
         given: the extra arguments of this forward, by name.
     """
 
@@ -58,14 +58,14 @@ class Selection:
         return tuple(None if row is None else self.uses[row].variant for row in self.rows)
 
     def choice_of_prompts(self) -> Sequence[int | None] | None:
-        """Return each row's index into `prompts`, or None for no prompt; None instead of a list means the first for every row."""
+        """Return each row's index into `prompts` (None for no prompt), or only None if every row has the first prompt."""
         if self.rows is None:
             return None
         prompts = self.prompts
         return [None if row is None else prompts.index(self.uses[row].prompt) for row in self.rows]
 
     def hidden(self, batch: int, length: int) -> Tensor | None:
-        """Return which virtual tokens are hidden from each row, [B or 1, length] bool, right-aligned, or None if none are."""
+        """Return a mask of the virtual tokens hidden from each row, right-aligned, [B or 1, length], or None if none are hidden."""
         found: list[Tensor | None] = []
         for prompt in self.prompts:
             own = prompt.encoder.hidden_tokens(self.given, batch)

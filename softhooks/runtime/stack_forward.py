@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
-    """Check a call of a stack, remove its extra arguments, and open its pass, or return None if no prompt is in use.
+    """Check a call of a stack, remove its extra arguments, and return its open pass, or None if no prompt is in use.
 
     Raises:
         UnsupportedModeError: the call, its cache or its packed documents do not fit the prompts in use.

@@ -1,4 +1,4 @@
-"""Refuse DDP settings with which parameters that are unused in a step make DDP hang or miss gradients.
+"""Refuse DDP settings under which DDP hangs or misses gradients if a step leaves some parameters unused.
 
 Zero gradients for unused parameters would not be a solution: an optimizer's momentum and weight decay would change them.
 """

@@ -95,7 +95,7 @@ def choice_of(model: nn.Module) -> Choice:
 
 
 def repeats_of(model: nn.Module) -> int:
-    """Return how many rows of the batch share an entry of `rows`: its beams or samples in `generate` inside `rows`, else 1."""
+    """Return how many rows of the batch share an entry of `rows`: in `generate`, the beams or samples of its row; otherwise 1."""
     for block in reversed(blocks_of(model)):
         if block.generates:
             return block.repeats

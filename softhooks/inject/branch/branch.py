@@ -93,7 +93,7 @@ def _made_of(gated: GatedRows, scaled: Scaled) -> tuple[Tensor, Tensor]:
 
 
 class BranchPass(CheckpointedPass):
-    """A gated branch at each site that the prompt has rows for.
+    """A forward with a gated branch at each site that the prompt has rows for.
 
     Args:
         stack: the stack.
@@ -169,7 +169,7 @@ class BranchPass(CheckpointedPass):
 
 
 def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batch: int) -> Branch:
-    """Give each row of a batch its own prompt's branch; rows without a prompt, or without prompt rows at a site, get values of 0.
+    """Give each row of a batch the branch of its prompt; a row whose prompt has no rows at a site, or that has no prompt, gets 0.
 
     Args:
         branches: the branch of each prompt; R_i is 1 or the number of batch rows with the prompt.

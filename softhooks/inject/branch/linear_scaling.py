@@ -15,7 +15,7 @@ Scaled = dict[str, tuple[Tensor, Tensor]]
 
 
 def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
-    """List the linear layers in the blocks of a stack, except LoRA's, by name and with the width of their output."""
+    """List the name and the output width of each linear layer in the blocks of a stack, without the layers of LoRA."""
     from transformers.pytorch_utils import Conv1D
 
     blocks = {name for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList)}
@@ -28,7 +28,7 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
 
 
 def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Find the columns of a text that are padding; None if no row starts with padding.
+    """Return the columns of a text that are padding, or None if no row starts with padding.
 
     Recurrent layers read every column and ignore padding because its states are 0, so no offset may be added there.
 

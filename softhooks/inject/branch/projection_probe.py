@@ -1,4 +1,4 @@
-"""Find out how to call each attention module of a model on single rows, and check the resulting keys and values."""
+"""Find out how to call each attention module on a single hidden state, and check the keys and values that it computes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROBE_ID = 63
 
 
 def find_attention_calls(structure: ModelStructure) -> None:
-    """Find out how to call each self-attention module of a model on rows; the result is kept for the model.
+    """Find out how to call each self-attention module of a model on a single hidden state; each site keeps its result.
 
     Raises:
         UnsupportedMethodError: a stack's attention neither uses the attention interface nor is known to softhooks.
@@ -117,7 +117,7 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
 
 
 def _attention_call(seen: _Seen) -> AttentionCall:
-    """Turn a recorded call into the arguments for rows without positions."""
+    """Turn a recorded call into the arguments for hidden states without positions."""
     given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
     place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
     return AttentionCall(
@@ -134,7 +134,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _nowhere(value: Any) -> Any:
-    """Remove rotation and cache from an argument; return anything else unchanged, even a mask of one token."""
+    """Replace a cache by None and a rotary embedding by one that does not rotate; return any other argument unchanged."""
     if hasattr(value, "get_seq_length"):
         return None
     if isinstance(value, Tensor):
@@ -150,7 +150,7 @@ def _nowhere(value: Any) -> Any:
 
 
 def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
-    """Describe why a site's keys and values for rows are wrong; empty if they are right.
+    """Describe why a site's keys and values of hidden states are wrong, or return an empty string if they are right.
 
     The recorded token is at position 0, where rotations only change, in some models, the scale of keys. So its value must be
     reproduced exactly, and its key up to a factor. A second row in the batch must not change them, and must get a different key

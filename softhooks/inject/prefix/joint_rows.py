@@ -35,7 +35,7 @@ def joint_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, q
     """Make the mask of the joined rows, which defines the keys that each query sees.
 
     Args:
-        mask: [B, 1, T, T], bool (True: seen) or additive; or None to see every text token, with `causal` up to the query's.
+        mask: [B, 1, T, T], bool (True: seen) or additive; or None to show all text tokens (if `causal`, up to the query's).
         visible: the virtual tokens that each query sees, [B or 1, 1, T or 1, P] bool, or None for all.
 
     Shape:

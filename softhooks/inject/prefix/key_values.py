@@ -20,7 +20,7 @@ class KeyValues:
     Attributes:
         keys, values: [R, Hk, P, D] for each site index that has a prefix; R is 1 (shared by every row), B, or the number of a
             prompt's variants.
-        lengths: the number of virtual tokens of each row, [B], which are the rightmost of the P; None if all rows have P.
+        lengths: the number of virtual tokens of each row, [B], at the right end of the P columns; None if all rows have P.
         windowed: whether sliding windows apply to the prefix as to tokens just before the text; a bool, or [B] bool.
         shifted: whether the text's positions start after the prefix; a bool, or [B] bool.
         states: the virtual tokens' last hidden states, [R, P, H], if the prompt was run through the stack.

@@ -19,7 +19,7 @@ def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, maske
     Args:
         name: the name of the attention function.
         kwargs: the keyword arguments of its call.
-        cut: whether tokens see a window of tokens but the whole prefix, to which flash attention would also apply the window.
+        cut: whether tokens see a window of the text but the whole prefix; flash attention would apply the window to both.
         masked: whether the call has a mask.
 
     Raises:
@@ -80,7 +80,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _widen_flat_mask(mask: Tensor | None, length: int, visible: Tensor | None) -> Tensor | None:
-    """Widen the [B, K] mask of flash attention, which aligns its causal mask with the last key, so that all see the prefix."""
+    """Widen the [B, K] mask of flash attention. Its causal mask is aligned with the last key, so every query sees the prefix."""
     if visible is not None:
         raise UnsupportedModeError(
             "some queries must not see the whole prefix, but with flash attention every query sees it.",

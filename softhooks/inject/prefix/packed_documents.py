@@ -24,7 +24,7 @@ _REMEDY = (
 
 
 def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
-    """Number the documents of each row, which start where positions restart; None if each row has one document.
+    """Number the documents of each row, or return None if each row has one. A document starts where positions restart.
 
     Args:
         positions: the caller's `position_ids`.

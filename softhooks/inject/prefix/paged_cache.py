@@ -20,13 +20,13 @@ from softhooks.inject.prefix.key_values import KeyValues
 
 
 def paged_cache(arguments: dict[str, Any]) -> PagedAttentionCache | None:
-    """Return the paged cache in the arguments of a stack or an attention function; None outside of continuous batching."""
+    """Return the paged cache in the arguments of a stack or an attention function, or None outside of continuous batching."""
     cache = arguments.get("cache")
     return cache if isinstance(cache, PagedAttentionCache) else None
 
 
 def longest_text(call: dict[str, Any]) -> int | None:
-    """Return the length of the longest sequence in a continuous batch, by its positions; None outside of continuous batching.
+    """Return the length of the longest sequence in a continuous batch, from the positions, or None outside of such a batch.
 
     The number of columns is different: it counts the new tokens of several sequences, without the tokens in the cache.
     """

@@ -42,7 +42,7 @@ class PrefixCache(Cache):
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Update the caller's cache, and return its keys and values after the layer's prefix, if any, [B, Hk, P + K, D]."""
+        """Update the caller's cache, and return its keys and values with the layer's prefix before them, [B, Hk, P + K, D]."""
         self.has_injected = True
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -83,7 +83,9 @@ class PrefixPair(EncoderDecoderCache):
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
-        """Refuse a model that reads keys from `layers` instead of calling `update`, which hides their kind of attention.
+        """Refuse a model that reads keys from `layers` instead of calling `update`.
+
+        It is then unknown whether the keys belong to self-attention or cross-attention.
 
         Raises:
             UnsupportedModeError: always.

@@ -114,7 +114,7 @@ class PrefixPass(CheckpointedPass):
         return joint
 
     def _rows_of(self, site: Site) -> tuple[int, ...]:
-        """Return the site's index if some rows have no prefix there, so that its mask differs from other sites' masks."""
+        """Return a site's part of the keys in `_masks`: its index if some rows have no prefix there, otherwise nothing."""
         return (site.index,) if site.index in self.prefixes[site.role].missing else ()
 
     def _once(self, mask: Any, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:

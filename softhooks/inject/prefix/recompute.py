@@ -44,7 +44,7 @@ def _pays(prefix: KeyValues, key: Tensor) -> bool:
 
 
 def _keeps(part: Tensor) -> bool:
-    """Whether a prefix cannot change before the backward; an optimizer step can change a parameter."""
+    """Whether a prefix stays unchanged until the backward. A parameter may not, because an optimizer step can change it."""
     base = part._base if part._is_view() else part
     return base is not None and not (base.is_leaf and base.requires_grad)
 

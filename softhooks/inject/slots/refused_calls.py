@@ -94,7 +94,7 @@ def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
 
 
 def _more(mask: Tensor, flat: Tensor, causal: bool) -> Tensor:
-    """Mark the columns that a prepared mask shows although they are padding or, in a decoder, later; bool [B, 1, T, T]."""
+    """Mark the columns that a prepared mask must hide but shows: padding and, in a decoder, later columns. [B, 1, T, T] bool."""
     queries = mask.shape[-2]
     seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[..., -queries:]
     real = flat.to(seen.device).bool()[:, None, None, -queries:]
@@ -105,7 +105,7 @@ def _more(mask: Tensor, flat: Tensor, causal: bool) -> Tensor:
 
 
 def refuse_later_text(gap: Tensor, live: Tensor, columns: int) -> None:
-    """Refuse a row whose text starts in a later prefill chunk, with padding after its slots, which sliding windows count."""
+    """Refuse a row whose text starts in a later prefill chunk, because sliding windows count the padding after its slots."""
     last = torch.where(live, gap, 0).amax(-1)
     if bool((last > columns).any()):
         raise UnsupportedModeError(

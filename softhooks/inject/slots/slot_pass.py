@@ -84,7 +84,7 @@ class SlotPass(Pass):
 
     @property
     def slot_columns(self) -> Tensor | None:
-        """The columns of the slots in the sequence, [B, S]; None if they are in a cache."""
+        """The columns of the slots in the sequence, [B, S], or None if the slots are in a cache."""
         return None if self._wide is None else self._wide.slots
 
     @property
@@ -139,7 +139,7 @@ class SlotPass(Pass):
         return spread if own is None else spread.scatter(1, wide.slots, own.expand_as(wide.slots))
 
     def _place(self, call: dict[str, Any], ids: Tensor) -> None:
-        """Pass the positions of the columns to the stack, unless it gives all rows the same positions and counts itself."""
+        """Pass the positions of the columns to the stack, unless it counts them itself, in the same way for all rows."""
         where = self.stack.positions
         if where.takes_position_ids or (where.table is not None and where.table.by_row):
             set_position_ids(self.stack, call, ids, self.handles)
@@ -209,7 +209,7 @@ class SlotPass(Pass):
         self.has_injected = True
 
     def _widened(self, places: Places, mask: Tensor) -> Widened:
-        """Return the map of this batch. In a decoder unused slots go to the left, because text is generated at the right."""
+        """Return the map of this batch. In a decoder, unused slots go to the left, because text is generated at the right."""
         spare_first = self.stack.causal and not self.keep
         return widen(gaps(mask, places.offsets), places.live, mask.shape[1], spare_first=spare_first)
 
@@ -249,7 +249,7 @@ class SlotPass(Pass):
 
 
 class FallbackPass(SlotPass, CheckpointedPass):
-    """A forward with slots in a stack that normally shares its prompt; checkpointed layers need a pass in the backward."""
+    """A forward with slots in a stack that normally shares its prompt. Layers recomputed in the backward also need this pass."""
 
     def __init__(
         self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, outer: OuterCall | None = None

@@ -19,7 +19,7 @@ def positions_of(stack: Stack, mask: Tensor) -> Tensor:
 
 
 def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Widened, wide_mask: Tensor) -> Tensor:
-    """Return the position ids of a sequence with slots, which count like text, from the position at which the caller starts.
+    """Return the position ids of a sequence with slots. Slots count like text, and the first position is the caller's.
 
     Args:
         given: the caller's position ids of the text, [B or 1, T] or [A, B, T], or None to count by the mask.

@@ -22,11 +22,11 @@ class Slots:
     Attributes:
         tables: the embeddings of each prompt in use, [P, H].
         layouts: the layout of each prompt, which places its slots.
-        choice: the index of each row's prompt, or None for a row without a prompt; None instead of a list means the first
-            prompt for every row.
+        choice: the index of each row's prompt (None for a row without a prompt), or only None if every row has the first
+            prompt.
         given: the extra arguments of the forward.
         searched: the number of columns passed to `generate`, in which layouts look for anchors; None if unknown.
-        ids: the placeholder ids of each prompt, [P], if the stack's states depend on ids; else None.
+        ids: the placeholder ids of each prompt, [P], or None if the stack's states do not depend on ids.
     """
 
     tables: Sequence[Tensor]
@@ -88,7 +88,7 @@ class Slots:
         return self._stacked(self.tables, like)
 
     def stacked_ids(self, like: Tensor) -> Tensor | None:
-        """Return the placeholder ids of all slots, [1 or B, S]; None if the stack does not depend on ids."""
+        """Return the placeholder ids of all slots, [1 or B, S], or None if the stack does not depend on ids."""
         return None if self.ids is None else self._stacked([ids[:, None] for ids in self.ids], like)[..., 0]
 
     def _stacked(self, tables: Sequence[Tensor], like: Tensor) -> Tensor:
