@@ -90,7 +90,7 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
     """Warn that the rows that a script added are neither trained nor saved with the prompt.
 
     Args:
-        own: the ids whose rows the prompt has itself.
+        own: the ids for which the prompt has its own rows.
     """
     added = _added_rows(model, structure, own)
     if added:
@@ -109,7 +109,7 @@ def log_unsaved_rows(
     """Log once for each prompt that its file does not contain the rows that a script added.
 
     Args:
-        own: the ids whose rows the prompt has itself.
+        own: the ids for which the prompt has its own rows.
     """
     if prompt in _warned:
         return
@@ -138,7 +138,7 @@ def require_vocabulary(rows: Any, structure: ModelStructure, source: str) -> Non
         rows: the vocabulary size of the base model; ignored unless it is an int.
 
     Raises:
-        PromptMismatchError: naming both sizes.
+        PromptMismatchError: the model's vocabulary is smaller; the error names both sizes.
     """
     if type(rows) is int and structure.vocabulary < rows:
         raise PromptMismatchError(

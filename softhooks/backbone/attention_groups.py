@@ -23,7 +23,7 @@ def require_sites(structure: ModelStructure) -> None:
     """Check that keys and values can enter every stack.
 
     Raises:
-        UnsupportedMethodError: naming the stack that they cannot enter.
+        UnsupportedMethodError: keys and values cannot enter a stack; the error names it.
     """
     for stack in structure.stacks:
         if stack.injection is None:

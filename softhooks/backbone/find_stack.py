@@ -135,7 +135,7 @@ def find_stack(
         changed_calls: the calls of a forward in which only the second column of the ids differs.
 
     Raises:
-        UnsupportedModelError: no module does this.
+        UnsupportedModelError: there is no such module.
     """
     reached = [call for call in calls if call.received(ids)]
     lookup = _lookup(model, reached)
@@ -207,7 +207,8 @@ def _mixes_after(
 ) -> bool:
     """Whether tokens still influence one another after a stack: change one of its states and check whether others change.
 
-    If so, the stack is only the front of a model, such as convolutions over the embeddings, where virtual tokens would end.
+    If so, the stack is only the first part of a model, such as convolutions over the embeddings, and virtual tokens would end
+    there.
     """
     later = [call for call in calls if call.contains(stack) or call.start >= stack.end]
     if not later:

@@ -21,8 +21,8 @@ _ADAPTIVE = ("dynamic",)
 def rotary_limit(module: nn.Module) -> int | None:
     """Return the number of positions that a stack's rotary embeddings support, or None if it has none or they have no limit.
 
-    `max_position_embeddings` is the length of pretraining if the config declares a `linear` scale, and may be with other scales
-    (YaRN), so it is multiplied by the scale.
+    With a `linear` scale in the config, `max_position_embeddings` is the length of pretraining, and with other scales
+    (YaRN) it may be. So it is multiplied by the scale.
     """
     config = getattr(module, "config", None)
     trained = getattr(config, "max_position_embeddings", None)

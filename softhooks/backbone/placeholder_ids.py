@@ -66,7 +66,7 @@ def saved_placeholder_ids(
         UserWarning: the file has no ids, and the model needs them.
 
     Raises:
-        PromptMismatchError: the model's vocabulary does not contain them.
+        PromptMismatchError: the model's vocabulary does not contain the ids.
     """
     saved = conventions.get(BUFFER)
     others = {key: value for key, value in conventions.items() if key != BUFFER}

@@ -38,7 +38,7 @@ class _FixedPositions:
 def set_table_positions(table: PositionTable, ids: Tensor) -> Patch:
     """Make a position table that takes no ids return the rows of these positions, until `remove()` is called on the result.
 
-    The forward is replaced and not its output, because it fails on padded rows with more columns than positions.
+    The forward is replaced and not its output, because the original fails on padded rows with more columns than positions.
 
     Args:
         ids: counted from 0, [B, T], or [T] for all rows.

@@ -95,8 +95,8 @@ class FrozenRecord:
 
     Args:
         model: the model; tied tensors are read once.
-        is_frozen: whether the tensor with a name must not change. By default, this holds for every tensor that is not trainable
-            now and does not belong to a prompt.
+        is_frozen: returns whether the tensor of this name must not change. By default, this holds for every tensor that is not
+            trainable now and does not belong to a prompt.
     """
 
     def __init__(self, model: nn.Module, is_frozen: Callable[[str], bool] | None = None) -> None:

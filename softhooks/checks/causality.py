@@ -23,7 +23,7 @@ def check_causality(prompt: SoftPrompt) -> None:
     """Check that, in every stack of the model, a prompt does not change which tokens see each other.
 
     Raises:
-        UnsupportedMethodError: the prompt changes this in some stack.
+        UnsupportedMethodError: in some stack, the prompt changes which tokens see each other.
     """
     structure = prompt.prompted_model.structure
     for number, stack in enumerate(structure.stacks):

@@ -95,8 +95,9 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
     """List what gets no gradient: parameters of the encoder, and the slices of its output that belong to single layers.
 
-    A layer may run without gradients in some of its calls (HRM). Its part of a prefix would stay as initialized, and with keys
-    and values from another call a prefix of real words would differ from the words, so the model is refused.
+    A layer may run without gradients in some of its calls (HRM). Its part of a prefix would keep its initial values. A
+    prefix that starts from real words would also differ from the words, because its keys and values come from another call. So
+    the model is refused.
     """
     made: dict[str, Tensor] = {}
 

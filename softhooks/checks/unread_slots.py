@@ -1,6 +1,6 @@
 """Check at attach that heads and poolers of an encoder do not read the state of a slot.
 
-A head that selects a column by its index would do so.
+A head that selects a column by its index would read the state of a slot.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def require_trainable(model: nn.Module) -> None:
     """Check that gradients pass through a quantized model.
 
     Raises:
-        TrainerError: gradients do not pass.
+        TrainerError: gradients do not pass through the model.
     """
     if not is_purely_quantized(model):
         return

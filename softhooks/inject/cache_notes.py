@@ -62,7 +62,7 @@ class Note:
     """The note on a cache, on an encoder's output or on its states; copies of the object keep it.
 
     Attributes:
-        provenance: the prompts that the object was computed with; None if it was computed without a prompt, or unknown.
+        provenance: the prompts that the object was computed with; None if there was no prompt, or if this is unknown.
         slots: the places of the slots in the object.
         injected: for a paged cache, the names of the prompts in words, and their keys and values at attention.
     """

@@ -1,7 +1,7 @@
 """Record which prompts, and in which state, a cache or an encoder's output was computed with.
 
-A name does not identify a prompt: a training step, `.data`, folding or a new prompt with the same name change it. So the tensors
-are compared by value with a copy, which all notes of the same state share.
+A name does not identify the state of a prompt: a training step, an assignment to `.data`, folding, or another prompt with the
+same name changes the state. So the tensors are compared by value with a copy, which all notes of the same state share.
 """
 
 from __future__ import annotations

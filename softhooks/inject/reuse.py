@@ -1,8 +1,8 @@
 """Reuse a prompt's keys and values inside one `generate` call, one continuous batch, or `softhooks.kept`.
 
-They depend on everything in the base model: weights (which may change through `.data`), hooks, attributes, replaced modules. No
-check that is cheap enough for every token detects all of these changes. So each forward recomputes them, unless a scope is open
-in which nothing changes; the results belong to this scope and are discarded with it.
+Keys and values depend on everything in the base model: weights (which may change through `.data`), hooks, attributes, replaced
+modules. No check that is cheap enough for every token detects all of these changes. So each forward recomputes the keys and
+values, unless a scope is open in which nothing changes; the results belong to this scope and are discarded with it.
 """
 
 from __future__ import annotations

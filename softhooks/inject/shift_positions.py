@@ -44,7 +44,7 @@ def shift_positions(
     Args:
         call: the arguments of the forward, changed in place.
         shift: an int, or [B, 1] if rows differ.
-        positions: the text's positions without a prompt, counted from 0, [B or 1, T], or [A, B, T] with several axes (M-RoPE).
+        positions: the text's positions without a prompt, counted from 0, [B or 1, T], or [A, B, T] for several axes (M-RoPE).
         mask: 1 for real tokens, [B, past + T], or None if all are real.
         handles: the list to which the handles of hooks for this forward are added.
     """

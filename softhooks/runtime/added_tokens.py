@@ -157,7 +157,7 @@ def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
     """Put stored rows into a prompt's copies.
 
     Raises:
-        PromptMismatchError: the shapes differ, or the tables are tied in only one of the two.
+        PromptMismatchError: the shapes differ, or the tables are tied only in the model or only in the file.
     """
     expected = {name: list(table.shape) for name, table in own.tables().items()}
     found = {name: list(table.shape) for name, table in tables.items()}

@@ -51,7 +51,7 @@ class PromptedModel:
         was_trainable: `requires_grad` of every parameter before the first prompt.
         record: the digests of the frozen tensors, if they were taken.
         fingerprint: the fingerprint of the base model, computed when the first prompt was attached, before any sharding.
-        loaded_state: the last loaded state dict with prompts, with shapes instead of weights.
+        loaded_state: the last loaded state dict with prompts, with its weights on the meta device.
         placeholder_id: an ordinary id of the vocabulary.
         patches: hooks and attributes on the model, undone with the last prompt; copies of the model keep them.
         outside_patches: patches on other objects (an optimizer, a Trainer's logs), which copies of the model do not keep.

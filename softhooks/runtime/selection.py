@@ -65,7 +65,7 @@ class Selection:
         return [None if row is None else prompts.index(self.uses[row].prompt) for row in self.rows]
 
     def hidden(self, batch: int, length: int) -> Tensor | None:
-        """Return a mask of the virtual tokens hidden from each row, right-aligned, [B or 1, length], or None if none are hidden."""
+        """Return a mask of the virtual tokens hidden from each row, [B or 1, length], right-aligned, or None if all are seen."""
         found: list[Tensor | None] = []
         for prompt in self.prompts:
             own = prompt.encoder.hidden_tokens(self.given, batch)

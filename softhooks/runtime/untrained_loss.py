@@ -16,7 +16,8 @@ from softhooks.method import Method
 class FrozenOutput(Tensor):
     """A tensor from the output of a forward in which everything is frozen: a loss, logits or hidden states.
 
-    Tensors computed from it also have this class. A loss that depends on other, trainable parameters can still go backward.
+    Tensors computed from it also have this class. `backward` still works for a loss that also depends on trainable
+    parameters.
     """
 
     def backward(self, *args: Any, **kwargs: Any) -> None:

@@ -30,7 +30,7 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
 def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
     """Return the columns of a text that are padding, or None if no row starts with padding.
 
-    Recurrent layers read every column and ignore padding because its states are 0, so no offset may be added there.
+    Recurrent layers read every column and ignore padding only because its states are 0, so no offset may be added there.
 
     Args:
         mask: the mask with one value per column, [B, past + T].

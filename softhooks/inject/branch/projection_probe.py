@@ -152,9 +152,9 @@ def _nowhere(value: Any) -> Any:
 def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
     """Describe why a site's keys and values of hidden states are wrong, or return an empty string if they are right.
 
-    The recorded token is at position 0, where rotations only change, in some models, the scale of keys. So its value must be
-    reproduced exactly, and its key up to a factor. A second row in the batch must not change them, and must get a different key
-    and value.
+    The recorded token is at position 0, where a rotation changes nothing or, in some models, the scale of keys. So its
+    value must be reproduced exactly, and its key up to a factor. A second row in the batch must not change them, and must get a
+    different key and value.
     """
     if call.place == "":
         return "its input is not a sequence of states"

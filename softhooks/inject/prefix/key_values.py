@@ -24,7 +24,7 @@ class KeyValues:
         windowed: whether sliding windows apply to the prefix as to tokens just before the text; a bool, or [B] bool.
         shifted: whether the text's positions start after the prefix; a bool, or [B] bool.
         states: the virtual tokens' last hidden states, [R, P, H], if the prompt was run through the stack.
-        hidden: the virtual tokens that a row must not see, [B or 1, P] bool, or None if it sees all that it has.
+        hidden: the virtual tokens that a row must not see, [B or 1, P] bool, or None if each row sees all its virtual tokens.
         missing: the rows without a prefix at a site where other rows have a prefix, [B] bool by site index.
     """
 

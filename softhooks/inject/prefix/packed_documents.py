@@ -1,8 +1,8 @@
 """Check that documents packed into one row see only the prompt and themselves, and refuse the forward otherwise.
 
 A prompt that enters as keys and values is before every document, and the positions of each document start after it. The mask
-keeps the documents apart. In most models, transformers makes it from `position_ids` if there is neither an attention mask nor a
-cache, so the mask itself is checked in any model.
+keeps the documents apart. In most models, transformers makes the mask from `position_ids`, but only if the call has neither
+an attention mask nor a cache. So the mask itself is checked, in every model.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
     """Check that no query sees a key of another document.
 
     Raises:
-        UnsupportedModeError: a query sees another document, or this cannot be seen from the mask.
+        UnsupportedModeError: a query sees another document, or the mask does not show whether it does.
     """
     if function.startswith("flash"):
         raise _refusal(numbers, f"{function} keeps documents apart by itself, but not with a prompt before them")

@@ -20,7 +20,7 @@ from softhooks.inject.prefix.prefix_after_padding import KeyOrder
 class PrefixCache(Cache):
     """A read-only prefix before the caller's cache, or before only the text if there is no cache.
 
-    Only the text's keys and values go to the caller's cache, and the prefix is put before its result. The caller's cache
+    Only the text's keys and values go to the caller's cache, and the prefix is put before the result. The caller's cache
     therefore never contains a virtual token, and a recomputed layer reads the same keys again.
 
     Args:
