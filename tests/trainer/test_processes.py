@@ -101,7 +101,9 @@ def _check_sharded(*ranks: dict[str, Any]) -> None:
         assert "'shared'" in seen["asked"]
         assert "needs a causal language model that computes a front prompt once" in seen["context"]
         assert "without FSDP" in seen["context"]
-        assert seen["bare loop"].startswith("UnsupportedModeError: a prompt that is computed once for all rows")
+        assert seen["bare loop"].startswith(
+            "UnsupportedModeError: injection='shared' computes the prompt once for all rows"
+        )
         assert "injection='slots'" in seen["bare loop"]
         assert "already sharded" in seen["late"]
         assert "with `SHARDED_STATE_DICT` the Trainer writes sharded checkpoints" in seen["in shards"]
