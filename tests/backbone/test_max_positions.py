@@ -24,7 +24,7 @@ def said(call: Any) -> list[str]:
         warnings.simplefilter("always")
         call()
     return [
-        str(one.message) for one in caught if issubclass(one.category, UserWarning) and "beyond" in str(one.message)
+        str(one.message) for one in caught if issubclass(one.category, UserWarning) and "more than the positions" in str(one.message)
     ]
 
 
