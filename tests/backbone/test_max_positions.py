@@ -23,9 +23,8 @@ def said(call: Any) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [
-        str(one.message) for one in caught if issubclass(one.category, UserWarning) and "more than the positions" in str(one.message)
-    ]
+    messages = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    return [message for message in messages if "more than the positions" in message]
 
 
 @each_method
