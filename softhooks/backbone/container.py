@@ -16,7 +16,7 @@ def is_prompt_key(key: str, prompt: str | None = None) -> bool:
 
 
 class Container(nn.ModuleDict):
-    """The only submodule that is added to a model: holds each prompt's encoder and heads, by name.
+    """The only submodule that is added to a model; it holds the encoder and the heads of each prompt under the prompt's name.
 
     Attributes:
         prompted_model: the state of the model's prompts; it is not a module and so not in the state dict.

@@ -16,7 +16,7 @@ AttentionFunction = Callable[..., Any]
 
 
 def function_name(attention: AttentionFunction) -> str:
-    """Return the name of an attention function, which determines the form of its masks; for an object, its class's name."""
+    """Return the name of an attention function, or of its class if it is an object. The name determines the form of its masks."""
     while isinstance(attention, functools.partial):
         attention = attention.func
     return str(getattr(attention, "__name__", type(attention).__name__))
@@ -55,7 +55,7 @@ class Pass:
         return output
 
     def site_for_call(self, site: Site) -> Site:
-        """Choose the site of a module's call; a module that serves several layers has one site per layer, in call order.
+        """Choose the site of a module's call. A module that serves several layers has one site per layer, in call order.
 
         Raises:
             UnsupportedModeError: the module was called more often than in the probe at attach.

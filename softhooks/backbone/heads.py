@@ -1,4 +1,4 @@
-"""Trained heads: each prompt has its own copy of the model's head, which is used while the prompt is active.
+"""Trained heads: each prompt has its own copy of the model's head, and this copy is used while the prompt is active.
 
 The model's own head stays frozen, so it is back after detaching, and each prompt can have a different head.
 """
@@ -35,7 +35,7 @@ def is_causal_lm(model: nn.Module, structure: ModelStructure) -> bool:
 
 
 def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Module]:
-    """Find the newly initialized heads of a task model, outside of the stacks and the prompts, by path.
+    """Find the newly initialized heads of a task model, by path. They are outside of the stacks and the prompts.
 
     A pooler next to a classifier also counts as a head: DeBERTa pools outside of its stack.
     """

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class RecordingCache(Cache):
-    """A cache that records the keys and values of each layer and returns only them, without any past.
+    """A cache that records the keys and values of each layer and returns them without any past.
 
     Args:
         running: returns the running module, to record which module passes the keys and values.
@@ -38,5 +38,5 @@ class RecordingCache(Cache):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return the number of keys, which equals the number of queries, and their offset."""
+        """Return the number of keys (the same as the number of queries) and their offset."""
         return query_length, 0

@@ -76,7 +76,7 @@ def _to_cpu(values: list[Tensor]) -> Tensor:
 
 
 def _weights(model: nn.Module, structure: ModelStructure) -> Iterator[tuple[Group, str, Tensor]]:
-    """List each weight of the base model once, with its group and the hash of its name."""
+    """List each weight of the base model once, with its group and a hash of the weight's name."""
     seen = {id(p) for head in find_heads(model, structure).values() for p in head.parameters()}
     for stack in structure.stacks:
         weight: Any = stack.embedding.weight

@@ -32,7 +32,7 @@ def check_causality(prompt: SoftPrompt) -> None:
             continue
         with eval_mode(prompt.model):
             change = _change(prompt, stack, *calls)
-        # In a randomly initialized encoder, later tokens change earlier states only a little; if made causal, not at all.
+        # In a randomly initialized encoder, later tokens change earlier states only a little; in one made causal, not at all.
         if (not is_rounding(change, float_dtype(stack.module))) if stack.causal else change == 0:
             raise _refusal(prompt, stack, change)
 

@@ -65,7 +65,7 @@ def refuse_unloading(model: nn.Module, patches: Patches) -> None:
 
 
 class _Refusal:
-    """Replacement for a method that would lose the prompts; a class, so that copies of the model can be pickled."""
+    """Replacement for a method that would lose the prompts. It is not a closure, so that copies of the model can be pickled."""
 
     def __init__(self, name: str) -> None:
         self._name = name

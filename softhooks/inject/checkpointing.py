@@ -18,7 +18,7 @@ _FUNCTION = "_gradient_checkpointing_func"
 
 
 class CheckpointedPass(Pass):
-    """A pass that injects tensors of a prompt into layers, which may be checkpointed.
+    """A pass that injects tensors of a prompt into layers that may be checkpointed.
 
     Args:
         stack: the stack.
@@ -89,7 +89,7 @@ class UnchangedPass(CheckpointedPass):
 
 
 class _ReenteringCheckpoint:
-    """A checkpointing function that runs its layer inside the pass of its forward, in the forward and in the backward."""
+    """A checkpointing function that runs its layer inside the pass of the forward, also when the backward reruns the layer."""
 
     def __init__(self, forward_pass: CheckpointedPass, function: Callable[..., Any]) -> None:
         self.forward_pass = forward_pass

@@ -1,4 +1,4 @@
-"""Run a front prompt of a causal decoder once; its keys and values are the prefix of every row.
+"""Run a front prompt of a causal decoder once, and use the prompt's keys and values as the prefix of every row.
 
 Virtual tokens at the front only attend to each other, so their states are the same in every row. They run at batch size 1, with
 gradients. `softhooks.inject.reuse` decides whether a later forward may reuse the result.

@@ -112,7 +112,7 @@ def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCa
     """Return the number of tokens before each token, [B or 1, T]. In an image, M-RoPE's positions differ from this number."""
     if positions is None or positions.dim() < 3:
         return positions
-    # Of four axes the first numbers the tokens of the text.
+    # If there are four axes, the first one numbers the tokens of the text.
     return positions[0] if positions.shape[0] == 4 else counted_positions(call, outer)
 
 

@@ -59,7 +59,7 @@ class AddedTokenHooks:
         return output
 
     def _uses(self, batch: int) -> Iterator[tuple[AddedTokens, Tensor | None]]:
-        """Yield the added tokens of each prompt in use, with a mask [B] of the rows that use the prompt, or None if all do."""
+        """Yield the added tokens of each prompt in use and a mask [B] of the rows that use it (None if all do)."""
         prompted = self.prompted
         if not prompted.is_on:
             return

@@ -68,7 +68,7 @@ class SignedForward(MethodWrapper):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The model's own arguments and the columns that a call may have now; the Trainer drops all others."""
+        """The model's own arguments and the columns that a call may have now. The Trainer drops all other columns."""
         signature = inspect.signature(self.original())
         parameters = [p for p in signature.parameters.values() if p.name not in self.names]
         rest = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]

@@ -197,7 +197,7 @@ class AttachedPrompt:
         return None if kept is None else kept.states
 
     def snapshot(self) -> Snapshot:
-        """Return the current state of the prompt; the same object as before if nothing has changed."""
+        """Return the current state of the prompt. If nothing has changed, this is the same object as before."""
         self._snapshot = snapshot(
             self.model, self.encoder, self.added, self.injection, self.conventions, self._snapshot
         )

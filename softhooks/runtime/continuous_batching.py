@@ -88,7 +88,7 @@ class _Start(PromptedMethod):
         return manager
 
     def _require_masks(self, config: Any) -> None:
-        """Refuse attention without a mask, which must be widened for the prompt, and compiled code, which skips hooks."""
+        """Refuse attention without a mask, because a prompt needs one, and compiled code, because it skips hooks."""
         attention = str(self.model.config._attn_implementation)  # type: ignore[union-attr]
         joins = self.prompted.prompts[str(self.prompted.active)].injection != "branch"
         compiled = any(

@@ -25,7 +25,7 @@ class DirectForward(MethodWrapper):
         self._called_in: int | None = None  # the number of the thread that is calling the model
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to copy or pickle, in which no call is running."""
+        """Return the state to copy or pickle, without the running call."""
         return self.__dict__ | {"_called_in": None}
 
     def enter(self, _module: nn.Module, _args: Any) -> None:

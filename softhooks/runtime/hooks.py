@@ -128,7 +128,7 @@ class ModelHooks:
 
 
 def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Repeat the extra arguments of a row for each of its choices (multiple choice), which the stack receives as rows."""
+    """Repeat the extra arguments of a row for each of its choices (multiple choice), because the stack gets choices as rows."""
     rows, call.choices = choices_of(args, kwargs)
     call.given = for_each_choice(call.given, rows, call.choices)
     for name, value in (call.model_arguments or {}).items():
@@ -137,7 +137,7 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _is_own_call(prompted: PromptedModel) -> bool:
-    """Return whether this call is softhooks' run of a prompt alone, which triggers these hooks if the model is the stack."""
+    """Return whether softhooks itself runs a prompt alone in this call. This triggers these hooks if the model is the stack."""
     passes = (stack.state.current for stack in prompted.structure.stacks)
     return any(current is not None and not current.has_begun for current in passes)
 

@@ -1,4 +1,4 @@
-"""The label names (such as `config.id2label`) in a model's config, which are replaced by the active prompt's names.
+"""Replace the label names in a model's config (such as `config.id2label`) by the label names of the active prompt.
 
 `pipeline` reads label names from the model's config. A prompt with its own head has its own names. The config shows them while
 the prompt is active, and the model's names otherwise.

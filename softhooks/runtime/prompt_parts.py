@@ -65,7 +65,7 @@ class PromptSource:
         """Put saved rows into the copies, after the copies have been checked against the model's rows."""
 
     def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
-        """Check that a saved prompt was made for this base model; called after its heads are found to fit.
+        """Check that a saved prompt was made for this base model. Called after the check that the prompt's heads fit.
 
         Raises:
             PromptMismatchError: the prompt was made for a different base model.

@@ -203,7 +203,7 @@ class PromptedModel:
         return repr(names[0] if len(set(names)) == 1 else names)
 
     def provenance(self, selection: Selection | None = None) -> Provenance:
-        """Return the state of the active prompts, which is noted on the caches and encoder outputs that a forward returns.
+        """Return the state of the active prompts, to be noted on the caches and encoder outputs that a forward returns.
 
         Args:
             selection: the prompt of each row, or None to use the selected names.

@@ -169,7 +169,7 @@ class BranchPass(CheckpointedPass):
 
 
 def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batch: int) -> Branch:
-    """Give each row of a batch the branch of its prompt; a row whose prompt has no rows at a site, or that has no prompt, gets 0.
+    """Give each row of a batch the branch of its prompt. Values are 0 for a row without a prompt, or without rows at a site.
 
     Args:
         branches: the branch of each prompt; R_i is 1 or the number of batch rows with the prompt.

@@ -20,7 +20,7 @@ from softhooks.inject.prefix.key_values import KeyValues
 def joining_pays(
     function: str, prefix: KeyValues, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether rows can be joined and joining is faster: in training, with one long prefix that all rows share."""
+    """Whether rows can be joined and joining is faster. Both hold in training if all rows share one long prefix."""
     batch, _, columns, _ = query.shape
     shared = prefix.variants == 1 and prefix.lengths is None and kwargs.get("position_bias") is None
     plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1)
@@ -32,7 +32,7 @@ def joining_pays(
 
 
 def joint_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, query: Tensor, causal: bool) -> Tensor:
-    """Make the mask of the joined rows, which defines the keys that each query sees.
+    """Make the mask of the joined rows: it defines the keys that each query sees.
 
     Args:
         mask: [B, 1, T, T], bool (True: seen) or additive; or None to show all text tokens (if `causal`, up to the query's).

@@ -62,7 +62,7 @@ def _prepend(own: Tensor, read: Tensor) -> Tensor:
 def attend_alone(
     attention: AttentionFunction, window: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run attention over a prompt's own rows, which are not in a cache, even if the model's function needs a paged cache.
+    """Run attention over a prompt's own rows. They are not in a cache, even if the model's function needs a paged cache.
 
     Args:
         attention: the model's attention function; replaced by eager attention if it needs a paged cache.

@@ -145,7 +145,7 @@ class PrefixPass(CheckpointedPass):
         prefix, device = self.prefixes[site.role], query.device
         present = prefix.present(device, site.index)
         visible = None if present is None else present[:, None, None, :]
-        # A windowed prefix is just before the text, so early tokens see the end of the prefix and later tokens nothing of it.
+        # A windowed prefix is just before the text, so early tokens see the end of the prefix, and later tokens see none of it.
         if window is not None and prefix.windowed is not False and self.positions is not None:
             columns = torch.arange(prefix.length, device=device)
             distance = self.positions.to(device)[:, -query.shape[2] :, None] + prefix.length - columns

@@ -1,4 +1,4 @@
-"""The values of per-token arguments at virtual slots, which are the model's defaults for a missing argument.
+"""The values of per-token arguments at virtual slots: the model's defaults for a missing argument.
 
 Boxes on a page, paths in a document, token types: for tokens without a value, tokenizers use the value of padding, and models
 use the same value if the argument is missing. A probe checks that they do. A slot has the language of its text.

@@ -17,7 +17,7 @@ from softhooks.layout.slot_map import Widened
 
 
 class CrossSlotPass(Pass):
-    """A decoder's forward over encoder states that include slots; the slots are added to its cross-attention mask.
+    """A decoder's forward over encoder states that include slots. The slots are added to the mask of cross-attention.
 
     Args:
         stack: the decoder.

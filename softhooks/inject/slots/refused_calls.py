@@ -116,7 +116,7 @@ def refuse_later_text(gap: Tensor, live: Tensor, columns: int) -> None:
 
 
 def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
-    """Turn the `lengths` of a call's rows (XLM), which slots change, into a mask; an existing mask takes precedence."""
+    """Replace the `lengths` of a call's rows (XLM) by a mask, because slots change them; an existing mask takes precedence."""
     lengths = call.get("lengths")
     if not isinstance(lengths, Tensor) or lengths.shape != (batch,):
         return
@@ -126,7 +126,7 @@ def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
 
 
 def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int) -> None:
-    """Refuse per-token arguments without a known value for slots: [B, T, ...], and masks for each query, [B, 1, T, ...].
+    """Refuse per-token arguments, [B, T, ...], that have no known value for slots, and masks for each query, [B, 1, T, ...].
 
     Raises:
         UnsupportedModeError: the call has an argument of this kind.

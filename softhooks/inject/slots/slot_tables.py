@@ -17,7 +17,7 @@ from softhooks.layout.template import COLUMN
 
 @dataclass
 class Slots:
-    """The prompts of a batch, which enter its text as slots.
+    """The prompts of a batch that enter the text as slots.
 
     Attributes:
         tables: the embeddings of each prompt in use, [P, H].
