@@ -125,7 +125,7 @@ class _Events:
             )
         for name in ("fsdp_config", "tp_config"):
             if getattr(state, name, None) is not None:
-                raise _refusal("parallelism", name, "one process, or DDP", "Leave `parallelism_config` out.")
+                raise _refusal("parallelism", name, "a single process or DDP", "Leave `parallelism_config` out.")
         optimizers = list(state.optimizers or ())
         if len(optimizers) != 1:
             raise _refusal("optimizers", len(optimizers), "one", "Give the Trainer one in `optimizers=`.")
@@ -174,7 +174,7 @@ class _Events:
 
 
 def _refusal(what: str, found: object, expected: str, remedy: str) -> TrainerError:
-    return TrainerError(f"{what} {found!r} cannot be used with a prompt in Composer; it takes {expected}.", remedy)
+    return TrainerError(f"{what} {found!r} cannot be used with a prompt in Composer; supported: {expected}.", remedy)
 
 
 def _algorithm() -> type:

@@ -144,7 +144,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """The class of the `softhooks` module: importing a submodule such as `softhooks.attach` keeps the function of that name."""
+    """Keeps `softhooks.attach` etc. bound to the functions when the submodules of the same names are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

@@ -48,12 +48,12 @@ def test_words_near_to_a_prefix_are_told_apart_from_starts() -> None:
     model = zoo.build("llama")
     prompt = softhooks.attach(model, PrefixTuning(3))
     with pytest.raises(
-        OptionError, match=r"^the prompt 'default' \(prefix_tuning\) contains text, .* it cannot be compared with words"
+        OptionError, match=r"^the prompt 'default' \(prefix_tuning\) contains text .* it cannot be compared with words"
     ):
         softhooks.nearest_words(prompt, tokens.tokenizer())
     with pytest.raises(OptionError, match=r"^the prompt .* cannot be compared with prompts"):
         softhooks.most_similar({"one": prompt}, prompt)
-    with pytest.raises(OptionError, match=r"^the prompt .* cannot start another prompt"):
+    with pytest.raises(OptionError, match=r"^the prompt .* cannot be used to initialize another prompt"):
         softhooks.attach(zoo.build("llama"), PromptTuning(3, init="prompt", init_from=prompt))
 
 

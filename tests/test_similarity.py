@@ -104,7 +104,8 @@ def test_a_prefix_is_no_start_for_rows(tmp_path: Path) -> None:
     with softhooks.attach(zoo.build("llama"), PrefixTuning(P)) as prompt:
         prompt.save_pretrained(tmp_path)
     with pytest.raises(
-        OptionError, match=r"\(prefix_tuning\) contains text, not embedding rows, so it cannot start another prompt"
+        OptionError,
+        match=r"\(prefix_tuning\) contains text instead of embedding rows, so it cannot be used to initialize another prompt",
     ):
         softhooks.attach(zoo.build("llama"), PromptTuning(P, init="prompt", init_from=tmp_path))
 
@@ -226,7 +227,7 @@ def test_keys_and_values_and_parts_have_no_words(monkeypatch: pytest.MonkeyPatch
     model = zoo.build("llama")
     with (
         softhooks.attach(model, PrefixTuning(2)) as prompt,
-        pytest.raises(OptionError, match=r"prefix_tuning.* not embedding rows, so it cannot be compared with words"),
+        pytest.raises(OptionError, match=r"prefix_tuning.* of embedding rows, so it cannot be compared with words"),
     ):
         nearest_words(prompt, TOKENIZER)
     monkeypatch.setattr(similarity, "is_sharded_model", lambda model: True)

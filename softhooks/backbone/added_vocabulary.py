@@ -55,7 +55,7 @@ def _size_of_inner_module(model: nn.Module, structure: ModelStructure) -> int | 
 
 
 def _size_of_checkpoint(config: Any) -> int | None:
-    """Read the config of the checkpoint, from its directory or from the hub's cache; nothing is downloaded."""
+    """Return the vocabulary size in the checkpoint's config (local directory or hub cache; no download), or None."""
     name = getattr(config, "_name_or_path", None)
     if not name:
         return None

@@ -150,7 +150,7 @@ def _count_different(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, i
 
 
 def _count_beyond_merge(one: WeightSample, other: WeightSample, are_read: Tensor) -> int:
-    """Count the values that differ by more than a merge can round them (in the product, the sum and a later conversion)."""
+    """Count the values that differ by more than a merge's rounding error (in the product, the sum and a later conversion)."""
     given = [sample.magnitudes for sample in (one, other) if sample.magnitudes is not None]
     magnitudes = torch.stack(given).amax(0)[are_read]
     a, b = one.values[are_read], other.values[are_read]

@@ -45,7 +45,7 @@ class _MaskPass(Pass):
 
 
 def require_common_masks(prompt: SoftPrompt) -> None:
-    """Check that two texts get equal masks and that the masks have no gradient to the texts, for prompts injected at attention.
+    """For prompts injected at attention, check that the masks do not depend on the text: not in value, and not in autograd.
 
     With random weights, masks may be equal by chance; the autograd graph shows their inputs.
 

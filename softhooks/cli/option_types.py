@@ -107,7 +107,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _breadth(kind: Any) -> int:
-    """Return the sort key of a type in a union: types that accept more texts are tried later."""
+    """Return the sort key of a type in a union: types that accept more strings are tried later."""
     if kind in (str, Any, Path):
         return 2
     return int((typing.get_origin(kind) or kind) in _SEQUENCES or kind is LayoutText)

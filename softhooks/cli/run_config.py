@@ -28,7 +28,7 @@ def read(file: str | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(
             f"{path} cannot be read as a YAML or JSON file.",
-            "Name a file with `method:` and `options:`.",
+            "Pass a YAML or JSON file that contains `method:` and `options:`.",
             cause=" ".join(str(error).split()),
         ) from error
     return sections(found, str(path))

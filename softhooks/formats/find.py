@@ -21,7 +21,10 @@ def find(path: str | Path, revision: str | None = None, token: str | None = None
 
 
 def format_of(folder: Path) -> Format | None:
-    """Return the format of the prompt in a folder, or None. A folder with both formats has a prompt over an adapter."""
+    """Return the format of the prompt in a folder, or None.
+
+    Files of both formats mean a softhooks prompt on top of a PEFT adapter.
+    """
     return next((name for name, mark in MARKS.items() if (folder / mark).is_file()), None)
 
 

@@ -30,7 +30,7 @@ _AGAIN = "Save the adapter again with PEFT."
 
 
 def read(folder: Path) -> StoredPrompt:
-    """Read an adapter of PEFT.
+    """Read a PEFT adapter.
 
     Raises:
         CheckpointError: the adapter is of another type, it is a pickle, or its tensors do not match its config.

@@ -105,7 +105,8 @@ def read(path: Path) -> StoredPrompt:
     )
     if not isinstance(kind, str) or not isinstance(options, dict):
         raise CheckpointError(
-            f"{source} has the method {kind!r} with options {options!r}; it must have a name and an object."
+            f"{source} has the method {kind!r} with options {options!r}; the method must be a string, and the options a JSON "
+            "object."
         )
     if not isinstance(conventions, dict):
         raise CheckpointError(f"{source} has the conventions {conventions!r}; they must be an object.")

@@ -81,7 +81,7 @@ class UnchangedPass(CheckpointedPass):
         self.has_injected = True
 
     def site_for_call(self, site: Site) -> Site:
-        """Return the site itself: calls need not be counted, because none is changed."""
+        """Return the site as it is. This pass changes no attention, so it need not count the calls of a shared module."""
         return site
 
     def detach_injected(self) -> None:

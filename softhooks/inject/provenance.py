@@ -1,4 +1,4 @@
-"""Record which prompts, and in which state, a cache or an encoder's output was computed with.
+"""Record the prompts, and their state, with which a cache or an encoder's output was computed.
 
 A name does not identify the state of a prompt: a training step, an assignment to `.data`, folding, or another prompt with the
 same name changes the state. So the tensors are compared by value with a copy, which all notes of the same state share.

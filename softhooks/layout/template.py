@@ -221,8 +221,8 @@ class Template:
             first, model = tied.setdefault(part.tie, (count, part)) if part.tie else (count, part)
             if (model.count, model.text) != (part.count, part.text):
                 raise OptionError(
-                    f"the slots named {part.tie!r} are {model.text or model.count!r} and {part.text or part.count!r}; slots with "
-                    "the same name must be equal."
+                    f"the slots named {part.tie!r} are defined as both {model.text or model.count!r} and "
+                    f"{part.text or part.count!r}; slots with the same name must have the same text or count."
                 )
             rows += range(first, first + part.count)
             starts |= {first + i: token for i, token in enumerate(part.ids)}

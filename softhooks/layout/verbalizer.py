@@ -54,7 +54,7 @@ class Verbalizer:
         return self.ids[label]
 
     def labels(self, input_ids: Tensor, classes: Tensor) -> Tensor:
-        """Make labels with the word of each row's class at its mask, and -100 elsewhere. [B, T], [B] -> [B, T]."""
+        """Make labels with the token of each row's class word at the row's mask, and -100 elsewhere. [B, T], [B] -> [B, T]."""
         at = self._masks(input_ids)
         words = torch.tensor([self.token(int(label)) for label in classes], device=input_ids.device)
         return torch.full_like(input_ids, IGNORE_INDEX).masked_scatter(at, words.to(input_ids.dtype))

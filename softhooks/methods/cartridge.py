@@ -205,7 +205,7 @@ def attach_joined(
     model: nn.Module, stored: StoredPrompt, name: str, *, trainable: bool, parts: Sequence[StoredPrompt]
 ) -> Any:
     """Attach a joined cartridge. `softhooks.load` replaces this function, because attaching is in a higher layer."""
-    raise ImportError("`Cartridge.concatenate` attaches a prompt; import `softhooks.load` first.")
+    raise ImportError("`Cartridge.concatenate` needs `softhooks.load`, which has not been imported; import it first.")
 
 
 def join(parts: Sequence[StoredPrompt]) -> StoredPrompt:

@@ -194,7 +194,7 @@ class ContextAwarePromptTuning(Method):
     # --- on a model ---------------------------------------------------------------------------------------------------
 
     def build(self, structure: ModelStructure) -> ContextEncoder:
-        """Make the encoder with the context's words and deltas of zero."""
+        """Create the encoder from the embeddings of the context, with all deltas set to zero."""
         context, width = self.context, structure.entry.width
         words = embed_ids(structure, context.ids)
         limits = [

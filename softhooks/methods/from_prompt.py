@@ -49,7 +49,9 @@ def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
     return replace(stored, options=method.options()), method
 
 
-def rows_of(source: Any, purpose: str = "start another prompt", *, structure: ModelStructure | None = None) -> Tensor:
+def rows_of(
+    source: Any, purpose: str = "be used to initialize another prompt", *, structure: ModelStructure | None = None
+) -> Tensor:
     """Return the embedding rows of a prompt, [P, H].
 
     Args:
@@ -75,7 +77,7 @@ def rows_of(source: Any, purpose: str = "start another prompt", *, structure: Mo
         raise OptionError(f"a {type(source).__name__} was given as a prompt; pass a handle, a directory or a tensor.")
     if set(tables) != {EMBEDDINGS}:
         raise OptionError(
-            f"the prompt {name} contains {', '.join(sorted(tables))}, not embedding rows, so it cannot {purpose}.",
+            f"the prompt {name} contains {', '.join(sorted(tables))} instead of embedding rows, so it cannot {purpose}.",
             "Use a prompt of PromptTuning or of another method that enters as embeddings.",
         )
     rows = tables[EMBEDDINGS].detach().float()

@@ -61,7 +61,7 @@ def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tok
 
 
 def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
-    """Check rows given by the user; rows of the embedding's weight are replaced by the embeddings of their words.
+    """Check the user's rows, and replace those that equal rows of the embedding's weight by the embeddings of these tokens.
 
     Weight and embeddings differ if the embedding module scales its weight.
 

@@ -185,7 +185,7 @@ class MultitaskPromptTuning(Method):
         return TeacherTrainingEncoder(self.names, *start, self.task_rate, vanilla, self.teacher_steps)
 
     def _start(self, structure: ModelStructure) -> tuple[Tensor, Tensor, Tensor]:
-        """Initialize P* from words, and u and v near ones."""
+        """Initialize P* from words, and u and v so that their product is close to all ones."""
         shared = self._vanilla().initial_rows(structure)[0]
         left, right = ones(len(self.names), shared.shape, self.rank)
         left[..., 0] += NOISE * torch.randn_like(left[..., 0])

@@ -82,7 +82,8 @@ class ReparameterizedEncoder(PromptEncoder):
         off = float((self.up(hidden) - target).abs().max() / target.abs().max())
         if off > _TOLERANCE:
             raise OptionError(
-                "the network is too small for the words that slots are initialized from; it must be wide enough for all rows.",
+                "the prompt encoder is too small to reproduce the initial word embeddings; its hidden size must be large enough "
+                "to fit all slots at once.",
                 "Use a larger hidden_size, fewer slots, or encoder='none'.",
                 slots=self.rows.shape[0],
                 hidden=hidden.shape[1],

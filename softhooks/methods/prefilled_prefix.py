@@ -44,7 +44,7 @@ class PrefilledPrefix(Method):
 
 
 def ids_of(text: Any, tokenizer: Any, option: str) -> tuple[int, ...]:
-    """Return the ids of a text, without special tokens; ids are returned as they are.
+    """Return the token ids of a text, without special tokens. If `text` is already ids, return them unchanged.
 
     Raises:
         OptionError: it is empty, neither text nor ids, or a text without a tokenizer.

@@ -72,7 +72,7 @@ def _check_tables(tables: dict[str, Tensor], method: Method, structure: ModelStr
         if table is None or tuple(table.shape) != expected.get(group):
             shape = "absent" if table is None else str(list(table.shape))
             raise PromptMismatchError(
-                "the prompt is not as wide as this model.",
+                "the shapes of the prompt's tensors do not fit this model.",
                 _REMEDY,
                 prompt=f"{group} {shape} ({source})",
                 model=f"{group} {list(expected[group])}" if group in expected else f"no {group} ({sorted(expected)})",

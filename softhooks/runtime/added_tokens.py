@@ -154,7 +154,7 @@ def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -
 
 
 def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
-    """Put stored rows into a prompt's copies.
+    """Copy the stored rows of added tokens into the prompt's own rows.
 
     Raises:
         PromptMismatchError: the shapes differ, or the tables are tied only in the model or only in the file.

@@ -16,7 +16,7 @@ from softhooks.runtime.prompted_model import PromptedModel
 
 
 class DirectForward(MethodWrapper):
-    """A model's forward that, when called directly, calls the model, so that the hooks run and this forward is called again."""
+    """Redirects direct calls of `model.forward` to `model(...)`, so that hooks run; inside that call, runs the original."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "forward")

@@ -88,7 +88,7 @@ def wrap_candidate_generator(prompted: PromptedModel) -> None:
 
 
 def wrap_generate(prompted: PromptedModel) -> None:
-    """Replace `generate` and the method that repeats its rows, until the last prompt is removed."""
+    """Wrap `generate` and `_expand_inputs_for_generation` until the last prompt is removed."""
     model = unwrapped(prompted.model)
     if callable(getattr(model, "generate", None)):
         prompted.patches.set(model, "generate", _Generate(prompted, model, "generate"))

@@ -73,7 +73,7 @@ class ModelHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
-        """Check that a prompt was reached, and let an objective change the output. After an error, `output` is None."""
+        """Check that the call did not bypass the prompt, and let an objective change the output; after an error, it is None."""
         prompted = self.prompted
         call = prompted.running.find(self, module_call())
         if call is None:

@@ -35,7 +35,7 @@ class Server:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The model types with a factor that the server is known to serve correctly."""
+        """The model types that scale their embeddings and for which the server's behavior is known."""
         return (*self.multiplies, *self.keeps)
 
 

@@ -119,7 +119,7 @@ def replacement_links(output_dir: Path) -> list[Path]:
 
 
 def remove_links(links: list[Path]) -> None:
-    """Remove the links and empty the list; called after all processes have loaded their checkpoint, before one is written."""
+    """Remove the links and clear the list; called once all processes have loaded their checkpoint, before the next is written."""
     while links:
         links.pop().unlink(missing_ok=True)
 

@@ -81,7 +81,7 @@ class CachePass(PrefixPass):
         return bool(getattr(self.stack.module.config, "use_cache", False) if asked is None else asked)
 
     def _keep_cache_in_checkpoints(self) -> None:
-        """Keep the read-only cache in checkpointed layers, from which transformers removes any cache."""
+        """Let checkpointed layers keep the read-only cache; transformers would otherwise remove it."""
         for module in self._checkpointed:
             if not hasattr(module, "_can_checkpoint_with_cache"):
                 if module is self.stack.module:

@@ -67,12 +67,13 @@ def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
     """
     if stack.injection != "attention" or not by_position:
         raise _refusal(
-            numbers, f"unknown: {type(stack.module).__name__} makes it without positions, or where no hook sees it"
+            numbers,
+            f"unknown: {type(stack.module).__name__} builds it without `position_ids`, or in code that softhooks cannot hook",
         )
 
 
 def keep_documents_apart(forward_pass: Pass, numbers: Tensor) -> None:
-    """Make a pass refuse attention in which documents see each other.
+    """Make a pass raise if its attention masks let packed documents see each other.
 
     Args:
         numbers: the document of each column, [B or 1, T].

@@ -44,7 +44,7 @@ def _pays(prefix: KeyValues, key: Tensor) -> bool:
 
 
 def _keeps(part: Tensor) -> bool:
-    """Whether a prefix stays unchanged until the backward. A parameter may not, because an optimizer step can change it."""
+    """Whether a prefix is certain to stay unchanged until the backward. A parameter is not: an optimizer step can change it."""
     base = part._base if part._is_view() else part
     return base is not None and not (base.is_leaf and base.requires_grad)
 
@@ -56,7 +56,7 @@ def _is_hooked() -> bool:
 
 
 class _Recomputed:
-    """The keys and values of one site in one forward, recognized by their storage."""
+    """Saved-tensor hooks that recompute one site's concatenated keys and values, which they recognize by their storage."""
 
     def __init__(self, heads: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:
         self._parts = {

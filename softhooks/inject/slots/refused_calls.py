@@ -126,7 +126,7 @@ def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
 
 
 def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int) -> None:
-    """Refuse per-token arguments, [B, T, ...], that have no known value for slots, and masks for each query, [B, 1, T, ...].
+    """Refuse per-token arguments, [B, T, ...], and per-query masks, [B, 1, T, ...], whose values at the slots are unknown.
 
     Raises:
         UnsupportedModeError: the call has an argument of this kind.
