@@ -67,7 +67,7 @@ def transformer_of(model: Any) -> Any:
     elif first.backend != "torch":
         why = f"its backend is {first.backend}"
     elif getattr(first.model, "_hf_peft_config_loaded", False) or hasattr(first.model, "peft_config"):
-        why = "it has an adapter of PEFT"
+        why = "it has a PEFT adapter"
     if why:
         raise UnsupportedModelError(
             f"a prompt cannot be attached to this {type(model).__name__}: {why}.",

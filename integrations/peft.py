@@ -163,7 +163,7 @@ def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) ->
 
 
 def _require_plain(model: nn.Module) -> None:
-    """Check that the model contains no LLaMA-Adapter of PEFT.
+    """Check that the model contains no PEFT LLaMA-Adapter.
 
     Raises:
         OptionError: a module has such an adapter; the message names the module.
@@ -171,7 +171,7 @@ def _require_plain(model: nn.Module) -> None:
     adapted = [name for name, module in model.named_modules() if type(module).__name__ in _ADAPTED]
     if adapted:
         raise OptionError(
-            f"the model has a LLaMA-Adapter of PEFT in {adapted[0]}; prompts are attached to a model without it.",
+            f"the model has a PEFT LLaMA-Adapter in {adapted[0]}; prompts are attached to a model without it.",
             "Load the base model again, and pass the new model.",
         )
 
@@ -260,7 +260,7 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
     if hasattr(model, "peft_config") or (prompted is not None and model is not own) or others:
         raise OptionError(
             f"the {type(model).__name__} already has "
-            + (f"the prompts {others or sorted(prompted.prompts)}" if prompted is not None else "adapters of PEFT")
+            + (f"the prompts {others or sorted(prompted.prompts)}" if prompted is not None else "PEFT adapters")
             + "; PEFT can only wrap a model without them.",
             "Load the base model again, or remove its other prompts and merge its LoRA.",
         )

@@ -4,7 +4,7 @@ PEFT has one raw gate for each layer and adds the branch after the output projec
 The results are equal only if the projection has no bias. In GPT-2 PEFT does not project the branch at all. Adapters that PEFT
 would compute differently are refused.
 
-Source: the format of PEFT 0.21: `base_model.model.model.layers.{i}.self_attn.adaption_prompt` [1, K, H] and `.adaption_gate` [1].
+Source: the PEFT 0.21 format: `base_model.model.model.layers.{i}.self_attn.adaption_prompt` [1, K, H] and `.adaption_gate` [1].
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
         or not (are_complete and are_floats and _are_sound(shapes))
     ):
         raise CheckpointError(
-            "the LLaMA-Adapter of PEFT does not have a floating-point prompt [1, K, H] and gate [1] for each of the top layers.",
+            "the PEFT LLaMA-Adapter does not have a floating-point prompt [1, K, H] and gate [1] for each of the top layers.",
             "Save the adapter again with PEFT.",
             file=source,
             layers=layers,

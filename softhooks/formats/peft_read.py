@@ -1,6 +1,6 @@
 """Read prompts in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Source: the format of PEFT 0.21. Its prefixes and cartridges have the layout of softhooks' tables: `(P, layers, key and value,
+Source: the PEFT 0.21 format. Its prefixes and cartridges have the layout of softhooks' tables: `(P, layers, key and value,
 heads, head size)`.
 """
 
@@ -54,7 +54,7 @@ def require_kind(config: dict[str, Any], source: object) -> None:
     kind = config.get("peft_type")
     if kind not in KINDS:
         raise CheckpointError(
-            f"the adapter of PEFT has peft_type {kind!r} and cannot be loaded as a prompt.",
+            f"the PEFT adapter has peft_type {kind!r} and cannot be loaded as a prompt.",
             "Load other adapters with PEFT; a prompt of softhooks can be attached over them.",
             file=source,
             supported=", ".join(KINDS),
@@ -160,7 +160,7 @@ def _prefix(table: Tensor, config: dict[str, Any], others: dict[str, Tensor], so
     task = config.get("task_type")
     if task == "SEQ_2_SEQ_LM":
         raise CheckpointError(
-            f"{source} is a prefix of PEFT for an encoder-decoder, with one table for all layers and none for the encoder; "
+            f"{source} is a PEFT prefix for an encoder-decoder, with one table for all layers and none for the encoder; "
             "softhooks cannot load such a prefix. Train a prefix with softhooks."
         )
     layers, width, heads = (config.get(key) for key in ("num_layers", "token_dim", "num_attention_heads"))

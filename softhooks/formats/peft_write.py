@@ -3,7 +3,7 @@
 A prompt is written only if PEFT computes the same with it: for text without padding, PEFT and softhooks then return the same
 logits. Other prompts, such as the prefix of an encoder-decoder, are refused.
 
-Source: the format of PEFT 0.21.
+Source: the PEFT 0.21 format.
 """
 
 from __future__ import annotations

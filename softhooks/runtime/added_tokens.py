@@ -136,7 +136,7 @@ def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -
     for module in model.modules():
         is_adapter = hasattr(module, "base_layer") or hasattr(module, "original_module")
         if is_adapter and any(id(part) in tables for part in module.modules()):
-            refuse_tables(model, f"its embeddings are in an adapter of PEFT ({type(module).__name__})")
+            refuse_tables(model, f"its embeddings are in a PEFT adapter ({type(module).__name__})")
     index = torch.tensor(list(ids), device=table.device)
     rows, output_rows, output_bias = table.detach()[index], None, None
     if head is not None:

@@ -183,7 +183,7 @@ def test_softhooks_lets_a_model_go_to_peft_and_takes_it_back(kind: str) -> None:
     assert not prompts["default"].is_attached
     torch.testing.assert_close(answer(back, "llama", "causal", kind), expected, **CLOSE)
     if kind == "llama-adapter":
-        with untouched(back), pytest.raises(OptionError, match=r"LLaMA-Adapter of PEFT in model\.layers\.0\.self_attn"):
+        with untouched(back), pytest.raises(OptionError, match=r"PEFT LLaMA-Adapter in model\.layers\.0\.self_attn"):
             from_peft(back, back.get_base_model())
         return
     from_peft(back, back.get_base_model())
@@ -515,7 +515,7 @@ def test_what_peft_has_no_equal_for_does_not_leave_its_model() -> None:
         to_peft(prompts, model)
     with peers.quiet():
         loaded = peft.get_peft_model(zoo.build("llama"), OTHERS["LORA"]())
-    with untouched(loaded), pytest.raises(OptionError, match="adapters of PEFT"):
+    with untouched(loaded), pytest.raises(OptionError, match="PEFT adapters"):
         to_peft(prompts[0], loaded)
 
 

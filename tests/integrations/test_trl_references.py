@@ -299,7 +299,7 @@ def test_arguments_derived_from_trls_are_known_and_its_other_trainers_refused(tm
         check(trl.DistillationConfig(str(tmp_path), **SMALL), model, method, ())
 
 
-# --- adapters of PEFT -------------------------------------------------------------------------------------------------
+# --- PEFT adapters ----------------------------------------------------------------------------------------------------
 
 
 def lora() -> Any:
