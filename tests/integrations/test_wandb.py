@@ -35,7 +35,7 @@ Runs = Callable[[], dict[str, list[Any]]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def path_in_wrapper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One folder for all runs, because wandb reads its settings once."""
     folder = tmp_path_factory.mktemp("wandb")
     settings = {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "LOG_MODEL": "false"}
