@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -210,7 +211,8 @@ def _listed(module: ModuleType, name: str) -> list[str]:
 
 def _api(module: ModuleType) -> list[str]:
     """Everything in `__all__`; of a class that is made from a framework's when it is asked for, only the name."""
-    made_later = set(getattr(module, "__annotations__", {})) - set(vars(module))
+    declared = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.AnnAssign)]
+    made_later = {ast.unparse(node.target) for node in declared if node.value is None}
     return [line for name in module.__all__ for line in ([name] if name in made_later else _listed(module, name))]
 
 
