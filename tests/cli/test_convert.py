@@ -360,7 +360,10 @@ def test_one_false_prompt_among_several_leaves_nothing(tmp_path: Path, prompt: P
 
 FALSE_BASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another model": (lambda folder: base(folder, "gpt2", "causal"), "LlamaForCausalLM|GPT2|gpt2"),
-    "another width": (lambda folder: base(folder, "llama", "causal", hidden_size=16, head_dim=8), "shapes of the prompt"),
+    "another width": (
+        lambda folder: base(folder, "llama", "causal", hidden_size=16, head_dim=8),
+        "shapes of the prompt",
+    ),
     "an empty folder": (lambda folder: folder.mkdir(), "config.json"),
     "no weights": (lambda folder: (base(folder, "llama", "causal") / "model.safetensors").unlink(), "safetensors"),
     "weights cut short": (lambda folder: cut("model.safetensors")(base(folder, "llama", "causal")), "--base"),
