@@ -171,9 +171,9 @@ class ExampleTemplate:
     def row(self, fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
         """Return the ids of a row up to its label, without BOS, and the ids of its label."""
         pieces = self._pieces(fields, tokenizer)
-        end = next(
-            place for place, (_, kind) in enumerate(pieces) if kind == LABEL
-        )  # a template has exactly one {label}
+        end = next((place for place, (_, kind) in enumerate(pieces) if kind == LABEL), None)
+        if end is None:
+            raise OptionError(f"the template has no label for the row {fields!r}.")
         return [token for own, _ in pieces[:end] for token in own], pieces[end][0]
 
     def fields_of(self, example: Any) -> dict[str, Any]:
