@@ -6,7 +6,8 @@ loaded, the base is added from the model, so that strict loading works. Before e
 `Event.FIT_END` the base is checked.
 
 Refused with an error: models that are not a `HuggingFaceModel` or already have a prompt; FSDP and tensor parallelism; several
-optimizers, or an optimizer with other parameters when `fit` begins; checkpoints without this prompt or with another shape of it.
+optimizers; an optimizer that holds other parameters when `fit` begins; checkpoints without this prompt, or with a prompt of
+another shape.
 
 Composer requires versions of torch and torchvision that conflict with softhooks. Written from the source of mosaicml 0.32.1,
 whose Trainer was run and resumed bit for bit on a tiny model, with substitutes for torchvision and mcli. The tests call the

@@ -97,10 +97,10 @@ def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) ->
 
 
 def longest_distance(module: nn.Module) -> int:
-    """Return the least common multiple of 8 and the window, chunk and similar sizes in a stack's config.
+    """Return a text length that covers the windows and chunks in a stack's config.
 
-    Sizes above `_MAX_DISTANCE` are ignored. If the multiple exceeds `_MAX_DISTANCE`, return the largest of the sizes and 8
-    instead.
+    This is the least common multiple of 8 and all such sizes up to `_MAX_DISTANCE`. If it exceeds `_MAX_DISTANCE`, it is the
+    largest of them.
     """
     config = getattr(module, "config", None)
     found = {value for value in _distances(getattr(config, "__dict__", {})) if 2 <= value <= _MAX_DISTANCE} | {8}

@@ -27,7 +27,7 @@ from softhooks.formats.find import MARKS, Format, read
 from softhooks.formats.folders import explain_missing
 from softhooks.formats.stored import StoredPrompt
 from softhooks.load import attach_stored
-from softhooks.methods.stored_options import method_of
+from softhooks.methods.from_prompt import with_all_options
 
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -72,7 +72,7 @@ def convert(
     written: dict[str, StoredPrompt] = {}
     with _appearing(target) as folder:
         for name, path in found.items():
-            stored = _read(path)
+            stored, _ = with_all_options(read(path))
             _warn_of_also_trained(stored)
             write = _writer(stored, wanted, base, strict)
             write(folder if name == "default" else folder / name)
@@ -96,13 +96,6 @@ def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
         if found:
             return found, present
     raise explain_missing(source, tuple(MARKS.values()))
-
-
-def _read(folder: Path) -> StoredPrompt:
-    """Read a prompt and complete its options, because a PEFT file has only some of them."""
-    stored = read(folder)
-    stored.options = method_of(stored).options()
-    return stored
 
 
 def _warn_of_also_trained(stored: StoredPrompt) -> None:

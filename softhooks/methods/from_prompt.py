@@ -44,7 +44,11 @@ def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
     Raises:
         CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
     """
-    stored = find(path)
+    return with_all_options(find(path))
+
+
+def with_all_options(stored: StoredPrompt) -> tuple[StoredPrompt, Method]:
+    """Make the method of a stored prompt, and fill in the options that its file leaves out, as PEFT's files do."""
     method = method_of(stored)
     return replace(stored, options=method.options()), method
 

@@ -86,7 +86,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     causal = prompted.structure.entry.causal and not prompted.structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
-            f"this prompt ({prompt.method.kind}) is more than embedding rows for a decoder; a server takes only such rows.",
+            f"a server takes only embedding rows for a decoder; this prompt ({prompt.method.kind}) has more.",
             "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`, and a multitask prompt with "
             "one task.",
             enters="as embedding rows" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",

@@ -209,7 +209,7 @@ class SlotPass(Pass):
         self.has_injected = True
 
     def _widened(self, places: Places, mask: Tensor) -> Widened:
-        """Return the map of this batch. In a decoder, unused slots go to the left, because text is generated at the right."""
+        """Map the columns of this batch. In a decoder, unused slots are on the left, because text is generated on the right."""
         spare_first = self.stack.causal and not self.keep
         return widen(gaps(mask, places.offsets), places.live, mask.shape[1], spare_first=spare_first)
 
