@@ -7,21 +7,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import OptionError, PromptMismatchError, PromptTooLongError, check_int
 from softhooks.formats.stored import StoredPrompt
 from softhooks.methods.from_prompt import Handle, read_checked
 from softhooks.methods.prefilled_prefix import PrefilledPrefix, bos_ids, ids_of
+from softhooks.objectives.base import Objective
 from softhooks.prompt_encoder import PromptEncoder
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
-    from softhooks.objectives.base import Objective
-
 
 _JOINED = (
     "{count} cartridges that were not trained together were joined. According to arXiv:2606.04557, the answers of such a prompt "
@@ -104,7 +101,6 @@ class Cartridge(PrefilledPrefix):
     top_k: int = field(default=20, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options, and replace a text by its ids."""
         super().__post_init__()
         check_int("frozen_slots", self.frozen_slots, 0)
         check_int("top_k", self.top_k)
@@ -209,11 +205,7 @@ def attach_joined(
 
 
 def join(parts: Sequence[StoredPrompt]) -> StoredPrompt:
-    """Join the tables of several cartridges; only the frozen slots of the first cartridge stay frozen.
-
-    Raises:
-        OptionError, PromptMismatchError: the cartridges cannot be joined.
-    """
+    """Join the tables of several cartridges; only the frozen slots of the first cartridge stay frozen."""
     _check_joinable(parts)
     first = parts[0]
     tables = {group: torch.cat([part.tables[group].cpu() for part in parts]) for group in first.tables}

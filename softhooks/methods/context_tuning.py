@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import OptionError, check_dropout, is_int
 from softhooks.methods.leave_one_out import EXAMPLE_IDS, hide_own_example
 from softhooks.methods.prefilled_prefix import PrefilledPrefix, bos_ids, ids_of
 from softhooks.prompt_encoder import PromptEncoder, TableEncoder
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
 
 
 class DemonstrationEncoder(TableEncoder):
@@ -103,7 +101,6 @@ class ContextTuning(PrefilledPrefix):
     lengths: Sequence[int] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options, and replace texts by ids."""
         if isinstance(self.demonstrations, str):
             raise OptionError(
                 "demonstrations is a single text; it must be a list with one item for each demonstration."

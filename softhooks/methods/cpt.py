@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from softhooks.backbone.heads import can_generate
+from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError, UnsupportedMethodError
 from softhooks.layout.few_shot import INPUT, Context, ExampleTemplate, whole_numbers
@@ -18,11 +19,8 @@ from softhooks.layout.tokenizing import IGNORE_INDEX, tokenizer_of
 from softhooks.method import Method
 from softhooks.methods.cpt_encoder import ContextEncoder, FoldedContext
 from softhooks.methods.leave_one_out import EXAMPLE_IDS
+from softhooks.objectives.base import Objective, PromptOnModel
 from softhooks.prompt_encoder import EMBEDDINGS
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
-    from softhooks.objectives.base import Objective, PromptOnModel
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +100,6 @@ class ContextAwarePromptTuning(Method):
     leave_one_out: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Make the context, and check the options against each other."""
         context = self._context_of_ids() if self.examples is None else self._context_of(self.examples)
         kept = {"context_ids": context.ids, "token_types": context.types, "num_virtual_tokens": len(context.ids)}
         if self.num_virtual_tokens not in (0, len(context.ids)):
@@ -211,11 +208,7 @@ class ContextAwarePromptTuning(Method):
         return encoder
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Refuse a model that is not a causal language model or cannot share its prompt between rows.
-
-        Raises:
-            UnsupportedMethodError: the model is not supported.
-        """
+        """Refuse a model that is not a causal language model or cannot share its prompt between rows."""
         if prompt.injection == "shared" and can_generate(prompt.model):
             return
         raise UnsupportedMethodError(

@@ -39,11 +39,7 @@ class Handle(Protocol):
 
 
 def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
-    """Read a saved prompt and make its method; default options are filled in.
-
-    Raises:
-        CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
-    """
+    """Read a saved prompt and make its method; default options are filled in."""
     return with_all_options(find(path))
 
 
@@ -62,11 +58,6 @@ def rows_of(
         source: a handle; a directory or repository that `load` reads, including PEFT's; or the rows themselves.
         purpose: the purpose of the rows, for the error.
         structure: the structure of the new prompt's model, which must be the base model that the rows were trained with.
-
-    Raises:
-        OptionError: the source has a wrong type, or is a prompt that does not fold to embedding rows.
-        CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
-        PromptMismatchError: the prompt was trained with a different base model.
     """
     if isinstance(source, Tensor):
         return source.detach().float()

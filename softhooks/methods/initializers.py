@@ -64,9 +64,6 @@ def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
     """Check the user's rows, and replace those that equal rows of the embedding's weight by the embeddings of these tokens.
 
     Weight and embeddings differ if the embedding module scales its weight.
-
-    Raises:
-        PromptMismatchError: the shape is not [P, H].
     """
     rows = tensor_rows(structure, count, tensor)
     words = ids_of_weight_rows(structure, rows)
@@ -78,11 +75,7 @@ def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
 
 
 def tensor_rows(structure: ModelStructure, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:
-    """Check the shape of rows from another prompt.
-
-    Raises:
-        PromptMismatchError: the shape of the tensor is not [P, H].
-    """
+    """Check the shape of rows from another prompt."""
     rows = torch.as_tensor(tensor).detach().float()
     if tuple(rows.shape) != (count, structure.entry.width):
         raise PromptMismatchError(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from softhooks.backbone.attention_groups import groups_of, require_sites
+from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import UnsupportedMethodError, check_dropout, check_int
 from softhooks.method import Method
 from softhooks.prompt_encoder import PromptEncoder, TableEncoder
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
 
 RANDOM_STD = 0.02
 
@@ -96,7 +94,6 @@ class KeyValuePrefix(Method):
     windowed: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options against each other."""
         super().__post_init__()
         check_dropout("dropout", self.dropout)
         check_int("hidden_size", self.hidden_size)

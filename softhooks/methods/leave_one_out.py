@@ -26,9 +26,6 @@ def hide_own_example(
 
     Returns:
         True for hidden tokens, [B, P]; None if the call does not have the column.
-
-    Raises:
-        UnsupportedModeError: the column is required and missing, or has other values than examples.
     """
     if required:
         reason = (

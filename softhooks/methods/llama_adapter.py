@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
 from softhooks.backbone.table_slices import TableSlice, slices_of
 from softhooks.errors import (
     CheckpointError,
@@ -33,9 +34,6 @@ from softhooks.methods.llama_adapter_encoder import (
     check_context,
 )
 from softhooks.prompt_encoder import PromptEncoder
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,6 @@ class LlamaAdapter(Method):
     init_std: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         check_choice("gate", self.gate, ("tanh", "raw"))
         check_choice("gate_per", self.gate_per, ("head", "layer"))
@@ -141,11 +138,7 @@ class LlamaAdapter(Method):
         return AdapterEncoder(tables, self.gate)
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """Return the shapes of the tables of every stack.
-
-        Raises:
-            UnsupportedMethodError: a layer cannot get rows.
-        """
+        """Return the shapes of the tables of every stack."""
         from softhooks.inject.branch.projection_probe import find_attention_calls  # imports transformers
 
         find_attention_calls(structure)
@@ -164,11 +157,7 @@ class LlamaAdapter(Method):
         return shapes
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tables of a file against its options.
-
-        Raises:
-            CheckpointError: they do not match.
-        """
+        """Check the tables of a file against its options."""
         kinds = {PROMPTS, GATES}
         kinds |= {CONTEXT_WEIGHT, CONTEXT_BIAS} if self.context_size is not None else set()
         kinds |= {FACTORS, OFFSETS} if self.scale_and_bias else set()
@@ -276,11 +265,7 @@ class LlamaAdapter(Method):
 
 
 def _width(sites: Sequence[Site]) -> int:
-    """Return H, the width of the rows.
-
-    Raises:
-        UnsupportedMethodError: layers have different widths, or one cannot get rows.
-    """
+    """Return H, the width of the rows."""
     widths = sorted({require_call(site).width for site in sites})
     if len(widths) > 1:
         raise UnsupportedMethodError(

@@ -43,9 +43,6 @@ def check_context(context: Tensor, size: int, count: int | None) -> Tensor:
 
     Returns:
         [B, 1, C] or [B, K, C], in fp32.
-
-    Raises:
-        UnsupportedModeError: the context has a different shape, or is not floating-point.
     """
     vectors = context[:, None] if context.dim() == 2 else context
     allowed = vectors.dim() == 3 and vectors.shape[2] == size and (count is None or vectors.shape[1] in (1, count))

@@ -6,11 +6,13 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
+from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, check_choice, check_int
 from softhooks.method import Method
 from softhooks.methods.from_prompt import word_ids_of
@@ -26,14 +28,9 @@ from softhooks.methods.mpt_encoder import (
 from softhooks.methods.mpt_init import SEVERAL, ones, read_front_prompt, read_teachers, vectors
 from softhooks.methods.prompt_tuning import PromptTuning
 from softhooks.methods.task_sampling import WEIGHTS, TaskSampler, task_column
+from softhooks.objectives.base import Objective, PromptOnModel
 from softhooks.objectives.distillation import Distillation
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
-
-if TYPE_CHECKING:
-    from torch.utils.data import Sampler
-
-    from softhooks.backbone.stack import ModelStructure
-    from softhooks.objectives.base import Objective, PromptOnModel
 
 NOISE = 0.02
 """The standard deviation of the initial u and v around 1."""
@@ -116,7 +113,6 @@ class MultitaskPromptTuning(Method):
     whole_vocabulary: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options against each other."""
         super().__post_init__()
         if not isinstance(self.tasks, (int, str)):
             object.__setattr__(self, "tasks", tuple(self.tasks))  # as a saved prompt has them
@@ -225,12 +221,7 @@ class MultitaskPromptTuning(Method):
         return self.sampling is not None and len(self.names) > 1
 
     def sampler(self, rows: Any, batch_size: int, seed: int) -> Sampler[int]:
-        """Make the sampler of the paper.
-
-        Raises:
-            TrainerError: the data set does not have the task of each row.
-            UnsupportedModeError: it has a task that the prompt does not have.
-        """
+        """Make the sampler of the paper."""
         tasks = task_column(rows, TASK_IDS)
         for task in set(tasks):
             check_task(task, self.names)
@@ -253,11 +244,7 @@ class MultitaskPromptTuning(Method):
         )
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tables of a file against its options, before a model is known.
-
-        Raises:
-            CheckpointError: they do not match.
-        """
+        """Check the tables of a file against its options, before a model is known."""
         if len(self.names) == 1:
             super().check_tables(tables, source)
             return

@@ -28,11 +28,7 @@ def product(shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def task_of_rows(given: dict[str, Tensor], batch: int, names: Sequence[str]) -> list[int]:
-    """Return each row's task. With one task the column may be left out.
-
-    Raises:
-        UnsupportedModeError: there are several tasks and no column; or the ids are not whole numbers.
-    """
+    """Return each row's task. With one task the column may be left out."""
     if len(names) == 1 and TASK_IDS not in given:
         return [0] * batch
     ids = require_column(given, TASK_IDS, f"it has {len(names)} tasks: {', '.join(names)}")
@@ -49,11 +45,7 @@ def are_tasks(tasks: object) -> bool:
 
 
 def check_task(number: int, names: Sequence[str]) -> int:
-    """Check the number of a task.
-
-    Raises:
-        UnsupportedModeError: the prompt does not have this task.
-    """
+    """Check the number of a task."""
     if not 0 <= number < len(names):
         raise UnsupportedModeError(
             f"a row has the task {number}, which the prompt does not have.",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import CheckpointError
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
@@ -16,9 +17,6 @@ from softhooks.methods import initializers
 from softhooks.methods.from_prompt import read_checked
 from softhooks.methods.stored_fit import check_fit
 from softhooks.prompt_encoder import EMBEDDINGS
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
 
 SEVERAL = ("shared", "left", "right")
 """The tables of a folded prompt of several tasks."""
@@ -48,10 +46,6 @@ def read_front_prompt(name: str, path: str | Path, structure: ModelStructure) ->
         name: what the prompt is for, for errors.
         path: a directory or a hub id.
         structure: the model's structure.
-
-    Raises:
-        CheckpointError: there is no prompt, or it is of another kind.
-        PromptMismatchError: it does not fit the model.
     """
     stored, method = read_checked(path)
     place = stored.conventions.get("placement")
@@ -70,11 +64,7 @@ def read_front_prompt(name: str, path: str | Path, structure: ModelStructure) ->
 
 
 def read_teachers(names: Sequence[str], teachers: Any, length: int, structure: ModelStructure) -> Tensor:
-    """Read the teachers in the order of the tasks, [K, P, H].
-
-    Raises:
-        CheckpointError: a saved prompt has several tasks.
-    """
+    """Read the teachers in the order of the tasks, [K, P, H]."""
     each, rows = [teachers[name] for name in names] if isinstance(teachers, Mapping) else teachers, []
     for name, teacher in zip(names, each, strict=True):
         if isinstance(teacher, (str, Path)):

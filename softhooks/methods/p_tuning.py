@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError, PromptMismatchError, check_choice, check_int
 from softhooks.layout.layout import Layout
@@ -17,9 +18,6 @@ from softhooks.layout.template import COLUMN
 from softhooks.method import Method
 from softhooks.methods import initializers
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
 
 _TOLERANCE = 1e-3
 """How far a slot may start from its word, relative to the largest number in the words' rows."""
@@ -66,11 +64,7 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @torch.no_grad()
     def initialize_rows(self, words: dict[int, Tensor]) -> None:
-        """Initialize some rows with given values, by the smallest change to the last layer that keeps the other rows.
-
-        Raises:
-            OptionError: the last layer is too small to make these rows.
-        """
+        """Initialize some rows with given values, by the smallest change to the last layer that keeps the other rows."""
         if not words:
             return
         hidden = self._hidden()
@@ -147,7 +141,6 @@ class PTuning(Method):
     tokenizer: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the options against each other."""
         layout = Layout.from_json(self.layout) if isinstance(self.layout, dict) else self.layout
         if layout is not None:
             if not isinstance(layout, Layout):

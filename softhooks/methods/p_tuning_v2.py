@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from softhooks.backbone.stack import Role, Site, Stack
 from softhooks.errors import OptionError
 from softhooks.methods.key_value_prefix import KeyValuePrefix
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import Role, Site, Stack
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,6 @@ class PTuningV2(KeyValuePrefix):
     windowed: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options, and keep the layers as a tuple."""
         super().__post_init__()
         if self.layers is None:
             return
@@ -68,11 +65,7 @@ class PTuningV2(KeyValuePrefix):
         object.__setattr__(self, "layers", layers)
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the attention layers that are chosen, in the model's order.
-
-        Raises:
-            OptionError: the stack has no such layer, or `layers` names one twice.
-        """
+        """Return the attention layers that are chosen, in the model's order."""
         sites = stack.sites_of(role)
         if self.layers is None:
             return sites

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from softhooks.backbone.attention_groups import require_sites
+from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError
 from softhooks.layout.tokenizing import tokenize, tokenizer_of
 from softhooks.method import Method
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,7 @@ class PrefilledPrefix(Method):
 
 
 def ids_of(text: Any, tokenizer: Any, option: str) -> tuple[int, ...]:
-    """Return the token ids of a text, without special tokens. If `text` is already ids, return them unchanged.
-
-    Raises:
-        OptionError: it is empty, neither text nor ids, or a text without a tokenizer.
-    """
+    """Return the token ids of a text, without special tokens. If `text` is already ids, return them unchanged."""
     if isinstance(text, str):
         return tuple(tokenize(text, tokenizer, option))
     ids = text.tolist() if isinstance(text, Tensor) else list(text) if isinstance(text, Sequence) else []

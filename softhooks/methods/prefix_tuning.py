@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError, check_choice
 from softhooks.layout.tokenizing import tokenize
 from softhooks.methods import initializers
 from softhooks.methods.key_value_prefix import KeyValuePrefix
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,6 @@ class PrefixTuning(KeyValuePrefix):
     tokenizer: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check the options against each other."""
         super().__post_init__()
         check_choice("init", self.init, ("text", "zero", "random"))
         if self.init != "text" and (self.init_text is not None or self.init_ids is not None):

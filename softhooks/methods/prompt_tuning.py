@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import embed_ids
 from softhooks.errors import OptionError, check_choice
 from softhooks.layout.layout import Layout, Placement
@@ -17,9 +18,6 @@ from softhooks.method import Method
 from softhooks.methods import initializers
 from softhooks.methods.from_prompt import Handle, rows_of, word_ids_of
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
 
 _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "init_tensor", "prompt": "init_from"}
 """The option that each `init` needs and all others refuse."""
@@ -86,7 +84,6 @@ class PromptTuning(Method):
     placement: Placement = field(default="front", kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options against each other."""
         super().__post_init__()
         check_choice("init", self.init, ("vocab", "random", "text", "class_labels", "tensor", "prompt"))
         check_choice("placement", self.placement, ("front", "after_first", "end"))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
+from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import check_dropout, check_int
 from softhooks.methods.prompt_tuning import PromptTuning
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
-
-if TYPE_CHECKING:
-    from softhooks.backbone.stack import ModelStructure
 
 
 class ResidualEncoder(PromptEncoder):
@@ -84,7 +82,6 @@ class ResidualPromptTuning(PromptTuning):
     dropout: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the options against each other."""
         super().__post_init__()
         check_int("hidden_size", self.hidden_size)
         check_dropout("dropout", self.dropout)

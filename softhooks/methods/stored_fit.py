@@ -24,9 +24,6 @@ def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *
 
     Args:
         strict: compare the sizes of the vocabularies too.
-
-    Raises:
-        PromptMismatchError: the model differs in a property that the prompt depends on.
     """
     enters_rows = method.enters == "embeddings"
     _check_stacks(stored, structure, directions_only=enters_rows)

@@ -12,11 +12,7 @@ from softhooks.method import METHODS, Method
 
 
 def method_of(stored: StoredPrompt) -> Method:
-    """Make the method of a saved prompt, without the options that only concern the initialization.
-
-    Raises:
-        CheckpointError: the kind is unknown, an option is unknown or invalid, or conventions or tables contradict the options.
-    """
+    """Make the method of a saved prompt, without the options that only concern the initialization."""
     kind, source = stored.kind, stored.source
     if kind not in METHODS:
         raise CheckpointError(f"{source} has the method {kind!r}, which is not one of {sorted(METHODS)}.")

@@ -105,11 +105,7 @@ class _Cursor:
 
 
 def task_column(rows: Any, name: str) -> list[int]:
-    """Read the column of a data set with the task of each row.
-
-    Raises:
-        TrainerError: there is no such column, or it does not have whole numbers.
-    """
+    """Read the column of a data set with the task of each row."""
     try:
         whole = rows[name] if name in getattr(rows, "column_names", ()) else [row[name] for row in rows]
         return [int(value) for value in whole]

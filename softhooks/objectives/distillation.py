@@ -47,11 +47,7 @@ class Distillation(Objective):
         self.teacher = teacher
 
     def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish | None:
-        """Run the teacher, and ask the student's forward for its hidden states.
-
-        Raises:
-            UnsupportedModeError: the call does not start with the text, or its labels are not classes.
-        """
+        """Run the teacher, and ask the student's forward for its hidden states."""
         context = self.teacher(prompt)
         if context is None:
             return None
@@ -91,11 +87,7 @@ class Comparison:
 
     @classmethod
     def of(cls, prompt: PromptOnModel, call: dict[str, Any]) -> Comparison:
-        """Read the masks and labels of a call.
-
-        Raises:
-            UnsupportedModeError: the call does not start with the text, or its labels are not classes.
-        """
+        """Read the masks and labels of a call."""
         _check(call)
         labels = call["labels"]
         given = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")

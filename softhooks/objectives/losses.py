@@ -37,11 +37,7 @@ def _merge_others(log_probs: Tensor, top: Tensor) -> Tensor:
 
 
 def require_logits(logits: Tensor, rows: int, columns: int) -> None:
-    """Check that a model returned logits for every row and column of the labels.
-
-    Raises:
-        UnsupportedModeError: the model returned fewer logits.
-    """
+    """Check that a model returned logits for every row and column of the labels."""
     if logits.shape[:2] != (rows, columns):
         raise UnsupportedModeError(
             f"the model returned logits for {list(logits.shape[:2])} tokens, and the labels are {[rows, columns]}; the loss "

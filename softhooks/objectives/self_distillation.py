@@ -47,11 +47,7 @@ class SelfDistillation(Objective):
         self._memory: ResultCache[dict[str, Tensor]] = ResultCache()
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Check that the model is a causal language model.
-
-        Raises:
-            UnsupportedMethodError: it is not.
-        """
+        """Check that the model is a causal language model."""
         if is_causal_lm(prompt.model, prompt.structure):
             return
         raise UnsupportedMethodError(
