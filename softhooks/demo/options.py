@@ -1,4 +1,4 @@
-"""Options of `softhooks demo` with their defaults; this module does not import torch, so that `--help` is fast."""
+"""Options of `softhooks demo`; this module does not import torch, so that `--help` is fast."""
 
 from __future__ import annotations
 

@@ -9,23 +9,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from softhooks.demo.baselines import Baseline
-from softhooks.demo.data import EncodedData
-from softhooks.demo.train import Result
-
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table; columns that do not apply are None.
+    """A line of the table: a training run or a baseline. Values that do not apply are None.
 
     Attributes:
         name: the name of the training run or baseline.
         accuracy: the accuracy on the test rows.
         trained: the number of trained parameters.
-        seconds: the training time.
+        seconds: the training time; for logistic regression, the time to compute the features is included.
         checkpoint_bytes: the size of the saved checkpoint.
-        frozen_tensors: the number of frozen tensors that were compared with their values before training.
-        frozen_bytes: the size of these tensors in bytes.
+        frozen_tensors: the number of frozen tensors, all of which were compared with their values before training.
+        frozen_bytes: the size of these tensors.
     """
 
     name: str
@@ -36,35 +32,17 @@ class Line:
     frozen_tensors: int | None = None
     frozen_bytes: int | None = None
 
-    @classmethod
-    def of_baseline(cls, name: str, baseline: Baseline) -> Line:
-        """Create the line of a baseline."""
-        return cls(name, baseline.accuracy, baseline.trained, baseline.seconds or None)
-
-    @classmethod
-    def of_result(cls, name: str, result: Result, data: EncodedData) -> Line:
-        """Create the line of a training run."""
-        return cls(
-            name,
-            result.accuracy(data),
-            result.trained,
-            result.seconds,
-            result.checkpoint_bytes,
-            result.frozen.tensors,
-            result.frozen.bytes,
-        )
-
 
 @dataclass(frozen=True)
 class Reloaded:
-    """The comparison of a saved prompt, loaded into a fresh model, with the trained prompt.
+    """The comparison of a prompt that was saved and loaded onto a fresh model with the same prompt after training.
 
     Attributes:
         name: the name of the training run.
         directory: the directory of the saved prompt.
         same: the number of test rows with the same prediction.
         rows: the number of test rows.
-        largest_difference: the largest absolute difference between corresponding logits.
+        largest_difference: the largest absolute difference between logits.
     """
 
     name: str
@@ -76,7 +54,7 @@ class Reloaded:
 
 @dataclass(frozen=True)
 class Report:
-    """All results of the demo, as in `report.json`."""
+    """All results of the demo; `report.json` contains the same values."""
 
     model: str
     train_rows: int

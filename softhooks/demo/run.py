@@ -1,4 +1,4 @@
-"""The demo: train a head, a soft prompt and a prefix, compare them, and load the saved prompts."""
+"""Run the demo: train a head, a soft prompt and a prefix, compare them, and load the saved prompts."""
 
 from __future__ import annotations
 
@@ -28,32 +28,18 @@ QUICK_EPOCHS = 1
 
 
 def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
-    """Run the demo: print the results, and write them to `report.json`.
-
-    Nothing is written outside `options.output`.
-
-    Args:
-        options: the options.
-        console: the console to print to.
-
-    Raises:
-        SoftHooksError: the model or a required package is missing, or a frozen tensor has changed.
-    """
+    """Print the results, and write them to `report.json`; nothing is written outside `options.output`."""
     console = console or Console()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     checkpoint, data = _prepare(options, console)
-    baselines = [
-        Line.of_baseline("majority class", majority_class(data)),
-        Line.of_baseline("logistic regression *", logistic_regression(checkpoint.encoder(), data, batch_size=64)),
-    ]
+    baselines = [majority_class(data), logistic_regression(checkpoint.encoder(), data, batch_size=64)]
     results = _train_all(options, checkpoint, data, console)
-    lines = baselines + [Line.of_result(name, result, data) for name, result in results.items()]
     report = Report(
         model=checkpoint.name,
         train_rows=len(data.train),
         test_rows=len(data.test),
-        lines=lines,
+        lines=baselines + [_line(name, result, data) for name, result in results.items()],
         reloaded=_compare_reloaded(options, checkpoint, data, results, console),
         versions={
             "python": platform.python_version(),
@@ -68,7 +54,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
 
 
 def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, EncodedData]:
-    """Load the model's tokenizer and the texts, and print what the demo will do."""
+    """Choose the model, read and tokenize the texts, and describe the task."""
     corpus = read_corpus()
     for package in corpus.missing:
         console.print(f"[yellow]{package} is not installed with this Python; the demo continues without it.[/]")
@@ -89,7 +75,6 @@ def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, Encode
 
 
 def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, console: Console) -> dict[str, Result]:
-    """Train the head, the soft prompt and the prefix, each in its own directory."""
     tokens = options.num_virtual_tokens
     console.print("[bold]1/3[/] the head alone")
     recipe = _recipe(options, options.head_epochs, options.head_learning_rate)
@@ -103,10 +88,22 @@ def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, 
     return {"head alone": head, f"soft prompt, {tokens} tokens": prompt, f"prefix, {tokens} tokens": prefix}
 
 
+def _line(name: str, result: Result, data: EncodedData) -> Line:
+    return Line(
+        name,
+        accuracy=float(np.mean(result.logits.argmax(-1) == data.test.labels)),
+        trained=result.trained,
+        seconds=result.seconds,
+        checkpoint_bytes=result.checkpoint_bytes,
+        frozen_tensors=result.frozen.tensors,
+        frozen_bytes=result.frozen.bytes,
+    )
+
+
 def _compare_reloaded(
     options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, results: dict[str, Result], console: Console
 ) -> list[Reloaded]:
-    """Load each saved prompt into a fresh model, and compare its logits with the logits after training."""
+    """Load each saved prompt onto a fresh model, and compare the logits with those after training."""
     console.print("\n[bold]The saved prompts, loaded into fresh models[/]")
     compared = []
     for name, result in results.items():

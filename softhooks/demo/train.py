@@ -1,8 +1,7 @@
-"""The training script of the demo: plain Hugging Face Trainers, which differ only in `callbacks` when they train a prompt."""
+"""The training code of the demo: plain Hugging Face Trainers; to train a prompt, only `callbacks` is added."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -40,7 +39,7 @@ class Result:
         trained: the number of trained parameters.
         seconds: the training time, without saving and evaluation.
         checkpoint: the directory that `trainer.save_model` wrote.
-        frozen: the report of the check that the base model is unchanged.
+        frozen: the result of the check that the base model is unchanged.
     """
 
     logits: Logits
@@ -49,13 +48,9 @@ class Result:
     checkpoint: Path
     frozen: FrozenReport
 
-    def accuracy(self, data: EncodedData) -> float:
-        """Return the share of test rows with a correct prediction."""
-        return float(np.mean(self.logits.argmax(-1) == data.test.labels))
-
     @property
     def checkpoint_bytes(self) -> int:
-        """The size of the checkpoint, without the tokenizer and the training arguments, which a Trainer saves too."""
+        """The size of the checkpoint's files, except the tokenizer and the training arguments."""
         extras = ("tokenizer", "special_tokens", "vocab", "training_args")
         return sum(file.stat().st_size for file in self.checkpoint.iterdir() if not file.name.startswith(extras))
 
@@ -63,7 +58,7 @@ class Result:
 def train_soft_prompt(
     method: Method, checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, directory: Path
 ) -> Result:
-    """Train a prompt and the new head on the frozen model; copy these lines."""
+    """Train a prompt and the new head on the frozen model."""
     set_seed(recipe.seed)
     model = checkpoint.classifier(data.tokenizer, data.labels)
     callback = SoftPromptCallback(method)
@@ -74,7 +69,7 @@ def train_soft_prompt(
         data_collator=DataCollatorWithPadding(data.tokenizer),
         callbacks=[callback],
     )
-    seconds = _timed_training(trainer)
+    seconds = trainer.train().metrics["train_runtime"]
     trainer.save_model(str(directory))
     logits = predict(model, data, directory)
     soft_prompt = callback.soft_prompt
@@ -97,14 +92,14 @@ def train_head(checkpoint: Checkpoint, data: EncodedData, recipe: Recipe, direct
         train_dataset=data.train,
         data_collator=DataCollatorWithPadding(data.tokenizer),
     )
-    seconds = _timed_training(trainer)
+    seconds = trainer.train().metrics["train_runtime"]
     trainer.save_model(str(directory))
     logits = predict(model, data, directory)
     return Result(logits, model.num_parameters(only_trainable=True), seconds, directory, record.verify(model))
 
 
 def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, directory: Path) -> Logits:
-    """Load a saved prompt with its head into a fresh model, and classify the test rows."""
+    """Load a saved prompt and its head onto a fresh model, and return the logits of the test rows."""
     set_seed(seed)
     model = checkpoint.classifier(data.tokenizer, data.labels)
     load(model, directory)
@@ -112,7 +107,7 @@ def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, direc
 
 
 def predict(model: PreTrainedModel, data: EncodedData, directory: Path) -> Logits:
-    """Classify the test rows in their order, without grouping by length, which would change the order."""
+    """Return the logits of the test rows in their order; unlike in training, rows are not grouped by length."""
     arguments = TrainingArguments(
         output_dir=str(directory), per_device_eval_batch_size=64, report_to="none", dataloader_pin_memory=False
     )
@@ -123,7 +118,7 @@ def predict(model: PreTrainedModel, data: EncodedData, directory: Path) -> Logit
 
 
 def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
-    """Return the arguments for a run; the three runs differ only in learning rate and epochs."""
+    """Return the arguments of a training run; the runs of the demo differ only in learning rate and epochs."""
     return TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=recipe.epochs,
@@ -139,9 +134,3 @@ def training_arguments(recipe: Recipe, directory: Path) -> TrainingArguments:
         dataloader_pin_memory=False,
         seed=recipe.seed,
     )
-
-
-def _timed_training(trainer: Trainer) -> float:
-    start = time.perf_counter()
-    trainer.train()
-    return time.perf_counter() - start
