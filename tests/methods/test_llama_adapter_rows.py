@@ -173,7 +173,7 @@ def test_rows_that_a_layer_does_not_keep_apart_are_refused() -> None:
     model, _ = prompted("opt", methods=SCALED)
     with (
         softhooks.rows(model, NAMES),
-        pytest.raises(UnsupportedModeError, match=r"fc1 returns(.|\n)*keeps the rows apart"),
+        pytest.raises(UnsupportedModeError, match=r"fc1 has the shape(.|\n)*one entry per row"),
     ):
         model(**right_padded(ROWS))
     with softhooks.rows(model, ["a"] * 4):

@@ -34,7 +34,7 @@ SAMPLE = [
 
 _REASONS: list[tuple[str, str, str]] = [
     (
-        "a gated branch needs attention that uses transformers' attention interface",
+        "does not use transformers' attention interface; a gated branch needs it",
         "adapter",
         (
             "bloom-causal codegen-causal falcon-causal gpt_neo-causal gptj-causal mamba2-causal mpt-causal "
@@ -44,7 +44,7 @@ _REASONS: list[tuple[str, str, str]] = [
         ),
     ),
     (
-        "a gated branch needs layers whose keys and values only depend on their input",
+        "the keys and values of a layer with a gated branch must depend only on the layer's input",
         "adapter",
         "ctrl-causal diffllama-causal mobilebert-masked",
     ),

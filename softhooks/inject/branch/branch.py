@@ -1,7 +1,7 @@
-"""Gated branches: each query also attends to the prompt's rows with a separate softmax, and a gate scales the result.
+"""Gated branches: each query also attends to the prompt with a separate softmax, and a gate scales the result.
 
-`output = attention(q, k, v) + gate * softmax(q kP^T) vP`, added before the output projection: with gates of 0 the output equals
-the base model's output bit for bit. The attention over the text runs unchanged, with its masks, caches, windows and kernels.
+`output = attention(q, k, v) + gate * softmax(q kP^T) vP` is computed before the output projection. With gates of 0 the output
+equals the base model's output bit for bit. Attention over the text runs unchanged, with its masks, caches, windows and kernels.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from softhooks.inject.branch.projections import keys_and_values
 from softhooks.inject.checkpointing import CheckpointedPass
 
 CONTEXT = "prompt_context"
-"""The extra argument of the forward that contains a context for each row, such as the vectors of an image."""
+"""The extra argument of the forward with a context for each row of the batch, such as image features."""
 
 
 @dataclass
 class GatedRows:
-    """The rows and the gate of a prompt at one site.
+    """A prompt's virtual tokens and gates at one attention layer.
 
     Attributes:
-        rows: [K, H], or [B, K, H] if each row of the batch has its own.
-        gate: the factor of each head, [Hq].
+        rows: the virtual tokens, [K, H], or [B, K, H] if they differ between the rows of the batch.
+        gate: the gate of each query head, [Hq].
     """
 
     site: Site
@@ -41,12 +41,7 @@ class GatedRows:
 
 @dataclass
 class BranchInputs:
-    """The rows, gates and scales of a prompt for one stack.
-
-    Attributes:
-        gated: the rows and the gate of each site.
-        scaled: the factor and the offset for the output of linear layers, by name, [1, out] each.
-    """
+    """A prompt's virtual tokens, gates, and factors and offsets of linear layers ([1, out] each), for one stack."""
 
     gated: list[GatedRows]
     scaled: Scaled = field(default_factory=dict)
@@ -54,13 +49,13 @@ class BranchInputs:
 
 @dataclass
 class Branch:
-    """The keys and the gated values of a stack's sites.
+    """The keys and values of a prompt at the attention layers of a stack, by the layer's index.
 
     Attributes:
-        keys, values: [R, Hq, K, D] for each site index; R is 1 (shared by every row) or B. Gates are part of the values.
-        pending: the sites whose weights are only gathered in the forward of their layer (FSDP2), where the keys are computed.
-        seen: the visible keys of each row, [B, 1, 1, K] bool, for sites at which the rows differ.
-        scaled: factor and offset of linear layers, by name, [R, out] each.
+        keys, values: [R, Hq, K, D]; R is 1 (shared by every row) or B. The values are already multiplied by the gates.
+        pending: layers with sharded weights. FSDP2 gathers the weights for the layer's forward, so the keys are computed there.
+        seen: the virtual tokens that each row attends to, [B, 1, 1, K] bool, at layers where their number differs between rows.
+        scaled: the factors and offsets of linear layers, [R, out] each.
     """
 
     keys: dict[int, Tensor]
@@ -71,19 +66,19 @@ class Branch:
 
 
 def branch_of(given: BranchInputs) -> Branch:
-    """Compute the keys and gated values of a prompt's rows."""
+    """Compute the keys and gated values of a prompt for every layer whose weights are not sharded."""
     branch = Branch({}, {}, scaled=given.scaled)
     for gated in given.gated:
         index = gated.site.index
         if any(map(is_sharded, gated.site.module.parameters())):
             branch.pending[index] = gated
         else:
-            branch.keys[index], branch.values[index] = _made_of(gated, given.scaled)
+            branch.keys[index], branch.values[index] = _keys_and_gated_values(gated, given.scaled)
     return branch
 
 
-def _made_of(gated: GatedRows, scaled: Scaled) -> tuple[Tensor, Tensor]:
-    """Compute the keys and the gated values of one site's rows, [R, Hq, K, D]."""
+def _keys_and_gated_values(gated: GatedRows, scaled: Scaled) -> tuple[Tensor, Tensor]:
+    """Compute the keys and gated values at one layer, [R, Hq, K, D] each."""
     site, rows = gated.site, gated.rows if gated.rows.dim() == 3 else gated.rows[None]
     repeats = gated.gate.shape[0] // site.heads
     both = [part.unflatten(0, rows.shape[:2]) for part in keys_and_values(site, rows.flatten(0, 1), scaled)]
@@ -93,15 +88,13 @@ def _made_of(gated: GatedRows, scaled: Scaled) -> tuple[Tensor, Tensor]:
 
 
 class BranchPass(CheckpointedPass):
-    """A forward with a gated branch at each site that the prompt has rows for.
+    """A forward with a gated branch at each layer that has virtual tokens.
 
     Args:
-        stack: the stack.
-        branch: keys and gated values.
         training: whether layers may be checkpointed in this forward.
 
     Attributes:
-        blank: the columns of left padding, [B, T] bool; None if there are none.
+        blank: the padding, [B, T] bool, or None if no row starts with padding.
     """
 
     def __init__(self, stack: Stack, branch: Branch, training: bool = False) -> None:
@@ -113,11 +106,11 @@ class BranchPass(CheckpointedPass):
             self.follow_checkpointing()
 
     def enters(self, site: Site) -> bool:
-        """Whether a site has rows."""
+        """Whether a layer has virtual tokens."""
         return site.role == "self" and (site.index in self.branch.keys or site.index in self.branch.pending)
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the attention function over the text, and add the branch to its output, [B, T, Hq, D]."""
+        """Run the attention function over the text, and add the attention over the prompt to its output, [B, T, Hq, D]."""
         output, weights = attention(*args, **kwargs)
         if not self.enters(site):
             return output, weights
@@ -125,14 +118,14 @@ class BranchPass(CheckpointedPass):
         return output + self._added(site.index, args[1], kwargs).to(output), weights
 
     def _added(self, index: int, query: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Attend to the prompt's rows. [B, Hq, T, D] -> [B, T, Hq, Dv]."""
+        """Attend to the prompt. [B, Hq, T, D] -> [B, T, Hq, Dv]."""
         scaling, softcap = kwargs.get("scaling"), kwargs.get("softcap")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         pending = self.branch.pending.get(index)
         if pending is None:
             keys, values = self.branch.keys[index], self.branch.values[index]
         else:
-            keys, values = _made_of(pending, self.branch.scaled)
+            keys, values = _keys_and_gated_values(pending, self.branch.scaled)
         scores = query @ (keys.to(query) * scaling).transpose(-1, -2)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -140,12 +133,13 @@ class BranchPass(CheckpointedPass):
         if seen is not None:
             scores = scores.masked_fill(~seen.to(scores.device), torch.finfo(scores.dtype).min)
         values = values.to(query)
+        # The softmax is in float32, as in the models' own attention.
         precise = torch.promote_types(scores.dtype, torch.float32)
-        found: Tensor = scores.softmax(-1, dtype=precise).to(values.dtype) @ values
-        return found.transpose(1, 2)
+        added: Tensor = scores.softmax(-1, dtype=precise).to(values.dtype) @ values
+        return added.transpose(1, 2)
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Scale the output of one of the stack's linear layers, and add its offset."""
+        """Multiply the output of a linear layer by its factor, and add its offset."""
         return scale(self.branch.scaled, name, output, self.blank)
 
     def injected_tensors(self) -> list[Tensor]:
@@ -154,7 +148,7 @@ class BranchPass(CheckpointedPass):
         return [*self.branch.keys.values(), *self.branch.values.values(), *scaled]
 
     def detach_injected(self) -> None:
-        """Replace every key, value, factor and offset by a leaf of the autograd graph."""
+        """Replace every injected tensor by a leaf of the autograd graph."""
         branch = self.branch
         self.branch = Branch(
             keys={index: self.leaf_of(tensor) for index, tensor in branch.keys.items()},
@@ -169,19 +163,21 @@ class BranchPass(CheckpointedPass):
 
 
 def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batch: int) -> Branch:
-    """Give each row of a batch the branch of its prompt. Values are 0 for a row without a prompt, or without rows at a site.
+    """Combine the branches of a batch whose rows use different prompts.
+
+    The values are 0 for a row without a prompt, and at a layer where the row's prompt has no virtual tokens.
 
     Args:
         branches: the branch of each prompt; R_i is 1 or the number of batch rows with the prompt.
         rows: the batch rows of each prompt.
-        batch: the number of rows.
 
     Shape:
         keys and values [R_i, Hq, K_i, D] -> [B, Hq, max K_i, D]
     """
     mixed = Branch({}, {})
+    pairs = list(zip(branches, rows, strict=True))
     for index in sorted({index for branch in branches for index in branch.keys}):
-        own = [(branch, where) for branch, where in zip(branches, rows, strict=True) if index in branch.keys]
+        own = [(branch, where) for branch, where in pairs if index in branch.keys]
         longest = max(branch.keys[index].shape[2] for branch, _ in own)
         where = [where for _, where in own]
         mixed.keys[index] = _spread([_pad(branch.keys[index], longest) for branch, _ in own], where, batch)
@@ -195,10 +191,10 @@ def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batc
             columns = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
             mixed.seen[index] = columns[:, None, None, :]
     for name in dict.fromkeys(name for branch in branches for name in branch.scaled):
-        own = [(branch, where) for branch, where in zip(branches, rows, strict=True) if name in branch.scaled]
+        own = [(branch, where) for branch, where in pairs if name in branch.scaled]
         where = [where for _, where in own]
         factor, offset = (_spread([branch.scaled[name][i] for branch, _ in own], where, batch) for i in (0, 1))
-        without = torch.ones(batch, 1, device=factor.device)
+        without = torch.ones(batch, 1, device=factor.device)  # rows without a factor, whose factor must be 1
         without[[row for places in where for row in places]] = 0.0
         mixed.scaled[name] = factor + without, offset
     return mixed
@@ -209,7 +205,7 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
 
 
 def _spread(tensors: Sequence[Tensor], rows: Sequence[Sequence[int]], batch: int) -> Tensor:
-    """Copy each tensor [1 or n, ...] to its n rows of a batch and set the other rows to 0. -> [B, ...]."""
+    """Copy each tensor to its n rows of the batch, and set all other rows to 0. [1 or n, ...] each -> [B, ...]."""
     count = sum(tensor.shape[0] for tensor in tensors)
     source, first = [count] * batch, 0
     for tensor, places in zip(tensors, rows, strict=True):

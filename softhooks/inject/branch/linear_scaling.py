@@ -1,4 +1,4 @@
-"""A trained factor and offset on the output of every linear layer, applied by hooks."""
+"""A trained factor and offset for the output of every linear layer, applied by hooks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 
 Scaled = dict[str, tuple[Tensor, Tensor]]
-"""Factors and offsets of linear layers by name, [R, out] each; R is 1 (shared by every row) or B."""
+"""The factor and the offset of each linear layer, by the layer's name, [R, out] each; R is 1 (shared by every row) or B."""
 
 
 def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
-    """List the name and the output width of each linear layer in the blocks of a stack, without the layers of LoRA."""
+    """Map the name of each linear layer in a stack's blocks to the layer and its output width; LoRA's layers are left out."""
     from transformers.pytorch_utils import Conv1D
 
     blocks = {name for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList)}
@@ -28,16 +28,13 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
 
 
 def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Return the columns of a text that are padding, or None if no row starts with padding.
+    """Return where the text has padding, [B, T] bool, or None if no row starts with padding.
 
-    Recurrent layers read every column and ignore padding only because its states are 0, so no offset may be added there.
+    Recurrent layers read every column and ignore padding only because its states are 0, so padding must get no offset.
 
     Args:
-        mask: the mask with one value per column, [B, past + T].
-        columns: the number of columns, T.
-
-    Shape:
-        -> [B, T] bool
+        mask: the attention mask, [B, past + T].
+        columns: T.
     """
     if mask is None or columns == 1 or not bool((mask[:, -columns:].long().diff(dim=1) > 0).any()):
         return None
@@ -48,13 +45,8 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
     """Multiply the output of a linear layer by its factor and add its offset; return None for a layer without these.
 
     Args:
-        blank: the columns without an offset, [B, T] bool.
-
-    Shape:
-        output [B, ..., out], or [N, out] if all rows share one factor
-
-    Raises:
-        UnsupportedModeError: the rows differ, and the output does not have one entry per row.
+        output: [B, ..., out], or [N, out] if all rows share one factor.
+        blank: the padding, which gets no offset, [B, T] bool.
     """
     if name not in scaled:
         return None
@@ -62,8 +54,8 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
     rows = factor.shape[0]
     if rows > 1 and output.shape[0] != rows:
         raise UnsupportedModeError(
-            f"layer {name} returns {list(output.shape)} for {rows} rows with different prompts; prompts that scale linear layers "
-            "can only share a batch if every layer keeps the rows apart.",
+            f"the output of layer {name} has the shape {list(output.shape)} in a batch of {rows} rows with different prompts; "
+            "prompts that scale linear layers can share a batch only if every layer's output has one entry per row.",
             "Run the rows of each prompt in a separate batch.",
         )
     shape = (rows, *[1] * (output.dim() - 2), -1) if rows > 1 else (-1,)
@@ -74,19 +66,20 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
 
 
 class ScaleHook:
-    """The hook of one linear layer; the running pass holds the factor."""
+    """The hook of one linear layer."""
 
     def __init__(self, stack: Stack, name: str) -> None:
         self.stack = stack
         self.name = name
 
     def scale(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Scale the output if a pass is running."""
-        return None if self.stack.state.current is None else self.stack.state.current.scale(self.name, output)
+        """Scale the output, if a forward of the stack is running."""
+        current = self.stack.state.current
+        return None if current is None else current.scale(self.name, output)
 
 
 def hook_linears(stack: Stack) -> list[RemovableHandle]:
-    """Hook the linear layers of a stack that are not hooked yet, and return the handles."""
+    """Register a hook on each linear layer of a stack that has none yet, and return the handles."""
     handles = []
     for name, (module, _) in linears(stack).items():
         if not any(isinstance(getattr(hook, "__self__", None), ScaleHook) for hook in module._forward_hooks.values()):

@@ -1,4 +1,4 @@
-"""Find out how to call each attention module on a single hidden state, and check the keys and values that it computes."""
+"""Find the arguments for calling each attention module on a single hidden state, and check the resulting keys and values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROBE_ID = 63
 
 
 def find_attention_calls(structure: ModelStructure) -> None:
-    """Find out how to call each self-attention module of a model on a single hidden state; each site keeps its result.
+    """Set `Site.call` for each self-attention layer of a model: the arguments for calling it on a single hidden state.
 
     Raises:
         UnsupportedMethodError: a stack's attention neither uses the attention interface nor is known to softhooks.
@@ -31,8 +31,8 @@ def find_attention_calls(structure: ModelStructure) -> None:
     for stack in structure.stacks:
         if stack.injection not in ("attention", "written_out"):
             raise UnsupportedMethodError(
-                f"the attention of {type(stack.module).__name__} is not supported; a gated branch needs attention that uses "
-                "transformers' attention interface or that softhooks knows.",
+                f"{type(stack.module).__name__} does not use transformers' attention interface; a gated branch needs it, except "
+                "in models whose attention softhooks rewrites.",
                 OTHER_METHOD,
             )
         if all(site.call is not None for site in stack.sites_of("self")):
@@ -48,22 +48,22 @@ def find_attention_calls(structure: ModelStructure) -> None:
 
 @dataclass(eq=False)
 class _Seen:
-    """The input and output of one site in a forward of one token.
+    """A call of one self-attention layer in a forward of one token.
 
     Attributes:
-        args, kwargs: the arguments of its module.
-        query, key, value: the arguments of its attention function.
+        calls: the arguments of all calls of the layer's module, which may serve several layers.
+        args, kwargs: the arguments of this call.
+        query, key, value: the arguments of the attention function.
         output: the output of the attention function.
-        calls: the number of calls of the module, for all sites that it serves.
     """
 
+    calls: list[tuple[Any, Any]]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     query: Tensor
     key: Tensor
     value: Tensor
     output: Any
-    calls: int = 0
 
 
 class _WatchPass(Pass):
@@ -82,19 +82,13 @@ class _WatchPass(Pass):
         """Record a call of the attention function."""
         output = attention(*args, **kwargs)
         if site.role == "self":
-            call, (query, key, value) = self._called[id(site.module)][-1], args[1:4]
-            self.seen[site.index] = _Seen(*call, query, key, value, output[0])
+            calls, (query, key, value) = self._called[id(site.module)], args[1:4]
+            self.seen[site.index] = _Seen(calls, *calls[-1], query, key, value, output[0])
         return output
-
-    def count(self) -> dict[int, _Seen]:
-        """Return the records, with the number of calls of each module."""
-        for site in self.stack.sites_of("self"):
-            self.seen[site.index].calls = len(self._called[id(site.module)])
-        return self.seen
 
 
 def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _Seen]:
-    """Run one token through a stack."""
+    """Run one token through a stack, and return the call of each self-attention layer by its index."""
     inputs: dict[str, Any] = {"input_ids": _one_id(stack, vocabulary)}
     if encoded is not None:
         inputs["encoder_hidden_states"] = encoded
@@ -104,7 +98,7 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
             hooks.keep(module.register_forward_pre_hook(forward_pass.note, with_kwargs=True))
         with stack.state.running(forward_pass):
             stack.module(**inputs)
-    return forward_pass.count()
+    return forward_pass.seen
 
 
 def _encode(stack: Stack, vocabulary: int) -> Tensor:
@@ -117,7 +111,7 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
 
 
 def _attention_call(seen: _Seen) -> AttentionCall:
-    """Turn a recorded call into the arguments for hidden states without positions."""
+    """Make the arguments for hidden states without positions from a recorded call."""
     given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
     place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
     return AttentionCall(
@@ -134,7 +128,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _nowhere(value: Any) -> Any:
-    """Replace a cache by None and a rotary embedding by one that does not rotate; return any other argument unchanged."""
+    """Replace a cache by None, and a rotary embedding by one that does not rotate; return any other argument unchanged."""
     if hasattr(value, "get_seq_length"):
         return None
     if isinstance(value, Tensor):
@@ -146,20 +140,17 @@ def _nowhere(value: Any) -> Any:
     return value
 
 
-# --- proof ------------------------------------------------------------------------------------------------------------
-
-
 def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
-    """Describe why a site's keys and values of hidden states are wrong, or return an empty string if they are right.
+    """Describe why a layer computes wrong keys and values for hidden states; return an empty string if they are right.
 
-    The recorded token is at position 0, where a rotation changes nothing or, in some models, the scale of keys. So its
-    value must be reproduced exactly, and its key up to a factor. A second row in the batch must not change them, and must get a
-    different key and value.
+    The recorded token is at position 0, where a rotation changes at most the scale of the key. So the value must be reproduced
+    exactly, and the key up to a factor. A second hidden state in the batch must get a different key and value, and must not
+    affect the first.
     """
     if call.place == "":
-        return "its input is not a sequence of states"
-    if seen.calls != len(site.shared_sites):
-        return f"it calls the attention function {len(site.shared_sites) / seen.calls:g} times"
+        return "its input is not a sequence of hidden states"
+    if len(seen.calls) != len(site.shared_sites):
+        return f"it calls the attention function {len(site.shared_sites) / len(seen.calls):g} times"
     if getattr(seen.output, "shape", None) != (1, 1, call.query_heads, site.value_dim):
         return "its attention function does not return [B, T, heads, head size]"
     own: Tensor = (seen.args[call.place] if isinstance(call.place, int) else seen.kwargs[call.place])[0]
@@ -168,13 +159,13 @@ def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
         keys, values = keys_and_values(site, torch.cat([own, other]))
         alone = keys_and_values(site, other)
     except FORWARD_ERRORS as error:
-        return f"it cannot run on rows alone: {type(error).__name__}: {error}"
+        return f"it cannot run on hidden states alone: {type(error).__name__}: {error}"
     if keys.shape != (2, site.heads, site.key_dim) or values.shape != (2, site.heads, site.value_dim):
-        return f"its keys {list(keys.shape)} and values {list(values.shape)} do not match the rows"
+        return f"its keys {list(keys.shape)} and values {list(values.shape)} do not match two hidden states"
     if not _close(values[0], seen.value[0, :, 0]) or not _collinear(keys[0], seen.key[0, :, 0]):
         return "its keys and values depend on more than its input"
     if not _close(keys[1], alone[0][0]) or not _close(values[1], alone[1][0]) or torch.equal(*values):
-        return "its rows depend on each other"
+        return "its keys and values for one hidden state depend on the others"
     return ""
 
 
