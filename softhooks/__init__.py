@@ -1,6 +1,7 @@
-"""softhooks: soft prompts on unmodified Hugging Face models.
+"""Soft prompts on unmodified Hugging Face models.
 
-Names are imported at their first use: `import softhooks` loads neither torch nor transformers, and `softhooks.attach` no Trainer.
+Each name is imported at its first use: `import softhooks` loads neither torch nor transformers, and `softhooks.attach` does not
+load the Trainer.
 """
 
 import sys
@@ -12,94 +13,50 @@ from typing import TYPE_CHECKING, Any
 from softhooks._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from softhooks.attach import attach
-    from softhooks.base_model.frozen_record import FrozenReport
-    from softhooks.ensemble import EnsembleOutput, EnsembleTexts, PromptEnsemble
-    from softhooks.errors import (
-        AttachError,
-        CheckpointError,
-        FrozenModifiedError,
-        NameTakenError,
-        NotAttachedError,
-        OptionError,
-        PromptMismatchError,
-        PromptNotReachedError,
-        PromptTooLongError,
-        SoftHooksError,
-        TrainerError,
-        UnsupportedMethodError,
-        UnsupportedModeError,
-        UnsupportedModelError,
-    )
-    from softhooks.kept import kept
-    from softhooks.layout.layout import Layout
-    from softhooks.layout.verbalizer import Verbalizer
-    from softhooks.load import load
-    from softhooks.methods import (
-        Cartridge,
-        ContextAwarePromptTuning,
-        ContextTuning,
-        LlamaAdapter,
-        MultitaskPromptTuning,
-        PrefixTuning,
-        PromptTuning,
-        PTuning,
-        PTuningV2,
-        ResidualPromptTuning,
-    )
-    from softhooks.methods.task_sampling import TaskSampler
-    from softhooks.prompt import SoftPrompt
-    from softhooks.similarity import most_similar, nearest_words
-    from softhooks.switch import activate, disabled, rows
-    from softhooks.trainer.callback import SoftPromptCallback
-    from softhooks.tune import tune
+    from softhooks.attach import attach as attach
+    from softhooks.base_model.frozen_record import FrozenReport as FrozenReport
+    from softhooks.ensemble import EnsembleOutput as EnsembleOutput
+    from softhooks.ensemble import EnsembleTexts as EnsembleTexts
+    from softhooks.ensemble import PromptEnsemble as PromptEnsemble
+    from softhooks.errors import AttachError as AttachError
+    from softhooks.errors import CheckpointError as CheckpointError
+    from softhooks.errors import FrozenModifiedError as FrozenModifiedError
+    from softhooks.errors import NameTakenError as NameTakenError
+    from softhooks.errors import NotAttachedError as NotAttachedError
+    from softhooks.errors import OptionError as OptionError
+    from softhooks.errors import PromptMismatchError as PromptMismatchError
+    from softhooks.errors import PromptNotReachedError as PromptNotReachedError
+    from softhooks.errors import PromptTooLongError as PromptTooLongError
+    from softhooks.errors import SoftHooksError as SoftHooksError
+    from softhooks.errors import TrainerError as TrainerError
+    from softhooks.errors import UnsupportedMethodError as UnsupportedMethodError
+    from softhooks.errors import UnsupportedModeError as UnsupportedModeError
+    from softhooks.errors import UnsupportedModelError as UnsupportedModelError
+    from softhooks.layout.layout import Layout as Layout
+    from softhooks.layout.verbalizer import Verbalizer as Verbalizer
+    from softhooks.load import load as load
+    from softhooks.methods import Cartridge as Cartridge
+    from softhooks.methods import ContextAwarePromptTuning as ContextAwarePromptTuning
+    from softhooks.methods import ContextTuning as ContextTuning
+    from softhooks.methods import LlamaAdapter as LlamaAdapter
+    from softhooks.methods import MultitaskPromptTuning as MultitaskPromptTuning
+    from softhooks.methods import PrefixTuning as PrefixTuning
+    from softhooks.methods import PromptTuning as PromptTuning
+    from softhooks.methods import PTuning as PTuning
+    from softhooks.methods import PTuningV2 as PTuningV2
+    from softhooks.methods import ResidualPromptTuning as ResidualPromptTuning
+    from softhooks.methods.task_sampling import TaskSampler as TaskSampler
+    from softhooks.prompt import SoftPrompt as SoftPrompt
+    from softhooks.similarity import most_similar as most_similar
+    from softhooks.similarity import nearest_words as nearest_words
+    from softhooks.switch import activate as activate
+    from softhooks.switch import disabled as disabled
+    from softhooks.switch import kept as kept
+    from softhooks.switch import rows as rows
+    from softhooks.trainer.callback import SoftPromptCallback as SoftPromptCallback
+    from softhooks.tune import tune as tune
 
-__all__ = [
-    "AttachError",
-    "Cartridge",
-    "CheckpointError",
-    "ContextAwarePromptTuning",
-    "ContextTuning",
-    "EnsembleOutput",
-    "EnsembleTexts",
-    "FrozenModifiedError",
-    "FrozenReport",
-    "Layout",
-    "LlamaAdapter",
-    "MultitaskPromptTuning",
-    "NameTakenError",
-    "NotAttachedError",
-    "OptionError",
-    "PTuning",
-    "PTuningV2",
-    "PrefixTuning",
-    "PromptEnsemble",
-    "PromptMismatchError",
-    "PromptNotReachedError",
-    "PromptTooLongError",
-    "PromptTuning",
-    "ResidualPromptTuning",
-    "SoftHooksError",
-    "SoftPrompt",
-    "SoftPromptCallback",
-    "TaskSampler",
-    "TrainerError",
-    "UnsupportedMethodError",
-    "UnsupportedModeError",
-    "UnsupportedModelError",
-    "Verbalizer",
-    "activate",
-    "attach",
-    "disabled",
-    "kept",
-    "load",
-    "most_similar",
-    "nearest_words",
-    "rows",
-    "tune",
-]
-
-_PLACES = {
+_NAMES = {
     "attach": "attach",
     "ensemble": "EnsembleOutput EnsembleTexts PromptEnsemble",
     "errors": (
@@ -108,7 +65,6 @@ _PLACES = {
         "UnsupportedMethodError UnsupportedModeError UnsupportedModelError"
     ),
     "base_model.frozen_record": "FrozenReport",
-    "kept": "kept",
     "layout.layout": "Layout",
     "layout.verbalizer": "Verbalizer",
     "tune": "tune",
@@ -119,13 +75,15 @@ _PLACES = {
     "prompt": "SoftPrompt",
     "methods.task_sampling": "TaskSampler",
     "load": "Cartridge load",
-    "switch": "activate disabled rows",
+    "switch": "activate disabled kept rows",
     "trainer.callback": "SoftPromptCallback",
     "similarity": "most_similar nearest_words",
 }
-"""The names of each module. `Cartridge` comes with `load`, which its `concatenate` needs."""
+"""The public names in each module. `Cartridge` is imported with `load`, because `Cartridge.concatenate` needs that module."""
 
-_MODULE_OF = {name: module for module, names in _PLACES.items() for name in names.split()}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
@@ -144,7 +102,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `softhooks.attach` etc. bound to the functions when the submodules of the same names are imported."""
+    """A package in which importing the submodule `softhooks.attach` does not replace the function `softhooks.attach`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""Attach a prompt to a model: check everything, then change the model, and undo every change if an error occurs."""
+"""Attach a prompt to a model. If an error occurs, every change to the model is undone."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ def attach(
 ) -> SoftPrompt:
     """Attach a soft prompt to a model and freeze everything else.
 
-    The new prompt is active. A prompt attached before is inactive until `activate` or `rows` selects it, or the new one is
-    removed.
+    The new prompt becomes active. A prompt that was active before is inactive until `activate` or `rows` selects it, or until the
+    new one is removed.
 
     Args:
-        model: any transformers model that embeds tokens, also one with LoRA from PEFT.
+        model: any transformers model that embeds tokens, with or without LoRA from PEFT.
         method: the method, with its options.
-        name: the name of the prompt; a model can have several.
+        name: the name of the prompt on the model, which can have several prompts.
         train_head: train a copy of a new task head (`score`, `classifier`, `qa_outputs`, ...) with the prompt.
-        trainable: patterns (`*lora_*`) of the names of other parameters that stay trainable.
-        freeze_dropout: keep the dropout of the backbone off in training.
-        injection: how the prompt enters the model. None: the fastest that a check finds exact, and slots for single calls in
-            which it is not; 'shared' refuses those calls.
-        train_added_tokens: train copies of vocabulary rows with the prompt, and save them with it. True: the rows that
-            `resize_token_embeddings` has added since the model was made or loaded; or the ids of tokens; or the tokenizer to
-            which the tokens were added. The model's own rows stay as they are.
+        trainable: patterns, such as `*lora_*`, for the names of other parameters that stay trainable.
+        freeze_dropout: turn off the dropout of the backbone during training.
+        injection: how the prompt enters the model. By default, the fastest injection that the checks find exact. A call for which
+            it is not exact uses `slots`, or is refused if the option is 'shared'.
+        train_added_tokens: train copies of the embeddings of added tokens, and save them with the prompt. Pass True for all
+            tokens that `resize_token_embeddings` has added since the model was created or loaded, the ids of tokens, or the
+            tokenizer to which tokens were added. The model's own embeddings do not change.
 
     Returns:
-        the handle of the prompt, which is also a context manager that removes it.
+        the prompt; as a context manager, it removes itself at the end of the `with` block.
 
     Raises:
         AttachError: the prompt cannot be attached; the model is unchanged.
@@ -95,9 +95,6 @@ def attach(
     )
 
 
-# --- attaching --------------------------------------------------------------------------------------------------------
-
-
 @exclusive
 @names_tried_remedies(attach)
 def attach_prompt(
@@ -111,12 +108,7 @@ def attach_prompt(
     injection: Injection | None,
     frozen_record: bool,
 ) -> SoftPrompt:
-    """Attach a prompt that its method initializes, or a stored one. See `attach`.
-
-    Args:
-        source: the source of the prompt's parts.
-        frozen_record: take the digests that `verify_frozen` compares with.
-    """
+    """Attach a new or a stored prompt; see `attach`. `frozen_record` takes the digests that `verify_frozen` needs."""
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)
     refuse_peft_prompts(model)
@@ -156,11 +148,8 @@ def attach_prompt(
     return prompt
 
 
-# --- checks of the attached prompt ------------------------------------------------------------------------------------
-
-
 def _check_attached(prompt: SoftPrompt, injection: Injection | None, source: PromptSource) -> None:
-    """Choose the injection, and check by running the model that the prompt works with it."""
+    """Choose the injection, and run the model to check that the prompt works with it."""
     method, added = prompt.method, prompt.added
     with probing(prompt.model):
         prompt.injection = choose_injection(prompt, injection)
@@ -183,19 +172,15 @@ def _check_attached(prompt: SoftPrompt, injection: Injection | None, source: Pro
         prompt.objective.check(prompt)
 
 
-# --- changes ----------------------------------------------------------------------------------------------------------
-
-
 def _all_off(prompted: PromptedModel | None) -> AbstractContextManager[object]:
-    """Disable the prompts that are already attached, to run the model without them."""
+    """Disable the prompts that are already attached."""
     return nullcontext() if prompted is None else Block(prompted.model, off=True)
 
 
 def _freeze_and_install(prompted: PromptedModel, trainable: tuple[str, ...], frozen_record: bool) -> None:
-    """Freeze the model, add the container of the prompts' parameters, and register the hooks."""
+    """Freeze the model, add the container for the prompts' parameters, and register the hooks."""
     model = prompted.model
-    for name, parameter in model.named_parameters():
-        prompted.was_trainable[name] = parameter.requires_grad
+    prompted.was_trainable.update((name, parameter.requires_grad) for name, parameter in model.named_parameters())
     container = Container()
     container.prompted_model = prompted
     container.training = model.training
@@ -215,7 +200,7 @@ def _freeze_and_install(prompted: PromptedModel, trainable: tuple[str, ...], fro
 
 
 def _add(prompted: PromptedModel, prompt: SoftPrompt, heads: dict[str, nn.Module], freeze_dropout: bool) -> None:
-    """Add a prompt to the model's prompts, turn it on, and register the hooks of its heads and added tokens."""
+    """Add a prompt to the model, activate it, and register the hooks for its heads and added tokens."""
     container: Container = getattr(prompted.model, CONTAINER)
     container[prompt.name] = prompt.module
     prompted.labels.add(prompt)

@@ -1,7 +1,4 @@
-"""Constraints on parameters, which hooks apply after each optimizer step, so that no training loop needs to call them.
-
-One hook on all torch optimizers applies them. It is registered while an encoder with constraints is attached anywhere.
-"""
+"""Constraints on parameters of prompt encoders. A hook on all torch optimizers applies them after each step."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ class Constrained(Protocol):
 
 
 _done: weakref.WeakSet[Constrained] = weakref.WeakSet()
-"""The encoders that were constrained since the start of the Trainer's step."""
+"""The encoders that have been constrained since the Trainer's current step began."""
 
 
 def _listen(patches: Patches) -> None:
@@ -38,11 +35,11 @@ def _listen(patches: Patches) -> None:
 
 
 watched: SharedPatches[Constrained] = SharedPatches(_listen)
-"""The encoders to constrain; the hook is removed together with the last encoder."""
+"""The encoders to constrain. The hook is registered with the first one and removed with the last."""
 
 
 def watch(encoder: Constrained) -> None:
-    """Constrain an encoder after each step of an optimizer that holds its parameters."""
+    """Constrain an encoder from now on after each step of an optimizer that updates its parameters."""
     if encoder.is_constrained:
         watched.add(encoder)
 
@@ -60,7 +57,7 @@ def constrain(encoder: Constrained) -> None:
 
 
 def begin_step(encoder: Constrained) -> None:
-    """Record that a Trainer's optimizer is about to step."""
+    """Record that the Trainer's optimizer is about to update an encoder."""
     _done.discard(encoder)
 
 

@@ -1,7 +1,4 @@
-"""Prompt ensembles: several prompts on one frozen model run in one forward, and their outputs are combined.
-
-Source: Lester et al. 2021, arXiv:2104.08691: prompts trained on one task, a majority vote.
-"""
+"""Prompt ensembles: several prompts of one frozen model run in one forward, and their outputs are combined."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ Combine = Literal["vote", "logits", "probabilities"]
 
 @dataclass(frozen=True)
 class EnsembleOutput:
-    """The output of an ensemble.
+    """The output of an ensemble of E prompts.
 
     Attributes:
-        predictions: the class (or the next token), [B] or [B, T].
-        scores: the share of votes, or the mean of the logits or of the probabilities, [B, C] or [B, T, C].
+        predictions: the predicted class of each row, [B], or the predicted next token at each position, [B, T].
+        scores: the shares of the votes, the mean logits or the mean probabilities, [B, C] or [B, T, C].
         members: the logits of each prompt, [E, B, C] or [E, B, T, C].
     """
 
@@ -40,8 +37,8 @@ class EnsembleTexts:
     """The texts that an ensemble generates.
 
     Attributes:
-        texts: for each row the text that most prompts generate.
-        members: the texts of each prompt.
+        texts: for each row, the text that most prompts generate.
+        members: for each prompt, the texts of all rows.
     """
 
     texts: list[str]
@@ -51,18 +48,20 @@ class EnsembleTexts:
 class PromptEnsemble:
     """Combines the outputs of several prompts of one model.
 
-    Each row of a batch runs once for each prompt, all in one forward. The outputs are combined by majority vote, as in the paper,
-    or by the mean of the logits or of the probabilities. In a tie, the mean probability decides. The prompts may be of
-    all methods that can be used in one batch (see `rows`), each with its own head.
+    One forward runs each row of a batch with each prompt. Any prompts that `rows` can use in one batch can be combined; each
+    prompt uses its own head.
+
+    Source: Lester et al. 2021, arXiv:2104.08691, where the prompts of one task decide by a majority vote.
 
     Args:
         model: the model with the prompts.
-        names: the names of the prompts; an entry None runs the model without a prompt.
-        combine: `vote`, `logits` or `probabilities`.
+        names: the names of the prompts, or None to include the model without a prompt.
+        combine: `vote` takes the class that most prompts predict, and among tied classes the one with the highest mean
+            probability; `logits` and `probabilities` take the class with the highest mean.
 
     Raises:
-        NotAttachedError: one of the names is not an attached prompt.
-        OptionError: no prompt is named, or `combine` is none of the three.
+        NotAttachedError: no prompt with one of the names is attached.
+        OptionError: `names` is empty or not a list, or `combine` is invalid.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str | None], combine: Combine = "vote") -> None:
@@ -81,14 +80,14 @@ class PromptEnsemble:
         """Run a batch and combine the outputs.
 
         Args:
-            inputs: the arguments of the model's forward, by name, without labels.
+            inputs: the keyword arguments of the model's forward, without labels.
 
         Raises:
-            OptionError: there are labels, or a vote over outputs of one number.
+            OptionError: labels are passed, or the model is a regression model and `combine` is not `logits`.
             UnsupportedModeError: the model's output has no `logits`.
         """
         if inputs.get("labels") is not None:
-            raise OptionError("the inputs have labels, and an ensemble has no loss; leave the labels out.")
+            raise OptionError("the inputs have labels, but an ensemble computes no loss; leave the labels out.")
         batch, repeated = self._repeat(inputs)
         with rows(self.model, self._each(batch)):
             output = self.model(**{**repeated, "return_dict": True})
@@ -96,7 +95,7 @@ class PromptEnsemble:
         if not isinstance(logits, Tensor):
             raise UnsupportedModeError(
                 f"the output of {type(self.model).__name__} has no `logits`, which an ensemble combines.",
-                "Run the prompts with `softhooks.rows` and combine what the model returns.",
+                "Run the prompts with `softhooks.rows`, and combine the outputs yourself.",
                 model=type(self.model).__name__,
                 output=", ".join(output),
             )
@@ -104,20 +103,21 @@ class PromptEnsemble:
 
     @torch.no_grad()
     def generate(self, tokenizer: Any, **inputs: Any) -> EnsembleTexts:
-        """Generate with every prompt, and choose for each row the text that most of them generate.
+        """Generate a text for each row with every prompt, and choose the text that most prompts generate.
 
-        Texts are compared without special tokens and surrounding whitespace; a tie is decided by the prompt that is named first.
+        Texts are compared without special tokens and surrounding whitespace. Among tied texts, the prompt that comes first in
+        `names` decides.
 
         Args:
             tokenizer: decodes the texts.
-            inputs: the arguments of the model's `generate`, by name, with its options.
+            inputs: the keyword arguments of the model's `generate`.
 
         Raises:
             OptionError: `num_return_sequences` is not 1, or `return_dict_in_generate` is set.
         """
         if inputs.get("num_return_sequences", 1) != 1 or inputs.get("return_dict_in_generate"):
             raise OptionError(
-                "num_return_sequences or return_dict_in_generate is set; each prompt of an ensemble generates one text a row."
+                "num_return_sequences or return_dict_in_generate is set; an ensemble generates one text per row, without a dict."
             )
         batch, repeated = self._repeat(inputs)
         with rows(self.model, self._each(batch)):
@@ -128,13 +128,11 @@ class PromptEnsemble:
         members = [texts[start : start + batch] for start in range(0, len(texts), batch)]
         return EnsembleTexts([Counter(written).most_common(1)[0][0] for written in zip(*members, strict=True)], members)
 
-    # --- rows ---------------------------------------------------------------------------------------------------------
-
     def _each(self, batch: int) -> list[str | None]:
         return [name for name in self.names for _ in range(batch)]
 
     def _repeat(self, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Repeat the batch once for each prompt, one copy after the other. -> the number of rows and the inputs."""
+        """Return the number of rows, and the inputs with a copy of the batch for each prompt, one copy after the other."""
         first = next((inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None), None)
         if not isinstance(first, Tensor):
             raise OptionError(f"the inputs {sorted(inputs)} have neither `input_ids` nor `inputs_embeds`.")
@@ -146,8 +144,6 @@ class PromptEnsemble:
 
         return batch, {key: repeat(value) for key, value in inputs.items()}
 
-    # --- outputs ------------------------------------------------------------------------------------------------------
-
     def _combined(self, members: Tensor) -> EnsembleOutput:
         """Combine the prompts' logits, [E, B, ..., C]."""
         if self.combine == "logits":
@@ -155,7 +151,7 @@ class PromptEnsemble:
             return EnsembleOutput(scores.argmax(-1), scores, members)
         if members.shape[-1] == 1:
             raise OptionError(
-                f"combine={self.combine!r} needs classes, and the model returns one number; use 'logits'."
+                f"combine={self.combine!r} needs classes, but the model returns one number per row; use 'logits'."
             )
         likely = members.float().softmax(-1).mean(0)
         if self.combine == "probabilities":

@@ -1,40 +1,22 @@
-"""The exceptions of softhooks, and checks of options that raise them.
-
-    SoftHooksError
-    ├── OptionError (also ValueError)         an option of a method is wrong
-    ├── AttachError                           the prompt cannot be attached
-    │   ├── NameTakenError                    a prompt of that name is already attached
-    │   ├── UnsupportedModelError             the model has nothing to attach to
-    │   ├── UnsupportedMethodError            the method does not work on this model
-    │   └── PromptTooLongError                the model has too few positions for the prompt
-    ├── PromptMismatchError                   the prompt was made for another model or shape
-    ├── NotAttachedError                      the model has no such prompt
-    ├── PromptNotReachedError                 a forward bypassed the prompt
-    ├── UnsupportedModeError                  the prompt does not support this kind of call
-    ├── CheckpointError                       a file is missing, truncated, not a prompt, or malicious
-    ├── FrozenModifiedError                   a frozen tensor has changed
-    └── TrainerError                          the Trainer has a model or an optimizer that cannot be trained correctly
-
-Every message says what was found, the values on both sides, and the remedy.
-"""
+"""The exceptions of softhooks, and checks of options."""
 
 from __future__ import annotations
 
 
 def format_message(found: str, /, *remedy: str, **values: object) -> str:
-    """Compose a message: what was found, one line for each value, the remedy."""
+    """Compose a message: the problem, one line for each value, and the remedy."""
     width = max((len(name) for name in values), default=0) + 1
     lines = [f"{name.replace('_', ' ') + ':':<{width}} {value}" for name, value in values.items()]
     return "\n".join([found, *lines, *remedy])
 
 
 class SoftHooksError(Exception):
-    """The base class of every error that softhooks raises on purpose.
+    """The base class of all softhooks exceptions.
 
     Args:
-        found: the problem and the rule; a traceback shows this line first.
-        remedy: the remedy.
-        values: the values that were found and expected, by name; underscores are shown as spaces.
+        found: the problem, and the rule that it breaks; the first line of the message.
+        remedy: the last lines of the message.
+        values: the found and the expected values, by name; the message shows underscores as spaces.
     """
 
     def __init__(self, found: str, /, *remedy: str, **values: object) -> None:
@@ -42,7 +24,7 @@ class SoftHooksError(Exception):
 
 
 class OptionError(SoftHooksError, ValueError):
-    """An option of a method is wrong."""
+    """An option has an invalid value."""
 
 
 class AttachError(SoftHooksError):
@@ -54,7 +36,7 @@ class NameTakenError(AttachError):
 
 
 class UnsupportedModelError(AttachError):
-    """The model has nothing that a prompt could be attached to."""
+    """No prompt can be attached to this model."""
 
 
 class UnsupportedMethodError(AttachError):
@@ -62,13 +44,10 @@ class UnsupportedMethodError(AttachError):
 
 
 class PromptTooLongError(AttachError):
-    """The prompt, or prompt and text together, exceed the model's positions.
-
-    Attributes:
-        text: the number of text tokens that did not fit in addition to the prompt; None if there was no text.
-    """
+    """The prompt, or the prompt together with the text, is longer than the model's maximum length."""
 
     text: int | None = None
+    """The number of tokens in the text; None if the prompt alone is too long."""
 
 
 class PromptMismatchError(SoftHooksError):
@@ -88,7 +67,7 @@ class UnsupportedModeError(SoftHooksError):
 
 
 class CheckpointError(SoftHooksError):
-    """A prompt's file is missing, truncated, not a prompt, or malicious."""
+    """The file of a saved prompt is missing, truncated or malicious, or contains no prompt."""
 
 
 class FrozenModifiedError(SoftHooksError):
@@ -96,28 +75,17 @@ class FrozenModifiedError(SoftHooksError):
 
 
 class TrainerError(SoftHooksError):
-    """The Trainer has a model or an optimizer that the callback cannot train correctly."""
-
-
-# --- checks of options ------------------------------------------------------------------------------------------------
+    """The Trainer, or its optimizer, would not train the prompt correctly."""
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Check an option that takes one of a few words.
-
-    Raises:
-        OptionError: the value is not one of the words.
-    """
+    """Raise an `OptionError` if an option is not one of the allowed strings."""
     if value not in allowed:
         raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.")
 
 
 def check_int(name: str, value: object, minimum: int = 1) -> None:
-    """Check an option that takes a whole number.
-
-    Raises:
-        OptionError: it is not a whole number, or below the minimum.
-    """
+    """Raise an `OptionError` if an option is not an integer of at least `minimum`."""
     if not is_int(value, minimum):
         raise OptionError(f"{name} must be a whole number of {minimum} or more; it is {value!r}.")
 
@@ -128,10 +96,6 @@ def is_int(value: object, minimum: int) -> bool:
 
 
 def check_dropout(name: str, value: float) -> None:
-    """Check an option that takes a dropout probability.
-
-    Raises:
-        OptionError: it is not at least 0 and below 1.
-    """
+    """Raise an `OptionError` if a dropout probability is not at least 0 and below 1."""
     if not 0.0 <= value < 1.0:
         raise OptionError(f"{name} must be at least 0 and below 1; it is {value}.")

@@ -44,28 +44,25 @@ def load(
 
     Args:
         model: the base model, unmodified.
-        path: a directory that `save_pretrained` or a Trainer wrote; one that PEFT wrote for a prompt, a prefix, CPT, a
-            LLaMA-Adapter or a cartridge; or a repository on the hub.
+        path: a directory or Hub repository with a prompt that was written by `save_pretrained` or a Trainer, or by PEFT for
+            prompt tuning, prefix tuning, P-tuning, CPT, a LLaMA-Adapter or a cartridge.
         name: the name of the prompt on the model.
-        trainable: continue its training. Otherwise its parameters are frozen too, and no record of the base is taken.
+        trainable: continue to train the prompt. Otherwise the prompt is frozen too, and `verify_frozen` is not available.
         freeze_dropout, injection: as in `attach`.
-        revision, token: for the hub.
-        strict: refuse a base model with other weights than the one that the prompt was trained with. The file holds a few numbers
-            of each weight for this comparison; conversions of precision are allowed.
-
-    Returns:
-        the handle.
+        revision, token: for the Hub.
+        strict: refuse a base model whose weights differ from those that the prompt was trained with, except in precision. The
+            saved prompt contains a few numbers of each weight for this comparison.
 
     Raises:
-        CheckpointError: there is no prompt, or its file is damaged or contradicts itself.
+        CheckpointError: there is no prompt, or its file is damaged or inconsistent.
         PromptMismatchError: the prompt does not fit the model, or was trained with another base model.
-        AttachError: it fits but cannot be attached. After any error the model is unchanged.
+        AttachError: the prompt fits but cannot be attached. After any error the model is unchanged.
     """
     stored = find(path, revision, token)
     if stored.also_trained:
         warnings.warn(
             f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained with this prompt "
-            f"({', '.join(stored.also_trained[:3])}, ...) and are not in its file; load them too.",
+            f"({', '.join(stored.also_trained[:3])}, ...), but they are not saved with it; load them too.",
             stacklevel=2,
         )
     return attach_stored(
@@ -84,17 +81,13 @@ def attach_stored(
     strict: bool = True,
     parts: Sequence[StoredPrompt] = (),
 ) -> SoftPrompt:
-    """Attach a prompt that was read from a file. See `load`.
-
-    Args:
-        parts: the prompts that it was joined from; each one's base model is compared.
-    """
+    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges from which it was concatenated."""
     method = method_of(stored)
     prompt = attach_prompt(
         model,
         method,
         name,
-        PromptFile(stored, method, trainable, strict, parts),
+        _PromptFile(stored, method, trainable, strict, parts),
         freeze_dropout=freeze_dropout,
         injection=injection,
         frozen_record=trainable,
@@ -105,9 +98,7 @@ def attach_stored(
     return prompt
 
 
-class PromptFile(PromptSource):
-    """A saved prompt as the source of a prompt to attach. Arguments as in `attach_stored`."""
-
+class _PromptFile(PromptSource):
     def __init__(
         self, stored: StoredPrompt, method: Method, trainable: bool, strict: bool, parts: Sequence[StoredPrompt]
     ) -> None:
@@ -121,11 +112,9 @@ class PromptFile(PromptSource):
         self._parts = parts
 
     def check_fit(self, structure: ModelStructure) -> None:
-        """Compare the shapes and the kind of model."""
         check_fit(self._stored, self.method, structure, strict=self._strict)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the encoder from the stored tensors."""
         if self._trainable:
             return self.method.rebuild(structure, self._stored.tables)
         return self.method.folded_encoder(self._stored.tables).requires_grad_(False)
@@ -133,25 +122,21 @@ class PromptFile(PromptSource):
     def ids_and_conventions(
         self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the stored ids and conventions."""
         count = self.method.num_virtual_tokens
         return saved_placeholder_ids(model, structure, count, self._stored.conventions, self.name, needed=needs_ids)
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
-        """Copy the model's rows for those added tokens that have rows in the file."""
         return copy_rows(self._stored.added_ids, model, structure) if self._stored.added_ids else None
 
     def fill_added_tokens(self, added: AddedTokens) -> None:
-        """Put the stored rows into the copies."""
         take_rows(added, self._stored.added, self._stored.source)
 
     def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
-        """Compare the model with the base model of the prompt, or of each of its parts."""
         for part in self._parts:
             part.require_base(model, structure, override="or leave this one out")
         if self._strict and not self._parts:
             self._stored.require_base(model, structure)
 
 
-# `Cartridge.concatenate` attaches, but methods lie below the module that can attach
+# `Cartridge.concatenate` attaches a prompt, but methods cannot import `attach`, which is in a higher layer
 cartridge.attach_joined = attach_stored

@@ -1,8 +1,4 @@
-"""The interface of a method: its options, and how they become the encoder that is trained.
-
-A simple method is one file in `methods/` with a subclass of `Method`, one line in `methods/__init__.py`, and one line in the
-table of the tests.
-"""
+"""`Method`, the base class of all methods: their options, and the encoders that they build."""
 
 from __future__ import annotations
 
@@ -28,38 +24,40 @@ if TYPE_CHECKING:
 
 
 METHODS: dict[str, type[Method]] = {}
-"""The methods by kind, the name in saved prompts and on the command line. `softhooks.methods` registers them."""
+"""The registered methods by `kind`. Importing `softhooks.methods` registers the methods of softhooks."""
 
 COLUMN_METHODS: dict[str, list[str]] = {}
-"""For each batch column, a description of the registered methods and options that take the column."""
+"""For each batch column, the registered methods that use it, each with the options that this requires."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """The options of a method, checked when it is made.
+    """A method with its options.
 
     Args:
         num_virtual_tokens: P.
     """
 
     kind: ClassVar[str] = ""
+    """The name of the method in saved prompts and on the command line."""
+
     enters: ClassVar[Literal["embeddings", "attention", "branch"]] = "embeddings"
-    """The form of the prompt: rows of embeddings, keys and values at attention, or a gated branch next to attention."""
+    """Whether the prompt consists of input embeddings, of keys and values, or of a gated branch in each attention module."""
 
     init_options: ClassVar[tuple[str, ...]] = ()
-    """The options that only concern the initialization of a new prompt; a saved prompt is loaded without them."""
+    """The options that only affect the initialization of a new prompt. A saved prompt is loaded without them."""
 
     columns: ClassVar[tuple[str, ...]] = ()
-    """Batch columns that the method takes. They are extra arguments of the model's forward."""
+    """The batch columns that the method uses. The model's forward accepts them as extra arguments."""
 
     optional_columns: ClassVar[dict[str, str]] = {}
-    """Batch columns that the method only takes with some options, with a description of these options."""
+    """Batch columns that the method uses only with some options, each with a description of these options."""
 
     sampler_class: ClassVar[type[Any]] = type(None)
-    """The class of the method's `sampler`, or None; a Trainer's sampler of this class is not replaced."""
+    """The class of the method's `sampler`. If the Trainer's sampler already has this class, it is not replaced."""
 
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"placement": ("front", "after_first", "end")}
-    """The conventions that a saved prompt must have, and their possible values."""
+    """The conventions that a saved prompt must contain, and their possible values."""
 
     num_virtual_tokens: int
 
@@ -69,7 +67,7 @@ class Method:
 
     @property
     def batch_columns(self) -> tuple[str, ...]:
-        """The batch columns that the method takes with these options."""
+        """The batch columns that the method uses with these options."""
         return self.columns
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
@@ -77,24 +75,20 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} must implement `build`.")
 
     def probe_arguments(self) -> dict[str, Tensor]:
-        """Return the batch columns that a forward of one row needs, for the checks at attach."""
+        """Return the batch columns with which `attach` runs one row through the model."""
         return {}
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Return whether some parameters get no gradient in a training step.
-
-        Args:
-            given: the names of the batch columns that its forwards have.
-        """
+        """Return whether some parameters get no gradient in a training step with the batch columns `given`."""
         return False
 
     @property
     def has_sampler(self) -> bool:
-        """Whether a Trainer draws its rows by the method's `sampler` instead of its own."""
+        """Whether a Trainer uses the method's `sampler` instead of its own."""
         return False
 
     def sampler(self, rows: Any, batch_size: int, seed: int) -> Sampler[int]:
-        """Make the sampler by which a Trainer draws its rows.
+        """Make the sampler for a Trainer.
 
         Args:
             rows: the data set.
@@ -104,21 +98,19 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} must implement `sampler`.")
 
     def objective(self) -> Objective | None:
-        """Make the training objective that adds to, or replaces, the model's own loss; return None to keep that loss alone."""
+        """Return the training objective that replaces or extends the model's own loss, or None to use only that loss."""
         return None
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Refuse a model or an injection that the method does not support. Called at attach, after the choice of injection."""
+        """Raise an error if the method does not support the model or the injection. `attach` calls this after choosing one."""
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the attention layers of a stack that the prompt enters, in the order of the tables of keys and values."""
+        """Return the attention modules of a stack that the prompt enters, in the order of their keys and values in the table."""
         return stack.sites_of(role)
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """Return the parts of a group that must each get a gradient when the prompt is trained; attach checks it.
-
-        Keys and values have a part for each attention layer. Embedding rows have none: a text need not use all of a layout.
-        """
+        """Return the parts of a group for which `attach` checks that a gradient reaches them."""
+        # Not for embeddings, because a text need not use all slots of a layout.
         if self.enters != "attention":
             return []
         stack, role = groups_of(structure)[group]
@@ -135,10 +127,10 @@ class Method:
         return False
 
     def branch_inputs(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
-        """Compute the rows and gates of a stack.
+        """Compute the branch of a stack.
 
         Args:
-            table: computes one of the encoder's groups.
+            table: a function that computes one of the encoder's groups.
             stack: the stack.
             context: a context for each row of the batch, [B, ...], if the forward has one.
         """
@@ -147,10 +139,10 @@ class Method:
     # --- a folded prompt ----------------------------------------------------------------------------------------------
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """Return the shapes of a folded prompt's tables on a model.
+        """Return the shape of each group of a folded prompt for a model.
 
         Raises:
-            UnsupportedMethodError: the prompt cannot enter the model.
+            UnsupportedMethodError: the method does not work with this model.
         """
         if self.enters == "embeddings":
             return {EMBEDDINGS: (self.num_virtual_tokens, structure.entry.width)}
@@ -161,10 +153,10 @@ class Method:
         }
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tables of a file against its options, before a model is known.
+        """Check the tensors of a saved prompt against its options.
 
         Raises:
-            CheckpointError: tables and options do not match.
+            CheckpointError: they do not match.
         """
         rows = sorted({table.shape[0] for table in tables.values()})
         if rows != [self.num_virtual_tokens]:
@@ -173,7 +165,7 @@ class Method:
             )
         if (set(tables) == {EMBEDDINGS}) != (self.enters == "embeddings"):
             raise CheckpointError(
-                f"the tensors {sorted(tables)} in {source} do not match the tensors of a {self.kind} prompt."
+                f"{source} has the tensors {sorted(tables)}, which a {self.kind} prompt does not have."
             )
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
@@ -186,15 +178,15 @@ class Method:
 
     @property
     def token_layout(self) -> Layout:
-        """The places of the virtual tokens."""
+        """Where virtual tokens are inserted in the text."""
         return Layout.placed("front", self.num_virtual_tokens)
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """Return the prompt's assumptions about the forward pass, which are saved with the prompt and checked by `load`."""
+        """Return the assumptions about the forward pass that are saved with a prompt and checked by `load`."""
         return {"placement": self.token_layout.placement}
 
     def options(self) -> dict[str, Any]:
-        """Return the options as JSON values, without tokenizers and tensors, because the saved prompt has their results."""
+        """Return the options as JSON values, without tokenizers and tensors, which only initialize a prompt."""
         kept: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -208,7 +200,7 @@ class Method:
 
 
 def register(methods: list[type[Method]]) -> None:
-    """Add methods to `METHODS`, and their batch columns to `COLUMN_METHODS`."""
+    """Register methods in `METHODS`, and their batch columns in `COLUMN_METHODS`."""
     for method in methods:
         METHODS[method.kind] = method
         for column, note in {**dict.fromkeys(method.columns, ""), **method.optional_columns}.items():

@@ -1,4 +1,4 @@
-"""`SoftPrompt`, the handle of an attached prompt: its parameters, saving, folding and removal."""
+"""`SoftPrompt`, the object that `attach` and `load` return."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from softhooks.runtime.prompted_model import PromptedModel
 
 
 class SoftPrompt(AttachedPrompt):
-    """The handle of a prompt on a model, as returned by `attach` and `load`.
+    """A prompt on a model, as returned by `attach` and `load`.
 
     Attributes:
         name: the name of the prompt on the model.
-        method: the method's options.
-        model: the model, as the user passed it.
-        encoder: the trained module; a submodule of the model while attached.
+        method: the method with its options.
+        model: the model that the user passed.
+        encoder: the module that computes the prompt; a submodule of the model while the prompt is attached.
         heads: the prompt's own copies of the model's heads.
         injection: how the prompt enters the model: `attention`, `written_out`, `cache`, `shared`, `slots` or `branch`.
-        conventions: the assumptions of the prompt about the forward pass, which are saved with the prompt.
+        conventions: the assumptions about the forward pass that are saved with the prompt.
         is_attached: whether the prompt is still attached.
     """
 
@@ -62,7 +62,7 @@ class SoftPrompt(AttachedPrompt):
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
-        """The conventions as they are saved, with the ids of the virtual tokens if the model reads ids."""
+        """The conventions to save, with the ids of the virtual tokens if the model reads ids."""
         own = self.module._buffers.get(BUFFER)
         return dict(self.conventions) if own is None else {**self.conventions, BUFFER: own.tolist()}
 
@@ -82,7 +82,7 @@ class SoftPrompt(AttachedPrompt):
     def num_parameters(self) -> int:
         """The number of trainable parameters of the prompt, its heads and the base model.
 
-        A prompt that was loaded without `trainable=True` is folded: an MLP or LSTM of its encoder does not count.
+        A prompt that was loaded without `trainable=True` is folded, so an MLP or LSTM of its encoder is not included.
         """
         own = sum(p.numel() for p in self.encoder.parameters()) or sum(
             t.numel() for t in self.encoder.folded().values()
@@ -92,50 +92,47 @@ class SoftPrompt(AttachedPrompt):
         return own + sum(parameter.numel() for parameter in others)
 
     def fold(self) -> SoftPrompt:
-        """Run the reparameterization once and keep only its result. Outputs do not change; folding cannot be undone.
+        """Replace a reparameterized prompt by its values. Outputs do not change; folding cannot be undone.
 
         Raises:
             UnsupportedModeError: another thread is running the model.
         """
         with self.running.exclusive("`fold`"):
-            self._fold()
+            device = self.encoder.device
+            trainable = any(parameter.requires_grad for parameter in self.encoder.parameters())
+            folded = self.method.folded_encoder(self.encoder.folded()).to(device).requires_grad_(trainable)
+            unwatch(self.encoder)
+            self.module["encoder"] = folded.train(self.encoder.training)
+            self._memory.clear()
+            self._branches.clear()
         return self
 
-    def _fold(self) -> None:
-        device = self.encoder.device
-        trainable = any(parameter.requires_grad for parameter in self.encoder.parameters())
-        folded = self.method.folded_encoder(self.encoder.folded()).to(device).requires_grad_(trainable)
-        unwatch(self.encoder)
-        self.module["encoder"] = folded.train(self.encoder.training)
-        self._memory.clear()
-        self._branches.clear()
-
     def verify_frozen(self) -> FrozenReport:
-        """Check that every frozen parameter and buffer has the bits that it had at attach.
+        """Check that every frozen parameter and buffer is bit-identical to its state at attach.
 
         Raises:
             FrozenModifiedError: a tensor has changed; the error names it.
-            NotAttachedError: the prompt was removed, or loaded without a record.
+            NotAttachedError: the prompt was removed, or was loaded without `trainable=True`.
         """
         self._require_attached()
         if self.prompted_model.record is None:
             raise NotAttachedError(
-                "the prompt was loaded without a record of the frozen tensors; load it with `trainable=True` to take one."
+                "the prompt was loaded without a record of the frozen tensors; load it with `trainable=True` to record them."
             )
         return self.prompted_model.record.verify(self.model)
 
     def save_pretrained(self, save_directory: str | Path, *, as_peft: bool = False) -> None:
-        """Write the folded prompt and its trained heads to `soft_prompt.json` and `soft_prompt.safetensors`.
+        """Write the folded prompt and its heads to `soft_prompt.json` and `soft_prompt.safetensors`.
 
-        In a sharded model every rank must call this; the first rank writes.
+        If the model is sharded, every rank must call this; the first rank writes.
 
         Args:
-            save_directory: the directory; made if it does not exist.
-            as_peft: write an adapter for PEFT instead, if PEFT computes the same.
+            save_directory: the directory; created if it does not exist.
+            as_peft: write an adapter for PEFT instead.
 
         Raises:
             NotAttachedError: the prompt was removed.
-            UnsupportedMethodError: PEFT has no method that computes the same.
+            UnsupportedMethodError: PEFT has no method with the same outputs.
         """
         folder = Path(save_directory)
         with gathered(self) as writes:
@@ -149,7 +146,7 @@ class SoftPrompt(AttachedPrompt):
                 log_unsaved_rows(self, self.name, self.model, self.prompted_model.structure, stored.added_ids)
 
     def to_stored(self) -> StoredPrompt:
-        """Return the prompt as it is saved: folded, with its heads by their path in the transformers model.
+        """Return the folded prompt as plain data; its heads are named by their paths in the transformers model.
 
         Raises:
             NotAttachedError: the prompt was removed.
@@ -172,8 +169,9 @@ class SoftPrompt(AttachedPrompt):
         )
 
     def _fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the base model; for a sharded model, the fingerprint of the whole weights at attach."""
+        """Return the fingerprint of the base model, without the rows of tokens that the prompt trains."""
         prompted, added = self.prompted_model, self.added
+        # No rank of a sharded model has whole weights, so its fingerprint was taken at attach.
         kept = prompted.fingerprint if is_sharded_model(prompted.model) else None
         own = frozenset() if added is None else frozenset(added.ids.tolist())
         return without_rows(kept or take_fingerprint(prompted.model, prompted.structure, frozen=True), own)
@@ -181,13 +179,13 @@ class SoftPrompt(AttachedPrompt):
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Upload what `save_pretrained` writes.
+        """Upload the files that `save_pretrained` writes.
 
         Args:
-            repo_id: the repository; made if it does not exist.
-            private: make it private.
+            repo_id: the repository; created if it does not exist.
+            private: whether a new repository is private.
             token: as in `huggingface_hub`.
-            kwargs: for `huggingface_hub.HfApi.upload_folder`: `commit_message`, `revision`, `create_pr`, ...
+            kwargs: other arguments of `HfApi.upload_folder`, such as `commit_message`.
         """
         from huggingface_hub import HfApi
 
@@ -199,7 +197,7 @@ class SoftPrompt(AttachedPrompt):
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
     def remove(self) -> None:
-        """Remove the prompt and restore the model. Calling this again has no effect.
+        """Remove the prompt from the model; without effect if it was already removed.
 
         Raises:
             UnsupportedModeError: another thread is running the model.
@@ -229,5 +227,5 @@ class SoftPrompt(AttachedPrompt):
 
 
 def soft_prompts_of(prompted: PromptedModel) -> dict[str, SoftPrompt]:
-    """Return the handles of a model's prompts, by name."""
+    """Return a model's prompts by name."""
     return {name: prompt for name, prompt in prompted.prompts.items() if isinstance(prompt, SoftPrompt)}

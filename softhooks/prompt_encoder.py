@@ -1,4 +1,4 @@
-"""The interface of prompt encoders, the trainable modules that compute a prompt."""
+"""`PromptEncoder`, the base class of the modules that compute a prompt."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from softhooks.constraint import watch
 from softhooks.errors import UnsupportedModeError
 
 EMBEDDINGS = "embeddings"
-"""The group name of an encoder that computes rows of embeddings."""
+"""The group of an encoder that computes embeddings."""
 
 
 class PromptEncoder(nn.Module):
-    """A module that computes a prompt, without a batch dimension.
+    """A module that computes a prompt.
 
-    Subclasses set `groups` and compute each group in `forward`. A group is `embeddings`, or the part of the model that keys and
-    values enter: `text`, or `encoder`, `decoder` and `cross`. All other methods have defaults; overriding them lets a prompt
-    have one variant per row, hide virtual tokens from some rows, or keep its parameters within bounds.
+    A prompt consists of groups: `embeddings`, or the keys and values of `text`, or of `encoder`, `decoder` and `cross`.
+    Subclasses set `groups`, and compute a group in `forward`. They can override the other methods to use a different variant of
+    the prompt in each row, to hide virtual tokens from some rows, or to constrain the parameters.
     """
 
     groups: tuple[str, ...] = ()
     start_ids: Sequence[int | None] | None = None
-    """The ids of the words that the rows of a new prompt are initialized from, with None for a row that is not a word."""
+    """For each virtual token, the id of the word that initialized it, or None if no word did."""
 
     is_constrained: ClassVar[bool] = False
     """Whether `constrain` must run after each optimizer step."""
 
     @property
     def zero_gradient_parameters(self) -> frozenset[str]:
-        """Return the names of parameters whose gradient is always zero, such as recurrent weights over a single row."""
+        """The names of parameters whose gradient is always zero, such as recurrent weights if there is only one virtual token."""
         return frozenset()
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
@@ -42,44 +42,38 @@ class PromptEncoder(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not implement `forward` for its groups {self.groups}.")
 
     def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int] | None:
-        """Choose the variant of each row.
+        """Return the variant that each row uses, or None if there is only one variant.
 
         Args:
-            given: the batch columns of the forward that the method takes.
+            given: the method's batch columns in this forward.
             batch: the number of rows.
-
-        Returns:
-            a variant for each row, or None if there is only one variant.
         """
         return None
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Choose the virtual tokens that each row does not see in this forward.
+        """Return a mask that is True for virtual tokens that a row must not see, [B or 1, P], or None to hide none.
 
         Args:
-            given: the batch columns of the forward that the method takes.
+            given: the method's batch columns in this forward.
             batch: the number of rows.
-
-        Returns:
-            True for hidden tokens, [B or 1, P], or None if every row sees all of them.
         """
         return None
 
     def constrain(self) -> None:
-        """Bring the parameters back within their bounds; called after each optimizer step, without gradients."""
+        """Bring the parameters back within their bounds. Called after each optimizer step, without gradients."""
 
     def metrics(self) -> dict[str, float]:
-        """Return values for the training log by name, such as gates; only called when the Trainer logs."""
+        """Return values for the Trainer's log by name, such as the sizes of gates."""
         return {}
 
     def folded(self) -> dict[str, Tensor]:
-        """Compute the groups once, in fp32, so that the reparameterization is no longer needed."""
+        """Compute all groups in fp32."""
         with self._inference():
             return {group: self(group).detach().float().clone() for group in self.groups}
 
     @property
     def device(self) -> torch.device:
-        """The device of its parameters and buffers."""
+        """The device of the parameters and buffers."""
         for tensor in chain(self.parameters(), self.buffers()):
             return tensor.device
         return torch.device("cpu")
@@ -96,16 +90,16 @@ class PromptEncoder(nn.Module):
             self.train(training)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled state, and constrain the copy like the original."""
+        """Restore a copied or unpickled encoder, and constrain its parameters like those of the original."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         watch(self)
 
 
 class TableEncoder(PromptEncoder):
-    """An encoder whose parameters are the prompt itself: prompt tuning, a prefix without an MLP, and most folded prompts.
+    """An encoder whose parameters are the prompt itself.
 
     Args:
-        tables: the table of each group, [P, H] or [P, number of key and value elements].
+        tables: the values of each group, [P, H] or [P, number of key and value elements].
     """
 
     def __init__(self, tables: dict[str, Tensor]) -> None:
@@ -115,16 +109,16 @@ class TableEncoder(PromptEncoder):
             self.register_parameter(group, nn.Parameter(table.detach().float().clone()))
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Return the parameter of a group."""
+        """Return a group."""
         table: Tensor = getattr(self, group)
         return table
 
 
 def require_column(given: dict[str, Tensor], name: str, reason: str) -> Tensor:
-    """Return a batch column that the prompt needs in each forward.
+    """Return a batch column that every forward needs.
 
     Raises:
-        UnsupportedModeError: the call does not have it.
+        UnsupportedModeError: the forward does not have the column.
     """
     if name not in given:
         raise UnsupportedModeError(

@@ -1,8 +1,4 @@
-"""Cosine similarity of a prompt to other prompts, and to words of the vocabulary.
-
-Source: Vu et al. 2022 (SPoT), arXiv:2110.07904. A prompt that was tuned on a source task initializes the prompt of a target task.
-The best source is predicted by the cosine of the prompts' mean-pooled tokens, early in the tuning of the target's prompt.
-"""
+"""Cosine similarity of a prompt to other prompts, and to words of the vocabulary."""
 
 from __future__ import annotations
 
@@ -23,27 +19,29 @@ from softhooks.prompt import SoftPrompt
 from softhooks.switch import disabled
 
 _BLOCK = 8192
-"""The number of words that are compared with a prompt at a time."""
+"""The number of words that are compared with a prompt at once."""
 
 
 def most_similar(
     prompts: Mapping[str, str | Path | Tensor | SoftPrompt] | Sequence[str], to: str | Path | Tensor | SoftPrompt
 ) -> list[tuple[str, float]]:
-    """Rank prompts by their similarity to one prompt: the cosine of the mean-pooled tokens.
+    """Rank prompts by their similarity to one prompt: the cosine of the means of their virtual tokens.
 
-    To choose a source task, tune a prompt for the target task for a short while, rank the saved prompts of other tasks, and
-    initialize from the most similar one with `PromptTuning(init="prompt", init_from=...)`.
+    To choose a prompt to start from, train a prompt for the new task for a short time, rank the saved prompts of other tasks, and
+    start a new training from the most similar one with `PromptTuning(init="prompt", init_from=...)`.
+
+    Source: Vu et al. 2022 (SPoT), arXiv:2110.07904.
 
     Args:
-        prompts: prompts of one base model by name, or a list of their directories; their lengths may differ.
+        prompts: prompts of one base model by name, or a list of their directories. Their lengths may differ.
         to: the prompt to compare with.
 
     Returns:
-        each name with its cosine, the most similar first.
+        each name with its cosine, in descending order.
 
     Raises:
-        OptionError: there are no prompts, or a prompt does not fold to embedding rows.
-        PromptMismatchError: the widths of the prompts differ, so they belong to different models.
+        OptionError: there are no prompts, or a prompt consists of keys and values or of gated branches.
+        PromptMismatchError: the embedding sizes of the prompts differ, so they belong to different models.
     """
     named: Mapping[str, Any] = prompts if isinstance(prompts, Mapping) else {str(source): source for source in prompts}
     if isinstance(prompts, str) or not named:
@@ -53,7 +51,7 @@ def most_similar(
     foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}
     if foreign:
         raise PromptMismatchError(
-            "some prompts differ in width from the prompt in `to`, so they belong to another base model.",
+            "some prompts have another embedding size than the prompt in `to`, so they belong to another base model.",
             "Leave these prompts out.",
             to=f"width {list(goal.shape)}",
             prompts=foreign,
@@ -62,11 +60,8 @@ def most_similar(
     return sorted(cosines.items(), key=lambda item: -item[1])
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
 class Word(NamedTuple):
-    """A token of the vocabulary, and its cosine with a virtual token."""
+    """A token of the vocabulary, and the cosine of its embedding with a virtual token."""
 
     id: int
     token: str
@@ -75,26 +70,26 @@ class Word(NamedTuple):
 
 @torch.no_grad()
 def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[list[Word]]:
-    """Find the tokens whose embeddings have the greatest cosine with each virtual token's row.
+    """Find the tokens whose embeddings have the highest cosine with each virtual token.
 
-    They show how much of its initialization a prompt has kept. A prompt need not mean what its nearest words mean.
+    They show how similar a prompt still is to the words that initialized it, but not necessarily what the prompt means.
 
     Args:
-        prompt: a prompt that folds to embedding rows.
+        prompt: a prompt that consists of embeddings.
         tokenizer: the model's tokenizer or its name.
         count: the number of words for each virtual token.
 
     Returns:
-        for each virtual token its nearest words, the nearest first; ties are in the order of the ids.
+        a list for each virtual token, with its nearest words in descending order of the cosine.
 
     Raises:
-        OptionError: the prompt does not fold to embedding rows, or `count` is not between 1 and the size of the vocabulary.
-        UnsupportedModeError: the model is sharded, so no process holds the whole vocabulary.
+        OptionError: the prompt does not consist of embeddings, or `count` is not between 1 and the size of the vocabulary.
+        UnsupportedModeError: the model is sharded, so no process has the whole vocabulary.
     """
     if is_sharded_model(prompt.model):
         raise UnsupportedModeError(
-            "the model is sharded, but the nearest words need the whole vocabulary; save the prompt, and load it onto the model "
-            "in one process."
+            "the model is sharded, but the nearest words are searched in the whole vocabulary; save the prompt, and load it in a "
+            "single process."
         )
     rows, known = rows_of(prompt, "be compared with words"), tokenizer_of(tokenizer)
     structure = prompt.prompted_model.structure
@@ -109,17 +104,12 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
         for start in range(0, size, _BLOCK):
             some = torch.arange(start, min(start + _BLOCK, size))
             near = goal @ functional.normalize(embed_ids(structure, some), dim=1).to(goal).T
-            best, ids = _first(
-                torch.cat([best, near], 1), torch.cat([ids, some.to(ids).expand(len(rows), -1)], 1), count
-            )
+            best, ids = torch.cat([best, near], 1), torch.cat([ids, some.to(ids).expand(len(rows), -1)], 1)
+            # The sort is stable, so ties stay in the order of the ids.
+            order = torch.sort(best, dim=1, descending=True, stable=True).indices[:, :count]
+            best, ids = best.gather(1, order), ids.gather(1, order)
     tokens = [known.convert_ids_to_tokens(row) for row in ids.tolist()]
     return [
         [Word(*word) for word in zip(*row, strict=True)]
         for row in zip(ids.tolist(), tokens, best.tolist(), strict=True)
     ]
-
-
-def _first(cosines: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` greatest cosines of each row in descending order; ties keep the order of the ids."""
-    order = torch.sort(cosines, dim=1, descending=True, stable=True).indices[:, :count]
-    return cosines.gather(1, order), ids.gather(1, order)

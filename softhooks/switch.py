@@ -1,4 +1,4 @@
-"""Select the active prompts of a model: one prompt, one for each row of a batch, or none."""
+"""Select the prompts that a model's forwards use, and compute prompts once for many forwards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from torch import nn
 
 from softhooks.errors import OptionError, UnsupportedModeError
+from softhooks.inject.reuse import new_scope
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel, require_prompted_model
 from softhooks.runtime.with_blocks import Block
@@ -16,7 +17,7 @@ from softhooks.runtime.with_blocks import Block
 def activate(model: nn.Module, name: str) -> SoftPrompt:
     """Activate one prompt of a model and deactivate all others, in every thread.
 
-    A deactivated prompt keeps its gradients, so that one step can train several prompts; `zero_grad` clears them.
+    An inactive prompt keeps its gradients until `zero_grad`, so that one optimizer step can train several prompts.
 
     Raises:
         NotAttachedError: the model has no prompt of this name.
@@ -25,9 +26,9 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
     """
     if not isinstance(name, str):
         raise OptionError(
-            f"`activate` was given {name!r}; it takes the name of one prompt, for all rows.",
-            "To use one prompt for each row, call `softhooks.rows(model, names)`; to combine the outputs of several prompts, "
-            "`softhooks.PromptEnsemble(model, names)`; to run the model without a prompt, `softhooks.disabled(model)`.",
+            f"the name given to `activate` is {name!r}; it must be a string, the name of one prompt.",
+            "To use a different prompt for each row, call `softhooks.rows(model, names)`; to combine the outputs of several "
+            "prompts, `softhooks.PromptEnsemble(model, names)`; to run the model without a prompt, `softhooks.disabled(model)`.",
             attached=", ".join(map(repr, require_prompted_model(model).prompts)),
         )
     prompted = require_prompted_model(model, name)
@@ -38,7 +39,7 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the model without prompts and with its own heads, inside the context. Applies to this thread or asyncio task.
+    """Run the model without prompts and with its own heads inside the context, in this thread or asyncio task.
 
     Raises:
         NotAttachedError: the model has no prompt.
@@ -53,32 +54,56 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _show_labels(prompted: PromptedModel) -> None:
-    """Let the config show this thread's label names, unless another thread is running the model."""
+    """Update the label names in the config for this thread, unless another thread is running the model."""
     with suppress(UnsupportedModeError), prompted.running.exclusive("a change of label names"):
         prompted.show_labels()
 
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Use one prompt for each row of the batches inside the context, in forward and generate; a row with None uses no prompt.
+    """Use a different prompt for each row of a batch inside the context, in forward and `generate`.
 
     Applies to this thread or asyncio task, and to tasks that are started inside.
 
     Args:
-        names: the name of a prompt, or None, for each row. In generate, beams and returned sequences belong to their row.
+        names: for each row, the name of its prompt, or None to use no prompt. In `generate`, all beams and returned sequences of
+            a row use its prompt.
 
     Raises:
-        NotAttachedError: the model has no prompt of one of the names.
+        NotAttachedError: no prompt with one of the names is attached.
         OptionError: `names` is empty, or is not a list of names and None.
     """
     is_list = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
     listed = list(names) if is_list else []
     if not listed or not all(name is None or isinstance(name, str) for name in listed):
         raise OptionError(
-            f"`rows` was given {names!r}; it takes a list with one entry for each row: the name of a prompt, or None to use "
-            "no prompt."
+            f"the names given to `rows` are {names!r}; they must be a list with one entry for each row: the name of a prompt, or "
+            "None to use no prompt."
         )
     for name in dict.fromkeys(listed):
         require_prompted_model(model, name)
     with Block(require_prompted_model(model).model, rows=listed):
+        yield model
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[nn.Module]:
+    """Compute each prompt only once for all forwards inside the context, as `generate` does for its own forwards.
+
+    Outside, every forward computes its prompt again. Use `kept` for forwards without gradients, such as an evaluation or your own
+    decoding loop with `past_key_values`, and for the training of a cartridge, which then reads its document only once. Forwards
+    that compute gradients for the prompt always compute it again.
+
+    Inside the context, do not change the base model (its config, weights, hooks, modules or their attributes), because not every
+    change is detected. Training steps on the prompt are allowed.
+
+    Applies to this thread or asyncio task, and to tasks that are started inside.
+
+    Args:
+        model: a model with a prompt.
+
+    Raises:
+        NotAttachedError: the model has no prompt.
+    """
+    with new_scope(require_prompted_model(model).model, is_explicit=True):
         yield model

@@ -1,4 +1,4 @@
-"""`tune`: a decorator for your own training function."""
+"""`tune`, a decorator for your own training function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 HANDLE = "soft_prompt"
-"""The name of the parameter that gets the attached prompt."""
+"""The name of the function's parameter to which the attached prompt is passed."""
 
 
 def tune(
@@ -35,22 +35,21 @@ def tune(
     freeze_dropout: bool = False,
     train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
 ) -> Callable[[Callable[P, R]], Callable[..., R]]:
-    """Attach a prompt for each call of a function; after it, check the frozen weights, save the prompt, and remove it.
+    """Attach a prompt before each call of a function. After the call, check the frozen weights, save the prompt, and remove it.
 
-    If the function has a parameter `soft_prompt`, it gets the attached prompt. If it raises, nothing is saved and the model is
-    unchanged.
+    If the function has a parameter `soft_prompt`, the attached prompt is passed to it. If the function raises an error, the
+    prompt is removed without being saved.
 
     Args:
         method: the method to attach.
-        save_to: the directory to save the prompt to when the function has returned.
+        save_to: the directory to save the prompt to, or None to save nothing.
         name: the name of the prompt on the model.
-        model: the name of the function's parameter with the model, or None for the first argument that is a module.
+        model: the name of the function's parameter for the model, or None for the first argument that is a module.
         train_head, trainable, freeze_dropout, train_added_tokens: as in `attach`.
 
     Raises:
-        OptionError: no argument of a call is a model; or the function is a coroutine or a generator, which would run after the
-            prompt is removed.
-        FrozenModifiedError: after the call, if a frozen tensor has changed; then nothing is saved.
+        OptionError: no argument of a call is a model; or the function is a coroutine or a generator.
+        FrozenModifiedError: the function has changed a frozen tensor; nothing is saved.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[..., R]:
@@ -89,8 +88,8 @@ def _refuse_deferred(function: Callable[..., Any]) -> None:
     deferred = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
     if any(kind(function) for kind in deferred):
         raise OptionError(
-            "`tune` decorates a coroutine or a generator, which would run after the prompt is removed.",
-            "Use `with softhooks.attach(model, method) as prompt:` inside it.",
+            "`tune` decorates a coroutine or a generator, whose body would run after the prompt is removed.",
+            "Use `with softhooks.attach(model, method) as prompt:` in the body instead.",
             function=getattr(function, "__name__", function),
         )
 
@@ -114,9 +113,9 @@ def _find_model(given: dict[str, Any], name: str | None, function: str) -> nn.Mo
     if isinstance(found, nn.Module):
         return found
     raise OptionError(
-        f"the call of {function!r}, decorated with `tune`, has no model among its arguments.",
-        "Pass the model itself, or name its parameter: `@softhooks.tune(method, model='net')`.",
+        f"{function!r}, which is decorated with `tune`, was called without a model.",
+        "Pass the model as an argument, or give the name of its parameter: `@softhooks.tune(method, model='net')`.",
         function=function,
-        expected="a module among its arguments" if name is None else f"a module as {name!r}",
+        expected="an argument that is a module" if name is None else f"a module as {name!r}",
         given=", ".join(f"{key}: {type(value).__name__}" for key, value in given.items()) or "nothing",
     )

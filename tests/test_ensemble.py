@@ -152,7 +152,7 @@ def test_what_an_ensemble_refuses() -> None:
     with pytest.raises(OptionError, match="input_ids"):
         ensemble(attention_mask=ids)
     for more in ({"num_return_sequences": 2}, {"return_dict_in_generate": True}):
-        with pytest.raises(OptionError, match="one text a row"):
+        with pytest.raises(OptionError, match="one text per row"):
             ensemble.generate(TOKENIZER, input_ids=ids, **more)
     with pytest.raises(UnsupportedModeError, match=r"(?s)`logits`.*start_logits"):
         PromptEnsemble(prepared("bert", "qa"), NAMES)(input_ids=ids)

@@ -100,15 +100,15 @@ def python(code: str, folder: object) -> str:
 
 
 def test_every_name_is_there_and_a_module_never_hides_a_function(tmp_path: object) -> None:
-    """`softhooks.attach` and `softhooks.kept` are functions, also after the modules of these names are imported."""
+    """`softhooks.attach` and `softhooks.load` are functions, also after the modules of these names are imported."""
     assert sorted(softhooks.__all__) == sorted(softhooks._MODULE_OF)
     assert set(softhooks.__all__) <= set(dir(softhooks))
     for name in softhooks.__all__:
         assert callable(getattr(softhooks, name)), name
     with pytest.raises(AttributeError, match="has no attribute 'attatch'"):
         softhooks.attatch  # noqa: B018
-    order = "import softhooks.attach, softhooks.kept\nfrom softhooks.attach import attach_prompt\nimport softhooks"
-    told = python(f"{order}\nprint(callable(softhooks.attach), callable(softhooks.kept))", tmp_path)
+    order = "import softhooks.attach, softhooks.load\nfrom softhooks.attach import attach_prompt\nimport softhooks"
+    told = python(f"{order}\nprint(callable(softhooks.attach), callable(softhooks.load))", tmp_path)
     assert told.split() == ["True", "True"]
     assert python("import softhooks; print(softhooks.errors.OptionError.__name__)", tmp_path).split() == ["OptionError"]
 

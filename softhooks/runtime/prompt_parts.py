@@ -20,7 +20,7 @@ from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_
 
 
 class PromptSource:
-    """The source of a prompt's parts: its method (`NewPrompt`), or a file (`softhooks.load.PromptFile`).
+    """The source of a prompt's parts: its method (`NewPrompt`), or a file (see `softhooks/load.py`).
 
     Attributes:
         name: the name of the source in errors.
