@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a prompt of another length": (
         llama, lambda: PromptTuning(3, init="tensor", init_tensor=torch.zeros(4, 32)), {},
-        PromptMismatchError, r"\[num_virtual_tokens, width(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
+        PromptMismatchError, r"\[num_virtual_tokens, size(.|\n)*\[4, 32\]\nexpected: *\[3, 32\]\nSet num_virtual_tokens",
     ),
     "a prefix where attention cannot be entered": (
         squeezebert, lambda: PrefixTuning(3), {}, UnsupportedMethodError,
@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "positions that cannot be shifted": (
         lambda: zoo.build("t5", "seq2seq"), lambda: PrefixTuning(3, shift_positions=True), {}, UnsupportedMethodError,
-        r"takes no positions that could be shifted(.|\n)*model: *T5Stack\nLeave shift_positions out",
+        r"the positions of T5Stack cannot be shifted(.|\n)*model: *T5Stack\nLeave shift_positions out",
     ),
 }  # fmt: skip
 
@@ -201,17 +201,20 @@ WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
         lambda: PromptTuning(3, placement="middle"),
         "placement must be one of 'front', 'after_first', 'end'; it is 'middle'",
     ),
-    (lambda: PromptTuning(3, init="text"), "init_text is missing, but init is 'text'"),
+    (lambda: PromptTuning(3, init="text"), "init_text is missing; init='text' requires it"),
     (
         lambda: PromptTuning(3, init_text="x"),
-        "init_text is given, but init is 'vocab'; init='text' requires it",
+        "init_text is given, but init is 'vocab'; only init='text' accepts it",
     ),
-    (lambda: PromptTuning(3, init="text", init_text="x"), "needs a tokenizer; none is given. Pass `tokenizer=`"),
-    (lambda: PromptTuning(3, init="class_labels", init_labels=["x"]), "needs a tokenizer; none is given"),
+    (
+        lambda: PromptTuning(3, init="text", init_text="x"),
+        "needs a tokenizer, but none is given. Pass `tokenizer=`",
+    ),
+    (lambda: PromptTuning(3, init="class_labels", init_labels=["x"]), "needs a tokenizer, but none is given"),
     (lambda: PromptTuning(3, init="class_labels", tokenizer=1), "init_labels is missing"),
     (
         lambda: PromptTuning(3, init="tensor"),
-        "init_tensor is missing, but init is 'tensor'",
+        "init_tensor is missing; init='tensor' requires it",
     ),
     (lambda: PromptTuning(3, init_tensor=torch.zeros(3, 32)), "init_tensor is given, but init is 'vocab'"),
     (lambda: PrefixTuning(3, init="vocab"), "init must be one of 'text', 'zero', 'random'; it is 'vocab'"),
@@ -241,7 +244,7 @@ def test_a_prompt_without_virtual_tokens_is_refused(way: str, count: Any) -> Non
     """P = 0 would be the base model and train nothing; use `disabled` for the base."""
     said = re.escape(f"num_virtual_tokens must be a whole number of 1 or more; it is {count!r}.")
     if way == "p-tuning" and type(count) is int and count == 0:  # stands for none given, for a layout may say it
-        said = "PTuning has no virtual tokens; pass `num_virtual_tokens`"
+        said = "PTuning has no virtual tokens; pass their number"
     with pytest.raises(OptionError, match=said):
         NUMBERED[way](count)
 

@@ -1,6 +1,6 @@
-"""The methods and their shared code. To add a method, import it here.
+"""The methods. To add a method, import it here.
 
-The modules import torch but not transformers, which takes seconds to import: `softhooks inspect` only needs the options.
+Importing this package does not import transformers, which takes seconds and which `softhooks inspect` does not need.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Initial embedding rows: random, from the vocabulary, from labels, or given as a tensor.
-
-Rows of words are outputs of the model's embedding module, so they include its scaling (Gemma).
-"""
+"""Initial embeddings: random, from the vocabulary, from labels, or given as a tensor."""
 
 from __future__ import annotations
 
@@ -17,19 +14,19 @@ from softhooks.errors import OptionError, PromptMismatchError
 from softhooks.layout.tokenizing import tokenize
 
 WordIds = Sequence[int | None] | None
-"""The id of each row's word, or None; see `PromptEncoder.start_ids`."""
+"""For each initial embedding, the id of its word, or None; see `PromptEncoder.start_ids`."""
 
 COMMON_IDS = 5000
-"""The number of ids to sample from, as in Lester et al.: in most vocabularies the first ids are the most frequent."""
+"""The number of ids to sample from, as in Lester et al."""
 
 
 def random_rows(structure: ModelStructure, count: int) -> Tensor:
-    """Sample rows from U[-0.5, 0.5]. -> [P, H]."""
+    """Sample embeddings from U[-0.5, 0.5], [P, H]."""
     return torch.rand(count, structure.entry.width) - 0.5
 
 
 def vocabulary_ids(structure: ModelStructure, count: int, whole: bool = False) -> Tensor:
-    """Sample ids of the vocabulary, without replacement if the vocabulary is large enough. -> [P]."""
+    """Sample ids from the vocabulary, [P], without replacement if the vocabulary is large enough."""
     size = structure.vocabulary if whole or count > COMMON_IDS else min(structure.vocabulary, COMMON_IDS)
     if count > size:
         return torch.randint(size, (count,))
@@ -37,16 +34,15 @@ def vocabulary_ids(structure: ModelStructure, count: int, whole: bool = False) -
 
 
 def fill_ids(structure: ModelStructure, count: int, ids: Sequence[int]) -> list[int]:
-    """Return the first P ids of a text, filled up with ids sampled from the vocabulary if the text is shorter."""
+    """Return the first P ids of a text; if the text is shorter, append ids sampled from the vocabulary."""
     missing = max(0, count - len(ids))
     return [*ids[:count], *(vocabulary_ids(structure, missing).tolist() if missing else [])]
 
 
 def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tokenizer: Any) -> tuple[Tensor, WordIds]:
-    """Make one row for each label, the mean of its tokens' rows; further rows are sampled from the vocabulary.
+    """Return the mean embedding of each label's tokens, [P, H], and the ids of labels that are one token.
 
-    Returns:
-        the rows, [P, H], and the ids of the rows that are single words.
+    If there are fewer than P labels, embeddings of ids sampled from the vocabulary are appended.
     """
     if isinstance(labels, str) or not labels:
         raise OptionError(f"init_labels is {labels!r}; it must be a list of at least one label.")
@@ -61,10 +57,7 @@ def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tok
 
 
 def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
-    """Check the user's rows, and replace those that equal rows of the embedding's weight by the embeddings of these tokens.
-
-    Weight and embeddings differ if the embedding module scales its weight.
-    """
+    """Check `init_tensor`, and scale rows copied from the embedding matrix as the embedding module scales them (Gemma)."""
     rows = tensor_rows(structure, count, tensor)
     words = ids_of_weight_rows(structure, rows)
     found = [row for row, word in enumerate(words) if word is not None]
@@ -75,12 +68,12 @@ def given_rows(structure: ModelStructure, count: int, tensor: Any) -> Tensor:
 
 
 def tensor_rows(structure: ModelStructure, count: int, tensor: Any, option: str = "init_tensor") -> Tensor:
-    """Check the shape of rows from another prompt."""
+    """Check that a tensor has the shape [P, H], and convert it to fp32."""
     rows = torch.as_tensor(tensor).detach().float()
     if tuple(rows.shape) != (count, structure.entry.width):
         raise PromptMismatchError(
-            f"{option} has the shape {list(rows.shape)}; it must be [num_virtual_tokens, width of the model's embeddings].",
-            "Set num_virtual_tokens to the number of rows, and use rows of the same base model.",
+            f"{option} has the shape {list(rows.shape)}; it must be [num_virtual_tokens, size of the model's embeddings].",
+            "Set num_virtual_tokens to the first number, and use a prompt of the same base model.",
             **{option: list(rows.shape)},
             expected=[count, structure.entry.width],
         )

@@ -1,4 +1,8 @@
-"""The base class of prefix tuning and P-tuning v2: a key-value prefix, trained directly or through an MLP."""
+"""The base class of prefix tuning and P-tuning v2: a key-value prefix, trained directly or through an MLP.
+
+A model has one group of keys and values; an encoder-decoder has three. A group is a matrix [P, N]: each row has the keys and
+values of one virtual token in all layers.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,13 @@ RANDOM_STD = 0.02
 
 
 class MLPPrefixEncoder(PromptEncoder):
-    """Computes each group with an MLP of its own over learned rows: `Z -> Linear -> tanh -> Linear -> keys and values`.
+    """Computes each group from learned vectors Z [P, H] with its own MLP: `Z -> Linear -> tanh -> Linear -> keys and values`.
 
     Args:
-        tables: the keys and values that each group starts from, [P, numbers].
-        width: H, the width of the learned rows.
+        tables: the initial keys and values of each group, [P, N].
+        width: H.
         hidden_size: m, the width of the MLP.
-        dropout: dropout on the prefix.
+        dropout: dropout on the keys and values.
     """
 
     def __init__(self, tables: dict[str, Tensor], width: int, hidden_size: int, dropout: float) -> None:
@@ -40,45 +44,33 @@ class MLPPrefixEncoder(PromptEncoder):
 
     @torch.no_grad()
     def _fit(self, group: str, table: Tensor) -> None:
-        """Fit the last layer to the initial keys and values; exact if P is at most m.
-
-        The reference code takes 500 steps of gradient descent; least squares has a closed form.
-        """
+        """Fit the last layer to the initial keys and values by least squares; exact if P is at most m."""
         hidden = torch.tanh(self.down[group](self.rows[group])).double()
         up = self.up[group]
         target = table.double().to(hidden.device) - up.bias.double()  # type: ignore[operator]
         up.weight.copy_(torch.linalg.lstsq(hidden, target, driver="gelsd").solution.T)  # type: ignore[operator]
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Compute one group's keys and values, [P, numbers]."""
+        """Compute the keys and values of a group, [P, N]."""
         prefix: Tensor = self.up[group](torch.tanh(self.down[group](self.rows[group])))
         return functional.dropout(prefix, self.dropout, self.training)
 
 
 class PrefixEncoder(TableEncoder):
-    """Keys and values that are parameters themselves, with dropout."""
+    """Keys and values that are trained directly, with dropout."""
 
     def __init__(self, tables: dict[str, Tensor], dropout: float) -> None:
         super().__init__(tables)
         self.dropout = dropout
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Return one group's keys and values, [P, numbers]."""
+        """Return the keys and values of a group, [P, N]."""
         return functional.dropout(super().forward(group, variant), self.dropout, self.training)
 
 
 @dataclass(frozen=True)
 class KeyValuePrefix(Method):
-    """A method whose prompt is keys and values.
-
-    Args:
-        projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
-        hidden_size: m, the width of the MLP.
-        dropout: dropout on the prefix.
-        shift_positions: start the text's positions at P. None shifts in causal decoders only.
-        windowed: in layers with a sliding window, show the prefix only to tokens within the window, as a cache would. False
-            shows the whole prefix to every token, as encoders always do.
-    """
+    """A method whose prompt consists of keys and values. `PrefixTuning` documents the options."""
 
     enters: ClassVar[Literal["embeddings", "attention"]] = "attention"
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -102,11 +94,11 @@ class KeyValuePrefix(Method):
         """Return whether the text's positions are shifted, and whether sliding windows apply to the prefix."""
         stack = structure.entry
         shift = stack.causal if self.shift_positions is None else self.shift_positions
-        movable = stack.positions.can_shift
-        if shift and not movable and not (stack.causal and stack.injection == "cache"):
+        # With a cache, a causal model shifts the positions by itself.
+        if shift and not stack.positions.can_shift and not (stack.causal and stack.injection == "cache"):
             if self.shift_positions:
                 raise UnsupportedMethodError(
-                    f"shift_positions is True, and {type(stack.module).__name__} takes no positions that could be shifted.",
+                    f"shift_positions is True, but the positions of {type(stack.module).__name__} cannot be shifted.",
                     "Leave shift_positions out.",
                     model=type(stack.module).__name__,
                 )
@@ -114,7 +106,7 @@ class KeyValuePrefix(Method):
         return {"shift_positions": shift, "windowed": self.windowed}
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the initialized prefix for every group of the model."""
+        """Make the encoder with the initial keys and values."""
         require_sites(structure)
         tables = self.initial_tables(structure)
         if self.projection:
@@ -122,7 +114,7 @@ class KeyValuePrefix(Method):
         return PrefixEncoder(tables, self.dropout)
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
-        """Sample the keys and values that each group starts from, [P, numbers of its layers], from N(0, 0.02)."""
+        """Sample the initial keys and values of each group, [P, N], from N(0, 0.02)."""
         return {
             group: torch.randn(self.num_virtual_tokens, sum(s.size for s in self.sites(stack, role))) * RANDOM_STD
             for group, (stack, role) in groups_of(structure).items()

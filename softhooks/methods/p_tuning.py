@@ -1,4 +1,4 @@
-"""P-tuning: virtual tokens at any places in the text, computed by an LSTM or an MLP."""
+"""P-tuning: virtual tokens anywhere in the text, computed by an LSTM or an MLP."""
 
 from __future__ import annotations
 
@@ -20,19 +20,11 @@ from softhooks.methods import initializers
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 
 _TOLERANCE = 1e-3
-"""How far a slot may start from its word, relative to the largest number in the words' rows."""
+"""The largest allowed error of an initial embedding, relative to the largest number in the words' embeddings."""
 
 
 class ReparameterizedEncoder(PromptEncoder):
-    """Computes rows from learned rows Z: `h = MLP(BiLSTM(Z))`, or `h = MLP(Z)`.
-
-    Args:
-        count: P.
-        width: H.
-        lstm: whether there is an LSTM.
-        hidden_size: the width of the LSTM in each direction, or of the MLP if there is no LSTM.
-        num_layers: the number of layers of the LSTM.
-    """
+    """Computes the prompt from learned vectors Z [P, H]: `h = MLP(BiLSTM(Z))`, or `h = MLP(Z)`. See `PTuning`."""
 
     groups = (EMBEDDINGS,)
 
@@ -45,13 +37,13 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @property
     def zero_gradient_parameters(self) -> frozenset[str]:
-        """The LSTM's recurrent weights if P is 1, because the only step then starts from a state of zeros."""
+        """The LSTM's recurrent weights if P is 1, because the LSTM then takes one step, from a state of zeros."""
         if self.rows.shape[0] > 1:
             return frozenset()
         return frozenset(name for name, _ in self.named_parameters() if name.startswith("lstm.weight_hh"))
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Compute all rows in one pass, in the order of the layout, [P, H]."""
+        """Compute the prompt, [P, H]."""
         result: Tensor = self.up(self._hidden())
         return result
 
@@ -64,7 +56,7 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @torch.no_grad()
     def initialize_rows(self, words: dict[int, Tensor]) -> None:
-        """Initialize some rows with given values, by the smallest change to the last layer that keeps the other rows."""
+        """Change the last layer as little as possible to give some virtual tokens these embeddings and leave the others."""
         if not words:
             return
         hidden = self._hidden()
@@ -72,25 +64,22 @@ class ReparameterizedEncoder(PromptEncoder):
         for row, value in words.items():
             target[row] = value.to(target)
         difference = (target - self.up(hidden)).double()
+        # least squares: of all changes that lead to `target`, the one with the smallest norm
         self.up.weight += torch.linalg.lstsq(hidden.double(), difference, driver="gelsd").solution.T.to(self.up.weight)
         off = float((self.up(hidden) - target).abs().max() / target.abs().max())
         if off > _TOLERANCE:
             raise OptionError(
-                "the prompt encoder is too small to reproduce the initial word embeddings; its hidden size must be large enough "
-                "to fit all slots at once.",
-                "Use a larger hidden_size, fewer slots, or encoder='none'.",
-                slots=self.rows.shape[0],
-                hidden=hidden.shape[1],
-                off_by=f"{off:.1e} of the largest number",
+                "the prompt encoder is too small to output the embeddings of the initial words.",
+                "Use a larger hidden_size, fewer virtual tokens, or encoder='none'.",
+                virtual_tokens=self.rows.shape[0],
+                hidden_size=hidden.shape[1],
+                largest_error=f"{off:.1e} of the largest number in the embeddings",
             )
 
 
 @contextmanager
 def _one_kernel() -> Iterator[None]:
-    """Use torch's plain LSTM kernel, whose results do not depend on whether there are gradients, so that folding is exact.
-
-    Training uses the fast kernels; a folded prompt only has to equal what evaluation computes.
-    """
+    """Use torch's native LSTM, whose results are the same with and without gradients, so that a folded prompt is exact."""
     onednn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     torch.backends.cudnn.enabled = False
@@ -103,27 +92,24 @@ def _one_kernel() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PTuning(Method):
-    """P-tuning: `h = MLP(BiLSTM(Z))`, rows of embeddings at any places among the text.
+    """P-tuning: `h = MLP(BiLSTM(Z))`, embeddings h [P, H] anywhere in the text, computed from trained vectors Z [P, H].
 
-    One pass of the LSTM goes over all virtual tokens in the order of the layout. It ignores the text and has no batch dimension;
-    after training only h is kept. Tied slots are one virtual token, at the place where their name comes first.
+    The LSTM reads the virtual tokens in the order of the layout, without the text. Only h is saved. Slots with the same name are
+    one virtual token.
 
-    Start with AdamW and a learning rate of 1e-3, or 1e-2 without a network.
+    Start with AdamW and a learning rate of 1e-3, or 1e-2 with `encoder="none"`.
 
-    Source: Liu et al. 2021, arXiv:2103.10385. Differs: slots can be initialized from words, for which the last layer is solved;
-    without a network the rows are initialized from the vocabulary, as in prompt tuning.
+    Source: Liu et al. 2021, arXiv:2103.10385. Differs: slots can be initialized from words, by solving for the last layer's
+    weights; with `encoder="none"` the embeddings are initialized from the vocabulary, as in prompt tuning.
 
     Args:
-        num_virtual_tokens: P, before the text. Leave it out if there is a layout.
-        layout: where the virtual tokens go.
-        encoder: `lstm`, `mlp` (Linear-ReLU-Linear), or `none`.
-        shape: the LSTM's width in each direction: H/2 with `lama`, H with `fewshot`. Linear-ReLU-Linear follow.
+        num_virtual_tokens: P, all before the text; leave it out if there is a layout.
+        layout: where the virtual tokens are placed.
+        encoder: `lstm` (a bidirectional LSTM, then Linear-ReLU-Linear), `mlp` (Linear-ReLU-Linear), or `none` (h is trained).
+        shape: the LSTM's width in each direction: H/2 with `lama`, H with `fewshot`.
         hidden_size: another width for the LSTM in each direction, or for the MLP, whose default is H.
         num_layers: the number of layers of the LSTM.
         tokenizer: the model's tokenizer or its name, for words in the layout.
-
-    Shape:
-        the encoder returns [P, H].
 
     Raises:
         OptionError: an option is wrong, or the layout has words and no tokenizer is given.
@@ -148,15 +134,13 @@ class PTuning(Method):
             layout = layout.bound(self.tokenizer)
             if self.num_virtual_tokens not in (0, layout.num_virtual_tokens):
                 raise OptionError(
-                    f"num_virtual_tokens is {self.num_virtual_tokens!r}, and the layout has {layout.num_virtual_tokens}; leave "
-                    "num_virtual_tokens out."
+                    f"num_virtual_tokens is {self.num_virtual_tokens!r}, but the layout has {layout.num_virtual_tokens} virtual "
+                    "tokens; leave num_virtual_tokens out."
                 )
             object.__setattr__(self, "layout", layout)
             object.__setattr__(self, "num_virtual_tokens", layout.num_virtual_tokens)
         elif self.num_virtual_tokens == 0:
-            raise OptionError(
-                "PTuning has no virtual tokens; pass `num_virtual_tokens`, such as PTuning(20), or a `layout`."
-            )
+            raise OptionError("PTuning has no virtual tokens; pass their number, such as PTuning(20), or a `layout`.")
         super().__post_init__()
         check_choice("encoder", self.encoder, ("lstm", "mlp", "none"))
         check_choice("shape", self.shape, ("lama", "fewshot"))
@@ -166,18 +150,25 @@ class PTuning(Method):
 
     @property
     def batch_columns(self) -> tuple[str, ...]:
-        """The batch column that a template needs."""
+        """The batch column that the layout needs if it is a template."""
         return () if self.layout is None else self.layout.batch_columns
 
     @property
     def token_layout(self) -> Layout:
-        """The places of the virtual tokens."""
+        """Where the virtual tokens are placed in the text."""
         return super().token_layout if self.layout is None else self.layout
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the initialized network and its rows."""
+        """Make the initialized network, or the initial embeddings if there is no network."""
         count, width = self.num_virtual_tokens, structure.entry.width
-        self._check_ids(structure)
+        beyond = [token for token in self.token_layout.ids if token >= structure.vocabulary]
+        if beyond:
+            raise PromptMismatchError(
+                f"the layout has ids that are not in the model's vocabulary: {beyond}.",
+                "Give the layout the model's own tokenizer.",
+                ids=beyond,
+                vocabulary=f"0 to {structure.vocabulary - 1}",
+            )
         starts = self.token_layout.starts
         words = dict(zip(starts, embed_ids(structure, list(starts.values())), strict=True))
         if self.encoder == "none":
@@ -194,13 +185,3 @@ class PTuning(Method):
         built.initialize_rows(words)
         built.start_ids = [starts.get(row) for row in range(count)]
         return built
-
-    def _check_ids(self, structure: ModelStructure) -> None:
-        beyond = [token for token in self.token_layout.ids if token >= structure.vocabulary]
-        if beyond:
-            raise PromptMismatchError(
-                f"the layout has ids that are not in the model's vocabulary: {beyond}.",
-                "Give the layout the model's own tokenizer.",
-                ids=beyond,
-                vocabulary=f"0 to {structure.vocabulary - 1}",
-            )

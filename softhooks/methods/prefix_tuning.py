@@ -19,35 +19,35 @@ from softhooks.methods.key_value_prefix import KeyValuePrefix
 
 @dataclass(frozen=True)
 class PrefixTuning(KeyValuePrefix):
-    """Prefix tuning: P virtual keys and values in every layer, added at attention.
+    """Prefix tuning: P trained keys and values in every attention layer.
 
     An encoder-decoder gets three independent prefixes: in the encoder's self-attention, the decoder's self-attention, and
     cross-attention.
 
     Start with AdamW and a learning rate of 5e-3 without the MLP, or 5e-4 with it (the paper: 5e-5, P = 10, m = 512, many
-    epochs). Keys and values of real words are by far the best initialization; `zero` is the safe one.
+    epochs).
 
-    Source: Li & Liang 2021, arXiv:2101.00190. Differs: no MLP by default, as an initialization from real words is stable without
-    it; the MLP is fitted to the initial prefix by least squares instead of 500 steps; `windowed` is ours.
+    Source: Li & Liang 2021, arXiv:2101.00190. Differs: no MLP by default, because a prefix initialized from real words trains
+    stably without it; the MLP is fitted to the initial prefix by least squares instead of 500 training steps; `windowed` is ours.
 
     Args:
         num_virtual_tokens: P.
         projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
         hidden_size: m, the width of the MLP.
         dropout: dropout on the prefix.
-        init: how the prefix is initialized:
-            `text`: the keys and values of `init_text` or `init_ids`, repeated up to P tokens, or of words sampled from the
-            vocabulary if neither is given;
+        init: the initial prefix:
+            `text`, by far the best: the keys and values that the model computes for `init_text` or `init_ids`, repeated up to P
+            tokens, or for words sampled from the vocabulary if neither is given;
             `zero`: zeros;
             `random`: N(0, 0.02).
         init_text, init_ids: the text; its first P tokens are used.
         tokenizer: the model's tokenizer or its name, for `init_text`.
-        shift_positions: start the text's positions at P. None shifts in causal decoders only.
-        windowed: in layers with a sliding window, show the prefix only to tokens within the window, as a cache would; the prefix
-            has the positions 0 to P-1. False shows the whole prefix to every token, as encoders always do.
+        shift_positions: start the text's position ids at P. None does so in causal decoders only.
+        windowed: in layers with a sliding window, show the prefix, at positions 0 to P-1, only to tokens within the window.
+            False shows the whole prefix to every token; encoders always do.
 
     Shape:
-        the encoder returns [P, sum over layers of Hk * (Dk + Dv)] for each group.
+        each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)].
 
     Raises:
         OptionError: an option is wrong, or does not fit `init`.
@@ -66,18 +66,16 @@ class PrefixTuning(KeyValuePrefix):
         super().__post_init__()
         check_choice("init", self.init, ("text", "zero", "random"))
         if self.init != "text" and (self.init_text is not None or self.init_ids is not None):
-            raise OptionError(
-                f"init_text or init_ids is given with init={self.init!r}; they are only used with init='text'."
-            )
+            raise OptionError(f"init_text or init_ids is given with init={self.init!r}; only init='text' accepts them.")
         if self.init_text is not None and self.init_ids is not None:
             raise OptionError("init_text and init_ids are both given; pass one of them.")
         if self.init_text is not None and self.tokenizer is None:
             raise OptionError(
-                "init_text needs a tokenizer, but none is given. Pass `tokenizer=`, or the ids as `init_ids=`."
+                "init_text needs a tokenizer, but none is given. Pass `tokenizer=`, or pass the ids as `init_ids=`."
             )
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
-        """Make the keys and values that each group starts from, [P, numbers]."""
+        """Return the initial keys and values of each group, [P, N]."""
         if self.init == "text":
             from softhooks.inject.text_key_values import key_values_of  # imports transformers
 

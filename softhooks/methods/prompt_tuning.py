@@ -1,4 +1,4 @@
-"""Prompt tuning: P trained rows of embeddings before the text."""
+"""Prompt tuning: trained embeddings before the text."""
 
 from __future__ import annotations
 
@@ -20,43 +20,38 @@ from softhooks.methods.from_prompt import Handle, rows_of, word_ids_of
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 
 _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "init_tensor", "prompt": "init_from"}
-"""The option that each `init` needs and all others refuse."""
+"""The option that each value of `init` requires, and that no other value accepts."""
 
 
 @dataclass(frozen=True)
 class PromptTuning(Method):
-    """Prompt tuning: `X' = [P; X]`, where P in R^{P x H} is trained and everything else is frozen.
+    """Prompt tuning: `X' = [P; X]`, where the embeddings P [P, H] are trained and the model is frozen.
 
-    In an encoder-decoder the prompt enters the encoder only, as in the paper. In a causal decoder a prompt at the front is
-    computed once for all rows of a batch.
+    In an encoder-decoder the prompt enters only the encoder, as in the paper.
 
     Start with AdamW and a learning rate of 1e-2, and try 1e-3 to 1e-1; the paper's 0.3 is for Adafactor with a constant schedule.
-    Rows that are initialized from words of the vocabulary train better than random rows.
 
     Source: Lester et al. 2021, arXiv:2104.08691; `init="prompt"`: Vu et al. 2022 (SPoT), arXiv:2110.07904. Differs: there is no
     default for P; `whole_vocabulary` is ours.
 
     Args:
-        num_virtual_tokens: P. Quality rises up to about 20 and hardly beyond.
-        init: how the rows are initialized:
-            `vocab`: embeddings of ids sampled from the first 5,000, the most frequent;
-            `random`: U[-0.5, 0.5];
-            `text`: the embeddings of `init_text`;
-            `class_labels`: one row for each label of `init_labels`, the mean of its tokens;
+        num_virtual_tokens: P; more than about 20 rarely help.
+        init: the initial embeddings:
+            `vocab`: of ids sampled from the first 5,000, which are the most frequent in most vocabularies;
+            `random`: sampled from U[-0.5, 0.5]; words train better;
+            `text`: of `init_text`;
+            `class_labels`: for each label in `init_labels`, the mean of its tokens' embeddings;
             `tensor`: `init_tensor`;
-            `prompt`: another prompt, `init_from`, such as one that was tuned on a source task (see `most_similar`).
-            Rows that a text or labels do not fill are sampled as with `vocab`.
-        init_text: the text; its first P tokens are used, without special tokens.
-        init_labels: the labels.
-        init_tensor: rows, [P, H]. Rows of the embedding's weight stand for their words: if the model scales its embeddings
-            (Gemma), so are these rows.
+            `prompt`: those of another prompt, `init_from`, such as one tuned on a source task (see `most_similar`).
+            With fewer than P tokens or labels, the remaining virtual tokens are initialized as with `vocab`.
+        init_text: a text; its first P tokens are used, without special tokens.
+        init_labels: the class labels.
+        init_tensor: the embeddings, [P, H]. Rows copied from the model's embedding matrix are scaled if the model scales its
+            embeddings (Gemma).
         init_from: another prompt of P virtual tokens: a directory or repository that `load` reads, or a `SoftPrompt`.
         tokenizer: the model's tokenizer or its name, for `text` and `class_labels`.
-        whole_vocabulary: sample from all ids with `vocab`.
+        whole_vocabulary: with `vocab`, sample from all ids.
         placement: `front`, before the text; `after_first`, after its first token (BOS, [CLS]); `end`, after the text.
-
-    Shape:
-        the encoder returns [P, H].
 
     Raises:
         OptionError: an option is wrong, or missing for the chosen `init`.
@@ -89,30 +84,29 @@ class PromptTuning(Method):
         check_choice("placement", self.placement, ("front", "after_first", "end"))
         for init, option in _OPTION_OF.items():
             given = getattr(self, option) is not None
-            if given != (self.init == init):
-                state = "is given" if given else "is missing"
-                raise OptionError(
-                    f"{option} {state}, but init is {self.init!r}; init={init!r} requires it, and no other `init` takes it."
-                )
+            if given and self.init != init:
+                raise OptionError(f"{option} is given, but init is {self.init!r}; only init={init!r} accepts it.")
+            if not given and self.init == init:
+                raise OptionError(f"{option} is missing; init={init!r} requires it.")
         if self.init in ("text", "class_labels") and self.tokenizer is None:
             raise OptionError(
-                f"init={self.init!r} needs a tokenizer; none is given. Pass `tokenizer=`: the model's own, or its name."
+                f"init={self.init!r} needs a tokenizer, but none is given. Pass `tokenizer=`, the model's tokenizer or its name."
             )
 
     @property
     def token_layout(self) -> Layout:
-        """The places of the virtual tokens."""
+        """Where the virtual tokens are placed in the text."""
         return Layout.placed(self.placement, self.num_virtual_tokens)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the initialized [P, H] parameter."""
+        """Make the encoder with the initial embeddings."""
         rows, ids = self.initial_rows(structure)
         encoder = TableEncoder({EMBEDDINGS: rows})
         encoder.start_ids = ids
         return encoder
 
     def initial_rows(self, structure: ModelStructure) -> tuple[Tensor, initializers.WordIds]:
-        """Make the rows that the prompt starts from, [P, H], and the word ids of the rows that are embeddings of words."""
+        """Return the initial embeddings, [P, H], and the ids of those that are embeddings of words."""
         count = self.num_virtual_tokens
         if self.init == "random":
             return initializers.random_rows(structure, count), None

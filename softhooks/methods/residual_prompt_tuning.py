@@ -1,4 +1,4 @@
-"""Residual prompt tuning: a prompt plus the output of a small MLP on it."""
+"""Residual prompt tuning: a small MLP is trained with the prompt, and its output is added to the prompt."""
 
 from __future__ import annotations
 
@@ -15,16 +15,7 @@ from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 
 class ResidualEncoder(PromptEncoder):
-    """Computes `P' = P + MLP(P)`, with one MLP for all rows: down, ReLU, up, LayerNorm.
-
-    The last layer is initialized with zeros, so that P' starts as P.
-
-    Args:
-        rows: P, [P, H].
-        hidden_size: m, the width of the MLP.
-        layer_norm: end the MLP with a LayerNorm.
-        dropout: dropout on the MLP's output, before the LayerNorm.
-    """
+    """Computes `P' = P + MLP(P)`. The MLP's last layer is initialized with zeros, so P' is initially P."""
 
     groups = (EMBEDDINGS,)
 
@@ -48,28 +39,23 @@ class ResidualEncoder(PromptEncoder):
 
 @dataclass(frozen=True)
 class ResidualPromptTuning(PromptTuning):
-    """Residual prompt tuning: `P' = P + MLP(P)` replaces P; only P' is saved.
+    """Residual prompt tuning: `P' = P + MLP(P)`, [P, H], where P and the MLP are trained; only P' is saved.
 
-    Through the MLP each row also learns from the gradients of the others, so the result depends less on the initialization and
-    the learning rate. Start with the learning rates of `PromptTuning`.
+    All virtual tokens share the MLP (Linear-ReLU-Linear-LayerNorm), so the result depends less on the initialization and the
+    learning rate. Start with the learning rates of `PromptTuning`.
 
-    The MLP's last layer (the LayerNorm's scale and offset, or the up-projection if there is no LayerNorm) is initialized with
-    zeros. So the initial prompt is exactly what `init` says, and the training of a saved prompt continues where it was. In the
-    first step only the rows and that layer have a gradient.
+    The scale and offset of the LayerNorm are initialized with zeros (without a LayerNorm, the last linear layer), so P' is
+    initially P. In the first step only P and these parameters get a gradient.
 
-    Source: Razdaibiedina et al. 2023, arXiv:2305.03937, the MLP that all rows share. Differs: the authors initialize the
-    LayerNorm's scale with 1, which adds noise of size 1 to each number of the initial prompt; that hides an initialization from
-    words in models with small embeddings.
+    Source: Razdaibiedina et al. 2023, arXiv:2305.03937, the variant with a shared MLP. Differs: the authors initialize the
+    LayerNorm's scale with 1; in models with small embeddings this outweighs an initialization from words.
 
     Args:
         num_virtual_tokens, init, init_text, init_labels, init_tensor, init_from, tokenizer, whole_vocabulary, placement: as in
             `PromptTuning`.
-        hidden_size: m, the width of the MLP.
+        hidden_size: the width of the MLP.
         layer_norm: end the MLP with a LayerNorm.
         dropout: dropout on the MLP's output, before the LayerNorm.
-
-    Shape:
-        the encoder returns [P, H].
 
     Raises:
         OptionError: an option is wrong, or missing for the chosen `init`.
@@ -87,14 +73,14 @@ class ResidualPromptTuning(PromptTuning):
         check_dropout("dropout", self.dropout)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the initialized rows and the MLP."""
+        """Make the encoder with the initial embeddings and the MLP."""
         rows, ids = self.initial_rows(structure)
         encoder = self._encoder(rows)
         encoder.start_ids = ids
         return encoder
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Put a new MLP, whose output is zero at first, on a folded prompt."""
+        """Add a new MLP to a folded prompt; the MLP's output is initially zero."""
         return self._encoder(tables[EMBEDDINGS])
 
     def _encoder(self, rows: Tensor) -> ResidualEncoder:

@@ -309,7 +309,7 @@ def test_layers_under_gradient_checkpointing(arch: str, use_reentrant: bool) -> 
 
 @pytest.mark.parametrize("layers", [[], "01", [0, 0], [1.0], [True], 3, ["0"], range(0)])
 def test_layers_must_be_distinct_whole_numbers(layers: Any) -> None:
-    with pytest.raises(OptionError, match="layers must be distinct whole numbers"):
+    with pytest.raises(OptionError, match="must be a list of distinct whole numbers"):
         PTuningV2(P, layers=layers)
 
 
