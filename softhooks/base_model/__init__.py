@@ -1,1 +1,1 @@
-"""The frozen base model: the record of its tensors while a prompt trains, and its fingerprint in a saved prompt."""
+"""The frozen base model: a record of its tensors while a prompt trains, and a fingerprint of it in a saved prompt."""

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softhooks.base_model.fingerprint import PACKED, Fingerprint, Group, WeightSample
+from softhooks.base_model.fingerprint import GROUPS, PACKED, Fingerprint, WeightSample
 
 Finding = Literal["same", "quantized", "converted", "merged", "adapters", "resized", "tuned", "another"]
 
 SAME: tuple[Finding, ...] = ("same", "quantized")
 
 _MIN_COSINE = 0.7
-"""The least cosine between a model and a fine-tuned variant of it. Between two models trained from scratch it is about 0."""
+"""The least cosine similarity of weights before and after fine-tuning. For separately trained models, it is about 0."""
 
 _MAX_TIES = 0.125
-"""The share of values that two dtype conversions may round to neighboring values."""
+"""The largest share of values that two dtype conversions may round to different neighbors."""
 
 _PRODUCT_ERROR = 1e-6
-"""The error of the product of LoRA's matrices, relative to the largest value."""
+"""The rounding error of the product of LoRA's matrices, relative to the largest value."""
 
 
-@dataclass(frozen=True)
-class _GroupComparison:
-    """The comparison of one group of weights in two fingerprints.
-
-    Attributes:
-        known: whether there were weights to compare.
-        same: whether they are equal up to dtype conversions.
-        cosine: the cosine similarity between them.
-    """
+class _GroupComparison(NamedTuple):
+    """Whether there were weights to compare, whether they are equal up to dtype conversions, and their cosine similarity."""
 
     known: bool
     same: bool
@@ -40,14 +33,12 @@ class _GroupComparison:
 
 
 def compare(then: Fingerprint, now: Fingerprint, *, adapters: bool = True) -> Finding:
-    """Decide whether two fingerprints come from the same base model, and if not, classify the difference.
+    """Classify how the model that a prompt is loaded onto differs from the base model that it was trained with.
 
-    A base model with LoRA counts as the same model after the LoRA is merged, but not as the base model without LoRA.
+    A base model with LoRA equals the base model into which this LoRA was merged, but not the base model without LoRA.
 
     Args:
-        then: the fingerprint of the base model that a prompt was trained with.
-        now: the fingerprint of the model that the prompt is loaded onto.
-        adapters: whether unmerged LoRA counts; it does not if it was trained together with the prompt.
+        adapters: whether unmerged LoRA is part of the base model; it is not if it was trained together with the prompt.
     """
     found = _compare(then, now)
     if found in SAME and adapters and (then.merged or now.merged):
@@ -63,11 +54,9 @@ def compare(then: Fingerprint, now: Fingerprint, *, adapters: bool = True) -> Fi
 
 
 def _compare(then: Fingerprint, now: Fingerprint) -> Finding:
-    groups: list[Group] = ["embeddings", "vectors", "matrices"]
-    embeddings, vectors, matrices = (
-        _compare_group(then.samples.get(group, {}), now.samples.get(group, {})) for group in groups
-    )
-    known = [one for one in (embeddings, vectors, matrices) if one.known]
+    compared = [_compare_group(then.samples.get(group, {}), now.samples.get(group, {})) for group in GROUPS]
+    embeddings, vectors, _ = compared
+    known = [one for one in compared if one.known]
     if all(one.same for one in known):
         if then.vocabulary != now.vocabulary:
             return "resized"
@@ -78,19 +67,12 @@ def _compare(then: Fingerprint, now: Fingerprint) -> Finding:
 
 
 def lowered(fingerprint: Fingerprint) -> tuple[Fingerprint, str]:
-    """Relabel fp32 weights that contain only bf16 (or only fp16) values as weights of that dtype.
-
-    Returns:
-        the fingerprint, and the name of the dtype; `fp32` if nothing was relabeled.
-    """
+    """Relabel fp32 weights that contain only bf16 (or only fp16) values as that dtype; also return the dtype's name."""
     samples = [one for named in fingerprint.samples.values() for one in named.values() if one.dtype == "float32"]
     for dtype in ("bfloat16", "float16"):
         if all(torch.equal(_rounded(one.values, dtype), one.values.nan_to_num()) for one in samples):
             lower = {
-                group: {
-                    name: WeightSample(dtype, one.values) if one.dtype == "float32" else one
-                    for name, one in named.items()
-                }
+                group: {k: replace(one, dtype=dtype) if one.dtype == "float32" else one for k, one in named.items()}
                 for group, named in fingerprint.samples.items()
             }
             return Fingerprint(fingerprint.vocabulary, lower), dtype
@@ -106,7 +88,7 @@ def _packed(fingerprint: Fingerprint) -> set[str]:
 
 
 def _compare_group(then: dict[str, WeightSample], now: dict[str, WeightSample]) -> _GroupComparison:
-    """Compare the weights of one group that both fingerprints have."""
+    """Compare the weights of a group that are in both fingerprints."""
     same, ties, total = True, 0, 0
     pairs: list[tuple[Tensor, Tensor]] = []
     for name in sorted(set(then) & set(now)):
@@ -134,23 +116,19 @@ def _compare_group(then: dict[str, WeightSample], now: dict[str, WeightSample]) 
 
 
 def _count_different(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, int]:
-    """Count the values that differ, and the values that are neighbors in the coarser of two dtypes.
-
-    If both have the same dtype, every difference counts. A conversion rounds, two conversions may round to neighboring values,
-    and fp16 has no values below 6e-8.
-    """
+    """Count the values that differ, and the values that two dtype conversions may have rounded to different neighbors."""
     if one == other:
         return int((a != b).sum()), 0
     coarse = _coarser(one, other)
     a, b = a.to(coarse).float(), b.to(coarse).float()
     step = torch.finfo(coarse).eps * torch.maximum(a.abs(), b.abs())
-    step = step.clamp(min=6e-8 if "float16" in (one, other) else 0.0)
+    step = step.clamp(min=6e-8 if "float16" in (one, other) else 0.0)  # fp16 has no smaller values
     different = (a - b).abs() > step
     return int(different.sum()), int(((a != b) & ~different).sum())
 
 
 def _count_beyond_merge(one: WeightSample, other: WeightSample, are_read: Tensor) -> int:
-    """Count the values that differ by more than a merge's rounding error (in the product, the sum and a later conversion)."""
+    """Count the values that differ by more than the rounding errors of a merge: of the product, the sum and a conversion."""
     given = [sample.magnitudes for sample in (one, other) if sample.magnitudes is not None]
     magnitudes = torch.stack(given).amax(0)[are_read]
     a, b = one.values[are_read], other.values[are_read]

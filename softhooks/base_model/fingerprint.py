@@ -1,6 +1,6 @@
-"""The fingerprint of a base model: a few values of each weight, by which a saved prompt recognizes its base model.
+"""The fingerprint of a base model: a few values of each weight, stored with a prompt to recognize its base model.
 
-The file contains the values and not a hash of them, so that they can be compared up to the rounding of a dtype conversion.
+The values are not hashed, so that they can also be compared after a dtype conversion, which rounds them.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ Group = Literal["embeddings", "vectors", "matrices"]
 
 GROUPS: tuple[Group, ...] = ("embeddings", "vectors", "matrices")
 PACKED = "packed"
-"""The dtype name for a weight that contains the codes of a quantizer."""
+"""The dtype name of a quantized weight."""
 
 PER_WEIGHT = 2
-"""The number of values to read from each weight."""
+"""The number of values to read from a weight of a layer."""
 PER_EMBEDDING = 16
-"""The number of values to read from each embedding."""
+"""The number of values to read from an embedding matrix."""
 MAX_LAYERS = 128
-"""The maximal number of weights with the same name to read, over all layers."""
+"""The largest number of layers to read."""
 
 _CODES = {"float64": "d", "float32": "f", "bfloat16": "b", "float16": "h", PACKED: "q"}
 
 
 @dataclass(frozen=True)
 class WeightSample:
-    """Some values of the weights with the same name in all layers.
+    """A few values of a weight from each layer that has it.
 
     Attributes:
-        dtype: the name of the weights' dtype, or `packed`.
+        dtype: the name of the weight's dtype, or `packed` if it is quantized.
         values: the values in fp32; NaN for a value that was not read.
-        magnitudes: the sum of the absolute summands of each value, if the value is a sum that may have been rounded elsewhere.
+        magnitudes: |weight| + |merged weight| if LoRA was merged or unmerged, which bounds the rounding errors; otherwise None.
     """
 
     dtype: str
@@ -50,9 +50,9 @@ class Fingerprint:
     """The fingerprint of a base model.
 
     Attributes:
-        vocabulary: the number of rows of the embedding.
-        samples: the samples by group and by a hash of the name, with `*` for the number of the layer.
-        merged: the matrices that adapters change, with the adapters merged; empty if unknown.
+        vocabulary: the number of rows of the embedding matrix.
+        samples: the samples by group and by a hash of the weight's name, in which `*` replaces the layer's number.
+        merged: the samples that the matrices with LoRA would have after merging it; empty if unknown.
     """
 
     vocabulary: int
@@ -60,11 +60,11 @@ class Fingerprint:
     merged: dict[str, WeightSample] = field(default_factory=dict)
 
     def with_merged(self) -> Fingerprint:
-        """Return the fingerprint of the same base model with its adapters merged."""
+        """Return the fingerprint that the base model would have after merging its adapters."""
         return self._with({name: sample.values for name, sample in self.merged.items()})
 
     def with_unmerged(self) -> Fingerprint:
-        """Return the fingerprint of the same base model after merging and unmerging its adapters, which may round weights."""
+        """Return the fingerprint, with a tolerance for weights that were rounded when adapters were merged and unmerged."""
         own = self.samples.get("matrices", {})
         return self._with({name: own[name].values for name in self.merged})
 
@@ -77,13 +77,13 @@ class Fingerprint:
 
     @property
     def digest(self) -> str:
-        """A short form for messages, computed from bf16 values so that dtype conversions rarely change it."""
+        """A short hash for messages, computed from bf16 values so that dtype conversions rarely change it."""
         values = [sample.values for group in GROUPS for _, sample in sorted(self.samples.get(group, {}).items())]
         rounded = torch.cat([torch.zeros(1), *values]).to(torch.bfloat16).view(torch.int16).numpy()
         return str(xxhash.xxh3_64_hexdigest(rounded.tobytes()))[:8]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fingerprint as it is stored in a file."""
+        """Return the fingerprint in the format of a saved prompt."""
         groups: dict[str, Any] = {
             group: {name: _encoded(sample) for name, sample in named.items()} for group, named in self.samples.items()
         }
@@ -99,10 +99,10 @@ class Fingerprint:
             ValueError: the value is malformed.
         """
         if not isinstance(value, dict) or type(value.get("vocabulary")) is not int or value["vocabulary"] < 1:
-            raise ValueError("it is not an object with `vocabulary`, a whole number of 1 or more")
+            raise ValueError("it must be an object whose `vocabulary` is a whole number of 1 or more")
         samples = {group: _read(value, group) for group in GROUPS}
         if not any(samples.values()):
-            raise ValueError("it has no values of any weight")
+            raise ValueError("it contains no weights")
         merged = _read(value, "merged")
         for name, sample in merged.items():
             own = samples["matrices"].get(name)
@@ -114,7 +114,7 @@ class Fingerprint:
 def _read(value: dict[str, Any], group: str) -> dict[str, WeightSample]:
     named = value.get(group, {})
     if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
-        raise ValueError(f"its {group} are not an object of strings")
+        raise ValueError(f"`{group}` must be an object whose values are strings")
     return {name: _decoded(group, text) for name, text in named.items()}
 
 
@@ -123,7 +123,7 @@ def _encoded(sample: WeightSample) -> str:
 
 
 def _decoded(group: str, text: str) -> WeightSample:
-    """Decode a sample, and check that it has the number of values that `take_fingerprint` reads."""
+    """Decode a sample, and check that it has as many values as `take_fingerprint` reads."""
     dtypes = {code: dtype for dtype, code in _CODES.items()}
     data = base64.b64decode(text[1:], validate=True)
     if text[:1] not in dtypes or len(data) % 4:
@@ -135,7 +135,5 @@ def _decoded(group: str, text: str) -> WeightSample:
     else:
         is_complete = 0 < count <= PER_WEIGHT * MAX_LAYERS and count % PER_WEIGHT == 0
     if not is_complete or (sample.dtype == PACKED and not sample.values.isnan().all()):
-        raise ValueError(
-            f"it has a sample of {count} {sample.dtype} values in {group}; their number or content is invalid"
-        )
+        raise ValueError(f"`{group}` contains a sample of {count} {sample.dtype} values, which cannot be valid")
     return sample

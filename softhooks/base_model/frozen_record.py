@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import xxhash
@@ -20,7 +21,7 @@ _NAMED_AT_MOST = 8
 
 @dataclass(frozen=True)
 class FrozenReport:
-    """The result of a check of the frozen tensors.
+    """The result of a check that the frozen tensors are unchanged.
 
     Attributes:
         tensors: the number of parameters, buffers and scales of quantized weights that were compared.
@@ -54,7 +55,7 @@ class Digest:
 
 
 def digest(tensor: Tensor) -> Digest:
-    """Hash the exact bits of a tensor (XXH3, 128 bits) on any device; a sharded tensor is gathered first."""
+    """Hash the bits of a tensor (XXH3, 128 bits); a sharded tensor is gathered first."""
     if not tensor.numel() or tensor.is_meta:
         return Digest("", tensor.dtype, tuple(tensor.shape))
     flat = full(tensor.detach()).contiguous().reshape(-1)
@@ -63,7 +64,7 @@ def digest(tensor: Tensor) -> Digest:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter, every buffer and the scales of quantized layers; offloaded tensors are read one at a time."""
+    """Yield all parameters, buffers and scales of quantized layers; offloaded tensors are loaded one at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield name, read_tensor(model, name, tensor)
     for name, module in model.named_modules():
@@ -72,7 +73,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unregistered(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List the tensors that a layer saves but does not register, such as the scales of bitsandbytes."""
+    """Yield the tensors that a layer saves, but does not register, such as the scales of bitsandbytes."""
     prefix = f"{name}." if name else ""
     known = {prefix + own for own in (*module._parameters, *module._buffers)}
     saved: dict[str, object] = {}
@@ -80,66 +81,59 @@ def _unregistered(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((key, value) for key, value in saved.items() if isinstance(value, Tensor) and key not in known)
 
 
-@dataclass(frozen=True)
-class _NotTrained:
-    """The default test for frozen tensors: not trainable and not part of a prompt. A closure could not be pickled."""
-
-    trained: frozenset[str]
-
-    def __call__(self, name: str) -> bool:
-        return name not in self.trained and not is_prompt_key(name)
+def _is_not_trained(trained: frozenset[str], name: str) -> bool:
+    return name not in trained and not is_prompt_key(name)
 
 
 class FrozenRecord:
-    """The hashes of a model's frozen tensors at one moment.
+    """The hashes of a model's frozen tensors when the record was created.
 
     Args:
         model: the model; tied tensors are read once.
-        is_frozen: returns whether the tensor of this name must not change. By default, this holds for every tensor that is not
-            trainable now and does not belong to a prompt.
+        is_frozen: called with a tensor's name; returns whether the tensor must not change. By default, these are the tensors
+            that are not trainable now and do not belong to a prompt.
+
+    Attributes:
+        digests: the hashes by name.
     """
 
     def __init__(self, model: nn.Module, is_frozen: Callable[[str], bool] | None = None) -> None:
         if is_frozen is None:
-            is_frozen = _NotTrained(frozenset(name for name, p in model.named_parameters() if p.requires_grad))
+            trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+            is_frozen = partial(_is_not_trained, trained)  # a closure could not be pickled
         self._is_frozen = is_frozen
-        self._digests = {name: digest(tensor) for name, tensor in tensors_of(model) if is_frozen(name)}
-
-    @property
-    def digests(self) -> Mapping[str, Digest]:
-        """The hashes by name."""
-        return self._digests
+        self.digests = {name: digest(tensor) for name, tensor in tensors_of(model) if is_frozen(name)}
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """Hash the digests of the frozen tensors with these names."""
-        parts = [(name, self._digests[name].bits) for name in sorted(names) if name in self._digests]
+        """Hash the digests of these tensors."""
+        parts = [(name, self.digests[name].bits) for name in sorted(names) if name in self.digests]
         return str(xxhash.xxh3_128_hexdigest(repr(parts).encode()))
 
     def converted(self, model: nn.Module) -> list[str]:
-        """Describe each frozen tensor whose dtype or shape has changed, without comparing values."""
+        """Describe each frozen tensor whose dtype or shape has changed; values are not compared."""
         found = []
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            known = self._digests.get(name)
+            known = self.digests.get(name)
             if known is not None and (known.dtype, known.shape) != (tensor.dtype, tuple(tensor.shape)):
                 found.append(f"{name}: {_difference(known, Digest('', tensor.dtype, tuple(tensor.shape)))}")
         return found
 
     def verify(self, model: nn.Module, **where: object) -> FrozenReport:
-        """Compare every frozen tensor with its hash.
+        """Check that no frozen tensor has changed, is missing or is new.
 
         Args:
             where: values to add to the error, such as the training step.
 
         Raises:
-            FrozenModifiedError: some tensors have changed, are missing or are new; the error names them.
+            FrozenModifiedError: a tensor has; the error names it.
         """
         start = time.perf_counter()
-        changed, unread, missing, size = [], [], dict.fromkeys(self._digests), 0
+        changed, unread, missing, size = [], [], dict.fromkeys(self.digests), 0
         for name, tensor in tensors_of(model):
             if not self._is_frozen(name):
                 continue
             missing.pop(name, None)
-            difference = _difference(self._digests.get(name), digest(tensor))
+            difference = _difference(self.digests.get(name), digest(tensor))
             if difference:
                 changed.append(f"{name}: {difference}")
             elif tensor.is_meta:
@@ -149,14 +143,14 @@ class FrozenRecord:
         changed += [f"{name}: gone" for name in missing]
         if changed:
             raise FrozenModifiedError(
-                f"{len(changed)} of {len(self._digests)} frozen tensors have changed since the prompt was attached; each must "
+                f"{len(changed)} of {len(self.digests)} frozen tensors have changed since the prompt was attached; each must "
                 "stay bit-identical.",
                 "Look for code that writes to the base model, such as an optimizer that holds its parameters, another "
                 "callback, or a dtype conversion.",
                 changed=_listed(changed),
                 **where,
             )
-        count = len(self._digests) - len(unread)
+        count = len(self.digests) - len(unread)
         return FrozenReport(count, size, time.perf_counter() - start, tuple(unread))
 
 
@@ -165,7 +159,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _difference(before: Digest | None, after: Digest) -> str:
-    """Describe how a tensor differs from its record, or return an empty string if it does not."""
+    """Describe how a tensor has changed; an empty string means that it has not."""
     if before is None:
         return "did not exist at attach"
     if before.dtype != after.dtype:

@@ -1,4 +1,4 @@
-"""Remove the gradients that frozen parameters already have, because an optimizer over all parameters would apply them."""
+"""Remove gradients of frozen parameters, because an optimizer over all parameters would apply them."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from torch import Tensor, nn
 
 
 class StashedGradients:
-    """The gradients removed from parameters that are now frozen, by name. Copies and pickles are empty."""
+    """Gradients that parameters had before they were frozen. Copies and pickles of this object are empty."""
 
     def __init__(self) -> None:
         self._gradients: dict[str, Tensor] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as an empty object."""
         return type(self), ()
 
     def take(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Remove and keep the gradients of these parameters."""
+        """Move the gradients of these parameters into this object."""
         for name, parameter in parameters:
             if parameter.grad is not None:
                 self._gradients[name] = parameter.grad
                 parameter.grad = None
 
     def restore(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Restore the gradients, converted to the parameter's device and dtype if these have changed.
+        """Restore the gradients, except for parameters that have a new gradient or shape.
 
-        A parameter that has a new gradient keeps it. If the shape of a parameter has changed, its gradient is not restored.
+        If a parameter's device or dtype has changed, its gradient is converted.
         """
         for name, parameter in parameters:
             gradient = self._gradients.pop(name, None)

@@ -1,4 +1,4 @@
-"""Facts that identify the base model of a prompt: class, name, revision, quantization, sizes and fingerprint."""
+"""Facts that identify the base model of a prompt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _JSON: dict[str, tuple[str, type]] = {
     "sliding_window": ("slides", bool),
     "task": ("task", str),
 }
-"""The key in the file and the type of each attribute."""
+"""The attributes of `BaseModelInfo`, with their keys in a saved prompt and their types."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,13 @@ class BaseModelInfo:
     """The known facts about a base model; unknown facts are an empty string or None.
 
     Attributes:
-        class_name: the name of its class.
-        name_or_path: its name on the hub, or its path.
-        revision: its commit on the hub.
-        quantization: the method and the width of its quantization.
-        fingerprint: a few values of each of its weights.
-        width: the width of its embeddings, H.
-        vocabulary: the number of rows of its embeddings.
+        name_or_path: its name on the Hub, or its path.
+        revision: its commit on the Hub.
+        quantization: the quantization method and the number of bits.
+        width: the hidden size of its embeddings, H.
+        vocabulary: the number of rows of its embedding matrix.
         sliding_window: whether it has layers with a sliding window.
-        task: the task type in PEFT's adapter config, which does not name the class; None if PEFT did not write the prompt.
+        task: the `task_type` of PEFT's config, which does not name the class; None if PEFT did not write the prompt.
     """
 
     class_name: str = ""
@@ -53,7 +51,7 @@ class BaseModelInfo:
 
     @classmethod
     def of(cls, model: nn.Module, structure: ModelStructure, fingerprint: Fingerprint | None = None) -> BaseModelInfo:
-        """Describe a model."""
+        """Read the facts from a model."""
         plain = unwrapped(model)
         config: Any = getattr(plain, "config", None)
         return cls(
@@ -69,11 +67,7 @@ class BaseModelInfo:
 
     @classmethod
     def from_json(cls, value: dict[str, Any], source: str) -> BaseModelInfo:
-        """Read the description that a file contains; a value of the wrong type counts as unknown.
-
-        Raises:
-            CheckpointError: the fingerprint is malformed.
-        """
+        """Read the facts from a saved prompt; values of a wrong type are ignored."""
         known = {name: value[key] for name, (key, kind) in _JSON.items() if type(value.get(key)) is kind}
         try:
             fingerprint = None if value.get("fingerprint") is None else Fingerprint.from_json(value["fingerprint"])
@@ -82,13 +76,12 @@ class BaseModelInfo:
         return cls(**known, fingerprint=fingerprint)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the description as it is stored in a file; unknown values are left out."""
+        """Return the known facts in the format of a saved prompt."""
         values = {key: getattr(self, name) for name, (key, _) in _JSON.items()}
         values["fingerprint"] = self.fingerprint and self.fingerprint.to_json()
         return {key: value for key, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        """Describe the model on one line: class, name, revision, digest of the weights, size of the vocabulary."""
         known = self.fingerprint
         facts = [f"revision {self.revision}"] if self.revision else []
         facts += [f"digest {known.digest}, {known.vocabulary} rows of embeddings"] if known else []
@@ -97,7 +90,6 @@ class BaseModelInfo:
 
 
 def _quantization(config: Any) -> str | None:
-    """Return the quantization method and its width, as far as the config names them."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
@@ -110,7 +102,7 @@ def _quantization(config: Any) -> str | None:
 
 
 def class_of_transformers(name: str) -> type | None:
-    """Return the transformers class of this name, which comes from a file, or None if the class does not exist or is private."""
+    """Return the class of transformers with this name, which comes from a file; None if there is no such public class."""
     import transformers
 
     found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None

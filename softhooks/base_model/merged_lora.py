@@ -1,4 +1,4 @@
-"""Compute the changes that merging PEFT's LoRA adapters would make to single values of the base weights."""
+"""Compute how merging PEFT's LoRA adapters would change single values of the base weights."""
 
 from __future__ import annotations
 
@@ -16,21 +16,15 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LoraWeight:
-    """A base weight with LoRA.
-
-    Attributes:
-        layer: the PEFT layer that wraps the module with the weight.
-        adapters: the names of the active adapters that are not merged.
-    """
+    """A base weight with LoRA: the PEFT layer that wraps it, and the names of the active adapters that are not merged."""
 
     layer: Any
     adapters: tuple[str, ...]
 
     def delta(self, indices: Tensor, width: int) -> Tensor:
-        """Return the changes that merging would make to the weight at some places, in fp32.
+        """Return how merging would change the values at these indices into the flattened weight, in fp32.
 
         Args:
-            indices: indices into the flattened weight.
             width: the weight's last dimension.
         """
         rows, columns = indices // width, indices % width
@@ -45,7 +39,7 @@ class LoraWeight:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight contains the codes of a quantizer."""
+    """Whether a weight is quantized, so that it contains codes instead of values."""
     is_plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
     return not is_plain or weight.dtype not in _FLOATS
 
@@ -58,8 +52,8 @@ def is_readable(weight: Tensor) -> bool:
 def adapted_weights(model: nn.Module) -> dict[int, LoraWeight]:
     """Find the weights that merging the active adapters would change, by `id`.
 
-    The result is empty if any merged value is unknown: for adapters other than plain LoRA on linear layers (DoRA, LoHa,
-    embeddings, biases, token rows), and for weights that are quantized, sharded or offloaded.
+    The result is empty if an adapter is not plain LoRA on a linear layer (DoRA, LoHa, embeddings, biases, trainable tokens), or
+    if a weight is quantized, sharded or offloaded, because the merged values are unknown then.
     """
     layers, tuners = (sys.modules.get(f"peft.{name}") for name in ("tuners.lora.layer", "tuners.tuners_utils"))
     found: dict[int, LoraWeight] = {}
@@ -79,7 +73,7 @@ def adapted_weights(model: nn.Module) -> dict[int, LoraWeight]:
 
 
 def _is_plain(layer: Any, name: str) -> bool:
-    """Whether an adapter of a linear layer only adds the product of two readable matrices."""
+    """Whether an adapter only adds the product of two matrices to a linear layer, and all weights can be read."""
     if name in layer.lora_variant or layer.lora_bias.get(name) or name not in layer.lora_A:
         return False
     weights = (layer.get_base_layer().weight, layer.lora_A[name].weight, layer.lora_B[name].weight)

@@ -16,15 +16,16 @@ from softhooks.errors import PromptMismatchError
 
 _FINDINGS: dict[Finding, str] = {
     "merged": "the model looks like the base model of the prompt with merged adapters (or with weights that were quantized and "
-    "dequantized): embeddings and norms are the same, matrices are not",
+    "dequantized): embeddings and norms are equal, other weights are not",
     "adapters": "the model is the base model of the prompt, but with different active adapters (LoRA) or without any",
-    "resized": "the model looks like the base model of the prompt with resized embeddings: the common rows are the same",
+    "resized": "the model looks like the base model of the prompt with resized embeddings: only the vocabulary differs",
     "tuned": "the model looks like a fine-tuned variant of the base model of the prompt: its weights are close, but not equal",
     "another": "the model is not the base model that the prompt was trained with: its weights are different",
 }
 _REMEDIES: dict[Finding, str] = {
-    "merged": "Load the prompt onto its base model with the adapters of the training and no others (plain LoRA may be merged);",
-    "adapters": "First load the adapters of the training and disable any others (plain LoRA may be merged);",
+    "merged": "Load the prompt onto its base model with the adapters that were active in training and no others (plain LoRA may "
+    "be merged);",
+    "adapters": "First load the adapters that were active in training, and disable any others (plain LoRA may be merged);",
     "resized": "Resize the embeddings as in training (`resize_token_embeddings`);",
     "tuned": "Load the prompt onto the base model that it was trained with, in the same revision;",
     "another": "Load the prompt onto the base model that it was trained with;",
@@ -40,8 +41,8 @@ _CONVERTED = (
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 OVERRIDE = (
-    "or pass `strict=False` to `load` (`--no-strict` on a command line) to use it with this model anyway, and check its "
-    "outputs"
+    "or pass `strict=False` to `load` (`--no-strict` on a command line) to use the prompt with this model anyway, and check "
+    "the outputs"
 )
 
 
@@ -54,16 +55,13 @@ def require_base(
     has_adapters: bool = False,
     override: str = OVERRIDE,
 ) -> None:
-    """Check that a model is the base model that a prompt was trained with, as far as the prompt's base model is known.
+    """Check that a model is the base model that a prompt was trained with; without a fingerprint, compare only revisions.
 
     Args:
         base: the base model that the prompt was trained with.
         source: the name of the prompt in errors.
-        has_adapters: whether adapters were trained with the prompt but are not in its file.
-        override: another remedy for the error.
-
-    Raises:
-        PromptMismatchError: the models differ. The error names both.
+        has_adapters: whether adapters were trained with the prompt; they are not in its file.
+        override: the end of the remedy in errors: how to skip the check.
     """
     found = BaseModelInfo.of(model, structure)
     if base.fingerprint is None:
@@ -91,12 +89,12 @@ def require_base(
 
 
 def _require_revision(base: BaseModelInfo, found: BaseModelInfo, source: str, override: str) -> None:
-    """Compare Hub commits if there is no fingerprint. Branch and tag names are not compared, because they may move."""
+    """Compare Hub commits, but not the names of branches and tags, because these may move to other commits."""
     then, now = base.revision or "", found.revision or ""
     if not _COMMIT.fullmatch(then) or not now or base.name_or_path != found.name_or_path or now.startswith(then):
         return
     raise PromptMismatchError(
-        "the model's revision differs from the revision of the base model that the prompt was trained with.",
+        "the model's revision is not the one that the prompt was trained with.",
         f"Load the model with `revision={then!r}`; {override}.",
         trained_with=base,
         model=found,

@@ -1,4 +1,4 @@
-"""Take the fingerprint of a base model: read a few values of each weight, at places that only depend on the weight's name.
+"""Take the fingerprint of a base model: read a few values of each weight, at indices that depend only on its name and size.
 
 Heads, poolers, adapters and weights that train with the prompt are left out: they may differ when the same base is loaded again.
 """
@@ -31,7 +31,7 @@ from softhooks.compat.offload import read_tensor
 from softhooks.compat.sharding import full, is_sharded
 
 _READ_WHOLE = 2**16
-"""The largest number of elements for which an offloaded or sharded weight is loaded or gathered."""
+"""Offloaded and sharded weights with more elements than this are not read."""
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.", "original_module.")
 _GOLDEN_RATIO = 0.6180339887498949
@@ -40,11 +40,11 @@ _GOLDEN_RATIO = 0.6180339887498949
 def take_fingerprint(
     model: nn.Module, structure: ModelStructure, *, like: Fingerprint | None = None, frozen: bool = False
 ) -> Fingerprint:
-    """Take the fingerprint of a model. It takes a few milliseconds, because only a few values are read.
+    """Take the fingerprint of a model, in a few milliseconds.
 
     Args:
-        like: the fingerprint to compare with; the same rows of the vocabulary are read.
-        frozen: whether to leave out trainable weights; set if the rest of the base model is frozen.
+        like: the fingerprint to compare with; the same token ids are sampled, even if the sizes of the vocabularies differ.
+        frozen: leave out trainable weights, because they train with the prompt.
     """
     vocabulary = structure.vocabulary if like is None else like.vocabulary
     weights: dict[Group, dict[str, list[Tensor]]] = {group: {} for group in GROUPS}
@@ -69,14 +69,14 @@ def take_fingerprint(
 
 
 def _to_cpu(values: list[Tensor]) -> Tensor:
-    """Copy the values of many weights to the CPU in one transfer, or one by one if their devices differ."""
+    """Concatenate values on the CPU, with a single transfer if all are on one device."""
     if len({tensor.device for tensor in values}) == 1:
         return torch.cat(values).cpu()
     return torch.cat([tensor.cpu() for tensor in values])
 
 
 def _weights(model: nn.Module, structure: ModelStructure) -> Iterator[tuple[Group, str, Tensor]]:
-    """List each weight of the base model once, with its group and a hash of the weight's name."""
+    """Yield each weight of the base model once, with its group and a hash of its name."""
     seen = {id(p) for head in find_heads(model, structure).values() for p in head.parameters()}
     for stack in structure.stacks:
         weight: Any = stack.embedding.weight
@@ -114,12 +114,12 @@ def _weights_of_stack(model: nn.Module, stack: Stack, seen: set[int]) -> Iterato
 
 
 def _hashed(name: str) -> str:
-    """Return a short hash of a name, to keep files small."""
+    """Hash a name, to keep files small."""
     return str(xxhash.xxh32_hexdigest(name.encode()))
 
 
 def _brought_in(weight: Tensor, model: nn.Module) -> Tensor:
-    """Load an offloaded weight if it is small; return any other weight as it is."""
+    """Load an offloaded weight if it is small; return other weights unchanged."""
     if not weight.is_meta or weight.numel() > _READ_WHOLE:
         return weight
     name = next((name for name, one in model.named_parameters() if one is weight), None)
@@ -131,11 +131,7 @@ def _dtype(weight: Tensor) -> str:
 
 
 def _values(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:
-    """Read the values of one weight at its sampled places, in fp32.
-
-    Args:
-        vocabulary: the number of rows to choose from, if the weight is an embedding.
-    """
+    """Read the sampled values of a weight, in fp32; of an embedding matrix, sample the first `vocabulary` rows."""
     if is_sharded(weight) and weight.numel() <= _READ_WHOLE:
         weight = full(weight.detach())
     if not is_readable(weight):
@@ -154,24 +150,22 @@ def _values(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:
 
 
 def _indices(weight: Tensor, name: str) -> Tensor:
-    """Return the sampled places of a weight other than an embedding, as indices into the flattened weight."""
+    """Return the sampled indices into a flattened weight that is not an embedding matrix."""
     return torch.tensor([int(place * weight.numel()) for place in _places(name, PER_WEIGHT)], device=weight.device)
 
 
 def _deltas(weights: list[Tensor], name: str, adapted: dict[int, LoraWeight]) -> list[Tensor]:
-    """Return the changes that merging the adapters would make to the sampled values of some weights."""
-    deltas = []
-    for weight in weights:
-        lora = adapted.get(id(weight))
-        if lora is None:
-            deltas.append(torch.zeros(PER_WEIGHT, device=weight.device))
-        else:
-            deltas.append(lora.delta(_indices(weight, name), weight.shape[-1]))
-    return deltas
+    """Return how merging the adapters would change the sampled values of each weight."""
+    return [
+        adapted[id(weight)].delta(_indices(weight, name), weight.shape[-1])
+        if id(weight) in adapted
+        else torch.zeros(PER_WEIGHT, device=weight.device)
+        for weight in weights
+    ]
 
 
 def _places(name: str, count: int) -> list[float]:
-    """Return the relative places to sample, from 0 to 1: a golden-ratio sequence that starts at the hash of the name."""
+    """Return relative indices from 0 to 1: a golden-ratio sequence that starts at the hash of the name."""
     start = xxhash.xxh3_64_intdigest(name.encode()) / 2**64
     return [(start + (k + 1) * _GOLDEN_RATIO) % 1 for k in range(count)]
 
@@ -181,7 +175,7 @@ def _rows(name: str, vocabulary: int) -> list[int]:
 
 
 def without_rows(fingerprint: Fingerprint, ids: Collection[int]) -> Fingerprint:
-    """Leave out the rows of tokens for which a prompt has its own rows."""
+    """Leave out the embeddings of these token ids, for which a prompt has its own embeddings."""
     if not ids:
         return fingerprint
     embeddings = {}
