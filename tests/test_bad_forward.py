@@ -169,7 +169,7 @@ def test_encoder_outputs_without_the_prompt(arch: str, method: Any, form: str, m
     with torch.no_grad(), softhooks.attach(model, method):
         decoder = {"decoder_input_ids": zoo.text(2, 3)}
         expected = model(input_ids=IDS, **decoder, **mask).logits
-        message = r"an encoder that ran with the prompt(.|\n)*call the encoder while the prompt is active"
+        message = r"must run with the same prompts(.|\n)*call the encoder while the prompt is active"
         with untouched(model), pytest.raises(PromptNotReachedError, match=message):
             model(encoder_outputs=foreign, **decoder, **mask)
         own = model.get_encoder()(IDS, **mask)

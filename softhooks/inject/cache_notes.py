@@ -1,13 +1,14 @@
-"""Notes on caches and encoder outputs: the prompts that they were computed with, and the places of slots in them."""
+"""Notes on caches and encoder outputs: the prompts that they were computed with, and where they contain slots."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.probing import last_hidden_state
@@ -16,22 +17,17 @@ from softhooks.inject.caches import caches_in, is_filled
 from softhooks.inject.provenance import Provenance
 from softhooks.layout.slot_map import Places, Widened, widen
 
-if TYPE_CHECKING:
-    from transformers.generation.continuous_batching import PagedAttentionCache
-
 _NOTE = "_softhooks_note"
 
 
 @dataclass(frozen=True)
 class WrittenSlots:
-    """The places where a forward inserted slots.
-
-    A later forward finds the slots by their offsets from a row's first token, so columns may be added on either side.
+    """The slots that a forward inserted, so that a later forward finds them in the cache or in the encoder's states.
 
     Attributes:
-        places: the places of the slots in each row.
-        before: the text column after each slot, in the forward that inserted the slots, [B, S].
-        columns: the number of text columns of that forward.
+        places: the number of real tokens before each slot, which does not change if padding is added on either side.
+        before: the text column before which each slot was inserted, [B, S].
+        columns: the number of text columns of the forward.
     """
 
     places: Places
@@ -39,32 +35,29 @@ class WrittenSlots:
     columns: int
 
     def places_in(self, batch: int) -> Places | None:
-        """Return the places for a batch that repeats each row equally often (beams, samples), or None for other batch sizes."""
-        times = self._times(batch)
-        if times is None:
+        """Return `places` for a batch in which each row is repeated equally often (beams, samples); None for other batches."""
+        rows = self.before.shape[0]
+        if not rows or not batch or batch % rows:
             return None
+        times = batch // rows
         return Places(self.places.offsets.repeat_interleave(times, 0), self.places.live.repeat_interleave(times, 0))
 
     def widened(self, batch: int) -> Widened | None:
-        """Return the map between text columns and columns with slots for a batch, or None if `places_in` returns None."""
-        places, times = self.places_in(batch), self._times(batch)
-        if places is None or times is None:
+        """Return the map from text columns to columns with slots for such a batch; None for other batches."""
+        places = self.places_in(batch)
+        if places is None:
             return None
-        return widen(self.before.repeat_interleave(times, 0), places.live, self.columns)
-
-    def _times(self, batch: int) -> int | None:
-        rows = self.before.shape[0]
-        return batch // rows if rows and batch and batch % rows == 0 else None
+        return widen(self.before.repeat_interleave(batch // self.before.shape[0], 0), places.live, self.columns)
 
 
 @dataclass(frozen=True)
 class Note:
-    """The note on a cache, on an encoder's output or on its states; copies of the object keep it.
+    """The note on a cache, on an encoder's output, or on the states in this output. Copies of the object have the same note.
 
     Attributes:
-        provenance: the prompts that the object was computed with; None if there was no prompt, or if this is unknown.
-        slots: the places of the slots in the object.
-        injected: for a paged cache, the names of the prompts in words, and their keys and values at attention.
+        provenance: the prompts that the object was computed with; None if there were none, or if they are unknown.
+        slots: the slots in the object.
+        injected: for a paged cache, the names of the prompts, and the tensors that they inject at attention.
     """
 
     provenance: Provenance | None = None
@@ -76,44 +69,32 @@ _NOTHING = Note()
 
 
 def note_on(holder: Any) -> Note:
-    """Return the note on a cache, on states, or on the output that contains the states, or an empty note if it has none."""
+    """Return the note on an object, or an empty note if it has none."""
     note: Note = getattr(holder, _NOTE, _NOTHING)
     return note
 
 
-def _add(holder: Any, **changes: Any) -> None:
-    if not isinstance(holder, tuple):  # a tuple cannot have attributes
+def add_note(holder: Any, **changes: Any) -> None:
+    """Set fields of the `Note` on an object. Nothing is noted on a tuple, which cannot have attributes."""
+    if not isinstance(holder, tuple):
         setattr(holder, _NOTE, replace(note_on(holder), **changes))
-
-
-def slots_in(holder: Any) -> WrittenSlots | None:
-    """Return the slot places that `note_slots` recorded on a cache or an encoder output, or None if it recorded none."""
-    return note_on(holder).slots
-
-
-def note_slots(holder: Any, slots: WrittenSlots) -> None:
-    """Record where the slots are, as a note on a cache, on encoder states, or on the output that contains the states."""
-    _add(holder, slots=slots)
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------
 
 
 def note_caches(output: Any, provenance: Callable[[], Provenance]) -> None:
-    """Note the prompts on a cache that the stack created; a cache that was passed in already has its note."""
+    """Note the prompts on a cache that the stack created; a cache that the caller passed already has its note."""
     for cache in caches_in(output):
         if note_on(cache).provenance is None:
-            _add(cache, provenance=provenance())
+            add_note(cache, provenance=provenance())
 
 
 def require_own_cache(cache: Any, now: Provenance | None) -> None:
-    """Check that a cache was filled with the active prompts in their present state, or note the prompts on an empty cache.
+    """Refuse a cache that was filled with other prompts, or before the prompts changed; note the prompts on an empty cache.
 
     Args:
         now: the active prompts; None if no prompt is active.
-
-    Raises:
-        UnsupportedModeError: the cache was filled without a prompt, with other prompts, or before the prompts changed.
     """
     if not hasattr(cache, "get_seq_length"):
         return
@@ -123,13 +104,13 @@ def require_own_cache(cache: Any, now: Provenance | None) -> None:
         return
     if is_filled(cache):
         raise UnsupportedModeError(
-            "the cache was not filled with the prompts that are active now; a cache can only be used with the prompts that "
-            "filled it.",
-            "Activate the prompts that filled the cache, or start again from the text without the cache.",
+            "the active prompts differ from the prompts that the cache was filled with; a cache can only be used with the same "
+            "prompts.",
+            "Activate the prompts that filled the cache, or run the whole text again without the cache.",
             filled=_in_words(before, now, difference),
             now=f"with {now.words}" if now else "without a prompt",
         )
-    _add(cache, provenance=now)
+    add_note(cache, provenance=now)
 
 
 def _in_words(before: Provenance | None, now: Provenance | None, difference: str) -> str:
@@ -139,22 +120,19 @@ def _in_words(before: Provenance | None, now: Provenance | None, difference: str
 
 
 def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | None, selection: str | None) -> None:
-    """Check that a paged cache was filled with the active prompt, or note the prompt on a new cache.
+    """Refuse a paged cache that was filled with another prompt, or before the prompt changed; note the prompt on a new cache.
 
     Args:
         cache: the cache of a continuous batch, or None outside of continuous batching.
-        forward_pass: the pass that was opened and is closed on an error; None if no prompt is active.
-        selection: the name of the active prompt, in words.
-
-    Raises:
-        UnsupportedModeError: the prompt was a different one, or has been trained since.
+        forward_pass: the open pass, which is closed on an error; None if no prompt is active.
+        selection: the name of the active prompt.
     """
     if cache is None:
         return
     now = [] if forward_pass is None else forward_pass.injected_tensors()
     noted = note_on(cache).injected
     if noted is None:
-        _add(cache, injected=(selection, now))
+        add_note(cache, injected=(selection, now))
         return
     words, before = noted
     if len(now) == len(before) and all(a is b or torch.equal(a, b) for a, b in zip(now, before, strict=True)):
@@ -163,8 +141,8 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
         forward_pass.close()
     changed = ", which has changed since" if words == selection else ""
     raise UnsupportedModeError(
-        "the paged cache was not filled with the prompt that is active now; a cache can only be used with the prompt that "
-        "filled it.",
+        "the active prompt differs from the prompt that the paged cache was filled with; a cache can only be used with the same "
+        "prompt.",
         "Stop the manager, and start a new one after `activate`, `disabled` or a training step.",
         filled=f"with {words}" if words else "without a prompt",
         now=f"with {selection}{changed}" if selection else "without a prompt",
@@ -175,36 +153,30 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
 
 
 def note_encoded(output: Any, provenance: Provenance) -> None:
-    """Record, on an encoder's output and on its states, the prompts that the encoder ran with."""
+    """Note the prompts that an encoder ran with on its output and on its states."""
     for part in (output, last_hidden_state(output)):
-        _add(part, provenance=provenance)
+        add_note(part, provenance=provenance)
 
 
 def encoded_slots(encoded: Any) -> WrittenSlots | None:
-    """Find where the slots are in an encoder output that the caller passed, from the note on the output or on its states."""
-    return next((slots for slots in map(slots_in, _bearers(encoded)) if slots is not None), None)
+    """Return the slots in an encoder output that the caller passed, from the note on the output or on its states."""
+    return next((slots for part in _bearers(encoded) if (slots := note_on(part).slots) is not None), None)
 
 
 def require_encoded(given: Any, now: Provenance) -> None:
-    """Check that an encoder output that the caller passed was computed with the active prompts.
-
-    Raises:
-        PromptNotReachedError: it was computed without a prompt, with other prompts, or before the prompts changed.
-    """
+    """Refuse an encoder output that was not computed with the active prompts in their present state."""
     noted = [before for part in _bearers(given) if (before := note_on(part).provenance) is not None]
     differences = [now.difference(before) for before in noted]
     if None not in differences:
+        computed = _in_words(noted[0], now, str(differences[0])) if noted else "without a prompt"
         raise PromptNotReachedError(
-            "`encoder_outputs` were not computed with the active prompts; the decoder needs the states of an encoder that ran "
-            "with the prompt.",
+            "`encoder_outputs` were not computed with the active prompts; encoder and decoder must run with the same prompts.",
             "Let the model run its encoder itself, or call the encoder while the prompt is active and pass its output unchanged.",
-            encoder_outputs=f"made {_in_words(noted[0], now, str(differences[0]))}"
-            if noted
-            else "made without a prompt",
-            now=now.words,
+            encoder_outputs=f"computed {computed}",
+            now=f"with {now.words}",
         )
 
 
 def _bearers(encoded: Any) -> list[Any]:
-    """List the objects that may hold the note: the output and its states, because beam search copies only the states."""
+    """List the objects that may have the note: the output and its states, because beam search copies only the states."""
     return [encoded, *([encoded[0]] if isinstance(encoded, (tuple, list, dict)) and len(encoded) else [])]

@@ -13,13 +13,12 @@ from softhooks.errors import UnsupportedModeError
 def cache_of(call: dict[str, Any]) -> Any:
     """Return the cache in the arguments of a stack's forward: `past_key_values`, or `cache_params` in recurrent models.
 
-    Raises:
-        UnsupportedModeError: the model keeps its state as plain tensors (RWKV), which cannot hold a note of their prompt.
+    RWKV's state is refused, because no prompt can be noted on its list of tensors.
     """
     if call.get("state") is not None:
         raise UnsupportedModeError(
-            f"the call has `state`, a {type(call['state']).__name__} of tensors, from which softhooks cannot see whether the "
-            "prompt is already in it.",
+            f"the call has `state`, a {type(call['state']).__name__} of tensors; softhooks cannot tell whether such a state was "
+            "computed with the prompt.",
             "Generate with `use_cache=False`.",
         )
     cache = call.get("past_key_values")
@@ -27,7 +26,7 @@ def cache_of(call: dict[str, Any]) -> Any:
 
 
 def is_recurrent(cache: Any) -> bool:
-    """Whether a cache contains only states of recurrent layers, which have no columns to count."""
+    """Whether a cache contains only states of recurrent layers, which have no sequence length."""
     layers = getattr(cache, "layers", None) or ()
     return bool(len(layers)) and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
@@ -42,6 +41,6 @@ def is_filled(cache: Any) -> bool:
 
 
 def caches_in(output: Any) -> list[Any]:
-    """List the caches in a stack's output, whether the caller passed them or the stack created them."""
+    """List the caches in a stack's output."""
     items = [] if isinstance(output, Tensor) else output if isinstance(output, tuple) else output.values()
     return [item for item in items if hasattr(item, "get_seq_length")]

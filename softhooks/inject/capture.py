@@ -1,4 +1,4 @@
-"""Record the keys and values that the attention modules of a stack compute, in a forward of only the stack."""
+"""Run a stack by itself, and record the keys and values that its attention modules compute."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from typing import Any
 
 from torch import Tensor
 
+from softhooks.backbone.attention_groups import groups_of
+from softhooks.backbone.attention_interface import marked_sites
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
-from softhooks.backbone.probing import last_hidden_state
+from softhooks.backbone.probing import eval_mode, last_hidden_state
 from softhooks.backbone.recording_cache import RecordingCache
-from softhooks.backbone.stack import Role, Site, Stack
+from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
 from softhooks.backbone.windows import window_of
-from softhooks.inject.prefix.key_values import KeyValues
+from softhooks.compat.offload import device_of
+from softhooks.inject.prefix.key_values import KeyValues, flatten
 from softhooks.inject.prefix.paged_cache import attend_alone
 
 
 class CapturePass(Pass):
-    """A forward that records the keys and values of each site.
+    """A forward that records the keys and values of each attention layer.
 
     Args:
-        rows: replaces the output of the embedding, [B, P, H]; None to keep that output.
+        rows: embeddings to use instead of the embedding's output, [B, P, H]; None to keep that output.
     """
 
     def __init__(self, stack: Stack, rows: Tensor | None = None) -> None:
@@ -29,7 +32,7 @@ class CapturePass(Pass):
         self.values: dict[Role, dict[int, Tensor]] = {"self": {}, "cross": {}}
 
     def embed(self, output: Tensor) -> Tensor:
-        """Return the given rows instead of the placeholder's embeddings."""
+        """Return the given embeddings instead of the embeddings of the placeholder ids."""
         return output if self.rows is None else self.rows.to(output).expand_as(output)
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -43,15 +46,12 @@ class CapturePass(Pass):
 def capture(
     stack: Stack, inputs: dict[str, Any], rows: Tensor | None = None, alone: str = ""
 ) -> tuple[dict[Role, KeyValues], Tensor]:
-    """Run a stack and record its keys and values.
+    """Run a stack, and return its keys and values by role, and its last hidden state, [B, P, H].
 
     Args:
         inputs: the arguments of the stack's forward.
         rows: embeddings to use instead of the embeddings of `input_ids`, [B, P, H].
         alone: as in `StackState.running`.
-
-    Returns:
-        the keys and values by role, and the last hidden state, [B, P, H].
     """
     inputs = dict(inputs)
     if "use_cache" in stack.parameters and stack.causal:
@@ -66,3 +66,24 @@ def capture(
         forward_pass.keys["self"] = {index: key for index, (key, _) in cache.recorded.items()}
         forward_pass.values["self"] = {index: value for index, (_, value) in cache.recorded.items()}
     return {role: KeyValues(keys, forward_pass.values[role]) for role, keys in forward_pass.keys.items()}, state
+
+
+def key_values_of(structure: ModelStructure, ids: Tensor) -> dict[str, Tensor]:
+    """Compute the frozen model's keys and values of a text, for every group of attention layers.
+
+    An encoder-decoder runs the text through both stacks. The keys and values of all tokens are returned, even for layers with
+    sliding windows.
+
+    Shape:
+        ids [P] -> {group: [P, sum over layers of Hk * (Dk + Dv)]}
+    """
+    inputs: dict[str, Any] = {"input_ids": ids.to(device_of(structure.entry.embedding))[None]}
+    groups = groups_of(structure)
+    captured: dict[str, Tensor] = {}
+    for stack in structure.stacks:
+        with eval_mode(stack.module), marked_sites(stack):
+            found, inputs["encoder_hidden_states"] = capture(stack, inputs)
+        for group, (owner, role) in groups.items():
+            if owner is stack:
+                captured[group] = flatten(found[role].keys, found[role].values, stack.sites_of(role)).float()
+    return captured

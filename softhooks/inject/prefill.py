@@ -1,7 +1,7 @@
-"""Run a front prompt of a causal decoder once, and use the prompt's keys and values as the prefix of every row.
+"""Run a prompt through a causal decoder once, and use its keys and values as the prefix of every row.
 
-Virtual tokens at the front only attend to each other, so their states are the same in every row. They run at batch size 1, with
-gradients. `softhooks.inject.reuse` decides whether a later forward may reuse the result.
+Virtual tokens before the text attend only to each other, so their states are the same in every row. They run at batch size 1,
+with gradients. `softhooks.inject.reuse` decides whether a later forward may reuse the result.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _ALONE = "a prompt's own rows"
 
 
 def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
-    """Run virtual tokens through a stack, with one row for each variant of the prompt.
+    """Run virtual tokens through a stack.
 
     Args:
-        rows: the prompt's embeddings, [R, P, H]; R is 1 if all rows of the batch share them.
-        placeholder: the ids of the virtual tokens, [P], for models whose states depend on ids apart from their embeddings.
+        rows: the embeddings of each variant of the prompt, [R, P, H].
+        placeholder: the ids of the virtual tokens, [P], for models that read ids as well as embeddings.
     """
     variants, length = rows.shape[:2]
     inputs: dict[str, Any] = {"input_ids": placeholder.to(rows.device).expand(variants, length)}
@@ -44,7 +44,7 @@ def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
 
 @contextmanager
 def _without_checkpointing(module: nn.Module) -> Iterator[None]:
-    """Disable activation checkpointing, because the keys and values of these few rows must stay in the autograd graph."""
+    """Disable activation checkpointing, because the prompt's keys and values must stay in the autograd graph."""
     with Patches() as patches:
         for part in every_module(module):
             if is_checkpointed(part):
@@ -53,7 +53,7 @@ def _without_checkpointing(module: nn.Module) -> Iterator[None]:
 
 
 class _StatesOnly(BaseModelOutput):
-    """A stack's output with only hidden states; any other attribute that a model reads is None."""
+    """A stack's output with only the last hidden state; any other attribute that a model reads is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -61,10 +61,9 @@ class _StatesOnly(BaseModelOutput):
 
 
 def logits_of(model: nn.Module, stack: Stack, states: Tensor, placeholder: int) -> Tensor:
-    """Compute the logits for hidden states with the model's head, including scaling and capping, without running the stack.
+    """Compute the model's logits from hidden states without running the stack. [R, P, H] -> [R, P, V].
 
-    Shape:
-        states [R, P, H] -> logits [R, P, V]
+    The model's own forward runs, so the logits are scaled and capped as usual.
     """
 
     def forward(*_args: Any, **_kwargs: Any) -> _StatesOnly:

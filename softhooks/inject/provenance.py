@@ -1,7 +1,7 @@
-"""Record the prompts, and their state, with which a cache or an encoder's output was computed.
+"""Record the prompts that a cache or an encoder's output was computed with, and the state of each prompt.
 
 A name does not identify the state of a prompt: a training step, an assignment to `.data`, folding, or another prompt with the
-same name changes the state. So the tensors are compared by value with a copy, which all notes of the same state share.
+same name changes it. So the prompt's tensors are compared by value with a copy, which is shared by all records of that state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _tokens: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def token_of(model: nn.Module) -> str:
-    """Return an id of a model that is unique across processes; copies of the model share the id."""
+    """Return an id for a model object, unique across processes."""
     return _tokens.setdefault(model, uuid.uuid4().hex)
 
 
@@ -30,8 +30,8 @@ class Snapshot:
     """The state of a prompt at one moment.
 
     Args:
-        values: copies of the prompt's tensors, which never change.
-        facts: everything else: the injection and the conventions, and the plain attributes and hooks of the modules.
+        values: copies of the prompt's tensors.
+        facts: the injection, the conventions, and the plain attributes and hooks of the prompt's modules.
     """
 
     def __init__(self, values: list[Tensor], facts: tuple[Any, ...]) -> None:
@@ -43,7 +43,7 @@ class Snapshot:
         return self
 
     def equals(self, values: list[Tensor], facts: tuple[Any, ...]) -> bool:
-        """Whether a prompt with these tensors and facts is in the same state."""
+        """Whether these tensors and facts are the same as in the snapshot."""
         return facts == self.facts and len(values) == len(self.values) and all(map(_equal, values, self.values))
 
 
@@ -52,10 +52,9 @@ def _equal(now: Tensor, before: Tensor) -> bool:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this process holds."""
-    local: Any = getattr(tensor, "to_local", None)
-    own: Tensor = tensor.detach() if local is None else local().detach()
-    return own
+    """Return the shard of a tensor that this process holds, or the whole tensor if it is not sharded."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.detach()
 
 
 def snapshot(
@@ -68,10 +67,11 @@ def snapshot(
 ) -> Snapshot:
     """Take a snapshot of a prompt; return the previous one if nothing has changed.
 
-    Inside a `generate` call nothing changes, so the address and version of each tensor are compared instead of the values.
+    Inside a `generate` call, only the address and version of each tensor are compared, because nothing trains there.
 
     Args:
-        added: the prompt's own rows of the vocabulary, if it trains any.
+        added: the rows of added tokens that the prompt trains, if any.
+        before: the previous snapshot.
     """
     tensors = [*every_tensor(encoder), *(added.parameters() if added else ())]
     scope = scope_of(model)
@@ -109,9 +109,9 @@ class Provenance:
 
     Attributes:
         words: the names of the prompts, for messages.
-        model: the token of their model.
+        model: the model's `token_of`.
         prompts: the name and the state of each prompt.
-        variants: the variant of each row, or a single variant for all rows; None if unknown.
+        variants: the prompt variant of each row, or a single variant for all rows; None if unknown.
     """
 
     words: str
@@ -124,7 +124,7 @@ class Provenance:
         return self
 
     def difference(self, other: Provenance | None) -> str | None:
-        """Describe for a message how another provenance differs, or return None if it does not.
+        """Describe, for a message, how another provenance differs from this one; return None if it does not.
 
         Args:
             other: the other provenance, or None for the model without a prompt.
@@ -142,7 +142,7 @@ class Provenance:
 
 
 def _same_rows(now: tuple[int | None, ...], before: tuple[int | None, ...]) -> bool:
-    """Whether rows have the same variants as before, even if each row is now repeated equally often."""
+    """Whether the variants of the rows are the same as before, or each row is now repeated equally often."""
     if len(set(now)) == len(set(before)) == 1:
         return now[0] == before[0]
     if not len(now) or len(now) % len(before):

@@ -14,7 +14,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.cache_notes import slots_in
+from softhooks.inject.cache_notes import note_on
 from softhooks.inject.caches import cache_of, is_filled
 from softhooks.inject.prefix.paged_cache import paged_cache
 
@@ -44,7 +44,7 @@ def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> 
     cache = cache_of(call)
     if is_filled(cache):
         # The virtual tokens were already computed when the cache was filled, with or without sharing.
-        return ["past_key_values, which contain the prompt's slots"] if slots_in(cache) is not None else []
+        return ["past_key_values, which contain the prompt's slots"] if note_on(cache).slots is not None else []
     found = [name for name, value in call.items() if value is not None and name not in _HARMLESS]
     found = [name for name in found if not _same(call[name], stack.compared_arguments.get(name))]
     if isinstance(cache, EncoderDecoderCache) and is_filled(cache.cross_attention_cache):

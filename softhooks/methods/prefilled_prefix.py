@@ -36,7 +36,7 @@ class PrefilledPrefix(Method):
         require_sites(structure)
         tokens = torch.tensor(list(ids), dtype=torch.long)
         embed_ids(structure, tokens)  # refuses ids outside the vocabulary
-        from softhooks.inject.text_key_values import key_values_of  # imports transformers
+        from softhooks.inject.capture import key_values_of  # imports transformers
 
         return key_values_of(structure, tokens)
 

@@ -77,7 +77,7 @@ class PrefixTuning(KeyValuePrefix):
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
         """Return the initial keys and values of each group, [P, N]."""
         if self.init == "text":
-            from softhooks.inject.text_key_values import key_values_of  # imports transformers
+            from softhooks.inject.capture import key_values_of  # imports transformers
 
             return key_values_of(structure, self._ids(structure))
         tables = super().initial_tables(structure)

@@ -13,9 +13,9 @@ from softhooks.backbone.module_walk import every_tensor
 from softhooks.backbone.probing import eval_mode
 from softhooks.backbone.stack import Role, Stack
 from softhooks.errors import UnsupportedMethodError, UnsupportedModeError
+from softhooks.inject.capture import key_values_of
 from softhooks.inject.prefix.key_values import KeyValues, split
 from softhooks.inject.reuse import ResultCache
-from softhooks.inject.text_key_values import key_values_of
 from softhooks.layout.tokenizing import IGNORE_INDEX
 from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_loss
 from softhooks.objectives.losses import kl_divergence, require_logits

@@ -63,7 +63,7 @@ def test_a_cache_that_was_filled_without_the_prompt(arch: str, way: str) -> None
                 off = read(model)
                 go_on(model, copy.deepcopy(off))
                 go_on(model, copy.deepcopy(before))
-            message = r"prompts that filled it(.|\n)*filled: *without a prompt\nnow: *with 'default'\nActivate the"
+            message = r"only be used with the same prompts(.|\n)*filled: *without a prompt\nnow: *with 'default'\nActivate the"
             for cache in (before, off, copy.deepcopy(off)):
                 held = cache.get_seq_length()
                 with pytest.raises(UnsupportedModeError, match=message):

@@ -188,7 +188,7 @@ def test_a_prompt_that_changes_while_a_manager_runs_is_refused(change: str) -> N
         else:
             wake(second)
         told = ask(manager, [5, 6, 7])
-        assert "a cache can only be used with the prompt that filled it" in told.error
+        assert "a cache can only be used with the same prompt" in told.error
     finally:
         manager.stop(block=True, timeout=60)
         manager.destroy()

@@ -9,7 +9,7 @@ from torch import Tensor
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError
-from softhooks.inject.cache_notes import slots_in
+from softhooks.inject.cache_notes import note_on
 from softhooks.inject.gather_columns import gather_columns
 from softhooks.inject.slots.refused_calls import flat_mask
 from softhooks.inject.slots.slot_tables import Slots
@@ -68,7 +68,7 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
         return state if wide is None else wide.own_states(state)
 
     if isinstance(output, tuple):
-        return tuple(strip(item) if slots_in(item) is not None else item for item in output)
+        return tuple(strip(item) if note_on(item).slots is not None else item for item in output)
     if not isinstance(output, Tensor) and output.get("encoder_last_hidden_state") is not None:
         output["encoder_last_hidden_state"] = strip(output["encoder_last_hidden_state"])
     return output
@@ -76,6 +76,6 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
 
 def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
     """Return the map of slots that the encoder's pass used for these states, repeated for beams."""
-    written = slots_in(states) or encoder.state.encoded
+    written = note_on(states).slots or encoder.state.encoded
     wide = None if written is None else written.widened(states.shape[0])
     return wide if wide is not None and wide.columns == states.shape[1] else None

@@ -15,7 +15,7 @@ from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.probing import last_hidden_state
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
-from softhooks.inject.cache_notes import WrittenSlots, note_slots, slots_in
+from softhooks.inject.cache_notes import WrittenSlots, add_note, note_on
 from softhooks.inject.caches import cache_of, caches_in, is_filled, is_recurrent
 from softhooks.inject.checkpointing import CheckpointedPass
 from softhooks.inject.shift_positions import set_position_ids
@@ -168,7 +168,7 @@ class SlotPass(Pass):
     # --- later forwards of a generation: the slots are in the cache ---------------------------------------------------
 
     def _continue(self, call: dict[str, Any], cache: Any, past: int) -> None:
-        written = slots_in(cache)
+        written = note_on(cache).slots
         slots = 0 if written is None else written.places.offsets.shape[1]
         given, positions = call.get("attention_mask"), given_positions(self.stack, call, self.outer)
         total = past - slots + self.columns
@@ -199,7 +199,7 @@ class SlotPass(Pass):
 
     def _continue_state(self, cache: Any) -> None:
         """Continue from a state of recurrent layers that have already read the slots."""
-        written = slots_in(cache)
+        written = note_on(cache).slots
         if written is None or written.places_in(self.batch) is None:
             raise UnsupportedModeError(
                 f"{type(cache).__name__} was not made with these slots; slots need a state that the same generation has made.",
@@ -230,15 +230,15 @@ class SlotPass(Pass):
             return output if self._cached is None else strip_attentions(output, self._cached)
         if self.stack.causal:
             for cache in caches_in(output):
-                note_slots(cache, self._written)
+                add_note(cache, slots=self._written)
         if self._asked and last_hidden_state(output).shape[1] < self._wide.columns:
             return strip_last(output, self._wide, self.strip, self._asked)
         refuse_more_columns(output, self.columns, self._wide.columns)
         stripped = strip_output(output, self._wide, self.strip, self.keep)
         if self.keep:
             self.stack.state.encoded = self._written
-            note_slots(stripped, self._written)
-            note_slots(last_hidden_state(stripped), self._written)
+            for part in (stripped, last_hidden_state(stripped)):
+                add_note(part, slots=self._written)
         return stripped
 
     def pooled(self, states: Any) -> Any:
