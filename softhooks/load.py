@@ -17,8 +17,7 @@ from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods import cartridge
 from softhooks.methods.cartridge import Cartridge
-from softhooks.methods.stored_fit import check_fit
-from softhooks.methods.stored_options import method_of
+from softhooks.methods.stored_method import check_fit, method_of
 from softhooks.prompt import SoftPrompt
 from softhooks.prompt_encoder import PromptEncoder
 from softhooks.runtime.added_tokens import AddedTokens, copy_rows, take_rows

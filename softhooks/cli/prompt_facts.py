@@ -16,7 +16,7 @@ from softhooks.formats.find import format_of, read
 from softhooks.formats.softhooks_files import LIVE
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
-from softhooks.methods.stored_options import method_of
+from softhooks.methods.stored_method import method_of
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

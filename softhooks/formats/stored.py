@@ -19,7 +19,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class StoredPrompt:
-    """The content of a prompt's file. `softhooks.methods.stored_options` finds the method and checks the options.
+    """The content of a prompt's file. `softhooks.methods.stored_method` finds the method and checks the options.
 
     Attributes:
         kind: the kind of the method, such as `prompt_tuning`.

@@ -1,4 +1,4 @@
-"""Context tuning: training of the keys and values of few-shot demonstrations."""
+"""Context tuning: train the keys and values of few-shot demonstrations."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from softhooks.prompt_encoder import PromptEncoder, TableEncoder
 
 
 class DemonstrationEncoder(TableEncoder):
-    """Keys and values of demonstrations, some of which are hidden from some rows.
+    """Trained keys and values of demonstrations. `ContextTuning` documents the options.
 
     Args:
-        tables: the keys and values of each group, [P, numbers].
-        lengths: the number of virtual tokens of each demonstration; other virtual tokens come before the first demonstration.
-        leave_one_out: require `example_ids` in training.
-        token_dropout: the probability that a virtual token is hidden from a row in training.
+        tables: the initial keys and values of each group, [P, N].
     """
 
     owners: Tensor
@@ -34,14 +31,14 @@ class DemonstrationEncoder(TableEncoder):
         super().__init__(tables)
         count = next(iter(tables.values())).shape[0]
         owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-        lead = torch.full((count - len(owners),), -1)
+        lead = torch.full((count - len(owners),), -1)  # the instruction
         self.register_buffer("owners", torch.cat([lead, owners]), persistent=False)
         self.demonstrations = len(lengths)
         self.leave_one_out = leave_one_out
         self.token_dropout = token_dropout
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Hide each row's own demonstration and, in training, random virtual tokens. -> [B, P]."""
+        """Hide each row's own demonstration and, in training, random virtual tokens, [B, P]."""
         required = self.training and self.leave_one_out
         own = hide_own_example(given, batch, self.owners, self.demonstrations, required=required)
         if not self.training or self.token_dropout == 0:
@@ -54,34 +51,29 @@ class DemonstrationEncoder(TableEncoder):
 class ContextTuning(PrefilledPrefix):
     """Context tuning: a trained prefix that is initialized with the keys and values of few-shot demonstrations.
 
-    Before the first step the model's output is the same as with the demonstrations in its context. The training rows are the
-    demonstrations themselves, each split into text and label. Two options keep the model from looking up the answers in the
-    prefix:
-    - `leave_one_out`: the batch column `example_ids` has the number of the row's own demonstration, from 0, or -1 for none; the
-      row does not see the keys and values of this demonstration. Later demonstrations stay visible, although the frozen model
-      computed them with this demonstration in their context. Rows with `example_ids` are masked in evaluation too.
-    - `token_dropout`: in training each virtual token is hidden from a row with this probability, sampled in each forward.
+    Before the first step the model's output is the same as with the demonstrations in its context. Training rows are usually the
+    demonstrations themselves, split into text and label. Two options keep the model from looking up the answers in the prefix:
+    - `leave_one_out`: a row does not attend to its own demonstration, whose number, from 0, is in the batch column
+      `example_ids`; -1 stands for no demonstration. The keys and values of later demonstrations still depend on the hidden one.
+      Rows with `example_ids` are masked in evaluation too.
+    - `token_dropout`: in training, random virtual tokens are hidden from each row.
 
-    Start with AdamW and a learning rate of 1e-3. Tokenize rows as a continuation of the demonstrations: without BOS if the
-    demonstrations start with BOS.
+    Start with AdamW and a learning rate of 1e-3. Tokenize rows without a BOS token if the demonstrations start with one.
 
-    Source: Lu et al. 2025, arXiv:2507.04221, the key-value variant (CT-KV). Differs: `instruction` is ours. So is the
-    support of encoder-decoders, where encoder and decoder both read the demonstrations and each of the three prefixes has its own
-    dropout.
+    Source: Lu et al. 2025, arXiv:2507.04221, the key-value variant (CT-KV). Differs: `instruction` is ours, and so is the support
+    of encoder-decoders, where encoder and decoder both read the demonstrations.
 
     Args:
         num_virtual_tokens: P, which is computed from the demonstrations; leave it out.
         demonstrations: texts or lists of ids, one for each demonstration, including the separator before the next one.
-        instruction: a text or ids before the first demonstration. Texts are tokenized with the tokenizer's BOS token at the
-            start.
+        instruction: a text or ids before the first demonstration. A BOS token is added before texts.
         tokenizer: the model's tokenizer or its name, for texts.
         leave_one_out: require `example_ids` in training.
         token_dropout: the probability of hiding a virtual token; 0.05 to 0.1 in the paper.
-        lengths: the number of virtual tokens of each demonstration, which is computed from the demonstrations, and saved for the
-            masks of further training.
+        lengths: the number of tokens of each demonstration, which is computed and saved; leave it out.
 
     Shape:
-        the encoder returns [P, sum over layers of Hk * (Dk + Dv)] for each group.
+        each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)].
 
     Raises:
         OptionError: an option is wrong, or the demonstrations are missing.
@@ -103,7 +95,7 @@ class ContextTuning(PrefilledPrefix):
     def __post_init__(self) -> None:
         if isinstance(self.demonstrations, str):
             raise OptionError(
-                "demonstrations is a single text; it must be a list with one item for each demonstration."
+                "demonstrations is a single text; it must be a list with one text for each demonstration."
             )
         if len(self.demonstrations):
             self._tokenize()
@@ -125,7 +117,7 @@ class ContextTuning(PrefilledPrefix):
         check_dropout("token_dropout", self.token_dropout)
 
     def _tokenize(self) -> None:
-        """Tokenize the demonstrations and the instruction, and count their ids."""
+        """Replace the texts by ids, and set the numbers of ids."""
         shots = tuple(ids_of(shot, self.tokenizer, "demonstrations") for shot in self.demonstrations)
         texts = any(isinstance(text, str) for text in (*self.demonstrations, self.instruction))
         lead = bos_ids(self.tokenizer) if texts else ()
@@ -139,20 +131,20 @@ class ContextTuning(PrefilledPrefix):
         ):
             if asked not in (None, found):
                 raise OptionError(f"{option} is {asked}, but the demonstrations have {found}; leave {option} out.")
-        kept = {"demonstrations": shots, "instruction": lead, "lengths": lengths, "num_virtual_tokens": count}
-        for option, value in kept.items():
-            object.__setattr__(self, option, value)
+            object.__setattr__(self, option, found)
+        object.__setattr__(self, "demonstrations", shots)
+        object.__setattr__(self, "instruction", lead)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
         """Compute the keys and values of the demonstrations with the frozen model."""
         if not len(self.demonstrations):
             raise OptionError(
                 "a new prompt of context tuning is initialized from demonstrations, but none are given; pass `demonstrations=`, "
-                "or use `load` to continue a saved prompt."
+                "or use `load` for a saved prompt."
             )
         ids = [*(self.instruction or ()), *(i for shot in self.demonstrations for i in shot)]
         return self.folded_encoder(self.prefill(structure, ids))
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder; folding does not change it, to keep the masks."""
+        """Make the same encoder as for a new prompt, because a loaded prompt still masks rows."""
         return DemonstrationEncoder(tables, self.lengths or (), self.leave_one_out, self.token_dropout)

@@ -1,4 +1,4 @@
-"""Context-aware prompt tuning: a few-shot context with words that may move a little, except for labels and separators."""
+"""Context-aware prompt tuning: train the embeddings of a few-shot context within bounds, except for labels and separators."""
 
 from __future__ import annotations
 
@@ -25,36 +25,34 @@ from softhooks.prompt_encoder import EMBEDDINGS
 logger = logging.getLogger(__name__)
 
 _WIDTH = 2048
-"""The model width to which the epsilons refer."""
+"""The hidden size for which the epsilons are defined."""
 
 
 @dataclass(frozen=True)
 class ContextAwarePromptTuning(Method):
-    """Context-aware prompt tuning (CPT): a few-shot context with inputs and formats that may move a little, and fixed labels.
+    """Context-aware prompt tuning (CPT): a few-shot context, [P, H], whose embeddings are trained within bounds.
 
-    The context comes before every row, as in in-context learning, and before the first step the output is the same. Each movable
-    token stays within a bound around its word: it is projected back after each step of any optimizer, in any loop.
+    The context comes before every row, and before the first step the output is that of in-context learning. Labels and separators
+    are fixed. The other embeddings are projected back to their bounds after each optimizer step.
 
-    The loss is the cross-entropy on the label tokens of the context's examples **and** of the row. The row's labels have
-    weight 1, the labels of the last example `decay`, of the example before it `decay` squared, and so on; the mean is over the
-    number of label tokens. The rows of a batch are weighted by their label tokens, so that micro-batches equal one batch. This
-    loss replaces the model's own loss in training; in evaluation the loss is the model's own, on the row alone. Additional
-    terms in a model's loss, such as a router's load balancing, are left out.
+    The training loss replaces the model's own loss. It is the cross-entropy on the label tokens of the context's examples **and**
+    of the row: the row's labels have weight 1, the labels of the last example `decay`, of the example before it `decay` squared,
+    and so on; the sum is divided by the number of label tokens. Rows are weighted by their label tokens, so that gradient
+    accumulation gives the result of one large batch. Other terms of the model's loss, such as a router's load balancing, are left
+    out. In evaluation the loss is the model's own, on the row alone.
 
-    The context, and its logits at its labels, are computed once in each step. This needs a causal language model that can share a
-    front prompt between all rows (`prompt.injection` is `shared`); other models are refused. A folded context cannot be trained;
-    to continue training, load the prompt with `trainable=True`.
+    The method needs a causal language model that computes the context once for all rows (`prompt.injection` is `shared`); other
+    models are refused. To continue the training of a saved prompt, load it with `trainable=True`.
 
-    Rows must have the format of the examples: make them with `render`, in training and in inference. They follow the context, so
-    they have no BOS token. The order of the examples is part of the prompt.
+    Make rows with `render`, in training and in inference; they have the format of the examples, without a BOS token. The order
+    of the examples is part of the prompt.
 
-    `leave_one_out`: if the training rows are the examples themselves, their answers are in the context. The batch column
-    `example_ids` has the number of the row's own example, from 0, or -1 for none; the row does not see the keys and values of
-    this example, and the example's label does not count in the row's loss. Later examples stay visible, although they were
-    computed with this example in their context. Rows with `example_ids` are masked in evaluation too.
+    If the training rows are the examples themselves, use `leave_one_out`: a row does not attend to its own example, and the label
+    of this example is left out of the row's loss. The batch column `example_ids` has the example's number, from 0, or -1 for a
+    row that is not an example. Later examples still depend on the hidden one, because the context is computed once. Rows with
+    `example_ids` are masked in evaluation too.
 
-    Start with AdamW and a learning rate of 1e-4 to 1e-3, and check the log message at attach: how far tokens may move, relative
-    to the norm of their words.
+    Start with AdamW and a learning rate of 1e-4 to 1e-3. The log message at attach shows how far the embeddings may move.
 
     Source: Blau et al. 2024, arXiv:2410.17222, and the authors' code. Differs: batches of more than one row and `leave_one_out`
     are ours (the latter after arXiv:2507.04221).
@@ -63,20 +61,17 @@ class ContextAwarePromptTuning(Method):
         num_virtual_tokens: P, which is computed from the context; leave it out.
         examples: mappings of the template's fields to text, or pairs of input and label.
         template: the format of an example: text with fields in braces, the last of which is `{label}`, and `{sep}` for
-            a separator that never moves.
+            a separator that is not trained.
         tokenizer: the model's tokenizer or its name, for examples and for `render`.
         separator: the text between examples.
         inner_separator: the text of `{sep}`.
         context_ids, token_types: the context itself, instead of examples. The tokens of example i have the types 4i+1
             (format of the input), 4i+2 (input), 4i+3 (format of the label), 4i+4 (label); separators have 0.
-        epsilon_input, epsilon_format: how far tokens of the input, and of the formats, may move in a model of width 2048; the
-            bound grows with the square root of the width. If None, there is no bound.
-        decay: the factor between the weights of labels, from the last example to the first.
+        epsilon_input, epsilon_format: how far the embeddings of inputs and of formats may move if the hidden size is 2048; the
+            bound grows with the square root of the hidden size. None: no bound.
+        decay: the factor between the weights of successive examples.
         context_loss: also train on the labels of the context.
         leave_one_out: require `example_ids` in training.
-
-    Shape:
-        the encoder returns [P, H].
 
     Raises:
         OptionError: an option is wrong, or the token types are inconsistent.
@@ -104,7 +99,8 @@ class ContextAwarePromptTuning(Method):
         kept = {"context_ids": context.ids, "token_types": context.types, "num_virtual_tokens": len(context.ids)}
         if self.num_virtual_tokens not in (0, len(context.ids)):
             raise OptionError(
-                f"num_virtual_tokens is {self.num_virtual_tokens!r}, but the context has {len(context.ids)} tokens; leave it out."
+                f"num_virtual_tokens is {self.num_virtual_tokens!r}, but the context has {len(context.ids)} tokens; leave "
+                "num_virtual_tokens out."
             )
         for name in ("epsilon_input", "epsilon_format"):
             kept[name] = _bound(getattr(self, name), name)
@@ -121,7 +117,7 @@ class ContextAwarePromptTuning(Method):
     def _context_of_ids(self) -> Context:
         if self.context_ids is None or self.token_types is None:
             raise OptionError(
-                "there is no context: neither examples nor ids with their types are given.",
+                "no context is given; it is made from `examples`, or from `context_ids` with `token_types`.",
                 "Pass `examples=`, `template=` and `tokenizer=`; or `context_ids=` and `token_types=`.",
                 context_ids="missing" if self.context_ids is None else "given",
                 token_types="missing" if self.token_types is None else "given",
@@ -130,7 +126,7 @@ class ContextAwarePromptTuning(Method):
 
     def _context_of(self, examples: Sequence[Any]) -> Context:
         if self.context_ids is not None or self.token_types is not None:
-            raise OptionError("examples and context_ids or token_types are both given; pass one of them.")
+            raise OptionError("examples are given, and also context_ids or token_types; pass only one of the two.")
         if isinstance(examples, (str, Mapping)) or not len(examples):
             raise OptionError(f"examples is {examples!r}; it must be a list of at least one example.")
         if self.template is None or self.tokenizer is None:
@@ -140,7 +136,7 @@ class ContextAwarePromptTuning(Method):
 
     def _template(self) -> ExampleTemplate:
         if self.template is None:
-            raise OptionError("the context was made without `template=`, which is needed to render rows.")
+            raise OptionError("the prompt was made without `template=`, which `render` needs.")
         return ExampleTemplate(self.template, self.separator, self.inner_separator)
 
     @property
@@ -154,18 +150,18 @@ class ContextAwarePromptTuning(Method):
         return (EXAMPLE_IDS,) if self.leave_one_out else ()
 
     def options(self) -> dict[str, Any]:
-        """Return the options as JSON values, without the examples, which the context already contains."""
+        """Return the options as JSON values, without the examples, because the context contains them."""
         return {name: value for name, value in super().options().items() if name != "examples"}
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def render(self, row: Any, label: str | None = None, *, tokenizer: Any = None) -> dict[str, Any]:
-        """Render a row with the template of the context, so that it has the format of the examples.
+        """Render a row in the format of the examples.
 
         Args:
-            row: a mapping of fields, or the input if there is only one input. A mapping may contain the label.
+            row: a mapping of fields to text, which may include the label; or the input as text, if the template has only one.
             label: the label; a row without a label ends where the label is to be generated.
-            tokenizer: a tokenizer instead of the method's tokenizer; a loaded prompt has no tokenizer.
+            tokenizer: the tokenizer, if the method has none, as after `load`.
 
         Returns:
             `input_ids` and `attention_mask`. If the row has a label, also `labels`, which are -100 outside the label. With
@@ -191,7 +187,7 @@ class ContextAwarePromptTuning(Method):
     # --- on a model ---------------------------------------------------------------------------------------------------
 
     def build(self, structure: ModelStructure) -> ContextEncoder:
-        """Create the encoder from the embeddings of the context, with all deltas set to zero."""
+        """Make the encoder with the embeddings of the context."""
         context, width = self.context, structure.entry.width
         words = embed_ids(structure, context.ids)
         limits = [
@@ -202,7 +198,7 @@ class ContextAwarePromptTuning(Method):
         encoder.start_ids = list(context.ids)
         low, high = encoder.reach.min(), encoder.reach.max()
         logger.info(
-            "a context of %d tokens and %d examples; %d tokens may move, by %.3g to %.3g of the norm of their words",
+            "the context has %d tokens in %d examples; %d tokens are trained and may move by %.3g to %.3g of their norm",
             len(context.ids), context.count, len(bounds), low, high,
         )  # fmt: skip
         return encoder
@@ -212,8 +208,8 @@ class ContextAwarePromptTuning(Method):
         if prompt.injection == "shared" and can_generate(prompt.model):
             return
         raise UnsupportedMethodError(
-            f"{type(prompt.model).__name__} with injection {prompt.injection!r} does not support {self.kind}: it needs a causal "
-            "language model that computes a front prompt once for all rows.",
+            f"{self.kind} needs a causal language model that computes the prompt once for all rows; this is "
+            f"{type(prompt.model).__name__} with injection {prompt.injection!r}.",
             "Use a causal language model without `injection=` and without FSDP, or PromptTuning with init='text'.",
             method=self.kind,
             model=type(prompt.model).__name__,
@@ -236,7 +232,7 @@ class ContextAwarePromptTuning(Method):
         return FoldedContext(self.context, tables[EMBEDDINGS])
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> ContextEncoder:
-        """Split a folded context into the model's words and deltas."""
+        """Split a folded context into the model's embeddings and deltas."""
         encoder = self.build(structure)
         encoder.load_folded(tables[EMBEDDINGS])
         return encoder
@@ -247,7 +243,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _bound(value: Any, name: str) -> float | None:
-    """Check an epsilon and return it as a float, or None (no bound) if it is None or infinite."""
+    """Return an epsilon as a float; None or infinity is None, which means no bound."""
     if value is None or (_is_number(value) and value == math.inf):
         return None
     if not _is_number(value) or not value >= 0:

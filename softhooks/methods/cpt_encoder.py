@@ -1,4 +1,4 @@
-"""The encoders of context-aware prompt tuning: the words of a context plus bounded, learned deltas."""
+"""The encoders of context-aware prompt tuning: the embeddings of a context plus bounded, learned deltas."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ from softhooks.methods.leave_one_out import hide_own_example
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 _TARGET, _LIMIT = 1 - 2.0**-19, 1 - 2.0**-20
-"""Rows longer than `_LIMIT` of their bound are scaled to `_TARGET` of it: rounding then neither exceeds the bound nor makes the
-next step scale the row again."""
+"""A delta longer than `_LIMIT` times its bound is scaled to `_TARGET` times the bound. These are below 1 so that rounding neither
+exceeds the bound nor makes the next step scale the delta again."""
 
 _SAME_WORD = 2.0**-7
-"""The largest distance of a saved word from the model's word, relative to its norm: the precision of bfloat16."""
+"""How far a saved embedding may be from the model's, relative to the norm: the precision of bfloat16."""
 
 
 class ContextRows(PromptEncoder):
-    """A context as rows of embeddings; examples can be hidden from rows of the batch.
-
-    Args:
-        context: the tokens and their types.
-        leave_one_out: require `example_ids` in training.
-    """
+    """A context whose examples can be hidden from rows of the batch."""
 
     groups = (EMBEDDINGS,)
     examples: Tensor
@@ -39,18 +34,18 @@ class ContextRows(PromptEncoder):
         self.register_buffer("examples", torch.tensor(context.examples), persistent=False)
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Hide each row's own example. -> [B, P]."""
+        """Hide each row's own example, [B, P]."""
         required = self.leave_one_out and self.training and torch.is_grad_enabled()
         return hide_own_example(given, batch, self.examples, self.count, required=required)
 
 
 class ContextEncoder(ContextRows):
-    """The embeddings of the context plus a learned delta for each movable token. Labels and separators have no delta.
+    """The embeddings of the context plus a learned delta for each of M movable tokens. Labels and separators have no delta.
 
     Args:
         context: the tokens and their types.
         words: E, the embeddings of the tokens, [P, H].
-        bounds: the largest norm of the delta of each movable token, [M].
+        bounds: the largest norm of each delta, [M].
         leave_one_out: require `example_ids` in training.
     """
 
@@ -79,12 +74,12 @@ class ContextEncoder(ContextRows):
         self.delta.copy_(torch.where(beyond[:, None], self.delta * scale[:, None], self.delta))
 
     def metrics(self) -> dict[str, float]:
-        """Return the share of the movable tokens that the last step moved beyond their bounds."""
+        """Return the share of deltas that exceeded their bounds after the last optimizer step."""
         return {} if self._projected is None else {"projected": float(self._projected.float().mean())}
 
     @property
     def reach(self) -> Tensor:
-        """Return how far each token may move, relative to the norm of its word, [M]: `epsilon / ||E||`."""
+        """The bound of each delta relative to the norm of its embedding, [M]."""
         reach: Tensor = self.bounds / torch.linalg.vector_norm(self.words[self.movable], dim=1)
         return reach
 
@@ -97,23 +92,24 @@ class ContextEncoder(ContextRows):
         off = torch.linalg.vector_norm(moved, dim=1) / torch.linalg.vector_norm(self.words, dim=1).clamp(min=1e-12)
         if bool((off[fixed] > _SAME_WORD).any()):
             raise PromptMismatchError(
-                "the labels and separators of the context, which training never moves, are not this model's words.",
+                "the embeddings of the context's labels and separators, which are not trained, differ from this model's.",
                 "Load the prompt onto the base model that it was trained with.",
                 token=int((off * fixed).argmax()),
-                off_by=f"{float(off[fixed].max()):.2g} of the norm of its word",
+                difference=f"{float(off[fixed].max()):.2g} of the norm of the embedding",
             )
         self.delta.copy_(moved[self.movable])
         beyond = int((torch.linalg.vector_norm(self.delta, dim=1) > self.bounds * (1 + _SAME_WORD)).sum())
         if beyond:
             warnings.warn(
-                f"{beyond} tokens of this context exceed their bounds and are scaled back to the bounds.", stacklevel=2
+                f"{beyond} tokens of this context exceed their bounds and are scaled back to their bounds.",
+                stacklevel=2,
             )
         self.constrain()
         self._projected = None
 
 
 class FoldedContext(ContextRows):
-    """A folded context. It has no parameters, because an optimizer would also move its labels."""
+    """A folded context. It has no parameters, because an optimizer would also change the labels."""
 
     embeddings: Tensor
 
@@ -122,5 +118,5 @@ class FoldedContext(ContextRows):
         self.register_buffer("embeddings", table.detach().float().clone())
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Return the rows, [P, H]."""
+        """Return the embeddings, [P, H]."""
         return self.embeddings

@@ -1,4 +1,4 @@
-"""Initialization of a new prompt from a saved or attached prompt."""
+"""Read saved and attached prompts, to initialize a new prompt from them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from softhooks.errors import OptionError
 from softhooks.formats.find import find
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
-from softhooks.methods.stored_options import method_of
+from softhooks.methods.stored_method import method_of
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 
 @runtime_checkable
 class Handle(Protocol):
-    """A prompt on a model, as `attach` and `load` return it."""
+    """The members of a `SoftPrompt` that are used here."""
 
     name: str
     method: Method
@@ -32,19 +32,19 @@ class Handle(Protocol):
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
-        """The conventions as they are saved."""
+        """The conventions that are saved with the prompt."""
 
     def to_stored(self) -> StoredPrompt:
-        """Return the prompt as it would be saved."""
+        """Return the content of the file that would be saved."""
 
 
 def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
-    """Read a saved prompt and make its method; default options are filled in."""
+    """Read a saved prompt, and make its method."""
     return with_all_options(find(path))
 
 
 def with_all_options(stored: StoredPrompt) -> tuple[StoredPrompt, Method]:
-    """Make the method of a stored prompt, and fill in the options that its file leaves out, as PEFT's files do."""
+    """Make the method of a saved prompt, and add the default of each option that its file does not have, as PEFT's files."""
     method = method_of(stored)
     return replace(stored, options=method.options()), method
 
@@ -52,12 +52,12 @@ def with_all_options(stored: StoredPrompt) -> tuple[StoredPrompt, Method]:
 def rows_of(
     source: Any, purpose: str = "be used to initialize another prompt", *, structure: ModelStructure | None = None
 ) -> Tensor:
-    """Return the embedding rows of a prompt, [P, H].
+    """Return the embeddings of a prompt, [P, H].
 
     Args:
-        source: a handle; a directory or repository that `load` reads, including PEFT's; or the rows themselves.
-        purpose: the purpose of the rows, for the error.
-        structure: the structure of the new prompt's model, which must be the base model that the rows were trained with.
+        source: a `SoftPrompt`; a directory or repository that `load` reads, including PEFT's; or the embeddings themselves.
+        purpose: what the embeddings are for, in the error.
+        structure: the structure of a model, which must be the base model that the embeddings were trained with.
     """
     if isinstance(source, Tensor):
         return source.detach().float()
@@ -69,20 +69,22 @@ def rows_of(
         known = source.to_stored() if source.is_attached else None
         tables, name = source.encoder.folded(), f"{source.name!r} ({source.method.kind})"
     else:
-        raise OptionError(f"a {type(source).__name__} was given as a prompt; pass a handle, a directory or a tensor.")
+        raise OptionError(
+            f"{type(source).__name__} is given as a prompt; pass a SoftPrompt, a directory, a repository or a tensor."
+        )
     if set(tables) != {EMBEDDINGS}:
         raise OptionError(
-            f"the prompt {name} contains {', '.join(sorted(tables))} instead of embedding rows, so it cannot {purpose}.",
-            "Use a prompt of PromptTuning or of another method that enters as embeddings.",
+            f"the prompt {name} consists of {', '.join(sorted(tables))} instead of embeddings, so it cannot {purpose}.",
+            "Use a prompt of PromptTuning, or of another method that trains embeddings.",
         )
     rows = tables[EMBEDDINGS].detach().float()
     if structure is not None and known is not None and rows.shape[1] == structure.entry.width:
-        known.require_base(structure.entry.module, structure, override="or pass only its rows, as a tensor")
+        known.require_base(structure.entry.module, structure, override="or pass its embeddings as a tensor")
     return rows
 
 
 def word_ids_of(source: Any) -> list[int] | None:
-    """Return the ids of a prompt's virtual tokens, which are only saved if its model reads ids, or None if there are none."""
+    """Return the ids that stand for a prompt's virtual tokens if its model reads ids; else None."""
     if isinstance(source, (str, Path)):
         conventions = find(source).conventions
     else:

@@ -1,4 +1,4 @@
-"""Leave-one-out: a training row that is also an example of the prompt does not see this example."""
+"""Leave-one-out: a training row that is also an example in the prompt does not attend to this example."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from softhooks.errors import UnsupportedModeError
 from softhooks.prompt_encoder import require_column
 
 EXAMPLE_IDS = "example_ids"
-"""The batch column with the number of the example that each row is, from 0; -1 for a row that is none."""
+"""The batch column with the number of each row's own example, from 0, or -1 if the row is not an example."""
 
 
 def hide_own_example(
     given: dict[str, Tensor], batch: int, owners: Tensor, count: int, *, required: bool
 ) -> Tensor | None:
-    """Hide each row's own example.
+    """Return which virtual tokens to hide from each row, [B, P] bool; None if the call does not have the column.
 
     Args:
         given: the batch columns of the forward.
@@ -23,14 +23,9 @@ def hide_own_example(
         owners: the example that each virtual token belongs to, [P]; -1 for none.
         count: the number of examples.
         required: refuse a call without the column.
-
-    Returns:
-        True for hidden tokens, [B, P]; None if the call does not have the column.
     """
     if required:
-        reason = (
-            "a row that is an example must not see itself; -1 for a row that is none (or choose leave_one_out=False)"
-        )
+        reason = "a row that is an example must not attend to itself; use -1 for other rows, or leave_one_out=False"
         require_column(given, EXAMPLE_IDS, reason)
     if EXAMPLE_IDS not in given:
         return None
@@ -44,8 +39,9 @@ def _checked(rows: Tensor, batch: int, count: int) -> Tensor:
         return rows.reshape(batch)
     found = f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}"
     raise UnsupportedModeError(
-        f"`{EXAMPLE_IDS}` is {found}; it must be the number of each row's example, counted from 0, or -1 for no example.",
-        "Give one whole number for each row.",
+        f"`{EXAMPLE_IDS}` is {found}; it must be the number of each row's own example, from 0, or -1 for a row that is not an "
+        "example.",
+        "Pass one whole number for each row.",
         example_ids=found,
         batch=batch,
         examples=count,

@@ -15,7 +15,7 @@ from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods import initializers
 from softhooks.methods.from_prompt import read_checked
-from softhooks.methods.stored_fit import check_fit
+from softhooks.methods.stored_method import check_fit
 from softhooks.prompt_encoder import EMBEDDINGS
 
 SEVERAL = ("shared", "left", "right")

@@ -71,7 +71,7 @@ class PTuningV2(KeyValuePrefix):
         chosen = [layer + count if layer < 0 else layer for layer in self.layers]
         if not all(0 <= layer < count for layer in chosen) or len(set(chosen)) < len(chosen):
             raise OptionError(
-                f"`layers` is {list(self.layers)}, but the model has {count} layers; each number must be a different layer.",
+                f"`layers` is {list(self.layers)}; it must name layers of the model, each once.",
                 "Count from 0, or from the top with -1.",
                 layers=list(self.layers),
                 model=f"{type(stack.module).__name__}, {count} layers with {role}-attention: {-count} to {count - 1}",

@@ -1,8 +1,9 @@
-"""Stochastic task sampling of multitask prompt tuning: a sampler over the rows of several tasks."""
+"""The sampler of multitask prompt tuning, which draws rows of several tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,26 +14,26 @@ from softhooks.errors import OptionError, TrainerError, check_choice
 
 WEIGHTS = ("size", "log", "capped", "equal")
 CAP = 2**18
-"""With `capped` weights, tasks with more rows than this are not drawn more often."""
+"""The size above which the `capped` weight of a task no longer grows."""
 
 
 class TaskSampler(Sampler[int]):
-    """Samples batches of several tasks, with the same number of rows from each.
+    """Samples batches that mix several tasks.
 
-    For each batch n is drawn from U{2..K}, then n tasks with replacement, by weight. Each gives B // n rows, the last one also
-    the remainder. The rows of a task come in shuffled order; after the last one they are shuffled again.
+    For each batch of B rows a number n is drawn from 2 to the number of tasks, then n tasks with replacement, by weight. Each
+    gives B // n rows, and the last one also the remainder. The rows of a task are shuffled at the start of each epoch, and again
+    when all have been drawn.
 
-    In your own loop: `DataLoader(rows, batch_size=B, sampler=TaskSampler(task_of_each_row, B))`. An epoch has as many rows as the
-    data set, and depends only on the seed and the number of the epoch, so a resumed run gets the same batches.
+    In your own training loop: `DataLoader(rows, batch_size=B, sampler=TaskSampler(task_of_each_row, B))`. An epoch has as many
+    rows as the data set. It depends only on the seed and the epoch's number, so a resumed run gets the same batches.
 
-    Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differs: rows are shuffled again at each epoch, and after
-    all rows of a task have been drawn.
+    Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differs: the authors shuffle the rows only once.
 
     Args:
         tasks: the task of each row of the data set.
         batch_size: B, the batch size of the loader.
         weights: the probability of a task: `size`, proportional to its number of rows; `log`, to log(1 + size); `capped`, to
-            min(size, 2^18); `equal`, the same for all.
+            min(size, 2^18); `equal`, the same for every task.
         seed: the seed.
 
     Raises:
@@ -42,7 +43,7 @@ class TaskSampler(Sampler[int]):
     def __init__(self, tasks: Sequence[int] | Tensor, batch_size: int, *, weights: str = "size", seed: int = 0) -> None:
         check_choice("weights", weights, WEIGHTS)
         if batch_size < 1 or not len(tasks):
-            raise OptionError(f"there are {len(tasks)} rows and batch_size is {batch_size}; both must be 1 or more.")
+            raise OptionError(f"there are {len(tasks)} rows, and batch_size is {batch_size}; both must be 1 or more.")
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -70,42 +71,26 @@ class TaskSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Draw the rows of an epoch, batch by batch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        cursors = [_Cursor(own, generator) for own in self.rows.values()]
-        left = len(self)
-        while left:
-            size = min(self.batch_size, left)
-            for cursor, count in self._draw(cursors, size, generator):
-                for _ in range(count):
-                    yield cursor.next()
-            left -= size
+        shuffled = [_shuffled(own, generator) for own in self.rows.values()]
+        for start in range(0, len(self), self.batch_size):
+            size = min(self.batch_size, len(self) - start)
+            number = int(torch.randint(min(2, len(shuffled)), len(shuffled) + 1, (), generator=generator))
+            chosen = torch.multinomial(self.weights, number, replacement=True, generator=generator).tolist()
+            for task in chosen[:-1]:
+                yield from islice(shuffled[task], size // number)
+            yield from islice(shuffled[chosen[-1]], size // number + size % number)
         self.epoch += 1
 
-    def _draw(self, cursors: list[_Cursor], size: int, generator: Generator) -> list[tuple[_Cursor, int]]:
-        """Draw the tasks of one batch, with the number of rows of each."""
-        least = min(2, len(cursors))
-        number = int(torch.randint(least, len(cursors) + 1, (), generator=generator))
-        chosen = torch.multinomial(self.weights, number, replacement=True, generator=generator).tolist()
-        counts = [size // number] * number
-        counts[-1] += size % number
-        return [(cursors[task], count) for task, count in zip(chosen, counts, strict=True)]
 
-
-class _Cursor:
-    """Iterates over the rows of a task in shuffled order, without end."""
-
-    def __init__(self, rows: list[int], generator: Generator) -> None:
-        self._rows = rows
-        self._generator = generator
-        self._order: list[int] = []
-
-    def next(self) -> int:
-        if not self._order:
-            self._order = torch.randperm(len(self._rows), generator=self._generator).tolist()
-        return self._rows[self._order.pop()]
+def _shuffled(rows: list[int], generator: Generator) -> Iterator[int]:
+    """Yield the rows in shuffled order, without end."""
+    while True:
+        for number in reversed(torch.randperm(len(rows), generator=generator).tolist()):
+            yield rows[number]
 
 
 def task_column(rows: Any, name: str) -> list[int]:
-    """Read the column of a data set with the task of each row."""
+    """Return the task of each row of a data set."""
     try:
         whole = rows[name] if name in getattr(rows, "column_names", ()) else [row[name] for row in rows]
         return [int(value) for value in whole]

@@ -189,7 +189,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     refused(
         PrefixTuning(4),
         PromptArtifact(tokens.tokenizer()),
-        "instead of embedding rows, so it cannot be compared with words",
+        "instead of embeddings, so it cannot be compared with words",
         report_to=["mlflow"],
     )
     monkeypatch.setenv("HF_MLFLOW_LOG_ARTIFACTS", "1")

@@ -146,7 +146,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     callbacks = [SoftPromptCallback(PrefixTuning(4)), PromptBoard(tokens.tokenizer(), log_dir=tmp_path / "none")]
     trainer = training.make(tmp_path, model, "causal", callbacks)
     before = snapshot(model)
-    with pytest.raises(OptionError, match="instead of embedding rows, so it cannot be compared with words"):
+    with pytest.raises(OptionError, match="instead of embeddings, so it cannot be compared with words"):
         trainer.train()
     assert trainer.state.global_step == 0
     assert not [name for name in differences(before, snapshot(model)) if name.startswith("tensor")]

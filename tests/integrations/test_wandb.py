@@ -226,7 +226,7 @@ def test_what_is_refused(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyP
             PrefixTuning(4),
             PromptArtifact(tokens.tokenizer()),
             {"report_to": ["wandb"]},
-            "instead of embedding rows, so it cannot be compared with words",
+            "instead of embeddings, so it cannot be compared with words",
         ),
     ):
         trainer = training.make(tmp_path / "out", model, "causal", [SoftPromptCallback(method), report], **options)  # type: ignore[arg-type]

@@ -99,7 +99,7 @@ def _check_sharded(*ranks: dict[str, Any]) -> None:
             "TrainerError: injection='shared' is not available under FSDP, where a prompt of input embeddings can only"
         )
         assert "'shared'" in seen["asked"]
-        assert "needs a causal language model that computes a front prompt once" in seen["context"]
+        assert "needs a causal language model that computes the prompt once" in seen["context"]
         assert "without FSDP" in seen["context"]
         assert seen["bare loop"].startswith(
             "UnsupportedModeError: injection='shared' computes the prompt once for all rows"
