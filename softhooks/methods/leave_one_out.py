@@ -39,8 +39,8 @@ def _checked(rows: Tensor, batch: int, count: int) -> Tensor:
         return rows.reshape(batch)
     found = f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}"
     raise UnsupportedModeError(
-        f"`{EXAMPLE_IDS}` is {found}; it must be the number of each row's own example, from 0, or -1 for a row that is not an "
-        "example.",
+        f"`{EXAMPLE_IDS}` is {found}; it must be the number of each row's own example, counted from 0, or -1 for a row "
+        "that is not an example.",
         "Pass one whole number for each row.",
         example_ids=found,
         batch=batch,
