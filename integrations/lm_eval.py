@@ -86,7 +86,7 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
     """
     from softhooks.integration_support.serving import required_columns
 
-    needs = "slots that are looked for in each row" if prompt.layout.searches else required_columns(prompt)
+    needs = "slots that are looked for in each row" if prompt.layout.form.searches else required_columns(prompt)
     if needs:
         raise UnsupportedMethodError(
             f"the prompt needs {needs}, but the harness passes only token ids.",

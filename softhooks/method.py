@@ -183,7 +183,7 @@ class Method:
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """Return the assumptions about the forward pass that are saved with a prompt and checked by `load`."""
-        return {"placement": self.token_layout.placement}
+        return {"placement": self.token_layout.form.placement}
 
     def options(self) -> dict[str, Any]:
         """Return the options as JSON values, without tokenizers and tensors, which only initialize a prompt."""

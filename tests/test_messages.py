@@ -94,21 +94,23 @@ def test_p_tuning_without_arguments() -> None:
     ],
 )
 def test_slots_that_do_not_say_how_many(slots: str) -> None:
-    with pytest.raises(OptionError, match=r"Write the number of slots, \{soft:3\}") as told:
+    with pytest.raises(OptionError, match=r"For slots, write their number, as in \{soft:3\}") as told:
         Layout("{a} " + slots + " b {soft:2}")
-    assert f"not understood: {slots!r}" in str(told.value)
+    assert f"the template contains {slots!r};" in str(told.value)
     assert "twice" not in str(told.value)
 
 
 @pytest.mark.parametrize("field", ["{a b}", "{}", "{a.b}", "{a!r}", "{a-b}", "{mask?}"])
 def test_fields_that_no_column_has(field: str) -> None:
-    with pytest.raises(OptionError, match=r"Name a field like its column, with letters, digits and _") as told:
+    with pytest.raises(
+        OptionError, match=r"For a field, write the name of its column in letters, digits and _"
+    ) as told:
         Layout("{soft:2} " + field)
-    assert f"not understood: {field!r}" in str(told.value)
+    assert f"the template contains {field!r};" in str(told.value)
 
 
 @pytest.mark.parametrize("text", ["{soft:2} {", "{soft:2} a } b", "{soft:2} {a"])
 def test_a_brace_of_the_text(text: str) -> None:
-    with pytest.raises(OptionError, match=r"Write a literal brace twice: \{\{ or \}\}\.$"):
+    with pytest.raises(OptionError, match=r"Write a brace that is part of the text twice: \{\{ or \}\}\.$"):
         Layout(text)
     assert Layout("{soft:2} {{a}} {b}").num_virtual_tokens == 2

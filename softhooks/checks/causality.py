@@ -55,18 +55,18 @@ def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str
     structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.num_slots if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)
-    anchors = layout.probe(short)[0].shape[1] - short.shape[1]
+    anchors = layout.form.probe(short)[0].shape[1] - short.shape[1]
     limits = [limit - length - anchors for limit in map(_max_positions, structure.stacks) if limit is not None]
     limit = min(limits, default=None)
     if limit is not None and limit < short.shape[1]:
         return None
     columns, cut = probe_length(stack.module, limit, length)
     (ids, extra), (other, _) = (
-        layout.probe(probe_ids(prompt.model, structure.vocabulary, columns, seed)) for seed in (0, 1)
+        layout.form.probe(probe_ids(prompt.model, structure.vocabulary, columns, seed)) for seed in (0, 1)
     )
     if other.shape != ids.shape:
         return None
-    if layout.placement == "layout":
+    if layout.form.placement == "layout":
         cut = ids.shape[1] // 2
     late = torch.arange(ids.shape[1], device=ids.device) >= cut
     mixed = torch.where(late, other, ids)

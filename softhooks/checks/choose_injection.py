@@ -24,7 +24,7 @@ PROBE_COLUMNS = 5
 def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
     """Make a call with a few ordinary tokens and the prompt's anchors, and with all arguments that model and method need."""
     structure = prompt.prompted_model.structure
-    ids, columns = prompt.layout.probe(probe_ids(prompt.model, structure.vocabulary, PROBE_COLUMNS))
+    ids, columns = prompt.layout.form.probe(probe_ids(prompt.model, structure.vocabulary, PROBE_COLUMNS))
     text = ids if structure.choices is None else as_choices(ids, structure.choices)
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **columns, **prompt.method.probe_arguments()}
     if structure.is_encoder_decoder:
@@ -51,7 +51,10 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
     _refuse_end_of_generation(prompt)
     stack = structure.entry
     could_share = (
-        stack.name == "text" and stack.causal and stack.injection is not None and prompt.layout.placement == "front"
+        stack.name == "text"
+        and stack.causal
+        and stack.injection is not None
+        and prompt.layout.form.placement == "front"
     )
     if asked == "slots" or not could_share:
         return _only(prompt, asked, "slots")
@@ -85,11 +88,11 @@ def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
     Raises:
         UnsupportedMethodError: the model generates, and the prompt is at the end.
     """
-    if prompt.layout.has_tail and prompt.prompted_model.structure.entry.causal and can_generate(prompt.model):
+    if prompt.layout.form.has_tail and prompt.prompted_model.structure.entry.causal and can_generate(prompt.model):
         raise UnsupportedMethodError(
             f"{type(prompt.model).__name__} generates text, so a prompt at the end would move as the text grows.",
             "Use placement='front' or 'after_first', or a layout with an anchor or a field after its last slots, such as a field "
             "for the text to generate.",
             model=type(prompt.model).__name__,
-            placement=prompt.layout if prompt.layout.placement == "layout" else "end",
+            placement=prompt.layout if prompt.layout.form.placement == "layout" else "end",
         )

@@ -57,7 +57,7 @@ def check_unread(prompt: SoftPrompt) -> None:
             "Use another placement, such as placement='after_first', or a prompt that enters as keys and values, such as "
             "PrefixTuning.",
             model=type(prompt.model).__name__,
-            placement=prompt.layout.placement,
+            placement=prompt.layout.form.placement,
         )
 
 

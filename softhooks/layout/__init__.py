@@ -1,1 +1,1 @@
-"""The positions of virtual tokens in the text: from templates over the fields of a data set, or inserted into tokenized rows."""
+"""Where virtual tokens are inserted in a text: as in a template, or next to tokens of tokenized text."""

@@ -1,4 +1,4 @@
-"""Anchors: tokens or words next to which virtual tokens are placed, found in the ids of a text."""
+"""Anchors: tokens or words of a text, next to which slots are inserted."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ AnchorValue = str | int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Anchor:
-    """A token or words next to which slots are placed.
+    """A token or words of a text, next to which slots are inserted.
 
     Attributes:
-        value: the value that the user passed: a token or words, an id, or several ids.
-        ids: the sequences of ids that the words can have in a text; empty until a tokenizer is known.
+        value: the words, the id or the ids that the user passed.
+        ids: the ways in which a tokenizer encodes the words, each as a sequence of ids; empty until the tokenizer is known.
     """
 
     value: AnchorValue
     ids: tuple[tuple[int, ...], ...] = ()
 
     def bound(self, tokenizer: Any) -> Anchor:
-        """Return the anchor with the ids of its words.
-
-        Raises:
-            OptionError: the tokenizer has no ids for them.
-        """
+        """Return the anchor with the ids of its words."""
         if self.ids or not isinstance(self.value, str):
             return self
         return Anchor(self.value, _tokenizations(self.value, tokenizer))
@@ -42,11 +38,11 @@ class Anchor:
         """Find the anchor in each row.
 
         Args:
-            ids, mask: the ids and mask of the text, [B, T]; padding never matches, regardless of its id.
-            which: which match to take if there are several.
+            ids, mask: the ids and the attention mask of the text, [B, T]. Padding never matches, whatever its id is.
+            which: which match to use if a row has several.
 
         Returns:
-            whether the row has the anchor, and the number of real tokens before its start and before its end; [B] each.
+            whether the row contains the anchor, and the numbers of real tokens before its start and before its end; [B] each.
         """
         real = mask.bool()
         counted = real.long().cumsum(-1)
@@ -73,11 +69,7 @@ class Anchor:
 
 
 def anchor_of(value: Any, tokenizer: Any) -> Anchor:
-    """Make an anchor from a user's value.
-
-    Raises:
-        OptionError: the value is neither words nor ids.
-    """
+    """Make an anchor from the words, the id or the ids that a user passed."""
     if isinstance(value, str) and value.strip():
         return Anchor(value) if tokenizer is None else Anchor(value).bound(tokenizer)
     row = (value,) if isinstance(value, int) else value
@@ -87,7 +79,7 @@ def anchor_of(value: Any, tokenizer: Any) -> Anchor:
 
 
 def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Tokenize words as a single token of the vocabulary, at the start of a text, and after a space."""
+    """Encode words as one token of the vocabulary, as the start of a text, and after a space."""
     tokenizer = tokenizer_of(tokenizer)
     sequences: list[tuple[int, ...]] = []
     token = tokenizer.convert_tokens_to_ids(words)
@@ -101,18 +93,13 @@ def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
         raise OptionError(
             f"the tokenizer has no ids for the anchor {words!r}; it only returns {tokenizer.unk_token!r}.",
             "Choose another anchor, or pass its ids as a tuple.",
-            anchor=repr(words),
             tokenizer=type(tokenizer).__name__,
         )
     return tuple(dict.fromkeys(sequences))
 
 
 def anchors_from(value: Any, option: str, tokenizer: Any) -> list[tuple[Anchor, int]]:
-    """Read the option `after` or `before`: anchors, and the number of slots next to each.
-
-    Raises:
-        OptionError: the value is not such a mapping.
-    """
+    """Read the option `after` or `before`: anchors, and the number of slots next to each."""
     if not isinstance(value, dict):
         raise OptionError(f"{option} is {value!r}; it must map anchors to numbers of slots, such as {{'?': 2}}.")
     for anchor, count in value.items():
@@ -121,12 +108,8 @@ def anchors_from(value: Any, option: str, tokenizer: Any) -> list[tuple[Anchor, 
 
 
 def ids_from_json(value: Any) -> Sequence[tuple[int, ...]]:
-    """Read sequences of ids from a file.
-
-    Raises:
-        OptionError: the value is not a list of lists of ids.
-    """
-    rows = value if isinstance(value, list) else None
-    if rows is None or not all(isinstance(row, list) and row and all(is_int(item, 0) for item in row) for row in rows):
-        raise OptionError(f"the ids of a layout are {value!r}; they must be lists of whole numbers.")
+    """Read sequences of ids from a saved layout."""
+    rows: list[Any] = value if isinstance(value, list) else [None]
+    if not all(isinstance(row, list) and row and all(is_int(item, 0) for item in row) for row in rows):
+        raise OptionError(f"the ids in the saved layout are {value!r}; they must be lists of whole numbers.")
     return [tuple(row) for row in rows]

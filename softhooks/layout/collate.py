@@ -1,4 +1,4 @@
-"""The mapper and the data collator of a template, which convert rows of fields to ids, slots and labels."""
+"""The mapper and the data collator of a template: they convert rows of a data set to ids, slots and labels."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ class Mapper:
     chat: dict[str, Any]
 
     def __post_init__(self) -> None:
-        """Check that the template contains the target field or the mask to predict."""
         fields = self.template.fields
         masks = sum(part.kind == "mask" for part in self.template.parts)
         if self.target is not None and self.verbalizer is not None:
-            raise OptionError("target and verbalizer are both given, and both make labels; pass one of them.")
+            raise OptionError("target and verbalizer are both given; only one of them can make the labels.")
         if self.target is not None and fields.count(self.target) != 1:
             raise OptionError(
-                f"target is {self.target!r}; it must be one of the template's fields {fields} that occurs once."
+                f"target is {self.target!r}; it must occur exactly once among the template's fields, which are {fields}."
             )
         if self.verbalizer is not None and masks != 1:
             raise OptionError(f"the template has {masks} masks; a verbalizer needs exactly one {{mask}}.")
 
     def __call__(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        """Render a row, or a batch of columns."""
+        """Render one row, or a batch of rows given as columns."""
         columns = [example[name] for name in self.template.fields if name in example]
         if not any(isinstance(column, list) for column in columns):
             return self.render(example)
@@ -63,11 +62,7 @@ class Mapper:
         return found if labels is None else found | {"labels": labels}
 
     def labeled(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a rendered row; if it has no labels and there is a verbalizer, add the labels of the row's class.
-
-        Raises:
-            OptionError: the row does not have exactly one mask.
-        """
+        """Add labels for the verbalizer to a rendered row that has a class, but no labels."""
         found = dict(row)
         if self.verbalizer is None or "labels" in row or self.label not in row:
             return found
@@ -75,7 +70,7 @@ class Mapper:
         places = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if len(places) != 1:
             raise OptionError(
-                f"a rendered row contains {len(places)} masks; it must contain exactly one, for its class."
+                f"a rendered row contains {len(places)} masks; it must contain exactly one, where its class is predicted."
             )
         labels = [IGNORE_INDEX] * len(ids)
         labels[places[0]] = self.verbalizer.token(int(row[self.label]))
@@ -86,32 +81,29 @@ class Mapper:
         if self.target is not None:
             ((start, end),) = row.spans[self.target]
             labels[start:end] = row.ids[start:end]
-            return labels
-        if self.verbalizer is not None:
+        elif self.verbalizer is not None:
             if self.label not in fields:
                 raise OptionError(f"the data has no column {self.label!r} for the verbalizer; it has {list(fields)}.")
             labels[row.masks[0]] = self.verbalizer.token(fields[self.label])
-            return labels
-        return None
+        else:
+            return None
+        return labels
 
 
 @dataclass
 class Collator:
-    """Collates rows of fields or rendered rows.
-
-    Padding is on the tokenizer's side. Only the attention mask identifies padding, because its id may also be a real token's.
-    """
+    """A data collator for rows that `Mapper` has rendered, or has not rendered yet."""
 
     mapper: Mapper
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of the data from which batches are made: the columns of rendered rows, the fields, and the class."""
+        """The columns of a data set that the collator can use."""
         rendered = [*self.mapper.tokenizer.model_input_names, COLUMN, *_LABELS]
         return tuple(dict.fromkeys([*rendered, *self.mapper.template.fields, self.mapper.label]))
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Make `input_ids`, `attention_mask` and `soft_slots`, and `labels` if the rows have labels or classes."""
+        """Return a batch with `input_ids`, `attention_mask`, `soft_slots` and, if the rows have labels or classes, `labels`."""
         rows = [self._rendered(row) for row in examples]
         labels = [row["labels"] for row in rows if "labels" in row]
         names = [*self.mapper.tokenizer.model_input_names, COLUMN]
@@ -133,27 +125,23 @@ class Collator:
         return row
 
     def _require_fields(self, example: Mapping[str, Any]) -> None:
-        """Refuse rows without fields: a Trainer removes columns that the model's forward does not name."""
         fields = self.mapper.template.fields
         if fields and not any(name in example for name in fields):
             raise OptionError(
-                "the rows are not rendered and have none of the template's fields.",
-                "A Trainer removes columns that the model's forward does not name: train with `SoftPromptCallback`, which "
-                "keeps them, or set `TrainingArguments(remove_unused_columns=False)`.",
+                "the rows have neither `input_ids` nor any of the template's fields.",
+                "A Trainer removes columns that are not arguments of the model's forward. Train with `SoftPromptCallback`, which "
+                "keeps the fields, or set `TrainingArguments(remove_unused_columns=False)`.",
                 fields=", ".join(fields),
                 given=", ".join(map(str, example)) or "nothing",
             )
 
 
 def padded_labels(labels: Sequence[Any], mask: Tensor) -> Tensor:
-    """Pad the labels of rows with -100 according to the mask; stack labels that are classes.
-
-    Shape:
-        one entry for each row, or one for each token; mask [B, T] -> [B] or [B, T]
-    """
+    """Stack labels of rows, [B], or labels of tokens with -100 at padding, [B, T] like the mask."""
     rows = [torch.as_tensor(row) for row in labels]
     if not rows[0].dim():
         return torch.stack(rows)
+    # The mask, and not the ids, identifies padding, because the padding token may also occur in a text.
     padded = torch.full(mask.shape, IGNORE_INDEX)
     for i, row in enumerate(rows):
         padded[i, mask[i].bool()] = row

@@ -1,15 +1,15 @@
-"""Layouts for tokenized batches: slots at the ends of a row and next to anchors, which are found in the row's ids."""
+"""Layouts that insert slots into tokenized rows: at the ends of a row, or next to anchors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, UnsupportedModeError, check_int
+from softhooks.errors import OptionError, UnsupportedModeError, check_choice, check_int
 from softhooks.layout.anchors import Anchor, Which, anchor_of, ids_from_json
 from softhooks.layout.slot_map import Places
 
@@ -23,10 +23,10 @@ class Group:
     """Adjacent slots.
 
     Attributes:
-        at: the place: before a row's first token (`start`), after it (`first`), `after` or `before` an anchor, or after the
-            last token.
+        at: where the slots are inserted: before (`start`) or after (`first`) a row's first token, `after` or `before` an anchor,
+            or after a row's last token (`end`).
         count: the number of slots.
-        anchor: the anchor of slots that are placed `after` or `before` an anchor.
+        anchor: the anchor, if `at` is `after` or `before`.
     """
 
     at: At
@@ -36,30 +36,19 @@ class Group:
 
 @dataclass(frozen=True)
 class Insertion:
-    """A layout that inserts slots into tokenized rows.
-
-    Attributes:
-        groups: the slots, in order.
-        which: which match to take in a row that has an anchor more than once.
-        missing: whether a row without an anchor is an error or skips the anchor's slots.
-
-    Raises:
-        OptionError: there are no slots, or `which` or `missing` has an unknown value.
-    """
+    """A layout that inserts slots into tokenized rows; see `Layout.insert`."""
 
     groups: tuple[Group, ...]
     which: Which = "first"
     missing: Missing = "error"
+    starts: ClassVar[dict[int, int]] = {}
+    """No virtual tokens are initialized from words; see `Template.starts`."""
 
     def __post_init__(self) -> None:
-        """Check the options."""
         if not self.groups:
-            raise OptionError("the layout has no slots: start, after, before and end are all empty. Pass one of them.")
-        if self.which not in ("first", "last") or self.missing not in ("error", "skip"):
-            raise OptionError(
-                f"which is {self.which!r} and missing is {self.missing!r}; which must be 'first' or 'last', and missing "
-                "'error' or 'skip'."
-            )
+            raise OptionError("the layout has no slots; pass at least one of start, after, before and end.")
+        check_choice("which", self.which, ("first", "last"))
+        check_choice("missing", self.missing, ("error", "skip"))
 
     @property
     def placement(self) -> str:
@@ -68,17 +57,17 @@ class Insertion:
 
     @property
     def may_skip(self) -> bool:
-        """Whether rows without an anchor skip its slots."""
+        """Whether a row may have fewer slots than `table_rows`."""
         return self.missing == "skip" and any(group.anchor for group in self.groups)
 
     @property
     def searches(self) -> bool:
-        """Whether the places of slots depend on the row's tokens or length."""
+        """Whether the positions of slots depend on a row's tokens or length."""
         return any(group.anchor or group.at == "end" for group in self.groups)
 
     @property
     def is_bound(self) -> bool:
-        """Whether the ids of every anchor are known; otherwise a tokenizer is needed."""
+        """Whether the ids of every anchor are known."""
         return all(group.anchor is None or group.anchor.ids for group in self.groups)
 
     def bound(self, tokenizer: Any) -> Insertion:
@@ -88,27 +77,22 @@ class Insertion:
 
     @property
     def has_tail(self) -> bool:
-        """Whether slots come last, after the text."""
+        """Whether there are slots after the text."""
         return self.groups[-1].at == "end"
 
     @property
     def ids(self) -> list[int]:
-        """The token ids of all anchors, in order."""
-        sequences = [sequence for group in self.groups if group.anchor for sequence in group.anchor.ids]
-        return [token for sequence in sequences for token in sequence]
+        """The ids of all anchors."""
+        anchors = [group.anchor for group in self.groups if group.anchor]
+        return [token for anchor in anchors for sequence in anchor.ids for token in sequence]
 
     @property
     def table_rows(self) -> list[int]:
-        """The row of the prompt's table that each slot takes."""
+        """The index of each slot's virtual token."""
         return list(range(sum(group.count for group in self.groups)))
 
-    @property
-    def starts(self) -> dict[int, int]:
-        """The rows of the table that are initialized from words; always empty."""
-        return {}
-
     def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
-        """Find the anchors in a batch and the place of each slot; see `Layout.places`."""
+        """Find the anchors in a batch, and compute the places of the slots; see `Layout.places`."""
         real = mask.bool().sum(-1)
         offsets, live = [], []
         for group in self.groups:
@@ -137,19 +121,19 @@ class Insertion:
             return
         lacking = [rows[i] for i, is_there in enumerate(found.tolist()) if not is_there]
         raise UnsupportedModeError(
-            f"{len(lacking)} rows of the batch do not contain the anchor {anchor.value!r}, next to which slots are placed.",
-            "Truncate texts so that they keep the anchor, prefill in one chunk, or skip the slots with missing='skip'.",
+            f"{len(lacking)} rows of the batch do not contain the anchor {anchor.value!r}, next to which slots are inserted.",
+            "Truncate texts so that they keep the anchor, leave `prefill_chunk_size` out, or omit the slots with missing='skip'.",
             anchor=f"{anchor.value!r}, ids {' or '.join(map(str, anchor.ids))}",
             rows=f"{', '.join(map(str, lacking))} of the batch",
         )
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ids for a test forward: every anchor, followed by these ids. [1, T] -> [1, T']."""
+        """Return ids for a test forward, [1, T'], which consist of every anchor and then these ids, [1, T]."""
         row = [token for group in self.groups if group.anchor for token in group.anchor.ids[0]]
         return torch.cat([torch.tensor([row], dtype=ids.dtype, device=ids.device), ids], dim=1) if row else ids, {}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the groups as JSON values with the ids of their anchors."""
+        """Return the layout as JSON values, with the ids of its anchors."""
         groups: list[dict[str, Any]] = []
         for group in self.groups:
             item: dict[str, Any] = {"at": group.at, "count": group.count}
@@ -162,10 +146,10 @@ class Insertion:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Insertion:
-        """Make the layout from the values that `to_json` returned."""
+        """Return the layout for JSON values from `to_json`."""
         groups = stored["insert"]
         if not isinstance(groups, list):
-            raise OptionError(f"the stored layout has the slots {groups!r}; they must be a list.")
+            raise OptionError(f"the slots of the saved layout are {groups!r}; they must be a list.")
         return cls(tuple(map(_group_from_json, groups)), stored.get("which", ""), stored.get("missing", ""))
 
     def __repr__(self) -> str:
@@ -187,7 +171,9 @@ def _group_from_json(stored: Any) -> Group:
     at: Any = stored.get("at") if isinstance(stored, dict) else None
     has_anchor = _HAS_ANCHOR.get(at) if isinstance(at, str) else None
     if has_anchor is None or set(stored) - {"at", "count"} != ({"anchor", "ids"} if has_anchor else set()):
-        raise OptionError(f"the slots {stored!r} of the stored layout do not have a valid place.")
+        raise OptionError(
+            f"the slots {stored!r} in the saved layout have an invalid `at`, or missing or unknown entries."
+        )
     count = stored.get("count")
     check_int("count", count)
     if not has_anchor:
@@ -196,6 +182,6 @@ def _group_from_json(stored: Any) -> Group:
     anchor = anchor_of(tuple(value) if isinstance(value, list) else value, None)
     if not ids or (anchor.ids and anchor.ids != ids):
         raise OptionError(
-            f"the anchor {value!r} of the stored layout has the ids {stored['ids']!r}, which are not the anchor's own."
+            f"the anchor {value!r} in the saved layout has the ids {stored['ids']!r}, which do not match it."
         )
     return Group(at, count, Anchor(anchor.value, ids))

@@ -1,4 +1,4 @@
-"""Render templates: convert parts and fields to a row of ids, and find the places of the slots in that row."""
+"""Render templates: convert fields to ids, and compute the places of the slots."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from softhooks.errors import OptionError
 from softhooks.layout.template import Message, Part, Template
 
 _SENTINEL = re.compile("\ue000(\\d+)\ue001")
-"""The marker for a slot or field in the output of a chat template."""
+"""The marker for a slot, mask or field in the output of a chat template."""
 
 _SPACE_MARKS = ("\u2581", "\u0120")
-"""The characters that SentencePiece and byte-level tokenizers use for the space before a word."""
+"""The characters for a space before a word, in the tokens of SentencePiece and of byte-level tokenizers."""
 
 
 @dataclass
@@ -24,8 +24,8 @@ class Row:
     Attributes:
         ids: the ids, without slots.
         slots: for each slot, the number of ids before it.
-        masks: the places of the mask token.
-        spans: the start and end of each field, for each of its occurrences in the template.
+        masks: the indices of the mask tokens.
+        spans: for each field, the start and end of each of its occurrences.
     """
 
     ids: list[int]
@@ -37,22 +37,18 @@ class Row:
 def render_row(
     template: Template, tokenizer: Any, fields: Mapping[str, Any], max_length: int | None, **chat: Any
 ) -> Row:
-    """Render a template with the fields of a row.
-
-    Raises:
-        OptionError: a field is missing or not a text, or the anchors alone exceed `max_length`.
-    """
+    """Render a template with the fields of a row."""
     if template.messages is None:
-        parts, (before, after) = template.parts, special_tokens_of(tokenizer)
+        parts, (before, after) = template.parts, _special_tokens_of(tokenizer)
     else:
-        parts, before, after = in_chat(template.messages, template.parsed, tokenizer, **chat), [], []
+        parts, before, after = _in_chat(template.messages, template.parsed, tokenizer, **chat), [], []
     pieces = [_ids_of(part, tokenizer, fields) for part in parts]
     if max_length is not None:
         slots = sum(part.count for part in parts if part.kind == "soft")
         lengths = {i: len(ids) for i, ids in enumerate(pieces) if parts[i].kind == "field"}
         fixed = sum(map(len, pieces)) - sum(lengths.values()) + len(before) + len(after) + slots
         side = getattr(tokenizer, "truncation_side", "right")
-        for i, kept in shares(lengths, max_length - fixed, max_length, fixed).items():
+        for i, kept in _truncated(lengths, max_length, fixed).items():
             pieces[i] = pieces[i][:kept] if side == "right" else pieces[i][len(pieces[i]) - kept :]
     row = Row(list(before), [], [], {})
     for part, ids in zip(parts, pieces, strict=True):
@@ -66,25 +62,16 @@ def render_row(
     return row
 
 
-def shares(lengths: Mapping[int, int], budget: int, max_length: int, fixed: int) -> dict[int, int]:
-    """Truncate fields to a budget of tokens, one token at a time from the longest field (the first of equally long fields).
-
-    Returns:
-        the number of tokens that each field keeps.
-
-    Raises:
-        OptionError: the budget is negative.
-    """
-    if budget < 0:
+def _truncated(lengths: dict[int, int], max_length: int, fixed: int) -> dict[int, int]:
+    """Shorten the lengths of fields one by one, always the longest, until they fit in addition to the `fixed` tokens."""
+    if fixed > max_length:
         raise OptionError(
-            f"max_length={max_length} is too short for the layout: its anchors, special tokens and slots take {fixed} tokens, "
-            "which are never cut.",
+            f"max_length={max_length} is too short: the anchors, special tokens and slots of the template have {fixed} tokens, "
+            "which are never truncated.",
             "Raise max_length, or shorten the template.",
-            max_length=max_length,
-            anchors_and_slots=fixed,
         )
     kept = dict(lengths)
-    while sum(kept.values()) > budget:
+    while sum(kept.values()) > max_length - fixed:
         kept[max(kept, key=lambda i: kept[i])] -= 1
     return kept
 
@@ -102,20 +89,13 @@ def _ids_of(part: Part, tokenizer: Any, fields: Mapping[str, Any]) -> list[int]:
 
 
 def text_of(part: Part, fields: Mapping[str, Any]) -> str:
-    """Return a field's text with the spaces before it, or an empty text if the field is empty.
-
-    Raises:
-        OptionError: the field is missing or not a string.
-    """
+    """Return a field's text with the spaces before it, or an empty string if the field is empty."""
     value = fields.get(part.text)
     if not isinstance(value, str):
         found = "not given" if value is None else repr(value)
         raise OptionError(
             f"the field {part.text!r} of the template is {found}; it must be a string.",
-            "If the name differs, rename the field in the template or the column of the data. If the value is not a string, "
-            "convert it to a string.",
-            field=part.text,
-            found=found,
+            "Name the field like a column of the data, and convert the column's values to strings.",
             given=", ".join(map(str, fields)),
         )
     return part.space + value if value else ""
@@ -125,7 +105,7 @@ def encode(text: str, tokenizer: Any) -> list[int]:
     """Tokenize a part of a longer text, without special tokens."""
     if not text:
         return []
-    # A tokenizer that adds a space before the first word of every text must not get that space a second time.
+    # If the tokenizer adds a space before every text itself, the text's own space would be a second one.
     if text[:1] == " " and tokenizer.convert_ids_to_tokens(_plain("a", tokenizer))[0][:1] in _SPACE_MARKS:
         text = text[1:]
     return _plain(text, tokenizer)
@@ -135,31 +115,23 @@ def _plain(text: str, tokenizer: Any) -> list[int]:
     return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def special_tokens_of(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer adds before and after a text, such as [CLS] and [SEP].
-
-    Raises:
-        OptionError: the tokenizer also changes the ids of the text.
-    """
+def _special_tokens_of(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer adds before and after a text, such as [CLS] and [SEP]."""
     plain = _plain("a", tokenizer)
     full = [int(i) for i in tokenizer("a")["input_ids"]]
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]
     raise OptionError(
-        f"{type(tokenizer).__name__} changes the ids {plain} of a text to {full} when it adds special tokens; a template needs "
-        "a tokenizer that adds them around the text."
+        f"{type(tokenizer).__name__} encodes a text as {plain} without special tokens and as {full} with them; a template needs "
+        "a tokenizer that only adds special tokens before and after the text."
     )
 
 
-def in_chat(
+def _in_chat(
     messages: Sequence[Message], parsed: Sequence[Sequence[Part]], tokenizer: Any, **options: Any
 ) -> list[Part]:
-    """Insert the parts of each message into the tokenizer's chat template; the text of the template becomes anchors.
-
-    Raises:
-        OptionError: the chat template drops, moves or repeats a part.
-    """
+    """Apply the tokenizer's chat template to messages, and split the result into parts."""
     held: list[Part] = []
     filled = []
     for message, parts in zip(messages, parsed, strict=True):
@@ -173,8 +145,8 @@ def in_chat(
     pieces = _SENTINEL.split(text)
     if [int(number) for number in pieces[1::2]] != list(range(len(held))):
         raise OptionError(
-            "the chat template drops, repeats or reorders the slots and fields of the messages.",
-            "Pass the messages in the form that the chat template expects.",
+            "the chat template drops, repeats or reorders slots and fields of the messages.",
+            "Pass messages whose roles and order the chat template supports.",
             parts=len(held),
             kept=", ".join(pieces[1::2]) or "none",
         )

@@ -1,9 +1,4 @@
-"""Templates: their syntax, and the places of their slots.
-
-A template is text with parts in braces: `{soft:3}`, `{soft:"some words"}` and `{soft:2, name=a}` are slots, `{mask}` is
-the tokenizer's mask, and any other `{name}` is a field of the data. `{{` and `}}` are literal braces. Text outside braces is an
-anchor.
-"""
+"""Templates: their syntax (see `Layout`), and the places of their slots."""
 
 from __future__ import annotations
 
@@ -34,7 +29,7 @@ _PIECE = re.compile(
 
 Message = Mapping[str, str]
 Source = str | Sequence[Message]
-"""A template, or the messages of a chat with templates as contents."""
+"""A template, or chat messages with templates as contents."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +37,12 @@ class Part:
     """One part of a template.
 
     Attributes:
-        kind: the kind of the part; `soft` for slots.
-        text: an anchor's text, a field's name, or the words from which slots are initialized.
+        kind: an anchor (`text`), a `field`, the `mask` token, or slots (`soft`).
+        text: the text of an anchor, the name of a field, or the words that initialize slots.
         count: the number of slots; 0 until the words are tokenized.
         tie: the name of tied slots.
         ids: the ids of the words.
-        space: the spaces before a field, which are tokenized with the field's text.
+        space: the spaces before a field, which are tokenized with it.
     """
 
     kind: Literal["text", "field", "mask", "soft"]
@@ -59,11 +54,7 @@ class Part:
 
 
 def parse(template: str) -> list[Part]:
-    """Split a template into its parts.
-
-    Raises:
-        OptionError: a brace is not closed or not opened, or the content of braces is not a part.
-    """
+    """Split a template into its parts."""
     parts: list[Part] = []
     place, text = 0, ""
     while place < len(template):
@@ -72,11 +63,10 @@ def parse(template: str) -> list[Part]:
             wrong = re.match(r"\{[^{}]*\}", template[place:])
             found = repr(wrong[0] if wrong else template[place : place + 30])
             raise OptionError(
-                f"the template has {found}; braces must contain a field, `mask`, or slots such as {{soft:3}}, "
-                '{soft:"some words"}, {soft:2, name=a}.',
+                f"the template contains {found}; braces must contain the name of a field, `mask`, or slots such as {{soft:3}}, "
+                '{soft:"some words"} or {soft:2, name=a}.',
                 _remedy(wrong[0][1:-1].strip() if wrong else None),
                 template=repr(template),
-                not_understood=found,
             )
         place = match.end()
         if match["text"] is not None or match["brace"] is not None:
@@ -93,18 +83,18 @@ def parse(template: str) -> list[Part]:
 
 
 def _remedy(inside: str | None) -> str:
-    """Return the remedy for invalid contents of braces, or for an unmatched brace if `inside` is None."""
+    """Return the remedy for braces with an invalid content, or for a single brace if `inside` is None."""
     if inside is None:
-        return "Write a literal brace twice: {{ or }}."
+        return "Write a brace that is part of the text twice: {{ or }}."
     word = (re.match(r"\w*", inside) or [""])[0]
     if difflib.get_close_matches(word.lower(), ["soft"], cutoff=0.7) or re.search(r"[:=]\s*\d+$", inside):
         return (
-            'Write the number of slots, {soft:3}, or the words that initialize them, {soft:"some words"}; tied slots have a '
-            "name, {soft:3, name=a}."
+            'For slots, write their number, as in {soft:3}, or the words that initialize them, as in {soft:"some words"}; add a '
+            "name to tied slots, as in {soft:3, name=a}."
         )
     return (
-        "Name a field like its column, with letters, digits and _: {text}; the mask is {mask}. Write literal braces twice: {{ "
-        "and }}."
+        "For a field, write the name of its column in letters, digits and _, as in {text}; for the mask, write {mask}. Write "
+        "braces that are part of the text twice: {{ and }}."
     )
 
 
@@ -124,9 +114,11 @@ def _split(source: Any) -> tuple[tuple[Part, ...], ...]:
     elif isinstance(source, (list, tuple)) and source and all(map(_is_message, source)):
         parsed = tuple(tuple(parse(message["content"])) for message in source)
     else:
-        raise OptionError(f"the layout is given {source!r}; it takes a template, or messages with role and content.")
+        raise OptionError(
+            f"the layout is {source!r}; it must be a template, or a list of messages with role and content."
+        )
     if not any(part.kind == "soft" for parts in parsed for part in parts):
-        raise OptionError(f"the layout {source!r} has no slot, such as {{soft:3}}.")
+        raise OptionError(f"the template {source!r} has no slots; add some, such as {{soft:3}}.")
     return parsed
 
 
@@ -137,17 +129,14 @@ def _is_message(message: Any) -> bool:
 
 
 class Template:
-    """A layout that renders fields to rows of ids.
+    """A template or a chat of templates.
 
     Args:
-        source: the template, or messages.
-        words: the ids of the words from which slots are initialized, in order, or None if they are not known yet.
+        source: the template, or the messages.
+        words: the ids of the words that initialize slots, in order, or None if they are not known yet.
 
     Attributes:
-        parsed: the parts of each message; a plain template is one message.
-
-    Raises:
-        OptionError: the template cannot be parsed, has no slot, or slots of one name differ.
+        parsed: the parts of each message, or of the template as a single message.
     """
 
     placement = "layout"
@@ -155,10 +144,8 @@ class Template:
     searches = False
 
     def __init__(self, source: Source, words: Sequence[tuple[int, ...]] | None = None) -> None:
-        self.source: str | list[dict[str, str]] = source if isinstance(source, str) else []
         self.parsed = _split(source)
-        if not isinstance(source, str):
-            self.source = [dict(message) for message in source]
+        self.source: str | list[dict[str, str]] = source if isinstance(source, str) else [dict(m) for m in source]
         if words is not None:
             remaining = iter(words)
             self.parsed = tuple(tuple(_with_ids(part, remaining) for part in parts) for parts in self.parsed)
@@ -167,47 +154,47 @@ class Template:
 
     @property
     def messages(self) -> list[dict[str, str]] | None:
-        """The messages, or None if the template is not a chat."""
+        """The messages of a chat, or None for a single template."""
         return None if isinstance(self.source, str) else self.source
 
     @property
     def parts(self) -> list[Part]:
-        """Every part in order."""
+        """All parts, in order."""
         return [part for parts in self.parsed for part in parts]
 
     @property
     def fields(self) -> list[str]:
-        """The names of the fields, in order; a field can occur twice."""
+        """The names of the fields, in order and with repetitions."""
         return [part.text for part in self.parts if part.kind == "field"]
 
     @property
     def is_bound(self) -> bool:
-        """Whether the number of slots is known; otherwise a tokenizer is needed."""
+        """Whether the ids of all words that initialize slots are known."""
         return all(part.count for part in self.parts if part.kind == "soft")
 
     def bound(self, tokenizer: Any) -> Template:
-        """Return the template with the ids of the words from which slots are initialized."""
+        """Return the template with the ids of the words that initialize slots."""
         texts = [part.text for part in self.parts if part.kind == "soft" and part.text]
         return Template(self.source, [tuple(tokenize(text, tokenizer, "soft")) for text in texts])
 
     @property
     def has_tail(self) -> bool:
-        """Whether slots come last, after the text."""
+        """Whether there are slots after the text."""
         return self.messages is None and self.parts[-1].kind == "soft"
 
     @property
     def ids(self) -> list[int]:
-        """The ids from which slots are initialized."""
+        """The ids of the words that initialize slots."""
         return [token for part in self.parts for token in part.ids]
 
     @property
     def table_rows(self) -> list[int]:
-        """The row of the prompt's table that each slot takes, in template order; tied slots share rows."""
+        """The index of each slot's virtual token; tied slots share their virtual tokens."""
         return self._rows()[0]
 
     @property
     def starts(self) -> dict[int, int]:
-        """The rows of the table that are initialized from words, mapped to the ids of those words."""
+        """A mapping from virtual tokens that are initialized from words to the ids of these words."""
         return self._rows()[1]
 
     def _rows(self) -> tuple[list[int], dict[int, int]]:
@@ -221,8 +208,8 @@ class Template:
             first, model = tied.setdefault(part.tie, (count, part)) if part.tie else (count, part)
             if (model.count, model.text) != (part.count, part.text):
                 raise OptionError(
-                    f"the slots named {part.tie!r} are defined as both {model.text or model.count!r} and "
-                    f"{part.text or part.count!r}; slots with the same name must have the same text or count."
+                    f"the slots named {part.tie!r} are defined as {model.text or model.count!r} and as "
+                    f"{part.text or part.count!r}; slots with the same name must have the same number or the same words."
                 )
             rows += range(first, first + part.count)
             starts |= {first + i: token for i, token in enumerate(part.ids)}
@@ -230,38 +217,38 @@ class Template:
         return rows, starts
 
     def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
-        """Read the places of the slots from the batch column; see `Layout.places`."""
+        """Return the places of the slots, which are given in a batch column; see `Layout.places`."""
         real = mask.bool().sum(-1)
         columns = len(self.table_rows)
         if given is None or tuple(given.shape) != (len(rows), columns):
             found = "absent" if given is None else list(given.shape)
             raise UnsupportedModeError(
-                f"the column `{COLUMN}`, with the places of a template's slots in each row, is {found}.",
-                "Make the batch with the layout's `render`, `mapper` or `collator`, and keep the column.",
+                f"the column `{COLUMN}`, with the places of a template's slots, is missing in the batch or has a wrong shape.",
+                "Make the batch with the layout's `render`, `mapper` or `collator`, and pass the column to the model.",
                 given=found,
                 expected=[len(rows), columns],
             )
         offsets = given.to(real)
         if bool(((offsets < 0) | (offsets > real[:, None])).any()):
             raise UnsupportedModeError(
-                f"`{COLUMN}` is out of range: it counts more tokens before a slot than the row has.",
-                "Truncate with the layout's `max_length`, which only cuts fields, and prefill a prompt in one chunk.",
+                f"`{COLUMN}` is out of range: a number of tokens before a slot is negative, or exceeds the length of the row.",
+                "Truncate rows with the layout's `max_length`, and leave `prefill_chunk_size` out.",
                 tokens=real.tolist(),
                 soft_slots=offsets.amax(-1).tolist(),
             )
         return Places(offsets, torch.ones_like(offsets).bool())
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the ids and the batch column for a test forward. [1, T] -> [1, T]."""
+        """Return the ids and the batch column for a test forward, [1, T]."""
         return ids, {COLUMN: torch.zeros(1, len(self.table_rows), dtype=torch.long, device=ids.device)}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the template and the ids of its words as JSON values."""
+        """Return the template as JSON values, with the ids of its words."""
         return {"template": self.source, "words": [list(part.ids) for part in self.parts if part.ids]}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Template:
-        """Make the template from the values that `to_json` returned."""
+        """Return the template for JSON values from `to_json`."""
         return cls(stored["template"], ids_from_json(stored.get("words")))
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ IGNORE_INDEX = -100
 
 
 def tokenizer_of(tokenizer: Any) -> Any:
-    """Return a tokenizer, which is loaded if its name is given."""
+    """Return a tokenizer, or load it if it is given by name."""
     if not isinstance(tokenizer, str):
         return tokenizer
     from transformers import AutoTokenizer
@@ -20,20 +20,11 @@ def tokenizer_of(tokenizer: Any) -> Any:
 
 
 def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
-    """Tokenize a text without special tokens.
-
-    Args:
-        text: the text.
-        tokenizer: the tokenizer or its name.
-        option: the name of the option with the text, for errors.
-
-    Raises:
-        OptionError: no tokenizer was given, or the text has no tokens.
-    """
+    """Tokenize a text without special tokens. Errors name the `option` with which the text was passed."""
     if tokenizer is None:
         raise OptionError(
             f"{option} is a text, but no tokenizer is given.",
-            "Pass `tokenizer=`: the model's own, or its name.",
+            "Pass `tokenizer=`: the model's tokenizer or its name.",
             **{option: repr(text)},
         )
     ids = tokenizer_of(tokenizer)(text, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Verbalizers, which represent each class by a word and compute the loss over the logits of these words."""
+"""`Verbalizer`, which represents each class by a word, and computes the loss over the logits of these words."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from softhooks.layout.tokenizing import IGNORE_INDEX, tokenizer_of
 
 
 class Verbalizer:
-    """Maps each class to a word of the vocabulary; the loss is the cross-entropy over the logits of these words.
+    """Represents each class by a word. The loss is the cross-entropy over the logits of these words.
 
-    Pass it to a Trainer as `compute_loss_func`, or call it in your own loop with the model's output and the labels. Labels have
-    one entry for each token: the id of the class's word at the mask, and -100 elsewhere. `Layout.mapper(..., verbalizer=)` and
-    `labels` make such labels.
+    Pass a verbalizer to a Trainer as `compute_loss_func`, or call it in your own loop with the model's output and the labels. The
+    labels of a row are the id of its class's word at the mask, and -100 at other tokens. `Layout.mapper(..., verbalizer=)` and
+    `Verbalizer.labels` return such labels.
 
     Source: Liu et al. 2021, arXiv:2103.10385, few-shot setting.
 
     Args:
-        words: the word of each class, in order: a single token when tokenized after a space, or its id.
+        words: for each class, a word that is a single token after a space, or the id of a token.
         tokenizer: the model's tokenizer or its name.
-        causal: True for a causal language model, where the token before the word predicts it; False if a mask predicts it.
+        causal: True if the token before the word predicts it, as in causal language models; False if a mask token does.
 
     Raises:
-        OptionError: a word is not one token, or two classes have the same word.
+        OptionError: a word is not a single token, or two classes have the same word.
     """
 
     def __init__(self, words: Sequence[str | int], tokenizer: Any = None, *, causal: bool = False) -> None:
@@ -41,7 +41,7 @@ class Verbalizer:
         self.ids = [_token_of(word, tokenizer) for word in words]
         self._mask_id: int | None = getattr(tokenizer, "mask_token_id", None)
         if len(set(self.ids)) < len(self.ids):
-            raise OptionError(f"two classes have the same word: {self.words} are the tokens {self.ids}.")
+            raise OptionError(f"two classes have the same word: the ids of {self.words} are {self.ids}.")
 
     def token(self, label: Any) -> int:
         """Return the id of a class's word.
@@ -54,30 +54,30 @@ class Verbalizer:
         return self.ids[label]
 
     def labels(self, input_ids: Tensor, classes: Tensor) -> Tensor:
-        """Make labels with the token of each row's class word at the row's mask, and -100 elsewhere. [B, T], [B] -> [B, T]."""
+        """Return labels with the id of each class's word at the row's mask, and -100 elsewhere. [B, T], [B] -> [B, T]."""
         at = self._masks(input_ids)
         words = torch.tensor([self.token(int(label)) for label in classes], device=input_ids.device)
         return torch.full_like(input_ids, IGNORE_INDEX).masked_scatter(at, words.to(input_ids.dtype))
 
     def scores(self, logits: Tensor, input_ids: Tensor) -> Tensor:
-        """Select the logits of each class's word at the mask. [B, T, V], [B, T] -> [B, C]."""
+        """Return the logits of the classes' words at each row's mask. [B, T, V], [B, T] -> [B, C]."""
         return logits[self._masks(input_ids)][:, self.ids]
 
     def scores_at_labels(self, logits: Any, labels: Any) -> Tensor:
-        """Select the logits of each class's word at the row's label, for a Trainer's `preprocess_logits_for_metrics`.
+        """Return the logits of the classes' words at each row's label, for a Trainer's `preprocess_logits_for_metrics`.
 
         The Trainer then gathers C numbers for each row instead of the whole vocabulary, and `trainer.predict(rows).predictions`
         are the scores of the classes.
 
         Args:
-            logits: the model's logits, or a tuple that starts with them.
-            labels: labels with exactly one entry in each row that is not -100.
+            logits: the model's logits, or a tuple that starts with them, [B, T, V].
+            labels: labels with exactly one entry per row that is not -100, [B, T].
+
+        Returns:
+            the scores, [B, C].
 
         Raises:
             OptionError: a row has no label, or several.
-
-        Shape:
-            [B, T, V], [B, T] -> [B, C]
         """
         logits = torch.as_tensor(logits[0] if isinstance(logits, (tuple, list)) else logits)
         labels = torch.as_tensor(labels)
@@ -90,16 +90,16 @@ class Verbalizer:
         """Return the class of each row's label, for `compute_metrics`. [B, T] -> [B].
 
         Raises:
-            OptionError: a row has no label, several labels, or a label that is not the word of a class.
+            OptionError: a row has no label, several labels, or a label that is not the id of a class's word.
         """
         labels = torch.as_tensor(labels)
         return self._class_of(labels[_labels_at(labels)])
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Compute the loss: the sum over labels, divided by their number or by the Trainer's `num_items_in_batch`.
+        """Compute the mean loss over the labels, or their sum divided by `num_items_in_batch` if a Trainer passes it.
 
         Raises:
-            OptionError: a label is not the word of a class.
+            OptionError: a label is not the id of a class's word.
         """
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if self.causal:
@@ -112,28 +112,26 @@ class Verbalizer:
         return total / count
 
     def _class_of(self, labels: Tensor) -> Tensor:
-        """Map the ids of words to their classes. [N] -> [N]."""
+        """Return the classes of word ids. [N] -> [N]."""
         matches = labels[:, None] == torch.tensor(self.ids, device=labels.device)
         if not bool(matches.any(-1).all()):
             unknown = sorted(set(labels[~matches.any(-1)].tolist()))
             raise OptionError(
                 f"the labels {unknown} are neither the id of a class's word nor -100.",
                 "Make labels with `Layout.mapper(..., verbalizer=)`, or with `Verbalizer.labels`.",
-                labels=unknown,
                 words=dict(zip(self.words, self.ids, strict=True)),
             )
         return matches.long().argmax(-1)
 
     def _masks(self, input_ids: Tensor) -> Tensor:
         if self._mask_id is None:
-            raise OptionError("the tokenizer has no mask token, which is needed to find the mask of a row.")
-        return _one_per_row(
-            input_ids == self._mask_id, "mask", "Put one {mask} into the template, and none into the text."
-        )
+            raise OptionError("the tokenizer has no mask token, so the mask of a row cannot be found.")
+        remedy = "Write one {mask} in the template, and no mask tokens in the text."
+        return _one_per_row(input_ids == self._mask_id, "mask", remedy)
 
 
 def _labels_at(labels: Tensor) -> Tensor:
-    """Find the one label of each row. [B, T] -> [B, T] bool."""
+    """Return where the only label of each row is. [B, T] -> [B, T] bool."""
     remedy = (
         "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, use "
         "`verbalizer.scores(logits, input_ids)`."
@@ -158,13 +156,14 @@ def _token_of(word: str | int, tokenizer: Any) -> int:
     if isinstance(word, int) and not isinstance(word, bool):
         return word
     if tokenizer is None or not isinstance(word, str):
-        raise OptionError(f"the verbalizer's word {word!r} is neither an id nor text with a tokenizer.")
+        raise OptionError(
+            f"the word of a class is {word!r}; it must be an id, or a string with a tokenizer to encode it."
+        )
     ids = encode(f" {word}", tokenizer)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise OptionError(
-            f"the tokenizer splits {word!r} into {len(ids)} tokens, or does not know it; the word of a class must be one token.",
+            f"the tokenizer encodes {word!r} as {tokenizer.convert_ids_to_tokens(ids)}; the word of a class must be a single "
+            "known token.",
             "Choose another word, or pass the id of a token.",
-            word=repr(word),
-            tokens=tokenizer.convert_ids_to_tokens(ids),
         )
     return ids[0]

@@ -161,7 +161,7 @@ class PTuning(Method):
     def build(self, structure: ModelStructure) -> PromptEncoder:
         """Make the initialized network, or the initial embeddings if there is no network."""
         count, width = self.num_virtual_tokens, structure.entry.width
-        beyond = [token for token in self.token_layout.ids if token >= structure.vocabulary]
+        beyond = [token for token in self.token_layout.form.ids if token >= structure.vocabulary]
         if beyond:
             raise PromptMismatchError(
                 f"the layout has ids that are not in the model's vocabulary: {beyond}.",
@@ -169,7 +169,7 @@ class PTuning(Method):
                 ids=beyond,
                 vocabulary=f"0 to {structure.vocabulary - 1}",
             )
-        starts = self.token_layout.starts
+        starts = self.token_layout.form.starts
         words = dict(zip(starts, embed_ids(structure, list(starts.values())), strict=True))
         if self.encoder == "none":
             ids = initializers.vocabulary_ids(structure, count).tolist()

@@ -66,7 +66,7 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
         option = getattr(method, key, None)
         allowed[key] = (option,) if option in values else values  # a missing option or None allows every value
     if "placement" in allowed:
-        allowed["placement"] = (method.token_layout.placement,)
+        allowed["placement"] = (method.token_layout.form.placement,)
     found = {key: value for key, value in conventions.items() if key != BUFFER}
     if set(found) != set(allowed) or not all(found[key] in allowed[key] for key in allowed):
         raise CheckpointError(

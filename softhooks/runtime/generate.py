@@ -77,7 +77,7 @@ class _Draft(PromptedMethod):
 
 
 def _has_searching_layout(prompted: PromptedModel) -> bool:
-    return any(prompt.layout.searches for prompt in prompted.prompts.values())
+    return any(prompt.layout.form.searches for prompt in prompted.prompts.values())
 
 
 def wrap_candidate_generator(prompted: PromptedModel) -> None:

@@ -55,7 +55,7 @@ def sequence_embeddings(
         )
     with disabled(model):
         words = stack.embedding(ids)[0]
-    slots = prompt.encoder.folded()[EMBEDDINGS][prompt.layout.table_rows].to(words)
+    slots = prompt.encoder.folded()[EMBEDDINGS][prompt.layout.form.table_rows].to(words)
     rows: list[Tensor] = []
     for column in range(ids.shape[1] + 1):
         here = places.live[0] & (places.offsets[0] == column)  # the slots in front of this column

@@ -64,7 +64,7 @@ def test_a_mapper_puts_the_word_where_the_mask_stands() -> None:
     for template in ("{a} {soft:2}", "{mask} {a} {soft:2} {mask}"):
         with pytest.raises(OptionError, match=r"one \{mask\}"):
             Layout(template).mapper(tokenizer, verbalizer=words)
-    with pytest.raises(OptionError, match="both make labels"):
+    with pytest.raises(OptionError, match="only one of them can make the labels"):
         layout.mapper(tokenizer, verbalizer=words, target="a")
 
 
@@ -78,7 +78,7 @@ def test_rows_with_no_mask_or_two() -> None:
 def test_a_label_that_is_no_word() -> None:
     _, words = made()
     labels = torch.tensor([[-100, 3, words.ids[0]]])
-    with pytest.raises(OptionError, match=r"neither the id of a class's word nor -100(.|\n)*labels: *\[3\]"):
+    with pytest.raises(OptionError, match=r"the labels \[3\] are neither the id of a class's word nor -100"):
         words({"logits": torch.randn(1, 3, 40)}, labels)
 
 

@@ -132,7 +132,7 @@ def test_permuting_the_text_does_not_change_h() -> None:
 def test_one_pass_over_the_slots_in_template_order() -> None:
     """Slots of a layout run through the LSTM as they stand in the template; tied ones once, where their name comes first."""
     layout = Layout(TEMPLATE)
-    assert layout.table_rows == [0, 1, 2, 3, 4, 2, 3]
+    assert layout.form.table_rows == [0, 1, 2, 3, 4, 2, 3]
     with softhooks.attach(zoo.build("bert", "masked"), PTuning(layout=layout)) as prompt:
         passes: list[Any] = []
         prompt.encoder.lstm.register_forward_hook(lambda _m, args, out: passes.append(args[0].shape))
@@ -166,7 +166,7 @@ def test_slots_start_as_words(name: str) -> None:
     fields = {"a": "hello world"}
     torch.manual_seed(1)
     with torch.no_grad(), softhooks.attach(model, with_encoder(name, layout=layout, tokenizer=tokenizer)) as prompt:
-        assert layout.bound(tokenizer).table_rows == [0, 1, 2, 3, 4, 2, 3, 4]
+        assert layout.bound(tokenizer).form.table_rows == [0, 1, 2, 3, 4, 2, 3, 4]
         batch = {k: torch.tensor([v]) for k, v in layout.render(tokenizer, fields).items()}
         logits, h = model(**batch).logits, prompt.encoder("embeddings")
         words = model.get_input_embeddings().weight[tokenizer("it was great", add_special_tokens=False)["input_ids"]]

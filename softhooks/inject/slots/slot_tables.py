@@ -44,7 +44,7 @@ class Slots:
     @property
     def uneven(self) -> bool:
         """Whether some row may have fewer than S slots."""
-        if any(layout.may_skip for layout in self.layouts):
+        if any(layout.form.may_skip for layout in self.layouts):
             return True
         return self.choice is not None and any(
             row is None or self.layouts[row].num_slots < self.columns for row in self.choice
@@ -58,7 +58,7 @@ class Slots:
             ids: the text's ids, [B, T]; None if the text was passed as embeddings.
         """
         batch, columns = mask.shape
-        if self.searched is not None and any(layout.searches for layout in self.layouts):
+        if self.searched is not None and any(layout.form.searches for layout in self.layouts):
             self._refuse_chunk(columns, self.searched)
             mask, ids = mask[:, : self.searched], None if ids is None else ids[:, : self.searched]
         given = self.given.get(COLUMN)
@@ -94,7 +94,7 @@ class Slots:
     def _stacked(self, tables: Sequence[Tensor], like: Tensor) -> Tensor:
         """Select the row of each slot from the tables [P, N] of the prompts. -> [1 or B, S, N]."""
         each = [
-            table if layout.table_rows == list(range(table.shape[0])) else table[layout.table_rows]
+            table if layout.form.table_rows == list(range(table.shape[0])) else table[layout.form.table_rows]
             for table, layout in zip(tables, self.layouts, strict=True)
         ]
         if self.choice is None:
