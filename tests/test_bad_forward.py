@@ -186,7 +186,9 @@ def test_packed_positions_and_slots() -> None:
     model = zoo.build("llama")
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
     with softhooks.attach(model, AS_SLOTS["slots"]):
-        message = r"\[2, 6\] are not the count(.|\n)*each row has its slots only once(.|\n)*Put each document"
+        message = (
+            r"\[2, 6\] do not count each row's tokens(.|\n)*each row has its slots only once(.|\n)*Put each document"
+        )
         refused(model, UnsupportedModeError, message, lambda: model(IDS, position_ids=packed))
         plain = model(IDS).logits
         assert torch.equal(model(IDS, position_ids=torch.arange(6)[None]).logits, plain)

@@ -1,7 +1,4 @@
-"""Check that the modules with a prompt's hooks are still part of the model.
-
-A module that replaces one of them has no hook and would run without the prompt.
-"""
+"""Check that the modules with a prompt's hooks have not been replaced by modules without hooks."""
 
 from __future__ import annotations
 
@@ -15,18 +12,14 @@ from softhooks.errors import UnsupportedModeError
 
 
 class ExpectedModules:
-    """Modules that must remain somewhere inside a root module.
-
-    Args:
-        modules: the modules at attach.
-    """
+    """Modules that must stay inside the model."""
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self._expected = list(modules)
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the places out of the state to copy or pickle, because a copy looks up the places in its own model."""
+        """Copy and pickle without the places, because a copy finds the modules' places in its own model."""
         return {"_expected": self._expected, "_places": None}
 
     def add(self, modules: Iterable[nn.Module]) -> None:
@@ -35,11 +28,7 @@ class ExpectedModules:
         self._places = None
 
     def check(self, root: nn.Module) -> None:
-        """Check, once per forward, that each module is still in its place or elsewhere inside the root.
-
-        Raises:
-            UnsupportedModeError: a module has been replaced.
-        """
+        """Refuse a forward if a module is no longer inside `root`; a module that was moved inside it is accepted."""
         places = self._places
         if places is None or any(parent.get(name) is not module for parent, name, module in places):
             self._places = self._find(root)
@@ -49,8 +38,8 @@ class ExpectedModules:
         gone = [type(module).__name__ for module in self._expected if id(module) not in paths]
         if gone:
             raise UnsupportedModeError(
-                f"{', '.join(dict.fromkeys(gone))} of {type(root).__name__} has been replaced; the modules that a prompt enters "
-                "must be the same as when it was attached.",
+                f"{', '.join(dict.fromkeys(gone))} of {type(root).__name__} has been replaced since the prompt was attached; the "
+                "modules that a prompt enters must stay in the model.",
                 "Restore the old modules, or save the prompt, remove it, and load it onto the changed model.",
             )
         places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}

@@ -1,14 +1,14 @@
 """Reuse a prompt's keys and values inside one `generate` call, one continuous batch, or `softhooks.kept`.
 
 Keys and values depend on everything in the base model: weights (which may change through `.data`), hooks, attributes, replaced
-modules. No check that is cheap enough for every token detects all of these changes. So each forward recomputes the keys and
-values, unless a scope is open in which nothing changes; the results belong to this scope and are discarded with it.
+modules. No check that is cheap enough for every token detects all of these changes. So each forward computes the keys and values
+again, unless a scope is open, in which nothing may change. The results are discarded with the scope.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 @dataclass
 class _Result:
-    """A cached result, with the values that must be unchanged for it to be reused.
+    """A cached result. It is reused only if nothing has changed that it depends on.
 
     Attributes:
-        key: the addresses and versions of tensors, and the modes of torch.
-        values: copies of the tensors that are compared by value.
+        key: the addresses and versions of the tensors, and torch's modes.
+        values: copies of the trained tensors, which are compared by value.
     """
 
     value: Any
@@ -41,7 +41,7 @@ class ReuseScope:
 
     Args:
         model: the model that the user passed when the first prompt was attached.
-        is_explicit: whether the user opened the scope, rather than a `generate` call.
+        is_explicit: whether the scope is a `softhooks.kept` block, rather than a `generate` call.
     """
 
     def __init__(self, model: object, is_explicit: bool = False) -> None:
@@ -52,17 +52,13 @@ class ReuseScope:
         self.snapshots: dict[int, tuple[list[Any], Any]] = {}  # by prompt, with the addresses of its tensors
 
     def close(self) -> None:
-        """End the scope, including in tasks and threads that have inherited it."""
+        """End the scope, also in tasks and threads that have inherited it."""
         self.is_open = False
         self.results.clear()
         self.snapshots.clear()
 
-    def __deepcopy__(self, _memo: object) -> ReuseScope:
-        """Return a scope without results, because a copied cache may be used with a copy of the model."""
-        return ReuseScope(None)
-
     def __reduce__(self) -> tuple[type[ReuseScope], tuple[None]]:
-        """Pickle without results."""
+        """Copy and pickle as an empty scope of no model, because a copied cache may be used with a copy of the model."""
         return ReuseScope, (None,)
 
 
@@ -76,7 +72,7 @@ def scope_of(model: object) -> ReuseScope | None:
 
 @contextmanager
 def using(scope: ReuseScope) -> Iterator[None]:
-    """Use a scope in this thread and task while the `with` block runs, and leave the scope open after it."""
+    """Use a scope in this thread and task while the `with` block runs; the scope stays open after the block."""
     _scopes.set((*_scopes.get(), scope))
     try:
         yield
@@ -86,21 +82,13 @@ def using(scope: ReuseScope) -> Iterator[None]:
 
 @contextmanager
 def new_scope(model: object, is_explicit: bool = False) -> Iterator[None]:
-    """Open a scope while the `with` block runs; a `generate` call inside `softhooks.kept` uses the outer scope.
-
-    Args:
-        is_explicit: whether this is `softhooks.kept`, rather than a `generate` call.
-    """
+    """Open a scope while the `with` block runs. A `generate` call inside `softhooks.kept` uses the outer scope instead."""
     outer = scope_of(model)
     if not is_explicit and outer is not None and outer.is_explicit:
         yield
         return
-    scope = ReuseScope(model, is_explicit)
-    try:
-        with using(scope):
-            yield
-    finally:
-        scope.close()
+    with closing(ReuseScope(model, is_explicit)) as scope, using(scope):
+        yield
 
 
 _SCOPE = "_softhooks_scope"
@@ -124,10 +112,10 @@ def scope_on(holder: Any, model: object) -> Iterator[None]:
 
 
 class ResultCache(Generic[T]):
-    """The result of a prompt for one stack, computed once per scope; outside a scope or with gradients, once per forward.
+    """A prompt's keys and values for one stack, computed once per scope; outside a scope or with gradients, once per forward.
 
-    Common changes are detected even inside a scope: the addresses and versions of tensors, the values of trained tensors (fused
-    optimizers do not increase the version), the active PEFT adapters, autocast.
+    The most common changes are detected even inside a scope: other addresses or versions of tensors, other values of trained
+    tensors (fused optimizers do not increase the version), other active PEFT adapters, autocast.
 
     Attributes:
         computed: the number of times that the result was computed.
@@ -137,7 +125,7 @@ class ResultCache(Generic[T]):
         self.computed = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle as a new object without results."""
+        """Copy and pickle without results."""
         return type(self), ()
 
     def get(
@@ -148,15 +136,12 @@ class ResultCache(Generic[T]):
         compute: Callable[[], T],
         variant: object = None,
     ) -> T:
-        """Return the result of `compute`, reusing it if it was already computed in this scope.
+        """Return the result of `compute`, or the result of an earlier call in this scope.
 
         Args:
             own: the prompt's parameters and buffers.
             base: every parameter and buffer of the base model that the result depends on.
-            variant: any further value that the result depends on.
-
-        Raises:
-            UnsupportedModeError: the rows of this forward have different PEFT adapters.
+            variant: any other value that the result depends on.
         """
         own, base = list(own), list(base)
         model = None if stack.state.owner is None else stack.state.owner.model
@@ -165,16 +150,15 @@ class ResultCache(Generic[T]):
         if scope is None:
             return self._compute(compute)
         trained = [tensor for tensor in (*own, *base) if tensor.requires_grad]
-        state = None
-        if not stack.module.training and not (torch.is_grad_enabled() and trained):
-            state = _state([*own, *base])
+        has_graph = stack.module.training or (torch.is_grad_enabled() and trained)
+        state = None if has_graph else _state([*own, *base])
         if state is None:  # a result with a graph can only be used for one backward
             scope.results.pop(self, None)
             return self._compute(compute)
-        key = (variant, switched, *state)
         values = [*own, *[tensor for tensor in trained if all(tensor is not one for one in own)]]
+        key = (variant, switched, len(values), *state)
         known = scope.results.get(self)
-        if known is None or known.key != key or not equal_values(values, known.values):
+        if known is None or known.key != key or not all(map(torch.equal, values, known.values)):
             value = self._compute(compute)
             known = scope.results[self] = _Result(value, key, [tensor.detach().clone() for tensor in values])
         result: T = known.value
@@ -186,14 +170,9 @@ class ResultCache(Generic[T]):
 
 
 def _state(tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """Return the addresses and versions of tensors, and torch's modes, or None for inference tensors, which have no version."""
+    """Return the addresses and versions of tensors, and torch's modes; None if there are inference tensors (without versions)."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu")
     mode = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     return (*autocast, *mode, *[(t.data_ptr(), t._version, t.dtype) for t in tensors])
-
-
-def equal_values(now: list[Tensor], before: list[Tensor]) -> bool:
-    """Whether two lists contain equal tensors in the same order."""
-    return len(now) == len(before) and all(map(torch.equal, now, before))

@@ -1,8 +1,8 @@
-"""Decide whether a front prompt can be computed once and shared by all rows of a call.
+"""Decide whether a prompt before the text can be computed once and shared by all rows of a call.
 
-A virtual token at the front only attends to virtual tokens. So its states do not depend on the text, unless the call has an
-argument that also affects virtual tokens: encoder states that a decoder attends to, token types, a language for each row, or any
-argument that is not known here. In such a call the prompt enters as slots.
+Such a prompt's virtual tokens attend only to each other. So their states do not depend on the text, unless the call has an
+argument that affects virtual tokens too: encoder states that a decoder attends to, token types, a language for each row, or any
+argument that is not listed here. In such a call the prompt enters as slots.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TEXT = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
     *("past_key_values", "cache_params", "state", "use_cache"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # the starts of packed documents
-    *("per_layer_inputs", "ple_input_ids"),  # for text tokens; virtual tokens have their placeholder's
+    *("per_layer_inputs", "ple_input_ids"),  # for text tokens; virtual tokens get the values of their placeholder ids
     *("visual_pos_masks", "deepstack_visual_embeds", "vision_mask", "deepstack_features"),  # for the tokens of an image
 }
 _OUTPUT = {
@@ -30,15 +30,11 @@ _OUTPUT = {
     *("labels", "shift_labels", "num_items_in_batch"),
 }
 _HARMLESS = _TEXT | _OUTPUT
-"""Arguments that describe the text or the output and do not affect virtual tokens at the front."""
+"""Arguments that describe the text or the output and do not affect virtual tokens before the text."""
 
 
 def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> list[str]:
-    """List the reasons why virtual tokens cannot be computed once for a call. If there are none, computing them once is exact.
-
-    Args:
-        length: the number of virtual tokens.
-    """
+    """List the reasons why a prompt of `length` virtual tokens cannot be computed once for a call; empty if it can."""
     if paged_cache(call) is not None:
         return []
     cache = cache_of(call)
@@ -56,12 +52,12 @@ def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> 
 
 
 def _same(value: Any, proven: Any) -> bool:
-    """Whether an argument has the same value as when sharing was compared with slots at attach."""
+    """Whether an argument has the value with which `attach` compared the shared prompt with slots."""
     return isinstance(value, (bool, int, float, str)) and type(value) is type(proven) and value == proven
 
 
 def _text_length(call: dict[str, Any]) -> int:
-    """Return the number of positions that the text of a call takes, without prompt and cache."""
+    """Return the number of positions of a call's text, without prompt and cache."""
     positions = call.get("position_ids")
     if isinstance(positions, Tensor):
         return int(positions.max()) + 1
@@ -74,22 +70,17 @@ def _text_length(call: dict[str, Any]) -> int:
 
 
 def slots_error(reasons: list[str], error: UnsupportedModeError) -> UnsupportedModeError:
-    """Return the error for a call that can neither share the prompt nor use slots.
-
-    Args:
-        reasons: why the call cannot share the prompt.
-        error: why the call cannot use slots.
-    """
+    """Return the error for a call that can neither share the prompt, for these reasons, nor use slots, because of `error`."""
     return UnsupportedModeError(
-        f"this call has {', '.join(reasons)}, which could change the states of virtual tokens; so the prompt is not computed "
-        f"once here, but enters as slots.\n{error}"
+        f"this call has {', '.join(reasons)}, which could change the states of virtual tokens; so the prompt enters as slots in "
+        f"this call, which is not possible either:\n{error}"
     )
 
 
 def always_shared_error(name: str, reasons: list[str]) -> UnsupportedModeError:
     """Return the error for a call that cannot share a prompt that was attached with `injection='shared'`."""
     return UnsupportedModeError(
-        f"prompt {name!r} was attached with injection='shared' and is computed once, but this call has "
-        f"{', '.join(reasons)}, which could change the states of its virtual tokens.",
+        f"prompt {name!r} was attached with injection='shared', but this call has {', '.join(reasons)}, which could change the "
+        "states of its virtual tokens; a shared prompt is computed once, without the call's arguments.",
         "Leave the argument out, or attach the prompt without `injection='shared'`; it then enters as slots in this call.",
     )

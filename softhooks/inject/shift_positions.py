@@ -1,4 +1,4 @@
-"""Pass the positions of the text to a stack, shifted by the length of a prefix."""
+"""Pass a stack the positions of its columns: of a text after a prefix, or of a text with slots."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from torch import Tensor
 from softhooks.backbone.position_table import set_table_positions
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
+from softhooks.layout.layout import text_positions
+from softhooks.layout.slot_map import Widened
 
 
 def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: list[Any]) -> None:
-    """Pass a stack the position ids of its columns, either in the call or through a hook on its position table.
+    """Pass position ids to a stack, either in the call or through a hook on its position table.
 
     Args:
         call: the arguments of the forward; changed in place if the stack takes `position_ids`.
-        ids: the ids in the stack's own numbering, [B or 1, T]; [T] for a table that gives all rows the same positions.
-        handles: the list to which the handle of the hook is added.
+        ids: the ids, counted from `stack.positions.start`, [B or 1, T]; [T] for a table that gives all rows the same positions.
+        handles: the list to which the hook's handle is appended.
     """
     if stack.positions.takes_position_ids:
         call["position_ids"] = ids
@@ -26,10 +28,13 @@ def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: l
         handles.append(set_table_positions(stack.positions.table, ids))
 
 
-def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:
-    """Whether the positions of the text must be passed to a stack.
+# --- after a prefix ---------------------------------------------------------------------------------------------------
 
-    The decoder of an encoder-decoder with a position table counts its own columns, which is right without a shift.
+
+def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:
+    """Whether a stack must get the positions of the text, because it would count them wrongly.
+
+    The decoder of an encoder-decoder with a position table counts its columns itself, which is right without a shift.
     """
     where = stack.positions
     counts_itself = stack.name == "decoder" and isinstance(shift, int) and shift == 0
@@ -39,14 +44,14 @@ def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:
 def shift_positions(
     stack: Stack, call: dict[str, Any], shift: int | Tensor, positions: Tensor, mask: Tensor | None, handles: list[Any]
 ) -> None:
-    """Shift the positions of a call's text by `shift`, compared to a call without a prompt.
+    """Pass a stack the positions of the text, increased by the length of a prefix.
 
     Args:
         call: the arguments of the forward, changed in place.
         shift: an int, or [B, 1] if rows differ.
         positions: the text's positions without a prompt, counted from 0, [B or 1, T], or [A, B, T] for several axes (M-RoPE).
         mask: 1 for real tokens, [B, past + T], or None if all are real.
-        handles: the list to which the handles of hooks for this forward are added.
+        handles: the list to which the hook's handle is appended.
     """
     where = stack.positions
     ids = positions + where.start + (shift.to(positions.device) if isinstance(shift, Tensor) else shift)
@@ -61,11 +66,7 @@ def shift_positions(
 
 
 def _common_positions(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the positions that all rows share, [B or 1, T] -> [T]; the positions of padding do not matter.
-
-    Raises:
-        UnsupportedModeError: the rows have different positions.
-    """
+    """Return the positions that all rows share, [B or 1, T] -> [T]; the positions of padding do not matter."""
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[:, -ids.shape[-1] :].bool().to(ids.device)
     common = torch.where(real, ids, 0).amax(0)
     if bool((real & (ids != common)).any()):
@@ -75,3 +76,45 @@ def _common_positions(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:
             "Pad on the right, and run rows with different prompts in separate batches.",
         )
     return common
+
+
+# --- with slots -------------------------------------------------------------------------------------------------------
+
+
+def positions_of(stack: Stack, mask: Tensor) -> Tensor:
+    """Count the position ids of the columns by a mask, from `stack.positions.start`. [B, N] -> [B, N]."""
+    positions = stack.positions
+    ids = text_positions(mask) + positions.start
+    return ids if positions.padding is None else ids.masked_fill(mask == 0, positions.padding)
+
+
+def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Widened, wide_mask: Tensor) -> Tensor:
+    """Return the position ids of a sequence with slots, [B, N], or [A, B, N] for several axes (M-RoPE).
+
+    Slots and text are counted together, from the caller's first position.
+
+    Args:
+        given: the caller's position ids of the text, [B or 1, T] or [A, B, T], or None to count by the mask.
+        mask: the mask of the text's columns, [B, T].
+        wide, wide_mask: the map of the sequence with slots, and its mask, [B, N].
+    """
+    own = positions_of(stack, wide_mask)
+    if given is None:
+        return own
+    real = mask.bool()
+    offset = given - text_positions(mask) - stack.positions.start
+    first = offset.gather(-1, real.long().argmax(-1, keepdim=True).expand(*offset.shape[:-1], 1))
+    # A plain count from any start is recounted with the slots.
+    if bool(((offset == first) | ~real).all()):
+        return own + first if bool(first.any()) or given.dim() > 2 else own
+    # Any other positions, such as an image's, are shifted as a whole if all slots are before the text.
+    before = torch.where(wide.live, wide.slots, 0).amax(-1) < torch.where(real, wide.text, wide.columns).amin(-1)
+    if given.dim() == 2 or not bool(before.all()):
+        raise UnsupportedModeError(
+            f"`position_ids` {list(given.shape)} do not count each row's tokens in steps of one; with slots they must, because "
+            "each row has its slots only once.",
+            "Put each document into its own row; before images, use `placement='front'`, or a prompt that enters as keys and "
+            "values.",
+        )
+    moved = given + wide.live.sum(-1, keepdim=True)
+    return own.expand(*given.shape[:-1], -1).scatter(-1, wide.text.expand_as(moved), moved)

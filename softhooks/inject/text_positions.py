@@ -1,4 +1,4 @@
-"""Find the positions of the text in a call, given by the caller, the mask or an outer model."""
+"""Find the positions of the text in a call, given by the caller, the mask or an outer model, and check that they suffice."""
 
 from __future__ import annotations
 
@@ -8,26 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softhooks.backbone.max_positions import warn_beyond
 from softhooks.backbone.stack import Stack
-from softhooks.errors import PromptNotReachedError, UnsupportedModeError
+from softhooks.errors import PromptNotReachedError, PromptTooLongError, UnsupportedModeError
 from softhooks.inject.caches import cache_of, is_filled
-from softhooks.inject.prefix.paged_cache import paged_cache
+from softhooks.inject.prefix.paged_cache import longest_text, paged_cache
 from softhooks.layout.layout import text_positions
 
 OUTER_ARGUMENTS = ("position_ids", "attention_mask", "decoder_position_ids", "decoder_attention_mask")
-"""The arguments of the model's own call that are kept unchanged until its forward ends."""
+"""The arguments of the model's own call that `OuterCall` is made from."""
 
 
 @dataclass(frozen=True)
 class OuterCall:
-    """The arguments with which the model was called, for a stack inside it.
+    """The caller's `position_ids` and `attention_mask`, for a stack inside the model.
 
-    An outer model may count columns and pass them to its text model as positions, and may pass a mask that is already prepared
-    for attention. In this case only the caller's own arguments show where the text is.
-
-    Attributes:
-        positions: the caller's `position_ids`.
-        mask: the caller's `attention_mask`.
+    A model may number all columns, including padding, and pass these positions to its text model, with a mask that is already
+    prepared for attention. Only the caller's own arguments then show where the text is.
     """
 
     positions: Any
@@ -35,11 +32,7 @@ class OuterCall:
 
 
 def text_shape(call: dict[str, Any]) -> tuple[int, int]:
-    """Return the batch size and the number of text columns in a call.
-
-    Raises:
-        PromptNotReachedError: the call has neither ids nor embeddings.
-    """
+    """Return the batch size and the number of text columns in a call."""
     text = _text(call)
     if not isinstance(text, Tensor):
         raise PromptNotReachedError(
@@ -53,16 +46,13 @@ def _text(call: dict[str, Any]) -> Any:
 
 
 def past_of(call: dict[str, Any]) -> Any:
-    """Return the number of text columns in the cache."""
+    """Return the number of columns in the cache."""
     cache = call.get("past_key_values")
     return 0 if cache is None else cache.get_seq_length()
 
 
 def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """Return the mask with one value per column, [B, past + T], or None.
-
-    If an outer model has turned it into a mask for attention, the caller's own mask is returned.
-    """
+    """Return the mask with one value per column, [B, past + T]: the call's, or the caller's if the model has prepared it."""
     mask = call.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
@@ -74,14 +64,14 @@ def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None
 
 
 def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """Return the `position_ids` of a call in the stack's own numbering, or None if it has none.
+    """Return the `position_ids` of a call, counted from `stack.positions.start`, or None if the call has none.
 
-    An outer model may have numbered the columns, including padding; such positions are recounted by the mask.
+    Positions that the model itself has counted by columns are counted by the mask instead, because columns include padding.
     """
     given = call.get("position_ids")
-    if given is None or outer is None or outer.positions is not None:
-        return None if given is None else torch.as_tensor(given)
-    mask = padding_mask(call, outer)
+    if given is None:
+        return None
+    mask = None if outer is None or outer.positions is not None else padding_mask(call, outer)
     if mask is None:
         return torch.as_tensor(given)
     _, columns = text_shape(call)
@@ -117,11 +107,11 @@ def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCa
 
 
 def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> str:
-    """Return a phrase for errors if `position_ids` start the text after the stack's first position; otherwise return "".
+    """Describe, for an error, `position_ids` that start the text after the stack's first position; return "" for any others.
 
-    A prompt in the sequence moves along with the text. Keys and values that are computed once or trained have the first
-    positions, so there would be a gap. A text that continues a cache has already started. Positions with several axes (M-RoPE)
-    are places in an image.
+    Keys and values that are computed once or trained have the first positions, so there would be a gap before the text. Slots
+    have no gap, because their positions are counted from the start of the text. A text that continues a cache has started
+    before this call, and positions with several axes (M-RoPE) locate the parts of an image.
     """
     if call.get("position_ids") is None or not stack.positions.takes_position_ids:
         return ""
@@ -139,14 +129,46 @@ def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> 
 
 
 def later_start_error(stack: Stack, found: str) -> UnsupportedModeError:
-    """Return the error for a text that starts at a later position, which leaves a gap after the prompt's keys and values.
-
-    Args:
-        found: the result of `later_start`.
-    """
+    """Return the error for a text that `later_start` has described as `found`."""
     return UnsupportedModeError(
-        f"the call has {found}, but the prompt's keys and values take the first positions, and the text must follow them "
-        "directly.",
-        "Leave `position_ids` out or count them by the attention mask; or use PromptTuning, which moves along with the text.",
+        f"the call has {found}, but the prompt's keys and values have the first positions, and the text must follow directly.",
+        "Leave `position_ids` out or count them by the attention mask; or use PromptTuning, which works with such positions.",
         model=f"{type(stack.module).__name__}, which starts at {stack.positions.start}",
     )
+
+
+def check_text_length(
+    stack: Stack, call: dict[str, Any], length: int, cached: int = 0, outer: OuterCall | None = None
+) -> None:
+    """Refuse a text that exceeds the learned positions, and warn if it exceeds the trained range of rotary positions.
+
+    Args:
+        length: the number of virtual tokens.
+        cached: the number of virtual tokens in a cache that is not empty.
+    """
+    positions = stack.positions
+    limit = positions.limit if positions.limit is not None else positions.rotary_limit
+    if limit is None or length == 0 or (positions.limit is None and positions.has_warned):
+        return
+    longest = longest_text(call)
+    if longest is None:
+        _, columns = text_shape(call)
+        past = past_of(call)
+        past = past - cached if past else past
+        # The number of columns is a free upper bound, so the mask is only read for a text near the limit.
+        if isinstance(past, Tensor) or past + columns + length <= limit:
+            return
+        mask = padding_mask(call, outer)
+        longest = past + columns if mask is None else int(mask.long().sum(-1).max())
+    if positions.limit is None:
+        warn_beyond(positions, longest, length)
+    elif longest + length > limit:
+        error = PromptTooLongError(
+            f"a prompt of {length} virtual tokens and a text of {longest} exceed the model's {limit} positions.",
+            "Truncate the text further, or use a shorter prompt.",
+            prompt=length,
+            text=longest,
+            positions=limit,
+        )
+        error.text = longest
+        raise error

@@ -111,3 +111,12 @@ def _match(index: Tensor, values: Tensor) -> Tensor:
     for _ in range(values.dim() - 2):
         index = index.unsqueeze(-1)
     return index.expand(*index.shape[:2], *values.shape[2:])
+
+
+def gather_columns(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Select columns of each row along one dimension. [B, ..., N, ...], index [B, C] -> [B, ..., C, ...]."""
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = index.shape
+    target = list(tensor.shape)
+    target[dim] = index.shape[1]
+    return tensor.gather(dim, index.to(tensor.device).view(shape).expand(target))

@@ -22,9 +22,9 @@ from softhooks.inject.shift_positions import needs_position_ids, shift_positions
 from softhooks.inject.slots.cross_attention import CrossSlotPass
 from softhooks.inject.slots.slot_pass import FallbackPass, SlotPass
 from softhooks.inject.slots.slot_tables import Slots
-from softhooks.inject.text_length import check_text_length
 from softhooks.inject.text_positions import (
     OuterCall,
+    check_text_length,
     later_start,
     later_start_error,
     order_in_text,

@@ -466,7 +466,7 @@ def test_a_module_in_the_place_of_one_that_the_prompt_enters_at_is_refused(kind:
     model = zoo.build("llama").eval()
     prompt = attached(model, kind)
     swap(model)
-    with pytest.raises(softhooks.SoftHooksError, match="when it was attached"):
+    with pytest.raises(softhooks.SoftHooksError, match="since the prompt was attached"):
         model(IDS)
     with softhooks.disabled(model):
         model(IDS)
@@ -515,7 +515,7 @@ def test_a_head_or_a_pooler_in_the_place_of_the_one_at_attach_is_refused(arch: s
     model = zoo.build(arch, "sequence").eval()
     prompt = softhooks.attach(model, softhooks.PromptTuning(3))
     swap(model)
-    with pytest.raises(softhooks.SoftHooksError, match="when it was attached"):
+    with pytest.raises(softhooks.SoftHooksError, match="since the prompt was attached"):
         model(IDS)
     with softhooks.disabled(model):
         model(IDS)
@@ -529,7 +529,7 @@ def test_a_linear_layer_in_the_place_of_one_that_an_adapter_scales_is_refused() 
     softhooks.attach(model, softhooks.LlamaAdapter(3, scale_and_bias=True))
     layer = model.model.layers[0].mlp
     layer.up_proj = zoo.build("llama").model.layers[0].mlp.up_proj
-    with pytest.raises(softhooks.SoftHooksError, match="when it was attached"):
+    with pytest.raises(softhooks.SoftHooksError, match="since the prompt was attached"):
         model(IDS)
 
 
@@ -537,5 +537,5 @@ def test_output_embeddings_in_the_place_of_those_that_added_tokens_answer_for_ar
     model = zoo.build("llama").eval()
     softhooks.attach(model, softhooks.PromptTuning(3), train_added_tokens=[zoo.VOCABULARY - 1])
     model.lm_head = zoo.build("llama").lm_head
-    with pytest.raises(softhooks.SoftHooksError, match="when it was attached"):
+    with pytest.raises(softhooks.SoftHooksError, match="since the prompt was attached"):
         model(IDS)

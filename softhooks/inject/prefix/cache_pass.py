@@ -12,8 +12,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from softhooks.backbone.stack import Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.inject.prefix.prefix_after_padding import key_order
-from softhooks.inject.prefix.prefix_cache import PrefixCache, PrefixPair
+from softhooks.inject.prefix.prefix_cache import PrefixCache, PrefixPair, key_order
 from softhooks.inject.prefix.prefix_pass import PrefixPass
 
 _BY_COLUMN = ("attention_mask", "alibi")

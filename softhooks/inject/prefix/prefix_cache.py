@@ -1,30 +1,72 @@
 """Caches that put a prefix before the keys and values of a layer.
 
 GPT-J, BLOOM, Falcon and similar models do not use the attention interface. They pass their keys and values to `cache.update` and
-attend to its result, so this is where a prefix can be added without changing their attention code.
+attend to the keys and values that it returns, so a prefix added to these reaches their attention code unchanged.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.inject.prefix.prefix_after_padding import KeyOrder
+from softhooks.layout.slot_map import gather_columns
+
+
+@dataclass(frozen=True)
+class KeyOrder:
+    """The order of keys in rows that start with padding: padding, prefix, text.
+
+    Layers whose biases and windows count columns need the prefix directly before the text.
+
+    Attributes:
+        order: for each column of the result, its column in the concatenation of prefix and padded text, [B, P + K].
+        text: the column of the result for each column of the padded text, [B, K].
+    """
+
+    order: Tensor
+    text: Tensor
+
+    def arrange(self, tensor: Tensor, dim: int) -> Tensor:
+        """Reorder the columns of a concatenation of prefix and padded text. [B, ..., P + K, ...] -> [B, ..., P + K, ...]."""
+        return gather_columns(tensor, self.order, dim)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """Select the padded text's columns from the last dimension. [B * n, ..., P + K] -> [B * n, ..., K]."""
+        batch = self.text.shape[0]
+        if tensor.shape[0] % batch:
+            tensor = tensor.expand(batch, *tensor.shape[1:])
+        rows = tensor.reshape(batch, -1, tensor.shape[-1])
+        return gather_columns(rows, self.text, 2).reshape(*tensor.shape[:-1], -1)
+
+
+def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
+    """Return the order of keys for a prefix of `length` and a text's mask, [B, K]; None if no row starts with padding."""
+    if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):
+        return None
+    lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    places = torch.arange(length + mask.shape[1], device=mask.device)[None]
+    # Place p holds padding (column p + P) for p < lead, then the prefix (column p - lead), then the text (column p).
+    prefix = torch.where(places < lead + length, places - lead, places)
+    columns = torch.arange(mask.shape[1], device=mask.device)[None]
+    return KeyOrder(
+        order=torch.where(places < lead, places + length, prefix),
+        text=torch.where(columns < lead, columns, columns + length),
+    )
 
 
 class PrefixCache(Cache):
-    """A read-only prefix before the caller's cache, or before only the text if there is no cache.
+    """A cache that returns a prefix before the keys and values of the caller's cache, or of the text if there is no cache.
 
-    Only the text's keys and values go to the caller's cache, and the prefix is put before the result. The caller's cache
-    therefore never contains a virtual token, and a recomputed layer reads the same keys again.
+    The prefix is never written to the caller's cache, and a recomputed layer reads the same keys again.
 
     Args:
-        prefix: keys and values by layer.
         inner: the caller's cache.
         order: the order of keys, if rows start with padding.
     """
@@ -37,12 +79,13 @@ class PrefixCache(Cache):
         self.has_injected = False
         if inner is not None and any(getattr(layer, "is_sliding", False) for layer in inner.layers):
             raise UnsupportedModeError(
-                f"{type(inner).__name__} has sliding layers; a prefix that enters through a cache needs a full-length cache.",
-                "Generate with the default cache of full length.",
+                f"{type(inner).__name__} has layers that drop old tokens (sliding windows); a prefix that enters through a cache "
+                "needs a cache of full length.",
+                "Pass `past_key_values=DynamicCache()`, without a config: its layers keep all tokens.",
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Update the caller's cache, and return its keys and values with the layer's prefix before them, [B, Hk, P + K, D]."""
+        """Update the caller's cache; return its keys and values after the layer's prefix, [B, Hk, P + K, D] each."""
         self.has_injected = True
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -52,11 +95,11 @@ class PrefixCache(Cache):
         return (key, value) if self.order is None else (self.order.arrange(key, 2), self.order.arrange(value, 2))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the length of the prefix and the caller's cache together."""
+        """Return the length of the prefix and of the caller's cache together."""
         return self.prefix.length + (0 if self.inner is None else self.inner.get_seq_length(layer_idx))
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the offset of the queries, which come after the prefix and the cached tokens."""
+        """Return the number of keys before the queries."""
         return self.get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -68,12 +111,12 @@ class PrefixCache(Cache):
 
 
 class PrefixPair(EncoderDecoderCache):
-    """A prefix in the self-attention of a decoder that also attends to an encoder; cross-attention has no prefix.
+    """A cache for a decoder that attends to an encoder, with a prefix in self-attention only.
 
     Args:
         prefixed: the cache of self-attention.
-        inner: the caller's cache. The cross-attention part of an `EncoderDecoderCache` is used and filled; with any other cache,
-            the keys of cross-attention are computed from the encoder's states in each forward.
+        inner: the caller's cache. If it is an `EncoderDecoderCache`, its cross-attention part is used and filled. Otherwise each
+            forward computes the keys and values of cross-attention from the encoder's states.
     """
 
     def __init__(self, prefixed: PrefixCache, inner: Cache | None) -> None:
@@ -83,22 +126,16 @@ class PrefixPair(EncoderDecoderCache):
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
-        """Refuse a model that reads keys from `layers` instead of calling `update`.
-
-        It is then unknown whether the keys belong to self-attention or cross-attention.
-
-        Raises:
-            UnsupportedModeError: always.
-        """
+        """Refuse a model that reads keys from `layers`, which does not tell self-attention from cross-attention."""
         raise UnsupportedModeError(
-            "the model reads `past_key_values.layers`, but with a prefix that enters through a cache its layers must "
-            "keep the keys of an encoder apart from their own.",
+            "the model reads `past_key_values.layers`; with a prefix that enters through a cache, it must get its keys from "
+            "`past_key_values.update`.",
             "Use a prompt that enters as embeddings, such as PromptTuning.",
         )
 
 
 class _Never(dict[int, bool]):
-    """The `is_updated` flags of a cache without cross-attention keys; always empty."""
+    """The `is_updated` flags of a cache without keys of cross-attention; always empty."""
 
     def __setitem__(self, _layer: int, _is_there: bool) -> None:
         return None

@@ -10,10 +10,9 @@ from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError
 from softhooks.inject.cache_notes import note_on
-from softhooks.inject.gather_columns import gather_columns
 from softhooks.inject.slots.refused_calls import flat_mask
 from softhooks.inject.slots.slot_tables import Slots
-from softhooks.layout.slot_map import Widened
+from softhooks.layout.slot_map import Widened, gather_columns
 
 
 class CrossSlotPass(Pass):

@@ -18,7 +18,7 @@ from softhooks.errors import UnsupportedModeError
 from softhooks.inject.cache_notes import WrittenSlots, add_note, note_on
 from softhooks.inject.caches import cache_of, caches_in, is_filled, is_recurrent
 from softhooks.inject.checkpointing import CheckpointedPass
-from softhooks.inject.shift_positions import set_position_ids
+from softhooks.inject.shift_positions import positions_of, set_position_ids, widened_positions
 from softhooks.inject.slots.argument_values import fill
 from softhooks.inject.slots.refused_calls import (
     has_positions_in_types,
@@ -29,7 +29,6 @@ from softhooks.inject.slots.refused_calls import (
     refuse_unknown,
     replace_lengths,
 )
-from softhooks.inject.slots.slot_positions import positions_of, widened_positions
 from softhooks.inject.slots.slot_tables import Slots
 from softhooks.inject.slots.strip import strip_attentions, strip_last, strip_output
 from softhooks.inject.text_positions import OuterCall, given_positions, padding_mask

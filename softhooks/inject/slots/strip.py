@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.probing import last_hidden_state
-from softhooks.inject.gather_columns import gather_columns
-from softhooks.layout.slot_map import Widened
+from softhooks.layout.slot_map import Widened, gather_columns
 
 _PER_COLUMN = ("last_hidden_state", "hidden_states", "attentions", "router_logits")
 
