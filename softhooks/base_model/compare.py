@@ -69,18 +69,15 @@ def _compare(then: Fingerprint, now: Fingerprint) -> Finding:
 def lowered(fingerprint: Fingerprint) -> tuple[Fingerprint, str]:
     """Relabel fp32 weights that contain only bf16 (or only fp16) values as that dtype; also return the dtype's name."""
     samples = [one for named in fingerprint.samples.values() for one in named.values() if one.dtype == "float32"]
+    values = [one.values.nan_to_num() for one in samples]
     for dtype in ("bfloat16", "float16"):
-        if all(torch.equal(_rounded(one.values, dtype), one.values.nan_to_num()) for one in samples):
+        if all(torch.equal(each.to(getattr(torch, dtype)).float(), each) for each in values):
             lower = {
                 group: {k: replace(one, dtype=dtype) if one.dtype == "float32" else one for k, one in named.items()}
                 for group, named in fingerprint.samples.items()
             }
             return Fingerprint(fingerprint.vocabulary, lower), dtype
     return fingerprint, "fp32"
-
-
-def _rounded(values: Tensor, dtype: str) -> Tensor:
-    return values.nan_to_num().to(getattr(torch, dtype)).float()
 
 
 def _packed(fingerprint: Fingerprint) -> set[str]:

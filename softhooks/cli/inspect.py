@@ -1,7 +1,4 @@
-"""The command `softhooks inspect`: describe a saved prompt from its files alone, without a model.
-
-The command reads files like `softhooks.load`, so it refuses the same files with the same errors.
-"""
+"""The command `softhooks inspect`."""
 
 from __future__ import annotations
 
@@ -21,23 +18,21 @@ def inspect(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="PATH", help="Folders of saved prompts, written by save_pretrained, a Trainer, or PEFT."
+            metavar="PATH", help="Directories of saved prompts, written by save_pretrained, a Trainer or PEFT."
         ),
     ],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON list with one object for each PATH, for scripts.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list with one object for each PATH.")] = False,
 ) -> None:
     """Show the method, the base model and the tensors of a saved prompt. No model is needed.
 
-    The command reads JSON and safetensors, never a pickle, and makes every check that **softhooks.load** makes before it
-    needs a model, so the files are complete and consistent. Whether the prompt fits a model is checked by loading it.
+    The command reads JSON and safetensors files, never pickles, and checks them like **softhooks.load**. To check that a
+    prompt fits a model, load it. For a PEFT adapter, the method and options that softhooks.load would use are shown.
 
     **norms of rows** are the smallest and the largest Euclidean norm of a tensor's rows; in most methods a row is a
     virtual token. Norms far larger than those of word embeddings mean that training has diverged.
 
     **live** are the parameters in a Trainer's checkpoint from which training resumes (the MLP of a prefix, a head,
-    other trained parameters). For a PEFT adapter, the method and options that softhooks.load would use are shown.
+    other trained parameters).
 
     All paths are read before anything is printed. Exit status: 0 on success; 1 if a file is damaged or inconsistent;
     2 if there is no prompt at a PATH.
@@ -69,7 +64,7 @@ def inspect(
 
 
 def _problem(path: Path) -> str | None:
-    """Describe why a path is not the directory of a prompt, or return None if it is one."""
+    """Describe why a path is not the directory of a saved prompt; return None if it is."""
     from softhooks.formats.find import MARKS, format_of
 
     try:
@@ -77,14 +72,14 @@ def _problem(path: Path) -> str | None:
             return None
         if path.is_dir():
             inside = sorted(str(entry) for entry in path.iterdir() if format_of(entry) is not None)
-            found = f"no prompt; there are some in {', '.join(inside)}" if inside else "no prompt; there is none inside"
+            found = f"prompts in {', '.join(inside)}" if inside else "a directory without a prompt in it"
         else:
             found = "a file" if path.exists() else "nothing"
     except OSError as error:  # the name is too long for a file, or the directory may not be read
         found = str(error)
     return format_message(
         "there is no saved prompt at this path.",
-        "Give the directory that `save_pretrained`, a Trainer or PEFT wrote; the hub is not searched.",
+        "Give a directory that `save_pretrained`, a Trainer or PEFT wrote; prompts on the Hub are not read.",
         path=path,
         expected=f"a directory with {' or '.join(MARKS.values())}",
         found=found,

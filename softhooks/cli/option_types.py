@@ -1,4 +1,4 @@
-"""Types of options: reading them from annotations, describing them in words, and converting values."""
+"""Types of options: read them from annotations, describe them in words, and convert values to them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _WORDS = {bool: "yes or no", int: "a whole number", float: "a number", str: "tex
 
 
 class OnlyInPython:
-    """Placeholder for a type whose values can only be created by Python code."""
+    """Placeholder for a type whose values only Python code can create."""
 
 
 class LayoutText:
-    """Placeholder for `Layout`, which is created from text; importing the real class would import torch."""
+    """Placeholder for `Layout`, because importing `Layout` would import torch."""
 
     def __new__(cls, text: str) -> Any:
         """Create the layout."""
@@ -41,12 +41,7 @@ _TYPES: dict[str, Any] = {
 
 
 def read_annotation(node: ast.expr, module: str) -> Any:
-    """Evaluate an annotation.
-
-    Args:
-        node: the syntax tree of the annotation.
-        module: the module that contains the annotation, for aliases and imports.
-    """
+    """Evaluate an annotation; aliases and imports are looked up in the module that contains the annotation."""
     if isinstance(node, ast.Constant) and node.value is None:
         return type(None)
     if isinstance(node, ast.BinOp):
@@ -70,7 +65,7 @@ def alternatives(hint: Any) -> list[Any]:
 
 
 def describe(hint: Any) -> str:
-    """Describe the values of a type in words; the result is empty if text cannot express them."""
+    """Describe the values of a type in words; empty if only Python code can create them."""
     return " or ".join(filter(None, map(_describe_one, alternatives(hint))))
 
 
@@ -91,11 +86,7 @@ def _describe_one(kind: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value from a file, or text from a command line, to a type.
-
-    Raises:
-        ValueError: the value cannot be converted.
-    """
+    """Convert a value from a file, or text from a command line, to a type; ValueError if that is impossible."""
     if value is None and (hint is Any or type(None) in typing.get_args(hint)):
         return None
     for kind in sorted(alternatives(hint), key=_breadth):
@@ -107,7 +98,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _breadth(kind: Any) -> int:
-    """Return the sort key of a type in a union: types that accept more strings are tried later."""
+    """Return a sort key for the types of a union: types that accept more strings are tried later."""
     if kind in (str, Any, Path):
         return 2
     return int((typing.get_origin(kind) or kind) in _SEQUENCES or kind is LayoutText)
@@ -136,7 +127,7 @@ def _convert_one(value: Any, kind: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    """Parse text as JSON; return other values, and text that is not JSON, unchanged."""
+    """Parse text as JSON; return other values and other text unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:

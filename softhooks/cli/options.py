@@ -1,8 +1,4 @@
-"""The options of the methods and of the callback that `softhooks run` takes.
-
-They are read from the source code of the classes (annotations, defaults and docstrings), because importing the classes would
-import torch.
-"""
+"""The options of the methods and of the callback, read from their source code, because importing them would import torch."""
 
 from __future__ import annotations
 
@@ -22,7 +18,6 @@ class Option:
     """An option of a method or of the callback.
 
     Attributes:
-        name: the Python name.
         hint: the type.
         annotation: the type as Python code.
         default: the default as Python code, or None if there is no default.
@@ -37,30 +32,30 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The name of the option on a command line."""
+        """The option on a command line: `--num-virtual-tokens`."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def is_switch(self) -> bool:
-        """Whether the option is given as `--name` or `--no-name`, without a value."""
+        """Whether the option is written as `--name` or `--no-name`, without a value."""
         return alternatives(self.hint) == [bool]
 
     @property
     def takes(self) -> str:
-        """The accepted values in words; empty if only Python code can create them."""
+        """A description of the accepted values; empty if only Python code can create them."""
         return describe(self.hint)
 
     def read(self, value: Any) -> Any:
         """Convert a value from a file, or text from a command line.
 
         Raises:
-            OptionError: the value does not fit the type, or values of the type can only be created by Python code.
+            OptionError: the value does not fit the type, or only Python code can create such values.
         """
         if not self.takes:
             raise OptionError(
-                f"{self.flag} takes an object that only Python code can create.",
+                f"{self.flag} needs an object that only Python code can create.",
                 "Leave the option out, or call `softhooks.attach` in the script.",
-                takes=self.annotation,
+                type=self.annotation,
             )
         try:
             return convert(value, self.hint)
@@ -70,12 +65,12 @@ class Option:
                 remedy = f"Write `{self.flag}`, or `--no-{self.flag[2:]}`."
             elif "list" in self.takes:
                 remedy = "Write a list as [1, 2], or repeat the option."
-            raise OptionError(f"{self.flag} cannot be {value!r}; it takes {self.takes}.", remedy) from None
+            raise OptionError(f"{self.flag} cannot be {value!r}; it must be {self.takes}.", remedy) from None
 
 
 @cache
 def methods() -> dict[str, Definition]:
-    """Map the `kind` of each method to its class, in the order in which the methods are listed."""
+    """Map the `kind` of each method to its class, in the order of `softhooks.methods`."""
     kinds = {definition: _fields(definition).get("kind") for definition in imported("softhooks.methods")}
     return {ast.literal_eval(field.value): found for found, field in kinds.items() if field and field.value}
 
@@ -107,12 +102,12 @@ def callback_options() -> dict[str, Option]:
 
 
 def summary(kind: str) -> str:
-    """Return the first sentence of a method's docstring, without markup."""
+    """Return the first paragraph of a method's docstring, without backticks."""
     return " ".join(_docstring(methods()[kind]).split("\n\n")[0].replace("`", "").split())
 
 
 def _option(name: str, annotation: ast.expr, value: ast.expr | None, module: str, about: dict[str, str]) -> Option:
-    """Read an option; `value` is its default, or a call of `field` that contains the default."""
+    """Read an option; `value` is its default, or a call of `field` with the default."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
         value = next((item.value for item in value.keywords if item.arg == "default"), None)
     default = None if value is None else ast.unparse(value)
@@ -128,7 +123,7 @@ def _found(name: str, module: str) -> Definition:
 
 
 def _lineage(definition: Definition) -> list[Definition]:
-    """Return a class and its base classes in softhooks."""
+    """Return a class and those of its base classes that softhooks defines."""
     bases = definition.node.bases if isinstance(definition.node, ast.ClassDef) else []
     found = [find(ast.unparse(base), definition.module) for base in bases]
     return [definition, *(base for parent in found if parent for base in _lineage(parent))]
@@ -139,7 +134,7 @@ def _body(definition: Definition) -> list[ast.stmt]:
 
 
 def _fields(definition: Definition) -> dict[str, ast.AnnAssign]:
-    """Return the annotated names in the body of a class."""
+    """Return the annotated attributes of a class by name."""
     nodes = [node for node in _body(definition) if isinstance(node, ast.AnnAssign)]
     return {node.target.id: node for node in nodes if isinstance(node.target, ast.Name)}
 
@@ -150,7 +145,7 @@ def _docstring(definition: Definition) -> str:
 
 
 def _about(*docs: str) -> dict[str, str]:
-    """Read the `Args` of docstrings; use the first description of each argument that does not just refer to another."""
+    """Read the `Args` of docstrings; skip descriptions such as "as in `attach`", and use the first other one."""
     found: dict[str, str] = {}
     for doc in docs:
         section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The facts of a saved prompt that `softhooks inspect` prints, read from its files alone."""
+"""Read the facts about a saved prompt that `softhooks inspect` prints."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ from softhooks.methods.stored_method import method_of
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """Describe a saved prompt with values that JSON supports; a number that JSON lacks becomes a string such as `"Infinity"`.
-
-    Raises:
-        CheckpointError: a file is truncated, inconsistent or of another format.
-    """
+    """Describe a saved prompt with values that JSON supports; infinite norms become the string `"Infinity"`."""
     stored = read(folder)
     method = method_of(stored)
     is_native = format_of(folder) == "softhooks"
@@ -60,20 +56,19 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:
-    """Return the options; initialization options, which `method_of` leaves out, are read from the file."""
+    """Return the options; the options of the initialization, which `method_of` leaves out, are read from the file."""
     options = {key: value for key, value in method.options().items() if key not in method.init_options}
     given = stored.options
     return options | {key: given[key] for key in method.init_options if key in given and _is_flat(given[key])}
 
 
 def _is_flat(value: object) -> bool:
-    """Whether an unchecked option has one of the types that softhooks writes."""
+    """Whether an option has one of the types that softhooks writes."""
     parts = value if isinstance(value, list) else [value]
     return all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
 
 
 def _base(stored: StoredPrompt) -> dict[str, Any]:
-    """Return the facts about the base model; unknown facts are None."""
     base = stored.base
     return {
         "class": base.class_name or None,
@@ -89,7 +84,7 @@ def _base(stored: StoredPrompt) -> dict[str, Any]:
 
 
 def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
-    """Return the shape, dtype and row norms of a tensor; a vector counts as one row, and an empty tensor has no norm."""
+    """Describe a tensor; a vector is treated as one row, and an empty tensor has no norms."""
     numbers = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # few operations support 8-bit floats
     rows = numbers.reshape(-1, numbers.shape[-1]) if tensor.numel() and tensor.dim() else numbers.reshape(1, -1)
     norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64) if tensor.numel() else None
@@ -102,11 +97,7 @@ def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _live(folder: Path) -> dict[str, Any] | None:
-    """Describe the live parameters in a checkpoint and the name of the trained prompt; return None if there are none.
-
-    Raises:
-        CheckpointError: the file of the live parameters is truncated or of another format.
-    """
+    """Describe the parameters in a checkpoint from which training resumes, and the prompt's name; None without such a file."""
     path = folder / LIVE
     if not path.is_file():
         return None

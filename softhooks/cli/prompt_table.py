@@ -10,7 +10,7 @@ from rich.text import Text
 
 
 def show(prompts: list[dict[str, Any]], console: Console) -> None:
-    """Print the facts of each prompt: a line with its path and method, its properties, and its tensors."""
+    """Print the facts about each prompt and its tensors."""
     for one in prompts:
         by = "softhooks" if one["format"] == "softhooks" else "PEFT"
         kind = f"{one['class']}, {one['num_virtual_tokens']} virtual tokens, written by {by}"
@@ -81,5 +81,5 @@ def _stack(name: str, stack: dict[str, Any]) -> str:
 
 
 def visible(text: str, kept: str = "") -> str:
-    """Escape the characters that a terminal would interpret, such as escape sequences and line ends."""
+    """Escape control characters, such as line ends and the start of terminal sequences, except those in `kept`."""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

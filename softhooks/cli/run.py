@@ -1,6 +1,6 @@
 """`softhooks run`: run an unmodified Trainer script or module so that it trains a soft prompt.
 
-A `SoftPromptCallback` is added to the default callbacks of every Trainer; then the script or module runs as under Python.
+A `SoftPromptCallback` is added to the default callbacks of every Trainer; then the script or module runs as under `python`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import accumulate
@@ -22,44 +22,32 @@ from torch import distributed
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from softhooks.cli.exit_codes import usage_errors
-from softhooks.cli.run_arguments import Request, parse
+from softhooks.cli.run_parser import CommandLine
 from softhooks.compat.bitsandbytes import is_purely_quantized
 from softhooks.errors import OptionError, TrainerError
+from softhooks.method import Method
 from softhooks.trainer.callback import SoftPromptCallback
 
 
-def run(arguments: list[str]) -> None:
-    """Run the script or module that a command line names, with a soft prompt.
-
-    Raises:
-        OptionError: the command line or the configuration is wrong.
-        TrainerError: the script created no Trainer.
-    """
-    run_program(parse(arguments))
-
-
-def run_program(request: Request) -> None:
-    """Run a script or a module with a callback in each of its Trainers.
-
-    Raises:
-        TrainerError: the script created no Trainer.
-    """
-    with _callbacks(request) as made, _as_program(request):
-        if request.is_module:
+def run(line: CommandLine, method: Method, options: Mapping[str, Any]) -> None:
+    """Run the script or module of a command line with a callback with these options in each of its Trainers."""
+    script, *arguments = line.program
+    with _callbacks(method, options) as made, _as_program(line):
+        if line.is_module:
             with usage_errors():
-                _require_module(str(request.script))
-        _log(f"{request.script} trains {request.method}")
+                _require_module(script)
+        _log(f"{script} trains {method}")
         try:
-            if request.is_module:
-                runpy.run_module(str(request.script), run_name="__main__", alter_sys=True)
+            if line.is_module:
+                runpy.run_module(script, run_name="__main__", alter_sys=True)
             else:
-                runpy.run_path(str(request.script), run_name="__main__")
+                runpy.run_path(script, run_name="__main__")
         except SystemExit as left:
-            if left.code not in (None, 0) or {"-h", "--help"} & set(request.arguments):
+            if left.code not in (None, 0) or {"-h", "--help"} & set(arguments):
                 raise
     if not made:
         raise TrainerError(
-            f"{request.script} ended without creating a transformers Trainer, so `softhooks run` trained no prompt.",
+            f"{script} ended without creating a transformers Trainer, so `softhooks run` trained no prompt.",
             "In your own training loop, attach the prompt with `softhooks.attach` or `softhooks.tune`.",
         )
     if distributed.is_available() and distributed.is_initialized():
@@ -67,11 +55,7 @@ def run_program(request: Request) -> None:
 
 
 def _require_module(name: str) -> None:
-    """Check that `python -m` can run a module.
-
-    Raises:
-        OptionError: there is no such module, or it is a package without `__main__`.
-    """
+    """Check that `python -m` can run a module."""
     packages = ["", *accumulate(name.split("."), "{}.{}".format)]
     try:
         is_name = not name.endswith(".py") and all(map(str.isidentifier, name.split(".")))
@@ -85,14 +69,14 @@ def _require_module(name: str) -> None:
     if not can_run:
         raise OptionError(
             f"`softhooks run -m` cannot run {name!r}: {'it is a package without `__main__`' if spec else 'no such module'}.",
-            "Give its name with dots and without `.py`, and run the command where the module can be imported.",
+            "Write the module's name with dots and without `.py`, and run the command where the module can be imported.",
             looked_in=f"{sys.path[0]} and the installed packages",
         )
 
 
 @contextmanager
-def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
-    """Add a callback to every Trainer that is created in the `with` block, and yield the list of callbacks."""
+def _callbacks(method: Method, options: Mapping[str, Any]) -> Iterator[list[SoftPromptCallback]]:
+    """Add a callback to each Trainer that the `with` block creates, and yield the list of these callbacks."""
     made: list[SoftPromptCallback] = []
 
     class Given(SoftPromptCallback):
@@ -103,7 +87,7 @@ def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
         )
 
         def __init__(self) -> None:
-            super().__init__(request.method, **request.callback)
+            super().__init__(method, **options)
             made.append(self)
 
     original = transformers.Trainer.__init__
@@ -111,7 +95,7 @@ def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
     @functools.wraps(original)
     def with_prompt(trainer: transformers.Trainer, model: Any = None, *args: Any, **kwargs: Any) -> None:
         if is_purely_quantized(model):  # the Trainer refuses quantized models before it creates callbacks
-            SoftPromptCallback(request.method, **request.callback, model=model)
+            SoftPromptCallback(method, **options, model=model)
         original(trainer, model, *args, **kwargs)
 
     callbacks: list[type[transformers.TrainerCallback]] = DEFAULT_CALLBACKS  # type: ignore[assignment]
@@ -125,11 +109,12 @@ def _callbacks(request: Request) -> Iterator[list[SoftPromptCallback]]:
 
 
 @contextmanager
-def _as_program(request: Request) -> Iterator[None]:
+def _as_program(line: CommandLine) -> Iterator[None]:
     """Set `sys.argv` and `sys.path` to the values that the script or module would see under `python`."""
+    script, *arguments = line.program
     argv, path = sys.argv, list(sys.path)
-    sys.argv = ["-m" if request.is_module else str(request.script), *request.arguments]
-    sys.path[0] = str(Path.cwd()) if request.is_module else str(Path(request.script).resolve().parent)
+    sys.argv = ["-m" if line.is_module else script, *arguments]
+    sys.path[0] = str(Path.cwd() if line.is_module else Path(script).resolve().parent)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The configuration file of `softhooks run`: YAML or JSON with a method, the method's options and the callback's options."""
+"""Read the configuration file of `softhooks run`, without importing torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ _SECTIONS: dict[str, type] = {"method": str, "options": dict, "callback": dict}
 
 
 def read(file: str | None) -> dict[str, Any]:
-    """Read a configuration; without a file, return an empty configuration.
-
-    Raises:
-        OptionError: the file cannot be read, or a section is wrong.
-    """
+    """Read a configuration file; without a file, return an empty configuration."""
     if file is None:
         return sections({}, "")
     path = Path(file)
@@ -28,24 +24,17 @@ def read(file: str | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(
             f"{path} cannot be read as a YAML or JSON file.",
-            "Pass a YAML or JSON file that contains `method:` and `options:`.",
+            "Give a YAML or JSON file with the sections `method:` and `options:`.",
             cause=" ".join(str(error).split()),
         ) from error
     return sections(found, str(path))
 
 
 def sections(found: Any, source: str) -> dict[str, Any]:
-    """Check the sections of a configuration, and convert hyphens in the names of options to underscores.
-
-    Args:
-        found: the content of the file.
-        source: the file, for error messages.
+    """Check a configuration, and convert hyphens in the names of options to underscores.
 
     Returns:
         `method` (a name or None), `options` and `callback` (values by name).
-
-    Raises:
-        OptionError: a section is unknown or has the wrong type.
     """
     config: dict[str, Any] = {"method": None, "options": {}, "callback": {}}
     pairs: Iterable[tuple[Any, Any]] = found.items() if isinstance(found, dict) else [("", found)]
@@ -55,7 +44,7 @@ def sections(found: Any, source: str) -> dict[str, Any]:
             raise OptionError(
                 f"a configuration of `softhooks run` cannot contain {shown}.",
                 suggestion(str(name), _SECTIONS, "{}:")
-                or "Write `method: prompt_tuning`, and `options:` with one option a line below it.",
+                or "Write `method: prompt_tuning`, then `options:`, and below it each option on its own line.",
                 file=source,
                 sections="method (a name), options (values by name), callback (values by name)",
             )

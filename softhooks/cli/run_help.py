@@ -1,4 +1,4 @@
-"""The help of `softhooks run`: usage, examples, and the options of the callback and of every method."""
+"""The help of `softhooks run`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ including a Seq2SeqTrainer, gets a SoftPromptCallback: the model is frozen, only
 save_model contain only the prompt, and after training the callback checks that the frozen weights are unchanged. Load the \
 saved prompt with softhooks.load(model, directory).
 
-Prompts need a far higher learning rate than weights: 1e-2 for prompt tuning, 5e-3 for a prefix. Set it in the script or in its \
-arguments.
+Prompts need a far higher learning rate than weights: for example, 1e-2 for prompt tuning and 5e-3 for a prefix. Set it in \
+the script or in its arguments.
 
 Examples:
 
@@ -31,9 +31,9 @@ Examples:
 
   torchrun --nproc-per-node 2 -m softhooks run --config prompt.yaml train.py
 
-`accelerate launch -m softhooks run ...` works too. The exit status is the script's own, or 2 if this command line is wrong.
+`accelerate launch -m softhooks run ...` works too. The exit status is that of the script, or 2 if this command line is wrong.
 
-A configuration file is YAML or JSON; options on the command line take precedence:
+Example of a configuration file (YAML or JSON); options on the command line take precedence:
 
   method: prompt_tuning
   options:
@@ -47,16 +47,12 @@ A configuration file is YAML or JSON; options on the command line take precedenc
 
 
 def help_text(kind: str | None = None) -> str:
-    """Return the help of `softhooks run`.
-
-    Args:
-        kind: the method whose options are described, or None for an overview of all methods.
-    """
+    """Return the help, with all options of the method `kind`; without it, with an overview of all methods."""
     lines = [*_wrapped(_INTRODUCTION), "Options:"]
     lines += _row("--method NAME", f"the method; {DEFAULT_METHOD} by default")
     lines += _row("--config FILE", "a YAML or JSON file with the method and its options")
-    lines += _row("-m MODULE", "run a module as python -m does; everything after it is passed to the module")
-    lines += _row("--help", "show this help; with --method, also describe all options of that method")
+    lines += _row("-m MODULE", "run a module, like python -m; everything after MODULE is passed to it")
+    lines += _row("--help", "show this help; with --method, describe all options of that method")
     lines += ["", "Options of the callback:"]
     for option in callback_options().values():
         lines += _option(option)

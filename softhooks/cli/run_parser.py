@@ -1,7 +1,4 @@
-"""The command line of `softhooks run`: options, followed by a script or module with its own arguments.
-
-This module does not import torch, so that help and errors about options appear at once.
-"""
+"""Parse the command line of `softhooks run`, without importing torch, so that help and errors appear at once."""
 
 from __future__ import annotations
 
@@ -24,13 +21,10 @@ class CommandLine:
     """A parsed command line.
 
     Attributes:
-        options: the options of the method and of the callback by name: True or False for a switch, and a list of texts in
-            the given order for any other option.
-        program: the script or module and its arguments; empty if none was given.
+        options: the options of the method and of the callback by name: True or False for a switch, and all given texts for
+            any other option.
+        program: the script or module and its arguments; may be empty.
         is_module: whether `program` was given with `-m`.
-        method: the value of `--method`.
-        config: the value of `--config`.
-        help: whether `--help` was given.
     """
 
     options: dict[str, bool | list[str]]
@@ -42,11 +36,7 @@ class CommandLine:
 
 
 def read(arguments: list[str]) -> CommandLine:
-    """Parse a command line.
-
-    Raises:
-        OptionError: an option is unknown, or its value is missing.
-    """
+    """Parse a command line."""
     module = next((index for index, word in enumerate(arguments) if word.startswith("-m")), len(arguments))
     given = _parse(arguments[:module])  # `-m` after the name of a script belongs to the script
     is_module = module < len(arguments) and not given["program"]
@@ -69,10 +59,10 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
         if "expected one argument" in error.message:
             raise OptionError(
                 f"{flag} is given without a value.",
-                f"If the value begins with a hyphen, write `{flag}=VALUE`.",
+                f"Write `{flag} VALUE`, or `{flag}=VALUE` if the value begins with a hyphen.",
             ) from None
         raise OptionError(
-            f"{flag} cannot be {error.message.rpartition('argument ')[2]}; it takes yes or no.",
+            f"{flag} cannot be {error.message.rpartition('argument ')[2]}; it must be yes or no.",
             f"Write `{flag}`, or `--no-{flag[2:]}`.",
         ) from None
     if unknown:
@@ -102,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _switches() -> dict[str, bool]:
-    """Map each option of the methods and of the callback to True if every method that has the option has it as a switch."""
+    """Map each option to whether it is a switch in every method that has the option, and in the callback."""
     found: dict[str, bool] = {}
     for options in (*map(method_options, methods()), callback_options()):
         for name, option in options.items():
@@ -111,11 +101,7 @@ def _switches() -> dict[str, bool]:
 
 
 def method_kind(name: Any) -> str:
-    """Return the `kind` of a method that is written as `prefix-tuning`, `PrefixTuning` or `prefix_tuning`.
-
-    Raises:
-        OptionError: there is no such method.
-    """
+    """Return the `kind` of a method: `prefix_tuning` for `prefix-tuning`, `PrefixTuning` or `prefix_tuning`."""
     for kind in methods():
         if kind.replace("_", "") == str(name).replace("-", "").replace("_", "").lower():
             return kind
@@ -127,16 +113,16 @@ def method_kind(name: Any) -> str:
 
 
 def unknown_option(name: str, known: Iterable[str]) -> OptionError:
-    """Return the error for an unknown option, with similar names."""
+    """Return the error for an unknown option; it suggests similar names."""
     return OptionError(
         f"{name} is not an option of the method, of the callback or of `softhooks run`.",
-        (suggestion(name, known, "--{}") or "Options of the script go after the script.")
-        + " `softhooks run --help` lists all.",
+        (suggestion(name, known, "--{}") or "Write options of the script after the script.")
+        + " `softhooks run --help` lists all options.",
     )
 
 
 def suggestion(name: str, known: Iterable[str], form: str) -> str:
-    """Return a "Did you mean ...?" question that lists the most similar names, or an empty string if no name is similar."""
+    """Return a question "Did you mean ...?" with the most similar names; empty if no name is similar."""
     plain = name.lstrip("-").replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""

@@ -361,7 +361,7 @@ def test_a_damaged_file_is_one_message_and_exit_code_1(
 def test_a_place_without_a_prompt_is_one_message_and_exit_code_2(saved: Path, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, found in {
-        tmp_path / "empty": "no prompt; there is none inside",
+        tmp_path / "empty": "a directory without a prompt in it",
         tmp_path / "nowhere": "nothing",
         Path("user/repository"): "nothing",
         tmp_path / ("long" * 100): "File name too long",

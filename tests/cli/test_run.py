@@ -25,9 +25,10 @@ from softhooks import OptionError, PrefixTuning, PromptTuning, SoftPromptCallbac
 from softhooks.cli import app, option_types, run_parser
 from softhooks.cli.option_types import OnlyInPython, alternatives
 from softhooks.cli.options import Option, callback_options, method_options, methods
-from softhooks.cli.run import run
-from softhooks.cli.run_arguments import Request, parse
+from softhooks.cli.run import run as run_line
+from softhooks.cli.run_arguments import resolve_line
 from softhooks.cli.run_help import help_text
+from softhooks.method import Method
 from softhooks.methods import METHODS
 
 sys.path.insert(0, str(SCRIPTS))
@@ -44,10 +45,13 @@ def _clean() -> Iterator[None]:
     remove_all()
 
 
-def _asked(*arguments: str) -> Request:
-    request = parse([*arguments, str(SCRIPT)])
-    assert isinstance(request, Request)
-    return request
+def run(arguments: list[str]) -> None:
+    line = run_parser.read(arguments)
+    run_line(line, *resolve_line(line))
+
+
+def _asked(*arguments: str) -> tuple[Method, dict[str, Any]]:
+    return resolve_line(run_parser.read([*arguments, str(SCRIPT)]))
 
 
 def _saved(folder: Path) -> dict[str, torch.Tensor]:
@@ -184,7 +188,7 @@ def test_every_option_of_every_method_is_reached_or_refused_by_name(kind: str, n
     assert option.about, "an option needs a line in the docstring's Args"
     assert option.flag in help_text(kind)
     if not option.takes:
-        with pytest.raises(OptionError, match=f"{option.flag} takes an object that only Python code can create"):
+        with pytest.raises(OptionError, match=f"{option.flag} needs an object that only Python code can create"):
             option.read("x")
         return
     if option.is_switch:
@@ -204,25 +208,24 @@ def test_no_option_stands_for_two_things() -> None:
 
 
 def test_a_command_line_is_read() -> None:
-    request = _asked(
+    arguments = [
         "--method=PrefixTuning", "--num-virtual-tokens", "7", "--projection", "--no-windowed", "--dropout=0.5",
         "--init-ids", "4", "--init-ids", "5", "--name", "mine", "--no-train-head", "--trainable", "*norm*",
-    )  # fmt: skip
-    expected = PrefixTuning(7, projection=True, windowed=False, dropout=0.5, init_ids=(4, 5))
-    assert request.method == expected
-    assert request.callback == {"name": "mine", "train_head": False, "trainable": ("*norm*",)}
-    assert (request.script, request.arguments) == (SCRIPT, [])
+    ]  # fmt: skip
+    method, callback = _asked(*arguments)
+    assert method == PrefixTuning(7, projection=True, windowed=False, dropout=0.5, init_ids=(4, 5))
+    assert callback == {"name": "mine", "train_head": False, "trainable": ("*norm*",)}
+    assert run_parser.read([*arguments, str(SCRIPT)]).program == [str(SCRIPT)]
 
 
 def test_everything_behind_the_script_is_the_scripts() -> None:
-    request = parse(["--num-virtual-tokens", "3", str(SCRIPT), "--method", "x", "--num-virtual-tokens=4", "--"])
-    assert isinstance(request, Request)
-    assert request.arguments == ["--method", "x", "--num-virtual-tokens=4", "--"]
-    assert request.method == PromptTuning(3)
+    line = run_parser.read(["--num-virtual-tokens", "3", str(SCRIPT), "--method", "x", "--num-virtual-tokens=4", "--"])
+    assert line.program == [str(SCRIPT), "--method", "x", "--num-virtual-tokens=4", "--"]
+    assert resolve_line(line) == (PromptTuning(3), {})
 
 
 def test_a_tokenizer_is_a_name_and_a_text_may_look_like_a_number() -> None:
-    method = _asked("--init", "text", "--init-text", "12", "--tokenizer", "gpt2").method
+    method, _ = _asked("--init", "text", "--init-text", "12", "--tokenizer", "gpt2")
     assert isinstance(method, PromptTuning)
     assert (method.init_text, method.tokenizer, method.num_virtual_tokens) == ("12", "gpt2", 20)
 
@@ -236,9 +239,9 @@ def test_a_file_is_read_and_the_command_line_wins(tmp_path: Path, form: str) -> 
     }
     file = tmp_path / f"prompt.{form}"
     file.write_text(json.dumps(held, indent=1))
-    request = _asked("--config", str(file), "--name", "line", "--num-virtual-tokens=4")
-    assert request.method == PromptTuning(4, init="class_labels", init_labels=("good",), tokenizer="gpt2")
-    assert request.callback == {"trainable": ("*norm*",), "name": "line"}
+    method, callback = _asked("--config", str(file), "--name", "line", "--num-virtual-tokens=4")
+    assert method == PromptTuning(4, init="class_labels", init_labels=("good",), tokenizer="gpt2")
+    assert callback == {"trainable": ("*norm*",), "name": "line"}
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -277,13 +280,13 @@ def test_a_wrong_command_line_says_the_rule_both_values_and_the_remedy(
     ("arguments", "phrase"),
     [
         ([], r"called without a script or `-m MODULE`"),
-        (["no-such.py"], "not a script: no such file"),
+        (["no-such.py"], "not a script: there is no such file"),
         (["--init"], "--init is given without a value"),
     ],
 )
 def test_a_command_line_without_a_script_is_refused(arguments: list[str], phrase: str) -> None:
     with pytest.raises(OptionError, match=phrase):
-        parse(arguments)
+        resolve_line(run_parser.read(arguments))
 
 
 @pytest.mark.parametrize(
@@ -296,7 +299,7 @@ def test_a_command_line_without_a_script_is_refused(arguments: list[str], phrase
         ("method: 3", ["method: 3"]),
         ("options: {num_virtual_tokens: '3 of them'}", ["a whole number", "'3 of them'"]),
         ("options: {num_virtual_tokens: true}", ["a whole number", "True"]),
-        ("options: {init: [a, b]}", ["takes text", "['a', 'b']"]),
+        ("options: {init: [a, b]}", ["must be text", "['a', 'b']"]),
         ("options: {initt: zero}", ["initt", "Did you mean --init"]),
         ("options: {name: x}", ["name is not an option of the method"]),
         (

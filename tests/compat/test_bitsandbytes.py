@@ -18,7 +18,7 @@ from untouched import remove_all, untouched
 
 import softhooks
 from softhooks import FrozenModifiedError, PrefixTuning, PromptTuning, SoftPromptCallback, TrainerError
-from softhooks.cli.run import run
+from softhooks.cli import run, run_arguments, run_parser
 
 METHODS = {"prompt": PromptTuning(4), "prefix": PrefixTuning(4)}
 
@@ -91,7 +91,8 @@ def test_softhooks_run_needs_no_line_for_a_quantized_model(tmp_path: Path) -> No
     )
     script.write_text(text.replace("import torch\n", "import torch\nfrom types import SimpleNamespace\n"))
     arguments = ["--output_dir", str(tmp_path), "--max_steps", "2", "--use_cpu", "--report_to", "none"]
-    run([str(script), *arguments, "--disable_tqdm", "true"])
+    line = run_parser.read([str(script), *arguments, "--disable_tqdm", "true"])
+    run.run(line, *run_arguments.resolve_line(line))
     assert (tmp_path / "saved" / "soft_prompt.safetensors").is_file()
 
 
