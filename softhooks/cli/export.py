@@ -62,14 +62,12 @@ def export(
             raise OptionError(f"exactly one of --text and --text-file is needed; {given} given.")
     content = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
     embeddings = _embeddings(prompt, model, content, chat, to, strict)  # torch and transformers take seconds to import
+    from softhooks.serving.requests import sglang_request, vllm_request
+
     if to is Server.vllm:
-        from softhooks.serving import vllm
-
-        body = vllm.request(served_name or model, embeddings, max_tokens=max_tokens, temperature=temperature)
+        body = vllm_request(served_name or model, embeddings, max_tokens=max_tokens, temperature=temperature)
     else:
-        from softhooks.serving import sglang
-
-        body = sglang.request(embeddings, sampling_params={"max_new_tokens": max_tokens, "temperature": temperature})
+        body = sglang_request(embeddings, sampling_params={"max_new_tokens": max_tokens, "temperature": temperature})
     _write(output, embeddings, body, {"prompt": prompt, "model": model, "server": to.value})
     typer.echo(
         f"{output / EMBEDDINGS_FILE}: {embeddings.shape[0]} embeddings of size {embeddings.shape[1]}, {embeddings.dtype}"

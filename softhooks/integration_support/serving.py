@@ -2,9 +2,7 @@
 
 from softhooks.runtime.continuous_batching import require_servable, required_columns
 from softhooks.serving.embeddings import sequence_embeddings
-from softhooks.serving.sglang import request as sglang_request
-from softhooks.serving.vllm import encode as vllm_encode
-from softhooks.serving.vllm import request as vllm_request
+from softhooks.serving.requests import sglang_request, vllm_encode, vllm_request
 
 __all__ = [
     "require_servable",

@@ -1,1 +1,1 @@
-"""Prompts as embeddings, for inference servers."""
+"""A prompt and a text as embeddings, for inference servers."""

@@ -1,8 +1,4 @@
-"""A text with its prompt as one sequence of embeddings, for servers that do not support soft prompts.
-
-The embeddings are those that the model's `inputs_embeds` takes, with the factor of a scaled embedding. `for_server` adapts them
-to a server that applies this factor itself.
-"""
+"""A prompt and a text as one sequence of embeddings, for servers that do not support soft prompts."""
 
 from __future__ import annotations
 
@@ -24,12 +20,12 @@ from softhooks.switch import disabled
 def sequence_embeddings(
     model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None, *, server: ServerName | None = None
 ) -> Tensor:
-    """Make the embeddings of a text with the active prompt.
+    """Return the embeddings of the active prompt and a text.
 
     Args:
-        model: a causal decoder that carries the prompt.
+        model: a causal decoder with the prompt.
         text: a text, or its ids.
-        tokenizer: the model's tokenizer, which adds its special tokens; required if `text` is a string.
+        tokenizer: the model's tokenizer, required if `text` is a string.
         server: `vllm` or `sglang`; if None, the embeddings are for the model's own `inputs_embeds`.
 
     Shape:
@@ -37,9 +33,9 @@ def sequence_embeddings(
 
     Raises:
         NotAttachedError: the model has no prompt.
-        UnsupportedMethodError: the prompt is more than embedding rows.
-        UnsupportedModelError: the model does not take embeddings, or it is not known what the server does with them.
-        OptionError: there is no text, or no tokenizer for it.
+        UnsupportedMethodError: the prompt does not consist of input embeddings alone.
+        UnsupportedModelError: the model does not run on embeddings alone, or how the server scales them is unknown.
+        OptionError: the text is empty or needs a tokenizer, or several prompts or none are active.
         PromptTooLongError: prompt and text together exceed the model's positions.
     """
     prompt = _require_rows(model)
@@ -50,7 +46,7 @@ def sequence_embeddings(
     limit = stack.positions.limit
     if limit is not None and length > limit:
         raise PromptTooLongError(
-            f"prompt and text have {length} tokens together; the model has {limit} positions.",
+            f"the prompt and the text have {length} tokens together, but the model has only {limit} positions.",
             "Truncate the text.",
         )
     with disabled(model):
@@ -68,17 +64,17 @@ def sequence_embeddings(
 
 
 def _require_rows(model: nn.Module) -> SoftPrompt:
-    """Return the active prompt, and refuse a prompt that is more than embedding rows for a decoder."""
+    """Return the active prompt, and refuse a prompt that does not consist of input embeddings for a decoder."""
     prompted = require_prompted_model(model)
     names = [prompted.active] if prompted.rows is None else list(prompted.rows)
     if prompted.rows is not None or prompted.active is None or prompted.disabled:
         raise OptionError(
-            f"the active prompts are {names!r}{', disabled' if prompted.disabled else ''}; exactly one prompt must be active."
+            f"the active prompts are {names!r}{', but disabled' if prompted.disabled else ''}; exactly one prompt must be active."
         )
     prompt = soft_prompts_of(prompted)[prompted.active]
     if prompted.structure.entry.reads_ids:
         raise UnsupportedModelError(
-            "the model depends on token ids and not on embeddings alone, so embeddings cannot stand for its input.",
+            "the model needs token ids in addition to embeddings, but a server passes only embeddings to it.",
             "Serve this model with `softhooks.integrations.transformers_serve`.",
             model=type(model).__name__,
         )
@@ -86,13 +82,13 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     causal = prompted.structure.entry.causal and not prompted.structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
-            f"a server takes only embedding rows for a decoder; this prompt ({prompt.method.kind}) has more.",
+            f"a server accepts only input embeddings for a decoder; this prompt ({prompt.method.kind}) needs more.",
             "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`, and a multitask prompt with "
             "one task.",
-            enters="as embedding rows" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
+            enters="as input embeddings" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
             heads=", ".join(prompt.heads) or "none",
-            needs=missing or ("rows of added tokens" if prompt.added else "nothing more"),
-            model=f"{type(model).__name__}, {'a decoder' if causal else 'no decoder alone'}",
+            needs=missing or ("embeddings of added tokens" if prompt.added else "nothing more"),
+            model=f"{type(model).__name__}, {'a decoder' if causal else 'not a decoder alone'}",
         )
     return prompt
 
@@ -100,7 +96,9 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
 def _ids(text: str | list[int] | Tensor, tokenizer: Any) -> Tensor:
     if isinstance(text, str):
         if tokenizer is None:
-            raise OptionError("a text was given without a tokenizer; pass `tokenizer=`, or the ids of the text.")
+            raise OptionError(
+                "the text is a string, but no tokenizer was passed; pass `tokenizer=`, or the ids of the text."
+            )
         text = tokenizer(text)["input_ids"]
     ids = torch.as_tensor(text, dtype=torch.long).reshape(1, -1)
     if not ids.shape[1]:

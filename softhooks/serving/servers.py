@@ -1,7 +1,7 @@
-"""The scaling of given embeddings by inference servers, and the models for which it is known.
+"""Embeddings for inference servers from models that multiply their embeddings by a factor.
 
-Some models multiply their embeddings by a factor. transformers applies it inside the embedding module (Gemma), so `inputs_embeds`
-must include the factor, or after it (Granite), so they must not. A server that applies it elsewhere needs other embeddings.
+transformers applies the factor either inside the embedding module (Gemma), so that `inputs_embeds` must include it, or after this
+module (Granite), so that they must not. A server that applies the factor elsewhere needs other embeddings.
 """
 
 from __future__ import annotations
@@ -21,51 +21,41 @@ ServerName = Literal["vllm", "sglang"]
 
 @dataclass(frozen=True)
 class Server:
-    """The behavior of a server for models that scale their embeddings.
+    """How a server handles embeddings of models that scale their embeddings.
 
     Attributes:
-        label: the name and the examined version of the server.
-        multiplies: the model types that scale inside the embedding module, for which the server also scales given embeddings.
-        keeps: the other examined model types with a factor, for which the server takes the same embeddings as transformers.
+        label: the name of the server and the version that was tested.
+        multiplies: the model types with a factor inside the embedding module that the server applies to given embeddings too.
+        keeps: the model types with a factor for which the server accepts the same embeddings as transformers.
     """
 
     label: str
     multiplies: tuple[str, ...]
     keeps: tuple[str, ...]
 
-    @property
-    def known(self) -> tuple[str, ...]:
-        """The model types that scale their embeddings and for which the server's behavior is known."""
-        return (*self.multiplies, *self.keeps)
-
 
 SERVERS: dict[str, Server] = {
     # Measured with Gemma, Gemma 2, Gemma 3 and Granite: vLLM scales the embeddings of ids only.
     "vllm": Server("vLLM 0.32.0", (), ("gemma", "gemma2", "gemma3", "gemma3_text", "granite")),
-    # From its source: Gemma and Gemma 2 scale ids' and given embeddings alike; Gemma 3 has a scaled embedding module.
+    # From its source: Gemma and Gemma 2 also scale given embeddings; Gemma 3 has a scaled embedding module.
     "sglang": Server("SGLang 0.5.23", ("gemma", "gemma2"), ("gemma3", "gemma3_text", "granite")),
 }
 
 
 def for_server(model: nn.Module, stack: Stack, rows: Tensor, name: str) -> Tensor:
-    """Convert embeddings for the model's `inputs_embeds` to those that a server takes. [N, H] -> [N, H].
-
-    Raises:
-        OptionError: the server is not known.
-        UnsupportedModelError: the server's handling of this model's embeddings is unknown.
-    """
+    """Convert embeddings for the model's `inputs_embeds`, [N, H], to those for a server, [N, H]."""
     if name not in SERVERS:
-        raise OptionError(f"server is {name!r}; supported are {', '.join(map(repr, SERVERS))}.")
-    server, kind = SERVERS[name], _kind(model)
+        raise OptionError(f"server is {name!r}; it must be one of {', '.join(map(repr, SERVERS))}.")
+    server, kind = SERVERS[name], str(getattr(getattr(model, "config", None), "model_type", ""))
     inside = factor_inside(stack)
-    _require_known(model, stack, server, inside)
+    _require_known(model, stack, server, kind, inside)
     if kind not in server.multiplies or inside in (1.0, None):
         return rows
     return (rows.float() / inside).to(rows)
 
 
 def factor_inside(stack: Stack) -> float | None:
-    """Measure the factor by which the embedding module multiplies its weights, or return None if it does something else."""
+    """Measure the factor by which the embedding module multiplies its weights. None if it changes them in another way."""
     weight: Any = stack.embedding.weight
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
     with eval_mode(stack.embedding):
@@ -75,12 +65,12 @@ def factor_inside(stack: Stack) -> float | None:
     factor = _ratio(rows, words, torch.finfo(weight.dtype).eps)
     declared = getattr(stack.embedding, "embed_scale", None)
     if factor is not None and declared is not None and abs(float(declared) / factor - 1) < 0.01:
-        return float(declared)  # exact, where the measured factor is rounded
+        return float(declared)  # exact, while the measured factor is rounded
     return factor
 
 
 def factor_after(model: nn.Module, stack: Stack) -> float | None:
-    """Measure the factor by which the stack multiplies given embeddings before its first layer; return None if it does more."""
+    """Measure the factor by which the stack multiplies embeddings before its layers. None if it changes them in another way."""
     layers = [part for part in stack.module.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not layers:
         return None
@@ -115,7 +105,7 @@ def factor_after(model: nn.Module, stack: Stack) -> float | None:
 
 
 def _ratio(rows: Tensor, words: Tensor, precision: float) -> float | None:
-    """Return the constant factor between two tensors, or None."""
+    """Return the constant factor between two tensors, or None if there is none."""
     factor = float((rows * words).sum() / (words * words).sum().clamp(min=1e-30))
     if abs(factor) < 4 * precision:
         return 0.0
@@ -125,11 +115,7 @@ def _ratio(rows: Tensor, words: Tensor, precision: float) -> float | None:
     return 1.0 if abs(factor - 1) < 4 * precision else factor
 
 
-def _kind(model: nn.Module) -> str:
-    return str(getattr(getattr(model, "config", None), "model_type", ""))
-
-
-def _require_known(model: nn.Module, stack: Stack, server: Server, inside: float | None) -> None:
+def _require_known(model: nn.Module, stack: Stack, server: Server, kind: str, inside: float | None) -> None:
     """Refuse models for which the server may scale embeddings differently."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -137,7 +123,7 @@ def _require_known(model: nn.Module, stack: Stack, server: Server, inside: float
     remedy = "Serve this model with `softhooks.integrations.transformers_serve`."
     if width != stack.width:
         raise UnsupportedModelError(
-            f"the model's embeddings are {stack.width} wide but its hidden states {width} wide; no supported server takes them.",
+            f"the embeddings are {stack.width} wide but the hidden states {width} wide; no supported server accepts this.",
             remedy,
         )
     factors: dict[str, object] = {}
@@ -146,10 +132,11 @@ def _require_known(model: nn.Module, stack: Stack, server: Server, inside: float
     after = factor_after(model, stack)
     if after not in (1.0, None):
         factors["after the embedding"] = round(after or 0.0, 4)
-    if factors and _kind(model) not in server.known:
+    known = (*server.multiplies, *server.keeps)
+    if factors and kind not in known:
         raise UnsupportedModelError(
-            f"the scaling of embeddings by {server.label} is unknown for the model type {_kind(model)!r}.",
+            f"it is unknown how {server.label} scales the embeddings of the model type {kind!r}.",
             remedy,
             factors=factors,
-            known=", ".join(server.known),
+            known=", ".join(known),
         )

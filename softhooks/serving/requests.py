@@ -1,0 +1,62 @@
+"""JSON bodies of requests to inference servers, with the embeddings of prompt and text that `sequence_embeddings` returns."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softhooks.errors import OptionError
+
+
+def vllm_request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
+    """Return the JSON body for `/v1/completions` of vLLM.
+
+    Args:
+        model: the server's name for the base model.
+        rows: the embeddings, [P + T, H].
+        options: other fields of the request, such as `max_tokens`, `temperature` and `stream`.
+
+    Raises:
+        OptionError: the options contain a text.
+    """
+    if options.get("prompt"):
+        raise OptionError(
+            f"`prompt` is {options['prompt']!r}, but the embeddings already contain the text; pass one of them.",
+            "Leave `prompt` out.",
+        )
+    return {"model": model, "prompt_embeds": vllm_encode(rows), **options}
+
+
+def vllm_encode(rows: Tensor) -> str:
+    """Encode a tensor for vLLM: `torch.save` in base64."""
+    buffer = io.BytesIO()
+    torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # a clone: a view would save its whole storage
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def sglang_request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """Return the JSON body for `/generate` of SGLang.
+
+    Args:
+        rows: the embeddings, [P + T, H].
+        sampling_params: such as `max_new_tokens` and `temperature`.
+        options: other fields of the request, such as `stream`.
+
+    Raises:
+        OptionError: the options contain a text.
+    """
+    others = [name for name in ("text", "input_ids") if options.get(name) is not None]
+    if others:
+        raise OptionError(
+            f"{' and '.join(f'`{name}`' for name in others)} cannot be passed: the embeddings already contain the text.",
+            "Pass only the embeddings.",
+        )
+    return {
+        "input_embeds": rows.detach().float().cpu().tolist(),
+        "sampling_params": dict(sampling_params or {}),
+        **options,
+    }
