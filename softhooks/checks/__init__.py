@@ -1,1 +1,1 @@
-"""Checks that run at attach and find out, by running the model, whether it supports a prompt."""
+"""Checks that `attach` makes by running the model with the prompt."""

@@ -14,21 +14,14 @@ from softhooks.errors import AttachError, NameTakenError, PromptTooLongError, Un
 from softhooks.method import Method
 from softhooks.runtime.prompted_model import PromptedModel
 
-_LEAST_TEXT = 5
-"""The number of text tokens in the first probe of a prompt."""
+_SHORTEST_TEXT = 5
+"""The number of text tokens in the first forward with which `attach` checks a prompt."""
 
 
 def check_arguments(
     model: nn.Module, method: Method, name: str, present: PromptedModel | None, trainable: tuple[str, ...]
 ) -> None:
-    """Check the arguments of `attach` against the model and the prompts that it has.
-
-    Args:
-        present: the state of the model's prompts, if it has any.
-
-    Raises:
-        AttachError: a prompt with these arguments cannot be attached.
-    """
+    """Check the arguments of `attach`; `present` is the state of the prompts that the model already has."""
     if not isinstance(method, Method):
         raise UnsupportedMethodError(
             f"attach got {type(method).__name__} instead of a method such as PromptTuning(20)."
@@ -39,7 +32,7 @@ def check_arguments(
         or name in ("training", "prompted_model")
     ):
         raise AttachError(
-            f"{name!r} cannot be a prompt's name: use letters, digits, - and _, and not the name of a module attribute."
+            f"{name!r} cannot be a prompt's name: use letters, digits, - and _, but not the name of a module's attribute."
         )
     refuse_partitioned(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
@@ -53,7 +46,7 @@ def check_arguments(
         )
     if present is None and hasattr(model, CONTAINER):
         raise AttachError(
-            f"the model already has an attribute {CONTAINER!r}; softhooks needs this name for its prompts."
+            f"the model already has an attribute {CONTAINER!r}; softhooks needs this name to store its prompts."
         )
     names = [parameter for parameter, _ in model.named_parameters()]
     for pattern in trainable:
@@ -62,17 +55,13 @@ def check_arguments(
 
 
 def check_length(structure: ModelStructure, method: Method) -> None:
-    """Check that a prompt leaves positions for text.
-
-    Raises:
-        PromptTooLongError: too few positions are left.
-    """
+    """Check that a prompt leaves positions for text."""
     positions = structure.entry.positions
     trained = positions.trained if positions.rotary_limit is None else positions.rotary_limit
     limit = positions.limit if positions.limit is not None else trained
     length = method.token_layout.num_slots
     if method.enters != "branch" and limit is not None and length >= limit:
-        raise too_long_error(length, limit, _LEAST_TEXT)
+        raise too_long_error(length, limit, _SHORTEST_TEXT)
 
 
 def too_long_error(length: int, limit: int, text: int) -> PromptTooLongError:
@@ -81,7 +70,7 @@ def too_long_error(length: int, limit: int, text: int) -> PromptTooLongError:
     Args:
         length: the number of virtual tokens.
         limit: the number of positions.
-        text: the number of text tokens that must fit after the prompt.
+        text: the number of text tokens for which there must be positions.
     """
     most = max(limit - text, 0)
     return PromptTooLongError(
@@ -89,5 +78,5 @@ def too_long_error(length: int, limit: int, text: int) -> PromptTooLongError:
         f"Use at most {most} virtual tokens; with {most}, a text can have the remaining {limit - most} positions.",
         virtual_tokens=length,
         positions=limit,
-        room_for=f"{most} virtual tokens and a text of {text} tokens, the shortest text in the checks",
+        room_for=f"{most} virtual tokens and a text of {text} tokens, which `attach` needs for its checks",
     )

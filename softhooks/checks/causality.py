@@ -1,6 +1,6 @@
-"""Check at attach that each token sees the same tokens as without a prompt.
+"""Check at attach that a prompt does not change which tokens see each other.
 
-In a causal stack these are the earlier tokens; in an encoder, the whole text.
+In a causal stack, each token sees the earlier tokens; in an encoder, it sees the whole text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from softhooks.prompt import SoftPrompt
 
 
 def check_causality(prompt: SoftPrompt) -> None:
-    """Check that, in every stack of the model, a prompt does not change which tokens see each other.
-
-    Raises:
-        UnsupportedMethodError: in some stack, the prompt changes which tokens see each other.
-    """
+    """Check every stack of the model."""
     structure = prompt.prompted_model.structure
     for number, stack in enumerate(structure.stacks):
         calls = _calls(prompt, stack, number)
@@ -32,26 +28,26 @@ def check_causality(prompt: SoftPrompt) -> None:
             continue
         with eval_mode(prompt.model):
             change = _change(prompt, stack, *calls)
-        # In a randomly initialized encoder, later tokens change earlier states only a little; in one made causal, not at all.
+        # Later tokens change earlier states only a little in a randomly initialized encoder, but not at all if it became causal.
         if (not is_rounding(change, float_dtype(stack.module))) if stack.causal else change == 0:
             raise _refusal(prompt, stack, change)
 
 
 def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor], changed: dict[str, Tensor]) -> float:
-    """Measure how much the states before the cut differ between the two calls."""
+    """Measure how much the states before column `cut` differ between the two calls."""
     forwards = [partial(prompt.model, **call), partial(prompt.model, **changed)]
     change = change_before(stack.module, cut, forwards, stack.state)
     if stack.causal and not is_rounding(change, float_dtype(stack.module)):
         # 8-bit layers of bitsandbytes choose outliers for the whole batch, so later tokens change the rounding of earlier ones,
-        # even without a prompt. The rows of one forward share this choice, so a remaining difference shows what tokens see.
+        # even without a prompt. Rows of one forward have the same outliers, so they differ only if earlier tokens see later ones.
         both = {name: torch.cat([value, changed[name]]) for name, value in call.items()}
-        with suppress(Exception):  # some models take one row only
+        with suppress(Exception):  # some models accept only one row
             change = min(change, change_before(stack.module, cut, [partial(prompt.model, **both)], stack.state))
     return change
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-    """Return a column and two calls whose ids differ only from this column on, or None if there are no two such calls."""
+    """Return a column and two calls whose ids differ only from this column on, or None if no such calls can be made."""
     structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.num_slots if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)
@@ -100,12 +96,12 @@ def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMeth
             "with this prompt, earlier tokens of a causal model depend on later tokens.",
             "Use a method whose virtual tokens are in the sequence, such as PromptTuning with injection='slots'.",
             **about,
-            found=f"earlier states change by {change:.2g} of their size if later ids change",
-            because="its layers choose the visible tokens by position, which the prompt shifts",
+            found=f"the states of earlier tokens change by {change:.2g} times their size if later ids change",
+            because="the model's layers choose the visible tokens by position, and the prompt shifts positions",
         )
     return UnsupportedMethodError(
         "with this prompt, tokens of an encoder do not see later tokens.",
         "Use another method, or another attention function (`model.set_attn_implementation`).",
         **about,
-        found="earlier states do not change if later ids change",
+        found="the states of earlier tokens do not change if later ids change",
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -13,18 +11,16 @@ from softhooks.backbone.probe_inputs import as_choices, decoder_ids, probe_ids
 from softhooks.checks.shared_exactness import shares_exactly
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import hook_linears, linears
+from softhooks.prompt import SoftPrompt
+from softhooks.runtime.attached_prompt import Injection
 
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
-    from softhooks.runtime.attached_prompt import Injection
-
-PROBE_COLUMNS = 5
+_PROBE_COLUMNS = 5
 
 
 def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """Make a call with a few ordinary tokens and the prompt's anchors, and with all arguments that model and method need."""
+    """Return the arguments of a short forward: a few tokens, the layout's anchors, and the arguments that the method needs."""
     structure = prompt.prompted_model.structure
-    ids, columns = prompt.layout.form.probe(probe_ids(prompt.model, structure.vocabulary, PROBE_COLUMNS))
+    ids, columns = prompt.layout.form.probe(probe_ids(prompt.model, structure.vocabulary, _PROBE_COLUMNS))
     text = ids if structure.choices is None else as_choices(ids, structure.choices)
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **columns, **prompt.method.probe_arguments()}
     if structure.is_encoder_decoder:
@@ -33,11 +29,7 @@ def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 
 def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
-    """Choose the injection, or check the requested one.
-
-    Raises:
-        UnsupportedMethodError: the requested injection is not available for this model, or would not be exact.
-    """
+    """Choose the injection, and refuse a requested one that is not available for this model or would not be exact."""
     structure = prompt.prompted_model.structure
     if prompt.method.enters == "branch":
         if prompt.method.scales_linears:
@@ -56,15 +48,13 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
         and stack.injection is not None
         and prompt.layout.form.placement == "front"
     )
-    if asked == "slots" or not could_share:
+    if asked == "slots" or not could_share or not shares_exactly(prompt):
         return _only(prompt, asked, "slots")
-    if shares_exactly(prompt):
-        return _only(prompt, asked, "shared")
-    return _only(prompt, asked, "slots")
+    return _only(prompt, asked, "shared")
 
 
 def _hook_linears(prompt: SoftPrompt) -> None:
-    """Hook the linear layers that the prompt scales, until the model's last prompt is removed."""
+    """Add hooks to the linear layers that the prompt scales; they are removed with the model's last prompt."""
     for stack in prompt.prompted_model.structure.stacks:
         prompt.prompted_model.expected_modules[stack.name].add(module for module, _ in linears(stack).values())
         for handle in hook_linears(stack):
@@ -83,16 +73,12 @@ def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> I
 
 
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
-    """Refuse a prompt at the end of a language model's text, because generated text would move it and no token follows it.
-
-    Raises:
-        UnsupportedMethodError: the model generates, and the prompt is at the end.
-    """
+    """Refuse a prompt at the end of the text if the model generates."""
     if prompt.layout.form.has_tail and prompt.prompted_model.structure.entry.causal and can_generate(prompt.model):
         raise UnsupportedMethodError(
             f"{type(prompt.model).__name__} generates text, so a prompt at the end would move as the text grows.",
-            "Use placement='front' or 'after_first', or a layout with an anchor or a field after its last slots, such as a field "
-            "for the text to generate.",
+            "Use placement='front' or 'after_first', or a layout with an anchor or a field after the last slots, such as a field "
+            "for the generated text.",
             model=type(prompt.model).__name__,
             placement=prompt.layout if prompt.layout.form.placement == "layout" else "end",
         )

@@ -1,6 +1,6 @@
 """Check at attach that attention masks do not depend on the content of the text.
 
-Doge computes its masks from values, DeepSeek-V3.2 from a selection of keys.
+Doge computes its masks from attention values, and DeepSeek-V3.2 from selected keys.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from softhooks.prompt import SoftPrompt
 
 
 class _MaskPass(Pass):
-    """A forward that records the mask of each self-attention site.
+    """A forward that records the mask of each self-attention module.
 
     Attributes:
-        rows: the text's embeddings, [1, T, H], in the autograd graph of masks that depend on them.
-        masks: the masks by site index.
+        rows: the text's embeddings, [1, T, H].
+        masks: the masks, by the index of the attention module.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -32,7 +32,7 @@ class _MaskPass(Pass):
         self.masks: dict[int, Any] = {}
 
     def embed(self, output: Tensor) -> Tensor:
-        """Return the same rows as the start of an autograd graph."""
+        """Start an autograd graph at the embeddings."""
         self.rows = output.detach().requires_grad_(torch.is_grad_enabled())
         return self.rows.clone()  # CTRL scales its embeddings in place, which a leaf does not allow
 
@@ -45,12 +45,9 @@ class _MaskPass(Pass):
 
 
 def require_common_masks(prompt: SoftPrompt) -> None:
-    """For prompts injected at attention, check that the masks do not depend on the text: not in value, and not in autograd.
+    """If the injection is "attention", check that two texts have the same masks and that no mask has a gradient.
 
-    With random weights, masks may be equal by chance; the autograd graph shows their inputs.
-
-    Raises:
-        UnsupportedMethodError: the masks depend on the text, so the keys and values of words lack the effect of the words.
+    The gradient is checked because masks of two texts may be equal by chance in a model with random weights.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "attention":
@@ -59,22 +56,23 @@ def require_common_masks(prompt: SoftPrompt) -> None:
     columns, _ = probe_length(stack.module, min(limits, default=None))
     with eval_mode(prompt.model), torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
         one, other = (_pass(prompt, stack, columns, seed) for seed in (0, 1))
-        own = any(
-            not _same(mask, other.masks[index]) or _is_made_of(mask, one.rows) for index, mask in one.masks.items()
+        depends = any(
+            not _are_equal(mask, other.masks[index]) or _is_computed_from(one.rows, mask)
+            for index, mask in one.masks.items()
         )
-    if own:
+    if depends:
         raise UnsupportedMethodError(
             f"the attention masks of {type(prompt.model).__name__} are computed from the text; a key-value prefix needs masks "
             "that do not depend on the text.",
             "Use a prompt that enters as embeddings, such as PromptTuning.",
             model=f"{type(prompt.model).__name__} ({stack.path or 'the model itself'})",
             method=prompt.method.kind,
-            because="its layers compute them from the keys or values of the text, which do not include a prefix",
+            because="the layers compute the masks from the keys or values of the text, and a prefix is not part of the text",
         )
 
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
-    """Run a text without the prompt through the whole model, or only through the stack if the model needs more than ids."""
+    """Run a text without the prompt through the model, or only through the stack if the model needs more than ids."""
     forward_pass, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)
@@ -83,13 +81,13 @@ def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPas
     return forward_pass
 
 
-def _same(one: Any, other: Any) -> bool:
+def _are_equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
     return type(one) is type(other)
 
 
-def _is_made_of(mask: Any, rows: Tensor | None) -> bool:
+def _is_computed_from(rows: Tensor | None, mask: Any) -> bool:
     if rows is None or not isinstance(mask, Tensor) or not mask.requires_grad:
         return False
     return torch.autograd.grad(mask.float().sum(), rows, allow_unused=True, retain_graph=True)[0] is not None

@@ -1,7 +1,7 @@
 """Check at attach whether rows may start with padding.
 
-A model that takes positions for each row needs no check. Other models count columns, including padding (ProphetNet, Pegasus-X),
-or apply the mask of a prefix to the wrong columns (GIT), so more padding before the same text would change the output.
+A model that uses `position_ids` needs no check. Other models number all columns, including padding (ProphetNet, Pegasus-X), or
+apply the mask of a prefix to the wrong columns (GIT). There, more padding before the same text would change the output.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PADDING = 3
 
 @torch.no_grad()
 def takes_left_padding(prompt: SoftPrompt) -> bool:
-    """Whether masked padding before a text leaves the output with a prompt unchanged; False if the forward fails.
+    """Whether the model's output with the prompt is the same with padding before the text. False if the forward fails.
 
-    True for a model whose output also changes without a prompt, because then the prompt is not the cause.
+    True for a model whose output changes without a prompt too, because then the prompt is not the cause.
     """
     if _takes_positions(prompt):
         return True
@@ -49,10 +49,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 
 def _takes_positions(prompt: SoftPrompt) -> bool:
-    """Whether the stack takes positions for each row, and the prompt does not enter through a cache.
-
-    In some models, masks do not cover the columns of a prefix that enters through a cache.
-    """
+    """Whether each row has its own positions, and the prompt does not enter through a cache, which some masks do not cover."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.takes_position_ids or (table is not None and table.by_row)
@@ -65,7 +62,7 @@ def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
 
 
 def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
-    """Return the last hidden states of the text in the last stack, [.., T, H]."""
+    """Return the last hidden states of the model's last stack, [.., T, H]; `cut` removes those of the padding."""
     structure = prompt.prompted_model.structure
     stack = structure.stacks[-1]
     with recorded_states(stack.module, stack.state) as states, prompt.without_objective():

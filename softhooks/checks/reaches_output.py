@@ -1,7 +1,6 @@
 """Check at attach that a prompt changes the model's output, and that every trained part of the prompt gets a gradient.
 
-The check uses a copy of the encoder with random changes, because a new prompt may have no effect by design (gates at zero).
-The prompt itself, gradients, random states and cached results are not changed.
+The check runs with a copy of the encoder with random changes, because a new prompt may have no effect by design (gates at zero).
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ _SCALES = (1.0, 0.1, 10.0)
 
 
 def prove_reach(prompt: SoftPrompt) -> None:
-    """Check that the prompt changes the model's output and, if it is trainable, that all its parts get a gradient.
-
-    In inference mode there are no gradients, so only the output is checked.
+    """Check the gradients, or only the output if the prompt is frozen or torch is in inference mode.
 
     Raises:
         UnsupportedModelError: the model does not run with the prompt, or the prompt or a part of it has no effect.
@@ -73,7 +70,7 @@ def _output(prompt: SoftPrompt) -> Tensor | None:
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """Return the argument that disables the cache, because some models (RWKV) overwrite cached tensors needed in the backward."""
+    """Disable the cache for a backward pass, because some models (RWKV) overwrite cached tensors that this pass needs."""
     takes = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
     return {"use_cache": False} if takes and torch.is_grad_enabled() else {}
 
@@ -82,7 +79,7 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 def _show_gradient(prompt: SoftPrompt) -> None:
-    """Compute gradients of the output for a copy of the encoder, and refuse the model if some part gets none."""
+    """Check that every part of a copy of the encoder gets a gradient."""
     dead: list[str] = []
     for scale in _SCALES:
         with torch.enable_grad(), perturbed_copy(prompt, scale, seed=0) as encoder:
@@ -93,17 +90,14 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 
 
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
-    """List what gets no gradient: parameters of the encoder, and the slices of its output that belong to single layers.
+    """List the parts that get no gradient: parameters of the encoder, and slices of its output that belong to single layers.
 
-    A layer may run without gradients in some of its calls (HRM). Its part of a prefix would keep its initial values. A
-    prefix that starts from real words would also differ from the words, because its keys and values come from another call. So
-    the model is refused.
+    A layer may run without gradients in some of its calls (HRM), so that its slice of a prefix would not be trained.
     """
     made: dict[str, Tensor] = {}
 
     def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        # A view, because the parameter itself may be used elsewhere.
-        made[args[0]] = output = output.view_as(output)
+        made[args[0]] = output = output.view_as(output)  # a view, because the parameter itself may be used elsewhere
         return output
 
     encoder.register_forward_hook(note)
@@ -129,7 +123,7 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
 
 @contextmanager
 def _recorded_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """Record which modules are called; an expert without tokens is not called."""
+    """Record which modules are called. An expert without tokens, for example, is not called and needs no gradient."""
     called: set[nn.Module] = set()
     with Patches() as patches:
         for part in every_module(model):
@@ -148,7 +142,7 @@ def _listed(names: list[str]) -> str:
 
 def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{found}; a prompt must change the model's output and, if trained, get a gradient.",
+        f"{found}; a prompt must change the model's output and, if it is trained, get a gradient.",
         OTHER_METHOD,
         model=type(prompt.model).__name__,
         method=repr(prompt.method),
@@ -162,7 +156,7 @@ def _refusal(prompt: SoftPrompt, found: str) -> UnsupportedModelError:
 
 @contextmanager
 def perturbed_copy(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[PromptEncoder]:
-    """Replace the encoder by a copy with random changes while the `with` block runs, and discard its results."""
+    """Replace the encoder with a randomly changed copy while the `with` block runs; cached results are not changed."""
     duplicate = copy.deepcopy(prompt.encoder).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

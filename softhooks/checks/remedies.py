@@ -1,4 +1,4 @@
-"""Remedies for the errors of `attach`, which are tried on the model before an error names them."""
+"""Remedies in the errors of `attach`, which are tried on the model before they are suggested."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _TRIAL = "softhooks_trial"
 def names_tried_remedies(
     attach: Attach,
 ) -> Callable[[Callable[Arguments, SoftPrompt]], Callable[Arguments, SoftPrompt]]:
-    """Decorate a function that attaches a prompt, so that its errors only name remedies that work on the model.
+    """Decorate a function that attaches a prompt, so that its errors suggest only remedies that work on the model.
 
-    The decorated function takes the model, the method and the name first, and undoes everything if it raises.
+    The function's first arguments are the model, the method and the name. If it raises an error, the model must be unchanged.
 
     Args:
-        attach: attaches a method to a model under a name, for trying remedies.
+        attach: attaches a prompt to try a remedy.
     """
 
     def decorate(function: Callable[Arguments, SoftPrompt]) -> Callable[Arguments, SoftPrompt]:
@@ -49,8 +49,11 @@ def names_tried_remedies(
                     or not (INSIDE in message or OTHER_METHOD in message)
                 ):
                     raise
-                advice = type(error)(_with_tried(attach, message, model, method))
-                cause = error.__cause__
+                if INSIDE in message:
+                    message = message.replace(INSIDE, _inside(attach, model, method))
+                if OTHER_METHOD in message:
+                    message = message.replace(OTHER_METHOD, _other_method(attach, model, method))
+                advice, cause = type(error)(message), error.__cause__
             raise advice from cause
 
         return attach_or_advise
@@ -58,19 +61,8 @@ def names_tried_remedies(
     return decorate
 
 
-def _with_tried(attach: Attach, message: str, model: nn.Module, method: Method) -> str:
-    if INSIDE in message:
-        message = message.replace(INSIDE, _inside(attach, model, method))
-    if OTHER_METHOD in message:
-        message = message.replace(OTHER_METHOD, _other_method(attach, model, method))
-    return message
-
-
 def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
-    """Suggest a text model inside this model that a prompt of this method can be attached to.
-
-    A text model that attends to states of another part of the model does not count, because alone it runs without these states.
-    """
+    """Suggest a text model inside this model to which a prompt of this method can be attached."""
     for path, part in model.named_modules():
         if part is model or not hasattr(part, "config") or not callable(getattr(part, "get_input_embeddings", None)):
             continue
@@ -80,13 +72,13 @@ def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
 
 
 def _is_fed(part: nn.Module) -> bool:
-    """Whether a model takes the states of another model, such as a decoder that attends to a text or an image."""
+    """Whether a part needs the states of another part, such as a decoder that attends to the states of an image."""
     arguments = inspect.signature(part.forward).parameters
     return any(name.endswith("_states") and name not in ("hidden_states", "output_hidden_states") for name in arguments)
 
 
 def _other_method(attach: Attach, model: nn.Module, method: Method) -> str:
-    """Suggest other methods that can enter the model."""
+    """Suggest methods that can be attached to the model."""
     others: list[Method] = [PromptTuning(1), PrefixTuning(1), LlamaAdapter(1)]
     names = [type(other).__name__ for other in others if other.enters != method.enters and _fits(attach, model, other)]
     if not names:

@@ -1,9 +1,9 @@
-"""Check at attach that a model computes the same states with a shared prompt as with the same prompt as slots."""
+"""Check at attach that a model computes the same states with injection "shared" as with injection "slots"."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,17 @@ from softhooks.backbone.probing import FORWARD_ERRORS, eval_mode, float_dtype, r
 from softhooks.backbone.stack import Stack
 from softhooks.errors import SoftHooksError
 from softhooks.patching.patches import Patches
+from softhooks.prompt import SoftPrompt
+from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.with_blocks import Block
 
-if TYPE_CHECKING:
-    from softhooks.prompt import SoftPrompt
-    from softhooks.runtime.attached_prompt import Injection
-
 _PADDED = 3
-_COMPARED: tuple[Injection, Injection] = ("shared", "slots")
 
 
 def shares_exactly(prompt: SoftPrompt) -> bool:
-    """Whether a shared prompt gives the same states as the same prompt as slots, in rows with and without padding.
+    """Whether both injections give the same states, in rows with and without padding. False if one of the forwards fails.
 
-    The text is longer than the short windows and chunks of the model, so that they take effect. The difference must be small
-    relative to the precision of the states and to the effect of the prompt. False if one of the two forwards fails.
+    The text is longer than the model's short windows and chunks, so that they have an effect.
     """
     stack = prompt.prompted_model.structure.entry
     if _exceeds_probe(stack):
@@ -36,8 +32,8 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
     shared = _states(prompt, "shared", call)
     plain = None if shared is None else _states(prompt, "slots", call)
     is_alone = shared is not None and plain is None
-    if is_alone:  # the outer model makes masks that slots cannot widen, so compare only the stack
-        shared, plain = (_states(prompt, injection, call, alone=True) for injection in _COMPARED)
+    if is_alone:  # slots cannot widen masks that the outer model makes, so compare only the stack
+        shared, plain = _states(prompt, "shared", call, alone=True), _states(prompt, "slots", call, alone=True)
     if shared is None or plain is None:
         return False
     real, precision = call["attention_mask"].flatten(0, -2).bool(), torch.finfo(float_dtype(stack.module)).eps
@@ -52,7 +48,7 @@ def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bo
     """Whether the states with two injections are equal up to rounding.
 
     Args:
-        without: the states without a prompt; a difference as large as the prompt's effect is not rounding.
+        without: the states without a prompt. A difference that is large compared to the effect of the prompt is not rounding.
         precision: the machine epsilon of the states' dtype.
     """
     if not _are_finite(ours, theirs):
@@ -65,7 +61,7 @@ def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bo
 
 
 def _is_rounding(ours: Tensor, theirs: Tensor, precision: float) -> bool:
-    """Whether a difference may come from summing in a different order. The size of the prompt's effect does not matter here."""
+    """Whether a difference is so small that it may come from summing in a different order."""
     return _are_finite(ours, theirs) and _size(ours - theirs) <= 4 * precision * _size(theirs)
 
 
@@ -78,18 +74,14 @@ def _size(states: Tensor) -> float:
 
 
 def _exceeds_probe(stack: Stack) -> bool:
-    """Whether the config has chunks or a selection of keys: they affect texts that are longer than a probe differently.
-
-    Chunks start at fixed columns of the text, and keys are selected from the text only.
-    """
+    """Whether attention uses chunks or selects keys, which have an effect only in longer texts than those of this check."""
     config: Any = getattr(stack.module, "config", None)
-    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
-    selects = isinstance(getattr(config, "index_topk", None), int)
-    return chunked or selects
+    is_chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return is_chunked or isinstance(getattr(config, "index_topk", None), int)
 
 
 def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
-    """Make a call of three rows; the second ends with padding and the third starts with padding."""
+    """Return the arguments of a forward with three rows: without padding, with padding at the end, and at the start."""
     positions, length = stack.positions, prompt.layout.num_slots
     limits = [
         limit for limit in (positions.limit, positions.trained, positions.dynamic_rope_length) if limit is not None
@@ -110,9 +102,10 @@ def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
 def _states(
     prompt: SoftPrompt, injection: Injection | None, call: dict[str, Tensor], alone: bool = False
 ) -> Tensor | None:
-    """Return the stack's last hidden states with one injection or without the prompt, or None if the forward fails.
+    """Return the stack's last hidden states, or None if the forward fails.
 
     Args:
+        injection: None for a forward without the prompt.
         alone: whether to call the stack itself instead of the whole model.
     """
     prompted, stack = prompt.prompted_model, prompt.prompted_model.structure.entry

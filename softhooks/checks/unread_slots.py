@@ -1,7 +1,4 @@
-"""Check at attach that heads and poolers of an encoder do not read the state of a slot.
-
-A head that selects a column by its index would read the state of a slot.
-"""
+"""Check at attach that heads and poolers of an encoder do not read the state of a slot, as one that selects a column may do."""
 
 from __future__ import annotations
 
@@ -20,49 +17,37 @@ from softhooks.inject.slots.slot_pass import SlotPass
 from softhooks.patching.patches import Patches
 from softhooks.prompt import SoftPrompt
 
-_Change = Callable[[nn.Module, Tensor], Tensor]
+_Change = Callable[[Tensor, int], Tensor]
 
 
 def check_unread(prompt: SoftPrompt) -> None:
-    """Change the slots' states in the last layer, and check that the model's outputs stay the same.
+    """Change the states of the slots after the last layer, and check that the model's output does not change.
 
-    Text attends to slots only inside the layers. In a decoder the last slot before a token predicts the token, and the decoder of
-    an encoder-decoder attends to slots; there the states are read on purpose, and nothing is checked.
-
-    Raises:
-        UnsupportedMethodError: the outputs change.
+    Only encoders are checked, because in a decoder the last slot predicts the next token, and in an encoder-decoder model the
+    decoder attends to slots.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "slots" or stack.causal or stack.name != "text":
         return
     with eval_mode(prompt.model):
-        with _watched(stack, lambda _module, states: states) as calls:
+        with _watched(stack, lambda states, _number: states) as calls:
             answer = _answer(prompt)
         if not calls:
             return  # no layer returns one state per column; the stack's own output is checked when slots are removed
-        last, count = calls[-1], sum(call is calls[-1] for call in calls)
-        passed: list[nn.Module] = []
-
-        def disturb(module: nn.Module, states: Tensor) -> Tensor:
-            passed.append(module)
-            is_last = module is last and sum(one is last for one in passed) == count
-            return _disturbed(stack, states) if is_last else states
-
-        with _watched(stack, disturb):
+        with _watched(stack, lambda states, number: _disturbed(stack, states) if number == len(calls) else states):
             other = _answer(prompt)
-    moved = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
-    if moved:
+    changed = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
+    if changed:
         raise UnsupportedMethodError(
-            f"the state of a slot changes {', '.join(moved)}; nothing after a model's layers may read a virtual token.",
-            "Use another placement, such as placement='after_first', or a prompt that enters as keys and values, such as "
-            "PrefixTuning.",
+            f"the state of a slot changes {', '.join(changed)}; nothing after a model's layers may read a virtual token.",
+            "Use another placement, such as placement='after_first', or a method with keys and values, such as PrefixTuning.",
             model=type(prompt.model).__name__,
             placement=prompt.layout.form.placement,
         )
 
 
 def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """Return the floating-point tensors of a forward's output by name, without tuples such as the layers' states."""
+    """Return the floating-point tensors in the model's output, by name; tuples, such as those of hidden states, are left out."""
     with prompt.without_objective():
         output: Any = prompt.model(**probe_inputs(prompt))
     named = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
@@ -73,7 +58,11 @@ def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
-    """Record, in order, the layers that return a state for each column of text and slots, and apply `change` to the states."""
+    """Record the calls of layers that return a state for each column, including slots, and replace the states.
+
+    Args:
+        change: returns the new states, given the states and the number of the call, from 1.
+    """
     called: list[nn.Module] = []
 
     def after(module: nn.Module, _args: Any, output: Any) -> Any:
@@ -84,7 +73,7 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
         if forward_pass.slot_columns is None or states.shape[1] != forward_pass.total_columns:
             return None
         called.append(module)
-        changed = change(module, states)
+        changed = change(states, len(called))
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     layers = {part for holder in stack.module.modules() if isinstance(holder, nn.ModuleList) for part in holder}
