@@ -16,7 +16,7 @@ from untouched import leave_libraries_alone
 
 from softhooks import constraint
 from softhooks.backbone import attention_interface
-from softhooks.trainer import add_callback, log_metrics
+from softhooks.trainer import trainer_patches
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -40,5 +40,6 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _no_prompt_left() -> None:
     """Collect models that the previous test dropped with a prompt on, so that the libraries are unpatched."""
-    if any(users for users in (attention_interface.users, constraint.watched, add_callback.users, log_metrics.users)):
+    shared = (attention_interface.users, constraint.watched, trainer_patches.callbacks, trainer_patches.logged_savers)
+    if any(shared):
         gc.collect()

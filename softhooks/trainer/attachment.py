@@ -1,4 +1,4 @@
-"""Attaching a callback's prompt to a model, or continuing with an equal prompt that the model already has."""
+"""Attaching a callback's prompt to a model, and freezing the model's other prompts while it trains."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerControl
 
 from softhooks.attach import attach
+from softhooks.base_model.gradients import StashedGradients
 from softhooks.checks.choose_injection import choose_injection
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt, soft_prompts_of
@@ -15,13 +16,13 @@ from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 from softhooks.trainer.launch import injection_for_launch
-from softhooks.trainer.log_metrics import LoggedMetrics
 from softhooks.trainer.metrics import TrainingMetrics
 from softhooks.trainer.prompt_checks import check_equal, require_trainable_prompt
+from softhooks.trainer.trainer_patches import LoggedMetrics
 
 
 def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:
-    """Return the prompt of this name on a model, or None if there is none."""
+    """Return the model's prompt with this name, or None if it has none."""
     shared = prompted_model_of(model)
     return soft_prompts_of(shared).get(name) if shared else None
 
@@ -29,17 +30,10 @@ def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:
 def attach_or_continue(
     model: nn.Module, method: Method, name: str, injection: Injection | None, options: dict[str, Any]
 ) -> tuple[SoftPrompt, bool]:
-    """Attach a prompt, or return an equal prompt that the model already has.
+    """Attach a prompt, or find an equal prompt that the model already has. Return the prompt, and whether it is new.
 
     Args:
         options: more arguments of `attach`.
-
-    Returns:
-        the prompt, and whether it was attached now.
-
-    Raises:
-        NameTakenError: the model has another prompt of this name.
-        TrainerError: the model's prompt has no parameters, or the launch does not allow this injection.
     """
     allowed = injection_for_launch(method, injection)
     present = present_prompt(model, name)
@@ -53,11 +47,9 @@ def attach_or_continue(
 
 
 def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_new: bool) -> CheckpointSaver:
-    """Return the saver of a callback's prompt; if there is none, create it and start logging the prompt's metrics.
+    """Return the saver of a callback's prompt. If there is none, create it and log the prompt's metrics from now on.
 
     Args:
-        owner: the callback.
-        control: the current control of the callback's Trainer; a Trainer that restores its callbacks' states replaces it.
         is_new: whether the callback has attached the prompt.
     """
     saver = saver_of(prompt.model)
@@ -65,5 +57,30 @@ def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_
         saver = CheckpointSaver(prompt, owner)
         saver.metrics, saver.attached_by_owner = TrainingMetrics(prompt), is_new
         prompt.prompted_model.outside_patches.keep(LoggedMetrics(saver))
-    saver.control = control
+    saver.control = control  # the Trainer may have replaced it when it restored the states of its callbacks
     return saver
+
+
+class FrozenPrompts:
+    """Freezes a model's other prompts while one prompt trains."""
+
+    def __init__(self) -> None:
+        self._frozen: list[tuple[str, nn.Parameter]] = []
+        self._gradients = StashedGradients()
+
+    def freeze_all_but(self, prompt: SoftPrompt) -> None:
+        """Make one prompt trainable and freeze the model's others; `unfreeze` restores their gradients."""
+        for other in prompt.prompted_model.prompts.values():
+            for part in (other.encoder, other.heads):
+                for name, parameter in part.named_parameters(f"{other.name}.{type(part).__name__}"):
+                    if other is not prompt and parameter.requires_grad:
+                        self._frozen.append((name, parameter))
+                    parameter.requires_grad_(other is prompt)
+        self._gradients.take(self._frozen)
+
+    def unfreeze(self) -> None:
+        """Make the other prompts trainable again, with the gradients that they had."""
+        for _, parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._gradients.restore(self._frozen)
+        self._frozen.clear()

@@ -1,7 +1,7 @@
-"""A Trainer's batches: the order of their rows, their padding and their columns, if a method needs other ones.
+"""Changes to a Trainer's batches: the method's sampler, and padding and columns for a layout with a template.
 
-A method may have its own sampler. For a layout with a template, the Trainer's default collators do not pad all columns, and the
-Trainer removes the columns that `Layout.collator` renders. A collator that the script passed is not changed.
+The Trainer's default collators do not pad all columns of a template, and the Trainer removes columns that `Layout.collator`
+renders. A collator that the script passed is not changed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,7 @@ _FILL = {"labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0}
 
 
 def use_sampler(loader: Any, method: Method, seed: int) -> Any:
-    """Replace the random sampler of a Trainer's data loader with the method's sampler.
-
-    Returns:
-        the method's sampler, or None if it has none.
-
-    Raises:
-        TrainerError: the loader has no RandomSampler.
-    """
+    """Replace the random sampler of a Trainer's data loader with the method's sampler, if it has one, and return that."""
     if not method.has_sampler:
         return None
     batches: Any = getattr(loader, "batch_sampler", None)
@@ -119,7 +112,7 @@ def _length(value: Any) -> int:
 
 
 class KeptColumns:
-    """Replaces a Trainer's `_set_signature_columns_if_needed`, so that it keeps the columns of templates and prompts."""
+    """Replaces a Trainer's `_set_signature_columns_if_needed`, so that the Trainer keeps the columns of templates and prompts."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer: Any = trainer

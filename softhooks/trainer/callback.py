@@ -1,7 +1,7 @@
 """`SoftPromptCallback`: trains a soft prompt in an unmodified Trainer.
 
-The prompt is attached in `on_init_end`, before the Trainer makes its optimizer. The model's `save_pretrained` is replaced, so
-that checkpoints hold only the prompt; the Trainer's own code resumes from them.
+The prompt is attached in `on_init_end`, before the Trainer creates its optimizer. The model's `save_pretrained` is replaced, so
+that checkpoints contain only the prompt.
 """
 
 from __future__ import annotations
@@ -21,16 +21,14 @@ from softhooks.constraint import begin_step, end_step
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.attached_prompt import Injection
-from softhooks.trainer import add_callback
-from softhooks.trainer.attachment import attach_or_continue, present_prompt, saver_for
+from softhooks.trainer.attachment import FrozenPrompts, attach_or_continue, present_prompt, saver_for
+from softhooks.trainer.batches import prepare_template_rows, use_sampler
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 from softhooks.trainer.derived_trainers import check_trainer, guard_trainer
 from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
 from softhooks.trainer.incomplete_checkpoints import remove_links, rename_incomplete, replacement_links
 from softhooks.trainer.launch import check_launch
-from softhooks.trainer.model_init import patch_trainer
 from softhooks.trainer.optimizer import is_mended, mend_optimizer, name_of, refuse_fused, require_gradient
-from softhooks.trainer.other_prompts import FrozenPrompts
 from softhooks.trainer.prompt_checks import (
     detached_on_error,
     refuse_late,
@@ -41,42 +39,42 @@ from softhooks.trainer.prompt_checks import (
     require_present,
 )
 from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
-from softhooks.trainer.sampling import use_sampler
-from softhooks.trainer.template_rows import prepare_template_rows
+from softhooks.trainer.trainer_patches import callbacks, patch_trainer
 
 
 class SoftPromptCallback(TrainerCallback):
     """Train a soft prompt with any Trainer: `Trainer(..., callbacks=[SoftPromptCallback(PromptTuning(20))])`.
 
-    Checkpoints hold the prompt (`soft_prompt.*`, which `softhooks.load` reads) and its live parameters, from which the Trainer
-    resumes bit for bit. `trainer.save_model()` writes only the prompt. The model's other prompts are frozen during training.
-    Incomplete checkpoints of a killed process are renamed, so that `resume_from_checkpoint=True` finds the last complete one.
+    Checkpoints contain the prompt (`soft_prompt.*`, which `softhooks.load` reads) and its live parameters, from which the Trainer
+    resumes bit for bit. `trainer.save_model()` writes only the prompt. If a process was killed while it wrote a checkpoint, the
+    incomplete checkpoint is renamed, so that `resume_from_checkpoint=True` finds the last complete one.
 
     Every training log has `soft_prompt/norm`, `soft_prompt/grad_norm` (after clipping), `soft_prompt/distance` (from the prompt
-    as it was attached) and the method's own metrics. Reporters and the progress bar receive them together with the loss.
+    at the start of training) and the method's own metrics. Reporters and the progress bar receive them together with the loss.
 
-    If the model already has an equal prompt of this name, the callback continues to train it. Every model that `model_init`
-    returns gets a new prompt. The callback may also be added later, with `trainer.add_callback`. To attach in time, the callback
-    wraps `call_model_init` and `create_optimizer` of the Trainer instance.
+    If the model already has an equal prompt of this name, the callback continues to train it; the model's other prompts are
+    frozen during training. Every model that `model_init` returns gets a new prompt. The callback may also be added later, with
+    `trainer.add_callback`.
 
     Args:
         method: the method to train.
         name: the name of the prompt.
         train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before each
-            checkpoint, so that no checkpoint is written with a changed base; "log": also at each log; False: never.
-        model: the Trainer's model, if it is quantized. The prompt is then attached at once, because the Trainer accepts a
-            quantized model only if some of its parameters can be trained.
+            checkpoint is written; "log": also at each log; False: never.
+        model: the Trainer's model, only if it is quantized. The prompt is attached to it immediately, because the Trainer accepts
+            a quantized model only if it has trainable parameters.
 
     Attributes:
         soft_prompt: the attached prompt, or None before the Trainer is created.
+        report: the result of the last check of the base, or None before the first check.
 
     Raises:
-        OptionError: `check_frozen` has any other value.
+        OptionError: `check_frozen` has another value.
     """
 
     remedy: ClassVar[str] = "Train the prompts one after the other, each with its own Trainer."
-    """What to do about a second callback on the same Trainer."""
+    """The remedy in the error for a second callback on the same Trainer."""
 
     def __init__(
         self,
@@ -111,16 +109,16 @@ class SoftPromptCallback(TrainerCallback):
             require_trainable(model)
             self.soft_prompt, _ = attach_or_continue(model, method, name, injection, self._options)
             mark_trainable(model, self.soft_prompt.prompted_model.patches)
-        add_callback.users.add(self)
+        callbacks.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled callback, and register it for `trainer.add_callback`."""
+        """Restore a copied or unpickled callback, so that it can be passed to `trainer.add_callback`."""
         self.__dict__.update(state)
-        add_callback.users.add(self)
+        callbacks.add(self)
 
     @property
     def report(self) -> FrozenReport | None:
-        """The report of the last check of the base."""
+        """The result of the last check of the base."""
         return self._frozen_check.report
 
     # --- events -------------------------------------------------------------------------------------------------------
@@ -155,20 +153,24 @@ class SoftPromptCallback(TrainerCallback):
         self._name_optimizer(args, None)
 
     def method_for(self, trial: Any) -> Method:
-        """Return the method to train; `trial` is None outside a search. Subclasses may override this."""
+        """Return the method to train; `trial` is None outside a hyperparameter search. Subclasses may override this."""
         return self.method
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the model and the optimizer of this run; attach the prompt to a new model, or refuse the model."""
+        """Check the model and the optimizer of this run. If the model is new, attach the prompt to it, or refuse the model."""
         refuse_smoothing(args, self.method)
         model, optimizer, known = kwargs["model"], kwargs["optimizer"], self.soft_prompt
         is_known = known is not None and known.is_attached and known.model is model
         if not is_known:
             present = present_prompt(model, self.name)
             if present is None or not is_mended(optimizer, present):
-                refuse_late(args, state, "a model or a callback that came without an event")
+                refuse_late(
+                    args,
+                    state,
+                    "the model without the prompt, or the optimizer without its parameters",
+                )
             if known is not None:
                 known.remove()
             self._check(args, model)
@@ -197,39 +199,35 @@ class SoftPromptCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the epoch of the method's own sampler, including in a run that resumes within an epoch."""
+        """Set the epoch of the method's own sampler, also if training resumes within an epoch."""
         if self._sampler is not None and state.epoch is not None:
             self._sampler.set_epoch(int(state.epoch + 1e-6))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the gradients and keep them for the next log.
-
-        Raises:
-            TrainerError: the prompt was removed, or has no gradient.
-        """
+        """Check that the prompt is attached and has a gradient, and store the gradients for the next log."""
         prompt, saver = require_present(self.soft_prompt, self.name, state), self._saver
         remove_links(self._links)
         if saver is not None and saver.metrics is not None:
-            saver.metrics.keep_gradients()
+            saver.metrics.store_gradients()
         require_gradient(prompt, state.global_step)
         begin_step(prompt.encoder)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Apply the method's constraint; this also covers optimizers from outside torch."""
+        """Apply the method's constraint, unless the hook on torch optimizers has done so."""
         if self.soft_prompt is not None:
             end_step(self.soft_prompt.encoder)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the base if `check_frozen="log"`."""
+        """Check that the base has not changed, if `check_frozen="log"`."""
         if "loss" in (kwargs.get("logs") or {}) and self.soft_prompt is not None:
             self._frozen_check.check(self.soft_prompt, "log", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Release the checkpoint's lock, and check the base on ranks where writing the checkpoint did not check it."""
+        """Release the checkpoint's lock. Check the base on ranks that did not check it before writing the checkpoint."""
         saver = self._saver
         if saver is None:
             return
@@ -240,7 +238,7 @@ class SoftPromptCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Unfreeze the model's other prompts, and check that the ranks agree and the base has not changed."""
+        """Unfreeze the model's other prompts. Check that all ranks have the same prompt and that the base has not changed."""
         if self.soft_prompt is not None:
             require_same_on_all_ranks(self.soft_prompt)
         self._other_prompts.unfreeze()
@@ -259,19 +257,18 @@ class SoftPromptCallback(TrainerCallback):
     # --- the model ----------------------------------------------------------------------------------------------------
 
     def _check(self, args: TrainingArguments, model: nn.Module) -> None:
-        """Check the launch and the settings before anything is attached."""
         check_launch(args, model, self.method)
         check_trainer(args, model, self.method, self._options["trainable"])
 
     def _prepare(self, args: TrainingArguments, model: nn.Module, control: TrainerControl) -> SoftPrompt:
-        """Attach the prompt or continue with an equal one, and make it the same on all ranks."""
+        """Attach the prompt or continue with an equal one, and copy it from rank 0 to all ranks."""
         prompt = self._take(model, control)
         guard_trainer(args, prompt.prompted_model)
         broadcast_from_rank_0(prompt, args.device)
         return prompt
 
     def _take(self, model: nn.Module, control: TrainerControl) -> SoftPrompt:
-        """Attach the prompt or continue with an equal one, and freeze everything else on the model."""
+        """Attach the prompt or continue with an equal one, and freeze the rest of the model."""
         refuse_second(self, model, control)
         prompt, is_new = attach_or_continue(model, self.method, self.name, self._injection, self._options)
         shared = prompt.prompted_model
@@ -286,12 +283,12 @@ class SoftPromptCallback(TrainerCallback):
 
     @property
     def _saver(self) -> CheckpointSaver | None:
-        """Return the saver of the callback's model, or None if another callback has taken over the model."""
+        """The saver of the callback's model, or None if another callback now trains the model."""
         saver = None if self.soft_prompt is None else saver_of(self.soft_prompt.model)
         return saver if saver is not None and saver.owner is self else None
 
     def _name_optimizer(self, args: TrainingArguments, optimizer: Any) -> None:
-        """Record the name of the optimizer, whose state the Trainer saves with the prompt."""
+        """Record the name of the optimizer, unless checkpoints are saved without its state."""
         saver = self._saver
         if saver is not None and not args.save_only_model:
             saver.optimizer = name_of(args) if optimizer is None else type(optimizer).__name__

@@ -1,15 +1,14 @@
-"""Saving and resuming a prompt in a Trainer's checkpoints.
+"""Saving a prompt in a Trainer's checkpoints, and resuming from them.
 
-A checkpoint holds the prompt twice: folded, for `softhooks.load`, and live (`soft_prompt.live.safetensors`: the encoder's
-parameters, heads, and trainable parameters of the base). Its `model.safetensors.index.json` names the live file, so that the
-Trainer loads it when it resumes.
+A checkpoint holds the prompt twice: in the format for `softhooks.load`, and as live parameters, from which training resumes. The
+live parameters are those of the encoder and of heads, and the trainable parameters of the base. They are in
+`soft_prompt.live.safetensors`, which the checkpoint's `model.safetensors.index.json` names, so that the Trainer loads it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,21 @@ from softhooks.saving.live_state import DESCRIPTION, NotSaved, live_tensors, wri
 from softhooks.saving.save_pretrained import SavePrompts
 from softhooks.trainer.incomplete_checkpoints import Lock
 from softhooks.trainer.metrics import TrainingMetrics
-from softhooks.trainer.run_description import describe, require_same_run
 
 
 class CheckpointSaver:
-    """Replaces a model's `save_pretrained` while one of its prompts trains, and checks the state dicts that are loaded.
+    """Replaces a model's `save_pretrained` while one of its prompts trains, and checks each state dict before it is loaded.
 
     Args:
         prompt: the prompt.
         owner: the callback, or the object of another framework, that trains the prompt.
-        control: the control of the owner's Trainer, which identifies the Trainer, or None if no Trainer is used.
+        control: the owner's `TrainerControl`, which identifies the Trainer, or None without a Trainer.
 
     Attributes:
-        loaded: whether a state dict with the prompt was loaded since `loaded` was last set to False.
+        loaded: whether a state dict with the prompt was loaded; set it to False to watch for the next one.
         described: the description of the training run in that state dict.
         optimizer: the name of the optimizer whose state is in the checkpoint, or None if the state is not saved.
-        verify: called before a checkpoint is written; raises if the base has changed.
+        verify: called before a checkpoint is written; raises an error if the base has changed.
         metrics: the metrics for training logs.
         writes_checkpoints: whether a directory named `checkpoint-...` is a Trainer's checkpoint.
         attached_by_owner: whether the owner attached the prompt; False if the model already had it.
@@ -69,31 +67,23 @@ class CheckpointSaver:
         )
         self._set_adapter: Any = before._set_adapter if before else getattr(model, "set_adapter", None)
         if before:
-            before.close()
+            before._handle.remove()
         shared.patches.set(prompt.model, "save_pretrained", self)
         shared.patches.set(prompt.model, "_keys_to_ignore_on_save", NotSaved(prompt))
         if _is_peft(model):
             shared.patches.set(prompt.model, "set_adapter", self.set_adapter)
-        self._handle = model.register_load_state_dict_pre_hook(self._check)
+        self._handle: Any = model.register_load_state_dict_pre_hook(self._check)
         shared.patches.keep(self._handle)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to copy or pickle, without the Trainer, its callback and its run."""
+        """Return the state to copy or pickle, without the Trainer and its callback."""
         of_run = {"owner": None, "control": None, "metrics": None, "attached_by_owner": False, "has_trained": False}
         return self.__dict__ | {"verify": None, "_lock": None} | ({} if self.control is None else of_run)
-
-    def close(self) -> None:
-        """Stop checking state dicts that are loaded."""
-        self._handle.remove()
 
     # --- save ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> Any:
-        """Write the prompt, but not the model's weights or config; in a Trainer's checkpoint, also write the live parameters.
-
-        Raises:
-            TrainerError: `push_to_hub` is set.
-        """
+        """Write the prompt, but not the model's weights or config; in a Trainer's checkpoint, also write the live parameters."""
         if self._save_all is not None and (not self.prompt.is_attached or self.prompt.prompted_model.disabled):
             return self._save_all(save_directory, is_main_process=is_main_process, **kwargs)
         if kwargs.get("push_to_hub"):
@@ -111,16 +101,12 @@ class CheckpointSaver:
             self._lock = Lock(folder)
         with gathered(self.prompt, kwargs.get("state_dict")):
             self.prompt.save_pretrained(folder)
-            if _is_peft(self.prompt.model) or getattr(self.prompt.model, "_hf_peft_config_loaded", False):
-                self._save_adapters(folder)
+            has_adapters = _is_peft(self.prompt.model) or getattr(self.prompt.model, "_hf_peft_config_loaded", False)
+            if has_adapters and self._save_all is not None:  # write the PEFT adapters without the base model
+                self._save_all.save_base({"save_directory": str(folder)})
             if is_checkpoint:
                 write_live(folder, self.state())
         return None
-
-    def _save_adapters(self, folder: Path) -> None:
-        """Write the PEFT adapters without the base model."""
-        if self._save_all is not None:
-            self._save_all.save_base({"save_directory": str(folder)})
 
     def finish(self) -> None:
         """Release the lock of a checkpoint after the Trainer has written all of its files."""
@@ -130,38 +116,43 @@ class CheckpointSaver:
 
     def state(self) -> dict[str, Tensor]:
         """Return the live parameters by their names in the model, and the description of the run as JSON bytes."""
-        text = json.dumps(describe(self.prompt, self.optimizer)).encode()
+        text = json.dumps(self._describe()).encode()
         return live_tensors(self.prompt) | {self._description: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
     @property
     def _description(self) -> str:
         return f"{CONTAINER}.{self.prompt.name}.{DESCRIPTION}"
 
+    def _describe(self) -> dict[str, Any]:
+        """Describe the prompt, its base and its optimizer. Unknown values are None or empty."""
+        prompt, method, shared = self.prompt, self.prompt.method, self.prompt.prompted_model
+        options = {k: v for k, v in method.options().items() if k not in method.init_options}
+        names = [name for name, _ in prompt.named_parameters() if not is_prompt_key(name)]
+        parameters = dict(prompt.model.named_parameters())
+        return {
+            "method": {"kind": method.kind, **options, **prompt.conventions},
+            "share of the base that trains": ", ".join(names) or "none",
+            "base model": None if shared.record is None else shared.record.fingerprint(parameters),
+            "dropout of the base": "off (freeze_dropout)" if shared.freeze_dropout else "as the model has it",
+            "tokens whose rows train": "none" if prompt.added is None else str(prompt.added.ids.tolist()),
+            "optimizer": self.optimizer,
+        }
+
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Switch the adapter of a PEFT model, as the Trainer does after loading, without changing any `requires_grad`."""
-        with self._requires_grad_kept():
-            return self._set_adapter(adapter_name, *args, **kwargs)
-
-    @contextmanager
-    def _requires_grad_kept(self) -> Iterator[None]:
-        """Restore `requires_grad` of all parameters, because PEFT sets it model-wide when it loads or switches an adapter."""
+        """Switch the adapter of a PEFT model, as the Trainer does after loading, but without changing any `requires_grad`."""
         model = self.prompt.model
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         try:
-            yield
+            return self._set_adapter(adapter_name, *args, **kwargs)
         finally:
             if self.prompt.is_attached:
                 for name, parameter in model.named_parameters():
                     parameter.requires_grad_(before.get(name, False))
 
     def check_loaded_before(self) -> None:
-        """Check the state dict that was loaded into the prompt before this saver existed.
-
-        Raises:
-            TrainerError: the state dict belongs to another prompt or base.
-        """
+        """Check a state dict that was loaded into the prompt before this saver existed."""
         shared = self.prompt.prompted_model
         noted, shared.loaded_state = shared.loaded_state, None
         if noted is not None:
@@ -174,13 +165,11 @@ class CheckpointSaver:
     def check(self, state: dict[str, Any]) -> None:
         """Check a state dict before it is loaded, and remove the description of its run from it.
 
-        A state dict without a prompt is not checked.
-
         Args:
-            state: the state dict, with the parameter names of the prompt's model.
+            state: the state dict, with the parameter names of the prompt's model; it may lack the prompt.
 
         Raises:
-            TrainerError: the state dict belongs to another prompt or base.
+            TrainerError: the state dict contains another prompt, or was trained on another base.
         """
         found = {key: list(value.shape) for key, value in state.items() if is_prompt_key(key)}
         self.loaded = False
@@ -202,16 +191,24 @@ class CheckpointSaver:
         self.loaded, self.described = True, described
 
     def require_same_run(self, described: dict[str, Any] | None) -> None:
-        """Compare the description in a checkpoint with this run.
+        """Check that this run has the settings that a checkpoint describes; settings that are unknown in either may differ.
 
         Raises:
-            TrainerError: an entry differs; the message names it.
+            TrainerError: a setting differs; the message names the first one.
         """
-        require_same_run(described, describe(self.prompt, self.optimizer))
+        present = self._describe()
+        for key, value in (described or {}).items():
+            if value and present.get(key) and present[key] != value:
+                raise TrainerError(
+                    f"this run and the checkpoint differ in the {key}.",
+                    "Resume with the settings that wrote the checkpoint, or start a new run in another `output_dir`.",
+                    checkpoint=value,
+                    now=present[key],
+                )
 
 
 def saver_of(model: nn.Module) -> CheckpointSaver | None:
-    """Return the saver of a model with a prompt in training, or None if no prompt is being trained."""
+    """Return the saver of a model that trains a prompt, or None if no prompt of the model is being trained."""
     saver = model.__dict__.get("save_pretrained")
     return saver if isinstance(saver, CheckpointSaver) else None
 

@@ -1,7 +1,7 @@
-"""Checks for Trainers that other libraries derive from the transformers Trainer.
+"""Checks by integrations for libraries whose trainers subclass the transformers Trainer.
 
-An integration registers a module for the package that defines a library's `TrainingArguments`. The callback finds and imports the
-module when a Trainer is created with arguments from this package.
+An integration registers a module for a library. The callback imports this module when a Trainer is created with the library's
+subclass of `TrainingArguments`.
 """
 
 from __future__ import annotations
@@ -36,28 +36,24 @@ _MODULES: dict[str, str] = {}
 
 
 def register(package: str, module: str) -> None:
-    """Register a module that checks the Trainers of a library.
+    """Register the module of an integration.
 
     Args:
-        package: the top-level package that defines the library's `TrainingArguments`.
+        package: the library's top-level package, such as `trl`.
         module: the full name of a module with the functions of `TrainerIntegration`.
     """
     _MODULES[package] = module
 
 
 def check_trainer(args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-    """Check a Trainer's settings with the integration that is registered for its arguments, if there is one.
-
-    Raises:
-        TrainerError: a setting is refused; the message names it.
-    """
+    """Call `check` of the integration for these arguments, if one is registered."""
     integration = _integration_for(args)
     if integration is not None:
         integration.check(args, model, method, trainable)
 
 
 def guard_trainer(args: TrainingArguments, prompted: PromptedModel) -> None:
-    """Prepare a Trainer for a model with a prompt with the integration that is registered for its arguments, if there is one."""
+    """Call `guard` of the integration for these arguments, if one is registered."""
     integration = _integration_for(args)
     if integration is not None:
         integration.guard(args, prompted)

@@ -1,4 +1,4 @@
-"""The check that training changes only the prompt, and the choice of when it runs."""
+"""The check that training does not change the base."""
 
 from __future__ import annotations
 
@@ -14,23 +14,19 @@ Moment = Literal["end", "save", "log"]
 
 _MOMENTS: dict[str, tuple[Moment, ...]] = {"end": ("end",), "save": ("end", "save"), "log": ("end", "save", "log")}
 _LOAD_IN_PRECISION = (
-    "`bf16_full_eval` and `fp16_full_eval` convert a model that is evaluated outside of training: load it in that precision, or "
+    "An evaluation before `train()` with `bf16_full_eval` or `fp16_full_eval` converts the model: load it in that precision, or "
     "evaluate after the training."
 )
 
 
 class FrozenCheck:
-    """Compares the base with its record at chosen points of the training.
+    """Checks that the base has not changed, at the moments that `check_frozen` of `SoftPromptCallback` chooses.
 
     Args:
-        asked: "end": at the end of training; "save": also before each checkpoint; "log": also at each log. True means "save";
-            False means never.
+        asked: `check_frozen`.
 
     Attributes:
-        report: the report of the last check.
-
-    Raises:
-        OptionError: `asked` has any other value.
+        report: the result of the last check.
     """
 
     def __init__(self, asked: CheckFrozen) -> None:
@@ -41,14 +37,7 @@ class FrozenCheck:
         self._last_step = 0
 
     def begin(self, prompt: SoftPrompt, step: int, remedy: str = _LOAD_IN_PRECISION) -> None:
-        """Check the dtypes and shapes of the base before training, without reading values.
-
-        Args:
-            remedy: the remedy that the error suggests.
-
-        Raises:
-            TrainerError: the base was converted after the prompt was attached.
-        """
+        """Check before training that no dtype or shape in the base has changed since the prompt was attached."""
         self._last_step = step
         record = prompt.prompted_model.record
         converted = record.converted(prompt.model) if record is not None and self.asked else []
@@ -60,10 +49,10 @@ class FrozenCheck:
             )
 
     def check(self, prompt: SoftPrompt, moment: Moment, step: int, rescue: Path | None = None) -> None:
-        """Compare the base with its record if a check was asked for at this point.
+        """Check that the base has not changed, if `check_frozen` includes this moment.
 
         Args:
-            rescue: where to save the prompt before the error is raised.
+            rescue: where to save the prompt if the base has changed.
 
         Raises:
             FrozenModifiedError: tensors have changed; the message names them and the steps between which they changed.

@@ -1,17 +1,18 @@
-"""Renaming of incomplete checkpoints of a killed process, so that the Trainer resumes from the last complete checkpoint.
+"""Rename incomplete checkpoints of a killed process, so that the Trainer resumes from the last complete checkpoint.
 
-The Trainer writes a checkpoint file by file, `trainer_state.json` last, and `resume_from_checkpoint=True` uses the checkpoint
-with the highest number, complete or not. A process that writes a checkpoint holds a lock in its folder; an incomplete folder
-without a lock is renamed. Nothing is deleted.
+`resume_from_checkpoint=True` uses the checkpoint with the highest number, even an incomplete one. The Trainer writes
+`trainer_state.json` last, so a checkpoint without this file is incomplete. While a process writes a checkpoint, it locks a file
+in the folder; an incomplete folder without a lock is renamed. Nothing is deleted.
 
-Many scripts look for the last checkpoint before they create their Trainer, and pass the name of a folder that is renamed later.
-Until the first step, a link with this name points to the last complete checkpoint.
+Some scripts look for the last checkpoint before they create the Trainer, and then pass the old name of a renamed folder.
+Therefore, until the first step, a link with this name points to the last complete checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -25,29 +26,23 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
-"""The module that locks files; without it, it is unknown whether a writing process still runs."""
 
 logger = logging.getLogger(__name__)
 
 INCOMPLETE = "incomplete"
 LOCK = ".soft_prompt.writing"
-_STATE = (
-    "trainer_state.json"  # `TRAINER_STATE_NAME`, copied because its module imports everything that a Trainer can use
-)
+# `TRAINER_STATE_NAME` of transformers, copied because its module imports everything that a Trainer can use
+_STATE = "trainer_state.json"
 _JIT = "checkpoint-is-incomplete.txt"
 _OURS = "soft_prompt"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class Lock:
-    """A lock on a checkpoint folder while it is written; the operating system releases the lock when the process dies.
-
-    Creating the lock deletes the `trainer_state.json` of an earlier run, which would make an incomplete checkpoint look complete,
-    and the links that `rename_incomplete` created.
-    """
+    """A lock on a checkpoint folder while a process writes the checkpoint. If the process dies, the lock is released."""
 
     held: ClassVar[dict[Path, Lock]] = {}
-    """The locks of this process. One that is still held when another Trainer is made was left by an error."""
+    """The locks of this process. A lock that is still held when another Trainer is created was left there by an error."""
 
     def __init__(self, folder: Path) -> None:
         remove_links(replacement_links(folder.parent))
@@ -55,11 +50,9 @@ class Lock:
         self._path = folder.resolve() / LOCK
         self._file: IO[str] | None = self._path.open("w")
         self.held[self._path] = self
-        (folder / _STATE).unlink(missing_ok=True)
+        (folder / _STATE).unlink(missing_ok=True)  # that of an earlier run would make this checkpoint look complete
         if fcntl is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # the file system does not support locks, so nothing will be renamed there
+            with contextlib.suppress(OSError):  # without locks in the file system, nothing will be renamed there
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
@@ -72,12 +65,9 @@ class Lock:
 
 
 def rename_incomplete(output_dir: Path) -> list[Path]:
-    """Rename the incomplete checkpoints that follow the last complete one, with a warning.
+    """Rename the incomplete checkpoints after the last complete one, with a warning, and return their new paths.
 
-    Only folders that are empty or were started by a SoftPromptCallback are renamed.
-
-    Returns:
-        the new paths.
+    Only folders that are empty or were written with a SoftPromptCallback are renamed.
     """
     remove_links([link for link in replacement_links(output_dir) if not link.exists()])
     moved: list[Path] = []
@@ -99,14 +89,11 @@ def rename_incomplete(output_dir: Path) -> list[Path]:
 
 
 def _link(name: Path, last: Path | None) -> None:
-    """Link the name of a renamed checkpoint to the last complete one, or warn that a script using this name must be restarted."""
+    """Make the old name of a renamed checkpoint a link to the last complete one, or warn that the name cannot be used."""
     try:
         if last is not None:
             name.symlink_to(last.name, target_is_directory=True)
-            logger.warning(
-                "until the first step, %s is a link to it, for a script that already has this name",
-                name.name,
-            )
+            logger.warning("until the first step, %s is a link to it, for scripts that pass this name", name.name)
             return
     except OSError:  # the file system does not support links
         pass
@@ -114,18 +101,18 @@ def _link(name: Path, last: Path | None) -> None:
 
 
 def replacement_links(output_dir: Path) -> list[Path]:
-    """Return the links that replace renamed checkpoints."""
+    """Return the links that `rename_incomplete` has created."""
     return [entry for entry in _entries(output_dir) if entry.is_symlink() and _NAME.fullmatch(entry.name)]
 
 
 def remove_links(links: list[Path]) -> None:
-    """Remove the links and clear the list; called once all processes have loaded their checkpoint, before the next is written."""
+    """Remove the links and clear the list; called after all processes have resumed and before a checkpoint is written."""
     while links:
         links.pop().unlink(missing_ok=True)
 
 
 def find_damage(folder: Path) -> str | None:
-    """Describe what is missing from a checkpoint, or return None if it is complete."""
+    """Describe a missing or truncated file of a checkpoint, or return None if the checkpoint is complete."""
     try:
         content = json.loads((folder / _STATE).read_bytes())
     except OSError:
@@ -164,7 +151,7 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _is_being_written(folder: Path) -> bool:
-    """Whether a running process, here or on another machine, holds the folder's lock; True if this is unknown."""
+    """Whether a running process on any machine holds the folder's lock; True if this is unknown."""
     path = folder.resolve() / LOCK
     if path in Lock.held:
         Lock.held[path].release()
@@ -182,10 +169,6 @@ def _is_being_written(folder: Path) -> bool:
 
 
 def _free(path: Path) -> Path:
-    """Return a path that does not exist yet."""
-    number = 1
-    free = path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}.{number}")
-    return free
+    """Return a path that does not exist, with a number at the end if needed."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())

@@ -1,4 +1,4 @@
-"""Checks of how the training was launched: DataParallel, DeepSpeed, FSDP, DDP."""
+"""Refuse launches (DataParallel, DeepSpeed, FSDP, DDP) with settings that would silently train a prompt wrongly."""
 
 from __future__ import annotations
 
@@ -25,34 +25,25 @@ def fsdp_plugin() -> Any:
 
 
 def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> None:
-    """Refuse launches that would silently train a prompt wrongly; called before anything is attached.
-
-    Raises:
-        TrainerError: the launch uses DataParallel, DeepSpeed, FSDP 1, weights on rank 0 only, sharded checkpoints or a model that
-            is already sharded; or the method has parameters that are unused in some steps, and the launch uses DDP without
-            `find_unused_parameters`, or FSDP2 and saves the optimizer.
-    """
+    """Check the launch before a prompt is attached."""
     for found, remedy in _obstacles(args, model):
         raise TrainerError(found, remedy)
-    if args.world_size > 1 and method.has_unused_parameters(method.batch_columns):
-        _check_unused_parameters(args, method)
-
-
-def _check_unused_parameters(args: TrainingArguments, method: Method) -> None:
+    if args.world_size == 1 or not method.has_unused_parameters(method.batch_columns):
+        return
     if fsdp_plugin() is None:
         for found in _ddp_obstacles(args):
             raise unused_parameters_error(method.kind, found)
     elif SaveStrategy(args.save_strategy) != SaveStrategy.NO and not args.save_only_model:
         raise TrainerError(
-            f"save_strategy={SaveStrategy(args.save_strategy).value!r} would save an optimizer that torch cannot load again: "
-            "under FSDP it needs a step of every parameter first.",
+            f"save_strategy={SaveStrategy(args.save_strategy).value!r} would save an optimizer state that torch cannot load "
+            "under FSDP, because parameters that were never used have no state.",
             "Set `save_only_model=True` or `save_strategy='no'`, or use DDP.",
             method=f"{method.kind}, with parameters that are unused in some steps",
         )
 
 
 def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """List the reasons why this launch cannot train a prompt, each with a remedy."""
+    """Yield the reasons why this launch cannot train a prompt, each with a remedy."""
     plugin = fsdp_plugin()
     if args.n_gpu > 1:
         yield (
@@ -61,23 +52,23 @@ def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str,
         )
     if args.deepspeed or _uses_deepspeed():
         yield (
-            "DeepSpeed is not supported: it keeps parameters and optimizer states in its own partitions.",
+            "DeepSpeed is not supported, because it partitions parameters and optimizer states itself.",
             "Launch without DeepSpeed; if the base does not fit on one device, use FSDP2 (`fsdp=True`).",
         )
     if plugin is not None and plugin.fsdp_version == 1:
         yield (
-            "FSDP 1 is not supported: it flattens frozen and trainable parameters into one tensor.",
+            "FSDP 1 is not supported, because it flattens frozen and trainable parameters into one tensor.",
             "Use FSDP2: `fsdp_config={'version': 2}`, or `fsdp_version: 2` in accelerate's configuration.",
         )
     if plugin is not None and plugin.cpu_ram_efficient_loading:
         yield (
-            "with `cpu_ram_efficient_loading` only rank 0 has the weights; a prompt is attached to a loaded model on every rank.",
+            "with `cpu_ram_efficient_loading` only rank 0 loads the weights, but every rank needs them to attach a prompt.",
             "Set `cpu_ram_efficient_loading` to false.",
         )
     kind = getattr(plugin, "state_dict_type", None)
     if kind is not None and "FULL" not in str(kind):
         yield (
-            f"with `{getattr(kind, 'name', kind)}` the Trainer writes sharded checkpoints of the whole model, not the prompt.",
+            f"with `{getattr(kind, 'name', kind)}` the Trainer writes sharded checkpoints of the whole model, not of the prompt.",
             "Set `fsdp_config={'state_dict_type': 'FULL_STATE_DICT'}`, or `fsdp_state_dict_type` in accelerate's configuration.",
         )
     if prompted_model_of(model) is None and is_sharded_model(model):
@@ -88,7 +79,7 @@ def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str,
 
 
 def _ddp_obstacles(args: TrainingArguments) -> Iterator[str]:
-    """List the arguments that keep the Trainer's DDP from looking for unused parameters."""
+    """Yield the arguments with which DDP does not look for unused parameters."""
     asked = args.ddp_find_unused_parameters
     recomputes = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
     if asked is None and recomputes:
@@ -107,16 +98,12 @@ def _uses_deepspeed() -> bool:
 
 
 def injection_for_launch(method: Method, asked: Injection | None) -> Injection | None:
-    """Choose the injection; under FSDP, prompts of input embeddings enter as slots, because weights are gathered per layer.
-
-    Raises:
-        TrainerError: the asked injection is not available under FSDP.
-    """
+    """Under FSDP, choose "slots" for a method that trains input embeddings, because FSDP gathers the weights layer by layer."""
     if fsdp_plugin() is None or method.enters != "embeddings":
         return asked
     if asked not in (None, "slots"):
         raise TrainerError(
-            f"injection={asked!r} is not available under FSDP, where a prompt of input embeddings can only be injected as slots.",
+            f"injection={asked!r} is not available under FSDP; a method that trains input embeddings can use only 'slots' there.",
             "Leave `injection` out, or pass `injection='slots'`.",
         )
     return "slots"

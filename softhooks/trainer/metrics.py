@@ -1,4 +1,4 @@
-"""Metrics of a prompt in training: its norm, the norm of its gradient, and its distance from the initial prompt."""
+"""Metrics of a prompt in training."""
 
 from __future__ import annotations
 
@@ -12,28 +12,21 @@ PREFIX = "soft_prompt"
 
 
 class TrainingMetrics:
-    """The metrics of one prompt, computed for each log.
-
-    Args:
-        prompt: the prompt before its first step; distances are measured from its current values.
-    """
+    """Computes a prompt's norm, the norm of its gradient, and its distance from its values when this object was created."""
 
     def __init__(self, prompt: SoftPrompt) -> None:
         self.prompt = prompt
         self._start = self._tables()
         self._gradients: list[Tensor] = []
 
-    def keep_gradients(self) -> None:
-        """Keep the clipped gradients of this step, because the Trainer sets them to None before it logs."""
+    def store_gradients(self) -> None:
+        """Store the clipped gradients of this step, because the Trainer sets them to None before it logs."""
         self._gradients = [p.grad for p in self.prompt.encoder.parameters() if p.grad is not None]
 
     def compute(self) -> dict[str, float]:
-        """Compute `norm`, `distance`, `grad_norm` and the encoder's own metrics; return nothing for a sharded prompt.
-
-        Computing with sharded parameters needs all processes, but only the first one logs.
-        """
+        """Compute `norm`, `distance`, `grad_norm` and the encoder's own metrics."""
         tables = self._tables()
-        if not tables:
+        if not tables:  # sharded: computing with the parameters needs all processes, but only the first one logs
             return {}
         moved = [table - self._start[group].to(table) for group, table in tables.items() if group in self._start]
         norms = {"norm": _norm(list(tables.values())), "distance": _norm(moved)}
@@ -51,7 +44,6 @@ class TrainingMetrics:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    """Compute the Euclidean norm over all entries of all tensors, in fp32."""
     norms = [torch.linalg.vector_norm(tensor.detach().float()) for tensor in tensors]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm

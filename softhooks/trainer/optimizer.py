@@ -1,4 +1,4 @@
-"""Checks and changes that make an optimizer hold exactly the prompt's trainable parameters."""
+"""Make an optimizer hold exactly the trainable parameters of a prompt."""
 
 from __future__ import annotations
 
@@ -19,43 +19,36 @@ _FUSED = ("lomo", "adalomo", "_layerwise")
 """Endings of the names of optimizers that step inside the backward pass."""
 
 _NAMES = "param_names"
-"""The key of a group's parameter names, if the optimizer was made with named parameters."""
+"""The key for parameter names in a group of an optimizer that was created with named parameters."""
 
 
 def name_of(args: TrainingArguments) -> str:
-    """Return the name of the Trainer's optimizer without "fused", because fused optimizers have the same state."""
+    """Return the name of the Trainer's optimizer, without "_fused", because a fused optimizer has the same state."""
     return str(getattr(args.optim, "value", args.optim)).removesuffix("_fused")
 
 
 def refuse_fused(name: str) -> None:
-    """Refuse optimizers that step inside the backward pass, because they hold no parameters and save no state.
-
-    Raises:
-        TrainerError: the optimizer steps inside the backward pass.
-    """
+    """Refuse optimizers that step inside the backward pass."""
     if name.endswith(_FUSED):
         raise TrainerError(
-            f"optim={name!r} steps inside the backward pass, so neither its state can be saved nor the gradients checked.",
+            f"optim={name!r} steps inside the backward pass, so its state cannot be saved and the gradients cannot be checked.",
             "Choose another optimizer, such as 'adamw_torch'; the optimizer state of a prompt is small anyway.",
         )
 
 
 def is_mended(optimizer: Any, prompt: SoftPrompt) -> bool:
     """Whether an optimizer holds each trainable parameter of a prompt once, and nothing else."""
-    held = sorted(id(parameter) for group in _groups(optimizer) for parameter in group["params"])
+    held = sorted(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     return held == sorted(id(parameter) for parameter in prompt.parameters())
 
 
 def mend_optimizer(optimizer: Any, prompt: SoftPrompt) -> None:
     """Remove frozen parameters from an optimizer and add the prompt's parameters.
 
-    The number, order and options of the groups do not change, because schedulers count them. The prompt's copy of a head goes
-    into the group of the model's head, and every other parameter into the first group.
-
-    Raises:
-        TrainerError: the optimizer has no parameter groups.
+    The prompt's copy of a head is added to the group of the model's head, and every other parameter to the first group. No group
+    is added or removed, because schedulers have one learning rate per group.
     """
-    groups = _groups(optimizer)
+    groups: list[dict[str, Any]] = optimizer.param_groups
     if not groups:
         raise TrainerError("the optimizer has no parameter group to add the prompt's parameters to.")
     names = {id(parameter): name for name, parameter in prompt.named_parameters()}
@@ -63,7 +56,7 @@ def mend_optimizer(optimizer: Any, prompt: SoftPrompt) -> None:
     copies = _head_copies(prompt)
     state = getattr(optimizer, "optimizer", optimizer).state
     for group in groups:
-        kept: list[nn.Parameter] = []  # the prompt's parameters of this group, in their order
+        kept: list[nn.Parameter] = []
         for parameter in group["params"]:
             wanted = parameter if id(parameter) in names else copies.get(id(parameter))
             if wanted is not parameter:
@@ -77,11 +70,6 @@ def mend_optimizer(optimizer: Any, prompt: SoftPrompt) -> None:
     for group in groups:
         if _NAMES in group:
             group[_NAMES] = [names[id(parameter)] for parameter in group["params"]]
-
-
-def _groups(optimizer: Any) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = optimizer.param_groups
-    return groups
 
 
 def _head_copies(prompt: SoftPrompt) -> dict[int, nn.Parameter]:
@@ -101,28 +89,26 @@ def _warn_about_learning_rate(groups: list[dict[str, Any]], prompt: SoftPrompt) 
     rates = [group.get("lr") for group in groups]
     if any(rate != rates[0] for rate in rates):
         logger.warning(
-            "the prompt %r trains with lr=%s, the learning rate of the optimizer's first group", prompt.name, rates[0]
+            "the prompt %r is trained with lr=%s, the learning rate of the optimizer's first group",
+            prompt.name,
+            rates[0],
         )
 
 
 def require_gradient(prompt: SoftPrompt, step: int) -> None:
-    """Check before a step that the prompt has a gradient; without a gradient, nothing would train and no error would be raised.
-
-    Raises:
-        TrainerError: the prompt has no gradient; the message names the step.
-    """
+    """Check before a step that the prompt has a gradient, because torch raises no error without one."""
     if all(parameter.grad is None for parameter in prompt.encoder.parameters()):
         raise TrainerError(
             f"no gradient reached the prompt {prompt.name!r} in step {step + 1}.",
-            "Look for weights that pass no gradient (quantized for inference), a loss computed without the model's output, or "
+            "Look for weights that were quantized for inference only, a loss that does not use the model's output, or "
             "`torch.no_grad`.",
             prompt=repr(prompt),
         )
 
 
 def drop_frozen(optimizer: Any) -> None:
-    """Remove frozen parameters from an optimizer, but keep its groups, because schedulers count them."""
-    for group in _groups(optimizer):
+    """Remove frozen parameters from an optimizer, but no groups, because schedulers have one learning rate per group."""
+    for group in optimizer.param_groups:
         kept = [number for number, parameter in enumerate(group["params"]) if parameter.requires_grad]
         for key in ("params", _NAMES):
             if key in group:
@@ -131,18 +117,11 @@ def drop_frozen(optimizer: Any) -> None:
 
 def held_by(optimizer: Any) -> set[int]:
     """Return the ids of the parameters that an optimizer holds."""
-    return {id(parameter) for group in _groups(optimizer) for parameter in group["params"]}
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def require_held(optimizers: Sequence[Any], prompt: SoftPrompt, remedy: str) -> str:
-    """Check that optimizers hold all trainable parameters of a prompt, and return the names of the optimizers that hold any.
-
-    Args:
-        remedy: the remedy that the error suggests.
-
-    Raises:
-        TrainerError: no optimizer holds some trainable parameter.
-    """
+    """Check that optimizers hold all trainable parameters of a prompt, and return the names of those that hold any."""
     names = {id(parameter): name for name, parameter in prompt.named_parameters()}
     held = [held_by(optimizer) for optimizer in optimizers]
     missing = [name for key, name in names.items() if not any(key in ids for ids in held)]

@@ -1,4 +1,4 @@
-"""Checks of a callback's prompt: whether an attached prompt can be used, was attached too late, or is missing."""
+"""Checks by a callback of the prompt that it trains: whether it can be used, was attached too late, or is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from softhooks.trainer.checkpoint import saver_of
 
 
 class TrainingCallback(Protocol):
-    """The members of a `SoftPromptCallback` that the checks and patches of this package use."""
+    """The members of `SoftPromptCallback` that other modules of this package use."""
 
     name: str
     method: Method
@@ -42,11 +42,7 @@ def check_equal(
     train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
     **_: Any,
 ) -> None:
-    """Check that an attached prompt equals the one that a callback would attach.
-
-    Raises:
-        NameTakenError: its method or its options differ.
-    """
+    """Check that an attached prompt has the given method and options of `attach`."""
     model = present.model
     names = [name for name, _ in model.named_parameters() if not is_prompt_key(name)]
     wanted = {name for pattern in trainable for name in fnmatch.filter(names, pattern)}
@@ -57,7 +53,7 @@ def check_equal(
     if present.method == method and held == wanted and bool(len(present.heads)) == own_head and rows == asked:
         return
     raise NameTakenError(
-        f"the model already has a different prompt named {present.name!r}; training only continues a prompt with equal "
+        f"the model already has a different prompt named {present.name!r}; training can only continue a prompt with the same "
         "method and options.",
         "Remove the other prompt, or give this callback another `name=`.",
         attached=f"{present.name!r}: {present.method!r}{_extras(len(present.heads), len(held), len(rows))}",
@@ -74,14 +70,7 @@ def _extras(heads: int, parameters: int, rows: int) -> str:
 
 
 def require_trainable_prompt(prompt: SoftPrompt, *, may_be_frozen: bool = False) -> None:
-    """Check that a prompt has trainable parameters.
-
-    Args:
-        may_be_frozen: accept frozen parameters, because the caller unfreezes them.
-
-    Raises:
-        TrainerError: the prompt is folded into a constant, or frozen.
-    """
+    """Check that a prompt has trainable parameters. `may_be_frozen` also accepts frozen ones, if the caller unfreezes them."""
     if any(may_be_frozen or parameter.requires_grad for parameter in prompt.encoder.parameters()):
         return
     raise TrainerError(
@@ -92,20 +81,13 @@ def require_trainable_prompt(prompt: SoftPrompt, *, may_be_frozen: bool = False)
 
 
 def refuse_second(callback: TrainingCallback, model: nn.Module, control: TrainerControl) -> None:
-    """Refuse a second callback for the same Trainer.
-
-    Args:
-        control: the control of the callback's Trainer, which identifies the Trainer.
-
-    Raises:
-        TrainerError: another callback of this Trainer trains a prompt of the model.
-    """
+    """Refuse a second callback of the same Trainer, which `control` identifies."""
     saver = saver_of(model)
     if saver is None or not saver.prompt.is_attached or saver.control is not control or saver.owner is callback:
         return
     first: Any = saver.owner
     raise TrainerError(
-        "the Trainer has two SoftPromptCallbacks, but it can train only one prompt.",
+        "the Trainer has two SoftPromptCallbacks, but can train only one prompt.",
         first.remedy,
         first=f"{first.name!r}: {first.method!r}",
         second=f"{callback.name!r}: {callback.method!r}",
@@ -117,9 +99,6 @@ def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) ->
 
     Args:
         trial: the trial of a hyperparameter search, or None outside a search.
-
-    Raises:
-        TrainerError: the script attached the prompt, and another trial has trained it.
     """
     known, saver = callback.soft_prompt, saver_of(model)
     if known is not None and known.model is not model:
@@ -130,7 +109,7 @@ def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) ->
         saver.prompt.remove()
     elif saver.has_trained and trial is not None:
         raise TrainerError(
-            "`model_init` returned a model with a prompt that another trial has trained; each trial needs an untrained one.",
+            "`model_init` returned a model with a prompt that another trial has trained; each trial needs a new prompt.",
             "Let `model_init` return a model without this prompt (the callback attaches it), or attach a new prompt there.",
             trial=getattr(trial, "number", trial),
             prompt=f"{saver.prompt.name!r}, attached by the script",
@@ -139,7 +118,7 @@ def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) ->
 
 @contextmanager
 def detached_on_error(model: nn.Module) -> Iterator[None]:
-    """Remove the prompt that a callback attaches in the `with` block if the block raises; an earlier prompt stays."""
+    """If the `with` block raises an error, remove the prompt that a callback has attached in it."""
     before = saver_of(model)
     try:
         yield
@@ -150,38 +129,30 @@ def detached_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-# --- a prompt that comes too late or is missing -----------------------------------------------------------------------
+# --- a prompt that was attached too late or is missing ----------------------------------------------------------------
 
 
 def refuse_late(args: TrainingArguments, state: TrainerState, found: str) -> None:
-    """Refuse a prompt attached after the optimizer was created, if the run is resumed, is distributed or writes checkpoints.
-
-    Raises:
-        TrainerError: the prompt comes too late; the message names the reason.
-    """
+    """Refuse a prompt attached after the optimizer was created, if training is resumed, is distributed or writes checkpoints."""
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     reasons = {
         "training is resumed": bool(state.global_step),
         "there are several processes": args.world_size > 1,
-        f"the Trainer could not resume from its checkpoints: save_strategy={strategy!r}": strategy != "no",
+        f"the Trainer writes checkpoints, from which it could not resume: save_strategy={strategy!r}": strategy != "no",
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:
         raise TrainerError(
-            "the prompt was attached after the optimizer was created; to be resumed or synchronized, it must come first.",
+            "the prompt was attached after the optimizer was created, but it must be attached before.",
             "Pass `model=` or `model_init=`, and `callbacks=[SoftPromptCallback(...)]`, to the Trainer, or call "
             "`trainer.add_callback` before `train()`. If you need no checkpoints, set save_strategy='no'.",
             found=found,
-            but=reason,
+            because=reason,
         )
 
 
 def require_loaded(state: TrainerState, name: str, loaded: bool) -> None:
-    """Check that a resumed run has loaded its prompt from the checkpoint.
-
-    Raises:
-        TrainerError: the checkpoint does not contain the prompt.
-    """
+    """Check that a resumed run has loaded its prompt from the checkpoint."""
     if state.global_step and not loaded:
         raise TrainerError(
             f"the checkpoint of step {state.global_step} has no prompt named {name!r}, so training cannot be resumed from it.",
@@ -190,11 +161,7 @@ def require_loaded(state: TrainerState, name: str, loaded: bool) -> None:
 
 
 def require_present(prompt: SoftPrompt | None, name: str, state: TrainerState) -> SoftPrompt:
-    """Check before a step that the prompt is attached; without it, the whole model or nothing would train.
-
-    Raises:
-        TrainerError: the prompt is not attached; the message names the step.
-    """
+    """Check before a step that the prompt is attached; otherwise, the whole model or nothing would train."""
     if prompt is None or not prompt.is_attached:
         raise TrainerError(
             f"the prompt {name!r} is not attached before step {state.global_step + 1}; it must stay attached during training.",
@@ -207,14 +174,9 @@ def require_present(prompt: SoftPrompt | None, name: str, state: TrainerState) -
 
 
 def refuse_smoothing(args: TrainingArguments, method: Method) -> None:
-    """Refuse label smoothing for a method with its own objective.
-
-    Raises:
-        TrainerError: the Trainer would replace the objective with its smoothed loss.
-    """
+    """Refuse label smoothing for a method with its own objective, because the smoothed loss would replace it."""
     if args.label_smoothing_factor and method.objective() is not None:
         raise TrainerError(
-            f"label_smoothing_factor={args.label_smoothing_factor} would replace `output.loss`, which has the objective of "
-            f"{method.kind!r}.",
+            f"label_smoothing_factor={args.label_smoothing_factor} would replace the loss of the method {method.kind!r}.",
             "Set label_smoothing_factor to 0, and pass no `compute_loss_func`.",
         )

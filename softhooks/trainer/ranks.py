@@ -1,4 +1,4 @@
-"""Keeping the prompt identical on all ranks of distributed training."""
+"""Make and keep a prompt identical on all ranks of distributed training."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def is_single_process() -> bool:
-    """Whether no other process trains with this one."""
+    """Whether training runs in a single process."""
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
 def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
-    """Copy the prompt of rank 0 to every rank, along with tensors of the base that differ, such as a randomly initialized head.
+    """Copy the prompt from rank 0 to every rank, and also tensors of the base that differ, such as a randomly initialized head.
 
-    Otherwise, DDP would broadcast them after the record of the frozen tensors was taken, and FSDP2 would assemble a prompt from
-    shards of different prompts.
+    Otherwise, DDP would copy them later, and the frozen check would report a changed base. FSDP2 would combine shards of
+    different prompts.
 
     Args:
         device: the device on which the processes exchange tensors.
@@ -55,23 +55,18 @@ def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
     if any(name in known for name in here):
         prompted.record = FrozenRecord(prompt.model)
     if anywhere:
-        logger.info("copied %d tensors that differed from rank 0 to all ranks: %s", len(anywhere), anywhere[:8])
+        logger.info("copied %d tensors from rank 0 to the ranks where they differed: %s", len(anywhere), anywhere[:8])
 
 
 def require_same_on_all_ranks(prompt: SoftPrompt) -> None:
-    """Check that all ranks have the same prompt; the shards of a sharded prompt always belong to a single prompt.
-
-    Raises:
-        TrainerError: the prompts differ.
-    """
+    """Check that all ranks have the same prompt, unless it is sharded."""
     if is_single_process() or is_sharded_model(prompt.model):
         return
-    bits = {name: digest(tensor).bits for name, tensor in live_tensors(prompt).items()}
-    _require_equal(bits, "prompt")
+    _require_equal({name: digest(tensor).bits for name, tensor in live_tensors(prompt).items()}, "prompt")
 
 
 def _require_equal(mine: dict[str, str], what: str) -> None:
-    """Compare with rank 0; all ranks raise an error if any rank differs, so that no rank keeps waiting."""
+    """Compare values with rank 0. If any rank differs, every rank raises an error, so that none waits for the others."""
     theirs = _from_rank_0(mine)
     differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     example = {name: (mine.get(name), theirs.get(name)) for name in differing[:1]}
@@ -80,7 +75,7 @@ def _require_equal(mine: dict[str, str], what: str) -> None:
         if names:
             own, first = values[names[0]]
             raise TrainerError(
-                f"the {what} of rank {rank} differs from rank 0; it must be the same on all ranks.",
+                f"the {what} of rank {rank} differs from that of rank 0; it must be the same on all ranks.",
                 "Give every rank the same script, files and checkpoint, and change no parameters on one rank only.",
                 differing=", ".join(names),
                 rank_0=f"{names[0]}: {first}",

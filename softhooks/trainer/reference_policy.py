@@ -1,4 +1,4 @@
-"""A policy without its trained prompt, as the reference model in preference training."""
+"""The reference model in preference training: the policy without its trained prompt."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from softhooks.switch import disabled
 
 
 class Reference(nn.Module):
-    """A model that runs without its trained prompt, in evaluation mode and without gradients.
+    """Runs the policy without its trained prompt, in evaluation mode and without gradients.
 
-    The reference has no parameters of its own, so a trainer that moves or freezes it does not change the policy. It has the
-    members of a model that trainers use.
+    This module has no parameters, so a trainer that moves or freezes it does not change the policy.
 
     Args:
         model: the policy; its prompt may be attached later.
@@ -29,7 +28,7 @@ class Reference(nn.Module):
 
     Raises:
         TrainerError: in a forward: parameters of the reference are being trained, or the model is sharded.
-        NotAttachedError: in a forward: the model has no prompt of that name.
+        NotAttachedError: in a forward: the model has no prompt with this name.
     """
 
     policy: Any
@@ -45,7 +44,7 @@ class Reference(nn.Module):
         return self.policy.config
 
     def base_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the backbone, for losses that apply the head themselves."""
+        """Run the backbone, for losses that compute the logits themselves."""
         with self._fixed():
             return self._unwrapped.base_model(*args, **kwargs)
 
@@ -59,7 +58,7 @@ class Reference(nn.Module):
             return self.policy(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the reference's tensors, which are part of the key of cached log-probabilities."""
+        """Return the reference's tensors; trainers hash them to find cached log-probabilities."""
         state = self.policy.state_dict(*args, **kwargs)
         return {key: value for key, value in state.items() if _is_in_reference(key, self.prompt)}
 
@@ -83,16 +82,18 @@ class Reference(nn.Module):
 
 
 def _is_in_reference(key: str, prompt: str | None) -> bool:
-    """Whether the tensor with this name in the model is part of the reference."""
     return not is_prompt_key(key) or (prompt is not None and is_prompt_key(key, prompt))
 
 
 def require_fixed(model: nn.Module, prompt: str | None) -> None:
-    """Check that a model can be its own reference, and that no parameter of the reference is being trained.
+    """Check that a model can be its own reference.
+
+    Args:
+        prompt: as in `Reference`.
 
     Raises:
-        TrainerError: a parameter is being trained, or the model is sharded.
-        NotAttachedError: the model has no prompt of that name.
+        TrainerError: a parameter of the reference is being trained, or the model is sharded.
+        NotAttachedError: the model has no prompt with this name.
     """
     if prompt is not None:
         require_prompted_model(model, prompt)

@@ -5,7 +5,7 @@
 | `Trainer.call_model_init` | a new model needs its prompt before the Trainer loads a checkpoint |
 | `Trainer.create_optimizer` | the optimizer must hold exactly the prompt's parameters |
 | `CallbackHandler.add_callback` | a callback added to an existing Trainer has missed `on_init_end`, which attaches the prompt |
-| `CallbackHandler.on_log` | reporters (TensorBoard, W&B, MLflow) are called before the user's callbacks |
+| `CallbackHandler.on_log` | in its own `on_log`, a callback would add metrics too late for TensorBoard, W&B and MLflow |
 
 The methods of `Trainer` are patched on one instance. Those of `CallbackHandler` are patched on the class while a
 `SoftPromptCallback` exists (`add_callback`) or a callback's prompt is attached (`on_log`).
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class PatchedTrainer:
-    """Replaces two methods of a Trainer. Without effect once the callback is removed from the Trainer."""
+    """Replaces two methods of a Trainer. Calls only the original ones after the callback is removed from the Trainer."""
 
     def __init__(self, trainer: Trainer, callback: TrainingCallback) -> None:
         self._trainer = trainer
@@ -77,7 +77,7 @@ class PatchedTrainer:
 def _refuse_without_callback(callback: TrainingCallback) -> None:
     """Refuse to train a prompt after its callback was removed, because nothing would check gradients, checkpoints or the base.
 
-    Another callback may have taken over the prompt; then nothing is refused.
+    Does nothing if another callback trains the prompt now.
     """
     prompt = callback.soft_prompt
     saver = None if prompt is None else saver_of(prompt.model)
@@ -89,7 +89,7 @@ def _refuse_without_callback(callback: TrainingCallback) -> None:
 
 
 def patch_trainer(callback: TrainingCallback) -> Trainer | None:
-    """Patch the Trainer that is calling the callback, once, and return it; return None if no Trainer is calling."""
+    """Return the Trainer that is calling the callback, or None if there is none. The first call also patches the Trainer."""
     trainer = _find_trainer(callback)
     if trainer is not None:
         patched = trainer.__dict__.get("call_model_init")
@@ -158,7 +158,7 @@ def _call_init_event(callback: TrainingCallback) -> None:
         return
     if any(frame.f_locals.get("self") is trainer and frame.f_code.co_name == "train" for frame in _callers()):
         raise TrainerError(
-            f"the callback was added during training, at step {trainer.state.global_step}; a prompt must be attached before.",
+            f"the callback was added during training, at step {trainer.state.global_step}; it must be added before.",
             "Add the callback before `train()`, or pass it to the Trainer in `callbacks=[...]`.",
         )
     handler: Any = trainer.callback_handler

@@ -29,7 +29,7 @@ from softhooks import (
     UnsupportedModeError,
 )
 from softhooks.methods.task_sampling import CAP
-from softhooks.trainer.sampling import use_sampler
+from softhooks.trainer.batches import use_sampler
 
 SIZES = [60, 30, 10, 20]
 TASKS = [task for task, size in enumerate(SIZES) for _ in range(size)]

@@ -27,7 +27,7 @@ from softhooks import LlamaAdapter, PrefixTuning, PromptTuning, SoftPrompt, Soft
 from softhooks.backbone import attention_interface
 from softhooks.compat.offload import device_of
 from softhooks.inject.prefix.key_values import KeyValues
-from softhooks.trainer import add_callback
+from softhooks.trainer import trainer_patches
 
 SUPPORT = Path(zoo.__file__).parent
 CASES = [
@@ -386,7 +386,7 @@ def test_a_model_that_a_trainer_trains_is_copied(tmp_path: Path) -> None:
 def test_a_callback_that_was_copied_meets_trainers(duplicate: Callable[[Any], Any], tmp_path: Path) -> None:
     """As a process launcher passes it on; also if it is added to an existing Trainer."""
     callback = duplicate(SoftPromptCallback(PrefixTuning(3)))
-    assert any(one is callback for one in add_callback.users)
+    assert any(one is callback for one in trainer_patches.callbacks)
     trainer = trainer_of(zoo.build("llama"), tmp_path)
     trainer.add_callback(callback)
     assert callback.soft_prompt is not None

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader, Sampler
 
 from softhooks import PromptTuning, TrainerError
-from softhooks.trainer.sampling import use_sampler
+from softhooks.trainer.batches import use_sampler
 
 
 class Backward(Sampler[int]):
