@@ -22,8 +22,7 @@ from softhooks.compat.sharding import gathered, is_sharded_model
 from softhooks.constraint import unwatch
 from softhooks.errors import NotAttachedError
 from softhooks.formats import peft_write, softhooks_files
-from softhooks.formats.stack_shapes import outline
-from softhooks.formats.stored import StoredPrompt
+from softhooks.formats.stored import StoredPrompt, outline
 from softhooks.method import Method
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.install import detach

@@ -1,7 +1,6 @@
-"""Find the rows that a script added to a model's vocabulary with `resize_token_embeddings`, and warn about them.
+"""Find the rows that `resize_token_embeddings` added to an embedding matrix, and warn that no checkpoint contains them.
 
-Resizing updates the config. The old size may remain in two places: the config of the checkpoint that the model was loaded from,
-and an attribute of an inner module that transformers does not update.
+Resizing updates the config. The old size may remain in the checkpoint's config and in an attribute of an inner module.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 
 
 def original_vocabulary(model: nn.Module, structure: ModelStructure) -> int | None:
-    """Return the number of rows before a script added some, or None if nothing shows that rows were added."""
+    """Return the size of the embedding matrix before it was resized, or None if nothing shows that it was."""
     plain: Any = unwrapped(model)
     config = getattr(plain, "config", None)
     rows = structure.vocabulary
     if config is None or _size(text_config(config)) != rows:
-        return None  # the table is larger than the config says for a reason other than resizing
+        return None  # the matrix differs from the config for a reason other than resizing
     sizes = [_size_of_inner_module(plain, structure), _size_of_checkpoint(config)]
     return min((size for size in sizes if size is not None and 0 < size < rows), default=None)
 
@@ -55,7 +54,7 @@ def _size_of_inner_module(model: nn.Module, structure: ModelStructure) -> int | 
 
 
 def _size_of_checkpoint(config: Any) -> int | None:
-    """Return the vocabulary size in the checkpoint's config (local directory or hub cache; no download), or None."""
+    """Read the vocabulary size from the checkpoint's config in a local directory or the hub cache, without a download."""
     name = getattr(config, "_name_or_path", None)
     if not name:
         return None
@@ -73,9 +72,8 @@ def _size_of_checkpoint(config: Any) -> int | None:
         return None
     if not isinstance(values, dict):
         return None
-    text = values.get("text_config")
-    sizes = [_size(values), _size(text) if isinstance(text, dict) else None]
-    return next((size for size in sizes if size is not None), None)
+    size, text = _size(values), values.get("text_config")
+    return _size(text) if size is None and isinstance(text, dict) else size
 
 
 # --- warnings ---------------------------------------------------------------------------------------------------------
@@ -87,11 +85,7 @@ def _added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]
 
 
 def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]) -> None:
-    """Warn that the rows that a script added are neither trained nor saved with the prompt.
-
-    Args:
-        own: the ids for which the prompt has its own rows.
-    """
+    """Warn about added rows, except those that are trained with the prompt (the ids in `own`)."""
     added = _added_rows(model, structure, own)
     if added:
         warnings.warn(
@@ -106,11 +100,7 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
 def log_unsaved_rows(
     prompt: object, name: str, model: nn.Module, structure: ModelStructure, own: Container[int]
 ) -> None:
-    """Log once for each prompt that its file does not contain the rows that a script added.
-
-    Args:
-        own: the ids for which the prompt has its own rows.
-    """
+    """Log once for each prompt that its file contains only some of the added rows (the ids in `own`), or none."""
     if prompt in _warned:
         return
     missing = _added_rows(model, structure, own)
@@ -132,19 +122,12 @@ def stack_level() -> int:
 
 
 def require_vocabulary(rows: Any, structure: ModelStructure, source: str) -> None:
-    """Refuse a model with a smaller vocabulary than the base model of a saved prompt.
-
-    Args:
-        rows: the vocabulary size of the base model; ignored unless it is an int.
-
-    Raises:
-        PromptMismatchError: the model's vocabulary is smaller; the error names both sizes.
-    """
+    """Refuse a model with fewer embedding rows than the base model of a saved prompt; ignore `rows` that is not an int."""
     if type(rows) is int and structure.vocabulary < rows:
         raise PromptMismatchError(
             "the model has a smaller vocabulary than the base model that the prompt was trained with.",
             "Load the base model that the prompt was trained with; if tokens were added for the training, add them and call "
             "`resize_token_embeddings` first.",
-            prompt=f"{rows} words ({source})",
-            model=f"{structure.vocabulary} words",
+            prompt=f"{rows} tokens ({source})",
+            model=f"{structure.vocabulary} tokens",
         )

@@ -1,4 +1,4 @@
-"""The groups of attention modules that keys and values can enter."""
+"""The attention modules that a key-value prefix can enter, in groups: one group has one prefix table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from softhooks.errors import UnsupportedMethodError
 
 
 def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
-    """Return the groups that keys and values can enter, by name: `text`, or `encoder`, `decoder` and `cross`."""
+    """Return each group's stack and kind of attention, by name: `text`, or `encoder`, `decoder` and `cross`."""
     groups: dict[str, tuple[Stack, Literal["self", "cross"]]] = {}
     for stack in structure.stacks:
         groups[stack.name] = (stack, "self")
@@ -20,11 +20,7 @@ def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self
 
 
 def require_sites(structure: ModelStructure) -> None:
-    """Check that keys and values can enter every stack.
-
-    Raises:
-        UnsupportedMethodError: keys and values cannot enter a stack; the error names it.
-    """
+    """Raise an `UnsupportedMethodError` if keys and values cannot enter one of the stacks."""
     for stack in structure.stacks:
         if stack.injection is None:
             raise UnsupportedMethodError(

@@ -1,7 +1,7 @@
-"""Wrap the attention functions of transformers so that the attention of a marked module runs inside the current pass.
+"""Wrap the attention functions of transformers, so that a `Pass` can change the attention of marked modules.
 
-The entries of the global mapping and the `eager_attention_forward` of the model's modeling files are wrapped while any model has
-a prompt, and restored when the last prompt is removed. `config._attn_implementation` is never changed.
+The functions in `ALL_ATTENTION_FUNCTIONS` and the `eager_attention_forward` of modeling files are wrapped while any model has a
+prompt, and restored when the last prompt is removed. `config._attn_implementation` is never changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
 
 MARK = "_softhooks_site"
-"""The attribute of an attention module that holds its `Site`, the first one if the module serves several layers."""
+"""The attribute of an attention module that holds its `Site`; the first one, if several layers share the module."""
 
 _EAGER = "eager_attention_forward"
 
@@ -34,17 +34,17 @@ _EAGER = "eager_attention_forward"
 
 
 def modeling_files(modules: Iterable[nn.Module]) -> frozenset[str]:
-    """Return the names of the Python modules that define the classes of these modules."""
+    """Return the names of the Python files that define the classes of these modules."""
     return frozenset(type(module).__module__ for module in modules)
 
 
 def wrap_attention_functions(user: object, files: Iterable[str]) -> None:
-    """Wrap the attention functions of these Python modules until they are unwrapped or `user` is garbage-collected."""
+    """Wrap the attention functions, also those in these Python files, until `user` unwraps them or is garbage-collected."""
     users.add(user, files)
 
 
 def unwrap_attention_functions(user: object) -> None:
-    """Restore the original functions, unless something else still uses the wrapped ones."""
+    """Restore the original functions, unless another user still needs the wrapped ones."""
     users.discard(user)
 
 
@@ -59,7 +59,7 @@ def _wrap_functions(patches: Patches, files: Iterable[str]) -> None:
 
 
 users: SharedPatches[object] = SharedPatches(_wrap_functions)
-"""The wrapped functions with their users: models with a prompt, and probes."""
+"""The wrapped functions, and who needs them: models with a prompt, and probe forwards."""
 
 
 def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
@@ -76,32 +76,27 @@ def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _expects_pass(state: StackState) -> bool:
-    """Whether attention in this stack may only run inside a pass. Every forward that runs the hooks has a pass.
-
-    A backward may rerun layers outside the context of their forward, so it is enough that some prompt enters attention.
-    """
+    """Whether attention without a running pass means that the prompt's hooks were bypassed."""
     if state.owner is None:
         return False
-    if torch._C._current_graph_task_id() != -1:
+    if torch._C._current_graph_task_id() != -1:  # a backward reruns layers, maybe after the prompt was switched off
         return any(prompt.injection != "slots" for prompt in state.owner.prompts.values())
     return state.owner.is_in_use
 
 
 def current_pass(module: nn.Module) -> RunningPass | None:
-    """Return the running pass in the stack of an attention module, or None if no prompt enters the module.
+    """Return the running pass of an attention module's stack, or None if no prompt enters the module.
 
     Raises:
-        PromptNotReachedError: no pass is running although a prompt is active.
-        UnsupportedModeError: no pass is running in this thread, and another thread is running the model.
+        PromptNotReachedError: a prompt is active, but its hooks did not run.
+        UnsupportedModeError: they did not run in this thread, and another thread is running the model.
     """
     site: Site | None = module.__dict__.get(MARK)
     if site is None:
         return None
     state = site.stack.state
     current = state.current
-    if current is None and not _expects_pass(state):
-        return None
-    if current is None:
+    if current is None and _expects_pass(state):
         if state.owner is not None:
             state.owner.running.require_free()
         raise PromptNotReachedError(
@@ -126,21 +121,16 @@ def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
                     patches.set(site.module, "forward", inline_forward(site, current_pass))
 
 
-class _Probe:
-    """A user of the wrapped functions for the duration of a `with` block."""
-
-
 @contextmanager
 def marked_sites(stack: Stack) -> Iterator[None]:
     """Mark the sites of a stack while the `with` block runs, even if no prompt is attached."""
     if any(MARK in site.module.__dict__ for site in stack.sites):
         yield
         return
-    probe = _Probe()
-    wrap_attention_functions(probe, modeling_files(stack.module.modules()))
-    try:
-        with Patches() as patches:
+    with Patches() as patches:
+        wrap_attention_functions(patches, modeling_files(stack.module.modules()))
+        try:
             mark_sites([stack], patches)
             yield
-    finally:
-        unwrap_attention_functions(probe)
+        finally:
+            unwrap_attention_functions(patches)

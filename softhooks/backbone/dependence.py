@@ -1,4 +1,4 @@
-"""Measure whether the states of a stack depend on later tokens, and on token ids apart from their embeddings."""
+"""Measure whether hidden states depend on later tokens, and whether they depend on token ids apart from the embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = 5
 
 
 def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
-    """Whether a model's states depend on token ids apart from their embeddings; measured once per model."""
+    """Whether a model's states depend on token ids apart from their embeddings (Gemma 3n); measured once per model."""
     stack = structure.entry
     if stack.reads_ids is None:
         stack.reads_ids = _states_differ(model, structure)
@@ -27,7 +27,7 @@ def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
 
 
 def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
-    """Run two texts with different ids and the same embeddings, and compare their states."""
+    """Run two texts with different ids but the same embeddings, and compare their states."""
     stack, vocabulary = structure.entry, structure.vocabulary
     ordinary = ordinary_ids(model, stack, vocabulary)
     if len(ordinary) < 2:
@@ -69,7 +69,7 @@ class _SameEmbeddings:
     """A hook on an embedding that gives the second text the embeddings of the first.
 
     Args:
-        in_one: whether both texts are rows of one forward; otherwise the first forward runs the first text.
+        in_one: whether both texts are rows of one forward, or each text has its own forward.
     """
 
     def __init__(self, in_one: bool) -> None:
@@ -80,16 +80,15 @@ class _SameEmbeddings:
         self.dtype = torch.float32
 
     def begin(self) -> None:
-        """Begin a forward."""
+        """Expect the calls of another forward."""
         self._forward, self._call = self._forward + 1, 0
 
     def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        """Replace the output of one call; a model may call its embedding several times in a forward."""
         self.dtype = output.dtype
         if self._in_one:
             half = output.shape[0] // 2
             return torch.cat([output[:half], output[:half]]) if output.shape[0] == 2 * half else None
-        self._call += 1
+        self._call += 1  # a model may call its embedding several times in a forward
         if self._forward == 1:
             self._first.append(output)
             return None
@@ -99,16 +98,13 @@ class _SameEmbeddings:
 def change_before(
     module: nn.Module, column: int, forwards: Sequence[Callable[[], object]], state: StackState | None = None
 ) -> float:
-    """Measure how much a stack's states before a column differ between two texts.
+    """Return the largest difference between the states of two texts before a column, relative to the largest state.
 
     Args:
-        module: the module of the stack.
+        module: the module that returns the states.
         column: the first column in which the texts differ.
         forwards: one forward for each text, or one with both texts as its rows.
         state: the stack's state, if prompts may be active.
-
-    Returns:
-        the largest difference, relative to the largest state.
     """
     rows: list[Tensor] = []
     with recorded_states(module, state) as states:
@@ -120,5 +116,5 @@ def change_before(
 
 
 def is_rounding(change: float, dtype: torch.dtype) -> bool:
-    """Whether a relative change is small enough to come from summing in a different order."""
+    """Whether a relative change may be due to summing floating-point numbers in another order."""
     return change <= max(1e-5, 8 * torch.finfo(dtype).eps)

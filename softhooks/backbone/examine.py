@@ -1,7 +1,7 @@
 """Find the text backbone of a model, with its attention and positions, by running the model on probe inputs.
 
-Probe forwards are preferred to names and configs: `OPTForCausalLM` calls its decoder without `base_model`, and in one
-architecture in eight the head sizes differ from what the config implies.
+Names and configs are not used: `OPTForCausalLM` bypasses its `base_model`, and in one architecture in eight the config implies
+wrong head sizes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,7 @@ from softhooks.errors import UnsupportedModelError
 
 
 def examine(model: nn.Module) -> ModelStructure:
-    """Find the stacks of a model with probe forwards of four tokens.
-
-    Raises:
-        UnsupportedModelError: the model has no token embeddings, or no stack was reached.
-    """
+    """Find the stacks of a model with probe forwards of four tokens; raise an `UnsupportedModelError` if there are none."""
     vocabulary = _vocabulary(model)
     with eval_mode(model), probing(model):
         ids = probe_ids(model, vocabulary, columns=4)
@@ -47,7 +43,7 @@ def _vocabulary(model: nn.Module) -> int:
         return int(embedding.weight.shape[0])
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no input embeddings; a soft prompt needs a model that embeds tokens.",
+            f"{type(model).__name__} has no input embeddings; a soft prompt can only be attached to a model that embeds tokens.",
             f"{INSIDE} Attach to the transformers model itself if this is a wrapper around it; for a sentence-transformers "
             "model, use `softhooks.integrations.sentence_transformers`.",
         ) from error
@@ -62,11 +58,9 @@ class _Runs:
 
     Attributes:
         ids: the ids that each stack receives.
-        inputs: the arguments of the first forward.
-        calls: the module calls of the first forward.
-        attention: the attention function calls of the first forward.
+        inputs, calls, attention: the arguments of the first forward, its module calls and its attention function calls.
         changed: for each stack, the module calls of a forward in which the second column of its ids differs.
-        choices: the number of choices in each row, if the model takes rows of choices.
+        choices: the number of choices per row, if the model is a multiple-choice model.
     """
 
     ids: dict[StackName, Tensor]
@@ -94,7 +88,7 @@ def _run(model: nn.Module, ids: Tensor) -> _Runs:
 
 
 def _run_on_ids_alone(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on one row. If that fails, run it on one row of two choices, [1, 2, T]."""
+    """Run a model on one row, or if that fails, on one row of two choices, [1, 2, T]."""
     try:
         return _recorded(model, {"text": ids}, {"input_ids": ids})
     except UnsupportedModelError as error:
@@ -113,7 +107,7 @@ def _recorded(model: nn.Module, ids: dict[StackName, Tensor], inputs: dict[str, 
             return _Runs(ids, inputs, record(model, inputs), attention)
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} fails on token ids alone; a soft prompt needs a model that runs on them.",
+            f"{type(model).__name__} fails on token ids alone; a soft prompt can only be attached to a model that runs on them.",
             INSIDE,
             cause=f"{type(error).__name__}: {error}",
         ) from error
@@ -126,7 +120,7 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _attention_of(stacks: list[Stack], runs: _Runs) -> list[AttentionRecord] | None:
-    """Return the attention calls of the only stack in the first forward, or None if the model runs the stack more than once."""
+    """Return the attention calls of the first forward, or None if they are not those of one run of one stack."""
     is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
     return runs.attention if is_run_once else None
 
@@ -135,7 +129,6 @@ def _attention_of(stacks: list[Stack], runs: _Runs) -> list[AttentionRecord] | N
 
 
 def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack:
-    """Describe the stack that processes the given ids."""
     found = find_stack(model, name, ids, runs.inputs, runs.calls, runs.changed[name])
     module = found.call.module
     parameters = inspect.signature(module.forward).parameters
@@ -161,7 +154,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
 
 
 def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
-    """Return the child of a stack from which the pooler gets only the first column (ALBERT), or None if it gets all columns."""
+    """Return the child of a stack from which the pooler gets only the first token (ALBERT), or None if it gets all tokens."""
     pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
     if pooler is None or not calls[pooler].inputs or calls[pooler].inputs[0].dim() != 2:
         return None
@@ -173,8 +166,8 @@ def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, max_
     """Change the later tokens of a text, and check whether earlier states change.
 
     Args:
-        ids: four ids, for a model that does not take more.
-        max_columns: the number of positions of the stack.
+        ids: four ids, whose number the model is known to accept.
+        max_columns: the number of positions of the stack, or None if it is unknown.
     """
     columns, column = probe_length(module, max_columns)
     for length, first_changed in ((columns, column), (ids.shape[1], 1)):

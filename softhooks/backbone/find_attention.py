@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,11 @@ class AttentionRecord:
 
 
 def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord] | None) -> None:
-    """Find the sites of each stack by running it. A decoder runs on the encoder's states and on all ids but the first.
+    """Run each stack, and set its `sites` and `injection`.
 
     Args:
-        stacks: the stacks; their `sites` and `injection` are filled in.
-        ids: [1, T].
-        attention: the calls of attention functions in a forward of a model with one stack, if they were recorded.
+        ids: [1, T]. A decoder runs on all but the first, so that its queries and the encoder states differ in number.
+        attention: the attention function calls of the only stack, if they are already recorded.
     """
     encoded: Tensor | None = None
     for stack in stacks:
@@ -72,11 +71,7 @@ def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord
 
 
 def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[Site]:
-    """Turn calls of attention functions into sites.
-
-    Args:
-        encoded: the number of encoder states. In a decoder, a call with this many keys is cross-attention.
-    """
+    """Make a site for each attention call. In a decoder, a call with `encoded` keys is cross-attention."""
     sites: list[Site] = []
     shared: dict[int, list[Site]] = {}
     count: dict[Role, int] = {"self": 0, "cross": 0}
@@ -94,7 +89,7 @@ def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[S
 
 
 class _Recorder:
-    """Records every attention call; acts as the site, the stack, its state and its current pass at the same time."""
+    """Records every attention call; stands in for the site, its stack, the stack's state and the current pass."""
 
     def __init__(self, records: list[AttentionRecord]) -> None:
         self.stack = self.state = self.current = self
@@ -112,22 +107,21 @@ class _Recorder:
 
 @contextmanager
 def recorded_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
-    """Record every call of an attention function by the model's modules while the `with` block runs."""
-    records: list[AttentionRecord] = []
-    recorder = _Recorder(records)
+    """Record every attention function call of the model's modules while the `with` block runs."""
+    recorder = _Recorder([])
     parts = list(model.modules())
     wrap_attention_functions(recorder, modeling_files(parts))
     try:
         with Patches() as patches:
             for part in parts:
                 patches.set(part, MARK, recorder)
-            yield records
+            yield recorder.records
     finally:
         unwrap_attention_functions(recorder)
 
 
 def _find_windows(stack: Stack, inputs: dict[str, Tensor]) -> None:
-    """Mark the sites with masks that follow `sliding_window`: run the stack with a short window and inspect the masks."""
+    """Run a stack with a short window, and set `is_windowed` of the sites whose masks then hide distant tokens."""
     with shortened_window(stack) as is_shortened:
         if not is_shortened:
             return
@@ -144,7 +138,7 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
     """Run a stack, compute each inline attention module a second time with an attention function, and record its calls.
 
     Returns:
-        an empty list if a result differs from the module's own forward: this version of the module is not supported.
+        an empty list if a result differs from that of the module, because this version of the module is not supported.
     """
     records: list[AttentionRecord] = []
     differing: list[nn.Module] = []
@@ -156,10 +150,8 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         own, ours = inline_attention_of(module), None
         if own is not None and "forward" not in module.__dict__:  # its forward is not replaced yet
-            try:
+            with suppress(*FORWARD_ERRORS):
                 ours = own.run(args, kwargs, attention)
-            except FORWARD_ERRORS:
-                ours = None
         if ours is None or not are_close(last_hidden_state(ours), last_hidden_state(output)):
             differing.append(module)
 
@@ -181,7 +173,7 @@ def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
         try:
             stack.module(input_ids=ids, past_key_values=cache, use_cache=True)
         except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError):
-            return  # The model does not take this cache, so it has no sites; methods that need sites refuse it by name.
+            return  # The model does not accept this cache, so it has no sites; methods that need sites refuse the model.
     for layer, (key, value) in sorted(cache.recorded.items()):
         stack.sites.append(Site(stack, "self", layer, cache.callers[layer], key.shape[1], key.shape[3], value.shape[3]))
     if stack.sites:
@@ -190,7 +182,7 @@ def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
 
 @contextmanager
 def _running_module(module: nn.Module) -> Iterator[Callable[[], nn.Module]]:
-    """Yield a function that returns the innermost module that is running at that moment of a forward."""
+    """Yield a function that returns the innermost running module."""
     running: list[nn.Module] = []
 
     def end(*_: Any) -> None:

@@ -1,8 +1,7 @@
-"""Find out how a stack numbers its columns: observe its position table, and try passing `position_ids`.
+"""Find out which positions a stack gives to its tokens: observe its position table, and try passing `position_ids`.
 
-Names and configs are not reliable here: tables start after a padding index (RoBERTa, Luke) or at a fixed row (OPT,
-Nystromformer), are buffers (M2M100), or start where the outer model says (PaliGemma), and some forwards take `position_ids` but
-ignore them.
+Names and configs are not reliable here: tables start after a padding index (RoBERTa, Luke), at a fixed row (OPT, Nystromformer)
+or at a row that the outer model chooses (PaliGemma), some are buffers (M2M100), and some forwards ignore their `position_ids`.
 """
 
 from __future__ import annotations
@@ -21,18 +20,10 @@ from softhooks.backbone.stack import Positions, PositionTable
 from softhooks.compat.offload import read_tensor
 from softhooks.patching.patches import Patches
 
-"""The errors that a model may raise for positions that it does not take."""
-
 
 @dataclass
 class _Forward:
-    """The observations from one forward.
-
-    Attributes:
-        states: the stack's last hidden states.
-        position_ids: the stack's argument of this name.
-        tables: the position tables, each with the row of the first token.
-    """
+    """The observations from one forward: the stack's last hidden states, its `position_ids` and its position tables."""
 
     states: Tensor
     position_ids: Any = None
@@ -42,10 +33,10 @@ class _Forward:
 def find_positions(
     run: Callable[[int], Any], calls: Iterable[ModuleCall], module: nn.Module, embedding: nn.Module, takes_ids: bool
 ) -> Positions:
-    """Find out how a stack numbers its columns, and how to give it other positions.
+    """Find out which positions a stack gives to its tokens, and how to give them other positions.
 
     Args:
-        run: runs the model on the probe's ids, in the given number of equal rows.
+        run: runs the model on the ids of the probe, in this number of equal rows.
         calls: the module calls in a forward of one row.
         module: the module of the stack.
         embedding: its token embedding.
@@ -80,10 +71,10 @@ def find_positions(
 
 
 def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
-    """Find the id that a stack gives to its first position: passing this id and the ones after it changes nothing.
+    """Find the position id of the first token: passing this id and the next ones as `position_ids` changes nothing.
 
     Returns:
-        the id; None if the stack ignores `position_ids`, that is, if no ids change anything.
+        the id; None if the stack ignores `position_ids`, so that other ids change nothing either.
     """
     if isinstance(plain.position_ids, Tensor):
         return int(plain.position_ids.flatten()[0])
@@ -106,7 +97,7 @@ def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
 
 
 def _is_same(probe: _Probe, plain: _Forward, exactly: bool = False, **change: Any) -> bool:
-    """Whether a change leaves the states of the first row unchanged; False if the model fails."""
+    """Run with other positions; return whether the states of the first row stay the same, or False if the model fails."""
     try:
         states = probe.run(**change).states[:1]
     except FORWARD_ERRORS:
@@ -115,13 +106,7 @@ def _is_same(probe: _Probe, plain: _Forward, exactly: bool = False, **change: An
 
 
 class _Probe:
-    """Runs a model, and observes one of its stacks.
-
-    Args:
-        run: runs the model on the probe's ids, in the given number of equal rows.
-        module: the module of the stack.
-        embedding: its token embedding.
-    """
+    """Runs a model and observes one of its stacks. The arguments are those of `find_positions`."""
 
     def __init__(self, run: Callable[[int], Any], module: nn.Module, embedding: nn.Module) -> None:
         self._run = run
@@ -133,7 +118,7 @@ class _Probe:
         ]
 
     def observed(self, calls: Iterable[ModuleCall]) -> _Forward:
-        """Return the observations from a forward, given its recorded calls."""
+        """Return the observations from the recorded calls of a forward."""
         by_end = sorted(calls, key=lambda call: call.end)
         own = [call for call in by_end if call.module is self.module][-1]
         assert own.state is not None
@@ -150,7 +135,7 @@ class _Probe:
 
         Args:
             position_ids: passed to the stack.
-            table, ids: a table, and the positions that it returns instead; the text is repeated for each row of `ids`.
+            table, ids: a position table, and the positions whose rows it returns instead. The text is repeated per row of `ids`.
         """
         given: list[Any] = []
         tables: list[PositionTable] = []
@@ -170,20 +155,20 @@ class _Probe:
 
 
 def _add_table(tables: list[PositionTable], part: nn.Module, output: Any) -> None:
-    """Add a module to the tables if its output is consecutive rows of its own matrix and it is not in the list yet."""
+    """Add a module to the tables if its output consists of consecutive rows of its matrix and it is not in the list yet."""
     found = _consecutive_rows(part, output)
     if found is not None and all(table.module is not part for table in tables):
         tables.append(found)
 
 
 def _matrices(part: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return a module's own floating-point matrices, by name."""
+    """Return the floating-point matrices of a module without its submodules, by name."""
     own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
     return [(name, tensor) for name, tensor in own if tensor.dim() == 2 and tensor.is_floating_point()]
 
 
 def _consecutive_rows(part: nn.Module, output: Any) -> PositionTable | None:
-    """Find the consecutive rows of a module's own matrix that make up its output, or return None if there are none."""
+    """Return which consecutive rows of its matrix a module returned, or None if it returned something else."""
     if not isinstance(output, Tensor) or output.dim() not in (2, 3):
         return None
     rows = output if output.dim() == 2 else output[0]

@@ -1,12 +1,14 @@
-"""Find the text backbone of a model in recorded probe forwards, from the outputs of its modules, not their names or classes.
+"""Find the text backbone (stack) of a model from the outputs of its modules in probe forwards, not from their names or classes.
 
 A stack looks up token ids in an embedding and returns one state per token that depends on the other tokens. An embedding layer
-also returns one state per token and may hold a list of modules (MarkupLM), but each state depends only on its own token.
+also returns one state per token, but each depends only on its own token.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.probing import relative_difference, seeded
 from softhooks.errors import UnsupportedModelError
+from softhooks.patching.patches import Patches
 
 
 @dataclass(eq=False)
@@ -24,11 +27,11 @@ class ModuleCall:
 
     Attributes:
         inputs: its tensor arguments.
-        position_ids: its argument of that name.
+        position_ids: its argument of this name.
         start, end: how many calls had begun when it began and when it ended.
-        occurrence: how many calls of the same module came before.
-        output: the returned value. Later modules may have changed it in place.
-        state: a copy of the first tensor of the output.
+        occurrence: how often the module had been called before.
+        output: the returned value, which later modules may have changed in place.
+        state: a copy of the first tensor in the output.
     """
 
     path: str
@@ -43,7 +46,7 @@ class ModuleCall:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The key that identifies the same call in another forward of the model."""
+        """Identifies the corresponding call in another forward of the model."""
         return id(self.module), self.occurrence
 
     def contains(self, other: ModuleCall) -> bool:
@@ -59,34 +62,30 @@ def record(model: nn.Module, inputs: dict[str, Tensor]) -> list[ModuleCall]:
     """Run a model once, with a fixed random seed, and list the calls of its modules in the order in which they began."""
     calls: list[ModuleCall] = []
     running: list[ModuleCall] = []
-    occurrences: dict[int, int] = {}
-    handles = []
-    for path, module in model.named_modules():
+    occurrences: Counter[nn.Module] = Counter()
+    paths = {module: path for path, module in model.named_modules()}
 
-        def before(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            occurrence = occurrences[id(module)] = occurrences.get(id(module), -1) + 1
-            call = ModuleCall(path, module, tensors, kwargs.get("position_ids"), len(calls), occurrence)
-            calls.append(call)
-            running.append(call)
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        call = ModuleCall(paths[module], module, tensors, kwargs.get("position_ids"), len(calls), occurrences[module])
+        occurrences[module] += 1
+        calls.append(call)
+        running.append(call)
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            while running:  # calls that ended with an exception are still on top
-                call = running.pop()
-                if call.module is module:
-                    call.end, call.output = len(calls), output
-                    state = _first_tensor(output)
-                    call.state = None if state is None else state.clone()
-                    return
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        while running:  # calls that ended with an exception are still on top
+            call = running.pop()
+            if call.module is module:
+                call.end, call.output = len(calls), output
+                state = _first_tensor(output)
+                call.state = None if state is None else state.clone()
+                return
 
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
-    try:
-        with seeded(model):
-            model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with Patches() as patches, seeded(model):
+        for module in paths:
+            patches.keep(module.register_forward_pre_hook(before, with_kwargs=True))
+            patches.keep(module.register_forward_hook(after))
+        model(**inputs)
     return calls
 
 
@@ -102,12 +101,15 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 # --- choosing the stack among the calls -------------------------------------------------------------------------------
 
+_ADAPTERS = "No prompt can enter this model; tune it with adapters on its weights, such as LoRA."
+
 
 @dataclass(frozen=True)
 class FoundStack:
-    """A stack that was found, described by the recorded call of its module.
+    """A stack that was found.
 
     Attributes:
+        call: the recorded call of its module.
         lookup: the call of the embedding inside the stack.
         causal: whether the state of the first token stays the same when the second token changes.
     """
@@ -130,12 +132,8 @@ def find_stack(
     Args:
         name: the name of the stack. The states of an `encoder` still influence one another later, in the decoder.
         ids: [B, T], as the stack receives them.
-        inputs: the arguments of the recorded forward.
-        calls: the calls of that forward.
+        inputs, calls: the arguments of the recorded forward, and its calls.
         changed_calls: the calls of a forward in which only the second column of the ids differs.
-
-    Raises:
-        UnsupportedModelError: there is no such module.
     """
     reached = [call for call in calls if call.received(ids)]
     lookup = _lookup(model, reached)
@@ -146,7 +144,7 @@ def find_stack(
         raise UnsupportedModelError(
             f"{type(model).__name__} has no stack that looks up token ids in an embedding and returns one state per token that "
             "depends on the other tokens.",
-            "No prompt can enter this model; tune it with adapters on its weights, such as LoRA.",
+            _ADAPTERS,
             found=_what_is_missing(lookup, around, name, ids),
         )
     candidates = dict.fromkeys([_inner_text_model(stacks[-1], lookup, calls, changed), *reversed(stacks)])
@@ -158,21 +156,21 @@ def find_stack(
         raise UnsupportedModelError(
             f"{type(model).__name__} has no single stack that processes the whole text: tokens still influence one another "
             f"after {after}.",
-            "No prompt can enter this model; tune it with adapters on its weights, such as LoRA.",
+            _ADAPTERS,
         )
     first, other = _state(chosen)[:, 0], _state(changed[chosen.key])[:, 0]
     return FoundStack(chosen, lookup, causal=relative_difference(other, first) <= 1e-6)
 
 
 def _lookup(model: nn.Module, reached: Sequence[ModuleCall]) -> ModuleCall | None:
-    """Choose the call that looks up the ids. If several tables do, prefer the one that `get_input_embeddings` returns."""
+    """Choose the call that looks up the ids. If several embeddings do, prefer the one that `get_input_embeddings` returns."""
     lookups = [call for call in reached if isinstance(call.module, nn.Embedding) and isinstance(call.output, Tensor)]
     named = model.get_input_embeddings()  # type: ignore[operator]
     return next((call for call in lookups if call.module is named), lookups[0] if lookups else None)
 
 
 def _mixes_tokens(call: ModuleCall, changed: dict[tuple[int, int], ModuleCall], shape: Sequence[int]) -> bool:
-    """Whether a module returns one state per token, and changing one token also changes the states of other tokens."""
+    """Whether a module returns one state per token, and the change of one token also changes the states of other tokens."""
     twin = changed.get(call.key)
     if call.state is None or twin is None or twin.state is None:
         return False
@@ -186,9 +184,9 @@ def _mixes_tokens(call: ModuleCall, changed: dict[tuple[int, int], ModuleCall], 
 def _inner_text_model(
     holder: ModuleCall, lookup: ModuleCall, calls: Sequence[ModuleCall], changed: dict[tuple[int, int], ModuleCall]
 ) -> ModuleCall:
-    """Return the inner module that takes `inputs_embeds`, such as a vision-language model's text model, or `holder` if none does.
+    """Return the inner module that receives `inputs_embeds` (the text model of a vision-language model), or `holder`.
 
-    The outer model makes positions and masks from the ids. They must be made without the prompt and shifted afterwards.
+    The outer model computes positions and masks from the ids. They must be computed without the prompt and shifted afterwards.
     """
     shape = _state(holder).shape[:2]
     for call in reversed(calls):
@@ -205,27 +203,23 @@ def _mixes_after(
     calls: Sequence[ModuleCall],
     changed: dict[tuple[int, int], ModuleCall],
 ) -> bool:
-    """Whether tokens still influence one another after a stack: change one of its states and check whether others change.
+    """Change one state of a stack, and return whether later modules then change the states of other tokens.
 
-    If so, the stack is only the first part of a model, such as convolutions over the embeddings, and virtual tokens would end
-    there.
+    If so, the stack is only the first part of a model, such as convolutions over the embeddings.
     """
     later = [call for call in calls if call.contains(stack) or call.start >= stack.end]
     if not later:
         return False
-    twin, occurrences = _state(changed[stack.key]), [-1]
+    twin, occurrences = _state(changed[stack.key]), itertools.count()
 
     def change(_module: nn.Module, _args: Any, output: Any) -> None:
-        occurrences[0] += 1
         state = _first_tensor(output)
-        if occurrences[0] == stack.occurrence and state is not None:
+        if next(occurrences) == stack.occurrence and state is not None:
             state[:, 1] = twin[:, 1]
 
-    handle = stack.module.register_forward_hook(change)
-    try:
+    with Patches() as patches:
+        patches.keep(stack.module.register_forward_hook(change))
         after_change = {call.key: call for call in record(model, inputs)}
-    finally:
-        handle.remove()
     return any(_mixes_tokens(call, after_change, _state(stack).shape[:2]) for call in later)
 
 

@@ -1,4 +1,4 @@
-"""The base class of passes: a pass injects a prompt in one forward of a stack, from the first hook to the last."""
+"""The base class of passes. A pass injects prompts into one forward of a stack; the hooks on the stack call its methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AttentionFunction = Callable[..., Any]
 
 
 def function_name(attention: AttentionFunction) -> str:
-    """Return the name of an attention function, or of its class if it is an object. The name determines the form of its masks."""
+    """Return the name of an attention function, or of its class if it is an object; the name tells which masks it accepts."""
     while isinstance(attention, functools.partial):
         attention = attention.func
     return str(getattr(attention, "__name__", type(attention).__name__))
@@ -33,8 +33,8 @@ class Pass:
         has_begun: whether the stack's forward has begun. Any further call of the stack is nested in it.
         has_injected: whether the prompt has entered. If it is still False when the forward ends, an error is raised.
         handles: hooks for this forward only.
-        provenance: returns the state of the prompts, to be recorded on caches and encoder states.
-        calls: the number of calls of each module that serves several layers, by the role and index of its first site.
+        provenance: returns the state of the prompts, which is stored with caches and encoder states.
+        calls: how often each module shared by several layers was called, by role and index of its first site.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -55,11 +55,7 @@ class Pass:
         return output
 
     def site_for_call(self, site: Site) -> Site:
-        """Choose the site of a module's call. A module that serves several layers has one site per layer, in call order.
-
-        Raises:
-            UnsupportedModeError: the module was called more often than in the probe at attach.
-        """
+        """Return the site for this call of its module: if several layers share the module, each call has its own site."""
         if len(site.shared_sites) < 2:
             return site
         count = self.calls.get((site.role, site.index), 0)
@@ -73,11 +69,11 @@ class Pass:
         return site.shared_sites[count]
 
     def enters(self, site: Site) -> bool:
-        """Whether the pass reads or changes the keys and values of a site."""
+        """Whether the pass reads or changes the keys and values of an attention module."""
         return type(self).attend is not Pass.attend
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the attention function of a site.
+        """Run the attention function of an attention module, with changed arguments or output.
 
         Args:
             args: module, query, key, value, and the mask if it is not among the keyword arguments.
@@ -85,19 +81,19 @@ class Pass:
         return attention(*args, **kwargs)
 
     def injected_tensors(self) -> list[Tensor]:
-        """Return the tensors that this pass injects at attention, for comparison with another pass."""
+        """Return the tensors that this pass injects into attention, to compare them with those of another pass."""
         return []
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Return a new output for a linear layer of the stack, or None to keep it; only some methods hook linear layers."""
+        """Return a new output for a linear layer of the stack, or None for no change; only some methods hook linear layers."""
         return None
 
     def leave(self, output: Any) -> Any:
-        """Change the output of the stack; called only if the forward did not raise an error."""
+        """Change the output of the stack; not called after an error."""
         return output
 
     def close(self) -> None:
-        """Remove the hooks of this forward; called even if the forward raised an error."""
+        """Remove the hooks of this forward; also called after an error."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

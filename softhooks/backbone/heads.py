@@ -1,6 +1,6 @@
-"""Trained heads: each prompt has its own copy of the model's head, and this copy is used while the prompt is active.
+"""Trained heads: each prompt trains its own copy of the model's head, which is used while the prompt is active.
 
-The model's own head stays frozen, so it is back after detaching, and each prompt can have a different head.
+The model's own head stays frozen, so detaching a prompt restores it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from softhooks.compat.offload import device_of, read_tensor, without_accelerate_
 from softhooks.errors import PromptMismatchError
 
 HEAD_NAMES = ("score", "classifier", "qa_outputs", "classification_head", "pre_classifier")
-"""The names of the heads that transformers initializes for a task. Language-model heads are not among them."""
+"""The names of the heads that transformers newly initializes for a task; language model heads are pretrained."""
 
 
 def can_generate(model: nn.Module) -> bool:
@@ -29,16 +29,13 @@ def can_generate(model: nn.Module) -> bool:
 
 
 def is_causal_lm(model: nn.Module, structure: ModelStructure) -> bool:
-    """Whether a model is a causal language model, whose logits predict the next token."""
+    """Whether a model is a decoder-only language model."""
     stack = structure.entry
     return stack.name == "text" and stack.causal and can_generate(model)
 
 
 def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Module]:
-    """Find the newly initialized heads of a task model, by path. They are outside of the stacks and the prompts.
-
-    A pooler next to a classifier also counts as a head: DeBERTa pools outside of its stack.
-    """
+    """Find the newly initialized heads of a task model, by path; a pooler next to a classifier is also one (DeBERTa)."""
     inside = {id(module) for stack in structure.stacks for module in stack.module.modules()}
     prompts = model._modules.get(CONTAINER)
     inside |= {id(module) for module in prompts.modules()} if prompts is not None else set()
@@ -53,7 +50,7 @@ def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Modu
 
 
 def active_head(head: nn.Module) -> nn.Module:
-    """Return the module that computes a head; PEFT wraps the model's own head together with its adapters' copies."""
+    """Return the head that computes the output: PEFT wraps the model's head together with the copies of its adapters."""
     copies = head._modules.get("modules_to_save")
     active = getattr(head, "active_adapters", None)
     if isinstance(copies, nn.ModuleDict) and active and active[0] in copies:
@@ -62,7 +59,7 @@ def active_head(head: nn.Module) -> nn.Module:
 
 
 def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
-    """Copy heads for a prompt, in fp32 and on the same devices. The dots of a path become slashes."""
+    """Copy heads for a prompt, in fp32 and on the same devices. In the names of the copies, slashes replace dots."""
     copies = nn.ModuleDict()
     for path, head in heads.items():
         head = active_head(head)
@@ -71,25 +68,17 @@ def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
 
 
 def _copy(head: nn.Module) -> nn.Module:
-    """Copy a head without its hooks, but with its weights even if accelerate has offloaded them.
-
-    The hooks of other prompts refer to the model, so copying them would copy the whole model.
-    """
+    """Copy a head with its weights, even if they are offloaded, but without hooks: they refer to the whole model."""
     with without_accelerate_hooks(head):
         own = copy.deepcopy(head, {id(head._forward_hooks): OrderedDict()})
     if any(parameter.is_meta for parameter in own.parameters()):
-        own.load_state_dict(
-            {name: read_tensor(head, name, value) for name, value in head.state_dict().items()}, assign=True
-        )
+        weights = {name: read_tensor(head, name, value) for name, value in head.state_dict().items()}
+        own.load_state_dict(weights, assign=True)
     return own
 
 
 def run_head(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor) -> Tensor:
-    """Run a prompt's head in fp32.
-
-    Args:
-        like: the output of the model's own head; the result has the same dtype.
-    """
+    """Run a prompt's head in fp32, and return its output in the dtype of `like`."""
 
     def to_fp32(value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -105,12 +94,12 @@ def run_heads_by_row(
     kwargs: dict[str, Any],
     base: Tensor,
 ) -> Tensor:
-    """Run the head of each row's prompt.
+    """Compute the output of each row with the head of its prompt.
 
     Args:
         heads: the heads of the prompts, with None for a prompt without a head.
         rows: the index of each row's prompt, or None for a row without a prompt.
-        base: the output of the model's own head, which rows without a head keep.
+        base: the output of the model's own head, for rows whose prompt has no head.
     """
     result = base
     for number, head in enumerate(heads):
@@ -122,11 +111,7 @@ def run_heads_by_row(
 
 
 def load_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source: str) -> None:
-    """Load saved heads into a prompt's copies.
-
-    Raises:
-        PromptMismatchError: the model has no head at the path, or a head of a different shape.
-    """
+    """Load saved heads into a prompt's copies; raise a `PromptMismatchError` if one is missing or has another shape."""
     for path, state in states.items():
         key = path.replace(".", "/")
         head = own[key] if key in own else None  # noqa: SIM401 - a ModuleDict has no get
@@ -135,7 +120,7 @@ def load_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source:
         if head is None or expected != found:
             raise PromptMismatchError(
                 f"the prompt's trained head `{path}` does not fit the model.",
-                "Load the base with the same task class and number of labels.",
+                "Load the base model with the same task class and number of labels.",
                 prompt=f"{path}: {found} ({source})",
                 model=f"{path}: {expected or 'no such head'}",
             )

@@ -1,10 +1,8 @@
 """Attention that a module computes inline in its own forward, rewritten as a call of an attention function.
 
-MegatronBERT, RoFormer, RemBERT, MPNet and both DeBERTa compute their scores in the forward of their attention module, without
-transformers' attention interface and, as encoders, without a cache. For each family, a function here computes the same result
-with a given attention function. The forward of each module is replaced by this function, so that everything that works at the
-attention interface works there too. At attach, the result is compared with the module's own forward; if they differ, the module
-is not supported.
+MegatronBERT, RoFormer, RemBERT, MPNet and both DeBERTa do not use transformers' attention interface. For each family, a function
+here computes the forward of the attention module with a given attention function, and replaces it, so that a prefix can enter. At
+attach, the two forwards are compared; if they differ, the module is not supported.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ def inline_attention(
     """Compute attention in the same way as the model families in this file.
 
     Args:
-        attention_mask: [B, 1, 1 or T, K], bool (True: seen) or additive.
+        attention_mask: [B, 1, 1 or T, K], additive, or bool with True for keys that are seen.
         position_bias: added to the scores, [1 or B, Hq, T, K].
 
     Shape:
@@ -66,7 +64,7 @@ def inline_attention(
 
 
 def _bert(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """Compute the attention of MegatronBERT, RemBERT and RoFormer (with rotary positions), including decoders with a cache."""
+    """Compute the attention of MegatronBERT, RemBERT and RoFormer, with rotary positions and a cache if there are any."""
     states, cache = call["hidden_states"], call.get("past_key_values")
     shape = (*states.shape[:-1], -1, module.attention_head_size)
     query, key, value = (part(states).view(shape).transpose(1, 2) for part in (module.query, module.key, module.value))
@@ -95,7 +93,7 @@ def _mpnet(module: Any, call: dict[str, Any], attention: AttentionFunction) -> A
 
 
 def _deberta(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """Compute the attention of DeBERTa: one projection for query, key and value, and a bias from the scaled query."""
+    """Compute the attention of DeBERTa, which has one projection for query, key and value, and a bias from the scaled query."""
     query, key, value = module.transpose_for_scores(module.in_proj(call["hidden_states"])).chunk(3, dim=-1)
     query = query + module.transpose_for_scores(module.q_bias[None, None, :])
     value = value + module.transpose_for_scores(module.v_bias[None, None, :])
@@ -143,10 +141,10 @@ _FAMILIES: dict[tuple[str, str], FamilyForward] = {
     ("modeling_deberta", "DisentangledSelfAttention"): _deberta,
     ("modeling_deberta_v2", "DisentangledSelfAttention"): _deberta_v2,
 }
-"""The families by the modeling file and the class of the attention module."""
+"""The forward of each family, by the modeling file and the class of the attention module."""
 
 _OTHER_STATES = ("encoder_hidden_states", "query_states")
-"""Arguments that make a module attend to states other than its own, which the functions above do not support."""
+"""Arguments with states other than the module's own input; the functions above do not support them."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ class InlineAttention:
 
     Attributes:
         family: computes its forward with a given attention function.
-        names: the names of its forward's arguments, in order.
+        names: the names of the arguments of its forward, in order.
     """
 
     module: nn.Module
@@ -163,7 +161,7 @@ class InlineAttention:
     names: tuple[str, ...]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], attention: AttentionFunction) -> Any:
-        """Run the forward with an attention function, or return None if the call attends to states from elsewhere."""
+        """Run the forward with an attention function, or return None if the call passes other states (`_OTHER_STATES`)."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
         if any(call.get(name) is not None for name in _OTHER_STATES):
             return None
@@ -171,7 +169,7 @@ class InlineAttention:
 
 
 def inline_attention_of(module: nn.Module) -> InlineAttention | None:
-    """Return the inline attention of a module, or None if it belongs to none of the families."""
+    """Describe a module with inline attention; return None for a module of another family."""
     keys = [(cls.__module__.rpartition(".")[2], cls.__name__) for cls in type(module).__mro__]
     family = next((_FAMILIES[key] for key in keys if key in _FAMILIES), None)
     if family is None:
@@ -183,10 +181,10 @@ def inline_attention_of(module: nn.Module) -> InlineAttention | None:
 
 
 def inline_forward(site: Site, current_pass: Callable[[nn.Module], RunningPass | None]) -> Callable[..., Any]:
-    """Make the forward that replaces a module's own and runs the attention of the site inside the current pass.
+    """Make the forward that replaces a module's own, and lets the current pass run its attention.
 
     Args:
-        current_pass: returns the pass that runs in the stack of a module.
+        current_pass: `attention_interface.current_pass`, which this file cannot import.
     """
     own = inline_attention_of(site.module)
     assert own is not None
@@ -212,8 +210,7 @@ def _forward(
     output = own.run(args, kwargs, attention)
     if output is None:
         raise UnsupportedModeError(
-            f"{type(module).__name__} was called with encoder or query states; a prefix can enter only if it attends to its own "
-            "input.",
+            f"{type(module).__name__} was called with encoder or query states; a prefix can only enter self-attention.",
             "Turn the prompt off for this forward with `softhooks.disabled(model)`.",
             given=", ".join(name for name in _OTHER_STATES if name in kwargs) or "positional arguments",
         )

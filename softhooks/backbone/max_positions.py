@@ -1,4 +1,4 @@
-"""Warn if prompt and text exceed the trained range of rotary positions: the model raises no error, but its output gets worse."""
+"""Warn if prompt and text exceed the trained range of rotary positions: models raise no error, but their output gets worse."""
 
 from __future__ import annotations
 
@@ -14,26 +14,21 @@ from softhooks.backbone.stack import ModelStructure, Positions
 from softhooks.errors import format_message
 from softhooks.patching.patches import Patches
 
-_ADAPTIVE = ("dynamic",)
-"""Types of rotary embeddings that adapt to any length."""
-
 
 def rotary_limit(module: nn.Module) -> int | None:
-    """Return the number of positions that a stack's rotary embeddings support, or None if it has none or they have no limit.
+    """Return how many positions a stack's rotary embeddings support, or None if it has none or they have no limit.
 
-    With a `linear` scale in the config, `max_position_embeddings` is the length of pretraining, and with other scales
-    (YaRN) it may be. So it is multiplied by the scale.
+    `max_position_embeddings` is the length before scaling if the scaling is `linear`; otherwise it may also be the scaled length.
     """
     config = getattr(module, "config", None)
     trained = getattr(config, "max_position_embeddings", None)
     rotates = any("inv_freq" in name for name, _ in module.named_buffers())
-    if (
-        not isinstance(trained, int) or not rotates or getattr(config, "alibi", False)
-    ):  # Falcon with ALiBi does not rotate
+    rotates = rotates and not getattr(config, "alibi", False)  # Falcon with ALiBi has the buffer, but does not rotate
+    if not isinstance(trained, int) or not rotates:
         return None
     scaled: Any = getattr(config, "rope_parameters", None)
     scaled = scaled if isinstance(scaled, dict) else {}
-    if scaled.get("rope_type", "default") in _ADAPTIVE:
+    if scaled.get("rope_type") == "dynamic":  # adapts to any length
         return None
     factor, original = scaled.get("factor"), scaled.get("original_max_position_embeddings")
     if original is None and scaled.get("rope_type") == "linear":
@@ -61,12 +56,7 @@ def dynamic_rope_length(module: nn.Module) -> int | None:
 
 
 def warn_beyond(positions: Positions, text: int, length: int) -> None:
-    """Warn once per model if prompt and text together exceed this number of positions.
-
-    Args:
-        text: the number of text tokens, without padding.
-        length: the number of virtual tokens.
-    """
+    """Warn once per model if `length` virtual tokens and `text` tokens (without padding) exceed the rotary limit."""
     limit = positions.rotary_limit
     if limit is None or positions.has_warned or text + length <= limit or torch.compiler.is_compiling():
         return
@@ -87,7 +77,7 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 
 @contextmanager
 def without_position_warning(structure: ModelStructure) -> Iterator[None]:
-    """Suppress the warning while the `with` block runs probes, because their text is not the user's."""
+    """Suppress the warning while the `with` block runs, because the user did not choose the text of probes."""
     with Patches() as patches:
         for stack in structure.stacks:
             patches.set(stack.positions, "has_warned", True)

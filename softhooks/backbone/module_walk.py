@@ -1,4 +1,4 @@
-"""List the modules and tensors of a model fast enough for every forward; `named_modules` spends time on joining names."""
+"""List the modules and tensors of a model fast enough for every forward; `named_modules` also joins names, which is slow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def every_module(module: nn.Module) -> list[nn.Module]:
 
 
 def every_tensor(module: nn.Module) -> list[Tensor]:
-    """List every parameter and buffer of a module; a shared one may appear twice."""
+    """List every parameter and buffer of a module; shared ones may appear twice."""
     found: list[Tensor | None] = []
     waiting: list[nn.Module | None] = [module]
     while waiting:

@@ -1,7 +1,4 @@
-"""Rows with several choices, [B, C, T], which multiple-choice models flatten to [B * C, T] before their stack.
-
-Users give a prompt, a task or a context for each row; it applies to all choices of the row.
-"""
+"""Multiple-choice models, which flatten rows of choices, [B, C, T], to [B * C, T] before their stack."""
 
 from __future__ import annotations
 
@@ -13,18 +10,16 @@ from softhooks.layout.template import COLUMN
 
 
 def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Return the numbers of rows and of choices in a call of the model, or (0, 1) if the text has no choices."""
-    for text, dimensions in (
-        (kwargs.get("input_ids", args[0] if args else None), 3),
-        (kwargs.get("inputs_embeds"), 4),
-    ):
+    """Return B and C of a call of the model, or (0, 1) if the text has no choices."""
+    ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+    for text, dimensions in ((ids, 3), (embeddings, 4)):
         if isinstance(text, Tensor) and text.dim() == dimensions:
             return text.shape[0], text.shape[1]
     return 0, 1
 
 
 def for_each_choice(given: dict[str, Tensor], rows: int, choices: int) -> dict[str, Tensor]:
-    """Repeat each row's extra arguments once per choice. A slot column with an axis for choices, [B, C, S], is flattened."""
+    """Repeat each row's extra arguments once per choice; flatten a slot column that already has choices, [B, C, S]."""
     repeated = {}
     for name, value in given.items():
         if name == COLUMN and value.dim() == 3:

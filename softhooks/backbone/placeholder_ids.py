@@ -1,9 +1,8 @@
 """The token ids of virtual tokens, for models whose states depend on ids apart from their embeddings.
 
-Gemma 3n and Gemma 4 look up one embedding for each layer, and DeepSeek-V4 chooses experts by a table of ids. In these models a
-virtual token needs an id, and its effect depends on the id. A row that starts as a word has the id of that word, so that a prompt
-of real words has the same effect as the words. Any other row has the id that transformers uses for tokens without an id, such as
-image tokens: the padding id of the text config, or 0. The ids are saved with the prompt.
+Gemma 3n and Gemma 4 look up an embedding for each layer, and DeepSeek-V4 chooses experts by the id. A virtual token that is
+initialized from a word has the id of the word, so that it has the same effect. Any other virtual token has the id that
+transformers uses for tokens without an id, such as image tokens. The ids are saved with the prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from softhooks.backbone.word_embeddings import ids_of_rows
 from softhooks.errors import PromptMismatchError
 
 BUFFER = "placeholder"
-"""The name of a prompt's ids in its module, and among its saved conventions."""
+"""The name of the ids: as a buffer of the prompt's module, and in the conventions of a saved prompt."""
 
 
 def default_id(model: nn.Module, vocabulary: int) -> int:
@@ -38,9 +37,9 @@ def new_placeholder_ids(
 
     Args:
         count: P.
-        known: the ids of the words that the prompt starts from, with None for a row that is not a word; or None to find the
-            ids by the rows.
-        rows: the prompt's embedding rows, [P, H].
+        known: the ids of the words that initialize the prompt, with None for a row without a word; or None, to search for the
+            words with the embeddings in `rows`.
+        rows: the prompt's embeddings, [P, H].
     """
     default = default_id(model, structure.vocabulary)
     if known is None:
@@ -52,18 +51,12 @@ def new_placeholder_ids(
 def saved_placeholder_ids(
     model: nn.Module, structure: ModelStructure, count: int, conventions: dict[str, Any], source: str, *, needed: bool
 ) -> tuple[Tensor | None, dict[str, Any]]:
-    """Read the ids of a saved prompt's virtual tokens, [P], from its conventions.
+    """Split the conventions of a saved prompt into the ids of its virtual tokens, [P], and the other conventions.
 
     Args:
         count: P.
-        needed: whether the model's states depend on ids. If so, a file without ids gets the default of the versions that did
-            not save ids.
-
-    Returns:
-        the ids, and the other conventions.
-
-    Warns:
-        UserWarning: the file has no ids, and the model needs them.
+        needed: whether the model's states depend on ids. If so, and the file has none, warn, and use the id that softhooks used
+            before it saved ids.
 
     Raises:
         PromptMismatchError: the model's vocabulary does not contain the ids.
@@ -85,8 +78,8 @@ def saved_placeholder_ids(
     first = next((one for one in range(min(structure.vocabulary, 64)) if one not in special), 0)
     warnings.warn(
         f"{source} was saved by a version of softhooks that did not store the ids of virtual tokens, on which "
-        f"{type(model).__name__} depends. The first id that is not a special id of the config is used: {first}. If the special "
-        "ids were different in training (`pad_token_id`), set them as they were, load the prompt again and save it.",
+        f"{type(model).__name__} depends. The first id that is not a special id of the config is used: {first}. If the config "
+        "had other special ids (such as `pad_token_id`) in training, restore them, load the prompt again and save it.",
         UserWarning,
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""Make the position table of a stack return given positions instead of the positions that it would count."""
+"""Make the position table of a stack return the embeddings of given positions instead of counting positions itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softhooks.patching.patches import Patch, patch
 
 
 class _FixedPositions:
-    """Replaces the forward of a position table that takes no ids; returns the rows of fixed positions."""
+    """The forward that replaces that of a position table; returns the embeddings of fixed positions."""
 
     def __init__(self, table: PositionTable, ids: Tensor) -> None:
         self._table = table
@@ -23,12 +23,8 @@ class _FixedPositions:
         return functional.embedding(self._rows_for(asked), getattr(self._table.module, self._table.weight))
 
     def _rows_for(self, asked: Any) -> Tensor:
-        """Repeat the last position for the columns that a stack adds to its text (LED pads to whole windows).
-
-        Args:
-            asked: the argument of the table: ids, or the shape of ids.
-        """
-        shape = asked.shape if isinstance(asked, Tensor) else asked
+        """Repeat the last position for columns that the stack adds to the text (LED pads to whole windows)."""
+        shape = asked.shape if isinstance(asked, Tensor) else asked  # a table is called with ids, or with their shape
         more = shape[1] - self._rows.shape[-1] if isinstance(shape, tuple) and len(shape) > 1 else 0
         if more <= 0:
             return self._rows
@@ -36,9 +32,9 @@ class _FixedPositions:
 
 
 def set_table_positions(table: PositionTable, ids: Tensor) -> Patch:
-    """Make a position table that takes no ids return the rows of these positions, until `remove()` is called on the result.
+    """Make a position table return the embeddings of these positions until `remove()` is called on the result.
 
-    The forward is replaced and not its output, because the original fails on padded rows with more columns than positions.
+    The forward is replaced, not its output, because the original fails on padded rows with more columns than positions.
 
     Args:
         ids: counted from 0, [B, T], or [T] for all rows.

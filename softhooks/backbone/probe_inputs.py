@@ -1,4 +1,4 @@
-"""Token ids and lengths of the texts that probe forwards run on."""
+"""The token ids and lengths of the texts for probe forwards."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from softhooks.backbone.stack import Stack
 from softhooks.compat.offload import device_of
 
 CHOICES = 2
-"""The number of choices of a row in the probes of a multiple-choice model."""
+"""The number of choices per row in probe forwards of a multiple-choice model."""
 
 _MIN_COLUMNS = 24
 _MAX_DISTANCE = 128
 _DISTANCES = ("window", "chunk", "compress", "conv", "kernel", "topk", "block", "stride", "pool")
-"""Parts of the names of config values that may limit how far tokens see."""
+"""Parts of the names of config values that may limit how far back a token attends."""
 
 
 # --- ids --------------------------------------------------------------------------------------------------------------
 
 
 def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
-    """Make one row of ordinary ids, [1, columns]. If the model has an end-of-text id, the row ends with it."""
+    """Make one row of ids that are not special ids, [1, columns], except that it ends with the model's `eos_token_id`."""
     config = getattr(model, "config", None)
     inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -42,7 +42,7 @@ def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) ->
 
 
 def special_ids(config: Any) -> set[int | None]:
-    """Return the special ids of a config, which models use to find padding and the end of a text."""
+    """Return the special ids of a config, which models may use to find padding or the end of the text."""
     special: set[int | None] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
         value = getattr(config, name, None)
@@ -51,7 +51,7 @@ def special_ids(config: Any) -> set[int | None]:
 
 
 def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
-    """List the ids in ascending order that are neither special ids of a config nor the padding index of an embedding."""
+    """List, in ascending order, ids that are neither special ids of a config nor the padding index of an embedding."""
     special = {part.padding_idx for part in stack.module.modules() if isinstance(part, nn.Embedding)}
     config: Any = getattr(model, "config", None)
     for each in (config, text_config(config)):
@@ -62,17 +62,17 @@ def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
 
 
 def text_config(config: Any) -> Any:
-    """Return the part of a config that describes the text model, or the whole config if it has no separate part."""
+    """Return the text model's part of a config, or the whole config if it has no such part."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def decoder_ids(ids: Tensor) -> Tensor:
-    """Make decoder ids that differ from the encoder's; their number is the same, because some heads require that."""
+    """Make decoder ids that differ from the encoder ids, but are as many, because some heads require that."""
     return ids.roll(1, dims=-1)
 
 
 def as_choices(ids: Tensor, choices: int) -> Tensor:
-    """Turn every row into a row of equal choices. [B, T] -> [B, C, T]."""
+    """Repeat every row as several choices. [B, T] -> [B, C, T]."""
     return ids.unsqueeze(1).expand(-1, choices, -1).contiguous()
 
 
@@ -80,13 +80,13 @@ def as_choices(ids: Tensor, choices: int) -> Tensor:
 
 
 def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) -> tuple[int, int]:
-    """Choose the number of columns for a probe of a stack, and a column before which states must not depend on later ids.
+    """Choose the number of tokens for a test of causality, and the first token that changes in the test.
 
-    The column is the one before the end of a window, chunk or block, so that a token that sees too far sees beyond this end.
+    The first changed token is the last one of a window, chunk or block, so that a token that attends too far attends to it.
 
     Args:
-        max_columns: the number of columns that the model has positions for, or None for any number.
-        prompt: the number of virtual tokens; the text is longer, within limits.
+        max_columns: the number of positions of the model, or None for any number.
+        prompt: the number of virtual tokens. The text is longer, up to a limit.
     """
     distance = longest_distance(module)
     columns = max(_MIN_COLUMNS, 2 * distance + 2, min(prompt + 8, 2 * _MIN_COLUMNS))
@@ -97,10 +97,9 @@ def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) ->
 
 
 def longest_distance(module: nn.Module) -> int:
-    """Return a text length that covers the windows and chunks in a stack's config.
+    """Return the least common multiple of 8 and all window and chunk sizes in a stack's config up to `_MAX_DISTANCE`.
 
-    This is the least common multiple of 8 and all such sizes up to `_MAX_DISTANCE`. If it exceeds `_MAX_DISTANCE`, it is the
-    largest of them.
+    If the multiple exceeds `_MAX_DISTANCE`, return the largest of these numbers.
     """
     config = getattr(module, "config", None)
     found = {value for value in _distances(getattr(config, "__dict__", {})) if 2 <= value <= _MAX_DISTANCE} | {8}

@@ -1,4 +1,4 @@
-"""Run a model on probe inputs: in evaluation mode, with its states recorded, and with errors that name the failure."""
+"""Run a model on probe inputs: in evaluation mode, with its hidden states recorded, and with errors of softhooks on failure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, 
 from softhooks.patching.patches import Patches
 
 FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-"""The errors that a model may raise in a forward that it does not support."""
+"""The errors that a model may raise if it does not support a forward."""
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
 OTHER_METHOD = "Use another method, if one can enter this model."
-"""Remedies that `softhooks.checks.remedies` replaces with a remedy that it has tried."""
+"""Remedies, which `softhooks.checks.remedies` replaces in an error by one that it has tried on the model."""
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -27,11 +27,7 @@ OTHER_METHOD = "Use another method, if one can enter this model."
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Turn any exception of a model in a probe forward into an `UnsupportedModelError`; errors of softhooks pass through.
-
-    Raises:
-        UnsupportedModelError: the model raised an error of its own.
-    """
+    """Turn any exception of the model in the `with` block into an `UnsupportedModelError`, except errors of softhooks."""
     try:
         yield
     except SoftHooksError:
@@ -45,16 +41,12 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 
 class _UnsupportedModelModeError(UnsupportedModelError, UnsupportedModeError):
-    """The prompt cannot enter in a mode that the model always uses."""
+    """The prompt does not support a mode that the model always uses."""
 
 
 @contextmanager
 def probing_with_prompt(model: nn.Module) -> Iterator[None]:
-    """Turn any exception of a probe forward with a prompt into an `UnsupportedModelError`.
-
-    Raises:
-        UnsupportedModelError: the forward failed.
-    """
+    """Turn any exception in the `with` block into an `UnsupportedModelError`; an `UnsupportedModeError` stays one, too."""
     try:
         with probing(model):
             yield
@@ -63,7 +55,7 @@ def probing_with_prompt(model: nn.Module) -> Iterator[None]:
     except SoftHooksError as error:
         kind = _UnsupportedModelModeError if isinstance(error, UnsupportedModeError) else UnsupportedModelError
         raise kind(
-            f"{type(model).__name__} failed in a probe forward of plain text with the prompt.",
+            f"{type(model).__name__} failed in a probe forward with the prompt and text.",
             OTHER_METHOD,
             cause=f"{type(error).__name__}: {error}",
         ) from error
@@ -74,7 +66,7 @@ def probing_with_prompt(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run the `with` block without gradients and dropout; restore the mode of every module and the random state after it."""
+    """Run the `with` block without gradients and dropout; then restore the mode of every module and the random state."""
     random_state = torch.get_rng_state()
     with Patches() as patches, torch.no_grad():
         for module in every_module(model):
@@ -88,7 +80,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(module: nn.Module) -> Iterator[None]:
-    """Run the `with` block with the random seed 0, so that a model repeats its random numbers; restore the state after it."""
+    """Run the `with` block with the random seed 0, so that each run draws equal numbers; then restore the random state."""
     devices = {weight.device for weight in module.parameters()}
     with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
         # `torch.manual_seed` also seeds CUDA lazily, which takes as long as the forward of a small model.
@@ -116,7 +108,7 @@ def recorded_states(module: nn.Module, state: StackState | None = None) -> Itera
 
     Args:
         module: the module of the stack.
-        state: the stack's state, if prompts may be active; forwards of a prompt's own rows are then left out.
+        state: the stack's state, if prompts may be active. Forwards that compute a prompt are then left out.
     """
     states: list[Tensor] = []
     outer = None if state is None else state.current
@@ -133,7 +125,7 @@ def recorded_states(module: nn.Module, state: StackState | None = None) -> Itera
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype of a module's first floating-point parameter."""
+    """Return the dtype of the first floating-point parameter."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""A cache that records the keys and values that a model's layers compute."""
+"""A cache that records the keys and values that it is given."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 
 class RecordingCache(Cache):
-    """A cache that records the keys and values of each layer and returns them without any past.
+    """A cache without past tokens that records the keys and values of each layer.
 
     Args:
-        running: returns the running module, to record which module passes the keys and values.
+        running: returns the running module, to fill `callers`.
 
     Attributes:
         recorded: keys and values by layer, [B, Hk, T, D] each.
@@ -34,9 +34,9 @@ class RecordingCache(Cache):
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: there are no past tokens."""
+        """Return 0, because there are no past tokens."""
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return the number of keys (the same as the number of queries) and their offset."""
+        """Return the number of keys, which is that of the queries, and their offset, which is 0."""
         return query_length, 0

@@ -1,17 +1,55 @@
-"""The description of a model: its stacks, their attention modules and their positions."""
+"""The description of a model: its text backbones (stacks), their attention modules (sites) and their positions."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from softhooks.backbone.attention_call import AttentionCall
 from softhooks.backbone.stack_state import StackState
 
 Role = Literal["self", "cross"]
 StackName = Literal["text", "encoder", "decoder"]
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """The arguments that make an attention module compute keys and values of hidden states without rotation or mask.
+
+    Attributes:
+        width: the width of the hidden states, H.
+        query_heads: the number of query heads, Hq.
+        args, kwargs: the arguments, with None instead of the hidden states.
+        place: the position or the name of the argument for the hidden states.
+        failure: why the module cannot be called with these arguments; empty if it can.
+    """
+
+    width: int
+    query_heads: int
+    args: list[Any]
+    kwargs: dict[str, Any]
+    place: int | str
+    failure: str = ""
+
+    def arguments(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments for hidden states [N, H], each as a sequence of one token."""
+        args = [_on_device_of(value, rows) for value in self.args]
+        kwargs = {name: _on_device_of(value, rows) for name, value in self.kwargs.items()}
+        if isinstance(self.place, int):
+            args[self.place] = rows[:, None]
+        else:
+            kwargs[self.place] = rows[:, None]
+        return args, kwargs
+
+
+def _on_device_of(value: Any, rows: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(rows) if value.is_floating_point() else value.to(rows.device)
+    if isinstance(value, tuple):
+        return tuple(_on_device_of(part, rows) for part in value)
+    return copy.copy(value) if isinstance(value, dict) else value  # the layer may write to a dictionary
 
 
 @dataclass(eq=False)
@@ -23,9 +61,9 @@ class Site:
         module: the module that calls the attention function, or that passes its keys to the cache.
         heads: the number of key-value heads, Hk.
         key_dim, value_dim: the head dimensions of keys and values, D.
-        shared_sites: the sites of a module that serves several layers (ALBERT), in the order of its calls in a forward.
-        call: the arguments for calling the module on hidden states without positions; None until `projection_probe` finds them.
-        is_windowed: whether its masks follow the config's `sliding_window`, although its calls do not pass the window.
+        shared_sites: one site per layer if several layers share the module (ALBERT), in the order of the calls.
+        call: the arguments to compute keys and values of single hidden states; None until `projection_probe` finds them.
+        is_windowed: whether the config's `sliding_window` limits its masks, although its calls do not pass the window.
     """
 
     stack: Stack
@@ -41,18 +79,18 @@ class Site:
 
     @property
     def size(self) -> int:
-        """The number of values in the key and the value of one virtual token."""
+        """The number of elements in the key and the value of one virtual token."""
         return self.heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(eq=False)
 class PositionTable:
-    """A module that returns consecutive rows of its own matrix, one for each position.
+    """A module that returns consecutive rows of its matrix of position embeddings.
 
     Attributes:
         weight: the name of the matrix.
-        first: the row of a text's first token.
-        by_row: whether rows of a batch can have different positions.
+        first: the matrix row for the first token of a text.
+        by_row: whether the rows of a batch can have different positions.
     """
 
     module: nn.Module
@@ -63,18 +101,18 @@ class PositionTable:
 
 @dataclass(eq=False)
 class Positions:
-    """The numbering of a stack's columns.
+    """The positions that a stack gives to its tokens.
 
     Attributes:
-        takes_position_ids: whether its forward takes `position_ids` and uses them.
-        table: its position table, if it does not use `position_ids` and the table can be made to return other positions.
-        start: the position id of a row's first token (RoBERTa: padding_idx + 1; PaliGemma: 1).
+        takes_position_ids: whether its forward accepts `position_ids` and uses them.
+        table: its position table, if it uses no `position_ids` and the table can be made to return other rows.
+        start: the position id of the first token (RoBERTa: padding_idx + 1; PaliGemma: 1).
         padding: the position id of padding, if padding has its own.
         limit: the number of positions, if exceeding it is an error.
-        trained: the number of positions that the config declares.
-        rotary_limit: the number of positions that the rotary embeddings support; None if there are none or they have no limit.
-        has_warned: whether the warning about exceeded positions was given.
-        dynamic_rope_length: the length above which the frequencies of all rotary positions change, or None for never.
+        trained: the config's `max_position_embeddings`.
+        rotary_limit: the number of positions that the rotary embeddings support; None if unlimited or not rotary.
+        has_warned: whether the user was warned that a text exceeds `rotary_limit`.
+        dynamic_rope_length: the length above which all rotary frequencies change (dynamic RoPE), or None.
     """
 
     takes_position_ids: bool
@@ -89,24 +127,25 @@ class Positions:
 
     @property
     def can_shift(self) -> bool:
-        """Whether the text can be given the positions after a prefix."""
+        """Whether the text can be moved to the positions after a prefix."""
         return self.takes_position_ids or self.table is not None
 
 
 @dataclass(eq=False)
 class Stack:
-    """A text backbone: the module that takes token ids and returns one hidden state per token.
+    """A text backbone: the module that receives token ids and returns one hidden state per token.
 
     Attributes:
         path: the module's path in the model; empty if it is the model itself.
+        embedding: its input embedding.
         width: the width of its hidden states, H.
         causal: whether tokens see only earlier tokens.
-        parameters: the names of the forward's arguments.
+        parameters: the names of the arguments of its forward.
         sites: the attention modules that keys and values can enter.
         injection: how they enter: at the attention function, in inline attention, or by a cache; None if they cannot.
         slot_values: the per-token arguments with a known value for virtual slots; filled in when slots are used.
         compared_arguments: the non-tensor arguments of the call in which the shared prompt was compared with slots.
-        pooled_module: the child whose first column goes to the pooler, if the pooler never sees the other columns.
+        pooled_module: the child whose first token goes to the pooler, if the pooler sees no other token.
         reads_ids: whether its states depend on token ids apart from their embeddings; None until measured.
         state: the forward that is running now.
     """
@@ -128,7 +167,7 @@ class Stack:
     state: StackState = field(default_factory=StackState, init=False, repr=False)
 
     def sites_of(self, role: Role) -> list[Site]:
-        """Return the sites of one role in the order of their indices."""
+        """Return the sites of one role, in the order of their indices."""
         return [site for site in self.sites if site.role == role]
 
 
@@ -138,7 +177,7 @@ class ModelStructure:
 
     Attributes:
         vocabulary: the number of rows of the input embedding.
-        choices: the number of choices of a row in the probes, or None if the model does not take rows of choices, [B, C, T].
+        choices: the number of choices per row in probe forwards of a multiple-choice model ([B, C, T]); otherwise None.
     """
 
     stacks: list[Stack]
@@ -152,5 +191,5 @@ class ModelStructure:
 
     @property
     def entry(self) -> Stack:
-        """The stack that the user's `input_ids` enter."""
+        """The stack that receives the `input_ids` of the model's forward."""
         return self.stacks[0]

@@ -1,4 +1,4 @@
-"""The state of a stack while a forward runs; `softhooks.backbone.stack` describes the stack itself."""
+"""The running forward of a stack, and the members of higher layers that it uses, as protocols."""
 
 from __future__ import annotations
 
@@ -12,42 +12,38 @@ from torch import Tensor, nn
 
 
 class RunningPass(Protocol):
-    """The methods of a `Pass` that the modules of its stack call: the embedding, the attention and the linear layers."""
+    """The members of `Pass` that hooks on the modules of a stack use."""
 
     thread: int
     has_begun: bool
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
-        """Whether a call of the embedding looks up the text."""
+        """See `Pass.looks_up_text`."""
 
     def embed(self, output: Tensor) -> Tensor:
-        """Change the output of the embedding."""
+        """See `Pass.embed`."""
 
     def site_for_call(self, site: Any) -> Any:
-        """Choose the site of a module's call."""
+        """See `Pass.site_for_call`."""
 
     def enters(self, site: Any) -> bool:
-        """Whether the pass reads or changes the keys and values of a site."""
+        """See `Pass.enters`."""
 
     def attend(self, site: Any, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a site's attention function."""
+        """See `Pass.attend`."""
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Change the output of a linear layer."""
+        """See `Pass.scale`."""
 
 
 class ModelForward(Protocol):
-    """A forward of the whole model.
-
-    Attributes:
-        encoded: the places of the slots in the encoder states that the decoder attends to.
-    """
+    """A forward of the whole model; `encoded` is described at `StackState.encoded`."""
 
     encoded: Any
 
 
 class ModelCalls(Protocol):
-    """The calls that run on a model."""
+    """The calls of a model that are running in all threads."""
 
     @property
     def forward(self) -> ModelForward | None:
@@ -61,7 +57,7 @@ class ModelCalls(Protocol):
 
 
 class AttachedPrompt(Protocol):
-    """A prompt of the model."""
+    """A prompt on the model."""
 
     @property
     def injection(self) -> str:
@@ -69,7 +65,7 @@ class AttachedPrompt(Protocol):
 
 
 class Owner(Protocol):
-    """The attributes of a model's prompts that its stacks use."""
+    """The members of a `PromptedModel` that its stacks use."""
 
     @property
     def model(self) -> nn.Module:
@@ -81,7 +77,7 @@ class Owner(Protocol):
 
     @property
     def running(self) -> ModelCalls:
-        """The calls that run on the model."""
+        """The model's running calls."""
 
     @property
     def is_in_use(self) -> bool:
@@ -89,10 +85,10 @@ class Owner(Protocol):
 
 
 class StackState:
-    """The running forward of a stack, and the prompts of its model.
+    """The running forward of a stack.
 
     Attributes:
-        owner: the prompts of the model, or None while it has none.
+        owner: the model with its prompts, or None while it has none.
     """
 
     def __init__(self) -> None:
@@ -100,12 +96,12 @@ class StackState:
         self._current: RunningPass | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the running forward out of copies and pickles."""
+        """Exclude the running forward from copies and pickles."""
         return self.__dict__ | {"_current": None}
 
     @property
     def current(self) -> RunningPass | None:
-        """The pass of this thread's running forward, or None if none is running; attention and embedding read it."""
+        """The pass of the forward that this thread is running, or None."""
         current = self._current
         if current is None or torch.compiler.is_compiling() or current.thread == threading.get_ident():
             return current
@@ -117,13 +113,13 @@ class StackState:
 
     @contextmanager
     def running(self, forward_pass: RunningPass, alone: str = "") -> Iterator[None]:
-        """Run the modules of the stack inside a pass while the `with` block runs.
+        """Set `current` to a pass while the `with` block runs.
 
         Args:
-            alone: a description of the block for errors, if no other thread may run the model meanwhile.
+            alone: a name for the block, shown in errors. If given, no other thread may run the model meanwhile.
 
         Raises:
-            UnsupportedModeError: another thread is running the model, and the block must run alone.
+            UnsupportedModeError: another thread is running the model although `alone` is set.
         """
         with self.owner.running.exclusive(alone) if self.owner is not None and alone else nullcontext():
             outer, self._current = self._current, forward_pass
@@ -135,7 +131,7 @@ class StackState:
 
     @property
     def encoded(self) -> Any:
-        """The places of the slots in the encoder states that the decoder attends to in the running forward."""
+        """The indices of virtual tokens in the encoder states that the decoder attends to in the running forward."""
         forward = None if self.owner is None else self.owner.running.forward
         return None if forward is None else forward.encoded
 

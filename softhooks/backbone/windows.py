@@ -1,8 +1,4 @@
-"""Find sliding windows and chunks that only the masks of a layer define.
-
-PhiMoE has its windows in its masks and does not pass them to the attention function. Llama 4 cuts a text into chunks, and its
-tokens see only the tokens of their own chunk.
-"""
+"""Sliding windows and chunks of attention, even if only the attention masks show them (PhiMoE, Llama 4)."""
 
 from __future__ import annotations
 
@@ -17,12 +13,12 @@ from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
 
 _PROBE_WINDOW = 2
-"""A window that hides tokens in a probe of four tokens."""
+"""A window that is shorter than a probe of four tokens."""
 
 
 @contextmanager
 def shortened_window(stack: Stack) -> Iterator[bool]:
-    """Shorten the sliding window of a causal stack while the `with` block runs; yield False if its config has no window."""
+    """Shorten the sliding window in the config of a causal stack while the `with` block runs; yield False if it has none."""
     config: Any = getattr(stack.module, "config", None)
     window = getattr(config, "sliding_window", None)
     if not stack.causal or type(window) is not int or window <= 0:
@@ -36,7 +32,7 @@ def shortened_window(stack: Stack) -> Iterator[bool]:
 
 
 def hides_distant(mask: Any, window: int = _PROBE_WINDOW) -> bool:
-    """Whether an attention mask hides tokens outside the window from the last query."""
+    """Whether an attention mask hides tokens before the window from the last query."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] <= window:
         return False
     distant = mask[0, 0, -1, -window - 1]
@@ -44,11 +40,7 @@ def hides_distant(mask: Any, window: int = _PROBE_WINDOW) -> bool:
 
 
 def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
-    """Return the number of tokens, including itself, that a token of a site sees, or None if it sees all of them.
-
-    Args:
-        kwargs: the keyword arguments of the attention function's call.
-    """
+    """Return how many tokens, including itself, a token attends to in a call with these arguments, or None for all tokens."""
     window = kwargs.get("sliding_window", getattr(site.module, "sliding_window", None))
     if window is None and site.is_windowed:
         window = getattr(site.stack.module.config, "sliding_window", None)
@@ -56,14 +48,11 @@ def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
 
 
 def require_one_chunk(stack: Stack, virtual_tokens: int, positions: Tensor | None) -> None:
-    """Refuse a prefix and a text that together exceed the first chunk, because the model would end its chunks P tokens late.
+    """Refuse a prefix and a text that together exceed one chunk (Llama 4); the model would end its chunks P tokens too late.
 
     Args:
-        virtual_tokens: the number of virtual tokens before the text in self-attention, at their own positions.
-        positions: the positions of the text, counted from 0 in each row, [B or 1, T].
-
-    Raises:
-        UnsupportedModeError: prefix and text together are longer than a chunk.
+        virtual_tokens: the number of virtual tokens before the text in self-attention.
+        positions: the positions of the text, counted from 0 in each row, [B or 1, T], or None if they are unknown.
     """
     config: Any = getattr(stack.module, "config", None)
     chunk = getattr(config, "attention_chunk_size", None)
@@ -74,7 +63,7 @@ def require_one_chunk(stack: Stack, virtual_tokens: int, positions: Tensor | Non
     if longest is None or longest + virtual_tokens > chunk:
         raise UnsupportedModeError(
             "prefix and text together exceed one chunk of a model with chunked attention.",
-            "Shorten the text, or use PromptTuning, whose virtual tokens are cut into chunks with the text.",
+            "Shorten the text, or use PromptTuning, whose virtual tokens are divided into chunks with the text.",
             prefix=f"{virtual_tokens} virtual tokens",
             text="of unknown length" if longest is None else f"{longest} tokens",
             chunk=f"{chunk} tokens",

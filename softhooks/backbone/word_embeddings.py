@@ -1,4 +1,4 @@
-"""Look up the embeddings of token ids, and find the ids of given embeddings."""
+"""Look up the embeddings of token ids, and find the token ids of embeddings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ from softhooks.compat.sharding import full
 from softhooks.errors import OptionError
 
 _CHUNK = 8192
-"""The number of rows of the vocabulary to compare at a time."""
+"""The number of tokens whose embeddings are compared at a time."""
 
 
 def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
-    """Look up ids in the model's embedding. [P] -> [P, H].
-
-    Raises:
-        OptionError: the vocabulary does not contain an id.
-    """
+    """Return the embeddings of token ids, in fp32. [P] -> [P, H]."""
     stack = structure.entry
     ids = torch.as_tensor(ids, dtype=torch.long)
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= structure.vocabulary):
@@ -39,10 +35,7 @@ def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """For each row, find the first id whose embedding equals the row exactly, or None. [P, H] -> P ids.
-
-    transformers finds the ids of `inputs_embeds` in the same way.
-    """
+    """Find the first token id whose embedding equals each row, or None. [P, H] -> P ids."""
     found: list[int | None] = [None] * len(rows)
     for start in range(0, structure.vocabulary, _CHUNK):
         ids = range(start, min(start + _CHUNK, structure.vocabulary))
@@ -54,7 +47,7 @@ def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
 
 
 def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
-    """For each row, find the index of the first equal row of a table, or None. [V, H], [P, H] -> P indices."""
+    """Find the index of the first table row that equals each given row, or None. [V, H], [P, H] -> P indices."""
     found: list[int | None] = [None] * len(rows)
     for row, index in (rows[:, None, 0] == table[None, :, 0].float()).nonzero().tolist():
         if found[row] is None and torch.equal(rows[row], table[index].float()):
@@ -64,12 +57,10 @@ def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
 
 @torch.no_grad()
 def ids_of_weight_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """For each row, find the id of the equal weight row; None if there is none, or if the embedding also outputs the row.
+    """Find the id of the row of `embedding.weight` that equals each given row, to detect that a user passed weights.
 
-    These two differ only if the embedding does more than a lookup: Gemma's multiplies the rows by sqrt(H).
-
-    Shape:
-        rows [P, H] -> P ids
+    Weights and embeddings differ if the embedding does more than a lookup: Gemma's multiplies by sqrt(H). The id is None if no
+    weights equal the row, or if it is also an embedding. [P, H] -> P ids.
     """
     embedding = structure.entry.embedding
     weight = full(read_tensor(embedding, "weight", embedding.weight)).detach()  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Offloaded models: accelerate keeps their weights on the CPU or disk and loads them for each forward (`device_map` etc.)."""
+"""Models that accelerate has offloaded (`device_map`): their weights stay on the CPU or disk and are loaded for each forward."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from softhooks.errors import UnsupportedModelError
 from softhooks.patching.patches import Patches
 
 _HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward", "forward")
-"""The attributes that accelerate sets on the instance of a module."""
+"""The attributes that accelerate sets on a module."""
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device on which a module computes: the device of its weights, or the one that accelerate loads them to.
+    """Return the device on which a module computes: that of its weights, or the one to which accelerate loads them.
 
     Raises:
-        UnsupportedModelError: the weights are on the meta device, and no hook loads them.
+        UnsupportedModelError: the module has no weights, or they are on the meta device and no hook loads them.
     """
     weight = next(chain(module.parameters(), module.buffers()), None)
     if weight is None:
@@ -40,7 +40,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Read a model's tensor, from the CPU or disk if it is offloaded; return a meta tensor if it cannot be read."""
+    """Return a tensor of a model, read from the CPU or disk if it is offloaded; return a meta tensor that cannot be read."""
     if not tensor.is_meta:
         return tensor
     from accelerate.utils.modeling import align_module_device, has_offloaded_params
@@ -56,7 +56,7 @@ def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def without_accelerate_hooks(module: nn.Module) -> Iterator[None]:
-    """Remove accelerate's hooks while the `with` block copies a module, so that the copy does not load the original's weights."""
+    """Remove accelerate's hooks while the `with` block copies a module, so that the copy does not load the weights again."""
     with Patches() as patches:
         for part in module.modules():
             if "_hf_hook" in part.__dict__:

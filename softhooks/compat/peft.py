@@ -1,4 +1,4 @@
-"""Base models that PEFT has wrapped: find the inner model, and refuse calls that would lose a prompt."""
+"""Models that PEFT has wrapped: find the inner model, and refuse calls that would lose a prompt."""
 
 from __future__ import annotations
 
@@ -13,30 +13,24 @@ _UNLOADS = ("merge_and_unload", "unload")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT model, or any other model unchanged."""
+    """Return the transformers model inside a PEFT model; return any other model itself."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
 
 
 def path_in_wrapper(model: nn.Module) -> str:
-    """Return the path of the transformers model inside a PEFT model, with a final dot, or an empty string for any other model.
+    """Return the path of the transformers model inside a PEFT model, with a final dot; empty for any other model.
 
-    The paths of saved heads start after this prefix, so that a prompt trained with LoRA also fits the merged model.
+    The paths of saved heads omit this prefix, so that a prompt trained with LoRA also fits the merged model.
     """
     inner = unwrapped(model)
     return "" if inner is model else next(f"{path}." for path, part in model.named_modules() if part is inner)
 
 
 def refuse_peft_prompts(model: nn.Module) -> None:
-    """Refuse a PEFT model whose adapters are prompts, because both libraries would insert a prompt.
-
-    Raises:
-        UnsupportedModelError: the model has PEFT prompts; the error names them.
-    """
+    """Raise an `UnsupportedModelError` if adapters of a PEFT model are prompts, because both libraries would insert one."""
     configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict):
-        return
-    found = {name: _kind(config) for name, config in configs.items() if _is_prompt(config)}
+    found = {name: _kind(one) for name, one in configs.items() if _is_prompt(one)} if isinstance(configs, dict) else {}
     if found:
         raise UnsupportedModelError(
             "the model already has PEFT prompts, so a softhooks prompt cannot be attached to it.",
@@ -55,7 +49,7 @@ def _is_prompt(config: Any) -> bool:
 
 
 def refuse_unloading(model: nn.Module, patches: Patches) -> None:
-    """Make the methods that unwrap a PEFT model raise an error, because the removed wrapper holds the prompts."""
+    """Make the methods that remove the wrapper of a PEFT model raise an error, because the wrapper holds the prompts."""
     if unwrapped(model) is model or not hasattr(model, "peft_config"):
         return
     for module in (model, getattr(model, "base_model", model)):
@@ -65,7 +59,7 @@ def refuse_unloading(model: nn.Module, patches: Patches) -> None:
 
 
 class _Refusal:
-    """Replacement for a method that would lose the prompts. It is not a closure, so that copies of the model can be pickled."""
+    """Replaces a method that would lose the prompts; not a closure, so that the model can be pickled."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -73,6 +67,6 @@ class _Refusal:
     def __call__(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise AttachError(
             f"`{self._name}` would remove the PEFT wrapper, which holds the prompts, heads and hooks.",
-            "Save and remove the prompt, merge, and load it onto the merged model; or keep the wrapper and merge in place "
-            "with `merge_adapter()`.",
+            "Save and remove the prompt, merge, and load the prompt onto the merged model; or keep the wrapper and merge in "
+            "place with `merge_adapter()`.",
         )

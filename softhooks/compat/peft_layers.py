@@ -1,4 +1,4 @@
-"""PEFT's adapter layers in a base model: the state, other than tensors, that their output depends on."""
+"""PEFT's adapter layers in a base model: find out whether cached keys and values are still valid."""
 
 from __future__ import annotations
 
@@ -10,27 +10,23 @@ from torch import nn
 from softhooks.errors import UnsupportedModeError
 
 _PER_ROW = ("adapter_names", "alora_offsets")
-"""The arguments that PEFT passes to its layers for each row of a forward, by hooks that it removes after the forward."""
+"""The arguments that hooks of PEFT pass to its layers if each row has its own adapter."""
 
 
 def adapter_state(module: nn.Module, model: nn.Module) -> tuple[Any, ...]:
-    """Return the active adapters in a module and their scales, which PEFT changes without changing a tensor.
-
-    Args:
-        model: the model that contains the module.
+    """Return the active adapters in a module of `model` and their scales, which PEFT changes without changing a tensor.
 
     Raises:
         UnsupportedModeError: the rows of this forward have different adapters.
     """
     state = []
     for layer in _layers(module):
-        own = layer.__dict__
         _require_one_for_all_rows(layer, model)
-        scaling = own.get("scaling")
-        scales = tuple(scaling.items()) if isinstance(scaling, dict) else ()
-        active = own.get("_active_adapter", ())
+        own = layer.__dict__
+        scaling, active = own.get("scaling"), own.get("_active_adapter", ())
+        scales = tuple(map(repr, scaling.items())) if isinstance(scaling, dict) else ()
         active = (active,) if isinstance(active, str) else tuple(active)
-        state.append((bool(own.get("_disable_adapters")), active, tuple(map(repr, scales))))
+        state.append((bool(own.get("_disable_adapters")), active, scales))
     return tuple(state)
 
 
@@ -55,7 +51,6 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 
 def _per_row(hook: Any) -> str | None:
-    """Return the name of the per-row argument that a hook passes, or None."""
     keywords = getattr(hook, "keywords", None) or {}
     return next((name for name in _PER_ROW if keywords.get(name) is not None), None)
 
@@ -73,7 +68,7 @@ def _require_one_for_all_rows(layer: nn.Module, model: nn.Module) -> None:
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Remove PEFT's hooks for this forward: PEFT does not do so after an error, and later forwards would run them."""
+    """Remove PEFT's hooks for this forward, because PEFT does not do so after an error."""
     for layer in _layers(model):
         for number in [number for number, hook in layer._forward_pre_hooks.items() if _per_row(hook) is not None]:
             del layer._forward_pre_hooks[number]

@@ -1,4 +1,4 @@
-"""Models whose parameters are sharded over processes (FSDP2, DeepSpeed): gather shards, and refuse unsupported uses."""
+"""Models whose parameters are sharded over processes (FSDP2, DeepSpeed): gather parameters, and refuse unsupported uses."""
 
 from __future__ import annotations
 
@@ -20,34 +20,31 @@ class Prompt(Protocol):
         """The model, which contains the prompt's parameters."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return the trainable parameters, by their names in the model."""
+        """Return the trainable parameters by their names in the model."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of a tensor. `DTensor` itself is not imported, because that is slow."""
-    return hasattr(tensor, "full_tensor")
+    """Whether this process holds only a part of a tensor."""
+    return hasattr(tensor, "full_tensor")  # importing `DTensor` for `isinstance` is slow
 
 
 def is_sharded_model(model: nn.Module) -> bool:
-    """Whether a model is sharded, even if its parameters are currently gathered (after an evaluation)."""
+    """Whether a model is sharded, even if its parameters are currently gathered."""
     is_managed = any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
     return is_managed or any(map(is_sharded, model.parameters()))
 
 
 def gather_root(model: nn.Module) -> None:
-    """Gather the root weights of a sharded model again, after a nested forward has resharded them at its end."""
+    """Gather the weights of a sharded model's root module again, because a nested forward reshards them when it ends."""
     unshard = getattr(model, "unshard", None)
     if unshard is not None and is_sharded_model(model):
         unshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor, for which every process must make this call; return any other tensor unchanged."""
-    if not is_sharded(tensor):
-        return tensor
+    """Gather a sharded tensor (every process must call this); return any other tensor itself."""
     sharded: Any = tensor
-    whole: Tensor = sharded.to(sharded.device_mesh.device_type).full_tensor()
-    return whole
+    return sharded.to(sharded.device_mesh.device_type).full_tensor() if is_sharded(tensor) else tensor
 
 
 @contextmanager
@@ -55,8 +52,8 @@ def gathered(prompt: Prompt, state: Mapping[str, Tensor] | None = None) -> Itera
     """Replace a prompt's sharded parameters by full ones while the `with` block saves them.
 
     Args:
-        state: a full state dict of the model with the values to save, such as averages. Without it, every process must enter
-            the block.
+        state: a full state dict of the model with the values to save (an average of weights, for example). Without it, every
+            process must enter the block.
 
     Yields:
         whether this process writes the file.
@@ -68,21 +65,15 @@ def gathered(prompt: Prompt, state: Mapping[str, Tensor] | None = None) -> Itera
             if not is_sharded(parameter) and (given is None or given.data_ptr() == parameter.data_ptr()):
                 continue
             if given is None:
-                values, writes = full(parameter.detach()), distributed.get_rank() == 0
-            else:
-                values = given
+                given, writes = full(parameter.detach()), distributed.get_rank() == 0
             path, _, leaf = name.rpartition(".")
             parameters = prompt.model.get_submodule(path)._parameters
-            patches.set(parameters, leaf, nn.Parameter(values.to(parameter.device)))
+            patches.set(parameters, leaf, nn.Parameter(given.to(parameter.device)))
         yield writes
 
 
 def refuse_sharded(base: Iterable[Tensor]) -> None:
-    """Refuse to compute a prompt once for all rows with a model that gathers its weights layer by layer.
-
-    Raises:
-        UnsupportedModeError: the model is sharded, so the weights for the backward of the keys and values would be gone.
-    """
+    """Refuse to compute a prompt once for all rows in a sharded model: the backward of the prompt would lack its weights."""
     if distributed.is_available() and distributed.is_initialized() and any(map(is_sharded, base)):
         raise UnsupportedModeError(
             "injection='shared' computes the prompt once for all rows, which does not work in a sharded model (fully_shard).",
@@ -91,11 +82,7 @@ def refuse_sharded(base: Iterable[Tensor]) -> None:
 
 
 def refuse_partitioned(model: nn.Module) -> None:
-    """Refuse a model whose weights DeepSpeed (ZeRO stage 3) has partitioned, so that they only exist during its forwards.
-
-    Raises:
-        UnsupportedModelError: the weights are partitioned; the error names one.
-    """
+    """Refuse a model whose weights are partitioned by DeepSpeed (ZeRO stage 3) and exist only during its forwards."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from softhooks.errors import CheckpointError
 
 _UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, OverflowError)
-"""The errors that reading raises for a damaged file, for a file of another format, or for a dtype that torch lacks."""
+"""The errors for a damaged file, a file of another format, or a dtype that torch does not have."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -35,7 +35,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file in the same directory; after the block, sync it to disk and rename it to `path`."""
+    """Yield a temporary path in the same directory; after the block, sync the file to disk and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -57,31 +57,20 @@ def _sync(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file. Pickles are never read.
-
-    Raises:
-        CheckpointError: the file is missing, truncated or not a safetensors file.
-    """
+    """Read the tensors and the metadata of a safetensors file; raise a `CheckpointError` for any other or damaged file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except _UNREADABLE as error:
         raise CheckpointError(
             f"{path} is missing, truncated or not a safetensors file.",
-            "Save the prompt again; other formats are not read.",
+            "Save the prompt again; other formats cannot be loaded.",
             error=f"{type(error).__name__}: {error}",
         ) from error
 
 
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Args:
-        source: the name of the file in errors.
-
-    Raises:
-        CheckpointError: the text is not a JSON object.
-    """
+    """Parse a JSON object; raise a `CheckpointError` that names `source` if the text is not one."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -92,11 +81,7 @@ def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        CheckpointError: the file cannot be read, or does not contain a JSON object.
-    """
+    """Read a JSON object from a file; raise a `CheckpointError` if the file does not contain one."""
     try:
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:

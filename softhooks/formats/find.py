@@ -12,28 +12,22 @@ from softhooks.formats.stored import StoredPrompt
 
 Format = Literal["softhooks", "peft"]
 MARKS: dict[Format, str] = {"softhooks": softhooks_files.TENSORS, "peft": peft_read.CONFIG}
-"""The file that identifies a prompt of each format."""
+"""The file that identifies a saved prompt, by format."""
 
 
 def find(path: str | Path, revision: str | None = None, token: str | None = None) -> StoredPrompt:
-    """Read a prompt from a directory or from the hub. See `load`."""
+    """Read a prompt from a directory or from the hub."""
     return read(Path(path) if _exists(Path(path)) else _download(str(path), revision, token))
 
 
 def format_of(folder: Path) -> Format | None:
-    """Return the format of the prompt in a folder, or None.
-
-    Files of both formats mean a softhooks prompt on top of a PEFT adapter.
-    """
+    """Return the format of the prompt in a folder, or None if there is no prompt."""
+    # A softhooks prompt may lie beside the PEFT adapter that it was trained on, so softhooks' format comes first.
     return next((name for name, mark in MARKS.items() if (folder / mark).is_file()), None)
 
 
 def read(folder: Path) -> StoredPrompt:
-    """Read a prompt from a directory, in either format.
-
-    Raises:
-        CheckpointError: there is no prompt, or its file is truncated, of another format or inconsistent.
-    """
+    """Read a prompt from a directory, in either format; raise a `CheckpointError` if there is none or it is damaged."""
     found = format_of(folder)
     if found is None:
         raise explain_missing(folder, tuple(MARKS.values()))
@@ -48,7 +42,6 @@ def _exists(path: Path) -> bool:
 
 
 def _download(repository: str, revision: str | None, token: str | None) -> Path:
-    """Download the files of a prompt from the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,8 +1,7 @@
-"""Errors for a folder without a prompt, which may contain checkpoints of a Trainer, other prompts or a whole model."""
+"""The error for a folder without a prompt. It names the checkpoints, prompts or model weights that the folder contains."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from softhooks.backbone.container import CONTAINER
 from softhooks.errors import CheckpointError
+from softhooks.formats.files import read_json
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of sharded weights
@@ -21,17 +21,12 @@ _MAX_BYTES = 64 * 2**20  # larger files are not parsed as JSON
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether the name of a folder is that of a Trainer's checkpoint, such as `checkpoint-500`."""
+    """Return whether a folder is named like a checkpoint of a Trainer, such as `checkpoint-500`."""
     return _CHECKPOINT.fullmatch(folder.name) is not None
 
 
 def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
-    """Return the error for a folder without a prompt; it names prompts in subfolders, or the whole model in the folder.
-
-    Args:
-        folder: the folder in which a prompt was expected.
-        marks: the files that identify a prompt; any of them is enough.
-    """
+    """Return the error for a folder that contains none of the files in `marks`, each of which identifies a prompt."""
     inside = [entry for entry in _entries(folder) if any((entry / mark).is_file() for mark in marks)]
     if inside:
         return _prompts_inside(folder, sorted(inside, key=_order))
@@ -67,8 +62,8 @@ def _prompts_inside(folder: Path, inside: list[Path]) -> CheckpointError:
 
 def _whole_model(folder: Path, tensors: list[str]) -> CheckpointError:
     return CheckpointError(
-        "the directory contains the weights of a whole model with the live tensors of a prompt among them, as written by "
-        "softhooks 0.1.0 and by tools that save a plain state dict; `from_pretrained` would drop the prompt.",
+        "the directory contains the weights of a whole model, including tensors of a prompt, as written by softhooks 0.1.0 and "
+        "by tools that save a plain state dict; `from_pretrained` would drop the prompt.",
         "Attach the prompt again with the method and the name that it was trained with, load these tensors with "
         "`model.load_state_dict(tensors, strict=False)`, where tensors = {name: tensor for name, tensor in "
         f'safetensors.torch.load_file(file).items() if "{CONTAINER}." in name}}, and save it with '
@@ -79,7 +74,7 @@ def _whole_model(folder: Path, tensors: list[str]) -> CheckpointError:
 
 
 def _best_of(checkpoints: list[Path]) -> Path | None:
-    """Return the best checkpoint according to the Trainer's state in the last checkpoint, or None if it does not exist."""
+    """Return the best checkpoint according to the `trainer_state.json` of the last one, or None if it no longer exists."""
     if not checkpoints:
         return None
     path = _read_json(checkpoints[-1] / _TRAINER_STATE).get("best_model_checkpoint")
@@ -88,7 +83,7 @@ def _best_of(checkpoints: list[Path]) -> Path | None:
 
 
 def _prompt_tensors(folder: Path) -> Iterator[str]:
-    """Yield the names of prompts' tensors in the weights of a whole model; files that cannot be read are skipped."""
+    """Yield the names of tensors of prompts in the weights of a whole model; skip files that cannot be read."""
     for file in sorted(entry for entry in _entries(folder) if entry.suffix == ".safetensors"):
         try:
             with safe_open(str(file), framework="pt") as weights:
@@ -112,15 +107,14 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _order(entry: Path) -> tuple[bool, int, str]:
-    """Sort checkpoints by step, after all other folders."""
+    """Return a sort key that sorts checkpoints by step, after all other folders."""
     match = _CHECKPOINT.fullmatch(entry.name)
     return match is not None, int(match[1]) if match else 0, entry.name
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a small file; return an empty dictionary if the file does not contain an object."""
+    """Read a JSON object from a file; return an empty dictionary if the file is too large or does not contain one."""
     try:
-        content = json.loads(path.read_bytes()) if path.stat().st_size <= _MAX_BYTES else None
-    except (OSError, ValueError, RecursionError):
+        return read_json(path) if path.stat().st_size <= _MAX_BYTES else {}
+    except (OSError, CheckpointError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""The label names of a head: `id2label`, `label2id` and `problem_type` of a model's config."""
+"""The label names of a classification head: `id2label`, `label2id` and `problem_type` of a model's config."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from softhooks.errors import CheckpointError
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-"""The values of `config.problem_type` that transformers allows."""
+"""The values that transformers allows for `config.problem_type`."""
 
 Heads = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The label names of a head, as in a config."""
+    """The label names of a head, in the types of a config."""
 
     id2label: dict[int, str] | None
     label2id: dict[str, int] | None
@@ -35,14 +35,14 @@ class Labels:
         )
 
     def put(self, config: Any) -> None:
-        """Write the label names into a config that has label names."""
+        """Write the label names into a config, unless it has none."""
         if hasattr(config, "id2label") and Labels.of(config) != self:
             config.id2label = None if self.id2label is None else dict(self.id2label)
             config.label2id = None if self.label2id is None else dict(self.label2id)
             config.problem_type = self.problem_type
 
     def described(self, heads: Heads) -> dict[str, Any] | None:
-        """Return the label names as JSON values, or None if they do not name each row of a head."""
+        """Return the label names as JSON values, or None if their number is not that of a head's outputs."""
         try:
             names = {int(number): name for number, name in (self.id2label or {}).items()}
         except (TypeError, ValueError):
@@ -57,16 +57,12 @@ class Labels:
 
 
 def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
-    """Read the label names of a file and check them against its heads; return None if there are none.
-
-    Raises:
-        CheckpointError: the label names are malformed, or no head has as many rows.
-    """
+    """Read the label names of a saved prompt, if there are any, and check that they fit its heads."""
     if value is None:
         return None
     if not isinstance(value, dict) or not _are_sound(value, heads):
         raise CheckpointError(
-            f"the label names in {source} are malformed, or no head has as many rows.",
+            f"the label names in {source} are malformed, or no head has as many outputs as there are labels.",
             "Save the prompt again.",
             labels=value,
             rows=sorted(_row_counts(heads)) or "no head",
@@ -76,10 +72,9 @@ def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
 
 
 def _are_sound(value: dict[str, Any], heads: Heads) -> bool:
-    """Return whether each row of a head has a name, and the names are numbered like the rows."""
-    names, numbers, count, problem_type = (
-        value.get(key) for key in ("id2label", "label2id", "num_labels", "problem_type")
-    )
+    """Return whether the label names are well-formed, and a head has one row for each of them."""
+    names, numbers, count = value.get("id2label"), value.get("label2id"), value.get("num_labels")
+    problem_type = value.get("problem_type")
     return (
         isinstance(names, dict)
         and isinstance(numbers, dict)
@@ -94,7 +89,7 @@ def _are_sound(value: dict[str, Any], heads: Heads) -> bool:
 
 
 def _row_counts(heads: Heads) -> set[int]:
-    """Return the numbers of rows of the heads' tensors, one of which must be the number of labels."""
+    """Return the number of rows of each tensor of the heads; one of them must be the number of labels."""
     return {tensor.shape[0] for head in heads.values() for tensor in head.values() if tensor.dim()}
 
 

@@ -1,8 +1,8 @@
 """LLaMA-Adapters in PEFT's format.
 
-PEFT has one raw gate for each layer and adds the branch after the output projection; the paper adds the branch before.
-The results are equal only if the projection has no bias. In GPT-2 PEFT does not project the branch at all. Adapters that PEFT
-would compute differently are refused.
+PEFT has one gate for each layer, without tanh, and adds the branch after the output projection; the paper adds it before. The
+results are equal only if the projection has no bias. In GPT-2, PEFT does not project the branch at all. Adapters that PEFT would
+compute differently are refused.
 
 Source: the PEFT 0.21 format: `base_model.model.model.layers.{i}.self_attn.adaption_prompt` [1, K, H] and `.adaption_gate` [1].
 """
@@ -28,31 +28,24 @@ _NO_BIAS = "Llama or Mistral, output projections without a bias"
 
 
 def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Read the prompts and gates of consecutive layers.
-
-    Raises:
-        CheckpointError: tensors are missing, there are other tensors, or shapes differ between layers.
-    """
+    """Read the prompts and gates of consecutive layers."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
                 f"{name!r} is not the prompt or the gate of one of Llama's or Mistral's layers.",
-                "For other models, train a LLaMA-Adapter with softhooks; in GPT-2 PEFT adds the branch without projecting it.",
+                "For other models, train a LLaMA-Adapter with softhooks; in GPT-2, PEFT computes it differently.",
                 file=source,
             )
         found.setdefault(int(match[1]), {})[match[2]] = tensor
     layers = sorted(found)
+    are_consecutive = bool(layers) and layers == list(range(layers[0], layers[-1] + 1))
     are_complete = all(set(layer) == {"prompt", "gate"} for layer in found.values())
     parts = [part for layer in found.values() for part in layer.values()]
     are_floats = all(part.is_floating_point() for part in parts)
     shapes = sorted({tuple(part.shape) for part in parts})
-    if (
-        not layers
-        or layers != list(range(layers[0], layers[-1] + 1))
-        or not (are_complete and are_floats and _are_sound(shapes))
-    ):
+    if not (are_consecutive and are_complete and are_floats and _are_sound(shapes)):
         raise CheckpointError(
             "the PEFT LLaMA-Adapter does not have a floating-point prompt [1, K, H] and gate [1] for each of the top layers.",
             "Save the adapter again with PEFT.",
@@ -80,30 +73,25 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
 
 
 def _are_sound(shapes: list[tuple[int, ...]]) -> bool:
-    """Return whether all gates have the same shape, and all prompts have the same shape."""
+    """Return whether the shapes are those of one gate, [1], and one prompt, [1, K, H]."""
     return len(shapes) == 2 and shapes[0] == (1,) and len(shapes[1]) == 3 and shapes[1][0] == 1 and shapes[1][1] > 0
 
 
 def check_fit(layers: tuple[int, ...], structure: ModelStructure, source: str) -> None:
-    """Check that PEFT and softhooks compute the same with a LLaMA-Adapter in these layers of a model.
-
-    Raises:
-        PromptMismatchError: these are not the top layers, or PEFT computes something else in them.
-    """
+    """Raise a `PromptMismatchError` if PEFT and softhooks do not compute the same result in these layers of a model."""
     difference = _difference(structure, layers)
-    if difference is None:
-        return
-    raise PromptMismatchError(
-        "PEFT computes a LLaMA-Adapter differently in these layers; the results are equal only in the top layers of Llama and "
-        "Mistral with output projections without a bias.",
-        "Train the adapter with softhooks.",
-        prompt=f"layers {layers[0]} to {layers[-1]} ({source})",
-        model=difference,
-    )
+    if difference is not None:
+        raise PromptMismatchError(
+            "PEFT computes a LLaMA-Adapter differently in these layers; the results are equal only in the top layers of Llama "
+            "and Mistral models whose output projections have no bias.",
+            "Train the adapter with softhooks.",
+            prompt=f"layers {layers[0]} to {layers[-1]} ({source})",
+            model=difference,
+        )
 
 
 def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
-    """Return the properties of a model that make PEFT compute something else in these layers, or None."""
+    """Describe a model in which PEFT and softhooks compute different results in these layers; return None for others."""
     stack = structure.entry
     sites = stack.sites_of("self")
     config: Any = getattr(stack.module, "config", None)
@@ -119,10 +107,10 @@ def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
 
 
 def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
-    """Return a property of an adapter that PEFT's format does not support and the alternative, or None if it supports all.
+    """Return a property of an adapter that PEFT's format does not support, and a supported one; or None.
 
     Args:
-        structure: the model's structure, which is required because the file of an adapter does not record biases.
+        structure: the structure of the model, which is required because the file of an adapter does not record biases.
     """
     options = stored.options
     if options["scale_and_bias"] or options["early_fusion"] or options["context_size"] is not None:
@@ -130,7 +118,10 @@ def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[st
     if stored.heads:
         return f"a trained head ({', '.join(stored.heads)}) with a LLaMA-Adapter", "no head"
     if structure is None:
-        return "an adapter without its model, whose output projections may have a bias", "the same with `--base`"
+        return (
+            "an adapter without its model, whose output projections may have a bias",
+            "an adapter with its model (`--base`)",
+        )
     sites = structure.entry.sites_of("self")
     count = len(sites) if options["num_layers"] is None else options["num_layers"]
     difference = _difference(structure, range(len(sites) - count, len(sites)))
@@ -143,7 +134,7 @@ def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[st
 
 
 def parts(stored: StoredPrompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return PEFT's config and tensors of a supported adapter; PEFT applies no tanh to gates, so it is applied here."""
+    """Return PEFT's config and tensors for a supported adapter. PEFT applies no tanh to gates, so it is applied here."""
     options, tables = stored.options, stored.tables
     layers = sum(run[0] for run in stored.stacks["text"]["self"])
     count = layers if options["num_layers"] is None else options["num_layers"]

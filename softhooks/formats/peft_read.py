@@ -1,6 +1,6 @@
 """Read prompts in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Source: the PEFT 0.21 format. Its prefixes and cartridges have the layout of softhooks' tables: `(P, layers, key and value,
+Source: the PEFT 0.21 format. Its prefixes and cartridges have the same layout as those of softhooks: `(P, layers, key and value,
 heads, head size)`.
 """
 
@@ -30,47 +30,37 @@ _AGAIN = "Save the adapter again with PEFT."
 
 
 def read(folder: Path) -> StoredPrompt:
-    """Read a PEFT adapter.
-
-    Raises:
-        CheckpointError: the adapter is of another type, it is a pickle, or its tensors do not match its config.
-    """
+    """Read a PEFT adapter; raise a `CheckpointError` if it is not a supported prompt or is inconsistent."""
     config = read_json(folder / CONFIG)
     require_kind(config, folder / CONFIG)
     path = folder / TENSORS
     if not path.is_file() and (folder / _PICKLE).is_file():
         raise CheckpointError(
-            f"{folder / _PICKLE} is a pickle, and pickles are not read. Save the adapter as safetensors with PEFT."
+            f"{folder / _PICKLE} is a pickle; pickles are not loaded, because they can run code.",
+            "Save the adapter as safetensors with PEFT.",
         )
     return parse(config, read_tensors(path)[0], str(path))
 
 
 def require_kind(config: dict[str, Any], source: object) -> None:
-    """Check that an adapter is of a type that softhooks supports.
-
-    Raises:
-        CheckpointError: the type is not supported.
-    """
+    """Raise a `CheckpointError` if an adapter is not a prompt that softhooks supports."""
     kind = config.get("peft_type")
     if kind not in KINDS:
         raise CheckpointError(
             f"the PEFT adapter has peft_type {kind!r} and cannot be loaded as a prompt.",
-            "Load other adapters with PEFT; a prompt of softhooks can be attached over them.",
+            "Load the adapter with PEFT; softhooks can attach a prompt to the resulting model.",
             file=source,
             supported=", ".join(KINDS),
         )
 
 
 def parse(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Read a prompt from the config and the tensors of an adapter, from a file or from a live PEFT model.
+    """Read a prompt from the config and the tensors of an adapter, which come from files or from a live PEFT model.
 
     Args:
         config: the config of the adapter, as JSON values.
-        tensors: the tensors that PEFT saves; used tensors are removed.
+        tensors: the tensors that PEFT saves; tensors of the prompt are removed from the dictionary.
         source: the name of the adapter in errors.
-
-    Raises:
-        CheckpointError: the adapter is of another type, or its tensors do not match its config.
     """
     require_kind(config, source)
     if config["peft_type"] == peft_llama_adapter.KIND:
@@ -85,13 +75,12 @@ def parse(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> St
 
 
 def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Read an adapter with a prompt that is a single table."""
     kind, table, count = config["peft_type"], tensors.pop(TABLE, None), config.get("num_virtual_tokens")
     is_count = isinstance(count, int) and not isinstance(count, bool) and count > 0
     copies = _copies(config) if kind in (*_ROW_KINDS, _MULTITASK) else 1
     if table is None or not is_count or table.dim() != 2 or table.shape[0] != count * copies:  # type: ignore[operator]
         raise CheckpointError(
-            f"`{TABLE}` of the adapter must have {'two rows' if copies == 2 else 'one row'} for each virtual token.",
+            f"`{TABLE}` in the adapter must have {'two rows' if copies == 2 else 'one row'} for each virtual token.",
             _AGAIN,
             file=source,
             prompt_embeddings="absent" if table is None else list(table.shape),
@@ -107,10 +96,8 @@ def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str)
 
 
 def _copies(config: dict[str, Any]) -> int:
-    """Return how often the P rows are stored: once, or twice in an encoder-decoder (for the encoder, then the decoder)."""
-    if config.get("task_type") != "SEQ_2_SEQ_LM":
-        return 1
-    return 1 if config.get("num_transformer_submodules") == 1 else 2
+    """Return how many times P rows are stored: 2 in an encoder-decoder (encoder, then decoder), otherwise 1."""
+    return 2 if config.get("task_type") == "SEQ_2_SEQ_LM" and config.get("num_transformer_submodules") != 1 else 1
 
 
 def _rows(
@@ -121,7 +108,7 @@ def _rows(
     others: dict[str, Tensor],
     source: str,
 ) -> StoredPrompt:
-    """Make a prompt of embedding rows. P-tuning is already folded; the decoder's rows, which generation ignores, are dropped."""
+    """Make a prompt that consists of embeddings; PEFT has already folded the network of P-tuning."""
     task = config.get("task_type")
     stacks: dict[str, dict[str, Any]] = {"text": {}}
     if task == "SEQ_2_SEQ_LM":
@@ -134,7 +121,7 @@ def _rows(
 def _multitask(
     table: Tensor, tensors: dict[str, Tensor], config: dict[str, Any], source: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the encoder's P* and the u and v of each task; fold a single task. -> options, tables."""
+    """Return the options and tables of a multitask prompt: the shared P* and the u and v of each task; fold a single task."""
     left, right = tensors.pop("prefix_task_cols", None), tensors.pop("prefix_task_rows", None)
     tasks, rank, count = (config.get(key) for key in ("num_tasks", "num_ranks", "num_virtual_tokens"))
     shapes = [None if part is None else list(part.shape) for part in (left, right)]
@@ -145,7 +132,7 @@ def _multitask(
             "the multitask prompt does not have the row and column vectors of each task.",
             _AGAIN,
             file=source,
-            found=dict(zip(("prefix_task_cols", "prefix_task_rows"), shapes, strict=True)),
+            found={"prefix_task_cols": shapes[0], "prefix_task_rows": shapes[1]},
             expected=expected,
         )
     options = {"num_virtual_tokens": count, "tasks": tasks, "rank": rank}
@@ -156,18 +143,18 @@ def _multitask(
 
 
 def _prefix(table: Tensor, config: dict[str, Any], others: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Make a prefix, with the MLP already folded by PEFT, or a cartridge; PEFT does not save the document of a cartridge."""
+    """Make a prefix, whose MLP PEFT has already folded, or a cartridge, whose document PEFT does not save."""
     task = config.get("task_type")
     if task == "SEQ_2_SEQ_LM":
         raise CheckpointError(
-            f"{source} is a PEFT prefix for an encoder-decoder, with one table for all layers and none for the encoder; "
-            "softhooks cannot load such a prefix. Train a prefix with softhooks."
+            f"{source} is a PEFT prefix for an encoder-decoder, which PEFT adds only to the decoder; softhooks cannot load it.",
+            "Train a prefix with softhooks.",
         )
     layers, width, heads = (config.get(key) for key in ("num_layers", "token_dim", "num_attention_heads"))
     sizes = [value for value in (layers, width, heads) if isinstance(value, int) and value > 0]
     if len(sizes) < 3 or sizes[1] % sizes[2] or table.shape[1] != 2 * sizes[0] * sizes[1]:
         raise CheckpointError(
-            "the prefix does not have a key and a value for each layer.",
+            "the prefix does not contain a key and a value for each layer.",
             _AGAIN,
             file=source,
             prompt_embeddings=list(table.shape),
@@ -187,7 +174,7 @@ def _prefix(table: Tensor, config: dict[str, Any], others: dict[str, Tensor], so
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the method's options. PEFT always trains CPT with the loss on the context, if the types mark its labels."""
+    """Return the options of the method."""
     options = {"num_virtual_tokens": config["num_virtual_tokens"]}
     if config["peft_type"] != "CPT":
         return options
@@ -199,13 +186,14 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
         "epsilon_input": config.get("opt_projection_epsilon"),
         "epsilon_format": config.get("opt_projection_format_epsilon"),
         "decay": config.get("opt_loss_decay_factor") if has_decay else 1.0,
+        # PEFT always computes a loss on the context, if its token types mark labels (4, 8, ...).
         "context_loss": isinstance(types, list)
         and any(type(kind) is int and kind > 0 and kind % 4 == 0 for kind in types),
     }
 
 
 def _heads(tensors: dict[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
-    """Sort the other tensors into heads: `base_model.score.weight` is `weight` of `score`."""
+    """Sort the remaining tensors by head: `base_model.score.weight` is the `weight` of the head `score`."""
     heads: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parts = name.removeprefix(_PREFIX).split(".")

@@ -1,7 +1,7 @@
 """Write prompts in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-A prompt is written only if PEFT computes the same with it: for text without padding, PEFT and softhooks then return the same
-logits. Other prompts, such as the prefix of an encoder-decoder, are refused.
+A prompt is written only if PEFT and softhooks compute equal logits with it for text without padding. Other prompts, such as the
+prefix of an encoder-decoder, are refused.
 
 Source: the PEFT 0.21 format.
 """
@@ -27,37 +27,37 @@ from softhooks.formats.stored import StoredPrompt
 from softhooks.prompt_encoder import EMBEDDINGS
 
 Adapter = tuple[dict[str, Any], dict[str, Tensor]]
-"""The config and the tensors of an adapter."""
+"""The config and the tensors of a PEFT adapter."""
 
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 _KNOWN_TASKS = (*_TASKS.values(), "CAUSAL_LM", "SEQ_2_SEQ_LM")
 _UNBOUNDED = 1e9
-"""The bound written for PEFT if softhooks has no bound; PEFT computes NaN with infinity."""
+"""The bound that PEFT gets instead of no bound; with infinity, PEFT computes NaN."""
 
 _PREFIXED_ENCODERS = ("Bert", "Roberta", "XLMRoberta")
-"""The encoders that support PEFT's prefix: they have a cache because they can also be decoders."""
+"""The encoders that support PEFT's prefix. They accept a cache because they can also be decoders."""
 
 
 def adapter_of(
     stored: StoredPrompt, model: nn.Module | None = None, structure: ModelStructure | None = None
 ) -> Adapter:
-    """Convert a prompt to PEFT's config and tensors.
+    """Convert a prompt to PEFT's config and tensors, or raise an `UnsupportedMethodError` if PEFT has no equivalent.
 
     Args:
-        model, structure: the model with the prompt, or None if only the file of the prompt is known.
-
-    Raises:
-        UnsupportedMethodError: PEFT's format has no equivalent.
+        model, structure: the model with the prompt and its structure, or None if only the file of the prompt is known.
     """
     task = _task(stored, model)
     if stored.added_ids:
-        raise _refusal(stored, f"rows of {len(stored.added_ids)} added tokens", "a prompt and heads")
+        raise _refusal(stored, f"embeddings of {len(stored.added_ids)} added tokens", "a prompt and heads")
     if stored.kind not in _WRITERS and stored.kind != "llama_adapter":
         raise _refusal(stored, f"method {stored.kind!r}", f"one of {', '.join(sorted([*_WRITERS, 'llama_adapter']))}")
     if BUFFER in stored.conventions:
-        raise _refusal(stored, "ids of virtual tokens", "a model that depends on embeddings alone")
+        raise _refusal(stored, "token ids of virtual tokens", "a model that depends on embeddings alone")
     is_branch = stored.kind == "llama_adapter"
-    config, tensors = _llama_adapter(stored, structure) if is_branch else _WRITERS[stored.kind](stored, task)
+    obstacle = peft_llama_adapter.obstacle(stored, structure) if is_branch else None
+    if obstacle is not None:
+        raise _refusal(stored, *obstacle)
+    config, tensors = peft_llama_adapter.parts(stored) if is_branch else _WRITERS[stored.kind](stored, task)
     heads = {f"base_model.{path}.{name}": value for path, head in stored.heads.items() for name, value in head.items()}
     common = {
         "auto_mapping": None,
@@ -71,7 +71,7 @@ def adapter_of(
 
 
 def write(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter's config and tensors."""
+    """Write the config and the tensors of an adapter."""
     config, tensors = adapter
     write_tensors(folder / TENSORS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, config)
@@ -81,7 +81,7 @@ def write(adapter: Adapter, folder: Path) -> None:
 
 
 def _shape(stored: StoredPrompt, width: int) -> dict[str, Any]:
-    """Return the size entries that the config of every PEFT prompt has; PEFT fills in entries that are None."""
+    """Return the sizes in the config of every PEFT prompt; PEFT fills in those that are None."""
     runs = next(iter(stored.stacks.values()), {}).get("self") or []
     return {
         "num_virtual_tokens": stored.options["num_virtual_tokens"],
@@ -93,11 +93,7 @@ def _shape(stored: StoredPrompt, width: int) -> dict[str, Any]:
 
 
 def _front_rows(stored: StoredPrompt, task: str) -> Tensor:
-    """Return the rows of a prompt at the front, [P, H].
-
-    Raises:
-        UnsupportedMethodError: the prompt is not at the front, or PEFT would pool a virtual token.
-    """
+    """Return the embeddings of a prompt, [P, H], if it is placed at the front."""
     placement = stored.conventions["placement"]
     if placement != "front":
         raise _refusal(stored, f"placement {placement!r}", "placement 'front'")
@@ -110,20 +106,20 @@ def _refuse_pooled(stored: StoredPrompt, task: str, what: str) -> None:
     if text is not None and not text.get("causal") and task != "TOKEN_CLS":
         raise _refusal(
             stored,
-            f"{what} in an encoder that classifies the first position, which in PEFT is a virtual token",
+            f"{what} in an encoder that classifies the first token, which is a virtual token in PEFT",
             "a decoder, an encoder-decoder, or an encoder that classifies tokens",
         )
 
 
 def _rows(stored: StoredPrompt, task: str) -> Adapter:
-    """Write embedding rows, including those from P-tuning's network, which is folded because PEFT would build a different one."""
+    """Write embeddings. P-tuning's network is folded into them, because PEFT would build a different network."""
     rows = _front_rows(stored, task)
     config = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", **_shape(stored, rows.shape[1])}
     return config, {TABLE: rows}
 
 
 def _context(stored: StoredPrompt, task: str) -> Adapter:
-    """Write a context of CPT: its rows, and PEFT's options to train them."""
+    """Write the embeddings of a CPT context, and PEFT's options to train them."""
     rows, options = _front_rows(stored, task), stored.options
     bounds = [options[name] for name in ("epsilon_input", "epsilon_format")]
     bounds = [_UNBOUNDED if bound is None else bound for bound in bounds]
@@ -140,7 +136,7 @@ def _context(stored: StoredPrompt, task: str) -> Adapter:
 
 
 def _prefix(stored: StoredPrompt, _task: str) -> Adapter:
-    """Write a prefix for a model with the same attention shape in every layer."""
+    """Write a prefix, if the attention of every layer has the same shape."""
     if list(stored.stacks) != ["text"]:
         raise _refusal(stored, "prefixes in an encoder and its decoder", "a prefix in a decoder, or in BERT or RoBERTa")
     text, base_class = stored.stacks["text"], stored.base.class_name
@@ -172,7 +168,7 @@ def _cartridge(stored: StoredPrompt, task: str) -> Adapter:
 
 
 def _multitask(stored: StoredPrompt, task: str) -> Adapter:
-    """Write several tasks; a single task is a plain prompt without task ids. `RANDOM` keeps PEFT from reading a checkpoint."""
+    """Write the prompts of several tasks; the prompt of a single task is written like any other."""
     tables = stored.tables
     if EMBEDDINGS in tables:
         return _rows(stored, task)
@@ -183,16 +179,10 @@ def _multitask(stored: StoredPrompt, task: str) -> Adapter:
     _refuse_pooled(stored, task, "several tasks")
     length, width = tables["shared"].shape
     left, right = tables["left"].unflatten(0, (-1, length)), tables["right"].unflatten(0, (-1, width)).mT
+    # With "RANDOM", PEFT looks for no checkpoint of a source prompt.
     config = {"num_tasks": left.shape[0], "num_ranks": left.shape[2], "prompt_tuning_init": "RANDOM"}
     tensors = {TABLE: tables["shared"], "prefix_task_cols": left, "prefix_task_rows": right}
     return {"peft_type": "MULTITASK_PROMPT_TUNING", **config, **_shape(stored, width)}, tensors
-
-
-def _llama_adapter(stored: StoredPrompt, structure: ModelStructure | None) -> Adapter:
-    obstacle = peft_llama_adapter.obstacle(stored, structure)
-    if obstacle is not None:
-        raise _refusal(stored, *obstacle)
-    return peft_llama_adapter.parts(stored)
 
 
 _WRITERS: dict[str, Callable[[StoredPrompt, str], Adapter]] = {
@@ -212,7 +202,7 @@ _WRITERS: dict[str, Callable[[StoredPrompt, str], Adapter]] = {
 
 
 def _task(stored: StoredPrompt, model: nn.Module | None) -> str:
-    """Return the task type, which determines the class of PEFT's model."""
+    """Return the `task_type`, which determines the class of PEFT's model."""
     name, is_encoder_decoder = stored.base.class_name, len(stored.stacks) == 2
     for ending, task in _TASKS.items():
         if name.endswith(ending) and not is_encoder_decoder:
@@ -227,7 +217,7 @@ def _task(stored: StoredPrompt, model: nn.Module | None) -> str:
 
 
 def _class_generates(name: str) -> bool:
-    """Return whether a class of transformers, by name, is a language model that generates."""
+    """Return whether a class name of transformers is that of a model that can generate."""
     from transformers import PreTrainedModel
 
     found = class_of_transformers(name)

@@ -1,13 +1,14 @@
 """softhooks' own files: `soft_prompt.safetensors`, and `soft_prompt.json` for people to read.
 
-The safetensors file contains the folded prompt, its heads and its rows of added tokens, with a description of everything else in
-its metadata, so a single rename completes a save. `soft_prompt.json` repeats the description and is never read by softhooks.
+The safetensors file contains the folded prompt, its heads and its rows of added tokens, and everything else in its metadata, so
+that one rename completes a save. `soft_prompt.json` repeats the metadata and is never read by softhooks.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from softhooks.prompt_encoder import TableEncoder
 TENSORS = "soft_prompt.safetensors"
 DESCRIPTION = "soft_prompt.json"
 LIVE = "soft_prompt.live.safetensors"
-"""The file of the live parameters in a checkpoint, from which training resumes."""
+"""The file in a checkpoint with the trained parameters, from which training resumes."""
 FORMAT = "softhooks"
 """The key of the description in the file's metadata."""
 
@@ -57,7 +58,6 @@ def write(stored: StoredPrompt, folder: Path) -> None:
 
 
 def _describe(stored: StoredPrompt) -> dict[str, Any]:
-    """Describe everything about a prompt except its tensors."""
     labels = None if stored.labels is None else stored.labels.described(stored.heads)
     return {
         **({} if labels is None else {"labels": labels}),
@@ -82,11 +82,7 @@ def _describe(stored: StoredPrompt) -> dict[str, Any]:
 
 
 def read(path: Path) -> StoredPrompt:
-    """Read `soft_prompt.safetensors`.
-
-    Raises:
-        CheckpointError: the file is truncated, of another format or inconsistent.
-    """
+    """Read `soft_prompt.safetensors`; raise a `CheckpointError` if it is damaged, of another format or inconsistent."""
     tensors, metadata = read_tensors(path)
     source = str(path)
     if FORMAT not in metadata:
@@ -100,35 +96,24 @@ def read(path: Path) -> StoredPrompt:
     if description.get("tensors") != {name: list(tensor.shape) for name, tensor in tensors.items()}:
         raise CheckpointError(f"the names or shapes of the tensors in {source} differ from its description.")
     tables, heads, added = _sort(tensors, source)
-    kind, options, conventions, also_trained, base = (
-        description.get(key) for key in ("method", "options", "conventions", "also_trained", "base")
-    )
-    if not isinstance(kind, str) or not isinstance(options, dict):
-        raise CheckpointError(
-            f"{source} has the method {kind!r} with options {options!r}; the method must be a string, and the options a JSON "
-            "object."
-        )
-    if not isinstance(conventions, dict):
-        raise CheckpointError(f"{source} has the conventions {conventions!r}; they must be an object.")
-    if not isinstance(also_trained, list) or not all(isinstance(name, str) for name in also_trained):
-        raise CheckpointError(f"{source} has {also_trained!r} under 'also_trained'; it must be a list of names.")
-    base = base if isinstance(base, dict) else {}
-    stacks = base.get("stacks")
-    if not isinstance(stacks, dict) or set(stacks) not in _STACKS or not all(map(_is_outline, stacks.values())):
-        raise CheckpointError(
-            f"{source} has the stacks {stacks!r} under 'base'; it must describe each stack of the base model.",
-            "Save the prompt again.",
-        )
+    base = description["base"] if isinstance(description.get("base"), dict) else {}
+
+    def entry(values: dict[str, Any], key: str, rule: str, is_valid: Callable[[Any], bool]) -> Any:
+        value = values.get(key)
+        if not is_valid(value):
+            raise CheckpointError(f"{source} has {value!r} under {key!r}; it must be {rule}.", "Save the prompt again.")
+        return value
+
     stored = StoredPrompt(
-        kind,
-        options,
+        entry(description, "method", "a string", lambda kind: isinstance(kind, str)),
+        entry(description, "options", "a JSON object", lambda options: isinstance(options, dict)),
         tables,
         heads,
-        conventions,
+        entry(description, "conventions", "a JSON object", lambda conventions: isinstance(conventions, dict)),
         source,
-        stacks,
+        entry(base, "stacks", "a description of each stack of the base model", _are_outlines),
         BaseModelInfo.from_json(base, source),
-        also_trained,
+        entry(description, "also_trained", "a list of names", _are_names),
         labels=read_labels(description.get("labels"), heads, source),
         added=added,
         added_ids=_read_ids(description.get("added_tokens"), added, source),
@@ -140,7 +125,7 @@ def read(path: Path) -> StoredPrompt:
 def _sort(
     tensors: dict[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Sort the tensors into the prompt's tables, the heads, and rows of added tokens."""
+    """Sort the tensors into the tables of the prompt, the heads, and the rows of added tokens."""
     tables: dict[str, Tensor] = {}
     heads: dict[str, dict[str, Tensor]] = {}
     added: dict[str, Tensor] = {}
@@ -156,12 +141,22 @@ def _sort(
             added[name.removeprefix(_ADDED)] = tensor
         else:
             shape = list(tensor.shape)
-            raise CheckpointError(f"{source} contains {name!r} {shape}, which is not a table, head or row of a prompt.")
+            raise CheckpointError(
+                f"{source} contains {name!r} {shape}, which belongs neither to a prompt nor to its heads."
+            )
     return tables, heads, added
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_outlines(stacks: Any) -> bool:
+    """Return whether a value is the `outline` of a model, except that attention shapes may be unknown."""
+    return isinstance(stacks, dict) and set(stacks) in _STACKS and all(map(_is_outline, stacks.values()))
+
+
 def _is_outline(stack: Any) -> bool:
-    """Return whether an entry describes a stack: direction and, if known, runs of `[layers, heads, key size, value size]`."""
     if not isinstance(stack, dict) or not isinstance(stack.get("causal"), bool) or set(stack) - {"causal", *_ROLES}:
         return False
     runs = [stack[role] for role in _ROLES if role in stack]
@@ -173,11 +168,7 @@ def _is_run(run: Any) -> bool:
 
 
 def _read_ids(ids: Any, rows: dict[str, Tensor], source: str) -> tuple[int, ...]:
-    """Read the ids of added tokens, and check that the file has a row for each id.
-
-    Raises:
-        CheckpointError: ids and rows do not match.
-    """
+    """Read the ids of added tokens, and check that the file has a row for each of them."""
     if ids is None and not rows:
         return ()
     is_sound = (

@@ -1,14 +1,15 @@
-"""A saved prompt as plain data: its method, options and tensors, and the known facts about its base model."""
+"""A saved prompt as plain data: its method, options and tensors, and the known properties of its base model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.stack import ModelStructure
+from softhooks.backbone.stack import ModelStructure, Role, Stack
 from softhooks.base_model.info import BaseModelInfo
 from softhooks.base_model.same_base import OVERRIDE, require_base
 from softhooks.errors import CheckpointError
@@ -28,13 +29,13 @@ class StoredPrompt:
         heads: the state dicts of the heads, by path.
         conventions: the assumptions about the forward (placement, shifted positions, ...); not checked here.
         source: the file, or another name for errors.
-        stacks: the known facts about the base model's stacks, in the form of `outline`.
-        base: the known facts about the base model.
-        also_trained: names of base parameters that were trained with the prompt and are not in the file.
+        stacks: the `outline` of the base model, as far as it is known.
+        base: other properties of the base model, as far as they are known.
+        also_trained: the names of base parameters that were trained with the prompt; they are not in the file.
         adapter_layers: the layers of a LLaMA-Adapter that PEFT wrote.
         labels: the label names of the heads, or None if unknown.
-        added: the prompt's own rows of the vocabulary, by name.
-        added_ids: the ids of these rows.
+        added: the trained rows of added tokens, by name.
+        added_ids: the ids of these tokens.
     """
 
     kind: str
@@ -52,11 +53,7 @@ class StoredPrompt:
     added_ids: tuple[int, ...] = ()
 
     def require_finite(self) -> None:
-        """Check that all tensors are finite.
-
-        Raises:
-            CheckpointError: a tensor has infinite numbers or NaN, or is not floating-point.
-        """
+        """Raise a `CheckpointError` if a tensor contains infinite numbers or NaN, or is not floating-point."""
         heads = {f"{path}:{name}": tensor for path, head in self.heads.items() for name, tensor in head.items()}
         for name, tensor in {**self.tables, **self.added, **heads}.items():
             is_float = tensor.dtype in _FLOATS
@@ -68,13 +65,27 @@ class StoredPrompt:
                 )
 
     def require_base(self, model: nn.Module, structure: ModelStructure, override: str = OVERRIDE) -> None:
-        """Check that a model is the base model of the prompt, as far as the base model is known.
-
-        Args:
-            override: another remedy, for the error.
-
-        Raises:
-            PromptMismatchError: the model is not the base model.
-        """
+        """Raise a `PromptMismatchError` if a model is not the base model; `override` is the last remedy in the error."""
         has_adapters = any("lora_" in name for name in self.also_trained)
         require_base(self.base, model, structure, self.source, has_adapters=has_adapters, override=override)
+
+
+def outline(structure: ModelStructure) -> dict[str, dict[str, Any]]:
+    """Describe the stacks of a model as JSON values.
+
+    Returns:
+        for each stack, whether it is causal and, by role, runs of layers with the same attention: `[layers, heads, key size,
+        value size]`.
+    """
+    return {stack.name: {"causal": stack.causal, **_attention_shapes(stack)} for stack in structure.stacks}
+
+
+def _attention_shapes(stack: Stack) -> dict[str, list[list[int]]]:
+    roles: list[Role] = ["self", "cross"]
+    shapes = {role: [[s.heads, s.key_dim, s.value_dim] for s in stack.sites_of(role)] for role in roles}
+    return {role: [[len(list(run)), *shape] for shape, run in groupby(shapes[role])] for role in roles}
+
+
+def on_one_line(stacks: dict[str, dict[str, Any]]) -> str:
+    """Format an outline for errors."""
+    return ", ".join(" ".join([name, *[f"{k}={v}" for k, v in stack.items()]]) for name, stack in stacks.items())

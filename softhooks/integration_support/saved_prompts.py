@@ -2,8 +2,7 @@
 
 from softhooks.formats import peft_read, peft_write
 from softhooks.formats.find import find
-from softhooks.formats.stack_shapes import outline
-from softhooks.formats.stored import StoredPrompt
+from softhooks.formats.stored import StoredPrompt, outline
 from softhooks.load import attach_stored
 
 __all__ = ["StoredPrompt", "attach_stored", "find", "outline", "peft_read", "peft_write"]

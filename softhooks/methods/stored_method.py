@@ -12,8 +12,7 @@ from softhooks.backbone.placeholder_ids import BUFFER
 from softhooks.backbone.stack import ModelStructure
 from softhooks.errors import CheckpointError, PromptMismatchError, SoftHooksError
 from softhooks.formats import peft_llama_adapter
-from softhooks.formats.stack_shapes import on_one_line, outline
-from softhooks.formats.stored import StoredPrompt
+from softhooks.formats.stored import StoredPrompt, on_one_line, outline
 from softhooks.method import METHODS, Method
 
 _REMEDY = "Load it onto the base model that it was trained with."

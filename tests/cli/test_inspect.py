@@ -292,7 +292,7 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_a_pickle_of_peft_is_never_read(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": P}))
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps(files.Bomb()))
-    with pytest.raises(CheckpointError, match="pickles are not read"):
+    with pytest.raises(CheckpointError, match="pickles are not loaded"):
         run(tmp_path)
 
 

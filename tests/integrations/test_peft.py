@@ -418,7 +418,7 @@ def test_other_adapters_are_refused_by_name(tmp_path: Path, kind: str) -> None:
 
 REFUSED: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
     **{
-        f"{kind} of {arch}": (arch, "seq2seq", kind, {}, "one table for all layers")
+        f"{kind} of {arch}": (arch, "seq2seq", kind, {}, "adds only to the decoder")
         for arch in ("t5", "bart")
         for kind in ("prefix", "prefix mlp")
     },

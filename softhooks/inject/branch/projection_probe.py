@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.attention_call import AttentionCall
 from softhooks.backbone.attention_interface import marked_sites
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
 from softhooks.backbone.probing import FORWARD_ERRORS, OTHER_METHOD, eval_mode, last_hidden_state, relative_difference
-from softhooks.backbone.stack import ModelStructure, Site, Stack
+from softhooks.backbone.stack import AttentionCall, ModelStructure, Site, Stack
 from softhooks.compat.offload import device_of
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.projections import keys_and_values

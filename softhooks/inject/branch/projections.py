@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from softhooks.backbone.attention_call import AttentionCall
 from softhooks.backbone.forward_pass import AttentionFunction, Pass
-from softhooks.backbone.stack import Site, Stack
+from softhooks.backbone.stack import AttentionCall, Site, Stack
 from softhooks.errors import UnsupportedMethodError
 from softhooks.inject.branch.linear_scaling import Scaled, scale
 
