@@ -169,7 +169,7 @@ def test_pefts_adapter_on_biased_projections_is_refused(tmp_path: Path) -> None:
     target = zoo.build("llama", attention_bias=True)
     with (
         untouched(target),
-        pytest.raises(PromptMismatchError, match=r"without a bias(.|\n)*llama, 2 layers, .* with a bias"),
+        pytest.raises(PromptMismatchError, match=r"have no bias(.|\n)*llama, 2 layers, .* with a bias"),
     ):
         softhooks.load(target, tmp_path)
 
