@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from softhooks.backbone.attention_groups import groups_of, require_sites
-from softhooks.backbone.table_slices import TableSlice, slices_of
 from softhooks.errors import CheckpointError, check_int
 from softhooks.layout.layout import Layout
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
@@ -197,6 +196,26 @@ class Method:
             elif isinstance(value, Layout):
                 kept[item.name] = value.to_json()
         return kept
+
+
+class TableSlice(NamedTuple):
+    """The rows and columns of a prompt's table that belong to one module of the model."""
+
+    name: str
+    rows: slice
+    columns: slice
+    module: nn.Module
+
+
+def slices_of(parts: list[tuple[str, int, nn.Module]], by_rows: bool = False) -> list[TableSlice]:
+    """Divide the columns of a table, or its rows, into parts of the given names, sizes and modules."""
+    found, first = [], 0
+    for name, size, module in parts:
+        own = slice(first, first + size)
+        rows, columns = (own, slice(None)) if by_rows else (slice(None), own)
+        found.append(TableSlice(name, rows, columns, module))
+        first += size
+    return found
 
 
 def register(methods: list[type[Method]]) -> None:

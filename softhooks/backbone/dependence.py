@@ -47,15 +47,28 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
         model(input_ids=given, attention_mask=torch.ones_like(given), **more)
 
     def differ(*forwards: Tensor) -> bool:
-        same, states = _SameEmbeddings(in_one=len(forwards) == 1), []
+        first_embeddings: list[Tensor] = []  # of the first text; a model may call its embedding several times
+        states: list[Tensor] = []
+        dtype = torch.float32
+
+        def replace(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+            nonlocal dtype
+            dtype = output.dtype
+            if len(forwards) == 1:  # the texts are rows of one forward
+                half = output.shape[0] // 2
+                return torch.cat([output[:half]] * 2) if output.shape[0] == 2 * half else None
+            if not states:
+                first_embeddings.append(output)
+                return None
+            return first_embeddings.pop(0) if first_embeddings else None
+
         with Patches() as patches, recorded_states(stack.module) as recorded:
-            patches.keep(stack.embedding.register_forward_hook(same))
+            patches.keep(stack.embedding.register_forward_hook(replace))
             for ids in forwards:
-                same.begin()
                 run(ids)
                 states.append(recorded[-1])
         first, second = torch.cat(states).chunk(2)
-        return relative_difference(second, first) > 16 * torch.finfo(same.dtype).eps
+        return relative_difference(second, first) > 16 * torch.finfo(dtype).eps
 
     with eval_mode(model), probing(model):
         # Try both texts as two rows of one forward first. Some models take only one row; in some, rows influence each other.
@@ -63,36 +76,6 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
             if not differ(torch.cat(texts)):
                 return False
         return differ(*texts)
-
-
-class _SameEmbeddings:
-    """A hook on an embedding that gives the second text the embeddings of the first.
-
-    Args:
-        in_one: whether both texts are rows of one forward, or each text has its own forward.
-    """
-
-    def __init__(self, in_one: bool) -> None:
-        self._in_one = in_one
-        self._first: list[Tensor] = []
-        self._call = 0
-        self._forward = 0
-        self.dtype = torch.float32
-
-    def begin(self) -> None:
-        """Expect the calls of another forward."""
-        self._forward, self._call = self._forward + 1, 0
-
-    def __call__(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-        self.dtype = output.dtype
-        if self._in_one:
-            half = output.shape[0] // 2
-            return torch.cat([output[:half], output[:half]]) if output.shape[0] == 2 * half else None
-        self._call += 1  # a model may call its embedding several times in a forward
-        if self._forward == 1:
-            self._first.append(output)
-            return None
-        return self._first[self._call - 1] if self._call <= len(self._first) else None
 
 
 def change_before(

@@ -16,7 +16,7 @@ from softhooks.backbone.attention_interface import (
     unwrap_attention_functions,
     wrap_attention_functions,
 )
-from softhooks.backbone.inline_attention import inline_attention, inline_attention_of
+from softhooks.backbone.inline_attention import inline_attention, rewritten_forward
 from softhooks.backbone.probing import FORWARD_ERRORS, are_close, last_hidden_state
 from softhooks.backbone.recording_cache import RecordingCache
 from softhooks.backbone.stack import Role, Site, Stack
@@ -148,18 +148,18 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
         return inline_attention(module, query, key, value, *args, **kwargs)
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        own, ours = inline_attention_of(module), None
-        if own is not None and "forward" not in module.__dict__:  # its forward is not replaced yet
+        ours = None
+        if "forward" not in module.__dict__:  # its forward is not replaced yet
             with suppress(*FORWARD_ERRORS):
-                ours = own.run(args, kwargs, attention)
+                ours = rewritten[module](args, kwargs, attention)
         if ours is None or not are_close(last_hidden_state(ours), last_hidden_state(output)):
             differing.append(module)
 
-    modules = [part for part in stack.module.modules() if inline_attention_of(part) is not None]
+    rewritten = {part: own for part in stack.module.modules() if (own := rewritten_forward(part)) is not None}
     with Patches() as patches:
-        for module in modules:
+        for module in rewritten:
             patches.keep(module.register_forward_hook(compare, with_kwargs=True))
-        if modules:
+        if rewritten:
             stack.module(**inputs, **({"use_cache": False} if "use_cache" in stack.parameters else {}))
     return [] if differing else records
 

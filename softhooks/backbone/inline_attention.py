@@ -11,7 +11,6 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,9 @@ from softhooks.errors import UnsupportedModeError
 
 FamilyForward = Callable[[nn.Module, dict[str, Any], AttentionFunction], Any]
 """Computes the forward of an attention module, from its arguments by name, with a given attention function."""
+
+RewrittenForward = Callable[[tuple[Any, ...], dict[str, Any], AttentionFunction], Any]
+"""The same for one module, from `args` and `kwargs`; returns None if they contain `_OTHER_STATES`."""
 
 
 def inline_attention(
@@ -147,34 +149,24 @@ _OTHER_STATES = ("encoder_hidden_states", "query_states")
 """Arguments with states other than the module's own input; the functions above do not support them."""
 
 
-@dataclass(frozen=True)
-class InlineAttention:
-    """An attention module of one of the families.
-
-    Attributes:
-        family: computes its forward with a given attention function.
-        names: the names of the arguments of its forward, in order.
-    """
-
-    module: nn.Module
-    family: FamilyForward
-    names: tuple[str, ...]
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], attention: AttentionFunction) -> Any:
-        """Run the forward with an attention function, or return None if the call passes other states (`_OTHER_STATES`)."""
-        call = dict(zip(self.names, args, strict=False)) | kwargs
-        if any(call.get(name) is not None for name in _OTHER_STATES):
-            return None
-        return self.family(self.module, call, attention)
-
-
-def inline_attention_of(module: nn.Module) -> InlineAttention | None:
-    """Describe a module with inline attention; return None for a module of another family."""
+def rewritten_forward(module: nn.Module) -> RewrittenForward | None:
+    """Return the rewritten forward of an attention module, or None if the module is of no family in this file."""
     keys = [(cls.__module__.rpartition(".")[2], cls.__name__) for cls in type(module).__mro__]
     family = next((_FAMILIES[key] for key in keys if key in _FAMILIES), None)
-    if family is None:
-        return None
-    return InlineAttention(module, family, tuple(inspect.signature(type(module).forward).parameters)[1:])
+    names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    return None if family is None else functools.partial(_run, module, family, names)
+
+
+def _run(
+    module: nn.Module,
+    family: FamilyForward,
+    names: tuple[str, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    attention: AttentionFunction,
+) -> Any:
+    call = dict(zip(names, args, strict=False)) | kwargs
+    return None if any(call.get(name) is not None for name in _OTHER_STATES) else family(module, call, attention)
 
 
 # --- replacing the forward --------------------------------------------------------------------------------------------
@@ -186,15 +178,15 @@ def inline_forward(site: Site, current_pass: Callable[[nn.Module], RunningPass |
     Args:
         current_pass: `attention_interface.current_pass`, which this file cannot import.
     """
-    own = inline_attention_of(site.module)
-    assert own is not None
-    return functools.partial(_forward, site.module, site, own, current_pass)
+    rewritten = rewritten_forward(site.module)
+    assert rewritten is not None
+    return functools.partial(_forward, site.module, site, rewritten, current_pass)
 
 
 def _forward(
     module: nn.Module,
     first: Site,
-    own: InlineAttention,
+    rewritten: RewrittenForward,
     current_pass: Callable[[nn.Module], RunningPass | None],
     *args: Any,
     **kwargs: Any,
@@ -207,7 +199,7 @@ def _forward(
     def attention(*parts: Any, **options: Any) -> Any:
         return current.attend(site, inline_attention, parts, options)
 
-    output = own.run(args, kwargs, attention)
+    output = rewritten(args, kwargs, attention)
     if output is None:
         raise UnsupportedModeError(
             f"{type(module).__name__} was called with encoder or query states; a prefix can only enter self-attention.",

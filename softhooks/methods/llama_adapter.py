@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
-from softhooks.backbone.table_slices import TableSlice, slices_of
 from softhooks.errors import (
     CheckpointError,
     OptionError,
@@ -22,7 +21,7 @@ from softhooks.errors import (
 from softhooks.inject.branch.branch import CONTEXT, BranchInputs, GatedRows
 from softhooks.inject.branch.linear_scaling import linears
 from softhooks.inject.branch.projections import require_call
-from softhooks.method import Method
+from softhooks.method import Method, TableSlice, slices_of
 from softhooks.methods.llama_adapter_encoder import (
     CONTEXT_BIAS,
     CONTEXT_WEIGHT,
