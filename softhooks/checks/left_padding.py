@@ -1,7 +1,7 @@
 """Check at attach whether rows may start with padding.
 
 A model that uses `position_ids` needs no check. Other models number all columns, including padding (ProphetNet, Pegasus-X), or
-apply the mask of a prefix to the wrong columns (GIT). There, more padding before the same text would change the output.
+apply the mask of a prefix to the wrong columns (GIT). With these, padding before a text would change the output.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 
 def _takes_positions(prompt: SoftPrompt) -> bool:
-    """Whether each row has its own positions, and the prompt does not enter through a cache, which some masks do not cover."""
+    """Whether each row has its own positions, and the prompt does not enter through a cache, whose columns some masks lack."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.takes_position_ids or (table is not None and table.by_row)

@@ -1,6 +1,6 @@
 """Check at attach that a prompt changes the model's output, and that every trained part of the prompt gets a gradient.
 
-The check runs with a copy of the encoder with random changes, because a new prompt may have no effect by design (gates at zero).
+The check uses a randomly changed copy of the encoder, because a new prompt may have no effect by design (gates at zero).
 """
 
 from __future__ import annotations

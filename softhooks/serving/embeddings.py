@@ -35,7 +35,7 @@ def sequence_embeddings(
         NotAttachedError: the model has no prompt.
         UnsupportedMethodError: the prompt does not consist of input embeddings alone.
         UnsupportedModelError: the model does not run on embeddings alone, or how the server scales them is unknown.
-        OptionError: the text is empty or needs a tokenizer, or several prompts or none are active.
+        OptionError: the text is empty or needs a tokenizer, or there is not exactly one active prompt.
         PromptTooLongError: prompt and text together exceed the model's positions.
     """
     prompt = _require_rows(model)

@@ -1,1 +1,1 @@
-"""Training with an unmodified `Trainer`: `callback.py` handles its events; every other file covers one part of a run."""
+"""Training with an unmodified `Trainer`: `callback.py` handles its events, and each other file covers one part of a run."""

@@ -48,7 +48,7 @@ def use_sampler(loader: Any, method: Method, seed: int) -> Any:
 
 
 def prepare_template_rows(trainer: Trainer, method: Method) -> None:
-    """Let a Trainer build batches from a template's rows, whether the dataset or the collator renders them."""
+    """Let a Trainer build batches from rows of a template, whether the dataset or the collator has rendered them."""
     if not method.token_layout.batch_columns:
         return
     collator = trainer.data_collator
@@ -93,7 +93,7 @@ class PaddedRows:
         return self.default(rows)
 
     def _by_tokenizer(self, rows: list[dict[str, Any]]) -> Any:
-        """Pad rows with the tokenizer, and labels, which it does not pad, on the same side."""
+        """Pad rows with the tokenizer, and pad the labels on the same side, because the tokenizer does not."""
         labels = [row.pop("labels") for row in rows if "labels" in row]
         if labels:
             for row in rows:
@@ -120,7 +120,7 @@ class KeptColumns:
         Patches().set(trainer, "_set_signature_columns_if_needed", self)
 
     def __call__(self) -> None:
-        """Add the collator's and the prompts' columns; prompts may be attached after the Trainer has made its list."""
+        """Add the collator's and the prompts' columns; prompts may be attached after the Trainer has made its list of columns."""
         self._set_signature_columns()
         trainer, prompted = self._trainer, prompted_model_of(self._trainer.model)
         collator = trainer.data_collator

@@ -67,7 +67,6 @@ class SoftPromptCallback(TrainerCallback):
 
     Attributes:
         soft_prompt: the attached prompt, or None before the Trainer is created.
-        report: the result of the last check of the base, or None before the first check.
 
     Raises:
         OptionError: `check_frozen` has another value.
@@ -118,7 +117,7 @@ class SoftPromptCallback(TrainerCallback):
 
     @property
     def report(self) -> FrozenReport | None:
-        """The result of the last check of the base."""
+        """The result of the last check that the base has not changed, or None before the first check."""
         return self._frozen_check.report
 
     # --- events -------------------------------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ class SoftPromptCallback(TrainerCallback):
                 refuse_late(
                     args,
                     state,
-                    "the model without the prompt, or the optimizer without its parameters",
+                    "a model without the prompt, or an optimizer without its parameters",
                 )
             if known is not None:
                 known.remove()

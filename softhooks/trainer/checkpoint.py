@@ -191,7 +191,7 @@ class CheckpointSaver:
         self.loaded, self.described = True, described
 
     def require_same_run(self, described: dict[str, Any] | None) -> None:
-        """Check that this run has the settings that a checkpoint describes; settings that are unknown in either may differ.
+        """Check that this run has the settings that a checkpoint describes. Unknown settings are not compared.
 
         Raises:
             TrainerError: a setting differs; the message names the first one.

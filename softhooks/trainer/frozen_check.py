@@ -23,7 +23,7 @@ class FrozenCheck:
     """Checks that the base has not changed, at the moments that `check_frozen` of `SoftPromptCallback` chooses.
 
     Args:
-        asked: `check_frozen`.
+        asked: the value of `check_frozen`.
 
     Attributes:
         report: the result of the last check.

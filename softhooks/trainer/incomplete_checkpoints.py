@@ -2,7 +2,7 @@
 
 `resume_from_checkpoint=True` uses the checkpoint with the highest number, even an incomplete one. The Trainer writes
 `trainer_state.json` last, so a checkpoint without this file is incomplete. While a process writes a checkpoint, it locks a file
-in the folder; an incomplete folder without a lock is renamed. Nothing is deleted.
+in its folder; an incomplete checkpoint without a lock is renamed. Nothing is deleted.
 
 Some scripts look for the last checkpoint before they create the Trainer, and then pass the old name of a renamed folder.
 Therefore, until the first step, a link with this name points to the last complete checkpoint.
@@ -42,7 +42,7 @@ class Lock:
     """A lock on a checkpoint folder while a process writes the checkpoint. If the process dies, the lock is released."""
 
     held: ClassVar[dict[Path, Lock]] = {}
-    """The locks of this process. A lock that is still held when another Trainer is created was left there by an error."""
+    """The locks of this process. A lock that is still held when another Trainer is created is from a failed checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         remove_links(replacement_links(folder.parent))

@@ -1,4 +1,4 @@
-"""Checks by a callback of the prompt that it trains: whether it can be used, was attached too late, or is missing."""
+"""Checks of the prompt that a callback trains: whether it can be trained, was attached too late, or is missing."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) ->
 
 @contextmanager
 def detached_on_error(model: nn.Module) -> Iterator[None]:
-    """If the `with` block raises an error, remove the prompt that a callback has attached in it."""
+    """If the `with` block raises an error, remove the prompt that a callback has attached in the block."""
     before = saver_of(model)
     try:
         yield

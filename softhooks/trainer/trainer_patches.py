@@ -131,9 +131,8 @@ def _with_init_event(original: Callable[..., Any]) -> Callable[..., Any]:
         """Add a callback; if it is a SoftPromptCallback and the Trainer already exists, call its `on_init_end`."""
         original(handler, callback)
         added = handler.callbacks[-1]
-        is_ours = any(
-            one is added for one in callbacks
-        )  # by identity: callbacks may be unhashable, such as dataclasses
+        # Compare by identity, because callbacks may be unhashable, such as dataclasses.
+        is_ours = any(one is added for one in callbacks)
         if not is_ours or not hasattr(handler, "model"):  # a Trainer that is being created calls `on_init_end` itself
             return
         try:
