@@ -331,7 +331,7 @@ def test_a_run_that_is_resumed_has_the_ids_that_it_began_with(tmp_path: Path) ->
 def test_slots_beside_embeddings_without_ids_are_refused(name: str) -> None:
     model = build(name)
     softhooks.attach(model, PromptTuning(3), injection="slots")
-    with pytest.raises(UnsupportedModeError, match="also depend on token ids, so slots need the ids"):
+    with pytest.raises(UnsupportedModeError, match="also reads the ids, so slots need them"):
         model(inputs_embeds=model.get_input_embeddings()(zoo.text(2, 6)))
 
 

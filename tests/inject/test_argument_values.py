@@ -235,7 +235,7 @@ def test_positions_that_point_at_words_are_refused_beside_slots() -> None:
     bare = model(IDS, attention_mask=MASK, **entities).last_hidden_state
     with softhooks.attach(model, PromptTuning(3)):
         model(IDS, attention_mask=MASK)
-        with pytest.raises(UnsupportedModeError, match="whose positions refer to words of the text"):
+        with pytest.raises(UnsupportedModeError, match="which refers to words by their columns"):
             model(IDS, attention_mask=MASK, **entities)
         with softhooks.disabled(model):
             assert torch.equal(model(IDS, attention_mask=MASK, **entities).last_hidden_state, bare)

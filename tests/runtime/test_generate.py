@@ -126,7 +126,8 @@ def test_prefill_in_chunks_of_padding(arch: str, way: str) -> None:
     batch = naive.left_padded(ROWS)
     if way in AS_SLOTS:
         with pytest.raises(
-            UnsupportedModeError, match=r"text of row 2 begins after the first chunk(.|\n)*prefill_chunk_size"
+            UnsupportedModeError,
+            match=r"first chunk of the prefill(.|\n)*only padding in row 2(.|\n)*prefill_chunk_size",
         ):
             generate(model, **batch, prefill_chunk_size=3)
     else:
@@ -218,7 +219,7 @@ def test_slots_refuse_a_returned_cache(arch: str, way: str) -> None:
     model, _, _ = prompted(arch, way)
     first = generate(model, **naive.left_padded(ROWS[:2]), return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.tensor([[5, 6]] * 2)], 1)
-    with pytest.raises(UnsupportedModeError, match="the same generation has filled"):
+    with pytest.raises(UnsupportedModeError, match="filled by the same generation"):
         generate(model, input_ids=ids, attention_mask=(ids != 0).long(), past_key_values=first.past_key_values)
 
 

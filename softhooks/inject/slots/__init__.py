@@ -1,1 +1,1 @@
-"""Inject a prompt as virtual tokens in slots of the sequence."""
+"""Insert virtual tokens into the sequence, in columns that are called slots."""

@@ -1,7 +1,7 @@
-"""The values of per-token arguments at virtual slots: the model's defaults for a missing argument.
+"""The values of per-token arguments, such as boxes on a page or token types, at slots.
 
-Boxes on a page, paths in a document, token types: for tokens without a value, tokenizers use the value of padding, and models
-use the same value if the argument is missing. A probe checks that they do. A slot has the language of its text.
+A slot gets the value that the tokenizer gives to padding. A probe checks that the model uses this value if the argument is
+missing. The language of a slot is the language of its row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from softhooks.backbone.stack import Stack
 from softhooks.layout.slot_map import Widened
 
 _PADDED: dict[str, tuple[str, str | int]] = {
-    # argument: the config's name for the value (or the value), and how many numbers a token has
+    # argument: the value's name in the config ("" for 0), and how many numbers a token has (0: a single number, no dimension)
     "token_type_ids": ("", 0),
     "bbox": ("", 4),
     "xpath_tags_seq": ("tag_pad_id", "max_depth"),
@@ -29,12 +29,9 @@ COPIED = ("langs",)
 
 
 def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
-    """Find the per-token arguments of a stack with a known value for slots: passing only this value must not change anything.
+    """Return the value at slots of each per-token argument for which it is known; all prompts must be disabled.
 
-    The stack's prompts must be disabled.
-
-    Args:
-        ids: some text, [1, T].
+    A value is known if passing it for every token of `ids` [1, T] gives the same states as leaving the argument out.
     """
     config = getattr(stack.module, "config", None)
     fills: dict[str, int] = {}
@@ -68,12 +65,7 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def fill(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
-    """Add the slots' columns, in place, to the per-token arguments of a call that have a known value for slots.
-
-    Args:
-        wide: the map of the sequence with slots.
-        fills: the known values for this stack.
-    """
+    """Add the slots' columns, in place, to the per-token arguments of a call; `fills` has the values of `find_fills`."""
     columns, fills = wide.text.shape[1], {**dict.fromkeys(ZERO_AT_SLOTS, 0), **fills}
     for name, value in call.items():
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != columns:

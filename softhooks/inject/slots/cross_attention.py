@@ -1,4 +1,4 @@
-"""Handle the slots of an encoder in its decoder: extend the cross-attention mask, and remove the slots from outputs."""
+"""Let a decoder attend to an encoder's slots: extend the mask of cross-attention, and remove the slots from outputs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from softhooks.layout.slot_map import Widened, gather_columns
 
 
 class CrossSlotPass(Pass):
-    """A decoder's forward over encoder states that include slots. The slots are added to the mask of cross-attention.
+    """A decoder's forward over encoder states that include slots.
 
     Args:
-        stack: the decoder.
-        encoder: the encoder.
         slots: the prompts in the encoder.
-        call: the arguments of the decoder's forward; the encoder's mask is replaced in place.
+        call: the arguments of the decoder's forward; the encoder's mask is extended in place.
     """
 
     def __init__(self, stack: Stack, encoder: Stack, slots: Slots, call: dict[str, Any]) -> None:
@@ -37,8 +35,8 @@ class CrossSlotPass(Pass):
         wide = _wide_of(states, encoder)
         if wide is None or (given is not None and given.shape[-1] != columns):
             raise PromptNotReachedError(
-                "the decoder received encoder states without the prompt; it needs the states of an encoder that ran with the "
-                "prompt.",
+                "the decoder received encoder states without the prompt's slots; encoder and decoder must run with the same "
+                "prompts.",
                 "Let the model run its encoder itself, or call the encoder while the prompt is active.",
                 states=f"{states.shape[1]} columns",
                 mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
@@ -60,7 +58,7 @@ class CrossSlotPass(Pass):
 
 
 def strip_encoder_state(output: Any, encoder: Stack) -> Any:
-    """Remove the slots from the encoder's last state in a task model's output."""
+    """Remove the slots from the encoder's last hidden state in the output of an encoder-decoder."""
 
     def strip(state: Any) -> Any:
         wide = _wide_of(state, encoder) if isinstance(state, Tensor) else None
@@ -74,7 +72,7 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
 
 
 def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
-    """Return the map of slots that the encoder's pass used for these states, repeated for beams."""
+    """Return the map of the columns of an encoder's states, or None if they have no slots."""
     written = note_on(states).slots or encoder.state.encoded
     wide = None if written is None else written.widened(states.shape[0])
     return wide if wide is not None and wide.columns == states.shape[1] else None

@@ -1,4 +1,4 @@
-"""Check a call before slots are inserted into its sequence: masks, caches and per-token arguments."""
+"""Check the masks, the cache and the per-token arguments of a call before slots are inserted into its sequence."""
 
 from __future__ import annotations
 
@@ -19,30 +19,22 @@ _WIDENED = {"input_ids", "attention_mask", "position_ids", *ZERO_AT_SLOTS}
 
 
 def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:
-    """Return the mask of the text's columns, [B, T]; all ones if no mask is given.
-
-    Raises:
-        UnsupportedModeError: the mask is already prepared for attention, as for static caches.
-    """
+    """Return the mask of the text's columns, [B, T], or ones if there is no mask; refuse one already prepared for attention."""
     if mask is None:
         return torch.ones(batch, columns, dtype=torch.long, device=device)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != columns:
         raise UnsupportedModeError(
-            "the mask is already prepared for attention (as for a static cache); slots in the sequence need a mask with one "
-            "value per token.",
+            "the attention mask is already prepared for attention (as for a static cache); slots in the sequence need a mask "
+            "with one value per token.",
             "Use a dynamic cache, or a prompt that enters as keys and values (`prompt.injection`).",
-            mask=f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}",
-            expected=f"[{batch}, {columns}]",
+            mask=list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__,
+            expected=[batch, columns],
         )
     return mask
 
 
 def refuse_static(cache: Any) -> None:
-    """Refuse a cache of fixed size, which has no space for the slots.
-
-    Raises:
-        UnsupportedModeError: the cache has a fixed size.
-    """
+    """Refuse a cache of fixed size, which has no space for the slots."""
     if getattr(cache, "is_compileable", False) is True and not is_recurrent(cache):
         raise UnsupportedModeError(
             f"{type(cache).__name__} has a fixed size; slots in the sequence need a cache that grows.",
@@ -55,10 +47,7 @@ def mask_of_text(
 ) -> Tensor:
     """Return the mask of a call's text, one value per token, [B, T].
 
-    If an outer model has prepared a mask for attention, the caller's own mask is used, provided that both hide the same tokens.
-
-    Raises:
-        UnsupportedModeError: the prepared mask shows more tokens, or the caller prepared it.
+    If the model has prepared the mask for attention, the caller's mask is returned. It must hide as much as the prepared mask.
     """
     given, flat = call.get("attention_mask"), padding_mask(call, outer)
     if given is not None and flat is None and outer is not None and outer.mask is None:
@@ -70,14 +59,11 @@ def mask_of_text(
 
 
 def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
-    """Refuse masks that an outer model has prepared if they show more than the caller's mask.
+    """Refuse masks that the model has prepared if they show more than the caller's mask, such as later tokens of an image.
 
     Args:
         prepared: the prepared mask, [B, 1, T, K], bool (True: seen) or additive, or several masks by name.
         flat: the caller's mask, [B, K].
-
-    Raises:
-        UnsupportedModeError: tokens see later tokens (as the tokens of an image do), or the mask has an unknown form.
     """
     for mask in prepared.values() if isinstance(prepared, dict) else [prepared]:
         if mask is None:
@@ -85,16 +71,17 @@ def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
         if isinstance(mask, Tensor) and mask.dim() == 4 and not bool(_more(mask, flat, causal).any()):
             continue
         raise UnsupportedModeError(
-            "the outer model has prepared the text model's mask; slots in the sequence need a mask with one value per token.",
+            "the model passes its text model a mask that shows more than `attention_mask`; slots in the sequence need a mask "
+            "with one value per token.",
             "Use a prompt that enters as keys and values (`prompt.injection`), or rows without images.",
             mask=f"{list(mask.shape)}, in which tokens see later tokens"
             if isinstance(mask, Tensor)
-            else f"{type(mask).__name__}, prepared by the outer model",
+            else type(mask).__name__,
         )
 
 
 def _more(mask: Tensor, flat: Tensor, causal: bool) -> Tensor:
-    """Mark the columns that a prepared mask must hide but shows: padding and, in a decoder, later columns. [B, 1, T, T] bool."""
+    """Return which columns a prepared mask shows although it must hide them: padding and, in a decoder, later columns."""
     queries = mask.shape[-2]
     seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[..., -queries:]
     real = flat.to(seen.device).bool()[:, None, None, -queries:]
@@ -105,18 +92,18 @@ def _more(mask: Tensor, flat: Tensor, causal: bool) -> Tensor:
 
 
 def refuse_later_text(gap: Tensor, live: Tensor, columns: int) -> None:
-    """Refuse a row whose text starts in a later prefill chunk, because sliding windows count the padding after its slots."""
+    """Refuse a row whose text starts in a later chunk of a prefill; sliding windows would count the padding after its slots."""
     last = torch.where(live, gap, 0).amax(-1)
     if bool((last > columns).any()):
         raise UnsupportedModeError(
-            f"the text of row {int(last.argmax())} begins after the first chunk of {columns} columns; with slots, each row must "
-            "have its first token in the first chunk of a prefill.",
+            f"the first chunk of the prefill, {columns} columns, has only padding in row {int(last.argmax())}; with slots, each "
+            "row must have its first token in the first chunk.",
             "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
         )
 
 
 def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
-    """Replace the `lengths` of a call's rows (XLM) by a mask, because slots change them; an existing mask takes precedence."""
+    """Replace the `lengths` of the rows (XLM), which slots would change, by a mask; keep a mask that the call already has."""
     lengths = call.get("lengths")
     if not isinstance(lengths, Tensor) or lengths.shape != (batch,):
         return
@@ -126,18 +113,14 @@ def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
 
 
 def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int) -> None:
-    """Refuse per-token arguments, [B, T, ...], and per-query masks, [B, 1, T, ...], whose values at the slots are unknown.
-
-    Raises:
-        UnsupportedModeError: the call has an argument of this kind.
-    """
+    """Refuse per-token arguments, [B, T, ...], and per-query masks, [B, 1, T, ...], whose values at the slots are unknown."""
     known = {*_UNTOUCHED, *_WIDENED, *COPIED, *stack.slot_values}
     for key, value in call.items():
         if not isinstance(value, Tensor) or key in known:
             continue
         if key.endswith("_position_ids") and not key.startswith("decoder_"):
             raise UnsupportedModeError(
-                f"the call has `{key}`, whose positions refer to words of the text; slots in the sequence would move them.",
+                f"the call has `{key}`, which refers to words by their columns; slots in the sequence change these columns.",
                 f"Leave `{key}` out, or disable the prompt for this call.",
                 argument=f"{key} {list(value.shape)}",
             )
@@ -149,26 +132,23 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
             has_prefixes = stack.injection is not None
             other = ", or use a prompt that enters as keys and values, such as PrefixTuning" if has_prefixes else ""
             raise UnsupportedModeError(
-                f"the call has `{key}`, a per-token argument whose value for virtual tokens is not known.",
+                f"the call has the per-token argument `{key}`, but its value for virtual tokens is not known.",
                 f"Leave `{key}` out{other}.",
                 argument=f"{key} {list(value.shape)}",
             )
 
 
 def has_positions_in_types(call: dict[str, Any], mask: Tensor) -> bool:
-    """Whether positions depend on token types with several numbers, as in TAPAS, which counts the tokens of each table cell.
+    """Whether the model computes positions from token types, as TAPAS does, which numbers the tokens of each table cell.
 
-    In this case the model makes the positions itself, and also counts padding.
-
-    Raises:
-        UnsupportedModeError: a row starts with padding.
+    Such a model also counts padding, so rows that start with padding are refused.
     """
     types = call.get("token_type_ids")
     if not isinstance(types, Tensor) or types.dim() != 3 or call.get("position_ids") is not None:
         return False
     if not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
-            f"{int((mask[:, 0] == 0).sum())} rows begin with padding; in a model that makes positions from token types, rows "
+            f"{int((mask[:, 0] == 0).sum())} rows begin with padding; in a model that computes positions from token types, rows "
             "with slots must begin with text.",
             "Pad on the right.",
             token_type_ids=list(types.shape),
@@ -177,11 +157,11 @@ def has_positions_in_types(call: dict[str, Any], mask: Tensor) -> bool:
 
 
 def refuse_more_columns(output: Any, text: int, wide: int) -> None:
-    """Refuse an output with more states than columns: the stack may have appended the states of an image (LayoutLMv3)."""
+    """Refuse an output with more states than columns, to which the stack may have added the states of an image (LayoutLMv3)."""
     columns = last_hidden_state(output).shape[1]
     if columns not in (text, wide):
         raise UnsupportedModeError(
-            f"the stack returns {columns} states for {wide} columns; with slots it must return one state per column.",
+            f"the model's backbone returns {columns} states for {wide} columns; with slots it must return one state per column.",
             "Call the model with text only.",
             columns=f"{wide}, {wide - text} of them slots",
         )

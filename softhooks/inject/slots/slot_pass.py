@@ -1,7 +1,7 @@
 """Insert slots into the sequence: add placeholder ids, replace their embeddings, and remove their states from the output.
 
-Used for encoders, for prompts that are not at the front, and for decoders whose front prompt cannot be shared. Outside of the
-stack every shape is the shape of the text; only a decoder that attends to an encoder sees the encoder's slots.
+This is used for encoders, for prompts that are not before the text, and for decoders that cannot share their prompt. Outside of
+the stack every shape is the shape of the text; only a decoder that attends to an encoder gets states with the encoder's slots.
 """
 
 from __future__ import annotations
@@ -36,15 +36,12 @@ from softhooks.layout.slot_map import Places, Widened, gaps, widen
 
 
 class SlotPass(Pass):
-    """One forward with slots in the sequence.
+    """A forward with slots in the sequence.
 
     Args:
-        stack: the stack.
-        slots: the prompts.
         call: the arguments of the forward, by name; the slots are added in place.
         placeholder: an ordinary id that is not padding.
-        keep: whether the returned last state keeps the slots, for a decoder that attends to it.
-        outer: the positions and the mask of the model's own call.
+        keep: whether the slots stay in the last hidden state, for a decoder that attends to it.
     """
 
     def __init__(
@@ -63,12 +60,10 @@ class SlotPass(Pass):
         self.placeholder = placeholder
         self._wide: Widened | None = None
         self._cached: Widened | None = None
-        self._asked = 0  # the number of last text columns that the stack must return; 0 for all
+        self._asked = 0  # `logits_to_keep` of the call: the stack returns only so many text columns; 0 for all
         self._embeds_given = call.get("input_ids") is None
         self._ids: Tensor | None = None  # only if token types may be looked up in the same embedding
-        text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-        if not isinstance(text, Tensor):
-            raise UnsupportedModeError("the call of the model's backbone has neither `input_ids` nor `inputs_embeds`.")
+        text: Tensor = call["inputs_embeds"] if self._embeds_given else call["input_ids"]
         self.batch, self.columns = text.shape[:2]
         self.device = text.device
         replace_lengths(call, self.batch, self.columns)
@@ -83,7 +78,7 @@ class SlotPass(Pass):
 
     @property
     def slot_columns(self) -> Tensor | None:
-        """The columns of the slots in the sequence, [B, S], or None if the slots are in a cache."""
+        """The column of each slot, [B, S], or None if the slots are in a cache."""
         return None if self._wide is None else self._wide.slots
 
     @property
@@ -107,8 +102,8 @@ class SlotPass(Pass):
             call["input_ids"] = self._insert_ids(self._wide, call["input_ids"])
         elif self.slots.ids is not None:
             raise UnsupportedModeError(
-                f"the call has `inputs_embeds`, but the states of {type(self.stack.module).__name__} also depend on token ids, "
-                "so slots need the ids.",
+                f"the call has `inputs_embeds` instead of `input_ids`; {type(self.stack.module).__name__} also reads the ids, so "
+                "slots need them.",
                 "Call the model with `input_ids`.",
             )
         else:
@@ -124,7 +119,7 @@ class SlotPass(Pass):
         self._keep_states(call)
 
     def _keep_states(self, call: dict[str, Any]) -> None:
-        """Increase `logits_to_keep` of a stack that computes only the last columns (Gemma 4) to include slots between them."""
+        """Increase the call's `logits_to_keep` (Gemma 4) by the slots between or after the last text columns."""
         asked = call.get("logits_to_keep")
         if isinstance(asked, int) and asked > 0:
             assert self._wide is not None
@@ -138,13 +133,13 @@ class SlotPass(Pass):
         return spread if own is None else spread.scatter(1, wide.slots, own.expand_as(wide.slots))
 
     def _place(self, call: dict[str, Any], ids: Tensor) -> None:
-        """Pass the positions of the columns to the stack, unless it counts them itself, in the same way for all rows."""
+        """Pass position ids to the stack, unless it counts columns in the same way for all rows, which is right with slots."""
         where = self.stack.positions
         if where.takes_position_ids or (where.table is not None and where.table.by_row):
             set_position_ids(self.stack, call, ids, self.handles)
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
-        """Whether this call looks up token ids rather than token types, for which GPT-2 and CTRL use the same table."""
+        """Whether this call looks up token ids, not token types, which GPT-2 and CTRL look up in the same embedding."""
         ids = self._ids
         if self._embeds_given:
             return False
@@ -153,7 +148,7 @@ class SlotPass(Pass):
         return torch.equal(args[0].flatten(), ids.flatten())
 
     def embed(self, output: Tensor) -> Tensor:
-        """Replace the slots' rows of the embedding's output, [B, N, H]."""
+        """Replace the embeddings of the slots' placeholder ids, [B, N, H]."""
         if self._wide is None or output.shape[1] != self._wide.columns:
             return output
         self.has_injected = True
@@ -172,14 +167,14 @@ class SlotPass(Pass):
         given, positions = call.get("attention_mask"), given_positions(self.stack, call, self.outer)
         total = past - slots + self.columns
         flat = padding_mask(call, self.outer)
-        # The call's count of tokens, by mask or positions, must equal the cached tokens without slots plus the new tokens.
+        # The number of tokens by mask or positions must equal the number of cached tokens without slots plus the new tokens.
         seen = None if flat is None else flat.shape[-1]
         if flat is None and positions is not None and positions.dim() == 2:
             seen = int(positions.max()) + 1 - self.stack.positions.start
         places = None if written is None else written.places_in(self.batch)
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
-                "the cache does not contain this text with its slots; slots need a cache that the same generation has filled.",
+                "the cache does not contain this text with its slots; slots need a cache that was filled by the same generation.",
                 "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate from the "
                 "whole text without an existing cache.",
                 cache=f"{past} columns, {slots} of them slots",
@@ -197,18 +192,19 @@ class SlotPass(Pass):
         self.has_injected = True
 
     def _continue_state(self, cache: Any) -> None:
-        """Continue from a state of recurrent layers that have already read the slots."""
+        """Check that recurrent layers have read the slots before."""
         written = note_on(cache).slots
         if written is None or written.places_in(self.batch) is None:
             raise UnsupportedModeError(
-                f"{type(cache).__name__} was not made with these slots; slots need a state that the same generation has made.",
+                f"{type(cache).__name__} was not computed with these slots; slots need a state that was computed by the same "
+                "generation.",
                 "Start again from the text, without the state.",
                 rows=self.batch,
             )
         self.has_injected = True
 
     def _widened(self, places: Places, mask: Tensor) -> Widened:
-        """Map the columns of this batch. In a decoder, unused slots are on the left, because text is generated on the right."""
+        """Map the columns of this batch. In a decoder, unused slots go to the left, because text is generated on the right."""
         spare_first = self.stack.causal and not self.keep
         return widen(gaps(mask, places.offsets), places.live, mask.shape[1], spare_first=spare_first)
 
@@ -217,14 +213,14 @@ class SlotPass(Pass):
     def strip(self, states: Tensor) -> Tensor:
         """Remove the slots from states, [B, N, H] -> [B, T, H].
 
-        In a decoder a token is predicted from the column before it, which is the last slot if slots are in between.
+        In a decoder each column's state predicts the next token; if slots come before that token, it is the last slot's state.
         """
         wide = self._wide
         assert wide is not None
         return wide.predicting_states(states, self._mask) if self.stack.causal else wide.own_states(states)
 
     def leave(self, output: Any) -> Any:
-        """Remove the slots from states, hidden states and attentions, except from a last state that a decoder attends to."""
+        """Remove the slots from the stack's output, except from a last hidden state that a decoder attends to."""
         if self._wide is None:
             return output if self._cached is None else strip_attentions(output, self._cached)
         if self.stack.causal:
@@ -248,7 +244,7 @@ class SlotPass(Pass):
 
 
 class FallbackPass(SlotPass, CheckpointedPass):
-    """A forward with slots in a stack that normally shares its prompt. Layers recomputed in the backward also need this pass."""
+    """A forward with slots in a stack that normally shares its prompt; recomputed layers run inside this pass again."""
 
     def __init__(
         self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, outer: OuterCall | None = None
@@ -258,4 +254,4 @@ class FallbackPass(SlotPass, CheckpointedPass):
             self.follow_checkpointing()
 
     def detach_injected(self) -> None:
-        """Do nothing: the prompt enters at the embedding, before every layer."""
+        """Do nothing: the prompt enters at the embedding, before all layers."""

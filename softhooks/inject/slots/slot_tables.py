@@ -1,4 +1,4 @@
-"""The slots of a batch's prompts: their places in each row and their embeddings."""
+"""The slots of a batch: where they are in each row, and their embeddings."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ from softhooks.layout.template import COLUMN
 
 @dataclass
 class Slots:
-    """The prompts of a batch that enter the text as slots.
+    """The prompts of a batch that enter as slots.
 
     Attributes:
-        tables: the embeddings of each prompt in use, [P, H].
-        layouts: the layout of each prompt, which places its slots.
-        choice: the index of each row's prompt (None for a row without a prompt), or only None if every row has the first
-            prompt.
+        tables: the embeddings of each prompt, [P, H].
+        choice: the index of each row's prompt (None for a row without a prompt); None if every row has the first prompt.
         given: the extra arguments of the forward.
         searched: the number of columns passed to `generate`, in which layouts look for anchors; None if unknown.
-        ids: the placeholder ids of each prompt, [P], or None if the stack's states do not depend on ids.
+        ids: the placeholder ids of each prompt, [P], or None if the stack reads only embeddings.
     """
 
     tables: Sequence[Tensor]
@@ -38,7 +36,7 @@ class Slots:
 
     @property
     def columns(self) -> int:
-        """S, the largest number of slots of a prompt."""
+        """The largest number of slots of a prompt (S)."""
         return max(layout.num_slots for layout in self.layouts)
 
     @property
@@ -51,15 +49,15 @@ class Slots:
         )
 
     def places(self, mask: Tensor, ids: Tensor | None) -> Places:
-        """Find the places of the slots in a text.
-
-        Args:
-            mask: 1 for real tokens, [B, T].
-            ids: the text's ids, [B, T]; None if the text was passed as embeddings.
-        """
+        """Find where the slots are in a text, from its mask and ids, [B, T] each; ids are None for a text given as embeddings."""
         batch, columns = mask.shape
         if self.searched is not None and any(layout.form.searches for layout in self.layouts):
-            self._refuse_chunk(columns, self.searched)
+            if columns < self.searched:
+                raise UnsupportedModeError(
+                    f"the first chunk has {columns} of {self.searched} columns; a layout that looks for anchors or for the end "
+                    "of the text must get the whole text at once.",
+                    "Leave `prefill_chunk_size` out.",
+                )
             mask, ids = mask[:, : self.searched], None if ids is None else ids[:, : self.searched]
         given = self.given.get(COLUMN)
         if self.choice is None:
@@ -75,24 +73,16 @@ class Slots:
             live[index, : layout.num_slots] = found.live
         return Places(offsets, live)
 
-    def _refuse_chunk(self, columns: int, prompt: int) -> None:
-        if columns < prompt:
-            raise UnsupportedModeError(
-                f"the first chunk has {columns} of {prompt} columns; a layout that looks for anchors or for the end of the "
-                "text must see the whole text at once.",
-                "Leave `prefill_chunk_size` out.",
-            )
-
     def stacked(self, like: Tensor) -> Tensor:
-        """Return the embedding rows of all slots, [1 or B, S, H], in the dtype of the text's embeddings."""
+        """Return the embeddings of all slots, [1 or B, S, H], in the dtype of `like`."""
         return self._stacked(self.tables, like)
 
     def stacked_ids(self, like: Tensor) -> Tensor | None:
-        """Return the placeholder ids of all slots, [1 or B, S], or None if the stack does not depend on ids."""
+        """Return the placeholder ids of all slots, [1 or B, S], or None if the stack reads only embeddings."""
         return None if self.ids is None else self._stacked([ids[:, None] for ids in self.ids], like)[..., 0]
 
     def _stacked(self, tables: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Select the row of each slot from the tables [P, N] of the prompts. -> [1 or B, S, N]."""
+        """Select the row of each slot from its prompt's table [P, N]. -> [1 or B, S, N]."""
         each = [
             table if layout.form.table_rows == list(range(table.shape[0])) else table[layout.form.table_rows]
             for table, layout in zip(tables, self.layouts, strict=True)

@@ -18,9 +18,8 @@ def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor],
     """Remove the slots' columns from every per-column tensor of a stack's output.
 
     Args:
-        wide: the map of the sequence with slots.
         states: removes the slots from states, [B, N, H] -> [B, T, H].
-        keep_last: whether to keep the last state unchanged, for a decoder that attends to it.
+        keep_last: whether the last hidden state keeps its slots.
     """
     if isinstance(output, Tensor):
         return output if keep_last else _strip(output, wide, states)
@@ -33,7 +32,7 @@ def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor],
 
 
 def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
-    """Strip one value by its shape: states [B, N, H], attentions [B, Hq, N, N], router logits [B * N, E], or a tuple."""
+    """Strip a tensor by its shape: states [B, N, H], attentions [B, Hq, N, N] or router logits [B * N, E]; or a tuple of them."""
     if isinstance(value, (tuple, list)):
         return type(value)(_strip(item, wide, states) for item in value)
     if not isinstance(value, Tensor):
@@ -51,11 +50,7 @@ def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any
 
 
 def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], asked: int) -> Any:
-    """Select the text's last columns in the output of a stack that computes only its last states (`logits_to_keep`).
-
-    Args:
-        asked: the number of text columns to select.
-    """
+    """Select the last `asked` text columns in the output of a stack that computes only its last states (`logits_to_keep`)."""
     computed = last_hidden_state(output)
     last = states(functional.pad(computed, (0, 0, wide.columns - computed.shape[1], 0)))[:, -asked:]
     if isinstance(output, tuple):
@@ -65,7 +60,7 @@ def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], a
 
 
 def strip_attentions(output: Any, wide: Widened) -> Any:
-    """Remove the slots' columns from attentions to a cache, [B, Hq, T, K]; in a sliding layer these are the last K columns."""
+    """Remove the slots' columns from attentions over a cache, [B, Hq, T, K]; a sliding layer has only the last K columns."""
 
     def strip(weights: Any) -> Any:
         if not isinstance(weights, Tensor):
