@@ -34,7 +34,7 @@ from softhooks.prompt import SoftPrompt
 from softhooks.runtime.added_token_hooks import check_added_rows
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.exclusive import exclusive
-from softhooks.runtime.generate import wrap_candidate_generator
+from softhooks.runtime.generate import CandidateGenerator
 from softhooks.runtime.install import detach, install, install_added_tokens, install_head, sign_forward
 from softhooks.runtime.prompt_parts import NewPrompt, PromptSource, build_module
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
@@ -144,7 +144,7 @@ def attach_prompt(
     prompt.is_attached = True
     prompted.recompute_check = RecomputeCheck()  # forget the forwards of the checks
     if method.batch_columns:
-        wrap_candidate_generator(prompted)
+        CandidateGenerator.replace(prompted, "_get_candidate_generator")
     return prompt
 
 

@@ -1,1 +1,1 @@
-"""Patches that set attributes, functions and hooks on objects of other libraries or the user, and restore the originals."""
+"""Set attributes, functions and hooks on objects of the user or of other libraries, and restore the originals."""

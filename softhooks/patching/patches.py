@@ -2,23 +2,25 @@
 
 Everything that softhooks sets on these objects goes through `Patches`:
 
-    patches.set(module, "forward", forward)             an attribute of one instance, class or Python module
-    patches.set(mapping, "sdpa", function)              an entry of a dictionary
-    patches.wrap(Trainer, "compute_loss", wrapper_of)   a function, wrapped at most once
-    patches.delete(module, "_hf_hook")                  an attribute to delete temporarily
-    patches.keep(module.register_forward_hook(hook))    anything with `remove()`
-    patches.undo()                                      restores everything, in reverse order
+    patches.set(module, "forward", forward)             set an attribute of an instance, a class or a Python module
+    patches.set(mapping, "sdpa", function)              set an entry of a dictionary
+    patches.wrap(Trainer, "compute_loss", wrapper_of)   wrap a function, at most once
+    patches.delete(module, "_hf_hook")                  delete an attribute until it is restored
+    patches.keep(module.register_forward_hook(hook))    register an object with `remove()`
+    patches.undo()                                      restore everything, in reverse order
 
-`with Patches() as patches:` and `with patched(owner, name, value):` restore at the end of the block. Process-wide patches that
-several models share are a `softhooks.patching.shared_patches.SharedPatches`.
+`with Patches() as patches:` and `with patched(owner, name, value):` restore everything at the end of the block.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from torch import nn
 
 
 class Handle(Protocol):
@@ -29,7 +31,7 @@ class Handle(Protocol):
 
 
 class _Absent:
-    """Placeholder for a missing attribute. The class itself is used, because copying a class returns the same object."""
+    """Placeholder for a missing attribute. A class instead of an instance, so that a deep copy is the same object."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +45,17 @@ class Patch:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the new value is still set, that is, other code has not replaced it."""
+        """Whether no other code has replaced the new value."""
         return _get(self.owner, self.name) is self.value
 
     def remove(self) -> None:
-        """Restore the old value, unless other code has set a different value since."""
+        """Restore the old value, unless other code has replaced the new one."""
         if self.is_in_place:
             _put(self.owner, self.name, self.before)
 
 
 class Patches:
-    """The attributes that were set and the handles that were registered, in order. Can be copied and pickled."""
+    """A list of changes that can be undone. It can be copied and pickled."""
 
     def __init__(self) -> None:
         self._made: list[Patch | Handle] = []
@@ -81,11 +83,11 @@ class Patches:
             self.set(owner, name, wrapper_of(owner[name] if isinstance(owner, dict) else getattr(owner, name)))
 
     def keep(self, handle: Handle) -> None:
-        """Register a handle, such as a hook's, whose `remove()` is called when everything is undone."""
+        """Add a handle, such as a hook's; `undo` calls its `remove()`."""
         self._made.append(handle)
 
     def restore(self, owner: Any, name: str) -> None:
-        """Undo the last patch of one attribute, if there is one."""
+        """Undo the last patch of one attribute or dictionary entry, if there is one."""
         for patch in reversed(self._patches()):
             if patch.owner is owner and patch.name == name:
                 self._made.remove(patch)
@@ -93,13 +95,13 @@ class Patches:
                 return
 
     def values(self) -> list[Any]:
-        """Return the values that are set."""
+        """Return the new values of all patches."""
         return [patch.value for patch in self._patches()]
 
     def undo(self) -> None:
         """Undo everything in reverse order.
 
-        A patch that other code has replaced or wrapped stays, so that `wrap` does not wrap the same function twice.
+        A patch stays in the list if other code has replaced its value, so that `wrap` does not wrap the same function again.
         """
         made, self._made = self._made, []
         for one in reversed(made):
@@ -112,7 +114,7 @@ class Patches:
 
 
 def patch(owner: Any, name: str, value: Any) -> Patch:
-    """Set one attribute of an object or one entry of a dictionary until `remove()` is called on the result."""
+    """Set an attribute of an object or an entry of a dictionary. `remove()` of the result restores the old value."""
     made = Patch(owner, name, _get(owner, name), value)
     _put(owner, name, value)
     return made
@@ -120,14 +122,14 @@ def patch(owner: Any, name: str, value: Any) -> Patch:
 
 @contextmanager
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set one attribute of an object or one entry of a dictionary while the `with` block runs."""
+    """Set an attribute of an object or an entry of a dictionary in a `with` block."""
     with Patches() as patches:
         patches.set(owner, name, value)
         yield
 
 
 def _get(owner: Any, name: str) -> Any:
-    """Read an attribute of the object itself (not of its class) or an entry of a dictionary."""
+    # `vars`: only attributes of the object itself, not of its class
     return (owner if isinstance(owner, dict) else vars(owner)).get(name, _Absent)
 
 
@@ -143,3 +145,36 @@ def _put(owner: Any, name: str, value: Any) -> None:
         own.pop(name, None)
     else:
         own[name] = value
+
+
+class MethodWrapper:
+    """Base class of the wrappers that replace a method of one model.
+
+    A wrapper is not a closure, because a deep copy of the model would then still call the original model's method.
+
+    Args:
+        model: the model.
+        name: the name of the method.
+
+    Attributes:
+        before: an earlier replacement, which this wrapper calls, or None if it calls the method of the class.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model = model
+        self.name = name
+        self.before: Callable[..., Any] | None = model.__dict__.get(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the original method, but not as `original()`: `torch.compile` confuses that bound method with the wrapper."""
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+
+    def original(self) -> Callable[..., Any]:
+        """Return the original method."""
+        if self.before is not None:
+            return self.before
+        kind = type(self.model)
+        own: Callable[..., Any] = inspect.getattr_static(kind, self.name).__get__(self.model, kind)
+        return own

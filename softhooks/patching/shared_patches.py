@@ -1,4 +1,4 @@
-"""Process-wide patches that stay in place while something uses them, such as a wrapper around a function of transformers."""
+"""Process-wide patches, such as wrappers around functions of transformers, for several models at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _User = TypeVar("_User")
 
 
 class SharedPatches(Generic[_User]):
-    """Patches with users: they are made for the first user, and undone when the last user is removed.
+    """Patches that are undone when the last object that needs them (their last user) is discarded or garbage collected.
 
-    Users are held by weak references, compared by identity, and removed when they are garbage collected. Thread-safe.
+    Users are held by weak references and compared by identity. Thread-safe.
 
     Args:
-        make: called as `make(patches, *args)` for each added user; makes the patches that do not exist yet.
+        make: called as `make(patches, *args)` for each new user, to make the patches that do not exist yet.
     """
 
     def __init__(self, make: Callable[..., None]) -> None:
@@ -35,14 +35,14 @@ class SharedPatches(Generic[_User]):
         return any(True for _ in self)
 
     def add(self, user: _User, *args: Any) -> None:
-        """Add a user and make the patches that it needs; they stay until the user is discarded or garbage collected."""
+        """Add a user, and make the patches that it needs."""
         key = id(user)
         with self._lock:
             self._references[key] = weakref.ref(user, lambda _: self._leave(key))
             self._make(self._patches, *args)
 
     def discard(self, user: _User) -> None:
-        """Remove a user. Calling it again does nothing."""
+        """Remove a user, if it has not been removed yet."""
         self._leave(id(user))
 
     def _leave(self, key: int) -> None:

@@ -1,31 +1,23 @@
-"""Hooks that replace the model's vocabulary rows by a prompt's own rows, and a check that both give the same results."""
+"""Hooks that use a prompt's copies of vocabulary rows, and a check that copies and originals give the same results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.probing import eval_mode
 from softhooks.runtime.added_tokens import AddedTokens, output_of, refuse_tables
+from softhooks.runtime.attached_prompt import AttachedPrompt
+from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.with_blocks import Block
-
-if TYPE_CHECKING:
-    from softhooks.runtime.attached_prompt import AttachedPrompt
-    from softhooks.runtime.prompted_model import PromptedModel
-
-# --- in a forward -----------------------------------------------------------------------------------------------------
 
 
 class AddedTokenHooks:
-    """The hooks that replace the model's vocabulary rows by the prompts' own rows.
-
-    Args:
-        prompted: the state of the model's prompts.
-    """
+    """The hooks that replace embeddings and logits of added tokens by those of the prompts' copies."""
 
     def __init__(self, prompted: PromptedModel) -> None:
         self.prompted = prompted
@@ -39,7 +31,7 @@ class AddedTokenHooks:
     def replace_embeddings(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        """Replace the embeddings of added tokens by the prompt's own rows."""
+        """Replace the embeddings of added tokens."""
         ids = args[0] if args else kwargs["input"]
         changed = output
         for added, rows in self._uses(ids.shape[0]):
@@ -49,7 +41,7 @@ class AddedTokenHooks:
         return None if changed is output else changed
 
     def replace_logits(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Replace the logits of added tokens by the logits of the prompt's own rows."""
+        """Replace the logits of added tokens."""
         hidden = args[0] if args else next(iter(kwargs.values()))
         for added, rows in self._uses(output.shape[0]):
             own = added.logits(hidden, output)
@@ -59,41 +51,31 @@ class AddedTokenHooks:
         return output
 
     def _uses(self, batch: int) -> Iterator[tuple[AddedTokens, Tensor | None]]:
-        """Yield the added tokens of each prompt in use and a mask [B] of the rows that use it (None if all do)."""
-        prompted = self.prompted
+        """Yield the added tokens of each active prompt and a mask [B] of the batch rows that use it (None if all do)."""
+        prompted, rows = self.prompted, self.prompted.rows
         if not prompted.is_on:
             return
-        if prompted.rows is None:
-            added = _added_of(prompted, prompted.active)
-            if added is not None:
-                yield added, None
-            return
-        if not prompted.rows or batch % len(prompted.rows):
-            return  # the library runs a prompt alone
-        for name in dict.fromkeys(prompted.rows):
-            added = _added_of(prompted, name)
-            if added is not None:
-                chosen = torch.tensor([one == name for one in prompted.rows], device=added.ids.device)
-                yield added, chosen.repeat_interleave(batch // len(prompted.rows))
-
-
-def _added_of(prompted: PromptedModel, name: str | None) -> AddedTokens | None:
-    prompt = prompted.prompts.get(name) if name is not None else None
-    return None if prompt is None else prompt.added
-
-
-# --- the check --------------------------------------------------------------------------------------------------------
+        if rows is not None and (not rows or batch % len(rows)):
+            return  # softhooks runs a prompt alone
+        for prompt in prompted.active_prompts():
+            if prompt.added is None:
+                continue
+            if rows is None:
+                yield prompt.added, None
+            else:
+                chosen = torch.tensor([name == prompt.name for name in rows], device=prompt.added.ids.device)
+                yield prompt.added, chosen.repeat_interleave(batch // len(rows))
 
 
 def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
-    """Check that a prompt's copies, which still equal the model's rows, give the same embeddings and logits.
+    """Check that a prompt's copies, while they equal the model's rows, give the same embeddings and logits.
 
     Args:
         inputs: the arguments of a call of the model.
 
     Raises:
-        UnsupportedModelError: the results differ, a second table reads the ids, or the logits do not come from the output
-            embeddings.
+        UnsupportedModelError: the results differ, a second embedding looks up the input ids, or the logits do not come from the
+            output embeddings.
     """
     added, model = prompt.added, prompt.model
     if added is None:
@@ -109,7 +91,7 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
         elif isinstance(module, nn.Embedding) and id(module) not in tables:
             given = (args or tuple(kwargs.values()))[0]
             if isinstance(given, Tensor) and given.shape == ids.shape and torch.equal(given, ids):
-                refuse_tables(model, f"a second table reads the ids ({type(module).__name__})")
+                refuse_tables(model, f"a second embedding ({type(module).__name__}) looks up the input ids")
 
     with eval_mode(model), _hooked(model, listen):
         with Block(prompt.model, off=True):
@@ -117,7 +99,7 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
             for embedding in tables.values():
                 expected = embedding(added.ids[None])
                 if not torch.equal(added.look_up(embedding, added.ids[None], expected)[0], expected):
-                    refuse_tables(model, f"its embedding ({type(embedding).__name__}) does more than look rows up")
+                    refuse_tables(model, f"its embedding ({type(embedding).__name__}) does more than look up rows")
         logits = getattr(answered, "logits", None)
         is_vocabulary = isinstance(logits, Tensor) and logits.shape[-1] == prompt.structure.vocabulary
         if is_vocabulary and not seen:

@@ -1,13 +1,12 @@
-"""Vocabulary rows that a prompt trains: copies of the model's rows for tokens that were added to the vocabulary.
+"""Trainable copies of the rows that tokens added to the vocabulary have in the embedding and in the output embeddings.
 
-Hooks use the copies instead of the model's rows, both in the embedding and in the output embeddings (`lm_head`). The model's own
-tables do not change.
+The model's own embedding matrices do not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +19,21 @@ from softhooks.compat.peft import unwrapped
 from softhooks.errors import OptionError, PromptMismatchError, UnsupportedModelError
 
 ADDED = "added"
-"""The name of the added tokens in a prompt's module."""
+"""The name of `AddedTokens` in a prompt's module."""
 
 
 class AddedTokens(nn.Module):
-    """A prompt's own vocabulary rows, in fp32.
+    """A prompt's copies of vocabulary rows, in fp32.
 
     Args:
-        ids: the ids of the tokens.
+        ids: the ids of the N tokens.
         vocabulary: the number of rows of the model's embedding.
-        rows: rows of the input embedding, [N, E], and of the output embeddings if these are tied to it.
-        output_rows, output_bias: rows of untied output embeddings, [N, H], and of their bias, [N].
+        rows: rows of the input embedding, [N, E], also used for output embeddings that are tied to it.
+        output_rows, output_bias: rows of untied output embeddings, [N, H], and entries of their bias, [N].
     """
 
     ids: Tensor
-    places: Tensor
+    row_of: Tensor
 
     def __init__(
         self,
@@ -45,29 +44,25 @@ class AddedTokens(nn.Module):
         output_bias: Tensor | None = None,
     ) -> None:
         super().__init__()
-        places = torch.full((vocabulary,), -1)
-        places[list(ids)] = torch.arange(len(ids))
+        row_of = torch.full((vocabulary,), -1)  # for each id of the vocabulary its index in `rows`, or -1
+        row_of[list(ids)] = torch.arange(len(ids))
         self.register_buffer("ids", torch.tensor(list(ids)), persistent=False)
-        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("row_of", row_of, persistent=False)
         self.rows = nn.Parameter(rows.detach().float().clone())
         self.output_rows = None if output_rows is None else nn.Parameter(output_rows.detach().float().clone())
         self.output_bias = None if output_bias is None else nn.Parameter(output_bias.detach().float().clone())
 
     def look_up(self, embedding: nn.Module, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Look up ids in the prompt's own rows with the forward of the embedding, so that its scaling applies to these rows.
-
-        Returns:
-            the embeddings, and a mask of the ids that are the prompt's own.
-        """
-        places = self.places[ids]
-        # A shallow copy of the embedding with the prompt's rows as its weight.
+        """Return the embeddings of ids, looked up in the copies, and a mask of the ids that have a copy."""
+        index = self.row_of[ids]
+        # The forward of the embedding may scale the rows, so it runs on a shallow copy with the prompt's rows as its weight.
         own: Any = object.__new__(type(embedding))
         table: Any = embedding.weight
         own.__dict__.update(embedding.__dict__)
         own.__dict__["_parameters"] = {"weight": self.rows.to(table.dtype)}
         own.__dict__["padding_idx"] = None
-        found: Tensor = type(embedding).forward(own, places.clamp(min=0))
-        return found.to(output.dtype), places >= 0
+        found: Tensor = type(embedding).forward(own, index.clamp(min=0))
+        return found.to(output.dtype), index >= 0
 
     def logits(self, hidden: Tensor, output: Tensor) -> Tensor:
         """Compute the logits of the added tokens, [..., N]."""
@@ -76,60 +71,53 @@ class AddedTokens(nn.Module):
         return functional.linear(hidden, rows.to(hidden.dtype), bias).to(output.dtype)
 
     def tables(self) -> dict[str, Tensor]:
-        """Return the tensors by name, as they are saved."""
+        """Return the copies by the names that they have in a saved prompt."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-
-# --- which rows -------------------------------------------------------------------------------------------------------
 
 
 def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> tuple[int, ...]:
     """Return the ids that `train_added_tokens` selects: listed ids, rows added to a model, or tokens added to a tokenizer.
 
     Raises:
-        OptionError: an id is not in the vocabulary, or the added rows are unknown.
+        OptionError: an id is not in the vocabulary, or it is unknown which rows were added.
     """
-    if isinstance(requested, bool):
-        if not requested:
-            return ()
+    if requested is False:
+        return ()
+    if requested is True:
         base = original_vocabulary(model, structure)
         if base is None:
             raise OptionError(
-                f"train_added_tokens=True, but no rows that `resize_token_embeddings` added to "
-                f"{type(unwrapped(model)).__name__} are known.",
+                f"train_added_tokens=True, but it is unknown which rows `resize_token_embeddings` has added to "
+                f"{type(unwrapped(model)).__name__}.",
                 "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
             )
         return tuple(range(base, structure.vocabulary))
     if hasattr(requested, "get_added_vocab"):
-        requested = _added_to(requested, model, structure)
+        base = original_vocabulary(model, structure)
+        # If it is unknown which rows were added to the model, select all tokens that were added to the tokenizer.
+        first = requested.vocab_size if base is None else base
+        requested = sorted(number for number in requested.get_added_vocab().values() if number >= first)
     try:
         ids = [requested] if isinstance(requested, int) else [number.__index__() for number in requested]
     except (TypeError, AttributeError) as error:
         raise OptionError(
-            f"train_added_tokens is {requested!r}; it takes True, False, token ids or a tokenizer."
+            f"train_added_tokens is {requested!r}; pass True, False, token ids or a tokenizer."
         ) from error
     beyond = [number for number in ids if not 0 <= number < structure.vocabulary]
     if not ids or beyond:
         raise OptionError(
             f"train_added_tokens selects {f'the ids {beyond}' if beyond else 'no ids'}; the model's vocabulary has "
             f"{structure.vocabulary} rows.",
-            "Call `model.resize_token_embeddings(len(tokenizer))` before, or correct the ids.",
+            "Call `model.resize_token_embeddings(len(tokenizer))` first, or correct the ids.",
         )
     return tuple(sorted(set(ids)))
-
-
-def _added_to(tokenizer: Any, model: nn.Module, structure: ModelStructure) -> list[int]:
-    """Return the tokens added to a tokenizer that have added rows in the model, or all of them if the added rows are unknown."""
-    base = original_vocabulary(model, structure)
-    first = tokenizer.vocab_size if base is None else base
-    return sorted(number for number in tokenizer.get_added_vocab().values() if number >= first)
 
 
 def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -> AddedTokens:
     """Copy vocabulary rows of a model.
 
     Raises:
-        UnsupportedModelError: the rows of the model's embeddings cannot be replaced.
+        UnsupportedModelError: a hook could not replace the rows of this model's embeddings.
     """
     table, head = _input_of(model, structure), output_of(model)
     tables = {id(head), *(id(stack.embedding) for stack in structure.stacks)}
@@ -154,10 +142,10 @@ def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -
 
 
 def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
-    """Copy the stored rows of added tokens into the prompt's own rows.
+    """Copy saved rows of added tokens into a prompt's rows.
 
     Raises:
-        PromptMismatchError: the shapes differ, or the tables are tied only in the model or only in the file.
+        PromptMismatchError: the shapes differ, or the embeddings are tied only in the model or only in the file.
     """
     expected = {name: list(table.shape) for name, table in own.tables().items()}
     found = {name: list(table.shape) for name, table in tables.items()}
@@ -190,9 +178,8 @@ def _input_of(model: nn.Module, structure: ModelStructure) -> Tensor:
 
 def output_of(model: nn.Module) -> nn.Module | None:
     """Return the output embeddings of a model, or None if it has none."""
-    plain: Any = unwrapped(model)
     try:
-        head = plain.get_output_embeddings()
+        head = cast("Any", unwrapped(model)).get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
     return head if isinstance(head, nn.Module) else None
@@ -203,16 +190,9 @@ def _is_table(weight: Any, rows: int) -> bool:
     return is_whole and weight.is_floating_point() and weight.element_size() >= 2 and not hasattr(weight, "full_tensor")
 
 
-def refuse_tables(model: nn.Module, found: str) -> NoReturn:
-    """Refuse a model whose vocabulary rows cannot be replaced.
-
-    Args:
-        found: the reason, as a clause.
-
-    Raises:
-        UnsupportedModelError: always.
-    """
+def refuse_tables(model: nn.Module, reason: str) -> NoReturn:
+    """Raise UnsupportedModelError for a model whose vocabulary rows a hook cannot replace, with the reason as a clause."""
     raise UnsupportedModelError(
-        f"the added tokens of {type(unwrapped(model)).__name__} cannot be trained: {found}.",
+        f"the added tokens of {type(unwrapped(model)).__name__} cannot be trained: {reason}.",
         "Attach without `train_added_tokens`, and save the resized model next to the prompt.",
     )

@@ -1,4 +1,4 @@
-"""A prompt that is attached to a model: its embeddings, keys and values, gated branch and heads."""
+"""A prompt that is attached to a model, as the hooks use it."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ Injection = Literal["attention", "written_out", "cache", "shared", "slots", "bra
 
 
 class AttachedPrompt:
-    """A prompt on a model, as the hooks use it. Users get its subclass `softhooks.SoftPrompt`.
+    """The base class of `softhooks.SoftPrompt`, with the attributes and methods that hooks use.
 
     Args:
         name: the name of the prompt on the model.
         method: the method's options.
-        module: contains the encoder, the heads and the rows of added tokens; a submodule of the model while attached.
-        conventions: the assumptions of the prompt about the forward pass, which are saved with the prompt.
-        model: the model, as the user gave it.
+        module: a submodule of the model, with the encoder, the heads and the rows of added tokens.
+        conventions: options of the forward pass that the prompt was trained with (`windowed`, ...), which are saved with it.
+        model: the model that was passed to `attach`.
         structure: the model's stacks, embeddings and attention layers.
         running: the calls that are running on the model.
         placeholder_id: an ordinary id of the vocabulary, for calls in which only the number of ids matters.
 
     Attributes:
-        layout: the positions of the virtual tokens in the text, for methods that insert them there.
-        objective: the training loss of the method, or None for the model's own loss.
-        injection: how the prompt enters the model. A `shared` prompt enters as slots in a call that has more inputs than a text
+        layout: where the method inserts its virtual tokens into the text.
+        objective: the method's training loss, or None for the model's own loss.
+        injection: how the prompt enters the model. A `shared` prompt enters as slots in calls with inputs other than a text
             (encoder states, token types, ...).
-        requires_sharing: whether the prompt was attached with `injection='shared'`, so that such calls are refused.
-        takes_left_padding: whether rows may begin with padding; in some models padding before the text changes the result.
+        requires_sharing: whether such calls are refused, because the prompt was attached with `injection='shared'`.
+        takes_left_padding: whether rows may begin with padding; in some models, padding before the text changes the output.
         labels: the label names of the prompt's heads, while the model's config does not show them.
     """
 
@@ -91,14 +91,14 @@ class AttachedPrompt:
 
     @property
     def heads(self) -> nn.ModuleDict:
-        """The prompt's own heads, by the path of the model's head with slashes instead of dots."""
+        """The prompt's copies of the model's heads, by path with slashes instead of dots."""
         heads = self.module["heads"]
         assert isinstance(heads, nn.ModuleDict)
         return heads
 
     @property
     def added(self) -> AddedTokens | None:
-        """The prompt's own copies of vocabulary rows, or None if it trains none."""
+        """The prompt's copies of vocabulary rows, or None if it trains none."""
         added = self.module._modules.get(ADDED)
         return added if isinstance(added, AddedTokens) else None
 
@@ -108,21 +108,21 @@ class AttachedPrompt:
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def head(self, key: str) -> nn.Module | None:
-        """Return the prompt's own copy of one of the model's heads, or None if it has none."""
+        """Return the prompt's copy of one of the model's heads, or None if it has none."""
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
     def without_objective(self) -> ExclusiveBlock:
-        """Return a `with` block in which the model runs without this prompt's objective."""
+        """Return a `with` block in which forwards do not use an objective."""
         return self.running.exclusive("a forward without objective", skip_objective=True)
 
     @property
     def computed(self) -> int:
-        """The number of times keys and values were computed: once per forward, or once per `generate` call or `kept` block."""
-        return sum(memory.computed for kept in (self._memory, self._branches) for memory in kept.values())
+        """How often keys and values were computed: once per forward, `generate` call or `kept` block."""
+        return sum(cache.computed for caches in (self._memory, self._branches) for cache in caches.values())
 
     @property
     def placeholder_ids(self) -> Tensor:
-        """An id for each virtual token, [P]. They matter only in models that read the ids as well as the embeddings."""
+        """An id for each virtual token, [P], for models that use ids in addition to embeddings."""
         own = self.module._buffers.get(BUFFER)
         if own is not None:
             return own
@@ -130,17 +130,14 @@ class AttachedPrompt:
         return torch.full((count,), self.placeholder_id, device=self.encoder.device)
 
     def embeddings(self, variant: int = 0) -> Tensor:
-        """Compute the prompt as embedding rows, [P, H]."""
+        """Compute the embeddings of the virtual tokens, [P, H]."""
         return self._encode(EMBEDDINGS, variant)
 
     def key_values(self, stack: Stack, variants: tuple[int, ...] = (0,)) -> dict[Role, KeyValues]:
         """Compute the prompt as keys and values for one stack, by role (self- or cross-attention).
 
         Args:
-            variants: the variants of the prompt (its tasks, for a multitask prompt), one after another.
-
-        Raises:
-            UnsupportedModeError: another thread is running the model.
+            variants: the variants of the prompt, such as the tasks of a multitask prompt.
         """
         with self.running.exclusive("a prompt's own rows"):
             found = self._key_values(stack, variants)
@@ -161,7 +158,7 @@ class AttachedPrompt:
 
     @contextmanager
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
-        """Replace the prompt's keys and values by others of any length, such as a teacher's for an objective."""
+        """Use other keys and values, of any length, in a `with` block, such as a teacher's for an objective."""
         outer, self._replacement = self._replacement, key_values
         try:
             yield
@@ -172,11 +169,8 @@ class AttachedPrompt:
         """Compute the prompt as a gated branch for one stack.
 
         Args:
-            context: the `prompt_context` of the whole batch, one entry for each row.
+            context: the `prompt_context` of the whole batch.
             rows: the rows of the batch that use the prompt, or None for all.
-
-        Raises:
-            UnsupportedModeError: another thread is running the model.
         """
         memory = self._branches.setdefault(stack.name, ResultCache())
         own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
@@ -185,19 +179,18 @@ class AttachedPrompt:
             return memory.get(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
 
     def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
-        if context is not None and rows is not None:
-            context = context[list(rows)]
-        return branch_of(self.method.branch_inputs(self._encode, stack, context))
+        chosen = context if context is None or rows is None else context[list(rows)]
+        return branch_of(self.method.branch_inputs(self._encode, stack, chosen))
 
     @property
     def states(self) -> Tensor | None:
-        """Return the virtual tokens' last hidden states in this forward, [R, P, H], or None if the prompt was not run alone."""
+        """The last hidden states of the virtual tokens, [R, P, H], or None if softhooks has not run them alone."""
         forward = self.running.forward
-        kept = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
-        return None if kept is None else kept.states
+        found = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
+        return None if found is None else found.states
 
     def snapshot(self) -> Snapshot:
-        """Return the current state of the prompt. If nothing has changed, this is the same object as before."""
+        """Return the state of the prompt, as the same object as the last time if nothing has changed."""
         self._snapshot = snapshot(
             self.model, self.encoder, self.added, self.injection, self.conventions, self._snapshot
         )
@@ -222,9 +215,9 @@ class AttachedPrompt:
         return result
 
     def __copy__(self) -> AttachedPrompt:
-        """Return this object: two handles of one prompt would not see each other's changes."""
+        """Return this object, because a second object would not show changes of the first."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to copy or pickle, including the model, without the results of earlier forwards."""
+        """Return the state to copy or pickle, with the model but without cached results."""
         return self.__dict__ | {"_memory": {}, "_branches": {}, "_replacement": None}

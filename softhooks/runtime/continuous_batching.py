@@ -1,24 +1,19 @@
-"""Continuous batching with a prompt. The checks run before the manager starts: in its thread, errors are only logged."""
+"""Continuous batching with a prompt. It is checked before the manager starts, because errors in its thread are only logged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
+from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.generate import PromptedMethod
-
-if TYPE_CHECKING:
-    from softhooks.runtime.attached_prompt import AttachedPrompt
-    from softhooks.runtime.prompted_model import PromptedModel
-
-_START = "init_continuous_batching"
+from softhooks.runtime.prompted_model import PromptedModel
 
 
 def required_columns(prompt: AttachedPrompt) -> str:
-    """Return the batch columns that a prompt needs in each call as text, or an empty string if it needs none."""
+    """Return the names of the batch columns that a prompt requires, joined by commas."""
     try:
         prompt.encoder.choose_variants({}, 1)
     except UnsupportedModeError:
@@ -27,15 +22,15 @@ def required_columns(prompt: AttachedPrompt) -> str:
 
 
 def require_servable(prompted: PromptedModel) -> None:
-    """Refuse prompts that cannot be used when many requests are packed into one row.
+    """Refuse prompts that continuous batching cannot use, because it packs many requests into one row.
 
     Raises:
-        UnsupportedModeError: rows have different prompts, or the prompt needs a column for each row or enters as slots.
+        UnsupportedModeError: rows have different prompts, or the prompt requires a batch column or enters as slots.
     """
     if prompted.rows is not None:
         raise UnsupportedModeError(
             f"`rows` selects {prompted.selection_text}, but in continuous batching all requests use one prompt.",
-            "Select it with `softhooks.activate`; serve other prompts with other managers, one after another.",
+            "Select one prompt with `softhooks.activate`; to serve another prompt, start another manager afterwards.",
         )
     prompt = prompted.prompts[str(prompted.active)]
     needs = required_columns(prompt)
@@ -49,29 +44,17 @@ def require_servable(prompted: PromptedModel) -> None:
     )
 
 
-class _Loop:
-    """The loop of a manager's thread, run with the context variables of the thread that made the manager."""
-
-    def __init__(self, manager: Any, own: Callable[[Any], None]) -> None:
-        self._manager = manager
-        self._own = own
-        self._context = copy_context()
-
-    def __call__(self) -> None:
-        """Run the loop."""
-        self._context.run(self._own, self._manager)
-
-
-class _Start(PromptedMethod):
-    """Checks the prompt before and after `init_continuous_batching`."""
+class StartContinuousBatching(PromptedMethod):
+    """The replacement for `init_continuous_batching`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Check the prompts, make the manager, and check its settings."""
         if self.prompted.is_in_use:
             require_servable(self.prompted)
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
         manager = self.original()(*args, **kwargs)
         if kept is not None and manager is kept and not kept.is_running():
-            # The manager's cache looks up blocks of earlier sessions by token ids only, whichever prompt computed them.
+            # The manager finds cached blocks of earlier sessions by their token ids, even if another prompt computed them.
             kept.batch_processor = None
         try:
             if self.prompted.is_in_use:
@@ -84,11 +67,12 @@ class _Start(PromptedMethod):
             if manager is not kept:
                 manager.destroy()
             raise
-        manager._run_generation_loop = _Loop(manager, type(manager)._run_generation_loop)
+        # The manager's thread does not inherit this thread's `with` blocks, which are context variables.
+        manager._run_generation_loop = partial(copy_context().run, type(manager)._run_generation_loop, manager)
         return manager
 
     def _require_masks(self, config: Any) -> None:
-        """Refuse attention without a mask, because a prompt needs one, and compiled code, because it skips hooks."""
+        # A prompt needs an attention mask, and compiled code skips hooks.
         attention = str(self.model.config._attn_implementation)  # type: ignore[union-attr]
         joins = self.prompted.prompts[str(self.prompted.active)].injection != "branch"
         compiled = any(
@@ -97,17 +81,10 @@ class _Start(PromptedMethod):
         graphs = any(config.cuda_graph_booleans)
         if (joins and attention.removeprefix("paged|") not in ("sdpa", "eager")) or compiled or graphs:
             raise UnsupportedModeError(
-                "continuous batching with a prompt needs attention with a mask, and hooks that run in each forward.",
+                "continuous batching with a prompt requires attention with a mask, without compilation or CUDA graphs.",
                 "Use 'sdpa' or 'eager' attention and `ContinuousBatchingConfig(auto_switch_to_flash=False, "
                 "use_cuda_graph=False)`, and do not compile.",
                 attention=attention,
                 cuda_graphs=graphs,
                 compiled=compiled,
             )
-
-
-def wrap_continuous_batching(prompted: PromptedModel) -> None:
-    """Replace the method that starts continuous batching, until the last prompt is removed."""
-    model = unwrapped(prompted.model)
-    if hasattr(model, _START):
-        prompted.patches.set(model, _START, _Start(prompted, model, _START))

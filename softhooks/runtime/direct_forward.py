@@ -1,7 +1,4 @@
-"""Route calls of `model.forward(...)`, which skip `__call__` and every hook, through `__call__`.
-
-sentence-transformers makes such calls, so its integration uses this; otherwise such a call is an error.
-"""
+"""Direct calls of `model.forward(...)`, which skip all hooks: redirect them to `model(...)`, for sentence-transformers."""
 
 from __future__ import annotations
 
@@ -11,44 +8,44 @@ from typing import Any
 
 from torch import nn
 
-from softhooks.patching.method_wrapper import MethodWrapper
+from softhooks.patching.patches import MethodWrapper
 from softhooks.runtime.prompted_model import PromptedModel
 
 
 class DirectForward(MethodWrapper):
-    """Redirects direct calls of `model.forward` to `model(...)`, so that hooks run; inside that call, runs the original."""
+    """Redirect a direct call of `model.forward` to `model(...)`; when `model(...)` calls the forward, run the original."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "forward")
         self.names: tuple[str, ...] = getattr(self.before, "names", ())
         self.__signature__ = inspect.signature(model.forward)
-        self._called_in: int | None = None  # the number of the thread that is calling the model
+        self._called_in: int | None = (
+            None  # the id of the thread that runs `model(...)` and has not reached the forward
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to copy or pickle, without the running call."""
+        """Return the state to copy or pickle."""
         return self.__dict__ | {"_called_in": None}
 
     def enter(self, _module: nn.Module, _args: Any) -> None:
-        """Note that the model was called; registered as the last hook before the forward."""
+        """Note that `model(...)` was called; this is the last hook before the forward."""
         self._called_in = threading.get_ident()
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """Forget the call if a hook has raised before the forward, unless it is the call of another thread."""
+        """Forget the call of this thread, if another hook has raised an error before the forward."""
         if self._called_in == threading.get_ident():
             self._called_in = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward inside a call of the model."""
+        """Run the model with its hooks."""
         if self._called_in != threading.get_ident():
             return self.model(*args, **kwargs)
         self._called_in = None
-        if self.before is not None:
-            return self.before(*args, **kwargs)
-        return type(self.model).forward(self.model, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 def route_direct_calls(prompted: PromptedModel) -> None:
-    """Make direct calls of `model.forward` use the prompts, as calls of the model do."""
+    """Make direct calls of `model.forward` use the prompts."""
     if not any(isinstance(value, DirectForward) for value in prompted.patches.values()):
         model = prompted.model
         direct = DirectForward(model)

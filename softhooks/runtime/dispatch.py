@@ -1,9 +1,9 @@
-"""The choice of the pass for a forward of a stack: slots, keys and values, or a gated branch."""
+"""Make the pass for a forward of a stack: slots, keys and values, or a gated branch."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,21 +33,18 @@ from softhooks.inject.text_positions import (
     positions_in_text,
     text_shape,
 )
+from softhooks.runtime.selection import Selection
 from softhooks.runtime.with_blocks import generation_of
 
-if TYPE_CHECKING:
-    from softhooks.runtime.selection import Selection
-
-_TRAINED_KEY_VALUES = ("attention", "written_out", "cache")
-"""The injections with keys and values that are trained for the first positions, or computed once and kept."""
+_FIRST_POSITIONS = ("attention", "written_out", "cache")
+"""The injections whose keys and values have the first positions, so that the text must start right after them."""
 
 
 def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None = None) -> Pass:
-    """Open the pass for one forward of a stack; the call's arguments are changed in place.
+    """Make the pass for one forward of a stack, and change the call's arguments in place.
 
     Args:
-        selection: the prompts of the batch, and which of them each row uses.
-        outer: positions and mask of the model's call, or None if the stack is called directly.
+        outer: position ids and attention mask of the model's call, or None if the stack is called directly.
 
     Raises:
         UnsupportedModeError: the prompts cannot share a batch, or do not support this call.
@@ -66,7 +63,7 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
         ]
         raise UnsupportedModeError(
             "this batch mixes slots with keys and values; all must enter as slots, or all as keys and values.",
-            "Attach them with one `injection=`, or run their rows in separate batches.",
+            "Attach all with the same `injection=`, or run their rows in separate batches.",
             prompts=", ".join(injections),
         )
     if not as_slots[0]:
@@ -83,13 +80,9 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
 def _reasons_for_slots(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None
 ) -> list[list[str]]:
-    """Return, for each shared prompt, the arguments of the call that require it to enter as slots.
-
-    Raises:
-        UnsupportedModeError: a prompt would have to enter as slots, but requires sharing.
-    """
+    """Return for each prompt the arguments of the call because of which it must enter as slots."""
     moved = later_start(stack, call, outer)
-    fixed = [prompt for prompt in selection.prompts if prompt.injection in _TRAINED_KEY_VALUES]
+    fixed = [prompt for prompt in selection.prompts if prompt.injection in _FIRST_POSITIONS]
     if moved and any(prompt.conventions.get("shift_positions", True) for prompt in fixed):
         raise later_start_error(stack, moved)
     reasons: list[list[str]] = []
@@ -104,7 +97,6 @@ def _reasons_for_slots(
 
 
 def _refuse_left_padding(stack: Stack, mask: Tensor | None) -> None:
-    """Refuse rows that begin with padding if padding would change the output with a prompt."""
     if mask is not None and not bool(mask[:, 0].all()):
         raise UnsupportedModeError(
             f"{int((mask[:, 0] == 0).sum())} rows begin with padding, but with a prompt the output of "
@@ -124,8 +116,8 @@ def _open_slots(
         return CrossSlotPass(stack, first.structure.entry, slots, call)
     if selection.hidden(text_shape(call)[0], slots.columns) is not None:
         raise UnsupportedModeError(
-            "the prompt hides virtual tokens from some rows but enters as slots; it can only hide them as keys and values.",
-            "Use a causal decoder whose prompt is computed once (`prompt.injection`).",
+            "the prompt hides virtual tokens from some rows but enters as slots; only keys and values can be hidden.",
+            "Use a causal decoder that shares its prompt (`prompt.injection`).",
         )
     check_text_length(stack, call, slots.columns, cached=slots.columns, outer=outer)
     if is_fallback:
@@ -173,7 +165,7 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
 
 
 def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> dict[Role, KeyValues]:
-    """Compute the keys and values of a batch by role. The result is empty if the batch's prompts do not enter this stack."""
+    """Compute the keys and values of a batch by role; there are none if its prompts do not enter this stack."""
     each = [prompt.key_values(stack, variants) for prompt, variants in selection.by_prompt()]
     prefixes: dict[Role, KeyValues] = {}
     roles: list[Role] = ["self", "cross"]
@@ -188,7 +180,7 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
 
 
 def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
-    """Open a gated branch; a row that begins with padding gets the positions that its text has without padding."""
+    """Make the pass of a gated branch. In a row that begins with padding, text has the position ids that it has without it."""
     batch, columns = text_shape(call)
     branch = BranchPass(stack, _branch_of(stack, selection, batch), stack.module.training)
     mask = padding_mask(call, outer)
@@ -199,7 +191,7 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
         return branch
     positions = positions_in_text(stack, call, outer)
     if positions.dim() == 2:
-        # Padding keeps its positions, as in the model without a prompt.
+        # Padding has the same position ids as in the model without a prompt.
         own = torch.arange(columns, device=mask.device) + past_of(call)
         positions = torch.where(mask[:, -columns:] == 0, own, positions)
     try:
@@ -211,11 +203,7 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
 
 
 def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
-    """Compute the gated branch of a batch.
-
-    Raises:
-        UnsupportedModeError: a prompt has a different injection, or the extra argument does not have one entry for each row.
-    """
+    """Compute the gated branch of a batch."""
     prompts = selection.prompts
     if any(prompt.injection != "branch" for prompt in prompts):
         raise UnsupportedModeError(
@@ -236,7 +224,7 @@ def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     branches = [prompt.branch(stack, context, own) for prompt, own in zip(prompts, rows, strict=True)]
     if any(branch.pending for branch in branches):
         raise UnsupportedModeError(
-            "the rows of this batch use different gated branches; a sharded model (FSDP) supports one branch for all rows.",
+            "the rows of this batch use different gated branches; in a sharded model (FSDP) all rows must use one branch.",
             "Run the rows of each prompt in separate batches.",
             prompts=", ".join(prompt.name for prompt in prompts),
         )

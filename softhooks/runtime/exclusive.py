@@ -1,12 +1,13 @@
-"""Keep other threads from running a model while a prompt is being attached: they would run with half of the hooks."""
+"""Keep other threads from running a model while a prompt is being attached and only some hooks are installed."""
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial, wraps
+from traceback import walk_stack
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
@@ -20,12 +21,12 @@ WHAT = "`attach` or `load`"
 
 
 def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Decorate a function that changes the model in its first argument: other threads may not run the model meanwhile.
+    """Decorate a function that changes its first argument, a model, so that no other thread may run the model meanwhile.
 
-    The wrapped function raises UnsupportedModeError if another thread is already running the model.
+    The decorated function raises UnsupportedModeError if another thread is already running the model.
     """
 
-    @functools.wraps(change)
+    @wraps(change)
     def run(model: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
         present = prompted_model_of(model)
         if present is not None:
@@ -34,50 +35,35 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
         if not isinstance(model, nn.Module):
             return change(model, *args, **kwargs)
         with ExitStack() as guards:
-            guard = _Guard()
+            hook = partial(_refuse_others, threading.get_ident())
             for module in _entries(model):
-                guards.callback(module.register_forward_pre_hook(guard.refuse).remove)
+                guards.callback(module.register_forward_pre_hook(hook).remove)
             _require_idle(model)
             return change(model, *args, **kwargs)
 
     return run
 
 
-class _Guard:
-    """A hook that refuses forwards in other threads, for a model without hooks of softhooks."""
-
-    def __init__(self) -> None:
-        self.ident = threading.get_ident()
-
-    def refuse(self, _module: nn.Module, _args: Any) -> None:
-        """Refuse a forward in another thread."""
-        if threading.get_ident() != self.ident:
-            raise refusal(WHAT, self.ident)
+def _refuse_others(ident: int, _module: nn.Module, _args: Any) -> None:
+    """Refuse a forward in any thread except the one that attaches; a hook."""
+    if threading.get_ident() != ident:
+        raise refusal(WHAT, ident)
 
 
-def _entries(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that a user may call: the model and every module that has a list of layers."""
-    return [
-        module
-        for module in model.modules()
-        if module is model
-        or (
-            not isinstance(module, nn.ModuleList) and any(isinstance(part, nn.ModuleList) for part in module.children())
-        )
-    ]
+def _entries(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that a user may call: the model and every module that has a list of layers."""
+    for module in model.modules():
+        has_layers = any(isinstance(part, nn.ModuleList) for part in module.children())
+        if module is model or (has_layers and not isinstance(module, nn.ModuleList)):
+            yield module
 
 
 def _require_idle(model: nn.Module) -> None:
-    """Search the frames of all threads for a forward of a model that has no hooks yet.
-
-    Raises:
-        UnsupportedModeError: another thread is running the model.
-    """
+    """Refuse a model without hooks if another thread is running it: search the frames of all threads for its forward."""
     modules = {id(module) for module in model.modules()}
     for ident, frame in sys._current_frames().items():
         if ident == threading.get_ident():
             continue
-        while frame is not None:
-            if frame.f_code.co_name == "_call_impl" and id(frame.f_locals.get("self")) in modules:
+        for one, _ in walk_stack(frame):
+            if one.f_code.co_name == "_call_impl" and id(one.f_locals.get("self")) in modules:
                 raise refusal("a forward without a prompt", ident)
-            frame = frame.f_back  # type: ignore[assignment]

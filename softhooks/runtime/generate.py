@@ -1,54 +1,55 @@
-"""`generate` on a model with prompts: repeated rows, the length of the input, and assistant models without prompts."""
+"""`generate` on a model with prompts: beams and samples, the length of the input, and assistant models without prompts."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.reuse import new_scope
-from softhooks.patching.method_wrapper import MethodWrapper
+from softhooks.patching.patches import MethodWrapper
+from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.with_blocks import Block, generation_of
-
-if TYPE_CHECKING:
-    from softhooks.runtime.prompted_model import PromptedModel
-
-_EXPAND = "_expand_inputs_for_generation"
-_DRAFT = "_get_candidate_generator"
 
 
 class PromptedMethod(MethodWrapper):
-    """A method of a prompted model, replaced on the instance."""
+    """The replacement for a method of a model with prompts, until the last prompt is removed."""
 
     def __init__(self, prompted: PromptedModel, model: nn.Module, name: str) -> None:
         super().__init__(model, name)
         self.prompted = prompted
 
+    @classmethod
+    def replace(cls, prompted: PromptedModel, name: str) -> None:
+        """Replace a method, if the model has it and it has not been replaced yet."""
+        model = unwrapped(prompted.model)
+        if callable(getattr(model, name, None)) and not isinstance(model.__dict__.get(name), cls):
+            prompted.patches.set(model, name, cls(prompted, model, name))
 
-class _Generate(PromptedMethod):
-    """Refuses other threads until the last token is generated, so that generation is never interrupted.
 
-    Prompts are computed once, at the prefill, and reused for all later tokens.
-    """
+class Generate(PromptedMethod):
+    """The replacement for `generate`."""
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with prompts that are computed once, and refuse other threads that run the model meanwhile."""
         held, block = self.prompted.running.exclusive("`generate`"), Block(self.prompted.model, generates=True)
         with held, block, new_scope(self.prompted.model):
             self.prompted.refuse_unused(kwargs)
             return self.original()(*args, **kwargs)
 
 
-class _Expand(PromptedMethod):
-    """Notes the number of input columns, and the number of beams or samples for each row."""
+class ExpandInputs(PromptedMethod):
+    """The replacement for `_expand_inputs_for_generation`."""
 
     def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        """Store the length of the input and the number of beams or samples, and expand the inputs."""
         generation = generation_of(self.prompted.model)
         if generation is not None:
             text = kwargs.get("input_ids")
@@ -56,41 +57,25 @@ class _Expand(PromptedMethod):
                 text = kwargs.get("inputs_embeds")
             generation.prompt_columns = text.shape[1] if isinstance(text, Tensor) else None
             generation.repeats = expand_size
-        elif self.prompted.is_in_use and (self.prompted.rows is not None or _has_searching_layout(self.prompted)):
+        elif self.prompted.is_in_use and (
+            self.prompted.rows is not None
+            or any(prompt.layout.form.searches for prompt in self.prompted.prompts.values())
+        ):
             raise UnsupportedModeError(
-                f"`{type(self.model).__name__}.generate` was called instead of `model.generate`; the prompts' rows are unknown.",
+                f"`{type(self.model).__name__}.generate` was called, not `model.generate`, so the prompt of each row is unknown.",
                 "Call `model.generate(...)` on the instance.",
             )
         return self.original()(expand_size, *args, **kwargs)
 
 
-class _Draft(PromptedMethod):
-    """Removes the prompts' columns from the arguments of an assistant model whose forward does not take them."""
+class CandidateGenerator(PromptedMethod):
+    """The replacement for `_get_candidate_generator`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Remove the prompts' columns that the assistant model's forward does not accept."""
         assistant, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
         if assistant is not None and given:
             named = inspect.signature(assistant.forward).parameters
             own = set(self.prompted.columns).difference(named)
             kwargs["model_kwargs"] = {key: value for key, value in given.items() if key not in own}
         return self.original()(*args, **kwargs)
-
-
-def _has_searching_layout(prompted: PromptedModel) -> bool:
-    return any(prompt.layout.form.searches for prompt in prompted.prompts.values())
-
-
-def wrap_candidate_generator(prompted: PromptedModel) -> None:
-    """Keep the prompts' columns from assistant models, unless their forward takes them."""
-    model = unwrapped(prompted.model)
-    if hasattr(model, _DRAFT) and not isinstance(model.__dict__.get(_DRAFT), _Draft):
-        prompted.patches.set(model, _DRAFT, _Draft(prompted, model, _DRAFT))
-
-
-def wrap_generate(prompted: PromptedModel) -> None:
-    """Wrap `generate` and `_expand_inputs_for_generation` until the last prompt is removed."""
-    model = unwrapped(prompted.model)
-    if callable(getattr(model, "generate", None)):
-        prompted.patches.set(model, "generate", _Generate(prompted, model, "generate"))
-    if hasattr(model, _EXPAND):
-        prompted.patches.set(model, _EXPAND, _Expand(prompted, model, _EXPAND))

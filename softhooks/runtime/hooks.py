@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +19,26 @@ from softhooks.inject.checkpointing import CheckpointedPass, UnchangedPass
 from softhooks.inject.slots.cross_attention import strip_encoder_state
 from softhooks.inject.slots.slot_pass import SlotPass
 from softhooks.inject.text_positions import OUTER_ARGUMENTS
+from softhooks.objectives.base import Finish
 from softhooks.runtime.arguments import take
+from softhooks.runtime.attached_prompt import AttachedPrompt
+from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.running import Call, module_call
 from softhooks.runtime.stack_forward import begin_stack_forward
 from softhooks.runtime.untrained_loss import mark_frozen, refuse_backward
 from softhooks.runtime.unused_parameters import require_unused_search
 from softhooks.runtime.with_blocks import choice_of
 
-if TYPE_CHECKING:
-    from softhooks.runtime.attached_prompt import AttachedPrompt
-    from softhooks.runtime.prompted_model import PromptedModel
 
-
+@dataclass(eq=False)
 class ModelHooks:
     """The first and the last hook of a model's forward: extra arguments, objectives, and the check that a prompt was reached."""
 
-    def __init__(self, prompted: PromptedModel) -> None:
-        self.prompted = prompted
+    prompted: PromptedModel
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Begin the call: remove the extra arguments, note masks and positions, and let an objective change the arguments."""
+        """Begin the call: remove the extra arguments, store masks and position ids, and let an objective change the arguments."""
         prompted = self.prompted
         if _is_own_call(prompted):
             return None
@@ -50,7 +50,9 @@ class ModelHooks:
         if prompted.is_in_use:
             prompted.expected_heads.check(prompted.model)
         call.given = take(kwargs, prompted.columns)
-        named = self._named(args, kwargs)
+        named = kwargs
+        if args:
+            named = dict(zip(inspect.signature(prompted.model.forward).parameters, args, strict=False)) | kwargs
         call.model_arguments = {name: named.get(name) for name in OUTER_ARGUMENTS}
         if prompted.structure.choices is not None:
             _note_choices(call, args, kwargs)
@@ -63,17 +65,18 @@ class ModelHooks:
         trainable = [prompt for prompt in prompted.active_prompts() if prompt.takes_gradients]
         require_unused_search(trainable, call.given)
         trained = next((prompt for prompt in trainable if prompt.objective is not None), None)
-        if trained is None:
-            call.finish = None if trainable else mark_frozen
-            return args, kwargs
-        if not prompted.model.training:
+        if trained is not None and prompted.model.training:
+            call.finish = _begin_objective(prompted, trained, named, call.given)
+            return (), named
+        if trained is not None:
             call.finish = refuse_backward(trained.method, prompted.model)
-            return args, kwargs
-        return self._begin_objective(call, trained, args, kwargs)
+        elif not trainable:
+            call.finish = mark_frozen
+        return args, kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
-        """Check that the call did not bypass the prompt, and let an objective change the output; after an error, it is None."""
+        """Check that the call used the prompt, and let an objective change the output, which is None after an error."""
         prompted = self.prompted
         call = prompted.running.find(self, module_call())
         if call is None:
@@ -82,7 +85,11 @@ class ModelHooks:
             if output is None or not call.is_on or not prompted.is_on:
                 return None
             if call.batch is None:
-                raise self._not_reached()
+                raise PromptNotReachedError(
+                    f"this forward of {type(prompted.model).__name__} bypassed the prompt.",
+                    "Call the model with `input_ids` or `inputs_embeds`, or disable the prompt with `softhooks.disabled(model)`.",
+                    stacks=", ".join(stack.path or "the model itself" for stack in prompted.structure.stacks),
+                )
             if prompted.structure.is_encoder_decoder and call.batch:
                 selection = prompted.select(call.batch)
                 if selection.uses and selection.prompts[0].injection == "slots":
@@ -91,40 +98,11 @@ class ModelHooks:
         finally:
             prompted.running.end(call)
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Map the arguments of a call to their names."""
-        if not args:
-            return kwargs
-        return dict(zip(inspect.signature(self.prompted.model.forward).parameters, args, strict=False)) | kwargs
 
-    def _begin_objective(
-        self, joined: Call, prompt: AttachedPrompt, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let a prompt's objective change the call's arguments."""
-        prompted, objective = self.prompted, prompt.objective
-        assert objective is not None
-        call = self._named(args, kwargs)
-        if prompted.rows is not None or call.get("labels") is None:
-            found = (
-                f"`rows` selects {prompted.selection_text}"
-                if call.get("labels") is not None
-                else "`labels` are not given"
-            )
-            raise UnsupportedModeError(
-                f"{found}; {prompt.method.kind} has its own objective, which trains one prompt in forwards with `labels`.",
-                "Pass `labels` to the model and train on `output.loss`; turn off a Trainer's label smoothing and "
-                "`compute_loss_func`, which remove the labels from the call.",
-            )
-        joined.finish = objective.begin(prompt, call, joined.given)
-        return (), call
-
-    def _not_reached(self) -> PromptNotReachedError:
-        prompted = self.prompted
-        return PromptNotReachedError(
-            f"this forward of {type(prompted.model).__name__} bypassed the prompt.",
-            "Call the model with `input_ids` or `inputs_embeds`, or turn the prompt off with `softhooks.disabled(model)`.",
-            stacks=", ".join(stack.path or "the model itself" for stack in prompted.structure.stacks),
-        )
+def _is_own_call(prompted: PromptedModel) -> bool:
+    """Return whether softhooks runs a prompt alone. This calls the model's hooks if the model itself is the stack."""
+    passes = (stack.state.current for stack in prompted.structure.stacks)
+    return any(current is not None and not current.has_begun for current in passes)
 
 
 def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,22 +114,32 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             call.model_arguments[name] = value.flatten(0, 1)
 
 
-def _is_own_call(prompted: PromptedModel) -> bool:
-    """Return whether softhooks itself runs a prompt alone in this call. This triggers these hooks if the model is the stack."""
-    passes = (stack.state.current for stack in prompted.structure.stacks)
-    return any(current is not None and not current.has_begun for current in passes)
+def _begin_objective(
+    prompted: PromptedModel, prompt: AttachedPrompt, call: dict[str, Any], given: dict[str, Tensor]
+) -> Finish | None:
+    """Let the prompt's objective change the call's arguments, and return its function for the output."""
+    assert prompt.objective is not None
+    has_labels = call.get("labels") is not None
+    if prompted.rows is not None or not has_labels:
+        found = f"`rows` selects {prompted.selection_text}" if has_labels else "`labels` are not given"
+        raise UnsupportedModeError(
+            f"{found}; {prompt.method.kind} has its own objective, which trains one prompt in forwards with `labels`.",
+            "Pass `labels` to the model and train on `output.loss`; turn off a Trainer's label smoothing and "
+            "`compute_loss_func`, which remove the labels from the call.",
+        )
+    return prompt.objective.begin(prompt, call, given)
 
 
+@dataclass(eq=False)
 class StackHooks:
     """The hooks of one stack."""
 
-    def __init__(self, prompted: PromptedModel, stack: Stack) -> None:
-        self.prompted = prompted
-        self.stack = stack
+    prompted: PromptedModel
+    stack: Stack
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Open the pass of this forward and change the call's arguments."""
+        """Make the pass of this forward, and change the call's arguments."""
         own = self.stack.state.current
         if own is not None and not own.has_begun:
             own.has_begun = True
@@ -165,7 +153,7 @@ class StackHooks:
         return (), call
 
     def _make_current(self, begun: Call, live: Pass) -> None:
-        """Make a pass the current pass of attention and embeddings until the call ends."""
+        """Make a pass the current pass of the stack until the call ends."""
         stack, outer = self.stack, self.stack.state.current
 
         def restore() -> None:
@@ -180,13 +168,13 @@ class StackHooks:
         if isinstance(live, UnchangedPass):
             live.follow_checkpointing()
         elif not isinstance(live, CheckpointedPass):
-            layers = UnchangedPass(stack)  # checkpointed layers run again in the backward and need this pass
+            layers = UnchangedPass(stack)  # checkpointed layers run again in the backward, and need this pass
             begun.cleanups.append(layers.close)
             layers.follow_checkpointing()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Close the pass and change the output. After an error, `output` is None."""
+        """Close the pass and change the output, which is None after an error."""
         begun = self.prompted.running.find(self, module_call())
         if begun is None:
             return None
@@ -198,7 +186,7 @@ class StackHooks:
             if not opened.has_injected:
                 raise PromptNotReachedError(
                     f"the forward of {type(self.stack.module).__name__} did not use the prompt.",
-                    "Register attention functions before the prompt is attached, and do not replace the embedding after that.",
+                    "Register attention functions before you attach the prompt, and do not replace the embedding afterwards.",
                     stack=self.stack.path or "the model itself",
                     injection=type(opened).__name__,
                 )
@@ -206,13 +194,11 @@ class StackHooks:
                 note_encoded(changed, opened.provenance())
             else:
                 note_caches(changed, opened.provenance)
-            if (
-                begun.forward is begun
-                and torch.is_grad_enabled()
-                and not any(prompt.takes_gradients for prompt in self.prompted.active_prompts())
-            ):
-                return mark_frozen(changed)  # the stack was called directly, not by the model
-            return changed
+            if begun.forward is not begun or not torch.is_grad_enabled():
+                return changed
+            # The stack was called directly, not by the model.
+            is_trained = any(prompt.takes_gradients for prompt in self.prompted.active_prompts())
+            return changed if is_trained else mark_frozen(changed)
         finally:
             self.prompted.running.end(begun)
 
@@ -229,20 +215,20 @@ class StackHooks:
         return None
 
     def strip_slots(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Remove virtual slots before the stack selects a column for its pooler, so that it does not select a slot."""
+        """Remove virtual slots before the stack selects a column for its pooler."""
         return self.stack.state.current.leave(output) if isinstance(self.stack.state.current, SlotPass) else None
 
 
+@dataclass(eq=False)
 class HeadHooks:
     """The hook of one of the model's heads."""
 
-    def __init__(self, prompted: PromptedModel, key: str) -> None:
-        self.prompted = prompted
-        self.key = key
+    prompted: PromptedModel
+    key: str
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def answer(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Compute the output with the prompts' own copies of the head, using for each row the copy of its prompt."""
+        """Compute the output of each row with its prompt's copy of the head."""
         prompted = self.prompted
         if not prompted.is_on or not isinstance(output, Tensor):
             return None

@@ -8,17 +8,16 @@ from softhooks.backbone.attention_interface import mark_sites, modeling_files
 from softhooks.backbone.container import CONTAINER, Container
 from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
-from softhooks.patching.movable_hook import MovableHook
 from softhooks.runtime.added_token_hooks import AddedTokenHooks
 from softhooks.runtime.arguments import SignedForward
-from softhooks.runtime.continuous_batching import wrap_continuous_batching
-from softhooks.runtime.generate import wrap_generate
+from softhooks.runtime.continuous_batching import StartContinuousBatching
+from softhooks.runtime.generate import ExpandInputs, Generate
 from softhooks.runtime.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.runtime.prompted_model import PromptedModel
 
 
 def install(prompted: PromptedModel) -> None:
-    """Register every hook and mark every attention site."""
+    """Register all hooks of a model, and replace its methods and attention functions."""
     model, stacks, keep = prompted.model, prompted.structure.stacks, prompted.patches.keep
     outermost = ModelHooks(prompted)
     keep(model.register_forward_pre_hook(outermost.enter, with_kwargs=True))
@@ -27,9 +26,8 @@ def install(prompted: PromptedModel) -> None:
         hooks = StackHooks(prompted, stack)
         keep(stack.module.register_forward_pre_hook(hooks.enter, with_kwargs=True))
         keep(stack.module.register_forward_hook(hooks.leave, always_call=True))
-        embedding_hook = MovableHook(stack.embedding, hooks.embed)
-        prompted.embedding_hooks.append(embedding_hook)
-        keep(embedding_hook)
+        prompted.embedding_hooks.append(stack.embedding.register_forward_hook(hooks.embed))
+        keep(prompted.embedding_hooks[-1])
         pooler = getattr(stack.module, "pooler", None)
         if stack.pooled_module is not None:
             keep(stack.pooled_module.register_forward_hook(hooks.strip_slots))
@@ -39,14 +37,15 @@ def install(prompted: PromptedModel) -> None:
     # If the model itself is the stack, the model's hook must run after the stack's hook.
     keep(model.register_forward_hook(outermost.leave, with_kwargs=True, always_call=True))
     mark_sites(stacks, prompted.patches)
-    wrap_continuous_batching(prompted)
-    wrap_generate(prompted)
+    StartContinuousBatching.replace(prompted, "init_continuous_batching")
+    Generate.replace(prompted, "generate")
+    ExpandInputs.replace(prompted, "_expand_inputs_for_generation")
     prompted.files = modeling_files(module for stack in stacks for module in stack.module.modules())
     prompted.join_shared_patches()
 
 
 def uninstall(prompted: PromptedModel) -> None:
-    """Remove every hook and mark, and restore every attribute."""
+    """Remove all hooks, and restore all attributes."""
     prompted.embedding_hooks.clear()
     prompted.outside_patches.undo()
     prompted.patches.undo()
@@ -56,29 +55,25 @@ def uninstall(prompted: PromptedModel) -> None:
 
 
 def install_head(prompted: PromptedModel, path: str) -> None:
-    """Replace one of the model's heads by the prompts' own copies."""
+    """Make the forwards use the prompts' copies of one of the model's heads."""
     hooks, head = HeadHooks(prompted, path.replace(".", "/")), prompted.model.get_submodule(path)
     prompted.patches.keep(head.register_forward_hook(hooks.answer, with_kwargs=True))
     prompted.expected_heads.add([head])
 
 
 def install_added_tokens(prompted: PromptedModel) -> None:
-    """Replace the model's vocabulary rows by the prompts' own rows."""
+    """Make the forwards use the prompts' copies of vocabulary rows."""
     if prompted.has_added_tokens:
         return
     prompted.has_added_tokens = True
     head = AddedTokenHooks(prompted).head
-    prompted.embed_last()  # virtual tokens may have the id of an added token, so their embeddings are set last
+    prompted.embed_last()  # after the hook on added tokens, because virtual tokens may have the id of an added token
     if head is not None:
         prompted.expected_heads.add([head])
 
 
 def sign_forward(prompted: PromptedModel) -> None:
-    """Add the columns that the prompts take to the signature of the model's forward.
-
-    Raises:
-        AttachError: the model's forward already has an argument of this name.
-    """
+    """Add the columns that the prompts use to the signature of the model's forward."""
     signed = []
     for module in {id(m): m for m in (prompted.model, unwrapped(prompted.model))}.values():
         known = getattr(module.__dict__.get("forward"), "names", ())
@@ -90,7 +85,7 @@ def sign_forward(prompted: PromptedModel) -> None:
 
 
 def detach(prompted: PromptedModel, name: str) -> None:
-    """Remove a prompt and activate the prompt attached before; with the last prompt, remove all hooks."""
+    """Remove a prompt. If it was active, activate the prompt attached last; if it was the only prompt, remove all hooks."""
     model = prompted.model
     container = model._modules.get(CONTAINER)
     prompt = prompted.prompts.pop(name, None)

@@ -1,8 +1,4 @@
-"""Replace the label names in a model's config (such as `config.id2label`) by the label names of the active prompt.
-
-`pipeline` reads label names from the model's config. A prompt with its own head has its own names. The config shows them while
-the prompt is active, and the model's names otherwise.
-"""
+"""The label names in a model's config (`config.id2label`, ...), from which `pipeline` reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 class LabelNames:
-    """Switches the label names in a model's config between the model's own names and the names of its prompts.
+    """Shows the label names of the active prompt's head in a model's config, or the model's own names if it has no head.
 
     Args:
         model: the model.
@@ -37,13 +33,13 @@ class LabelNames:
         return getattr(unwrapped(self._holder), "config", None)
 
     def of(self, prompt: AttachedPrompt) -> Labels | None:
-        """Return the current label names of a prompt's head, or None if it has no head."""
+        """Return the label names of a prompt's head, or None if it has no head."""
         if not len(prompt.heads):
             return None
         return Labels.of(self._config) if prompt.name == self._shown or prompt.labels is None else prompt.labels
 
     def add(self, prompt: AttachedPrompt) -> None:
-        """Give a new prompt the label names in the config, unless it was saved with label names."""
+        """Give a new prompt the label names in the config, unless it was saved with its own."""
         if not len(prompt.heads):
             return
         if prompt.labels is not None:
@@ -54,11 +50,11 @@ class LabelNames:
         if before is not None and before.labels == now:
             now = self._model or now  # the new head is a copy of the model's, so it has the model's names
         elif before is not None:
-            self._shown = None  # the user has changed the names since: the change is meant for the new prompt
+            self._shown = None  # the user has changed the names in the config, for the new prompt
         prompt.labels = now
 
     def show(self, active: str | None) -> None:
-        """Put a prompt's label names into the config. For None or a prompt without a head, put in the model's own names."""
+        """Write a prompt's label names into the config, or the model's own names for None or a prompt without a head."""
         prompt = None if active is None else self._prompts.get(active)
         name = prompt.name if prompt is not None and len(prompt.heads) else None
         if name == self._shown:
@@ -68,11 +64,11 @@ class LabelNames:
             return
         now, before = Labels.of(config), self._prompts.get(self._shown or "")
         if before is not None:
-            before.labels = now  # keep changes that the user has made in the config
+            before.labels = now  # the user may have changed them in the config
         if self._model is None:
             self._model = now
         elif before is None and self._shown not in (None, *self._stored):
-            self._model = now  # the prompt whose names are shown was removed; they were the model's names
+            self._model = now  # the removed prompt had the model's names
         self._shown = name
         ((prompt.labels if prompt is not None and name is not None else None) or self._model).put(config)
         if name is None and not self._prompts:
@@ -80,7 +76,7 @@ class LabelNames:
 
     @contextmanager
     def model_shown(self) -> Iterator[None]:
-        """Show the model's own label names inside the `with` block."""
+        """Show the model's own label names in a `with` block."""
         config, now = self._config, Labels.of(self._config)
         if self._shown in self._stored and self._model is not None:
             self._model.put(config)

@@ -1,6 +1,6 @@
-"""Check, at each step of an optimizer that holds parameters of the model, that some optimizer holds the prompt's parameters.
+"""Check after each optimizer step that the parameters of the trained prompts are in some optimizer.
 
-The check is a global hook of torch, which runs after each step of any optimizer, while any model has a prompt.
+The check is a global hook of torch on all optimizers, installed while any model has a prompt.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -22,18 +21,18 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 class TrainedModel(Protocol):
-    """The attributes of a model with prompts that the check uses."""
+    """The attributes of a `PromptedModel` that the check uses."""
 
     @property
     def model(self) -> nn.Module:
         """The model."""
 
     def active_prompts(self) -> list[AttachedPrompt]:
-        """Return the active prompts, without duplicates."""
+        """Return the active prompts."""
 
 
 _held_elsewhere: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[AttachedPrompt]] = weakref.WeakKeyDictionary()
-"""For each optimizer, the prompts that are already known to be in some optimizer."""
+"""For each optimizer, the prompts that were already checked at one of its steps."""
 
 
 def _listen(patches: Patches) -> None:
@@ -41,23 +40,13 @@ def _listen(patches: Patches) -> None:
         patches.keep(register_optimizer_step_post_hook(_after_step))
 
 
-watched: SharedPatches[TrainedModel] = SharedPatches(_listen)
+checked_models: SharedPatches[TrainedModel] = SharedPatches(_listen)
 """The models that have a prompt."""
 
 
-def watch_steps(model: TrainedModel) -> None:
-    """Check the steps of optimizers for a model until `unwatch_steps`."""
-    watched.add(model)
-
-
-def unwatch_steps(model: TrainedModel) -> None:
-    """Stop checking for a model, and remove the hook if it was the last model."""
-    watched.discard(model)
-
-
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    for model in watched:
-        reached = [prompt for prompt in model.active_prompts() if _has_gradient(prompt.module.parameters())]
+    for model in checked_models:
+        reached = [prompt for prompt in model.active_prompts() if _with_gradient(prompt)]
         if any(prompt not in _held_elsewhere.get(optimizer, ()) for prompt in reached):
             _require_held(model, optimizer, reached)
 
@@ -67,11 +56,7 @@ def _held(optimizer: Any) -> list[Tensor]:
 
 
 def _require_held(model: TrainedModel, optimizer: Optimizer, reached: list[AttachedPrompt]) -> None:
-    """Refuse a step if a prompt has gradients but is in no optimizer; only warn if the step trains something else.
-
-    Raises:
-        TrainerError: the step trains nothing.
-    """
+    """Raise a TrainerError if a prompt has gradients but is in no optimizer; only warn if the step trains something else."""
     held = {id(parameter) for parameter in _held(optimizer)}
     own = [parameter for parameter in model.model.parameters() if id(parameter) in held]
     if not own:
@@ -95,13 +80,13 @@ def _require_held(model: TrainedModel, optimizer: Optimizer, reached: list[Attac
 
 
 def _is_held(prompt: AttachedPrompt, first: Optimizer) -> bool:
-    """Return whether any existing optimizer holds a parameter of the prompt that has a gradient; `first` is searched first."""
-    wanted = {id(parameter) for parameter in prompt.module.parameters() if parameter.grad is not None}
+    """Return whether an optimizer, of all that exist, holds a parameter of the prompt that has a gradient."""
+    wanted = set(map(id, _with_gradient(prompt)))
     if any(id(parameter) in wanted for parameter in _held(first)):
         return True
     others = (one for one in gc.get_objects() if issubclass(type(one), Optimizer))
     return any(id(parameter) in wanted for other in others for parameter in _held(other))
 
 
-def _has_gradient(parameters: Iterable[nn.Parameter]) -> bool:
-    return any(parameter.grad is not None for parameter in parameters)
+def _with_gradient(prompt: AttachedPrompt) -> list[nn.Parameter]:
+    return [parameter for parameter in prompt.module.parameters() if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""The parts of an attached prompt: their source, and the module that contains them."""
+"""Build the module of a prompt (encoder, heads and added tokens), from a method or from a file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from softhooks.runtime.added_tokens import ADDED, AddedTokens, chosen_ids, copy_
 
 
 class PromptSource:
-    """The source of a prompt's parts: its method (`NewPrompt`), or a file (see `softhooks/load.py`).
+    """The source of a prompt: a method (`NewPrompt`), or a file (see `softhooks/load.py`).
 
     Attributes:
         name: the name of the source in errors.
-        head_states: the saved heads, by path in the transformers model, or None to copy every new head of the model.
+        head_states: the saved state dicts of heads, by path in the transformers model, or None to copy the model's new heads.
         labels: the saved label names of the heads, or None for the model's own names.
     """
 
@@ -36,11 +36,7 @@ class PromptSource:
         self.method = method
 
     def check_fit(self, structure: ModelStructure) -> None:
-        """Check that a saved prompt fits the structure of a model.
-
-        Raises:
-            PromptMismatchError: the prompt was made for a different kind of model.
-        """
+        """Check that a saved prompt fits the structure of a model."""
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
         """Build the encoder for a model."""
@@ -49,7 +45,7 @@ class PromptSource:
     def ids_and_conventions(
         self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the ids of the virtual tokens, [P] (None if the model reads only embeddings), and the conventions."""
+        """Return the ids of the virtual tokens, [P], or None if the model does not need ids; and the conventions."""
         conventions = self.method.conventions(structure)
         if not needs_ids:
             return None, conventions
@@ -58,27 +54,18 @@ class PromptSource:
         return new_placeholder_ids(model, structure, self.method.num_virtual_tokens, known, rows), conventions
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
-        """Copy the vocabulary rows that the prompt trains, if any."""
+        """Copy the vocabulary rows of added tokens that the prompt trains, if any."""
         raise NotImplementedError
 
     def fill_added_tokens(self, added: AddedTokens) -> None:
-        """Put saved rows into the copies, after the copies have been checked against the model's rows."""
+        """Write saved rows into the copies, after the copies were compared with the model's rows."""
 
     def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
-        """Check that a saved prompt was made for this base model. Called after the check that the prompt's heads fit.
-
-        Raises:
-            PromptMismatchError: the prompt was made for a different base model.
-        """
+        """Check that a saved prompt was made for this base model, after its heads were loaded."""
 
 
 class NewPrompt(PromptSource):
-    """A prompt that its method initializes.
-
-    Args:
-        method: the method.
-        train_head, train_added_tokens: as in `attach`.
-    """
+    """A prompt that its method initializes; the arguments are those of `attach`."""
 
     def __init__(self, method: Method, train_head: bool, train_added_tokens: Any) -> None:
         super().__init__(method)
@@ -86,7 +73,7 @@ class NewPrompt(PromptSource):
         self._train_added_tokens = train_added_tokens
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
-        """Copy the rows of the tokens that `train_added_tokens` selects."""
+        """Copy the rows that `train_added_tokens` selects."""
         chosen, tokenizer = self._train_added_tokens, getattr(self.method, "tokenizer", None)
         if chosen is True and tokenizer is not None:
             chosen = tokenizer_of(tokenizer)
@@ -97,7 +84,7 @@ class NewPrompt(PromptSource):
 def build_module(
     model: nn.Module, structure: ModelStructure, source: PromptSource, encoder: PromptEncoder, needs_ids: bool
 ) -> tuple[nn.ModuleDict, dict[str, Any], dict[str, nn.Module]]:
-    """Build the module with a prompt's encoder, heads and added tokens. -> module, conventions, the model's heads by path."""
+    """Build the module of a prompt. Also return its conventions, and the model's heads that it copies, by path."""
     encoder.to(device_of(structure.entry.embedding))
     module = nn.ModuleDict({"encoder": encoder})
     ids, conventions = source.ids_and_conventions(model, structure, encoder, needs_ids)

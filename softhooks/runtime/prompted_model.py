@@ -1,4 +1,4 @@
-"""The state of a model's prompts: the prompts by name, the active prompts, and all hooks and patches on the model."""
+"""The prompts of a model: all prompts by name, the active prompts, and the hooks and patches on the model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from softhooks.backbone.attention_interface import unwrap_attention_functions, wrap_attention_functions
 from softhooks.backbone.container import CONTAINER, Container, is_prompt_key
@@ -23,12 +24,11 @@ from softhooks.errors import NotAttachedError, UnsupportedModeError
 from softhooks.inject.provenance import Provenance, token_of
 from softhooks.inject.replaced_modules import ExpectedModules, modules_entered
 from softhooks.method import COLUMN_METHODS
-from softhooks.patching.movable_hook import MovableHook
 from softhooks.patching.patches import Patches
 from softhooks.runtime.arguments import refuse_unused
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.label_names import LabelNames
-from softhooks.runtime.optimizer_check import unwatch_steps, watch_steps
+from softhooks.runtime.optimizer_check import checked_models
 from softhooks.runtime.recomputed_forward import RecomputeCheck
 from softhooks.runtime.running import RunningCalls
 from softhooks.runtime.selection import Selection, select_rows
@@ -36,30 +36,32 @@ from softhooks.runtime.with_blocks import choice_of, repeats_of
 
 
 class PromptedModel:
-    """The prompts of one model and their selection. The hooks that `softhooks.runtime.install` registers read this state.
+    """The prompts of one model. The hooks that `softhooks.runtime.install` registers read this state.
 
     Args:
-        model: the model, as the user gave it.
+        model: the model that was passed to `attach`.
         structure: its stacks, embeddings and attention layers.
 
     Attributes:
-        prompts: every attached prompt, by name.
-        labels: the label names that the model's config shows.
-        running: the calls that run on the model.
-        recompute_check: the prompts that earlier forwards used, for forwards that a backward runs again.
-        freeze_dropout: whether the backbone's dropout is off while it trains.
-        was_trainable: `requires_grad` of every parameter before the first prompt.
-        record: the digests of the frozen tensors, if they were taken.
+        prompts: the attached prompts, by name.
+        labels: the label names in the model's config.
+        running: the calls that are running on the model.
+        recompute_check: the prompts of earlier forwards, for forwards that a backward recomputes.
+        freeze_dropout: whether the stacks run without dropout in training.
+        was_trainable: `requires_grad` of every parameter before the first prompt was attached.
+        stashed_gradients: the gradients of parameters that were frozen.
+        token: identifies the model in notes on caches.
+        record: the digests of the frozen tensors, if they were computed.
         fingerprint: the fingerprint of the base model, computed when the first prompt was attached, before any sharding.
         loaded_state: the last loaded state dict with prompts, with its weights on the meta device.
         placeholder_id: an ordinary id of the vocabulary.
-        patches: hooks and attributes on the model, undone with the last prompt; copies of the model keep them.
-        outside_patches: patches on other objects (an optimizer, a Trainer's logs), which copies of the model do not keep.
-        embedding_hooks: the hooks that put virtual tokens into the embeddings.
-        files: the names of the Python modules with the attention functions that the model calls; empty if nothing is installed.
-        expected_modules: by stack, the modules at which prompts enter; forwards are refused if a module was replaced.
-        expected_heads: the model's heads that prompts have copies of; forwards are refused if a head was replaced.
-        has_added_tokens: whether hooks for rows of added tokens are registered.
+        patches: hooks and attributes on the model, removed with the last prompt. A copy of the model has them too.
+        outside_patches: patches on other objects (an optimizer, a Trainer's logs). A copy of the model does not have them.
+        embedding_hooks: the hooks that insert virtual tokens into the embeddings.
+        files: the names of the Python modules with the model's attention functions; empty if no hooks are installed.
+        expected_modules: by stack, the modules that prompts need; forwards are refused if one was replaced.
+        expected_heads: the heads of which prompts have copies; forwards are refused if one was replaced.
+        has_added_tokens: whether the hooks on rows of added tokens are installed.
     """
 
     def __init__(self, model: nn.Module, structure: ModelStructure) -> None:
@@ -79,7 +81,7 @@ class PromptedModel:
         self.placeholder_id = ordinary_ids(model, structure.entry, structure.vocabulary)[0]
         self.patches = Patches()
         self.outside_patches = Patches()
-        self.embedding_hooks: list[MovableHook] = []
+        self.embedding_hooks: list[RemovableHandle] = []
         self.has_added_tokens = False
         self.files: frozenset[str] = frozenset()
         self._active: str | None = None
@@ -87,7 +89,7 @@ class PromptedModel:
         self.expected_heads = ExpectedModules()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state to copy or pickle, without the patches on other objects."""
+        """Return the state to copy or pickle."""
         return self.__dict__ | {"outside_patches": Patches()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -96,28 +98,25 @@ class PromptedModel:
             self.join_shared_patches()
 
     def join_shared_patches(self) -> None:
-        """Use the process-wide patches: wrapped attention functions, and a hook on the steps of optimizers.
-
-        A copy calls this while its model is still incomplete, so the attention functions are found by the names of their modules,
-        which may not be imported yet in another process.
-        """
+        """Use the process-wide patches: wrapped attention functions, and a hook on optimizer steps."""
+        # A copy calls this before its model is complete, perhaps in another process, so only the modules' names are known.
         for name in self.files:
             with suppress(ImportError):
                 import_module(name)
         wrap_attention_functions(self, self.files)
-        watch_steps(self)
+        checked_models.add(self)
 
     def leave_shared_patches(self) -> None:
-        """Stop using the process-wide patches; they are undone if no other model uses them."""
+        """Stop using the process-wide patches."""
         self.files = frozenset()
         unwrap_attention_functions(self)
-        unwatch_steps(self)
+        checked_models.discard(self)
 
     # --- the selected prompts -----------------------------------------------------------------------------------------
 
     @property
     def active(self) -> str | None:
-        """The name of the prompt for rows that do not choose one; setting it updates the label names in the model's config."""
+        """The name of the active prompt outside of `softhooks.rows`. Setting it updates the label names in the model's config."""
         only = choice_of(self.model).only
         return self._active if only is None else only
 
@@ -128,12 +127,12 @@ class PromptedModel:
 
     @property
     def rows(self) -> Sequence[str | None] | None:
-        """The name of each row's prompt inside `softhooks.rows`, or None outside of it."""
+        """The name of each row's prompt in `softhooks.rows`, or None outside of it."""
         return choice_of(self.model).rows
 
     @property
     def disabled(self) -> bool:
-        """Whether all prompts are off because of `softhooks.disabled`."""
+        """Whether `softhooks.disabled` has turned off all prompts."""
         return choice_of(self.model).off
 
     @property
@@ -144,13 +143,13 @@ class PromptedModel:
 
     @property
     def is_on(self) -> bool:
-        """Whether a prompt is selected; True inside `softhooks.rows` even if it selects no prompt for any row."""
+        """Whether prompts are on. True in `softhooks.rows` even if no row has a prompt."""
         rows, off, only = choice_of(self.model)
         return not off and bool(self.prompts) and (rows is not None or only is not None or self._active is not None)
 
     @property
     def is_in_use(self) -> bool:
-        """Whether a forward would use a prompt in at least one row."""
+        """Whether a forward would use a prompt for at least one row."""
         rows, off, only = choice_of(self.model)
         if off or not self.prompts:
             return False
@@ -159,11 +158,11 @@ class PromptedModel:
         return only is not None or self._active is not None
 
     def select(self, batch: int, given: dict[str, Tensor] | None = None) -> Selection:
-        """Select the prompts that a forward uses, and the prompt of each row.
+        """Select the prompt of each row of a batch.
 
         Args:
             batch: the number of rows.
-            given: the extra arguments, or None to use the extra arguments of the running forward.
+            given: the extra arguments; None means those of the running forward.
 
         Raises:
             UnsupportedModeError: `rows` does not fit the batch.
@@ -177,19 +176,19 @@ class PromptedModel:
         if batch not in (named, named * repeats_of(self.model)):
             raise UnsupportedModeError(
                 f"`rows` names {len(rows)} prompts for a batch of {batch} rows; name one prompt for each row.",
-                "In `generate`, beams and samples belong to their row: name one prompt for each row of its input.",
+                "In `generate`, name one prompt for each row of the input, however many beams or samples it has.",
             )
         each = [name for name in rows for _ in range(batch // len(rows))]
         return select_rows(self.prompts, each, batch, given)
 
     @property
     def _names(self) -> Sequence[str | None]:
-        """The selected name of each row, or a single name for all rows."""
+        """The name of each row's prompt, or a single name for all rows."""
         rows = self.rows
         return [self.active] if rows is None else rows
 
     def show_labels(self) -> None:
-        """Show the active prompt's label names in the model's config, or the model's own names if no prompt is active."""
+        """Write the active prompt's label names into the model's config, or the model's own if no prompt is active."""
         self.labels.show(None if self.disabled else self.active)
 
     def active_prompts(self) -> list[AttachedPrompt]:
@@ -203,51 +202,53 @@ class PromptedModel:
         return repr(names[0] if len(set(names)) == 1 else names)
 
     def provenance(self, selection: Selection | None = None) -> Provenance:
-        """Return the state of the active prompts, to be noted on the caches and encoder outputs that a forward returns.
+        """Return the state of the active prompts, to note it on caches and encoder outputs.
 
         Args:
-            selection: the prompt of each row, or None to use the selected names.
+            selection: the variant of each row's prompt; None leaves the variants out.
         """
         names = dict.fromkeys(self._names)
         on = tuple((name, self.prompts[name].snapshot()) for name in names if name)
         return Provenance(self.selection_text, self.token, on, None if selection is None else selection.variants)
 
-    # --- extra arguments of a forward -------------------------------------------------------------------------------------
+    # --- extra arguments of a forward ---------------------------------------------------------------------------------
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The extra arguments that the model's prompts take."""
+        """The extra arguments that the model's prompts use."""
         return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.batch_columns))
 
     def accepted(self) -> tuple[str, ...]:
-        """Return the extra arguments that a call may have now: the columns of the prompts in use, or of all if none is in use."""
+        """Return the extra arguments that the active prompts use, or all prompts if none is active."""
         names = dict.fromkeys(self._names) if self.is_in_use else self.prompts
         used = [self.prompts[name] for name in names if name in self.prompts]
         return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.batch_columns))
 
     def refuse_unused(self, call: dict[str, Any], own: Sequence[str] = ()) -> None:
-        """Refuse extra arguments that no prompt in use takes. See `softhooks.runtime.arguments.refuse_unused`."""
+        """Refuse extra arguments that no active prompt uses. See `softhooks.runtime.arguments.refuse_unused`."""
         columns = self.columns
         if (COLUMN_METHODS.keys().isdisjoint(call) and call.keys().isdisjoint(columns)) or not self.is_in_use:
             return
-        model = (
+        named = (
             inspect.signature(type(unwrapped(self.model)).forward).parameters if call.keys() & COLUMN_METHODS else {}
         )
-        refuse_unused(call, self.accepted(), columns, (*own, *model))
+        refuse_unused(call, self.accepted(), columns, (*own, *named))
 
     def embed_last(self) -> None:
-        """Move the hooks on the embeddings after hooks that other code has registered since, such as NEFTune's noise."""
+        """Move the hooks on the embeddings after hooks that were registered later, such as NEFTune's noise."""
         for hook in self.embedding_hooks:
-            hook.move_last()
+            hooks = hook.hooks_dict_ref()
+            if hooks is not None and hook.id in hooks:
+                hooks.move_to_end(hook.id)
 
     def note_loaded_state(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Store a loaded state dict with prompts, its weights on the meta device, for a Trainer callback that is added later."""
+        """Store a loaded state dict with prompts, its weights on the meta device, until a Trainer callback needs it."""
         if not prefix and any(is_prompt_key(key) for key in state):
             self.loaded_state = {key: v if v.dtype == torch.uint8 else v.to("meta") for key, v in state.items()}
 
 
 def prompted_model_of(model: nn.Module) -> PromptedModel | None:
-    """Return the state of a model's prompts, or None. The model may be compiled, wrapped (`module`) or in a sentence model."""
+    """Return the prompts of a model, or None. The model may be compiled, wrapped (`module`) or in a sentence model."""
     for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
         container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
         if isinstance(container, Container):
@@ -257,7 +258,7 @@ def prompted_model_of(model: nn.Module) -> PromptedModel | None:
 
 
 def require_prompted_model(model: nn.Module, name: str | None = None) -> PromptedModel:
-    """Return the state of a model's prompts.
+    """Return the prompts of a model.
 
     Raises:
         NotAttachedError: the model has no prompt, or no prompt of this name.

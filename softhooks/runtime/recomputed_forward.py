@@ -1,31 +1,31 @@
-"""Check that a forward recomputed in the backward uses the same prompts as its first run.
-
-A checkpoint around a whole model recomputes its forward in the backward: perhaps in another thread, outside the `with` block of
-the first run, or after `activate`. It is unknown which forward is recomputed, so this is allowed only if all forwards since
-`attach` have used the same prompts.
-"""
+"""Check that a forward that is recomputed in the backward uses the same prompts as in its first run."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from softhooks.errors import UnsupportedModeError
 
 
+@dataclass
 class RecomputeCheck:
-    """The prompts of the forwards that a backward may recompute.
+    """The prompts of earlier forwards, for a gradient checkpoint around the whole model.
+
+    The recomputed forward may run in another thread, outside of the first run's `with` block or after `activate`. It is unknown
+    which earlier forward is recomputed, so all must have used the same prompts.
 
     Attributes:
         seen: the names of the first forward's prompts, as text.
         differs: whether later forwards have used different prompts.
     """
 
-    def __init__(self) -> None:
-        self.seen: str | None = None
-        self.differs = False
+    seen: str | None = None
+    differs: bool = False
 
     def note(self, selection: str, training: bool) -> None:
-        """Note the prompts of a forward, or check them inside a backward.
+        """Store the prompts of a forward, or check them inside a backward.
 
         Args:
             selection: the names of the active prompts, as text.
@@ -39,7 +39,7 @@ class RecomputeCheck:
                 raise UnsupportedModeError(
                     "a backward recomputes a forward, but the prompts may have changed since its first run; "
                     "both runs must use the same prompts.",
-                    "Checkpoint the layers with `gradient_checkpointing_enable()` instead of the whole model.",
+                    "Checkpoint the layers (`gradient_checkpointing_enable()`) instead of the whole model.",
                     before="several" if self.differs else self.seen or "unknown",
                     now=selection,
                 )

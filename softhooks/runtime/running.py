@@ -1,7 +1,6 @@
-"""The nested calls that are running on a model, with the state of each. Only one thread at a time may run a model.
+"""The calls that are running on a model. Only one thread at a time may run a model with prompts; others get an error.
 
-The hooks change what a model's modules do during one forward, so a forward in another thread would see those changes. The second
-thread gets an error, and the first one is not disturbed.
+The hooks of one forward change the model, so a forward in another thread would see these changes.
 """
 
 from __future__ import annotations
@@ -9,25 +8,24 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from softhooks.backbone.forward_pass import Pass
 from softhooks.errors import UnsupportedModeError
-
-if TYPE_CHECKING:
-    from softhooks.backbone.forward_pass import Pass
-    from softhooks.inject.cache_notes import WrittenSlots
-    from softhooks.inject.prefix.key_values import KeyValues
-    from softhooks.objectives.base import Finish
+from softhooks.inject.cache_notes import WrittenSlots
+from softhooks.inject.prefix.key_values import KeyValues
+from softhooks.objectives.base import Finish
 
 _local = threading.local()
 
 
 def this_thread() -> object:
-    """Return an object that identifies this thread and is never reused, unlike the number of a thread that has ended."""
+    """Return an object that identifies this thread. The id of a thread is reused after it ends; the object is not."""
     try:
         token: object = _local.token
     except AttributeError:
@@ -36,11 +34,10 @@ def this_thread() -> object:
 
 
 def module_call() -> FrameType:
-    """Return the frame of the module call that is running the current hook; it stays on the thread's stack during that call."""
+    """Return the frame of the module call (torch's `_call_impl`) that is running the current hook."""
     frame = sys._getframe(2)
-    while (
-        frame.f_back is not None and "_dynamo" in frame.f_code.co_filename
-    ):  # frames that `torch.compiler.disable` puts in between
+    # `torch.compiler.disable` puts frames in between
+    while frame.f_back is not None and "_dynamo" in frame.f_code.co_filename:
         frame = frame.f_back
     caller, found = frame, frame
     for _ in range(4):
@@ -52,67 +49,68 @@ def module_call() -> FrameType:
     return caller
 
 
+@dataclass(eq=False, repr=False)
 class Call:
     """A call that is running on a model, and its state.
 
     Attributes:
         holder: the object that began the call: a hook object or an `ExclusiveBlock`.
         what: the name of the call in errors.
+        frame: the frame of the call, which is on its thread's stack until the call ends.
         outer: the surrounding call, or None.
-        is_model: whether the call is a forward of the whole model; forwards of stacks inside it use its state.
+        is_model: whether the call is a forward of the whole model; forwards of stacks inside it share its state.
         is_on: whether prompts are active in the call.
         given: the extra arguments of the forward.
-        choices: the number of choices per row (multiple choice); a stack gets each choice as a row.
-        model_arguments: the masks and positions that the caller passed, or None in a forward of a stack.
-        encoded: the places of virtual slots in the encoder states that the decoder attends to.
-        batch: the batch size of the first forward of a stack that used a prompt, or None before that.
-        finish: a function of a method's objective that changes the output.
+        choices: the number of choices per row (multiple choice); each choice is a row of the stack's batch.
+        model_arguments: the masks and position ids that the caller passed, or None in a forward of a stack.
+        encoded: the positions of virtual slots in the encoder states that the decoder attends to.
+        batch: the batch size of the first stack that used a prompt, or None before that.
+        finish: a function that changes the model's output.
         skips_objective: whether forwards inside the call run without an objective.
         prefilled: the keys and values of each prompt that was run alone, by `id(prompt)`.
-        opened: the open pass, in a forward of a stack.
-        cleanups: functions that undo what the call has changed, called in reverse order.
+        opened: in a forward of a stack, its pass.
+        cleanups: functions that undo the changes of the call; they are called in reverse order.
     """
 
-    def __init__(self, holder: object, what: str, frame: FrameType, outer: Call | None, is_model: bool) -> None:
-        self.holder = holder
-        self.what = what
-        self.outer = outer
-        self.is_model = is_model
-        self.thread = this_thread()
-        self.ident = threading.get_ident()
-        self.frame: FrameType | None = frame
-        self.is_on = False
-        self.given: dict[str, Tensor] = {}
-        self.choices = 1
-        self.model_arguments: dict[str, Any] | None = None
-        self.encoded: WrittenSlots | None = None
-        self.batch: int | None = None
-        self.finish: Finish | None = None
-        self.skips_objective = False
-        self.prefilled: dict[int, dict[Any, KeyValues]] = {}
-        self.opened: Pass | None = None
-        self.cleanups: list[Callable[[], object]] = []
+    holder: object
+    what: str
+    frame: FrameType | None
+    outer: Call | None
+    is_model: bool
+    is_on: bool = False
+    given: dict[str, Tensor] = field(default_factory=dict)
+    choices: int = 1
+    model_arguments: dict[str, Any] | None = None
+    encoded: WrittenSlots | None = None
+    batch: int | None = None
+    finish: Finish | None = None
+    skips_objective: bool = False
+    prefilled: dict[int, dict[Any, KeyValues]] = field(default_factory=dict)
+    opened: Pass | None = None
+    cleanups: list[Callable[[], object]] = field(default_factory=list)
+    thread: object = field(default_factory=this_thread)
+    ident: int = field(default_factory=threading.get_ident)
 
     @property
     def forward(self) -> Call:
-        """The call that holds this forward's state: for a stack's forward, the model's forward around it; otherwise this call."""
+        """The call with this forward's state: for a stack, the model's forward around it; otherwise this call itself."""
         outer = self.outer
         return outer if not self.is_model and outer is not None and outer.is_model else self
 
     @property
     def runs_without_objective(self) -> bool:
-        """Whether the call runs without an objective."""
+        """Whether a surrounding call skips the objective."""
         return self.outer is not None and (self.outer.skips_objective or self.outer.runs_without_objective)
 
     def runs(self) -> bool:
-        """Return whether the call still runs: torch skips hooks after a KeyboardInterrupt, and the thread may have ended."""
+        """Return whether the call still runs. After a KeyboardInterrupt, torch does not run the hook that ends it."""
         if self.thread is this_thread():
             return _is_on_stack(self.frame, sys._getframe())
         # The stack of another thread can change during the search, so the frame may be missed.
         return any(_is_on_stack(self.frame, sys._current_frames().get(self.ident)) for _ in range(2))
 
     def refusal(self) -> UnsupportedModeError:
-        """Return the error for another thread that calls the model during this call; it names the outermost call."""
+        """Return the error for another thread that calls the model during this call. It names the outermost call."""
         return self.outer.refusal() if self.outer is not None else refusal(self.what, self.ident)
 
     def close(self) -> None:
@@ -131,7 +129,7 @@ def _is_on_stack(wanted: FrameType | None, frame: FrameType | None) -> bool:
 
 
 def _is_autograd_thread_of(call: Call) -> bool:
-    """Return whether this is a thread of autograd that works for a call which is waiting for its backward."""
+    """Return whether this is an autograd thread that runs a backward for the thread of the call."""
     if torch._C._current_graph_task_id() == -1:
         return False
     frame = sys._current_frames().get(call.ident)
@@ -139,7 +137,7 @@ def _is_autograd_thread_of(call: Call) -> bool:
 
 
 class RunningCalls:
-    """The calls that are running on one model. A copy of the model starts without calls."""
+    """The nested calls that are running on one model. A copy of the model starts without calls."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -153,7 +151,7 @@ class RunningCalls:
 
     @property
     def call(self) -> Call | None:
-        """The innermost call, or None if it runs in another thread."""
+        """The innermost call, or None if there is none in this thread."""
         call = self._innermost
         return call if call is not None and call.thread is this_thread() else None
 
@@ -164,35 +162,31 @@ class RunningCalls:
         return None if call is None else call.forward
 
     def begin(self, holder: object, what: str, frame: FrameType, is_model: bool = False) -> Call:
-        """Begin a call. Calls that have ended without their last hook are closed first.
+        """Begin a call.
 
         Raises:
             UnsupportedModeError: another thread is running the model.
         """
         with self._lock:
-            innermost = self._innermost
-            while innermost is not None and not innermost.runs():
-                self._innermost = innermost.outer
-                innermost.close()
-                innermost = self._innermost
-            if (
-                innermost is not None
-                and innermost.thread is not this_thread()
-                and not _is_autograd_thread_of(innermost)
-            ):
-                raise innermost.refusal()
-            call = self._innermost = Call(holder, what, frame, innermost, is_model)
+            outer = self._innermost
+            while outer is not None and not outer.runs():  # it has ended without its last hook
+                self._innermost = outer.outer
+                outer.close()
+                outer = self._innermost
+            if outer is not None and outer.thread is not this_thread() and not _is_autograd_thread_of(outer):
+                raise outer.refusal()
+            call = self._innermost = Call(holder, what, frame, outer, is_model)
             return call
 
     def find(self, holder: object, frame: FrameType) -> Call | None:
-        """Find the call that a hook began, or None if it was refused or is softhooks' own run of the prompt."""
+        """Return the call that a hook has begun, or None if it was refused or is softhooks' own run of a prompt."""
         call = self._innermost
         while call is not None and not (call.holder is holder and call.frame is frame):
             call = call.outer
         return call
 
     def end(self, ended: Call) -> None:
-        """End a call, and any calls inside it that have not ended."""
+        """End a call, and all calls inside it that have not ended."""
         with self._lock:
             while self._innermost is not None and ended.frame is not None:
                 call = self._innermost
@@ -200,30 +194,20 @@ class RunningCalls:
                 call.close()
 
     def require_free(self) -> None:
-        """Check that no other thread is running the model.
-
-        Raises:
-            UnsupportedModeError: another thread is running the model.
-        """
+        """Raise an UnsupportedModeError if another thread is running the model."""
         call = self._innermost
         if call is not None and call.thread is not this_thread() and call.runs():
             raise call.refusal()
 
     def exclusive(self, what: str, skip_objective: bool = False) -> ExclusiveBlock:
-        """Return a `with` block in which no other thread may run the model. See `ExclusiveBlock`."""
+        """Return a `with` block in which no other thread may run the model."""
         return ExclusiveBlock(self, what, skip_objective)
 
 
 class ExclusiveBlock:
-    """A `with` block in which no other thread may run the model.
+    """A `with` block in which no other thread may run the model, named `what` in errors."""
 
-    Args:
-        running: the calls that are running on the model.
-        what: the name of the block in errors.
-        skip_objective: whether forwards inside run without an objective.
-    """
-
-    def __init__(self, running: RunningCalls, what: str, skip_objective: bool = False) -> None:
+    def __init__(self, running: RunningCalls, what: str, skip_objective: bool) -> None:
         self._running = running
         self._what = what
         self._skip_objective = skip_objective
@@ -241,12 +225,7 @@ class ExclusiveBlock:
 
 
 def refusal(what: str, ident: int) -> UnsupportedModeError:
-    """Return the error for a thread that calls a model while another thread runs or changes the model.
-
-    Args:
-        what: the call or change that is running in the other thread.
-        ident: the other thread's number.
-    """
+    """Return the error for a thread that calls a model while `what` is running in the thread `ident`."""
     thread = next((thread.name for thread in threading.enumerate() if thread.ident == ident), "not started by Python")
     return UnsupportedModeError(
         f"another thread ({thread}) is running {what}; a model with a prompt runs one forward at a time.",

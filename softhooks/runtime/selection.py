@@ -1,25 +1,22 @@
-"""The selection of prompts for a forward: the prompts in use, and the prompt of each row."""
+"""The prompts that a forward uses, and the prompt of each row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from softhooks.errors import NotAttachedError, UnsupportedModeError
-
-if TYPE_CHECKING:
-    from softhooks.runtime.attached_prompt import AttachedPrompt
+from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 @dataclass(frozen=True)
 class Use:
-    """A prompt with one of its variants, such as a task of a multitask prompt; most prompts have a single variant."""
+    """A prompt and one of its variants, such as a task of a multitask prompt; most prompts have a single variant."""
 
     prompt: AttachedPrompt
     variant: int = 0
@@ -30,9 +27,9 @@ class Selection:
     """The prompts of a batch.
 
     Attributes:
-        uses: the prompts in use; the variants of one prompt are next to each other.
-        rows: for each row of the batch, an index into `uses` (None for no prompt), or only None if every row has the first entry
-            of `uses`.
+        uses: the prompts that rows of the batch use; variants of the same prompt follow each other.
+        rows: for each row of the batch an index into `uses`, or None for no prompt. If all rows use the only entry of `uses`,
+            `rows` itself is None.
         given: the extra arguments of this forward, by name.
     """
 
@@ -42,30 +39,33 @@ class Selection:
 
     @property
     def prompts(self) -> list[AttachedPrompt]:
-        """The prompts in use, without duplicates."""
+        """The prompts of `uses`, without duplicates."""
         return list(dict.fromkeys(use.prompt for use in self.uses))
 
     def by_prompt(self) -> Iterator[tuple[AttachedPrompt, tuple[int, ...]]]:
-        """Yield each prompt with its variants in use, in order."""
+        """Yield each prompt with its variants."""
         for prompt, uses in groupby(self.uses, key=lambda use: use.prompt):
             yield prompt, tuple(use.variant for use in uses)
 
     @property
     def variants(self) -> tuple[int | None, ...]:
-        """Return the variant of each row (None for a row without a prompt), or a single variant for all rows."""
+        """The variant of each row (None for a row without a prompt), or a single variant for all rows."""
         if self.rows is None:
             return (self.uses[0].variant,)
         return tuple(None if row is None else self.uses[row].variant for row in self.rows)
 
     def choice_of_prompts(self) -> Sequence[int | None] | None:
-        """Return each row's index into `prompts` (None for no prompt), or only None if every row has the first prompt."""
+        """Return for each row an index into `prompts`, or None for no prompt; if all rows use the only prompt, return None."""
         if self.rows is None:
             return None
         prompts = self.prompts
         return [None if row is None else prompts.index(self.uses[row].prompt) for row in self.rows]
 
     def hidden(self, batch: int, length: int) -> Tensor | None:
-        """Return a mask of the virtual tokens hidden from each row, [B or 1, length], right-aligned, or None if all are seen."""
+        """Return a mask of the virtual tokens that are hidden from each row, [B or 1, length], or None if no token is hidden.
+
+        The last column of the mask is the last virtual token of each prompt.
+        """
         found: list[Tensor | None] = []
         for prompt in self.prompts:
             own = prompt.encoder.hidden_tokens(self.given, batch)
@@ -100,7 +100,9 @@ def select_rows(
     used = list(dict.fromkeys(name for name in each if name is not None))
     for name in used:
         if name not in prompts:
-            raise NotAttachedError(f"`rows` names {name!r}, which has been removed; attached are {list(prompts)}.")
+            raise NotAttachedError(
+                f"`rows` names the prompt {name!r}, which has been removed; attached: {list(prompts)}."
+            )
     variants = {name: _variants(prompts[name], given, batch) for name in used}
     keys = [None if name is None else (name, variants[name][row]) for row, name in enumerate(each)]
     distinct = sorted({key for key in keys if key is not None}, key=lambda key: (used.index(key[0]), key[1]))
@@ -117,7 +119,7 @@ def _variants(prompt: AttachedPrompt, given: dict[str, Tensor], batch: int) -> S
     if len(chosen) != batch:
         raise UnsupportedModeError(
             f"an extra argument has {len(chosen)} values for a batch of {batch} rows; give one value for each row.",
-            f"Check the columns that {prompt.method.kind} takes: {', '.join(prompt.method.batch_columns)}.",
+            f"Check the columns that {prompt.method.kind} uses: {', '.join(prompt.method.batch_columns)}.",
             prompt=prompt.name,
         )
     return chosen

@@ -1,9 +1,9 @@
-"""The start of a stack's forward: check the call, and open the pass that inserts the prompts in use."""
+"""The start of a stack's forward: check the call, and make the pass that inserts the active prompts."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -18,18 +18,16 @@ from softhooks.inject.text_positions import OuterCall
 from softhooks.runtime.arguments import take
 from softhooks.runtime.continuous_batching import require_servable
 from softhooks.runtime.dispatch import open_pass
+from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.running import Call
-
-if TYPE_CHECKING:
-    from softhooks.runtime.prompted_model import PromptedModel
-    from softhooks.runtime.selection import Selection
+from softhooks.runtime.selection import Selection
 
 
 def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
-    """Check a call of a stack, remove its extra arguments, and return its open pass, or None if no prompt is in use.
+    """Check a call of a stack, remove its extra arguments, and return its pass, or None if no prompt is active.
 
     Raises:
-        UnsupportedModeError: the call, its cache or its packed documents do not fit the prompts in use.
+        UnsupportedModeError: the active prompts do not support the call, its cache or its packed documents.
     """
     in_use = prompted.is_in_use
     prompted.recompute_check.note(prompted.selection_text if in_use else "none", stack.module.training)
@@ -46,7 +44,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
     text = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
     batch, columns = text.shape[:2] if isinstance(text, Tensor) else (0, 0)
     forward = prompted.running.forward
-    assert forward is not None, "the stack's hook has begun a call"
+    assert forward is not None
     # `select` also checks the length of `rows` against the batch, even if `rows` selects no prompt.
     selection = prompted.select(batch, given or forward.given)
     forward.batch = batch if forward.batch is None else forward.batch
@@ -69,7 +67,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
 def _open_for_documents(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None, columns: int
 ) -> Pass:
-    """Open the pass. Documents that are packed into one row attend to the prompt, but not to each other."""
+    """Make the pass. Documents that are packed into one row attend to the prompt, but not to each other."""
     own = call.get("position_ids")
     positions = outer.positions if own is None and outer is not None else own
     packed = document_numbers(positions, call.get("attention_mask"), columns)
@@ -82,7 +80,7 @@ def _open_for_documents(
 
 
 def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
-    """Set every module of a stack to evaluation mode until the call ends."""
+    """Set the modules of a stack to evaluation mode until the call ends."""
     training = [module for module in stack.module.modules() if module.training]
 
     def restore() -> None:
@@ -90,17 +88,15 @@ def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
             module.training = True
 
     call = prompted.running.call
-    assert call is not None, "a stack's hook has begun a call"
+    assert call is not None
     call.cleanups.append(restore)
     for module in training:
         module.training = False
 
 
 def _outer_call(forward: Call, stack: Stack) -> OuterCall | None:
-    """Return the positions and the mask for a stack, as the caller passed them to the model."""
-    if forward.model_arguments is None:
-        return None
-    prefix = "decoder_" if stack.name == "decoder" else ""
-    return OuterCall(
-        forward.model_arguments.get(f"{prefix}position_ids"), forward.model_arguments.get(f"{prefix}attention_mask")
+    """Return the position ids and the attention mask for a stack that the caller passed to the model."""
+    given, prefix = forward.model_arguments, "decoder_" if stack.name == "decoder" else ""
+    return (
+        None if given is None else OuterCall(given.get(f"{prefix}position_ids"), given.get(f"{prefix}attention_mask"))
     )

@@ -1,4 +1,4 @@
-"""Losses that would train nothing: they can be read, but `backward` raises an error that names the cause."""
+"""Losses that cannot train the prompt: their value can be read, but `backward` raises an error that names the cause."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from torch import Tensor, nn
 from softhooks.errors import TrainerError
 from softhooks.method import Method
 
-# --- everything is frozen ---------------------------------------------------------------------------------------------
-
 
 class FrozenOutput(Tensor):
-    """A tensor from the output of a forward in which everything is frozen: a loss, logits or hidden states.
+    """An output of a forward without trainable parameters: a loss, logits or hidden states.
 
-    Tensors computed from it also have this class. `backward` still works for a loss that also depends on trainable
-    parameters.
+    Tensors computed from it are of this class too. `backward` works if they also depend on trainable parameters.
     """
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        """Compute gradients, if the loss requires grad.
+        """Compute gradients.
 
         Raises:
             TrainerError: the loss does not require grad; torch's own error would not name the cause.
@@ -29,12 +26,12 @@ class FrozenOutput(Tensor):
         if not self.requires_grad:
             raise TrainerError(
                 "`backward` was called on a loss of frozen parameters only; the prompt was loaded without `trainable=True`.",
-                "Load the prompt with `softhooks.load(model, path, trainable=True)`, before the optimizer is made.",
+                "Load the prompt with `softhooks.load(model, path, trainable=True)`, before you make the optimizer.",
             )
         super().backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __format__(self, format_spec: str) -> str:
-        """Format as a plain tensor: torch supports `f"{loss:.2f}"` only for plain tensors."""
+        """Format as a plain tensor, because torch supports `f"{loss:.2f}"` only for these."""
         return format(self.as_subclass(Tensor), format_spec)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -47,7 +44,7 @@ class FrozenOutput(Tensor):
 
 
 def mark_frozen(output: Any) -> Any:
-    """Convert the tensors of a model's output to `FrozenOutput`s, so that `backward` of a loss raises a clear error."""
+    """Convert the tensors of a model's output to `FrozenOutput`."""
     if type(output) is tuple:
         return tuple(map(_marked, output))
     if isinstance(output, dict):
@@ -63,24 +60,14 @@ def _marked(value: Any) -> Any:
     return value.as_subclass(FrozenOutput) if plain else value
 
 
-# --- the model is in evaluation mode, so a method's objective does not run --------------------------------------------
-
-
 def refuse_evaluation(method: Method, model: nn.Module) -> None:
-    """Refuse to train a model in evaluation mode if the method has an objective.
-
-    Raises:
-        TrainerError: the model is in evaluation mode.
-    """
+    """Refuse to train a model in evaluation mode if the method has an objective."""
     if not model.training and method.objective() is not None:
         raise _in_evaluation(method, model)
 
 
 def refuse_backward(method: Method, model: nn.Module) -> Callable[[Any], Any]:
-    """Return a function that makes `backward` of the loss of a forward in evaluation mode raise TrainerError.
-
-    The loss can still be read. The error names the method.
-    """
+    """Return a function that makes `backward` of a loss raise a TrainerError, because the model is in evaluation mode."""
 
     def refuse(_gradient: Tensor) -> None:
         raise _in_evaluation(method, model)
@@ -97,5 +84,5 @@ def refuse_backward(method: Method, model: nn.Module) -> Callable[[Any], Any]:
 def _in_evaluation(method: Method, model: nn.Module) -> TrainerError:
     return TrainerError(
         f"{type(model).__name__} is in evaluation mode, in which the objective of {method.kind} does not run.",
-        "Call `model.train()` first: `from_pretrained` gives a model in evaluation mode, and some loops leave it there.",
+        "Call `model.train()` first; `from_pretrained` returns models in evaluation mode.",
     )

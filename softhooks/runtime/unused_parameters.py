@@ -1,35 +1,28 @@
-"""Refuse DDP settings under which DDP hangs or misses gradients if a step leaves some parameters unused.
+"""Refuse settings with which DDP hangs or misses gradients if a step does not use all parameters.
 
-Zero gradients for unused parameters would not be a solution: an optimizer's momentum and weight decay would change them.
+Zero gradients for unused parameters are no remedy, because an optimizer's momentum and weight decay would change them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from softhooks.errors import TrainerError
-
-if TYPE_CHECKING:
-    from softhooks.runtime.attached_prompt import AttachedPrompt
+from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str, Tensor]) -> None:
-    """Refuse a training forward under DDP settings that make the next step fail or miss gradients.
+    """Refuse a training forward with prompts that leave parameters unused, unless DDP searches for these in each step.
 
     Args:
-        prompts: the prompts that train in this forward.
+        prompts: the prompts that are trained.
         given: the extra arguments of the forward.
-
-    Raises:
-        TrainerError: DDP has such settings; the error names the method.
     """
-    wrapper: Any = getattr(
-        DistributedDataParallel, "_active_ddp_module", None
-    )  # the DDP wrapper that is in its forward
+    wrapper: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)  # the wrapper whose forward is running
     if wrapper is None or not wrapper.training or (wrapper.find_unused_parameters and not wrapper.static_graph):
         return
     for prompt in prompts:
@@ -39,14 +32,9 @@ def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str,
 
 
 def unused_parameters_error(method: str, found: str) -> TrainerError:
-    """Return the error for a launch or a forward with such DDP settings.
-
-    Args:
-        method: the kind of the method.
-        found: the settings, as a clause.
-    """
+    """Return the error for a `method` that leaves parameters unused, and the DDP settings that were `found`."""
     return TrainerError(
-        f"{found}, but some parameters of {method} are unused in some steps; DDP must look for them in each step.",
+        f"{found}, but some parameters of {method} are unused in some steps; DDP must search for these in each step.",
         "Set `find_unused_parameters=True`, even with gradient checkpointing, and leave `static_graph` off: "
         "`ddp_find_unused_parameters=True` in TrainingArguments, `DistributedDataParallelKwargs` for an Accelerator.",
     )

@@ -1,6 +1,6 @@
-"""The selection of prompts by `with` blocks, in context variables: each thread and asyncio task has its own selection.
+"""Blocks (`with softhooks.rows(...)`, ...) that select prompts. They are context variables, so each thread and task has its own.
 
-Tasks and `asyncio.to_thread` inherit the blocks in which they are started; a plain thread does not.
+An asyncio task or `asyncio.to_thread` inherits the blocks in which it is started; a plain thread does not.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Block:
     """A `with` block, or a call of `generate`, on one model.
 
     Attributes:
-        model: the model, as the user gave it when the first prompt was attached.
+        model: the model that was passed to `attach`.
         rows: one prompt name for each row, as in `softhooks.rows`.
         off: whether all prompts are off, as in `softhooks.disabled`.
-        only: one prompt for all rows, regardless of the surrounding blocks.
+        only: one prompt for all rows; surrounding blocks have no effect.
         generates: whether this is a call of `generate`.
-        repeats: in a call of `generate`, the number of beams or samples for each row.
-        prompt_columns: in a call of `generate`, the number of columns of its input.
+        repeats: in `generate`, the number of beams or samples for each row.
+        prompt_columns: in `generate`, the number of columns of the input.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Block:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Generators can exit their blocks in any order, so blocks that were entered later may stay open.
+        # Blocks in generators can end in any order, so blocks that were entered later may still be open.
         token, now = self._token, _blocks.get()
         self._token = None
         if token is None:
@@ -71,7 +71,7 @@ def generation_of(model: nn.Module) -> Block | None:
 
 
 class Choice(NamedTuple):
-    """The combined selection of a model's open `with` blocks. Attributes as in `Block`; unset if no block selects anything."""
+    """The combined selection of a model's open blocks, with the attributes of `Block`."""
 
     rows: Sequence[str | None] | None = None
     off: bool = False
@@ -82,12 +82,13 @@ _NO_CHOICE = Choice()
 
 
 def choice_of(model: nn.Module) -> Choice:
-    """Return the combined selection of a model's open blocks. It runs several times per token, so it loops over them once."""
+    """Return the combined selection of a model's open blocks."""
+    # This runs several times per token, so it loops over the blocks only once.
     rows, off = None, False
     for block in reversed(_blocks.get()):
         if block.model is not model or block._left:
             continue
-        if block.only is not None:  # surrounding blocks have no effect
+        if block.only is not None:
             return Choice(rows, off, block.only)
         rows = block.rows if rows is None else rows
         off = off or block.off
@@ -95,7 +96,7 @@ def choice_of(model: nn.Module) -> Choice:
 
 
 def repeats_of(model: nn.Module) -> int:
-    """Return how many rows of the batch share an entry of `rows`: in `generate`, the beams or samples of its row; otherwise 1."""
+    """Return how many rows of a batch use the same entry of `rows`: in `generate`, the beams or samples of a row; otherwise 1."""
     for block in reversed(blocks_of(model)):
         if block.generates:
             return block.repeats

@@ -1,10 +1,9 @@
-"""The live state of a prompt, from which training resumes: its tensors, and their file in a checkpoint."""
+"""A prompt's tensors in a Trainer's checkpoint (its live state), from which training resumes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import overload
 
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -16,13 +15,13 @@ from softhooks.formats.softhooks_files import LIVE
 from softhooks.prompt import SoftPrompt
 
 DESCRIPTION = "description"
-"""The metadata entry of a live file that describes the prompt, its base model and its optimizer."""
+"""The name of the checkpoint's entry that describes the prompt, its base model and its optimizer."""
 
 _NOTE = "A soft prompt, not a model. Load the base model, then this directory with softhooks.load(model, directory)."
 
 
 def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """Return the trained tensors and the encoder's buffers, by their names in the model."""
+    """Return the trainable parameters and the encoder's buffers, by their names in the model."""
     encoder = f"{CONTAINER}.{prompt.name}.encoder."
     kept = {f"{encoder}{name}": tensor for name, tensor in prompt.encoder.state_dict().items()}
     ids = prompt.module._buffers.get(BUFFER)
@@ -31,10 +30,10 @@ def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
     return kept | {name: parameter.detach() for name, parameter in prompt.named_parameters()}
 
 
-class NotSaved(Sequence[str]):
-    """The keys of a model's state dict that are not saved in a checkpoint; the Trainer does not warn about them.
+class NotSaved(Collection[str]):
+    """The keys of a model's state dict that a checkpoint does not contain, so that the Trainer does not warn about them.
 
-    The keys are computed at each access, because prompts may be added and removed; without prompts, the whole model is saved.
+    They are computed at each access, because the prompt may be removed; then a checkpoint contains the whole model.
     """
 
     def __init__(self, prompt: SoftPrompt) -> None:
@@ -52,19 +51,15 @@ class NotSaved(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys())
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        return self._keys()[index]
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys()
 
 
 def write_live(folder: Path, state: dict[str, Tensor]) -> None:
-    """Write the live parameters, and an index that names their file.
+    """Write the tensors of prompts, and an index that names their file.
 
-    A Trainer can resume from the index. `from_pretrained` raises an error, because the index lacks the `metadata` of a model's
-    index; from a `model.safetensors` it would instead build a model with random weights.
+    A Trainer can resume from an index without `metadata`, but `from_pretrained` raises an error. From a `model.safetensors`,
+    `from_pretrained` would build a model with random weights.
     """
     write_tensors(folder / LIVE, state, {"format": "pt"})
     weight_map = dict.fromkeys((name for name in state if not name.endswith(f".{DESCRIPTION}")), LIVE)

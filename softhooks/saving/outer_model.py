@@ -1,15 +1,16 @@
 """Save a model that contains a model with prompts, such as a wrapper or an encoder-decoder made of two models.
 
-The outer model does not know about the prompts: its `save_pretrained` collects the tensors of all its modules. A hook on the
-state dict of the container finds that call, writes the prompts next to the outer model's weights, and removes their tensors from
-the weights.
+The `save_pretrained` of the outer model collects the tensors of all modules. A state dict hook of the prompts' container writes
+the prompts next to the outer model's weights, and removes their tensors from the weights.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from itertools import islice
 from pathlib import Path
+from traceback import walk_stack
 from typing import Any
 
 from torch import nn
@@ -22,22 +23,18 @@ from softhooks.runtime.prompted_model import PromptedModel
 logger = logging.getLogger(__name__)
 
 _MAX_FRAMES = 64
-"""The number of frames in which `save_pretrained` is searched: one for each nested module, and a few more."""
+"""The number of stack frames that are searched for `save_pretrained`: one for each nested module, and a few more."""
 
 
 def prompt_folders(prompted: PromptedModel, folder: Path) -> dict[SoftPrompt, Path]:
-    """Return the folder of each prompt: `folder` for `default` or, without it, the active prompt; subfolders for the others."""
+    """Return the folder of each prompt: `folder` for the prompt `default` (or else the active prompt), subfolders for others."""
     prompts = soft_prompts_of(prompted)
     top = "default" if "default" in prompts else prompted.active or next(reversed(prompts))
     return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
 
 
 class SaveFromOutside:
-    """A state dict hook of the container that writes the prompts when an outer model is saved.
-
-    Args:
-        prompted: the state of the inner model's prompts.
-    """
+    """A state dict hook of the container that writes the prompts of an inner model when an outer model is saved."""
 
     def __init__(self, prompted: PromptedModel) -> None:
         self.prompted = prompted
@@ -46,8 +43,8 @@ class SaveFromOutside:
     def __call__(self, _container: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """Write the prompts, and remove their tensors from the state dict.
 
-        The tensors stay in a Trainer's checkpoint, because the Trainer resumes from the weights, and in a sharded model, because
-        a single process cannot write a prompt of it. If the prompts are disabled, the model is written without them.
+        In a Trainer's checkpoint they stay among the weights, from which the Trainer resumes. They also stay for a sharded model,
+        whose prompts a single process cannot write. If the prompts are disabled, they are not written.
         """
         call = None if prefix.count(".") < 2 else _saving_call(self.prompted.model)
         if call is None or not self.prompted.prompts:
@@ -68,7 +65,7 @@ class SaveFromOutside:
         inner = type(self.prompted.model).__name__
         if not folders:
             logger.warning(
-                "save_pretrained of the sharded %s keeps the tensors of the prompts of its inner %s among its weights, and "
+                "save_pretrained of the sharded %s writes the tensors of its inner %s's prompts among its weights, but "
                 "`from_pretrained` drops them. Save each prompt with `prompt.save_pretrained(directory)`, on every rank.",
                 outer, inner,
             )  # fmt: skip
@@ -77,22 +74,14 @@ class SaveFromOutside:
             "save_pretrained of %s writes the prompts of its inner %s next to its weights (%s); load them with `softhooks.load` "
             "onto the inner %s.%s",
             outer, inner, ", ".join(f"{prompt.name!r} to {folder}" for prompt, folder in folders.items()), inner,
-            " The weights also contain their tensors, for the Trainer to resume from." if keeps_tensors else "",
+            " The weights also contain the prompts' tensors, from which the Trainer resumes." if keeps_tensors else "",
         )  # fmt: skip
 
 
 def _saving_call(inner: nn.Module) -> dict[str, Any] | None:
     """Return the arguments of the running `save_pretrained` of a model that contains `inner`, or None if there is none."""
-    frame: Any = sys._getframe(1)
-    for _ in range(_MAX_FRAMES):
-        if frame is None:
-            return None
-        if frame.f_code.co_name == "save_pretrained":
-            found: dict[str, Any] = frame.f_locals
-            outer = found.get("self")
-            contains = (
-                isinstance(outer, nn.Module) and outer is not inner and any(one is inner for one in outer.modules())
-            )
-            return dict(found) if contains and "save_directory" in found else None
-        frame = frame.f_back
-    return None
+    frames = islice(walk_stack(sys._getframe(1)), _MAX_FRAMES)
+    call: dict[str, Any] = next((f.f_locals for f, _ in frames if f.f_code.co_name == "save_pretrained"), {})
+    outer = call.get("self")
+    contains = isinstance(outer, nn.Module) and outer is not inner and any(one is inner for one in outer.modules())
+    return dict(call) if contains and "save_directory" in call else None

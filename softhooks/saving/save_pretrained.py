@@ -1,7 +1,6 @@
 """`save_pretrained` of a model with prompts, which writes the prompts and not the base model, as PEFT writes adapters.
 
-The base model is frozen and already exists elsewhere. If it were written with a prompt among its weights, `from_pretrained` would
-drop the prompt without an error. A Trainer without a callback also uses this method.
+If the base model were written with a prompt among its weights, `from_pretrained` would drop the prompt without an error.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from softhooks.errors import PromptMismatchError
 from softhooks.formats.files import read_tensors
 from softhooks.formats.folders import is_checkpoint
 from softhooks.formats.softhooks_files import LIVE
+from softhooks.patching.patches import MethodWrapper
 from softhooks.prompt import soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.saving.live_state import NotSaved, live_tensors, write_live
@@ -32,43 +32,24 @@ _IGNORED = "_keys_to_ignore_on_save"
 _ADAPTER = "adapter_config.json"
 
 
-class SavePrompts:
-    """The replacement for `save_pretrained` of a model with prompts.
-
-    It is an object and not a closure, so that a deep copy of the model saves its own prompts.
-
-    Args:
-        prompted: the state of the model's prompts.
-    """
+class SavePrompts(MethodWrapper):
+    """The replacement for `save_pretrained` of a model with prompts."""
 
     def __init__(self, prompted: PromptedModel) -> None:
+        super().__init__(prompted.model, "save_pretrained")
         self.prompted = prompted
-        self._before: Any = prompted.model.__dict__.get("save_pretrained")
         self._has_logged = False
-
-    def _call_original(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the method that this object replaces."""
-        model: Any = self.prompted.model
-        return self._before(*args, **kwargs) if self._before else type(model).save_pretrained(model, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Write the prompts, or the model without them if they are disabled."""
-        call = self._named(args, kwargs)
+        # By name, because the second positional argument differs between PEFT and transformers.
+        call = dict(zip(inspect.signature(self.original()).parameters, args, strict=False)) | kwargs
         state = call.get("state_dict")
         if not self.prompted.prompts:
-            return self._call_original(**call)
+            return self.original()(**call)
         if self.prompted.disabled or (state is not None and not any(map(is_prompt_key, state))):
             return self.save_base(call)
         return self._save_prompts(Path(call["save_directory"]), call)
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Map a call's arguments to their names; the second positional argument differs between PEFT and transformers."""
-        model: Any = self.prompted.model
-        signature = inspect.signature(self._before or type(model).save_pretrained)
-        names = [name for name in signature.parameters if name != "self"]
-        return dict(zip(names, args, strict=False)) | kwargs
-
-    # --- the prompts --------------------------------------------------------------------------------------------------
 
     def _save_prompts(self, folder: Path, call: dict[str, Any]) -> None:
         state, writes = call.get("state_dict"), call.get("is_main_process", True)
@@ -91,7 +72,7 @@ class SavePrompts:
             _push(folder, before, call)
 
     def _save_other_trained(self, folder: Path, call: dict[str, Any]) -> None:
-        """Write other trained parameters (PEFT's adapters, parameters of the base) and the state from which a Trainer resumes."""
+        """Write the other trained parameters (PEFT's adapters, parameters of the base) and, in a checkpoint, the live state."""
         model: Any = self.prompted.model
         has_adapters = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
         in_checkpoint = is_checkpoint(folder)
@@ -106,25 +87,26 @@ class SavePrompts:
         if trained and not in_checkpoint:
             written = "these parameters were" if has_adapters else "the base model was"
             logger.warning(
-                "%d parameters of the base train with the prompt; %s also written to %s.", len(trained), written, folder
+                "%d parameters of the base are trained with the prompt; %s also written to %s.",
+                len(trained),
+                written,
+                folder,
             )
 
     def _trained_base(self) -> list[str]:
-        """Return the names of the base parameters that train with the prompts, except the parameters of adapters."""
+        """Return the names of the trainable parameters of the base, without the parameters of adapters."""
         model = self.prompted.model
         adapters = tuple(
             f"{path}.{name}." if path else f"{name}."
             for path, module in model.named_modules()
             for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
         )
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         return [
             name
-            for name in trained
-            if not is_prompt_key(name) and not name.startswith(adapters) and ".modules_to_save." not in name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+            and not (is_prompt_key(name) or name.startswith(adapters) or ".modules_to_save." in name)
         ]
-
-    # --- the base -----------------------------------------------------------------------------------------------------
 
     def save_base(self, call: dict[str, Any]) -> Any:
         """Write the model without its prompts."""
@@ -132,16 +114,10 @@ class SavePrompts:
         if state is not None:
             call = {**call, "state_dict": {name: value for name, value in state.items() if not is_prompt_key(name)}}
         with _without_prompts(self.prompted.model), self.prompted.labels.model_shown():
-            return self._call_original(**call)
-
-    # --- load ---------------------------------------------------------------------------------------------------------
+            return self.original()(**call)
 
     def check(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Refuse a state dict with prompts that the model does not have; `strict=False` would ignore them silently.
-
-        Raises:
-            PromptMismatchError: the prompts differ; the error names both.
-        """
+        """Refuse a state dict with prompts that the model does not have; `strict=False` would ignore them silently."""
         found = {name: list(value.shape) for name, value in state.items() if is_prompt_key(name)}
         if prefix or not found or self.prompted.model.__dict__.get("save_pretrained") is not self:
             return  # the callback's own check is stricter
@@ -162,32 +138,25 @@ class SavePrompts:
             )
 
 
-class LoadAdapter:
+class LoadAdapter(MethodWrapper):
     """The replacement for `load_adapter` of a PEFT model, which also loads the prompts when a Trainer resumes.
 
-    PEFT freezes everything except the adapter that it loads; this class keeps the prompts and, from a checkpoint, other trained
-    parameters trainable. PEFT saves adapters that are not named `default` in subfolders; a Trainer reads these when it resumes,
-    but reads the checkpoint's root, which may contain a different adapter, when it loads the best model.
-
-    Args:
-        prompted: the state of the model's prompts.
+    PEFT's method freezes all parameters except the adapter's. This one leaves the prompts trainable and, if it loads a
+    checkpoint, also other parameters that are trained.
     """
-
-    def __init__(self, prompted: PromptedModel) -> None:
-        self.prompted = prompted
-        self._before: Any = prompted.model.__dict__.get("load_adapter")
 
     def __call__(self, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the adapter and, from a checkpoint, the prompts."""
-        model: Any = self.prompted.model
-        load = self._before or type(model).load_adapter.__get__(model)
+        model = self.model
         given, name = Path(str(model_id)), args[0] if args else kwargs.get("adapter_name")
+        # PEFT saves adapters other than `default` in subfolders, which a Trainer passes when it resumes. To load the best model,
+        # the Trainer passes the checkpoint's root, which may contain a different adapter.
         root = next((folder for folder in (given, given.parent) if (folder / LIVE).is_file()), None)
         if root is not None:
             own = root / str(name)
             model_id = str(own if (own / _ADAPTER).is_file() else root)
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        result = load(model_id, *args, **kwargs)
+        result = self.original()(model_id, *args, **kwargs)
         for name, parameter in model.named_parameters():
             if is_prompt_key(name) or (root is not None and name in before):
                 parameter.requires_grad_(before[name])
@@ -199,7 +168,7 @@ class LoadAdapter:
 def replace_saving(prompted: PromptedModel) -> None:
     """Replace the model's `save_pretrained` and PEFT's `load_adapter` until the last prompt is removed."""
     if hasattr(prompted.model, "peft_config") and hasattr(prompted.model, "load_adapter"):
-        prompted.patches.set(prompted.model, "load_adapter", LoadAdapter(prompted))
+        prompted.patches.set(prompted.model, "load_adapter", LoadAdapter(prompted.model, "load_adapter"))
     if hasattr(prompted.model, "save_pretrained"):
         saving = SavePrompts(prompted)
         prompted.patches.set(prompted.model, "save_pretrained", saving)
@@ -210,7 +179,7 @@ def replace_saving(prompted: PromptedModel) -> None:
 
 @contextmanager
 def _without_prompts(model: nn.Module) -> Iterator[None]:
-    """Remove the prompts' container, and a callback's list of keys that are not saved, from a model while it is written."""
+    """Remove the prompts' container, and a callback's list of keys that are not saved, from a model in a `with` block."""
     modules = dict(model._modules)
     ignored = model.__dict__.get(_IGNORED)
     model._modules.pop(CONTAINER, None)

@@ -252,7 +252,7 @@ def test_tables_that_cannot_be_replaced_row_by_row_are_refused() -> None:
     second.model.register_forward_pre_hook(
         lambda _m, _a, kwargs: second.other(kwargs["input_ids"]) is None or None, with_kwargs=True
     )
-    with pytest.raises(UnsupportedModelError, match="second table"):
+    with pytest.raises(UnsupportedModelError, match="a second embedding"):
         softhooks.attach(second, PromptTuning(4), train_added_tokens=NEW)
     assert not hasattr(second, "soft_prompt")
 
