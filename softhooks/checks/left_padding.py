@@ -26,7 +26,7 @@ _PADDING = 3
 def takes_left_padding(prompt: SoftPrompt) -> bool:
     """Whether the model's output with the prompt is the same with padding before the text. False if the forward fails.
 
-    True for a model whose output changes without a prompt too, because then the prompt is not the cause.
+    True for a model whose output without a prompt also depends on the padding, because then the prompt is not the cause.
     """
     if _takes_positions(prompt):
         return True
@@ -49,7 +49,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 
 def _takes_positions(prompt: SoftPrompt) -> bool:
-    """Whether each row has its own positions, and the prompt does not enter through a cache, whose columns some masks lack."""
+    """Whether each row has its own positions. For a prefix in a cache this is not enough: some masks lack its columns."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.takes_position_ids or (table is not None and table.by_row)

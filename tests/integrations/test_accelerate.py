@@ -447,4 +447,4 @@ def test_two_processes_train_and_go_on_as_one_does(tmp_path: Path) -> None:
     assert torch.equal(first["head"], second["head"])
     for seen in (first, second):
         assert seen["late"].startswith("TrainerError: the model of 'default' was prepared before `track`")
-        assert seen["apart"].startswith("TrainerError: the prompt of rank 1 differs from rank 0;")
+        assert seen["apart"].startswith("TrainerError: the prompt of rank 1 differs from that of rank 0;")

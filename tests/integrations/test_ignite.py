@@ -295,4 +295,4 @@ def test_two_processes_train_one_prompt() -> None:
 def test_two_processes_that_train_apart_are_an_error() -> None:
     status, told = launch(SCRIPTS / "ignited.py", "apart")
     assert status != 0
-    assert "the prompt of rank 1 differs from rank 0" in told
+    assert "the prompt of rank 1 differs from that of rank 0" in told

@@ -605,4 +605,4 @@ def test_two_processes_train_and_go_on_as_one_does(pl: Any, tmp_path: Path) -> N
         assert training.equal(seen["resumed"], first["trained"])
         assert seen["checked"] > 0
         assert torch.equal(seen["head"], first["head"])
-        assert seen["apart"].startswith("TrainerError: the prompt of rank 1 differs from rank 0;")
+        assert seen["apart"].startswith("TrainerError: the prompt of rank 1 differs from that of rank 0;")

@@ -96,7 +96,7 @@ def _check_sharded(*ranks: dict[str, Any]) -> None:
         assert again["losses"] == pytest.approx(seen["adapter"]["losses"], abs=2e-5)
         assert _close(again["trained"], seen["adapter"]["trained"])
         assert seen["asked"].startswith(
-            "TrainerError: injection='shared' is not available under FSDP, where a prompt of input embeddings can only"
+            "TrainerError: injection='shared' is not available under FSDP; a method that trains input embeddings can use only"
         )
         assert "'shared'" in seen["asked"]
         assert "needs a causal language model that computes the prompt once" in seen["context"]
@@ -133,10 +133,10 @@ def test_ranks_hold_one_prompt_or_say_so(tmp_path: Path) -> None:
     assert all(not torch.equal(value, first["start"][name]) for name, value in first["seeds"]["trained"].items())
 
     for seen in (first, second):
-        assert seen["apart"].startswith("TrainerError: the prompt of rank 1 differs from rank 0;")
+        assert seen["apart"].startswith("TrainerError: the prompt of rank 1 differs from that of rank 0;")
         assert "rank 1:" in seen["apart"]
         assert "soft_prompt.default.encoder.embeddings" in seen["apart"]
-        assert seen["methods"].startswith("TrainerError: the method or model of rank 1 differs from rank 0;")
+        assert seen["methods"].startswith("TrainerError: the method or model of rank 1 differs from that of rank 0;")
         assert "num_virtual_tokens=4" in seen["methods"]
         assert "num_virtual_tokens=5" in seen["methods"]
 
@@ -163,7 +163,7 @@ def test_teachers_and_students_train_in_two_processes_as_in_one(tmp_path: Path) 
             assert "`ddp_find_unused_parameters=True`" in seen[name]
         assert all(bool(tensor.isfinite().all()) for tensor in seen["in parts"].values())
         assert seen["saved in shards"].startswith(
-            "TrainerError: save_strategy='steps' would save an optimizer that torch cannot load again: under FSDP"
+            "TrainerError: save_strategy='steps' would save an optimizer state that torch cannot load under FSDP, because"
         )
         context = {"text_context_weight", "text_context_bias"}
         gradients = seen["gradients"]
