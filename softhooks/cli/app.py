@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from softhooks.cli import run_config, run_parser
+from softhooks.cli import run_parser
 from softhooks.cli.exit_codes import report_errors, usage_errors
 from softhooks.cli.export import export
 from softhooks.cli.inspect import inspect
@@ -66,7 +66,7 @@ def demo(
         typer.Option(help="The directory for checkpoints and report.json. Nothing else is written.", file_okay=False),
     ] = DEMO.output,
     seed: Annotated[
-        int, typer.Option(help="The seed for the split, the head, the prompts and the order of training.")
+        int, typer.Option(help="The seed for the split, the head, the prompts and the order of the training rows.")
     ] = DEMO.seed,
     num_virtual_tokens: Annotated[
         int, typer.Option(min=1, help="Length of the soft prompt and of the prefix.")
@@ -86,7 +86,7 @@ def demo(
     prefix_learning_rate: Annotated[
         float, typer.Option(min=0.0, help="Learning rate for the prefix.")
     ] = DEMO.prefix_learning_rate,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a training step.")] = DEMO.batch_size,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = DEMO.batch_size,
     max_length: Annotated[
         int, typer.Option(min=4, help="Longer texts are truncated to this many tokens.")
     ] = DEMO.max_length,
@@ -131,7 +131,7 @@ def run(context: typer.Context) -> None:
     with usage_errors():
         line = run_parser.read(context.args)
         if line.help:
-            method = line.method or run_config.read(line.config)["method"]
+            method = line.method or run_parser.read_config(line.config)["method"]
             typer.echo(help_text(method and run_parser.method_kind(method)), nl=False)
             return
     from softhooks.cli import run, run_arguments  # torch and transformers take seconds to import
@@ -160,9 +160,9 @@ def convert(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="The directory of the base model, to check that the prompt fits it. From PEFT, it is needed for "
-            "encoders, for virtual tokens within the text, and for LLaMA-Adapter, because PEFT's files do not "
-            "describe the base model.",
+            help="The directory of the base model. The prompt is loaded onto it to check that it fits. Needed for "
+            "prompts from PEFT for encoders, with virtual tokens within the text, or of LLaMA-Adapter, because their "
+            "files do not describe the base model.",
             show_default=False,
             exists=True,
             file_okay=False,
@@ -175,8 +175,8 @@ def convert(
     """Convert saved prompts from softhooks to PEFT, or from PEFT to softhooks.
 
     softhooks writes soft_prompt.safetensors and soft_prompt.json; PEFT writes adapter_model.safetensors and
-    adapter_config.json. Both libraries compute the same logits for text without padding. Of an LSTM or MLP that computes
-    the prompt, only the output is stored.
+    adapter_config.json. Both libraries compute the same logits for text without padding. If an LSTM or MLP computes the
+    prompt, only its output is stored.
 
     A directory with several prompts is converted as a whole: 'default' at the top, the other prompts in subdirectories
     with their names, as in PEFT. A prompt is refused if the other library would compute different logits: prefixes of

@@ -1,7 +1,7 @@
 """Conversion of saved prompts between the formats of softhooks and PEFT, for `softhooks convert`.
 
-The result equals the files that loading a prompt onto its base model and saving it there would write. A folder contains one
-prompt, or several as PEFT saves them: `default` at the root, the other prompts in subfolders with their names.
+The files are the same as if each prompt were loaded onto its base model and saved there. A folder contains one prompt, or several
+as PEFT saves them: `default` at the root, the other prompts in subfolders with their names.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _AUTO = {
 def convert(
     source: Path, target: Path, to: Format | None = None, base: Path | None = None, strict: bool = True
 ) -> dict[str, StoredPrompt]:
-    """Convert all prompts of a folder, and return them by name; the options are those of `softhooks convert`."""
+    """Convert all prompts of a folder, and return them by name; `softhooks convert --help` describes the options."""
     found, present = prompts_in(source)
     wanted: Format = to or ("peft" if present == "softhooks" else "softhooks")
     if wanted == present:
@@ -66,7 +66,7 @@ def convert(
 def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
     """Return the prompts of a folder by name, and their format.
 
-    If a folder has files of both formats, the prompt is in softhooks' format, and PEFT's adapters were saved with it.
+    A folder with files of both formats holds a softhooks prompt that was saved together with PEFT's adapters.
     """
     inside = sorted(source.iterdir()) if source.is_dir() else []
     named = [("default", source), *((path.name, path) for path in inside if not path.name.startswith("."))]
@@ -145,7 +145,7 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{base}, given as `--base`, cannot be loaded with `{name}.from_pretrained`.",
-            "Give the directory that `save_pretrained` of the base model wrote, with config.json and safetensors files.",
+            "Give a directory with config.json and safetensors files, to which the base model was saved by `save_pretrained`.",
             error=f"{type(error).__name__}: {error}",
         ) from error
     return model.eval()
@@ -198,6 +198,6 @@ def _appearing(target: Path) -> Iterator[Path]:
         yield part
         part.replace(target)
     except OSError as error:
-        raise OptionError(f"OUT, {target}, cannot be written: {error}.", "Name another directory.") from error
+        raise OptionError(f"OUT ({target}) cannot be written: {error}.", "Name another directory.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

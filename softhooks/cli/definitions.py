@@ -11,7 +11,7 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Definition:
-    """A top-level class, function or variable (then `node` is the assigned expression), and the name of its module."""
+    """A top-level class, function or variable, and its module; for a variable, `node` is the assigned expression."""
 
     node: ast.stmt | ast.expr
     module: str
@@ -31,7 +31,7 @@ def imported(package: str) -> list[Definition]:
 
 @cache
 def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
-    """Map each top-level name of a module to its definition, or to its original name and module if it is imported."""
+    """Map each top-level name of a module to its definition; if it is imported, to its original name and module."""
     names: dict[str, ast.stmt | ast.expr | tuple[str, str]] = {}
     for node in _statements(ast.parse(_text(module)).body):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):

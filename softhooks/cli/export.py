@@ -46,7 +46,7 @@ def export(
         typer.Option("--strict/--no-strict", help="Refuse a base model with other weights than in training."),
     ] = True,
 ) -> None:
-    """Write the embeddings of a prompt and a text, and a request with them for vLLM or SGLang.
+    """Write a request for vLLM or SGLang with the embeddings of a prompt and a text.
 
     These servers do not support soft prompts, but they accept embeddings in place of token ids. Two files are written:
     **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to /v1/completions

@@ -86,7 +86,7 @@ def _describe_one(kind: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value from a file, or text from a command line, to a type; ValueError if that is impossible."""
+    """Convert a value from a file, or text from a command line, to a type, or raise ValueError."""
     if value is None and (hint is Any or type(None) in typing.get_args(hint)):
         return None
     for kind in sorted(alternatives(hint), key=_breadth):

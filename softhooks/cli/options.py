@@ -123,7 +123,7 @@ def _found(name: str, module: str) -> Definition:
 
 
 def _lineage(definition: Definition) -> list[Definition]:
-    """Return a class and those of its base classes that softhooks defines."""
+    """Return a class and its base classes in softhooks."""
     bases = definition.node.bases if isinstance(definition.node, ast.ClassDef) else []
     found = [find(ast.unparse(base), definition.module) for base in bases]
     return [definition, *(base for parent in found if parent for base in _lineage(parent))]
@@ -145,7 +145,7 @@ def _docstring(definition: Definition) -> str:
 
 
 def _about(*docs: str) -> dict[str, str]:
-    """Read the `Args` of docstrings; skip descriptions such as "as in `attach`", and use the first other one."""
+    """Read the `Args` of docstrings; the first description of an argument that does not begin with "as in" is used."""
     found: dict[str, str] = {}
     for doc in docs:
         section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)

@@ -20,7 +20,7 @@ from softhooks.methods.stored_method import method_of
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """Describe a saved prompt with values that JSON supports; infinite norms become the string `"Infinity"`."""
+    """Describe a saved prompt with values that JSON supports; NaN and infinity become strings."""
     stored = read(folder)
     method = method_of(stored)
     is_native = format_of(folder) == "softhooks"
@@ -56,7 +56,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:
-    """Return the options; the options of the initialization, which `method_of` leaves out, are read from the file."""
+    """Return the options; `method_of` leaves out how the prompt was initialized, so this is read from the file."""
     options = {key: value for key, value in method.options().items() if key not in method.init_options}
     given = stored.options
     return options | {key: given[key] for key in method.init_options if key in given and _is_flat(given[key])}
@@ -97,7 +97,7 @@ def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _live(folder: Path) -> dict[str, Any] | None:
-    """Describe the parameters in a checkpoint from which training resumes, and the prompt's name; None without such a file."""
+    """Describe the file of parameters from which training resumes, and the prompt's name; None if there is no such file."""
     path = folder / LIVE
     if not path.is_file():
         return None

@@ -30,7 +30,7 @@ from softhooks.trainer.callback import SoftPromptCallback
 
 
 def run(line: CommandLine, method: Method, options: Mapping[str, Any]) -> None:
-    """Run the script or module of a command line with a callback with these options in each of its Trainers."""
+    """Run the script or module, and add a callback with these options to each of its Trainers."""
     script, *arguments = line.program
     with _callbacks(method, options) as made, _as_program(line):
         if line.is_module:
@@ -123,6 +123,6 @@ def _as_program(line: CommandLine) -> Iterator[None]:
 
 
 def _log(text: str) -> None:
-    """Print a line to stderr, from one process only."""
+    """Print a line to stderr, only in the process of rank 0."""
     if os.environ.get("RANK", "0") == "0":
         Console(stderr=True).print(f"softhooks run: {text}", markup=False, highlight=False, soft_wrap=True)

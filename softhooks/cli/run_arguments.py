@@ -1,4 +1,4 @@
-"""Create the method and collect the options of the callback from a command line and a configuration of `softhooks run`."""
+"""Create the method, and collect the options of the callback, that a command line or a configuration describes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softhooks.cli import run_config
 from softhooks.cli.options import Option, callback_options, method_options, methods
 from softhooks.cli.run_parser import (
     DEFAULT_METHOD,
     DEFAULT_TOKENS,
     CommandLine,
+    check_config,
     method_kind,
+    read_config,
     unknown_option,
 )
 from softhooks.errors import OptionError
@@ -22,7 +23,7 @@ from softhooks.methods import METHODS
 
 def resolve_line(line: CommandLine) -> tuple[Method, dict[str, Any]]:
     """Read the method and the options of the callback from a command line and its configuration file."""
-    config = run_config.read(line.config)
+    config = read_config(line.config)
     if not line.program:
         raise OptionError(
             "`softhooks run` was called without a script or `-m MODULE`. `softhooks run --help` shows examples."
@@ -42,13 +43,13 @@ def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
     """Read the method and the options of the callback from a configuration.
 
     Args:
-        found: an object with the sections `method`, `options` and `callback`.
-        source: the file or section with the configuration, for error messages.
+        found: the configuration, with the sections `method`, `options` and `callback`.
+        source: the origin of the configuration, which errors name.
 
     Raises:
         OptionError: a section is unknown, or a value does not fit.
     """
-    config = run_config.sections(found, source)
+    config = check_config(found, source)
     return _resolve(config["method"], config, {})
 
 
@@ -86,7 +87,7 @@ def _text(texts: list[str], option: Option) -> str | list[str]:
 
 
 def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str) -> None:
-    """Check that every given option is an option of the owner, a method or the callback."""
+    """Check that every given option belongs to the owner, which is a method or the callback."""
     for name in given:
         if name in options:
             continue

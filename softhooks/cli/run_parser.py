@@ -1,4 +1,4 @@
-"""Parse the command line of `softhooks run`, without importing torch, so that help and errors appear at once."""
+"""Parse the command line and configuration file of `softhooks run`, without importing torch, to show help and errors at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from softhooks.cli.option_types import NO, YES
 from softhooks.cli.options import callback_options, method_options, methods
@@ -14,6 +17,7 @@ from softhooks.errors import OptionError
 
 DEFAULT_METHOD = "prompt_tuning"
 DEFAULT_TOKENS = 20
+_SECTIONS: dict[str, type] = {"method": str, "options": dict, "callback": dict}
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _switches() -> dict[str, bool]:
-    """Map each option to whether it is a switch in every method that has the option, and in the callback."""
+    """Map each option to True if it is a switch in every method that has it, or in the callback."""
     found: dict[str, bool] = {}
     for options in (*map(method_options, methods()), callback_options()):
         for name, option in options.items():
@@ -126,3 +130,40 @@ def suggestion(name: str, known: Iterable[str], form: str) -> str:
     plain = name.lstrip("-").replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""
+
+
+# --- the configuration file -------------------------------------------------------------------------------------------
+
+
+def read_config(file: str | None) -> dict[str, Any]:
+    """Read a configuration file; without a file, return an empty configuration."""
+    if file is None:
+        return check_config({}, "")
+    path = Path(file)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(
+            f"{path} cannot be read as a YAML or JSON file.",
+            "Give a YAML or JSON file with the sections `method:` and `options:`.",
+            cause=" ".join(str(error).split()),
+        ) from error
+    return check_config(found, str(path))
+
+
+def check_config(found: Any, source: str) -> dict[str, Any]:
+    """Check a configuration, add missing sections, and convert hyphens in the names of options to underscores."""
+    config: dict[str, Any] = {"method": None, "options": {}, "callback": {}}
+    pairs: Iterable[tuple[Any, Any]] = found.items() if isinstance(found, dict) else [("", found)]
+    for name, value in pairs:
+        if not isinstance(value, _SECTIONS.get(name, ())):
+            shown = f"{name}: {value!r}" if name else repr(found)
+            raise OptionError(
+                f"a configuration of `softhooks run` cannot contain {shown}.",
+                suggestion(str(name), _SECTIONS, "{}:")
+                or "Write `method: prompt_tuning`, then `options:`, and below it each option on its own line.",
+                file=source,
+                sections="method (a name), options (values by name), callback (values by name)",
+            )
+        config[name] = {str(k).replace("-", "_"): v for k, v in value.items()} if isinstance(value, dict) else value
+    return config

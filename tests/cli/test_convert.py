@@ -443,7 +443,7 @@ def test_a_conversion_that_is_cut_off_leaves_nothing(
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, prompt: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SoftHooksError, match=r"OUT, .*, cannot be written"):
+    with pytest.raises(SoftHooksError, match=r"OUT \(.*\) cannot be written"):
         run(prompt, tmp_path / "file" / "out")
 
 
