@@ -66,11 +66,11 @@ def attach(
         model: any transformers model that embeds tokens, with or without LoRA from PEFT.
         method: the method, with its options.
         name: the name of the prompt on the model, which can have several prompts.
-        train_head: train a copy of a new task head (`score`, `classifier`, `qa_outputs`, ...) with the prompt.
+        train_head: train a copy of a newly initialized task head (`score`, `classifier`, `qa_outputs`, ...) with the prompt.
         trainable: patterns, such as `*lora_*`, for the names of other parameters that stay trainable.
         freeze_dropout: turn off the dropout of the backbone during training.
-        injection: how the prompt enters the model. By default, the fastest injection that the checks find exact. A call for which
-            it is not exact uses `slots`, or is refused if the option is 'shared'.
+        injection: how the prompt enters the model; see `SoftPrompt.injection`. By default, the fastest way that gives the right
+            outputs in a check. Calls that do not support this way use `slots`; with 'shared', they are refused.
         train_added_tokens: train copies of the embeddings of added tokens, and save them with the prompt. Pass True for all
             tokens that `resize_token_embeddings` has added since the model was created or loaded, the ids of tokens, or the
             tokenizer to which tokens were added. The model's own embeddings do not change.
@@ -108,7 +108,7 @@ def attach_prompt(
     injection: Injection | None,
     frozen_record: bool,
 ) -> SoftPrompt:
-    """Attach a new or a stored prompt; see `attach`. `frozen_record` takes the digests that `verify_frozen` needs."""
+    """Attach a new or a stored prompt; see `attach`. `frozen_record`: record the frozen tensors for `verify_frozen`."""
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)
     refuse_peft_prompts(model)

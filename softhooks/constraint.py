@@ -39,7 +39,7 @@ watched: SharedPatches[Constrained] = SharedPatches(_listen)
 
 
 def watch(encoder: Constrained) -> None:
-    """Constrain an encoder from now on after each step of an optimizer that updates its parameters."""
+    """Start to constrain an encoder after each optimizer step that updates its parameters."""
     if encoder.is_constrained:
         watched.add(encoder)
 

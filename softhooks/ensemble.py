@@ -51,13 +51,13 @@ class PromptEnsemble:
     One forward runs each row of a batch with each prompt. Any prompts that `rows` can use in one batch can be combined; each
     prompt uses its own head.
 
-    Source: Lester et al. 2021, arXiv:2104.08691, where the prompts of one task decide by a majority vote.
+    Source: Lester et al. 2021, arXiv:2104.08691, who combine prompts of one task by a majority vote.
 
     Args:
         model: the model with the prompts.
         names: the names of the prompts, or None to include the model without a prompt.
-        combine: `vote` takes the class that most prompts predict, and among tied classes the one with the highest mean
-            probability; `logits` and `probabilities` take the class with the highest mean.
+        combine: `vote` chooses the class that most prompts predict, and among tied classes the one with the highest mean
+            probability. `logits` and `probabilities` choose the class with the highest mean logit or probability.
 
     Raises:
         NotAttachedError: no prompt with one of the names is attached.
@@ -117,7 +117,8 @@ class PromptEnsemble:
         """
         if inputs.get("num_return_sequences", 1) != 1 or inputs.get("return_dict_in_generate"):
             raise OptionError(
-                "num_return_sequences or return_dict_in_generate is set; an ensemble generates one text per row, without a dict."
+                "num_return_sequences or return_dict_in_generate is set, but an ensemble returns only one text per row; leave "
+                "these options out."
             )
         batch, repeated = self._repeat(inputs)
         with rows(self.model, self._each(batch)):
@@ -132,7 +133,7 @@ class PromptEnsemble:
         return [name for name in self.names for _ in range(batch)]
 
     def _repeat(self, inputs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Return the number of rows, and the inputs with a copy of the batch for each prompt, one copy after the other."""
+        """Return the number of rows, and the inputs with the batch repeated once for each prompt."""
         first = next((inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None), None)
         if not isinstance(first, Tensor):
             raise OptionError(f"the inputs {sorted(inputs)} have neither `input_ids` nor `inputs_embeds`.")

@@ -14,9 +14,9 @@ class SoftHooksError(Exception):
     """The base class of all softhooks exceptions.
 
     Args:
-        found: the problem, and the rule that it breaks; the first line of the message.
-        remedy: the last lines of the message.
-        values: the found and the expected values, by name; the message shows underscores as spaces.
+        found: the problem and the rule, in the first line of the message.
+        remedy: how to solve the problem, in the last lines of the message.
+        values: named values, such as those found and expected. The message shows underscores in their names as spaces.
     """
 
     def __init__(self, found: str, /, *remedy: str, **values: object) -> None:
@@ -51,7 +51,7 @@ class PromptTooLongError(AttachError):
 
 
 class PromptMismatchError(SoftHooksError):
-    """The prompt was made for another model, or has another shape."""
+    """The prompt was made for another model, or its tensors have the wrong shape."""
 
 
 class NotAttachedError(SoftHooksError):
@@ -59,7 +59,7 @@ class NotAttachedError(SoftHooksError):
 
 
 class PromptNotReachedError(SoftHooksError):
-    """A forward bypassed the prompt."""
+    """A forward of the model did not use the prompt."""
 
 
 class UnsupportedModeError(SoftHooksError):

@@ -46,11 +46,12 @@ def load(
         path: a directory or Hub repository with a prompt that was written by `save_pretrained` or a Trainer, or by PEFT for
             prompt tuning, prefix tuning, P-tuning, CPT, a LLaMA-Adapter or a cartridge.
         name: the name of the prompt on the model.
-        trainable: continue to train the prompt. Otherwise the prompt is frozen too, and `verify_frozen` is not available.
+        trainable: continue to train the prompt. Otherwise the prompt is frozen like the model, and `verify_frozen` is not
+            available.
         freeze_dropout, injection: as in `attach`.
         revision, token: for the Hub.
         strict: refuse a base model whose weights differ from those that the prompt was trained with, except in precision. The
-            saved prompt contains a few numbers of each weight for this comparison.
+            saved prompt contains a few values of each weight for this comparison.
 
     Raises:
         CheckpointError: there is no prompt, or its file is damaged or inconsistent.
@@ -80,7 +81,7 @@ def attach_stored(
     strict: bool = True,
     parts: Sequence[StoredPrompt] = (),
 ) -> SoftPrompt:
-    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges from which it was concatenated."""
+    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges of which it consists."""
     method = method_of(stored)
     prompt = attach_prompt(
         model,

@@ -61,7 +61,6 @@ class Method:
     num_virtual_tokens: int
 
     def __post_init__(self) -> None:
-        """Check the options that all methods share."""
         check_int("num_virtual_tokens", self.num_virtual_tokens)
 
     @property
@@ -101,15 +100,15 @@ class Method:
         return None
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Raise an error if the method does not support the model or the injection. `attach` calls this after choosing one."""
+        """Raise an error if the method does not support the model or the injection, which is chosen before this call."""
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the attention modules of a stack that the prompt enters, in the order of their keys and values in the table."""
+        """Return the attention modules that the prompt enters in a stack, in the order of their keys and values in the prompt."""
         return stack.sites_of(role)
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """Return the parts of a group for which `attach` checks that a gradient reaches them."""
-        # Not for embeddings, because a text need not use all slots of a layout.
+        """Return the parts of a group that must each get a gradient; `attach` checks it."""
+        # This is not checked for embeddings, because a text need not use all slots of a layout.
         if self.enters != "attention":
             return []
         stack, role = groups_of(structure)[group]
@@ -131,7 +130,7 @@ class Method:
         Args:
             table: a function that computes one of the encoder's groups.
             stack: the stack.
-            context: a context for each row of the batch, [B, ...], if the forward has one.
+            context: a context for each row, [B, ...], or None if the forward has no contexts.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `branch_inputs`.")
 
@@ -155,7 +154,7 @@ class Method:
         """Check the tensors of a saved prompt against its options.
 
         Raises:
-            CheckpointError: they do not match.
+            CheckpointError: the tensors do not match the options.
         """
         rows = sorted({table.shape[0] for table in tables.values()})
         if rows != [self.num_virtual_tokens]:
@@ -172,7 +171,7 @@ class Method:
         return TableEncoder(tables)
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder that continues the training of a folded prompt."""
+        """Make an encoder with which the training of a folded prompt continues."""
         return self.folded_encoder(tables)
 
     @property

@@ -61,12 +61,12 @@ class SoftPrompt(AttachedPrompt):
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
-        """The conventions to save, with the ids of the virtual tokens if the model reads ids."""
+        """The conventions, and the ids of the virtual tokens if the model needs ids."""
         own = self.module._buffers.get(BUFFER)
         return dict(self.conventions) if own is None else {**self.conventions, BUFFER: own.tolist()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every trainable parameter of the prompt, its heads and the base model, with its name in the model."""
+        """Yield each trainable parameter of the prompt, its heads and the base model, with the parameter's name in the model."""
         for name, parameter in self.model.named_parameters():
             mine = is_prompt_key(name, self.name)
             if parameter.requires_grad and (mine or not is_prompt_key(name)):
@@ -91,7 +91,7 @@ class SoftPrompt(AttachedPrompt):
         return own + sum(parameter.numel() for parameter in others)
 
     def fold(self) -> SoftPrompt:
-        """Replace a reparameterized prompt by its values. Outputs do not change; folding cannot be undone.
+        """Replace the prompt's reparameterization, such as an MLP, by its output. This cannot be undone.
 
         Raises:
             UnsupportedModeError: another thread is running the model.
@@ -168,7 +168,7 @@ class SoftPrompt(AttachedPrompt):
         )
 
     def _fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the base model, without the rows of tokens that the prompt trains."""
+        """Return the fingerprint of the base model, without the embeddings of added tokens that the prompt trains."""
         prompted, added = self.prompted_model, self.added
         # No rank of a sharded model has whole weights, so its fingerprint was taken at attach.
         kept = prompted.fingerprint if is_sharded_model(prompted.model) else None
@@ -178,7 +178,7 @@ class SoftPrompt(AttachedPrompt):
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """Upload the files that `save_pretrained` writes.
+        """Save the prompt, and upload its files to the Hub.
 
         Args:
             repo_id: the repository; created if it does not exist.
@@ -196,7 +196,7 @@ class SoftPrompt(AttachedPrompt):
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
     def remove(self) -> None:
-        """Remove the prompt from the model; without effect if it was already removed.
+        """Remove the prompt and restore the model. Calling this again has no effect.
 
         Raises:
             UnsupportedModeError: another thread is running the model.

@@ -20,9 +20,10 @@ EMBEDDINGS = "embeddings"
 class PromptEncoder(nn.Module):
     """A module that computes a prompt.
 
-    A prompt consists of groups: `embeddings`, or the keys and values of `text`, or of `encoder`, `decoder` and `cross`.
-    Subclasses set `groups`, and compute a group in `forward`. They can override the other methods to use a different variant of
-    the prompt in each row, to hide virtual tokens from some rows, or to constrain the parameters.
+    Subclasses set `groups`, and compute a group in `forward`. The groups are `embeddings`; or `text`, the keys and values of a
+    model; or `encoder`, `decoder` and `cross`, the keys and values of an encoder-decoder model. Subclasses can override the
+    other methods to use different variants of the prompt in a batch, to hide virtual tokens from some rows, or to constrain the
+    parameters.
     """
 
     groups: tuple[str, ...] = ()
@@ -63,11 +64,11 @@ class PromptEncoder(nn.Module):
         """Bring the parameters back within their bounds. Called after each optimizer step, without gradients."""
 
     def metrics(self) -> dict[str, float]:
-        """Return values for the Trainer's log by name, such as the sizes of gates."""
+        """Return named values for the Trainer's log, such as the values of gates."""
         return {}
 
     def folded(self) -> dict[str, Tensor]:
-        """Compute all groups in fp32."""
+        """Compute all groups in fp32, without gradients."""
         with self._inference():
             return {group: self(group).detach().float().clone() for group in self.groups}
 

@@ -25,7 +25,7 @@ _BLOCK = 8192
 def most_similar(
     prompts: Mapping[str, str | Path | Tensor | SoftPrompt] | Sequence[str], to: str | Path | Tensor | SoftPrompt
 ) -> list[tuple[str, float]]:
-    """Rank prompts by their similarity to one prompt: the cosine of the means of their virtual tokens.
+    """Rank prompts by their similarity to one prompt: the cosine of their mean virtual tokens.
 
     To choose a prompt to start from, train a prompt for the new task for a short time, rank the saved prompts of other tasks, and
     start a new training from the most similar one with `PromptTuning(init="prompt", init_from=...)`.
@@ -40,12 +40,12 @@ def most_similar(
         each name with its cosine, in descending order.
 
     Raises:
-        OptionError: there are no prompts, or a prompt consists of keys and values or of gated branches.
+        OptionError: there are no prompts, or a prompt does not consist of embeddings.
         PromptMismatchError: the embedding sizes of the prompts differ, so they belong to different models.
     """
     named: Mapping[str, Any] = prompts if isinstance(prompts, Mapping) else {str(source): source for source in prompts}
     if isinstance(prompts, str) or not named:
-        raise OptionError(f"`prompts` is {prompts!r}; pass one or more prompts, in a list or by name.")
+        raise OptionError(f"`prompts` is {prompts!r}; pass one or more prompts, in a list or in a dict by name.")
     goal = rows_of(to, "be compared with prompts").mean(0).cpu()
     pooled = {name: rows_of(source, "be compared with prompts").mean(0).cpu() for name, source in named.items()}
     foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}
@@ -88,8 +88,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
     """
     if is_sharded_model(prompt.model):
         raise UnsupportedModeError(
-            "the model is sharded, but the nearest words are searched in the whole vocabulary; save the prompt, and load it in a "
-            "single process."
+            "the model is sharded, so no process has the whole vocabulary; save the prompt, and load it in a single process."
         )
     rows, known = rows_of(prompt, "be compared with words"), tokenizer_of(tokenizer)
     structure = prompt.prompted_model.structure

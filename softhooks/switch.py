@@ -61,7 +61,7 @@ def _show_labels(prompted: PromptedModel) -> None:
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Use a different prompt for each row of a batch inside the context, in forward and `generate`.
+    """Choose a prompt for each row of the batches that run inside the context, in forward and `generate`.
 
     Applies to this thread or asyncio task, and to tasks that are started inside.
 

@@ -115,7 +115,6 @@ def _find_model(given: dict[str, Any], name: str | None, function: str) -> nn.Mo
     raise OptionError(
         f"{function!r}, which is decorated with `tune`, was called without a model.",
         "Pass the model as an argument, or give the name of its parameter: `@softhooks.tune(method, model='net')`.",
-        function=function,
         expected="an argument that is a module" if name is None else f"a module as {name!r}",
         given=", ".join(f"{key}: {type(value).__name__}" for key, value in given.items()) or "nothing",
     )

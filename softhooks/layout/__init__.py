@@ -1,1 +1,1 @@
-"""Where virtual tokens are inserted in a text: as in a template, or next to tokens of tokenized text."""
+"""Layouts, which define where virtual tokens are inserted in a text."""

@@ -1,4 +1,4 @@
-"""Anchors: tokens or words of a text, next to which slots are inserted."""
+"""Anchors: tokens or words of a text, next to which slots for virtual tokens are inserted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AnchorValue = str | int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Anchor:
-    """A token or words of a text, next to which slots are inserted.
+    """A token or words of a text.
 
     Attributes:
         value: the words, the id or the ids that the user passed.
@@ -74,7 +74,7 @@ def anchor_of(value: Any, tokenizer: Any) -> Anchor:
         return Anchor(value) if tokenizer is None else Anchor(value).bound(tokenizer)
     row = (value,) if isinstance(value, int) else value
     if not isinstance(row, (tuple, list)) or not row or not all(is_int(item, 0) for item in row):
-        raise OptionError(f"the anchor {value!r} is not a token, words, an id, or a tuple of ids.")
+        raise OptionError(f"the anchor is {value!r}; it must be a token or words, an id, or a tuple of ids.")
     return Anchor(value if isinstance(value, int) else tuple(row), (tuple(row),))
 
 
@@ -91,7 +91,7 @@ def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
             sequences.append(row)
     if not sequences:
         raise OptionError(
-            f"the tokenizer has no ids for the anchor {words!r}; it only returns {tokenizer.unk_token!r}.",
+            f"the tokenizer has no ids for the anchor {words!r}; it encodes the anchor as {tokenizer.unk_token!r}.",
             "Choose another anchor, or pass its ids as a tuple.",
             tokenizer=type(tokenizer).__name__,
         )

@@ -34,7 +34,9 @@ class Mapper:
         fields = self.template.fields
         masks = sum(part.kind == "mask" for part in self.template.parts)
         if self.target is not None and self.verbalizer is not None:
-            raise OptionError("target and verbalizer are both given; only one of them can make the labels.")
+            raise OptionError(
+                "target and verbalizer are both given, but labels are made for only one of them; leave the other out."
+            )
         if self.target is not None and fields.count(self.target) != 1:
             raise OptionError(
                 f"target is {self.target!r}; it must occur exactly once among the template's fields, which are {fields}."
@@ -137,7 +139,7 @@ class Collator:
 
 
 def padded_labels(labels: Sequence[Any], mask: Tensor) -> Tensor:
-    """Stack labels of rows, [B], or labels of tokens with -100 at padding, [B, T] like the mask."""
+    """Stack the labels of rows, [B], or pad the labels of tokens with -100 to the shape of the mask, [B, T]."""
     rows = [torch.as_tensor(row) for row in labels]
     if not rows[0].dim():
         return torch.stack(rows)

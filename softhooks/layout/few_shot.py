@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softhooks.errors import OptionError
 from softhooks.layout.rendering import encode, text_of
-from softhooks.layout.template import Part, parse
+from softhooks.layout.template import parse
 
 SEPARATOR, INPUT_FORMAT, INPUT, LABEL_FORMAT, LABEL = range(5)
 """The kinds of tokens. A token of example i has the type 4i + its kind, and a separator has the type 0."""
@@ -28,7 +28,7 @@ class Context:
         types: the types of the tokens, [P].
 
     Attributes:
-        examples: for each token, the number of its example; for a separator, that of the example before it, or -1.
+        examples: the number of each token's example. A separator has the number of the example before it, or -1.
     """
 
     ids: tuple[int, ...]
@@ -80,7 +80,7 @@ class Context:
 
     @property
     def labels(self) -> list[int]:
-        """The indices of the tokens of labels."""
+        """The indices of label tokens."""
         return [place for place, kind in enumerate(self.kinds) if kind == LABEL]
 
     def check_labels(self) -> None:
@@ -96,7 +96,7 @@ class Context:
             )
 
     def example_of(self, row: Sequence[int]) -> int:
-        """Return the number of the example whose ids, up to the end of its label, equal those of a row, or -1 for none."""
+        """Return the number of the example with the same ids as a row, up to the end of its label, or -1 if there is none."""
         for example in range(self.count):
             labels = [place for place in self.labels if self.examples[place] == example]
             if labels and list(self.ids[self.examples.index(example) : labels[-1] + 1]) == list(row):
@@ -107,9 +107,9 @@ class Context:
 class ExampleTemplate:
     """A template for examples: text with input fields in braces, and `{label}` as the last field.
 
-    The text before the last input is the format of the input, and the text after it is the format of the label. `{sep}` is a
-    separator, which is not trained; after the last input, the format of the label begins behind it. Each part is tokenized
-    separately, so that no token spans two parts. Spaces before a field are tokenized with the field.
+    `{sep}` is a separator, which is not trained. Text before the last input, or before the separator that follows it, is the
+    format of the input; later text is the format of the label. Each part is tokenized separately, so that no token spans two
+    parts. Spaces before a field are tokenized with the field.
 
     Args:
         template: such as "Text: {input}{sep}Label: {label}".
@@ -137,7 +137,7 @@ class ExampleTemplate:
             )
 
     def context(self, examples: Iterable[Any], tokenizer: Any) -> Context:
-        """Concatenate examples, after the BOS token if the tokenizer has one. Each is a mapping or an (input, label) pair."""
+        """Concatenate examples, after the tokenizer's BOS token if it has one. See `fields_of` for the type of an example."""
         begin = getattr(tokenizer, "bos_token_id", None)
         ids = [] if begin is None else [int(begin)]
         types = [SEPARATOR] * len(ids)
@@ -187,14 +187,11 @@ class ExampleTemplate:
             elif part.text == _SEPARATOR:
                 pieces.append((encode(part.space + self.inner, tokenizer), SEPARATOR))
             elif part.text == _LABEL:
-                pieces.append((encode(_label_of(part, fields), tokenizer), LABEL))
+                label = "" if fields.get(_LABEL) is None else text_of(part, fields)
+                pieces.append((encode(label, tokenizer), LABEL))
             else:
                 pieces.append((encode(text_of(part, fields), tokenizer), INPUT))
         return pieces
-
-
-def _label_of(part: Part, fields: Mapping[str, Any]) -> str:
-    return "" if fields.get(_LABEL) is None else text_of(part, fields)
 
 
 def whole_numbers(value: Any, option: str) -> tuple[int, ...]:

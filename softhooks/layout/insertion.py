@@ -57,7 +57,7 @@ class Insertion:
 
     @property
     def may_skip(self) -> bool:
-        """Whether a row may have fewer slots than `table_rows`."""
+        """Whether a row without an anchor has fewer slots."""
         return self.missing == "skip" and any(group.anchor for group in self.groups)
 
     @property
@@ -110,7 +110,7 @@ class Insertion:
     def _ids(self, ids: Tensor | None) -> Tensor:
         if ids is None:
             raise UnsupportedModeError(
-                "the call has no `input_ids`, in which the layout finds the anchors of its slots.",
+                "the call has no `input_ids`, in which the layout looks for its anchors.",
                 "Pass ids instead of embeddings, or use a layout with start and end only.",
                 layout=self,
             )
@@ -128,7 +128,7 @@ class Insertion:
         )
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ids for a test forward, [1, T'], which consist of every anchor and then these ids, [1, T]."""
+        """Return ids for a test forward: every anchor, and then these ids. [1, T] -> [1, T']."""
         row = [token for group in self.groups if group.anchor for token in group.anchor.ids[0]]
         return torch.cat([torch.tensor([row], dtype=ids.dtype, device=ids.device), ids], dim=1) if row else ids, {}
 
@@ -182,6 +182,6 @@ def _group_from_json(stored: Any) -> Group:
     anchor = anchor_of(tuple(value) if isinstance(value, list) else value, None)
     if not ids or (anchor.ids and anchor.ids != ids):
         raise OptionError(
-            f"the anchor {value!r} in the saved layout has the ids {stored['ids']!r}, which do not match it."
+            f"the anchor {value!r} in the saved layout has the ids {stored['ids']!r}, which are not the ids of this anchor."
         )
     return Group(at, count, Anchor(anchor.value, ids))

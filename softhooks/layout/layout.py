@@ -20,11 +20,7 @@ _AT: dict[Placement, At] = {"front": "start", "after_first": "first", "end": "en
 
 
 def text_positions(mask: Tensor) -> Tensor:
-    """Compute position ids from an attention mask. Padding gets the position of the last real token before it, or 0.
-
-    Shape:
-        [B, T] -> [B, T]
-    """
+    """Compute position ids from an attention mask; padding gets the last position before it, or 0. [B, T] -> [B, T]."""
     return (mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
@@ -34,8 +30,8 @@ class Layout:
     For data that is not tokenized yet, pass a template, such as `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`.
     - Text outside braces is an anchor: fixed words that are not trained.
     - `{mask}` is the tokenizer's mask token.
-    - `{soft:3}` stands for three slots, and `{soft:"some words"}` for one slot for each token of these words, which initialize
-      the slots. Slots with the same name, such as `{soft:2, name=a}`, are tied: they share their virtual tokens.
+    - `{soft:3}` stands for three slots, and `{soft:"some words"}` for as many slots as the words have tokens, which initialize
+      the virtual tokens. Slots with the same name, such as `{soft:2, name=a}`, are tied: they share their virtual tokens.
     - Any other name in braces is a field of the data.
 
     For a chat, pass a list of messages with templates as contents; the tokenizer's chat template is applied to them. `mapper`,
@@ -49,7 +45,7 @@ class Layout:
         tokenizer: the model's tokenizer or its name, for slots that are initialized from words; or pass it to the method.
 
     Attributes:
-        form: the places of the slots, given by a template or by positions and anchors.
+        form: the template, or the slots to insert.
 
     Raises:
         OptionError: the template cannot be parsed or has no slot, or tied slots differ in number or words.
@@ -153,7 +149,7 @@ class Layout:
 
         Each anchor and field is tokenized separately, so the tokens of an anchor are the same in all rows. Spaces before a field
         are tokenized with the field; spaces before slots, before the mask and at the end are dropped. If the tokenizer adds a
-        space before every text, as SentencePiece does, then each part has this space.
+        space before every text, as SentencePiece does, then each part gets this space.
 
         Args:
             tokenizer: the model's tokenizer.

@@ -1,4 +1,4 @@
-"""Insert slots into a batch: the columns of the text and of the slots in the widened sequence.
+"""Insert slots into the rows of a batch. The text with its slots is called the widened sequence.
 
 There are B rows, T columns of text, S slots and N = T + S columns in the widened sequence. The place of a slot is the number of
 real tokens before it, which does not depend on padding.
@@ -62,7 +62,7 @@ class Widened:
         return wide.scatter(1, index, values)
 
     def spread_mask(self, mask: Tensor) -> Tensor:
-        """Widen an attention mask; it is 1 for used slots and 0 for unused slots. [B, T] -> [B, N]."""
+        """Widen an attention mask; used slots get 1 and unused slots get 0. [B, T] -> [B, N]."""
         wide = mask.new_zeros(mask.shape[0], self.columns)
         wide = wide.scatter(1, self.text, mask)
         return wide.scatter(1, self.slots, self.live.to(mask.dtype))

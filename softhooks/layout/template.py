@@ -1,4 +1,4 @@
-"""Templates: their syntax (see `Layout`), and the places of their slots."""
+"""`Template`, a parsed template. `Layout` describes the syntax."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class Template:
 
     @property
     def starts(self) -> dict[int, int]:
-        """A mapping from virtual tokens that are initialized from words to the ids of these words."""
+        """The ids of the words that initialize virtual tokens, by the index of the virtual token."""
         return self._rows()[1]
 
     def _rows(self) -> tuple[list[int], dict[int, int]]:

@@ -96,7 +96,7 @@ class Verbalizer:
         return self._class_of(labels[_labels_at(labels)])
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Compute the mean loss over the labels, or their sum divided by `num_items_in_batch` if a Trainer passes it.
+        """Compute the loss: its mean over the labels, or its sum divided by `num_items_in_batch` if a Trainer passes that.
 
         Raises:
             OptionError: a label is not the id of a class's word.
@@ -112,7 +112,7 @@ class Verbalizer:
         return total / count
 
     def _class_of(self, labels: Tensor) -> Tensor:
-        """Return the classes of word ids. [N] -> [N]."""
+        """Return the class of each word id. [N] -> [N]."""
         matches = labels[:, None] == torch.tensor(self.ids, device=labels.device)
         if not bool(matches.any(-1).all()):
             unknown = sorted(set(labels[~matches.any(-1)].tolist()))

@@ -64,7 +64,7 @@ def test_a_mapper_puts_the_word_where_the_mask_stands() -> None:
     for template in ("{a} {soft:2}", "{mask} {a} {soft:2} {mask}"):
         with pytest.raises(OptionError, match=r"one \{mask\}"):
             Layout(template).mapper(tokenizer, verbalizer=words)
-    with pytest.raises(OptionError, match="only one of them can make the labels"):
+    with pytest.raises(OptionError, match="labels are made for only one of them"):
         layout.mapper(tokenizer, verbalizer=words, target="a")
 
 
