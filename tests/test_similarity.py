@@ -229,7 +229,7 @@ def test_keys_and_values_and_parts_have_no_words(monkeypatch: pytest.MonkeyPatch
     model = zoo.build("llama")
     with (
         softhooks.attach(model, PrefixTuning(2)) as prompt,
-        pytest.raises(OptionError, match=r"prefix_tuning.* of embedding rows, so it cannot be compared with words"),
+        pytest.raises(OptionError, match=r"prefix_tuning.* of embeddings, so it cannot be compared with words"),
     ):
         nearest_words(prompt, TOKENIZER)
     monkeypatch.setattr(similarity, "is_sharded_model", lambda model: True)
