@@ -60,7 +60,9 @@ def test_words_near_to_a_prefix_are_told_apart_from_starts() -> None:
 
 def test_p_tuning_without_arguments() -> None:
     for make in (PTuning, lambda: PTuning(0), lambda: PTuning(encoder="mlp")):
-        with pytest.raises(OptionError, match=r"pass `num_virtual_tokens`, such as PTuning\(20\), or a `layout`"):
+        with pytest.raises(
+            OptionError, match=r"PTuning has no virtual tokens; pass their number, such as PTuning\(20\), or a `layout`"
+        ):
             make()
     with pytest.raises(OptionError, match=r"num_virtual_tokens must be a whole number of 1 or more; it is -1"):
         PTuning(-1)
