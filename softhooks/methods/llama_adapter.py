@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: rows that every query attends to in addition to the text, with gates that start at zero."""
+"""LLaMA-Adapter: vectors that every token attends to in addition to the text, with gates that start at zero."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
-from softhooks.errors import (
-    CheckpointError,
-    OptionError,
-    UnsupportedMethodError,
-    check_choice,
-    check_int,
-)
+from softhooks.errors import CheckpointError, OptionError, UnsupportedMethodError, check_choice, check_int
 from softhooks.inject.branch.branch import CONTEXT, BranchInputs, GatedRows
 from softhooks.inject.branch.linear_scaling import linears
 from softhooks.inject.branch.projections import require_call
@@ -37,57 +31,54 @@ from softhooks.prompt_encoder import PromptEncoder
 
 @dataclass(frozen=True)
 class LlamaAdapter(Method):
-    """LLaMA-Adapter: K rows in each layer, which the layer's own projections turn into keys and values in addition to the text's.
+    """LLaMA-Adapter: K trained vectors in each layer, whose keys and values are attended to separately and added with a gate.
 
-    Attention returns `softmax(q k^T) v + tanh(g) softmax(q (Wk P)^T) Wv P`, with one g for each head. All g start at 0, so the
-    output is that of the base model, bit for bit, also where projections have biases; the rows take effect as the gates open.
-    Every token of the text sees every row, without a mask, rotation, or a shift of positions; rows skip the layer's input norm.
+    Attention returns `softmax(q k^T) v + tanh(g) softmax(q (Wk P)^T) Wv P`, with the layer's own projections Wk and Wv and one
+    gate g for each head. All g are initialized with 0, so the initial output is that of the base model, bit for bit. There is no
+    mask, no rotation, no shift of positions, and no input norm for P.
 
-    It enters every model whose attention goes through transformers' attention interface, or has inline attention that softhooks
-    knows (where step 0 equals the base up to rounding). In an encoder-decoder, it enters the self-attention of both.
+    It works in models that use transformers' attention interface, and in the encoders with inline attention that softhooks
+    rewrites (there the initial output is only equal up to rounding). In an encoder-decoder, it enters the self-attention of both.
 
-    **Context.** Each row of a batch may have a context, such as the vectors of an image, as `prompt_context` in the call of the
-    model (a batch column, an argument of `generate`): [B, C], added to all K rows, or [B, K, C], one vector for each row. C is
-    the model's width, or `context_size`; then a linear layer from C to the width is trained with the prompt. Without
-    `prompt_context` no context is added.
+    **Context.** Each row of a batch may have a context, such as the vectors of an image. Pass it to the model or to `generate` as
+    `prompt_context`, with the shape [B, C] to add it to all K vectors, or [B, K, C] for one context vector each. C is the model's
+    hidden size, or `context_size`; then a linear layer from C to the hidden size is trained with the prompt.
 
-    **Version 2.** `scale_and_bias` trains a factor and an offset for every linear layer of the backbone's blocks. `early_fusion`
-    puts the context into the first layers only, as rows of their own, and the prompts into all others. The norms are trained with
-    `attach(..., trainable="*norm*")`; their weights belong to the base and are saved with it.
+    **Version 2.** `scale_and_bias` trains a factor and an offset for every linear layer in the backbone's blocks. With
+    `early_fusion`, the first layers attend to the context, and only the other layers to P. To train the norms too, use
+    `attach(..., trainable="*norm*")`; their weights belong to the base model and are saved with it.
 
     The disjoint parameter groups of version 2 need your own training loop instead of a Trainer: one optimizer for batches with
     images, over `text_context_weight`, `text_context_bias` and `text_gates`, and one for batches of text alone, over all but the
-    first two. After a backward with images, zero the gradients of all gates after the first `early_fusion * Hq`, which are those
-    of the early layers (batches without a context give these no gradient). Keep the gates out of weight decay, and zero all
-    gradients after each step.
+    first two. After a backward pass with images, set the gradients of all gates but the first `early_fusion * Hq`, those of the
+    early layers, to zero. Exclude the gates from weight decay, and zero all gradients after each step.
 
-    At g = 0 the gradient of the rows is zero: the gates open first. Start with AdamW and a learning rate of 5e-3 (the authors:
-    1.1e-3, weight decay 0.02, betas 0.9 and 0.95, loss on the response only).
+    While g is 0, P gets no gradient, so the gates open first. Start with AdamW and a learning rate of 5e-3 (the authors: 1.1e-3,
+    weight decay 0.02, betas 0.9 and 0.95, loss on the response only).
 
-    Source: Zhang et al. 2023, arXiv:2303.16199; Gao et al. 2023, arXiv:2304.15010. Differs: every layer by default, where the
-    paper leaves out the lowest two of 32; the paper uses the gate as it is, its code and this default take tanh; a model's cap on
-    attention scores also applies to these; rows of an early context have gates, so that step 0 is the base; factors are stored
-    minus 1, so that weight decay pulls them to 1.
+    Source: Zhang et al. 2023, arXiv:2303.16199; Gao et al. 2023, arXiv:2304.15010. Differs: all layers by default, where the
+    paper leaves out the lowest two of 32; tanh of the gate by default, as in the authors' code but not in the paper; a model's
+    soft cap on attention scores is applied; an early context has gates too, so that the initial output is that of the base model;
+    factors are stored minus 1, so that weight decay pulls them to 1.
 
     Args:
         num_virtual_tokens: K.
-        num_layers: the number of layers, from the top, that get rows; if None, all except those of `early_fusion`. Only
-            layers with attention count.
+        num_layers: the number of attention layers, from the top, that get P; None: all except those of `early_fusion`.
         gate: multiply by `tanh` of g, or by g itself (`raw`).
         gate_per: one g for each `head`, or for each `layer`.
-        context_size: C, if it is not the model's width.
-        early_fusion: the number of layers, from the bottom, that get the context as rows; 0 adds it to the prompts.
+        context_size: C, if it is not the model's hidden size.
+        early_fusion: the number of layers, from the bottom, that attend to the context; 0 adds the context to P instead.
         scale_and_bias: train a factor and an offset for the output of every linear layer.
-        init_std: the rows are initialized from N(0, init_std).
+        init_std: P is initialized from N(0, init_std).
 
     Shape:
-        the encoder's groups for each stack (`text`, or `encoder` and `decoder`): prompts [layers * K, H] and gates
-        [1, layers * Hq] or [1, layers]; with the options above context_weight [H, C] and context_bias [1, H], factors and offsets
-        [1, sum of the linear layers' outputs].
+        `text`, or `encoder` and `decoder`, each have prompts [layers * K, H] and gates [1, layers * Hq] or [1, layers]; with
+        `context_size` also context_weight [H, C] and context_bias [1, H]; with `scale_and_bias` also factors and offsets, both
+        [1, sum of the linear layers' output sizes].
 
     Raises:
         OptionError: an option is wrong.
-        UnsupportedMethodError: a layer's attention cannot be entered, or there are fewer layers than asked for.
+        UnsupportedMethodError: prompts cannot enter a layer's attention, or there are too few layers.
         UnsupportedModeError: in a forward, if the context has the wrong shape.
     """
 
@@ -120,14 +111,14 @@ class LlamaAdapter(Method):
         if self.context_size is not None:
             check_int("context_size", self.context_size)
         if not isinstance(self.init_std, (int, float)) or not 0.0 <= self.init_std < float("inf"):
-            raise OptionError(f"init_std must be 0 or more; it is {self.init_std!r}.")
+            raise OptionError(f"init_std is {self.init_std!r}; it must be a number of 0 or more.")
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """Return the form of the gate, and where the branch is added."""
+        """Return how the gate is computed, and how the vectors enter attention."""
         return {name: self.gate if name == "gate" else allowed[0] for name, allowed in self.conventions_allowed.items()}
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the initialized rows and gates for every stack of the model."""
+        """Make the encoder with random vectors and closed gates."""
         tables = {group: torch.zeros(shape) for group, shape in self.shapes(structure).items()}
         for group, table in tables.items():
             if group.endswith(PROMPTS):
@@ -137,7 +128,7 @@ class LlamaAdapter(Method):
         return AdapterEncoder(tables, self.gate)
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """Return the shapes of the tables of every stack."""
+        """Return the shape of each parameter; the name starts with `text`, `encoder` or `decoder`."""
         from softhooks.inject.branch.projection_probe import find_attention_calls  # imports transformers
 
         find_attention_calls(structure)
@@ -156,7 +147,7 @@ class LlamaAdapter(Method):
         return shapes
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tables of a file against its options."""
+        """Check the tensors of a file against its options."""
         kinds = {PROMPTS, GATES}
         kinds |= {CONTEXT_WEIGHT, CONTEXT_BIAS} if self.context_size is not None else set()
         kinds |= {FACTORS, OFFSETS} if self.scale_and_bias else set()
@@ -165,20 +156,20 @@ class LlamaAdapter(Method):
         ]
         if set(tables) not in expected:
             raise CheckpointError(
-                f"{source} has the tensors {sorted(tables)}; {self.kind} has {sorted(kinds)} for each stack."
+                f"{source} has the tensors {sorted(tables)}; {self.kind} needs {sorted(kinds)} for each encoder or decoder."
             )
         count = self.num_virtual_tokens
         for group, table in tables.items():
             if group.endswith(PROMPTS) and (not table.shape[0] or table.shape[0] % count):
                 raise CheckpointError(
-                    f"{source} has options for {count} virtual tokens, and the table {group!r} has {table.shape[0]} rows for all "
-                    "layers."
+                    f"{source} has options for {count} virtual tokens, but the tensor {group!r} has {table.shape[0]} rows, which "
+                    f"is not a multiple of {count}."
                 )
 
     # --- the branch ---------------------------------------------------------------------------------------------------
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder; folding does not change its tables."""
+        """Make the same encoder as for a new prompt."""
         return AdapterEncoder(tables, self.gate)
 
     @property
@@ -187,11 +178,11 @@ class LlamaAdapter(Method):
         return self.scale_and_bias
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Return whether the call has no context, so that the linear layer of the context gets no gradient."""
+        """Return whether the linear layer of the context gets no gradient, because the call has no context."""
         return self.context_size is not None and CONTEXT not in given
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """Return the rows and gates of each layer, and the factors and offsets of each linear layer."""
+        """Return the parts of a parameter: one for each attention layer, or for factors and offsets each linear layer."""
         stack = next(stack for stack in structure.stacks if group.startswith(f"{stack.name}_"))
         kind = group.removeprefix(f"{stack.name}_")
         if kind in (FACTORS, OFFSETS):
@@ -204,12 +195,12 @@ class LlamaAdapter(Method):
         return slices_of([(name, self._gates(site), site.module) for name, site in names])[len(fused) :]
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the layers that get rows; layers of cross-attention never do."""
+        """Return the layers that get the context or P; these are never cross-attention layers."""
         fused, prompted = self._layers(stack)
         return [*fused, *prompted] if role == "self" else []
 
     def branch_inputs(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
-        """Compute each layer's rows and gates; rows have a batch dimension if there is a context."""
+        """Compute each layer's vectors and gates; the vectors have a batch dimension if there is a context."""
         fused, prompted = self._layers(stack)
         sites = [*fused, *prompted]
         gates = table(f"{stack.name}_{GATES}")[0]
@@ -227,17 +218,16 @@ class LlamaAdapter(Method):
         return BranchInputs(gated, self._scaled(table, stack) if self.scale_and_bias else {})
 
     def _gates(self, site: Site) -> int:
-        """Return the number of gates of a layer."""
         return require_call(site).query_heads if self.gate_per == "head" else 1
 
     def _layers(self, stack: Stack) -> tuple[list[Site], list[Site]]:
-        """Return the layers that get only the context, and those that get prompts."""
+        """Return the layers that get the context, and those that get P."""
         sites = stack.sites_of("self")
         count = len(sites) - self.early_fusion if self.num_layers is None else self.num_layers
         if count < 1 or count + self.early_fusion > len(sites):
             raise UnsupportedMethodError(
                 f"{len(sites)} layers with attention are too few for num_layers={self.num_layers} and "
-                f"early_fusion={self.early_fusion}; prompts need one or more.",
+                f"early_fusion={self.early_fusion}; at least one layer must be left for the prompt.",
                 "Reduce `num_layers` or `early_fusion`.",
                 num_layers=self.num_layers,
                 early_fusion=self.early_fusion,
@@ -264,12 +254,12 @@ class LlamaAdapter(Method):
 
 
 def _width(sites: Sequence[Site]) -> int:
-    """Return H, the width of the rows."""
+    """Return H, the common input size of these layers."""
     widths = sorted({require_call(site).width for site in sites})
     if len(widths) > 1:
         raise UnsupportedMethodError(
-            f"the layers that get rows have different widths: {widths}.",
+            f"the attention layers have different input sizes: {widths}; they must be equal.",
             "Use fewer layers with `num_layers`, or another method.",
-            widths=widths,
+            input_sizes=widths,
         )
     return widths[0]

@@ -1,4 +1,4 @@
-"""Multitask prompt tuning: one shared prompt, with two vectors for each task that scale its rows and columns."""
+"""Multitask prompt tuning: one prompt that several tasks share, multiplied by a low-rank matrix for each task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from softhooks.backbone.stack import ModelStructure
-from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, check_choice, check_int
+from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, check_choice, check_int, is_int
 from softhooks.method import Method
 from softhooks.methods.from_prompt import word_ids_of
 from softhooks.methods.mpt_encoder import (
@@ -41,45 +41,40 @@ TRAIN = "train"
 
 @dataclass(frozen=True)
 class MultitaskPromptTuning(Method):
-    """Multitask prompt tuning: `P_k = P* o (u_k v_k^T)`, where K tasks share P* and each has its own u_k and v_k.
+    """Multitask prompt tuning: `P_k = P* o (u_k v_k^T)`, [P, H], where K tasks share P* and each has its own u_k and v_k.
 
-    **Source training**: several tasks in one data set, with a column `task_ids` (0 to K-1) that the model never sees. With
-    `teachers`, vanilla prompts of the tasks on the same frozen model, the loss is `L + distillation * (KL(teacher || student) +
-    MSE of the hidden states)`. The teacher runs in evaluation mode (no dropout); a head that is trained serves both.
-    `teachers="train"` trains them in the same run: the first `teacher_steps` steps train the vanilla prompts on L, all later
-    steps the decomposition, under one optimizer and one schedule. DDP then requires `find_unused_parameters=True`. Evaluation and
-    saving use the decomposition throughout, which does not change in the first `teacher_steps` steps; so compare later
-    checkpoints only.
+    **Source training**: the data set has rows of all tasks, and its column `task_ids` has each row's task, 0 to K-1. With
+    `teachers`, one prompt for each task on the same model, the loss is `L + distillation * (KL(teacher || student) + MSE of the
+    hidden states)`, where the teacher runs in evaluation mode. With `teachers="train"`, the first `teacher_steps` steps train the
+    teachers on L, and all later steps train P*, u and v; DDP requires `find_unused_parameters=True`. Evaluation and saving always
+    use P*, u and v, so do not choose a checkpoint from the first `teacher_steps` steps.
 
-    **Target adaptation**: `source=` a saved prompt. Each target starts from P* and the mean of the source's u and v. A single
-    target folds to one P x H matrix and needs no task id; several targets share P*.
+    **Target adaptation**: with `source=`, a saved prompt, each task starts from the saved P* and the mean of the saved u and v. A
+    prompt of one task is saved as a single matrix [P, H], and needs no `task_ids`.
 
-    In an encoder-decoder the prompt enters the encoder only. A Trainer's rows are drawn as in the paper; in your own loop use
-    `softhooks.TaskSampler`. In `rows`, a row's task id counts for the prompt of that row only.
+    In an encoder-decoder the prompt enters the encoder only. A Trainer draws rows as in the paper; in your own training loop use
+    `softhooks.TaskSampler`. With `softhooks.rows`, a row's task id is a task of the prompt that the row uses.
 
     Start with AdamW and a learning rate of 1e-2; the paper's 0.3, with 10% warm-up, is for T5 in full precision.
 
-    Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differs: u and v start at 1 with a little noise and are
-    decayed to 1; teachers can be trained in the run of their students; the hidden states compared are the last ones. Lambda = 0.9
-    and the two learning rates 0.3 and 0.4 are from memory, not checked in the paper.
+    Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differs: u and v start at 1 with a little noise, and weight
+    decay pulls them to 1; teachers can be trained in the same run; only the last hidden states are compared. The defaults of
+    `distillation` and `task_rate` (0.4 / 0.3) have not been checked against the paper.
 
     Args:
         num_virtual_tokens: P.
         tasks: the names of the tasks, or their number. With one task, `task_ids` may be left out.
-        rank: r of u_k [P, r] and v_k [H, r]; 1 in the paper. Further columns start with v = 0, so that the product is ones.
+        rank: r of u_k [P, r] and v_k [H, r]; 1 in the paper.
         teachers: saved prompts (directories or hub ids) or tensors [P, H], in the order of the tasks or by name; or "train".
         teacher_steps: the number of optimizer steps that train the teachers; required with teachers="train".
-        distillation: lambda, the weight of the distillation loss.
-        source: a saved prompt to start from: of this method, or any prompt of [P, H]; PEFT's too.
-        task_rate: the learning rate of u and v as a multiple of P*'s, with Adam and similar optimizers, without parameter
-            groups. With SGD it counts twice (squared).
-        sampling: the probability of each task in a Trainer: `size`, `log`, `capped` or `equal` (see `TaskSampler`); None keeps
-            the Trainer's own order.
+        distillation: the weight of the distillation loss.
+        source: a saved prompt to start from: of this method, or any prompt of shape [P, H], including PEFT's.
+        task_rate: the learning rate of u and v, relative to that of P*, with Adam and similar optimizers. SGD multiplies by its
+            square.
+        sampling: the probability of each task in a Trainer: `size`, `log`, `capped` or `equal` (see `TaskSampler`); None uses the
+            Trainer's own sampler.
         init, init_text, init_labels, init_tensor, tokenizer, whole_vocabulary: the initialization of P*, and of teachers that are
             trained; see `PromptTuning`.
-
-    Shape:
-        the encoder returns [P, H] for each task.
 
     Raises:
         OptionError: an option is wrong, or requires another option.
@@ -120,28 +115,30 @@ class MultitaskPromptTuning(Method):
             raise OptionError(f"tasks must be different names, or a number of 1 or more; it is {self.tasks!r}.")
         check_int("rank", self.rank)
         if not self.task_rate > 0 or not self.distillation >= 0:
-            rates = f"task_rate {self.task_rate!r}, distillation {self.distillation!r}"
-            raise OptionError(f"task_rate must be above 0 and distillation not below 0; they are {rates}.")
+            raise OptionError(
+                f"task_rate is {self.task_rate!r} and distillation is {self.distillation!r}; task_rate must be above 0, and "
+                "distillation must be 0 or more."
+            )
         if self.sampling is not None:
             check_choice("sampling", self.sampling, WEIGHTS)
         if self.source is not None and self.init != "vocab":
-            raise OptionError(f"source= and init={self.init!r} are both given; a prompt starts from one of them.")
+            raise OptionError(f"source= and init={self.init!r} are both given; pass one of them.")
         self._check_teachers()
         self._vanilla()
 
     def _check_teachers(self) -> None:
         given, steps = self.teachers, self.teacher_steps
         trains = isinstance(given, str) and given == TRAIN
-        is_count = isinstance(steps, int) and not isinstance(steps, bool) and steps > 0
-        if trains != (steps is not None) or (trains and not is_count):
-            raise OptionError(
-                f"teacher_steps is {steps!r} and teachers {'is' if trains else 'is not'} 'train'; teachers='train' needs a whole "
-                "number of 1 or more, and nothing else takes it."
-            )
+        if trains and not is_int(steps, 1):
+            raise OptionError(f"teacher_steps is {steps!r}; teachers='train' requires a whole number of 1 or more.")
+        if not trains and steps is not None:
+            raise OptionError(f"teacher_steps is {steps!r}, but teachers is not 'train'; only 'train' accepts it.")
         if given is None or trains:
             return
         if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
-            raise OptionError(f"teachers must be 'train', or one prompt for each task; it is {given!r}.")
+            raise OptionError(
+                f"teachers is {given!r}; it must be 'train', or a list or dictionary of one prompt for each task."
+            )
         named = set(given) == set(self.names) if isinstance(given, Mapping) else len(given) == len(self.names)
         if not named:
             raise OptionError(
@@ -153,35 +150,34 @@ class MultitaskPromptTuning(Method):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the tasks, or their numbers if they have none."""
+        """The names of the tasks, or their numbers if they have no names."""
         return tuple(map(str, range(self.tasks))) if isinstance(self.tasks, int) else tuple(self.tasks)
 
     def _vanilla(self) -> PromptTuning:
-        """Return the prompt tuning that initializes P* and the teachers."""
+        """Return the method that initializes P* and the teachers."""
         shared = {item.name for item in fields(self)} & {item.name for item in fields(PromptTuning)}
         return PromptTuning(**{name: getattr(self, name) for name in shared})
 
     # --- the encoder --------------------------------------------------------------------------------------------------
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the encoder with P*, u, v and the teachers, if there are any."""
-        encoder = self._build(structure)
+        """Make the encoder with P*, u and v, and with the teachers if there are any."""
+        start = self._start(structure) if self.source is None else self._adapt(structure, self.source)
+        encoder: MultitaskEncoder
+        if self.teacher_steps is not None:
+            vanilla = torch.stack([self._vanilla().initial_rows(structure)[0] for _ in self.names])
+            encoder = TeacherTrainingEncoder(self.names, *start, self.task_rate, vanilla, self.teacher_steps)
+        elif self.teachers is not None:
+            teachers = read_teachers(self.names, self.teachers, self.num_virtual_tokens, structure)
+            encoder = MultitaskEncoder(self.names, *start, self.task_rate, teachers)
+        else:
+            encoder = MultitaskEncoder(self.names, *start, self.task_rate)
         if self.source is not None:
             encoder.start_ids = word_ids_of(self.source)
         return encoder
 
-    def _build(self, structure: ModelStructure) -> PromptEncoder:
-        start = self._start(structure) if self.source is None else self._adapt(structure, self.source)
-        if self.teachers is None:
-            return MultitaskEncoder(self.names, *start, self.task_rate)
-        if self.teacher_steps is None:
-            teachers = read_teachers(self.names, self.teachers, self.num_virtual_tokens, structure)
-            return MultitaskEncoder(self.names, *start, self.task_rate, teachers)
-        vanilla = torch.stack([self._vanilla().initial_rows(structure)[0] for _ in self.names])
-        return TeacherTrainingEncoder(self.names, *start, self.task_rate, vanilla, self.teacher_steps)
-
     def _start(self, structure: ModelStructure) -> tuple[Tensor, Tensor, Tensor]:
-        """Initialize P* from words, and u and v so that their product is close to all ones."""
+        """Initialize P* from words, and u and v so that each u v^T is close to ones."""
         shared = self._vanilla().initial_rows(structure)[0]
         left, right = ones(len(self.names), shared.shape, self.rank)
         left[..., 0] += NOISE * torch.randn_like(left[..., 0])
@@ -189,13 +185,13 @@ class MultitaskPromptTuning(Method):
         return shared, left, right
 
     def _adapt(self, structure: ModelStructure, source: str | Path) -> tuple[Tensor, Tensor, Tensor]:
-        """Take P* of a source prompt, and for each task the mean of its u and v."""
+        """Return P* of a source prompt, and for each task the mean of the source's u and v."""
         stored, method = read_front_prompt("source", source, structure)
         tables, length = stored.tables, method.num_virtual_tokens
         rank = tables["left"].shape[1] if "left" in tables else self.rank
         if (length, rank) != (self.num_virtual_tokens, self.rank):
             raise PromptMismatchError(
-                f"the source has {length} virtual tokens and rank {rank}; a prompt that starts from it needs the same.",
+                f"the source has {length} virtual tokens and rank {rank}; both must equal those of the new prompt.",
                 "Set num_virtual_tokens and rank to those of the source.",
                 source=f"{length} tokens, rank {rank} ({stored.source})",
                 asked=f"{self.num_virtual_tokens} tokens, rank {self.rank}",
@@ -212,29 +208,29 @@ class MultitaskPromptTuning(Method):
         return None if self.teachers is None else Distillation(self.distillation, _teaching)
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Return whether teachers are trained, because then each step trains only them or only the decomposition."""
+        """Return whether teachers are trained, because then a step trains either them or P*, u and v."""
         return self.teacher_steps is not None
 
     @property
     def has_sampler(self) -> bool:
-        """Whether a Trainer draws rows by task, as in the paper. This requires several tasks and the option `sampling`."""
+        """Whether a Trainer draws rows with `TaskSampler`."""
         return self.sampling is not None and len(self.names) > 1
 
     def sampler(self, rows: Any, batch_size: int, seed: int) -> Sampler[int]:
-        """Make the sampler of the paper."""
+        """Make a `TaskSampler`."""
         tasks = task_column(rows, TASK_IDS)
         for task in set(tasks):
             check_task(task, self.names)
         return TaskSampler(tasks, batch_size, weights=str(self.sampling), seed=seed)
 
     def probe_arguments(self) -> dict[str, Tensor]:
-        """Return the first task, for the checks at attach."""
+        """Return the number of the first task."""
         return {TASK_IDS: torch.zeros(1, dtype=torch.long)}
 
     # --- a folded prompt ----------------------------------------------------------------------------------------------
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """Return the shapes: [P, H] for one task; P* [P, H], u [K * P, r] and v [K * H, r] for several tasks."""
+        """Return [P, H] for one task, or the shapes of P* [P, H], u [K * P, r] and v [K * H, r]."""
         whole = super().shapes(structure)
         count, (length, width) = len(self.names), whole[EMBEDDINGS]
         if count == 1:
@@ -244,14 +240,14 @@ class MultitaskPromptTuning(Method):
         )
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tables of a file against its options, before a model is known."""
+        """Check the tensors of a file against its options, before a model is known."""
         if len(self.names) == 1:
             super().check_tables(tables, source)
             return
         if set(tables) != set(SEVERAL) or tables["shared"].shape[0] != self.num_virtual_tokens:
             found = {name: list(table.shape) for name, table in tables.items()}
             raise CheckpointError(
-                f"{source} has the tensors {found}; it must have {', '.join(SEVERAL)} for {self.num_virtual_tokens} virtual "
+                f"{source} has the tensors {found}; it must have {', '.join(SEVERAL)}, for {self.num_virtual_tokens} virtual "
                 "tokens."
             )
 
@@ -260,7 +256,7 @@ class MultitaskPromptTuning(Method):
         return FoldedTask(self.names[0], tables) if len(self.names) == 1 else FoldedTasks(self.names, tables)
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder that continues training, without teachers; u and v of a single task start from ones again."""
+        """Make an encoder without teachers to continue training; u and v of a single task start from ones again."""
         if EMBEDDINGS in tables:
             rows = tables[EMBEDDINGS]
             return MultitaskEncoder(self.names, rows, *ones(len(self.names), rows.shape, self.rank), self.task_rate)
@@ -268,7 +264,7 @@ class MultitaskPromptTuning(Method):
 
 
 def _teaching(prompt: PromptOnModel) -> AbstractContextManager[None] | None:
-    """Return the context in which the model runs with the teachers, or None if there are none or they are still being trained."""
+    """Return a context in which the model uses the teachers; None if there are none, or if this step trains them."""
     encoder = prompt.encoder
     if not isinstance(encoder, MultitaskEncoder) or encoder.teachers is None or encoder.trains_teachers:
         return None

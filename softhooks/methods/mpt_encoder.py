@@ -1,7 +1,4 @@
-"""The encoders of multitask prompt tuning: trained, trained after its own teachers, and folded.
-
-Names: K tasks, P virtual tokens, H width, r rank.
-"""
+"""The encoders of multitask prompt tuning, for K tasks, P virtual tokens, hidden size H and rank r."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.compat.sharding import full
-from softhooks.errors import UnsupportedModeError
+from softhooks.errors import UnsupportedModeError, is_int
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder, require_column
 
 TASK_IDS = "task_ids"
@@ -20,32 +17,32 @@ TASK_IDS = "task_ids"
 
 
 def product(shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Compute one task's prompt, P* o (u v^T). [P, H], [P, r], [H, r] -> [P, H].
-
-    The sum is explicit because a matrix product may use lower precision, such as TF32, if the user allows it.
-    """
+    """Compute one task's prompt, P* o (u v^T). [P, H], [P, r], [H, r] -> [P, H]."""
+    # Not a matrix product, which may use a lower precision such as TF32.
     return shared * (left[:, None, :] * right[None, :, :]).sum(-1)
 
 
 def task_of_rows(given: dict[str, Tensor], batch: int, names: Sequence[str]) -> list[int]:
-    """Return each row's task. With one task the column may be left out."""
+    """Return each row's task. With one task, the column may be missing."""
     if len(names) == 1 and TASK_IDS not in given:
         return [0] * batch
     ids = require_column(given, TASK_IDS, f"it has {len(names)} tasks: {', '.join(names)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise UnsupportedModeError(f"{TASK_IDS} must be whole numbers, 0 to {len(names) - 1}; they are {ids.dtype}.")
+        raise UnsupportedModeError(
+            f"{TASK_IDS} has type {ids.dtype}; it must have whole numbers, 0 to {len(names) - 1}."
+        )
     return [int(number) for number in ids.reshape(-1).tolist()]
 
 
 def are_tasks(tasks: object) -> bool:
-    """Return whether these are different names, or a number of 1 or more."""
+    """Return whether `tasks` is a tuple of different names, or a number of 1 or more."""
     if isinstance(tasks, tuple):
         return bool(tasks) and all(isinstance(name, str) and name for name in tasks) and len(set(tasks)) == len(tasks)
-    return isinstance(tasks, int) and not isinstance(tasks, bool) and tasks > 0
+    return is_int(tasks, 1)
 
 
 def check_task(number: int, names: Sequence[str]) -> int:
-    """Check the number of a task."""
+    """Check that a task exists, and return its number."""
     if not 0 <= number < len(names):
         raise UnsupportedModeError(
             f"a row has the task {number}, which the prompt does not have.",
@@ -57,20 +54,19 @@ def check_task(number: int, names: Sequence[str]) -> int:
 
 
 class MultitaskEncoder(PromptEncoder):
-    """A shared prompt P* and, for each task, vectors that scale its rows and columns: `P_k = P* o (u_k v_k^T)`.
+    """Computes `P_k = P* o (u_k v_k^T)`.
 
-    The parameters are P* and the difference of u and v from 1, in units of `rate`: `u = 1 + rate * left`. So weight decay pulls u
-    and v to 1, and an optimizer with the same step size for all parameters, such as Adam, moves them `rate` times as fast as P*:
-    two learning rates in one parameter group. With a rank above 1 the further columns of u and v are decayed to 0 instead, so
-    that the product stays ones.
+    The parameters are P*, `left` and `right`, where u = 1 + rate * left and v = 1 + rate * right. So weight decay pulls u and v
+    to 1, and Adam, whose step size does not depend on the gradient's scale, changes them `rate` times as fast as P*. This gives
+    two learning rates in one parameter group. Further columns (r > 1) are pulled to 0 instead, so that u v^T is pulled to ones.
 
     Variant k is task k; variant K + k is its teacher, if there are teachers.
 
     Args:
-        names: the names of the K tasks.
+        names: the names of the tasks.
         shared: the initial P*, [P, H].
         left, right: the initial u [K, P, r] and v [K, H, r].
-        rate: the learning rate of u and v as a multiple of P*'s.
+        rate: see above.
         teachers: frozen prompts of the tasks, [K, P, H].
     """
 
@@ -101,7 +97,7 @@ class MultitaskEncoder(PromptEncoder):
 
     @property
     def trains_teachers(self) -> bool:
-        """Whether the teachers themselves are being trained."""
+        """Whether this step trains the teachers."""
         return False
 
     def vectors(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +105,7 @@ class MultitaskEncoder(PromptEncoder):
         return self.center + self.rate * self.left, self.center + self.rate * self.right
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Compute one task's prompt, or its teacher's, [P, H]."""
+        """Compute the prompt of one task or of its teacher, [P, H]."""
         count = len(self.names)
         if count <= variant < 2 * count and self.teachers is not None:
             return self.teacher(variant - count)
@@ -119,15 +115,13 @@ class MultitaskEncoder(PromptEncoder):
         )
 
     def teacher(self, task: int) -> Tensor:
-        """Return the prompt of a task's teacher, [P, H]."""
+        """Return the prompt of one teacher, [P, H]."""
         assert self.teachers is not None
         return self.teachers[task]
 
     def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
-        """Choose each row's task, or its teacher.
-
-        Numbers out of range stay out of range: they are refused only if a row of this prompt has one.
-        """
+        """Choose each row's task, or its teacher."""
+        # Numbers out of range stay out of range, because other prompts may have these tasks; `forward` refuses them.
         count = len(self.names)
         teach = self.is_teaching or (self.training and self.trains_teachers)
         return [
@@ -137,7 +131,7 @@ class MultitaskEncoder(PromptEncoder):
 
     @contextmanager
     def teaching(self) -> Iterator[None]:
-        """Use the teachers' prompts inside the context."""
+        """Use the teachers' prompts inside the `with` block."""
         before, self.is_teaching = self.is_teaching, True
         try:
             yield
@@ -145,7 +139,7 @@ class MultitaskEncoder(PromptEncoder):
             self.is_teaching = before
 
     def folded(self) -> dict[str, Tensor]:
-        """Return the prompt of a single task, [P, H], or P* [P, H], u [K * P, r] and v [K * H, r] of several tasks."""
+        """Return the prompt of a single task, [P, H], or for several tasks P* [P, H], u [K * P, r] and v [K * H, r]."""
         if len(self.names) == 1:
             return super().folded()
         with self._inference():
@@ -155,12 +149,12 @@ class MultitaskEncoder(PromptEncoder):
 
 
 class TeacherTrainingEncoder(MultitaskEncoder):
-    """Trains a vanilla prompt for each task first, and then the decomposition, with the vanilla prompts as teachers.
+    """First trains one teacher for each task, and then P*, u and v.
 
     Args:
         names, shared, left, right, rate: as in `MultitaskEncoder`.
-        start: the initial vanilla prompts, [K, P, H].
-        steps: the number of optimizer steps that train them.
+        start: the initial teachers, [K, P, H].
+        steps: the number of optimizer steps that train the teachers.
     """
 
     is_constrained = True
@@ -176,15 +170,15 @@ class TeacherTrainingEncoder(MultitaskEncoder):
 
     @property
     def trains_teachers(self) -> bool:
-        """Whether the teachers themselves are being trained."""
+        """Whether this step trains the teachers."""
         return int(self.taken) < self.steps
 
     def teacher(self, task: int) -> Tensor:
-        """Return a task's vanilla prompt while it is trained; afterwards, return the copy of it that no optimizer changes."""
+        """Return the parameter while it is trained, and afterwards its copy, which no optimizer changes."""
         return self.vanilla[task] if self.trains_teachers else super().teacher(task)
 
     def constrain(self) -> None:
-        """Count the steps; after the last one, copy the vanilla prompts to the teachers."""
+        """Count the steps that train the teachers; after the last one, copy the parameter to the frozen teachers."""
         if not self.trains_teachers:
             return
         self.taken += 1
@@ -193,7 +187,7 @@ class TeacherTrainingEncoder(MultitaskEncoder):
 
 
 class FoldedTasks(PromptEncoder):
-    """A folded prompt of several tasks: P* [P, H], u [K * P, r], v [K * H, r]. Each task's prompt is unchanged, bit for bit."""
+    """A folded prompt of several tasks: P* [P, H], u [K * P, r] and v [K * H, r]."""
 
     groups = (EMBEDDINGS,)
 
@@ -215,7 +209,7 @@ class FoldedTasks(PromptEncoder):
         return task_of_rows(given, batch, self.names)
 
     def folded(self) -> dict[str, Tensor]:
-        """Return the tables."""
+        """Return P*, u and v."""
         return {name: table.detach().float().clone() for name, table in self.named_parameters()}
 
 
@@ -227,9 +221,9 @@ class FoldedTask(TableEncoder):
         self.names = (name,)
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Return the parameter itself, [P, H]."""
+        """Return the prompt, [P, H]."""
         return super().forward(group, check_task(variant, self.names))
 
     def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
-        """Choose the only task; others are refused."""
+        """Choose each row's task; `forward` refuses all but the only one."""
         return task_of_rows(given, batch, self.names)

@@ -1,4 +1,4 @@
-"""Initial values of multitask prompt tuning: ones, a saved source prompt, or saved teachers."""
+"""Initial values of multitask prompt tuning."""
 
 from __future__ import annotations
 
@@ -19,47 +19,38 @@ from softhooks.methods.stored_method import check_fit
 from softhooks.prompt_encoder import EMBEDDINGS
 
 SEVERAL = ("shared", "left", "right")
-"""The tables of a folded prompt of several tasks."""
+"""The names of the saved P*, u and v if there are several tasks."""
 
 
 def ones(count: int, shape: torch.Size, rank: int) -> tuple[Tensor, Tensor]:
-    """Make u [K, P, r] and v [K, H, r] whose product is ones, [P, H].
-
-    In further columns only v is 0, so that v gets a gradient.
-    """
+    """Return u [K, P, r] and v [K, H, r], where each u v^T is ones, [P, H]."""
     left, right = (torch.zeros(count, size, rank) for size in shape)
-    left[..., 1:].normal_()
+    left[..., 1:].normal_()  # v is 0 in further columns; u must not be, or v would get no gradient
     left[..., 0] = right[..., 0] = 1
     return left, right
 
 
 def vectors(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return u [K, P, r] and v [K, H, r] of a folded prompt of several tasks."""
+    """Split the saved u and v by task, [K, P, r] and [K, H, r]."""
     length, width = tables["shared"].shape
     return tables["left"].unflatten(0, (-1, length)), tables["right"].unflatten(0, (-1, width))
 
 
 def read_front_prompt(name: str, path: str | Path, structure: ModelStructure) -> tuple[StoredPrompt, Method]:
-    """Read a saved prompt of rows at the front, without a head.
-
-    Args:
-        name: what the prompt is for, for errors.
-        path: a directory or a hub id.
-        structure: the model's structure.
-    """
+    """Read a saved prompt of embeddings before the text, without a head. `name` says in errors what the prompt is for."""
     stored, method = read_checked(path)
     place = stored.conventions.get("placement")
     if stored.heads or place != "front" or set(stored.tables) not in ({EMBEDDINGS}, set(SEVERAL)):
         raise CheckpointError(
-            f"{name} is a prompt of {stored.kind}; it must have rows at the front of the text and no head of its own.",
-            "Give a prompt of prompt tuning or multitask prompt tuning, of a model without a new head.",
+            f"{name} is a prompt of {stored.kind}; it must be a prompt of embeddings before the text, saved without a head.",
+            "Use a prompt of prompt tuning or multitask prompt tuning, trained on a model without a new head.",
             file=stored.source,
             method=stored.kind,
             placement=place,
             heads=", ".join(stored.heads) or "none",
         )
     check_fit(stored, method, structure)
-    stored.require_base(structure.entry.module, structure, override="or give its rows as a tensor")
+    stored.require_base(structure.entry.module, structure, override="or pass its embeddings as a tensor")
     return stored, method
 
 
@@ -71,7 +62,7 @@ def read_teachers(names: Sequence[str], teachers: Any, length: int, structure: M
             stored, _ = read_front_prompt(f"the teacher of {name!r}", teacher, structure)
             if EMBEDDINGS not in stored.tables:
                 raise CheckpointError(
-                    f"the teacher of {name!r} has several tasks; it must be a single prompt ({stored.source})."
+                    f"the teacher of {name!r} ({stored.source}) has several tasks; it must have a single task."
                 )
             teacher = stored.tables[EMBEDDINGS]
         rows.append(initializers.tensor_rows(structure, length, teacher))

@@ -1,8 +1,4 @@
-"""The interface of training objectives, and the attributes of a prompt that they use.
-
-An objective adds to, or replaces, the model's own loss in each training forward that has labels. It may change the call before
-the model runs, and the output afterwards, so a Trainer and any loop that reads `output.loss` work without a change.
-"""
+"""The interface of training objectives, and the attributes of a prompt that they use."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from softhooks.inject.prefix.key_values import KeyValues
 from softhooks.prompt_encoder import PromptEncoder
 
 Finish = Callable[[Any], Any]
-"""A function that takes the model's output and returns the output to use instead."""
+"""A function that replaces the model's output."""
 
 
 class PromptOnModel(Protocol):
@@ -26,15 +22,15 @@ class PromptOnModel(Protocol):
 
     @property
     def name(self) -> str:
-        """The name of the prompt on the model."""
+        """The prompt's name."""
 
     @property
     def model(self) -> nn.Module:
-        """The model, as the user gave it."""
+        """The model that the user passed."""
 
     @property
     def structure(self) -> ModelStructure:
-        """The model's stacks, embeddings and attention layers."""
+        """The model's embedding and attention layers."""
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -46,37 +42,40 @@ class PromptOnModel(Protocol):
 
     @property
     def conventions(self) -> Mapping[str, Any]:
-        """The assumptions of the prompt about the forward pass: shifted positions, sliding windows, placement."""
+        """The prompt's `Method.conventions` on this model."""
 
     @property
     def placeholder_id(self) -> int:
-        """An ordinary id of the vocabulary, for calls in which only the number of ids matters."""
+        """An ordinary token id, for forward passes in which only the number of ids matters."""
 
     @property
     def states(self) -> Tensor | None:
-        """The virtual tokens' last hidden states in this forward, [R, P, H]; None if the prompt was not run before the text."""
+        """The virtual tokens' last hidden states; None if this forward does not compute the prompt before the text."""
 
     def without_objective(self) -> AbstractContextManager[Any]:
-        """Inside the context, run the model without this prompt's objective."""
+        """Inside the `with` block, run the model without this prompt's objective."""
 
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> AbstractContextManager[None]:
-        """Inside the context, use other keys and values, of any length, instead of the prompt's."""
+        """Inside the `with` block, use other keys and values instead of the prompt's; their number may differ."""
 
 
 class Objective(ABC):
-    """A training objective. `Method.objective` returns one, or None to train on the model's own loss."""
+    """A loss that extends or replaces the model's own loss in training forwards with labels.
+
+    The objective puts it into the model's output, so a Trainer and any loop that reads `output.loss` work without a change.
+    """
 
     def check(self, prompt: PromptOnModel) -> None:  # noqa: B027 - most objectives suit every model
-        """Refuse a model that this objective cannot train; called when a prompt is attached for training."""
+        """Raise an error if this objective cannot train the model; called when a prompt is attached for training."""
 
     @abstractmethod
     def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish | None:
-        """Prepare one training forward, before the model runs.
+        """Prepare a training forward.
 
         Args:
             prompt: the prompt that is trained.
             call: the arguments of the model's forward by name, including `labels`; may be changed in place.
-            given: the batch columns that the method takes.
+            given: the method's batch columns.
 
         Returns:
             a function that computes the loss and puts it into the output; None leaves the output unchanged.
@@ -84,13 +83,7 @@ class Objective(ABC):
 
 
 def with_loss(output: Any, loss: Tensor, has_loss: bool) -> Any:
-    """Return a model's output with this loss.
-
-    Args:
-        output: a `ModelOutput` or a tuple.
-        loss: the loss, a scalar.
-        has_loss: whether the output already has a loss, which is replaced.
-    """
+    """Put a loss into a model's output, a `ModelOutput` or a tuple. With `has_loss`, it replaces the output's own loss."""
     if isinstance(output, tuple):
         return (loss, *output[1:]) if has_loss else (loss, *output)
     output["loss"] = loss

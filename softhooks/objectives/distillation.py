@@ -1,8 +1,4 @@
-"""Distillation from another prompt on the same frozen model.
-
-The model runs twice in each step: as the teacher, in evaluation mode and without gradients, and as the student. There is no
-second model in memory. Logits are compared where there is a label, hidden states at every text token.
-"""
+"""Distillation from another prompt on the same frozen model."""
 
 from __future__ import annotations
 
@@ -23,22 +19,22 @@ from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_los
 from softhooks.objectives.losses import Texts, kl_divergence
 
 Teacher = Callable[[PromptOnModel], AbstractContextManager[None] | None]
-"""Returns a context in which the model runs with the teacher's prompt; None if there is no teacher in this step."""
+"""Returns a context in which the model uses the teacher's prompt; None if there is no teacher in this step."""
 
 
 class Distillation(Objective):
     """Train on `L + weight * (KL(teacher || student) + MSE(hidden states))`.
 
-    Logits are compared where there is a label, because these are the distributions that the model's own loss trains. The hidden
-    states are the last ones, of every text token that the attention mask shows; in an encoder-decoder half of the weight goes to
-    the encoder's text and half to the labeled decoder tokens.
+    Each step runs the model twice: with the teacher's prompt in evaluation mode without gradients, and with the student's.
 
-    Both terms are sums over labels, divided by the number of labels that the model's loss is divided by; the hidden states of a
-    text have the weight of its labels. So accumulated gradients equal those of one large batch. Each document of a packed row
-    counts as a text.
+    Logits are compared at labels. The last hidden states are compared at all text tokens that are not masked; in an
+    encoder-decoder half of the weight goes to the encoder's text and half to the labeled tokens of the decoder.
+
+    Both terms are divided by the same number of labels as the model's own loss, and each text is weighted by the number of its
+    labels, so that accumulated gradients equal those of one large batch. A document in a packed row is a text of its own.
 
     Args:
-        weight: lambda.
+        weight: the factor of the sum of both terms.
         teacher: switches the model to the teacher's prompt.
     """
 
@@ -47,12 +43,12 @@ class Distillation(Objective):
         self.teacher = teacher
 
     def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish | None:
-        """Run the teacher, and ask the student's forward for its hidden states."""
+        """Run the teacher, and request hidden states from the student's forward."""
         context = self.teacher(prompt)
         if context is None:
             return None
         comparison = Comparison.of(prompt, call)
-        requested = _RequestedOutput.of(prompt.model, call)
+        restore = _request_hidden_states(prompt.model, call)
         with torch.no_grad(), eval_mode(prompt.model), prompt.without_objective(), context:
             target = comparison.read(prompt.model(**call, **given))
         gather_root(prompt.model)  # under FSDP the teacher's forward has sharded the root again
@@ -60,20 +56,20 @@ class Distillation(Objective):
         def finish(output: Any) -> Any:
             divergence, distance = comparison.compare(target, comparison.read(output))
             loss = output["loss"] + self.weight * (divergence + distance)
-            return requested.restore(with_loss(output, loss, has_loss=True))
+            return restore(with_loss(output, loss, has_loss=True))
 
         return finish
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The positions of a batch at which teacher and student are compared, and their weights.
+    """The tokens of a batch at which teacher and student are compared, and their weights.
 
     Attributes:
-        labeled: which logits have a label, [B, T] bool, or [B] for a classifier of rows.
-        text: which columns are text, [B, T] bool.
-        texts: which text each column belongs to.
-        share: the share of the labels that each text has, [B], or more where documents are packed.
+        labeled: whether there is a label for each of the logits, [B, T] bool, or [B] for a classifier of rows.
+        text: whether each token is text, not padding, [B, T] bool.
+        texts: the text that each token belongs to.
+        share: the number of labels of each text, divided by `count`, [texts].
         count: the number of labels that the loss is divided by.
         two_stacks: whether the model is an encoder-decoder.
     """
@@ -87,7 +83,7 @@ class Comparison:
 
     @classmethod
     def of(cls, prompt: PromptOnModel, call: dict[str, Any]) -> Comparison:
-        """Read the masks and labels of a call."""
+        """Read the masks and labels of a forward's arguments."""
         _check(call)
         labels = call["labels"]
         given = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
@@ -96,7 +92,7 @@ class Comparison:
         text = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if mask is None else mask.bool()
         labeled = _labeled(prompt, call)
         two_stacks = prompt.structure.is_encoder_decoder
-        has_text_labels = labeled.shape == text.shape and not two_stacks  # one label for each text column
+        has_text_labels = labeled.shape == text.shape and not two_stacks  # one label for each token
         texts = Texts.of(call if has_text_labels else {}, text)
         sums = texts.sums(labeled.long()) if has_text_labels else labeled.long().reshape(len(labeled), -1).sum(-1)
         count = call.get("num_items_in_batch")
@@ -104,12 +100,11 @@ class Comparison:
         return cls(labeled, text, texts, sums / count, count, two_stacks)
 
     def read(self, output: Any) -> tuple[Tensor, list[Tensor]]:
-        """Take the labeled logits, [N, V], and the last hidden states of each stack, [B, T, H], from an output."""
+        """Return the labeled logits, [N, V], and the last hidden states, [B, T, H], of the encoder, the decoder or both."""
         logits = output.logits
         if logits.shape[:-1] != self.labeled.shape or logits.shape[-1] < 2:
             raise UnsupportedModeError(
-                f"the logits {list(logits.shape)} are not one distribution over classes for each label; distillation compares "
-                "such distributions.",
+                f"the logits have the shape {list(logits.shape)}; distillation needs two or more classes for each label.",
                 "Train this head without teachers.",
                 logits=list(logits.shape),
                 labels=list(self.labeled.shape),
@@ -124,7 +119,7 @@ class Comparison:
     def compare(
         self, teacher: tuple[Tensor, list[Tensor]], student: tuple[Tensor, list[Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Compute the KL divergence of the logits and the MSE of the states; both are exactly 0 for equal outputs."""
+        """Return the KL divergence of the logits and the MSE of the hidden states; both are exactly 0 for equal outputs."""
         divergence = kl_divergence(teacher[0], student[0]).sum() / self.count
         columns = [self.text, self.labeled]
         distances = [
@@ -135,18 +130,18 @@ class Comparison:
 
 
 def mean_square(teacher: Tensor, student: Tensor, visible: Tensor, texts: Texts) -> Tensor:
-    """Compute each text's mean squared difference over its visible columns, in fp32. [B, T, H], [B, T] -> [texts]."""
+    """Compute the mean squared difference over the visible tokens of each text, in fp32. [B, T, H], [B, T] -> [texts]."""
     squares = (teacher.float() - student.float()).square().mean(-1).masked_fill(~visible, 0.0)
     return texts.sums(squares) / texts.sums(visible.long()).clamp(min=1)
 
 
 def _labeled(prompt: PromptOnModel, call: dict[str, Any]) -> Tensor:
-    """Return which logits the model's own loss compares with a label."""
+    """Return whether the model's own loss compares each of the logits with a label, [B, T] or [B] bool."""
     if call.get("shift_labels") is not None:
         return torch.as_tensor(call["shift_labels"] != IGNORE_INDEX)
     labeled: Tensor = call["labels"] != IGNORE_INDEX
     if is_causal_lm(prompt.model, prompt.structure):
-        # The logits of a column predict the label of the next one.
+        # The logits at a token predict the label of the next one.
         labeled = torch.cat([labeled[:, 1:], torch.zeros_like(labeled[:, :1])], 1)
     return labeled
 
@@ -158,38 +153,30 @@ def _check(call: dict[str, Any]) -> None:
         raise UnsupportedModeError(
             f"the call has {' and '.join(computed)}; teacher and student must both read the whole text.",
             f"Leave out {' and '.join(computed)}.",
-            given=", ".join(computed),
         )
     if (mask is not None and mask.dim() != 2) or labels.is_floating_point():
         raise UnsupportedModeError(
-            "the call has an attention mask that is not [B, T], or labels that are not whole numbers; distillation needs both.",
-            "Pass a mask with one number for each token, and labels that are whole numbers.",
+            f"the attention mask has {'no' if mask is None else mask.dim()} dimensions, and the labels are {labels.dtype}; "
+            "distillation needs a mask of two dimensions, [B, T], and labels that are whole numbers.",
+            "Pass a mask with one number for each token, and labels that are numbers of classes.",
             attention_mask="none" if mask is None else list(mask.shape),
             labels=f"{list(labels.shape)} {labels.dtype}",
         )
 
 
-@dataclass(frozen=True)
-class _RequestedOutput:
-    """The form of output that the caller asked for; the objective itself needs a `ModelOutput` with hidden states."""
+def _request_hidden_states(model: Any, call: dict[str, Any]) -> Callable[[Any], Any]:
+    """Request a `ModelOutput` with hidden states; return a function that restores the form that the caller requested."""
+    hidden, named = call.get("output_hidden_states"), call.get("return_dict")
+    hidden = getattr(model.config, "output_hidden_states", False) if hidden is None else hidden
+    named = getattr(model.config, "return_dict", True) if named is None else named
+    call["output_hidden_states"] = True
+    if not named:
+        call["return_dict"] = True
 
-    hidden_states: bool
-    named: bool
+    def restore(output: Any) -> Any:
+        if not hidden:
+            requested = {key: value for key, value in output.items() if not key.endswith("hidden_states")}
+            output = type(output)(**requested)
+        return output if named else output.to_tuple()
 
-    @classmethod
-    def of(cls, model: Any, call: dict[str, Any]) -> _RequestedOutput:
-        """Note what the call asks for, and change it to ask for a `ModelOutput` with hidden states."""
-        hidden, named = call.get("output_hidden_states"), call.get("return_dict")
-        hidden = getattr(model.config, "output_hidden_states", False) if hidden is None else hidden
-        named = getattr(model.config, "return_dict", True) if named is None else named
-        call["output_hidden_states"] = True
-        if not named:
-            call["return_dict"] = True
-        return cls(bool(hidden), bool(named))
-
-    def restore(self, output: Any) -> Any:
-        """Remove the outputs that the caller did not request."""
-        if not self.hidden_states:
-            kept = {key: value for key, value in output.items() if not key.endswith("hidden_states")}
-            output = type(output)(**kept)
-        return output if self.named else output.to_tuple()
+    return restore

@@ -1,4 +1,4 @@
-"""Loss functions that objectives share: KL divergence of logits, and sums for each text of a batch."""
+"""Functions that objectives share: the KL divergence of logits, and sums over each text of a batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,9 @@ from softhooks.inject.prefix.packed_documents import document_numbers
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) -> Tensor:
-    """Compute KL(teacher || student) for each pair of distributions, in fp32.
+    """Compute KL(teacher || student) of logits in fp32; exactly 0 where they are equal. [..., V], [..., V] -> [...].
 
-    Args:
-        teacher, student: logits.
-        top_k: keep only the teacher's k most likely tokens, and add up all others as one token; None keeps every token.
-
-    Shape:
-        [..., V], [..., V] -> [...]; exactly 0 where the logits are equal, and never above the full KL with `top_k`.
+    With `top_k`, all tokens except the teacher's k most likely ones are merged into one token, which never increases the result.
     """
     target, predicted = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     if top_k is not None and top_k < target.shape[-1]:
@@ -31,28 +26,28 @@ def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) ->
 
 
 def _merge_others(log_probs: Tensor, top: Tensor) -> Tensor:
-    """Keep some log-probabilities, append the log of the total probability of all others. [..., V], [..., k] -> [..., k + 1]."""
+    """Return the log-probabilities at `top` and, last, that of all other tokens together. [..., V], [..., k] -> [..., k + 1]."""
     others = log_probs.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, top), others], dim=-1)
 
 
 def require_logits(logits: Tensor, rows: int, columns: int) -> None:
-    """Check that a model returned logits for every row and column of the labels."""
+    """Check that a model returned logits for every token."""
     if logits.shape[:2] != (rows, columns):
         raise UnsupportedModeError(
-            f"the model returned logits for {list(logits.shape[:2])} tokens, and the labels are {[rows, columns]}; the loss "
-            "needs all logits.",
+            f"the model returned logits of {list(logits.shape[:2])} tokens for labels of {[rows, columns]} tokens; the loss "
+            "needs logits of all tokens.",
             "Leave `logits_to_keep` out in training.",
         )
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The text of each column of a batch: one text per row, or several documents packed into a row.
+    """The text of each token of a batch: one text per row, or several documents packed into a row.
 
     Attributes:
-        columns: the number of each column's text within its row, [B, T].
-        per_row: how many texts a row has; some may be empty.
+        columns: the number of each token's text within its row, [B, T].
+        per_row: the number of texts in each row; some may be empty.
     """
 
     columns: Tensor
@@ -60,11 +55,11 @@ class Texts:
 
     @classmethod
     def of(cls, call: dict[str, Any], like: Tensor) -> Texts:
-        """Find the texts of a call from its positions, which start again with each packed document.
+        """Find the texts by the position ids, which start again with each packed document.
 
         Args:
             call: the arguments of the model's forward by name.
-            like: a tensor with the batch's rows and columns, [B, T].
+            like: any tensor of the shape [B, T].
         """
         found = document_numbers(call.get("position_ids"), call.get("attention_mask"), like.shape[1])
         if found is None:
@@ -72,7 +67,7 @@ class Texts:
         return cls(found.to(like.device).expand(like.shape), int(found.max()) + 1)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sum the columns of each text, deterministically on every device. [B, T] -> [B * per_row]."""
+        """Sum over the tokens of each text, deterministically on every device. [B, T] -> [B * per_row]."""
         if self.per_row == 1:
             return values.sum(-1)
         own = functional.one_hot(self.columns.to(values.device), self.per_row).bool()

@@ -1,4 +1,4 @@
-"""Self-distillation: the prompt learns to replace a document; the teacher is the frozen model that reads the document."""
+"""Self-distillation: a prompt learns to replace a document that its teacher, the frozen model, reads."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _STUDENT_ONLY = (
     "return_dict",
     "use_cache",
 )
-"""Arguments of a call that the teacher's forward does not get."""
+"""Arguments that the teacher's forward does not get."""
 
 
 class SelfDistillation(Objective):
-    """KL(teacher || student) at the positions whose next token is labeled.
+    """KL(teacher || student) of the predictions of labeled tokens.
 
-    The teacher is the frozen model with the document before each row; the student is the same model with the prompt instead.
+    The teacher is the frozen model with the document before each row; the student has the prompt instead.
 
     Args:
-        document: the ids that the teacher reads before each row.
-        top_k: how many of the teacher's most likely tokens are compared one by one.
+        document: the ids of the document.
+        top_k: the number of the teacher's most likely tokens that are compared individually.
     """
 
     def __init__(self, document: Sequence[int], top_k: int) -> None:
@@ -47,18 +47,17 @@ class SelfDistillation(Objective):
         self._memory: ResultCache[dict[str, Tensor]] = ResultCache()
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Check that the model is a causal language model."""
+        """Refuse a model that is not a causal language model."""
         if is_causal_lm(prompt.model, prompt.structure):
             return
         raise UnsupportedMethodError(
-            f"{type(prompt.model).__name__} is not a causal language model; self-distillation compares predictions of the next "
-            "token.",
-            "Choose distill=False, to train on the model's own loss.",
+            f"{type(prompt.model).__name__} is not a causal language model, which self-distillation needs.",
+            "Use distill=False to train on the model's own loss.",
             model=type(prompt.model).__name__,
         )
 
     def begin(self, prompt: PromptOnModel, call: dict[str, Any], given: dict[str, Tensor]) -> Finish:
-        """Run the teacher, and remove the labels, which only mark the positions where teacher and student are compared."""
+        """Run the teacher, and remove the labels from the call, so that the model does not compute its own loss."""
         labels = call.pop("labels")
         items = call.pop("num_items_in_batch", None)
         compared = labels[:, 1:] != IGNORE_INDEX
@@ -74,11 +73,10 @@ class SelfDistillation(Objective):
         return finish
 
     def _teach(self, prompt: PromptOnModel, call: dict[str, Any], compared: Tensor) -> Tensor:
-        """Compute the teacher's logits at the compared positions, [N, V]."""
+        """Compute the teacher's predictions of the labeled tokens, [N, V]."""
         if call.get("past_key_values") is not None:
             raise UnsupportedModeError(
-                "the call has `past_key_values`; self-distillation runs each text from its start, once as teacher and once as "
-                "student. Train without them."
+                "the call has `past_key_values`, but self-distillation must run each text from its start. Train without them."
             )
         inputs = {key: value for key, value in call.items() if key not in _STUDENT_ONLY}
         with eval_mode(prompt.model), prompt.without_objective():
@@ -89,7 +87,7 @@ class SelfDistillation(Objective):
         return _select(output.logits, compared)
 
     def _read(self, prompt: PromptOnModel) -> dict[str, Tensor]:
-        """Compute the document's keys and values in every step, or only once inside `softhooks.kept`."""
+        """Return the document's keys and values, which are computed in every step, or only once inside `softhooks.kept`."""
         structure, stack = prompt.structure, prompt.structure.entry
         return self._memory.get(stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document))
 
@@ -102,6 +100,6 @@ def _as_prefix(prompt: PromptOnModel, stack: Stack, tables: dict[str, Tensor]) -
 
 
 def _select(logits: Tensor, compared: Tensor) -> Tensor:
-    """Take the logits of the positions whose next token is labeled. [B, T, V] and [B, T - 1] -> [N, V]."""
+    """Select the logits that predict labeled tokens. [B, T, V], [B, T - 1] -> [N, V]."""
     require_logits(logits, compared.shape[0], compared.shape[1] + 1)
     return logits[:, :-1][compared.to(logits.device)]

@@ -1,4 +1,4 @@
-"""Cross-entropy on label tokens of the prompt and of the text; the objective of context-aware prompt tuning."""
+"""The objective of context-aware prompt tuning."""
 
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from softhooks.objectives.losses import Texts, require_logits
 
 
 class WeightedLabels(Objective):
-    """Cross-entropy on the weighted label tokens of the prompt itself and on the label tokens of the text.
+    """Cross-entropy on the label tokens of the prompt, with weights, and on the label tokens of the text, with weight 1.
 
-    A text's loss is the mean over both. A label token of the prompt that is hidden from the row counts neither in the sum nor in
-    the number. Texts are weighted by their own label tokens: `sum_b n_b loss_b / N`, where N is the call's `num_items_in_batch`
-    if a Trainer passes it, and else the sum of n_b. With `num_items_in_batch`, any split into micro-batches and processes gives
-    the same result as one batch. Each document of a packed row counts as a text.
-
-    The prompt's logits are computed once, at its labels only; everything from the logits on is fp32.
+    The loss of a text is the sum over both, divided by their number, without label tokens that are hidden from the row. The loss
+    of a batch is `sum_b n_b loss_b / N`, where text b has n_b label tokens, and N is `num_items_in_batch` if a Trainer passes it,
+    else the sum of n_b. With `num_items_in_batch`, any split into micro-batches and processes gives the result of one batch. A
+    document in a packed row is a text of its own.
 
     Args:
-        places: the positions of the prompt's label tokens; never 0.
-        targets: their ids.
-        weights: their weights; labels of the text have weight 1.
+        places: the indices of the prompt's label tokens; never 0.
+        targets: the ids of these tokens.
+        weights: the weights of these tokens.
     """
 
     def __init__(self, places: Sequence[int], targets: Sequence[int], weights: Sequence[float]) -> None:
@@ -56,12 +54,11 @@ class WeightedLabels(Objective):
         return finish
 
     def _prompt_losses(self, prompt: PromptOnModel) -> Tensor:
-        """Compute the weighted loss of each label token of the prompt, [labels]."""
+        """Compute the weighted loss of each label token of the prompt, in fp32, [labels]."""
         states = prompt.states
         if states is None:
             raise UnsupportedModeError(
-                "the loss over the prompt's own label tokens is not available: this call does not compute the prompt once for "
-                "all rows.",
+                "this call does not compute the prompt once for all rows, which the loss on the prompt's labels needs.",
                 "Leave out inputs other than the text, such as `token_type_ids` or the states of an encoder.",
                 prompt=prompt.name,
             )
@@ -71,7 +68,7 @@ class WeightedLabels(Objective):
         return losses * self.weights.to(logits.device)
 
     def _visible(self, prompt: PromptOnModel, given: dict[str, Tensor], batch: int) -> Tensor:
-        """Return which of the prompt's label tokens each row sees, [B, labels] bool."""
+        """Return whether each row attends to each label token of the prompt, [B, labels] bool."""
         hidden = prompt.encoder.hidden_tokens(given, batch)
         if hidden is None:
             return torch.ones(batch, len(self.places), dtype=torch.bool)
@@ -79,7 +76,7 @@ class WeightedLabels(Objective):
 
 
 def _label_sums(logits: Tensor, targets: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
-    """Sum the cross-entropy of each text's label tokens, and count them. [B, T, V], [B, T] -> [texts], [texts]."""
+    """Sum the cross-entropy of the label tokens of each text, and count these tokens. [B, T, V], [B, T] -> [texts], [texts]."""
     require_logits(logits, *targets.shape)
     targets = targets.to(logits.device)
     is_label = targets != IGNORE_INDEX

@@ -379,7 +379,7 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
         ):
             Cartridge.concatenate(model, [one, foreign], "joined")
         classifier = softhooks.attach(zoo.build("llama", "sequence"), method(distill=False))
-        with pytest.raises(OptionError, match="without their own heads"):
+        with pytest.raises(OptionError, match="that were saved without a head"):
             Cartridge.concatenate(model, [one, classifier], "joined")
         with pytest.raises(PromptTooLongError):
             Cartridge.concatenate(model, [one] * 24, "joined")
