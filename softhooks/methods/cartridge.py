@@ -153,7 +153,7 @@ class Cartridge(PrefilledPrefix):
         if window is not None and len(self.ids) >= window:
             raise PromptTooLongError(
                 f"the document has {len(self.ids)} tokens, but the model's context window has only {window}.",
-                "Shorten the document, or make a cartridge for each part.",
+                "Shorten the document; or make a cartridge for each part, join them with `Cartridge.concatenate`, and train the result.",
                 document=len(self.ids),
                 window=window,
             )
