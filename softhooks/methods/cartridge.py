@@ -57,8 +57,8 @@ class Cartridge(PrefilledPrefix):
     questions and answers about the document, which the model itself can generate. The loss is the KL divergence between teacher
     and student at the labeled tokens. The labels only select tokens; to train on the whole text, pass labels equal to the ids.
 
-    Each step runs the model on the document once, for all rows and without gradients. Train inside `with softhooks.kept(model):`
-    (`trainer.train()` too) to do so only once for all steps. In evaluation the loss is the model's own.
+    Each step runs the model on the document once, for all rows and without gradients. Put the training loop, or
+    `trainer.train()`, inside `with softhooks.kept(model):` to do this only once. In evaluation the loss is the model's own.
 
     Start with AdamW and a learning rate of 2e-2 (the paper). The first virtual token is frozen because many models use the first
     token as an attention sink.
@@ -71,8 +71,8 @@ class Cartridge(PrefilledPrefix):
 
     Args:
         num_virtual_tokens: P.
-        document: a text or ids, which are saved for further training. A text gets the tokenizer's BOS token, if there is one;
-            then tokenize rows without BOS.
+        document: a text or ids, which are saved for further training. A text gets the tokenizer's BOS token, if there is one; in
+            this case, tokenize rows without BOS.
         tokenizer: the model's tokenizer or its name, for a text.
         frozen_slots: the number of virtual tokens at the start that are not trained.
         distill: True trains by self-distillation, in causal language models; False trains on the model's own loss, in any model.
@@ -127,7 +127,7 @@ class Cartridge(PrefilledPrefix):
         return [int(i) for i in self.document or ()]
 
     def objective(self) -> Objective | None:
-        """Train by self-distillation, or on the model's own loss."""
+        """Return the loss of self-distillation, or None to train on the model's own loss."""
         from softhooks.objectives.self_distillation import SelfDistillation  # imports transformers
 
         return SelfDistillation(self.ids, self.top_k) if self.distill else None
@@ -153,7 +153,8 @@ class Cartridge(PrefilledPrefix):
         if window is not None and len(self.ids) >= window:
             raise PromptTooLongError(
                 f"the document has {len(self.ids)} tokens, but the model's context window has only {window}.",
-                "Shorten the document; or make a cartridge for each part, join them with `Cartridge.concatenate`, and train the result.",
+                "Shorten the document. Or make a cartridge for each part, join them with `Cartridge.concatenate`, and train the "
+                "result.",
                 document=len(self.ids),
                 window=window,
             )

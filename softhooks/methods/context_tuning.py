@@ -53,9 +53,9 @@ class ContextTuning(PrefilledPrefix):
 
     Before the first step the model's output is the same as with the demonstrations in its context. Training rows are usually the
     demonstrations themselves, split into text and label. Two options keep the model from looking up the answers in the prefix:
-    - `leave_one_out`: a row does not attend to its own demonstration, whose number, from 0, is in the batch column
-      `example_ids`; -1 stands for no demonstration. The keys and values of later demonstrations still depend on the hidden one.
-      Rows with `example_ids` are masked in evaluation too.
+    - `leave_one_out`: a row does not attend to its own demonstration. The batch column `example_ids` has this demonstration's
+      number, from 0, or -1 for a row that is not a demonstration. The keys and values of later demonstrations still depend on the
+      hidden one. Rows with `example_ids` are masked in evaluation too.
     - `token_dropout`: in training, random virtual tokens are hidden from each row.
 
     Start with AdamW and a learning rate of 1e-3. Tokenize rows without a BOS token if the demonstrations start with one.
@@ -66,7 +66,7 @@ class ContextTuning(PrefilledPrefix):
     Args:
         num_virtual_tokens: P, which is computed from the demonstrations; leave it out.
         demonstrations: texts or lists of ids, one for each demonstration, including the separator before the next one.
-        instruction: a text or ids before the first demonstration. A BOS token is added before texts.
+        instruction: a text or ids before the first demonstration. If texts are given, the tokenizer's BOS token comes first.
         tokenizer: the model's tokenizer or its name, for texts.
         leave_one_out: require `example_ids` in training.
         token_dropout: the probability of hiding a virtual token; 0.05 to 0.1 in the paper.
@@ -117,7 +117,7 @@ class ContextTuning(PrefilledPrefix):
         check_dropout("token_dropout", self.token_dropout)
 
     def _tokenize(self) -> None:
-        """Replace the texts by ids, and set the numbers of ids."""
+        """Replace texts by ids, and set `lengths` and `num_virtual_tokens`."""
         shots = tuple(ids_of(shot, self.tokenizer, "demonstrations") for shot in self.demonstrations)
         texts = any(isinstance(text, str) for text in (*self.demonstrations, self.instruction))
         lead = bos_ids(self.tokenizer) if texts else ()

@@ -36,10 +36,10 @@ class ContextAwarePromptTuning(Method):
     are fixed. The other embeddings are projected back to their bounds after each optimizer step.
 
     The training loss replaces the model's own loss. It is the cross-entropy on the label tokens of the context's examples **and**
-    of the row: the row's labels have weight 1, the labels of the last example `decay`, of the example before it `decay` squared,
-    and so on; the sum is divided by the number of label tokens. Rows are weighted by their label tokens, so that gradient
-    accumulation gives the result of one large batch. Other terms of the model's loss, such as a router's load balancing, are left
-    out. In evaluation the loss is the model's own, on the row alone.
+    of the row. The row's labels have weight 1, those of the last example `decay`, those of the example before it `decay` squared,
+    and so on; the sum is divided by the number of label tokens. Rows are weighted by their number of label tokens, so that
+    gradient accumulation gives the result of one large batch. Other terms of the model's loss, such as a router's load balancing,
+    are left out. In evaluation the loss is the model's own, on the row alone.
 
     The method needs a causal language model that computes the context once for all rows (`prompt.injection` is `shared`); other
     models are refused. To continue the training of a saved prompt, load it with `trainable=True`.
@@ -243,7 +243,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _bound(value: Any, name: str) -> float | None:
-    """Return an epsilon as a float; None or infinity is None, which means no bound."""
+    """Check an epsilon; infinity becomes None, which means no bound."""
     if value is None or (_is_number(value) and value == math.inf):
         return None
     if not _is_number(value) or not value >= 0:

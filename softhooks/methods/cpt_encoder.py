@@ -85,7 +85,7 @@ class ContextEncoder(ContextRows):
 
     @torch.no_grad()
     def load_folded(self, table: Tensor) -> None:
-        """Set the deltas from a folded context."""
+        """Compute the deltas from a folded context."""
         moved = table.to(self.words) - self.words
         fixed = torch.ones(len(moved), dtype=torch.bool, device=moved.device)
         fixed[self.movable] = False

@@ -44,7 +44,7 @@ def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
 
 
 def with_all_options(stored: StoredPrompt) -> tuple[StoredPrompt, Method]:
-    """Make the method of a saved prompt, and add the default of each option that its file does not have, as PEFT's files."""
+    """Make the method of a saved prompt, and add the defaults of options that its file does not have."""
     method = method_of(stored)
     return replace(stored, options=method.options()), method
 
@@ -84,7 +84,7 @@ def rows_of(
 
 
 def word_ids_of(source: Any) -> list[int] | None:
-    """Return the ids that stand for a prompt's virtual tokens if its model reads ids; else None."""
+    """Return the token ids that are saved for a prompt's virtual tokens, or None if there are none."""
     if isinstance(source, (str, Path)):
         conventions = find(source).conventions
     else:

@@ -41,17 +41,18 @@ class LlamaAdapter(Method):
     rewrites (there the initial output is only equal up to rounding). In an encoder-decoder, it enters the self-attention of both.
 
     **Context.** Each row of a batch may have a context, such as the vectors of an image. Pass it to the model or to `generate` as
-    `prompt_context`, with the shape [B, C] to add it to all K vectors, or [B, K, C] for one context vector each. C is the model's
-    hidden size, or `context_size`; then a linear layer from C to the hidden size is trained with the prompt.
+    `prompt_context`. A context [B, C] is added to all K vectors; a context [B, K, C] has one vector for each. C is the model's
+    hidden size; with another C, set `context_size`, and a linear layer from C to the hidden size is trained with the prompt.
 
     **Version 2.** `scale_and_bias` trains a factor and an offset for every linear layer in the backbone's blocks. With
     `early_fusion`, the first layers attend to the context, and only the other layers to P. To train the norms too, use
     `attach(..., trainable="*norm*")`; their weights belong to the base model and are saved with it.
 
     The disjoint parameter groups of version 2 need your own training loop instead of a Trainer: one optimizer for batches with
-    images, over `text_context_weight`, `text_context_bias` and `text_gates`, and one for batches of text alone, over all but the
-    first two. After a backward pass with images, set the gradients of all gates but the first `early_fusion * Hq`, those of the
-    early layers, to zero. Exclude the gates from weight decay, and zero all gradients after each step.
+    images, over `text_context_weight`, `text_context_bias` and `text_gates`, and one for batches of text alone, over all
+    parameters but the first two. After a backward pass with images, zero the gradients of all gates except the first
+    `early_fusion * Hq`, which belong to the early layers. Exclude the gates from weight decay, and zero all gradients after each
+    step.
 
     While g is 0, P gets no gradient, so the gates open first. Start with AdamW and a learning rate of 5e-3 (the authors: 1.1e-3,
     weight decay 0.02, betas 0.9 and 0.95, loss on the response only).
@@ -182,7 +183,7 @@ class LlamaAdapter(Method):
         return self.context_size is not None and CONTEXT not in given
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """Return the parts of a parameter: one for each attention layer, or for factors and offsets each linear layer."""
+        """Return the part of a parameter for each attention layer; factors and offsets have one for each linear layer."""
         stack = next(stack for stack in structure.stacks if group.startswith(f"{stack.name}_"))
         kind = group.removeprefix(f"{stack.name}_")
         if kind in (FACTORS, OFFSETS):

@@ -69,8 +69,8 @@ class MultitaskPromptTuning(Method):
         teacher_steps: the number of optimizer steps that train the teachers; required with teachers="train".
         distillation: the weight of the distillation loss.
         source: a saved prompt to start from: of this method, or any prompt of shape [P, H], including PEFT's.
-        task_rate: the learning rate of u and v, relative to that of P*, with Adam and similar optimizers. SGD multiplies by its
-            square.
+        task_rate: the learning rate of u and v divided by that of P*, with Adam and similar optimizers. With SGD the ratio is
+            `task_rate` squared.
         sampling: the probability of each task in a Trainer: `size`, `log`, `capped` or `equal` (see `TaskSampler`); None uses the
             Trainer's own sampler.
         init, init_text, init_labels, init_tensor, tokenizer, whole_vocabulary: the initialization of P*, and of teachers that are

@@ -60,7 +60,7 @@ class MultitaskEncoder(PromptEncoder):
     to 1, and Adam, whose step size does not depend on the gradient's scale, changes them `rate` times as fast as P*. This gives
     two learning rates in one parameter group. Further columns (r > 1) are pulled to 0 instead, so that u v^T is pulled to ones.
 
-    Variant k is task k; variant K + k is its teacher, if there are teachers.
+    Variant k is the prompt of task k, and variant K + k that of its teacher, if there are teachers.
 
     Args:
         names: the names of the tasks.
@@ -225,5 +225,5 @@ class FoldedTask(TableEncoder):
         return super().forward(group, check_task(variant, self.names))
 
     def choose_variants(self, given: dict[str, Tensor], batch: int) -> Sequence[int]:
-        """Choose each row's task; `forward` refuses all but the only one."""
+        """Choose each row's task; `forward` refuses all tasks but 0."""
         return task_of_rows(given, batch, self.names)

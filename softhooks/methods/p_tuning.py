@@ -94,8 +94,8 @@ def _one_kernel() -> Iterator[None]:
 class PTuning(Method):
     """P-tuning: `h = MLP(BiLSTM(Z))`, embeddings h [P, H] anywhere in the text, computed from trained vectors Z [P, H].
 
-    The LSTM reads the virtual tokens in the order of the layout, without the text. Only h is saved. Slots with the same name are
-    one virtual token.
+    The LSTM reads the virtual tokens in the order of the layout, without the text. Only h is saved. Slots of the layout with the
+    same name are one virtual token.
 
     Start with AdamW and a learning rate of 1e-3, or 1e-2 with `encoder="none"`.
 

@@ -15,8 +15,8 @@ from softhooks.methods.key_value_prefix import KeyValuePrefix
 class PTuningV2(KeyValuePrefix):
     """P-tuning v2: P trained keys and values in every layer, or in chosen layers, with a trained head.
 
-    The head may classify texts or tokens, or extract spans; `attach` trains a copy of it with the prompt. Spans and token labels
-    refer to the text without the prompt.
+    The head may classify texts or tokens, or extract spans; `attach` trains a copy of the head with the prompt. Token labels and
+    span positions refer to the text without the prompt.
 
     Start with AdamW, a learning rate of 5e-3 (the paper: 5e-3 to 6e-2) and 8 to 128 virtual tokens; hard tagging tasks need the
     most.

@@ -44,7 +44,7 @@ class PrefixTuning(KeyValuePrefix):
         tokenizer: the model's tokenizer or its name, for `init_text`.
         shift_positions: start the text's position ids at P. None does so in causal decoders only.
         windowed: in layers with a sliding window, show the prefix, at positions 0 to P-1, only to tokens within the window.
-            False shows the whole prefix to every token; encoders always do.
+            Encoders, and all models if False, show the whole prefix to every token.
 
     Shape:
         each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)].

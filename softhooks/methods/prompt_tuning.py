@@ -37,9 +37,9 @@ class PromptTuning(Method):
     Args:
         num_virtual_tokens: P; more than about 20 rarely help.
         init: the initial embeddings:
-            `vocab`: of ids sampled from the first 5,000, which are the most frequent in most vocabularies;
+            `vocab`: those of ids sampled from the first 5,000, which are the most frequent in most vocabularies;
             `random`: sampled from U[-0.5, 0.5]; words train better;
-            `text`: of `init_text`;
+            `text`: those of `init_text`;
             `class_labels`: for each label in `init_labels`, the mean of its tokens' embeddings;
             `tensor`: `init_tensor`;
             `prompt`: those of another prompt, `init_from`, such as one tuned on a source task (see `most_similar`).

@@ -80,7 +80,7 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     are_ids = isinstance(ids, list) and len(ids) == count and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     if not are_ids or method.enters != "embeddings":
         raise CheckpointError(
-            f"{source} has ids that do not match its virtual tokens; a prompt of embeddings has one for each, others have none.",
+            f"{source} has ids that do not match its virtual tokens; a prompt of embeddings needs one for each, others none.",
             "Save the prompt again.",
             expected=f"{count} ids" if method.enters == "embeddings" else "none",
             found=str(ids)[:80],
@@ -106,7 +106,7 @@ def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *
 
 
 def _check_stacks(stored: StoredPrompt, structure: ModelStructure, *, directions_only: bool) -> None:
-    """Compare the model's attention with that of the base model, as far as it is saved."""
+    """Compare the model's attention with the description of the base model in the file."""
     known = stored.stacks
     if directions_only:
         known = {name: {k: v for k, v in stack.items() if k == "causal"} for name, stack in known.items()}
@@ -116,7 +116,7 @@ def _check_stacks(stored: StoredPrompt, structure: ModelStructure, *, directions
     }
     if model != known:
         raise PromptMismatchError(
-            "the attention of this model differs from that of the model that the prompt was trained with.",
+            "this model's attention differs from the attention of the prompt's base model.",
             _PEFT_POOLS if directions_only and stored.base.task == "SEQ_CLS" else _REMEDY,
             prompt=f"{on_one_line(known)} ({stored.source})",
             model=on_one_line(model),

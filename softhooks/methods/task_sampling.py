@@ -20,9 +20,9 @@ CAP = 2**18
 class TaskSampler(Sampler[int]):
     """Samples batches that mix several tasks.
 
-    For each batch of B rows a number n is drawn from 2 to the number of tasks, then n tasks with replacement, by weight. Each
-    gives B // n rows, and the last one also the remainder. The rows of a task are shuffled at the start of each epoch, and again
-    when all have been drawn.
+    For each batch of B rows, a number n from 2 to the number of tasks is drawn, then n tasks by weight, with replacement. Each
+    task gives B // n rows; the last one also gives the remainder. The rows of a task are shuffled at the start of each epoch, and
+    again when all have been drawn.
 
     In your own training loop: `DataLoader(rows, batch_size=B, sampler=TaskSampler(task_of_each_row, B))`. An epoch has as many
     rows as the data set. It depends only on the seed and the epoch's number, so a resumed run gets the same batches.
@@ -32,8 +32,7 @@ class TaskSampler(Sampler[int]):
     Args:
         tasks: the task of each row of the data set.
         batch_size: B, the batch size of the loader.
-        weights: the probability of a task: `size`, proportional to its number of rows; `log`, to log(1 + size); `capped`, to
-            min(size, 2^18); `equal`, the same for every task.
+        weights: the weight of a task with n rows: n for `size`, log(1 + n) for `log`, min(n, 2^18) for `capped`, 1 for `equal`.
         seed: the seed.
 
     Raises:

@@ -62,7 +62,7 @@ class PromptOnModel(Protocol):
 class Objective(ABC):
     """A loss that extends or replaces the model's own loss in training forwards with labels.
 
-    The objective puts it into the model's output, so a Trainer and any loop that reads `output.loss` work without a change.
+    The objective puts this loss into the model's output, so a Trainer and any loop that reads `output.loss` work unchanged.
     """
 
     def check(self, prompt: PromptOnModel) -> None:  # noqa: B027 - most objectives suit every model

@@ -25,16 +25,16 @@ Teacher = Callable[[PromptOnModel], AbstractContextManager[None] | None]
 class Distillation(Objective):
     """Train on `L + weight * (KL(teacher || student) + MSE(hidden states))`.
 
-    Each step runs the model twice: with the teacher's prompt in evaluation mode without gradients, and with the student's.
+    Each step runs the model with the teacher's prompt, in evaluation mode without gradients, and with the student's prompt.
 
-    Logits are compared at labels. The last hidden states are compared at all text tokens that are not masked; in an
+    Logits are compared at labeled tokens. The last hidden states are compared at all text tokens that are not masked; in an
     encoder-decoder half of the weight goes to the encoder's text and half to the labeled tokens of the decoder.
 
     Both terms are divided by the same number of labels as the model's own loss, and each text is weighted by the number of its
-    labels, so that accumulated gradients equal those of one large batch. A document in a packed row is a text of its own.
+    labels, so that accumulated gradients equal those of one large batch. Each document in a packed row is a separate text.
 
     Args:
-        weight: the factor of the sum of both terms.
+        weight: the factor of both terms.
         teacher: switches the model to the teacher's prompt.
     """
 
@@ -66,8 +66,8 @@ class Comparison:
     """The tokens of a batch at which teacher and student are compared, and their weights.
 
     Attributes:
-        labeled: whether there is a label for each of the logits, [B, T] bool, or [B] for a classifier of rows.
-        text: whether each token is text, not padding, [B, T] bool.
+        labeled: True where the logits have a label, [B, T], or [B] for a classifier of rows.
+        text: True for tokens that are not padding, [B, T].
         texts: the text that each token belongs to.
         share: the number of labels of each text, divided by `count`, [texts].
         count: the number of labels that the loss is divided by.
@@ -83,7 +83,7 @@ class Comparison:
 
     @classmethod
     def of(cls, prompt: PromptOnModel, call: dict[str, Any]) -> Comparison:
-        """Read the masks and labels of a forward's arguments."""
+        """Read the arguments of a forward."""
         _check(call)
         labels = call["labels"]
         given = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
@@ -136,7 +136,7 @@ def mean_square(teacher: Tensor, student: Tensor, visible: Tensor, texts: Texts)
 
 
 def _labeled(prompt: PromptOnModel, call: dict[str, Any]) -> Tensor:
-    """Return whether the model's own loss compares each of the logits with a label, [B, T] or [B] bool."""
+    """Return True for the logits that the model's own loss compares with a label, [B, T] or [B]."""
     if call.get("shift_labels") is not None:
         return torch.as_tensor(call["shift_labels"] != IGNORE_INDEX)
     labeled: Tensor = call["labels"] != IGNORE_INDEX
@@ -156,9 +156,8 @@ def _check(call: dict[str, Any]) -> None:
         )
     if (mask is not None and mask.dim() != 2) or labels.is_floating_point():
         raise UnsupportedModeError(
-            f"the attention mask has {'no' if mask is None else mask.dim()} dimensions, and the labels are {labels.dtype}; "
-            "distillation needs a mask of two dimensions, [B, T], and labels that are whole numbers.",
-            "Pass a mask with one number for each token, and labels that are numbers of classes.",
+            "the attention mask is not [B, T], or the labels are not whole numbers; distillation supports no other form.",
+            "Pass a mask with one number for each token, and labels that are whole numbers.",
             attention_mask="none" if mask is None else list(mask.shape),
             labels=f"{list(labels.shape)} {labels.dtype}",
         )

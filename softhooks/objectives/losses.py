@@ -46,7 +46,7 @@ class Texts:
     """The text of each token of a batch: one text per row, or several documents packed into a row.
 
     Attributes:
-        columns: the number of each token's text within its row, [B, T].
+        columns: the index of each token's text within its row, [B, T].
         per_row: the number of texts in each row; some may be empty.
     """
 

@@ -19,10 +19,10 @@ from softhooks.objectives.losses import Texts, require_logits
 class WeightedLabels(Objective):
     """Cross-entropy on the label tokens of the prompt, with weights, and on the label tokens of the text, with weight 1.
 
-    The loss of a text is the sum over both, divided by their number, without label tokens that are hidden from the row. The loss
-    of a batch is `sum_b n_b loss_b / N`, where text b has n_b label tokens, and N is `num_items_in_batch` if a Trainer passes it,
-    else the sum of n_b. With `num_items_in_batch`, any split into micro-batches and processes gives the result of one batch. A
-    document in a packed row is a text of its own.
+    The loss of a text is the sum over these label tokens, except those hidden from the row, divided by their number. The loss of
+    a batch is `sum_b n_b loss_b / N`, where text b has n_b label tokens, and N is `num_items_in_batch` if a Trainer passes it,
+    else the sum of n_b. With `num_items_in_batch`, any split into micro-batches and processes gives the result of one batch. Each
+    document in a packed row is a separate text.
 
     Args:
         places: the indices of the prompt's label tokens; never 0.
