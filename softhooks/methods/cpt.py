@@ -198,7 +198,7 @@ class ContextAwarePromptTuning(Method):
         encoder.start_ids = list(context.ids)
         low, high = encoder.reach.min(), encoder.reach.max()
         logger.info(
-            "the context has %d tokens in %d examples; %d tokens are trained and may move by %.3g to %.3g of their norm",
+            "the context has %d tokens and %d examples; %d tokens are trained and may move by %.3g to %.3g of their norm",
             len(context.ids), context.count, len(bounds), low, high,
         )  # fmt: skip
         return encoder

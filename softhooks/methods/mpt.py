@@ -110,7 +110,7 @@ class MultitaskPromptTuning(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.tasks, (int, str)):
-            object.__setattr__(self, "tasks", tuple(self.tasks))  # as a saved prompt has them
+            object.__setattr__(self, "tasks", tuple(self.tasks))  # a saved prompt has a list
         if not are_tasks(self.tasks):
             raise OptionError(f"tasks must be different names, or a number of 1 or more; it is {self.tasks!r}.")
         check_int("rank", self.rank)
@@ -124,7 +124,7 @@ class MultitaskPromptTuning(Method):
         if self.source is not None and self.init != "vocab":
             raise OptionError(f"source= and init={self.init!r} are both given; pass one of them.")
         self._check_teachers()
-        self._vanilla()
+        self._vanilla()  # checks `init` and its options
 
     def _check_teachers(self) -> None:
         given, steps = self.teachers, self.teacher_steps
