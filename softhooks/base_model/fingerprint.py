@@ -135,5 +135,5 @@ def _decoded(group: str, text: str) -> WeightSample:
     else:
         is_complete = 0 < count <= PER_WEIGHT * MAX_LAYERS and count % PER_WEIGHT == 0
     if not is_complete or (sample.dtype == PACKED and not sample.values.isnan().all()):
-        raise ValueError(f"`{group}` contains a sample of {count} {sample.dtype} values, which cannot be valid")
+        raise ValueError(f"`{group}` contains an invalid sample of {count} {sample.dtype} values")
     return sample

@@ -125,7 +125,7 @@ class FrozenRecord:
             where: values to add to the error, such as the training step.
 
         Raises:
-            FrozenModifiedError: a tensor has; the error names it.
+            FrozenModifiedError: a frozen tensor differs; the error names it.
         """
         start = time.perf_counter()
         changed, unread, missing, size = [], [], dict.fromkeys(self.digests), 0

@@ -16,7 +16,7 @@ from softhooks.errors import PromptMismatchError
 
 _FINDINGS: dict[Finding, str] = {
     "merged": "the model looks like the base model of the prompt with merged adapters (or with weights that were quantized and "
-    "dequantized): embeddings and norms are equal, other weights are not",
+    "dequantized): embeddings, norms and biases are equal, matrices are not",
     "adapters": "the model is the base model of the prompt, but with different active adapters (LoRA) or without any",
     "resized": "the model looks like the base model of the prompt with resized embeddings: only the vocabulary differs",
     "tuned": "the model looks like a fine-tuned variant of the base model of the prompt: its weights are close, but not equal",
@@ -61,7 +61,7 @@ def require_base(
         base: the base model that the prompt was trained with.
         source: the name of the prompt in errors.
         has_adapters: whether adapters were trained with the prompt; they are not in its file.
-        override: the end of the remedy in errors: how to skip the check.
+        override: how to skip the check; errors end with it.
     """
     found = BaseModelInfo.of(model, structure)
     if base.fingerprint is None:
