@@ -49,7 +49,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 
 def _takes_positions(prompt: SoftPrompt) -> bool:
-    """Whether each row has its own positions. For a prefix in a cache this is not enough: some masks lack its columns."""
+    """Whether each row has its own positions. False for a prefix in a cache, because some masks lack its columns."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.takes_position_ids or (table is not None and table.by_row)

@@ -74,7 +74,7 @@ def _size(states: Tensor) -> float:
 
 
 def _exceeds_probe(stack: Stack) -> bool:
-    """Whether attention uses chunks or selects keys, which have an effect only in longer texts than those of this check."""
+    """Whether attention uses chunks or selects keys, which have an effect only in texts longer than those in this check."""
     config: Any = getattr(stack.module, "config", None)
     is_chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return is_chunked or isinstance(getattr(config, "index_topk", None), int)

@@ -1,4 +1,4 @@
-"""Embeddings for inference servers from models that multiply their embeddings by a factor.
+"""Embeddings for inference servers, for models that multiply their embeddings by a factor.
 
 transformers applies the factor either inside the embedding module (Gemma), so that `inputs_embeds` must include it, or after this
 module (Granite), so that they must not. A server that applies the factor elsewhere needs other embeddings.
@@ -116,7 +116,7 @@ def _ratio(rows: Tensor, words: Tensor, precision: float) -> float | None:
 
 
 def _require_known(model: nn.Module, stack: Stack, server: Server, kind: str, inside: float | None) -> None:
-    """Refuse models for which the server may scale embeddings differently."""
+    """Refuse models for which the server may scale embeddings differently than transformers."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", stack.width)

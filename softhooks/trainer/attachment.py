@@ -1,4 +1,4 @@
-"""Attaching a callback's prompt to a model, and freezing the model's other prompts while it trains."""
+"""Attaching a callback's prompt to a model, and freezing the model's other prompts during training."""
 
 from __future__ import annotations
 

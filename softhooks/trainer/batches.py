@@ -1,7 +1,7 @@
 """Changes to a Trainer's batches: the method's sampler, and padding and columns for a layout with a template.
 
 The Trainer's default collators do not pad all columns of a template, and the Trainer removes columns that `Layout.collator`
-renders. A collator that the script passed is not changed.
+needs. A collator that the script passed is not changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def use_sampler(loader: Any, method: Method, seed: int) -> Any:
     present = getattr(batches, "sampler", None)
     if not isinstance(batches, BatchSampler) or not isinstance(present, (RandomSampler, method.sampler_class)):
         raise TrainerError(
-            f"the loader draws its rows by {type(present).__name__}; the method's sampler can only replace a RandomSampler.",
+            f"the loader draws its rows with {type(present).__name__}; the method's sampler can only replace a RandomSampler.",
             "Leave the order to the Trainer (`sampling=None`), or train in random order on a dataset with a length.",
             method=method.kind,
             rows=type(getattr(loader, "dataset", loader)).__name__,

@@ -169,7 +169,7 @@ class CheckpointSaver:
             state: the state dict, with the parameter names of the prompt's model; it may lack the prompt.
 
         Raises:
-            TrainerError: the state dict contains another prompt, or was trained on another base.
+            TrainerError: the state dict contains another prompt, or one that was trained on another base.
         """
         found = {key: list(value.shape) for key, value in state.items() if is_prompt_key(key)}
         self.loaded = False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TrainerIntegration(Protocol):
-    """The functions of a registered module."""
+    """The functions that a registered module must have."""
 
     def check(self, args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
         """Refuse settings with which the prompt would train wrongly; called before the prompt is attached.
