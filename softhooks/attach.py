@@ -38,7 +38,7 @@ from softhooks.runtime.generate import CandidateGenerator
 from softhooks.runtime.install import detach, install, install_added_tokens, install_head, sign_forward
 from softhooks.runtime.prompt_parts import NewPrompt, PromptSource, build_module
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of
-from softhooks.runtime.recomputed_forward import RecomputeCheck
+from softhooks.runtime.selection import RecomputeCheck
 from softhooks.runtime.with_blocks import Block
 from softhooks.saving.save_pretrained import replace_saving
 

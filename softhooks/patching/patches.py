@@ -31,7 +31,7 @@ class Handle(Protocol):
 
 
 class _Absent:
-    """Placeholder for a missing attribute. A class instead of an instance, so that a deep copy is the same object."""
+    """Stands for a missing attribute. The class itself is used, because a deep copy of a class is the same object."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,1 @@
-"""The runtime of attached prompts: their state, the hooks, and the choice of how each forward uses prompts."""
+"""The hooks on a model with prompts, and their state."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.probing import eval_mode
+from softhooks.patching.patches import Patches
 from softhooks.runtime.added_tokens import AddedTokens, output_of, refuse_tables
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.prompted_model import PromptedModel
@@ -17,7 +17,7 @@ from softhooks.runtime.with_blocks import Block
 
 
 class AddedTokenHooks:
-    """The hooks that replace embeddings and logits of added tokens by those of the prompts' copies."""
+    """The hooks that compute the embeddings and logits of added tokens from the prompts' copies."""
 
     def __init__(self, prompted: PromptedModel) -> None:
         self.prompted = prompted
@@ -68,7 +68,7 @@ class AddedTokenHooks:
 
 
 def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
-    """Check that a prompt's copies, while they equal the model's rows, give the same embeddings and logits.
+    """Check that a prompt's copies give the same embeddings and logits as the model's rows, before training changes them.
 
     Args:
         inputs: the arguments of a call of the model.
@@ -93,7 +93,9 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
             if isinstance(given, Tensor) and given.shape == ids.shape and torch.equal(given, ids):
                 refuse_tables(model, f"a second embedding ({type(module).__name__}) looks up the input ids")
 
-    with eval_mode(model), _hooked(model, listen):
+    with eval_mode(model), Patches() as patches:
+        for module in model.modules():
+            patches.keep(module.register_forward_hook(listen, with_kwargs=True))
         with Block(prompt.model, off=True):
             answered = model(**inputs)
             for embedding in tables.values():
@@ -110,13 +112,3 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
                 refuse_tables(
                     model, f"its output embeddings ({type(head).__name__}) do more than multiply by their rows"
                 )
-
-
-@contextmanager
-def _hooked(model: nn.Module, listen: Any) -> Iterator[None]:
-    handles = [module.register_forward_hook(listen, with_kwargs=True) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

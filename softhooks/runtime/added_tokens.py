@@ -1,7 +1,4 @@
-"""Trainable copies of the rows that tokens added to the vocabulary have in the embedding and in the output embeddings.
-
-The model's own embedding matrices do not change.
-"""
+"""Trainable copies of embedding rows, for tokens that were added to the vocabulary. The model's own rows do not change."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ ADDED = "added"
 
 
 class AddedTokens(nn.Module):
-    """A prompt's copies of vocabulary rows, in fp32.
+    """A prompt's copies of rows of the input and output embeddings, in fp32.
 
     Args:
         ids: the ids of the N tokens.
@@ -114,11 +111,7 @@ def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> t
 
 
 def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -> AddedTokens:
-    """Copy vocabulary rows of a model.
-
-    Raises:
-        UnsupportedModelError: a hook could not replace the rows of this model's embeddings.
-    """
+    """Copy vocabulary rows of a model, if hooks can replace the rows of its embeddings."""
     table, head = _input_of(model, structure), output_of(model)
     tables = {id(head), *(id(stack.embedding) for stack in structure.stacks)}
     for module in model.modules():
@@ -142,11 +135,7 @@ def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -
 
 
 def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
-    """Copy saved rows of added tokens into a prompt's rows.
-
-    Raises:
-        PromptMismatchError: the shapes differ, or the embeddings are tied only in the model or only in the file.
-    """
+    """Copy saved rows of added tokens into a prompt's rows. The shapes, and whether embeddings are tied, must be the same."""
     expected = {name: list(table.shape) for name, table in own.tables().items()}
     found = {name: list(table.shape) for name, table in tables.items()}
     if expected != found:
@@ -191,7 +180,7 @@ def _is_table(weight: Any, rows: int) -> bool:
 
 
 def refuse_tables(model: nn.Module, reason: str) -> NoReturn:
-    """Raise UnsupportedModelError for a model whose vocabulary rows a hook cannot replace, with the reason as a clause."""
+    """Refuse to train added tokens on a model."""
     raise UnsupportedModelError(
         f"the added tokens of {type(unwrapped(model)).__name__} cannot be trained: {reason}.",
         "Attach without `train_added_tokens`, and save the resized model next to the prompt.",

@@ -21,9 +21,6 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
         used: the columns of the active prompts.
         known: the columns of all prompts of the model.
         own: the names of the model's own arguments.
-
-    Raises:
-        UnsupportedModeError: a column is not used; the error names the methods that use it.
     """
     for name in (*COLUMN_METHODS, *known):
         if call.get(name) is None or name in used or name in own:

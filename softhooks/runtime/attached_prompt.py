@@ -46,7 +46,7 @@ class AttachedPrompt:
         objective: the method's training loss, or None for the model's own loss.
         injection: how the prompt enters the model. A `shared` prompt enters as slots in calls with inputs other than a text
             (encoder states, token types, ...).
-        requires_sharing: whether such calls are refused, because the prompt was attached with `injection='shared'`.
+        requires_sharing: whether such calls raise an error, because the prompt was attached with `injection='shared'`.
         takes_left_padding: whether rows may begin with padding; in some models, padding before the text changes the output.
         labels: the label names of the prompt's heads, while the model's config does not show them.
     """
@@ -158,7 +158,7 @@ class AttachedPrompt:
 
     @contextmanager
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
-        """Use other keys and values, of any length, in a `with` block, such as a teacher's for an objective."""
+        """In a `with` block, use other keys and values of any length, such as a teacher's."""
         outer, self._replacement = self._replacement, key_values
         try:
             yield
@@ -190,7 +190,7 @@ class AttachedPrompt:
         return None if found is None else found.states
 
     def snapshot(self) -> Snapshot:
-        """Return the state of the prompt, as the same object as the last time if nothing has changed."""
+        """Return the state of the prompt. If the prompt has not changed, the returned object is the same as last time."""
         self._snapshot = snapshot(
             self.model, self.encoder, self.added, self.injection, self.conventions, self._snapshot
         )

@@ -1,4 +1,4 @@
-"""Direct calls of `model.forward(...)`, which skip all hooks: redirect them to `model(...)`, for sentence-transformers."""
+"""Redirect direct calls of `model.forward(...)`, which skip all hooks, to `model(...)`. Needed by sentence-transformers."""
 
 from __future__ import annotations
 

@@ -57,14 +57,12 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
     reasons = _reasons_for_slots(stack, call, selection, outer)
     as_slots = [prompt.injection == "slots" or bool(found) for prompt, found in zip(prompts, reasons, strict=True)]
     if len(set(as_slots)) == 2:
-        injections = [
-            f"{prompt.name}: {'slots' if slots else prompt.injection}"
-            for prompt, slots in zip(prompts, as_slots, strict=True)
-        ]
         raise UnsupportedModeError(
             "this batch mixes slots with keys and values; all must enter as slots, or all as keys and values.",
             "Attach all with the same `injection=`, or run their rows in separate batches.",
-            prompts=", ".join(injections),
+            prompts=", ".join(
+                f"{p.name}: {'slots' if slots else p.injection}" for p, slots in zip(prompts, as_slots, strict=True)
+            ),
         )
     if not as_slots[0]:
         return _open_prefix(stack, call, selection, outer)
@@ -180,7 +178,7 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
 
 
 def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
-    """Make the pass of a gated branch. In a row that begins with padding, text has the position ids that it has without it."""
+    """Make the pass of a gated branch. Padding at the beginning of a row does not shift the position ids of its text."""
     batch, columns = text_shape(call)
     branch = BranchPass(stack, _branch_of(stack, selection, batch), stack.module.training)
     mask = padding_mask(call, outer)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial, wraps
 from traceback import walk_stack
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
+from softhooks.patching.patches import Patches
 from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.runtime.running import refusal
 
@@ -34,10 +34,10 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
                 return change(model, *args, **kwargs)
         if not isinstance(model, nn.Module):
             return change(model, *args, **kwargs)
-        with ExitStack() as guards:
+        with Patches() as guards:
             hook = partial(_refuse_others, threading.get_ident())
             for module in _entries(model):
-                guards.callback(module.register_forward_pre_hook(hook).remove)
+                guards.keep(module.register_forward_pre_hook(hook))
             _require_idle(model)
             return change(model, *args, **kwargs)
 
@@ -45,7 +45,7 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
 
 
 def _refuse_others(ident: int, _module: nn.Module, _args: Any) -> None:
-    """Refuse a forward in any thread except the one that attaches; a hook."""
+    """Refuse a forward in all threads except the thread `ident`, which attaches. This is a hook."""
     if threading.get_ident() != ident:
         raise refusal(WHAT, ident)
 

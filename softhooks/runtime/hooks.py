@@ -100,7 +100,7 @@ class ModelHooks:
 
 
 def _is_own_call(prompted: PromptedModel) -> bool:
-    """Return whether softhooks runs a prompt alone. This calls the model's hooks if the model itself is the stack."""
+    """Return whether softhooks itself runs a prompt alone; if the model is the stack, the model's hooks see that forward."""
     passes = (stack.state.current for stack in prompted.structure.stacks)
     return any(current is not None and not current.has_begun for current in passes)
 

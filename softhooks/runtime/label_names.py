@@ -54,7 +54,7 @@ class LabelNames:
         prompt.labels = now
 
     def show(self, active: str | None) -> None:
-        """Write a prompt's label names into the config, or the model's own names for None or a prompt without a head."""
+        """Write the active prompt's label names into the config, or the model's own if there is no such prompt or head."""
         prompt = None if active is None else self._prompts.get(active)
         name = prompt.name if prompt is not None and len(prompt.heads) else None
         if name == self._shown:

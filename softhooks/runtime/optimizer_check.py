@@ -23,9 +23,7 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 class TrainedModel(Protocol):
     """The attributes of a `PromptedModel` that the check uses."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
+    model: nn.Module
 
     def active_prompts(self) -> list[AttachedPrompt]:
         """Return the active prompts."""
@@ -56,7 +54,7 @@ def _held(optimizer: Any) -> list[Tensor]:
 
 
 def _require_held(model: TrainedModel, optimizer: Optimizer, reached: list[AttachedPrompt]) -> None:
-    """Raise a TrainerError if a prompt has gradients but is in no optimizer; only warn if the step trains something else."""
+    """Raise a TrainerError if a prompt has gradients but is in no optimizer; only warn if the step trains other parameters."""
     held = {id(parameter) for parameter in _held(optimizer)}
     own = [parameter for parameter in model.model.parameters() if id(parameter) in held]
     if not own:

@@ -29,9 +29,8 @@ from softhooks.runtime.arguments import refuse_unused
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.label_names import LabelNames
 from softhooks.runtime.optimizer_check import checked_models
-from softhooks.runtime.recomputed_forward import RecomputeCheck
 from softhooks.runtime.running import RunningCalls
-from softhooks.runtime.selection import Selection, select_rows
+from softhooks.runtime.selection import RecomputeCheck, Selection, select_rows
 from softhooks.runtime.with_blocks import choice_of, repeats_of
 
 
@@ -219,7 +218,7 @@ class PromptedModel:
         return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.batch_columns))
 
     def accepted(self) -> tuple[str, ...]:
-        """Return the extra arguments that the active prompts use, or all prompts if none is active."""
+        """Return the extra arguments of the active prompts, or those of all prompts if none is active."""
         names = dict.fromkeys(self._names) if self.is_in_use else self.prompts
         used = [self.prompts[name] for name in names if name in self.prompts]
         return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.batch_columns))
@@ -248,7 +247,7 @@ class PromptedModel:
 
 
 def prompted_model_of(model: nn.Module) -> PromptedModel | None:
-    """Return the prompts of a model, or None. The model may be compiled, wrapped (`module`) or in a sentence model."""
+    """Return the prompts of a model, or None. The model may be compiled, wrapped (`module`) or in a SentenceTransformer."""
     for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
         container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
         if isinstance(container, Container):

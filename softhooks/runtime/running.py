@@ -204,14 +204,14 @@ class RunningCalls:
         return ExclusiveBlock(self, what, skip_objective)
 
 
+@dataclass(eq=False, repr=False)
 class ExclusiveBlock:
     """A `with` block in which no other thread may run the model, named `what` in errors."""
 
-    def __init__(self, running: RunningCalls, what: str, skip_objective: bool) -> None:
-        self._running = running
-        self._what = what
-        self._skip_objective = skip_objective
-        self._call: Call | None = None
+    _running: RunningCalls
+    _what: str
+    _skip_objective: bool
+    _call: Call | None = None
 
     def __enter__(self) -> None:
         self._call = self._running.begin(self, self._what, sys._getframe(1))

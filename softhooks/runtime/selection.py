@@ -1,4 +1,4 @@
-"""The prompts that a forward uses, and the prompt of each row."""
+"""The prompts that a forward uses, the prompt of each row, and a check that a recomputed forward uses the same prompts."""
 
 from __future__ import annotations
 
@@ -87,14 +87,10 @@ def select_rows(
     """Select the prompt, and its variant, for each row of a batch.
 
     Args:
-        prompts: every prompt of the model, by name.
+        prompts: all prompts of the model, by name.
         names: the name for each row, or one name for all rows.
         batch: the number of rows.
         given: the extra arguments of the forward.
-
-    Raises:
-        UnsupportedModeError: an extra argument does not have one value for each row.
-        NotAttachedError: a named prompt has been removed.
     """
     each = list(names) * batch if len(names) == 1 else list(names)
     used = list(dict.fromkeys(name for name in each if name is not None))
@@ -123,3 +119,42 @@ def _variants(prompt: AttachedPrompt, given: dict[str, Tensor], batch: int) -> S
             prompt=prompt.name,
         )
     return chosen
+
+
+@dataclass
+class RecomputeCheck:
+    """Check that a forward that is recomputed in the backward uses the same prompts as in its first run.
+
+    With a gradient checkpoint around the whole model, a forward may be recomputed in another thread, outside of its `with` block
+    or after `activate`. It is unknown which forward is recomputed, so all forwards must have used the same prompts.
+
+    Attributes:
+        seen: the names of the first forward's prompts, as text.
+        differs: whether later forwards have used different prompts.
+    """
+
+    seen: str | None = None
+    differs: bool = False
+
+    def note(self, selection: str, training: bool) -> None:
+        """Store the prompts of a forward, or check them inside a backward.
+
+        Args:
+            selection: the names of the active prompts, as text.
+            training: whether the model is in training mode. The first run of a reentrant checkpoint has no gradients.
+
+        Raises:
+            UnsupportedModeError: the first run may have used different prompts.
+        """
+        if torch._C._current_graph_task_id() != -1:  # inside a backward
+            if self.differs or self.seen != selection:
+                raise UnsupportedModeError(
+                    "a backward recomputes a forward, but the prompts may have changed since its first run; "
+                    "both runs must use the same prompts.",
+                    "Checkpoint the layers (`gradient_checkpointing_enable()`) instead of the whole model.",
+                    before="several" if self.differs else self.seen or "unknown",
+                    now=selection,
+                )
+        elif training or torch.is_grad_enabled():
+            self.differs = self.differs or self.seen not in (None, selection)
+            self.seen = selection if self.seen is None else self.seen

@@ -95,7 +95,7 @@ def _keep_dropout_off(prompted: PromptedModel, stack: Stack) -> None:
 
 
 def _outer_call(forward: Call, stack: Stack) -> OuterCall | None:
-    """Return the position ids and the attention mask for a stack that the caller passed to the model."""
+    """Return the position ids and the attention mask that the caller passed to the model for this stack."""
     given, prefix = forward.model_arguments, "decoder_" if stack.name == "decoder" else ""
     return (
         None if given is None else OuterCall(given.get(f"{prefix}position_ids"), given.get(f"{prefix}attention_mask"))

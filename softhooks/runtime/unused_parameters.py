@@ -16,7 +16,7 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 
 
 def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str, Tensor]) -> None:
-    """Refuse a training forward with prompts that leave parameters unused, unless DDP searches for these in each step.
+    """Refuse a training forward that does not use all parameters, unless DDP searches for unused parameters in each step.
 
     Args:
         prompts: the prompts that are trained.

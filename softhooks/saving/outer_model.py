@@ -43,8 +43,8 @@ class SaveFromOutside:
     def __call__(self, _container: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """Write the prompts, and remove their tensors from the state dict.
 
-        In a Trainer's checkpoint they stay among the weights, from which the Trainer resumes. They also stay for a sharded model,
-        whose prompts a single process cannot write. If the prompts are disabled, they are not written.
+        The tensors are not removed from a Trainer's checkpoint, because the Trainer resumes from it, or from a sharded model,
+        because a single process cannot write its prompts. Disabled prompts are not written.
         """
         call = None if prefix.count(".") < 2 else _saving_call(self.prompted.model)
         if call is None or not self.prompted.prompts:
