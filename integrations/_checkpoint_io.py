@@ -1,4 +1,4 @@
-"""Lightning's `checkpoint_io` for prompts: checkpoints without the base, each with a prompt directory next to it."""
+"""Lightning checkpoints without the base, each with a directory next to it that contains the saved prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from softhooks.integration_support.checkpoints import TENSORS
 from ._outer_module import OuterModule
 
 SUFFIX = ".prompt"
-"""The suffix of the directory next to a checkpoint."""
 
 
 class TrainingCallback(Protocol):
@@ -20,8 +19,8 @@ class TrainingCallback(Protocol):
 
     Attributes:
         name: the name of the prompt.
-        beside: whether to write the prompt directory.
-        outer: the module around the prompted model, or None before the prompt is attached.
+        beside: whether to write the directory next to each checkpoint.
+        outer: the module around the prompted model; None before the prompt is attached.
     """
 
     name: str
@@ -30,7 +29,7 @@ class TrainingCallback(Protocol):
 
 
 class PromptFiles:
-    """Replaces a strategy's `checkpoint_io`: removes the base from a checkpoint, and writes the prompt next to it."""
+    """Replaces the `checkpoint_io` of a Lightning strategy."""
 
     def __init__(self, checkpoint_io: Any, callback: TrainingCallback) -> None:
         self.checkpoint_io = checkpoint_io
@@ -42,7 +41,7 @@ class PromptFiles:
         return getattr(self.checkpoint_io, name)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint, and the prompt next to it."""
+        """Write a checkpoint without the base, and the prompt next to it."""
         outer = self.callback.outer
         if outer is not None and outer.prompt.is_attached:
             checkpoint = {**checkpoint, "state_dict": outer.prune(checkpoint["state_dict"])}
@@ -66,7 +65,7 @@ class PromptFiles:
 
 
 def prompt_files_of(files: Any) -> Iterator[PromptFiles]:
-    """Yield the `PromptFiles` around a `checkpoint_io`, outermost first, with one for each callback that trains a prompt."""
+    """Yield the `PromptFiles` around a `checkpoint_io`, outermost first; each callback that trains a prompt adds one."""
     while isinstance(files, PromptFiles):
         yield files
         files = files.checkpoint_io

@@ -1,4 +1,4 @@
-"""Recording of a prompt's options, files and nearest words in experiment trackers, in addition to its metrics."""
+"""A Trainer callback that records a prompt's options, files and nearest words in an experiment tracker."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ ABOUT = "soft_prompt"
 """The name under which trackers record the prompt."""
 
 WORDS = ("virtual token", "rank", "word", "cosine")
-"""The columns of the table of nearest words."""
+"""The columns of a table of nearest words."""
 
 
 class PromptTracker(TrainerCallback):
-    """Records the prompt that a `SoftPromptCallback` trains; the prompt's metrics are already in the Trainer's logs.
-
-    Subclasses implement `begin`, called before the first step, and `end`, called after the last one.
+    """Records the prompt that a `SoftPromptCallback` trains; its metrics are already in the Trainer's logs.
 
     Args:
-        tokenizer: the model's tokenizer, for a table of the words nearest to each virtual token; if None, there is no table.
+        tokenizer: the model's tokenizer, for the words nearest to each virtual token; None to record no words.
         words: the number of nearest words for each virtual token.
     """
 
@@ -35,15 +33,18 @@ class PromptTracker(TrainerCallback):
         self._words = words
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Record the method, its options and the number of parameters, given as a flat dictionary of plain values."""
+        """Record the method and its options before the first step.
+
+        Args:
+            about: the method, its options, the number of parameters and the injection, by name.
+        """
         raise NotImplementedError
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Record the trained prompt.
+        """Record the trained prompt after the last step.
 
         Args:
-            prompt: the prompt, attached to its model.
-            folder: a temporary directory with the prompt's files, as `save_pretrained` writes them.
+            folder: a temporary directory with the saved prompt.
             words: the words nearest to each virtual token; empty if there is no tokenizer.
         """
         raise NotImplementedError
@@ -53,9 +54,9 @@ class PromptTracker(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the words can be computed at the end, and record the options."""
+        """Record the options."""
         prompt = _prompt_of(kwargs["model"], type(self).__name__)
-        if self._tokenizer is not None:
+        if self._tokenizer is not None:  # fail before the training rather than after it
             nearest_words(prompt, self._tokenizer, self._words)
         if state.is_world_process_zero:
             about = {"method": prompt.method.kind, "parameters": prompt.num_parameters, "injection": prompt.injection}
@@ -64,17 +65,17 @@ class PromptTracker(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Record the trained prompt; all processes take part if the prompt is sharded."""
+        """Record the trained prompt."""
         prompt = _prompt_of(kwargs["model"], type(self).__name__)
         with tempfile.TemporaryDirectory() as folder:
-            prompt.save_pretrained(folder)
+            prompt.save_pretrained(folder)  # in every process, because they gather a sharded prompt together
             if state.is_world_process_zero:
                 words = [] if self._tokenizer is None else nearest_words(prompt, self._tokenizer, self._words)
                 self.end(state, prompt, Path(folder), words)
 
 
 def table_of(words: list[list[Word]]) -> list[tuple[int, int, str, float]]:
-    """Return the rows of a table with the columns `WORDS`; virtual tokens and ranks start at 0."""
+    """Return the rows of a table with the columns `WORDS`; virtual tokens and ranks are numbered from 0."""
     return [
         (number, rank, word.token, round(word.cosine, 4))
         for number, row in enumerate(words)
@@ -83,11 +84,6 @@ def table_of(words: list[list[Word]]) -> list[tuple[int, int, str, float]]:
 
 
 def _prompt_of(model: Any, asking: str) -> SoftPrompt:
-    """Return the prompt that is being trained.
-
-    Raises:
-        TrainerError: the model has no prompt.
-    """
     prompted = prompted_model_of(model)
     if prompted is None or prompted.active is None:
         raise TrainerError(

@@ -1,7 +1,9 @@
-"""Imports of frameworks that may not be installed."""
+"""Imports of frameworks that may not be installed, and classes that derive from theirs."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -28,3 +30,23 @@ def import_framework(module: str, name: str, extra: str | None = None) -> Any:
             else f'Install it: pip install "softhooks[{extra}]".'
         )
         raise SoftHooksError(f"{name} is not installed.", remedy) from error
+
+
+def create_at_first_use(module: str, **makers: Callable[[], type]) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module that creates a class when the class is first used.
+
+    Each class is created only once, so that its instances can be pickled.
+
+    Args:
+        module: the module's name.
+        makers: for each class, a function that creates it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in makers:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        made = makers[name]()
+        made.__module__, made.__qualname__ = module, name
+        return vars(sys.modules[module]).setdefault(name, made)
+
+    return get

@@ -24,7 +24,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def find_model(module: nn.Module, attribute: str | None) -> str:
-    """Return the path of the model to attach to: `attribute`, or the path of the only transformers model in the module.
+    """Return `attribute`, or the path of the only transformers model in the module if `attribute` is None.
 
     Raises:
         TrainerError: there is no such submodule, or the module does not have exactly one transformers model.
@@ -34,7 +34,7 @@ def find_model(module: nn.Module, attribute: str | None) -> str:
             module.get_submodule(attribute)
         except AttributeError as error:
             raise TrainerError(
-                f"attribute={attribute!r} names no submodule of {type(module).__name__}: {error}",
+                f"{type(module).__name__} has no submodule {attribute!r}, which was given as `attribute=`: {error}",
                 "Create the model in `__init__`; `configure_model` and the module's own `setup` run too late.",
             ) from error
         return attribute
@@ -53,7 +53,7 @@ def find_model(module: nn.Module, attribute: str | None) -> str:
 
 
 def holds(module: nn.Module, prompted: nn.Module) -> bool:
-    """Whether a module is the prompted model or has it as a submodule."""
+    """Return whether a module is the prompted model or contains it."""
     return any(part is prompted for part in module.modules())
 
 
@@ -80,11 +80,7 @@ def outer_tensors(module: nn.Module, prompted: nn.Module) -> dict[str, Tensor]:
 
 
 def require_same(stored: dict[str, Tensor], present: dict[str, Tensor]) -> None:
-    """Check that the tensors around the prompted model are the same in a checkpoint and in the module.
-
-    Raises:
-        TrainerError: names or shapes differ.
-    """
+    """Check that the tensors around the prompted model have the same names and shapes in a checkpoint and in the module."""
     shapes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (stored, present)]
     if shapes[0] != shapes[1]:
         raise TrainerError(
@@ -96,12 +92,7 @@ def require_same(stored: dict[str, Tensor], present: dict[str, Tensor]) -> None:
 
 
 class OuterModule:
-    """Removes the frozen base of a prompted model from the checkpoints of a module around the model.
-
-    Attributes:
-        prompt: the prompt.
-        saver: the saver of the prompted model.
-    """
+    """A module with a prompted model inside it; its checkpoints do not contain the frozen base of that model."""
 
     def __init__(self, prompt: SoftPrompt, module: nn.Module, path: str) -> None:
         self.prompt = prompt
@@ -117,7 +108,7 @@ class OuterModule:
 
     @classmethod
     def of(cls, prompt: SoftPrompt, module: nn.Module, path: str) -> OuterModule:
-        """Return the OuterModule of a prompt and a module, creating it at the first call."""
+        """Return the OuterModule of a prompt and a module, which is created at the first call."""
         saver = saver_of(prompt.model)
         known = None if saver is None or saver.prompt is not prompt else saver.owner
         if isinstance(known, OuterModule):
@@ -132,14 +123,14 @@ class OuterModule:
             handle.remove()
 
     def _base_names(self) -> set[str]:
-        """Return the names of the frozen base's tensors under every path in the module."""
+        """Return the names of the frozen base's tensors in the module; a tensor that is used twice has two names."""
         model, live = self.prompt.model, live_tensors(self.prompt)
         named = (*model.named_parameters(), *model.named_buffers())
         base = {id(t) for name, t in named if name not in live and not is_prompt_key(name)}
         return {name for name, value in self.module.state_dict(keep_vars=True).items() if id(value) in base}
 
     def prune(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Remove the base from a state dict of the module, and add the description of the run."""
+        """Remove the base from a state dict of the module, and add a description that identifies the run."""
         base_names = self._base_names()
         kept = {name: value for name, value in state.items() if name not in base_names}
         return kept | {f"{self._prefix}{name}": value for name, value in self.saver.state().items()}
@@ -150,7 +141,7 @@ class OuterModule:
             return
         own = f"{self._prefix}{CONTAINER}."
         others = {f"{own}{name}." for name in self.prompt.prompted_model.prompts if name != self.prompt.name}
-        # other prompts of the model are checked elsewhere
+        # other prompts are checked by their own OuterModule
         mine = [key for key in state if key.startswith(self._prefix) and not any(map(key.startswith, others))]
         if any(key.startswith(own) for key in mine):
             inner = {key.removeprefix(self._prefix): state[key] for key in mine}

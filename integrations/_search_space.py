@@ -1,4 +1,4 @@
-"""The candidates of a hyperparameter search: methods and the values to try for their options."""
+"""Candidates of a hyperparameter search."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Candidate:
     """A method to search over, with the values of its options.
 
     Args:
-        make: a method's class, such as `PromptTuning`, or a function of `num_virtual_tokens` and options that returns a method.
-        num_virtual_tokens: the lengths to choose from, as a sequence or a `range`.
-        learning_rate: the lowest and the highest learning rate, between which trials sample on a logarithmic scale.
+        make: a method's class, such as `PromptTuning`, or a function with the same arguments that returns a method.
+        num_virtual_tokens: the lengths to choose from.
+        learning_rate: the lowest and the highest learning rate; trials sample between them on a logarithmic scale.
         options: for each option of the method, the values to choose from.
 
     Raises:
@@ -61,15 +61,12 @@ class Candidate:
         except TypeError as error:
             raise OptionError(
                 f"{getattr(self.make, '__name__', self.make)} does not accept the options of its candidate: {error}.",
-                "Use only options of the method; see the method's documentation.",
+                "Use the options that the documentation of the method lists.",
                 options=", ".join(options) or "none",
             ) from error
 
     def suggest(self, trial: Any, name: str) -> Chosen:
-        """Let an Optuna trial choose the values; its parameters are named `<candidate>.<option>`.
-
-        Options with a single value do not become parameters of the trial.
-        """
+        """Let an Optuna trial choose the values, as parameters `<candidate>.<option>`; options with one value need no choice."""
         chosen: dict[str, Any] = {}
         for option, values in self.choices.items():
             if len(values) == 1:
@@ -90,7 +87,7 @@ def _check_choices(name: str, values: Any) -> None:
     )
     if not plain:
         raise OptionError(
-            f"{name}={values!r} is not a list of values to choose from: strings, numbers, booleans or None, or "
-            "one value of another type.",
+            f"{name}={values!r} is not a list of values to choose from; it must hold strings, numbers, booleans and None, or one "
+            "value of another type.",
             "Write init=['vocab', 'random'], or layers=[[0, 1]] for a value that is itself a list.",
         )

@@ -1,20 +1,18 @@
 """accelerate: checkpoints of an `Accelerator` that hold the prompt instead of the model.
 
-`softhooks.attach` works with an Accelerator as in any other training loop. After `track`, `save_state` writes the prompt (which
-`softhooks.load` reads from the checkpoint) and its live parameters instead of the model, in safetensors. `load_state` restores
-them, so that the run resumes bit for bit; accelerate saves and restores optimizer, schedule and random state. A checkpoint of
-another method, base or optimizer is refused before anything is loaded. In several processes, all ranks start with the prompt of
-rank 0, and each checkpoint checks that it is still the same on all ranks. Tensors around the prompted model, such as a head in a
-prepared module, are saved too.
+After `track`, `save_state` writes the prompt (which `softhooks.load` reads) and its live parameters instead of the model, in
+safetensors. After `load_state`, the run resumes bit for bit. If a prepared module contains the prompted model and other tensors,
+such as a head, these are saved too. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
 
-Call `track` between `attach` and `prepare`, or at any later time in a single process. `accelerator.unwrap_model` returns the
-model with its prompt. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
+Call `track` between `attach` and `prepare`, or at any later time in a single process. In several processes, all ranks start with
+the prompt of rank 0, and `save_state` and `load_state` check that all ranks have the same prompt.
 
-Not supported: DeepSpeed, FSDP and Megatron, because their checkpoints always contain the base (under FSDP2, train with the
-Trainer and SoftPromptCallback). Refused with an error: `track` after `prepare` in several processes, because DDP would not
-synchronize the prompt; optimizers without the prompt's parameters; two prompts on one model; `save_model` of a module with more
-than the prompted model, or without safetensors. Methods with parameters that are unused in some steps (MPT that trains its
-teachers, LlamaAdapter with a `context_size` and no context) need `DistributedDataParallelKwargs(find_unused_parameters=True)`.
+Refused with an error: DeepSpeed, FSDP and Megatron, because their checkpoints always contain the base (under FSDP2, train with
+the Trainer and SoftPromptCallback); `track` after `prepare` in several processes, because DDP would not synchronize the prompt;
+optimizers without the prompt's parameters; two prompts on one model; a checkpoint of another method, base or optimizer, before
+anything is loaded; `save_model` of a module with more than the prompted model, or without safetensors. Methods with parameters
+that are unused in some steps (MPT that trains its teachers, LlamaAdapter with a `context_size` and no context) need
+`DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
 Example:
     from accelerate import Accelerator
@@ -29,7 +27,7 @@ Example:
         accelerator.backward(model(**batch).loss)
         optimizer.step()
         optimizer.zero_grad()
-    accelerator.save_state("checkpoint")  # `accelerator.load_state("checkpoint")` goes on from it
+    accelerator.save_state("checkpoint")  # to resume: `accelerator.load_state("checkpoint")`
     prompt.verify_frozen()
 
 Versions tested: accelerate 1.15.0
@@ -70,7 +68,7 @@ if TYPE_CHECKING:
 __all__ = ["track"]
 
 AROUND = "soft_prompt.around.safetensors"
-"""The file with the tensors of a prepared module around the prompted model."""
+"""The file with the tensors of a prepared module that do not belong to the prompted model."""
 
 _UNSUPPORTED = {
     "DEEPSPEED": "DeepSpeed keeps parameters and optimizer states in its own partitions",
@@ -85,8 +83,8 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
 
     Args:
         accelerator: the Accelerator.
-        prompt: the prompt to train. Several prompts, each on its own model, are saved in the order in which they were tracked:
-            the first in the checkpoint's directory, the others in its subdirectories `soft_prompt_1`, `soft_prompt_2`, ...
+        prompt: the prompt to train. Prompts of further models are saved in the subdirectories `soft_prompt_1`, `soft_prompt_2`,
+            ... of the checkpoint, in the order in which they were tracked.
         check_frozen: whether to check before each checkpoint that the base has not changed.
 
     Returns:
@@ -96,14 +94,14 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
         TrainerError: the Accelerator or its launch cannot train the prompt. Nothing is changed.
     """
     if not hasattr(accelerator, "register_save_state_pre_hook"):
-        raise TrainerError(f"track was given {type(accelerator).__name__}; it takes an accelerate.Accelerator.")
+        raise TrainerError(f"`track` was given {type(accelerator).__name__} instead of an accelerate.Accelerator.")
     prompt._require_attached()
     _refuse(accelerator, prompt)
     others = [tracker for tracker in _tracked.get(accelerator, []) if tracker.prompt is not None]
     for other in others:
         if other.prompt is not None and other.prompt.model is prompt.model:
             raise TrainerError(
-                f"the Accelerator already tracks the prompt {other.prompt.name!r}; it can track only one prompt of a model.",
+                f"the Accelerator already tracks the prompt {other.prompt.name!r}; it can track one prompt of each model.",
                 "Remove the other prompt, or attach this one to another model.",
                 asked=repr(prompt.name),
             )
@@ -133,18 +131,16 @@ def _refuse(accelerator: Any, prompt: SoftPrompt) -> None:
 class Tracker:
     """Writes a prompt into the checkpoints of an Accelerator, and reads the prompt from them.
 
-    Attributes:
-        number: the index of the prompt among all prompts that the Accelerator tracks.
-        check_frozen: whether the base is checked before each checkpoint.
+    Args:
+        number: 0 for the first prompt that the Accelerator tracks, 1 for the next, and so on.
     """
 
     def __init__(self, accelerator: Any, prompt: SoftPrompt, number: int, check_frozen: bool) -> None:
         self.number = number
         self.check_frozen = check_frozen
+        # weak references, because an Accelerator may outlive its models (`free_memory`)
+        self._prompt = weakref.ref(prompt)
         self._accelerator = weakref.ref(accelerator)
-        self._prompt = weakref.ref(
-            prompt
-        )  # a weak reference, because an Accelerator may outlive its models (`free_memory`)
         self._handles = [
             accelerator.register_save_state_pre_hook(self._save),
             accelerator.register_load_state_pre_hook(self._load),
@@ -157,7 +153,7 @@ class Tracker:
 
     @property
     def prompt(self) -> SoftPrompt | None:
-        """The prompt, or None once it is removed from its model."""
+        """The prompt, or None if it was removed from its model."""
         prompt = self._prompt()
         return prompt if prompt is not None and prompt.is_attached else None
 
@@ -186,7 +182,7 @@ class Tracker:
     # --- save ---------------------------------------------------------------------------------------------------------
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
-        """Write the prompt, and remove the model's weights from the weights that accelerate is about to write."""
+        """Write the prompt, and keep accelerate from writing the model."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None:
             return
@@ -205,7 +201,7 @@ class Tracker:
                 write_tensors(folder / AROUND, {name: t.clone() for name, t in outer.items()}, {"format": "pt"})
 
     def save_model(self, model: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write the prompt if this is the prompted model, and any other model like the original `save_model`."""
+        """Write only the prompt if the model contains the prompted model; otherwise call the original `save_model`."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None or not holds(model, prompt.model):
             self._save_model_before(model, save_directory, *args, **kwargs)
@@ -225,7 +221,7 @@ class Tracker:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
-        """Check a checkpoint and load the prompt from it; remove the model from the models that accelerate loads."""
+        """Check a checkpoint and load the prompt from it, and keep accelerate from loading the model."""
         prompt, accelerator = self.prompt, self._accelerator()
         if prompt is None or accelerator is None:
             return
@@ -255,11 +251,7 @@ def _writes(accelerator: Any) -> bool:
 
 
 def _require_prepared(models: list[nn.Module], prompt: SoftPrompt) -> nn.Module:
-    """Return the prepared model that contains the prompted model, unwrapped.
-
-    Raises:
-        TrainerError: no prepared model contains the prompted model.
-    """
+    """Return the prepared model that contains the prompted model, unwrapped."""
     for model in models:
         if holds(model, prompt.model):
             return unwrap(model)
@@ -271,11 +263,7 @@ def _require_prepared(models: list[nn.Module], prompt: SoftPrompt) -> nn.Module:
 
 
 def _index_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
-    """Return the index of the prompted model's state dict among the state dicts that are about to be written.
-
-    Raises:
-        TrainerError: the prompt is not in exactly one state dict.
-    """
+    """Return the index of the prompted model's state dict in `weights`."""
     own = {parameter.data_ptr() for parameter in prompt.parameters()}
     pointers = [{value.data_ptr() for value in state.values() if isinstance(value, Tensor)} for state in weights]
     found = [number for number, held in enumerate(pointers) if own & held]
@@ -291,5 +279,5 @@ def _index_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
 def _optimizer_of(accelerator: Any, prompt: SoftPrompt) -> str | None:
     """Return the name of the optimizer that trains a prompt, or None if no optimizer is prepared."""
     optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in accelerator._optimizers]
-    remedy = "Make the optimizer from `prompt.parameters()`, after `attach`, and pass it to `accelerator.prepare`."
+    remedy = "Create it from `prompt.parameters()`, after `attach`, and pass it to `accelerator.prepare`."
     return require_held(optimizers, prompt, remedy) if optimizers else None

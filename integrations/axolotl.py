@@ -5,29 +5,28 @@
       method: prefix_tuning          # and `options:` of the method, `callback:` of SoftPromptCallback, as for `softhooks run`
       options: {num_virtual_tokens: 16}
 
-The section is checked when the plugin is registered, before anything is loaded. The plugin gives Axolotl's Trainer a
-`SoftPromptCallback`; checkpoints and the model saved at the end hold only the prompt.
+The section is checked before anything is loaded. Checkpoints and the model saved at the end hold only the prompt.
 
-Refused with an error: a missing or wrong `softhooks:` section; `rl`, `reward_model` and `process_reward_model`, whose reference
-models and heads have not been tested with prompts; DeepSpeed; an `adapter` that would be frozen (`callback: {trainable:
-"*lora_*"}` trains it too); `relora`, `merge_lora` and `merge_method`; a model that already has a prompt.
+Refused with an error: `rl`, `reward_model` and `process_reward_model`, which have not been tested with prompts; DeepSpeed; an
+`adapter` that would be frozen (`callback: {trainable: "*lora_*"}` trains it too); `relora`, `merge_lora` and `merge_method`; a
+model that already has a prompt.
 
-Axolotl requires versions of transformers and peft with which softhooks is not tested. Written from the source of axolotl 0.19.0.
-Axolotl's plugin manager was run with this plugin, but its training command was not: the tests call the hooks in the same order,
-with a real model and Trainer.
+softhooks is not tested with the versions of transformers and peft that Axolotl requires. This module was written from the source
+of axolotl 0.19.0. Axolotl's plugin manager was run with this plugin, but its training command was not: the tests call the hooks
+in the same order, with a real model and Trainer.
 
 Example:
     from transformers import Trainer, TrainingArguments
     from softhooks.integrations.axolotl import callback_for
 
-    # these steps do by hand what the plugin does with Axolotl's configuration
+    # the plugin takes these steps with Axolotl's configuration
     cfg = {"softhooks": {"method": "prefix_tuning", "options": {"num_virtual_tokens": 16}}}
     callback = callback_for(cfg, model)
     trainer = Trainer(model, TrainingArguments("out", report_to=[]), train_dataset=dataset, callbacks=[callback])
     trainer.train()
     trainer.save_model("out/prompt")
 
-Versions tested: none run; axolotl 0.19.0 read, its plugin manager run
+Versions tested: the plugin manager of axolotl 0.19.0
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ from softhooks.integration_support.models import prompted_model_of
 from softhooks.integration_support.training import SoftPromptCallback, from_sections
 from softhooks.method import Method
 
-from ._imports import import_framework
+from ._imports import create_at_first_use, import_framework
 
 __all__ = ["SoftPromptPlugin", "callback_for"]
 
-SoftPromptPlugin: Any  # created by `__getattr__`
+SoftPromptPlugin: Any  # created at its first use, because it derives from a class of Axolotl
 
 SECTION = "softhooks"
 _UNSUPPORTED = {
@@ -61,16 +60,11 @@ _UNSUPPORTED = {
 
 
 def read(cfg: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Read the plugin's section of a configuration, and check the other options in the configuration.
-
-    Raises:
-        OptionError: an option in the section is wrong.
-        TrainerError: there is no section, or another option cannot be used with a prompt.
-    """
+    """Read the section `softhooks:` of a configuration, and refuse other options that do not work with a prompt."""
     section = cfg.get(SECTION)
     if not section:
         raise TrainerError(
-            f"the configuration has no section `{SECTION}:` with the options of the plugin.",
+            f"the configuration has no section `{SECTION}:`, which the plugin needs.",
             f"Write a section `{SECTION}:` with `method:` and `options:`, or remove the plugin from `plugins:`.",
             found=f"{SECTION}: {section!r}",
         )
@@ -93,33 +87,30 @@ def callback_for(cfg: Mapping[str, Any], model: nn.Module) -> SoftPromptCallback
     """Create the callback for a configuration.
 
     Raises:
-        OptionError, TrainerError, AttachError: as `check`.
+        OptionError: an option in the section `softhooks:` is wrong.
+        TrainerError: there is no such section, or another option cannot be used with a prompt.
+        AttachError: the model already has a prompt.
     """
     method, options = check(cfg, model)
     return SoftPromptCallback(method, **options, model=model if getattr(model, "is_quantized", False) else None)
 
 
 def check(cfg: Mapping[str, Any], model: nn.Module) -> tuple[Method, dict[str, Any]]:
-    """Read a configuration as `read` does, and check the model.
-
-    Raises:
-        OptionError, TrainerError: as `read`.
-        AttachError: the model already has a prompt.
-    """
+    """Read a configuration, and refuse a model that already has a prompt."""
     prompted = prompted_model_of(model)
     if prompted is not None:
         raise AttachError(
-            f"the model already has the prompt {', '.join(map(repr, prompted.prompts))}; the plugin attaches a new prompt.",
+            f"the model already has the prompt {', '.join(map(repr, prompted.prompts))}; the plugin would attach a second one.",
             "List the plugin only once, and attach no prompt in other plugins.",
         )
     return read(cfg)
 
 
 class _Hooks:
-    """The hooks of the plugin that trains a prompt; `SoftPromptPlugin` derives from it and from Axolotl's `BasePlugin`.
+    """A plugin that trains a prompt.
 
     Attributes:
-        callback: the last callback that was created.
+        callback: the callback of the last Trainer, with the prompt as its `soft_prompt`.
     """
 
     callback: SoftPromptCallback | None = None
@@ -129,7 +120,7 @@ class _Hooks:
         read(cfg)
 
     def get_input_args(self) -> str:
-        """Return the name of the section's pydantic model, without which Axolotl would drop the section."""
+        """Return the name of a pydantic model with the section; Axolotl drops sections that no model has."""
         return f"{__name__}.SoftPromptArgs"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
@@ -142,7 +133,7 @@ class _Hooks:
         return [self.callback]
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Check that the Trainer used the callback.
+        """Check that the prompt was trained.
 
         Raises:
             TrainerError: the Trainer did not use the callback, or the prompt was removed.
@@ -156,19 +147,14 @@ class _Hooks:
 
 def _plugin() -> type:
     base = import_framework("axolotl.integrations.base", "Axolotl").BasePlugin
-    return type("SoftPromptPlugin", (_Hooks, base), {"__module__": __name__, "__doc__": _Hooks.__doc__})
+    return type("SoftPromptPlugin", (_Hooks, base), {"__doc__": _Hooks.__doc__})
 
 
 def _schema() -> type:
     from pydantic import BaseModel
 
-    annotations = {"__annotations__": {SECTION: dict[str, Any] | None}, SECTION: None, "__module__": __name__}
-    return type("SoftPromptArgs", (BaseModel,), annotations)
+    fields = {"__annotations__": {SECTION: dict[str, Any] | None}, SECTION: None, "__module__": __name__}
+    return type("SoftPromptArgs", (BaseModel,), fields)
 
 
-def __getattr__(name: str) -> Any:
-    """Create the classes that derive from classes of Axolotl and pydantic at their first use."""
-    makers = {"SoftPromptPlugin": _plugin, "SoftPromptArgs": _schema}
-    if name not in makers:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, makers[name]())
+__getattr__ = create_at_first_use(__name__, SoftPromptPlugin=_plugin, SoftPromptArgs=_schema)

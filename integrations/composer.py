@@ -1,17 +1,16 @@
 """MosaicML Composer: an algorithm that attaches a prompt when the Trainer is created, and leaves the base out of checkpoints.
 
-`SoftPromptAlgorithm` attaches a prompt at `Event.INIT` to the model in the `HuggingFaceModel`, and changes the Trainer's
-optimizer to hold exactly the prompt's parameters. Checkpoints contain only the trained tensors of the model; when they are
-loaded, the base is added from the model, so that strict loading works. Before each step the prompt must have a gradient; at
-`Event.FIT_END` the base is checked.
+`SoftPromptAlgorithm` attaches a prompt to the model in the `HuggingFaceModel`, and changes the Trainer's optimizer to hold
+exactly the prompt's parameters. Checkpoints contain only the trained tensors, and load with Composer's strict loading. Before
+each step the algorithm checks that the prompt has a gradient, and at the end of `fit` that the base has not changed.
 
 Refused with an error: models that are not a `HuggingFaceModel` or already have a prompt; FSDP and tensor parallelism; several
 optimizers; an optimizer that holds other parameters when `fit` begins; checkpoints without this prompt, or with a prompt of
 another shape.
 
-Composer requires versions of torch and torchvision that conflict with softhooks. Written from the source of mosaicml 0.32.1,
-whose Trainer was run and resumed bit for bit on a tiny model, with substitutes for torchvision and mcli. The tests call the
-algorithm's events in the documented order without Composer.
+Composer requires versions of torch and torchvision that conflict with softhooks. This module was written from the source of
+mosaicml 0.32.1, whose Trainer was run and resumed bit for bit on a tiny model, with substitutes for torchvision and mcli. The
+tests run without Composer; they send the documented events to the algorithm.
 
 Example:
     import softhooks
@@ -27,12 +26,12 @@ Example:
     trainer.fit()
     algorithm.prompt.save_pretrained("prompt")
 
-Versions tested: mosaicml 0.32.1, outside of its own range of versions
+Versions tested: mosaicml 0.32.1, with a newer torch than it supports
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,35 +39,26 @@ from softhooks.attach import attach
 from softhooks.errors import AttachError, TrainerError
 from softhooks.integration_support.checkpoints import live_tensors
 from softhooks.integration_support.models import prompted_model_of
-from softhooks.integration_support.training import mend_optimizer
+from softhooks.integration_support.training import FrozenReport, mend_optimizer
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
-from ._imports import import_framework
+from ._imports import create_at_first_use, import_framework
 from ._training_state import LivePrompt, require_optimizer
-
-if TYPE_CHECKING:
-    from softhooks.integration_support.training import FrozenReport
 
 __all__ = ["SoftPromptAlgorithm"]
 
-SoftPromptAlgorithm: Any  # created by `__getattr__`
+SoftPromptAlgorithm: Any  # created at its first use, because it derives from a class of Composer
 
 _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 
 
 class _Events:
-    """The methods of the algorithm, which attaches a prompt to the model of a Composer Trainer and checks the training.
-
-    `SoftPromptAlgorithm` derives from this class and from Composer's `Algorithm`.
+    """Attaches a prompt to the model of a Composer Trainer, and checks the training.
 
     Args:
         method: the method to train.
         options: more arguments of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
-
-    Attributes:
-        prompt: the attached prompt, available once the Trainer is created.
-        report: the report of the last check of the base.
     """
 
     def __init__(self, method: Method, **options: Any) -> None:
@@ -79,7 +69,7 @@ class _Events:
 
     @property
     def prompt(self) -> SoftPrompt:
-        """The attached prompt."""
+        """The attached prompt, available once the Trainer is created."""
         return self._own.prompt
 
     @property
@@ -111,7 +101,7 @@ class _Events:
     def _own(self) -> LivePrompt:
         if self._live is None:
             raise TrainerError(
-                "the prompt is not attached yet; it is attached when Composer's Trainer is created with `algorithms=[...]`."
+                "the prompt is not attached yet; Composer's Trainer attaches it when it is created with `algorithms=[...]`."
             )
         return self._live
 
@@ -133,7 +123,9 @@ class _Events:
         present = prompted_model_of(model)
         if present is not None:
             raise AttachError(
-                f"the model already has the prompt {', '.join(map(repr, present.prompts))}; the algorithm attaches a new prompt."
+                f"the model already has the prompt {', '.join(map(repr, present.prompts))}, and the algorithm would attach "
+                "a second one.",
+                "Remove the prompt before you create the Trainer.",
             )
         prompt = attach(model, self.method, **self.options)
         mend_optimizer(optimizers[0], prompt)
@@ -144,19 +136,15 @@ class _Events:
         prompt.prompted_model.patches.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
 
     def _leave_out_base(self, model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Keep only the trained tensors in the state dict of Composer's wrapper model."""
+        """Remove the base from the state dict of Composer's wrapper model."""
         kept = live_tensors(self.prompt)
         for name in [name for name in state if prefix and name.startswith(prefix)]:
             if name.removeprefix(prefix) not in kept:
                 del state[name]
 
     def _put_base_in(self, model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Check that a checkpoint belongs to this prompt, and add the base to it from the model.
-
-        Raises:
-            TrainerError: the checkpoint contains other tensors.
-        """
-        if not prefix:
+        """Check that a checkpoint has the tensors of this prompt, and add the base's tensors, which strict loading needs."""
+        if not prefix:  # the model's own `load_state_dict`, not that of Composer's wrapper model
             return
         found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         own = live_tensors(self.prompt)
@@ -164,7 +152,7 @@ class _Events:
         foreign = sorted(set(found) - set(own))
         if wrong or foreign:
             raise TrainerError(
-                f"the checkpoint does not contain the tensors of the prompt {self.prompt.name!r}; names and shapes must match.",
+                f"the tensors in the checkpoint are not those of the prompt {self.prompt.name!r}; names and shapes must match.",
                 "Resume with the method, the name and the options that wrote the checkpoint.",
                 missing_or_of_another_shape=", ".join(wrong[:4]) or "none",
                 unknown=", ".join(foreign[:4]) or "none",
@@ -180,11 +168,7 @@ def _refusal(what: str, found: object, expected: str, remedy: str) -> TrainerErr
 
 def _algorithm() -> type:
     base = import_framework("composer.core", "Composer (mosaicml)").Algorithm
-    return type("SoftPromptAlgorithm", (_Events, base), {"__module__": __name__, "__doc__": _Events.__doc__})
+    return type("SoftPromptAlgorithm", (_Events, base), {"__doc__": _Events.__doc__})
 
 
-def __getattr__(name: str) -> Any:
-    """Create the class that derives from Composer's `Algorithm` at its first use."""
-    if name != "SoftPromptAlgorithm":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, _algorithm())
+__getattr__ = create_at_first_use(__name__, SoftPromptAlgorithm=_algorithm)

@@ -1,9 +1,8 @@
 """PyTorch-Ignite: a `Checkpoint` that holds the prompt instead of the model.
 
-`softhooks.attach` works in an Engine's step as in any other training loop. `track` returns an object for `Checkpoint` with
-`state_dict` and `load_state_dict`: the live parameters and a description, all as tensors, so that no pickled class is loaded. A
-run resumes bit for bit. The optimizer is checked at the start of each run, the gradient before each step, and the base at the end
-of a run (see `report` of the returned object). In several processes, all ranks start with the prompt of rank 0 and must end with
+`track` returns an object for `Checkpoint`, from which a run resumes bit for bit. Checkpoints hold only tensors, so that no
+pickled class is loaded. The optimizer is checked at the start of each run, the gradient before each step, and the base at the end
+of a run (see `report` of the returned object). In several processes, all ranks start with the prompt of rank 0, and must end with
 equal prompts; call `attach` and `track` before `idist.auto_model`.
 
 Refused with an error: an optimizer that does not hold exactly the prompt's parameters; a checkpoint of another method, base or
@@ -57,7 +56,7 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
         engine: the Engine that steps the optimizer.
         prompt: the prompt in training.
         optimizer: the optimizer of the prompt.
-        check_frozen: whether to check at each `COMPLETED` that the base has not changed.
+        check_frozen: whether to check at the end of each run that the base has not changed.
 
     Returns:
         an object for `Checkpoint`'s `to_save` and `load_objects`.
@@ -72,7 +71,7 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
     from ignite.engine import Engine, Events
 
     if not isinstance(engine, Engine):
-        raise TrainerError(f"track was given {type(engine).__name__}; it takes an ignite.engine.Engine.")
+        raise TrainerError(f"`track` was given {type(engine).__name__} instead of an ignite.engine.Engine.")
     live = LivePrompt(prompt, optimizer)
     broadcast_from_rank_0(prompt, idist.device())
 

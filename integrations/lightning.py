@@ -1,21 +1,20 @@
-"""Lightning: a callback that trains a soft prompt in an unmodified `LightningModule`, with checkpoints without the base.
+"""Lightning: a callback that trains a soft prompt in an unmodified `LightningModule`. It also works with `pytorch_lightning`.
 
-`SoftPromptCallback` attaches the prompt in `setup`, before `configure_optimizers`, to the only transformers model of the module
-or to `attribute=`. Frozen parameters are removed from the module's optimizers. Checkpoints take a few kilobytes, because they do
-not contain the base; next to each local checkpoint (`epoch=0-step=4.ckpt`) is a directory that `softhooks.load` reads
-(`epoch=0-step=4.prompt`). A run resumes from `ckpt_path=` bit for bit, except for dropout, because Lightning saves no random
-state. Loading is strict except for the base, so leave `strict_loading` unchanged. The callback adds only tensors to a checkpoint,
-so `torch.load(weights_only=True)` can read it. The base is checked at each checkpoint and at the end.
+`SoftPromptCallback` attaches the prompt in `setup`, before `configure_optimizers`, and removes frozen parameters from the
+module's optimizers. Checkpoints do not contain the base; next to each local checkpoint (`epoch=0-step=4.ckpt`) is a directory
+that `softhooks.load` reads (`epoch=0-step=4.prompt`). A run resumes from `ckpt_path=` bit for bit, except for dropout, because
+Lightning saves no random state. Leave `strict_loading` unchanged: only the base may be missing from a checkpoint. The callback
+adds only tensors to a checkpoint, so `torch.load(weights_only=True)` can read it.
 
 `LightningModule.load_from_checkpoint` creates a module without callbacks, and fails because the base is missing from the
-checkpoint. To make it restore the prompt, call this module's `attach(self, method)` at the end of `__init__`; a callback then
-continues with this prompt.
+checkpoint. To make it restore the prompt, call `attach(self, method)` of this integration at the end of `__init__`; a callback
+then trains this prompt.
 
-Not supported: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebook launchers, because the prompt is lost when
-their processes end. Refused with an error: weight averaging, which copies the model; a module that was compiled before its prompt
-was attached; precisions that convert the base (load it in that precision); a method with its own objective on a model in
-evaluation mode; models created in `configure_model` or the module's own `setup`; an optimizer without the prompt; a checkpoint of
-another method, base or optimizer. The callback also works with `pytorch_lightning`.
+Refused with an error: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebook launchers, because the prompt is lost
+when their processes end; weight averaging, which copies the model; a module that was compiled before its prompt was attached;
+precisions that convert the base (load it in that precision); a method with its own objective on a model in evaluation mode;
+models created in `configure_model` or the module's own `setup`; an optimizer without the prompt; a checkpoint of another method,
+base or optimizer.
 
 Example:
     import lightning
@@ -40,9 +39,9 @@ Versions tested: lightning 2.6.6, pytorch-lightning 2.6.6
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,12 @@ from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
 from ._checkpoint_io import PromptFiles, prompt_files_of
+from ._imports import create_at_first_use
 from ._outer_module import OuterModule, find_model
 
 __all__ = ["SoftPromptCallback", "attach"]
 
-SoftPromptCallback: Any  # created by `__getattr__`
+SoftPromptCallback: Any  # created at its first use, because it derives from classes of Lightning
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy"}
@@ -79,26 +79,21 @@ _UNSUPPORTED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}
 _AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
 
 
-def __getattr__(name: str) -> Any:
-    """Create the callback's class at its first use; it derives from the `Callback` of each Lightning package."""
-    if name != "SoftPromptCallback":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    members = {"__module__": __name__, "__doc__": _Callback.__doc__}
-    globals()[name] = built = type(name, (_Callback, *_callbacks()), members)
-    return built
+def _callback() -> type:
+    return type("SoftPromptCallback", (_Callback, *_callbacks()), {"__doc__": _Callback.__doc__})
+
+
+__getattr__ = create_at_first_use(__name__, SoftPromptCallback=_callback)
 
 
 def _callbacks() -> list[type]:
-    """Return the `Callback` of each imported Lightning package; if none is imported, use the first installed package."""
-    for names in ([name for name in PACKAGES if name in sys.modules], PACKAGES):
-        found: list[type] = []
-        for name in names:
-            with contextlib.suppress(ModuleNotFoundError):
-                found.append(importlib.import_module(name).Callback)
-            if found and names is PACKAGES:
-                break
-        if found:
-            return found
+    """Return the `Callback` of each imported Lightning package, or of the first installed package if none is imported."""
+    found: list[type] = [sys.modules[name].Callback for name in PACKAGES if sys.modules.get(name)]
+    if found:
+        return found
+    for name in PACKAGES:
+        with contextlib.suppress(ModuleNotFoundError):
+            return [import_module(name).Callback]
     raise SoftHooksError("Lightning is not installed.", 'Install it: pip install "softhooks[lightning]".')
 
 
@@ -117,25 +112,25 @@ def attach(
     Args:
         module: the LightningModule.
         attribute: the path of the model in the module (`model`, `net.encoder`), or None for the only transformers model.
-        method, name, train_head, trainable, freeze_dropout: as in `softhooks.attach`. An equal prompt on the model is reused.
+        method, name, train_head, trainable, freeze_dropout: as in `softhooks.attach`. If the model already has a prompt with
+            this name, method and options, it is returned.
 
     Raises:
         TrainerError: there is no such model.
-        AttachError, NameTakenError: the prompt cannot be attached, or its name is taken. The model is unchanged.
+        AttachError: the prompt cannot be attached, or another prompt has its name. The model is unchanged.
     """
     path = find_model(module, attribute)
     model = module.get_submodule(path)
     patterns = (trainable,) if isinstance(trainable, str) else tuple(trainable)
     options: dict[str, Any] = {"train_head": train_head, "trainable": patterns, "freeze_dropout": freeze_dropout}
     prompted = prompted_model_of(model)
-    present = soft_prompts_of(prompted).get(name) if prompted else None
-    if present is not None:
-        check_equal(present, method, **options)
-        prompt = present
+    prompt = soft_prompts_of(prompted).get(name) if prompted else None
+    if prompt is not None:
+        check_equal(prompt, method, **options)
     else:
         if getattr(module, "_compiler_ctx", None) is not None:
             raise TrainerError(
-                f"the {type(module).__name__} is already compiled; compiled code may run without the prompt.",
+                f"the {type(module).__name__} is already compiled, and compiled code may run without the prompt.",
                 "Attach the prompt before `torch.compile`.",
             )
         prompt = attach_to_model(model, method, name, **options)
@@ -145,12 +140,13 @@ def attach(
 
 
 class _Callback:
-    """Train a soft prompt with any Lightning Trainer: `Trainer(callbacks=[SoftPromptCallback(PromptTuning(20))])`.
+    """Trains a soft prompt.
 
     Args:
         method: the method to train.
         attribute: the path of the model in the LightningModule, or None for the only transformers model.
-        name: the name of the prompt; several callbacks need different names, which become part of their directories' names.
+        name: the name of the prompt. Each callback of a Trainer needs its own; a name other than "default" is part of the
+            directory's name.
         train_head, trainable, freeze_dropout: as in `softhooks.attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before
             each checkpoint; False: never.
@@ -181,7 +177,7 @@ class _Callback:
         self._detaches_on_error = False
         self._options = {"train_head": train_head, "trainable": trainable, "freeze_dropout": freeze_dropout}
         if check_frozen == "log":
-            raise OptionError("check_frozen is 'log'; with Lightning, it must be 'end', 'save', True or False.")
+            raise OptionError("check_frozen is 'log'; for Lightning, it must be 'end', 'save', True or False.")
         self._frozen_check = FrozenCheck(check_frozen)
 
     @property
@@ -198,7 +194,7 @@ class _Callback:
         for other in trainer.callbacks:
             if isinstance(other, _Callback) and other is not self and other.name == self.name:
                 raise TrainerError(
-                    f"two SoftPromptCallbacks of the Trainer have the name {self.name!r}; their files would have the same names.",
+                    f"two SoftPromptCallbacks of the Trainer have the name {self.name!r}; both would write the same files.",
                     "Give one of them another `name=`.",
                     first=f"{self.name!r} for {self.attribute!r}: {self.method!r}",
                     second=f"{other.name!r} for {other.attribute!r}: {other.method!r}",
@@ -217,14 +213,14 @@ class _Callback:
             trainer.strategy.checkpoint_io = PromptFiles(files, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the optimizers and the model after Lightning has set them up."""
+        """Check the optimizers and the model, which Lightning has set up."""
         outer = self.outer
         assert outer is not None, "Lightning calls setup first"
         prompt, saver = outer.prompt, outer.saver
         refuse_evaluation(prompt.method, prompt.model)
-        converts = "Lightning's `bf16-true` converts the model, `bf16-mixed` does not: use that, or load the model in bfloat16."
+        converts = "Lightning's `bf16-true` converts the model: use `bf16-mixed`, or load the model in bfloat16."
         self._frozen_check.begin(prompt, trainer.global_step, converts)
-        remedy = "Make it from `self.parameters()` in `configure_optimizers`, not in `__init__`; frozen parameters are removed."
+        remedy = "Create it from `self.parameters()` in `configure_optimizers`, not in `__init__`."
         saver.optimizer = require_held(trainer.optimizers, prompt, remedy)
         for optimizer in trainer.optimizers:
             drop_frozen(optimizer)
@@ -241,7 +237,7 @@ class _Callback:
         self._detaches_on_error = False
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Check on each rank that the ranks have the same prompt and the base has not changed."""
+        """Check that all ranks have the same prompt and that the base has not changed."""
         if self.soft_prompt is not None and self.soft_prompt.is_attached:
             require_same_on_all_ranks(self.soft_prompt)
             self._frozen_check.check(self.soft_prompt, "save", trainer.global_step)
@@ -252,7 +248,7 @@ class _Callback:
             self.soft_prompt.remove()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Check that the ranks have the same prompt and the base has not changed."""
+        """Check that all ranks have the same prompt and that the base has not changed."""
         prompt = self.soft_prompt
         assert prompt is not None, "Lightning calls setup first"
         require_same_on_all_ranks(prompt)
@@ -268,16 +264,16 @@ def _kinds(thing: object) -> set[str]:
 
 
 def _refuse(trainer: Any) -> None:
-    """Refuse strategies and callbacks that train or save prompts wrongly, before anything is attached."""
+    """Refuse strategies and callbacks that train or save prompts wrongly."""
     strategy = trainer.strategy
     if not _kinds(strategy) & _SUPPORTED or _kinds(strategy) & _UNSUPPORTED:
         raise TrainerError(
             f"{type(strategy).__name__} is not supported; each process must hold the whole model.",
-            "Use one device, or `strategy='ddp'`; under FSDP2, train with the Trainer of transformers and SoftPromptCallback.",
+            "Use one device or `strategy='ddp'`; for FSDP2, use the Trainer of transformers.",
         )
     if "_MultiProcessingLauncher" in _kinds(strategy.launcher):
         raise TrainerError(
-            f"{type(strategy).__name__} with spawned or forked processes is not supported: the prompt would not outlive them.",
+            f"{type(strategy).__name__} with spawned or forked processes is not supported; the prompt is lost when they end.",
             "Use `strategy='ddp'`, which runs the script in each process.",
         )
     for callback in trainer.callbacks:

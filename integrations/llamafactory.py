@@ -1,18 +1,16 @@
 """LLaMA-Factory: its training command with a prompt.
 
-`run_exp` checks the arguments and calls LLaMA-Factory's `run_exp(args, callbacks=[SoftPromptCallback(...)])`, which passes the
-callback to its Trainer. Checkpoints and the model saved at the end hold only the prompt. The arguments are the same as in a YAML
-file of LLaMA-Factory, with `finetuning_type: full`, because the callback freezes the base.
+`run_exp` accepts the arguments of a YAML file of LLaMA-Factory, with `finetuning_type: full`, and trains a prompt with them.
+Checkpoints and the model saved at the end hold only the prompt.
 
-Refused with an error: `finetuning_type` other than `full` (an adapter would be frozen); stages other than `sft` and `pt` (their
-reference models and heads have not been tested with prompts); other trainers (`use_mca`, `use_hyper_parallel`, `USE_RAY`,
-`use_kt`, `use_unsloth`); optimizers made for the base (GaLore, APOLLO, BAdam, Muon, Adam-mini, LoRA+); `use_asft_loss`,
-`use_llama_pro`, `adapter_name_or_path`, DeepSpeed.
+Refused with an error: `finetuning_type` other than `full` (an adapter would be frozen); stages other than `sft` and `pt` (not
+tested with prompts); other trainers (`use_mca`, `use_hyper_parallel`, `USE_RAY`, `use_kt`, `use_unsloth`); optimizers made for
+the base (GaLore, APOLLO, BAdam, Muon, Adam-mini, LoRA+); `use_asft_loss`, `use_llama_pro`, `adapter_name_or_path`, DeepSpeed.
 
-LLaMA-Factory requires an older transformers than softhooks supports. Written from the source of llamafactory 0.9.5, whose
-training command was run and resumed bit for bit on a tiny model, with `DISABLE_VERSION_CHECK=1`, without torchaudio, and with
-`disable_gradient_checkpointing: true`, because its own checkpointing fails under transformers 5.23. The tests run without
-LLaMA-Factory: they check the signature and the arguments, and pass the callback to a real Trainer.
+LLaMA-Factory requires an older transformers than softhooks supports. This module was written from the source of llamafactory
+0.9.5, whose training command was run and resumed bit for bit on a tiny model, with `DISABLE_VERSION_CHECK=1`, without torchaudio,
+and with `disable_gradient_checkpointing: true`, because LLaMA-Factory's checkpointing fails under transformers 5.23. The tests
+run without LLaMA-Factory: they check the arguments, and pass the callback to a real Trainer.
 
 Example:
     import softhooks
@@ -25,7 +23,7 @@ Example:
     trainer.train()
     trainer.save_model("out/prompt")
 
-Versions tested: llamafactory 0.9.5, outside of its own range of versions
+Versions tested: llamafactory 0.9.5, with a newer transformers than it supports
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ __all__ = ["callback_for", "run_exp"]
 _STAGES = ("sft", "pt")
 _UNSUPPORTED = {
     "use_mca": "Megatron's trainer does not accept callbacks of transformers",
-    "use_hyper_parallel": "HyperParallel's trainer is not transformers'",
+    "use_hyper_parallel": "HyperParallel's trainer does not derive from the Trainer of transformers",
     "use_kt": "KTransformers replaces the modules that the prompt enters",
     "use_unsloth": "Unsloth replaces the forwards that the prompt enters",
     "use_asft_loss": "its reference model has not been tested with a prompt",
@@ -70,7 +68,7 @@ def run_exp(args: Mapping[str, Any], method: Method, **options: Any) -> SoftProm
         options: more arguments of `SoftPromptCallback`.
 
     Returns:
-        the callback, with the prompt and the report of the last check of the base.
+        the callback, with the prompt as `soft_prompt`.
 
     Raises:
         TrainerError: an argument cannot be used with a prompt. Nothing is loaded.
@@ -93,12 +91,10 @@ def callback_for(args: Mapping[str, Any], method: Method, **options: Any) -> Sof
     """
     stage, kind = args.get("stage", "sft"), args.get("finetuning_type", "lora")
     if stage not in _STAGES:
-        raise _refusal(
-            f"stage: {stage}", "its reference models and heads have not been tested with a prompt", "Use `sft` or `pt`."
-        )
+        raise _refusal(f"stage: {stage}", "this stage has not been tested with a prompt", "Use `sft` or `pt`.")
     if kind != "full":
         remedy = "Write `finetuning_type: full`; the callback freezes everything but the prompt."
-        raise _refusal(f"finetuning_type: {kind}", "the prompt would freeze what it trains", remedy)
+        raise _refusal(f"finetuning_type: {kind}", "its trained weights would be frozen", remedy)
     for name, reason in _UNSUPPORTED.items():
         if args.get(name):
             raise _refusal(f"{name}: {args[name]}", reason, f"Remove `{name}`.")

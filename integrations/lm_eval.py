@@ -1,19 +1,17 @@
 """lm-evaluation-harness: evaluate a model with its prompt.
 
 The model type `softhooks` is the harness's `HFLM` with one more argument, `prompt`: a directory, a Hub id or a PEFT checkpoint.
-HFLM handles log-likelihoods, rolling windows, generation, batch sizes and chat templates. Slots take positions of the model's
-context, so `max_length` is HFLM's maximum minus the length of the prompt. With the prompt disabled, all scores equal HFLM's
-scores bit for bit. From a shell, followed by the harness's own options:
+With the prompt disabled, all scores equal HFLM's scores bit for bit. From a shell, followed by the harness's own options:
 
     python -m softhooks.integrations.lm_eval --model softhooks --model_args pretrained=NAME,prompt=DIR --tasks arc_easy
 
-In Python, after `register()`, `lm_eval.simple_evaluate(model="softhooks", model_args=...)` works; `SoftPromptLM` also takes a
+In Python, call `register()`, then `lm_eval.simple_evaluate(model="softhooks", model_args=...)`. `SoftPromptLM` also accepts a
 model that already has a prompt.
 
 Refused with an error, because the harness passes only token ids: layouts with a template, layouts with slots at anchors or at the
-end (a scored continuation would change their place), and multitask prompts with several tasks.
+end (the harness appends each continuation to the text), and multitask prompts with several tasks.
 
-Versions tested: lm-eval 0.4.13.
+Versions tested: lm-eval 0.4.13
 
 Example:
     import lm_eval
@@ -28,20 +26,23 @@ Example:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import Any
+
+from torch import nn
 
 from softhooks.errors import OptionError, UnsupportedMethodError
+from softhooks.integration_support.command_line import report_errors, usage_errors
+from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
+from softhooks.integration_support.serving import required_columns
+from softhooks.load import load
+from softhooks.prompt import SoftPrompt
 
-from ._imports import import_framework
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from softhooks.prompt import SoftPrompt
+from ._imports import create_at_first_use, import_framework
 
 __all__ = ["SoftPromptLM", "main", "register"]
 
-SoftPromptLM: Any  # created by `__getattr__`
+SoftPromptLM: Any  # created at its first use, because it derives from a class of the harness
 
 NAME = "softhooks"
 """The name of the model type."""
@@ -57,13 +58,11 @@ def register() -> None:
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:
-        model_registry.register(NAME, target=_language_model())
+        model_registry.register(NAME, target=sys.modules[__name__].SoftPromptLM)
 
 
 def positions_taken(model: nn.Module) -> int:
-    """Return the number of positions that the longest active prompt of a model takes, or 0 if no prompt is active."""
-    from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
-
+    """Return how many positions the longest active prompt of a model occupies; 0 if no prompt is active."""
     prompted = prompted_model_of(model)
     if prompted is None or not prompted.is_in_use:
         return 0
@@ -72,21 +71,15 @@ def positions_taken(model: nn.Module) -> int:
 
 
 def _positions(prompt: SoftPrompt) -> int:
-    """Return the number of positions that a prompt takes; gated branches and prefixes that do not shift positions take none."""
+    # gated branches, and prefixes that do not shift positions, occupy none
     if prompt.injection == "branch" or not prompt.conventions.get("shift_positions", True):
         return 0
     return prompt.layout.num_slots
 
 
 def require_plain_rows(prompt: SoftPrompt) -> None:
-    """Check that a prompt needs only token ids.
-
-    Raises:
-        UnsupportedMethodError: the prompt needs other inputs; the message names them.
-    """
-    from softhooks.integration_support.serving import required_columns
-
-    needs = "slots that are looked for in each row" if prompt.layout.form.searches else required_columns(prompt)
+    """Check that a prompt needs only token ids."""
+    needs = "to find its slots in each row" if prompt.layout.form.searches else required_columns(prompt)
     if needs:
         raise UnsupportedMethodError(
             f"the prompt needs {needs}, but the harness passes only token ids.",
@@ -100,14 +93,8 @@ def _harness() -> Any:
 
 
 def _language_model() -> type:
-    """Return the subclass of the harness's model class, creating it on first use."""
-    if "SoftPromptLM" in globals():
-        return globals()["SoftPromptLM"]  # type: ignore[no-any-return]
     _harness()
     from lm_eval.models.huggingface import HFLM
-
-    from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
-    from softhooks.load import load
 
     class SoftPromptLM(HFLM):
         """HFLM with a prompt.
@@ -116,7 +103,7 @@ def _language_model() -> type:
             pretrained: as for HFLM: a name, a directory, or a model, which may already have a prompt.
             prompt: a saved prompt to load, or None if the model already has a prompt.
             strict: as in `softhooks.load`.
-            kwargs: HFLM's arguments. `max_length` is the length of the context, including the prompt.
+            kwargs: HFLM's arguments. In `max_length`, include the length of the prompt.
 
         Raises:
             OptionError: there is no prompt, or `prompt` is given for a model that already has a prompt.
@@ -148,24 +135,17 @@ def _language_model() -> type:
 
         @property
         def max_length(self) -> int:
-            """The maximum length of a text in tokens."""
+            """The maximum number of text tokens: the length of the context without the prompt's slots."""
             return int(super().max_length) - positions_taken(self.model)
 
-    SoftPromptLM.__module__, SoftPromptLM.__qualname__ = __name__, "SoftPromptLM"
-    globals()["SoftPromptLM"] = SoftPromptLM
     return SoftPromptLM
 
 
-def __getattr__(name: str) -> Any:
-    if name == "SoftPromptLM":
-        return _language_model()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = create_at_first_use(__name__, SoftPromptLM=_language_model)
 
 
 def main() -> None:
     """Run the harness's command line with the model type registered."""
-    from softhooks.integration_support.command_line import report_errors, usage_errors
-
     with report_errors(), usage_errors():
         register()
         from lm_eval.__main__ import cli_evaluate
@@ -174,8 +154,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from softhooks.integrations.lm_eval import (
-        main as run,
-    )  # the registered class belongs to this module, not to `__main__`
+    # so that the registered class belongs to this module and not to `__main__`
+    from softhooks.integrations.lm_eval import main as run
 
     run()

@@ -1,22 +1,21 @@
 """MLflow: a trained prompt as an artifact, its options and nearest words, and one run for each trial of a search.
 
-The prompt's metrics (`soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="mlflow"` without this
-callback. The callback adds to the Trainer's run, on a server or in local files:
+With `report_to="mlflow"`, the Trainer logs the prompt's metrics without this callback. The callback adds to the Trainer's run:
 
 - the method, its options and the number of parameters, as parameters `soft_prompt.*` (cut to MLflow's maximum length; the full
   values are in the artifact's `soft_prompt.json`);
-- at the end of training (after the best model is loaded, if enabled) the prompt's files as the artifact `soft_prompt`, for
+- at the end of training, the prompt's files as the artifact `soft_prompt`; load them with
   `softhooks.load(model, mlflow.artifacts.download_artifacts(run_id=..., artifact_path="soft_prompt"))`;
 - with a tokenizer, the words nearest to each virtual token, as `soft_prompt_words.tsv`;
-- in a hyperparameter search, one run for each trial, nested in the script's run if there is one; the Trainer's own reporter
-  starts a run for the first trial only. The last run ends with the process or with `mlflow.end_run()`.
+- in a hyperparameter search, one run for each trial, nested in the script's run if there is one; without the callback, only the
+  first trial has a run. The last run ends with the process or with `mlflow.end_run()`.
 
 MLflow writes to local files (`MLFLOW_TRACKING_URI=file:...`) only with `MLFLOW_ALLOW_FILE_STORE=true`. Set
-`MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise MLflow's threads race to create the directory of a metric with a slash in
-its name, and a value may be lost ("Failed to log run data: File exists").
+`MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise several threads of MLflow may create the same directory, and a metric is
+lost ("Failed to log run data: File exists").
 
-Refused with an error before the first step: no active run; `HF_MLFLOW_LOG_ARTIFACTS`, because it logs every checkpoint as a model
-for `pyfunc`, although it only holds a prompt; a tokenizer for a prompt of keys and values or in a sharded model.
+Refused with an error before the first step: no active run; `HF_MLFLOW_LOG_ARTIFACTS`, which would log every checkpoint as a
+`pyfunc` model, although it only holds a prompt; a tokenizer for a prompt of keys and values or in a sharded model.
 
 Versions tested: mlflow-skinny 3.17.2
 
@@ -58,10 +57,10 @@ _EAGER = "HF_MLFLOW_LOG_ARTIFACTS"
 
 
 class PromptArtifact(PromptTracker):
-    """Records the prompt that a Trainer trains in the Trainer's MLflow run.
+    """Records a prompt in the Trainer's MLflow run.
 
     Args:
-        tokenizer: the model's tokenizer; if None, no table of nearest words is logged.
+        tokenizer: the model's tokenizer; None to log no nearest words.
         words: the number of nearest words for each virtual token.
 
     Raises:
@@ -87,7 +86,7 @@ class PromptArtifact(PromptTracker):
         """
         if os.environ.get(_EAGER, "").upper() in _TRUE:
             raise TrainerError(
-                f"{_EAGER}={os.environ[_EAGER]} would log each checkpoint as a `pyfunc` model, but these hold only a prompt.",
+                f"{_EAGER}={os.environ[_EAGER]} would log each checkpoint as a `pyfunc` model, but it holds only a prompt.",
                 f"Unset {_EAGER}; PromptArtifact logs the prompt's files.",
             )
         self._run_id = self._of_trial(state) if state.is_hyper_param_search else _active()
@@ -99,7 +98,7 @@ class PromptArtifact(PromptTracker):
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 
     def _of_trial(self, state: TrainerState) -> str:
-        """Return the MLflow run of a trial; the reporter starts the run of the first trial; this callback starts the others."""
+        """Return the run of a trial: the first trial's run, which the Trainer's reporter has started, or a new one."""
         mlflow, last = _mlflow(), self._run_id
         if last is not None and _active() == last:
             mlflow.end_run("FINISHED" if self._is_over else "FAILED")
@@ -111,16 +110,18 @@ class PromptArtifact(PromptTracker):
         return str(run.info.run_id)
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Log files and words, even if the reporter has ended the run; a trial's run is resumed for its final evaluation."""
+        """Log the prompt's files and nearest words."""
         mlflow = _mlflow()
         mlflow.flush_async_logging()  # MLflow also reads the run's metrics, which may be only partly written
-        client = mlflow.MlflowClient()
+        client = mlflow.MlflowClient()  # which can log to a run that the reporter has ended
         client.log_artifacts(self._run_id, str(folder), ABOUT)
         if words:
             lines = ["\t".join(WORDS), *("\t".join(map(_cell, line)) for line in table_of(words))]
             client.log_text(self._run_id, "\n".join(lines) + "\n", f"{ABOUT}_words.tsv")
         self._is_over = True
-        if state.is_hyper_param_search and _active() != self._run_id:
+        if (
+            state.is_hyper_param_search and _active() != self._run_id
+        ):  # the trial's last evaluation is still to be logged
             mlflow.start_run(run_id=self._run_id, nested=_active() is not None)
 
 
@@ -130,13 +131,13 @@ def _active() -> str | None:
 
 
 def _cell(value: Any) -> str:
-    """Convert a value to a cell of a table, with tabs and line breaks escaped as in JSON."""
+    """Return a value as text, with tabs and line breaks escaped as in JSON."""
     text = str(value)
     return text if text.isprintable() and text else json.dumps(text)
 
 
 def _short(value: Any) -> str:
-    """Convert a parameter's value to a string, cut to MLflow's maximum length."""
+    """Return a value as text, cut to MLflow's maximum length of a parameter."""
     from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
     text = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,13 +1,10 @@
 """Optuna: search over methods, prompt lengths, initializations and learning rates.
 
-A `PromptSpace` defines the search. Pass its `callback()` to a Trainer instead of a `SoftPromptCallback`, and the space itself as
-the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns, which
-can be the same for all trials, because the base does not change. Pruning works as in any search with a Trainer. For your own
-study, `objective(model, train)` attaches the prompt of each trial, checks that the base has not changed, saves the prompt, and
-removes it, even if the trial is pruned or fails.
+Define the search with a `PromptSpace`. Pass its `callback()` to a Trainer instead of a `SoftPromptCallback`, and the space itself
+as the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns, which
+can be the same for all trials, because the base does not change. For your own study, use `space.objective(model, train)`.
 
-Load the best prompt from its checkpoint (`checkpoint_of`), or train again with the chosen options (`settle`). A trial's value
-comes from its last evaluation, as in the Trainer's search.
+Load the best prompt from its checkpoint (`checkpoint_of`), or set the Trainer to its options (`settle`) and train again.
 
 Refused with an error: a space without candidates; options that a method does not have; searches with several threads (`n_jobs`),
 which would share a model; runs of another space.
@@ -55,14 +52,13 @@ from ._search_space import Candidate, Chosen
 __all__ = ["METHOD", "Candidate", "Chosen", "PromptSpace", "checkpoint_of"]
 
 METHOD = "method"
-"""The trial parameter with the name of the candidate."""
+"""The parameter of a trial that holds the candidate's name."""
 
 
 class PromptSpace:
     """A search space of named candidates.
 
-    The space is the `hp_space` of `trainer.hyperparameter_search`. To search over more arguments of the Trainer, pass
-    `lambda trial: {**space(trial), "num_train_epochs": trial.suggest_int(...)}`.
+    To search over more arguments of the Trainer, pass `hp_space=lambda trial: {**space(trial), "num_train_epochs": ...}`.
 
     Args:
         candidates: the candidates by name.
@@ -80,7 +76,7 @@ class PromptSpace:
         self.candidates = candidates
 
     def suggest(self, trial: Any) -> Chosen:
-        """Choose the method and the learning rate of a trial; repeated calls return the same choice."""
+        """Choose the method and the learning rate of a trial; for the same trial, always return the same ones."""
         names = list(self.candidates)
         name = names[0] if len(names) == 1 else trial.suggest_categorical(METHOD, names)
         return self.candidates[name].suggest(trial, name)
@@ -96,7 +92,7 @@ class PromptSpace:
             found: the best run of a Trainer's search, a trial of a study, or the parameters of a trial.
 
         Raises:
-            OptionError: the parameters do not fit this space.
+            OptionError: the trial is from another space.
         """
         parameters = next(
             (getattr(found, name) for name in ("hyperparameters", "params") if hasattr(found, name)), found
@@ -114,7 +110,7 @@ class PromptSpace:
     # --- with a Trainer -----------------------------------------------------------------------------------------------
 
     def callback(self, **options: Any) -> SoftPromptCallback:
-        """Create a callback that trains each trial's method, and outside a search that of `settle` or of the first candidate.
+        """Create a callback that trains the method of each trial; outside a search, that of `settle` or the first candidate.
 
         Args:
             options: as for `SoftPromptCallback`.
@@ -125,8 +121,8 @@ class PromptSpace:
         """Set a Trainer to the options of a trial, so that `train()` repeats it.
 
         Args:
-            found: as for `chosen`; if it contains arguments of the Trainer, these are set too.
-            trainer: the Trainer that searched, or one with the same arguments and another `callback()` of this space.
+            found: as for `chosen`; the arguments of the Trainer in the best run of a search are set too.
+            trainer: the Trainer that searched, or another with a `callback()` of this space.
 
         Raises:
             TrainerError: the Trainer has no callback that this space created.
@@ -158,17 +154,18 @@ class PromptSpace:
         save_to: str | Path | None = None,
         **options: Any,
     ) -> Callable[[Any], float]:
-        """Create the objective for `study.optimize`.
+        """Create the objective for `study.optimize`, which attaches a new prompt in each trial and removes it at the end.
 
         Args:
             model: the base of all trials.
-            train: a function of the prompt, the learning rate and `report(value, step)` that returns the value; `report` prunes.
-            save_to: a directory for the trials' prompts, in subdirectories `trial-<number>`, or None to not save them.
+            train: a function that trains a prompt, with a learning rate, and returns the trial's value. Its third argument,
+                `report(value, step)`, reports an intermediate value and ends the trial if the study prunes it.
+            save_to: the directory in which each prompt is saved, as `trial-<number>`; None to save none.
             options: as for `attach`.
 
         Raises:
-            TrainerError: raised in a trial: another trial is running on the same model.
-            FrozenModifiedError: raised in a trial: the base has changed.
+            TrainerError: in a trial, if another trial is running on the same model.
+            FrozenModifiedError: in a trial, if the base has changed.
         """
         alone = threading.Lock()
 
@@ -200,11 +197,7 @@ class _SearchCallback(SoftPromptCallback):
         super().__init__(self.settled, **options)
 
     def method_for(self, trial: Any) -> Method:
-        """Return the method of a trial.
-
-        Raises:
-            TrainerError: another trial is running in another thread.
-        """
+        """Return the method of a trial, or of `settle` outside a search."""
         if trial is None:
             return self.settled
         if self._thread not in (None, threading.get_ident()):
@@ -221,7 +214,7 @@ class _SearchCallback(SoftPromptCallback):
 
 
 def checkpoint_of(best: Any, args: Any) -> Path:
-    """Return the last checkpoint of a run of a Trainer's search, which `softhooks.load` can read.
+    """Return the last checkpoint of the best run of a Trainer's search, for `softhooks.load`.
 
     Args:
         best: the result of `hyperparameter_search`.
@@ -234,7 +227,7 @@ def checkpoint_of(best: Any, args: Any) -> Path:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is None:
         raise CheckpointError(
-            f"there is no checkpoint of the run in {folder}.",
+            f"the best run has no checkpoint in {folder}.",
             "Search with save_strategy='steps' or 'epoch' and without `hp_name`, or train the run again after "
             "`space.settle(best, trainer)`.",
         )
@@ -249,7 +242,6 @@ def _concurrent(trial: Any) -> TrainerError:
 
 
 def _reporting(trial: Any) -> Callable[[float, int], None]:
-    """Return a function that reports a value to the study, and ends the trial if the study prunes it."""
     pruned = _optuna().TrialPruned
 
     def report(value: float, step: int) -> None:

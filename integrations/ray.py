@@ -1,13 +1,12 @@
-"""Ray Train: a callback that reports a Trainer's checkpoints, with a prompt, from Ray's workers.
+"""Ray Train: a callback that reports a Trainer's checkpoints, which hold only a prompt, from Ray's workers.
 
-`SoftPromptCallback` works in the loop of a `TorchTrainer` as in any other Trainer, in one process or several. But with Ray's own
-`RayTrainReportCallback`, every worker copies the checkpoint, possibly while the first worker is still writing it, and all copies
-go to the same directory. With `ReportCallback`, workers wait until the checkpoint is complete; the first worker reports it, and
-the other workers add their random state. Names and layout are the same as with Ray's callback (`checkpoint/` in the reported
-directory). Checkpoints hold only the prompt. `last_checkpoint` provides the path from which a restarted run resumes bit for bit.
+With Ray's own `RayTrainReportCallback`, every worker copies the checkpoint into the same directory, possibly while the first
+worker is still writing it. With `ReportCallback`, workers wait until the checkpoint is complete; the first worker reports it, and
+the other workers add their random state. Like Ray's callback, it reports a directory with the checkpoint in `checkpoint/`. A
+restarted run resumes bit for bit from the path that `last_checkpoint` yields.
 
-Refused with an error: a save that left no checkpoint of the Trainer. In a training loop without a Trainer, report the result of
-`prompt.save_pretrained` yourself, or resume with `softhooks.integrations.accelerate`.
+Refused with an error: a Trainer that saved no checkpoint. In a training loop without a Trainer, report the directory that
+`prompt.save_pretrained` writes yourself, or resume with `softhooks.integrations.accelerate`.
 
 Example:
     import ray.train
@@ -49,11 +48,11 @@ from ._imports import import_framework
 __all__ = ["ReportCallback", "last_checkpoint"]
 
 CHECKPOINT = "checkpoint"
-"""The subdirectory of a reported directory with the Trainer's checkpoint, as in Ray's own callback."""
+"""The subdirectory of a reported directory that contains the Trainer's checkpoint."""
 
 
 class ReportCallback(TrainerCallback):
-    """Reports each checkpoint of a Trainer, with the latest metrics, to Ray Train.
+    """Reports each checkpoint of a Trainer and the latest metrics to Ray Train.
 
     Raises:
         SoftHooksError: Ray is not installed.
@@ -87,10 +86,10 @@ class ReportCallback(TrainerCallback):
 
 @contextmanager
 def last_checkpoint(start: Any = None) -> Iterator[str | None]:
-    """Yield the path of the last checkpoint that this run reported, including before a restart by Ray, or None if there is none.
+    """Yield the path of the last checkpoint that this run has reported, also before Ray restarted it; None if there is none.
 
     Args:
-        start: a checkpoint of another run (`result.checkpoint`) to start from if this run has no checkpoint yet.
+        start: a checkpoint of another run (`result.checkpoint`), which is used if this run has not reported one.
 
     Raises:
         SoftHooksError: Ray is not installed.
@@ -104,8 +103,8 @@ def last_checkpoint(start: Any = None) -> Iterator[str | None]:
         path = Path(folder) / CHECKPOINT
         if not path.is_dir():
             raise TrainerError(
-                f"{checkpoint!r} has no {CHECKPOINT}/, so ReportCallback has not reported it.",
-                "Use a different name or storage path for the run, or resume from a checkpoint of ReportCallback.",
+                f"{checkpoint!r} has no {CHECKPOINT}/, so it was not reported by ReportCallback.",
+                "Resume from a checkpoint of ReportCallback, or give the run another name or storage path.",
                 contents=", ".join(sorted(entry.name for entry in Path(folder).iterdir())) or "nothing",
             )
         yield str(path)

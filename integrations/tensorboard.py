@@ -1,14 +1,13 @@
 """TensorBoard: a trained prompt in the embedding projector, its nearest words and its options.
 
-The prompt's metrics (`train/soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="tensorboard"`
-without this callback. The callback replaces that reporter and writes the same metrics. With a tokenizer, the callback also writes
-at the end of training (after the best model is loaded, if enabled):
+With `report_to="tensorboard"`, the Trainer writes the prompt's metrics without this callback. The callback replaces that
+reporter: it writes all metrics of the Trainer and, with a tokenizer, at the end of training:
 
 - the virtual tokens and the words nearest to them, with labels, in the embedding projector (`soft_prompt`);
 - a table of these words with their cosines.
 
-Refused with an error: `report_to="tensorboard"` at the same time, because every metric would be written twice; a tokenizer for a
-prompt of keys and values, which has no embeddings to show; a sharded model.
+Refused with an error: `report_to="tensorboard"` in addition to the callback, because every metric would be written twice; a
+tokenizer for a prompt of keys and values or in a sharded model.
 
 Versions tested: tensorboard 2.21.0
 
@@ -20,7 +19,7 @@ Example:
 
     trainer = Trainer(
         model=model,
-        args=args,  # report_to="none", the default, because PromptBoard also writes the curves
+        args=args,  # report_to="none", the default, because PromptBoard writes all metrics
         train_dataset=dataset,
         callbacks=[SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptBoard(tokenizer, log_dir="runs/prompt")],
     )
@@ -52,7 +51,7 @@ class PromptBoard(PromptTracker):
     """Writes a prompt's metrics, embeddings and nearest words for TensorBoard.
 
     Args:
-        tokenizer: the model's tokenizer, or None to write only metrics and options, without embeddings and words.
+        tokenizer: the model's tokenizer; None to write only metrics and options.
         log_dir: the directory to write to, or None for the directory that the Trainer's own reporter would use.
         words: the number of nearest words for each virtual token.
 
@@ -82,7 +81,7 @@ class PromptBoard(PromptTracker):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the file, after checking that the words can be computed at the end."""
+        """Open the file and write the options."""
         super().on_train_begin(args, state, control, **kwargs)
         self._reporter.on_train_begin(args, state, control, **kwargs)
         if self._reporter.tb_writer is not None:
@@ -90,7 +89,7 @@ class PromptBoard(PromptTracker):
             self._reporter.tb_writer.add_text(ABOUT, f"```json\n{text}\n```", state.global_step)
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Keep the options until the file is open."""
+        """Store the options until the file is open."""
         self._about = about
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -107,7 +106,7 @@ class PromptBoard(PromptTracker):
             self._reporter.on_train_end(args, state, control)
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Write the prompt's embeddings and nearest words; do nothing without a tokenizer."""
+        """Write the prompt's embeddings and nearest words, if there is a tokenizer."""
         if not words:
             return
         lines = [WORDS, *table_of(words)]
@@ -126,7 +125,7 @@ class PromptBoard(PromptTracker):
 
 
 def _plain(value: Any, *but: str) -> str:
-    """Convert a label to a non-empty cell of a table; escape tabs, line breaks and the characters in `but`."""
+    """Return a label as text that is not empty, with tabs, line breaks and the characters in `but` escaped."""
     text = str(value).encode("unicode_escape").decode() if not str(value).isprintable() else str(value)
     for mark in but:
         text = text.replace(mark, f"\\{mark}")

@@ -1,12 +1,10 @@
 """Weights & Biases: a trained prompt as an artifact, its options and its nearest words.
 
-The prompt's metrics (`train/soft_prompt/norm`, `grad_norm`, `distance` and the method's own) reach `report_to="wandb"` without
-this callback, and `WANDB_LOG_MODEL` uploads checkpoints with only the prompt. The callback adds to the Trainer's run, including
-offline runs (`WANDB_MODE=offline`):
+With `report_to="wandb"`, the Trainer logs the prompt's metrics without this callback, and `WANDB_LOG_MODEL` uploads checkpoints
+with only the prompt. The callback adds to the Trainer's run, also with `WANDB_MODE=offline`:
 
 - the method, its options and the number of parameters, in the run's configuration under `soft_prompt`;
-- at the end of training (after the best model is loaded, if enabled) an artifact of type `soft-prompt`, for
-  `softhooks.load(model, artifact.download())`;
+- at the end of training, an artifact of type `soft-prompt`; load it with `softhooks.load(model, artifact.download())`;
 - with a tokenizer, a table of the words nearest to each virtual token, as `soft_prompt/words`.
 
 Refused with an error before the first step: no active run; a tokenizer for a prompt of keys and values or in a sharded model.
@@ -45,15 +43,14 @@ from ._imports import import_framework
 __all__ = ["PromptArtifact"]
 
 KIND = "soft-prompt"
-"""The type of the artifact."""
 
 
 class PromptArtifact(PromptTracker):
-    """Records the prompt that a Trainer trains in the Trainer's Weights & Biases run.
+    """Records a prompt in the Trainer's Weights & Biases run.
 
     Args:
-        tokenizer: the model's tokenizer; if None, no table of nearest words is logged.
-        name: the name of the artifact; by default, `soft-prompt-` followed by the run's id.
+        tokenizer: the model's tokenizer; None to log no nearest words.
+        name: the name of the artifact; None for `soft-prompt-` followed by the run's id.
         words: the number of nearest words for each virtual token.
 
     Raises:
@@ -76,7 +73,7 @@ class PromptArtifact(PromptTracker):
         self._run().config.update({ABOUT: about}, allow_val_change=True)
 
     def end(self, state: TrainerState, prompt: SoftPrompt, folder: Path, words: list[list[Word]]) -> None:
-        """Log the artifact and the table."""
+        """Log the artifact and the table of nearest words."""
         wandb, run = _wandb(), self._run()
         if words:
             table = wandb.Table(columns=list(WORDS), data=[list(line) for line in table_of(words)])

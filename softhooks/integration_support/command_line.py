@@ -1,5 +1,3 @@
 """Helpers for commands of integrations, with the exit codes and error messages of `softhooks`."""
 
 from softhooks.cli.exit_codes import report_errors, usage_errors
-
-__all__ = ["report_errors", "usage_errors"]

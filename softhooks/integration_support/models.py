@@ -8,16 +8,3 @@ from softhooks.methods.from_prompt import rows_of
 from softhooks.prompt import soft_prompts_of
 from softhooks.runtime.direct_forward import route_direct_calls
 from softhooks.runtime.prompted_model import PromptedModel, prompted_model_of, require_prompted_model
-
-__all__ = [
-    "Container",
-    "PromptedModel",
-    "embed_ids",
-    "examine",
-    "prompted_model_of",
-    "require_prompted_model",
-    "route_direct_calls",
-    "rows_of",
-    "soft_prompts_of",
-    "unwrapped",
-]

@@ -4,5 +4,3 @@ from softhooks.formats import peft_read, peft_write
 from softhooks.formats.find import find
 from softhooks.formats.stored import StoredPrompt, outline
 from softhooks.load import attach_stored
-
-__all__ = ["StoredPrompt", "attach_stored", "find", "outline", "peft_read", "peft_write"]

@@ -3,12 +3,3 @@
 from softhooks.runtime.continuous_batching import require_servable, required_columns
 from softhooks.serving.embeddings import sequence_embeddings
 from softhooks.serving.requests import sglang_request, vllm_encode, vllm_request
-
-__all__ = [
-    "require_servable",
-    "required_columns",
-    "sequence_embeddings",
-    "sglang_request",
-    "vllm_encode",
-    "vllm_request",
-]

@@ -8,40 +8,7 @@ from softhooks.runtime.untrained_loss import refuse_evaluation
 from softhooks.trainer.callback import SoftPromptCallback
 from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
 from softhooks.trainer.launch import fsdp_plugin
-from softhooks.trainer.optimizer import (
-    drop_frozen,
-    held_by,
-    is_mended,
-    mend_optimizer,
-    require_gradient,
-    require_held,
-)
+from softhooks.trainer.optimizer import drop_frozen, held_by, is_mended, mend_optimizer, require_gradient, require_held
 from softhooks.trainer.prompt_checks import check_equal, require_trainable_prompt
 from softhooks.trainer.ranks import broadcast_from_rank_0, is_single_process, require_same_on_all_ranks
 from softhooks.trainer.reference_policy import Reference, require_fixed
-
-__all__ = [
-    "CheckFrozen",
-    "FrozenCheck",
-    "FrozenRecord",
-    "FrozenReport",
-    "Reference",
-    "SoftPromptCallback",
-    "broadcast_from_rank_0",
-    "check_equal",
-    "drop_frozen",
-    "eval_mode",
-    "from_sections",
-    "fsdp_plugin",
-    "held_by",
-    "is_mended",
-    "is_sharded_model",
-    "is_single_process",
-    "mend_optimizer",
-    "refuse_evaluation",
-    "require_fixed",
-    "require_gradient",
-    "require_held",
-    "require_same_on_all_ranks",
-    "require_trainable_prompt",
-]

@@ -400,7 +400,7 @@ def test_what_would_not_train_or_save_rightly_is_refused(tmp_path: Path, monkeyp
                     track(accelerator, prompt)
     track(accelerator, prompt)
     other = softhooks.attach(model, PrefixTuning(2), "other")
-    with pytest.raises(TrainerError, match="can track only one prompt of a model"):
+    with pytest.raises(TrainerError, match="can track one prompt of each model"):
         track(accelerator, other)
     other.remove()
     with pytest.raises(TrainerError, match=r"prepared: +none"):

@@ -136,7 +136,7 @@ def test_a_fit_with_other_parameters_or_without_a_gradient_or_with_a_moving_base
 
 
 def test_a_prompt_that_is_asked_for_too_early_is_an_error() -> None:
-    with pytest.raises(TrainerError, match="when Composer's Trainer is created"):
+    with pytest.raises(TrainerError, match="Composer's Trainer attaches it when it is created"):
         _ = integration.SoftPromptAlgorithm(METHOD).prompt
 
 

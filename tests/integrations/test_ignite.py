@@ -180,7 +180,7 @@ def test_parameters_that_an_optimizer_is_given_later_are_found_when_the_run_begi
 
 def test_what_is_tracked_must_be_an_engine() -> None:
     _, prompt = _attached()
-    with pytest.raises(TrainerError, match=r"was given dict; it takes an ignite\.engine\.Engine"):
+    with pytest.raises(TrainerError, match=r"was given dict instead of an ignite\.engine\.Engine"):
         track({}, prompt, torch.optim.SGD(prompt.parameters()))  # type: ignore[arg-type]
 
 
