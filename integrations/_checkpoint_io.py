@@ -19,7 +19,7 @@ class TrainingCallback(Protocol):
 
     Attributes:
         name: the name of the prompt.
-        beside: whether to write the directory next to each checkpoint.
+        beside: whether to write a directory with the saved prompt next to each checkpoint.
         outer: the module around the prompted model; None before the prompt is attached.
     """
 

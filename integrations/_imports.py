@@ -33,9 +33,7 @@ def import_framework(module: str, name: str, extra: str | None = None) -> Any:
 
 
 def create_at_first_use(module: str, **makers: Callable[[], type]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module that creates a class when the class is first used.
-
-    Each class is created only once, so that its instances can be pickled.
+    """Return a `__getattr__` for a module that creates each class when it is first used.
 
     Args:
         module: the module's name.
@@ -47,6 +45,7 @@ def create_at_first_use(module: str, **makers: Callable[[], type]) -> Callable[[
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         made = makers[name]()
         made.__module__, made.__qualname__ = module, name
+        # stored in the module, because pickling needs the same class at each use
         return vars(sys.modules[module]).setdefault(name, made)
 
     return get

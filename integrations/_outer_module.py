@@ -108,7 +108,7 @@ class OuterModule:
 
     @classmethod
     def of(cls, prompt: SoftPrompt, module: nn.Module, path: str) -> OuterModule:
-        """Return the OuterModule of a prompt and a module, which is created at the first call."""
+        """Return the OuterModule of a prompt and a module; the first call creates it."""
         saver = saver_of(prompt.model)
         known = None if saver is None or saver.prompt is not prompt else saver.owner
         if isinstance(known, OuterModule):
@@ -118,7 +118,6 @@ class OuterModule:
         return cls(prompt, module, path)
 
     def remove(self) -> None:
-        """Remove the hooks from the module."""
         for handle in self._handles:
             handle.remove()
 
@@ -152,7 +151,7 @@ class OuterModule:
         elif strict or self._base_names() & set(state):
             raise TrainerError(
                 f"the checkpoint lacks the prompt {self.prompt.name!r} of {type(self.module).__name__}.{self._prefix[:-1]}.",
-                "Load a model's own weights before the prompt is attached.",
+                "Load weights without a prompt before you attach the prompt.",
                 checkpoint=f"{len(state)} tensors, none of them of a prompt",
             )
 

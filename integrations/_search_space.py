@@ -53,7 +53,6 @@ class Candidate:
                 self.built({**first, name: value})
 
     def built(self, chosen: Mapping[str, Any]) -> Method:
-        """Create the method with the chosen options."""
         options = dict(chosen)
         length = options.pop("num_virtual_tokens")
         try:
@@ -66,7 +65,7 @@ class Candidate:
             ) from error
 
     def suggest(self, trial: Any, name: str) -> Chosen:
-        """Let an Optuna trial choose the values, as parameters `<candidate>.<option>`; options with one value need no choice."""
+        """Let an Optuna trial choose the values of all options that have several, as parameters `<candidate>.<option>`."""
         chosen: dict[str, Any] = {}
         for option, values in self.choices.items():
             if len(values) == 1:
@@ -82,9 +81,7 @@ class Candidate:
 
 def _check_choices(name: str, values: Any) -> None:
     several = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-    plain = several and (
-        len(values) == 1 or all(isinstance(value, (str, int, float, bool, type(None))) for value in values)
-    )
+    plain = several and (len(values) == 1 or all(isinstance(value, str | int | float | None) for value in values))
     if not plain:
         raise OptionError(
             f"{name}={values!r} is not a list of values to choose from; it must hold strings, numbers, booleans and None, or one "

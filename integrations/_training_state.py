@@ -1,7 +1,4 @@
-"""The training state of a prompt as a state dict, for frameworks that save objects with `state_dict` and `load_state_dict`.
-
-The state is the same as in a Trainer's checkpoint: the live parameters, and a description that identifies the run.
-"""
+"""The training state of a prompt, for frameworks that save objects with `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
@@ -19,21 +16,22 @@ from softhooks.prompt import SoftPrompt
 class LivePrompt:
     """The training state of a prompt, which replaces the model in a framework's checkpoints.
 
-    After this object is created, the model's `save_pretrained` writes only the prompt.
+    It is the same as in a Trainer's checkpoint: the live parameters, and a description that identifies the run. Once this object
+    exists, the model's `save_pretrained` writes only the prompt.
 
     Args:
         prompt: the attached prompt.
-        optimizer: an optimizer of exactly the prompt's parameters. Its class is part of the description, so that the state is
-            not resumed with a different class. With None, the optimizer is neither checked nor described.
+        optimizer: an optimizer of exactly the prompt's parameters; the state cannot be loaded for an optimizer of another class.
+            With None, optimizers are not checked.
 
     Attributes:
         prompt: the prompt.
-        report: the report of the last check of the base.
+        report: the report of the last check of the base; None before the first check.
 
     Raises:
         NotAttachedError: the prompt has been removed.
-        TrainerError: the prompt has no trainable parameters, the optimizer has other parameters, or another prompt of the model
-            is being saved.
+        TrainerError: the prompt has no trainable parameters, the optimizer does not hold exactly these, or the model's
+            checkpoints already hold another prompt.
     """
 
     def __init__(self, prompt: SoftPrompt, optimizer: Any = None) -> None:
@@ -54,47 +52,37 @@ class LivePrompt:
         self._saver.optimizer = None if optimizer is None else type(optimizer).__name__
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the live parameters by their names in the model, and the description as a tensor, which any format can store.
-
-        Raises:
-            NotAttachedError: the prompt has been removed.
-        """
+        """Return the live parameters and the description, all as tensors, which any format can store."""
         self.prompt._require_attached()
         return {name: tensor.detach() for name, tensor in self._saver.state().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the state; a state of another run is refused before anything is loaded.
+        """Load the result of `state_dict`.
 
         Args:
-            state_dict: the result of `state_dict`.
-            strict: accepted but ignored, because all trained tensors must be present.
+            strict: ignored; all trained tensors must be present.
 
         Raises:
             NotAttachedError: the prompt has been removed.
-            TrainerError: the state belongs to another prompt, method, base or optimizer, or contains no prompt.
+            TrainerError: the state belongs to another prompt, method, base or optimizer, or has no prompt; nothing is loaded.
         """
         self.prompt._require_attached()
         if not all(isinstance(value, Tensor) for value in state_dict.values()):
             kinds = sorted({type(value).__name__ for value in state_dict.values()})
-            raise TrainerError(f"the state holds {', '.join(kinds)}; the state of a prompt holds tensors by name.")
+            raise TrainerError(f"the state dict of the prompt holds {', '.join(kinds)}; it must hold tensors only.")
         state = dict(state_dict)
         self._saver.check(state)
         if not self._saver.loaded:
             raise TrainerError(
                 f"the checkpoint has no prompt named {self.prompt.name!r}, so the run cannot be resumed from it.",
-                "Load a checkpoint that was written with the prompt among its objects, under the same name.",
+                "Load a checkpoint of a run whose prompt has this name.",
                 expected=f"{CONTAINER}.{self.prompt.name}.*",
                 found=", ".join(sorted(state)[:3]) or "nothing",
             )
         self.prompt.model.load_state_dict(state, strict=False)
 
     def require_gradient(self, step: int) -> None:
-        """Check before a step that the prompt has a gradient.
-
-        Raises:
-            NotAttachedError: the prompt has been removed.
-            TrainerError: the prompt has no gradient.
-        """
+        """Check before a step that the prompt is attached and has a gradient."""
         self.prompt._require_attached()
         require_gradient(self.prompt, step)
 
@@ -106,16 +94,12 @@ class LivePrompt:
 
 
 def require_optimizer(prompt: SoftPrompt, optimizer: Any) -> None:
-    """Check that an optimizer holds exactly the trainable parameters of a prompt.
-
-    Raises:
-        TrainerError: the optimizer has other parameters, or lacks some.
-    """
+    """Check that an optimizer holds exactly the trainable parameters of a prompt."""
     if is_mended(optimizer, prompt):
         return
     held, trained = sum(len(group["params"]) for group in optimizer.param_groups), list(prompt.parameters())
     raise TrainerError(
-        "the optimizer does not hold exactly the parameters that the prompt trains.",
+        "the optimizer does not hold exactly the trainable parameters of the prompt.",
         "Create it after `attach`, from `prompt.parameters()`.",
         optimizer=f"{type(optimizer).__name__} of {held} tensors",
         prompt=f"{len(trained)} tensors, {sum(parameter.numel() for parameter in trained):,} parameters",

@@ -75,11 +75,10 @@ _UNSUPPORTED = {
     "FSDP": "FSDP writes the shards of the whole model without calling the hooks",
     "MEGATRON_LM": "Megatron keeps parameters and optimizer states in its own partitions",
 }
-_tracked: weakref.WeakKeyDictionary[Any, list[Tracker]] = weakref.WeakKeyDictionary()
 
 
 def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = True) -> SoftPrompt:
-    """Make an Accelerator's checkpoints hold a prompt instead of its model, until the prompt is removed.
+    """Make an Accelerator's checkpoints hold a prompt instead of its model until the prompt is removed; return the prompt.
 
     Args:
         accelerator: the Accelerator.
@@ -87,27 +86,25 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
             ... of the checkpoint, in the order in which they were tracked.
         check_frozen: whether to check before each checkpoint that the base has not changed.
 
-    Returns:
-        the prompt.
-
     Raises:
-        TrainerError: the Accelerator or its launch cannot train the prompt. Nothing is changed.
+        TrainerError: the prompt cannot be trained with this Accelerator. Nothing is changed.
     """
     if not hasattr(accelerator, "register_save_state_pre_hook"):
         raise TrainerError(f"`track` was given {type(accelerator).__name__} instead of an accelerate.Accelerator.")
     prompt._require_attached()
     _refuse(accelerator, prompt)
-    others = [tracker for tracker in _tracked.get(accelerator, []) if tracker.prompt is not None]
-    for other in others:
-        if other.prompt is not None and other.prompt.model is prompt.model:
+    hooks = accelerator._save_model_state_pre_hook.values()
+    trackers = [hook.__self__ for hook in hooks if isinstance(getattr(hook, "__self__", None), Tracker)]
+    others = {tracker.number: tracker.prompt for tracker in trackers if tracker.prompt is not None}
+    for other in others.values():
+        if other.model is prompt.model:
             raise TrainerError(
-                f"the Accelerator already tracks the prompt {other.prompt.name!r}; it can track one prompt of each model.",
+                f"the Accelerator already tracks the prompt {other.name!r}; it can track one prompt of each model.",
                 "Remove the other prompt, or attach this one to another model.",
                 asked=repr(prompt.name),
             )
     broadcast_from_rank_0(prompt, accelerator.device)
-    number = max((other.number + 1 for other in others), default=0)
-    _tracked[accelerator] = [*others, Tracker(accelerator, prompt, number, check_frozen)]
+    Tracker(accelerator, prompt, max(others, default=-1) + 1, check_frozen)
     return prompt
 
 
@@ -129,45 +126,25 @@ def _refuse(accelerator: Any, prompt: SoftPrompt) -> None:
 
 
 class Tracker:
-    """Writes a prompt into the checkpoints of an Accelerator, and reads the prompt from them.
-
-    Args:
-        number: 0 for the first prompt that the Accelerator tracks, 1 for the next, and so on.
-    """
+    """Writes the prompt with index `number` into the checkpoints of an Accelerator, and reads it from them."""
 
     def __init__(self, accelerator: Any, prompt: SoftPrompt, number: int, check_frozen: bool) -> None:
         self.number = number
         self.check_frozen = check_frozen
-        # weak references, because an Accelerator may outlive its models (`free_memory`)
-        self._prompt = weakref.ref(prompt)
-        self._accelerator = weakref.ref(accelerator)
-        self._handles = [
-            accelerator.register_save_state_pre_hook(self._save),
-            accelerator.register_load_state_pre_hook(self._load),
-        ]
-        self._saver(prompt)
-        self._model_before = accelerator.__dict__.get("save_model")
+        self._accelerator = accelerator
+        self._prompt = weakref.ref(prompt)  # because an Accelerator may outlive its models (`free_memory`)
         self._save_model_before = accelerator.save_model
-        accelerator.save_model = self.save_model
-        prompt.prompted_model.outside_patches.keep(self)
+        self._saver(prompt)
+        patches = prompt.prompted_model.outside_patches
+        patches.keep(accelerator.register_save_state_pre_hook(self._save))
+        patches.keep(accelerator.register_load_state_pre_hook(self._load))
+        patches.set(accelerator, "save_model", self.save_model)
 
     @property
     def prompt(self) -> SoftPrompt | None:
         """The prompt, or None if it was removed from its model."""
         prompt = self._prompt()
         return prompt if prompt is not None and prompt.is_attached else None
-
-    def remove(self) -> None:
-        """Remove hooks and patches from the Accelerator; called when the model's last prompt is removed."""
-        for handle in self._handles:
-            handle.remove()
-        accelerator: Any = self._accelerator()
-        if accelerator is None or accelerator.__dict__.get("save_model") != self.save_model:
-            return
-        if self._model_before is None:
-            del accelerator.save_model
-        else:
-            accelerator.save_model = self._model_before
 
     def _saver(self, prompt: SoftPrompt) -> CheckpointSaver:
         saver = saver_of(prompt.model)
@@ -183,8 +160,8 @@ class Tracker:
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
         """Write the prompt, and keep accelerate from writing the model."""
-        prompt, accelerator = self.prompt, self._accelerator()
-        if prompt is None or accelerator is None:
+        prompt, accelerator = self.prompt, self._accelerator
+        if prompt is None:
             return
         outer = outer_tensors(_require_prepared(models, prompt), prompt.model)
         saver = self._saver(prompt)
@@ -202,8 +179,8 @@ class Tracker:
 
     def save_model(self, model: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write only the prompt if the model contains the prompted model; otherwise call the original `save_model`."""
-        prompt, accelerator = self.prompt, self._accelerator()
-        if prompt is None or accelerator is None or not holds(model, prompt.model):
+        prompt = self.prompt
+        if prompt is None or not holds(model, prompt.model):
             self._save_model_before(model, save_directory, *args, **kwargs)
             return
         safe_serialization = args[1] if len(args) > 1 else kwargs.get("safe_serialization", True)
@@ -211,22 +188,22 @@ class Tracker:
         if outer or not safe_serialization:
             raise TrainerError(
                 "`save_model` of a prompted model writes only the prompt, in safetensors.",
-                "Call `prompt.save_pretrained(directory)`, and save the tensors around the model yourself.",
+                "Call `prompt.save_pretrained(directory)`, and save the tensors around the prompted model yourself.",
                 safe_serialization=safe_serialization,
-                around=", ".join(list(outer)[:8]) or "none",
+                tensors_around_it=", ".join(list(outer)[:8]) or "none",
             )
-        if _writes(accelerator):
+        if _writes(self._accelerator):
             prompt.save_pretrained(save_directory)
 
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
         """Check a checkpoint and load the prompt from it, and keep accelerate from loading the model."""
-        prompt, accelerator = self.prompt, self._accelerator()
-        if prompt is None or accelerator is None:
+        prompt = self.prompt
+        if prompt is None:
             return
         model, folder, saver = _require_prepared(models, prompt), self._folder(input_dir), self._saver(prompt)
-        saver.optimizer = _optimizer_of(accelerator, prompt)
+        saver.optimizer = _optimizer_of(self._accelerator, prompt)
         state = read_tensors(folder / LIVE)[0] if (folder / LIVE).is_file() else {}
         saver.check(state)
         if not saver.loaded:

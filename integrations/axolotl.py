@@ -73,7 +73,7 @@ def read(cfg: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
         if cfg.get(key):
             raise TrainerError(
                 f"`{key}: {cfg.get(key)!r}` cannot be used with a prompt in Axolotl: {reason}.",
-                f"Remove `{key}` for supervised fine-tuning or pre-training, or train with the Trainer or TRL.",
+                f"Remove `{key}`, or train with the Trainer or TRL.",
             )
     if cfg.get("adapter") and not options.get("trainable"):
         raise TrainerError(
@@ -120,7 +120,7 @@ class _Hooks:
         read(cfg)
 
     def get_input_args(self) -> str:
-        """Return the name of a pydantic model with the section; Axolotl drops sections that no model has."""
+        """Return the name of the pydantic model for the section, without which Axolotl would drop the section."""
         return f"{__name__}.SoftPromptArgs"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
@@ -133,11 +133,7 @@ class _Hooks:
         return [self.callback]
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Check that the prompt was trained.
-
-        Raises:
-            TrainerError: the Trainer did not use the callback, or the prompt was removed.
-        """
+        """Check that the prompt was trained."""
         prompt = None if self.callback is None else self.callback.soft_prompt
         if prompt is None or not prompt.is_attached:
             raise TrainerError(

@@ -78,11 +78,9 @@ class _Events:
         return self._own.report
 
     def match(self, event: Any, state: Any) -> bool:
-        """Whether `apply` handles an event."""
         return event.value in _EVENTS
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
-        """Handle an event."""
         if event.value == "init":
             self._attach(state)
         elif event.value == "after_load" and self._loaded:
@@ -108,18 +106,22 @@ class _Events:
     def _attach(self, state: Any) -> None:
         model = getattr(state.model, "model", None)
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-            raise _refusal(
-                "model",
-                type(state.model).__name__,
-                "a HuggingFaceModel",
-                "Wrap it in composer.models.HuggingFaceModel.",
+            raise TrainerError(
+                f"the Trainer's model is a {type(state.model).__name__}; to attach a prompt, it must be a HuggingFaceModel.",
+                "Wrap the model in composer.models.HuggingFaceModel.",
             )
         for name in ("fsdp_config", "tp_config"):
             if getattr(state, name, None) is not None:
-                raise _refusal("parallelism", name, "a single process or DDP", "Leave `parallelism_config` out.")
+                raise TrainerError(
+                    f"the Trainer uses {name}; a prompt can be trained in a single process or with DDP.",
+                    "Leave `parallelism_config` out.",
+                )
         optimizers = list(state.optimizers or ())
         if len(optimizers) != 1:
-            raise _refusal("optimizers", len(optimizers), "one", "Give the Trainer one in `optimizers=`.")
+            raise TrainerError(
+                f"the Trainer has {len(optimizers)} optimizers; to train a prompt, it must have one.",
+                "Pass one optimizer to the Trainer in `optimizers=`.",
+            )
         present = prompted_model_of(model)
         if present is not None:
             raise AttachError(
@@ -130,10 +132,9 @@ class _Events:
         prompt = attach(model, self.method, **self.options)
         mend_optimizer(optimizers[0], prompt)
         self._live = LivePrompt(prompt, optimizers[0])
-        prompt.prompted_model.patches.keep(
-            model.register_state_dict_post_hook(lambda *given: self._leave_out_base(*given))
-        )
-        prompt.prompted_model.patches.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
+        patches = prompt.prompted_model.patches
+        patches.keep(model.register_state_dict_post_hook(lambda *given: self._leave_out_base(*given)))
+        patches.keep(model.register_load_state_dict_pre_hook(self._put_base_in))
 
     def _leave_out_base(self, model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
         """Remove the base from the state dict of Composer's wrapper model."""
@@ -160,10 +161,6 @@ class _Events:
         self._loaded = {name: value.detach().clone() for name, value in found.items()}
         for name, tensor in model.state_dict().items():
             state.setdefault(prefix + name, tensor)
-
-
-def _refusal(what: str, found: object, expected: str, remedy: str) -> TrainerError:
-    return TrainerError(f"{what} {found!r} cannot be used with a prompt in Composer; supported: {expected}.", remedy)
 
 
 def _algorithm() -> type:

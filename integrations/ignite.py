@@ -50,16 +50,13 @@ __all__ = ["track"]
 
 
 def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_frozen: bool = True) -> LivePrompt:
-    """Check an Engine that trains a prompt, and return an object that saves and loads the prompt.
+    """Check the training of a prompt, and return an object for `Checkpoint`'s `to_save` and `load_objects`.
 
     Args:
-        engine: the Engine that steps the optimizer.
-        prompt: the prompt in training.
+        engine: the Engine that trains the prompt.
+        prompt: the prompt.
         optimizer: the optimizer of the prompt.
         check_frozen: whether to check at the end of each run that the base has not changed.
-
-    Returns:
-        an object for `Checkpoint`'s `to_save` and `load_objects`.
 
     Raises:
         TrainerError: `engine` is not an Engine, or the optimizer does not hold exactly the prompt's parameters. Nothing is

@@ -3,8 +3,8 @@
 `SoftPromptCallback` attaches the prompt in `setup`, before `configure_optimizers`, and removes frozen parameters from the
 module's optimizers. Checkpoints do not contain the base; next to each local checkpoint (`epoch=0-step=4.ckpt`) is a directory
 that `softhooks.load` reads (`epoch=0-step=4.prompt`). A run resumes from `ckpt_path=` bit for bit, except for dropout, because
-Lightning saves no random state. Leave `strict_loading` unchanged: only the base may be missing from a checkpoint. The callback
-adds only tensors to a checkpoint, so `torch.load(weights_only=True)` can read it.
+Lightning saves no random state. Leave `strict_loading` at its default; only the base may be missing from a checkpoint. The
+callback adds only tensors to a checkpoint, so `torch.load(weights_only=True)` can read it.
 
 `LightningModule.load_from_checkpoint` creates a module without callbacks, and fails because the base is missing from the
 checkpoint. To make it restore the prompt, call `attach(self, method)` of this integration at the end of `__init__`; a callback
@@ -145,12 +145,12 @@ class _Callback:
     Args:
         method: the method to train.
         attribute: the path of the model in the LightningModule, or None for the only transformers model.
-        name: the name of the prompt. Each callback of a Trainer needs its own; a name other than "default" is part of the
-            directory's name.
+        name: the name of the prompt, a different one for each callback of a Trainer.
         train_head, trainable, freeze_dropout: as in `softhooks.attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before
             each checkpoint; False: never.
-        beside: whether to write a directory that `softhooks.load` reads next to each local checkpoint.
+        beside: whether to write a directory with the saved prompt next to each local checkpoint. Unless `name` is "default", it
+            is part of the directory's name.
 
     Attributes:
         soft_prompt: the attached prompt, or None before `setup`.
@@ -213,7 +213,6 @@ class _Callback:
             trainer.strategy.checkpoint_io = PromptFiles(files, self)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check the optimizers and the model, which Lightning has set up."""
         outer = self.outer
         assert outer is not None, "Lightning calls setup first"
         prompt, saver = outer.prompt, outer.saver
@@ -227,7 +226,6 @@ class _Callback:
         saver.require_same_run(saver.described)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        """Check that the prompt is attached and has a gradient."""
         prompt = self.soft_prompt
         assert prompt is not None, "Lightning calls setup first"
         if not prompt.is_attached:
@@ -237,7 +235,6 @@ class _Callback:
         self._detaches_on_error = False
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Check that all ranks have the same prompt and that the base has not changed."""
         if self.soft_prompt is not None and self.soft_prompt.is_attached:
             require_same_on_all_ranks(self.soft_prompt)
             self._frozen_check.check(self.soft_prompt, "save", trainer.global_step)
@@ -248,7 +245,6 @@ class _Callback:
             self.soft_prompt.remove()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Check that all ranks have the same prompt and that the base has not changed."""
         prompt = self.soft_prompt
         assert prompt is not None, "Lightning calls setup first"
         require_same_on_all_ranks(prompt)
@@ -264,7 +260,6 @@ def _kinds(thing: object) -> set[str]:
 
 
 def _refuse(trainer: Any) -> None:
-    """Refuse strategies and callbacks that train or save prompts wrongly."""
     strategy = trainer.strategy
     if not _kinds(strategy) & _SUPPORTED or _kinds(strategy) & _UNSUPPORTED:
         raise TrainerError(

@@ -33,7 +33,7 @@ from torch import nn
 
 from softhooks.errors import OptionError, UnsupportedMethodError
 from softhooks.integration_support.command_line import report_errors, usage_errors
-from softhooks.integration_support.models import prompted_model_of, soft_prompts_of
+from softhooks.integration_support.models import prompted_model_of, require_prompted_model, soft_prompts_of
 from softhooks.integration_support.serving import required_columns
 from softhooks.load import load
 from softhooks.prompt import SoftPrompt
@@ -121,9 +121,7 @@ def _language_model() -> type:
                 )
             super().__init__(pretrained, **kwargs)
             if prompt is None:
-                prompted = prompted_model_of(pretrained)
-                assert prompted is not None
-                for each in soft_prompts_of(prompted).values():
+                for each in soft_prompts_of(require_prompted_model(pretrained)).values():
                     require_plain_rows(each)
                 return
             loaded = load(self.model, str(prompt), strict=strict)

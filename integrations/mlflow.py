@@ -25,12 +25,8 @@ Example:
     from softhooks import PromptTuning, SoftPromptCallback
     from softhooks.integrations.mlflow import PromptArtifact
 
-    trainer = Trainer(
-        model=model,
-        args=args,  # report_to="mlflow"
-        train_dataset=dataset,
-        callbacks=[SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptArtifact(tokenizer)],
-    )
+    callbacks = [SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptArtifact(tokenizer)]
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=callbacks)  # args: report_to="mlflow"
     trainer.train()
 """
 
@@ -79,11 +75,7 @@ class PromptArtifact(PromptTracker):
         self._outer = _active()
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Log the options; in a search, log them in the trial's run.
-
-        Raises:
-            TrainerError: there is no active run, or HF_MLFLOW_LOG_ARTIFACTS is set.
-        """
+        """Log the options; in a search, log them in the trial's run."""
         if os.environ.get(_EAGER, "").upper() in _TRUE:
             raise TrainerError(
                 f"{_EAGER}={os.environ[_EAGER]} would log each checkpoint as a `pyfunc` model, but it holds only a prompt.",
@@ -98,7 +90,7 @@ class PromptArtifact(PromptTracker):
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 
     def _of_trial(self, state: TrainerState) -> str:
-        """Return the run of a trial: the first trial's run, which the Trainer's reporter has started, or a new one."""
+        """Return the id of a trial's run, which is started unless the Trainer's reporter has started it."""
         mlflow, last = _mlflow(), self._run_id
         if last is not None and _active() == last:
             mlflow.end_run("FINISHED" if self._is_over else "FAILED")

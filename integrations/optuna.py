@@ -110,10 +110,9 @@ class PromptSpace:
     # --- with a Trainer -----------------------------------------------------------------------------------------------
 
     def callback(self, **options: Any) -> SoftPromptCallback:
-        """Create a callback that trains the method of each trial; outside a search, that of `settle` or the first candidate.
+        """Create a callback that trains the method of each trial; `options` are as for `SoftPromptCallback`.
 
-        Args:
-            options: as for `SoftPromptCallback`.
+        Outside a search, it trains the method of the trial that was passed to `settle`, or the first candidate.
         """
         return _SearchCallback(self, **options)
 
@@ -121,8 +120,8 @@ class PromptSpace:
         """Set a Trainer to the options of a trial, so that `train()` repeats it.
 
         Args:
-            found: as for `chosen`; the arguments of the Trainer in the best run of a search are set too.
-            trainer: the Trainer that searched, or another with a `callback()` of this space.
+            found: as for `chosen`. From the best run of a Trainer's search, the other arguments of the Trainer are set too.
+            trainer: the Trainer that searched, or another one with a `callback()` of this space.
 
         Raises:
             TrainerError: the Trainer has no callback that this space created.
@@ -172,10 +171,16 @@ class PromptSpace:
         def objective(trial: Any) -> float:
             if not alone.acquire(blocking=False):
                 raise _concurrent(trial)
+
+            def report(value: float, step: int) -> None:
+                trial.report(value, step)
+                if trial.should_prune():
+                    raise _optuna().TrialPruned
+
             try:
                 method, rate = self.suggest(trial)
                 with attach(model, method, **options) as prompt:
-                    value = train(prompt, rate, _reporting(trial))
+                    value = train(prompt, rate, report)
                     prompt.verify_frozen()
                     if save_to is not None:
                         prompt.save_pretrained(Path(save_to) / f"trial-{trial.number}")
@@ -187,8 +192,6 @@ class PromptSpace:
 
 
 class _SearchCallback(SoftPromptCallback):
-    """A callback that trains the method of each trial."""
-
     def __init__(self, space: PromptSpace, **options: Any) -> None:
         candidate = next(iter(space.candidates.values()))
         self.space = space
@@ -197,7 +200,6 @@ class _SearchCallback(SoftPromptCallback):
         super().__init__(self.settled, **options)
 
     def method_for(self, trial: Any) -> Method:
-        """Return the method of a trial, or of `settle` outside a search."""
         if trial is None:
             return self.settled
         if self._thread not in (None, threading.get_ident()):
@@ -239,17 +241,6 @@ def _concurrent(trial: Any) -> TrainerError:
         f"trial {trial.number} started while another trial is running on the same Trainer or model.",
         "Search with n_jobs=1; to search in parallel, let several processes share the study's storage.",
     )
-
-
-def _reporting(trial: Any) -> Callable[[float, int], None]:
-    pruned = _optuna().TrialPruned
-
-    def report(value: float, step: int) -> None:
-        trial.report(value, step)
-        if trial.should_prune():
-            raise pruned
-
-    return report
 
 
 def _optuna() -> Any:

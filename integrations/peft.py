@@ -1,18 +1,17 @@
-"""PEFT: convert the prompts of models in memory to softhooks and back; for saved prompts, use `softhooks convert`.
+"""PEFT: convert the prompts of models in memory to softhooks and back.
 
-`from_peft` attaches the adapters of a `PeftModel` to a model without PEFT, one prompt per adapter, by name: prompt tuning,
-P-tuning (LSTM or MLP, folded), prefix tuning (its MLP folded), multitask prompt tuning, CPT, LLaMA-Adapter and cartridges, with
-their trained heads. `to_peft` creates a `PeftModel` from prompts. In both directions, the logits of text without padding are the
-same. With padding, packed rows, caches and classification on decoders the results differ: softhooks is right and PEFT is wrong.
-`softhooks.load` reads a saved adapter, and `save_pretrained(..., as_peft=True)` writes one. A prompt together with LoRA needs
-no integration: attach the prompt to the `PeftModel`.
+`from_peft` attaches the adapters of a `PeftModel` to a model without PEFT: prompt tuning, P-tuning, prefix tuning, multitask
+prompt tuning, CPT, LLaMA-Adapter and cartridges, with their trained heads. `to_peft` creates a `PeftModel` from prompts. In both
+directions, the logits of text without padding are the same. With padding, packed rows, caches and classification on decoders they
+differ, because PEFT computes them wrongly. No integration is needed to read or write saved adapters (`softhooks.load`,
+`save_pretrained(..., as_peft=True)`, `softhooks convert`), or to train a prompt with LoRA: attach it to the `PeftModel`.
 
-Refused with an error, without changing either model. From PEFT: other kinds of adapters (LoRA stays with PEFT, and so do
-trainable tokens); prefixes of encoder-decoders, because PEFT shares a table between their layers; prompts in encoders that
-classify the first position, which is a virtual token in PEFT; LLaMA-Adapter on GPT-2 or with biased projections. To PEFT: a
-layout, a prefix in only some of the layers, and three prefixes of an encoder-decoder.
+Refused with an error, without changing either model. From PEFT: other kinds of adapters, such as LoRA; prefixes of
+encoder-decoders, because PEFT shares a table between their layers; prompts in encoders that classify the first position, which
+is a virtual token in PEFT; LLaMA-Adapter on GPT-2 or with biased projections. To PEFT: a layout, a prefix in only some of the
+layers, and prefixes in an encoder and its decoder.
 
-Versions tested: peft 0.21.2, transformers 5.23.0.
+Versions tested: peft 0.21.2, transformers 5.23.0
 
 Example:
     from softhooks.integrations.peft import from_peft, to_peft
@@ -49,8 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["from_peft", "to_peft"]
 
-_ADAPTED = ("AdaptedAttention", "AdaptedAttentionGPT")
-"""The modules by which PEFT replaces attention for LLaMA-Adapter."""
+_ADAPTED = ("AdaptedAttention", "AdaptedAttentionGPT")  # PEFT's LLaMA-Adapter replaces attention with these
 
 
 def _peft() -> Any:
@@ -67,13 +65,14 @@ def from_peft(
     *,
     trainable: bool = False,
 ) -> dict[str, SoftPrompt]:
-    """Attach the prompts of a PEFT model to another model.
+    """Attach the prompts of a PEFT model to its base model.
 
     Args:
         peft_model: the model with the adapters; it is not changed.
-        model: the base model: a separate model, or `peft_model.get_base_model()`, which is then shared.
-        names: the adapters to convert, or None for all adapters. A mapping gives new names.
-        trainable: make the prompts trainable; their encoders are folded, so the embeddings or key-value tables train directly.
+        model: a separate copy of the base model, or `peft_model.get_base_model()`.
+        names: the adapters to convert, or None for all. A mapping gives each adapter the name of its prompt.
+        trainable: whether to make the prompts trainable. An LSTM or MLP in an adapter is not trained further, because only the
+            embeddings or the keys and values that it computes are converted.
 
     Returns:
         the prompts, by name. The active adapter's prompt is active, or the last prompt if that adapter was not converted.
@@ -86,7 +85,12 @@ def from_peft(
     _peft()
     chosen = _chosen(peft_model, names)
     found = {name: read(peft_model, adapter) for adapter, name in chosen.items()}
-    _require_plain(model)
+    adapted = [name for name, module in model.named_modules() if type(module).__name__ in _ADAPTED]
+    if adapted:
+        raise OptionError(
+            f"the model still contains PEFT's LLaMA-Adapter, in {adapted[0]}; prompts need a model without it.",
+            "Load the base model again, and pass the new model.",
+        )
     before = prompted_model_of(model)
     was_active = before.active if before else None
     taken = [name for name in found if before is not None and name in before.prompts]
@@ -111,11 +115,6 @@ def from_peft(
 
 
 def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
-    """Read one adapter of a PEFT model as a stored prompt.
-
-    Raises:
-        CheckpointError: softhooks has no method for the adapter.
-    """
     config = peft_model.peft_config[adapter]
     described = json.loads(json.dumps(config.to_dict(), default=_jsonable))
     source = f"the adapter {adapter!r} of {type(peft_model).__name__}"
@@ -128,7 +127,7 @@ def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
 
 @contextmanager
 def _restored(peft_model: nn.Module) -> Iterator[None]:
-    """Restore the parameters that PEFT changes when it reads them; for example, reading a CPT adapter projects its deltas."""
+    """Restore the parameters, which PEFT may change while it reads them, such as the deltas of a CPT adapter."""
     before = [(parameter, parameter.data) for parameter in peft_model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -142,51 +141,35 @@ def _jsonable(value: Any) -> Any:
 
 
 def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) -> dict[str, str]:
-    """Map the chosen adapters to the names of their prompts."""
+    """Map the name of each chosen adapter to the name of its prompt."""
     configs = getattr(peft_model, "peft_config", None)
     if not isinstance(configs, dict) or not hasattr(peft_model, "get_base_model"):
-        raise OptionError(f"from_peft was given {type(peft_model).__name__}; it takes a PeftModel.")
+        raise OptionError(f"`from_peft` was given {type(peft_model).__name__} instead of a PeftModel.")
     if isinstance(names, str):
         names = [names]
-    chosen = (
-        dict(names) if isinstance(names, Mapping) else {name: name for name in (configs if names is None else names)}
-    )
+    names = list(configs) if names is None else names
+    chosen = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
     unknown = [name for name in chosen if name not in configs]
     if unknown or not chosen or len(set(chosen.values())) < len(chosen):
         raise OptionError(
-            f"names={names!r} does not name adapters of the PEFT model, each once and with a different name for its prompt.",
-            "Leave `names` out to convert all of them.",
+            f"names={names!r} is wrong; it must name adapters of the PEFT model, each with a different name for its prompt.",
+            "Leave `names` out to convert all adapters.",
             asked=chosen,
             adapters=list(configs),
         )
     return chosen
 
 
-def _require_plain(model: nn.Module) -> None:
-    """Check that the model contains no PEFT LLaMA-Adapter.
-
-    Raises:
-        OptionError: a module has such an adapter; the message names the module.
-    """
-    adapted = [name for name, module in model.named_modules() if type(module).__name__ in _ADAPTED]
-    if adapted:
-        raise OptionError(
-            f"the model has a PEFT LLaMA-Adapter in {adapted[0]}; prompts are attached to a model without it.",
-            "Load the base model again, and pass the new model.",
-        )
-
-
 # --- to PEFT ----------------------------------------------------------------------------------------------------------
 
 
 def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, trainable: bool = False) -> PeftModel:
-    """Create a PEFT model with one adapter per prompt, under the same names.
+    """Create a PEFT model with one adapter for each prompt, under the prompt's name.
 
     Args:
         prompts: prompts of one model.
-        model: the base model: a model of the same class and shape without prompts, or the prompts' own model, from which they
-            are removed.
-        trainable: leave the adapters trainable, as `get_peft_model` does.
+        model: a separate copy of the base model, without prompts; or the model of the prompts, from which they are removed.
+        trainable: whether the adapters are trainable.
 
     Returns:
         the PEFT model; the active prompt's adapter is active.
@@ -206,7 +189,7 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
     kinds = {config["peft_type"] for config, _ in parts.values()}
     if len(kinds) > 1:
         raise OptionError(
-            f"the prompts would become adapters of the types {sorted(kinds)}; a PEFT model has only one type.",
+            f"the prompts would become adapters of the types {sorted(kinds)}; a PEFT model can have only one type.",
             "Create one PEFT model for each type.",
         )
     active = given[0].prompted_model.active
@@ -230,10 +213,9 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
 
 
 def _settings(peft: Any, config: dict[str, Any], trainable: bool) -> Any:
-    cls = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(config["peft_type"])]
-    return cls(
-        **{key: value for key, value in config.items() if key != "peft_type"} | {"inference_mode": not trainable}
-    )
+    kind = peft.PeftType(config["peft_type"])
+    options = {name: value for name, value in config.items() if name != "peft_type"}
+    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**(options | {"inference_mode": not trainable}))
 
 
 def _require_one_model(prompts: list[SoftPrompt]) -> None:
@@ -241,19 +223,14 @@ def _require_one_model(prompts: list[SoftPrompt]) -> None:
     detached = [prompt.name for prompt in prompts if not prompt.is_attached]
     if len(models) != 1 or detached:
         raise OptionError(
-            f"the prompts are on {len(models)} models; `to_peft` takes prompts that are attached to one model.",
+            f"the prompts are attached to {len(models)} models; `to_peft` needs prompts that are attached to one model.",
             "Attach or load the prompts first, and call `to_peft` once for each model.",
             removed=detached or "none",
         )
 
 
 def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
-    """Check that a model has the same class and shape as the prompts' model, and no other prompts or adapters.
-
-    Raises:
-        OptionError: the model has other prompts or adapters.
-        PromptMismatchError: the class or the shape differs.
-    """
+    """Check that a model has no other prompts or adapters, and the same class and shape as the model of the prompts."""
     own = prompts[0].model
     prompted = prompted_model_of(model)
     others = sorted(set(prompted.prompts) - {prompt.name for prompt in prompts}) if prompted and model is own else []
@@ -285,7 +262,7 @@ def _description(model: nn.Module) -> str:
 
 
 def _has_heads(stored: StoredPrompt, model: nn.Module) -> bool:
-    """Whether a model has heads with the names and shapes of a prompt's heads."""
+    """Return whether a model has modules with the names and shapes of a prompt's trained heads."""
     modules = dict(model.named_modules())
     for path, state in stored.heads.items():
         known = modules[path].state_dict() if path in modules else {}

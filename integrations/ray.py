@@ -5,8 +5,8 @@ worker is still writing it. With `ReportCallback`, workers wait until the checkp
 the other workers add their random state. Like Ray's callback, it reports a directory with the checkpoint in `checkpoint/`. A
 restarted run resumes bit for bit from the path that `last_checkpoint` yields.
 
-Refused with an error: a Trainer that saved no checkpoint. In a training loop without a Trainer, report the directory that
-`prompt.save_pretrained` writes yourself, or resume with `softhooks.integrations.accelerate`.
+Refused with an error: a Trainer that saved no checkpoint. In a training loop without a Trainer, call `ray.train.report` with
+the directory that `prompt.save_pretrained` writes, or resume with `softhooks.integrations.accelerate`.
 
 Example:
     import ray.train
@@ -75,7 +75,14 @@ class ReportCallback(TrainerCallback):
         with TemporaryDirectory() as temporary:
             target = Path(temporary) / CHECKPOINT
             if args.process_index == 0:
-                _copy(folder, target)
+                if not folder.is_dir():
+                    raise TrainerError(
+                        f"the Trainer has saved no checkpoint in {folder}.",
+                        "Do not change the Trainer's `output_dir` or the names of its checkpoints.",
+                    )
+                shutil.copytree(
+                    folder, target, ignore=shutil.ignore_patterns(".*")
+                )  # without locks and temporary files
             else:
                 target.mkdir()
                 own = folder / f"rng_state_{args.process_index}.pth"
@@ -108,16 +115,6 @@ def last_checkpoint(start: Any = None) -> Iterator[str | None]:
                 contents=", ".join(sorted(entry.name for entry in Path(folder).iterdir())) or "nothing",
             )
         yield str(path)
-
-
-def _copy(folder: Path, target: Path) -> None:
-    """Copy a checkpoint without locks and temporary files."""
-    if not folder.is_dir():
-        raise TrainerError(
-            f"the Trainer has saved no checkpoint in {folder}.",
-            "Do not change the Trainer's `output_dir` or the names of its checkpoints.",
-        )
-    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(".*"))
 
 
 def _ray_train() -> Any:

@@ -1,17 +1,16 @@
 """sentence-transformers: prompts in embedding models, cross-encoders and sparse encoders.
 
-The prompt is attached to the inner transformers model (`model.transformers_model`); pooling, normalization and all later modules
-get only the text. `SentencePromptCallback` trains the prompt with the library's trainers and losses, and freezes everything else
-in the model. `attach` attaches a prompt without a Trainer. `softhooks.disabled` and `activate` accept the sentence model.
+The prompt is attached to the inner transformers model (`model.transformers_model`); pooling and all later modules get only the
+states of the text. `SentencePromptCallback` trains the prompt with the library's trainers and losses, and freezes everything else
+in the model; without a Trainer, call `attach`. `softhooks.disabled` and `activate` accept the sentence model.
 
 `model.save_pretrained` and `trainer.save_model` write the whole model with its prompt. `load(folder)` reads it, and so does
-`SentenceTransformer(folder, trust_remote_code=True)`; without the flag, the library refuses every module from another package.
-A Trainer's checkpoints hold only the prompt and resume bit for bit; `load_prompt(model, folder)` loads them onto the base.
+`SentenceTransformer(folder, trust_remote_code=True)`; without the flag, the library refuses modules from other packages. A
+Trainer's checkpoints hold only the prompt and resume bit for bit; `load_prompt(model, folder)` loads them onto the base.
 
 Refused with an error: several inner transformers models (Router), a first module other than `Transformer`, backends other than
-torch, PEFT adapters, one prompt per row (`rows`; the library sorts texts), losses with their own parameters (SoftmaxLoss),
-multi-process pools, `torch_compile`, FSDP. DDP works. Inputs are padded even where the library would pack them for flash
-attention, and texts are truncated earlier if slots need positions.
+torch, PEFT adapters, one prompt per row (`rows`), losses with their own parameters (SoftmaxLoss), multi-process pools,
+`torch_compile`, FSDP. DDP works. Inputs are always padded and never packed. If slots need positions, texts are truncated earlier.
 
 Versions tested: sentence-transformers 6.2.0
 
@@ -22,13 +21,8 @@ Example:
     from softhooks import PrefixTuning
     from softhooks.integrations.sentence_transformers import SentencePromptCallback, load
 
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=args,
-        train_dataset=pairs,
-        loss=MultipleNegativesRankingLoss(model),
-        callbacks=[SentencePromptCallback(PrefixTuning(num_virtual_tokens=8))],
-    )
+    callback, loss = SentencePromptCallback(PrefixTuning(num_virtual_tokens=8)), MultipleNegativesRankingLoss(model)
+    trainer = SentenceTransformerTrainer(model, args, train_dataset=pairs, loss=loss, callbacks=[callback])
     trainer.train()
     trainer.save_model("prompted")
     embeddings = load("prompted").encode(["a sentence", "another"])
@@ -43,23 +37,19 @@ from typing import Any
 from torch import nn
 
 from softhooks.attach import attach as attach_to_model
-from softhooks.errors import (
-    CheckpointError,
-    TrainerError,
-)
+from softhooks.errors import CheckpointError, TrainerError
 from softhooks.integration_support.checkpoints import CONTAINER
 from softhooks.integration_support.training import FrozenRecord, SoftPromptCallback, fsdp_plugin
 from softhooks.load import load as load_onto_model
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
-from ._inner_model import refuse_checkpoint
+from ._imports import create_at_first_use
 from ._sentence_transformers import (
     FAMILIES,
     KIND,
-    PROMPTED,
-    WHOLE,
     prompted_transformer,
+    refuse_checkpoint,
     sentence_library,
     transformer_of,
     wrap_sentence_model,
@@ -76,8 +66,7 @@ def attach(model: Any, method: Method, name: str = "default", **options: Any) ->
 
     Args:
         model: a `SentenceTransformer`, `CrossEncoder` or `SparseEncoder`.
-        method, name: as in `softhooks.attach`.
-        options: as in `softhooks.attach`.
+        method, name, options: as in `softhooks.attach`.
 
     Raises:
         AttachError: the prompt cannot be attached. The model is unchanged.
@@ -89,11 +78,12 @@ def attach(model: Any, method: Method, name: str = "default", **options: Any) ->
 
 
 def load_prompt(model: Any, path: str | Path, name: str = "default", **options: Any) -> SoftPrompt:
-    """Load a saved prompt onto a sentence model: from a saved model with its prompt, a checkpoint, or the Hub.
+    """Load a saved prompt onto a sentence model.
 
     Args:
         model: the sentence model that the prompt was trained on, without prompts.
-        path, name, options: as in `softhooks.load`.
+        path: a Trainer's checkpoint, a saved sentence model with a prompt, or a Hub id.
+        name, options: as in `softhooks.load`.
 
     Raises:
         CheckpointError, PromptMismatchError, AttachError: as in `softhooks.load`. The model is unchanged.
@@ -104,17 +94,17 @@ def load_prompt(model: Any, path: str | Path, name: str = "default", **options: 
 
 
 def load(folder: str | Path, **options: Any) -> Any:
-    """Load a sentence model that was saved with its prompt, without running code from the directory.
+    """Load a sentence model that was saved with its prompt.
 
     Args:
-        folder: a directory that `model.save_pretrained` or `trainer.save_model` wrote.
-        options: arguments of the saved class: `SentenceTransformer`, `CrossEncoder` or `SparseEncoder`.
+        folder: a directory that `model.save_pretrained` or `trainer.save_model` wrote. No code from it is run.
+        options: arguments of `SentenceTransformer`, `CrossEncoder` or `SparseEncoder`, whichever was saved.
 
     Raises:
         CheckpointError: the directory has no sentence model with a prompt.
     """
     library, folder = sentence_library(), Path(folder)
-    refuse_checkpoint(folder, WHOLE)
+    refuse_checkpoint(folder)
     try:
         modules = json.loads((folder / "modules.json").read_bytes())
         family = json.loads((folder / "config_sentence_transformers.json").read_bytes()).get("model_type")
@@ -123,7 +113,7 @@ def load(folder: str | Path, **options: Any) -> Any:
         raise CheckpointError(f"{folder} contains no sentence model: {error}.") from error
     if KIND not in kinds or family not in FAMILIES:
         raise CheckpointError(
-            f"{folder} contains a sentence model that was not saved with a prompt.",
+            f"{folder} contains a sentence model without a prompt.",
             "Load it with sentence-transformers itself.",
             model=family,
             modules=", ".join(map(str, kinds)),
@@ -155,7 +145,7 @@ class SentencePromptCallback(SoftPromptCallback):
         wrap_sentence_model(model)
 
     def on_model_init(self, args: Any, control: Any, model: Any, trial: Any) -> None:
-        """Attach the prompt to the inner transformers model of a new model from `model_init`."""
+        """Attach the prompt to the inner transformers model of a model from `model_init`."""
         super().on_model_init(args, control, transformer_of(model).model, trial)
         wrap_sentence_model(model)
 
@@ -169,12 +159,11 @@ class SentencePromptCallback(SoftPromptCallback):
         wrap_sentence_model(model)
         if self._saver is not None:
             self._saver.loaded = False  # from now on, `loaded` tells whether the best checkpoint was loaded
-        self._around = (
-            FrozenRecord(model, lambda name: f".{CONTAINER}." not in name) if self._frozen_check.asked else None
-        )
+        asked = self._frozen_check.asked
+        self._around = FrozenRecord(model, lambda name: f".{CONTAINER}." not in name) if asked else None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that the best checkpoint was loaded, if that was asked for, and that nothing else has changed."""
+        """Check that only the prompt has changed, and that the best checkpoint was loaded if `args` ask for it."""
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and self._saver is not None and not self._saver.loaded:
             raise TrainerError(
@@ -208,8 +197,5 @@ def _refuse_loss_parameters(optimizer: Any, model: nn.Module) -> None:
         )
 
 
-def __getattr__(name: str) -> Any:
-    """Create the class named in `modules.json` at its first use, if sentence-transformers is installed."""
-    if name == PROMPTED:
-        return prompted_transformer()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# the class that `modules.json` names
+__getattr__ = create_at_first_use(__name__, PromptedTransformer=prompted_transformer)

@@ -1,18 +1,15 @@
 """SetFit: the contrastive phase trains a prompt on the body, and the second phase trains the head.
 
-Pass `SetFitPromptCallback` to `setfit.Trainer(callbacks=[...])`. With a differentiable head and `end_to_end=True` the second
-phase trains the prompt too. SetFit unfreezes the whole body after that phase; with a prompt, only what was trainable is
-unfrozen, so a second `train()` does not train the base either.
+With a differentiable head and `end_to_end=True`, the second phase trains the prompt too. The base stays frozen in every phase.
 
 `model.save_pretrained(folder)` saves body, prompt and head; `SetFitModel.from_pretrained(folder, trust_remote_code=True)` loads
-them. Without the flag, loading fails, because one module of the body is not from sentence-transformers. Checkpoints of the first
-phase hold only the prompt. `load_best_model_at_end` restores the best checkpoint;
-`softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads a checkpoint onto a new body.
+them (without the flag, sentence-transformers refuses the body's first module). Checkpoints of the first phase hold only the
+prompt; `softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads them onto a new body.
 SetFit's Trainer does not support resuming.
 
 Refused with an error: everything that `softhooks.integrations.sentence_transformers` refuses; models for aspect-based sentiment
 analysis, which train two models with one callback; a Trainer whose model was replaced (`hyperparameter_search`), because SetFit
-then runs one model and optimizes the other. SetFit renames the loss in its logs, so the logs do not have the prompt's metrics.
+then runs one model and optimizes the other. The prompt's metrics are not in SetFit's logs, in which the loss has another name.
 
 Versions tested: setfit 1.2.0
 
@@ -22,12 +19,8 @@ Example:
     from softhooks import PrefixTuning
     from softhooks.integrations.setfit import SetFitPromptCallback
 
-    trainer = setfit.Trainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        callbacks=[SetFitPromptCallback(PrefixTuning(num_virtual_tokens=8))],
-    )
+    callback = SetFitPromptCallback(PrefixTuning(num_virtual_tokens=8))
+    trainer = setfit.Trainer(model=model, args=args, train_dataset=dataset, callbacks=[callback])
     trainer.train()
     model.save_pretrained("classifier")
     answers = setfit.SetFitModel.from_pretrained("classifier", trust_remote_code=True).predict(["a text", "another"])
@@ -48,8 +41,7 @@ from ._sentence_transformers import transformer_of
 
 __all__ = ["SetFitPromptCallback"]
 
-_FREEZE = "_freeze_or_not"
-"""The method that SetFit's `freeze` and `unfreeze` call."""
+_FREEZE = "_freeze_or_not"  # the method that SetFit's `freeze` and `unfreeze` call
 
 
 class SetFitPromptCallback(SentencePromptCallback):
@@ -78,7 +70,7 @@ class SetFitPromptCallback(SentencePromptCallback):
         super().on_save(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check the base at the end of the first phase."""
+        """Check the base after the first phase."""
         _, args, kwargs = _of_the_body(args, kwargs)
         super().on_train_end(args, state, control, **kwargs)
 
@@ -86,7 +78,7 @@ class SetFitPromptCallback(SentencePromptCallback):
         known = None if self.soft_prompt is None else self.soft_prompt.model
         if known is not None and transformer_of(body).model is not known:
             raise TrainerError(
-                "the model of the setfit.Trainer was replaced: SetFit would run the first model and optimize the second.",
+                "the model of the setfit.Trainer was replaced; SetFit would run the first model and optimize the second.",
                 "Create a new Trainer with a new callback for each model and each trial.",
                 made_with=f"{type(known).__name__} at {id(known):#x}",
                 found=f"{type(body.transformers_model).__name__} at {id(body.transformers_model):#x}",
@@ -94,7 +86,7 @@ class SetFitPromptCallback(SentencePromptCallback):
 
 
 def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Return SetFit's model, and the event's arguments as a SentenceTransformerTrainer would pass them for the body."""
+    """Return SetFit's model, and `args` and `kwargs` as a SentenceTransformerTrainer would pass them for the body."""
     if "st_model" not in kwargs:
         raise TrainerError(
             f"SetFitPromptCallback needs a setfit.Trainer; this Trainer's model is {type(kwargs.get('model')).__name__}.",
@@ -103,18 +95,14 @@ def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
     model = kwargs["model"]
     if any(kind.__name__ == "SpanSetFitModel" for kind in type(model).__mro__):
         raise UnsupportedModelError(
-            f"{type(model).__name__}, for aspect-based sentiment analysis, would train two models with one callback.",
+            f"{type(model).__name__} is for aspect-based sentiment analysis, which would train two models with one callback.",
             "Train the aspect and the polarity model without a prompt, or as two SetFit models.",
         )
     return model, kwargs["st_args"], {**kwargs, "model": kwargs["st_model"]}
 
 
 class _Freeze:
-    """Replaces SetFit's freezing and unfreezing, so that in a body with a prompt only trainable parameters change.
-
-    Args:
-        model: the SetFit model.
-    """
+    """Replaces SetFit's freezing and unfreezing, so that only parameters that were trainable are unfrozen in a body."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -122,7 +110,7 @@ class _Freeze:
         self.frozen: list[nn.Parameter] = []
 
     def __call__(self, module: nn.Module, to_freeze: bool) -> None:
-        """Freeze a module, or unfreeze the parameters that were frozen here."""
+        """Freeze a module, or unfreeze it."""
         if module is not self.model.model_body:
             self.before(module, to_freeze)
             return
@@ -135,6 +123,5 @@ class _Freeze:
 
 
 def _keep_frozen(model: Any) -> None:
-    """Keep SetFit from unfreezing the base while a prompt is on the body."""
     if not isinstance(model.__dict__.get(_FREEZE), _Freeze):
         require_prompted_model(transformer_of(model.model_body).model).patches.set(model, _FREEZE, _Freeze(model))

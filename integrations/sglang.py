@@ -1,20 +1,20 @@
 """SGLang: requests that contain a text and its prompt as input embeddings.
 
 SGLang does not support soft prompts, but its endpoint `/generate` accepts the embeddings of the whole input instead of its ids,
-as lists of numbers: `input_embeds`. Start the server with `--disable-radix-cache`, because its cache finds inputs by their ids.
+as lists of numbers: `input_embeds`. Start the server with `--disable-radix-cache`, because its cache compares ids.
 `embeddings` computes the embeddings of prompt and text together, and `request` builds the body of the request. From a shell:
 `softhooks export DIR --to sglang --model MODEL --text "..." --output OUT`.
 
 Refused with an error: prompts of keys and values and gated branches (prefix tuning, P-tuning v2, context tuning, cartridges,
-LLaMA-Adapter), which SGLang does not support; trained heads; multitask prompts with several tasks; `text` or `input_ids` together
-with `input_embeds`; models that scale their embeddings, unless it is known where SGLang does so.
+LLaMA-Adapter); trained heads; multitask prompts with several tasks; `text` or `input_ids` together with `input_embeds`; models
+that scale their embeddings, except Gemma (1 to 3) and Granite. For Gemma and Gemma 2, the embeddings are divided by the model's
+scale, because SGLang multiplies given embeddings by this scale.
 
-For Gemma and Gemma 2 the embeddings are divided by the model's scale, because SGLang multiplies given embeddings by this scale.
+This module was written from SGLang's documentation and source. The tests do not run SGLang, which needs a GPU: they check that
+transformers generates the same from the embeddings as with the prompt, and that the request has the fields that SGLang 0.5.23
+documents.
 
-Written from SGLang's documentation and source, and not run, because SGLang needs a GPU. The tests check that transformers
-generates the same from the embeddings as with the prompt, and that the request has the fields that SGLang 0.5.23 documents.
-
-Versions tested: none; transformers 5.23.0 for the rows.
+Versions tested: none of SGLang; transformers 5.23.0
 
 Example:
     import json
@@ -27,13 +27,12 @@ Example:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor, nn
 
 from softhooks.integration_support.serving import sequence_embeddings
 from softhooks.integration_support.serving import sglang_request as request
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 __all__ = ["embeddings", "request"]
 
@@ -43,13 +42,13 @@ def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any 
 
     Args:
         model: the transformers model with the prompt.
-        text: a text, or its ids; for a chat, the text after applying the chat template.
-        tokenizer: the model's tokenizer, needed if `text` is not ids.
+        text: a text, or its ids. For a chat, apply the chat template first.
+        tokenizer: the model's tokenizer; not needed for ids.
 
     Shape:
         -> [P + T, H], on the CPU, in the model's dtype.
 
     Raises:
-        SoftHooksError: as `softhooks.serving.embeddings.sequence_embeddings`.
+        SoftHooksError: the server cannot use the prompt, or the text does not fit.
     """
     return sequence_embeddings(model, text, tokenizer, server="sglang").cpu()

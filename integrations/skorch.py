@@ -1,14 +1,13 @@
 """skorch: scikit-learn's interface for models with a prompt, including `GridSearchCV`.
 
-`PromptedModule` is the module of a net. It attaches the prompt before skorch creates the optimizer. The method is an ordinary
-parameter (`module__method`), so `clone`, `set_params` and searches work. The `state_dict` is the training state of the prompt:
-`Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params` and `load_params`, with and without `use_safetensors`, save and
-restore only the prompt, and training resumes bit for bit. Copies and pickles of a net, as created by skorch, joblib and
-scikit-learn, have their own prompt on a new model. Nets share the weights of the model that is passed, but do not change it.
+Pass `PromptedModule` as the module of a net. The method is an ordinary parameter (`module__method`), so `clone`, `set_params` and
+searches work. `Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params` and `load_params`, with and without
+`use_safetensors`, save and restore only the prompt, and training resumes bit for bit. Each copy of a net, also one made by
+unpickling, has its own prompt on a new model. Nets share the weights of the model that you pass, but do not change it.
 `FrozenCheck` checks after each fit that the base has not changed.
 
-Pass the model as a function (`functools.partial(AutoModel.from_pretrained, path)`) if nets are cloned or pickled: a model would
-be copied and pickled with its weights each time.
+If nets are cloned or pickled, pass a function that returns the model (`functools.partial(AutoModel.from_pretrained, path)`); a
+model would be copied or pickled with its weights each time.
 
 Refused with an error: a model that already has a prompt; methods with their own objective, which need the labels in the forward
 (CPT, distilled MPT and cartridges); files of another prompt, method or base, before anything is loaded.
@@ -47,20 +46,20 @@ from softhooks.integration_support.training import require_gradient
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 
-from ._imports import import_framework
+from ._imports import create_at_first_use, import_framework
 from ._training_state import LivePrompt
 
 __all__ = ["FrozenCheck", "PromptedModule"]
 
-FrozenCheck: Any  # created by `__getattr__`
+FrozenCheck: Any  # created at its first use, because it derives from a class of skorch
 
 _BASE = "model."
 _REBUILT = ("model", "prompt", "_live")
-"""Attributes that a copy makes anew from the arguments."""
+"""The attributes that a copy creates again from its arguments."""
 
 
 class PromptedModule(nn.Module):
-    """The module of a skorch net: a model with a prompt. Subclasses may override `answer` and add modules.
+    """A model with a prompt, as the module of a skorch net. Subclasses may override `answer` and add modules.
 
     Args:
         model: a model without a prompt, or a function without arguments that returns one.
@@ -68,7 +67,7 @@ class PromptedModule(nn.Module):
         name, train_head, freeze_dropout: as in `softhooks.attach`.
 
     Attributes:
-        model: the model with the prompt, which shares the weights of the given model.
+        model: the model with the prompt.
         prompt: the attached prompt.
 
     Raises:
@@ -88,7 +87,11 @@ class PromptedModule(nn.Module):
         super().__init__()
         options = {"name": name, "train_head": train_head, "freeze_dropout": freeze_dropout}
         self._arguments: dict[str, Any] = {"model": model, "method": method, **options}
-        _refuse_own_loss(method)
+        if isinstance(method, Method) and method.objective() is not None:
+            raise UnsupportedMethodError(
+                f"{method.kind} needs the labels in the forward, for its own objective; skorch passes them only to the criterion.",
+                "Train this method with the Trainer or with your own training loop.",
+            )
         base = _make(model)
         self.prompt: SoftPrompt = attach(base, method, **options)  # type: ignore[arg-type]
         self.model = base
@@ -99,7 +102,7 @@ class PromptedModule(nn.Module):
         return self.answer(self.model(*args, **inputs))
 
     def answer(self, output: Any) -> Any:
-        """Return the part of the model's output that the net passes to the criterion and to predictions."""
+        """Return the part of the model's output that the criterion and the predictions use."""
         return output.logits
 
     # --- files --------------------------------------------------------------------------------------------------------
@@ -113,10 +116,10 @@ class PromptedModule(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the state; a state of another prompt is refused before anything is loaded.
+        """Load the state.
 
         Raises:
-            TrainerError: the state belongs to another prompt, method or base.
+            TrainerError: the state belongs to another prompt, method or base; nothing is loaded.
         """
         of_prompt = {name.removeprefix(_BASE): v for name, v in state_dict.items() if name.startswith(_BASE)}
         others = {name: value for name, value in state_dict.items() if not name.startswith(_BASE)}
@@ -125,7 +128,7 @@ class PromptedModule(nn.Module):
         missing = [name for name in found.missing_keys if not name.startswith(_BASE)]
         if strict and (missing or found.unexpected_keys):
             raise TrainerError(
-                "the state does not fit the module: keys are missing or unknown.",
+                "keys are missing or unknown in the state dict; it must have the keys of the module.",
                 missing=missing,
                 unknown=found.unexpected_keys,
             )
@@ -134,45 +137,38 @@ class PromptedModule(nn.Module):
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle the arguments and the trained tensors; the model and its hooks are created anew."""
+        """Copy and pickle only the arguments and the trained tensors, from which the model and its hooks are created again."""
         own = {name: value for name, value in self.__dict__.items() if name not in (*_REBUILT, "_modules")}
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
         state = {
             "own": own,
             "modules": {name: module for name, module in self._modules.items() if name != "model"},
-            "trained": dict(_trained(self)),
+            "trained": {name: tensor for name, tensor in named if is_prompt_key(name)},
             "mode": {name: module.training for name, module in self.model.named_modules()},
         }
         return _rebuild, (type(self), self._arguments), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Put the copied tensors into the new module without copying them again, because a copied optimizer may hold them."""
         trained: dict[str, Tensor] = state["trained"]
         self.__dict__.update(state["own"])
         self._modules.update(state["modules"])
         self.model.to(next(iter(trained.values())).device)
-        for name, tensor in trained.items():
+        for name, tensor in trained.items():  # the tensors themselves, because a copied optimizer may hold them
             path, _, leaf = name.rpartition(".")
             owner = self.model.get_submodule(path)
-            if isinstance(tensor, nn.Parameter):
-                owner._parameters[leaf] = tensor
-            else:
-                owner._buffers[leaf] = tensor
+            tensors: dict[str, Any] = owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers
+            tensors[leaf] = tensor
         for name, mode in state["mode"].items():
             self.model.get_submodule(name).training = mode
 
 
 def _rebuild(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedModule:
-    """Create the module of a copy without changing the random state; `__setstate__` sets its tensors."""
+    """Create the module of a copy; `__setstate__` sets its tensors."""
     module = cls.__new__(cls)
+    # a copy must not change the random state
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         PromptedModule.__init__(module, **arguments)
     return module
-
-
-def _trained(module: PromptedModule) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module's prompt, by their names in the model."""
-    named = [*module.model.named_parameters(), *module.model.named_buffers()]
-    return {name: tensor for name, tensor in named if is_prompt_key(name)}
 
 
 def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -184,14 +180,16 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
             "PromptedModule takes a model or a function that returns one.",
             "Pass `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
         )
-    if prompted_model_of(made) is not None:
+    prompted = prompted_model_of(made)
+    if prompted is not None:
         raise AttachError(
-            f"the {type(made).__name__} already has a prompt; a PromptedModule attaches a new prompt.",
+            f"the {type(made).__name__} already has a prompt; a PromptedModule attaches its own.",
             "Pass a model without prompts, and the method as `module__method`.",
-            prompts=", ".join(map(repr, prompted_model_of(made).prompts)),  # type: ignore[union-attr]
+            prompts=", ".join(map(repr, prompted.prompts)),
         )
     if made is not model:
         return made
+    # `deepcopy` takes the values of this dictionary as copies of the weights with these ids
     shared: dict[int, Any] = {
         id(weight): nn.Parameter(weight.detach(), weight.requires_grad)
         for weight in made.parameters()
@@ -200,29 +198,15 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     return copy.deepcopy(made, shared)
 
 
-def _refuse_own_loss(method: Method) -> None:
-    if isinstance(method, Method) and method.objective() is not None:
-        raise UnsupportedMethodError(
-            f"{method.kind} has its own objective and needs the labels in the forward; skorch passes them to the criterion only.",
-            "Train this method with the Trainer or with your own training loop.",
-        )
-
-
 # --- the callback -----------------------------------------------------------------------------------------------------
 
 
 def _prompts(net: Any) -> list[SoftPrompt]:
-    """Return the active prompts on all of a net's modules, not only on a PromptedModule."""
+    """Return the active prompts on all modules of a net."""
     modules = [getattr(net, f"{name}_") for name in net._modules]
-    prompted_models = [
-        sub.prompted_model for module in modules for sub in module.modules() if isinstance(sub, Container)
-    ]
-    found = [
-        prompt
-        for prompted in prompted_models
-        for prompt in soft_prompts_of(prompted).values()
-        if prompt.name == prompted.active
-    ]
+    containers = [part for module in modules for part in module.modules() if isinstance(part, Container)]
+    prompted_models = [container.prompted_model for container in containers]
+    found = [soft_prompts_of(each)[each.active] for each in prompted_models if each.active is not None]
     if not found:
         raise TrainerError(
             "FrozenCheck found no prompt on the net's modules.",
@@ -244,25 +228,17 @@ def _frozen_check() -> type:
         """
 
         def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-            """Check that there is a prompt."""
             _prompts(net)
             self.reports_: list[Any] = []
 
         def on_grad_computed(self, net: Any, named_parameters: Any, training: bool = False, **kwargs: Any) -> None:
-            """Check that the prompts have a gradient."""
             for prompt in _prompts(net) if training else ():
                 require_gradient(prompt, sum(len(epoch.get("batches", ())) for epoch in net.history) - 1)
 
         def on_train_end(self, net: Any, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-            """Check that the base has not changed."""
             self.reports_ = [prompt.verify_frozen() for prompt in _prompts(net)]
 
-    FrozenCheck.__module__, FrozenCheck.__qualname__ = __name__, "FrozenCheck"
     return FrozenCheck
 
 
-def __getattr__(name: str) -> Any:
-    """Create the class that derives from skorch's `Callback` at its first use, and only once, so that it can be pickled."""
-    if name != "FrozenCheck":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, _frozen_check())
+__getattr__ = create_at_first_use(__name__, FrozenCheck=_frozen_check)

@@ -17,12 +17,8 @@ Example:
     from softhooks import PromptTuning, SoftPromptCallback
     from softhooks.integrations.tensorboard import PromptBoard
 
-    trainer = Trainer(
-        model=model,
-        args=args,  # report_to="none", the default, because PromptBoard writes all metrics
-        train_dataset=dataset,
-        callbacks=[SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptBoard(tokenizer, log_dir="runs/prompt")],
-    )
+    callbacks = [SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptBoard(tokenizer, log_dir="runs/prompt")]
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=callbacks)  # args: report_to="none"
     trainer.train()
 """
 

@@ -1,16 +1,14 @@
 """transformers serve: the server of transformers with a prompt, with and without continuous batching.
 
-`model.generate_batch` does not need this module, because its requests use the active prompt. This module starts the server of
-transformers on one model with its prompt. Completions and chats, streamed or not, with or without continuous batching, give the
-same results as `generate`. From a shell, with the server's own options:
+The server's completions and chats are the same as those of `generate`. From a shell, with the server's own options:
 
     python -m softhooks.integrations.transformers_serve MODEL --prompt DIR --port 8000 --continuous-batching
 
-Refused with an error: a server that is not pinned to one model, because a prompt belongs to one model but may fit others by
-accident; with continuous batching, prompts that enter as slots or differ between requests, flash attention, CUDA graphs and
-compiled forwards. On a GPU, transformers would use the last three by default; they are turned off unless explicitly requested.
+Refused with an error: a server that is not pinned to one model, because a prompt belongs to one model; with continuous batching,
+prompts that enter as slots or differ between requests, flash attention, CUDA graphs and compiled forwards. On a GPU, transformers
+would use the last three by default; they are turned off unless you request them.
 
-Versions tested: transformers 5.23.0, fastapi 0.165.0, uvicorn 0.54.0, openai 3.57.0.
+Versions tested: transformers 5.23.0, fastapi 0.165.0, uvicorn 0.54.0, openai 3.57.0
 
 Example:
     from openai import OpenAI
@@ -33,6 +31,8 @@ from typing import Any
 from softhooks.errors import OptionError, SoftHooksError
 from softhooks.integration_support import Patches
 from softhooks.integration_support.command_line import report_errors, usage_errors
+from softhooks.integration_support.serving import require_servable
+from softhooks.load import load
 
 __all__ = ["main", "prompted", "serve"]
 
@@ -42,11 +42,11 @@ def serve(prompt: str | Path, model: str, **options: Any) -> Any:
 
     Args:
         prompt: a saved prompt: a directory, a Hub id, or a PEFT checkpoint.
-        model: the name or the directory of the base model, the only model that the server serves.
-        options: options of `transformers serve`, by their Python names (`port`, `device`, `continuous_batching`, ...).
+        model: the name or the directory of the base model.
+        options: options of transformers' `Serve`, such as `port`, `device` and `continuous_batching`.
 
     Returns:
-        transformers' `Serve`, once the server has ended, or at once with `non_blocking=True`.
+        transformers' `Serve`, after the server has ended; with `non_blocking=True`, after it has started.
 
     Raises:
         SoftHooksError: the server's dependencies are not installed, or the prompt does not fit the model or cannot be served.
@@ -62,8 +62,7 @@ def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
     """Make servers that are created in the `with` block load their model with a prompt.
 
     Args:
-        prompt: a saved prompt.
-        strict: as in `softhooks.load`.
+        prompt, strict: as in `softhooks.load`.
 
     Raises:
         SoftHooksError: the server's dependencies are not installed.
@@ -84,10 +83,8 @@ def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
 
 
 def _manager(base: Any, prompt: str, strict: bool) -> Any:
-    """Create a subclass of transformers' model manager that loads a prompt."""
-
     class PromptedModelManager(base):
-        """Loads the server's model, and the prompt onto the model."""
+        """Loads the server's model, and the prompt onto this model."""
 
         def __init__(self, *args: Any, continuous_batching: bool = False, **kwargs: Any) -> None:
             self._batches = continuous_batching
@@ -97,15 +94,12 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
             super()._validate_args()
             if self.force_model is None:
                 raise OptionError(
-                    "the server is not pinned to the model that the prompt was trained with.",
-                    "Name the model when you start the server.",
+                    "the server is not pinned to one model, but a prompt belongs to one model.",
+                    "Pass the name of the model when you start the server.",
                     prompt=prompt,
                 )
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
-            from softhooks import load
-            from softhooks.integration_support.serving import require_servable
-
             model = super()._load_model(*args, **kwargs)
             loaded = load(model, prompt, strict=strict)
             if self._batches:
@@ -116,10 +110,8 @@ def _manager(base: Any, prompt: str, strict: bool) -> Any:
 
 
 def _state(base: Any) -> Any:
-    """Create a subclass of transformers' generation state for continuous batches with a prompt."""
-
     class PromptedGenerationState(base):
-        """Turns off flash attention and CUDA graphs, unless they were requested for the server."""
+        """Turns off flash attention and CUDA graphs, unless they were requested."""
 
         def __init__(self, continuous_batching: bool = False, cb_config: Any = None, **kwargs: Any) -> None:
             from transformers import ContinuousBatchingConfig

@@ -1,17 +1,16 @@
 """TRL: prompts in SFT, DPO, KTO, Reward, GRPO and RLOO trainers, with `callbacks=[SoftPromptCallback(method)]`.
 
-DPO and KTO compare the policy with a reference model. `reference(model)` is the same model without its prompt, and takes no extra
-memory. Without it, TRL loads a second copy from `model.config.name_or_path`, which also gives correct results. With
-`precompute_ref_log_probs=True` and no reference, TRL runs the policy itself, and the callback disables the prompt meanwhile. GRPO
-and RLOO generate with the prompt.
+DPO and KTO compare the policy with a reference model. `reference(model)` is the same model without its prompt, and needs no extra
+memory. Without it, TRL loads a second copy of the model; with `precompute_ref_log_probs=True`, TRL runs the policy instead, with
+the prompt disabled. GRPO and RLOO generate with the prompt.
 
 In packed rows (`bfd`, `bfd_split`) and padding-free rows every document gets the prompt, with sdpa or eager attention. `wrapped`
-rows may split documents, and each row gets one prompt.
+rows may split documents; each row gets the prompt once.
 
-Refused with an error before the first step: `use_vllm` and continuous batching (they generate without the prompt, or convert the
-base), `sync_ref_model`, `use_liger_kernel`, `cast_lm_head_to_fp32` on heads that are not in fp32, methods with their own
-objective, PEFT adapters that the prompt would freeze or that share their reference with it, references with a trainable prompt
-(`copy.deepcopy` of a prompted model), `reference` under FSDP, and other trainers of TRL.
+Refused with an error before the first step: `use_vllm`, continuous batching, `sync_ref_model`, `use_liger_kernel`,
+`cast_lm_head_to_fp32` on heads that are not in fp32, methods with their own objective, PEFT adapters that the prompt would
+freeze, PEFT adapters in GRPO and RLOO unless `beta=0.0`, references with a trainable prompt (`copy.deepcopy` of the policy),
+`reference` under FSDP, and other trainers of TRL.
 
 Versions tested: trl 1.16.0
 
@@ -21,13 +20,9 @@ Example:
     from softhooks import PrefixTuning, SoftPromptCallback
     from softhooks.integrations.trl import reference
 
+    callback = SoftPromptCallback(PrefixTuning(num_virtual_tokens=16))  # start with learning_rate=5e-3
     trainer = DPOTrainer(
-        model,
-        ref_model=reference(model),
-        args=args,  # a DPOConfig; start with learning_rate=5e-3
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        callbacks=[SoftPromptCallback(PrefixTuning(num_virtual_tokens=16))],
+        model, ref_model=reference(model), args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[callback]
     )
     trainer.train()
     trainer.save_model("preferences/prompt")
@@ -53,6 +48,12 @@ from softhooks.switch import disabled
 __all__ = ["reference"]
 
 _TRAINERS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO")
+_UNSUPPORTED = {
+    "use_vllm": "would generate completions without the prompt: TRL sends vLLM only the model's weights",
+    "use_transformers_continuous_batching": "would convert the frozen base to 16 bits, for paged attention",
+    "sync_ref_model": "would copy the policy's parameters to the reference, which has none for the prompt",
+    "use_liger_kernel": "would replace the model's layers after the prompt was attached and checked on them",
+}
 _COMPARING = {"DPOConfig": "DPOTrainer", "KTOConfig": "KTOTrainer"}
 
 
@@ -61,8 +62,8 @@ def reference(model: nn.Module, prompt: str | None = None) -> Reference:
 
     Args:
         model: the trainer's model.
-        prompt: the name of another prompt of the model for the reference, such as a frozen prompt from an earlier training; if
-            None, the reference has no prompt.
+        prompt: the name of another prompt of the model, such as a frozen one from an earlier training, for the reference to use;
+            None for no prompt.
     """
     return Reference(model, prompt)
 
@@ -71,11 +72,7 @@ def reference(model: nn.Module, prompt: str | None = None) -> Reference:
 
 
 def check(args: Any, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-    """Refuse settings that TRL would apply wrongly with a prompt; `SoftPromptCallback` calls this before attaching.
-
-    Raises:
-        TrainerError: a setting is refused; the message names it.
-    """
+    """Refuse settings that do not work with a prompt; `SoftPromptCallback` calls this before it attaches the prompt."""
     for found, remedy in (*_unsupported(args, model, method), *_adapter_conflicts(args, model, trainable)):
         raise TrainerError(found, remedy)
 
@@ -86,48 +83,31 @@ def _kind(args: Any) -> str:
 
 
 def _unsupported(args: Any, model: nn.Module, method: Method) -> Iterator[tuple[str, str]]:
-    """List settings that do not work with a prompt, each with a remedy."""
+    """Yield the settings that do not work with a prompt, each with a remedy."""
     kind = _kind(args)
     if kind.removesuffix("Config") not in _TRAINERS:
         yield (
             f"TRL's trainer of {kind} has not been tested with a prompt; supported are those for {', '.join(_TRAINERS)}.",
             "Use one of these, or your own training loop with `softhooks.attach`.",
         )
-    if getattr(args, "use_vllm", False):
-        yield (
-            "use_vllm=True would generate completions without the prompt: TRL sends vLLM only the model's weights.",
-            "Set `use_vllm=False`; the model then generates, with the prompt.",
-        )
-    if getattr(args, "use_transformers_continuous_batching", False):
-        yield (
-            "use_transformers_continuous_batching=True would convert the frozen base to 16 bits, for paged attention.",
-            "Set it to False; the model then generates batch by batch, with the prompt.",
-        )
-    if getattr(args, "sync_ref_model", False):
-        yield (
-            "sync_ref_model=True mixes the policy's parameters into the reference's, which has none for the prompt.",
-            "Set `sync_ref_model=False`.",
-        )
-    if getattr(args, "use_liger_kernel", False):
-        yield (
-            "use_liger_kernel=True would replace the model's layers after the prompt was attached and checked on them.",
-            "Set `use_liger_kernel=False`; TRL's own fused head already avoids the full logits.",
-        )
+    for name, reason in _UNSUPPORTED.items():
+        if getattr(args, name, False):
+            yield f"{name}=True {reason}.", f"Set `{name}=False`."
     head = model.get_output_embeddings() if getattr(args, "cast_lm_head_to_fp32", False) else None  # type: ignore[operator]
     if head is not None and head.weight.dtype != torch.float32:
         yield (
             f"cast_lm_head_to_fp32=True would convert the frozen head from {head.weight.dtype} after the prompt was attached.",
-            "Convert the head before you make the trainer: `model.lm_head.float()`.",
+            "Convert the head before you create the trainer: `model.lm_head.float()`.",
         )
     if method.objective() is not None:
         yield (
             f"{method!r} has its own objective, which changes the model's loss; TRL computes its loss itself.",
-            "Use the Trainer of transformers, or a method or option without an objective.",
+            "Use the Trainer of transformers, or a method without its own objective.",
         )
 
 
 def _adapter_conflicts(args: Any, model: nn.Module, trainable: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """List conflicts between PEFT adapters and the prompt, each with a remedy."""
+    """Yield the conflicts between PEFT adapters and the prompt, each with a remedy."""
     if not hasattr(model, "peft_config"):
         return
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -148,7 +128,7 @@ def _adapter_conflicts(args: Any, model: nn.Module, trainable: Sequence[str]) ->
 
 
 def guard(args: Any, prompted: PromptedModel) -> None:
-    """Keep the prompt out of the reference of a DPO or KTO trainer; `SoftPromptCallback` calls this after attaching."""
+    """Keep the prompt out of the reference in DPO and KTO; `SoftPromptCallback` calls this after it has attached the prompt."""
     name = _COMPARING.get(_kind(args))
     if name is not None:
         import trl
@@ -157,7 +137,7 @@ def guard(args: Any, prompted: PromptedModel) -> None:
 
 
 class _ReferenceGuard:
-    """Wraps two methods of a trainer's class, because callbacks cannot access the trainer; the last guard restores them."""
+    """Wraps two methods of a trainer's class, because callbacks cannot access the trainer, until every guard is removed."""
 
     def __init__(self, trainer: type) -> None:
         _guards.add(self, trainer)
@@ -207,14 +187,14 @@ def _without_prompt(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[
 
 
 def _refuse_trainable_reference(trainer: Any) -> None:
-    """Refuse a reference with a trainable prompt, such as a deep copy of the policy; a frozen prompt is allowed."""
+    """Refuse a reference with a trainable prompt, such as a deep copy of the policy."""
     prompted = None if trainer.ref_model is None else prompted_model_of(trainer.ref_model)
     if prompted is None or not prompted.is_on:
         return
     encoders = [prompt.encoder for prompt in prompted.prompts.values()]
     if any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters()):
         raise TrainerError(
-            f"the `ref_model` has a trainable copy of the prompt {prompted.selection_text}; a reference must not train.",
+            f"the `ref_model` has a trainable copy of the prompt {prompted.selection_text}; its prompt must be frozen.",
             "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with an earlier prompt, load it on the "
             "model under another name, and pass `reference(model, prompt=name)`.",
         )

@@ -17,12 +17,8 @@ Example:
     from softhooks import PromptTuning, SoftPromptCallback
     from softhooks.integrations.wandb import PromptArtifact
 
-    trainer = Trainer(
-        model=model,
-        args=args,  # report_to="wandb"
-        train_dataset=dataset,
-        callbacks=[SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptArtifact(tokenizer)],
-    )
+    callbacks = [SoftPromptCallback(PromptTuning(num_virtual_tokens=20)), PromptArtifact(tokenizer)]
+    trainer = Trainer(model, args, train_dataset=dataset, callbacks=callbacks)  # args: report_to="wandb"
     trainer.train()
 """
 
@@ -64,11 +60,7 @@ class PromptArtifact(PromptTracker):
         self._about: dict[str, Any] = {}
 
     def begin(self, args: TrainingArguments, state: TrainerState, about: dict[str, Any]) -> None:
-        """Log the options.
-
-        Raises:
-            TrainerError: there is no active run.
-        """
+        """Log the options."""
         self._about = about
         self._run().config.update({ABOUT: about}, allow_val_change=True)
 

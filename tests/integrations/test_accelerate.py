@@ -334,6 +334,15 @@ def test_an_accelerator_that_has_freed_its_models_takes_another(tmp_path: Path) 
     softhooks.load(zoo.build("gpt2"), tmp_path)
 
 
+def test_an_accelerator_and_its_model_are_freed_with_their_last_reference() -> None:
+    run = Run(METHODS["prompt"])
+    accelerator, model = weakref.ref(run.accelerator), weakref.ref(run.prompt.model)
+    del run
+    gc.collect()
+    assert accelerator() is None
+    assert model() is None
+
+
 def test_the_example_trains() -> None:
     left = examples.run("accelerate")
     fresh = softhooks.attach(zoo.build("llama"), PrefixTuning(16, projection=True))

@@ -105,10 +105,10 @@ def test_what_cannot_be_right_is_refused_and_the_model_untouched(tmp_path: Path)
     two = [torch.optim.SGD(model.parameters()) for _ in range(2)]
     with untouched(model):
         for options, says in (
-            ({"optimizers": two}, "optimizers 2 cannot be used"),
-            ({"fsdp_config": {}}, "parallelism 'fsdp_config'"),
-            ({"tp_config": {}}, "parallelism 'tp_config'"),
-            ({"wrapped": torch.nn.Linear(2, 2)}, "model 'Linear' cannot be used(.|\n)*HuggingFaceModel"),
+            ({"optimizers": two}, "has 2 optimizers"),
+            ({"fsdp_config": {}}, "uses fsdp_config"),
+            ({"tp_config": {}}, "uses tp_config"),
+            ({"wrapped": torch.nn.Linear(2, 2)}, "is a Linear(.|\n)*must be a HuggingFaceModel"),
         ):
             with pytest.raises(TrainerError, match=says):
                 make(tmp_path, model=model, **options)
@@ -121,7 +121,7 @@ def test_a_fit_with_other_parameters_or_without_a_gradient_or_with_a_moving_base
     trainer, algorithm = make(tmp_path)
     weight = trainer.state.model.model.model.norm.weight
     trainer.state.optimizers[0].add_param_group({"params": [weight]})
-    with pytest.raises(TrainerError, match="exactly the parameters"):
+    with pytest.raises(TrainerError, match="exactly the trainable parameters"):
         trainer.fit()
     trainer.state.optimizers[0].param_groups.pop()
     with pytest.raises(TrainerError, match="no gradient reached the prompt"):

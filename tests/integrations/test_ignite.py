@@ -165,7 +165,7 @@ def _over_a_part(model: Any, prompt: softhooks.SoftPrompt) -> torch.optim.Optimi
 def test_an_optimizer_must_hold_what_the_prompt_trains(make: Callable[..., torch.optim.Optimizer]) -> None:
     model, prompt = _attached()
     engine = Engine(lambda engine, batch: None)
-    with untouched(model), pytest.raises(TrainerError, match="exactly the parameters"):
+    with untouched(model), pytest.raises(TrainerError, match="exactly the trainable parameters"):
         track(engine, prompt, make(model, prompt))
     assert not engine.has_event_handler(Events)
 
@@ -173,7 +173,7 @@ def test_an_optimizer_must_hold_what_the_prompt_trains(make: Callable[..., torch
 def test_parameters_that_an_optimizer_is_given_later_are_found_when_the_run_begins(tmp_path: Path) -> None:
     run = Run(tmp_path, PromptTuning(4))
     run.optimizer.add_param_group({"params": [next(run.model.bert.parameters())]})
-    with pytest.raises(TrainerError, match="exactly the parameters"):
+    with pytest.raises(TrainerError, match="exactly the trainable parameters"):
         run.go(1)
     assert run.losses == []
 
@@ -208,7 +208,10 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(
 
 def test_a_checkpoint_without_a_prompt_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path, PrefixTuning(4))
-    for state, says in (({"weight": torch.zeros(1)}, "has no prompt named"), ({"epoch": 3}, "tensors by name")):
+    for state, says in (
+        ({"weight": torch.zeros(1)}, "has no prompt named"),
+        ({"epoch": 3}, "it must hold tensors only"),
+    ):
         with pytest.raises(TrainerError, match=says):
             Checkpoint.load_objects({"prompt": run.live}, {"prompt": state})
 

@@ -183,7 +183,7 @@ def test_softhooks_lets_a_model_go_to_peft_and_takes_it_back(kind: str) -> None:
     assert not prompts["default"].is_attached
     torch.testing.assert_close(answer(back, "llama", "causal", kind), expected, **CLOSE)
     if kind == "llama-adapter":
-        with untouched(back), pytest.raises(OptionError, match=r"PEFT LLaMA-Adapter in model\.layers\.0\.self_attn"):
+        with untouched(back), pytest.raises(OptionError, match=r"PEFT's LLaMA-Adapter, in model\.layers\.0\.self_attn"):
             from_peft(back, back.get_base_model())
         return
     from_peft(back, back.get_base_model())

@@ -255,7 +255,7 @@ def test_a_prompt_alone_goes_onto_its_base(tmp_path):
 def test_what_is_no_model_with_a_prompt_is_not_loaded_as_one(tmp_path):
     model = made.embedder(tmp_path)
     model.save_pretrained(str(tmp_path / "plain"))
-    with pytest.raises(CheckpointError, match="was not saved with a prompt"):
+    with pytest.raises(CheckpointError, match="a sentence model without a prompt"):
         integration.load(tmp_path / "plain")
     with pytest.raises(CheckpointError, match="contains no sentence model"):
         integration.load(tmp_path / "nowhere")

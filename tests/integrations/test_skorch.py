@@ -294,7 +294,7 @@ def test_a_checkpoint_with_safetensors_gives_back_the_best(tmp_path: Path) -> No
 def test_a_model_that_carries_a_prompt_is_refused_and_stays_as_it_is() -> None:
     model = zoo.build("bert", "sequence")
     softhooks.attach(model, PromptTuning(4))
-    with untouched(model), pytest.raises(AttachError, match="a PromptedModule attaches a new prompt"):
+    with untouched(model), pytest.raises(AttachError, match="a PromptedModule attaches its own"):
         PromptedModule(model, PromptTuning(4))
 
 

@@ -170,10 +170,10 @@ def test_the_example_of_the_docstring() -> None:
 def test_a_server_that_is_not_pinned_is_refused(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         integration.main(["--prompt", str(saved / "prompt"), "--device", "cpu"])
-    assert "not pinned to the model" in capsys.readouterr().err
+    assert "not pinned to one model" in capsys.readouterr().err
     from transformers.cli.serving import model_manager
 
-    with integration.prompted(saved / "prompt"), pytest.raises(OptionError, match="not pinned to the model"):
+    with integration.prompted(saved / "prompt"), pytest.raises(OptionError, match="not pinned to one model"):
         model_manager.ModelManager(device="cpu")
 
 
