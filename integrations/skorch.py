@@ -89,7 +89,7 @@ class PromptedModule(nn.Module):
         self._arguments: dict[str, Any] = {"model": model, "method": method, **options}
         if isinstance(method, Method) and method.objective() is not None:
             raise UnsupportedMethodError(
-                f"{method.kind} needs the labels in the forward, for its own objective; skorch passes them only to the criterion.",
+                f"{method.kind} needs the labels in the forward for its own objective; skorch passes them only to the criterion.",
                 "Train this method with the Trainer or with your own training loop.",
             )
         base = _make(model)
