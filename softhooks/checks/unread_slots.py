@@ -70,7 +70,7 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
         forward_pass = stack.state.current
         if not isinstance(forward_pass, SlotPass) or not isinstance(states, Tensor) or states.dim() != 3:
             return None
-        if forward_pass.slot_columns is None or states.shape[1] != forward_pass.total_columns:
+        if forward_pass.wide is None or states.shape[1] != forward_pass.wide.columns:
             return None
         called.append(module)
         changed = change(states, len(called))
@@ -86,7 +86,7 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
 def _disturbed(stack: Stack, states: Tensor) -> Tensor:
     forward_pass = stack.state.current
     assert isinstance(forward_pass, SlotPass)
-    assert forward_pass.slot_columns is not None
-    index = forward_pass.slot_columns.expand(states.shape[0], -1)[..., None].expand(-1, -1, states.shape[2])
+    assert forward_pass.wide is not None
+    index = forward_pass.wide.slots.expand(states.shape[0], -1)[..., None].expand(-1, -1, states.shape[2])
     noise = torch.linspace(-1, 1, states.shape[2], device=states.device) * states.float().abs().amax().clamp(min=1.0)
     return states.scatter(1, index, noise.to(states).expand_as(index).contiguous())

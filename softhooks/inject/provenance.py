@@ -26,17 +26,17 @@ def token_of(model: nn.Module) -> str:
     return _tokens.setdefault(model, uuid.uuid4().hex)
 
 
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """The state of a prompt at one moment.
 
-    Args:
+    Attributes:
         values: copies of the prompt's tensors.
         facts: the injection, the conventions, and the plain attributes and hooks of the prompt's modules.
     """
 
-    def __init__(self, values: list[Tensor], facts: tuple[Any, ...]) -> None:
-        self.values = values
-        self.facts = facts
+    values: list[Tensor]
+    facts: tuple[Any, ...]
 
     def __deepcopy__(self, _memo: object) -> Snapshot:
         """Return the same object: it is immutable, so copies of a cache can share it."""
@@ -44,17 +44,9 @@ class Snapshot:
 
     def equals(self, values: list[Tensor], facts: tuple[Any, ...]) -> bool:
         """Whether these tensors and facts are the same as in the snapshot."""
-        return facts == self.facts and len(values) == len(self.values) and all(map(_equal, values, self.values))
-
-
-def _equal(now: Tensor, before: Tensor) -> bool:
-    return torch.equal(now, before if before.device == now.device else before.to(now.device))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return the shard of a tensor that this process holds, or the whole tensor if it is not sharded."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.detach()
+        if facts != self.facts or len(values) != len(self.values):
+            return False
+        return all(torch.equal(now, old.to(now.device)) for now, old in zip(values, self.values, strict=True))
 
 
 def snapshot(
@@ -82,7 +74,8 @@ def snapshot(
         if known is not None and known[0] == place:
             found: Snapshot = known[1]
             return found
-    values = [_local(tensor) for tensor in tensors]
+    # Of a sharded tensor (DTensor), only the shard of this process is compared.
+    values = [(t.to_local() if hasattr(t, "to_local") else t).detach() for t in tensors]
     facts = injection, repr(sorted(conventions.items())), _facts(encoder)
     if before is None or not before.equals(values, facts):
         before = Snapshot([value.clone() for value in values], facts)

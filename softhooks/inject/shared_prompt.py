@@ -18,18 +18,15 @@ from softhooks.inject.cache_notes import note_on
 from softhooks.inject.caches import cache_of, is_filled
 from softhooks.inject.prefix.paged_cache import paged_cache
 
-_TEXT = {
+_HARMLESS = {
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position"),
     *("past_key_values", "cache_params", "state", "use_cache"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # the starts of packed documents
     *("per_layer_inputs", "ple_input_ids"),  # for text tokens; virtual tokens get the values of their placeholder ids
     *("visual_pos_masks", "deepstack_visual_embeds", "vision_mask", "deepstack_features"),  # for the tokens of an image
-}
-_OUTPUT = {
     *("return_dict", "output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"),
     *("labels", "shift_labels", "num_items_in_batch"),
 }
-_HARMLESS = _TEXT | _OUTPUT
 """Arguments that describe the text or the output and do not affect virtual tokens before the text."""
 
 

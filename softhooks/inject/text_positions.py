@@ -12,7 +12,7 @@ from softhooks.backbone.max_positions import warn_beyond
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError, PromptTooLongError, UnsupportedModeError
 from softhooks.inject.caches import cache_of, is_filled
-from softhooks.inject.prefix.paged_cache import longest_text, paged_cache
+from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.layout.layout import text_positions
 
 OUTER_ARGUMENTS = ("position_ids", "attention_mask", "decoder_position_ids", "decoder_attention_mask")
@@ -150,8 +150,10 @@ def check_text_length(
     limit = positions.limit if positions.limit is not None else positions.rotary_limit
     if limit is None or length == 0 or (positions.limit is None and positions.has_warned):
         return
-    longest = longest_text(call)
-    if longest is None:
+    if paged_cache(call) is not None and call.get("position_ids") is not None:
+        # The columns of a continuous batch are the new tokens of all sequences, so only positions show a sequence's length.
+        longest = int(call["position_ids"].max()) + 1
+    else:
         _, columns = text_shape(call)
         past = past_of(call)
         past = past - cached if past else past

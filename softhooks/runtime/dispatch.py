@@ -119,7 +119,10 @@ def _open_slots(
         )
     check_text_length(stack, call, slots.columns, cached=slots.columns, outer=outer)
     if is_fallback:
-        return FallbackPass(stack, slots, call, first.placeholder_id, outer=outer)
+        opened = FallbackPass(stack, slots, call, first.placeholder_id, outer=outer)
+        if stack.module.training:
+            opened.follow_checkpointing()
+        return opened
     return SlotPass(stack, slots, call, first.placeholder_id, keep=stack.name == "encoder", outer=outer)
 
 

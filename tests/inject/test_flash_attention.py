@@ -75,7 +75,7 @@ def test_what_flash_attention_cannot_show_is_refused() -> None:
     """A prefix that some queries do not see: in sliding windows, and in rows with prompts of different lengths."""
     model = emulated("mistral")
     with pytest.raises(
-        UnsupportedModeError, match=r"with flash attention every query sees it(.|\n)*set_attn_implementation"
+        UnsupportedModeError, match=r"with flash attention every token sees all of it(.|\n)*set_attn_implementation"
     ):
         softhooks.attach(model, PrefixTuning(P))
     model = emulated("llama")
@@ -83,7 +83,7 @@ def test_what_flash_attention_cannot_show_is_refused() -> None:
     softhooks.attach(model, PrefixTuning(2), "short")
     with (
         softhooks.rows(model, ["long", "short"]),
-        pytest.raises(UnsupportedModeError, match="with flash attention every query sees it"),
+        pytest.raises(UnsupportedModeError, match="with flash attention every token sees all of it"),
     ):
         model(zoo.text(2, 6))
     with softhooks.rows(model, ["long", "long"]), torch.no_grad():
@@ -101,7 +101,8 @@ def test_a_prefix_that_is_seen_past_a_window_is_refused(arch: str) -> None:
         with pytest.raises(UnsupportedModeError, match=r"function: *flash_emulated_forward with windows"):
             softhooks.attach(model, method)
     with pytest.raises(
-        UnsupportedModeError, match="with flash attention every query sees it" if arch == "mistral" else "with windows"
+        UnsupportedModeError,
+        match="with flash attention every token sees all of it" if arch == "mistral" else "with windows",
     ):
         softhooks.attach(model, PrefixTuning(P))
 

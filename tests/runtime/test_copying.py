@@ -475,7 +475,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_keys_and_values_that_nobody_has_seen_are_an_error_of_ours() -> None:
     """A StopIteration would end a user's `map` as if there were no more batches."""
     for ask in (lambda: KeyValues({}, {}).length, lambda: KeyValues({}, {}).variants):
-        with pytest.raises(softhooks.errors.PromptNotReachedError, match="no attention call was seen"):
+        with pytest.raises(softhooks.errors.PromptNotReachedError, match="called no attention function"):
             ask()
 
 

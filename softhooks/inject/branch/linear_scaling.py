@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,12 +66,12 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
     return output * factor.view(shape) + offset
 
 
+@dataclass(eq=False)
 class ScaleHook:
-    """The hook of one linear layer."""
+    """The hook of one linear layer. Its method is bound, so that a copy of the model gets a hook with its own stack."""
 
-    def __init__(self, stack: Stack, name: str) -> None:
-        self.stack = stack
-        self.name = name
+    stack: Stack
+    name: str
 
     def scale(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
         """Scale the output, if a forward of the stack is running."""

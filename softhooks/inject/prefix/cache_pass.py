@@ -23,9 +23,7 @@ class CachePass(PrefixPass):
     """A forward with a cache that puts the prefix before the contents of the caller's cache.
 
     Args:
-        stack: the stack.
-        prefix: keys and values by layer.
-        call: the arguments of the forward; cache and mask are replaced in place.
+        call: the arguments of the forward; the cache and the mask are replaced in place.
         shape: the batch size and the number of text columns.
     """
 
@@ -58,7 +56,7 @@ class CachePass(PrefixPass):
         self.handles += self.prepare()
 
     def prepare(self) -> list[Any]:
-        """Remove the prefix's columns from the masks of layers without a prefix, because the stack makes one mask for all."""
+        """Remove the prefix's columns from the masks of layers without a prefix; the stack makes one mask for all layers."""
 
         def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -70,7 +68,7 @@ class CachePass(PrefixPass):
         return [site.module.register_forward_pre_hook(narrow, with_kwargs=True) for site in without]
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """Remove the prefix's columns from the last dimension."""
+        """Return the text's columns of the last dimension."""
         return tensor[..., self.prefixes["self"].length :] if self._order is None else self._order.own(tensor)
 
     def _wants_cache(self, call: dict[str, Any]) -> bool:
@@ -80,13 +78,14 @@ class CachePass(PrefixPass):
         return bool(getattr(self.stack.module.config, "use_cache", False) if asked is None else asked)
 
     def _keep_cache_in_checkpoints(self) -> None:
-        """Let checkpointed layers keep the read-only cache; transformers would otherwise remove it."""
+        """Keep transformers from removing the cache of checkpointed layers."""
         for module in self._checkpointed:
             if not hasattr(module, "_can_checkpoint_with_cache"):
                 if module is self.stack.module:
                     continue
                 raise UnsupportedModeError(
-                    f"{type(module).__name__} takes no cache with gradient checkpointing, but its prefix enters through a cache.",
+                    f"{type(module).__name__} does not use a cache with gradient checkpointing; its prefix needs one, because it "
+                    "enters through the cache.",
                     "Disable gradient checkpointing.",
                 )
             self._patches.set(module, "_can_checkpoint_with_cache", True)
@@ -107,21 +106,18 @@ class CachePass(PrefixPass):
             if present is None:
                 return None
             mask = torch.ones(shape[0], self._past + shape[1], dtype=torch.long, device=device)
-        seen = (
-            torch.ones(mask.shape[0], prefix.length, dtype=torch.bool, device=mask.device)
-            if present is None
-            else present
-        )
+        if present is None:
+            present = torch.ones(mask.shape[0], prefix.length, dtype=torch.bool, device=mask.device)
         if mask.dim() == 2:
-            wide = torch.cat([seen.to(mask.dtype).expand(mask.shape[0], -1), mask], dim=-1)
+            wide = torch.cat([present.to(mask.dtype).expand(mask.shape[0], -1), mask], dim=-1)
             return wide if self._order is None else self._order.arrange(wide, 1)
-        seen = seen[:, None, None, :].expand(mask.shape[0], mask.shape[1], mask.shape[2], -1)
+        seen = present[:, None, None, :].expand(mask.shape[0], mask.shape[1], mask.shape[2], -1)
         if mask.dtype != torch.bool:
             seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill_(~seen, torch.finfo(mask.dtype).min)
         return torch.cat([seen, mask], dim=-1)
 
     def leave(self, output: Any) -> Any:
-        """Return the caller's cache, and the attentions without the prefix's columns."""
+        """Put the caller's cache back into the output, and remove the prefix's columns from the attentions."""
         self.has_injected = self.prefixed.has_injected
         if isinstance(output, tuple):
             items = [self.inner if item is self.cache else self._strip(item) for item in output]
@@ -133,7 +129,7 @@ class CachePass(PrefixPass):
         return output
 
     def _strip(self, value: Any) -> Any:
-        """Strip a tuple of attentions, [B, Hq, T, P + K] for each site with a prefix; return anything else unchanged."""
+        """Remove the prefix's columns from a tuple of attentions, [B, Hq, T, P + K] each; return anything else unchanged."""
         if not isinstance(value, tuple) or not all(isinstance(item, Tensor) and item.dim() == 4 for item in value):
             return value
         prefix = self.prefixes["self"]

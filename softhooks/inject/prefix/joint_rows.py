@@ -1,9 +1,9 @@
 """Attention over all rows in one sequence after a long prefix, with a mask that keeps the rows apart.
 
 In a batch, the prefix's keys and values are copied for every row. In one sequence there is a single copy, but scores between
-rows are wasted, so this pays if the prefix is at least as long as all rows together. Measured at P = 900, T = 64, B = 8: with
-grouped queries the step takes as long and its peak memory is 45% lower; with a key for every head the step is 5% slower and
-takes 15% more memory. With 4 rows of 32 the step is 13 to 15% faster.
+rows are computed for nothing. So rows are joined only if the prefix is at least as long as all rows together. Measured with 900
+virtual tokens and 8 rows of 64: with grouped queries the step takes as long and its peak memory is 45% lower; with a key for
+every head the step is 5% slower and takes 15% more memory. With 4 rows of 32 tokens the step is 13 to 15% faster.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from softhooks.inject.prefix.key_values import KeyValues
 def joining_pays(
     function: str, prefix: KeyValues, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether rows can be joined and joining is faster. Both hold in training if all rows share one long prefix."""
+    """Whether the rows can be joined, and should be: in training, if all rows share one long prefix."""
     batch, _, columns, _ = query.shape
     shared = prefix.variants == 1 and prefix.lengths is None and kwargs.get("position_bias") is None
     plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1)
@@ -32,14 +32,11 @@ def joining_pays(
 
 
 def joint_mask(mask: Tensor | None, visible: Tensor | None, prefix: KeyValues, query: Tensor, causal: bool) -> Tensor:
-    """Make the mask of the joined rows: it defines the keys that each query sees.
+    """Make the mask of the joined rows, [1, 1, B * T, P + B * T], bool or additive like `mask`.
 
     Args:
-        mask: [B, 1, T, T], bool (True: seen) or additive; or None to show all text tokens (if `causal`, up to the query's).
+        mask: [B, 1, T, T], bool (True: seen) or additive; None if a query sees its whole row (if `causal`, up to itself).
         visible: the virtual tokens that each query sees, [B or 1, 1, T or 1, P] bool, or None for all.
-
-    Shape:
-        -> [1, 1, B * T, P + B * T], in the form of the mask.
     """
     batch, _, columns, _ = query.shape
     length, device = prefix.length, query.device
@@ -64,7 +61,7 @@ def attend_jointly(
     """Run an attention function over joined rows, and split its output into rows again.
 
     Args:
-        index: the index of the site.
+        index: the index of the attention layer.
         args: module, query [B, Hq, T, D], key and value [B, Hk, T, D], joint mask, and any further arguments.
     """
     module, query, key, value, mask, *rest = args

@@ -1,4 +1,4 @@
-"""The keys and values of a prompt for every attention module, either shared by all rows of a batch or different in each row."""
+"""The keys and values of prompts for every attention layer, either shared by all rows of a batch or different in each row."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from softhooks.errors import PromptNotReachedError
 
 @dataclass
 class KeyValues:
-    """Keys and values for every site of one role.
+    """The keys and values of a prefix in self-attention, or in cross-attention.
 
     Attributes:
-        keys, values: [R, Hk, P, D] for each site index that has a prefix; R is 1 (shared by every row), B, or the number of a
-            prompt's variants.
+        keys, values: [R, Hk, P, D] by the index of the layer, for layers with a prefix; R is 1 (shared by every row), B, or the
+            number of a prompt's variants.
         lengths: the number of virtual tokens of each row, [B], at the right end of the P columns; None if all rows have P.
         windowed: whether sliding windows apply to the prefix as to tokens just before the text; a bool, or [B] bool.
         shifted: whether the text's positions start after the prefix; a bool, or [B] bool.
         states: the virtual tokens' last hidden states, [R, P, H], if the prompt was run through the stack.
         hidden: the virtual tokens that a row must not see, [B or 1, P] bool, or None if each row sees all its virtual tokens.
-        missing: the rows without a prefix at a site where other rows have a prefix, [B] bool by site index.
+        missing: the rows without a prefix at a layer where other rows have one, [B] bool by the index of the layer.
     """
 
     keys: dict[int, Tensor]
@@ -39,37 +39,33 @@ class KeyValues:
 
     @property
     def variants(self) -> int:
-        """R, the number of rows of each tensor."""
+        """The number of rows of each tensor (R)."""
         return self.any_key.shape[0]
 
     @property
     def length(self) -> int:
-        """P, the number of virtual tokens of the longest row."""
+        """The number of virtual tokens of the longest row (P)."""
         return self.any_key.shape[2]
 
     @property
     def any_key(self) -> Tensor:
-        """Return the keys of some site; R and P are the same for all sites.
-
-        Raises:
-            PromptNotReachedError: there are no keys, because no attention call was seen when the prompt ran through the stack.
-        """
+        """The keys of the first layer; R and P are the same for all layers."""
         for key in self.keys.values():
             return key
         raise PromptNotReachedError(
-            "the prompt has no keys and values, because no attention call was seen when it ran through the model.",
+            "the prompt has no keys and values, because the model called no attention function that softhooks has wrapped.",
             "Do not replace attention modules or functions while a prompt is attached, or attach with `injection='slots'`.",
         )
 
     def before(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a site's prefix before the text's keys and values. [B, Hk, K, D] -> [B, Hk, P + K, D]."""
+        """Put a layer's prefix before the text's keys and values. [B, Hk, K, D] -> [B, Hk, P + K, D]."""
         batch = key.shape[0]
         prefix_key = self.keys[index].to(key).expand(batch, -1, -1, -1)
         prefix_value = self.values[index].to(value).expand(batch, -1, -1, -1)
         return torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
 
     def shift(self) -> int | Tensor:
-        """Return the shift of the text's positions: P or 0, or [B, 1] if rows differ."""
+        """Return the number by which the text's positions are shifted: P or 0, or [B, 1] if rows differ."""
         if isinstance(self.shifted, Tensor) and self.lengths is not None:
             return (self.lengths * self.shifted)[:, None]
         return self.length if self.shifted else 0
@@ -78,7 +74,7 @@ class KeyValues:
         """Return the virtual tokens that each row has and may see, [B or 1, P] bool, or None for all.
 
         Args:
-            index: the index of a site, where rows without a prefix see no virtual tokens; or None for all sites.
+            index: the index of the layer, at which some rows may have no prefix; None to ignore this.
         """
         seen = None if self.hidden is None else ~self.hidden.to(device)
         missing = None if index is None else self.missing.get(index)
@@ -93,10 +89,10 @@ class KeyValues:
 
 
 def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
-    """Split the flat form of a prefix into the keys and values of its sites.
+    """Split a prefix that is stored as one matrix, [P, sum over layers of Hk * (Dk + Dv)], in which keys come first.
 
     Shape:
-        [P, sum over sites of Hk * (Dk + Dv)] -> keys [1, Hk, P, Dk], values [1, Hk, P, Dv] for each site; keys come first.
+        -> keys [1, Hk, P, Dk] and values [1, Hk, P, Dv] for each layer
     """
     virtual = flat.shape[0]
     first = sites[0]
@@ -119,7 +115,7 @@ def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
 
 
 def flatten(keys: dict[int, Tensor], values: dict[int, Tensor], sites: Sequence[Site]) -> Tensor:
-    """Invert `split`: [1, Hk, P, D] for each site -> [P, sum over sites]."""
+    """Join the keys and values of layers into one matrix; the inverse of `split`."""
     parts = []
     for site in sites:
         parts += [tensor[0].transpose(0, 1).flatten(1) for tensor in (keys[site.index], values[site.index])]
@@ -127,14 +123,11 @@ def flatten(keys: dict[int, Tensor], values: dict[int, Tensor], sites: Sequence[
 
 
 def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
-    """Give each row of a batch its own prompt.
+    """Combine the prefixes of a batch whose rows use different prompts. [R_i, Hk, P_i, D] each -> [B, Hk, max P_i, D].
 
     Args:
-        prompts: the prompts of the batch; each may leave sites out.
+        prompts: the prefixes; each may leave layers out.
         rows: the variant of each row, numbered over the variants of all prompts, or None for no prompt.
-
-    Shape:
-        prompts [R_i, Hk, P_i, D] -> [B, Hk, max P_i, D]
     """
     longest = max(prompt.length for prompt in prompts)
     device = prompts[0].any_key.device
@@ -147,14 +140,13 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     index = torch.tensor([len(owners) if row is None else row for row in rows], device=device)
 
     def gather(given: list[Tensor | None]) -> Tensor:
-        like = next(tensor for tensor in given if tensor is not None)  # some prompt has the site
+        like = next(tensor for tensor in given if tensor is not None)  # at least one prompt has the layer
         nothing = like.new_zeros(1, like.shape[1], longest, like.shape[3])
+        # Padded on the left, so that every prompt ends next to the text.
         parts = [
             nothing.expand(prompt.variants, -1, -1, -1)
             if tensor is None
-            else functional.pad(
-                tensor, (0, 0, longest - tensor.shape[2], 0)
-            )  # on the left: prompts end next to the text
+            else functional.pad(tensor, (0, 0, longest - tensor.shape[2], 0))
             for prompt, tensor in zip(prompts, given, strict=True)
         ]
         return torch.cat([*parts, nothing]).index_select(0, index)

@@ -10,50 +10,40 @@ from torch import Tensor
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.prefix.paged_cache import paged_cache
 
-_PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k")
-
 
 def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, masked: bool = False) -> None:
-    """Refuse attention functions whose mask cannot be widened over a prefix.
+    """Refuse attention functions whose mask cannot be extended to a prefix, such as flex attention.
 
     Args:
         name: the name of the attention function.
         kwargs: the keyword arguments of its call.
         cut: whether tokens see a window of the text but the whole prefix; flash attention would apply the window to both.
         masked: whether the call has a mask.
-
-    Raises:
-        UnsupportedModeError: the function is flex attention, paged attention without a mask, or flash attention that is packed
-            or would cut the prefix.
     """
     flash = name.startswith("flash")
-    packed = flash and any(kwargs.get(key) is not None for key in _PACKED_ARGUMENTS)
+    packed = flash and any(kwargs.get(key) is not None for key in ("cu_seq_lens_q", "cu_seq_lens_k"))
     cut = flash and cut
     unmasked = not masked and ("paged" in name or paged_cache(kwargs) is not None)
     if "flex" in name or unmasked or packed or cut:
         function = name + (" with packed sequences" if packed else " with windows" if cut else "")
         raise UnsupportedModeError(
-            f"{function} has no mask that can be extended to a key-value prefix.",
+            f"the attention function {function} has no mask that can be extended to a key-value prefix.",
             "Use `model.set_attn_implementation('sdpa')` or 'eager'.",
-            function=function,
         )
 
 
 def widen_mask(
     mask: Any, length: int, visible: Tensor | None, causal: bool, query: Tensor, key: Tensor, function: str
 ) -> Any:
-    """Add the prefix's columns to a mask, before the text's columns.
+    """Add P columns for a prefix to a mask, before the text's K columns; return None if every query sees all keys.
 
     Args:
         mask: None; [B, K] (flash); or [B, 1 or H, T, K], bool (True: seen) or additive.
         length: the number of virtual tokens, P.
         visible: the virtual tokens that each query sees, [B or 1, 1, T or 1, P], or None for all.
-        causal: whether without a mask each query sees only the keys up to its own position.
-        query, key: the queries and keys of the text, used for their shapes, dtype and device.
+        causal: whether, without a mask, each query sees only the keys up to its own position.
+        query, key: the queries and keys of the text.
         function: the name of the attention function.
-
-    Shape:
-        -> the same kind of mask with P + K columns, or None if everything is seen.
     """
     if function.startswith("flash"):
         return _widen_flat_mask(mask, length, visible)
@@ -80,10 +70,10 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _widen_flat_mask(mask: Tensor | None, length: int, visible: Tensor | None) -> Tensor | None:
-    """Widen the [B, K] mask of flash attention. Its causal mask is aligned with the last key, so every query sees the prefix."""
+    """Widen the [B, K] mask of flash attention. Its causal mask ends at the last key, so every query sees the whole prefix."""
     if visible is not None:
         raise UnsupportedModeError(
-            "some queries must not see the whole prefix, but with flash attention every query sees it.",
+            "some tokens must see only a part of the prefix, but with flash attention every token sees all of it.",
             "Use `model.set_attn_implementation('sdpa')` for prompts of different lengths in one batch and for models "
             "with sliding windows.",
         )

@@ -1,8 +1,8 @@
-"""Check that documents packed into one row see only the prompt and themselves, and refuse the forward otherwise.
+"""Refuse a forward in which documents packed into one row see more than the prompt and themselves.
 
 A prompt that enters as keys and values is before every document, and the positions of each document start after it. The mask
 keeps the documents apart. In most models, transformers makes the mask from `position_ids`, but only if the call has neither
-an attention mask nor a cache. So the mask itself is checked, in every model.
+an attention mask nor a cache. So softhooks checks the masks in every forward with packed documents.
 """
 
 from __future__ import annotations
@@ -17,24 +17,18 @@ from softhooks.backbone.forward_pass import AttentionFunction, Pass, function_na
 from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
 
-_REMEDY = (
-    "Pass the packed row without an attention mask and with `use_cache=False` (as a Trainer does), and use 'sdpa' or 'eager' "
-    "attention; if the model has no masks for packed rows, put each document into its own row."
-)
-
 
 def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
-    """Number the documents of each row, or return None if each row has one. A document starts where positions restart.
+    """Number the documents of each row, [B or 1, T], or return None if each row has one. Each document restarts the positions.
 
     Args:
-        positions: the caller's `position_ids`.
+        positions: the caller's `position_ids`, [B or 1, T], or [4, B, T] with the positions in the text first (M-RoPE).
         mask: the caller's mask; positions of padding are ignored. With a mask prepared for attention the result is None, because
             this mask alone decides whether documents are kept apart.
-
-    Shape:
-        positions [B or 1, T], or [4, B, T], text first -> [B or 1, T]
+        columns: T.
     """
-    if not isinstance(positions, Tensor) or columns < 2 or (mask is not None and not _is_flat(mask)):
+    is_flat = isinstance(mask, Tensor) and mask.dim() == 2
+    if not isinstance(positions, Tensor) or columns < 2 or (mask is not None and not is_flat):
         return None
     rows = positions[0] if positions.dim() == 3 and positions.shape[0] == 4 else positions
     if rows.dim() != 2 or rows.shape[1] != columns:
@@ -54,15 +48,11 @@ def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
     return torch.nn.functional.pad(restarts.long().cumsum(-1), (1, 0))
 
 
-def _is_flat(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.dim() == 2
-
-
 def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
     """Refuse packed documents in a stack whose masks cannot be checked, or cannot keep documents apart.
 
     Args:
-        numbers: the document of each column, [B or 1, T].
+        numbers: the result of `document_numbers`.
         by_position: whether the stack itself received the positions, without which it cannot tell documents apart.
     """
     if stack.injection != "attention" or not by_position:
@@ -73,11 +63,7 @@ def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
 
 
 def keep_documents_apart(forward_pass: Pass, numbers: Tensor) -> None:
-    """Make a pass raise if its attention masks let packed documents see each other.
-
-    Args:
-        numbers: the document of each column, [B or 1, T].
-    """
+    """Make a pass refuse attention masks in which the documents of `document_numbers` see each other."""
     attend: Callable[..., Any] = forward_pass.attend
     checked: list[Any] = []  # most layers receive the same mask object
 
@@ -92,11 +78,7 @@ def keep_documents_apart(forward_pass: Pass, numbers: Tensor) -> None:
 
 
 def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
-    """Check that no query sees a key of another document.
-
-    Raises:
-        UnsupportedModeError: a query sees another document, or the mask does not show whether it does.
-    """
+    """Refuse a mask in which a query sees another document, or which does not show whether one does."""
     if function.startswith("flash"):
         raise _refusal(numbers, f"{function} keeps documents apart by itself, but not with a prompt before them")
     if not isinstance(mask, Tensor) or keys != numbers.shape[1] or mask.shape[-1] != keys:
@@ -110,8 +92,9 @@ def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
 
 def _refusal(numbers: Tensor, mask: str) -> UnsupportedModeError:
     return UnsupportedModeError(
-        "documents packed into one row could see each other in this call; each must see only the prompt and itself.",
-        _REMEDY,
+        "documents packed into one row could see each other in this call; a document must see only the prompt and itself.",
+        "Pass the packed row without an attention mask and with `use_cache=False` (as a Trainer does), and use 'sdpa' or 'eager' "
+        "attention; if the model has no masks for packed rows, put each document into its own row.",
         documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, by restarting position_ids",
         mask=mask,
     )

@@ -1,8 +1,8 @@
 """Prefixes with the paged cache of continuous batching, in which the sequences of many requests share one row.
 
-The attention function writes to the cache and reads from it, and its mask keeps the sequences apart. The prompt is one block of
-columns that all sequences see, before all other columns: its keys and values are prepended once for all requests, after the
-update of the cache. They never enter the cache itself, because requests with the same ids share cache blocks.
+The attention function writes to the cache and reads from it, and its mask keeps the sequences apart. The prefix is prepended
+once for all sequences to the keys and values that were read. It is never written to the cache, because requests with the same
+ids share cache blocks.
 """
 
 from __future__ import annotations
@@ -25,22 +25,12 @@ def paged_cache(arguments: dict[str, Any]) -> PagedAttentionCache | None:
     return cache if isinstance(cache, PagedAttentionCache) else None
 
 
-def longest_text(call: dict[str, Any]) -> int | None:
-    """Return the length of the longest sequence in a continuous batch, from the positions, or None outside of such a batch.
-
-    The number of columns is different: it counts the new tokens of several sequences, without the tokens in the cache.
-    """
-    positions = call.get("position_ids")
-    return None if paged_cache(call) is None or positions is None else int(positions.max()) + 1
-
-
 class PrefixedPagedCache(PagedAttentionCache):
-    """A paged cache for one call of an attention function that returns the prompt's keys and values before its own.
+    """A paged cache that returns a prefix before its own keys and values, for one call of an attention function.
 
     Args:
-        cache: the cache of the batch.
-        prefix: the prompt's keys and values, shared by all sequences.
-        index: the index of the site.
+        prefix: keys and values that all sequences share.
+        index: the index of the attention layer.
     """
 
     def __init__(self, cache: PagedAttentionCache, prefix: KeyValues, index: int) -> None:
@@ -48,7 +38,7 @@ class PrefixedPagedCache(PagedAttentionCache):
         self._prefix = (prefix.keys[index], prefix.values[index])
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Update the cache and prepend the prefix. [1, Hk, T, D] -> [1, Hk, P + K, D], or [P + K, Hk, D] (older versions)."""
+        """Update the cache and prepend the prefix. [1, Hk, T, D] -> [1, Hk, P + K, D]; older transformers: [P + K, Hk, D]."""
         key, value = map(_prepend, self._prefix, self._cache.update(*args, **kwargs))
         return key, value
 
@@ -62,11 +52,10 @@ def _prepend(own: Tensor, read: Tensor) -> Tensor:
 def attend_alone(
     attention: AttentionFunction, window: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run attention over a prompt's own rows. They are not in a cache, even if the model's function needs a paged cache.
+    """Run attention over virtual tokens alone, which are in no cache; a function that needs a paged cache is replaced by eager.
 
     Args:
-        attention: the model's attention function; replaced by eager attention if it needs a paged cache.
-        window: the sliding window of the site, if it has a window.
+        window: the sliding window of the layer, if it has one.
     """
     if "paged" not in function_name(attention):
         return attention(*args, **kwargs)
@@ -82,6 +71,6 @@ def attend_alone(
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Return the eager attention function of a modeling file, without softhooks' wrapper."""
+    """Return the eager attention function of a module's modeling file, without softhooks' wrapper."""
     function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     return getattr(function, "__wrapped__", function)

@@ -98,9 +98,7 @@ class PrefixCache(Cache):
         """Return the length of the prefix and of the caller's cache together."""
         return self.prefix.length + (0 if self.inner is None else self.inner.get_seq_length(layer_idx))
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return the number of keys before the queries."""
-        return self.get_seq_length(layer_idx)
+    get_query_offset = get_seq_length  # the queries come after all these keys
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return the number of keys, including the prefix, and their offset."""

@@ -1,6 +1,6 @@
-"""Inject key-value prefixes at the attention function.
+"""Key-value prefixes that enter at the attention function.
 
-The prefix never enters the model's cache, so static, cropped and returned caches and checkpointing work as without a prefix.
+The prefix is never written to the model's cache, so checkpointing and any kind of cache work as without a prefix.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from softhooks.inject.prefix.recompute import recomputed
 
 
 class PrefixPass(CheckpointedPass):
-    """A forward with a prefix: at each site, the prefix's keys and values come before the text's keys and values.
+    """A forward with a prefix, whose keys and values come before the text's keys and values at each attention layer.
 
     Args:
-        stack: the stack.
-        prefixes: keys and values by role.
+        prefixes: keys and values by role (self- or cross-attention).
         positions: the queries' positions in the text, counted from 0 in each row or document, [B or 1, T].
         training: whether layers may be checkpointed in this forward.
     """
@@ -47,7 +46,7 @@ class PrefixPass(CheckpointedPass):
             self.follow_checkpointing()
 
     def enters(self, site: Site) -> bool:
-        """Whether a site has a prefix."""
+        """Whether a layer has a prefix."""
         return site.role in self.prefixes and site.index in self.prefixes[site.role].keys
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -61,7 +60,7 @@ class PrefixPass(CheckpointedPass):
         causal = mask is None and self._is_causal(site, function, kwargs)
         # Flash attention aligns queries with the last keys by itself.
         if causal and not function.startswith("flash") and key.shape[2] > query.shape[2] > 1:
-            # This is an empty static cache: the keys after the queries are blank, and no mask hides them.
+            # An empty static cache: the keys after the queries are blank, and no mask hides them.
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
         if site.role == "self" and joining_pays(function, prefix, query, key, mask, kwargs):
             joined = self._joined_mask(site, query, mask, kwargs, causal)
@@ -101,34 +100,33 @@ class PrefixPass(CheckpointedPass):
         return self._once(mask, kind, build)
 
     def _joined_mask(self, site: Site, query: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool) -> Tensor:
-        """Return the mask of all rows in one sequence after one prefix; it is built once per forward."""
+        """Return the mask of the joined rows, built once per forward."""
         window = window_of(site, kwargs) if self.stack.causal else None
         causal = causal and query.shape[2] > 1
 
         def build() -> Tensor:
             return joint_mask(mask, self._visible(site, window, query), self.prefixes[site.role], query, causal)
 
-        joint: Tensor = self._once(
-            mask, ("joint", *self._rows_of(site), window, causal, query.shape, query.device), build
-        )
+        key = ("joint", *self._rows_of(site), window, causal, query.shape, query.device)
+        joint: Tensor = self._once(mask, key, build)
         return joint
 
     def _rows_of(self, site: Site) -> tuple[int, ...]:
-        """Return a site's part of the keys in `_masks`: its index if some rows have no prefix there, otherwise nothing."""
+        """Return the layer's part of the keys in `_masks`: its index if some rows have no prefix there, otherwise nothing."""
         return (site.index,) if site.index in self.prefixes[site.role].missing else ()
 
     def _once(self, mask: Any, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
         """Build a result from a layer's mask once per forward; most layers receive the same mask object."""
         key = (id(mask), *key)
         if key not in self._masks:
-            self._masks[key] = (mask, build())  # keeping the old mask keeps its id from being reused
+            self._masks[key] = (mask, build())  # a stored mask is not freed, so its id stays unique
         return self._masks[key][1]
 
     def _is_causal(self, site: Site, function: str, kwargs: dict[str, Any]) -> bool:
-        """Whether this function is causal if it is called without a mask.
+        """Whether an attention function is causal if it is called without a mask.
 
-        Eager attention is never causal. SDPA and flash attention use the call's `is_causal`, then the module's. For any other
-        function the result of the probe at attach is used: whether the stack is causal.
+        Eager attention is never causal. SDPA and flash attention use the call's `is_causal`, or else the module's. Any other
+        function is causal if the probe at attach has found that the stack is.
         """
         if function.startswith("eager"):
             return False
@@ -140,12 +138,12 @@ class PrefixPass(CheckpointedPass):
     def _visible(self, site: Site, window: int | None, query: Tensor) -> Tensor | None:
         """Return the virtual tokens that each query sees, [B or 1, 1, Q or 1, P] bool, or None for all.
 
-        In layers that share keys (Gemma 4) the queries may be the last Q of the T columns.
+        In layers that share keys (Gemma 4) the queries may be only the last Q of the T columns.
         """
         prefix, device = self.prefixes[site.role], query.device
         present = prefix.present(device, site.index)
         visible = None if present is None else present[:, None, None, :]
-        # A windowed prefix is just before the text, so early tokens see the end of the prefix, and later tokens see none of it.
+        # A windowed prefix is just before the text: early tokens see the end of the prefix, and later tokens see none of it.
         if window is not None and prefix.windowed is not False and self.positions is not None:
             columns = torch.arange(prefix.length, device=device)
             distance = self.positions.to(device)[:, -query.shape[2] :, None] + prefix.length - columns

@@ -1,12 +1,12 @@
 """Recompute the concatenated keys and values of prefix and text in the backward instead of saving them.
 
-Attention needs a copy of the prefix before each row's keys and values. Autograd would save this copy for every row and layer;
-here it saves the prefix once and the text's keys and values, and concatenates them again in the backward.
+Attention needs a copy of the prefix before each row's keys and values. Autograd would save this copy for every row and layer.
+Here only the prefix and the text's keys and values are saved, and the backward concatenates them again.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,24 +16,25 @@ from torch.autograd.graph import saved_tensors_hooks
 from softhooks.inject.prefix.key_values import KeyValues
 
 _SHARE = 0.5
-"""The minimal length of a prefix, as a fraction of the text's length, for which this pays."""
+"""Shorter prefixes, as a fraction of the text's length, are saved as usual, because recomputing them saves little memory."""
 
 _HOOKS = ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled")
 """Private functions of torch; if they are missing, everything is saved as usual."""
 
 
 def recomputed(prefix: KeyValues, index: int, text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> Any:
-    """Recompute, in the backward, the concatenated keys and values that autograd would save within this context.
+    """Return a context in which autograd recomputes the concatenated keys and values in the backward instead of saving them.
 
     Args:
-        index: the index of the site.
+        index: the index of the attention layer.
         text: the text's keys and values, [B, Hk, K, D].
-        whole: the keys and values of prefix and text, as concatenated by `KeyValues.before`.
+        whole: the concatenated keys and values, from `KeyValues.before`.
     """
     heads = (prefix.keys[index], prefix.values[index])
     if not _pays(prefix, text[0]) or not all(map(_keeps, heads)) or _is_hooked():
         return nullcontext()
-    return _Recomputed(heads, text, whole).hooks()
+    made = _Recomputed(heads, text, whole)
+    return saved_tensors_hooks(made._pack, made._unpack)
 
 
 def _pays(prefix: KeyValues, key: Tensor) -> bool:
@@ -44,7 +45,7 @@ def _pays(prefix: KeyValues, key: Tensor) -> bool:
 
 
 def _keeps(part: Tensor) -> bool:
-    """Whether a prefix is certain to stay unchanged until the backward. A parameter is not: an optimizer step can change it."""
+    """Whether a prefix surely stays unchanged until the backward; a parameter may not, because of an optimizer step."""
     base = part._base if part._is_view() else part
     return base is not None and not (base.is_leaf and base.requires_grad)
 
@@ -56,16 +57,13 @@ def _is_hooked() -> bool:
 
 
 class _Recomputed:
-    """Saved-tensor hooks that recompute one site's concatenated keys and values, which they recognize by their storage."""
+    """Saved-tensor hooks that recompute one layer's concatenated keys and values, which they recognize by their storage."""
 
     def __init__(self, heads: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> None:
         self._parts = {
             made.untyped_storage().data_ptr(): (head.detach(), own.detach())
             for head, own, made in zip(heads, text, whole, strict=True)
         }
-
-    def hooks(self) -> AbstractContextManager[Any]:
-        return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, kept: Tensor) -> Any:
         parts = self._parts.get(kept.untyped_storage().data_ptr())

@@ -42,6 +42,9 @@ class SlotPass(Pass):
         call: the arguments of the forward, by name; the slots are added in place.
         placeholder: an ordinary id that is not padding.
         keep: whether the slots stay in the last hidden state, for a decoder that attends to it.
+
+    Attributes:
+        wide: the map of the sequence with slots; None if the slots are in a cache.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class SlotPass(Pass):
         self.keep = keep
         self.outer = outer
         self.placeholder = placeholder
-        self._wide: Widened | None = None
+        self.wide: Widened | None = None
         self._cached: Widened | None = None
         self._asked = 0  # `logits_to_keep` of the call: the stack returns only so many text columns; 0 for all
         self._embeds_given = call.get("input_ids") is None
@@ -76,16 +79,6 @@ class SlotPass(Pass):
         else:
             self._continue(call, cache, int(cache.get_seq_length()))
 
-    @property
-    def slot_columns(self) -> Tensor | None:
-        """The column of each slot, [B, S], or None if the slots are in a cache."""
-        return None if self._wide is None else self._wide.slots
-
-    @property
-    def total_columns(self) -> int:
-        """The number of columns in this forward, including slots."""
-        return self.columns if self._wide is None else self._wide.columns
-
     # --- the first forward: insert the slots --------------------------------------------------------------------------
 
     def _insert(self, call: dict[str, Any]) -> None:
@@ -95,11 +88,11 @@ class SlotPass(Pass):
         positions = given_positions(self.stack, call, self.outer)
         places = self.slots.places(mask, call.get("input_ids"))
         self._written = WrittenSlots(places, gaps(mask, places.offsets), self.columns)
-        self._wide = self._widened(places, mask)
+        self.wide = self._widened(places, mask)
         self._mask = mask
-        wide_mask = self._wide.spread_mask(mask)
+        wide_mask = self.wide.spread_mask(mask)
         if call.get("input_ids") is not None:
-            call["input_ids"] = self._insert_ids(self._wide, call["input_ids"])
+            call["input_ids"] = self._insert_ids(self.wide, call["input_ids"])
         elif self.slots.ids is not None:
             raise UnsupportedModeError(
                 f"the call has `inputs_embeds` instead of `input_ids`; {type(self.stack.module).__name__} also reads the ids, so "
@@ -107,24 +100,24 @@ class SlotPass(Pass):
                 "Call the model with `input_ids`.",
             )
         else:
-            call["inputs_embeds"] = self._insert_rows(self._wide.spread(call["inputs_embeds"], 0))
+            call["inputs_embeds"] = self._insert_rows(self.wide.spread(call["inputs_embeds"], 0))
             self.has_injected = True
-        fill(call, self._wide, self.stack.slot_values)
+        fill(call, self.wide, self.stack.slot_values)
         if call.get("token_type_ids") is not None:
             self._ids = call.get("input_ids")
         if given is not None or self.slots.uneven:
             call["attention_mask"] = wide_mask
         if not has_positions_in_types(call, mask):
-            self._place(call, widened_positions(self.stack, positions, mask, self._wide, wide_mask))
+            self._place(call, widened_positions(self.stack, positions, mask, self.wide, wide_mask))
         self._keep_states(call)
 
     def _keep_states(self, call: dict[str, Any]) -> None:
         """Increase the call's `logits_to_keep` (Gemma 4) by the slots between or after the last text columns."""
         asked = call.get("logits_to_keep")
         if isinstance(asked, int) and asked > 0:
-            assert self._wide is not None
+            assert self.wide is not None
             self._asked = asked
-            call["logits_to_keep"] = self._wide.columns - int(self._wide.text[:, -asked:].min())
+            call["logits_to_keep"] = self.wide.columns - int(self.wide.text[:, -asked:].min())
 
     def _insert_ids(self, wide: Widened, ids: Tensor) -> Tensor:
         """Insert the slots' placeholder ids, [B, T] -> [B, N]."""
@@ -149,15 +142,15 @@ class SlotPass(Pass):
 
     def embed(self, output: Tensor) -> Tensor:
         """Replace the embeddings of the slots' placeholder ids, [B, N, H]."""
-        if self._wide is None or output.shape[1] != self._wide.columns:
+        if self.wide is None or output.shape[1] != self.wide.columns:
             return output
         self.has_injected = True
         return self._insert_rows(output)
 
     def _insert_rows(self, output: Tensor) -> Tensor:
-        assert self._wide is not None
+        assert self.wide is not None
         rows = self.slots.stacked(output).expand(output.shape[0], -1, -1)
-        return output.scatter(1, self._wide.slots[..., None].expand_as(rows), rows)
+        return output.scatter(1, self.wide.slots[..., None].expand_as(rows), rows)
 
     # --- later forwards of a generation: the slots are in the cache ---------------------------------------------------
 
@@ -215,21 +208,21 @@ class SlotPass(Pass):
 
         In a decoder each column's state predicts the next token; if slots come before that token, it is the last slot's state.
         """
-        wide = self._wide
+        wide = self.wide
         assert wide is not None
         return wide.predicting_states(states, self._mask) if self.stack.causal else wide.own_states(states)
 
     def leave(self, output: Any) -> Any:
         """Remove the slots from the stack's output, except from a last hidden state that a decoder attends to."""
-        if self._wide is None:
+        if self.wide is None:
             return output if self._cached is None else strip_attentions(output, self._cached)
         if self.stack.causal:
             for cache in caches_in(output):
                 add_note(cache, slots=self._written)
-        if self._asked and last_hidden_state(output).shape[1] < self._wide.columns:
-            return strip_last(output, self._wide, self.strip, self._asked)
-        refuse_more_columns(output, self.columns, self._wide.columns)
-        stripped = strip_output(output, self._wide, self.strip, self.keep)
+        if self._asked and last_hidden_state(output).shape[1] < self.wide.columns:
+            return strip_last(output, self.wide, self.strip, self._asked)
+        refuse_more_columns(output, self.columns, self.wide.columns)
+        stripped = strip_output(output, self.wide, self.strip, self.keep)
         if self.keep:
             self.stack.state.encoded = self._written
             for part in (stripped, last_hidden_state(stripped)):
@@ -238,20 +231,13 @@ class SlotPass(Pass):
 
     def pooled(self, states: Any) -> Any:
         """Remove the slots from the input of a pooler inside the stack."""
-        if self._wide is None or not isinstance(states, Tensor) or states.shape[1] != self._wide.columns:
+        if self.wide is None or not isinstance(states, Tensor) or states.shape[1] != self.wide.columns:
             return states
-        return self._wide.own_states(states)
+        return self.wide.own_states(states)
 
 
 class FallbackPass(SlotPass, CheckpointedPass):
     """A forward with slots in a stack that normally shares its prompt; recomputed layers run inside this pass again."""
-
-    def __init__(
-        self, stack: Stack, slots: Slots, call: dict[str, Any], placeholder: int, outer: OuterCall | None = None
-    ) -> None:
-        super().__init__(stack, slots, call, placeholder, outer=outer)
-        if stack.module.training:
-            self.follow_checkpointing()
 
     def detach_injected(self) -> None:
         """Do nothing: the prompt enters at the embedding, before all layers."""
