@@ -43,7 +43,7 @@ class WrittenSlots:
         return Places(self.places.offsets.repeat_interleave(times, 0), self.places.live.repeat_interleave(times, 0))
 
     def widened(self, batch: int) -> Widened | None:
-        """Return the map from text columns to columns with slots for such a batch; None for other batches."""
+        """Return the map from text columns to columns with slots, for the batches for which `places_in` returns places."""
         places = self.places_in(batch)
         if places is None:
             return None
@@ -153,7 +153,7 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
 
 
 def note_encoded(output: Any, provenance: Provenance) -> None:
-    """Note the prompts that an encoder ran with on its output and on its states."""
+    """Record, on an encoder's output and on its states, the prompts that the encoder ran with."""
     for part in (output, last_hidden_state(output)):
         add_note(part, provenance=provenance)
 

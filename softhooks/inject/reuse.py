@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Result:
-    """A cached result. It is reused only if nothing has changed that it depends on.
+    """A cached result, and the values that must be unchanged for it to be reused.
 
     Attributes:
         key: the addresses and versions of the tensors, and torch's modes.

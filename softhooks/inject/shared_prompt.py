@@ -49,7 +49,7 @@ def reasons_against_sharing(stack: Stack, call: dict[str, Any], length: int) -> 
 
 
 def _same(value: Any, proven: Any) -> bool:
-    """Whether an argument has the value with which `attach` compared the shared prompt with slots."""
+    """Whether an argument has the value that it had when `attach` compared the shared prompt with slots."""
     return isinstance(value, (bool, int, float, str)) and type(value) is type(proven) and value == proven
 
 
@@ -67,7 +67,7 @@ def _text_length(call: dict[str, Any]) -> int:
 
 
 def slots_error(reasons: list[str], error: UnsupportedModeError) -> UnsupportedModeError:
-    """Return the error for a call that can neither share the prompt, for these reasons, nor use slots, because of `error`."""
+    """Return the error for a call that can neither share the prompt (because of `reasons`) nor use slots (because of `error`)."""
     return UnsupportedModeError(
         f"this call has {', '.join(reasons)}, which could change the states of virtual tokens; so the prompt enters as slots in "
         f"this call, which is not possible either:\n{error}"

@@ -1,4 +1,4 @@
-"""Pass a stack the positions of its columns: of a text after a prefix, or of a text with slots."""
+"""Pass a stack the position ids of a text after a prefix, or of a text with slots."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: l
 
 
 def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:
-    """Whether a stack must get the positions of the text, because it would count them wrongly.
+    """Whether softhooks must pass the text's positions to a stack.
 
-    The decoder of an encoder-decoder with a position table counts its columns itself, which is right without a shift.
+    The decoder of an encoder-decoder with a position table counts its columns itself, which is right if nothing is shifted.
     """
     where = stack.positions
     counts_itself = stack.name == "decoder" and isinstance(shift, int) and shift == 0

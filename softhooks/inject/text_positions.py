@@ -1,4 +1,4 @@
-"""Find the positions of the text in a call, given by the caller, the mask or an outer model, and check that they suffice."""
+"""Find the positions of the text in a call, and check that prompt and text fit into the model's positions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ def past_of(call: dict[str, Any]) -> Any:
 
 
 def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """Return the mask with one value per column, [B, past + T]: the call's, or the caller's if the model has prepared it."""
+    """Return the attention mask with one value per column, [B, past + T], or None if there is none.
+
+    If the model has prepared the mask for attention, this is the caller's mask.
+    """
     mask = call.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
@@ -109,9 +112,8 @@ def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCa
 def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> str:
     """Describe, for an error, `position_ids` that start the text after the stack's first position; return "" for any others.
 
-    Keys and values that are computed once or trained have the first positions, so there would be a gap before the text. Slots
-    have no gap, because their positions are counted from the start of the text. A text that continues a cache has started
-    before this call, and positions with several axes (M-RoPE) locate the parts of an image.
+    Keys and values that are computed once or trained have the first positions, so there would be a gap before the text. Not
+    checked are a text that continues a cache, and positions with several axes (M-RoPE), which locate the parts of an image.
     """
     if call.get("position_ids") is None or not stack.positions.takes_position_ids:
         return ""

@@ -98,7 +98,7 @@ def test_a_prefix_that_is_seen_past_a_window_is_refused(arch: str) -> None:
     model = zoo.build(arch, "sequence")
     model.set_attn_implementation(NAME)
     for method in (PTuningV2(P), PrefixTuning(P, windowed=False)):
-        with pytest.raises(UnsupportedModeError, match=r"function: *flash_emulated_forward with windows"):
+        with pytest.raises(UnsupportedModeError, match=r"function flash_emulated_forward with windows"):
             softhooks.attach(model, method)
     with pytest.raises(
         UnsupportedModeError,

@@ -41,7 +41,7 @@ class GatedRows:
 
 @dataclass
 class BranchInputs:
-    """A prompt's virtual tokens, gates, and factors and offsets of linear layers ([1, out] each), for one stack."""
+    """A prompt's virtual tokens and gates in one stack, and the factors and offsets of its linear layers, [1, out] each."""
 
     gated: list[GatedRows]
     scaled: Scaled = field(default_factory=dict)
@@ -205,7 +205,7 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
 
 
 def _spread(tensors: Sequence[Tensor], rows: Sequence[Sequence[int]], batch: int) -> Tensor:
-    """Copy each tensor to its n rows of the batch, and set all other rows to 0. [1 or n, ...] each -> [B, ...]."""
+    """Copy each tensor to its n rows of the batch; rows without a tensor are 0. [1 or n, ...] each -> [B, ...]."""
     count = sum(tensor.shape[0] for tensor in tensors)
     source, first = [count] * batch, 0
     for tensor, places in zip(tensors, rows, strict=True):

@@ -35,7 +35,7 @@ def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
 
     Args:
         mask: the attention mask, [B, past + T].
-        columns: T.
+        columns: the number of text columns, T.
     """
     if mask is None or columns == 1 or not bool((mask[:, -columns:].long().diff(dim=1) > 0).any()):
         return None
@@ -68,7 +68,7 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
 
 @dataclass(eq=False)
 class ScaleHook:
-    """The hook of one linear layer. Its method is bound, so that a copy of the model gets a hook with its own stack."""
+    """The hook of one linear layer; because it is a bound method, a copy of the model gets its own hook."""
 
     stack: Stack
     name: str
@@ -80,7 +80,7 @@ class ScaleHook:
 
 
 def hook_linears(stack: Stack) -> list[RemovableHandle]:
-    """Register a hook on each linear layer of a stack that has none yet, and return the handles."""
+    """Register a hook on each linear layer without a hook, and return the handles."""
     handles = []
     for name, (module, _) in linears(stack).items():
         if not any(isinstance(getattr(hook, "__self__", None), ScaleHook) for hook in module._forward_hooks.values()):

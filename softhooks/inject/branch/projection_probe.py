@@ -24,7 +24,7 @@ def find_attention_calls(structure: ModelStructure) -> None:
     """Set `Site.call` for each self-attention layer of a model: the arguments for calling it on a single hidden state.
 
     Raises:
-        UnsupportedMethodError: a stack's attention neither uses the attention interface nor is known to softhooks.
+        UnsupportedMethodError: a stack neither uses transformers' attention interface nor has attention that softhooks rewrites.
     """
     encoded: Tensor | None = None
     for stack in structure.stacks:

@@ -38,7 +38,7 @@ class _ProjectionPass(Pass):
 
 
 def keys_and_values(site: Site, rows: Tensor, scaled: Scaled | None = None) -> tuple[Tensor, Tensor]:
-    """Compute a layer's keys and values of hidden states. [N, H] -> [N, Hk, Dk], [N, Hk, Dv]."""
+    """Compute a layer's keys and values for hidden states. [N, H] -> [N, Hk, Dk], [N, Hk, Dv]."""
     call, module, stack = site.call, site.module, site.stack
     assert call is not None
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)

@@ -68,7 +68,7 @@ class CachePass(PrefixPass):
         return [site.module.register_forward_pre_hook(narrow, with_kwargs=True) for site in without]
 
     def _own(self, tensor: Tensor) -> Tensor:
-        """Return the text's columns of the last dimension."""
+        """Select the text's columns from the last dimension of a tensor."""
         return tensor[..., self.prefixes["self"].length :] if self._order is None else self._order.own(tensor)
 
     def _wants_cache(self, call: dict[str, Any]) -> bool:

@@ -70,7 +70,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _widen_flat_mask(mask: Tensor | None, length: int, visible: Tensor | None) -> Tensor | None:
-    """Widen the [B, K] mask of flash attention. Its causal mask ends at the last key, so every query sees the whole prefix."""
+    """Widen the [B, K] mask of flash attention, which aligns the queries with the last keys: each sees the whole prefix."""
     if visible is not None:
         raise UnsupportedModeError(
             "some tokens must see only a part of the prefix, but with flash attention every token sees all of it.",

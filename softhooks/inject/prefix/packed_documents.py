@@ -19,7 +19,7 @@ from softhooks.errors import UnsupportedModeError
 
 
 def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
-    """Number the documents of each row, [B or 1, T], or return None if each row has one. Each document restarts the positions.
+    """Number the documents of each row by restarts of the positions, [B or 1, T]; return None if every row has only one.
 
     Args:
         positions: the caller's `position_ids`, [B or 1, T], or [4, B, T] with the positions in the text first (M-RoPE).

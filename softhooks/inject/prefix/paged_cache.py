@@ -52,7 +52,7 @@ def _prepend(own: Tensor, read: Tensor) -> Tensor:
 def attend_alone(
     attention: AttentionFunction, window: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run attention over virtual tokens alone, which are in no cache; a function that needs a paged cache is replaced by eager.
+    """Run attention over virtual tokens alone; a function that needs a paged cache is replaced by eager attention.
 
     Args:
         window: the sliding window of the layer, if it has one.

@@ -1,7 +1,7 @@
 """Caches that put a prefix before the keys and values of a layer.
 
 GPT-J, BLOOM, Falcon and similar models do not use the attention interface. They pass their keys and values to `cache.update` and
-attend to the keys and values that it returns, so a prefix added to these reaches their attention code unchanged.
+attend to the keys and values that it returns. So a cache can add a prefix without a change to their attention code.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class PrefixPair(EncoderDecoderCache):
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
-        """Refuse a model that reads keys from `layers`, which does not tell self-attention from cross-attention."""
+        """Refuse a model that reads keys from `layers`: it could need them for self-attention or for cross-attention."""
         raise UnsupportedModeError(
             "the model reads `past_key_values.layers`; with a prefix that enters through a cache, it must get its keys from "
             "`past_key_values.update`.",

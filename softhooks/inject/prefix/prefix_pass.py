@@ -126,7 +126,7 @@ class PrefixPass(CheckpointedPass):
         """Whether an attention function is causal if it is called without a mask.
 
         Eager attention is never causal. SDPA and flash attention use the call's `is_causal`, or else the module's. Any other
-        function is causal if the probe at attach has found that the stack is.
+        function is assumed to be causal if the stack is.
         """
         if function.startswith("eager"):
             return False

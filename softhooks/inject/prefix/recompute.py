@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from softhooks.inject.prefix.key_values import KeyValues
 
 _SHARE = 0.5
-"""Shorter prefixes, as a fraction of the text's length, are saved as usual, because recomputing them saves little memory."""
+"""The minimum length of a prefix that is recomputed, as a fraction of the text's length."""
 
 _HOOKS = ("_top_saved_tensors_default_hooks", "_saved_tensors_hooks_is_enabled")
 """Private functions of torch; if they are missing, everything is saved as usual."""
@@ -45,7 +45,7 @@ def _pays(prefix: KeyValues, key: Tensor) -> bool:
 
 
 def _keeps(part: Tensor) -> bool:
-    """Whether a prefix surely stays unchanged until the backward; a parameter may not, because of an optimizer step."""
+    """Whether a prefix cannot change before the backward; a parameter can, in an optimizer step."""
     base = part._base if part._is_view() else part
     return base is not None and not (base.is_leaf and base.requires_grad)
 

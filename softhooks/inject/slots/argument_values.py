@@ -1,4 +1,4 @@
-"""The values of per-token arguments, such as boxes on a page or token types, at slots.
+"""The values at slots of arguments with a value for each token, such as boxes on a page or token types.
 
 A slot gets the value that the tokenizer gives to padding. A probe checks that the model uses this value if the argument is
 missing. The language of a slot is the language of its row.

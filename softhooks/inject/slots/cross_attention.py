@@ -72,7 +72,7 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
 
 
 def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
-    """Return the map of the columns of an encoder's states, or None if they have no slots."""
+    """Return the map between text and slots for an encoder's states; None if the states have no slots."""
     written = note_on(states).slots or encoder.state.encoded
     wide = None if written is None else written.widened(states.shape[0])
     return wide if wide is not None and wide.columns == states.shape[1] else None

@@ -19,7 +19,7 @@ _WIDENED = {"input_ids", "attention_mask", "position_ids", *ZERO_AT_SLOTS}
 
 
 def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:
-    """Return the mask of the text's columns, [B, T], or ones if there is no mask; refuse one already prepared for attention."""
+    """Return the mask of the text's columns, [B, T] (ones if there is none); refuse a mask already prepared for attention."""
     if mask is None:
         return torch.ones(batch, columns, dtype=torch.long, device=device)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != columns:

@@ -126,7 +126,7 @@ class SlotPass(Pass):
         return spread if own is None else spread.scatter(1, wide.slots, own.expand_as(wide.slots))
 
     def _place(self, call: dict[str, Any], ids: Tensor) -> None:
-        """Pass position ids to the stack, unless it counts columns in the same way for all rows, which is right with slots."""
+        """Pass position ids to the stack, unless its position table gives all rows the same positions."""
         where = self.stack.positions
         if where.takes_position_ids or (where.table is not None and where.table.by_row):
             set_position_ids(self.stack, call, ids, self.handles)
@@ -185,7 +185,7 @@ class SlotPass(Pass):
         self.has_injected = True
 
     def _continue_state(self, cache: Any) -> None:
-        """Check that recurrent layers have read the slots before."""
+        """Check that the state of recurrent layers was computed with the slots."""
         written = note_on(cache).slots
         if written is None or written.places_in(self.batch) is None:
             raise UnsupportedModeError(
@@ -206,7 +206,7 @@ class SlotPass(Pass):
     def strip(self, states: Tensor) -> Tensor:
         """Remove the slots from states, [B, N, H] -> [B, T, H].
 
-        In a decoder each column's state predicts the next token; if slots come before that token, it is the last slot's state.
+        In a decoder, a token before slots gets the state of the last of these slots, which predicts the next token.
         """
         wide = self.wide
         assert wide is not None
