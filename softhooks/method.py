@@ -5,22 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 from softhooks.backbone.attention_groups import groups_of, require_sites
+from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
 from softhooks.errors import CheckpointError, check_int
+from softhooks.inject.branch.branch import BranchInputs
 from softhooks.layout.layout import Layout
+from softhooks.objectives.base import Objective, PromptOnModel
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
-
-if TYPE_CHECKING:
-    from torch.utils.data import Sampler
-
-    from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
-    from softhooks.inject.branch.branch import BranchInputs
-    from softhooks.objectives.base import Objective, PromptOnModel
-
 
 METHODS: dict[str, type[Method]] = {}
 """The registered methods by `kind`. Importing `softhooks.methods` registers the methods of softhooks."""

@@ -95,9 +95,8 @@ def widen(before: Tensor, live: Tensor, text_columns: int, spare_first: bool = F
     left = slots - count if spare_first else torch.zeros_like(count)
     text = left + torch.arange(text_columns, device=before.device) + passed[:, :-1]
     order = torch.arange(slots, device=before.device).expand(batch, -1)
-    rank = (
-        torch.where(live, before, text_columns + 1) * slots + order
-    )  # sorts by column, then by slot; unused slots last
+    # Sort by column, then by slot; unused slots come last.
+    rank = torch.where(live, before, text_columns + 1) * slots + order
     place = torch.empty_like(rank).scatter(1, rank.argsort(-1), order)
     spare = place - count + (0 if spare_first else text_columns + count)
     following = left + torch.arange(1, text_columns + 1, device=before.device) + passed[:, 1:]
