@@ -237,7 +237,7 @@ def test_it_explains_itself() -> None:
 UNEQUAL: dict[str, tuple[str, str, Callable[[], Method], str]] = {
     "another place": ("llama", "causal", lambda: PromptTuning(P, placement="after_first"), "after_first"),
     "three prefixes": ("t5", "seq2seq", lambda: PrefixTuning(P), "encoder"),
-    "pooled": ("bert", "sequence", lambda: PromptTuning(P), "first position"),
+    "pooled": ("bert", "sequence", lambda: PromptTuning(P), "classifies the first token"),
     "some layers": ("llama", "causal", lambda: PTuningV2(P, layers=[1]), "every layer"),
     "no windows": ("mistral", "causal", lambda: PrefixTuning(P, windowed=False), "windowed"),
     "questions": ("llama", "qa", lambda: PromptTuning(P), "QuestionAnswering"),
