@@ -100,7 +100,7 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
 def log_unsaved_rows(
     prompt: object, name: str, model: nn.Module, structure: ModelStructure, own: Container[int]
 ) -> None:
-    """Log once for each prompt that its file contains only some of the added rows (the ids in `own`), or none."""
+    """Log once for each prompt that its file contains no added rows except those with the ids in `own`."""
     if prompt in _warned:
         return
     missing = _added_rows(model, structure, own)
@@ -114,7 +114,7 @@ def log_unsaved_rows(
 
 
 def stack_level() -> int:
-    """Return the `stacklevel` with which `warnings.warn` names the first caller outside of this package."""
+    """Return the `stacklevel` with which `warnings.warn` names the first caller outside softhooks."""
     level, frame = 1, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "softhooks":
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
@@ -122,7 +122,7 @@ def stack_level() -> int:
 
 
 def require_vocabulary(rows: Any, structure: ModelStructure, source: str) -> None:
-    """Refuse a model with fewer embedding rows than the base model of a saved prompt; ignore `rows` that is not an int."""
+    """Refuse a model with a smaller vocabulary than the base model of a saved prompt, `rows`, if that is known (an int)."""
     if type(rows) is int and structure.vocabulary < rows:
         raise PromptMismatchError(
             "the model has a smaller vocabulary than the base model that the prompt was trained with.",

@@ -1,4 +1,4 @@
-"""The attention modules that a key-value prefix can enter, in groups: one group has one prefix table."""
+"""The groups of attention modules that a key-value prefix enters; each group has its own table of keys and values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from softhooks.errors import UnsupportedMethodError
 
 
 def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
-    """Return each group's stack and kind of attention, by name: `text`, or `encoder`, `decoder` and `cross`."""
+    """Return the stack and the kind of attention of each group: `text`, or `encoder`, `decoder` and `cross`."""
     groups: dict[str, tuple[Stack, Literal["self", "cross"]]] = {}
     for stack in structure.stacks:
         groups[stack.name] = (stack, "self")

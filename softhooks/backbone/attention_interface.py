@@ -34,12 +34,12 @@ _EAGER = "eager_attention_forward"
 
 
 def modeling_files(modules: Iterable[nn.Module]) -> frozenset[str]:
-    """Return the names of the Python files that define the classes of these modules."""
+    """Return the names of the Python modules that define the classes of these `nn.Module` objects."""
     return frozenset(type(module).__module__ for module in modules)
 
 
 def wrap_attention_functions(user: object, files: Iterable[str]) -> None:
-    """Wrap the attention functions, also those in these Python files, until `user` unwraps them or is garbage-collected."""
+    """Wrap the attention functions, including those in `files`, until `user` unwraps them or is garbage-collected."""
     users.add(user, files)
 
 
@@ -122,15 +122,22 @@ def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
 
 
 @contextmanager
+def wrapped_functions(modules: Iterable[nn.Module]) -> Iterator[Patches]:
+    """Wrap the attention functions while the `with` block runs; yield patches that are undone after it."""
+    with Patches() as patches:
+        wrap_attention_functions(patches, modeling_files(modules))
+        try:
+            yield patches
+        finally:
+            unwrap_attention_functions(patches)
+
+
+@contextmanager
 def marked_sites(stack: Stack) -> Iterator[None]:
     """Mark the sites of a stack while the `with` block runs, even if no prompt is attached."""
     if any(MARK in site.module.__dict__ for site in stack.sites):
         yield
         return
-    with Patches() as patches:
-        wrap_attention_functions(patches, modeling_files(stack.module.modules()))
-        try:
-            mark_sites([stack], patches)
-            yield
-        finally:
-            unwrap_attention_functions(patches)
+    with wrapped_functions(stack.module.modules()) as patches:
+        mark_sites([stack], patches)
+        yield

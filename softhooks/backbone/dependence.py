@@ -81,12 +81,12 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
 def change_before(
     module: nn.Module, column: int, forwards: Sequence[Callable[[], object]], state: StackState | None = None
 ) -> float:
-    """Return the largest difference between the states of two texts before a column, relative to the largest state.
+    """Return the largest difference between the states of two texts before token `column`, relative to the largest state.
 
     Args:
         module: the module that returns the states.
-        column: the first column in which the texts differ.
-        forwards: one forward for each text, or one with both texts as its rows.
+        column: the index of the first token in which the texts differ.
+        forwards: one forward for each text, or one forward with both texts as rows.
         state: the stack's state, if prompts may be active.
     """
     rows: list[Tensor] = []

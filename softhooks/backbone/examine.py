@@ -1,13 +1,13 @@
 """Find the text backbone of a model, with its attention and positions, by running the model on probe inputs.
 
-Names and configs are not used: `OPTForCausalLM` bypasses its `base_model`, and in one architecture in eight the config implies
+Names and configs are not used: `OPTForCausalLM` bypasses its `base_model`, and in one of eight architectures the config implies
 wrong head sizes.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -59,7 +59,7 @@ class _Runs:
     Attributes:
         ids: the ids that each stack receives.
         inputs, calls, attention: the arguments of the first forward, its module calls and its attention function calls.
-        changed: for each stack, the module calls of a forward in which the second column of its ids differs.
+        changed: for each stack, the module calls of a forward in which the second id differs.
         choices: the number of choices per row, if the model is a multiple-choice model.
     """
 
@@ -120,7 +120,7 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _attention_of(stacks: list[Stack], runs: _Runs) -> list[AttentionRecord] | None:
-    """Return the attention calls of the first forward, or None if they are not those of one run of one stack."""
+    """Return the attention calls of the first forward if it ran a single stack exactly once, otherwise None."""
     is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
     return runs.attention if is_run_once else None
 
@@ -129,24 +129,24 @@ def _attention_of(stacks: list[Stack], runs: _Runs) -> list[AttentionRecord] | N
 
 
 def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack:
-    found = find_stack(model, name, ids, runs.inputs, runs.calls, runs.changed[name])
-    module = found.call.module
+    call, lookup, is_causal = find_stack(model, name, ids, runs.inputs, runs.calls, runs.changed[name])
+    module = call.module
     parameters = inspect.signature(module.forward).parameters
-    assert isinstance(found.lookup.output, Tensor)
+    assert isinstance(lookup.output, Tensor)
 
     def run(rows: int) -> None:
         model(**{key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in runs.inputs.items()})
 
-    positions = find_positions(run, runs.calls, module, found.lookup.module, "position_ids" in parameters)
+    positions = find_positions(run, runs.calls, module, lookup.module, "position_ids" in parameters)
     positions.dynamic_rope_length, positions.rotary_limit = dynamic_rope_length(module), rotary_limit(module)
     max_columns = positions.limit if positions.limit is not None else positions.trained
     return Stack(
         name=name,
-        path=found.call.path,
+        path=call.path,
         module=module,
-        embedding=found.lookup.module,
-        width=found.lookup.output.shape[-1],
-        causal=found.causal and _is_causal(model, module, ids, name, max_columns),
+        embedding=lookup.module,
+        width=lookup.output.shape[-1],
+        causal=is_causal and _is_causal(model, module, ids, name, max_columns),
         positions=positions,
         parameters=[key for key, value in parameters.items() if value.kind is not value.VAR_KEYWORD],
         pooled_module=_pooled(module, runs.calls),
@@ -163,37 +163,39 @@ def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
 
 
 def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, max_columns: int | None) -> bool:
-    """Change the later tokens of a text, and check whether earlier states change.
+    """Whether earlier states stay the same when later tokens change, in a long text or, if the model fails on it, a short one.
 
     Args:
-        ids: four ids, whose number the model is known to accept.
+        ids: the short text, on which the model is known to run.
         max_columns: the number of positions of the stack, or None if it is unknown.
     """
     columns, column = probe_length(module, max_columns)
-    for length, first_changed in ((columns, column), (ids.shape[1], 1)):
-        text, other = (probe_ids(model, _vocabulary(model), length, seed) for seed in (0, 1))
-        changed = torch.where(torch.arange(length, device=ids.device) >= first_changed, other, text)
+    with suppress(Exception):
+        return _is_unchanged_before(column, columns, model, module, name, ids.device)
+    return _is_unchanged_before(1, ids.shape[1], model, module, name, ids.device)
 
-        def run(rows: Tensor, text: Tensor = text) -> None:
-            constant = text.expand(len(rows), -1)
-            if name == "text":
-                model(input_ids=rows)
-            elif name == "encoder":
-                model(input_ids=rows, decoder_input_ids=decoder_ids(constant))
-            else:
-                model(input_ids=constant, decoder_input_ids=rows)
 
-        def change(*texts: Tensor, column: int = first_changed, run: Callable[[Tensor], None] = run) -> bool:
-            forwards = [lambda rows=rows: run(rows) for rows in texts]
-            return is_rounding(change_before(module, column, forwards), float_dtype(module))
+def _is_unchanged_before(
+    column: int, columns: int, model: nn.Module, module: nn.Module, name: str, device: torch.device
+) -> bool:
+    text, other = (probe_ids(model, _vocabulary(model), columns, seed) for seed in (0, 1))
+    changed = torch.where(torch.arange(columns, device=device) >= column, other, text)
 
-        # Try both texts as two rows of one forward first. Some models take only one row; in some, rows influence each other.
-        with suppress(Exception):
-            if change(torch.cat([text, changed])):
-                return True
-        try:
-            return change(text, changed)
-        except Exception:
-            if length == ids.shape[1]:
-                raise
-    raise AssertionError("one of the two lengths returns or raises")
+    def run(rows: Tensor) -> None:
+        constant = text.expand(len(rows), -1)
+        if name == "text":
+            model(input_ids=rows)
+        elif name == "encoder":
+            model(input_ids=rows, decoder_input_ids=decoder_ids(constant))
+        else:
+            model(input_ids=constant, decoder_input_ids=rows)
+
+    def is_unchanged(*texts: Tensor) -> bool:
+        forwards = [functools.partial(run, rows) for rows in texts]
+        return is_rounding(change_before(module, column, forwards), float_dtype(module))
+
+    # Try both texts as two rows of one forward first. Some models take only one row; in some, rows influence each other.
+    with suppress(Exception):
+        if is_unchanged(torch.cat([text, changed])):
+            return True
+    return is_unchanged(text, changed)

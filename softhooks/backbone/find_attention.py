@@ -1,4 +1,4 @@
-"""Find the attention modules of a stack that keys and values can enter: by attention function, inline attention or cache."""
+"""Find the attention modules that a prefix can enter: through the attention interface, inline attention or a cache."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softhooks.backbone.attention_interface import (
-    MARK,
-    modeling_files,
-    unwrap_attention_functions,
-    wrap_attention_functions,
-)
+from softhooks.backbone.attention_interface import MARK, wrapped_functions
 from softhooks.backbone.inline_attention import inline_attention, rewritten_forward
 from softhooks.backbone.probing import FORWARD_ERRORS, are_close, last_hidden_state
 from softhooks.backbone.recording_cache import RecordingCache
@@ -109,15 +104,10 @@ class _Recorder:
 def recorded_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
     """Record every attention function call of the model's modules while the `with` block runs."""
     recorder = _Recorder([])
-    parts = list(model.modules())
-    wrap_attention_functions(recorder, modeling_files(parts))
-    try:
-        with Patches() as patches:
-            for part in parts:
-                patches.set(part, MARK, recorder)
-            yield recorder.records
-    finally:
-        unwrap_attention_functions(recorder)
+    with wrapped_functions(model.modules()) as patches:
+        for part in model.modules():
+            patches.set(part, MARK, recorder)
+        yield recorder.records
 
 
 def _find_windows(stack: Stack, inputs: dict[str, Tensor]) -> None:
@@ -138,7 +128,7 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
     """Run a stack, compute each inline attention module a second time with an attention function, and record its calls.
 
     Returns:
-        an empty list if a result differs from that of the module, because this version of the module is not supported.
+        the calls; none if a result differs from the module's own, because this version of the module is then not supported.
     """
     records: list[AttentionRecord] = []
     differing: list[nn.Module] = []

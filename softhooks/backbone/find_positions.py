@@ -36,7 +36,7 @@ def find_positions(
     """Find out which positions a stack gives to its tokens, and how to give them other positions.
 
     Args:
-        run: runs the model on the ids of the probe, in this number of equal rows.
+        run: runs the model on the probe ids, repeated in this number of rows.
         calls: the module calls in a forward of one row.
         module: the module of the stack.
         embedding: its token embedding.
@@ -135,7 +135,7 @@ class _Probe:
 
         Args:
             position_ids: passed to the stack.
-            table, ids: a position table, and the positions whose rows it returns instead. The text is repeated per row of `ids`.
+            table, ids: a position table, and the positions whose rows it returns instead, [T] or [B, T].
         """
         given: list[Any] = []
         tables: list[PositionTable] = []

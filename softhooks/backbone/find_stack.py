@@ -28,7 +28,7 @@ class ModuleCall:
     Attributes:
         inputs: its tensor arguments.
         position_ids: its argument of this name.
-        start, end: how many calls had begun when it began and when it ended.
+        start, end: how many calls had begun when this call began, and when it ended.
         occurrence: how often the module had been called before.
         output: the returned value, which later modules may have changed in place.
         state: a copy of the first tensor in the output.
@@ -104,21 +104,6 @@ def _first_tensor(output: Any) -> Tensor | None:
 _ADAPTERS = "No prompt can enter this model; tune it with adapters on its weights, such as LoRA."
 
 
-@dataclass(frozen=True)
-class FoundStack:
-    """A stack that was found.
-
-    Attributes:
-        call: the recorded call of its module.
-        lookup: the call of the embedding inside the stack.
-        causal: whether the state of the first token stays the same when the second token changes.
-    """
-
-    call: ModuleCall
-    lookup: ModuleCall
-    causal: bool
-
-
 def find_stack(
     model: nn.Module,
     name: str,
@@ -126,14 +111,17 @@ def find_stack(
     inputs: dict[str, Tensor],
     calls: Sequence[ModuleCall],
     changed_calls: Sequence[ModuleCall],
-) -> FoundStack:
-    """Find the innermost module that looks up the ids and after which tokens no longer influence one another.
+) -> tuple[ModuleCall, ModuleCall, bool]:
+    """Find the innermost module that contains the lookup of the ids and every module in which tokens influence one another.
 
     Args:
-        name: the name of the stack. The states of an `encoder` still influence one another later, in the decoder.
+        name: the name of the stack. The states of an `encoder` may influence one another later, in the decoder.
         ids: [B, T], as the stack receives them.
         inputs, calls: the arguments of the recorded forward, and its calls.
-        changed_calls: the calls of a forward in which only the second column of the ids differs.
+        changed_calls: the calls of a forward in which only the second id differs.
+
+    Returns:
+        the call of the stack, the call of the embedding, and whether the first state ignored the change of the second id.
     """
     reached = [call for call in calls if call.received(ids)]
     lookup = _lookup(model, reached)
@@ -159,7 +147,7 @@ def find_stack(
             _ADAPTERS,
         )
     first, other = _state(chosen)[:, 0], _state(changed[chosen.key])[:, 0]
-    return FoundStack(chosen, lookup, causal=relative_difference(other, first) <= 1e-6)
+    return chosen, lookup, relative_difference(other, first) <= 1e-6
 
 
 def _lookup(model: nn.Module, reached: Sequence[ModuleCall]) -> ModuleCall | None:

@@ -35,7 +35,7 @@ def is_causal_lm(model: nn.Module, structure: ModelStructure) -> bool:
 
 
 def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Module]:
-    """Find the newly initialized heads of a task model, by path; a pooler next to a classifier is also one (DeBERTa)."""
+    """Find the newly initialized heads of a task model, by path, including a pooler next to a classifier (DeBERTa)."""
     inside = {id(module) for stack in structure.stacks for module in stack.module.modules()}
     prompts = model._modules.get(CONTAINER)
     inside |= {id(module) for module in prompts.modules()} if prompts is not None else set()
@@ -50,7 +50,7 @@ def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Modu
 
 
 def active_head(head: nn.Module) -> nn.Module:
-    """Return the head that computes the output: PEFT wraps the model's head together with the copies of its adapters."""
+    """Return the head that computes the output: that of the active adapter, if PEFT has wrapped the model's head."""
     copies = head._modules.get("modules_to_save")
     active = getattr(head, "active_adapters", None)
     if isinstance(copies, nn.ModuleDict) and active and active[0] in copies:
@@ -68,7 +68,7 @@ def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
 
 
 def _copy(head: nn.Module) -> nn.Module:
-    """Copy a head with its weights, even if they are offloaded, but without hooks: they refer to the whole model."""
+    """Copy a head with its weights, even if they are offloaded, but without its hooks, which refer to the whole model."""
     with without_accelerate_hooks(head):
         own = copy.deepcopy(head, {id(head._forward_hooks): OrderedDict()})
     if any(parameter.is_meta for parameter in own.parameters()):

@@ -25,7 +25,7 @@ FamilyForward = Callable[[nn.Module, dict[str, Any], AttentionFunction], Any]
 """Computes the forward of an attention module, from its arguments by name, with a given attention function."""
 
 RewrittenForward = Callable[[tuple[Any, ...], dict[str, Any], AttentionFunction], Any]
-"""The same for one module, from `args` and `kwargs`; returns None if they contain `_OTHER_STATES`."""
+"""Computes the forward of one module from `args` and `kwargs`; returns None if they contain one of `_OTHER_STATES`."""
 
 
 def inline_attention(
@@ -150,7 +150,7 @@ _OTHER_STATES = ("encoder_hidden_states", "query_states")
 
 
 def rewritten_forward(module: nn.Module) -> RewrittenForward | None:
-    """Return the rewritten forward of an attention module, or None if the module is of no family in this file."""
+    """Return the rewritten forward of an attention module, or None if it belongs to no family in this file."""
     keys = [(cls.__module__.rpartition(".")[2], cls.__name__) for cls in type(module).__mro__]
     family = next((_FAMILIES[key] for key in keys if key in _FAMILIES), None)
     names = tuple(inspect.signature(type(module).forward).parameters)[1:]

@@ -18,7 +18,7 @@ from softhooks.patching.patches import Patches
 def rotary_limit(module: nn.Module) -> int | None:
     """Return how many positions a stack's rotary embeddings support, or None if it has none or they have no limit.
 
-    `max_position_embeddings` is the length before scaling if the scaling is `linear`; otherwise it may also be the scaled length.
+    With `linear` scaling, `max_position_embeddings` is the length before scaling; with other types it may be the scaled length.
     """
     config = getattr(module, "config", None)
     trained = getattr(config, "max_position_embeddings", None)

@@ -1,7 +1,7 @@
 """The token ids of virtual tokens, for models whose states depend on ids apart from their embeddings.
 
 Gemma 3n and Gemma 4 look up an embedding for each layer, and DeepSeek-V4 chooses experts by the id. A virtual token that is
-initialized from a word has the id of the word, so that it has the same effect. Any other virtual token has the id that
+initialized from a word has the id of the word, and so the same effect as the word. Any other virtual token has the id that
 transformers uses for tokens without an id, such as image tokens. The ids are saved with the prompt.
 """
 
@@ -37,8 +37,8 @@ def new_placeholder_ids(
 
     Args:
         count: P.
-        known: the ids of the words that initialize the prompt, with None for a row without a word; or None, to search for the
-            words with the embeddings in `rows`.
+        known: the ids of the words that initialize the prompt, with None for a row without a word; or None to search the
+            model's embeddings for `rows`.
         rows: the prompt's embeddings, [P, H].
     """
     default = default_id(model, structure.vocabulary)
@@ -55,8 +55,8 @@ def saved_placeholder_ids(
 
     Args:
         count: P.
-        needed: whether the model's states depend on ids. If so, and the file has none, warn, and use the id that softhooks used
-            before it saved ids.
+        needed: whether the model's states depend on ids. If so and the file has no ids, all virtual tokens get the id that
+            older versions of softhooks used, and a warning is given.
 
     Raises:
         PromptMismatchError: the model's vocabulary does not contain the ids.

@@ -1,4 +1,4 @@
-"""Make the position table of a stack return the embeddings of given positions instead of counting positions itself."""
+"""Choose the positions that a position table returns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softhooks.patching.patches import Patch, patch
 
 
 class _FixedPositions:
-    """The forward that replaces that of a position table; returns the embeddings of fixed positions."""
+    """Replaces the forward of a position table; returns the embeddings of fixed positions."""
 
     def __init__(self, table: PositionTable, ids: Tensor) -> None:
         self._table = table

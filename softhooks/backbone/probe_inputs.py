@@ -25,7 +25,7 @@ _DISTANCES = ("window", "chunk", "compress", "conv", "kernel", "topk", "block", 
 
 
 def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
-    """Make one row of ids that are not special ids, [1, columns], except that it ends with the model's `eos_token_id`."""
+    """Make one row of ordinary ids, [1, columns]; the last is the model's `eos_token_id`, if there is one."""
     config = getattr(model, "config", None)
     inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -67,7 +67,7 @@ def text_config(config: Any) -> Any:
 
 
 def decoder_ids(ids: Tensor) -> Tensor:
-    """Make decoder ids that differ from the encoder ids, but are as many, because some heads require that."""
+    """Make decoder ids that differ from the encoder ids; their number is the same, because some heads require this."""
     return ids.roll(1, dims=-1)
 
 

@@ -1,4 +1,4 @@
-"""Run a model on probe inputs: in evaluation mode, with its hidden states recorded, and with errors of softhooks on failure."""
+"""Run a model on probe inputs: in evaluation mode, with recorded hidden states, and with errors that name the model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _UnsupportedModelModeError(UnsupportedModelError, UnsupportedModeError):
 
 @contextmanager
 def probing_with_prompt(model: nn.Module) -> Iterator[None]:
-    """Turn any exception in the `with` block into an `UnsupportedModelError`; an `UnsupportedModeError` stays one, too."""
+    """Turn any exception in the `with` block into an `UnsupportedModelError`; an `UnsupportedModeError` is then both."""
     try:
         with probing(model):
             yield
@@ -97,7 +97,7 @@ def last_hidden_state(output: Any) -> Tensor:
     state = output if isinstance(output, Tensor) else output[0]
     if not isinstance(state, Tensor):
         raise UnsupportedModelError(
-            f"the text backbone returns {type(state).__name__} first; it must return a tensor of hidden states."
+            f"the first output of the text backbone is a {type(state).__name__}; it must be a tensor of hidden states."
         )
     return state
 
@@ -138,5 +138,5 @@ def relative_difference(states: Tensor, reference: Tensor) -> float:
 
 
 def are_close(states: Tensor, reference: Tensor) -> bool:
-    """Whether two tensors are equal up to the rounding of a forward in their dtype."""
+    """Whether two tensors are equal except for the rounding errors of a forward in their dtype."""
     return bool(relative_difference(states, reference) <= 200 * torch.finfo(reference.dtype).eps ** 0.9)

@@ -38,5 +38,5 @@ class RecordingCache(Cache):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return the number of keys, which is that of the queries, and their offset, which is 0."""
+        """Return the number of keys, which equals the number of queries, and their offset, 0."""
         return query_length, 0

@@ -63,7 +63,7 @@ class Site:
         key_dim, value_dim: the head dimensions of keys and values, D.
         shared_sites: one site per layer if several layers share the module (ALBERT), in the order of the calls.
         call: the arguments to compute keys and values of single hidden states; None until `projection_probe` finds them.
-        is_windowed: whether the config's `sliding_window` limits its masks, although its calls do not pass the window.
+        is_windowed: whether the config's `sliding_window` limits its masks, although its attention calls do not pass the window.
     """
 
     stack: Stack

@@ -36,52 +36,40 @@ class RunningPass(Protocol):
         """See `Pass.scale`."""
 
 
-class ModelForward(Protocol):
-    """A forward of the whole model; `encoded` is described at `StackState.encoded`."""
-
+class _ModelForward(Protocol):
     encoded: Any
 
 
-class ModelCalls(Protocol):
-    """The calls of a model that are running in all threads."""
+class _ModelCalls(Protocol):
+    """The members of `RunningCalls` that stacks use."""
 
     @property
-    def forward(self) -> ModelForward | None:
-        """The running forward of this thread."""
+    def forward(self) -> _ModelForward | None: ...
 
-    def exclusive(self, what: str) -> AbstractContextManager[None]:
-        """Keep other threads from running the model."""
+    def exclusive(self, what: str) -> AbstractContextManager[None]: ...
 
-    def require_free(self) -> None:
-        """Check that no other thread runs the model."""
+    def require_free(self) -> None: ...
 
 
-class AttachedPrompt(Protocol):
-    """A prompt on the model."""
+class _AttachedPrompt(Protocol):
+    @property
+    def injection(self) -> str: ...
+
+
+class _Owner(Protocol):
+    """The members of `PromptedModel` that stacks use."""
 
     @property
-    def injection(self) -> str:
-        """How the prompt enters the model."""
-
-
-class Owner(Protocol):
-    """The members of a `PromptedModel` that its stacks use."""
+    def model(self) -> nn.Module: ...
 
     @property
-    def model(self) -> nn.Module:
-        """The model as the user passed it."""
+    def prompts(self) -> Mapping[str, _AttachedPrompt]: ...
 
     @property
-    def prompts(self) -> Mapping[str, AttachedPrompt]:
-        """The prompts by name."""
+    def running(self) -> _ModelCalls: ...
 
     @property
-    def running(self) -> ModelCalls:
-        """The model's running calls."""
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether a forward started now would use a prompt in any row."""
+    def is_in_use(self) -> bool: ...
 
 
 class StackState:
@@ -92,7 +80,7 @@ class StackState:
     """
 
     def __init__(self) -> None:
-        self.owner: Owner | None = None
+        self.owner: _Owner | None = None
         self._current: RunningPass | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor of a model, read from the CPU or disk if it is offloaded; return a meta tensor that cannot be read."""
+    """Read a tensor of a model, even if it is offloaded to the CPU or disk; return a meta tensor if it cannot be read."""
     if not tensor.is_meta:
         return tensor
     from accelerate.utils.modeling import align_module_device, has_offloaded_params

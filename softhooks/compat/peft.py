@@ -13,7 +13,7 @@ _UNLOADS = ("merge_and_unload", "unload")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT model; return any other model itself."""
+    """Return the transformers model inside a PEFT model; return any other model unchanged."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
 

@@ -12,15 +12,13 @@ from softhooks.errors import UnsupportedModeError, UnsupportedModelError
 from softhooks.patching.patches import Patches
 
 
-class Prompt(Protocol):
-    """A prompt and the model that it is attached to."""
+class _Prompt(Protocol):
+    """The members of `SoftPrompt` that `gathered` uses."""
 
     @property
-    def model(self) -> nn.Module:
-        """The model, which contains the prompt's parameters."""
+    def model(self) -> nn.Module: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return the trainable parameters by their names in the model."""
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -42,13 +40,13 @@ def gather_root(model: nn.Module) -> None:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor (every process must call this); return any other tensor itself."""
+    """Gather a sharded tensor (every process must call this); return any other tensor unchanged."""
     sharded: Any = tensor
     return sharded.to(sharded.device_mesh.device_type).full_tensor() if is_sharded(tensor) else tensor
 
 
 @contextmanager
-def gathered(prompt: Prompt, state: Mapping[str, Tensor] | None = None) -> Iterator[bool]:
+def gathered(prompt: _Prompt, state: Mapping[str, Tensor] | None = None) -> Iterator[bool]:
     """Replace a prompt's sharded parameters by full ones while the `with` block saves them.
 
     Args:

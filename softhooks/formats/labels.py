@@ -18,7 +18,7 @@ Heads = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Labels:
-    """The label names of a head, in the types of a config."""
+    """The label names of a head, in the form that a config has them."""
 
     id2label: dict[int, str] | None
     label2id: dict[str, int] | None
@@ -42,7 +42,7 @@ class Labels:
             config.problem_type = self.problem_type
 
     def described(self, heads: Heads) -> dict[str, Any] | None:
-        """Return the label names as JSON values, or None if their number is not that of a head's outputs."""
+        """Return the label names as JSON values, or None if they do not fit one of the heads."""
         try:
             names = {int(number): name for number, name in (self.id2label or {}).items()}
         except (TypeError, ValueError):

@@ -45,7 +45,10 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
     parts = [part for layer in found.values() for part in layer.values()]
     are_floats = all(part.is_floating_point() for part in parts)
     shapes = sorted({tuple(part.shape) for part in parts})
-    if not (are_consecutive and are_complete and are_floats and _are_sound(shapes)):
+    has_shapes = (
+        len(shapes) == 2 and shapes[0] == (1,) and len(shapes[1]) == 3 and shapes[1][0] == 1 and shapes[1][1] > 0
+    )
+    if not (are_consecutive and are_complete and are_floats and has_shapes):
         raise CheckpointError(
             "the PEFT LLaMA-Adapter does not have a floating-point prompt [1, K, H] and gate [1] for each of the top layers.",
             "Save the adapter again with PEFT.",
@@ -70,11 +73,6 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
         stacks={"text": {"causal": True}},
         adapter_layers=tuple(layers),
     )
-
-
-def _are_sound(shapes: list[tuple[int, ...]]) -> bool:
-    """Return whether the shapes are those of one gate, [1], and one prompt, [1, K, H]."""
-    return len(shapes) == 2 and shapes[0] == (1,) and len(shapes[1]) == 3 and shapes[1][0] == 1 and shapes[1][1] > 0
 
 
 def check_fit(layers: tuple[int, ...], structure: ModelStructure, source: str) -> None:
@@ -107,10 +105,9 @@ def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
 
 
 def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
-    """Return a property of an adapter that PEFT's format does not support, and a supported one; or None.
+    """Return a property of an adapter that PEFT's format does not support and a supported alternative, or None.
 
-    Args:
-        structure: the structure of the model, which is required because the file of an adapter does not record biases.
+    The structure of the model is required because the file of an adapter does not record biases.
     """
     options = stored.options
     if options["scale_and_bias"] or options["early_fusion"] or options["context_size"] is not None:

@@ -80,7 +80,7 @@ def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str)
     copies = _copies(config) if kind in (*_ROW_KINDS, _MULTITASK) else 1
     if table is None or not is_count or table.dim() != 2 or table.shape[0] != count * copies:  # type: ignore[operator]
         raise CheckpointError(
-            f"`{TABLE}` in the adapter must have {'two rows' if copies == 2 else 'one row'} for each virtual token.",
+            f"`{TABLE}` of the adapter does not have {'two rows' if copies == 2 else 'one row'} for each virtual token.",
             _AGAIN,
             file=source,
             prompt_embeddings="absent" if table is None else list(table.shape),
@@ -88,42 +88,30 @@ def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str)
             task_type=config.get("task_type"),
         )
     if kind in _ROW_KINDS:
-        return _rows(_ROW_KINDS[kind], _options(config), {EMBEDDINGS: table[:count]}, config, tensors, source)
-    if kind == _MULTITASK:
+        options, tables = _options(config), {EMBEDDINGS: table[:count]}
+    elif kind == _MULTITASK:
         options, tables = _multitask(table, tensors, config, source)
-        return _rows("multitask_prompt_tuning", options, tables, config, tensors, source)
-    return _prefix(table, config, tensors, source)
+    else:
+        return _prefix(table, config, tensors, source)
+    task = config.get("task_type")
+    stacks: dict[str, dict[str, Any]] = {"text": {"causal": True} if task in ("CAUSAL_LM", "SEQ_CLS") else {}}
+    if task == "SEQ_2_SEQ_LM":
+        stacks = {"encoder": {"causal": False}, "decoder": {"causal": True}}
+    method = _ROW_KINDS.get(kind, "multitask_prompt_tuning")
+    return StoredPrompt(method, options, tables, _heads(tensors, source), {"placement": "front"}, source, stacks)
 
 
 def _copies(config: dict[str, Any]) -> int:
-    """Return how many times P rows are stored: 2 in an encoder-decoder (encoder, then decoder), otherwise 1."""
+    """Return how often the embeddings are stored: twice in an encoder-decoder (for the encoder, then the decoder)."""
     return 2 if config.get("task_type") == "SEQ_2_SEQ_LM" and config.get("num_transformer_submodules") != 1 else 1
-
-
-def _rows(
-    kind: str,
-    options: dict[str, Any],
-    tables: dict[str, Tensor],
-    config: dict[str, Any],
-    others: dict[str, Tensor],
-    source: str,
-) -> StoredPrompt:
-    """Make a prompt that consists of embeddings; PEFT has already folded the network of P-tuning."""
-    task = config.get("task_type")
-    stacks: dict[str, dict[str, Any]] = {"text": {}}
-    if task == "SEQ_2_SEQ_LM":
-        stacks = {"encoder": {"causal": False}, "decoder": {"causal": True}}
-    elif task in ("CAUSAL_LM", "SEQ_CLS"):
-        stacks["text"]["causal"] = True
-    return StoredPrompt(kind, options, tables, _heads(others, source), {"placement": "front"}, source, stacks)
 
 
 def _multitask(
     table: Tensor, tensors: dict[str, Tensor], config: dict[str, Any], source: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the options and tables of a multitask prompt: the shared P* and the u and v of each task; fold a single task."""
+    """Return the options and the tables: the shared P*, and u and v of each task; or one folded table of a single task."""
     left, right = tensors.pop("prefix_task_cols", None), tensors.pop("prefix_task_rows", None)
-    tasks, rank, count = (config.get(key) for key in ("num_tasks", "num_ranks", "num_virtual_tokens"))
+    tasks, rank, count = config.get("num_tasks"), config.get("num_ranks"), config["num_virtual_tokens"]
     shapes = [None if part is None else list(part.shape) for part in (left, right)]
     expected = [[tasks, table.shape[0], rank], [tasks, rank, table.shape[1]]]
     are_floats = all(part is None or part.is_floating_point() for part in (table, left, right))

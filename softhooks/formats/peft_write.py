@@ -156,7 +156,7 @@ def _prefix(stored: StoredPrompt, _task: str) -> Adapter:
     differing = {key: value for key, value in stored.conventions.items() if value != expected.get(key, value)}
     if differing:
         where = "in a decoder" if is_causal else "in an encoder"
-        raise _refusal(stored, f"{differing} {where}", {key: expected[key] for key in differing})
+        raise _refusal(stored, f"the conventions {differing} {where}", {key: expected[key] for key in differing})
     config = {"peft_type": "PREFIX_TUNING", "prefix_projection": False, **_shape(stored, heads * size)}
     return config, {TABLE: table}
 

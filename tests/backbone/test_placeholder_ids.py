@@ -397,7 +397,9 @@ def test_rows_for_servers_and_for_peft_are_refused(tmp_path: Path, name: str) ->
     with softhooks.attach(model, PromptTuning(3)) as prompt:
         with pytest.raises(UnsupportedModelError, match="needs token ids in addition to embeddings"):
             sequence_embeddings(model, [5, 6, 7])
-        with pytest.raises(UnsupportedMethodError, match="PEFT's format has no equivalent of ids of virtual tokens"):
+        with pytest.raises(
+            UnsupportedMethodError, match="PEFT's format has no equivalent of token ids of virtual tokens"
+        ):
             prompt.save_pretrained(tmp_path, as_peft=True)
 
 

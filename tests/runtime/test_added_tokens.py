@@ -293,7 +293,7 @@ def test_a_copy_has_rows_of_its_own() -> None:
 def test_formats_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
     model = resized(CASES[0])
     prompt = softhooks.attach(model, PromptTuning(4), train_added_tokens=NEW)
-    with pytest.raises(softhooks.UnsupportedMethodError, match="rows of 3 added tokens"):
+    with pytest.raises(softhooks.UnsupportedMethodError, match="embeddings of 3 added tokens"):
         prompt.save_pretrained(tmp_path, as_peft=True)
     with pytest.raises(softhooks.UnsupportedMethodError, match="rows of added tokens"):
         sequence_embeddings(model, [1, V, 5])
