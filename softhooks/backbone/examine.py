@@ -33,7 +33,8 @@ def examine(model: nn.Module) -> ModelStructure:
         ids = probe_ids(model, vocabulary, columns=4)
         runs = _run(model, ids)
         stacks = [_stack(model, name, given, runs) for name, given in runs.ids.items()]
-        find_sites(stacks, ids, _attention_of(stacks, runs))
+        is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
+        find_sites(stacks, ids, runs.attention if is_run_once else None)
     return ModelStructure(stacks=stacks, vocabulary=vocabulary, choices=runs.choices)
 
 
@@ -117,12 +118,6 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     plain = unwrapped(model)
     takes = "decoder_input_ids" in inspect.signature(plain.forward).parameters
     return bool(getattr(plain.config, "is_encoder_decoder", False)) and takes
-
-
-def _attention_of(stacks: list[Stack], runs: _Runs) -> list[AttentionRecord] | None:
-    """Return the attention calls of the first forward if it ran a single stack exactly once, otherwise None."""
-    is_run_once = len(stacks) == 1 and sum(call.module is stacks[0].module for call in runs.calls) == 1
-    return runs.attention if is_run_once else None
 
 
 # --- describing a stack -----------------------------------------------------------------------------------------------

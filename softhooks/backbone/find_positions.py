@@ -162,7 +162,6 @@ def _add_table(tables: list[PositionTable], part: nn.Module, output: Any) -> Non
 
 
 def _matrices(part: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the floating-point matrices of a module without its submodules, by name."""
     own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
     return [(name, tensor) for name, tensor in own if tensor.dim() == 2 and tensor.is_floating_point()]
 

@@ -22,8 +22,7 @@ from torch import nn
 from softhooks.base_model.info import class_of_transformers
 from softhooks.errors import CheckpointError, OptionError
 from softhooks.formats import peft_write, softhooks_files
-from softhooks.formats.find import MARKS, Format, read
-from softhooks.formats.folders import explain_missing
+from softhooks.formats.find import MARKS, Format, explain_missing, read
 from softhooks.formats.stored import StoredPrompt
 from softhooks.load import attach_stored
 from softhooks.methods.from_prompt import with_all_options

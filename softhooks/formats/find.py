@@ -1,18 +1,29 @@
-"""Find the files of a prompt in a directory or on the hub, and read them."""
+"""Find the files of a saved prompt in a directory or on the hub and read them, or explain what the directory contains instead."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
+from softhooks.backbone.container import CONTAINER
 from softhooks.errors import CheckpointError
 from softhooks.formats import peft_read, softhooks_files
-from softhooks.formats.folders import explain_missing
+from softhooks.formats.files import read_json
 from softhooks.formats.stored import StoredPrompt
 
 Format = Literal["softhooks", "peft"]
 MARKS: dict[Format, str] = {"softhooks": softhooks_files.TENSORS, "peft": peft_read.CONFIG}
 """The file that identifies a saved prompt, by format."""
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of sharded weights
+_TRAINER_STATE = "trainer_state.json"
+_MAX_LISTED = 8
+_MAX_BYTES = 64 * 2**20  # larger files are not parsed as JSON
 
 
 def find(path: str | Path, revision: str | None = None, token: str | None = None) -> StoredPrompt:
@@ -54,3 +65,106 @@ def _download(repository: str, revision: str | None, token: str | None) -> Path:
             "Check the path, or the name of the repository.",
             hub=f"{type(error).__name__}: {error}",
         ) from error
+
+
+# --- a folder without a prompt ----------------------------------------------------------------------------------------
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is named like a checkpoint of a Trainer, such as `checkpoint-500`."""
+    return _CHECKPOINT.fullmatch(folder.name) is not None
+
+
+def explain_missing(folder: Path, marks: tuple[str, ...]) -> CheckpointError:
+    """Return the error for a folder that contains none of the files in `marks`, each of which identifies a prompt."""
+    inside = [entry for entry in _entries(folder) if any((entry / mark).is_file() for mark in marks)]
+    if inside:
+        return _prompts_inside(folder, sorted(inside, key=_order))
+    tensors = sorted(set(_prompt_tensors(folder)))
+    if tensors:
+        return _whole_model(folder, tensors)
+    return CheckpointError(
+        "the directory does not contain a saved prompt.",
+        "Pass the directory that `save_pretrained` wrote.",
+        directory=folder,
+        expected=" or ".join(marks),
+    )
+
+
+def _prompts_inside(folder: Path, inside: list[Path]) -> CheckpointError:
+    checkpoints = [entry for entry in inside if is_checkpoint(entry)]
+    best = _best_of(checkpoints)
+    listed = ", ".join(entry.name for entry in inside[-_MAX_LISTED:])
+    values: dict[str, object] = {"directory": folder}
+    values["prompts inside"] = listed if len(inside) <= _MAX_LISTED else f"{len(inside)}, the last of them {listed}"
+    if checkpoints:
+        values["last"] = checkpoints[-1].name
+    if best is not None:
+        values["best"] = f"{best.name} ({_TRAINER_STATE} of {checkpoints[-1].name})"
+    wanted = best or (checkpoints or inside)[-1]
+    remedy = f"Load one of them: `softhooks.load(model, {str(wanted)!r})`."
+    if best is not None and best != checkpoints[-1]:
+        remedy = remedy[:-1] + f" (the best), `softhooks.load(model, {str(checkpoints[-1])!r})` (the last)."
+    return CheckpointError(
+        "the directory does not contain a prompt itself, but its subdirectories do.", remedy, **values
+    )
+
+
+def _whole_model(folder: Path, tensors: list[str]) -> CheckpointError:
+    return CheckpointError(
+        "the directory contains the weights of a whole model, including tensors of a prompt, as written by softhooks 0.1.0 and "
+        "by tools that save a plain state dict; `from_pretrained` would drop the prompt.",
+        "Attach the prompt again with the method and the name that it was trained with, load these tensors with "
+        "`model.load_state_dict(tensors, strict=False)`, where tensors = {name: tensor for name, tensor in "
+        f'safetensors.torch.load_file(file).items() if "{CONTAINER}." in name}}, and save it with '
+        "`prompt.save_pretrained(directory)`.",
+        directory=folder,
+        tensors=", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""),
+    )
+
+
+def _best_of(checkpoints: list[Path]) -> Path | None:
+    """Return the best checkpoint according to the `trainer_state.json` of the last one, or None if it no longer exists."""
+    if not checkpoints:
+        return None
+    path = _read_json(checkpoints[-1] / _TRAINER_STATE).get("best_model_checkpoint")
+    name = re.split(r"[/\\]", path)[-1] if isinstance(path, str) else None  # the folder may have moved since
+    return next((entry for entry in checkpoints if entry.name == name), None)
+
+
+def _prompt_tensors(folder: Path) -> Iterator[str]:
+    """Yield the names of tensors of prompts in the weights of a whole model; skip files that cannot be read."""
+    for file in sorted(entry for entry in _entries(folder) if entry.suffix == ".safetensors"):
+        try:
+            with safe_open(str(file), framework="pt") as weights:
+                yield from filter(_belongs_to_prompt, weights.keys())
+        except (SafetensorError, OSError, ValueError, RuntimeError):
+            continue
+    for name in _INDEX_FILES:
+        weight_map = _read_json(folder / name).get("weight_map")
+        yield from filter(_belongs_to_prompt, weight_map if isinstance(weight_map, dict) else {})
+
+
+def _belongs_to_prompt(name: str) -> bool:
+    return CONTAINER in name.split(".")[:-1]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _order(entry: Path) -> tuple[bool, int, str]:
+    """Return a sort key that sorts checkpoints by step, after all other folders."""
+    match = _CHECKPOINT.fullmatch(entry.name)
+    return match is not None, int(match[1]) if match else 0, entry.name
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; return an empty dictionary if the file is too large or does not contain one."""
+    try:
+        return read_json(path) if path.stat().st_size <= _MAX_BYTES else {}
+    except (OSError, CheckpointError):
+        return {}

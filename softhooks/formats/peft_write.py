@@ -217,7 +217,6 @@ def _task(stored: StoredPrompt, model: nn.Module | None) -> str:
 
 
 def _class_generates(name: str) -> bool:
-    """Return whether a class name of transformers is that of a model that can generate."""
     from transformers import PreTrainedModel
 
     found = class_of_transformers(name)

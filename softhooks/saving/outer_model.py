@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from softhooks.compat.sharding import is_sharded_model
-from softhooks.formats.folders import is_checkpoint
+from softhooks.formats.find import is_checkpoint
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel
 

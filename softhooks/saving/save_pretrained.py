@@ -18,7 +18,7 @@ from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import PromptMismatchError
 from softhooks.formats.files import read_tensors
-from softhooks.formats.folders import is_checkpoint
+from softhooks.formats.find import is_checkpoint
 from softhooks.formats.softhooks_files import LIVE
 from softhooks.patching.patches import MethodWrapper
 from softhooks.prompt import soft_prompts_of
