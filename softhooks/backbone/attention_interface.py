@@ -38,16 +38,6 @@ def modeling_files(modules: Iterable[nn.Module]) -> frozenset[str]:
     return frozenset(type(module).__module__ for module in modules)
 
 
-def wrap_attention_functions(user: object, files: Iterable[str]) -> None:
-    """Wrap the attention functions, including those in `files`, until `user` unwraps them or is garbage-collected."""
-    users.add(user, files)
-
-
-def unwrap_attention_functions(user: object) -> None:
-    """Restore the original functions, unless another user still needs the wrapped ones."""
-    users.discard(user)
-
-
 def _wrap_functions(patches: Patches, files: Iterable[str]) -> None:
     functions: dict[str, AttentionFunction] = AttentionInterface._global_mapping
     namespaces = [vars(sys.modules[name]) for name in files if name in sys.modules]
@@ -59,7 +49,8 @@ def _wrap_functions(patches: Patches, files: Iterable[str]) -> None:
 
 
 users: SharedPatches[object] = SharedPatches(_wrap_functions)
-"""The wrapped functions, and who needs them: models with a prompt, and probe forwards."""
+"""The models with a prompt and the probe forwards that need the wrapped functions. `users.add(user, files)` also wraps those in
+`files`; after the last `users.discard(user)`, the original functions are restored."""
 
 
 def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
@@ -125,11 +116,11 @@ def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
 def wrapped_functions(modules: Iterable[nn.Module]) -> Iterator[Patches]:
     """Wrap the attention functions while the `with` block runs; yield patches that are undone after it."""
     with Patches() as patches:
-        wrap_attention_functions(patches, modeling_files(modules))
+        users.add(patches, modeling_files(modules))
         try:
             yield patches
         finally:
-            unwrap_attention_functions(patches)
+            users.discard(patches)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from softhooks.errors import AttachError, UnsupportedModeError
+from softhooks.layout.template import COLUMN
 from softhooks.method import COLUMN_METHODS
 from softhooks.patching.patches import MethodWrapper
 
@@ -91,3 +92,25 @@ def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
             )
         taken[name] = value
     return taken
+
+
+def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Return B and C of a multiple-choice call, whose text is [B, C, T]; return (0, 1) for any other call."""
+    ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+    for text, dimensions in ((ids, 3), (embeddings, 4)):
+        if isinstance(text, Tensor) and text.dim() == dimensions:
+            return text.shape[0], text.shape[1]
+    return 0, 1
+
+
+def for_each_choice(given: dict[str, Tensor], rows: int, choices: int) -> dict[str, Tensor]:
+    """Repeat the extra arguments of each row once per choice; flatten a slot column with choices, [B, C, S]."""
+    repeated = {}
+    for name, value in given.items():
+        if name == COLUMN and value.dim() == 3:
+            repeated[name] = value.flatten(0, 1)
+        elif value.dim() and value.shape[0] == rows:
+            repeated[name] = value.repeat_interleave(choices, dim=0)
+        else:
+            repeated[name] = value  # the size is wrong: the method raises an error that names it
+    return repeated

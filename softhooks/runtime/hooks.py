@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.heads import run_head, run_heads_by_row
-from softhooks.backbone.multiple_choice import choices_of, for_each_choice
 from softhooks.backbone.stack import Stack
 from softhooks.errors import PromptNotReachedError, UnsupportedModeError
 from softhooks.inject.cache_notes import encoded_slots, note_caches, note_encoded, require_encoded
@@ -20,7 +19,7 @@ from softhooks.inject.slots.cross_attention import strip_encoder_state
 from softhooks.inject.slots.slot_pass import SlotPass
 from softhooks.inject.text_positions import OUTER_ARGUMENTS
 from softhooks.objectives.base import Finish
-from softhooks.runtime.arguments import take
+from softhooks.runtime.arguments import choices_of, for_each_choice, take
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.running import Call, module_call

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from softhooks.backbone.attention_interface import unwrap_attention_functions, wrap_attention_functions
+from softhooks.backbone import attention_interface
 from softhooks.backbone.container import CONTAINER, Container, is_prompt_key
 from softhooks.backbone.probe_inputs import ordinary_ids
 from softhooks.backbone.stack import ModelStructure
@@ -102,13 +102,13 @@ class PromptedModel:
         for name in self.files:
             with suppress(ImportError):
                 import_module(name)
-        wrap_attention_functions(self, self.files)
+        attention_interface.users.add(self, self.files)
         checked_models.add(self)
 
     def leave_shared_patches(self) -> None:
         """Stop using the process-wide patches."""
         self.files = frozenset()
-        unwrap_attention_functions(self)
+        attention_interface.users.discard(self)
         checked_models.discard(self)
 
     # --- the selected prompts -----------------------------------------------------------------------------------------

@@ -295,7 +295,7 @@ def test_formats_that_hold_no_rows_are_refused(tmp_path: Path) -> None:
     prompt = softhooks.attach(model, PromptTuning(4), train_added_tokens=NEW)
     with pytest.raises(softhooks.UnsupportedMethodError, match="embeddings of 3 added tokens"):
         prompt.save_pretrained(tmp_path, as_peft=True)
-    with pytest.raises(softhooks.UnsupportedMethodError, match="rows of added tokens"):
+    with pytest.raises(softhooks.UnsupportedMethodError, match="embeddings of added tokens"):
         sequence_embeddings(model, [1, V, 5])
     assert not list(tmp_path.iterdir())
 

@@ -489,6 +489,7 @@ NEVER_EMPTY = {
     "saving/outer_model.py": "the prompts of a model that has some",
     "methods/cartridge.py": "two cartridges or more, which have tables",
     "compat/peft.py": "the model inside a PEFT model, which was found there",
+    "backbone/find_stack.py": "a count without end",
 }
 """Calls of `next` without a default, and why their iterators cannot be exhausted."""
 

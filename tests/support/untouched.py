@@ -28,7 +28,7 @@ def remove_all() -> None:
     for user in attention_interface.users:
         for prompt in list(getattr(user, "prompts", {}).values()):
             prompt.remove()
-    attention_interface.unwrap_attention_functions(remove_all)
+    attention_interface.users.discard(remove_all)
 
 
 def _plain(value: Any) -> Any:
