@@ -482,7 +482,6 @@ def test_keys_and_values_that_nobody_has_seen_are_an_error_of_ours() -> None:
 NEVER_EMPTY = {
     "runtime/added_token_hooks.py": "the argument that a layer is called with, and the ids of a probe",
     "cli/options.py": "the class that declares a dataclass's field",
-    "demo/baselines.py": "the parameters of the demo's models",
     "inject/prefix/key_values.py": "a site that some prompt has keys for",
     "methods/context_tuning.py": "the tables of a prompt",
     "methods/llama_adapter.py": "the stack that a group of its encoder is named after",
@@ -490,6 +489,8 @@ NEVER_EMPTY = {
     "methods/cartridge.py": "two cartridges or more, which have tables",
     "compat/peft.py": "the model inside a PEFT model, which was found there",
     "backbone/find_stack.py": "a count without end",
+    "trainer/incomplete_checkpoints.py": "a path and numbers without end",
+    "layout/few_shot.py": "the pieces of a template, which must have a label",
 }
 """Calls of `next` without a default, and why their iterators cannot be exhausted."""
 
