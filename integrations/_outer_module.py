@@ -1,4 +1,4 @@
-"""Checkpoints of modules around a prompted model, such as a LightningModule with its own head."""
+"""Checkpoints of modules that contain a prompted model, such as a LightningModule with its own head."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def outer_tensors(module: nn.Module, prompted: nn.Module) -> dict[str, Tensor]:
 
 
 def require_same(stored: dict[str, Tensor], present: dict[str, Tensor]) -> None:
-    """Check that the tensors around the prompted model have the same names and shapes in a checkpoint and in the module."""
+    """Check that a checkpoint and a module have the same tensors, by name and shape, outside the prompted model."""
     shapes = [{name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (stored, present)]
     if shapes[0] != shapes[1]:
         raise TrainerError(
-            "the checkpoint and the module hold different tensors around the prompted model; names and shapes must match.",
+            "the checkpoint and the module hold different tensors outside the prompted model; names and shapes must match.",
             "Load the checkpoint into the module that it was saved from.",
             checkpoint=shapes[0] or "nothing",
             module=shapes[1] or "nothing",

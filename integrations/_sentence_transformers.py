@@ -95,7 +95,7 @@ def prompted_transformer() -> Any:
             prompted = require_prompted_model(self.model)
             if prompted.rows is not None:
                 raise UnsupportedModeError(
-                    "`rows` cannot be used with a sentence model, because the library sorts the texts before batching.",
+                    "`rows` cannot be used with a sentence model, because the library sorts the texts before it builds batches.",
                     "Encode the texts of each prompt separately, after `softhooks.activate(model, name)`.",
                     rows=prompted.rows,
                 )
@@ -268,5 +268,5 @@ class _TextLength:
         self.length = length
 
     def remove(self) -> None:
-        """Restore the length; if two prompts lowered it, the longer one is the original."""
+        """Restore the length; if two prompts lowered it, the original is the greater value."""
         self.module.max_seq_length = max(self.length, self.module.max_seq_length)

@@ -188,9 +188,9 @@ class Tracker:
         if outer or not safe_serialization:
             raise TrainerError(
                 "`save_model` of a prompted model writes only the prompt, in safetensors.",
-                "Call `prompt.save_pretrained(directory)`, and save the tensors around the prompted model yourself.",
+                "Call `prompt.save_pretrained(directory)`, and save the tensors outside the prompted model yourself.",
                 safe_serialization=safe_serialization,
-                tensors_around_it=", ".join(list(outer)[:8]) or "none",
+                outside_the_prompted_model=", ".join(list(outer)[:8]) or "none",
             )
         if _writes(self._accelerator):
             prompt.save_pretrained(save_directory)

@@ -107,7 +107,7 @@ def attach(
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
 ) -> SoftPrompt:
-    """Attach a prompt to the model of a LightningModule, and make the module load checkpoints without the base.
+    """Attach a prompt to the model of a LightningModule, which can then load checkpoints without the base.
 
     Args:
         module: the LightningModule.

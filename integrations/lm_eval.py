@@ -8,8 +8,8 @@ With the prompt disabled, all scores equal HFLM's scores bit for bit. From a she
 In Python, call `register()`, then `lm_eval.simple_evaluate(model="softhooks", model_args=...)`. `SoftPromptLM` also accepts a
 model that already has a prompt.
 
-Refused with an error, because the harness passes only token ids: layouts with a template, layouts with slots at anchors or at the
-end (the harness appends each continuation to the text), and multitask prompts with several tasks.
+Refused with an error: layouts with a template, and multitask prompts with several tasks, because the harness passes only token
+ids; layouts with slots at anchors or at the end, because the harness appends each continuation to the text.
 
 Versions tested: lm-eval 0.4.13
 
@@ -78,14 +78,17 @@ def _positions(prompt: SoftPrompt) -> int:
 
 
 def require_plain_rows(prompt: SoftPrompt) -> None:
-    """Check that a prompt needs only token ids."""
-    needs = "to find its slots in each row" if prompt.layout.form.searches else required_columns(prompt)
-    if needs:
-        raise UnsupportedMethodError(
-            f"the prompt needs {needs}, but the harness passes only token ids.",
-            "Use a prompt at the front of the text; use a multitask prompt with one task.",
-            method=prompt.method.kind,
+    """Check that a prompt works with the harness, which passes only token ids."""
+    if prompt.layout.form.searches:
+        found = (
+            "the positions of the virtual tokens depend on the text, which the harness extends by each continuation."
         )
+    elif columns := required_columns(prompt):
+        found = f"the prompt needs {columns}, but the harness passes only token ids."
+    else:
+        return
+    remedy = "Use a prompt at the front of the text, and a multitask prompt only with one task."
+    raise UnsupportedMethodError(found, remedy, method=prompt.method.kind)
 
 
 def _harness() -> Any:
@@ -107,7 +110,7 @@ def _language_model() -> type:
 
         Raises:
             OptionError: there is no prompt, or `prompt` is given for a model that already has a prompt.
-            UnsupportedMethodError: the prompt needs more than token ids. The model is unchanged.
+            UnsupportedMethodError: the prompt does not work with the harness. The model is unchanged.
         """
 
         def __init__(self, pretrained: Any, prompt: str | None = None, strict: bool = True, **kwargs: Any) -> None:

@@ -120,7 +120,7 @@ class PromptSpace:
         """Set a Trainer to the options of a trial, so that `train()` repeats it.
 
         Args:
-            found: as for `chosen`. From the best run of a Trainer's search, the other arguments of the Trainer are set too.
+            found: as for `chosen`. If it is the best run of a Trainer's search, the run's other arguments are set too.
             trainer: the Trainer that searched, or another one with a `callback()` of this space.
 
         Raises:

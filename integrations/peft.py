@@ -79,7 +79,7 @@ def from_peft(
 
     Raises:
         OptionError: there is no such adapter.
-        CheckpointError: softhooks has no method for an adapter.
+        CheckpointError: an adapter is of a kind that softhooks does not support.
         PromptMismatchError, AttachError: a prompt does not fit the model. Nothing is attached.
     """
     _peft()
@@ -175,7 +175,7 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
         the PEFT model; the active prompt's adapter is active.
 
     Raises:
-        UnsupportedMethodError: PEFT has no adapter that computes the same. The model is unchanged.
+        UnsupportedMethodError: a prompt has no equivalent in PEFT. The model is unchanged.
         PromptMismatchError: the class or the shape of the model differs. The model is unchanged.
         OptionError: there are no prompts, or the model has other prompts.
     """

@@ -1,8 +1,8 @@
 """sentence-transformers: prompts in embedding models, cross-encoders and sparse encoders.
 
 The prompt is attached to the inner transformers model (`model.transformers_model`); pooling and all later modules get only the
-states of the text. `SentencePromptCallback` trains the prompt with the library's trainers and losses, and freezes everything else
-in the model; without a Trainer, call `attach`. `softhooks.disabled` and `activate` accept the sentence model.
+hidden states of the text. `SentencePromptCallback` trains the prompt with the library's trainers and losses, and freezes
+everything else; without a Trainer, call `attach`. `softhooks.disabled` and `activate` accept the sentence model.
 
 `model.save_pretrained` and `trainer.save_model` write the whole model with its prompt. `load(folder)` reads it, and so does
 `SentenceTransformer(folder, trust_remote_code=True)`; without the flag, the library refuses modules from other packages. A
@@ -10,7 +10,7 @@ Trainer's checkpoints hold only the prompt and resume bit for bit; `load_prompt(
 
 Refused with an error: several inner transformers models (Router), a first module other than `Transformer`, backends other than
 torch, PEFT adapters, one prompt per row (`rows`), losses with their own parameters (SoftmaxLoss), multi-process pools,
-`torch_compile`, FSDP. DDP works. Inputs are always padded and never packed. If slots need positions, texts are truncated earlier.
+`torch_compile`, FSDP. DDP works. Inputs are padded, never packed. If virtual tokens need positions, texts are truncated earlier.
 
 Versions tested: sentence-transformers 6.2.0
 

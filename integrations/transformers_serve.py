@@ -1,6 +1,6 @@
 """transformers serve: the server of transformers with a prompt, with and without continuous batching.
 
-The server's completions and chats are the same as those of `generate`. From a shell, with the server's own options:
+The server's answers are the same as those of `generate`. From a shell, with the server's own options:
 
     python -m softhooks.integrations.transformers_serve MODEL --prompt DIR --port 8000 --continuous-batching
 

@@ -183,7 +183,7 @@ def test_a_head_and_what_stands_around_the_model_go_on_too(tmp_path: Path) -> No
     with torch.no_grad():
         again[1].own = torch.nn.Linear(3, 2)
     before = training.base_of(again[1], "nothing")
-    with pytest.raises(TrainerError, match="around the prompted model; names and shapes must match"):
+    with pytest.raises(TrainerError, match="outside the prompted model; names and shapes must match"):
         again[0].load_state(str(tmp_path))
     assert training.equal(training.base_of(again[1], "nothing"), before)
 

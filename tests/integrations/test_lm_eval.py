@@ -241,7 +241,10 @@ def test_the_example_of_the_docstring() -> None:
 
 REFUSED = [
     (MultitaskPromptTuning(4, tasks=["a", "b"]), "task_ids"),
-    (PTuning(layout=Layout.insert(start=2, after={(5,): 1}, missing="skip")), "to find its slots in each row"),
+    (
+        PTuning(layout=Layout.insert(start=2, after={(5,): 1}, missing="skip")),
+        "positions of the virtual tokens depend on the text",
+    ),
 ]
 
 
