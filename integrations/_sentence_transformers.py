@@ -113,7 +113,7 @@ def prompted_transformer() -> Any:
                     "Remove the other prompts, or save each prompt with its own `save_pretrained`.",
                 )
             with Patches() as patches:
-                # a callback has replaced the model's `save_pretrained`, which then writes only the prompt
+                # a callback may have replaced the model's `save_pretrained` by one that writes only the prompt
                 for name in ("save_pretrained", "_keys_to_ignore_on_save"):
                     patches.delete(self.model, name)
                 state = {name: tensor for name, tensor in self.model.state_dict().items() if not is_prompt_key(name)}
@@ -245,7 +245,7 @@ def _refuse_pool(*_args: Any, **_kwargs: Any) -> NoReturn:
 
 
 def _limit_text_length(module: Any) -> None:
-    """Lower `max_seq_length` until the last prompt is removed, so that text and slots fit into the model's positions."""
+    """Lower `max_seq_length` until the last prompt is removed, so that text and virtual tokens fit into the model."""
     prompted = require_prompted_model(module.model)
     slots = [prompt.layout.num_slots for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
     limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length
@@ -253,7 +253,7 @@ def _limit_text_length(module: Any) -> None:
         prompted.patches.keep(_TextLength(module, asked))
         module.max_seq_length = limit - max(slots)
         logger.warning(
-            "while the prompt is attached, texts are truncated to %d tokens instead of %d: its %d slots need positions too",
+            "while the prompt is attached, texts are truncated to %d tokens instead of %d: its %d virtual tokens need positions",
             module.max_seq_length,
             asked,
             max(slots),
