@@ -58,7 +58,7 @@ class Cartridge(PrefilledPrefix):
     and student at the labeled tokens. The labels only select tokens; to train on the whole text, pass labels equal to the ids.
 
     Each step runs the model on the document once, for all rows and without gradients. Put the training loop, or
-    `trainer.train()`, inside `with softhooks.kept(model):` to do this only once. In evaluation the loss is the model's own.
+    `trainer.train()`, inside `with softhooks.kept(model):` to run it only once. In evaluation the loss is the model's own.
 
     Start with AdamW and a learning rate of 2e-2 (the paper). The first virtual token is frozen because many models use the first
     token as an attention sink.

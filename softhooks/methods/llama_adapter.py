@@ -41,8 +41,8 @@ class LlamaAdapter(Method):
     rewrites (there the initial output is only equal up to rounding). In an encoder-decoder, it enters the self-attention of both.
 
     **Context.** Each row of a batch may have a context, such as the vectors of an image. Pass it to the model or to `generate` as
-    `prompt_context`. A context [B, C] is added to all K vectors; a context [B, K, C] has one vector for each. C is the model's
-    hidden size; with another C, set `context_size`, and a linear layer from C to the hidden size is trained with the prompt.
+    `prompt_context`. A context [B, C] is added to all K vectors; a context [B, K, C] has one vector for each of them. C is the
+    model's hidden size; with another C, set `context_size`, which also trains a linear layer from C to the hidden size.
 
     **Version 2.** `scale_and_bias` trains a factor and an offset for every linear layer in the backbone's blocks. With
     `early_fusion`, the first layers attend to the context, and only the other layers to P. To train the norms too, use
@@ -73,9 +73,9 @@ class LlamaAdapter(Method):
         init_std: P is initialized from N(0, init_std).
 
     Shape:
-        `text`, or `encoder` and `decoder`, each have prompts [layers * K, H] and gates [1, layers * Hq] or [1, layers]; with
-        `context_size` also context_weight [H, C] and context_bias [1, H]; with `scale_and_bias` also factors and offsets, both
-        [1, sum of the linear layers' output sizes].
+        `text_prompts` [layers * K, H] and `text_gates` [1, layers * Hq] or [1, layers]; with `context_size` also
+        `text_context_weight` [H, C] and `text_context_bias` [1, H]; with `scale_and_bias` also `text_factors` and `text_offsets`,
+        both [1, sum of the linear layers' output sizes]. An encoder-decoder has `encoder_...` and `decoder_...` instead.
 
     Raises:
         OptionError: an option is wrong.
