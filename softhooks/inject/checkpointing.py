@@ -34,7 +34,7 @@ class CheckpointedPass(Pass):
                 function: Any = module.__dict__[_FUNCTION]
                 self._checkpointed.append(module)
                 self._patches.set(module, _FUNCTION, _reentering(self, function))
-                if not self._anchored and _is_reentrant(function):
+                if not self._anchored and getattr(function, "keywords", {}).get("use_reentrant", False):
                     self.detach_injected()
 
     def detach_injected(self) -> None:
@@ -131,7 +131,3 @@ def is_checkpointed(module: nn.Module) -> bool:
     # Read from `__dict__`: `getattr` on a module without the attribute is slow, and this runs for every module.
     own = module.__dict__.get("gradient_checkpointing")
     return bool(getattr(type(module), "gradient_checkpointing", False) if own is None else own)
-
-
-def _is_reentrant(function: Any) -> bool:
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))

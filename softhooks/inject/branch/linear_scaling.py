@@ -19,11 +19,10 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
     """Map the name of each linear layer in a stack's blocks to the layer and its output width; LoRA's layers are left out."""
     from transformers.pytorch_utils import Conv1D
 
-    blocks = {name for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList)}
+    blocks = tuple(f"{name}." for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList))
     found: dict[str, tuple[nn.Module, int]] = {}
     for name, module in stack.module.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in blocks)
-        if inside and isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name:
+        if name.startswith(blocks) and isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name:
             found[name] = module, module.out_features if isinstance(module, nn.Linear) else module.nf
     return found
 

@@ -37,7 +37,9 @@ def find_attention_calls(structure: ModelStructure) -> None:
         if all(site.call is not None for site in stack.sites_of("self")):
             continue
         if stack.name == "decoder":
-            encoded = _encode(structure.entry, structure.vocabulary)
+            encoder = structure.entry
+            with eval_mode(encoder.module), marked_sites(encoder), encoder.state.running(Pass(encoder)):
+                encoded = last_hidden_state(encoder.module(input_ids=_one_id(encoder, structure.vocabulary)))
         seen = _watch(stack, structure.vocabulary, encoded)
         with eval_mode(stack.module), marked_sites(stack):
             for site in stack.sites_of("self"):
@@ -98,11 +100,6 @@ def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _
         with stack.state.running(forward_pass):
             stack.module(**inputs)
     return forward_pass.seen
-
-
-def _encode(stack: Stack, vocabulary: int) -> Tensor:
-    with eval_mode(stack.module), marked_sites(stack), stack.state.running(Pass(stack)):
-        return last_hidden_state(stack.module(input_ids=_one_id(stack, vocabulary)))
 
 
 def _one_id(stack: Stack, vocabulary: int) -> Tensor:

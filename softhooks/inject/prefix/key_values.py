@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -76,16 +77,13 @@ class KeyValues:
         Args:
             index: the index of the layer, at which some rows may have no prefix; None to ignore this.
         """
-        seen = None if self.hidden is None else ~self.hidden.to(device)
-        missing = None if index is None else self.missing.get(index)
-        if missing is not None:
-            has = ~missing.to(device)[:, None].expand(-1, self.length)
-            seen = has if seen is None else has & seen
-        if self.lengths is None:
-            return seen
-        columns = torch.arange(self.length, device=device)
-        has = columns >= self.length - self.lengths.to(device)[:, None]
-        return has if seen is None else has & seen
+        seen = [] if self.hidden is None else [~self.hidden.to(device)]
+        if index in self.missing:
+            seen.append(~self.missing[index].to(device)[:, None].expand(-1, self.length))
+        if self.lengths is not None:
+            columns = torch.arange(self.length, device=device)
+            seen.append(columns >= self.length - self.lengths.to(device)[:, None])
+        return reduce(torch.logical_and, seen) if seen else None
 
 
 def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:

@@ -46,7 +46,13 @@ def widen_mask(
         function: the name of the attention function.
     """
     if function.startswith("flash"):
-        return _widen_flat_mask(mask, length, visible)
+        if visible is not None:  # flash attention aligns the queries with the last keys, so each sees the whole prefix
+            raise UnsupportedModeError(
+                "some tokens must see only a part of the prefix, but with flash attention every token sees all of it.",
+                "Use `model.set_attn_implementation('sdpa')` for prompts of different lengths in one batch and for models "
+                "with sliding windows.",
+            )
+        return None if mask is None else torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=-1)
     if mask is None and not causal and visible is None:
         return None
     queries, keys = query.shape[2], key.shape[2]
@@ -67,14 +73,3 @@ def widen_mask(
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-def _widen_flat_mask(mask: Tensor | None, length: int, visible: Tensor | None) -> Tensor | None:
-    """Widen the [B, K] mask of flash attention, which aligns the queries with the last keys: each sees the whole prefix."""
-    if visible is not None:
-        raise UnsupportedModeError(
-            "some tokens must see only a part of the prefix, but with flash attention every token sees all of it.",
-            "Use `model.set_attn_implementation('sdpa')` for prompts of different lengths in one batch and for models "
-            "with sliding windows.",
-        )
-    return None if mask is None else torch.cat([mask.new_ones(mask.shape[0], length), mask], dim=-1)

@@ -8,11 +8,10 @@ ids share cache blocks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from softhooks.backbone.forward_pass import AttentionFunction, function_name
@@ -67,10 +66,6 @@ def attend_alone(
     mask = torch.zeros(1, 1, columns, columns, dtype=query.dtype, device=query.device)
     mask.masked_fill_(~seen, torch.finfo(query.dtype).min)
     kwargs = {name: given for name, given in kwargs.items() if name != "attention_mask"}
-    return _eager(module)(module, query, key, value, mask, *args[5:], **kwargs)
-
-
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Return the eager attention function of a module's modeling file, without softhooks' wrapper."""
-    function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
-    return getattr(function, "__wrapped__", function)
+    # The function of the module's modeling file, without softhooks' wrapper.
+    eager = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+    return getattr(eager, "__wrapped__", eager)(module, query, key, value, mask, *args[5:], **kwargs)

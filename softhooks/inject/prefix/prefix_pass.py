@@ -96,8 +96,7 @@ class PrefixPass(CheckpointedPass):
         if torch.compiler.is_compiling():
             return build()
         shape = (query.shape[2], key.shape[2])
-        kind = (site.role, *self._rows_of(site), window, causal, function, query.dtype, query.device, shape)
-        return self._once(mask, kind, build)
+        return self._once(mask, site, (site.role, window, causal, function, query.dtype, query.device, shape), build)
 
     def _joined_mask(self, site: Site, query: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool) -> Tensor:
         """Return the mask of the joined rows, built once per forward."""
@@ -107,17 +106,13 @@ class PrefixPass(CheckpointedPass):
         def build() -> Tensor:
             return joint_mask(mask, self._visible(site, window, query), self.prefixes[site.role], query, causal)
 
-        key = ("joint", *self._rows_of(site), window, causal, query.shape, query.device)
-        joint: Tensor = self._once(mask, key, build)
+        joint: Tensor = self._once(mask, site, ("joint", window, causal, query.shape, query.device), build)
         return joint
 
-    def _rows_of(self, site: Site) -> tuple[int, ...]:
-        """Return the layer's part of the keys in `_masks`: its index if some rows have no prefix there, otherwise nothing."""
-        return (site.index,) if site.index in self.prefixes[site.role].missing else ()
-
-    def _once(self, mask: Any, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
+    def _once(self, mask: Any, site: Site, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
         """Build a result from a layer's mask once per forward; most layers receive the same mask object."""
-        key = (id(mask), *key)
+        # A layer at which some rows have no prefix does not share its result with other layers.
+        key = (id(mask), site.index if site.index in self.prefixes[site.role].missing else None, *key)
         if key not in self._masks:
             self._masks[key] = (mask, build())  # a stored mask is not freed, so its id stays unique
         return self._masks[key][1]

@@ -48,7 +48,8 @@ def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
                 continue
             shape = (*ids.shape, numbers) if numbers else tuple(ids.shape)
             filled = _state(stack, {"input_ids": ids, name: torch.full(shape, value, device=ids.device)})
-            if name == "token_type_ids" or _equal(without, filled):
+            known = without is not None and filled is not None and torch.equal(without, filled)
+            if name == "token_type_ids" or known:
                 fills[name] = value
     return fills
 
@@ -58,10 +59,6 @@ def _state(stack: Stack, inputs: dict[str, Tensor]) -> Tensor | None:
         return last_hidden_state(stack.module(**inputs))
     except FORWARD_ERRORS:  # the model does not take the argument alone, so its value at slots stays unknown
         return None
-
-
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
 
 
 def fill(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
