@@ -1,4 +1,4 @@
-"""Hooks that use a prompt's copies of vocabulary rows, and a check that copies and originals give the same results."""
+"""Hooks that use a prompt's copies of embeddings, and a check that copies and originals give the same results."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class AddedTokenHooks:
 
 
 def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
-    """Check that a prompt's copies give the same embeddings and logits as the model's rows, before training changes them.
+    """Check that a prompt's copies give the same embeddings and logits as the originals, before training changes the copies.
 
     Args:
         inputs: the arguments of a call of the model.

@@ -1,4 +1,4 @@
-"""Trainable copies of embedding rows, for tokens that were added to the vocabulary. The model's own rows do not change."""
+"""Trainable copies of the embeddings of tokens that were added to the vocabulary. The model's own embeddings do not change."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ADDED = "added"
 
 
 class AddedTokens(nn.Module):
-    """A prompt's copies of rows of the input and output embeddings, in fp32.
+    """A prompt's copies of the embeddings of N tokens, in fp32.
 
     Args:
-        ids: the ids of the N tokens.
-        vocabulary: the number of rows of the model's embedding.
-        rows: rows of the input embedding, [N, E], also used for output embeddings that are tied to it.
-        output_rows, output_bias: rows of untied output embeddings, [N, H], and entries of their bias, [N].
+        ids: the ids of the tokens.
+        vocabulary: the number of rows of the model's embedding matrix.
+        rows: the input embeddings, [N, E]; also the output embeddings, if the model ties both.
+        output_rows, output_bias: the output embeddings, [N, H], and their bias, [N], if they are not tied.
     """
 
     ids: Tensor
@@ -50,7 +50,7 @@ class AddedTokens(nn.Module):
         self.output_bias = None if output_bias is None else nn.Parameter(output_bias.detach().float().clone())
 
     def look_up(self, embedding: nn.Module, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of ids, looked up in the copies, and a mask of the ids that have a copy."""
+        """Return the copied embeddings of `ids`, and a mask of the ids that have a copy."""
         index = self.row_of[ids]
         # The forward of the embedding may scale the rows, so it runs on a shallow copy with the prompt's rows as its weight.
         own: Any = object.__new__(type(embedding))
@@ -68,15 +68,15 @@ class AddedTokens(nn.Module):
         return functional.linear(hidden, rows.to(hidden.dtype), bias).to(output.dtype)
 
     def tables(self) -> dict[str, Tensor]:
-        """Return the copies by the names that they have in a saved prompt."""
+        """Return the copies by their names in a saved prompt."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
 def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> tuple[int, ...]:
-    """Return the ids that `train_added_tokens` selects: listed ids, rows added to a model, or tokens added to a tokenizer.
+    """Return the ids that `train_added_tokens` selects: given ids, or tokens that were added to the model or to a tokenizer.
 
     Raises:
-        OptionError: an id is not in the vocabulary, or it is unknown which rows were added.
+        OptionError: an id is not in the vocabulary, or it is unknown which tokens were added.
     """
     if requested is False:
         return ()
@@ -111,7 +111,7 @@ def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> t
 
 
 def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -> AddedTokens:
-    """Copy vocabulary rows of a model, if hooks can replace the rows of its embeddings."""
+    """Copy the embeddings of tokens, or refuse the model if hooks cannot replace them."""
     table, head = _input_of(model, structure), output_of(model)
     tables = {id(head), *(id(stack.embedding) for stack in structure.stacks)}
     for module in model.modules():
@@ -135,12 +135,12 @@ def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -
 
 
 def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
-    """Copy saved rows of added tokens into a prompt's rows. The shapes, and whether embeddings are tied, must be the same."""
+    """Replace a prompt's copies by saved ones. The shapes, and whether input and output are tied, must be the same."""
     expected = {name: list(table.shape) for name, table in own.tables().items()}
     found = {name: list(table.shape) for name, table in tables.items()}
     if expected != found:
         raise PromptMismatchError(
-            f"the rows of added tokens in {source} do not fit the model's embeddings.",
+            f"the embeddings of added tokens in {source} do not fit the model's embeddings.",
             "Load the base model that the prompt was trained with.",
             prompt=found,
             model=expected,

@@ -34,7 +34,7 @@ class AttachedPrompt:
     Args:
         name: the name of the prompt on the model.
         method: the method's options.
-        module: a submodule of the model, with the encoder, the heads and the rows of added tokens.
+        module: a submodule of the model, with the encoder, the heads and the embeddings of added tokens.
         conventions: options of the forward pass that the prompt was trained with (`windowed`, ...), which are saved with it.
         model: the model that was passed to `attach`.
         structure: the model's stacks, embeddings and attention layers.
@@ -98,7 +98,7 @@ class AttachedPrompt:
 
     @property
     def added(self) -> AddedTokens | None:
-        """The prompt's copies of vocabulary rows, or None if it trains none."""
+        """The prompt's copies of embeddings of added tokens, or None if it trains none."""
         added = self.module._modules.get(ADDED)
         return added if isinstance(added, AddedTokens) else None
 
@@ -112,7 +112,7 @@ class AttachedPrompt:
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
     def without_objective(self) -> ExclusiveBlock:
-        """Return a `with` block in which forwards do not use an objective."""
+        """Return a `with` block in which forwards return the model's own loss."""
         return self.running.exclusive("a forward without objective", skip_objective=True)
 
     @property
@@ -184,7 +184,7 @@ class AttachedPrompt:
 
     @property
     def states(self) -> Tensor | None:
-        """The last hidden states of the virtual tokens, [R, P, H], or None if softhooks has not run them alone."""
+        """The last hidden states of the virtual tokens, [R, P, H], or None if they were computed together with the text."""
         forward = self.running.forward
         found = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
         return None if found is None else found.states

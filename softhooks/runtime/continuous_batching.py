@@ -1,4 +1,4 @@
-"""Continuous batching with a prompt. It is checked before the manager starts, because errors in its thread are only logged."""
+"""Continuous batching with a prompt. It is checked before the manager starts, because the manager's thread only logs errors."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def require_servable(prompted: PromptedModel) -> None:
     if prompt.injection in ("attention", "shared", "branch") and not needs:
         return
     raise UnsupportedModeError(
-        f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: the "
-        "prompt must enter at attention and be the same for every request.",
-        "Use a prefix, or `placement='front'` on a model that can share its prompt; use one task of a multitask prompt.",
+        f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: all "
+        "requests must use the same prompt, as keys and values or as a gated branch.",
+        "Use a prefix, or `placement='front'` on a model with `injection='shared'`; of a multitask prompt, use one task.",
         **({"each request would need": needs} if needs else {}),
     )
 

@@ -1,4 +1,4 @@
-"""Make the pass for a forward of a stack: slots, keys and values, or a gated branch."""
+"""Choose how prompts enter a forward of a stack: as slots, as keys and values, or as a gated branch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
     as_slots = [prompt.injection == "slots" or bool(found) for prompt, found in zip(prompts, reasons, strict=True)]
     if len(set(as_slots)) == 2:
         raise UnsupportedModeError(
-            "this batch mixes slots with keys and values; all must enter as slots, or all as keys and values.",
+            "this batch mixes slots with keys and values; its prompts must all enter as slots, or all as keys and values.",
             "Attach all with the same `injection=`, or run their rows in separate batches.",
             prompts=", ".join(
                 f"{p.name}: {'slots' if slots else p.injection}" for p, slots in zip(prompts, as_slots, strict=True)
@@ -78,7 +78,7 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
 def _reasons_for_slots(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None
 ) -> list[list[str]]:
-    """Return for each prompt the arguments of the call because of which it must enter as slots."""
+    """Return for each prompt the arguments of the call that force it to enter as slots."""
     moved = later_start(stack, call, outer)
     fixed = [prompt for prompt in selection.prompts if prompt.injection in _FIRST_POSITIONS]
     if moved and any(prompt.conventions.get("shift_positions", True) for prompt in fixed):
@@ -115,7 +115,7 @@ def _open_slots(
     if selection.hidden(text_shape(call)[0], slots.columns) is not None:
         raise UnsupportedModeError(
             "the prompt hides virtual tokens from some rows but enters as slots; only keys and values can be hidden.",
-            "Use a causal decoder that shares its prompt (`prompt.injection`).",
+            "Use a causal decoder, in which the prompt enters as keys and values (see `prompt.injection`).",
         )
     check_text_length(stack, call, slots.columns, cached=slots.columns, outer=outer)
     if is_fallback:

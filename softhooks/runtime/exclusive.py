@@ -45,7 +45,7 @@ def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[
 
 
 def _refuse_others(ident: int, _module: nn.Module, _args: Any) -> None:
-    """Refuse a forward in all threads except the thread `ident`, which attaches. This is a hook."""
+    """Refuse a forward in a thread other than `ident`, the thread that attaches."""
     if threading.get_ident() != ident:
         raise refusal(WHAT, ident)
 

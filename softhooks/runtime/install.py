@@ -62,7 +62,7 @@ def install_head(prompted: PromptedModel, path: str) -> None:
 
 
 def install_added_tokens(prompted: PromptedModel) -> None:
-    """Make the forwards use the prompts' copies of vocabulary rows."""
+    """Make the forwards use the prompts' copies of embeddings of added tokens."""
     if prompted.has_added_tokens:
         return
     prompted.has_added_tokens = True

@@ -78,7 +78,7 @@ def _require_held(model: TrainedModel, optimizer: Optimizer, reached: list[Attac
 
 
 def _is_held(prompt: AttachedPrompt, first: Optimizer) -> bool:
-    """Return whether an optimizer, of all that exist, holds a parameter of the prompt that has a gradient."""
+    """Return whether any existing optimizer holds a parameter of the prompt that has a gradient."""
     wanted = set(map(id, _with_gradient(prompt)))
     if any(id(parameter) in wanted for parameter in _held(first)):
         return True

@@ -54,14 +54,14 @@ class PromptSource:
         return new_placeholder_ids(model, structure, self.method.num_virtual_tokens, known, rows), conventions
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
-        """Copy the vocabulary rows of added tokens that the prompt trains, if any."""
+        """Copy the embeddings of added tokens that the prompt trains, if any."""
         raise NotImplementedError
 
     def fill_added_tokens(self, added: AddedTokens) -> None:
-        """Write saved rows into the copies, after the copies were compared with the model's rows."""
+        """Replace the copies by saved embeddings, after the copies were compared with the originals."""
 
     def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
-        """Check that a saved prompt was made for this base model, after its heads were loaded."""
+        """Check that a saved prompt was made for this base model. The prompt's heads have been loaded before."""
 
 
 class NewPrompt(PromptSource):
@@ -73,7 +73,7 @@ class NewPrompt(PromptSource):
         self._train_added_tokens = train_added_tokens
 
     def added_tokens(self, model: nn.Module, structure: ModelStructure) -> AddedTokens | None:
-        """Copy the rows that `train_added_tokens` selects."""
+        """Copy the embeddings that `train_added_tokens` selects."""
         chosen, tokenizer = self._train_added_tokens, getattr(self.method, "tokenizer", None)
         if chosen is True and tokenizer is not None:
             chosen = tokenizer_of(tokenizer)

@@ -49,7 +49,7 @@ class PromptedModel:
         freeze_dropout: whether the stacks run without dropout in training.
         was_trainable: `requires_grad` of every parameter before the first prompt was attached.
         stashed_gradients: the gradients of parameters that were frozen.
-        token: identifies the model in notes on caches.
+        token: an id of the model, which is noted on caches.
         record: the digests of the frozen tensors, if they were computed.
         fingerprint: the fingerprint of the base model, computed when the first prompt was attached, before any sharding.
         loaded_state: the last loaded state dict with prompts, with its weights on the meta device.
@@ -59,8 +59,8 @@ class PromptedModel:
         embedding_hooks: the hooks that insert virtual tokens into the embeddings.
         files: the names of the Python modules with the model's attention functions; empty if no hooks are installed.
         expected_modules: by stack, the modules that prompts need; forwards are refused if one was replaced.
-        expected_heads: the heads of which prompts have copies; forwards are refused if one was replaced.
-        has_added_tokens: whether the hooks on rows of added tokens are installed.
+        expected_heads: the heads that prompts have copies of; forwards are refused if one was replaced.
+        has_added_tokens: whether the hooks on the embeddings of added tokens are installed.
     """
 
     def __init__(self, model: nn.Module, structure: ModelStructure) -> None:
@@ -204,7 +204,7 @@ class PromptedModel:
         """Return the state of the active prompts, to note it on caches and encoder outputs.
 
         Args:
-            selection: the variant of each row's prompt; None leaves the variants out.
+            selection: the variants to include, or None to include no variants.
         """
         names = dict.fromkeys(self._names)
         on = tuple((name, self.prompts[name].snapshot()) for name in names if name)

@@ -1,4 +1,4 @@
-"""The calls that are running on a model. Only one thread at a time may run a model with prompts; others get an error.
+"""The calls that are running on a model. Only one thread at a time may run a model with prompts; other threads get an error.
 
 The hooks of one forward change the model, so a forward in another thread would see these changes.
 """
@@ -137,7 +137,7 @@ def _is_autograd_thread_of(call: Call) -> bool:
 
 
 class RunningCalls:
-    """The nested calls that are running on one model. A copy of the model starts without calls."""
+    """The stack of calls that are running on one model. In a copy of the model, it is empty."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -179,7 +179,7 @@ class RunningCalls:
             return call
 
     def find(self, holder: object, frame: FrameType) -> Call | None:
-        """Return the call that a hook has begun, or None if it was refused or is softhooks' own run of a prompt."""
+        """Return the call that a hook has begun, or None if the hook has begun none."""
         call = self._innermost
         while call is not None and not (call.holder is holder and call.frame is frame):
             call = call.outer
@@ -206,10 +206,10 @@ class RunningCalls:
 
 @dataclass(eq=False, repr=False)
 class ExclusiveBlock:
-    """A `with` block in which no other thread may run the model, named `what` in errors."""
+    """A `with` block in which no other thread may run the model."""
 
     _running: RunningCalls
-    _what: str
+    _what: str  # the name of the block in errors
     _skip_objective: bool
     _call: Call | None = None
 

@@ -1,4 +1,4 @@
-"""The start of a stack's forward: check the call, and make the pass that inserts the active prompts."""
+"""The start of a stack's forward: check the call, and make the pass, which inserts the active prompts."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def test_mixed_kinds() -> None:
     softhooks.attach(model, PromptTuning(3), "front")
     softhooks.attach(model, PromptTuning(3, placement="after_first"), "inside")
     with softhooks.rows(model, ["front", "inside"]):
-        with pytest.raises(UnsupportedModeError, match=r"all must enter as slots(.|\n)*front: shared, inside: slots"):
+        with pytest.raises(UnsupportedModeError, match=r"must all enter as slots(.|\n)*front: shared, inside: slots"):
             model(ids)
         with pytest.raises(UnsupportedModeError):
             model.generate(ids, max_new_tokens=2)
