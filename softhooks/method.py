@@ -103,7 +103,7 @@ class Method:
         return stack.sites_of(role)
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """Return the parts of a group that must each get a gradient; `attach` checks it."""
+        """Return the parts of a group that must each get a gradient; `attach` checks this."""
         # This is not checked for embeddings, because a text need not use all slots of a layout.
         if self.enters != "attention":
             return []
@@ -133,7 +133,7 @@ class Method:
     # --- a folded prompt ----------------------------------------------------------------------------------------------
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """Return the shape of each group of a folded prompt for a model.
+        """Return the shape that each group of a folded prompt must have on a model.
 
         Raises:
             UnsupportedMethodError: the method does not work with this model.
@@ -194,7 +194,7 @@ class Method:
 
 
 class TableSlice(NamedTuple):
-    """The rows and columns of a prompt's table that belong to one module of the model."""
+    """The part of a group's tensor that belongs to one module of the model."""
 
     name: str
     rows: slice
@@ -203,7 +203,7 @@ class TableSlice(NamedTuple):
 
 
 def slices_of(parts: list[tuple[str, int, nn.Module]], by_rows: bool = False) -> list[TableSlice]:
-    """Divide the columns of a table, or its rows, into parts of the given names, sizes and modules."""
+    """Divide the columns or the rows of a tensor into consecutive parts with the given names, sizes and modules."""
     found, first = [], 0
     for name, size, module in parts:
         own = slice(first, first + size)
