@@ -309,7 +309,7 @@ def test_resized_embeddings_are_refused_by_name(tmp_path: Path, arch: str, chang
     folder = saved(zoo.build(arch), tmp_path)
     model = zoo.build(arch)
     model.resize_token_embeddings(zoo.VOCABULARY + change, mean_resizing=False)
-    more, less = "resized embeddings.*96 rows.*103 rows", "96 words.*91 words.*resize_token_embeddings"
+    more, less = "resized embeddings.*96 rows.*103 rows", "96 tokens.*91 tokens.*resize_token_embeddings"
     with pytest.raises(PromptMismatchError, match=f"(?s){more if change > 0 else less}"):
         softhooks.load(model, folder)
     softhooks.load(model, folder, strict=False).remove()
