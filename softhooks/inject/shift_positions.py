@@ -82,7 +82,7 @@ def _common_positions(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def positions_of(stack: Stack, mask: Tensor) -> Tensor:
-    """Count the position ids of the columns by a mask, from `stack.positions.start`. [B, N] -> [B, N]."""
+    """Return the position id of each column, counted by a mask from `stack.positions.start`. [B, N] -> [B, N]."""
     positions = stack.positions
     ids = text_positions(mask) + positions.start
     return ids if positions.padding is None else ids.masked_fill(mask == 0, positions.padding)

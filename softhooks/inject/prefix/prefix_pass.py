@@ -82,7 +82,7 @@ class PrefixPass(CheckpointedPass):
     def _mask(
         self, site: Site, function: str, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool
     ) -> Any:
-        """Widen a layer's mask over the prefix. Layers with the same window share one mask, built once per forward."""
+        """Extend a layer's mask to the prefix. Layers with the same window share one mask, built once per forward."""
         window = window_of(site, kwargs) if site.role == "self" else None
         everywhere = not self.stack.causal or self.prefixes[site.role].windowed is False
         refuse_attention(function, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))

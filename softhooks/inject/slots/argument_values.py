@@ -29,7 +29,7 @@ COPIED = ("langs",)
 
 
 def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
-    """Return the value at slots of each per-token argument for which it is known; all prompts must be disabled.
+    """Return the known values of per-token arguments at slots, by name. All prompts must be disabled.
 
     A value is known if passing it for every token of `ids` [1, T] gives the same states as leaving the argument out.
     """

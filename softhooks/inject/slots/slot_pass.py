@@ -168,8 +168,8 @@ class SlotPass(Pass):
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
                 "the cache does not contain this text with its slots; slots need a cache that was filled by the same generation.",
-                "Use `placement='front'` on a model that can share its prompt (`prompt.injection`), or generate from the "
-                "whole text without an existing cache.",
+                "Use `placement='front'` if `prompt.injection` is then 'shared', or generate from the whole text without an "
+                "existing cache.",
                 cache=f"{past} columns, {slots} of them slots",
                 call=f"{self.batch} rows, {self.columns} new tokens of {'unknown' if seen is None else seen} in all, "
                 f"{total} expected",
