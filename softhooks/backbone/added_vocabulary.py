@@ -100,7 +100,7 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
 def log_unsaved_rows(
     prompt: object, name: str, model: nn.Module, structure: ModelStructure, own: Container[int]
 ) -> None:
-    """Log once for each prompt that its file contains no added rows except those with the ids in `own`."""
+    """Log a warning, once per prompt, if its file does not contain all added rows; it contains those with the ids in `own`."""
     if prompt in _warned:
         return
     missing = _added_rows(model, structure, own)
@@ -122,7 +122,7 @@ def stack_level() -> int:
 
 
 def require_vocabulary(rows: Any, structure: ModelStructure, source: str) -> None:
-    """Refuse a model with a smaller vocabulary than the base model of a saved prompt, `rows`, if that is known (an int)."""
+    """Refuse a model with a smaller vocabulary than the base model of a saved prompt; `rows` is the base model's, if known."""
     if type(rows) is int and structure.vocabulary < rows:
         raise PromptMismatchError(
             "the model has a smaller vocabulary than the base model that the prompt was trained with.",

@@ -61,7 +61,7 @@ def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
             return attention(module, *args, **kwargs)
         return current.attend(current.site_for_call(module.__dict__[MARK]), attention, (module, *args), kwargs)
 
-    setattr(attend, MARK, None)
+    setattr(attend, MARK, None)  # by which `_wrap_functions` recognizes it
     return attend
 
 

@@ -1,4 +1,4 @@
-"""Measure whether hidden states depend on later tokens, and whether they depend on token ids apart from the embeddings."""
+"""Measure whether hidden states depend on later tokens, and whether they depend on token ids or only on embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = 5
 
 
 def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
-    """Whether a model's states depend on token ids apart from their embeddings (Gemma 3n); measured once per model."""
+    """Whether a model's states depend on token ids and not only on embeddings (Gemma 3n); measured once per model."""
     stack = structure.entry
     if stack.reads_ids is None:
         stack.reads_ids = _states_differ(model, structure)

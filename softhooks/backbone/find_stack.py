@@ -121,7 +121,7 @@ def find_stack(
         changed_calls: the calls of a forward in which only the second id differs.
 
     Returns:
-        the call of the stack, the call of the embedding, and whether the first state ignored the change of the second id.
+        the call of the stack, the call of the embedding, and whether the first state is the same for both second ids.
     """
     reached = [call for call in calls if call.received(ids)]
     lookup = _lookup(model, reached)

@@ -73,7 +73,7 @@ class Pass:
         return type(self).attend is not Pass.attend
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the attention function of an attention module, with changed arguments or output.
+        """Run the attention function of an attention module; subclasses change its arguments or its output.
 
         Args:
             args: module, query, key, value, and the mask if it is not among the keyword arguments.

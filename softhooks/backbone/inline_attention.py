@@ -1,8 +1,8 @@
 """Attention that a module computes inline in its own forward, rewritten as a call of an attention function.
 
-MegatronBERT, RoFormer, RemBERT, MPNet and both DeBERTa do not use transformers' attention interface. For each family, a function
-here computes the forward of the attention module with a given attention function, and replaces it, so that a prefix can enter. At
-attach, the two forwards are compared; if they differ, the module is not supported.
+MegatronBERT, RoFormer, RemBERT, MPNet, DeBERTa and DeBERTa-v2 do not use transformers' attention interface. For each family, a
+function here computes the forward of the attention module with a given attention function, and replaces it, so that a prefix can
+enter. At attach, the two forwards are compared; if they differ, the module is not supported.
 """
 
 from __future__ import annotations

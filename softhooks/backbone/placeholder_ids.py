@@ -1,4 +1,4 @@
-"""The token ids of virtual tokens, for models whose states depend on ids apart from their embeddings.
+"""The token ids of virtual tokens, for models whose hidden states depend on token ids and not only on embeddings.
 
 Gemma 3n and Gemma 4 look up an embedding for each layer, and DeepSeek-V4 chooses experts by the id. A virtual token that is
 initialized from a word has the id of the word, and so the same effect as the word. Any other virtual token has the id that
@@ -55,8 +55,8 @@ def saved_placeholder_ids(
 
     Args:
         count: P.
-        needed: whether the model's states depend on ids. If so and the file has no ids, all virtual tokens get the id that
-            older versions of softhooks used, and a warning is given.
+        needed: whether the model's hidden states depend on ids. If so and the file has no ids, all virtual tokens get the id
+            that older versions of softhooks used, and a warning is given.
 
     Raises:
         PromptMismatchError: the model's vocabulary does not contain the ids.

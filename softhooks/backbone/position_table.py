@@ -34,7 +34,7 @@ class _FixedPositions:
 def set_table_positions(table: PositionTable, ids: Tensor) -> Patch:
     """Make a position table return the embeddings of these positions until `remove()` is called on the result.
 
-    The forward is replaced, not its output, because the original fails on padded rows with more columns than positions.
+    The forward is replaced, not its output, because the original fails if a padded row has more tokens than the table has rows.
 
     Args:
         ids: counted from 0, [B, T], or [T] for all rows.

@@ -82,7 +82,7 @@ def as_choices(ids: Tensor, choices: int) -> Tensor:
 def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) -> tuple[int, int]:
     """Choose the number of tokens for a test of causality, and the first token that changes in the test.
 
-    The first changed token is the last one of a window, chunk or block, so that a token that attends too far attends to it.
+    It is the last token of a window, chunk or block, because a model may let earlier tokens of the same block attend to it.
 
     Args:
         max_columns: the number of positions of the model, or None for any number.

@@ -46,7 +46,7 @@ class _UnsupportedModelModeError(UnsupportedModelError, UnsupportedModeError):
 
 @contextmanager
 def probing_with_prompt(model: nn.Module) -> Iterator[None]:
-    """Turn any exception in the `with` block into an `UnsupportedModelError`; an `UnsupportedModeError` is then both."""
+    """Turn any exception in the `with` block into an `UnsupportedModelError`, also an `UnsupportedModeError` if it was one."""
     try:
         with probing(model):
             yield
@@ -55,7 +55,7 @@ def probing_with_prompt(model: nn.Module) -> Iterator[None]:
     except SoftHooksError as error:
         kind = _UnsupportedModelModeError if isinstance(error, UnsupportedModeError) else UnsupportedModelError
         raise kind(
-            f"{type(model).__name__} failed in a probe forward with the prompt and text.",
+            f"{type(model).__name__} failed in a probe forward with the prompt.",
             OTHER_METHOD,
             cause=f"{type(error).__name__}: {error}",
         ) from error

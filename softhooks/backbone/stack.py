@@ -142,11 +142,11 @@ class Stack:
         causal: whether tokens see only earlier tokens.
         parameters: the names of the arguments of its forward.
         sites: the attention modules that keys and values can enter.
-        injection: how they enter: at the attention function, in inline attention, or by a cache; None if they cannot.
-        slot_values: the per-token arguments with a known value for virtual slots; filled in when slots are used.
-        compared_arguments: the non-tensor arguments of the call in which the shared prompt was compared with slots.
+        injection: how they enter: through the attention function, inline attention or a cache; None if they cannot.
+        slot_values: the values of per-token arguments at virtual tokens, by argument; filled in when slots are used.
+        compared_arguments: the non-tensor arguments of the forward in which `injection="shared"` was compared with slots.
         pooled_module: the child whose first token goes to the pooler, if the pooler sees no other token.
-        reads_ids: whether its states depend on token ids apart from their embeddings; None until measured.
+        reads_ids: whether its states depend on token ids and not only on embeddings; None until measured.
         state: the forward that is running now.
     """
 

@@ -1,4 +1,4 @@
-"""The running forward of a stack, and the members of higher layers that it uses, as protocols."""
+"""The running forward of a stack, and protocols for the objects of higher layers that it uses."""
 
 from __future__ import annotations
 

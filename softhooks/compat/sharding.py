@@ -71,7 +71,7 @@ def gathered(prompt: _Prompt, state: Mapping[str, Tensor] | None = None) -> Iter
 
 
 def refuse_sharded(base: Iterable[Tensor]) -> None:
-    """Refuse to compute a prompt once for all rows in a sharded model: the backward of the prompt would lack its weights."""
+    """Refuse to compute a prompt once for all rows in a sharded model, because its backward would lack the weights."""
     if distributed.is_available() and distributed.is_initialized() and any(map(is_sharded, base)):
         raise UnsupportedModeError(
             "injection='shared' computes the prompt once for all rows, which does not work in a sharded model (fully_shard).",

@@ -57,7 +57,7 @@ def _sync(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file; raise a `CheckpointError` for a damaged or other file."""
+    """Read the tensors and the metadata of a safetensors file; raise a `CheckpointError` for any other file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

@@ -18,7 +18,7 @@ Heads = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Labels:
-    """The label names of a head, in the form that a config has them."""
+    """The label names of a head, under the names that a config gives them."""
 
     id2label: dict[int, str] | None
     label2id: dict[str, int] | None
