@@ -1,7 +1,7 @@
 """Soft prompts on unmodified Hugging Face models.
 
-Each name is imported at its first use: `import softhooks` loads neither torch nor transformers, and `softhooks.attach` does not
-load the Trainer.
+Each name is imported when it is first used: `import softhooks` loads neither torch nor transformers, and `softhooks.attach` does
+not load the Trainer.
 """
 
 import sys

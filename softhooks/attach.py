@@ -59,21 +59,21 @@ def attach(
 ) -> SoftPrompt:
     """Attach a soft prompt to a model and freeze everything else.
 
-    The new prompt becomes active. A prompt that was active before is inactive until `activate` or `rows` selects it, or until the
-    new one is removed.
+    The new prompt becomes active, and all others inactive; `activate` and `rows` select other prompts. When the active prompt is
+    removed, the prompt that was attached last becomes active.
 
     Args:
         model: any transformers model that embeds tokens, with or without LoRA from PEFT.
         method: the method, with its options.
-        name: the name of the prompt on the model, which can have several prompts.
+        name: the prompt's name; a model can have several prompts.
         train_head: train a copy of a newly initialized task head (`score`, `classifier`, `qa_outputs`, ...) with the prompt.
-        trainable: patterns, such as `*lora_*`, for the names of other parameters that stay trainable.
-        freeze_dropout: turn off the dropout of the backbone during training.
-        injection: how the prompt enters the model; see `SoftPrompt.injection`. By default, the fastest way that gives the right
-            outputs in a check. Calls that do not support this way use `slots`; with 'shared', they are refused.
-        train_added_tokens: train copies of the embeddings of added tokens, and save them with the prompt. Pass True for all
-            tokens that `resize_token_embeddings` has added since the model was created or loaded, the ids of tokens, or the
-            tokenizer to which tokens were added. The model's own embeddings do not change.
+        trainable: name patterns, such as `*lora_*`, of other parameters to train with the prompt.
+        freeze_dropout: disable the backbone's dropout during training.
+        injection: how the prompt enters the model; see `SoftPrompt.injection`. The default is the fastest injection that is
+            exact for the model. Calls that `shared` does not support use `slots`, or raise an error if you pass 'shared'.
+        train_added_tokens: train copies of the embeddings of added tokens, and save them with the prompt. Pass the token ids,
+            the tokenizer to which tokens were added, or True for all tokens that `resize_token_embeddings` has added since the
+            model was created or loaded. The model's own embeddings do not change.
 
     Returns:
         the prompt; as a context manager, it removes itself at the end of the `with` block.
@@ -108,11 +108,11 @@ def attach_prompt(
     injection: Injection | None,
     frozen_record: bool,
 ) -> SoftPrompt:
-    """Attach a new or a stored prompt; see `attach`. `frozen_record`: record the frozen tensors for `verify_frozen`."""
+    """Attach a new or a stored prompt; see `attach`. `frozen_record` records the frozen tensors for `verify_frozen`."""
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)
     refuse_peft_prompts(model)
-    model = present.model if present else model  # the prompts are on the model inside a wrapper
+    model = present.model if present else model  # prompts are attached to the model inside a wrapper
     with unpacked(model), _all_off(present):
         structure = present.structure if present else examine(model)
         needs_ids = method.enters == "embeddings" and reads_ids(model, structure)
@@ -142,7 +142,7 @@ def attach_prompt(
             raise too_long_error(method.token_layout.num_slots, limit, error.text) from None
         raise
     prompt.is_attached = True
-    prompted.recompute_check = RecomputeCheck()  # forget the forwards of the checks
+    prompted.recompute_check = RecomputeCheck()  # forget the checks' forward passes
     if method.batch_columns:
         CandidateGenerator.replace(prompted, "_get_candidate_generator")
     return prompt

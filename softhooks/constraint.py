@@ -39,7 +39,7 @@ watched: SharedPatches[Constrained] = SharedPatches(_listen)
 
 
 def watch(encoder: Constrained) -> None:
-    """Start to constrain an encoder after each optimizer step that updates its parameters."""
+    """Constrain an encoder after each optimizer step that updates its parameters."""
     if encoder.is_constrained:
         watched.add(encoder)
 

@@ -1,4 +1,4 @@
-"""Prompt ensembles: several prompts of one frozen model run in one forward, and their outputs are combined."""
+"""Prompt ensembles: several prompts of one frozen model run in one forward pass, and their outputs are combined."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EnsembleOutput:
 
     Attributes:
         predictions: the predicted class of each row, [B], or the predicted next token at each position, [B, T].
-        scores: the shares of the votes, the mean logits or the mean probabilities, [B, C] or [B, T, C].
+        scores: the share of votes, mean logit or mean probability of each class, [B, C] or [B, T, C].
         members: the logits of each prompt, [E, B, C] or [E, B, T, C].
     """
 
@@ -48,15 +48,15 @@ class EnsembleTexts:
 class PromptEnsemble:
     """Combines the outputs of several prompts of one model.
 
-    One forward runs each row of a batch with each prompt. Any prompts that `rows` can use in one batch can be combined; each
-    prompt uses its own head.
+    One forward pass runs each row of a batch with each prompt. All prompts that `rows` can use in one batch can be combined;
+    each prompt uses its own head.
 
     Source: Lester et al. 2021, arXiv:2104.08691, who combine prompts of one task by a majority vote.
 
     Args:
         model: the model with the prompts.
-        names: the names of the prompts, or None to include the model without a prompt.
-        combine: `vote` chooses the class that most prompts predict, and among tied classes the one with the highest mean
+        names: the names of the prompts; None stands for the model without a prompt.
+        combine: `vote` chooses the class that most prompts predict; a tie goes to the class with the highest mean
             probability. `logits` and `probabilities` choose the class with the highest mean logit or probability.
 
     Raises:
@@ -67,7 +67,7 @@ class PromptEnsemble:
     def __init__(self, model: nn.Module, names: Sequence[str | None], combine: Combine = "vote") -> None:
         is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names)
         if not is_list or not all(name is None or isinstance(name, str) for name in names):
-            raise OptionError(f"names must be a list of the names of one or more prompts; it is {names!r}.")
+            raise OptionError(f"names is {names!r}; it must be a list of one or more prompt names.")
         check_choice("combine", combine, ("vote", "logits", "probabilities"))
         for name in names:
             require_prompted_model(model, name)
@@ -105,8 +105,8 @@ class PromptEnsemble:
     def generate(self, tokenizer: Any, **inputs: Any) -> EnsembleTexts:
         """Generate a text for each row with every prompt, and choose the text that most prompts generate.
 
-        Texts are compared without special tokens and surrounding whitespace. Among tied texts, the prompt that comes first in
-        `names` decides.
+        Texts are compared without special tokens and surrounding whitespace. A tie goes to the text of the prompt that comes
+        first in `names`.
 
         Args:
             tokenizer: decodes the texts.
@@ -136,7 +136,7 @@ class PromptEnsemble:
         """Return the number of rows, and the inputs with the batch repeated once for each prompt."""
         first = next((inputs[key] for key in ("input_ids", "inputs_embeds") if inputs.get(key) is not None), None)
         if not isinstance(first, Tensor):
-            raise OptionError(f"the inputs {sorted(inputs)} have neither `input_ids` nor `inputs_embeds`.")
+            raise OptionError(f"the inputs are {sorted(inputs)}; they must include `input_ids` or `inputs_embeds`.")
         batch = first.shape[0]
 
         def repeat(value: Any) -> Any:

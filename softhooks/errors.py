@@ -32,7 +32,7 @@ class AttachError(SoftHooksError):
 
 
 class NameTakenError(AttachError):
-    """A prompt of that name is already attached."""
+    """A prompt with this name is already attached."""
 
 
 class UnsupportedModelError(AttachError):
@@ -55,15 +55,15 @@ class PromptMismatchError(SoftHooksError):
 
 
 class NotAttachedError(SoftHooksError):
-    """The model has no prompt, or no prompt of this name."""
+    """The model has no prompt, or no prompt with this name."""
 
 
 class PromptNotReachedError(SoftHooksError):
-    """A forward of the model did not use the prompt."""
+    """A forward pass of the model did not use the prompt."""
 
 
 class UnsupportedModeError(SoftHooksError):
-    """The prompt does not support this kind of forward or generation."""
+    """The prompt does not support this kind of forward pass or generation."""
 
 
 class CheckpointError(SoftHooksError):
@@ -81,13 +81,13 @@ class TrainerError(SoftHooksError):
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise an `OptionError` if an option is not one of the allowed strings."""
     if value not in allowed:
-        raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}; it is {value!r}.")
+        raise OptionError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
 def check_int(name: str, value: object, minimum: int = 1) -> None:
     """Raise an `OptionError` if an option is not an integer of at least `minimum`."""
     if not is_int(value, minimum):
-        raise OptionError(f"{name} must be a whole number of {minimum} or more; it is {value!r}.")
+        raise OptionError(f"{name} is {value!r}; it must be an integer of at least {minimum}.")
 
 
 def is_int(value: object, minimum: int) -> bool:
@@ -98,4 +98,4 @@ def is_int(value: object, minimum: int) -> bool:
 def check_dropout(name: str, value: float) -> None:
     """Raise an `OptionError` if a dropout probability is not at least 0 and below 1."""
     if not 0.0 <= value < 1.0:
-        raise OptionError(f"{name} must be at least 0 and below 1; it is {value}.")
+        raise OptionError(f"{name} is {value}; it must be at least 0 and below 1.")

@@ -43,15 +43,15 @@ def load(
 
     Args:
         model: the base model, unmodified.
-        path: a directory or Hub repository with a prompt that was written by `save_pretrained` or a Trainer, or by PEFT for
-            prompt tuning, prefix tuning, P-tuning, CPT, a LLaMA-Adapter or a cartridge.
+        path: a directory or Hub repository with a prompt from `save_pretrained` or a Trainer, or with a PEFT adapter for prompt
+            tuning, prefix tuning, P-tuning, CPT, LLaMA-Adapter or cartridges.
         name: the name of the prompt on the model.
-        trainable: continue to train the prompt. Otherwise the prompt is frozen like the model, and `verify_frozen` is not
+        trainable: keep the prompt trainable. Otherwise the prompt is frozen like the model, and `verify_frozen` is not
             available.
         freeze_dropout, injection: as in `attach`.
-        revision, token: for the Hub.
-        strict: refuse a base model whose weights differ from those that the prompt was trained with, except in precision. The
-            saved prompt contains a few values of each weight for this comparison.
+        revision, token: the revision of the Hub repository, and the access token.
+        strict: refuse a base model whose weights differ, except in precision, from those that the prompt was trained with. For
+            this comparison, the saved prompt contains a few values of each weight.
 
     Raises:
         CheckpointError: there is no prompt, or its file is damaged or inconsistent.
@@ -61,8 +61,8 @@ def load(
     stored = find(path, revision, token)
     if stored.also_trained:
         warnings.warn(
-            f"{stored.source}: {len(stored.also_trained)} parameters of the base were trained with this prompt "
-            f"({', '.join(stored.also_trained[:3])}, ...), but they are not saved with it; load them too.",
+            f"{stored.source}: {len(stored.also_trained)} parameters of the base model were trained with this prompt "
+            f"({', '.join(stored.also_trained[:3])}, ...), but are not saved with it; load them separately.",
             stacklevel=2,
         )
     return attach_stored(
@@ -81,7 +81,7 @@ def attach_stored(
     strict: bool = True,
     parts: Sequence[StoredPrompt] = (),
 ) -> SoftPrompt:
-    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges of which it consists."""
+    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges that it joins."""
     method = method_of(stored)
     prompt = attach_prompt(
         model,

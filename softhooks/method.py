@@ -1,4 +1,4 @@
-"""`Method`, the base class of all methods: their options, and the encoders that they build."""
+"""`Method`, the base class of all methods, which hold options and build encoders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Method:
     """A method with its options.
 
     Args:
-        num_virtual_tokens: P.
+        num_virtual_tokens: the number of virtual tokens (P).
     """
 
     kind: ClassVar[str] = ""
@@ -49,7 +49,7 @@ class Method:
     """Batch columns that the method uses only with some options, each with a description of these options."""
 
     sampler_class: ClassVar[type[Any]] = type(None)
-    """The class of the method's `sampler`. If the Trainer's sampler already has this class, it is not replaced."""
+    """The class of the method's `sampler`. A Trainer's sampler of this class is not replaced."""
 
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"placement": ("front", "after_first", "end")}
     """The conventions that a saved prompt must contain, and their possible values."""
@@ -65,11 +65,11 @@ class Method:
         return self.columns
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Build the initialized encoder for a model."""
+        """Build and initialize the encoder for a model."""
         raise NotImplementedError(f"{type(self).__name__} must implement `build`.")
 
     def probe_arguments(self) -> dict[str, Tensor]:
-        """Return the batch columns with which `attach` runs one row through the model."""
+        """Return the batch columns for the row that `attach` runs through the model."""
         return {}
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
@@ -85,9 +85,9 @@ class Method:
         """Make the sampler for a Trainer.
 
         Args:
-            rows: the data set.
+            rows: the dataset.
             batch_size: the batch size of one process.
-            seed: the seed.
+            seed: the random seed.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `sampler`.")
 
@@ -96,15 +96,15 @@ class Method:
         return None
 
     def check(self, prompt: PromptOnModel) -> None:
-        """Raise an error if the method does not support the model or the injection, which is chosen before this call."""
+        """Raise an error if the method does not support the model or the chosen injection."""
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the attention modules that the prompt enters in a stack, in the order of their keys and values in the prompt."""
+        """Return the attention modules of a stack that the prompt enters, in the order of their keys and values in the prompt."""
         return stack.sites_of(role)
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """Return the parts of a group that must each get a gradient; `attach` checks this."""
-        # This is not checked for embeddings, because a text need not use all slots of a layout.
+        """Return the parts of a group; `attach` checks that each part gets a gradient."""
+        # Embeddings are not checked, because a text need not use all slots of a layout.
         if self.enters != "attention":
             return []
         stack, role = groups_of(structure)[group]
@@ -126,7 +126,7 @@ class Method:
         Args:
             table: a function that computes one of the encoder's groups.
             stack: the stack.
-            context: a context for each row, [B, ...], or None if the forward has no contexts.
+            context: a context for each row, [B, ...], or None if the forward pass has none.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `branch_inputs`.")
 
@@ -167,7 +167,7 @@ class Method:
         return TableEncoder(tables)
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make an encoder with which the training of a folded prompt continues."""
+        """Make an encoder that continues the training of a folded prompt."""
         return self.folded_encoder(tables)
 
     @property

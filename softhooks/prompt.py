@@ -81,7 +81,7 @@ class SoftPrompt(AttachedPrompt):
     def num_parameters(self) -> int:
         """The number of trainable parameters of the prompt, its heads and the base model.
 
-        A prompt that was loaded without `trainable=True` is folded, so an MLP or LSTM of its encoder is not included.
+        A prompt that was loaded without `trainable=True` is folded, so an MLP or LSTM of its encoder is not counted.
         """
         own = sum(p.numel() for p in self.encoder.parameters()) or sum(
             t.numel() for t in self.encoder.folded().values()
@@ -91,7 +91,7 @@ class SoftPrompt(AttachedPrompt):
         return own + sum(parameter.numel() for parameter in others)
 
     def fold(self) -> SoftPrompt:
-        """Replace the prompt's reparameterization, such as an MLP, by its output. This cannot be undone.
+        """Replace the prompt's reparameterization, such as an MLP, with its output. This cannot be undone.
 
         Raises:
             UnsupportedModeError: another thread is running the model.
@@ -123,7 +123,7 @@ class SoftPrompt(AttachedPrompt):
     def save_pretrained(self, save_directory: str | Path, *, as_peft: bool = False) -> None:
         """Write the folded prompt and its heads to `soft_prompt.json` and `soft_prompt.safetensors`.
 
-        If the model is sharded, every rank must call this; the first rank writes.
+        If the model is sharded, every rank must call this method; only the first rank writes.
 
         Args:
             save_directory: the directory; created if it does not exist.

@@ -20,10 +20,10 @@ EMBEDDINGS = "embeddings"
 class PromptEncoder(nn.Module):
     """A module that computes a prompt.
 
-    Subclasses set `groups`, and compute a group in `forward`. The groups are `embeddings`; or `text`, the keys and values of a
-    model; or `encoder`, `decoder` and `cross`, the keys and values of an encoder-decoder model. Subclasses can override the
-    other methods to use different variants of the prompt in a batch, to hide virtual tokens from some rows, or to constrain the
-    parameters.
+    Subclasses set `groups`, and compute each group in `forward`. A prompt of embeddings has the group `embeddings`. A prompt of
+    keys and values has the group `text` or, on encoder-decoder models, `encoder`, `decoder` and `cross`. Subclasses can override
+    the other methods to use different variants of the prompt in a batch, to hide virtual tokens from some rows, or to constrain
+    the parameters.
     """
 
     groups: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class PromptEncoder(nn.Module):
 
     @property
     def zero_gradient_parameters(self) -> frozenset[str]:
-        """The names of parameters whose gradient is always zero, such as recurrent weights if there is only one virtual token."""
+        """The names of parameters whose gradient is always zero, such as recurrent weights with a single virtual token."""
         return frozenset()
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
@@ -46,16 +46,16 @@ class PromptEncoder(nn.Module):
         """Return the variant that each row uses, or None if there is only one variant.
 
         Args:
-            given: the method's batch columns in this forward.
+            given: the method's batch columns in this forward pass.
             batch: the number of rows.
         """
         return None
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Return a mask that is True for virtual tokens that a row must not see, [B or 1, P], or None to hide none.
+        """Return a mask that is True for virtual tokens that a row must not attend to, [B or 1, P], or None to hide none.
 
         Args:
-            given: the method's batch columns in this forward.
+            given: the method's batch columns in this forward pass.
             batch: the number of rows.
         """
         return None
@@ -116,10 +116,10 @@ class TableEncoder(PromptEncoder):
 
 
 def require_column(given: dict[str, Tensor], name: str, reason: str) -> Tensor:
-    """Return a batch column that every forward needs.
+    """Return a batch column that every forward pass needs.
 
     Raises:
-        UnsupportedModeError: the forward does not have the column.
+        UnsupportedModeError: the call does not have the column.
     """
     if name not in given:
         raise UnsupportedModeError(

@@ -25,7 +25,7 @@ _BLOCK = 8192
 def most_similar(
     prompts: Mapping[str, str | Path | Tensor | SoftPrompt] | Sequence[str], to: str | Path | Tensor | SoftPrompt
 ) -> list[tuple[str, float]]:
-    """Rank prompts by their similarity to one prompt: the cosine of their mean virtual tokens.
+    """Rank prompts by their similarity to one prompt: the cosine similarity of the mean virtual tokens.
 
     To choose a prompt to start from, train a prompt for the new task for a short time, rank the saved prompts of other tasks, and
     start a new training from the most similar one with `PromptTuning(init="prompt", init_from=...)`.
@@ -34,10 +34,10 @@ def most_similar(
 
     Args:
         prompts: prompts of one base model by name, or a list of their directories. Their lengths may differ.
-        to: the prompt to compare with.
+        to: the prompt to compare them with.
 
     Returns:
-        each name with its cosine, in descending order.
+        each name with its cosine similarity, in descending order.
 
     Raises:
         OptionError: there are no prompts, or a prompt does not consist of embeddings.
@@ -51,7 +51,7 @@ def most_similar(
     foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}
     if foreign:
         raise PromptMismatchError(
-            "some prompts have another embedding size than the prompt in `to`, so they belong to another base model.",
+            "some prompts do not have the embedding size of the prompt `to`, so they belong to another base model.",
             "Leave these prompts out.",
             to=f"width {list(goal.shape)}",
             prompts=foreign,
@@ -61,7 +61,7 @@ def most_similar(
 
 
 class Word(NamedTuple):
-    """A token of the vocabulary, and the cosine of its embedding with a virtual token."""
+    """A token of the vocabulary, and the cosine similarity of its embedding to a virtual token."""
 
     id: int
     token: str
@@ -70,9 +70,9 @@ class Word(NamedTuple):
 
 @torch.no_grad()
 def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[list[Word]]:
-    """Find the tokens whose embeddings have the highest cosine with each virtual token.
+    """Find the tokens whose embeddings have the highest cosine similarity to each virtual token.
 
-    They show how similar a prompt still is to the words that initialized it, but not necessarily what the prompt means.
+    The tokens show how close a prompt still is to the words that initialized it, but not necessarily what it means.
 
     Args:
         prompt: a prompt that consists of embeddings.
@@ -80,7 +80,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
         count: the number of words for each virtual token.
 
     Returns:
-        a list for each virtual token, with its nearest words in descending order of the cosine.
+        for each virtual token, a list of the nearest words in descending order of similarity.
 
     Raises:
         OptionError: the prompt does not consist of embeddings, or `count` is not between 1 and the size of the vocabulary.
@@ -94,9 +94,7 @@ def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[li
     structure = prompt.prompted_model.structure
     size = min(structure.vocabulary, len(known))
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
-        raise OptionError(
-            f"`count` is {count!r}; it must be a whole number from 1 to {size}, the size of the vocabulary."
-        )
+        raise OptionError(f"`count` is {count!r}; it must be an integer from 1 to {size}, the size of the vocabulary.")
     goal = functional.normalize(rows, dim=1)
     best, ids = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.long, device=rows.device)
     with disabled(prompt.model):

@@ -1,4 +1,4 @@
-"""Select the prompts that a model's forwards use, and compute prompts once for many forwards."""
+"""Select the prompts that a model uses, and compute prompts once for many forward passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def activate(model: nn.Module, name: str) -> SoftPrompt:
     An inactive prompt keeps its gradients until `zero_grad`, so that one optimizer step can train several prompts.
 
     Raises:
-        NotAttachedError: the model has no prompt of this name.
+        NotAttachedError: the model has no prompt with this name.
         OptionError: `name` is not a string.
         UnsupportedModeError: another thread is running the model.
     """
@@ -61,9 +61,9 @@ def _show_labels(prompted: PromptedModel) -> None:
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Choose a prompt for each row of the batches that run inside the context, in forward and `generate`.
+    """Choose a prompt for each row of the batches that run inside the context, in `forward` and `generate`.
 
-    Applies to this thread or asyncio task, and to tasks that are started inside.
+    The choice applies to this thread or asyncio task, and to tasks started inside the context.
 
     Args:
         names: for each row, the name of its prompt, or None to use no prompt. In `generate`, all beams and returned sequences of
@@ -71,7 +71,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
     Raises:
         NotAttachedError: no prompt with one of the names is attached.
-        OptionError: `names` is empty, or is not a list of names and None.
+        OptionError: `names` is empty, or is not a list of names or None.
     """
     is_list = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
     listed = list(names) if is_list else []
@@ -88,16 +88,16 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[nn.Module]:
-    """Compute each prompt only once for all forwards inside the context, as `generate` does for its own forwards.
+    """Compute each prompt only once for all forward passes inside the context, as `generate` does for its own.
 
-    Outside, every forward computes its prompt again. Use `kept` for forwards without gradients, such as an evaluation or your own
-    decoding loop with `past_key_values`, and for the training of a cartridge, which then reads its document only once. Forwards
-    that compute gradients for the prompt always compute it again.
+    Outside the context, every forward pass computes the prompt. Use `kept` for forward passes without gradients, such as an
+    evaluation or your own decoding loop with `past_key_values`, and to train a cartridge, whose document is then read only once.
+    Forward passes that compute gradients for the prompt always recompute it.
 
     Inside the context, do not change the base model (its config, weights, hooks, modules or their attributes), because not every
     change is detected. Training steps on the prompt are allowed.
 
-    Applies to this thread or asyncio task, and to tasks that are started inside.
+    The context applies to this thread or asyncio task, and to tasks started inside it.
 
     Args:
         model: a model with a prompt.

@@ -48,7 +48,7 @@ def tune(
         train_head, trainable, freeze_dropout, train_added_tokens: as in `attach`.
 
     Raises:
-        OptionError: no argument of a call is a model; or the function is a coroutine or a generator.
+        OptionError: a call has no model among its arguments, or the function is a coroutine or a generator.
         FrozenModifiedError: the function has changed a frozen tensor; nothing is saved.
     """
 

@@ -196,10 +196,10 @@ NUMBERED: dict[str, Callable[[Any], Any]] = {
 """Every method with `num_virtual_tokens`; contexts and demonstrations determine their own length."""
 
 WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
-    (lambda: PromptTuning(3, init="warm"), "init must be one of 'vocab', .*'prompt'; it is 'warm'"),
+    (lambda: PromptTuning(3, init="warm"), "init is 'warm'; it must be one of 'vocab', .*'prompt'"),
     (
         lambda: PromptTuning(3, placement="middle"),
-        "placement must be one of 'front', 'after_first', 'end'; it is 'middle'",
+        "placement is 'middle'; it must be one of 'front', 'after_first', 'end'",
     ),
     (lambda: PromptTuning(3, init="text"), "init_text is missing; init='text' requires it"),
     (
@@ -217,10 +217,10 @@ WRONG_OPTIONS: list[tuple[Callable[[], Any], str]] = [
         "init_tensor is missing; init='tensor' requires it",
     ),
     (lambda: PromptTuning(3, init_tensor=torch.zeros(3, 32)), "init_tensor is given, but init is 'vocab'"),
-    (lambda: PrefixTuning(3, init="vocab"), "init must be one of 'text', 'zero', 'random'; it is 'vocab'"),
-    (lambda: PrefixTuning(3, dropout=1.0), "dropout must be at least 0 and below 1; it is 1.0"),
-    (lambda: PrefixTuning(3, dropout=-0.1), "it is -0.1"),
-    (lambda: PrefixTuning(3, hidden_size=0), "hidden_size must be a whole number of 1 or more; it is 0"),
+    (lambda: PrefixTuning(3, init="vocab"), "init is 'vocab'; it must be one of 'text', 'zero', 'random'"),
+    (lambda: PrefixTuning(3, dropout=1.0), "dropout is 1.0; it must be at least 0 and below 1"),
+    (lambda: PrefixTuning(3, dropout=-0.1), "dropout is -0.1"),
+    (lambda: PrefixTuning(3, hidden_size=0), "hidden_size is 0; it must be an integer of at least 1"),
     (
         lambda: PrefixTuning(3, init="zero", init_ids=[5]),
         "init_text or init_ids is given with init='zero'",
@@ -242,7 +242,7 @@ def test_wrong_options(number: int) -> None:
 @pytest.mark.parametrize("way", NUMBERED)
 def test_a_prompt_without_virtual_tokens_is_refused(way: str, count: Any) -> None:
     """P = 0 would be the base model and train nothing; use `disabled` for the base."""
-    said = re.escape(f"num_virtual_tokens must be a whole number of 1 or more; it is {count!r}.")
+    said = re.escape(f"num_virtual_tokens is {count!r}; it must be an integer of at least 1.")
     if way == "p-tuning" and type(count) is int and count == 0:  # stands for none given, for a layout may say it
         said = "PTuning has no virtual tokens; pass their number"
     with pytest.raises(OptionError, match=said):

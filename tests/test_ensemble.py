@@ -140,7 +140,7 @@ def test_the_text_that_most_prompts_write(arch: str, head: str) -> None:
 def test_what_an_ensemble_refuses() -> None:
     model, ids = prepared("llama", "causal"), zoo.text(2, 6)
     for wrong in ([], "a"):
-        with pytest.raises(OptionError, match="a list of the names of one or more prompts"):
+        with pytest.raises(OptionError, match="it must be a list of one or more prompt names"):
             PromptEnsemble(model, wrong)
     with pytest.raises(OptionError, match="combine"):
         PromptEnsemble(model, NAMES, "mean")  # type: ignore[arg-type]

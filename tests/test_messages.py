@@ -64,7 +64,7 @@ def test_p_tuning_without_arguments() -> None:
             OptionError, match=r"PTuning has no virtual tokens; pass their number, such as PTuning\(20\), or a `layout`"
         ):
             make()
-    with pytest.raises(OptionError, match=r"num_virtual_tokens must be a whole number of 1 or more; it is -1"):
+    with pytest.raises(OptionError, match=r"num_virtual_tokens is -1; it must be an integer of at least 1"):
         PTuning(-1)
     with pytest.raises(OptionError, match=r"layout must be a Layout, such as Layout\('\{soft:3\} \{text\}'\)"):
         PTuning(layout="{soft:3} {a}")
@@ -100,13 +100,13 @@ def test_slots_that_do_not_say_how_many(slots: str) -> None:
     with pytest.raises(OptionError, match=r"For slots, write their number, as in \{soft:3\}") as told:
         Layout("{a} " + slots + " b {soft:2}")
     assert f"the template contains {slots!r};" in str(told.value)
-    assert "twice" not in str(told.value)
+    assert "Double" not in str(told.value)
 
 
 @pytest.mark.parametrize("field", ["{a b}", "{}", "{a.b}", "{a!r}", "{a-b}", "{mask?}"])
 def test_fields_that_no_column_has(field: str) -> None:
     with pytest.raises(
-        OptionError, match=r"For a field, write the name of its column in letters, digits and _"
+        OptionError, match=r"For a field, write a column name of letters, digits and _, as in \{text\}"
     ) as told:
         Layout("{soft:2} " + field)
     assert f"the template contains {field!r};" in str(told.value)
@@ -114,6 +114,6 @@ def test_fields_that_no_column_has(field: str) -> None:
 
 @pytest.mark.parametrize("text", ["{soft:2} {", "{soft:2} a } b", "{soft:2} {a"])
 def test_a_brace_of_the_text(text: str) -> None:
-    with pytest.raises(OptionError, match=r"Write a brace that is part of the text twice: \{\{ or \}\}\.$"):
+    with pytest.raises(OptionError, match=r"Double a brace that is part of the text: \{\{ or \}\}\.$"):
         Layout(text)
     assert Layout("{soft:2} {{a}} {b}").num_virtual_tokens == 2

@@ -221,7 +221,7 @@ def test_of_equal_words_the_first_is_named_and_ids_without_a_word_are_left_out()
         with pytest.raises(OptionError, match=r"`count` is 61; .* from 1 to 60"):
             nearest_words(prompt, few, 61)
         for count in (0, True, 1.5):
-            with pytest.raises(OptionError, match=f"`count` is {count}; it must be a whole number"):
+            with pytest.raises(OptionError, match=f"`count` is {count}; it must be an integer from 1"):
                 nearest_words(prompt, few, count)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Anchors: tokens or words of a text, next to which slots for virtual tokens are inserted."""
+"""Anchors: words or tokens in a text, next to which a layout inserts slots for virtual tokens."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ AnchorValue = str | int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Anchor:
-    """A token or words of a text.
+    """Words or tokens in a text, next to which slots are inserted.
 
     Attributes:
-        value: the words, the id or the ids that the user passed.
-        ids: the ways in which a tokenizer encodes the words, each as a sequence of ids; empty until the tokenizer is known.
+        value: the words, the id or the ids, as passed by the user.
+        ids: the possible encodings of the words, each a sequence of ids; empty until the tokenizer is known.
     """
 
     value: AnchorValue
     ids: tuple[tuple[int, ...], ...] = ()
 
     def bound(self, tokenizer: Any) -> Anchor:
-        """Return the anchor with the ids of its words."""
+        """Return the anchor with its words encoded by the tokenizer."""
         if self.ids or not isinstance(self.value, str):
             return self
         return Anchor(self.value, _tokenizations(self.value, tokenizer))
@@ -38,11 +38,11 @@ class Anchor:
         """Find the anchor in each row.
 
         Args:
-            ids, mask: the ids and the attention mask of the text, [B, T]. Padding never matches, whatever its id is.
-            which: which match to use if a row has several.
+            ids, mask: the input ids and the attention mask of the text, [B, T]. Padding never matches, whatever its id is.
+            which: the match to use if a row has several.
 
         Returns:
-            whether the row contains the anchor, and the numbers of real tokens before its start and before its end; [B] each.
+            whether each row contains the anchor, and the number of real tokens before its start and before its end; [B] each.
         """
         real = mask.bool()
         counted = real.long().cumsum(-1)
@@ -74,12 +74,12 @@ def anchor_of(value: Any, tokenizer: Any) -> Anchor:
         return Anchor(value) if tokenizer is None else Anchor(value).bound(tokenizer)
     row = (value,) if isinstance(value, int) else value
     if not isinstance(row, (tuple, list)) or not row or not all(is_int(item, 0) for item in row):
-        raise OptionError(f"the anchor is {value!r}; it must be a token or words, an id, or a tuple of ids.")
+        raise OptionError(f"the anchor is {value!r}; it must be words, a token id, or a tuple of token ids.")
     return Anchor(value if isinstance(value, int) else tuple(row), (tuple(row),))
 
 
 def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Encode words as one token of the vocabulary, as the start of a text, and after a space."""
+    """Return the encodings of words as a single token, at the start of a text, and after a space."""
     tokenizer = tokenizer_of(tokenizer)
     sequences: list[tuple[int, ...]] = []
     token = tokenizer.convert_tokens_to_ids(words)
@@ -91,7 +91,7 @@ def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
             sequences.append(row)
     if not sequences:
         raise OptionError(
-            f"the tokenizer has no ids for the anchor {words!r}; it encodes the anchor as {tokenizer.unk_token!r}.",
+            f"the tokenizer encodes the anchor {words!r} as {tokenizer.unk_token!r}, so texts cannot be searched for it.",
             "Choose another anchor, or pass its ids as a tuple.",
             tokenizer=type(tokenizer).__name__,
         )
@@ -99,7 +99,7 @@ def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def anchors_from(value: Any, option: str, tokenizer: Any) -> list[tuple[Anchor, int]]:
-    """Read the option `after` or `before`: anchors, and the number of slots next to each."""
+    """Parse the option `after` or `before`, which maps anchors to numbers of slots."""
     if not isinstance(value, dict):
         raise OptionError(f"{option} is {value!r}; it must map anchors to numbers of slots, such as {{'?': 2}}.")
     for anchor, count in value.items():
@@ -111,5 +111,5 @@ def ids_from_json(value: Any) -> Sequence[tuple[int, ...]]:
     """Read sequences of ids from a saved layout."""
     rows: list[Any] = value if isinstance(value, list) else [None]
     if not all(isinstance(row, list) and row and all(is_int(item, 0) for item in row) for row in rows):
-        raise OptionError(f"the ids in the saved layout are {value!r}; they must be lists of whole numbers.")
+        raise OptionError(f"the ids in the saved layout are {value!r}; they must be lists of integers.")
     return [tuple(row) for row in rows]

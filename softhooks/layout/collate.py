@@ -1,4 +1,4 @@
-"""The mapper and the data collator of a template: they convert rows of a data set to ids, slots and labels."""
+"""The mapper and the data collator of a template: they convert rows of a dataset to ids, slots and labels."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ class Mapper:
         fields = self.template.fields
         masks = sum(part.kind == "mask" for part in self.template.parts)
         if self.target is not None and self.verbalizer is not None:
-            raise OptionError(
-                "target and verbalizer are both given, but labels are made for only one of them; leave the other out."
-            )
+            raise OptionError("target and verbalizer are both given; pass only one of them.")
         if self.target is not None and fields.count(self.target) != 1:
             raise OptionError(
                 f"target is {self.target!r}; it must occur exactly once among the template's fields, which are {fields}."
@@ -64,16 +62,14 @@ class Mapper:
         return found if labels is None else found | {"labels": labels}
 
     def labeled(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Add labels for the verbalizer to a rendered row that has a class, but no labels."""
+        """Add the verbalizer's labels to a rendered row that has a class but no labels."""
         found = dict(row)
         if self.verbalizer is None or "labels" in row or self.label not in row:
             return found
         ids = [int(token) for token in row["input_ids"]]
         places = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
         if len(places) != 1:
-            raise OptionError(
-                f"a rendered row contains {len(places)} masks; it must contain exactly one, where its class is predicted."
-            )
+            raise OptionError(f"a rendered row contains {len(places)} masks; a verbalizer needs exactly one.")
         labels = [IGNORE_INDEX] * len(ids)
         labels[places[0]] = self.verbalizer.token(int(row[self.label]))
         return found | {"labels": labels}
@@ -85,7 +81,7 @@ class Mapper:
             labels[start:end] = row.ids[start:end]
         elif self.verbalizer is not None:
             if self.label not in fields:
-                raise OptionError(f"the data has no column {self.label!r} for the verbalizer; it has {list(fields)}.")
+                raise OptionError(f"the data has the columns {list(fields)}; the verbalizer needs {self.label!r}.")
             labels[row.masks[0]] = self.verbalizer.token(fields[self.label])
         else:
             return None
@@ -94,13 +90,13 @@ class Mapper:
 
 @dataclass
 class Collator:
-    """A data collator for rows that `Mapper` has rendered, or has not rendered yet."""
+    """A data collator, which also renders the rows that `Mapper` has not rendered yet."""
 
     mapper: Mapper
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns of a data set that the collator can use."""
+        """The dataset columns that the collator can use."""
         rendered = [*self.mapper.tokenizer.model_input_names, COLUMN, *_LABELS]
         return tuple(dict.fromkeys([*rendered, *self.mapper.template.fields, self.mapper.label]))
 
@@ -139,11 +135,11 @@ class Collator:
 
 
 def padded_labels(labels: Sequence[Any], mask: Tensor) -> Tensor:
-    """Stack the labels of rows, [B], or pad the labels of tokens with -100 to the shape of the mask, [B, T]."""
+    """Stack one label per row, [B], or pad token labels with -100 to the shape of the mask, [B, T]."""
     rows = [torch.as_tensor(row) for row in labels]
     if not rows[0].dim():
         return torch.stack(rows)
-    # The mask, and not the ids, identifies padding, because the padding token may also occur in a text.
+    # Padding is found by the mask, because the id of the padding token may also occur in a text.
     padded = torch.full(mask.shape, IGNORE_INDEX)
     for i, row in enumerate(rows):
         padded[i, mask[i].bool()] = row

@@ -14,7 +14,7 @@ from softhooks.layout.rendering import encode, text_of
 from softhooks.layout.template import parse
 
 SEPARATOR, INPUT_FORMAT, INPUT, LABEL_FORMAT, LABEL = range(5)
-"""The kinds of tokens. A token of example i has the type 4i + its kind, and a separator has the type 0."""
+"""The kinds of tokens. A token of kind k in example i has the type 4i + k; a separator has the type 0."""
 
 _LABEL, _SEPARATOR = "label", "sep"
 
@@ -28,7 +28,7 @@ class Context:
         types: the types of the tokens, [P].
 
     Attributes:
-        examples: the number of each token's example. A separator has the number of the example before it, or -1.
+        examples: the index of each token's example; for a separator, of the example before it, or -1 if there is none.
     """
 
     ids: tuple[int, ...]
@@ -38,8 +38,8 @@ class Context:
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.types) or not self.ids:
             raise OptionError(
-                f"context_ids has {len(self.ids)} entries and token_types has {len(self.types)}; they must have the same number "
-                "of entries, at least one."
+                f"context_ids has {len(self.ids)} entries and token_types has {len(self.types)}; they must have the same "
+                "length, at least 1."
             )
         if min(*self.ids, *self.types, 0) < 0:
             raise OptionError("context_ids or token_types contains a negative number; all numbers must be 0 or more.")
@@ -49,8 +49,8 @@ class Context:
             own = last if token_type == 0 else (token_type - 1) // 4
             if own not in (last, last + 1):
                 raise OptionError(
-                    f"token {place} has the type {token_type} of example {own}, but examples must be numbered in order, and the "
-                    f"next one is example {last + 1}.",
+                    f"token {place} has the type {token_type} of example {own}, but the next one is {last + 1}; examples must be "
+                    "numbered in order.",
                     "Use the types 4i+1 to 4i+4 in example i, and 0 for separators; or pass `examples=`, `template=` and "
                     "`tokenizer=` instead.",
                 )
@@ -59,8 +59,8 @@ class Context:
         object.__setattr__(self, "examples", tuple(examples))
         if not self.movable:
             raise OptionError(
-                f"token_types has the types {set(self.types)}; it must contain a type 4i+1, 4i+2 or 4i+3, because only tokens of "
-                "these types are trained."
+                f"token_types contains only the types {set(self.types)}; it must contain a type of trained tokens: 4i+1, 4i+2 or "
+                "4i+3."
             )
 
     @property
@@ -80,23 +80,23 @@ class Context:
 
     @property
     def labels(self) -> list[int]:
-        """The indices of label tokens."""
+        """The indices of the label tokens."""
         return [place for place, kind in enumerate(self.kinds) if kind == LABEL]
 
     def check_labels(self) -> None:
-        """Check that every example has a label that a token before it can predict."""
+        """Check that every example has a label, and that the context does not start with one."""
         labeled = {self.examples[place] for place in self.labels if place > 0}
         missing = [example for example in range(self.count) if example not in labeled]
         if missing or 0 in self.labels:
             example = missing[0] if missing else 0
             raise OptionError(
-                f"example {example} has no label (type 4i+4) with a token before it, which the loss over the context needs.",
-                "Give the label's tokens this type, or pass context_loss=False.",
+                f"example {example} has no label, or its label comes first; the context loss needs a token before each label.",
+                "Give the label's tokens the type 4i+4, or pass context_loss=False.",
                 types=[t for t, own in zip(self.types, self.examples, strict=True) if own == example],
             )
 
     def example_of(self, row: Sequence[int]) -> int:
-        """Return the number of the example with the same ids as a row, up to the end of its label, or -1 if there is none."""
+        """Return the index of the example whose ids, up to the end of its label, equal the row, or -1 if there is none."""
         for example in range(self.count):
             labels = [place for place in self.labels if self.examples[place] == example]
             if labels and list(self.ids[self.examples.index(example) : labels[-1] + 1]) == list(row):
@@ -112,9 +112,9 @@ class ExampleTemplate:
     parts. Spaces before a field are tokenized with the field.
 
     Args:
-        template: such as "Text: {input}{sep}Label: {label}".
+        template: the template, such as "Text: {input}{sep}Label: {label}".
         separator: the text after each example.
-        inner: the text of `{sep}`.
+        inner: the text that replaces `{sep}`.
     """
 
     def __init__(self, template: str, separator: str, inner: str) -> None:
@@ -130,14 +130,14 @@ class ExampleTemplate:
         other = [part.kind for part in self.parts if part.kind not in ("text", "field")]
         if fields.count(_LABEL) != 1 or fields[-1] != _LABEL or not self.inputs or other:
             raise OptionError(
-                f"the template has the fields {fields}; it must have one or more inputs and then one {{label}}, and no slots or "
-                "masks.",
+                f"the template has the fields {fields}; it must have one or more inputs, followed by one {{label}}, and no slots "
+                "or masks.",
                 "Use a template such as 'Text: {input}{sep}Label: {label}'.",
                 template=repr(template),
             )
 
     def context(self, examples: Iterable[Any], tokenizer: Any) -> Context:
-        """Concatenate examples, after the tokenizer's BOS token if it has one. See `fields_of` for the type of an example."""
+        """Concatenate the tokenizer's BOS token, if it has one, and the examples. See `fields_of` for the form of an example."""
         begin = getattr(tokenizer, "bos_token_id", None)
         ids = [] if begin is None else [int(begin)]
         types = [SEPARATOR] * len(ids)
@@ -152,7 +152,7 @@ class ExampleTemplate:
         return Context(tuple(ids), tuple(types))
 
     def row(self, fields: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], list[int]]:
-        """Return the ids of a row before its label, without BOS, and the ids of the label."""
+        """Return the ids of a row up to its label, without BOS, and the ids of the label."""
         pieces = self._pieces(fields, tokenizer)
         end = next(place for place, (_, kind) in enumerate(pieces) if kind == LABEL)
         return [token for own, _ in pieces[:end] for token in own], pieces[end][0]
@@ -165,14 +165,14 @@ class ExampleTemplate:
         if is_pair and len(self.inputs) == 1:
             return {self.inputs[0]: example[0], _LABEL: example[1]}
         raise OptionError(
-            "an example must be a mapping with the template's fields, or a pair of input and label if there is one input; it is "
-            f"{example!r}.",
+            f"an example is {example!r}; it must be a mapping with the template's fields or, if there is one input, a pair of "
+            "input and label.",
             "Pass an example such as {'input': 'a text', 'label': 'its label'}.",
             fields=", ".join([*self.inputs, _LABEL]),
         )
 
     def _pieces(self, fields: Mapping[str, Any], tokenizer: Any) -> list[tuple[list[int], int]]:
-        """Return the ids and the kind of each part. If a row has no label, the list for its label is empty."""
+        """Return the ids and the kind of each part. Without a label in `fields`, the label part has no ids."""
         if tokenizer is None:
             raise OptionError(
                 "a template needs a tokenizer, but none is given. Pass `tokenizer=`: the model's tokenizer or its name."
@@ -195,13 +195,13 @@ class ExampleTemplate:
 
 
 def whole_numbers(value: Any, option: str) -> tuple[int, ...]:
-    """Copy a sequence or a tensor of whole numbers to a tuple."""
+    """Convert a sequence or a tensor of integers to a tuple."""
     listed = value.tolist() if isinstance(value, Tensor) else value
     if not isinstance(listed, Iterable) or isinstance(listed, str):
-        raise OptionError(f"{option} is {value!r}; it must be a list of whole numbers.")
+        raise OptionError(f"{option} is {value!r}; it must be a list of integers.")
     numbers = []
     for item in listed:
         if isinstance(item, bool) or not hasattr(item, "__index__"):
-            raise OptionError(f"{option} contains {item!r}; it must be a list of whole numbers.")
+            raise OptionError(f"{option} contains {item!r}; it must be a list of integers.")
         numbers.append(operator.index(item))
     return tuple(numbers)

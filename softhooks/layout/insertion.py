@@ -42,7 +42,7 @@ class Insertion:
     which: Which = "first"
     missing: Missing = "error"
     starts: ClassVar[dict[int, int]] = {}
-    """No virtual tokens are initialized from words; see `Template.starts`."""
+    """Empty, because no virtual tokens are initialized from words; see `Template.starts`."""
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -57,7 +57,7 @@ class Insertion:
 
     @property
     def may_skip(self) -> bool:
-        """Whether a row without an anchor has fewer slots."""
+        """Whether the slots next to an anchor are left out in rows without the anchor."""
         return self.missing == "skip" and any(group.anchor for group in self.groups)
 
     @property
@@ -71,7 +71,7 @@ class Insertion:
         return all(group.anchor is None or group.anchor.ids for group in self.groups)
 
     def bound(self, tokenizer: Any) -> Insertion:
-        """Return the layout with the ids of every anchor."""
+        """Return the layout with its anchors encoded by the tokenizer."""
         groups = (replace(group, anchor=group.anchor and group.anchor.bound(tokenizer)) for group in self.groups)
         return replace(self, groups=tuple(groups))
 
@@ -88,7 +88,7 @@ class Insertion:
 
     @property
     def table_rows(self) -> list[int]:
-        """The index of each slot's virtual token."""
+        """For each slot, the index of its virtual token."""
         return list(range(sum(group.count for group in self.groups)))
 
     def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
@@ -111,7 +111,7 @@ class Insertion:
         if ids is None:
             raise UnsupportedModeError(
                 "the call has no `input_ids`, in which the layout looks for its anchors.",
-                "Pass ids instead of embeddings, or use a layout with start and end only.",
+                "Pass `input_ids` instead of `inputs_embeds`, or use a layout with only `start` and `end`.",
                 layout=self,
             )
         return ids
@@ -121,14 +121,14 @@ class Insertion:
             return
         lacking = [rows[i] for i, is_there in enumerate(found.tolist()) if not is_there]
         raise UnsupportedModeError(
-            f"{len(lacking)} rows of the batch do not contain the anchor {anchor.value!r}, next to which slots are inserted.",
+            f"some rows of the batch do not contain the anchor {anchor.value!r}, next to which the layout inserts slots.",
             "Truncate texts so that they keep the anchor, leave `prefill_chunk_size` out, or omit the slots with missing='skip'.",
             anchor=f"{anchor.value!r}, ids {' or '.join(map(str, anchor.ids))}",
-            rows=f"{', '.join(map(str, lacking))} of the batch",
+            rows=", ".join(map(str, lacking)),
         )
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ids for a test forward: every anchor, and then these ids. [1, T] -> [1, T']."""
+        """Prepend every anchor to the ids of a test forward pass; it needs no batch columns. [1, T] -> [1, T']."""
         row = [token for group in self.groups if group.anchor for token in group.anchor.ids[0]]
         return torch.cat([torch.tensor([row], dtype=ids.dtype, device=ids.device), ids], dim=1) if row else ids, {}
 
@@ -146,7 +146,7 @@ class Insertion:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Insertion:
-        """Return the layout for JSON values from `to_json`."""
+        """Create a layout from the JSON values of `to_json`."""
         groups = stored["insert"]
         if not isinstance(groups, list):
             raise OptionError(f"the slots of the saved layout are {groups!r}; they must be a list.")
@@ -182,6 +182,6 @@ def _group_from_json(stored: Any) -> Group:
     anchor = anchor_of(tuple(value) if isinstance(value, list) else value, None)
     if not ids or (anchor.ids and anchor.ids != ids):
         raise OptionError(
-            f"the anchor {value!r} in the saved layout has the ids {stored['ids']!r}, which are not the ids of this anchor."
+            f"the anchor {value!r} in the saved layout has the ids {stored['ids']!r}, which do not match it."
         )
     return Group(at, count, Anchor(anchor.value, ids))

@@ -20,7 +20,7 @@ _AT: dict[Placement, At] = {"front": "start", "after_first": "first", "end": "en
 
 
 def text_positions(mask: Tensor) -> Tensor:
-    """Compute position ids from an attention mask; padding gets the last position before it, or 0. [B, T] -> [B, T]."""
+    """Compute position ids from an attention mask; padding gets the position before it, or 0. [B, T] -> [B, T]."""
     return (mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
@@ -30,13 +30,12 @@ class Layout:
     For data that is not tokenized yet, pass a template, such as `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`.
     - Text outside braces is an anchor: fixed words that are not trained.
     - `{mask}` is the tokenizer's mask token.
-    - `{soft:3}` stands for three slots, and `{soft:"some words"}` for as many slots as the words have tokens, which initialize
-      the virtual tokens. Slots with the same name, such as `{soft:2, name=a}`, are tied: they share their virtual tokens.
+    - `{soft:3}` stands for three slots, and `{soft:"some words"}` for one slot per token of the words, which initializes the
+      slot's virtual token. Slots with the same name, such as `{soft:2, name=a}`, are tied: they share their virtual tokens.
     - Any other name in braces is a field of the data.
 
-    For a chat, pass a list of messages with templates as contents; the tokenizer's chat template is applied to them. `mapper`,
-    for `datasets.map`, and `collator` return ids without slots, and a column `soft_slots` with the number of tokens before each
-    slot.
+    For a chat, pass a list of messages with templates as contents; the tokenizer's chat template is applied to them. `mapper`
+    and `collator` return ids that contain no slots, and a column `soft_slots` with the number of tokens before each slot.
 
     For data that is already tokenized, use `Layout.insert`.
 
@@ -68,14 +67,14 @@ class Layout:
         missing: Missing = "error",
         tokenizer: Any = None,
     ) -> Layout:
-        """Insert slots into tokenized rows. The virtual tokens have the order of these arguments.
+        """Insert slots into tokenized rows. Virtual tokens are assigned to slots in the order of the arguments.
 
         Args:
             start: the number of slots before a row's first token.
-            after, before: a mapping from anchors to numbers of slots after or before them. An anchor is an id, a tuple of ids, or
-                words, which are found at the start of a text and after a space. `generate` finds anchors only in its input.
+            after, before: anchors, and the number of slots after or before each. An anchor is an id, a tuple of ids, or words,
+                which match at the start of a text and after a space. `generate` does not search new tokens for anchors.
             end: the number of slots after a row's last token.
-            which: use the `first` or the `last` match of an anchor in a row.
+            which: whether to use the `first` or the `last` match of an anchor in a row.
             missing: `error` refuses rows without an anchor; `skip` omits the anchor's slots in these rows.
             tokenizer: the model's tokenizer or its name, for anchors that are words; or pass it to the method.
 
@@ -92,7 +91,7 @@ class Layout:
 
     @classmethod
     def placed(cls, placement: Placement, count: int) -> Layout:
-        """Insert all slots in one place."""
+        """Return a layout with all slots in one place."""
         return cls._of(Insertion((Group(_AT[placement], count),)))
 
     @classmethod
@@ -117,7 +116,7 @@ class Layout:
         return max(self.form.table_rows) + 1
 
     def bound(self, tokenizer: Any) -> Layout:
-        """Return the layout with the ids of all its words."""
+        """Return the layout with its words encoded by the tokenizer."""
         if self.form.is_bound:
             return self
         if tokenizer is None:
@@ -133,9 +132,9 @@ class Layout:
 
         Args:
             mask: the attention mask of the text, [B, T].
-            ids: the ids of the text, [B, T], or None if the call has embeddings.
+            ids: the ids of the text, [B, T], or None if the call passes embeddings.
             given: the batch column `soft_slots`, [B, S], for a template.
-            rows: the indices of the rows in the batch, for errors.
+            rows: the indices of the rows in the batch, for error messages.
 
         Raises:
             UnsupportedModeError: a row does not contain an anchor, or `soft_slots` is missing or does not fit the rows.
@@ -191,13 +190,13 @@ class Layout:
         form = self.bound(tokenizer).form
         if not isinstance(form, Template):
             raise OptionError(
-                f"{self!r} has no template, so there is nothing to render; tokenize the text as usual, and pass its ids to the "
+                f"{self!r} is not a template, so it cannot render text; tokenize the text as usual, and pass its ids to the "
                 "model."
             )
         return Mapper(form, tokenizer, max_length, target, verbalizer, label, chat)
 
     def collator(self, tokenizer: Any, **options: Any) -> Collator:
-        """Return a data collator for rows that `mapper` has rendered, or has not rendered yet.
+        """Return a data collator, which also renders the rows that `mapper` has not rendered yet.
 
         Args:
             tokenizer: the model's tokenizer, which also defines the padding side.
@@ -211,7 +210,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, stored: Any) -> Layout:
-        """Return the layout for JSON values from `to_json`."""
+        """Create a layout from the JSON values of `to_json`."""
         if not isinstance(stored, dict) or ("template" in stored) == ("insert" in stored):
             raise OptionError(f"the saved layout is {stored!r}; it must contain either a template or slots to insert.")
         form = Template.from_json(stored) if "template" in stored else Insertion.from_json(stored)

@@ -14,7 +14,7 @@ _SENTINEL = re.compile("\ue000(\\d+)\ue001")
 """The marker for a slot, mask or field in the output of a chat template."""
 
 _SPACE_MARKS = ("\u2581", "\u0120")
-"""The characters for a space before a word, in the tokens of SentencePiece and of byte-level tokenizers."""
+"""The characters for a leading space in the tokens of SentencePiece and of byte-level tokenizers."""
 
 
 @dataclass
@@ -63,10 +63,10 @@ def render_row(
 
 
 def _truncated(lengths: dict[int, int], max_length: int, fixed: int) -> dict[int, int]:
-    """Shorten the lengths of fields one by one, always the longest, until they fit in addition to the `fixed` tokens."""
+    """Shorten the longest field, one token at a time, until the fields and the `fixed` tokens fit into `max_length`."""
     if fixed > max_length:
         raise OptionError(
-            f"max_length={max_length} is too short: the anchors, special tokens and slots of the template have {fixed} tokens, "
+            f"max_length={max_length} is too short; the template's anchors, special tokens and slots take up {fixed} tokens, "
             "which are never truncated.",
             "Raise max_length, or shorten the template.",
         )
@@ -95,7 +95,7 @@ def text_of(part: Part, fields: Mapping[str, Any]) -> str:
         found = "not given" if value is None else repr(value)
         raise OptionError(
             f"the field {part.text!r} of the template is {found}; it must be a string.",
-            "Name the field like a column of the data, and convert the column's values to strings.",
+            "Name the field after a column of the data, and convert the column's values to strings.",
             given=", ".join(map(str, fields)),
         )
     return part.space + value if value else ""
@@ -105,7 +105,7 @@ def encode(text: str, tokenizer: Any) -> list[int]:
     """Tokenize a part of a longer text, without special tokens."""
     if not text:
         return []
-    # If the tokenizer adds a space before every text itself, the text's own space would be a second one.
+    # Drop the leading space if the tokenizer adds one before every text.
     if text[:1] == " " and tokenizer.convert_ids_to_tokens(_plain("a", tokenizer))[0][:1] in _SPACE_MARKS:
         text = text[1:]
     return _plain(text, tokenizer)
@@ -124,7 +124,7 @@ def _special_tokens_of(tokenizer: Any) -> tuple[list[int], list[int]]:
             return full[:start], full[start + len(plain) :]
     raise OptionError(
         f"{type(tokenizer).__name__} encodes a text as {plain} without special tokens and as {full} with them; a template needs "
-        "a tokenizer that only adds special tokens before and after the text."
+        "a tokenizer that adds special tokens only before and after the text."
     )
 
 

@@ -1,7 +1,7 @@
 """Insert slots into the rows of a batch. The text with its slots is called the widened sequence.
 
 There are B rows, T columns of text, S slots and N = T + S columns in the widened sequence. The place of a slot is the number of
-real tokens before it, which does not depend on padding.
+real (not padding) tokens before it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Places:
 
 
 def gaps(mask: Tensor, offsets: Tensor) -> Tensor:
-    """Return the text column before which each slot is inserted, or T after all columns. [B, T], [B, S] -> [B, S]."""
+    """Return the text column before which each slot is inserted, or T for the end. [B, T], [B, S] -> [B, S]."""
     # A slot is inserted directly after the last real token before it, or directly before the row's first real token.
     counted = mask.bool().long().cumsum(-1)
     last = torch.searchsorted(counted, offsets.clamp(min=1).contiguous())
@@ -73,7 +73,7 @@ class Widened:
 
     def predicting_states(self, states: Tensor, mask: Tensor) -> Tensor:
         """Return the state that predicts the token after each text token; see `predicting`. [B, N, H], [B, T] -> [B, T, H]."""
-        # Padding gets its own state, so that the columns before a row's first token do not change.
+        # Padding keeps its own state; otherwise, left padding could get the state of a slot.
         index = torch.where(mask.bool(), self.predicting, self.text)
         return states.gather(1, _match(index, states))
 
@@ -85,7 +85,7 @@ def widen(before: Tensor, live: Tensor, text_columns: int, spare_first: bool = F
         before: the text column before which each slot is inserted, or T after all columns, [B, S].
         live: which slots are used, [B, S] bool.
         text_columns: T.
-        spare_first: put unused slots at the left end, because `generate` appends new tokens at the right end.
+        spare_first: put unused slots at the left end, because `generate` appends tokens at the right end.
     """
     batch, slots = before.shape
     used = live.long()

@@ -83,18 +83,18 @@ def parse(template: str) -> list[Part]:
 
 
 def _remedy(inside: str | None) -> str:
-    """Return the remedy for braces with an invalid content, or for a single brace if `inside` is None."""
+    """Return the remedy for braces with invalid content, or for a single brace if `inside` is None."""
     if inside is None:
-        return "Write a brace that is part of the text twice: {{ or }}."
+        return "Double a brace that is part of the text: {{ or }}."
     word = (re.match(r"\w*", inside) or [""])[0]
     if difflib.get_close_matches(word.lower(), ["soft"], cutoff=0.7) or re.search(r"[:=]\s*\d+$", inside):
         return (
-            'For slots, write their number, as in {soft:3}, or the words that initialize them, as in {soft:"some words"}; add a '
-            "name to tied slots, as in {soft:3, name=a}."
+            'For slots, write their number, as in {soft:3}, or words that initialize them, as in {soft:"some words"}. For tied '
+            "slots, add a name, as in {soft:3, name=a}."
         )
     return (
-        "For a field, write the name of its column in letters, digits and _, as in {text}; for the mask, write {mask}. Write "
-        "braces that are part of the text twice: {{ and }}."
+        "For a field, write a column name of letters, digits and _, as in {text}; for the mask, write {mask}. Double braces that "
+        "are part of the text: {{ and }}."
     )
 
 
@@ -129,14 +129,14 @@ def _is_message(message: Any) -> bool:
 
 
 class Template:
-    """A template or a chat of templates.
+    """A template, or chat messages with templates as contents.
 
     Args:
         source: the template, or the messages.
         words: the ids of the words that initialize slots, in order, or None if they are not known yet.
 
     Attributes:
-        parsed: the parts of each message, or of the template as a single message.
+        parsed: the parts of each message; a single template counts as one message.
     """
 
     placement = "layout"
@@ -173,7 +173,7 @@ class Template:
         return all(part.count for part in self.parts if part.kind == "soft")
 
     def bound(self, tokenizer: Any) -> Template:
-        """Return the template with the ids of the words that initialize slots."""
+        """Return the template with the words that initialize slots encoded by the tokenizer."""
         texts = [part.text for part in self.parts if part.kind == "soft" and part.text]
         return Template(self.source, [tuple(tokenize(text, tokenizer, "soft")) for text in texts])
 
@@ -189,7 +189,7 @@ class Template:
 
     @property
     def table_rows(self) -> list[int]:
-        """The index of each slot's virtual token; tied slots share their virtual tokens."""
+        """For each slot, the index of its virtual token; tied slots share their virtual tokens."""
         return self._rows()[0]
 
     @property
@@ -217,21 +217,21 @@ class Template:
         return rows, starts
 
     def places(self, mask: Tensor, ids: Tensor | None, given: Tensor | None, rows: Sequence[int]) -> Places:
-        """Return the places of the slots, which are given in a batch column; see `Layout.places`."""
+        """Return the places of the slots from the batch column `soft_slots`; see `Layout.places`."""
         real = mask.bool().sum(-1)
         columns = len(self.table_rows)
         if given is None or tuple(given.shape) != (len(rows), columns):
             found = "absent" if given is None else list(given.shape)
             raise UnsupportedModeError(
-                f"the column `{COLUMN}`, with the places of a template's slots, is missing in the batch or has a wrong shape.",
-                "Make the batch with the layout's `render`, `mapper` or `collator`, and pass the column to the model.",
+                f"the batch column `{COLUMN}`, with the places of the template's slots, is missing or has the wrong shape.",
+                "Create the batch with the layout's `render`, `mapper` or `collator`, and pass the column to the model.",
                 given=found,
                 expected=[len(rows), columns],
             )
         offsets = given.to(real)
         if bool(((offsets < 0) | (offsets > real[:, None])).any()):
             raise UnsupportedModeError(
-                f"`{COLUMN}` is out of range: a number of tokens before a slot is negative, or exceeds the length of the row.",
+                f"`{COLUMN}` is out of range; the number of tokens before a slot must be from 0 to the length of the row.",
                 "Truncate rows with the layout's `max_length`, and leave `prefill_chunk_size` out.",
                 tokens=real.tolist(),
                 soft_slots=offsets.amax(-1).tolist(),
@@ -239,7 +239,7 @@ class Template:
         return Places(offsets, torch.ones_like(offsets).bool())
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the ids and the batch column for a test forward, [1, T]."""
+        """Return the ids and the batch column for a test forward pass, [1, T]."""
         return ids, {COLUMN: torch.zeros(1, len(self.table_rows), dtype=torch.long, device=ids.device)}
 
     def to_json(self) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class Template:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Template:
-        """Return the template for JSON values from `to_json`."""
+        """Create a template from the JSON values of `to_json`."""
         return cls(stored["template"], ids_from_json(stored.get("words")))
 
     def __repr__(self) -> str:

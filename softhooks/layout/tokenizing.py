@@ -11,7 +11,7 @@ IGNORE_INDEX = -100
 
 
 def tokenizer_of(tokenizer: Any) -> Any:
-    """Return a tokenizer, or load it if it is given by name."""
+    """Return a tokenizer, loading it if it is given by name."""
     if not isinstance(tokenizer, str):
         return tokenizer
     from transformers import AutoTokenizer
@@ -20,7 +20,7 @@ def tokenizer_of(tokenizer: Any) -> Any:
 
 
 def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
-    """Tokenize a text without special tokens. Errors name the `option` with which the text was passed."""
+    """Tokenize a text without special tokens. Errors name `option`, the option that the text comes from."""
     if tokenizer is None:
         raise OptionError(
             f"{option} is a text, but no tokenizer is given.",

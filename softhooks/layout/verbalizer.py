@@ -24,7 +24,7 @@ class Verbalizer:
     Source: Liu et al. 2021, arXiv:2103.10385, few-shot setting.
 
     Args:
-        words: for each class, a word that is a single token after a space, or the id of a token.
+        words: for each class, a word that is a single token after a space, or a token id.
         tokenizer: the model's tokenizer or its name.
         causal: True if the token before the word predicts it, as in causal language models; False if a mask token does.
 
@@ -41,7 +41,7 @@ class Verbalizer:
         self.ids = [_token_of(word, tokenizer) for word in words]
         self._mask_id: int | None = getattr(tokenizer, "mask_token_id", None)
         if len(set(self.ids)) < len(self.ids):
-            raise OptionError(f"two classes have the same word: the ids of {self.words} are {self.ids}.")
+            raise OptionError(f"the words {self.words} have the ids {self.ids}; each class must have its own word.")
 
     def token(self, label: Any) -> int:
         """Return the id of a class's word.
@@ -54,7 +54,7 @@ class Verbalizer:
         return self.ids[label]
 
     def labels(self, input_ids: Tensor, classes: Tensor) -> Tensor:
-        """Return labels with the id of each class's word at the row's mask, and -100 elsewhere. [B, T], [B] -> [B, T]."""
+        """Return labels with the id of the class's word at each row's mask, and -100 elsewhere. [B, T], [B] -> [B, T]."""
         at = self._masks(input_ids)
         words = torch.tensor([self.token(int(label)) for label in classes], device=input_ids.device)
         return torch.full_like(input_ids, IGNORE_INDEX).masked_scatter(at, words.to(input_ids.dtype))
@@ -66,7 +66,7 @@ class Verbalizer:
     def scores_at_labels(self, logits: Any, labels: Any) -> Tensor:
         """Return the logits of the classes' words at each row's label, for a Trainer's `preprocess_logits_for_metrics`.
 
-        The Trainer then gathers C numbers for each row instead of the whole vocabulary, and `trainer.predict(rows).predictions`
+        The Trainer then gathers C logits for each row instead of the whole vocabulary, and `trainer.predict(rows).predictions`
         are the scores of the classes.
 
         Args:
@@ -96,7 +96,7 @@ class Verbalizer:
         return self._class_of(labels[_labels_at(labels)])
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Compute the loss: its mean over the labels, or its sum divided by `num_items_in_batch` if a Trainer passes that.
+        """Compute the loss: the mean over the labels, or the sum divided by `num_items_in_batch` if a Trainer passes it.
 
         Raises:
             OptionError: a label is not the id of a class's word.
@@ -117,7 +117,7 @@ class Verbalizer:
         if not bool(matches.any(-1).all()):
             unknown = sorted(set(labels[~matches.any(-1)].tolist()))
             raise OptionError(
-                f"the labels {unknown} are neither the id of a class's word nor -100.",
+                f"the labels contain {unknown}; each label must be the id of a class's word, or -100.",
                 "Make labels with `Layout.mapper(..., verbalizer=)`, or with `Verbalizer.labels`.",
                 words=dict(zip(self.words, self.ids, strict=True)),
             )
@@ -125,13 +125,13 @@ class Verbalizer:
 
     def _masks(self, input_ids: Tensor) -> Tensor:
         if self._mask_id is None:
-            raise OptionError("the tokenizer has no mask token, so the mask of a row cannot be found.")
+            raise OptionError("the verbalizer has no tokenizer with a mask token, so it cannot find the mask of a row.")
         remedy = "Write one {mask} in the template, and no mask tokens in the text."
         return _one_per_row(input_ids == self._mask_id, "mask", remedy)
 
 
 def _labels_at(labels: Tensor) -> Tensor:
-    """Return where the only label of each row is. [B, T] -> [B, T] bool."""
+    """Return a mask of the only label of each row. [B, T] -> [B, T] bool."""
     remedy = (
         "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, use "
         "`verbalizer.scores(logits, input_ids)`."
@@ -144,7 +144,7 @@ def _one_per_row(found: Tensor, name: str, remedy: str) -> Tensor:
     wrong = (counts != 1).nonzero()[:, 0].tolist()
     if wrong:
         raise OptionError(
-            f"{len(wrong)} rows of the batch do not have exactly one {name}.",
+            f"some rows of the batch do not have exactly one {name}.",
             remedy,
             rows=", ".join(map(str, wrong)),
             found=counts[wrong].tolist(),
@@ -164,6 +164,6 @@ def _token_of(word: str | int, tokenizer: Any) -> int:
         raise OptionError(
             f"the tokenizer encodes {word!r} as {tokenizer.convert_ids_to_tokens(ids)}; the word of a class must be a single "
             "known token.",
-            "Choose another word, or pass the id of a token.",
+            "Choose another word, or pass a token id.",
         )
     return ids[0]

@@ -122,7 +122,7 @@ def test_adapters_that_change_nothing_or_train_with_the_prompt_are_no_other_base
     folder = saved(zoo.build("llama"), tmp_path / "bare")
     softhooks.load(_with_lora(0), folder).remove()  # fresh LoRA adds nothing
     folder = saved(_with_lora(0, init_lora_weights=False), tmp_path / "over", trainable="*lora_*")
-    with pytest.warns(UserWarning, match="parameters of the base were trained with"):
+    with pytest.warns(UserWarning, match="parameters of the base model were trained with"):
         softhooks.load(zoo.build("llama"), folder).remove()
 
 

@@ -64,7 +64,7 @@ def test_a_mapper_puts_the_word_where_the_mask_stands() -> None:
     for template in ("{a} {soft:2}", "{mask} {a} {soft:2} {mask}"):
         with pytest.raises(OptionError, match=r"one \{mask\}"):
             Layout(template).mapper(tokenizer, verbalizer=words)
-    with pytest.raises(OptionError, match="labels are made for only one of them"):
+    with pytest.raises(OptionError, match="target and verbalizer are both given; pass only one of them"):
         layout.mapper(tokenizer, verbalizer=words, target="a")
 
 
@@ -78,7 +78,9 @@ def test_rows_with_no_mask_or_two() -> None:
 def test_a_label_that_is_no_word() -> None:
     _, words = made()
     labels = torch.tensor([[-100, 3, words.ids[0]]])
-    with pytest.raises(OptionError, match=r"the labels \[3\] are neither the id of a class's word nor -100"):
+    with pytest.raises(
+        OptionError, match=r"the labels contain \[3\]; each label must be the id of a class's word, or -100"
+    ):
         words({"logits": torch.randn(1, 3, 40)}, labels)
 
 
