@@ -27,7 +27,7 @@ _JOINED = (
 
 
 class CartridgeEncoder(PromptEncoder):
-    """Keys and values; those of the frozen slots are buffers, so that neither momentum nor weight decay changes them.
+    """The keys and values of a cartridge. Frozen ones are buffers, so that neither momentum nor weight decay changes them.
 
     Args:
         tables: the initial keys and values of each group, [P, N].
@@ -50,30 +50,30 @@ class CartridgeEncoder(PromptEncoder):
 
 @dataclass(frozen=True)
 class Cartridge(PrefilledPrefix):
-    """Cartridge: P trained keys and values that replace a long document.
+    """Cartridge: the trained keys and values of P virtual tokens, which replace a long document.
 
     They are initialized with the keys and values of the document's first P tokens, and trained by self-distillation: the teacher
     is the frozen model with the whole document before each row, and the student is the model with the cartridge. The rows are
     questions and answers about the document, which the model itself can generate. The loss is the KL divergence between teacher
-    and student at the labeled tokens. The labels only select tokens; to train on the whole text, pass labels equal to the ids.
+    and student at the tokens that the labels select; to train on the whole text, pass the input ids as labels.
 
-    Each step runs the model on the document once, for all rows and without gradients. Put the training loop, or
-    `trainer.train()`, inside `with softhooks.kept(model):` to run it only once. In evaluation the loss is the model's own.
+    Each training step runs the model on the document, once for all rows and without gradients. Put the training loop, or
+    `trainer.train()`, inside `with softhooks.kept(model):` to do this only once. In evaluation, the model returns its own loss.
 
-    Start with AdamW and a learning rate of 2e-2 (the paper). The first virtual token is frozen because many models use the first
-    token as an attention sink.
+    Start with AdamW and a learning rate of 2e-2, as in the paper. By default the first virtual token is frozen, because many
+    models use the first token as an attention sink.
 
     The document must fit into the model's context window. For a longer document, make a cartridge for each part; `concatenate`
     joins cartridges, which must then be trained together.
 
-    Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differs: all tokens except the teacher's k most likely ones enter the KL
-    divergence as one token, which the authors omit; so the loss is never negative, and 0 if the student equals the teacher.
+    Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differences: the authors omit the tokens outside the teacher's top k, which we
+    merge into one term of the KL divergence; so the loss is never negative, and it is 0 if the student equals the teacher.
 
     Args:
         num_virtual_tokens: P.
-        document: a text or ids, which are saved for further training. A text gets the tokenizer's BOS token, if there is one; in
-            this case, tokenize rows without BOS.
-        tokenizer: the model's tokenizer or its name, for a text.
+        document: a text, or token ids; the ids are saved for further training. A text gets the tokenizer's BOS token, if there is
+            one; in this case, tokenize the rows without BOS.
+        tokenizer: the model's tokenizer or its name; required for a text.
         frozen_slots: the number of virtual tokens at the start that are not trained.
         distill: True trains by self-distillation, in causal language models; False trains on the model's own loss, in any model.
         top_k: the number of the teacher's most likely tokens that are compared individually.
@@ -84,8 +84,8 @@ class Cartridge(PrefilledPrefix):
     Raises:
         OptionError: an option is wrong, or the document is missing or shorter than the cartridge.
         PromptTooLongError: the document does not fit into the model's context window.
-        UnsupportedMethodError: prompts cannot enter the model's attention, or `distill` is True and the model is not a causal
-            language model.
+        UnsupportedMethodError: softhooks cannot add a key-value prefix to the model's attention, or `distill` is True and the
+            model is not a causal language model.
     """
 
     kind: ClassVar[str] = "cartridge"
@@ -102,7 +102,7 @@ class Cartridge(PrefilledPrefix):
         check_int("top_k", self.top_k)
         if self.frozen_slots >= self.num_virtual_tokens:
             raise OptionError(
-                f"frozen_slots is {self.frozen_slots}; of {self.num_virtual_tokens} virtual tokens, at least one must be trained."
+                f"frozen_slots is {self.frozen_slots}; it must be less than num_virtual_tokens={self.num_virtual_tokens}."
             )
         if self.document is None:
             if self.distill:
@@ -127,13 +127,13 @@ class Cartridge(PrefilledPrefix):
         return [int(i) for i in self.document or ()]
 
     def objective(self) -> Objective | None:
-        """Return the loss of self-distillation, or None to train on the model's own loss."""
+        """Return the self-distillation objective, or None to train on the model's own loss."""
         from softhooks.objectives.self_distillation import SelfDistillation  # imports transformers
 
         return SelfDistillation(self.ids, self.top_k) if self.distill else None
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the encoder with the keys and values of the document's first P tokens."""
+        """Make the encoder, initialized with the keys and values of the document's first P tokens."""
         if self.document is None:
             raise OptionError(
                 "a new cartridge is initialized from a document, but none is given; pass `document=`, or use `load` for a saved "
@@ -144,7 +144,7 @@ class Cartridge(PrefilledPrefix):
         return self.folded_encoder({group: table[: self.num_virtual_tokens] for group, table in tables.items()})
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the same encoder as for a new prompt, with the same frozen slots."""
+        """Make the encoder of a new or loaded cartridge, whose frozen virtual tokens stay frozen."""
         return CartridgeEncoder(tables, self.frozen_slots)
 
     def _check_window(self, structure: ModelStructure) -> None:
@@ -165,10 +165,10 @@ class Cartridge(PrefilledPrefix):
     ) -> Any:
         """Concatenate cartridges and attach them as one prompt.
 
-        The paper reports that two cartridges can be joined without training. According to arXiv:2606.04557, the answers may be no
-        better than chance, because each cartridge was trained alone. So train the joined cartridge (`trainable=True`).
+        The paper reports that two cartridges can be joined without training. But according to arXiv:2606.04557, the answers may
+        be no better than chance, because each cartridge was trained alone. So train the joined cartridge (`trainable=True`).
 
-        The text's position ids start after all cartridges. Only the frozen slots of the first cartridge stay frozen.
+        The text's position ids start after all cartridges. Only the frozen virtual tokens of the first cartridge stay frozen.
 
         Warns:
             UserWarning: the cartridges were not trained together.
@@ -195,7 +195,7 @@ class Cartridge(PrefilledPrefix):
 def attach_joined(
     model: nn.Module, stored: StoredPrompt, name: str, *, trainable: bool, parts: Sequence[StoredPrompt]
 ) -> Any:
-    """Attach a joined cartridge. `softhooks.load` replaces this function, because this module cannot import a higher layer."""
+    """Attach a joined cartridge. `softhooks.load`, which this module must not import, replaces this function."""
     raise ImportError("`Cartridge.concatenate` needs `softhooks.load`, which has not been imported; import it first.")
 
 
@@ -227,8 +227,8 @@ def _check_joinable(parts: Sequence[StoredPrompt]) -> None:
         part.conventions != parts[0].conventions for part in parts
     ):
         raise PromptMismatchError(
-            "the cartridges have different shapes or conventions; they must be trained on one base model.",
-            "Concatenate cartridges of one model.",
+            "the shapes or conventions of the cartridges differ; all of them must be trained on the same base model.",
+            "Concatenate only cartridges of the same model.",
             sizes=widths,
             conventions=[part.conventions for part in parts],
         )

@@ -17,7 +17,7 @@ from softhooks.prompt_encoder import PromptEncoder, TableEncoder
 
 
 class DemonstrationEncoder(TableEncoder):
-    """Trained keys and values of demonstrations. `ContextTuning` documents the options.
+    """The trained keys and values of demonstrations. `ContextTuning` documents the options.
 
     Args:
         tables: the initial keys and values of each group, [P, N].
@@ -53,31 +53,31 @@ class ContextTuning(PrefilledPrefix):
 
     Before the first step the model's output is the same as with the demonstrations in its context. Training rows are usually the
     demonstrations themselves, split into text and label. Two options keep the model from looking up the answers in the prefix:
-    - `leave_one_out`: a row does not attend to its own demonstration. The batch column `example_ids` has this demonstration's
-      number, from 0, or -1 for a row that is not a demonstration. The keys and values of later demonstrations still depend on the
-      hidden one. Rows with `example_ids` are masked in evaluation too.
+    - `leave_one_out`: a row does not attend to its own demonstration. The batch column `example_ids` has the number of this
+      demonstration, from 0, or -1 for a row that is not a demonstration. The keys and values of later demonstrations still depend
+      on the hidden one. In evaluation, rows with `example_ids` are masked too.
     - `token_dropout`: in training, random virtual tokens are hidden from each row.
 
     Start with AdamW and a learning rate of 1e-3. Tokenize rows without a BOS token if the demonstrations start with one.
 
-    Source: Lu et al. 2025, arXiv:2507.04221, the key-value variant (CT-KV). Differs: `instruction` is ours, and so is the support
-    of encoder-decoders, where encoder and decoder both read the demonstrations.
+    Source: Lu et al. 2025, arXiv:2507.04221, the key-value variant (CT-KV). Differences: we add `instruction`, and support
+    encoder-decoders, whose encoder and decoder both read the demonstrations.
 
     Args:
-        num_virtual_tokens: P, which is computed from the demonstrations; leave it out.
-        demonstrations: texts or lists of ids, one for each demonstration, including the separator before the next one.
+        num_virtual_tokens: leave it out; P is computed from the demonstrations.
+        demonstrations: one text or list of ids for each demonstration, which ends with the separator before the next one.
         instruction: a text or ids before the first demonstration. If texts are given, the tokenizer's BOS token comes first.
-        tokenizer: the model's tokenizer or its name, for texts.
+        tokenizer: the model's tokenizer or its name; required for texts.
         leave_one_out: require `example_ids` in training.
         token_dropout: the probability of hiding a virtual token; 0.05 to 0.1 in the paper.
-        lengths: the number of tokens of each demonstration, which is computed and saved; leave it out.
+        lengths: leave it out; the number of tokens of each demonstration is computed, and saved with the prompt.
 
     Shape:
         each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)].
 
     Raises:
         OptionError: an option is wrong, or the demonstrations are missing.
-        UnsupportedMethodError: prompts cannot enter the model's attention.
+        UnsupportedMethodError: softhooks cannot add a key-value prefix to the model's attention.
     """
 
     kind: ClassVar[str] = "context_tuning"
@@ -139,12 +139,12 @@ class ContextTuning(PrefilledPrefix):
         """Compute the keys and values of the demonstrations with the frozen model."""
         if not len(self.demonstrations):
             raise OptionError(
-                "a new prompt of context tuning is initialized from demonstrations, but none are given; pass `demonstrations=`, "
-                "or use `load` for a saved prompt."
+                "a new context-tuning prompt is initialized from demonstrations, but none are given; pass `demonstrations=`, or "
+                "use `load` for a saved prompt."
             )
         ids = [*(self.instruction or ()), *(i for shot in self.demonstrations for i in shot)]
         return self.folded_encoder(self.prefill(structure, ids))
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the same encoder as for a new prompt, because a loaded prompt still masks rows."""
+        """Make the encoder of a new or loaded prompt, which hides demonstrations in both cases."""
         return DemonstrationEncoder(tables, self.lengths or (), self.leave_one_out, self.token_dropout)

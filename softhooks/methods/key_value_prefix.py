@@ -44,7 +44,7 @@ class MLPPrefixEncoder(PromptEncoder):
 
     @torch.no_grad()
     def _fit(self, group: str, table: Tensor) -> None:
-        """Fit the last layer to the initial keys and values by least squares; exact if P is at most m."""
+        """Fit the last layer to the initial keys and values by least squares; the fit is exact if P is at most m."""
         hidden = torch.tanh(self.down[group](self.rows[group])).double()
         up = self.up[group]
         target = table.double().to(hidden.device) - up.bias.double()  # type: ignore[operator]

@@ -18,30 +18,30 @@ class PTuningV2(KeyValuePrefix):
     The head may classify texts or tokens, or extract spans; `attach` trains a copy of the head with the prompt. Token labels and
     span positions refer to the text without the prompt.
 
-    Start with AdamW, a learning rate of 5e-3 (the paper: 5e-3 to 6e-2) and 8 to 128 virtual tokens; hard tagging tasks need the
-    most.
+    Start with AdamW, a learning rate of 5e-3 (the paper uses 5e-3 to 6e-2) and 8 to 128 virtual tokens; hard tagging tasks need
+    the most.
 
-    Source: Liu et al. 2021, arXiv:2110.07602. Differs: dropout uses one mask for all rows of a batch, because the prefix is
-    computed once; an encoder's positions are only shifted with `shift_positions=True`, but always in the authors' BERT; the MLP
-    is fitted to the initial prefix by least squares.
+    Source: Liu et al. 2021, arXiv:2110.07602. Differences: dropout uses one mask for all rows of a batch, because the prefix is
+    computed once; an encoder's positions are shifted only with `shift_positions=True`, whereas the authors always shift BERT's;
+    the MLP is fitted to the initial prefix by least squares.
 
     Args:
         num_virtual_tokens: P.
-        layers: the layers that get a prefix, counted in each encoder or decoder from 0, or from the top with -1; `range(-12, 0)`
-            are the top twelve. None: every layer.
-        projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
+        layers: the layers that get a prefix, counted from 0 in each encoder or decoder, or from the top with -1; `range(-12, 0)`
+            selects the top twelve. None selects every layer.
+        projection: compute the prefix with a trained MLP; only the prefix is saved.
         hidden_size: the width of the MLP.
         dropout: dropout on the prefix.
         shift_positions: start the text's position ids at P. None does so in causal decoders only.
-        windowed: in layers with a sliding window, show the prefix only to tokens within the window. The default shows it to every
-            token, because a decoder classifies its last token, which may be far from the prefix.
+        windowed: in layers with a sliding window, only tokens within the window attend to the prefix. By default every token
+            does, because a decoder classifies its last token, which may be far from the prefix.
 
     Shape:
         the prefix has the shape [P, sum over chosen layers of Hk * (Dk + Dv)]; an encoder-decoder has three prefixes.
 
     Raises:
         OptionError: an option is wrong, or names a layer that the model does not have.
-        UnsupportedMethodError: prompts cannot enter the model's attention.
+        UnsupportedMethodError: softhooks cannot add a key-value prefix to the model's attention.
     """
 
     kind: ClassVar[str] = "p_tuning_v2"

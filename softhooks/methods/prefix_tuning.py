@@ -24,15 +24,16 @@ class PrefixTuning(KeyValuePrefix):
     An encoder-decoder gets three independent prefixes: in the encoder's self-attention, the decoder's self-attention, and
     cross-attention.
 
-    Start with AdamW and a learning rate of 5e-3 without the MLP, or 5e-4 with it (the paper: 5e-5, P = 10, m = 512, many
-    epochs).
+    Start with AdamW and a learning rate of 5e-3 without the MLP, or 5e-4 with it (the paper uses 5e-5 with P = 10, m = 512 and
+    many epochs).
 
-    Source: Li & Liang 2021, arXiv:2101.00190. Differs: no MLP by default, because a prefix initialized from real words trains
-    stably without it; the MLP is fitted to the initial prefix by least squares instead of 500 training steps; `windowed` is ours.
+    Source: Li & Liang 2021, arXiv:2101.00190. Differences: there is no MLP by default, because a prefix initialized from real
+    words trains stably without one; the MLP is fitted to the initial prefix by least squares instead of 500 training steps; we
+    add `windowed`.
 
     Args:
         num_virtual_tokens: P.
-        projection: compute the prefix with an MLP, which is trained; only the prefix is saved.
+        projection: compute the prefix with a trained MLP; only the prefix is saved.
         hidden_size: m, the width of the MLP.
         dropout: dropout on the prefix.
         init: the initial prefix:
@@ -41,17 +42,17 @@ class PrefixTuning(KeyValuePrefix):
             `zero`: zeros;
             `random`: N(0, 0.02).
         init_text, init_ids: the text; its first P tokens are used.
-        tokenizer: the model's tokenizer or its name, for `init_text`.
+        tokenizer: the model's tokenizer or its name; required for `init_text`.
         shift_positions: start the text's position ids at P. None does so in causal decoders only.
-        windowed: in layers with a sliding window, show the prefix, at positions 0 to P-1, only to tokens within the window.
-            Encoders, and all models if False, show the whole prefix to every token.
+        windowed: in layers with a sliding window, only tokens within the window attend to the prefix, which has positions 0 to
+            P-1. If False, and always in encoders, every token attends to the whole prefix.
 
     Shape:
         each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)].
 
     Raises:
         OptionError: an option is wrong, or does not fit `init`.
-        UnsupportedMethodError: prompts cannot enter the model's attention.
+        UnsupportedMethodError: softhooks cannot add a key-value prefix to the model's attention.
     """
 
     kind: ClassVar[str] = "prefix_tuning"

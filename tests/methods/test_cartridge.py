@@ -375,7 +375,7 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path) -> None:
                     Cartridge.concatenate(model, sources, "joined")
         with (
             softhooks.attach(zoo.build("gpt2"), method()) as foreign,
-            pytest.raises(PromptMismatchError, match="one base model"),
+            pytest.raises(PromptMismatchError, match="must be trained on the same base model"),
         ):
             Cartridge.concatenate(model, [one, foreign], "joined")
         classifier = softhooks.attach(zoo.build("llama", "sequence"), method(distill=False))
@@ -415,7 +415,7 @@ def test_pefts_own_composition_is_ours(tmp_path: Path) -> None:
         ({"document": []}, "a text or a list of at least one id"),
         ({"document": "word5 word6"}, "tokenizer"),
         ({"document": [5, 6]}, r"(?s)not be longer than its document.*2 tokens"),
-        ({"frozen_slots": P}, "at least one must be trained"),
+        ({"frozen_slots": P}, "it must be less than num_virtual_tokens="),
         ({"frozen_slots": -1}, "frozen_slots"),
         ({"frozen_slots": True}, "frozen_slots"),
         ({"top_k": 0}, "top_k"),
