@@ -32,43 +32,43 @@ _WIDTH = 2048
 class ContextAwarePromptTuning(Method):
     """Context-aware prompt tuning (CPT): a few-shot context, [P, H], whose embeddings are trained within bounds.
 
-    The context comes before every row, and before the first step the output is that of in-context learning. Labels and separators
-    are fixed. The other embeddings are projected back to their bounds after each optimizer step.
+    The context comes before every row, so the initial output is that of in-context learning. Labels and separators are fixed. The
+    other embeddings are projected back into their bounds after each optimizer step.
 
     The training loss replaces the model's own loss. It is the cross-entropy on the label tokens of the context's examples **and**
-    of the row. The row's labels have weight 1, those of the last example `decay`, those of the example before it `decay` squared,
-    and so on; the sum is divided by the number of label tokens. Rows are weighted by their number of label tokens, so that
-    gradient accumulation gives the result of one large batch. Other terms of the model's loss, such as a router's load balancing,
-    are left out. In evaluation the loss is the model's own, on the row alone.
+    of the row. The row's labels have weight 1, the labels of the last example have weight `decay`, those of the example before it
+    `decay` squared, and so on; the sum is divided by the number of label tokens. Rows are weighted by their number of label
+    tokens, so that gradient accumulation gives the result of one large batch. Other terms of the model's loss, such as a router's
+    load-balancing loss, are left out. In evaluation, the model returns its own loss, on the row alone.
 
     The method needs a causal language model that computes the context once for all rows (`prompt.injection` is `shared`); other
     models are refused. To continue the training of a saved prompt, load it with `trainable=True`.
 
-    Make rows with `render`, in training and in inference; they have the format of the examples, without a BOS token. The order
-    of the examples is part of the prompt.
+    For training and inference, make rows with `render`, which gives them the format of the examples, without a BOS token. The
+    order of the examples is part of the prompt.
 
     If the training rows are the examples themselves, use `leave_one_out`: a row does not attend to its own example, and the label
     of this example is left out of the row's loss. The batch column `example_ids` has the example's number, from 0, or -1 for a
-    row that is not an example. Later examples still depend on the hidden one, because the context is computed once. Rows with
-    `example_ids` are masked in evaluation too.
+    row that is not an example. Later examples still depend on the hidden one, because the context is computed once. In
+    evaluation, rows with `example_ids` are masked too.
 
-    Start with AdamW and a learning rate of 1e-4 to 1e-3. The log message at attach shows how far the embeddings may move.
+    Start with AdamW and a learning rate of 1e-4 to 1e-3. `attach` logs how far the embeddings may move.
 
-    Source: Blau et al. 2024, arXiv:2410.17222, and the authors' code. Differs: batches of more than one row and `leave_one_out`
-    are ours (the latter after arXiv:2507.04221).
+    Source: Blau et al. 2024, arXiv:2410.17222, and the authors' code. Differences: batches may have more than one row, and we add
+    `leave_one_out`, as in arXiv:2507.04221.
 
     Args:
-        num_virtual_tokens: P, which is computed from the context; leave it out.
-        examples: mappings of the template's fields to text, or pairs of input and label.
+        num_virtual_tokens: leave it out; P is computed from the context.
+        examples: dictionaries with a text for each field of the template, or pairs of input and label.
         template: the format of an example: text with fields in braces, the last of which is `{label}`, and `{sep}` for
             a separator that is not trained.
-        tokenizer: the model's tokenizer or its name, for examples and for `render`.
+        tokenizer: the model's tokenizer or its name; required for examples and for `render`.
         separator: the text between examples.
         inner_separator: the text of `{sep}`.
-        context_ids, token_types: the context itself, instead of examples. The tokens of example i have the types 4i+1
-            (format of the input), 4i+2 (input), 4i+3 (format of the label), 4i+4 (label); separators have 0.
+        context_ids, token_types: the token ids and token types of a context, instead of examples. The tokens of example i have
+            the types 4i+1 (format of the input), 4i+2 (input), 4i+3 (format of the label), 4i+4 (label); separators have 0.
         epsilon_input, epsilon_format: how far the embeddings of inputs and of formats may move if the hidden size is 2048; the
-            bound grows with the square root of the hidden size. None: no bound.
+            bound grows with the square root of the hidden size. None sets no bound.
         decay: the factor between the weights of successive examples.
         context_loss: also train on the labels of the context.
         leave_one_out: require `example_ids` in training.
@@ -126,7 +126,7 @@ class ContextAwarePromptTuning(Method):
 
     def _context_of(self, examples: Sequence[Any]) -> Context:
         if self.context_ids is not None or self.token_types is not None:
-            raise OptionError("examples are given, and also context_ids or token_types; pass only one of the two.")
+            raise OptionError("examples and a context (context_ids, token_types) are both given; pass only one.")
         if isinstance(examples, (str, Mapping)) or not len(examples):
             raise OptionError(f"examples is {examples!r}; it must be a list of at least one example.")
         if self.template is None or self.tokenizer is None:
@@ -141,7 +141,7 @@ class ContextAwarePromptTuning(Method):
 
     @property
     def context(self) -> Context:
-        """The tokens and their types."""
+        """The context's token ids and their types."""
         return Context(tuple(self.context_ids or ()), tuple(self.token_types or ()))
 
     @property
@@ -159,9 +159,9 @@ class ContextAwarePromptTuning(Method):
         """Render a row in the format of the examples.
 
         Args:
-            row: a mapping of fields to text, which may include the label; or the input as text, if the template has only one.
+            row: a dictionary of the template's fields, with or without the label; or a text, if there is only one input field.
             label: the label; a row without a label ends where the label is to be generated.
-            tokenizer: the tokenizer, if the method has none, as after `load`.
+            tokenizer: the model's tokenizer; required if the method has none, for example after `load`.
 
         Returns:
             `input_ids` and `attention_mask`. If the row has a label, also `labels`, which are -100 outside the label. With
@@ -198,7 +198,7 @@ class ContextAwarePromptTuning(Method):
         encoder.start_ids = list(context.ids)
         low, high = encoder.reach.min(), encoder.reach.max()
         logger.info(
-            "the context has %d tokens and %d examples; %d tokens are trained and may move by %.3g to %.3g of their norm",
+            "the context has %d tokens and %d examples; %d embeddings are trained and may move by %.3g to %.3g of their norm",
             len(context.ids), context.count, len(bounds), low, high,
         )  # fmt: skip
         return encoder
@@ -217,7 +217,7 @@ class ContextAwarePromptTuning(Method):
         )
 
     def objective(self) -> Objective | None:
-        """Train on the labels of the context and of the row."""
+        """Return an objective that trains on the labels of the context and of the row."""
         if not self.context_loss:
             return None
         context = self.context

@@ -14,11 +14,11 @@ from softhooks.methods.leave_one_out import hide_own_example
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 _TARGET, _LIMIT = 1 - 2.0**-19, 1 - 2.0**-20
-"""A delta longer than `_LIMIT` times its bound is scaled to `_TARGET` times the bound. These are below 1 so that rounding neither
-exceeds the bound nor makes the next step scale the delta again."""
+"""A delta longer than `_LIMIT` times its bound is scaled to `_TARGET` times the bound. Both factors are below 1, so that rounding
+neither exceeds the bound nor makes the next step scale the delta again."""
 
 _SAME_WORD = 2.0**-7
-"""How far a saved embedding may be from the model's, relative to the norm: the precision of bfloat16."""
+"""The largest allowed difference between a saved embedding and the model's, relative to its norm: the precision of bfloat16."""
 
 
 class ContextRows(PromptEncoder):
@@ -40,10 +40,10 @@ class ContextRows(PromptEncoder):
 
 
 class ContextEncoder(ContextRows):
-    """The embeddings of the context plus a learned delta for each of M movable tokens. Labels and separators have no delta.
+    """The embeddings of the context, plus learned deltas for M of its tokens. Labels and separators have no delta.
 
     Args:
-        context: the tokens and their types.
+        context: the token ids and their types.
         words: E, the embeddings of the tokens, [P, H].
         bounds: the largest norm of each delta, [M].
         leave_one_out: require `example_ids` in training.
@@ -101,7 +101,7 @@ class ContextEncoder(ContextRows):
         beyond = int((torch.linalg.vector_norm(self.delta, dim=1) > self.bounds * (1 + _SAME_WORD)).sum())
         if beyond:
             warnings.warn(
-                f"{beyond} tokens of this context exceed their bounds and are scaled back to their bounds.",
+                f"{beyond} embeddings of this context exceed their bounds and are scaled back to them.",
                 stacklevel=2,
             )
         self.constrain()
@@ -109,7 +109,7 @@ class ContextEncoder(ContextRows):
 
 
 class FoldedContext(ContextRows):
-    """A folded context. It has no parameters, because an optimizer would also change the labels."""
+    """A folded context. Its embeddings are not a parameter, because an optimizer would also change those of the labels."""
 
     embeddings: Tensor
 

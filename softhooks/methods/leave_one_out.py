@@ -18,11 +18,11 @@ def hide_own_example(
     """Return which virtual tokens to hide from each row, [B, P] bool; None if the call does not have the column.
 
     Args:
-        given: the batch columns of the forward.
+        given: the batch columns of the call.
         batch: the number of rows.
         owners: the example that each virtual token belongs to, [P]; -1 for none.
         count: the number of examples.
-        required: refuse a call without the column.
+        required: raise an error if the call does not have the column.
     """
     if required:
         reason = "a row that is an example must not attend to itself; use -1 for other rows, or leave_one_out=False"

@@ -171,8 +171,8 @@ def test_options_that_cannot_be(options: Any, words: str) -> None:
         ({"examples": [EXAMPLES[0], {"input": "word5"}]}, "example 1"),
         ({"examples": [("word5", 1)]}, "it must be a string"),
         ({"examples": [(None, "word5")]}, "it must be a string"),
-        ({"context_ids": IDS}, "pass only one of the two"),
-        ({"token_types": IDS}, "pass only one of the two"),
+        ({"context_ids": IDS}, r"\(context_ids, token_types\) are both given; pass only one"),
+        ({"token_types": IDS}, r"\(context_ids, token_types\) are both given; pass only one"),
     ],
     ids=str,
 )  # fmt: skip
