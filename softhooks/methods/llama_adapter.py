@@ -31,44 +31,44 @@ from softhooks.prompt_encoder import PromptEncoder
 
 @dataclass(frozen=True)
 class LlamaAdapter(Method):
-    """LLaMA-Adapter: K trained vectors in each layer, whose keys and values are attended to separately and added with a gate.
+    """LLaMA-Adapter: each layer also attends to K trained vectors, P, and adds the result to its attention output with a gate.
 
     Attention returns `softmax(q k^T) v + tanh(g) softmax(q (Wk P)^T) Wv P`, with the layer's own projections Wk and Wv and one
-    gate g for each head. All g are initialized with 0, so the initial output is that of the base model, bit for bit. There is no
-    mask, no rotation, no shift of positions, and no input norm for P.
+    gate g for each head. All g are initialized with 0, so the initial output is that of the base model, bit for bit. P has no
+    attention mask, no rotary embedding and no input norm, and does not shift the text's position ids.
 
-    It works in models that use transformers' attention interface, and in the encoders with inline attention that softhooks
-    rewrites (there the initial output is only equal up to rounding). In an encoder-decoder, it enters the self-attention of both.
+    The method supports models that use transformers' attention interface, and encoders whose inline attention softhooks rewrites
+    (their initial output is only equal up to rounding). In an encoder-decoder, both stacks attend to P in their self-attention.
 
     **Context.** Each row of a batch may have a context, such as the vectors of an image. Pass it to the model or to `generate` as
-    `prompt_context`. A context [B, C] is added to all K vectors; a context [B, K, C] has one vector for each of them. C is the
-    model's hidden size; with another C, set `context_size`, which also trains a linear layer from C to the hidden size.
+    `prompt_context`. A context [B, C] is added to all K vectors; a context [B, K, C] has one vector for each of them. If C is not
+    the model's hidden size, set `context_size`, which adds a trained linear layer from C to the hidden size.
 
     **Version 2.** `scale_and_bias` trains a factor and an offset for every linear layer in the backbone's blocks. With
     `early_fusion`, the first layers attend to the context, and only the other layers to P. To train the norms too, use
     `attach(..., trainable="*norm*")`; their weights belong to the base model and are saved with it.
 
-    The disjoint parameter groups of version 2 need your own training loop instead of a Trainer: one optimizer for batches with
-    images, over `text_context_weight`, `text_context_bias` and `text_gates`, and one for batches of text alone, over all
+    Version 2 trains different parameters on images than on text, which requires your own training loop: one optimizer for batches
+    with images, over `text_context_weight`, `text_context_bias` and `text_gates`, and one for batches of text alone, over all
     parameters but the first two. After a backward pass with images, zero the gradients of all gates except the first
     `early_fusion * Hq`, which belong to the early layers. Exclude the gates from weight decay, and zero all gradients after each
     step.
 
-    While g is 0, P gets no gradient, so the gates open first. Start with AdamW and a learning rate of 5e-3 (the authors: 1.1e-3,
-    weight decay 0.02, betas 0.9 and 0.95, loss on the response only).
+    While g is 0, P gets no gradient, so the gates change first. Start with AdamW and a learning rate of 5e-3 (the authors use
+    1.1e-3, weight decay 0.02, betas 0.9 and 0.95, and the loss on the response only).
 
-    Source: Zhang et al. 2023, arXiv:2303.16199; Gao et al. 2023, arXiv:2304.15010. Differs: all layers by default, where the
-    paper leaves out the lowest two of 32; tanh of the gate by default, as in the authors' code but not in the paper; a model's
-    soft cap on attention scores is applied; an early context has gates too, so that the initial output is that of the base model;
-    factors are stored minus 1, so that weight decay pulls them to 1.
+    Source: Zhang et al. 2023, arXiv:2303.16199; Gao et al. 2023, arXiv:2304.15010. Differences: by default all layers attend to
+    P, but in the paper only the upper 30 of 32; the default gate is tanh(g), as in the authors' code but not in the paper; a
+    model's soft cap on attention scores is applied; layers with early fusion have gates too, so that the initial output is that
+    of the base model; factors are stored minus 1, so that weight decay pulls them to 1.
 
     Args:
         num_virtual_tokens: K.
-        num_layers: the number of attention layers, from the top, that get P; None: all except those of `early_fusion`.
-        gate: multiply by `tanh` of g, or by g itself (`raw`).
+        num_layers: the number of layers, counted from the top, that attend to P; None: all except those of `early_fusion`.
+        gate: multiply by tanh(g) (`tanh`), or by g itself (`raw`).
         gate_per: one g for each `head`, or for each `layer`.
         context_size: C, if it is not the model's hidden size.
-        early_fusion: the number of layers, from the bottom, that attend to the context; 0 adds the context to P instead.
+        early_fusion: the number of layers, counted from the bottom, that attend to the context; 0 adds the context to P instead.
         scale_and_bias: train a factor and an offset for the output of every linear layer.
         init_std: P is initialized from N(0, init_std).
 
@@ -79,8 +79,8 @@ class LlamaAdapter(Method):
 
     Raises:
         OptionError: an option is wrong.
-        UnsupportedMethodError: prompts cannot enter a layer's attention, or there are too few layers.
-        UnsupportedModeError: in a forward, if the context has the wrong shape.
+        UnsupportedMethodError: softhooks cannot extend a layer's attention, or there are too few layers.
+        UnsupportedModeError: a forward has a context of the wrong shape.
     """
 
     kind: ClassVar[str] = "llama_adapter"
@@ -119,7 +119,7 @@ class LlamaAdapter(Method):
         return {name: self.gate if name == "gate" else allowed[0] for name, allowed in self.conventions_allowed.items()}
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the encoder with random vectors and closed gates."""
+        """Make the encoder with random vectors, and with all gates 0."""
         tables = {group: torch.zeros(shape) for group, shape in self.shapes(structure).items()}
         for group, table in tables.items():
             if group.endswith(PROMPTS):
@@ -170,7 +170,7 @@ class LlamaAdapter(Method):
     # --- the branch ---------------------------------------------------------------------------------------------------
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the same encoder as for a new prompt."""
+        """Make the encoder of a folded prompt."""
         return AdapterEncoder(tables, self.gate)
 
     @property
@@ -183,7 +183,7 @@ class LlamaAdapter(Method):
         return self.context_size is not None and CONTEXT not in given
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """Return the part of a parameter for each attention layer; factors and offsets have one for each linear layer."""
+        """Return the parts of a parameter that must each get a gradient, one per attention layer or linear layer."""
         stack = next(stack for stack in structure.stacks if group.startswith(f"{stack.name}_"))
         kind = group.removeprefix(f"{stack.name}_")
         if kind in (FACTORS, OFFSETS):
@@ -196,7 +196,7 @@ class LlamaAdapter(Method):
         return slices_of([(name, self._gates(site), site.module) for name, site in names])[len(fused) :]
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the layers that get the context or P; these are never cross-attention layers."""
+        """Return the layers that attend to the context or to P; none of them is a cross-attention layer."""
         fused, prompted = self._layers(stack)
         return [*fused, *prompted] if role == "self" else []
 
@@ -222,7 +222,7 @@ class LlamaAdapter(Method):
         return require_call(site).query_heads if self.gate_per == "head" else 1
 
     def _layers(self, stack: Stack) -> tuple[list[Site], list[Site]]:
-        """Return the layers that get the context, and those that get P."""
+        """Return the layers that attend to the context, and those that attend to P."""
         sites = stack.sites_of("self")
         count = len(sites) - self.early_fusion if self.num_layers is None else self.num_layers
         if count < 1 or count + self.early_fusion > len(sites):

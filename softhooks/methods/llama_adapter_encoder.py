@@ -29,7 +29,7 @@ class AdapterEncoder(TableEncoder):
 
 
 def check_context(context: Tensor, size: int, count: int | None) -> Tensor:
-    """Check the shape of a context, where `count` None allows any K. [B, C] or [B, K, C] -> [B, 1 or K, C], in fp32."""
+    """Check the shape of a context; a `count` of None allows any K. [B, C] or [B, K, C] -> [B, 1 or K, C], in fp32."""
     vectors = context[:, None] if context.dim() == 2 else context
     allowed = vectors.dim() == 3 and vectors.shape[2] == size and (count is None or vectors.shape[1] in (1, count))
     if not allowed or not context.is_floating_point():
