@@ -52,14 +52,14 @@ class MultitaskPromptTuning(Method):
     **Target adaptation**: with `source=`, a saved prompt, each task starts from the saved P* and the mean of the saved u and v. A
     prompt of one task is saved as a single matrix [P, H], and needs no `task_ids`.
 
-    In an encoder-decoder the prompt enters the encoder only. A Trainer draws rows as in the paper; in your own training loop use
-    `softhooks.TaskSampler`. With `softhooks.rows`, a row's task id is a task of the prompt that the row uses.
+    In an encoder-decoder, the prompt is added only to the encoder's input. A Trainer draws rows as in the paper; in your own
+    training loop, use `softhooks.TaskSampler`. With `softhooks.rows`, a row's task id refers to the prompt that the row uses.
 
     Start with AdamW and a learning rate of 1e-2; the paper's 0.3, with 10% warm-up, is for T5 in full precision.
 
-    Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differs: u and v start at 1 with a little noise, and weight
-    decay pulls them to 1; teachers can be trained in the same run; only the last hidden states are compared. The defaults of
-    `distillation` and `task_rate` (0.4 / 0.3) have not been checked against the paper.
+    Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differences: u and v start at 1 with a little noise, and
+    weight decay pulls them to 1; teachers can be trained in the same run; only the last hidden states are compared. The defaults
+    of `distillation` and `task_rate` (0.4 / 0.3) have not been checked against the paper.
 
     Args:
         num_virtual_tokens: P.
@@ -68,7 +68,7 @@ class MultitaskPromptTuning(Method):
         teachers: saved prompts (directories or hub ids) or tensors [P, H], in the order of the tasks or by name; or "train".
         teacher_steps: the number of optimizer steps that train the teachers; required with teachers="train".
         distillation: the weight of the distillation loss.
-        source: a saved prompt to start from: of this method, or any prompt of shape [P, H], including PEFT's.
+        source: a saved prompt to start from: one of this method, or any prompt of shape [P, H], including PEFT's.
         task_rate: the learning rate of u and v divided by that of P*, with Adam and similar optimizers. With SGD the ratio is
             `task_rate` squared.
         sampling: the probability of each task in a Trainer: `size`, `log`, `capped` or `equal` (see `TaskSampler`); None uses the
@@ -112,7 +112,7 @@ class MultitaskPromptTuning(Method):
         if not isinstance(self.tasks, (int, str)):
             object.__setattr__(self, "tasks", tuple(self.tasks))  # a saved prompt has a list
         if not are_tasks(self.tasks):
-            raise OptionError(f"tasks must be different names, or a number of 1 or more; it is {self.tasks!r}.")
+            raise OptionError(f"tasks is {self.tasks!r}; it must be a list of unique names or a number of 1 or more.")
         check_int("rank", self.rank)
         if not self.task_rate > 0 or not self.distillation >= 0:
             raise OptionError(
@@ -177,7 +177,7 @@ class MultitaskPromptTuning(Method):
         return encoder
 
     def _start(self, structure: ModelStructure) -> tuple[Tensor, Tensor, Tensor]:
-        """Initialize P* from words, and u and v so that each u v^T is close to ones."""
+        """Initialize P* as `init` says, and u and v so that every number in u v^T is close to 1."""
         shared = self._vanilla().initial_rows(structure)[0]
         left, right = ones(len(self.names), shared.shape, self.rank)
         left[..., 0] += NOISE * torch.randn_like(left[..., 0])
@@ -204,11 +204,11 @@ class MultitaskPromptTuning(Method):
     # --- training -----------------------------------------------------------------------------------------------------
 
     def objective(self) -> Objective | None:
-        """Distill from the teachers, if there are any."""
+        """Return the distillation objective, or None if there are no teachers."""
         return None if self.teachers is None else Distillation(self.distillation, _teaching)
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Return whether teachers are trained, because then a step trains either them or P*, u and v."""
+        """Return whether teachers are trained: each step then trains either the teachers, or P*, u and v."""
         return self.teacher_steps is not None
 
     @property
@@ -224,7 +224,7 @@ class MultitaskPromptTuning(Method):
         return TaskSampler(tasks, batch_size, weights=str(self.sampling), seed=seed)
 
     def probe_arguments(self) -> dict[str, Tensor]:
-        """Return the number of the first task."""
+        """Return `task_ids` for one row of the first task."""
         return {TASK_IDS: torch.zeros(1, dtype=torch.long)}
 
     # --- a folded prompt ----------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ class MultitaskPromptTuning(Method):
         return FoldedTask(self.names[0], tables) if len(self.names) == 1 else FoldedTasks(self.names, tables)
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make an encoder without teachers to continue training; u and v of a single task start from ones again."""
+        """Make an encoder without teachers to continue training. For a single task, u v^T is all ones again."""
         if EMBEDDINGS in tables:
             rows = tables[EMBEDDINGS]
             return MultitaskEncoder(self.names, rows, *ones(len(self.names), rows.shape, self.rank), self.task_rate)

@@ -58,7 +58,7 @@ class MultitaskEncoder(PromptEncoder):
 
     The parameters are P*, `left` and `right`, where u = 1 + rate * left and v = 1 + rate * right. So weight decay pulls u and v
     to 1, and Adam, whose step size does not depend on the gradient's scale, changes them `rate` times as fast as P*. This gives
-    two learning rates in one parameter group. Further columns (r > 1) are pulled to 0 instead, so that u v^T is pulled to ones.
+    two learning rates in one parameter group. If r > 1, only the first columns add the 1, so u v^T is pulled to all ones.
 
     Variant k is the prompt of task k, and variant K + k that of its teacher, if there are teachers.
 

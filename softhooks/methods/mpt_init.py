@@ -23,9 +23,9 @@ SEVERAL = ("shared", "left", "right")
 
 
 def ones(count: int, shape: torch.Size, rank: int) -> tuple[Tensor, Tensor]:
-    """Return u [K, P, r] and v [K, H, r], where each u v^T is ones, [P, H]."""
+    """Return u [K, P, r] and v [K, H, r] such that every u v^T is a matrix of ones, [P, H]."""
     left, right = (torch.zeros(count, size, rank) for size in shape)
-    left[..., 1:].normal_()  # v is 0 in further columns; u must not be, or v would get no gradient
+    left[..., 1:].normal_()  # v is 0 in these columns; if u were 0 too, v would get no gradient
     left[..., 0] = right[..., 0] = 1
     return left, right
 
@@ -42,7 +42,7 @@ def read_front_prompt(name: str, path: str | Path, structure: ModelStructure) ->
     place = stored.conventions.get("placement")
     if stored.heads or place != "front" or set(stored.tables) not in ({EMBEDDINGS}, set(SEVERAL)):
         raise CheckpointError(
-            f"{name} is a prompt of {stored.kind}; it must be a prompt of embeddings before the text, saved without a head.",
+            f"{name} is a prompt of {stored.kind}; it must consist of embeddings before the text, saved without a head.",
             "Use a prompt of prompt tuning or multitask prompt tuning, trained on a model without a new head.",
             file=stored.source,
             method=stored.kind,

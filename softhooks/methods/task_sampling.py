@@ -20,14 +20,14 @@ CAP = 2**18
 class TaskSampler(Sampler[int]):
     """Samples batches that mix several tasks.
 
-    For each batch of B rows, a number n from 2 to the number of tasks is drawn, then n tasks by weight, with replacement. Each
-    task gives B // n rows; the last one also gives the remainder. The rows of a task are shuffled at the start of each epoch, and
-    again when all have been drawn.
+    Each batch of B rows draws a number n from 2 to the number of tasks, and then n tasks by weight, with replacement. Each of
+    these tasks gives B // n rows; the last one also gives the remainder. The rows of a task are shuffled at the start of each
+    epoch, and again when all have been drawn.
 
-    In your own training loop: `DataLoader(rows, batch_size=B, sampler=TaskSampler(task_of_each_row, B))`. An epoch has as many
-    rows as the data set. It depends only on the seed and the epoch's number, so a resumed run gets the same batches.
+    In your own training loop, use `DataLoader(rows, batch_size=B, sampler=TaskSampler(task_of_each_row, B))`. An epoch has as
+    many rows as the data set. The batches depend only on the seed and the epoch's number, so a resumed run gets the same ones.
 
-    Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differs: the authors shuffle the rows only once.
+    Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differences: the authors shuffle the rows only once.
 
     Args:
         tasks: the task of each row of the data set.
@@ -82,7 +82,7 @@ class TaskSampler(Sampler[int]):
 
 
 def _shuffled(rows: list[int], generator: Generator) -> Iterator[int]:
-    """Yield the rows in shuffled order, without end."""
+    """Yield the rows of a task in shuffled order, without end."""
     while True:
         for number in reversed(torch.randperm(len(rows), generator=generator).tolist()):
             yield rows[number]
