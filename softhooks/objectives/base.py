@@ -50,7 +50,7 @@ class PromptOnModel(Protocol):
 
     @property
     def states(self) -> Tensor | None:
-        """The virtual tokens' last hidden states; None if this forward does not compute the prompt before the text."""
+        """The virtual tokens' last hidden states; None unless this forward runs the prompt through the model before the text."""
 
     def without_objective(self) -> AbstractContextManager[Any]:
         """Inside the `with` block, run the model without this prompt's objective."""

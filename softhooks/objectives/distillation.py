@@ -25,17 +25,17 @@ Teacher = Callable[[PromptOnModel], AbstractContextManager[None] | None]
 class Distillation(Objective):
     """Train on `L + weight * (KL(teacher || student) + MSE(hidden states))`.
 
-    Each step runs the model with the teacher's prompt, in evaluation mode without gradients, and with the student's prompt.
+    Each step runs the model twice: with the teacher's prompt, in evaluation mode and without gradients, and with the student's.
 
     Logits are compared at labeled tokens. The last hidden states are compared at all text tokens that are not masked; in an
-    encoder-decoder half of the weight goes to the encoder's text and half to the labeled tokens of the decoder.
+    encoder-decoder, half of the weight goes to the encoder's text and half to the decoder's labeled tokens.
 
     Both terms are divided by the same number of labels as the model's own loss, and each text is weighted by the number of its
     labels, so that accumulated gradients equal those of one large batch. Each document in a packed row is a separate text.
 
     Args:
-        weight: the factor of both terms.
-        teacher: switches the model to the teacher's prompt.
+        weight: the weight of the sum of both terms.
+        teacher: returns a context manager that switches the model to the teacher's prompt.
     """
 
     def __init__(self, weight: float, teacher: Teacher) -> None:
@@ -69,7 +69,7 @@ class Comparison:
         labeled: True where the logits have a label, [B, T], or [B] for a classifier of rows.
         text: True for tokens that are not padding, [B, T].
         texts: the text that each token belongs to.
-        share: the number of labels of each text, divided by `count`, [texts].
+        share: the number of labels in each text, divided by `count`, [texts].
         count: the number of labels that the loss is divided by.
         two_stacks: whether the model is an encoder-decoder.
     """
@@ -83,7 +83,7 @@ class Comparison:
 
     @classmethod
     def of(cls, prompt: PromptOnModel, call: dict[str, Any]) -> Comparison:
-        """Read the arguments of a forward."""
+        """Make the comparison for a forward with these arguments."""
         _check(call)
         labels = call["labels"]
         given = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
@@ -156,15 +156,15 @@ def _check(call: dict[str, Any]) -> None:
         )
     if (mask is not None and mask.dim() != 2) or labels.is_floating_point():
         raise UnsupportedModeError(
-            "the attention mask is not [B, T], or the labels are not whole numbers; distillation supports no other form.",
-            "Pass a mask with one number for each token, and labels that are whole numbers.",
+            "the attention mask or the labels are not supported; the mask must be [B, T], and the labels must be whole numbers.",
+            "Pass a mask with one number for each token, and class or token ids as labels.",
             attention_mask="none" if mask is None else list(mask.shape),
             labels=f"{list(labels.shape)} {labels.dtype}",
         )
 
 
 def _request_hidden_states(model: Any, call: dict[str, Any]) -> Callable[[Any], Any]:
-    """Request a `ModelOutput` with hidden states; return a function that restores the form that the caller requested."""
+    """Request a `ModelOutput` with hidden states; return a function that converts it to the output that the caller requested."""
     hidden, named = call.get("output_hidden_states"), call.get("return_dict")
     hidden = getattr(model.config, "output_hidden_states", False) if hidden is None else hidden
     named = getattr(model.config, "return_dict", True) if named is None else named

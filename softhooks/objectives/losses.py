@@ -26,7 +26,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) ->
 
 
 def _merge_others(log_probs: Tensor, top: Tensor) -> Tensor:
-    """Return the log-probabilities at `top` and, last, that of all other tokens together. [..., V], [..., k] -> [..., k + 1]."""
+    """Return the log-probabilities of `top`, then that of all other tokens together. [..., V], [..., k] -> [..., k + 1]."""
     others = log_probs.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, top), others], dim=-1)
 
@@ -35,8 +35,8 @@ def require_logits(logits: Tensor, rows: int, columns: int) -> None:
     """Check that a model returned logits for every token."""
     if logits.shape[:2] != (rows, columns):
         raise UnsupportedModeError(
-            f"the model returned logits of {list(logits.shape[:2])} tokens for labels of {[rows, columns]} tokens; the loss "
-            "needs logits of all tokens.",
+            f"the model returned logits for {list(logits.shape[:2])} tokens, but the labels have {[rows, columns]}; the loss "
+            "needs logits for all tokens.",
             "Leave `logits_to_keep` out in training.",
         )
 
@@ -55,7 +55,7 @@ class Texts:
 
     @classmethod
     def of(cls, call: dict[str, Any], like: Tensor) -> Texts:
-        """Find the texts by the position ids, which start again with each packed document.
+        """Find the texts by the position ids, which restart at each packed document.
 
         Args:
             call: the arguments of the model's forward by name.

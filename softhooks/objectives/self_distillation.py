@@ -32,7 +32,7 @@ _STUDENT_ONLY = (
 
 
 class SelfDistillation(Objective):
-    """KL(teacher || student) of the predictions of labeled tokens.
+    """KL(teacher || student) of the predictions at labeled tokens.
 
     The teacher is the frozen model with the document before each row; the student has the prompt instead.
 
@@ -73,7 +73,7 @@ class SelfDistillation(Objective):
         return finish
 
     def _teach(self, prompt: PromptOnModel, call: dict[str, Any], compared: Tensor) -> Tensor:
-        """Compute the teacher's predictions of the labeled tokens, [N, V]."""
+        """Compute the teacher's logits for the labeled tokens, [N, V]."""
         if call.get("past_key_values") is not None:
             raise UnsupportedModeError(
                 "the call has `past_key_values`, but self-distillation must run each text from its start. Train without them."
@@ -81,13 +81,13 @@ class SelfDistillation(Objective):
         inputs = {key: value for key, value in call.items() if key not in _STUDENT_ONLY}
         with eval_mode(prompt.model), prompt.without_objective():
             tables = self._read(prompt)
-            # The document enters as the prompt does, so its keys and values are computed at batch 1 and shared by all rows.
+            # The document's keys and values are computed at batch size 1 and, like a prompt's, shared by all rows.
             with prompt.with_key_values(lambda stack: _as_prefix(prompt, stack, tables)):
                 output = prompt.model(**inputs, use_cache=False, return_dict=True)
         return _select(output.logits, compared)
 
     def _read(self, prompt: PromptOnModel) -> dict[str, Tensor]:
-        """Return the document's keys and values, which are computed in every step, or only once inside `softhooks.kept`."""
+        """Return the document's keys and values, which are computed in every step; inside `softhooks.kept`, only once."""
         structure, stack = prompt.structure, prompt.structure.entry
         return self._memory.get(stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document))
 

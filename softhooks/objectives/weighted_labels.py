@@ -21,8 +21,8 @@ class WeightedLabels(Objective):
 
     The loss of a text is the sum over these label tokens, except those hidden from the row, divided by their number. The loss of
     a batch is `sum_b n_b loss_b / N`, where text b has n_b label tokens, and N is `num_items_in_batch` if a Trainer passes it,
-    else the sum of n_b. With `num_items_in_batch`, any split into micro-batches and processes gives the result of one batch. Each
-    document in a packed row is a separate text.
+    and otherwise the sum of n_b. With `num_items_in_batch`, any split into micro-batches and processes gives the result of one
+    batch. Each document in a packed row is a separate text.
 
     Args:
         places: the indices of the prompt's label tokens; never 0.
