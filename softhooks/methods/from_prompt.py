@@ -20,7 +20,7 @@ from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
 @runtime_checkable
 class Handle(Protocol):
-    """The members of a `SoftPrompt` that are used here."""
+    """The attributes of a `SoftPrompt` that this module uses."""
 
     name: str
     method: Method
@@ -56,8 +56,8 @@ def rows_of(
 
     Args:
         source: a `SoftPrompt`; a directory or repository that `load` reads, including PEFT's; or the embeddings themselves.
-        purpose: what the embeddings are for, in the error.
-        structure: the structure of a model, which must be the base model that the embeddings were trained with.
+        purpose: the intended use of the embeddings, for the error message.
+        structure: the structure of a model; an error is raised if the embeddings were trained with another base model.
     """
     if isinstance(source, Tensor):
         return source.detach().float()

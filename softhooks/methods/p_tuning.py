@@ -37,7 +37,7 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @property
     def zero_gradient_parameters(self) -> frozenset[str]:
-        """The LSTM's recurrent weights if P is 1, because the LSTM then takes one step, from a state of zeros."""
+        """The LSTM's recurrent weights if P is 1, because the LSTM's only step then starts from a state of zeros."""
         if self.rows.shape[0] > 1:
             return frozenset()
         return frozenset(name for name, _ in self.named_parameters() if name.startswith("lstm.weight_hh"))
@@ -56,7 +56,7 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @torch.no_grad()
     def initialize_rows(self, words: dict[int, Tensor]) -> None:
-        """Change the last layer as little as possible to give some virtual tokens these embeddings and leave the others."""
+        """Give some virtual tokens these embeddings, but keep the others, with the smallest possible change to the last layer."""
         if not words:
             return
         hidden = self._hidden()
@@ -92,14 +92,14 @@ def _one_kernel() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PTuning(Method):
-    """P-tuning: `h = MLP(BiLSTM(Z))`, embeddings h [P, H] anywhere in the text, computed from trained vectors Z [P, H].
+    """P-tuning: `h = MLP(BiLSTM(Z))`, where Z [P, H] is trained and the embeddings h [P, H] are placed anywhere in the text.
 
     The LSTM reads the virtual tokens in the order of the layout, without the text. Only h is saved. Slots of the layout with the
-    same name are one virtual token.
+    same name share one virtual token.
 
     Start with AdamW and a learning rate of 1e-3, or 1e-2 with `encoder="none"`.
 
-    Source: Liu et al. 2021, arXiv:2103.10385. Differs: slots can be initialized from words, by solving for the last layer's
+    Source: Liu et al. 2021, arXiv:2103.10385. Differences: slots can be initialized from words, by solving for the last layer's
     weights; with `encoder="none"` the embeddings are initialized from the vocabulary, as in prompt tuning.
 
     Args:
@@ -107,9 +107,9 @@ class PTuning(Method):
         layout: where the virtual tokens are placed.
         encoder: `lstm` (a bidirectional LSTM, then Linear-ReLU-Linear), `mlp` (Linear-ReLU-Linear), or `none` (h is trained).
         shape: the LSTM's width in each direction: H/2 with `lama`, H with `fewshot`.
-        hidden_size: another width for the LSTM in each direction, or for the MLP, whose default is H.
+        hidden_size: another width for the LSTM in each direction, or the width of the MLP, by default H.
         num_layers: the number of layers of the LSTM.
-        tokenizer: the model's tokenizer or its name, for words in the layout.
+        tokenizer: the model's tokenizer or its name; required for words in the layout.
 
     Raises:
         OptionError: an option is wrong, or the layout has words and no tokenizer is given.

@@ -27,18 +27,18 @@ _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "ini
 class PromptTuning(Method):
     """Prompt tuning: `X' = [P; X]`, where the embeddings P [P, H] are trained and the model is frozen.
 
-    In an encoder-decoder the prompt enters only the encoder, as in the paper.
+    In an encoder-decoder, the prompt is added only to the encoder's input, as in the paper.
 
     Start with AdamW and a learning rate of 1e-2, and try 1e-3 to 1e-1; the paper's 0.3 is for Adafactor with a constant schedule.
 
-    Source: Lester et al. 2021, arXiv:2104.08691; `init="prompt"`: Vu et al. 2022 (SPoT), arXiv:2110.07904. Differs: there is no
-    default for P; `whole_vocabulary` is ours.
+    Source: Lester et al. 2021, arXiv:2104.08691; `init="prompt"`: Vu et al. 2022 (SPoT), arXiv:2110.07904. Differences: P has no
+    default; we add `whole_vocabulary`.
 
     Args:
-        num_virtual_tokens: P; more than about 20 rarely help.
+        num_virtual_tokens: P; more than about 20 virtual tokens rarely help.
         init: the initial embeddings:
             `vocab`: those of ids sampled from the first 5,000, which are the most frequent in most vocabularies;
-            `random`: sampled from U[-0.5, 0.5]; words train better;
+            `random`: sampled from U[-0.5, 0.5], which trains worse than embeddings of words;
             `text`: those of `init_text`;
             `class_labels`: for each label in `init_labels`, the mean of its tokens' embeddings;
             `tensor`: `init_tensor`;
@@ -49,7 +49,7 @@ class PromptTuning(Method):
         init_tensor: the embeddings, [P, H]. Rows copied from the model's embedding matrix are scaled if the model scales its
             embeddings (Gemma).
         init_from: another prompt of P virtual tokens: a directory or repository that `load` reads, or a `SoftPrompt`.
-        tokenizer: the model's tokenizer or its name, for `text` and `class_labels`.
+        tokenizer: the model's tokenizer or its name; required for `text` and `class_labels`.
         whole_vocabulary: with `vocab`, sample from all ids.
         placement: `front`, before the text; `after_first`, after its first token (BOS, [CLS]); `end`, after the text.
 
@@ -106,7 +106,7 @@ class PromptTuning(Method):
         return encoder
 
     def initial_rows(self, structure: ModelStructure) -> tuple[Tensor, initializers.WordIds]:
-        """Return the initial embeddings, [P, H], and the ids of those that are embeddings of words."""
+        """Return the initial embeddings, [P, H], and the ids of those that come from the vocabulary."""
         count = self.num_virtual_tokens
         if self.init == "random":
             return initializers.random_rows(structure, count), None

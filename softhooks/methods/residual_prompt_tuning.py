@@ -44,11 +44,11 @@ class ResidualPromptTuning(PromptTuning):
     All virtual tokens share the MLP (Linear-ReLU-Linear-LayerNorm), so the result depends less on the initialization and the
     learning rate. Start with the learning rates of `PromptTuning`.
 
-    The scale and offset of the LayerNorm are initialized with zeros (without a LayerNorm, the last linear layer), so P' is
+    The scale and offset of the LayerNorm, or the last linear layer if there is no LayerNorm, are initialized with zeros, so P' is
     initially P. In the first step only P and these parameters get a gradient.
 
-    Source: Razdaibiedina et al. 2023, arXiv:2305.03937, the variant with a shared MLP. Differs: the authors initialize the
-    LayerNorm's scale with 1; in models with small embeddings, the MLP's output then outweighs an initialization from words.
+    Source: Razdaibiedina et al. 2023, arXiv:2305.03937, the variant with a shared MLP. Differences: the authors initialize the
+    LayerNorm's scale with 1; in models with small embeddings, the MLP's output then outweighs embeddings of words in P.
 
     Args:
         num_virtual_tokens, init, init_text, init_labels, init_tensor, init_from, tokenizer, whole_vocabulary, placement: as in

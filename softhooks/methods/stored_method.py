@@ -17,8 +17,8 @@ from softhooks.method import METHODS, Method
 
 _REMEDY = "Load it onto the base model that it was trained with."
 _PEFT_POOLS = (
-    "In an encoder, PEFT classifies by the first virtual token, but softhooks by the first token of the text. Train the prompt "
-    "with softhooks."
+    "To classify with an encoder, PEFT reads the first virtual token, but softhooks reads the first token of the text. Train the "
+    "prompt with softhooks."
 )
 
 
@@ -80,7 +80,7 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     are_ids = isinstance(ids, list) and len(ids) == count and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     if not are_ids or method.enters != "embeddings":
         raise CheckpointError(
-            f"{source} has ids that do not match its virtual tokens; a prompt of embeddings needs one for each, others none.",
+            f"{source} has ids that do not match its virtual tokens; embeddings need one id each, other prompts none.",
             "Save the prompt again.",
             expected=f"{count} ids" if method.enters == "embeddings" else "none",
             found=str(ids)[:80],
@@ -95,7 +95,7 @@ def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *
         require_vocabulary(stored.base.vocabulary, structure, stored.source)
     if stored.base.task is not None and enters_rows and structure.entry.reads_ids:
         raise PromptMismatchError(
-            "this model needs token ids in addition to embeddings, but a prompt of PEFT has no ids.",
+            "this model needs token ids in addition to embeddings, but a PEFT prompt has no ids.",
             "Train the prompt with softhooks.",
             prompt=stored.source,
             model=type(structure.entry.module).__name__,
@@ -116,7 +116,7 @@ def _check_stacks(stored: StoredPrompt, structure: ModelStructure, *, directions
     }
     if model != known:
         raise PromptMismatchError(
-            "this model's attention differs from the attention of the prompt's base model.",
+            "this model's attention differs from that of the prompt's base model.",
             _PEFT_POOLS if directions_only and stored.base.task == "SEQ_CLS" else _REMEDY,
             prompt=f"{on_one_line(known)} ({stored.source})",
             model=on_one_line(model),

@@ -407,5 +407,5 @@ def test_a_prompt_of_peft_is_refused_where_its_text_had_no_ids(tmp_path: Path) -
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft.get_peft_model(build("gemma3n"), config).save_pretrained(tmp_path)
-    with pytest.raises(PromptMismatchError, match="but a prompt of PEFT has no ids"):
+    with pytest.raises(PromptMismatchError, match="but a PEFT prompt has no ids"):
         softhooks.load(build("gemma3n"), tmp_path)
