@@ -21,10 +21,10 @@ WORDS = ("virtual token", "rank", "word", "cosine")
 
 
 class PromptTracker(TrainerCallback):
-    """Records the prompt that a `SoftPromptCallback` trains; its metrics are already in the Trainer's logs.
+    """Records the prompt that a `SoftPromptCallback` trains; the Trainer already logs the prompt's metrics.
 
     Args:
-        tokenizer: the model's tokenizer, for the words nearest to each virtual token; None to record no words.
+        tokenizer: the model's tokenizer, to find the words nearest to each virtual token; None to record no words.
         words: the number of nearest words for each virtual token.
     """
 

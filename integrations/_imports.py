@@ -1,4 +1,4 @@
-"""Imports of frameworks that may not be installed, and classes that derive from theirs."""
+"""Import optional frameworks, and create classes that derive from theirs."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class OuterModule:
         elif strict or self._base_names() & set(state):
             raise TrainerError(
                 f"the checkpoint lacks the prompt {self.prompt.name!r} of {type(self.module).__name__}.{self._prefix[:-1]}.",
-                "Load weights without a prompt before you attach the prompt.",
+                "If the checkpoint was saved without a prompt, load it before you attach the prompt.",
                 checkpoint=f"{len(state)} tensors, none of them of a prompt",
             )
 

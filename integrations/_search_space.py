@@ -59,13 +59,13 @@ class Candidate:
             return self.make(length, **options)
         except TypeError as error:
             raise OptionError(
-                f"{getattr(self.make, '__name__', self.make)} does not accept the options of its candidate: {error}.",
-                "Use the options that the documentation of the method lists.",
+                f"{getattr(self.make, '__name__', self.make)} does not accept the options that the candidate lists: {error}.",
+                "See the documentation of the method for its options.",
                 options=", ".join(options) or "none",
             ) from error
 
     def suggest(self, trial: Any, name: str) -> Chosen:
-        """Let an Optuna trial choose the values of all options that have several, as parameters `<candidate>.<option>`."""
+        """Let an Optuna trial choose each option that has several values, as the parameter `<candidate>.<option>`."""
         chosen: dict[str, Any] = {}
         for option, values in self.choices.items():
             if len(values) == 1:
@@ -84,7 +84,7 @@ def _check_choices(name: str, values: Any) -> None:
     plain = several and (len(values) == 1 or all(isinstance(value, str | int | float | None) for value in values))
     if not plain:
         raise OptionError(
-            f"{name}={values!r} is not a list of values to choose from; it must hold strings, numbers, booleans and None, or one "
-            "value of another type.",
+            f"{name}={values!r} is not a list of values to choose from. The list may hold strings, numbers, booleans and None, "
+            "or a single value of another type.",
             "Write init=['vocab', 'random'], or layers=[[0, 1]] for a value that is itself a list.",
         )

@@ -1,7 +1,7 @@
 """A sentence-transformers model that calls, saves and loads its inner transformers model with a prompt.
 
-A checkpoint of the sentence model holds only the trained tensors of the inner model. To resume, the library loads a second
-sentence model from the checkpoint, whose inner model is a `TrainedTensors`, and passes its state dict to the model in training.
+A checkpoint of the sentence model holds only the trained tensors of the inner model. To resume, the library loads the checkpoint
+as a second sentence model, whose inner model is a `TrainedTensors`, and copies its state dict into the model in training.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def transformer_of(model: Any) -> Any:
 
 
 def refuse_checkpoint(folder: Path) -> None:
-    """Refuse a Trainer's checkpoint in place of a saved model, because it does not contain the base."""
+    """Raise an error if a directory is a Trainer's checkpoint, which lacks the base."""
     if (folder / LIVE).is_file():
         raise CheckpointError(
             f"{folder} is a Trainer's checkpoint, which holds only the prompt and not the base.",
@@ -83,7 +83,7 @@ def refuse_checkpoint(folder: Path) -> None:
 
 @functools.cache
 def prompted_transformer() -> Any:
-    """Return the class that a sentence model's first module has while its model has a prompt."""
+    """Return the class that a sentence model's first module has while the inner model has a prompt."""
     sentence_library()
     from sentence_transformers.base.modules import Transformer
 
@@ -109,7 +109,7 @@ def prompted_transformer() -> Any:
                 return
             if len(prompted.prompts) > 1:
                 raise UnsupportedModeError(
-                    f"the sentence model has the prompts {', '.join(map(repr, prompted.prompts))}; it can be saved with one.",
+                    f"the sentence model has the prompts {', '.join(map(repr, prompted.prompts))}; only one can be saved.",
                     "Remove the other prompts, or save each prompt with its own `save_pretrained`.",
                 )
             with Patches() as patches:
@@ -163,7 +163,7 @@ class TrainedTensors(nn.Module):
 
 
 def _add_base(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-    """Check, before a state dict is loaded, that it belongs to the prompt in training, and add the base to it."""
+    """Before a state dict is loaded, check that it belongs to the prompt in training, and add the base to it."""
     saver = saver_of(model)
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     base = {name for name in model.state_dict() if not is_prompt_key(name)}
@@ -245,7 +245,7 @@ def _refuse_pool(*_args: Any, **_kwargs: Any) -> NoReturn:
 
 
 def _limit_text_length(module: Any) -> None:
-    """Lower `max_seq_length` until the last prompt is removed, so that text and virtual tokens fit into the model."""
+    """Lower `max_seq_length` while the model has prompts, so that text and virtual tokens fit into it."""
     prompted = require_prompted_model(module.model)
     slots = [prompt.layout.num_slots for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
     limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length

@@ -16,8 +16,8 @@ from softhooks.prompt import SoftPrompt
 class LivePrompt:
     """The training state of a prompt, which replaces the model in a framework's checkpoints.
 
-    It is the same as in a Trainer's checkpoint: the live parameters, and a description that identifies the run. Once this object
-    exists, the model's `save_pretrained` writes only the prompt.
+    Like a Trainer's checkpoint, it holds the live parameters and a description that identifies the run. Creating it makes the
+    model's `save_pretrained` write only the prompt.
 
     Args:
         prompt: the attached prompt.
@@ -30,7 +30,7 @@ class LivePrompt:
 
     Raises:
         NotAttachedError: the prompt has been removed.
-        TrainerError: the prompt has no trainable parameters, the optimizer does not hold exactly these, or the model's
+        TrainerError: the prompt has no trainable parameters, the optimizer does not hold exactly those, or the model's
             checkpoints already hold another prompt.
     """
 

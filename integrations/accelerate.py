@@ -1,13 +1,13 @@
 """accelerate: checkpoints of an `Accelerator` that hold the prompt instead of the model.
 
-After `track`, `save_state` writes the prompt (which `softhooks.load` reads) and its live parameters instead of the model, in
-safetensors. After `load_state`, the run resumes bit for bit. If a prepared module contains the prompted model and other tensors,
-such as a head, these are saved too. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
+After `track`, `save_state` writes the prompt (for `softhooks.load`) and its live parameters instead of the model, in safetensors.
+After `load_state`, the run resumes bit for bit. If a prepared module contains the prompted model and other tensors, such as a
+head, these are saved too. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
 
 Call `track` between `attach` and `prepare`, or at any later time in a single process. In several processes, all ranks start with
 the prompt of rank 0, and `save_state` and `load_state` check that all ranks have the same prompt.
 
-Refused with an error: DeepSpeed, FSDP and Megatron, because their checkpoints always contain the base (under FSDP2, train with
+These raise an error: DeepSpeed, FSDP and Megatron, because their checkpoints always contain the base (under FSDP2, train with
 the Trainer and SoftPromptCallback); `track` after `prepare` in several processes, because DDP would not synchronize the prompt;
 optimizers without the prompt's parameters; two prompts on one model; a checkpoint of another method, base or optimizer, before
 anything is loaded; `save_model` of a module with more than the prompted model, or without safetensors. Methods with parameters
@@ -78,11 +78,11 @@ _UNSUPPORTED = {
 
 
 def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = True) -> SoftPrompt:
-    """Make an Accelerator's checkpoints hold a prompt instead of its model until the prompt is removed; return the prompt.
+    """Make an Accelerator's checkpoints hold a prompt instead of the model until the prompt is removed; return the prompt.
 
     Args:
         accelerator: the Accelerator.
-        prompt: the prompt to train. Prompts of further models are saved in the subdirectories `soft_prompt_1`, `soft_prompt_2`,
+        prompt: the prompt to train. Prompts of other models are saved in the subdirectories `soft_prompt_1`, `soft_prompt_2`,
             ... of the checkpoint, in the order in which they were tracked.
         check_frozen: whether to check before each checkpoint that the base has not changed.
 
@@ -99,7 +99,7 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
     for other in others.values():
         if other.model is prompt.model:
             raise TrainerError(
-                f"the Accelerator already tracks the prompt {other.name!r}; it can track one prompt of each model.",
+                f"the Accelerator already tracks the prompt {other.name!r}; it can track one prompt per model.",
                 "Remove the other prompt, or attach this one to another model.",
                 asked=repr(prompt.name),
             )
@@ -187,7 +187,7 @@ class Tracker:
         outer = outer_tensors(unwrap(model), prompt.model)
         if outer or not safe_serialization:
             raise TrainerError(
-                "`save_model` of a prompted model writes only the prompt, in safetensors.",
+                "`save_model` can write only the prompt of a prompted model, and only in safetensors.",
                 "Call `prompt.save_pretrained(directory)`, and save the tensors outside the prompted model yourself.",
                 safe_serialization=safe_serialization,
                 outside_the_prompted_model=", ".join(list(outer)[:8]) or "none",
@@ -198,7 +198,7 @@ class Tracker:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
-        """Check a checkpoint and load the prompt from it, and keep accelerate from loading the model."""
+        """Check a checkpoint, load the prompt from it, and keep accelerate from loading the model."""
         prompt = self.prompt
         if prompt is None:
             return
@@ -248,7 +248,7 @@ def _index_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
         return found[0]
     raise TrainerError(
         f"{len(found)} of the {len(weights)} models that accelerate is about to write hold the prompt {prompt.name!r}; exactly "
-        "one must.",
+        "one must hold it.",
         "Make sure that no other hook of `register_save_state_pre_hook` removes the weights first.",
     )
 

@@ -7,7 +7,7 @@
 
 The section is checked before anything is loaded. Checkpoints and the model saved at the end hold only the prompt.
 
-Refused with an error: `rl`, `reward_model` and `process_reward_model`, which have not been tested with prompts; DeepSpeed; an
+These raise an error: `rl`, `reward_model` and `process_reward_model`, which have not been tested with prompts; DeepSpeed; an
 `adapter` that would be frozen (`callback: {trainable: "*lora_*"}` trains it too); `relora`, `merge_lora` and `merge_method`; a
 model that already has a prompt.
 
@@ -77,7 +77,7 @@ def read(cfg: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
             )
     if cfg.get("adapter") and not options.get("trainable"):
         raise TrainerError(
-            f"`adapter: {cfg.get('adapter')}` would be frozen by the prompt.",
+            f"`adapter: {cfg.get('adapter')}` would be frozen, because only the prompt is trained.",
             'Write `callback: {trainable: "*lora_*"}` to train both, or remove `adapter`.',
         )
     return method, options
@@ -88,7 +88,7 @@ def callback_for(cfg: Mapping[str, Any], model: nn.Module) -> SoftPromptCallback
 
     Raises:
         OptionError: an option in the section `softhooks:` is wrong.
-        TrainerError: there is no such section, or another option cannot be used with a prompt.
+        TrainerError: the section is missing, or another option cannot be used with a prompt.
         AttachError: the model already has a prompt.
     """
     method, options = check(cfg, model)
@@ -137,7 +137,7 @@ class _Hooks:
         prompt = None if self.callback is None else self.callback.soft_prompt
         if prompt is None or not prompt.is_attached:
             raise TrainerError(
-                "the prompt was not trained, because Axolotl's Trainer has not used the plugin's callback."
+                "the prompt was not trained, because Axolotl's Trainer did not use the plugin's callback."
             )
 
 

@@ -4,7 +4,7 @@
 exactly the prompt's parameters. Checkpoints contain only the trained tensors, and load with Composer's strict loading. Before
 each step the algorithm checks that the prompt has a gradient, and at the end of `fit` that the base has not changed.
 
-Refused with an error: models that are not a `HuggingFaceModel` or already have a prompt; FSDP and tensor parallelism; several
+These raise an error: models that are not a `HuggingFaceModel` or already have a prompt; FSDP and tensor parallelism; several
 optimizers; an optimizer that holds other parameters when `fit` begins; checkpoints without this prompt, or with a prompt of
 another shape.
 
@@ -54,11 +54,11 @@ _EVENTS = ("init", "after_load", "fit_start", "after_train_batch", "fit_end")
 
 
 class _Events:
-    """Attaches a prompt to the model of a Composer Trainer, and checks the training.
+    """Attaches a prompt to the model of a Composer Trainer, and checks the prompt's gradient and the base.
 
     Args:
         method: the method to train.
-        options: more arguments of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
+        options: other arguments of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
     """
 
     def __init__(self, method: Method, **options: Any) -> None:
@@ -113,13 +113,13 @@ class _Events:
         for name in ("fsdp_config", "tp_config"):
             if getattr(state, name, None) is not None:
                 raise TrainerError(
-                    f"the Trainer uses {name}; a prompt can be trained in a single process or with DDP.",
+                    f"the Trainer uses {name}; a prompt can be trained only in a single process or with DDP.",
                     "Leave `parallelism_config` out.",
                 )
         optimizers = list(state.optimizers or ())
         if len(optimizers) != 1:
             raise TrainerError(
-                f"the Trainer has {len(optimizers)} optimizers; to train a prompt, it must have one.",
+                f"the Trainer has {len(optimizers)} optimizers; to train a prompt, it must have exactly one.",
                 "Pass one optimizer to the Trainer in `optimizers=`.",
             )
         present = prompted_model_of(model)

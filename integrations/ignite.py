@@ -1,11 +1,11 @@
 """PyTorch-Ignite: a `Checkpoint` that holds the prompt instead of the model.
 
-`track` returns an object for `Checkpoint`, from which a run resumes bit for bit. Checkpoints hold only tensors, so that no
-pickled class is loaded. The optimizer is checked at the start of each run, the gradient before each step, and the base at the end
-of a run (see `report` of the returned object). In several processes, all ranks start with the prompt of rank 0, and must end with
-equal prompts; call `attach` and `track` before `idist.auto_model`.
+`track` returns an object to save in a `Checkpoint`, from which a run resumes bit for bit. Checkpoints hold only tensors, so
+that no pickled class is loaded. The optimizer is checked at the start of each run, the gradient before each step, and the base at
+the end of a run (see `report` of the returned object). In several processes, all ranks start with the prompt of rank 0, and must
+end with equal prompts; call `attach` and `track` before `idist.auto_model`.
 
-Refused with an error: an optimizer that does not hold exactly the prompt's parameters; a checkpoint of another method, base or
+These raise an error: an optimizer that does not hold exactly the prompt's parameters; a checkpoint of another method, base or
 optimizer, before anything is loaded; two prompts on one model; a prompt that is removed during a run.
 
 Example:
@@ -50,7 +50,7 @@ __all__ = ["track"]
 
 
 def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_frozen: bool = True) -> LivePrompt:
-    """Check the training of a prompt, and return an object for `Checkpoint`'s `to_save` and `load_objects`.
+    """Check a prompt while an Engine trains it, and return an object for `Checkpoint`'s `to_save` and `load_objects`.
 
     Args:
         engine: the Engine that trains the prompt.

@@ -2,15 +2,15 @@
 
 `SoftPromptCallback` attaches the prompt in `setup`, before `configure_optimizers`, and removes frozen parameters from the
 module's optimizers. Checkpoints do not contain the base; next to each local checkpoint (`epoch=0-step=4.ckpt`) is a directory
-that `softhooks.load` reads (`epoch=0-step=4.prompt`). A run resumes from `ckpt_path=` bit for bit, except for dropout, because
-Lightning saves no random state. Leave `strict_loading` at its default; only the base may be missing from a checkpoint. The
-callback adds only tensors to a checkpoint, so `torch.load(weights_only=True)` can read it.
+for `softhooks.load` (`epoch=0-step=4.prompt`). A run resumes from `ckpt_path=` bit for bit, except for dropout, because
+Lightning saves no random state. Leave `strict_loading` at its default, so that only the base may be missing from a checkpoint.
+The callback adds only tensors to a checkpoint, so `torch.load(weights_only=True)` can read it.
 
 `LightningModule.load_from_checkpoint` creates a module without callbacks, and fails because the base is missing from the
 checkpoint. To make it restore the prompt, call `attach(self, method)` of this integration at the end of `__init__`; a callback
 then trains this prompt.
 
-Refused with an error: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebook launchers, because the prompt is lost
+These raise an error: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebook launchers, because the prompt is lost
 when their processes end; weight averaging, which copies the model; a module that was compiled before its prompt was attached;
 precisions that convert the base (load it in that precision); a method with its own objective on a model in evaluation mode;
 models created in `configure_model` or the module's own `setup`; an optimizer without the prompt; a checkpoint of another method,
@@ -113,7 +113,7 @@ def attach(
         module: the LightningModule.
         attribute: the path of the model in the module (`model`, `net.encoder`), or None for the only transformers model.
         method, name, train_head, trainable, freeze_dropout: as in `softhooks.attach`. If the model already has a prompt with
-            this name, method and options, it is returned.
+            this name, method and options, that prompt is returned.
 
     Raises:
         TrainerError: there is no such model.
@@ -145,7 +145,7 @@ class _Callback:
     Args:
         method: the method to train.
         attribute: the path of the model in the LightningModule, or None for the only transformers model.
-        name: the name of the prompt, a different one for each callback of a Trainer.
+        name: the name of the prompt; each callback of a Trainer needs a different name.
         train_head, trainable, freeze_dropout: as in `softhooks.attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before
             each checkpoint; False: never.

@@ -1,9 +1,9 @@
-"""LLaMA-Factory: its training command with a prompt.
+"""LLaMA-Factory: train a prompt with its training command.
 
-`run_exp` accepts the arguments of a YAML file of LLaMA-Factory, with `finetuning_type: full`, and trains a prompt with them.
+`run_exp` takes the arguments of a LLaMA-Factory YAML file, with `finetuning_type: full`, and trains a prompt with them.
 Checkpoints and the model saved at the end hold only the prompt.
 
-Refused with an error: `finetuning_type` other than `full` (an adapter would be frozen); stages other than `sft` and `pt` (not
+These raise an error: `finetuning_type` other than `full` (an adapter would be frozen); stages other than `sft` and `pt` (not
 tested with prompts); other trainers (`use_mca`, `use_hyper_parallel`, `USE_RAY`, `use_kt`, `use_unsloth`); optimizers made for
 the base (GaLore, APOLLO, BAdam, Muon, Adam-mini, LoRA+); `use_asft_loss`, `use_llama_pro`, `adapter_name_or_path`, DeepSpeed.
 
@@ -65,7 +65,7 @@ def run_exp(args: Mapping[str, Any], method: Method, **options: Any) -> SoftProm
     Args:
         args: LLaMA-Factory's arguments.
         method: the method to train.
-        options: more arguments of `SoftPromptCallback`.
+        options: other arguments of `SoftPromptCallback`.
 
     Returns:
         the callback, with the prompt as `soft_prompt`.
@@ -94,7 +94,7 @@ def callback_for(args: Mapping[str, Any], method: Method, **options: Any) -> Sof
         raise _refusal(f"stage: {stage}", "this stage has not been tested with a prompt", "Use `sft` or `pt`.")
     if kind != "full":
         remedy = "Write `finetuning_type: full`; the callback freezes everything but the prompt."
-        raise _refusal(f"finetuning_type: {kind}", "its trained weights would be frozen", remedy)
+        raise _refusal(f"finetuning_type: {kind}", "the weights that it trains would be frozen", remedy)
     for name, reason in _UNSUPPORTED.items():
         if args.get(name):
             raise _refusal(f"{name}: {args[name]}", reason, f"Remove `{name}`.")

@@ -1,14 +1,14 @@
 """lm-evaluation-harness: evaluate a model with its prompt.
 
 The model type `softhooks` is the harness's `HFLM` with one more argument, `prompt`: a directory, a Hub id or a PEFT checkpoint.
-With the prompt disabled, all scores equal HFLM's scores bit for bit. From a shell, followed by the harness's own options:
+With the prompt disabled, all scores equal HFLM's scores bit for bit. From a shell, with any of the harness's own options:
 
     python -m softhooks.integrations.lm_eval --model softhooks --model_args pretrained=NAME,prompt=DIR --tasks arc_easy
 
 In Python, call `register()`, then `lm_eval.simple_evaluate(model="softhooks", model_args=...)`. `SoftPromptLM` also accepts a
 model that already has a prompt.
 
-Refused with an error: layouts with a template, and multitask prompts with several tasks, because the harness passes only token
+These raise an error: layouts with a template, and multitask prompts with several tasks, because the harness passes only token
 ids; layouts with slots at anchors or at the end, because the harness appends each continuation to the text.
 
 Versions tested: lm-eval 0.4.13
@@ -49,7 +49,7 @@ NAME = "softhooks"
 
 
 def register() -> None:
-    """Register the model type `softhooks` in the harness. Calling it again does nothing.
+    """Register the model type `softhooks` in the harness. A second call does nothing.
 
     Raises:
         SoftHooksError: lm-eval is not installed.
@@ -136,7 +136,7 @@ def _language_model() -> type:
 
         @property
         def max_length(self) -> int:
-            """The maximum number of text tokens: the length of the context without the prompt's slots."""
+            """The maximum number of text tokens: the context length minus the positions of the prompt."""
             return int(super().max_length) - positions_taken(self.model)
 
     return SoftPromptLM

@@ -1,9 +1,9 @@
-"""MLflow: a trained prompt as an artifact, its options and nearest words, and one run for each trial of a search.
+"""MLflow: log a trained prompt as an artifact, its options and nearest words, and each trial of a search as a run.
 
 With `report_to="mlflow"`, the Trainer logs the prompt's metrics without this callback. The callback adds to the Trainer's run:
 
-- the method, its options and the number of parameters, as parameters `soft_prompt.*` (cut to MLflow's maximum length; the full
-  values are in the artifact's `soft_prompt.json`);
+- the method, its options and the number of parameters, as parameters `soft_prompt.*` (truncated to MLflow's maximum length; the
+  full values are in the artifact's `soft_prompt.json`);
 - at the end of training, the prompt's files as the artifact `soft_prompt`; load them with
   `softhooks.load(model, mlflow.artifacts.download_artifacts(run_id=..., artifact_path="soft_prompt"))`;
 - with a tokenizer, the words nearest to each virtual token, as `soft_prompt_words.tsv`;
@@ -14,8 +14,8 @@ MLflow writes to local files (`MLFLOW_TRACKING_URI=file:...`) only with `MLFLOW_
 `MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise several threads of MLflow may create the same directory, and a metric is
 lost ("Failed to log run data: File exists").
 
-Refused with an error before the first step: no active run; `HF_MLFLOW_LOG_ARTIFACTS`, which would log every checkpoint as a
-`pyfunc` model, although it only holds a prompt; a tokenizer for a prompt of keys and values or in a sharded model.
+These raise an error before the first step: no active run; `HF_MLFLOW_LOG_ARTIFACTS`, which would log every checkpoint as a
+`pyfunc` model, although it only holds a prompt; a tokenizer with a prompt of keys and values or a sharded model.
 
 Versions tested: mlflow-skinny 3.17.2
 
@@ -90,7 +90,7 @@ class PromptArtifact(PromptTracker):
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 
     def _of_trial(self, state: TrainerState) -> str:
-        """Return the id of a trial's run, which is started unless the Trainer's reporter has started it."""
+        """Return the id of a trial's run, and start the run if the Trainer's reporter has not."""
         mlflow, last = _mlflow(), self._run_id
         if last is not None and _active() == last:
             mlflow.end_run("FINISHED" if self._is_over else "FAILED")
@@ -129,7 +129,7 @@ def _cell(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value as text, cut to MLflow's maximum length of a parameter."""
+    """Return a value as text, truncated to the maximum length of an MLflow parameter."""
     from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
 
     text = value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,13 +1,13 @@
 """Optuna: search over methods, prompt lengths, initializations and learning rates.
 
 Define the search with a `PromptSpace`. Pass its `callback()` to a Trainer instead of a `SoftPromptCallback`, and the space itself
-as the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns, which
-can be the same for all trials, because the base does not change. For your own study, use `space.objective(model, train)`.
+as the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns. This
+can be the same model for all trials, because the base does not change. For your own study, use `space.objective(model, train)`.
 
 Load the best prompt from its checkpoint (`checkpoint_of`), or set the Trainer to its options (`settle`) and train again.
 
-Refused with an error: a space without candidates; options that a method does not have; searches with several threads (`n_jobs`),
-which would share a model; runs of another space.
+These raise an error: a space without candidates; options that a method does not have; searches with several threads (`n_jobs`),
+which would share a model; trials of another space.
 
 Versions tested: optuna 5.0.0
 
@@ -58,7 +58,7 @@ METHOD = "method"
 class PromptSpace:
     """A search space of named candidates.
 
-    To search over more arguments of the Trainer, pass `hp_space=lambda trial: {**space(trial), "num_train_epochs": ...}`.
+    To search over other arguments of the Trainer, pass `hp_space=lambda trial: {**space(trial), "num_train_epochs": ...}`.
 
     Args:
         candidates: the candidates by name.
@@ -76,7 +76,7 @@ class PromptSpace:
         self.candidates = candidates
 
     def suggest(self, trial: Any) -> Chosen:
-        """Choose the method and the learning rate of a trial; for the same trial, always return the same ones."""
+        """Choose the method and the learning rate of a trial. Repeated calls for one trial make the same choice."""
         names = list(self.candidates)
         name = names[0] if len(names) == 1 else trial.suggest_categorical(METHOD, names)
         return self.candidates[name].suggest(trial, name)
@@ -112,7 +112,7 @@ class PromptSpace:
     def callback(self, **options: Any) -> SoftPromptCallback:
         """Create a callback that trains the method of each trial; `options` are as for `SoftPromptCallback`.
 
-        Outside a search, it trains the method of the trial that was passed to `settle`, or the first candidate.
+        Outside a search, it trains the method of the trial that was passed to `settle`, or that of the first candidate.
         """
         return _SearchCallback(self, **options)
 
@@ -157,8 +157,8 @@ class PromptSpace:
 
         Args:
             model: the base of all trials.
-            train: a function that trains a prompt, with a learning rate, and returns the trial's value. Its third argument,
-                `report(value, step)`, reports an intermediate value and ends the trial if the study prunes it.
+            train: a function `train(prompt, learning_rate, report)` that returns the trial's value. `report(value, step)`
+                reports an intermediate value, and ends the trial if the study prunes it.
             save_to: the directory in which each prompt is saved, as `trial-<number>`; None to save none.
             options: as for `attach`.
 
@@ -216,7 +216,7 @@ class _SearchCallback(SoftPromptCallback):
 
 
 def checkpoint_of(best: Any, args: Any) -> Path:
-    """Return the last checkpoint of the best run of a Trainer's search, for `softhooks.load`.
+    """Return the last checkpoint of a search's best run, for `softhooks.load`.
 
     Args:
         best: the result of `hyperparameter_search`.

@@ -6,9 +6,9 @@ directions, the logits of text without padding are the same. With padding, packe
 differ, because PEFT computes them wrongly. No integration is needed to read or write saved adapters (`softhooks.load`,
 `save_pretrained(..., as_peft=True)`, `softhooks convert`), or to train a prompt with LoRA: attach it to the `PeftModel`.
 
-Refused with an error, without changing either model. From PEFT: other kinds of adapters, such as LoRA; prefixes of
-encoder-decoders, because PEFT shares a table between their layers; prompts in encoders that classify the first position, which
-is a virtual token in PEFT; LLaMA-Adapter on GPT-2 or with biased projections. To PEFT: a layout, a prefix in only some of the
+These raise an error, and neither model is changed. From PEFT: other kinds of adapters, such as LoRA; prefixes of
+encoder-decoders, because PEFT adds them only to the decoder; prompts in encoders that classify the first position, which is a
+virtual token in PEFT; LLaMA-Adapter on GPT-2 or with biased projections. To PEFT: a layout, a prefix in only some of the
 layers, and prefixes in an encoder and its decoder.
 
 Versions tested: peft 0.21.2, transformers 5.23.0
@@ -127,7 +127,7 @@ def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
 
 @contextmanager
 def _restored(peft_model: nn.Module) -> Iterator[None]:
-    """Restore the parameters, which PEFT may change while it reads them, such as the deltas of a CPT adapter."""
+    """Restore the parameters afterwards, because PEFT may change some while reading them, such as the deltas of a CPT adapter."""
     before = [(parameter, parameter.data) for parameter in peft_model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -152,7 +152,7 @@ def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) ->
     unknown = [name for name in chosen if name not in configs]
     if unknown or not chosen or len(set(chosen.values())) < len(chosen):
         raise OptionError(
-            f"names={names!r} is wrong; it must name adapters of the PEFT model, each with a different name for its prompt.",
+            f"names={names!r} is invalid; it must name adapters of the PEFT model, and give each prompt a different name.",
             "Leave `names` out to convert all adapters.",
             asked=chosen,
             adapters=list(configs),
@@ -164,7 +164,7 @@ def _chosen(peft_model: Any, names: Mapping[str, str] | Iterable[str] | None) ->
 
 
 def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, trainable: bool = False) -> PeftModel:
-    """Create a PEFT model with one adapter for each prompt, under the prompt's name.
+    """Create a PEFT model with one adapter for each prompt, named after the prompt.
 
     Args:
         prompts: prompts of one model.
@@ -176,7 +176,7 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
 
     Raises:
         UnsupportedMethodError: a prompt has no equivalent in PEFT. The model is unchanged.
-        PromptMismatchError: the class or the shape of the model differs. The model is unchanged.
+        PromptMismatchError: the model differs in class or shape from the model of the prompts. The model is unchanged.
         OptionError: there are no prompts, or the model has other prompts.
     """
     peft = _peft()
@@ -189,7 +189,7 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
     kinds = {config["peft_type"] for config, _ in parts.values()}
     if len(kinds) > 1:
         raise OptionError(
-            f"the prompts would become adapters of the types {sorted(kinds)}; a PEFT model can have only one type.",
+            f"the prompts would become adapters of the types {sorted(kinds)}; a PEFT model can hold only one type.",
             "Create one PEFT model for each type.",
         )
     active = given[0].prompted_model.active
@@ -230,7 +230,7 @@ def _require_one_model(prompts: list[SoftPrompt]) -> None:
 
 
 def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
-    """Check that a model has no other prompts or adapters, and the same class and shape as the model of the prompts."""
+    """Check that a model has no other prompts or adapters, and has the class and shape of the prompts' model."""
     own = prompts[0].model
     prompted = prompted_model_of(model)
     others = sorted(set(prompted.prompts) - {prompt.name for prompt in prompts}) if prompted and model is own else []
@@ -247,7 +247,7 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
     heads = [prompt.name for prompt in prompts if not _has_heads(prompt.to_stored(), model)]
     if mine != theirs or heads:
         raise PromptMismatchError(
-            "the class or the shape of the model differs from the model that the prompts were trained with.",
+            "the model differs in class or shape from the model that the prompts were trained with.",
             "Pass the base model that the prompts were trained with.",
             prompt=mine,
             model=theirs,

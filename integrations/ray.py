@@ -5,7 +5,7 @@ worker is still writing it. With `ReportCallback`, workers wait until the checkp
 the other workers add their random state. Like Ray's callback, it reports a directory with the checkpoint in `checkpoint/`. A
 restarted run resumes bit for bit from the path that `last_checkpoint` yields.
 
-Refused with an error: a Trainer that saved no checkpoint. In a training loop without a Trainer, call `ray.train.report` with
+These raise an error: a Trainer that saved no checkpoint. In a training loop without a Trainer, call `ray.train.report` with
 the directory that `prompt.save_pretrained` writes, or resume with `softhooks.integrations.accelerate`.
 
 Example:
@@ -93,7 +93,7 @@ class ReportCallback(TrainerCallback):
 
 @contextmanager
 def last_checkpoint(start: Any = None) -> Iterator[str | None]:
-    """Yield the path of the last checkpoint that this run has reported, also before Ray restarted it; None if there is none.
+    """Yield the path of the last checkpoint that this run reported, even before a restart; None if there is none.
 
     Args:
         start: a checkpoint of another run (`result.checkpoint`), which is used if this run has not reported one.

@@ -8,9 +8,9 @@ everything else; without a Trainer, call `attach`. `softhooks.disabled` and `act
 `SentenceTransformer(folder, trust_remote_code=True)`; without the flag, the library refuses modules from other packages. A
 Trainer's checkpoints hold only the prompt and resume bit for bit; `load_prompt(model, folder)` loads them onto the base.
 
-Refused with an error: several inner transformers models (Router), a first module other than `Transformer`, backends other than
+These raise an error: several inner transformers models (Router), a first module other than `Transformer`, backends other than
 torch, PEFT adapters, one prompt per row (`rows`), losses with their own parameters (SoftmaxLoss), multi-process pools,
-`torch_compile`, FSDP. DDP works. Inputs are padded, never packed. If virtual tokens need positions, texts are truncated earlier.
+`torch_compile`, FSDP. DDP works. Inputs are padded, never packed. If virtual tokens take up positions, texts are cut shorter.
 
 Versions tested: sentence-transformers 6.2.0
 
@@ -145,7 +145,7 @@ class SentencePromptCallback(SoftPromptCallback):
         wrap_sentence_model(model)
 
     def on_model_init(self, args: Any, control: Any, model: Any, trial: Any) -> None:
-        """Attach the prompt to the inner transformers model of a model from `model_init`."""
+        """Attach the prompt to the inner transformers model of the model that `model_init` returned."""
         super().on_model_init(args, control, transformer_of(model).model, trial)
         wrap_sentence_model(model)
 

@@ -7,9 +7,9 @@ them (without the flag, sentence-transformers refuses the body's first module). 
 prompt; `softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads them onto a new body.
 SetFit's Trainer does not support resuming.
 
-Refused with an error: everything that `softhooks.integrations.sentence_transformers` refuses; models for aspect-based sentiment
+These raise an error: everything that `softhooks.integrations.sentence_transformers` refuses; models for aspect-based sentiment
 analysis, which train two models with one callback; a Trainer whose model was replaced (`hyperparameter_search`), because SetFit
-then runs one model and optimizes the other. The prompt's metrics are not in SetFit's logs, in which the loss has another name.
+then runs one model and optimizes the other. SetFit's logs lack the prompt's metrics, because they rename the loss.
 
 Versions tested: setfit 1.2.0
 
@@ -102,7 +102,7 @@ def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
 
 
 class _Freeze:
-    """Replaces SetFit's freezing and unfreezing, so that only parameters that were trainable are unfrozen in a body."""
+    """Replaces SetFit's freezing and unfreezing, so that in a body it unfreezes only the parameters that it froze."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

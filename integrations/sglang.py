@@ -1,14 +1,14 @@
 """SGLang: requests that contain a text and its prompt as input embeddings.
 
-SGLang does not support soft prompts, but its endpoint `/generate` accepts the embeddings of the whole input instead of its ids,
-as lists of numbers: `input_embeds`. Start the server with `--disable-radix-cache`, because its cache compares ids.
+SGLang does not support soft prompts, but its endpoint `/generate` accepts `input_embeds`, the embeddings of the whole input as
+lists of numbers, instead of token ids. Start the server with `--disable-radix-cache`, because its cache compares ids.
 `embeddings` computes the embeddings of prompt and text together, and `request` builds the body of the request. From a shell:
 `softhooks export DIR --to sglang --model MODEL --text "..." --output OUT`.
 
-Refused with an error: prompts of keys and values and gated branches (prefix tuning, P-tuning v2, context tuning, cartridges,
+These raise an error: prompts of keys and values or gated branches (prefix tuning, P-tuning v2, context tuning, cartridges,
 LLaMA-Adapter); trained heads; multitask prompts with several tasks; `text` or `input_ids` together with `input_embeds`; models
 that scale their embeddings, except Gemma (1 to 3) and Granite. For Gemma and Gemma 2, the embeddings are divided by the model's
-scale, because SGLang multiplies given embeddings by this scale.
+scale, because SGLang multiplies `input_embeds` by this scale.
 
 This module was written from SGLang's documentation and source. The tests do not run SGLang, which needs a GPU: they check that
 transformers generates the same from the embeddings as with the prompt, and that the request has the fields that SGLang 0.5.23

@@ -2,15 +2,15 @@
 
 Pass `PromptedModule` as the module of a net. The method is an ordinary parameter (`module__method`), so `clone`, `set_params` and
 searches work. `Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params` and `load_params`, with and without
-`use_safetensors`, save and restore only the prompt, and training resumes bit for bit. Each copy of a net, also one made by
-unpickling, has its own prompt on a new model. Nets share the weights of the model that you pass, but do not change it.
+`use_safetensors`, save and restore only the prompt, and training resumes bit for bit. Each copy of a net, even an
+unpickled one, has its own prompt on a new model. Nets share the weights of the model that you pass, but do not change them.
 `FrozenCheck` checks after each fit that the base has not changed.
 
 If nets are cloned or pickled, pass a function that returns the model (`functools.partial(AutoModel.from_pretrained, path)`); a
 model would be copied or pickled with its weights each time.
 
-Refused with an error: a model that already has a prompt; methods with their own objective, which need the labels in the forward
-(CPT, distilled MPT and cartridges); files of another prompt, method or base, before anything is loaded.
+These raise an error: a model that already has a prompt; methods with their own objective, which need the labels in the forward
+pass (CPT, distilled MPT and cartridges); files of another prompt, method or base, before anything is loaded.
 
 Example:
     import softhooks
@@ -89,7 +89,7 @@ class PromptedModule(nn.Module):
         self._arguments: dict[str, Any] = {"model": model, "method": method, **options}
         if isinstance(method, Method) and method.objective() is not None:
             raise UnsupportedMethodError(
-                f"{method.kind} needs the labels in the forward for its own objective; skorch passes them only to the criterion.",
+                f"{method.kind} needs the labels in the forward pass; skorch passes them only to the criterion.",
                 "Train this method with the Trainer or with your own training loop.",
             )
         base = _make(model)
@@ -116,7 +116,7 @@ class PromptedModule(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the state.
+        """Load the result of `state_dict`.
 
         Raises:
             TrainerError: the state belongs to another prompt, method or base; nothing is loaded.
@@ -137,7 +137,7 @@ class PromptedModule(nn.Module):
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle only the arguments and the trained tensors, from which the model and its hooks are created again."""
+        """Copy and pickle only the arguments and the trained tensors, from which the model and its hooks are recreated."""
         own = {name: value for name, value in self.__dict__.items() if name not in (*_REBUILT, "_modules")}
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         state = {

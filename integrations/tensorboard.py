@@ -1,4 +1,4 @@
-"""TensorBoard: a trained prompt in the embedding projector, its nearest words and its options.
+"""TensorBoard: write a trained prompt for the embedding projector, its nearest words and its options.
 
 With `report_to="tensorboard"`, the Trainer writes the prompt's metrics without this callback. The callback replaces that
 reporter: it writes all metrics of the Trainer and, with a tokenizer, at the end of training:
@@ -6,8 +6,8 @@ reporter: it writes all metrics of the Trainer and, with a tokenizer, at the end
 - the virtual tokens and the words nearest to them, with labels, in the embedding projector (`soft_prompt`);
 - a table of these words with their cosines.
 
-Refused with an error: `report_to="tensorboard"` in addition to the callback, because every metric would be written twice; a
-tokenizer for a prompt of keys and values or in a sharded model.
+These raise an error: `report_to="tensorboard"` in addition to the callback, because every metric would be written twice; a
+tokenizer with a prompt of keys and values or a sharded model.
 
 Versions tested: tensorboard 2.21.0
 

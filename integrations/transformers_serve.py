@@ -4,8 +4,8 @@ The server's answers are the same as those of `generate`. From a shell, with the
 
     python -m softhooks.integrations.transformers_serve MODEL --prompt DIR --port 8000 --continuous-batching
 
-Refused with an error: a server that is not pinned to one model, because a prompt belongs to one model; with continuous batching,
-prompts that enter as slots or differ between requests, flash attention, CUDA graphs and compiled forwards. On a GPU, transformers
+These raise an error: a server that is not pinned to one model, because a prompt belongs to one model; with continuous batching,
+prompts that occupy slots or differ between requests, flash attention, CUDA graphs and compiled forwards. On a GPU, transformers
 would use the last three by default; they are turned off unless you request them.
 
 Versions tested: transformers 5.23.0, fastapi 0.165.0, uvicorn 0.54.0, openai 3.57.0
@@ -84,7 +84,7 @@ def prompted(prompt: str | Path, *, strict: bool = True) -> Iterator[None]:
 
 def _manager(base: Any, prompt: str, strict: bool) -> Any:
     class PromptedModelManager(base):
-        """Loads the server's model, and the prompt onto this model."""
+        """Loads the server's model, and the prompt onto it."""
 
         def __init__(self, *args: Any, continuous_batching: bool = False, **kwargs: Any) -> None:
             self._batches = continuous_batching

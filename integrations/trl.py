@@ -7,10 +7,10 @@ the prompt disabled. GRPO and RLOO generate with the prompt.
 In packed rows (`bfd`, `bfd_split`) and padding-free rows every document gets the prompt, with sdpa or eager attention. `wrapped`
 rows may split documents; each row gets the prompt once.
 
-Refused with an error before the first step: `use_vllm`, continuous batching, `sync_ref_model`, `use_liger_kernel`,
+These raise an error before the first step: `use_vllm`, continuous batching, `sync_ref_model`, `use_liger_kernel`,
 `cast_lm_head_to_fp32` on heads that are not in fp32, methods with their own objective, PEFT adapters that the prompt would
 freeze, PEFT adapters in GRPO and RLOO unless `beta=0.0`, references with a trainable prompt (`copy.deepcopy` of the policy),
-`reference` under FSDP, and other trainers of TRL.
+`reference` under FSDP, and TRL's other trainers.
 
 Versions tested: trl 1.16.0
 
@@ -51,7 +51,7 @@ _TRAINERS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO")
 _UNSUPPORTED = {
     "use_vllm": "would generate completions without the prompt: TRL sends vLLM only the model's weights",
     "use_transformers_continuous_batching": "would convert the frozen base to 16 bits, for paged attention",
-    "sync_ref_model": "would copy the policy's parameters to the reference, which has none for the prompt",
+    "sync_ref_model": "would copy the policy's parameters to the reference, which has no parameters for the prompt",
     "use_liger_kernel": "would replace the model's layers after the prompt was attached and checked on them",
 }
 _COMPARING = {"DPOConfig": "DPOTrainer", "KTOConfig": "KTOTrainer"}
@@ -62,8 +62,8 @@ def reference(model: nn.Module, prompt: str | None = None) -> Reference:
 
     Args:
         model: the trainer's model.
-        prompt: the name of another prompt of the model, such as a frozen one from an earlier training, for the reference to use;
-            None for no prompt.
+        prompt: the name of another prompt of the model, which the reference uses, such as a frozen one from an earlier run; None
+            for no prompt.
     """
     return Reference(model, prompt)
 
@@ -78,7 +78,7 @@ def check(args: Any, model: nn.Module, method: Method, trainable: Sequence[str])
 
 
 def _kind(args: Any) -> str:
-    """Return the name of TRL's class of arguments, even for an instance of a subclass."""
+    """Return the name of TRL's arguments class, even for an instance of a subclass."""
     return next(kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl")
 
 
@@ -87,7 +87,7 @@ def _unsupported(args: Any, model: nn.Module, method: Method) -> Iterator[tuple[
     kind = _kind(args)
     if kind.removesuffix("Config") not in _TRAINERS:
         yield (
-            f"TRL's trainer of {kind} has not been tested with a prompt; supported are those for {', '.join(_TRAINERS)}.",
+            f"the trainer of {kind} has not been tested with a prompt; the supported trainers are {', '.join(_TRAINERS)}.",
             "Use one of these, or your own training loop with `softhooks.attach`.",
         )
     for name, reason in _UNSUPPORTED.items():
@@ -101,7 +101,7 @@ def _unsupported(args: Any, model: nn.Module, method: Method) -> Iterator[tuple[
         )
     if method.objective() is not None:
         yield (
-            f"{method!r} has its own objective, which changes the model's loss; TRL computes its loss itself.",
+            f"{method!r} has its own objective, which changes the model's loss; TRL computes the loss itself.",
             "Use the Trainer of transformers, or a method without its own objective.",
         )
 
@@ -137,7 +137,7 @@ def guard(args: Any, prompted: PromptedModel) -> None:
 
 
 class _ReferenceGuard:
-    """Wraps two methods of a trainer's class, because callbacks cannot access the trainer, until every guard is removed."""
+    """Wraps two methods of a trainer's class until every guard is removed; callbacks cannot access the trainer itself."""
 
     def __init__(self, trainer: type) -> None:
         _guards.add(self, trainer)

@@ -1,11 +1,11 @@
 """vLLM: requests that contain a text and its prompt as prompt embeddings.
 
-vLLM does not support soft prompts, but accepts the embeddings of the whole input instead of its ids. `embeddings` computes the
+vLLM does not support soft prompts, but accepts the embeddings of the whole input instead of token ids. `embeddings` computes the
 embeddings of prompt and text together. Pass them to `LLM(..., enable_prompt_embeds=True)` as `{"prompt_embeds": rows}`. For a
 server started with `vllm serve MODEL --enable-prompt-embeds`, `request` builds the body of a request to `/v1/completions`;
 `/v1/chat/completions` cannot be used. From a shell: `softhooks export DIR --to vllm --model MODEL --text "..." --output OUT`.
 
-Refused with an error: prompts of keys and values and gated branches (prefix tuning, P-tuning v2, context tuning, cartridges,
+These raise an error: prompts of keys and values or gated branches (prefix tuning, P-tuning v2, context tuning, cartridges,
 LLaMA-Adapter); trained heads; multitask prompts with several tasks; `prompt` with `prompt_embeds`, which the server would answer
 as two inputs; models that scale their embeddings, except Gemma (1 to 3) and Granite.
 

@@ -1,13 +1,13 @@
-"""Weights & Biases: a trained prompt as an artifact, its options and its nearest words.
+"""Weights & Biases: log a trained prompt as an artifact, its options and its nearest words.
 
 With `report_to="wandb"`, the Trainer logs the prompt's metrics without this callback, and `WANDB_LOG_MODEL` uploads checkpoints
-with only the prompt. The callback adds to the Trainer's run, also with `WANDB_MODE=offline`:
+with only the prompt. The callback adds to the Trainer's run, even with `WANDB_MODE=offline`:
 
 - the method, its options and the number of parameters, in the run's configuration under `soft_prompt`;
 - at the end of training, an artifact of type `soft-prompt`; load it with `softhooks.load(model, artifact.download())`;
 - with a tokenizer, a table of the words nearest to each virtual token, as `soft_prompt/words`.
 
-Refused with an error before the first step: no active run; a tokenizer for a prompt of keys and values or in a sharded model.
+These raise an error before the first step: no active run; a tokenizer with a prompt of keys and values or a sharded model.
 
 Versions tested: wandb 0.31.0
 

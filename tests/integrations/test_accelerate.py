@@ -297,7 +297,7 @@ def test_the_model_unwraps_to_itself_and_is_saved_as_its_prompt(tmp_path: Path) 
         fresh = zoo.build("llama")
         softhooks.load(fresh, tmp_path / folder)
         assert torch.equal(fresh(zoo.text()).logits, model.eval()(zoo.text()).logits)
-    with pytest.raises(TrainerError, match="writes only the prompt, in safetensors"):
+    with pytest.raises(TrainerError, match="only the prompt of a prompted model, and only in safetensors"):
         run.accelerator.save_model(run.model, str(tmp_path / "bin"), safe_serialization=False)
     assert not (tmp_path / "bin").exists()
     run.accelerator.save_model(torch.nn.Linear(2, 2), str(tmp_path / "linear"))
@@ -409,7 +409,7 @@ def test_what_would_not_train_or_save_rightly_is_refused(tmp_path: Path, monkeyp
                     track(accelerator, prompt)
     track(accelerator, prompt)
     other = softhooks.attach(model, PrefixTuning(2), "other")
-    with pytest.raises(TrainerError, match="can track one prompt of each model"):
+    with pytest.raises(TrainerError, match="can track one prompt per model"):
         track(accelerator, other)
     other.remove()
     with pytest.raises(TrainerError, match=r"prepared: +none"):

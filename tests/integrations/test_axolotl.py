@@ -133,7 +133,7 @@ def test_a_model_with_a_prompt_is_refused_and_stays_as_it_is(plugin: Any) -> Non
 def test_a_trainer_that_did_not_get_the_callback_is_an_error(plugin: Any) -> None:
     model = zoo.build("llama")
     plugin.add_callbacks_pre_trainer({"softhooks": SECTION}, model)
-    with pytest.raises(TrainerError, match="has not used the plugin"):
+    with pytest.raises(TrainerError, match="did not use the plugin"):
         plugin.post_train({}, model)
 
 

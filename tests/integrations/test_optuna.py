@@ -102,7 +102,7 @@ def test_one_candidate_is_not_chosen_from() -> None:
         ({"num_virtual_tokens": [0]}, "num_virtual_tokens"),
         ({"init": ["vocab", "nonsense"]}, "nonsense"),
         ({"init": "vocab"}, "init='vocab' is not a list"),
-        ({"init": [["vocab"], ["random"]]}, "one value of another type"),
+        ({"init": [["vocab"], ["random"]]}, "a single value of another type"),
         ({"hidden": [4]}, r"PromptTuning does not accept(.|\n)*hidden"),
         ({"learning_rate": (0.1, 0.01)}, "it must be a pair"),
         ({"learning_rate": (0.0, 0.01)}, "it must be a pair"),

@@ -468,7 +468,7 @@ def test_nothing_stays_attached_if_one_of_several_does_not_fit() -> None:
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [(["other"], "other"), ([], "names"), ({"a": "x", "b": "x"}, "a different name for its prompt"), ("c", "'c'")],
+    [(["other"], "other"), ([], "names"), ({"a": "x", "b": "x"}, "give each prompt a different name"), ("c", "'c'")],
 )
 def test_false_names_are_refused(names: Any, words: str) -> None:
     theirs, model = prompted("llama", "causal", "prompt", ("a", "b")), zoo.build("llama")
