@@ -30,10 +30,10 @@ def present_prompt(model: nn.Module, name: str) -> SoftPrompt | None:
 def attach_or_continue(
     model: nn.Module, method: Method, name: str, injection: Injection | None, options: dict[str, Any]
 ) -> tuple[SoftPrompt, bool]:
-    """Attach a prompt, or find an equal prompt that the model already has. Return the prompt, and whether it is new.
+    """Attach a prompt, or find the same prompt on the model. Return the prompt, and whether it is new.
 
     Args:
-        options: more arguments of `attach`.
+        options: further arguments of `attach`.
     """
     allowed = injection_for_launch(method, injection)
     present = present_prompt(model, name)
@@ -47,17 +47,17 @@ def attach_or_continue(
 
 
 def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_new: bool) -> CheckpointSaver:
-    """Return the saver of a callback's prompt. If there is none, create it and log the prompt's metrics from now on.
+    """Return the saver of a callback's prompt. If there is none, create one and start logging the prompt's metrics.
 
     Args:
-        is_new: whether the callback has attached the prompt.
+        is_new: whether the callback attached the prompt.
     """
     saver = saver_of(prompt.model)
     if saver is None or saver.prompt is not prompt or saver.owner is not owner:
         saver = CheckpointSaver(prompt, owner)
         saver.metrics, saver.attached_by_owner = TrainingMetrics(prompt), is_new
         prompt.prompted_model.outside_patches.keep(LoggedMetrics(saver))
-    saver.control = control  # the Trainer may have replaced it when it restored the states of its callbacks
+    saver.control = control  # the Trainer may replace its control when it restores the states of callbacks
     return saver
 
 
@@ -69,7 +69,7 @@ class FrozenPrompts:
         self._gradients = StashedGradients()
 
     def freeze_all_but(self, prompt: SoftPrompt) -> None:
-        """Make one prompt trainable and freeze the model's others; `unfreeze` restores their gradients."""
+        """Make one prompt trainable and freeze the others; `unfreeze` restores their gradients."""
         for other in prompt.prompted_model.prompts.values():
             for part in (other.encoder, other.heads):
                 for name, parameter in part.named_parameters(f"{other.name}.{type(part).__name__}"):
@@ -79,7 +79,7 @@ class FrozenPrompts:
         self._gradients.take(self._frozen)
 
     def unfreeze(self) -> None:
-        """Make the other prompts trainable again, with the gradients that they had."""
+        """Make the other prompts trainable again, and restore their gradients."""
         for _, parameter in self._frozen:
             parameter.requires_grad_(True)
         self._gradients.restore(self._frozen)

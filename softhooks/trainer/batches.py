@@ -1,7 +1,7 @@
-"""Changes to a Trainer's batches: the method's sampler, and padding and columns for a layout with a template.
+"""Use the method's sampler in a Trainer, and pad and keep the columns of a layout with a template.
 
 The Trainer's default collators do not pad all columns of a template, and the Trainer removes columns that `Layout.collator`
-needs. A collator that the script passed is not changed.
+needs. A custom collator is not changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FILL = {"labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0}
 
 
 def use_sampler(loader: Any, method: Method, seed: int) -> Any:
-    """Replace the random sampler of a Trainer's data loader with the method's sampler, if it has one, and return that."""
+    """Replace a data loader's random sampler with the method's sampler, and return it; None if the method has no sampler."""
     if not method.has_sampler:
         return None
     batches: Any = getattr(loader, "batch_sampler", None)
@@ -36,8 +36,8 @@ def use_sampler(loader: Any, method: Method, seed: int) -> Any:
     present = getattr(batches, "sampler", None)
     if not isinstance(batches, BatchSampler) or not isinstance(present, (RandomSampler, method.sampler_class)):
         raise TrainerError(
-            f"the loader draws its rows with {type(present).__name__}; the method's sampler can only replace a RandomSampler.",
-            "Leave the order to the Trainer (`sampling=None`), or train in random order on a dataset with a length.",
+            f"the data loader uses a {type(present).__name__}; the method's sampler can only replace a RandomSampler.",
+            "Set `sampling=None` to use the Trainer's sampler, or train in random order on a dataset with a length.",
             method=method.kind,
             rows=type(getattr(loader, "dataset", loader)).__name__,
             order=type(present).__name__,
@@ -48,7 +48,7 @@ def use_sampler(loader: Any, method: Method, seed: int) -> Any:
 
 
 def prepare_template_rows(trainer: Trainer, method: Method) -> None:
-    """Let a Trainer build batches from rows of a template, whether the dataset or the collator has rendered them."""
+    """Make a Trainer pad and keep the columns of a template, whether rows are rendered in the dataset or by the collator."""
     if not method.token_layout.batch_columns:
         return
     collator = trainer.data_collator
@@ -77,7 +77,7 @@ class PaddedRows:
             self.tokenizer = default.tokenizer  # the Trainer saves the collator's tokenizer
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        """Pad the columns whose rows differ in length, and call the default collator."""
+        """Pad columns whose entries differ in length, and call the default collator."""
         rows = [dict(row) if isinstance(row, Mapping) else dict(vars(row)) for row in features]
         ragged = {name for name in rows[0] if len({_length(row.get(name)) for row in rows}) > 1}
         if not ragged:
@@ -97,7 +97,7 @@ class PaddedRows:
         labels = [row.pop("labels") for row in rows if "labels" in row]
         if labels:
             for row in rows:
-                row.pop("label", None)  # the index of the class, whose word is in the labels
+                row.pop("label", None)  # the class index; `labels` already contains the word for the class
         batch = self.default(rows)
         if labels:
             batch["labels"] = padded_labels(labels, batch["attention_mask"])
@@ -105,14 +105,14 @@ class PaddedRows:
 
 
 def _length(value: Any) -> int:
-    """Return the length of a row's entry, or -1 for a scalar and for text, which collators do not convert to a tensor."""
+    """Return the length of a row's entry; -1 for scalars, and for text, which collators do not convert to tensors."""
     if isinstance(value, str) or not hasattr(value, "__len__") or (isinstance(value, Tensor) and not value.dim()):
         return -1
     return len(value)
 
 
 class KeptColumns:
-    """Replaces a Trainer's `_set_signature_columns_if_needed`, so that the Trainer keeps the columns of templates and prompts."""
+    """Replaces a Trainer's `_set_signature_columns_if_needed` to keep the columns that templates and prompts need."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer: Any = trainer
@@ -120,7 +120,7 @@ class KeptColumns:
         Patches().set(trainer, "_set_signature_columns_if_needed", self)
 
     def __call__(self) -> None:
-        """Add the collator's and the prompts' columns; prompts may be attached after the Trainer has made its list of columns."""
+        """Add the columns of the collator and of prompts, which may be attached after the Trainer has listed its columns."""
         self._set_signature_columns()
         trainer, prompted = self._trainer, prompted_model_of(self._trainer.model)
         collator = trainer.data_collator

@@ -46,30 +46,30 @@ class SoftPromptCallback(TrainerCallback):
     """Train a soft prompt with any Trainer: `Trainer(..., callbacks=[SoftPromptCallback(PromptTuning(20))])`.
 
     Checkpoints contain the prompt (`soft_prompt.*`, which `softhooks.load` reads) and its live parameters, from which the Trainer
-    resumes bit for bit. `trainer.save_model()` writes only the prompt. If a process was killed while it wrote a checkpoint, the
+    resumes bit for bit. `trainer.save_model()` writes only the prompt. If a process was killed while writing a checkpoint, the
     incomplete checkpoint is renamed, so that `resume_from_checkpoint=True` finds the last complete one.
 
-    Every training log has `soft_prompt/norm`, `soft_prompt/grad_norm` (after clipping), `soft_prompt/distance` (from the prompt
-    at the start of training) and the method's own metrics. Reporters and the progress bar receive them together with the loss.
+    Every training log contains `soft_prompt/norm`, `soft_prompt/grad_norm` (after clipping), `soft_prompt/distance` (from the
+    prompt at the start of training) and the method's own metrics. Reporters and the progress bar receive them with the loss.
 
-    If the model already has an equal prompt of this name, the callback continues to train it; the model's other prompts are
-    frozen during training. Every model that `model_init` returns gets a new prompt. The callback may also be added later, with
-    `trainer.add_callback`.
+    If the model already has a prompt with this name, method and options, the callback continues to train it. The model's other
+    prompts are frozen during training. Every model that `model_init` returns gets a new prompt. The callback may also be added
+    later, with `trainer.add_callback`.
 
     Args:
         method: the method to train.
         name: the name of the prompt.
         train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before each
-            checkpoint is written; "log": also at each log; False: never.
-        model: the Trainer's model, only if it is quantized. The prompt is attached to it immediately, because the Trainer accepts
-            a quantized model only if it has trainable parameters.
+            checkpoint is written; "log": also at each training log; False: never.
+        model: the Trainer's model, only if it is quantized. The prompt is attached immediately, because the Trainer accepts a
+            quantized model only if it has trainable parameters.
 
     Attributes:
         soft_prompt: the attached prompt, or None before the Trainer is created.
 
     Raises:
-        OptionError: `check_frozen` has another value.
+        OptionError: `check_frozen` has an invalid value.
     """
 
     remedy: ClassVar[str] = "Train the prompts one after the other, each with its own Trainer."
@@ -158,7 +158,7 @@ class SoftPromptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the model and the optimizer of this run. If the model is new, attach the prompt to it, or refuse the model."""
+        """Check the model and the optimizer. If the model was replaced, attach the prompt to the new model, or refuse."""
         refuse_smoothing(args, self.method)
         model, optimizer, known = kwargs["model"], kwargs["optimizer"], self.soft_prompt
         is_known = known is not None and known.is_attached and known.model is model
@@ -192,13 +192,13 @@ class SoftPromptCallback(TrainerCallback):
         self._frozen_check.begin(prompt, state.global_step)
         prompt.prompted_model.embed_last()
         saver.verify = None if self._is_sharded else lambda: self._frozen_check.check(prompt, "save", state.global_step)
-        seed = args.seed if args.data_seed is None else args.data_seed  # the seed with which the Trainer would shuffle
+        seed = args.seed if args.data_seed is None else args.data_seed  # the seed that the Trainer would shuffle with
         self._sampler = use_sampler(kwargs.get("train_dataloader"), self.method, seed)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the epoch of the method's own sampler, also if training resumes within an epoch."""
+        """Set the epoch of the method's own sampler, even if training resumes in the middle of an epoch."""
         if self._sampler is not None and state.epoch is not None:
             self._sampler.set_epoch(int(state.epoch + 1e-6))
 
@@ -216,7 +216,7 @@ class SoftPromptCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Apply the method's constraint, unless the hook on torch optimizers has done so."""
+        """Apply the method's constraint, unless the hook on torch optimizers has already applied it."""
         if self.soft_prompt is not None:
             end_step(self.soft_prompt.encoder)
 
@@ -226,7 +226,7 @@ class SoftPromptCallback(TrainerCallback):
             self._frozen_check.check(self.soft_prompt, "log", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Release the checkpoint's lock. Check the base on ranks that did not check it before writing the checkpoint."""
+        """Release the checkpoint's lock. Check the base on ranks that did not check it before the checkpoint was written."""
         saver = self._saver
         if saver is None:
             return
@@ -260,14 +260,14 @@ class SoftPromptCallback(TrainerCallback):
         check_trainer(args, model, self.method, self._options["trainable"])
 
     def _prepare(self, args: TrainingArguments, model: nn.Module, control: TrainerControl) -> SoftPrompt:
-        """Attach the prompt or continue with an equal one, and copy it from rank 0 to all ranks."""
+        """Attach the prompt, unless the model already has it, and copy it from rank 0 to all ranks."""
         prompt = self._take(model, control)
         guard_trainer(args, prompt.prompted_model)
         broadcast_from_rank_0(prompt, args.device)
         return prompt
 
     def _take(self, model: nn.Module, control: TrainerControl) -> SoftPrompt:
-        """Attach the prompt or continue with an equal one, and freeze the rest of the model."""
+        """Attach the prompt, unless the model already has it, and freeze the rest of the model."""
         refuse_second(self, model, control)
         prompt, is_new = attach_or_continue(model, self.method, self.name, self._injection, self._options)
         shared = prompt.prompted_model

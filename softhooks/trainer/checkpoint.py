@@ -1,8 +1,8 @@
-"""Saving a prompt in a Trainer's checkpoints, and resuming from them.
+"""Save a prompt in a Trainer's checkpoints, and resume from them.
 
-A checkpoint holds the prompt twice: in the format for `softhooks.load`, and as live parameters, from which training resumes. The
-live parameters are those of the encoder and of heads, and the trainable parameters of the base. They are in
-`soft_prompt.live.safetensors`, which the checkpoint's `model.safetensors.index.json` names, so that the Trainer loads it.
+A checkpoint holds the prompt twice: in the format that `softhooks.load` reads, and as live parameters, from which training
+resumes. The live parameters are those of the encoder and of heads, and the trainable parameters of the base. They are stored in
+`soft_prompt.live.safetensors`; the checkpoint's `model.safetensors.index.json` names this file, so that the Trainer loads it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class CheckpointSaver:
         control: the owner's `TrainerControl`, which identifies the Trainer, or None without a Trainer.
 
     Attributes:
-        loaded: whether a state dict with the prompt was loaded; set it to False to watch for the next one.
-        described: the description of the training run in that state dict.
+        loaded: whether a state dict with the prompt was loaded; reset it to False before another load.
+        described: the description of the training run in the loaded state dict.
         optimizer: the name of the optimizer whose state is in the checkpoint, or None if the state is not saved.
         verify: called before a checkpoint is written; raises an error if the base has changed.
         metrics: the metrics for training logs.
@@ -141,7 +141,7 @@ class CheckpointSaver:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Switch the adapter of a PEFT model, as the Trainer does after loading, but without changing any `requires_grad`."""
+        """Set the adapter of a PEFT model, which the Trainer does after loading, but keep every `requires_grad`."""
         model = self.prompt.model
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         try:
@@ -163,7 +163,7 @@ class CheckpointSaver:
             self.check(state)
 
     def check(self, state: dict[str, Any]) -> None:
-        """Check a state dict before it is loaded, and remove the description of its run from it.
+        """Check a state dict before it is loaded, and remove the description of the run from it.
 
         Args:
             state: the state dict, with the parameter names of the prompt's model; it may lack the prompt.
@@ -183,7 +183,7 @@ class CheckpointSaver:
         own = {name: shape for name, shape in live.items() if is_prompt_key(name)}
         if any(found.get(name) != shape for name, shape in own.items()) or (described and set(state) != set(live)):
             raise TrainerError(
-                "the checkpoint does not hold the tensors that this run trains; their names and shapes must match.",
+                "the checkpoint does not contain the tensors that this run trains; names and shapes must match.",
                 "Resume with the method, the name and the options that wrote the checkpoint.",
                 checkpoint={key: list(value.shape) for key, value in state.items()} if described else found,
                 trained=live if described else own,
@@ -191,7 +191,7 @@ class CheckpointSaver:
         self.loaded, self.described = True, described
 
     def require_same_run(self, described: dict[str, Any] | None) -> None:
-        """Check that this run has the settings that a checkpoint describes. Unknown settings are not compared.
+        """Check that this run has the settings described in a checkpoint. Unknown settings are not compared.
 
         Raises:
             TrainerError: a setting differs; the message names the first one.

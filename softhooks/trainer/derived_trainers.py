@@ -1,6 +1,6 @@
-"""Checks by integrations for libraries whose trainers subclass the transformers Trainer.
+"""Let integrations support libraries whose trainers subclass the transformers Trainer.
 
-An integration registers a module for a library. The callback imports this module when a Trainer is created with the library's
+An integration registers a module for a library. The callback imports the module when a Trainer is created with the library's
 subclass of `TrainingArguments`.
 """
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class TrainerIntegration(Protocol):
-    """The functions that a registered module must have."""
+    """The functions that a registered module must define."""
 
     def check(self, args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-        """Refuse settings with which the prompt would train wrongly; called before the prompt is attached.
+        """Refuse settings that would train the prompt incorrectly; called before the prompt is attached.
 
         Raises:
             TrainerError: a setting is refused; the message names it.
@@ -46,14 +46,14 @@ def register(package: str, module: str) -> None:
 
 
 def check_trainer(args: TrainingArguments, model: nn.Module, method: Method, trainable: Sequence[str]) -> None:
-    """Call `check` of the integration for these arguments, if one is registered."""
+    """Call the `check` function of the library's integration, if one is registered."""
     integration = _integration_for(args)
     if integration is not None:
         integration.check(args, model, method, trainable)
 
 
 def guard_trainer(args: TrainingArguments, prompted: PromptedModel) -> None:
-    """Call `guard` of the integration for these arguments, if one is registered."""
+    """Call the `guard` function of the library's integration, if one is registered."""
     integration = _integration_for(args)
     if integration is not None:
         integration.guard(args, prompted)

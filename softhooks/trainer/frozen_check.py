@@ -1,4 +1,4 @@
-"""The check that training does not change the base."""
+"""Check that training does not change the base."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Moment = Literal["end", "save", "log"]
 
 _MOMENTS: dict[str, tuple[Moment, ...]] = {"end": ("end",), "save": ("end", "save"), "log": ("end", "save", "log")}
 _LOAD_IN_PRECISION = (
-    "An evaluation before `train()` with `bf16_full_eval` or `fp16_full_eval` converts the model: load it in that precision, or "
-    "evaluate after the training."
+    "If `bf16_full_eval` or `fp16_full_eval` is set, evaluating before `train()` converts the model: load it in that precision, "
+    "or evaluate after training."
 )
 
 
 class FrozenCheck:
-    """Checks that the base has not changed, at the moments that `check_frozen` of `SoftPromptCallback` chooses.
+    """Checks that the base has not changed.
 
     Args:
-        asked: the value of `check_frozen`.
+        asked: when to check, as in `check_frozen` of `SoftPromptCallback`.
 
     Attributes:
         report: the result of the last check.
@@ -49,10 +49,10 @@ class FrozenCheck:
             )
 
     def check(self, prompt: SoftPrompt, moment: Moment, step: int, rescue: Path | None = None) -> None:
-        """Check that the base has not changed, if `check_frozen` includes this moment.
+        """Check that the base has not changed, if `check_frozen` asks for a check at this moment.
 
         Args:
-            rescue: where to save the prompt if the base has changed.
+            rescue: the directory to save the prompt to if the base has changed.
 
         Raises:
             FrozenModifiedError: tensors have changed; the message names them and the steps between which they changed.
@@ -60,7 +60,7 @@ class FrozenCheck:
         if not isinstance(self.asked, str) or moment not in _MOMENTS[self.asked]:
             return
         record = prompt.prompted_model.record
-        assert record is not None, "a prompt that trains has a record"
+        assert record is not None, "a prompt in training has a record"
         self.report = None
         where: dict[str, object] = {"when": f"between step {self._last_step} and step {step}"}
         if rescue is not None:
@@ -74,4 +74,4 @@ class FrozenCheck:
         self._last_step = step
 
     def __str__(self) -> str:
-        return f"nothing else changed ({self.report})" if self.asked else "not checked whether anything else changed"
+        return f"nothing else changed ({self.report})" if self.asked else "other tensors were not checked"

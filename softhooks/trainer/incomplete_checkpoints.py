@@ -1,4 +1,4 @@
-"""Rename incomplete checkpoints of a killed process, so that the Trainer resumes from the last complete checkpoint.
+"""Rename the incomplete checkpoints of a killed process, so that the Trainer resumes from the last complete one.
 
 `resume_from_checkpoint=True` uses the checkpoint with the highest number, even an incomplete one. The Trainer writes
 `trainer_state.json` last, so a checkpoint without this file is incomplete. While a process writes a checkpoint, it locks a file
@@ -50,9 +50,9 @@ class Lock:
         self._path = folder.resolve() / LOCK
         self._file: IO[str] | None = self._path.open("w")
         self.held[self._path] = self
-        (folder / _STATE).unlink(missing_ok=True)  # that of an earlier run would make this checkpoint look complete
+        (folder / _STATE).unlink(missing_ok=True)  # a file from an earlier run would make this checkpoint look complete
         if fcntl is not None:
-            with contextlib.suppress(OSError):  # without locks in the file system, nothing will be renamed there
+            with contextlib.suppress(OSError):  # if the file system has no locks, nothing is renamed
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def release(self) -> None:
@@ -65,7 +65,7 @@ class Lock:
 
 
 def rename_incomplete(output_dir: Path) -> list[Path]:
-    """Rename the incomplete checkpoints after the last complete one, with a warning, and return their new paths.
+    """Rename checkpoints newer than the last complete one, log a warning for each, and return their new paths.
 
     Only folders that are empty or were written with a SoftPromptCallback are renamed.
     """
@@ -89,11 +89,11 @@ def rename_incomplete(output_dir: Path) -> list[Path]:
 
 
 def _link(name: Path, last: Path | None) -> None:
-    """Make the old name of a renamed checkpoint a link to the last complete one, or warn that the name cannot be used."""
+    """Link the old name of a renamed checkpoint to the last complete one, or warn that the old name cannot be used."""
     try:
         if last is not None:
             name.symlink_to(last.name, target_is_directory=True)
-            logger.warning("until the first step, %s is a link to it, for scripts that pass this name", name.name)
+            logger.warning("until the first step, %s is a link to this checkpoint, for scripts that pass it", name.name)
             return
     except OSError:  # the file system does not support links
         pass

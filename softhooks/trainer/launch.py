@@ -1,4 +1,4 @@
-"""Refuse launches (DataParallel, DeepSpeed, FSDP, DDP) with settings that would silently train a prompt wrongly."""
+"""Refuse distributed settings (DataParallel, DeepSpeed, FSDP, DDP) that would silently train a prompt incorrectly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fsdp_plugin() -> Any:
 
 
 def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> None:
-    """Check the launch before a prompt is attached."""
+    """Check the distributed settings before a prompt is attached."""
     for found, remedy in _obstacles(args, model):
         raise TrainerError(found, remedy)
     if args.world_size == 1 or not method.has_unused_parameters(method.batch_columns):
@@ -43,16 +43,16 @@ def check_launch(args: TrainingArguments, model: nn.Module, method: Method) -> N
 
 
 def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the reasons why this launch cannot train a prompt, each with a remedy."""
+    """Yield the reasons why these settings cannot train a prompt, each with a remedy."""
     plugin = fsdp_plugin()
     if args.n_gpu > 1:
         yield (
-            f"one process uses {args.n_gpu} GPUs with `DataParallel`, which copies the model without its hooks in every forward.",
+            f"one process uses {args.n_gpu} GPUs with `DataParallel`, which copies the model without its hooks.",
             "Start one process per GPU (`torchrun --nproc-per-node N`, `accelerate launch`), or set `CUDA_VISIBLE_DEVICES=0`.",
         )
     if args.deepspeed or _uses_deepspeed():
         yield (
-            "DeepSpeed is not supported, because it partitions parameters and optimizer states itself.",
+            "DeepSpeed is not supported, because it partitions parameters and optimizer states.",
             "Launch without DeepSpeed; if the base does not fit on one device, use FSDP2 (`fsdp=True`).",
         )
     if plugin is not None and plugin.fsdp_version == 1:
@@ -73,17 +73,17 @@ def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str,
         )
     if prompted_model_of(model) is None and is_sharded_model(model):
         yield (
-            "the model is already sharded; a prompt must be attached before sharding, so that it is sharded too.",
+            "the model is already sharded; a prompt must be attached before sharding.",
             "Let the Trainer shard the model, or call `softhooks.attach` first.",
         )
 
 
 def _ddp_obstacles(args: TrainingArguments) -> Iterator[str]:
-    """Yield the arguments with which DDP does not look for unused parameters."""
+    """Yield the arguments that keep DDP from looking for unused parameters."""
     asked = args.ddp_find_unused_parameters
     recomputes = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
     if asked is None and recomputes:
-        yield "gradient_checkpointing=True, with which the Trainer sets find_unused_parameters=False"
+        yield "gradient_checkpointing=True, which makes the Trainer set find_unused_parameters=False"
     if asked is False:
         yield "ddp_find_unused_parameters=False"
     if getattr(args, "ddp_static_graph", None):
@@ -98,12 +98,12 @@ def _uses_deepspeed() -> bool:
 
 
 def injection_for_launch(method: Method, asked: Injection | None) -> Injection | None:
-    """Under FSDP, choose "slots" for a method that trains input embeddings, because FSDP gathers the weights layer by layer."""
+    """Under FSDP, use "slots" for input embeddings: "shared" would need weights that FSDP gathers only layer by layer."""
     if fsdp_plugin() is None or method.enters != "embeddings":
         return asked
     if asked not in (None, "slots"):
         raise TrainerError(
-            f"injection={asked!r} is not available under FSDP; a method that trains input embeddings can use only 'slots' there.",
+            f"injection={asked!r} is not available under FSDP; methods that train input embeddings can use only 'slots'.",
             "Leave `injection` out, or pass `injection='slots'`.",
         )
     return "slots"

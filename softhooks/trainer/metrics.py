@@ -20,13 +20,13 @@ class TrainingMetrics:
         self._gradients: list[Tensor] = []
 
     def store_gradients(self) -> None:
-        """Store the clipped gradients of this step, because the Trainer sets them to None before it logs."""
+        """Store the clipped gradients of this step, because the Trainer clears them before it logs."""
         self._gradients = [p.grad for p in self.prompt.encoder.parameters() if p.grad is not None]
 
     def compute(self) -> dict[str, float]:
         """Compute `norm`, `distance`, `grad_norm` and the encoder's own metrics."""
         tables = self._tables()
-        if not tables:  # sharded: computing with the parameters needs all processes, but only the first one logs
+        if not tables:  # sharded parameters need all processes, but only the first process logs
             return {}
         moved = [table - self._start[group].to(table) for group, table in tables.items() if group in self._start]
         norms = {"norm": _norm(list(tables.values())), "distance": _norm(moved)}

@@ -32,7 +32,7 @@ def refuse_fused(name: str) -> None:
     if name.endswith(_FUSED):
         raise TrainerError(
             f"optim={name!r} steps inside the backward pass, so its state cannot be saved and the gradients cannot be checked.",
-            "Choose another optimizer, such as 'adamw_torch'; the optimizer state of a prompt is small anyway.",
+            "Choose another optimizer, such as 'adamw_torch'; the optimizer state of a prompt is small.",
         )
 
 
@@ -96,7 +96,7 @@ def _warn_about_learning_rate(groups: list[dict[str, Any]], prompt: SoftPrompt) 
 
 
 def require_gradient(prompt: SoftPrompt, step: int) -> None:
-    """Check before a step that the prompt has a gradient, because torch raises no error without one."""
+    """Check before a step that the prompt has a gradient, because torch silently skips parameters without one."""
     if all(parameter.grad is None for parameter in prompt.encoder.parameters()):
         raise TrainerError(
             f"no gradient reached the prompt {prompt.name!r} in step {step + 1}.",
@@ -107,7 +107,7 @@ def require_gradient(prompt: SoftPrompt, step: int) -> None:
 
 
 def drop_frozen(optimizer: Any) -> None:
-    """Remove frozen parameters from an optimizer, but no groups, because schedulers have one learning rate per group."""
+    """Remove frozen parameters from an optimizer; keep its groups, because schedulers have one learning rate per group."""
     for group in optimizer.param_groups:
         kept = [number for number, parameter in enumerate(group["params"]) if parameter.requires_grad]
         for key in ("params", _NAMES):
@@ -121,14 +121,14 @@ def held_by(optimizer: Any) -> set[int]:
 
 
 def require_held(optimizers: Sequence[Any], prompt: SoftPrompt, remedy: str) -> str:
-    """Check that optimizers hold all trainable parameters of a prompt, and return the names of those that hold any."""
+    """Check that optimizers hold all trainable parameters of a prompt; return the names of the optimizers that hold some."""
     names = {id(parameter): name for name, parameter in prompt.named_parameters()}
     held = [held_by(optimizer) for optimizer in optimizers]
     missing = [name for key, name in names.items() if not any(key in ids for ids in held)]
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
     if missing:
         raise TrainerError(
-            f"the optimizers lack {len(missing)} of the {len(names)} trainable tensors of the prompt {prompt.name!r}.",
+            f"the optimizers lack {len(missing)} of the {len(names)} trainable parameters of the prompt {prompt.name!r}.",
             remedy,
             missing=", ".join(missing[:8]),
             optimizers=", ".join(kinds) or "none",

@@ -1,4 +1,4 @@
-"""Checks of the prompt that a callback trains: whether it can be trained, was attached too late, or is missing."""
+"""Refuse to train a prompt that cannot be trained, was attached too late, or is missing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_equal(
     train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
     **_: Any,
 ) -> None:
-    """Check that an attached prompt has the given method and options of `attach`."""
+    """Check that an attached prompt has this method and these options."""
     model = present.model
     names = [name for name, _ in model.named_parameters() if not is_prompt_key(name)]
     wanted = {name for pattern in trainable for name in fnmatch.filter(names, pattern)}
@@ -70,7 +70,7 @@ def _extras(heads: int, parameters: int, rows: int) -> str:
 
 
 def require_trainable_prompt(prompt: SoftPrompt, *, may_be_frozen: bool = False) -> None:
-    """Check that a prompt has trainable parameters. `may_be_frozen` also accepts frozen ones, if the caller unfreezes them."""
+    """Check that a prompt has trainable parameters, or, with `may_be_frozen`, parameters that the caller will unfreeze."""
     if any(may_be_frozen or parameter.requires_grad for parameter in prompt.encoder.parameters()):
         return
     raise TrainerError(
@@ -81,7 +81,7 @@ def require_trainable_prompt(prompt: SoftPrompt, *, may_be_frozen: bool = False)
 
 
 def refuse_second(callback: TrainingCallback, model: nn.Module, control: TrainerControl) -> None:
-    """Refuse a second callback of the same Trainer, which `control` identifies."""
+    """Refuse a second SoftPromptCallback in the Trainer that `control` belongs to."""
     saver = saver_of(model)
     if saver is None or not saver.prompt.is_attached or saver.control is not control or saver.owner is callback:
         return
@@ -95,7 +95,7 @@ def refuse_second(callback: TrainingCallback, model: nn.Module, control: Trainer
 
 
 def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) -> None:
-    """Remove a callback's earlier prompt from the previous model, and from a model that `model_init` returns a second time.
+    """Remove a callback's earlier prompt from the previous model, and from a model that `model_init` returns again.
 
     Args:
         trial: the trial of a hyperparameter search, or None outside a search.
@@ -118,7 +118,7 @@ def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) ->
 
 @contextmanager
 def detached_on_error(model: nn.Module) -> Iterator[None]:
-    """If the `with` block raises an error, remove the prompt that a callback has attached in the block."""
+    """If the `with` block raises an error, remove the prompt that a callback attached in it."""
     before = saver_of(model)
     try:
         yield
@@ -137,13 +137,13 @@ def refuse_late(args: TrainingArguments, state: TrainerState, found: str) -> Non
     strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
     reasons = {
         "training is resumed": bool(state.global_step),
-        "there are several processes": args.world_size > 1,
+        "training is distributed": args.world_size > 1,
         f"the Trainer writes checkpoints, from which it could not resume: save_strategy={strategy!r}": strategy != "no",
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:
         raise TrainerError(
-            "the prompt was attached after the optimizer was created, but it must be attached before.",
+            "the prompt was attached after the optimizer was created; it must be attached before.",
             "Pass `model=` or `model_init=`, and `callbacks=[SoftPromptCallback(...)]`, to the Trainer, or call "
             "`trainer.add_callback` before `train()`. If you need no checkpoints, set save_strategy='no'.",
             found=found,
@@ -174,7 +174,7 @@ def require_present(prompt: SoftPrompt | None, name: str, state: TrainerState) -
 
 
 def refuse_smoothing(args: TrainingArguments, method: Method) -> None:
-    """Refuse label smoothing for a method with its own objective, because the smoothed loss would replace it."""
+    """Refuse label smoothing for a method with its own objective, because the smoothed loss would replace the objective."""
     if args.label_smoothing_factor and method.objective() is not None:
         raise TrainerError(
             f"label_smoothing_factor={args.label_smoothing_factor} would replace the loss of the method {method.kind!r}.",

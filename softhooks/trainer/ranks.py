@@ -1,4 +1,4 @@
-"""Make and keep a prompt identical on all ranks of distributed training."""
+"""Make a prompt identical on all ranks of distributed training, and check that it stays identical."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_single_process() -> bool:
 
 
 def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
-    """Copy the prompt from rank 0 to every rank, and also tensors of the base that differ, such as a randomly initialized head.
+    """Copy the prompt from rank 0 to every rank, with tensors of the base that differ, such as a randomly initialized head.
 
     Otherwise, DDP would copy them later, and the frozen check would report a changed base. FSDP2 would combine shards of
     different prompts.
@@ -66,7 +66,7 @@ def require_same_on_all_ranks(prompt: SoftPrompt) -> None:
 
 
 def _require_equal(mine: dict[str, str], what: str) -> None:
-    """Compare values with rank 0. If any rank differs, every rank raises an error, so that none waits for the others."""
+    """Compare values with rank 0. If any rank differs, every rank raises an error, so that no rank waits for another."""
     theirs = _from_rank_0(mine)
     differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     example = {name: (mine.get(name), theirs.get(name)) for name in differing[:1]}
@@ -76,7 +76,7 @@ def _require_equal(mine: dict[str, str], what: str) -> None:
             own, first = values[names[0]]
             raise TrainerError(
                 f"the {what} of rank {rank} differs from that of rank 0; it must be the same on all ranks.",
-                "Give every rank the same script, files and checkpoint, and change no parameters on one rank only.",
+                "Give every rank the same script, files and checkpoint, and do not change parameters on a single rank.",
                 differing=", ".join(names),
                 rank_0=f"{names[0]}: {first}",
                 **{f"rank_{rank}": f"{names[0]}: {own}"},

@@ -27,8 +27,8 @@ class Reference(nn.Module):
         prompt: the name of another, frozen prompt to run the model with, or None to run it without prompts.
 
     Raises:
-        TrainerError: in a forward: parameters of the reference are being trained, or the model is sharded.
-        NotAttachedError: in a forward: the model has no prompt with this name.
+        TrainerError: in a forward pass, if parameters of the reference are being trained or the model is sharded.
+        NotAttachedError: in a forward pass, if the model has no prompt with this name.
     """
 
     policy: Any
@@ -53,7 +53,7 @@ class Reference(nn.Module):
         return self._unwrapped.get_output_embeddings()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the whole model."""
+        """Run the model."""
         with self._fixed():
             return self.policy(*args, **kwargs)
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class PatchedTrainer:
-    """Replaces two methods of a Trainer. Calls only the original ones after the callback is removed from the Trainer."""
+    """Replaces two methods of a Trainer. After the callback is removed from the Trainer, only calls the original methods."""
 
     def __init__(self, trainer: Trainer, callback: TrainingCallback) -> None:
         self._trainer = trainer
@@ -58,7 +58,7 @@ class PatchedTrainer:
         return model
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Create the optimizer, and correct its parameters if a subclass of Trainer has chosen others."""
+        """Create the optimizer, and correct its parameters if a subclass of Trainer chose others."""
         is_active = _has_callback(self._trainer, self.callback)
         if not is_active and self._attached_prompt() is not None:
             _refuse_without_callback(self.callback)
@@ -89,7 +89,7 @@ def _refuse_without_callback(callback: TrainingCallback) -> None:
 
 
 def patch_trainer(callback: TrainingCallback) -> Trainer | None:
-    """Return the Trainer that is calling the callback, or None if there is none. The first call also patches the Trainer."""
+    """Return the Trainer that is calling the callback, or None. The first call patches the Trainer."""
     trainer = _find_trainer(callback)
     if trainer is not None:
         patched = trainer.__dict__.get("call_model_init")
@@ -157,7 +157,7 @@ def _call_init_event(callback: TrainingCallback) -> None:
         return
     if any(frame.f_locals.get("self") is trainer and frame.f_code.co_name == "train" for frame in _callers()):
         raise TrainerError(
-            f"the callback was added during training, at step {trainer.state.global_step}; it must be added before.",
+            f"the callback was added at step {trainer.state.global_step}; it must be added before training.",
             "Add the callback before `train()`, or pass it to the Trainer in `callbacks=[...]`.",
         )
     handler: Any = trainer.callback_handler

@@ -253,7 +253,7 @@ def test_a_late_prompt_in_several_processes_is_refused(tmp_path: Path, monkeypat
     callback = SoftPromptCallback(METHODS["prompt"])
     monkeypatch.setattr(tf.TrainingArguments, "world_size", property(lambda self: 2))
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(TrainerError, match="several processes"):
+    with pytest.raises(TrainerError, match="training is distributed"):
         callback.on_train_begin(trainer.args, tf.TrainerState(), tf.TrainerControl(), model=model, optimizer=optimizer)
     assert not hasattr(model, "soft_prompt")
 

@@ -158,7 +158,7 @@ def test_a_script_that_has_looked_before_resumes_at_once(run: Run, tmp_path: Pat
     folder = killed(run, tmp_path / "run", at, torn=True)
     whole = {file.name: file.read_bytes() for file in (folder / "checkpoint-3").iterdir()}
     messages = finish(run, folder, looks_first=True)
-    assert any("until the first step, checkpoint-4 is a link to it" in message for message in messages)
+    assert any("until the first step, checkpoint-4 is a link to this checkpoint" in message for message in messages)
     assert not replacement_links(folder)
     assert find_damage(folder / "checkpoint-4") is None
     assert {file.name: file.read_bytes() for file in (folder / "checkpoint-3").iterdir()} == whole

@@ -290,7 +290,7 @@ def test_a_callback_that_is_added_while_training_is_refused(tmp_path: Path) -> N
     trainer = training.make(tmp_path, model, "causal", [])
     trainer.add_callback(Smuggler("on_step_begin", lambda callback: trainer.add_callback(callback)))
     base = training.base_of(model)
-    with pytest.raises(TrainerError, match=r"added during training, at step 0(.|\n)*before `train\(\)`"):
+    with pytest.raises(TrainerError, match=r"added at step 0; it must be added before(.|\n)*before `train\(\)`"):
         trainer.train()
     assert training.equal(training.base_of(model), base)
     assert not any(isinstance(one, SoftPromptCallback) for one in trainer.callback_handler.callbacks)

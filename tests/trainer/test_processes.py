@@ -96,7 +96,7 @@ def _check_sharded(*ranks: dict[str, Any]) -> None:
         assert again["losses"] == pytest.approx(seen["adapter"]["losses"], abs=2e-5)
         assert _close(again["trained"], seen["adapter"]["trained"])
         assert seen["asked"].startswith(
-            "TrainerError: injection='shared' is not available under FSDP; a method that trains input embeddings can use only"
+            "TrainerError: injection='shared' is not available under FSDP; methods that train input embeddings can use only"
         )
         assert "'shared'" in seen["asked"]
         assert "needs a causal language model that computes the prompt once" in seen["context"]

@@ -57,5 +57,5 @@ def test_a_method_without_a_sampler_leaves_the_loader_unchanged() -> None:
 
 def test_a_sampler_that_the_user_chose_is_refused() -> None:
     loader: Any = DataLoader([10, 11, 12], batch_size=2)
-    with pytest.raises(TrainerError, match=r"draws its rows with SequentialSampler(.|\n)*sampling=None"):
+    with pytest.raises(TrainerError, match=r"the data loader uses a SequentialSampler(.|\n)*sampling=None"):
         use_sampler(loader, BackwardTuning(2), seed=0)
