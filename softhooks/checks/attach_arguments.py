@@ -15,7 +15,7 @@ from softhooks.method import Method
 from softhooks.runtime.prompted_model import PromptedModel
 
 _SHORTEST_TEXT = 5
-"""The number of text tokens in the first forward with which `attach` checks a prompt."""
+"""The number of text tokens in the first forward pass with which `attach` checks a prompt."""
 
 
 def check_arguments(
@@ -32,11 +32,11 @@ def check_arguments(
         or name in ("training", "prompted_model")
     ):
         raise AttachError(
-            f"{name!r} cannot be a prompt's name: use letters, digits, - and _, but not the name of a module's attribute."
+            f"{name!r} cannot be a prompt's name; use letters, digits, - and _, and avoid names of module attributes."
         )
     refuse_partitioned(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise AttachError("the model is compiled, so hooks have no effect; attach the prompt before `torch.compile`.")
+        raise AttachError("the model is compiled, so hooks have no effect.", "Attach before `torch.compile`.")
     if present and name in present.prompts:
         raise NameTakenError(
             f"a prompt named {name!r} is already attached; names must be unique.",
@@ -46,7 +46,7 @@ def check_arguments(
         )
     if present is None and hasattr(model, CONTAINER):
         raise AttachError(
-            f"the model already has an attribute {CONTAINER!r}; softhooks needs this name to store its prompts."
+            f"the model already has an attribute {CONTAINER!r}; softhooks stores its prompts under this name."
         )
     names = [parameter for parameter, _ in model.named_parameters()]
     for pattern in trainable:
@@ -55,7 +55,7 @@ def check_arguments(
 
 
 def check_length(structure: ModelStructure, method: Method) -> None:
-    """Check that a prompt leaves positions for text."""
+    """Check that the model has more positions than the prompt has virtual tokens."""
     positions = structure.entry.positions
     trained = positions.trained if positions.rotary_limit is None else positions.rotary_limit
     limit = positions.limit if positions.limit is not None else trained
@@ -70,7 +70,7 @@ def too_long_error(length: int, limit: int, text: int) -> PromptTooLongError:
     Args:
         length: the number of virtual tokens.
         limit: the number of positions.
-        text: the number of text tokens for which there must be positions.
+        text: the number of text tokens that must fit.
     """
     most = max(limit - text, 0)
     return PromptTooLongError(

@@ -1,6 +1,6 @@
-"""Check at attach that a prompt does not change which tokens see each other.
+"""Check at attach that a prompt does not change which tokens attend to each other.
 
-In a causal stack, each token sees the earlier tokens; in an encoder, it sees the whole text.
+In a causal stack, a token attends only to earlier tokens; in an encoder, it attends to the whole text.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def check_causality(prompt: SoftPrompt) -> None:
             continue
         with eval_mode(prompt.model):
             change = _change(prompt, stack, *calls)
-        # Later tokens change earlier states only a little in a randomly initialized encoder, but not at all if it became causal.
+        # In a randomly initialized encoder, later tokens may change earlier states only slightly; no change at all means causal.
         if (not is_rounding(change, float_dtype(stack.module))) if stack.causal else change == 0:
             raise _refusal(prompt, stack, change)
 
 
 def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor], changed: dict[str, Tensor]) -> float:
-    """Measure how much the states before column `cut` differ between the two calls."""
+    """Measure how much the hidden states before column `cut` differ between two calls."""
     forwards = [partial(prompt.model, **call), partial(prompt.model, **changed)]
     change = change_before(stack.module, cut, forwards, stack.state)
     if stack.causal and not is_rounding(change, float_dtype(stack.module)):
-        # 8-bit layers of bitsandbytes choose outliers for the whole batch, so later tokens change the rounding of earlier ones,
-        # even without a prompt. Rows of one forward have the same outliers, so they differ only if earlier tokens see later ones.
+        # bitsandbytes chooses 8-bit outliers for the whole batch, so later tokens change how earlier ones are rounded, even
+        # without a prompt. Two rows of one batch share their outliers, and so differ only if tokens attend to later ones.
         both = {name: torch.cat([value, changed[name]]) for name, value in call.items()}
         with suppress(Exception):  # some models accept only one row
             change = min(change, change_before(stack.module, cut, [partial(prompt.model, **both)], stack.state))
@@ -47,7 +47,7 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-    """Return a column and two calls whose ids differ only from this column on, or None if no such calls can be made."""
+    """Return a column, and two calls whose ids differ only from this column on; None if there are no such calls."""
     structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.num_slots if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)
@@ -94,13 +94,13 @@ def _refusal(prompt: SoftPrompt, stack: Stack, change: float) -> UnsupportedMeth
     if stack.causal:
         return UnsupportedMethodError(
             "with this prompt, earlier tokens of a causal model depend on later tokens.",
-            "Use a method whose virtual tokens are in the sequence, such as PromptTuning with injection='slots'.",
+            "Use a method that inserts its virtual tokens into the sequence, such as PromptTuning with injection='slots'.",
             **about,
             found=f"the states of earlier tokens change by {change:.2g} times their size if later ids change",
-            because="the model's layers choose the visible tokens by position, and the prompt shifts positions",
+            because="the model's layers choose by position which tokens to attend to, and the prompt shifts positions",
         )
     return UnsupportedMethodError(
-        "with this prompt, tokens of an encoder do not see later tokens.",
+        "with this prompt, tokens of an encoder do not attend to later tokens.",
         "Use another method, or another attention function (`model.set_attn_implementation`).",
         **about,
         found="the states of earlier tokens do not change if later ids change",

@@ -18,7 +18,7 @@ _PROBE_COLUMNS = 5
 
 
 def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """Return the arguments of a short forward: a few tokens, the layout's anchors, and the arguments that the method needs."""
+    """Return the arguments of a short forward pass: a few tokens, the layout's anchors, and what the method requires."""
     structure = prompt.prompted_model.structure
     ids, columns = prompt.layout.form.probe(probe_ids(prompt.model, structure.vocabulary, _PROBE_COLUMNS))
     text = ids if structure.choices is None else as_choices(ids, structure.choices)
@@ -29,7 +29,7 @@ def probe_inputs(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 
 def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
-    """Choose the injection, and refuse a requested one that is not available for this model or would not be exact."""
+    """Choose the injection, or refuse the requested one if it is not available or not exact for this model."""
     structure = prompt.prompted_model.structure
     if prompt.method.enters == "branch":
         if prompt.method.scales_linears:
@@ -54,7 +54,7 @@ def choose_injection(prompt: SoftPrompt, asked: Injection | None) -> Injection:
 
 
 def _hook_linears(prompt: SoftPrompt) -> None:
-    """Add hooks to the linear layers that the prompt scales; they are removed with the model's last prompt."""
+    """Hook the linear layers that the prompt scales; the hooks are removed with the model's last prompt."""
     for stack in prompt.prompted_model.structure.stacks:
         prompt.prompted_model.expected_modules[stack.name].add(module for module, _ in linears(stack).values())
         for handle in hook_linears(stack):
@@ -73,11 +73,11 @@ def _only(prompt: SoftPrompt, asked: Injection | None, possible: Injection) -> I
 
 
 def _refuse_end_of_generation(prompt: SoftPrompt) -> None:
-    """Refuse a prompt at the end of the text if the model generates."""
+    """Refuse a prompt at the end of the text if the model generates text."""
     if prompt.layout.form.has_tail and prompt.prompted_model.structure.entry.causal and can_generate(prompt.model):
         raise UnsupportedMethodError(
             f"{type(prompt.model).__name__} generates text, so a prompt at the end would move as the text grows.",
-            "Use placement='front' or 'after_first', or a layout with an anchor or a field after the last slots, such as a field "
+            "Use placement='front' or 'after_first', or a layout with an anchor or a field after the last slot, such as a field "
             "for the generated text.",
             model=type(prompt.model).__name__,
             placement=prompt.layout if prompt.layout.form.placement == "layout" else "end",

@@ -19,11 +19,11 @@ from softhooks.prompt import SoftPrompt
 
 
 class _MaskPass(Pass):
-    """A forward that records the mask of each self-attention module.
+    """A forward pass that records the mask of each self-attention module.
 
     Attributes:
         rows: the text's embeddings, [1, T, H].
-        masks: the masks, by the index of the attention module.
+        masks: the masks, by index of the attention module.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -34,7 +34,7 @@ class _MaskPass(Pass):
     def embed(self, output: Tensor) -> Tensor:
         """Start an autograd graph at the embeddings."""
         self.rows = output.detach().requires_grad_(torch.is_grad_enabled())
-        return self.rows.clone()  # CTRL scales its embeddings in place, which a leaf does not allow
+        return self.rows.clone()  # CTRL scales its embeddings in place, which autograd forbids for a leaf
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record the mask, and run the attention function."""
@@ -47,7 +47,7 @@ class _MaskPass(Pass):
 def require_common_masks(prompt: SoftPrompt) -> None:
     """If the injection is "attention", check that two texts have the same masks and that no mask has a gradient.
 
-    The gradient is checked because masks of two texts may be equal by chance in a model with random weights.
+    Without the check of gradients, masks that are equal by chance in a model with random weights would pass.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "attention":
@@ -72,7 +72,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
 
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
-    """Run a text without the prompt through the model, or only through the stack if the model needs more than ids."""
+    """Run the model on a text without the prompt; if the model needs more than ids, run only the stack."""
     forward_pass, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)

@@ -1,7 +1,7 @@
 """Check at attach whether rows may start with padding.
 
-A model that uses `position_ids` needs no check. Other models number all columns, including padding (ProphetNet, Pegasus-X), or
-apply the mask of a prefix to the wrong columns (GIT). With these, padding before a text would change the output.
+A model that uses `position_ids` needs no check. In other models, padding before the text may change the output, because they
+count padding as positions (ProphetNet, Pegasus-X) or apply the mask of a prefix to the wrong columns (GIT).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PADDING = 3
 
 @torch.no_grad()
 def takes_left_padding(prompt: SoftPrompt) -> bool:
-    """Whether the model's output with the prompt is the same with padding before the text. False if the forward fails.
+    """Whether padding before the text leaves the output with the prompt unchanged. False if the forward pass fails.
 
-    True for a model whose output without a prompt also depends on the padding, because then the prompt is not the cause.
+    True if the output depends on the padding even without a prompt, because then the prompt is not the cause.
     """
     if _takes_positions(prompt):
         return True
@@ -49,7 +49,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 
 def _takes_positions(prompt: SoftPrompt) -> bool:
-    """Whether each row has its own positions. False for a prefix in a cache, because some masks lack its columns."""
+    """Whether each row has its own positions. False for a prefix in the cache, because some models do not mask it correctly."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.takes_position_ids or (table is not None and table.by_row)
@@ -62,7 +62,7 @@ def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
 
 
 def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
-    """Return the last hidden states of the model's last stack, [.., T, H]; `cut` removes those of the padding."""
+    """Return the last hidden states of the model's last stack, [.., T, H]; `cut` drops the columns of the padding."""
     structure = prompt.prompted_model.structure
     stack = structure.stacks[-1]
     with recorded_states(stack.module, stack.state) as states, prompt.without_objective():

@@ -1,4 +1,4 @@
-"""Check at attach that a prompt changes the model's output, and that every trained part of the prompt gets a gradient.
+"""Check at attach that a prompt changes the model's output, and that every trained part of it gets a gradient.
 
 The check uses a randomly changed copy of the encoder, because a new prompt may have no effect by design (gates at zero).
 """
@@ -25,7 +25,7 @@ from softhooks.prompt import SoftPrompt
 from softhooks.prompt_encoder import PromptEncoder
 
 _SCALES = (1.0, 0.1, 10.0)
-"""The sizes of the random changes to try in turn: large ones may overflow, small ones may vanish in a low precision."""
+"""The sizes of random changes to try in turn: a large change may overflow; a small one may be lost in low precision."""
 
 
 def prove_reach(prompt: SoftPrompt) -> None:
@@ -70,7 +70,7 @@ def _output(prompt: SoftPrompt) -> Tensor | None:
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """Disable the cache for a backward pass, because some models (RWKV) overwrite cached tensors that this pass needs."""
+    """Disable the cache for a backward pass, because some models (RWKV) overwrite cached tensors that the backward pass needs."""
     takes = "use_cache" in inspect.signature(unwrapped(model).forward).parameters
     return {"use_cache": False} if takes and torch.is_grad_enabled() else {}
 
@@ -90,14 +90,14 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 
 
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
-    """List the parts that get no gradient: parameters of the encoder, and slices of its output that belong to single layers.
+    """List the parts that get no gradient: parameters of the encoder, and each layer's slice of its output.
 
-    A layer may run without gradients in some of its calls (HRM), so that its slice of a prefix would not be trained.
+    A layer may run without gradients (some calls in HRM), so that its slice of a prefix would not be trained.
     """
     made: dict[str, Tensor] = {}
 
     def note(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        made[args[0]] = output = output.view_as(output)  # a view, because the parameter itself may be used elsewhere
+        made[args[0]] = output = output.view_as(output)  # a view, because the parameter may also be used elsewhere
         return output
 
     encoder.register_forward_hook(note)
@@ -105,7 +105,7 @@ def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
         output = _output(prompt)
     if output is None or output.grad_fn is None:
         return ["the prompt, because the output is not finite" if output is None else "any part of the prompt"]
-    # Random weights, because the plain sum of an output may be constant (a softmax).
+    # Weight the output at random: its plain sum may be constant (a softmax).
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
     parameters = {name: p for name, p in encoder.named_parameters() if p.requires_grad}
     targets = [*parameters.values(), *made.values()]
@@ -161,7 +161,7 @@ def perturbed_copy(prompt: SoftPrompt, scale: float, seed: int) -> Iterator[Prom
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         held = [buffer for buffer in duplicate.buffers() if buffer.is_floating_point()]
-        for parameter in list(duplicate.parameters()) or held:  # a folded context has no parameters
+        for parameter in list(duplicate.parameters()) or held:  # a saved CPT prompt has buffers instead of parameters
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             spread = parameter.float().square().mean().sqrt().clamp(min=0.1, max=10.0).nan_to_num(0.1)
             parameter.add_(noise * (scale * spread).to(parameter))

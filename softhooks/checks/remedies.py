@@ -1,4 +1,4 @@
-"""Remedies in the errors of `attach`, which are tried on the model before they are suggested."""
+"""Suggest remedies in errors of `attach`, after trying them on the model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def names_tried_remedies(
 
 
 def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
-    """Suggest a text model inside this model to which a prompt of this method can be attached."""
+    """Suggest a text model inside this model that this method can be attached to."""
     for path, part in model.named_modules():
         if part is model or not hasattr(part, "config") or not callable(getattr(part, "get_input_embeddings", None)):
             continue
@@ -72,7 +72,7 @@ def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
 
 
 def _is_fed(part: nn.Module) -> bool:
-    """Whether a part needs the states of another part, such as a decoder that attends to the states of an image."""
+    """Whether a part needs hidden states of another part, as a decoder that attends to an image does."""
     arguments = inspect.signature(part.forward).parameters
     return any(name.endswith("_states") and name not in ("hidden_states", "output_hidden_states") for name in arguments)
 
@@ -82,8 +82,8 @@ def _other_method(attach: Attach, model: nn.Module, method: Method) -> str:
     others: list[Method] = [PromptTuning(1), PrefixTuning(1), LlamaAdapter(1)]
     names = [type(other).__name__ for other in others if other.enters != method.enters and _fits(attach, model, other)]
     if not names:
-        return "No other method can enter this model either; tune it with adapters on its weights, such as LoRA."
-    return f"Use a method that can enter this model, such as {' or '.join(names)}."
+        return "No other method works with this model either; train adapters on its weights, such as LoRA."
+    return f"Use a method that works with this model, such as {' or '.join(names)}."
 
 
 def _fits(attach: Attach, model: nn.Module, method: Method) -> bool:

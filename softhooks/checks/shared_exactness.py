@@ -1,4 +1,4 @@
-"""Check at attach that a model computes the same states with injection "shared" as with injection "slots"."""
+"""Check at attach that a model computes the same hidden states with injection "shared" as with "slots"."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _PADDED = 3
 
 
 def shares_exactly(prompt: SoftPrompt) -> bool:
-    """Whether both injections give the same states, in rows with and without padding. False if one of the forwards fails.
+    """Whether both injections give the same states, in rows with and without padding. False if a forward pass fails.
 
-    The text is longer than the model's short windows and chunks, so that they have an effect.
+    The text is longer than the model's short attention windows and chunks, so that they take effect.
     """
     stack = prompt.prompted_model.structure.entry
     if _exceeds_probe(stack):
@@ -32,7 +32,7 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
     shared = _states(prompt, "shared", call)
     plain = None if shared is None else _states(prompt, "slots", call)
     is_alone = shared is not None and plain is None
-    if is_alone:  # slots cannot widen masks that the outer model makes, so compare only the stack
+    if is_alone:  # "slots" cannot widen masks that the outer model makes, so compare only the stack
         shared, plain = _states(prompt, "shared", call, alone=True), _states(prompt, "slots", call, alone=True)
     if shared is None or plain is None:
         return False
@@ -45,10 +45,10 @@ def shares_exactly(prompt: SoftPrompt) -> bool:
 
 
 def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bool:
-    """Whether the states with two injections are equal up to rounding.
+    """Whether the states of two injections are equal up to rounding.
 
     Args:
-        without: the states without a prompt. A difference that is large compared to the effect of the prompt is not rounding.
+        without: the states without a prompt; a difference that is large compared to the prompt's effect is not rounding.
         precision: the machine epsilon of the states' dtype.
     """
     if not _are_finite(ours, theirs):
@@ -61,7 +61,7 @@ def agree(ours: Tensor, theirs: Tensor, without: Tensor, precision: float) -> bo
 
 
 def _is_rounding(ours: Tensor, theirs: Tensor, precision: float) -> bool:
-    """Whether a difference is so small that it may come from summing in a different order."""
+    """Whether a difference is small enough to come from summing in a different order."""
     return _are_finite(ours, theirs) and _size(ours - theirs) <= 4 * precision * _size(theirs)
 
 
@@ -74,14 +74,14 @@ def _size(states: Tensor) -> float:
 
 
 def _exceeds_probe(stack: Stack) -> bool:
-    """Whether attention uses chunks or selects keys, which have an effect only in texts longer than those in this check."""
+    """Whether attention uses chunks or selects keys, which takes effect only in texts longer than those of this check."""
     config: Any = getattr(stack.module, "config", None)
     is_chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return is_chunked or isinstance(getattr(config, "index_topk", None), int)
 
 
 def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
-    """Return the arguments of a forward with three rows: without padding, with padding at the end, and at the start."""
+    """Return the arguments of a forward pass on three rows: one without padding, one padded right, one padded left."""
     positions, length = stack.positions, prompt.layout.num_slots
     limits = [
         limit for limit in (positions.limit, positions.trained, positions.dynamic_rope_length) if limit is not None
@@ -102,10 +102,10 @@ def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
 def _states(
     prompt: SoftPrompt, injection: Injection | None, call: dict[str, Tensor], alone: bool = False
 ) -> Tensor | None:
-    """Return the stack's last hidden states, or None if the forward fails.
+    """Return the stack's last hidden states, or None if the forward pass fails.
 
     Args:
-        injection: None for a forward without the prompt.
+        injection: None to run without the prompt.
         alone: whether to call the stack itself instead of the whole model.
     """
     prompted, stack = prompt.prompted_model, prompt.prompted_model.structure.entry
@@ -118,7 +118,7 @@ def _states(
             }
 
     with Patches() as patches:
-        if injection == "shared" and not alone:  # before the prompt's own hook, which changes the call
+        if injection == "shared" and not alone:  # runs before the prompt's own hook, which changes the arguments
             hook = stack.module.register_forward_pre_hook(note_arguments, with_kwargs=True, prepend=True)
             patches.keep(hook)
         if injection is None:

@@ -1,4 +1,4 @@
-"""Check at attach that heads and poolers of an encoder do not read the state of a slot, as one that selects a column may do."""
+"""Check at attach that no head or pooler of an encoder reads a slot's hidden state, for example by selecting its column."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ _Change = Callable[[Tensor, int], Tensor]
 
 
 def check_unread(prompt: SoftPrompt) -> None:
-    """Change the states of the slots after the last layer, and check that the model's output does not change.
+    """Change the hidden states of slots after the last layer, and check that the model's output does not change.
 
-    Only encoders are checked, because in a decoder the last slot predicts the next token, and in an encoder-decoder model the
-    decoder attends to slots.
+    Only encoders are checked: in a decoder, the last slot predicts the next token; encoder-decoder models attend to slots.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "slots" or stack.causal or stack.name != "text":
@@ -33,13 +32,13 @@ def check_unread(prompt: SoftPrompt) -> None:
         with _watched(stack, lambda states, _number: states) as calls:
             answer = _answer(prompt)
         if not calls:
-            return  # no layer returns one state per column; the stack's own output is checked when slots are removed
+            return  # no layer returns a state for each column; the stack's output is checked when slots are removed
         with _watched(stack, lambda states, number: _disturbed(stack, states) if number == len(calls) else states):
             other = _answer(prompt)
     changed = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
     if changed:
         raise UnsupportedMethodError(
-            f"the state of a slot changes {', '.join(changed)}; nothing after a model's layers may read a virtual token.",
+            f"the hidden state of a slot changes {', '.join(changed)}; nothing after the layers may read a virtual token.",
             "Use another placement, such as placement='after_first', or a method with keys and values, such as PrefixTuning.",
             model=type(prompt.model).__name__,
             placement=prompt.layout.form.placement,
@@ -47,7 +46,7 @@ def check_unread(prompt: SoftPrompt) -> None:
 
 
 def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """Return the floating-point tensors in the model's output, by name; tuples, such as those of hidden states, are left out."""
+    """Return the floating-point tensors in the model's output by name, without tuples such as `hidden_states`."""
     with prompt.without_objective():
         output: Any = prompt.model(**probe_inputs(prompt))
     named = output.items() if hasattr(output, "items") else enumerate(output if isinstance(output, tuple) else [output])
@@ -58,10 +57,10 @@ def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
-    """Record the calls of layers that return a state for each column, including slots, and replace the states.
+    """Record the calls of layers that return a state for each column, including slots, and change the states.
 
     Args:
-        change: returns the new states, given the states and the number of the call, from 1.
+        change: called with the states and the number of the call, from 1; returns the new states.
     """
     called: list[nn.Module] = []
 

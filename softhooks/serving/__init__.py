@@ -1,1 +1,1 @@
-"""A prompt and a text as embeddings, for inference servers."""
+"""Compute embeddings of a prompt and a text, for inference servers."""

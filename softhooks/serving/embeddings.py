@@ -1,4 +1,4 @@
-"""A prompt and a text as one sequence of embeddings, for servers that do not support soft prompts."""
+"""Turn a prompt and a text into one sequence of embeddings, for servers that do not support soft prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sequence_embeddings(
         model: a causal decoder with the prompt.
         text: a text, or its ids.
         tokenizer: the model's tokenizer, required if `text` is a string.
-        server: `vllm` or `sglang`; if None, the embeddings are for the model's own `inputs_embeds`.
+        server: "vllm" or "sglang", or None to use the embeddings as the model's own `inputs_embeds`.
 
     Shape:
         -> [P + T, H], in the model's precision.
@@ -36,7 +36,7 @@ def sequence_embeddings(
         UnsupportedMethodError: the prompt does not consist of input embeddings alone.
         UnsupportedModelError: the model does not run on embeddings alone, or how the server scales them is unknown.
         OptionError: the text is empty or needs a tokenizer, or there is not exactly one active prompt.
-        PromptTooLongError: prompt and text together exceed the model's positions.
+        PromptTooLongError: the prompt and the text together exceed the model's positions.
     """
     prompt = _require_rows(model)
     stack = prompt.prompted_model.structure.entry
@@ -54,7 +54,7 @@ def sequence_embeddings(
     slots = prompt.encoder.folded()[EMBEDDINGS][prompt.layout.form.table_rows].to(words)
     rows: list[Tensor] = []
     for column in range(ids.shape[1] + 1):
-        here = places.live[0] & (places.offsets[0] == column)  # the slots in front of this column
+        here = places.live[0] & (places.offsets[0] == column)  # the slots before this column
         rows += [slots[here.to(slots.device)], words[column : column + 1]]
     sequence = torch.cat(rows)
     if server is None:
@@ -74,7 +74,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     prompt = soft_prompts_of(prompted)[prompted.active]
     if prompted.structure.entry.reads_ids:
         raise UnsupportedModelError(
-            "the model needs token ids in addition to embeddings, but a server passes only embeddings to it.",
+            "the model needs token ids in addition to embeddings; a server passes only embeddings.",
             "Serve this model with `softhooks.integrations.transformers_serve`.",
             model=type(model).__name__,
         )
@@ -82,9 +82,9 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     causal = prompted.structure.entry.causal and not prompted.structure.is_encoder_decoder
     if prompt.method.enters != "embeddings" or missing or len(prompt.heads) or prompt.added or not causal:
         raise UnsupportedMethodError(
-            f"a server accepts only input embeddings for a decoder; this prompt ({prompt.method.kind}) needs more.",
-            "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`, and a multitask prompt with "
-            "one task.",
+            f"a server cannot run this prompt ({prompt.method.kind}); it accepts only input embeddings for a decoder.",
+            "Serve prefixes, adapters and heads with `softhooks.integrations.transformers_serve`; use a multitask prompt with "
+            "only one task.",
             enters="as input embeddings" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
             heads=", ".join(prompt.heads) or "none",
             needs=missing or ("embeddings of added tokens" if prompt.added else "nothing more"),

@@ -1,4 +1,4 @@
-"""JSON bodies of requests to inference servers, with the embeddings of prompt and text that `sequence_embeddings` returns."""
+"""Build JSON requests to inference servers from the embeddings that `sequence_embeddings` returns."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def vllm_request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
 def vllm_encode(rows: Tensor) -> str:
     """Encode a tensor for vLLM: `torch.save` in base64."""
     buffer = io.BytesIO()
-    torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # a clone: a view would save its whole storage
+    torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # clone, because a view would save its whole storage
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

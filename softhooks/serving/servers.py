@@ -1,7 +1,7 @@
-"""Embeddings for inference servers, for models that multiply their embeddings by a factor.
+"""Convert embeddings for inference servers, for models that multiply their embeddings by a factor.
 
 transformers applies the factor either inside the embedding module (Gemma), so that `inputs_embeds` must include it, or after this
-module (Granite), so that they must not. A server that applies the factor elsewhere needs other embeddings.
+module (Granite), so that `inputs_embeds` must not. A server that applies the factor elsewhere needs other embeddings.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ ServerName = Literal["vllm", "sglang"]
 
 @dataclass(frozen=True)
 class Server:
-    """How a server handles embeddings of models that scale their embeddings.
+    """How a server treats embeddings of models that scale them.
 
     Attributes:
         label: the name of the server and the version that was tested.
-        multiplies: the model types with a factor inside the embedding module that the server applies to given embeddings too.
-        keeps: the model types with a factor for which the server accepts the same embeddings as transformers.
+        multiplies: the model types whose factor inside the embedding module the server also applies to given embeddings.
+        keeps: the model types with a factor for which the server takes the same embeddings as transformers.
     """
 
     label: str
@@ -35,7 +35,7 @@ class Server:
 
 
 SERVERS: dict[str, Server] = {
-    # Measured with Gemma, Gemma 2, Gemma 3 and Granite: vLLM scales the embeddings of ids only.
+    # Measured with Gemma, Gemma 2, Gemma 3 and Granite: vLLM scales only the embeddings that it looks up for ids.
     "vllm": Server("vLLM 0.32.0", (), ("gemma", "gemma2", "gemma3", "gemma3_text", "granite")),
     # From its source: Gemma and Gemma 2 also scale given embeddings; Gemma 3 has a scaled embedding module.
     "sglang": Server("SGLang 0.5.23", ("gemma", "gemma2"), ("gemma3", "gemma3_text", "granite")),
@@ -43,7 +43,7 @@ SERVERS: dict[str, Server] = {
 
 
 def for_server(model: nn.Module, stack: Stack, rows: Tensor, name: str) -> Tensor:
-    """Convert embeddings for the model's `inputs_embeds`, [N, H], to those for a server, [N, H]."""
+    """Convert embeddings for the model's `inputs_embeds` to embeddings for a server, both [N, H]."""
     if name not in SERVERS:
         raise OptionError(f"server is {name!r}; it must be one of {', '.join(map(repr, SERVERS))}.")
     server, kind = SERVERS[name], str(getattr(getattr(model, "config", None), "model_type", ""))
@@ -55,7 +55,7 @@ def for_server(model: nn.Module, stack: Stack, rows: Tensor, name: str) -> Tenso
 
 
 def factor_inside(stack: Stack) -> float | None:
-    """Measure the factor by which the embedding module multiplies its weights. None if it changes them in another way."""
+    """Measure the factor by which the embedding module multiplies its weights; None if it does not just multiply."""
     weight: Any = stack.embedding.weight
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
     with eval_mode(stack.embedding):
@@ -70,7 +70,7 @@ def factor_inside(stack: Stack) -> float | None:
 
 
 def factor_after(model: nn.Module, stack: Stack) -> float | None:
-    """Measure the factor by which the stack multiplies embeddings before its layers. None if it changes them in another way."""
+    """Measure the factor by which the stack multiplies embeddings before its layers; None if it does not just multiply."""
     layers = [part for part in stack.module.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not layers:
         return None
@@ -116,14 +116,14 @@ def _ratio(rows: Tensor, words: Tensor, precision: float) -> float | None:
 
 
 def _require_known(model: nn.Module, stack: Stack, server: Server, kind: str, inside: float | None) -> None:
-    """Refuse models for which the server may scale embeddings differently than transformers."""
+    """Refuse models whose embeddings the server may scale differently than transformers."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", stack.width)
     remedy = "Serve this model with `softhooks.integrations.transformers_serve`."
     if width != stack.width:
         raise UnsupportedModelError(
-            f"the embeddings are {stack.width} wide but the hidden states {width} wide; no supported server accepts this.",
+            f"the embeddings have width {stack.width}, and the hidden states have width {width}; no supported server allows it.",
             remedy,
         )
     factors: dict[str, object] = {}
