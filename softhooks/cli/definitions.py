@@ -1,4 +1,4 @@
-"""Find definitions in the source code of softhooks without importing it, because that would import torch."""
+"""Find definitions in the source code of softhooks without importing it, which would also import torch."""
 
 from __future__ import annotations
 

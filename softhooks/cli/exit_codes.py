@@ -17,7 +17,7 @@ _STATUS = "_softhooks_exit_status"
 
 @contextmanager
 def usage_errors(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
-    """Let `report_errors` exit with the code for a wrong command line if the `with` block raises this error."""
+    """Make `report_errors` exit with the code for a wrong command line if the `with` block raises this error."""
     try:
         yield
     except kind as error:

@@ -39,14 +39,14 @@ def export(
     temperature: Annotated[float, typer.Option(min=0.0, help="The sampling temperature.")] = 0.0,
     served_name: Annotated[
         str | None,
-        typer.Option(help="The name of the model in vLLM, if it is not the value of --model.", show_default=False),
+        typer.Option(help="The name of the model in vLLM, if it differs from --model.", show_default=False),
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option("--strict/--no-strict", help="Refuse a base model with other weights than in training."),
+        typer.Option("--strict/--no-strict", help="Refuse a base model with different weights than in training."),
     ] = True,
 ) -> None:
-    """Write a request for vLLM or SGLang with the embeddings of a prompt and a text.
+    """Write a request for vLLM or SGLang that contains the embeddings of a prompt and a text.
 
     These servers do not support soft prompts, but they accept embeddings in place of token ids. Two files are written:
     **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to /v1/completions

@@ -25,13 +25,13 @@ def inspect(
 ) -> None:
     """Show the method, the base model and the tensors of a saved prompt. No model is needed.
 
-    The command reads JSON and safetensors files, never pickles, and checks them like **softhooks.load**. To check that a
-    prompt fits a model, load it. For a PEFT adapter, the method and options that softhooks.load would use are shown.
+    The command reads JSON and safetensors files, never pickles, and checks them as **softhooks.load** does. To check that
+    a prompt fits a model, load it. For a PEFT adapter, it shows the method and options that softhooks.load would use.
 
-    **norms of rows** are the smallest and the largest Euclidean norm of a tensor's rows; in most methods a row is a
+    **norms of rows** are the smallest and the largest Euclidean norm of a tensor's rows; in most methods, a row is a
     virtual token. Norms far larger than those of word embeddings mean that training has diverged.
 
-    **live** are the parameters in a Trainer's checkpoint from which training resumes (the MLP of a prefix, a head,
+    **live** lists the parameters in a Trainer's checkpoint from which training resumes (the MLP of a prefix, a head,
     other trained parameters).
 
     All paths are read before anything is printed. Exit status: 0 on success; 1 if a file is damaged or inconsistent;
@@ -75,11 +75,11 @@ def _problem(path: Path) -> str | None:
             found = f"prompts in {', '.join(inside)}" if inside else "a directory without a prompt in it"
         else:
             found = "a file" if path.exists() else "nothing"
-    except OSError as error:  # the name is too long for a file, or the directory may not be read
+    except OSError as error:  # the name is too long, or the directory is not readable
         found = str(error)
     return format_message(
         "there is no saved prompt at this path.",
-        "Give a directory that `save_pretrained`, a Trainer or PEFT wrote; prompts on the Hub are not read.",
+        "Give a directory written by `save_pretrained`, a Trainer or PEFT; prompts on the Hub are not read.",
         path=path,
         expected=f"a directory with {' or '.join(MARKS.values())}",
         found=found,

@@ -1,4 +1,4 @@
-"""Types of options: read them from annotations, describe them in words, and convert values to them."""
+"""Read the types of options from annotations, describe them in words, and convert values to them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _TYPES: dict[str, Any] = {
 
 
 def read_annotation(node: ast.expr, module: str) -> Any:
-    """Evaluate an annotation; aliases and imports are looked up in the module that contains the annotation."""
+    """Evaluate an annotation, looking up aliases and imports in the module that contains it."""
     if isinstance(node, ast.Constant) and node.value is None:
         return type(None)
     if isinstance(node, ast.BinOp):
@@ -98,7 +98,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _breadth(kind: Any) -> int:
-    """Return a sort key for the types of a union: types that accept more strings are tried later."""
+    """Return a sort key for the types of a union, so that types that accept more strings are tried later."""
     if kind in (str, Any, Path):
         return 2
     return int((typing.get_origin(kind) or kind) in _SEQUENCES or kind is LayoutText)

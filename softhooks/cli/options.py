@@ -1,4 +1,4 @@
-"""The options of the methods and of the callback, read from their source code, because importing them would import torch."""
+"""Read the options of the methods and of the callback from their source code, because importing them would import torch."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _docstring(definition: Definition) -> str:
 
 
 def _about(*docs: str) -> dict[str, str]:
-    """Read the `Args` of docstrings; the first description of an argument that does not begin with "as in" is used."""
+    """Read the `Args` of docstrings; use the first description of each argument that does not begin with "as in"."""
     found: dict[str, str] = {}
     for doc in docs:
         section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)

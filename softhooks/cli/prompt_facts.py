@@ -56,7 +56,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:
-    """Return the options; `method_of` leaves out how the prompt was initialized, so this is read from the file."""
+    """Return the options; how the prompt was initialized is read from the file, because `method_of` leaves it out."""
     options = {key: value for key, value in method.options().items() if key not in method.init_options}
     given = stored.options
     return options | {key: given[key] for key in method.init_options if key in given and _is_flat(given[key])}
@@ -97,7 +97,7 @@ def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _live(folder: Path) -> dict[str, Any] | None:
-    """Describe the file of parameters from which training resumes, and the prompt's name; None if there is no such file."""
+    """Describe the file of parameters from which training resumes, with the prompt's name; None if there is no such file."""
     path = folder / LIVE
     if not path.is_file():
         return None

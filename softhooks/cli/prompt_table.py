@@ -55,7 +55,7 @@ def _facts(prompt: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     trained = prompt["also_trained"]
     if trained:
-        facts.append(("not in it", f"{len(trained)} parameters of the base trained with it: {', '.join(trained)}"))
+        facts.append(("not in it", f"{len(trained)} parameters of the base, trained with it: {', '.join(trained)}"))
     return facts
 
 
@@ -81,5 +81,5 @@ def _stack(name: str, stack: dict[str, Any]) -> str:
 
 
 def visible(text: str, kept: str = "") -> str:
-    """Escape control characters, such as line ends and the start of terminal sequences, except those in `kept`."""
+    """Escape control characters, such as line breaks and terminal escapes, except those in `kept`."""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

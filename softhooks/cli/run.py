@@ -30,7 +30,7 @@ from softhooks.trainer.callback import SoftPromptCallback
 
 
 def run(line: CommandLine, method: Method, options: Mapping[str, Any]) -> None:
-    """Run the script or module, and add a callback with these options to each of its Trainers."""
+    """Run the script or module, adding a callback with these options to each of its Trainers."""
     script, *arguments = line.program
     with _callbacks(method, options) as made, _as_program(line):
         if line.is_module:
@@ -69,7 +69,7 @@ def _require_module(name: str) -> None:
     if not can_run:
         raise OptionError(
             f"`softhooks run -m` cannot run {name!r}: {'it is a package without `__main__`' if spec else 'no such module'}.",
-            "Write the module's name with dots and without `.py`, and run the command where the module can be imported.",
+            "Write the module's name with dots and without `.py`, and run the command where Python can import the module.",
             looked_in=f"{sys.path[0]} and the installed packages",
         )
 

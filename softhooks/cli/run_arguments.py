@@ -1,4 +1,4 @@
-"""Create the method, and collect the options of the callback, that a command line or a configuration describes."""
+"""Create the method and collect the options of the callback from a command line or a configuration."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
 
     Args:
         found: the configuration, with the sections `method`, `options` and `callback`.
-        source: the origin of the configuration, which errors name.
+        source: where the configuration comes from, for errors.
 
     Raises:
         OptionError: a section is unknown, or a value does not fit.
@@ -75,7 +75,7 @@ def _resolve(
 def _values(
     config: Mapping[str, Any], given: Mapping[str, bool | list[str]], options: Mapping[str, Option], owner: str
 ) -> dict[str, Any]:
-    """Convert the options from a configuration file and from the command line, which takes precedence."""
+    """Convert the options from a configuration file and the command line; the command line takes precedence."""
     _check_names((*config, *given), options, owner)
     texts = {name: _text(value, options[name]) if isinstance(value, list) else value for name, value in given.items()}
     return {name: options[name].read(value) for name, value in {**config, **texts}.items()}
@@ -87,7 +87,7 @@ def _text(texts: list[str], option: Option) -> str | list[str]:
 
 
 def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str) -> None:
-    """Check that every given option belongs to the owner, which is a method or the callback."""
+    """Check that every given option belongs to the owner: a method or the callback."""
     for name in given:
         if name in options:
             continue

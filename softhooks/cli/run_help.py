@@ -47,7 +47,7 @@ Example of a configuration file (YAML or JSON); options on the command line take
 
 
 def help_text(kind: str | None = None) -> str:
-    """Return the help: with the options of the method `kind`, or an overview of all methods."""
+    """Return the help, with the options of the method `kind` or with an overview of all methods."""
     lines = [*_wrapped(_INTRODUCTION), "Options:"]
     lines += _row("--method NAME", f"the method; {DEFAULT_METHOD} by default")
     lines += _row("--config FILE", "a YAML or JSON file with the method and its options")

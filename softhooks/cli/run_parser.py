@@ -1,4 +1,4 @@
-"""Parse the command line and configuration file of `softhooks run`, without importing torch, to show help and errors at once."""
+"""Parse the command line and configuration file of `softhooks run`, without importing torch, to show help and errors quickly."""
 
 from __future__ import annotations
 

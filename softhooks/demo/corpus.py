@@ -1,8 +1,8 @@
 """The demo's texts: the first paragraphs of docstrings in Python's standard library, each labeled with its package.
 
 The source files are parsed, never imported. A package that is not installed (tkinter is often separate) is left out. Package
-names are masked, so that no text contains its label. No text occurs twice, and all rows of a source file are either training rows
-or test rows.
+names are masked, so that no text contains its label. No text occurs twice. The rows of a source file are all training rows or all
+test rows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Corpus:
 
 
 def read_corpus(stdlib: Path | None = None) -> Corpus:
-    """Read the docstrings of a standard library, by default the library of the running Python."""
+    """Read the docstrings of a standard library, by default that of the running Python."""
     root = stdlib or Path(sysconfig.get_path("stdlib"))
     rows = _unambiguous([row for package in PACKAGES for row in _package_rows(root, package)])
     present = {row.package for row in rows}
@@ -90,7 +90,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
 
 def _choose_files(sizes: Counter[str], fraction: float, generator: random.Random) -> set[str]:
-    """Draw files at random, up to this fraction of a package's rows; return the largest of several draws."""
+    """Draw files at random, with at most this fraction of a package's rows; return the largest of several draws."""
     best: set[str] = set()
     for _ in range(SPLIT_DRAWS):
         files = sorted(sizes)

@@ -1,4 +1,4 @@
-"""The models that the demo can use: MiniLM from its package, a model from a directory or the Hub, or a tiny random model."""
+"""The models of the demo: MiniLM from its package, a model from a directory or the Hub, or a tiny random model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Checkpoint:
     path: str
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; if it has no padding token, as in many decoders, pad with the end-of-sequence token."""
+        """Load the tokenizer; if it has no padding token, as for many decoders, pad with the end-of-sequence token."""
         tokenizer: PreTrainedTokenizerBase = self._load(AutoTokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

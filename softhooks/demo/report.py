@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Reloaded:
-    """The comparison of a prompt that was saved and loaded onto a fresh model with the same prompt after training.
+    """A comparison between a trained prompt and its saved copy, loaded onto a fresh model.
 
     Attributes:
         name: the name of the training run.

@@ -79,10 +79,10 @@ def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, 
     console.print("[bold]1/3[/] the head alone")
     recipe = _recipe(options, options.head_epochs, options.head_learning_rate)
     head = train_head(checkpoint, data, recipe, options.output / HEAD)
-    console.print(f"\n[bold]2/3[/] a soft prompt of {tokens} tokens, and the head")
+    console.print(f"\n[bold]2/3[/] a soft prompt of {tokens} virtual tokens, and the head")
     recipe = _recipe(options, options.prompt_epochs, options.prompt_learning_rate)
     prompt = train_soft_prompt(PromptTuning(tokens), checkpoint, data, recipe, options.output / PROMPT)
-    console.print(f"\n[bold]3/3[/] a prefix of {tokens} tokens in every layer, and the head")
+    console.print(f"\n[bold]3/3[/] a prefix of {tokens} virtual tokens in every layer, and the head")
     recipe = _recipe(options, options.prefix_epochs, options.prefix_learning_rate)
     prefix = train_soft_prompt(PrefixTuning(tokens), checkpoint, data, recipe, options.output / PREFIX)
     return {"head alone": head, f"soft prompt, {tokens} tokens": prompt, f"prefix, {tokens} tokens": prefix}

@@ -1,4 +1,4 @@
-"""The training code of the demo: plain Hugging Face Trainers; to train a prompt, only `callbacks` is added."""
+"""The training code of the demo: plain Hugging Face Trainers, with `callbacks` added to train a prompt."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def test_a_trainers_checkpoint_over_lora_is_a_prompt_beside_an_adapter(tmp_path:
 def test_what_was_trained_beside_a_prompt_is_named(tmp_path: Path) -> None:
     with softhooks.attach(zoo.build("llama"), PromptTuning(P), trainable="*norm*") as prompt:
         prompt.save_pretrained(tmp_path / "ours")
-    with pytest.warns(UserWarning, match=r"5 parameters of the base (.|\n)*nor in the converted file"):
+    with pytest.warns(UserWarning, match=r"5 parameters of the base (.|\n)*nor the converted file contains them"):
         run(tmp_path / "ours", tmp_path / "theirs")
 
 
