@@ -1,1 +1,1 @@
-"""The frozen base model: a record of its tensors while a prompt trains, and a fingerprint of it in a saved prompt."""
+"""Record the base model's frozen tensors while a prompt trains, and identify the base model of a saved prompt."""

@@ -15,7 +15,7 @@ Finding = Literal["same", "quantized", "converted", "merged", "adapters", "resiz
 SAME: tuple[Finding, ...] = ("same", "quantized")
 
 _MIN_COSINE = 0.7
-"""The least cosine similarity of weights before and after fine-tuning. For separately trained models, it is about 0."""
+"""The smallest cosine similarity of weights before and after fine-tuning; for unrelated models, it is about 0."""
 
 _MAX_TIES = 0.125
 """The largest share of values that two dtype conversions may round to different neighbors."""
@@ -25,7 +25,7 @@ _PRODUCT_ERROR = 1e-6
 
 
 class _GroupComparison(NamedTuple):
-    """Whether there were weights to compare, whether they are equal up to dtype conversions, and their cosine similarity."""
+    """Whether weights could be compared, whether they are equal up to dtype conversions, and their cosine similarity."""
 
     known: bool
     same: bool
@@ -33,19 +33,19 @@ class _GroupComparison(NamedTuple):
 
 
 def compare(then: Fingerprint, now: Fingerprint, *, adapters: bool = True) -> Finding:
-    """Classify how the model that a prompt is loaded onto differs from the base model that it was trained with.
+    """Classify how the model that a prompt is loaded onto (`now`) differs from the one that it was trained with (`then`).
 
-    A base model with LoRA equals the base model into which this LoRA was merged, but not the base model without LoRA.
+    A base model with LoRA counts as equal to one with the LoRA merged into it, but not to one without LoRA.
 
     Args:
-        adapters: whether unmerged LoRA is part of the base model; it is not if it was trained together with the prompt.
+        adapters: whether unmerged LoRA is part of the base model; False if the LoRA was trained together with the prompt.
     """
     found = _compare(then, now)
     if found in SAME and adapters and (then.merged or now.merged):
         active = _compare(*(one.with_merged() if one.merged else one for one in (then, now)))
         return found if active in SAME else "adapters"
     if found not in SAME and _compare(then, lowered(now)[0]) == "same":
-        return "converted"  # in this direction only: after small training steps, weights round to their initial values
+        return "converted"  # not the reverse: weights changed by small training steps may round to their initial values
     if found != "merged":
         return found
     pairs = [(then.with_merged(), now)] if then.merged else []
@@ -85,7 +85,7 @@ def _packed(fingerprint: Fingerprint) -> set[str]:
 
 
 def _compare_group(then: dict[str, WeightSample], now: dict[str, WeightSample]) -> _GroupComparison:
-    """Compare the weights of a group that are in both fingerprints."""
+    """Compare the weights of a group that both fingerprints contain."""
     same, ties, total = True, 0, 0
     pairs: list[tuple[Tensor, Tensor]] = []
     for name in sorted(set(then) & set(now)):
@@ -113,19 +113,19 @@ def _compare_group(then: dict[str, WeightSample], now: dict[str, WeightSample]) 
 
 
 def _count_different(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, int]:
-    """Count the values that differ, and the values that two dtype conversions may have rounded to different neighbors."""
+    """Count the values that differ, and those that two dtype conversions may have rounded to different neighbors."""
     if one == other:
         return int((a != b).sum()), 0
     coarse = _coarser(one, other)
     a, b = a.to(coarse).float(), b.to(coarse).float()
     step = torch.finfo(coarse).eps * torch.maximum(a.abs(), b.abs())
-    step = step.clamp(min=6e-8 if "float16" in (one, other) else 0.0)  # fp16 has no smaller values
+    step = step.clamp(min=6e-8 if "float16" in (one, other) else 0.0)  # the smallest step of fp16
     different = (a - b).abs() > step
     return int(different.sum()), int(((a != b) & ~different).sum())
 
 
 def _count_beyond_merge(one: WeightSample, other: WeightSample, are_read: Tensor) -> int:
-    """Count the values that differ by more than the rounding errors of a merge: of the product, the sum and a conversion."""
+    """Count the values that differ by more than a merge rounds: in the product, in the sum and in a dtype conversion."""
     given = [sample.magnitudes for sample in (one, other) if sample.magnitudes is not None]
     magnitudes = torch.stack(given).amax(0)[are_read]
     a, b = one.values[are_read], other.values[are_read]

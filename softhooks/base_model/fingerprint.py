@@ -37,7 +37,7 @@ class WeightSample:
     Attributes:
         dtype: the name of the weight's dtype, or `packed` if it is quantized.
         values: the values in fp32; NaN for a value that was not read.
-        magnitudes: |weight| + |merged weight| if LoRA was merged or unmerged, which bounds the rounding errors; otherwise None.
+        magnitudes: |weight| + |merged weight|, a bound on rounding errors, if LoRA was merged or unmerged; otherwise None.
     """
 
     dtype: str
@@ -52,7 +52,7 @@ class Fingerprint:
     Attributes:
         vocabulary: the number of rows of the embedding matrix.
         samples: the samples by group and by a hash of the weight's name, in which `*` replaces the layer's number.
-        merged: the samples that the matrices with LoRA would have after merging it; empty if unknown.
+        merged: samples of the matrices with LoRA, as if LoRA were merged; empty if unknown.
     """
 
     vocabulary: int
@@ -93,7 +93,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Any) -> Fingerprint:
-        """Read a fingerprint that `to_json` has written.
+        """Read a fingerprint that `to_json` wrote.
 
         Raises:
             ValueError: the value is malformed.

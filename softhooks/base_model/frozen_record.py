@@ -27,7 +27,7 @@ class FrozenReport:
         tensors: the number of parameters, buffers and scales of quantized weights that were compared.
         bytes: the size of these tensors.
         seconds: the duration of the check.
-        unread: the names of tensors that could not be read, because they are on the meta device and no hook loads them.
+        unread: the names of tensors that could not be read: they are on the meta device, and no hook loads them.
     """
 
     tensors: int
@@ -73,7 +73,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unregistered(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a layer saves, but does not register, such as the scales of bitsandbytes."""
+    """Yield the tensors that a layer saves but does not register, such as the scales of bitsandbytes."""
     prefix = f"{name}." if name else ""
     known = {prefix + own for own in (*module._parameters, *module._buffers)}
     saved: dict[str, object] = {}
@@ -86,12 +86,12 @@ def _is_not_trained(trained: frozenset[str], name: str) -> bool:
 
 
 class FrozenRecord:
-    """The hashes of a model's frozen tensors when the record was created.
+    """The hashes of a model's frozen tensors, taken when the record is created.
 
     Args:
         model: the model; tied tensors are read once.
-        is_frozen: called with a tensor's name; returns whether the tensor must not change. By default, these are the tensors
-            that are not trainable now and do not belong to a prompt.
+        is_frozen: called with a tensor's name; returns whether the tensor must not change. By default, a tensor must not change
+            if it is not trainable when the record is created and does not belong to a prompt.
 
     Attributes:
         digests: the hashes by name.
@@ -105,7 +105,7 @@ class FrozenRecord:
         self.digests = {name: digest(tensor) for name, tensor in tensors_of(model) if is_frozen(name)}
 
     def fingerprint(self, names: Iterable[str]) -> str:
-        """Hash the digests of these tensors."""
+        """Hash the digests of the tensors with these names."""
         parts = [(name, self.digests[name].bits) for name in sorted(names) if name in self.digests]
         return str(xxhash.xxh3_128_hexdigest(repr(parts).encode()))
 
@@ -119,7 +119,7 @@ class FrozenRecord:
         return found
 
     def verify(self, model: nn.Module, **where: object) -> FrozenReport:
-        """Check that no frozen tensor has changed, is missing or is new.
+        """Check that no frozen tensor has changed, is missing or was added.
 
         Args:
             where: values to add to the error, such as the training step.

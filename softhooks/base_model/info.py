@@ -30,13 +30,13 @@ class BaseModelInfo:
     """The known facts about a base model; unknown facts are an empty string or None.
 
     Attributes:
-        name_or_path: its name on the Hub, or its path.
-        revision: its commit on the Hub.
+        name_or_path: the name on the Hub, or the path.
+        revision: the commit on the Hub.
         quantization: the quantization method and the number of bits.
-        width: the hidden size of its embeddings, H.
-        vocabulary: the number of rows of its embedding matrix.
-        sliding_window: whether it has layers with a sliding window.
-        task: the `task_type` of PEFT's config, which does not name the class; None if PEFT did not write the prompt.
+        width: the hidden size of the embeddings, H.
+        vocabulary: the number of rows of the embedding matrix.
+        sliding_window: whether there are layers with a sliding window.
+        task: the `task_type` in PEFT's config, which does not name the class; None if PEFT did not write the prompt.
     """
 
     class_name: str = ""
@@ -102,7 +102,7 @@ def _quantization(config: Any) -> str | None:
 
 
 def class_of_transformers(name: str) -> type | None:
-    """Return the class of transformers with this name, which comes from a file; None if there is no such public class."""
+    """Return the public transformers class with this name, which was read from a file; None if there is no such class."""
     import transformers
 
     found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None

@@ -22,7 +22,7 @@ class LoraWeight:
     adapters: tuple[str, ...]
 
     def delta(self, indices: Tensor, width: int) -> Tensor:
-        """Return how merging would change the values at these indices into the flattened weight, in fp32.
+        """Return how merging would change the values at these indices of the flattened weight, in fp32.
 
         Args:
             width: the weight's last dimension.
@@ -53,7 +53,7 @@ def adapted_weights(model: nn.Module) -> dict[int, LoraWeight]:
     """Find the weights that merging the active adapters would change, by `id`.
 
     The result is empty if an adapter is not plain LoRA on a linear layer (DoRA, LoHa, embeddings, biases, trainable tokens), or
-    if a weight is quantized, sharded or offloaded, because the merged values are unknown then.
+    if a weight is quantized, sharded or offloaded: the merged values are then unknown.
     """
     layers, tuners = (sys.modules.get(f"peft.{name}") for name in ("tuners.lora.layer", "tuners.tuners_utils"))
     found: dict[int, LoraWeight] = {}

@@ -16,7 +16,7 @@ from softhooks.errors import PromptMismatchError
 
 _FINDINGS: dict[Finding, str] = {
     "merged": "the model looks like the base model of the prompt with merged adapters (or with weights that were quantized and "
-    "dequantized): embeddings, norms and biases are equal, matrices are not",
+    "dequantized): embeddings, norms and biases are equal, but matrices differ",
     "adapters": "the model is the base model of the prompt, but with different active adapters (LoRA) or without any",
     "resized": "the model looks like the base model of the prompt with resized embeddings: only the vocabulary differs",
     "tuned": "the model looks like a fine-tuned variant of the base model of the prompt: its weights are close, but not equal",
@@ -27,16 +27,16 @@ _REMEDIES: dict[Finding, str] = {
     "be merged);",
     "adapters": "First load the adapters that were active in training, and disable any others (plain LoRA may be merged);",
     "resized": "Resize the embeddings as in training (`resize_token_embeddings`);",
-    "tuned": "Load the prompt onto the base model that it was trained with, in the same revision;",
+    "tuned": "Load the prompt onto the base model that it was trained with, at the same revision;",
     "another": "Load the prompt onto the base model that it was trained with;",
 }
 _QUANTIZED = (
     "{source}: the model looks like the base model of the prompt with a different quantization ({before} in training, now "
-    "{after}). Its outputs with this prompt will be close to the outputs in training, but not equal."
+    "{after}). Its outputs with this prompt will be close to those in training, but not equal."
 )
 _CONVERTED = (
     "{source}: the model looks like the base model of the prompt, converted to {precision} and back. Its outputs with this "
-    "prompt will be close to the outputs in training, but not equal."
+    "prompt will be close to those in training, but not equal."
 )
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
@@ -59,9 +59,9 @@ def require_base(
 
     Args:
         base: the base model that the prompt was trained with.
-        source: the name of the prompt in errors.
-        has_adapters: whether adapters were trained with the prompt; they are not in its file.
-        override: how to skip the check; errors end with it.
+        source: the prompt's name in errors.
+        has_adapters: whether adapters were trained with the prompt; its file does not contain them.
+        override: how to skip the check; appended to errors.
     """
     found = BaseModelInfo.of(model, structure)
     if base.fingerprint is None:
@@ -89,7 +89,7 @@ def require_base(
 
 
 def _require_revision(base: BaseModelInfo, found: BaseModelInfo, source: str, override: str) -> None:
-    """Compare Hub commits, but not the names of branches and tags, because these may move to other commits."""
+    """Compare Hub commits, but not the names of branches and tags, because a branch or tag may move."""
     then, now = base.revision or "", found.revision or ""
     if not _COMMIT.fullmatch(then) or not now or base.name_or_path != found.name_or_path or now.startswith(then):
         return

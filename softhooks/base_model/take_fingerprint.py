@@ -1,6 +1,6 @@
 """Take the fingerprint of a base model: read a few values of each weight, at indices that depend only on its name and size.
 
-Heads, poolers, adapters and weights that train with the prompt are left out: they may differ when the same base is loaded again.
+Heads, poolers, adapters and weights that train with the prompt are left out: they may differ each time the base is loaded.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def take_fingerprint(
     """Take the fingerprint of a model, in a few milliseconds.
 
     Args:
-        like: the fingerprint to compare with; the same token ids are sampled, even if the sizes of the vocabularies differ.
-        frozen: leave out trainable weights, because they train with the prompt.
+        like: a fingerprint to compare with; the same token ids are sampled, even if the vocabularies differ in size.
+        frozen: whether to leave out trainable weights, which train with the prompt.
     """
     vocabulary = structure.vocabulary if like is None else like.vocabulary
     weights: dict[Group, dict[str, list[Tensor]]] = {group: {} for group in GROUPS}
     for group, name, tensor in _weights(model, structure):
-        hashed = str(xxhash.xxh32_hexdigest(name.encode()))  # shorter, to keep files small
+        hashed = str(xxhash.xxh32_hexdigest(name.encode()))  # a short hash, to keep files small
         weights[group].setdefault(hashed, []).append(_brought_in(tensor, model))
     adapted = adapted_weights(model)
     samples: dict[Group, dict[str, WeightSample]] = {}
@@ -116,7 +116,7 @@ def _weights_of_stack(stack: Stack, seen: set[int]) -> Iterator[tuple[Group, str
 
 
 def _brought_in(weight: Tensor, model: nn.Module) -> Tensor:
-    """Load an offloaded weight if it is small; return other weights unchanged."""
+    """Load an offloaded weight if it is small; return any other weight unchanged."""
     if not weight.is_meta or weight.numel() > _READ_WHOLE:
         return weight
     name = next((name for name, one in model.named_parameters() if one is weight), None)
@@ -158,7 +158,7 @@ def _deltas(weights: list[Tensor], name: str, adapted: dict[int, LoraWeight]) ->
 
 
 def _places(name: str, count: int) -> list[float]:
-    """Return relative indices from 0 to 1: a golden-ratio sequence that starts at the hash of the name."""
+    """Return fractions from 0 to 1: a golden-ratio sequence that starts at the hash of the name."""
     start = xxhash.xxh3_64_intdigest(name.encode()) / 2**64
     return [(start + (k + 1) * _GOLDEN_RATIO) % 1 for k in range(count)]
 
@@ -168,7 +168,7 @@ def _rows(name: str, vocabulary: int) -> list[int]:
 
 
 def without_rows(fingerprint: Fingerprint, ids: Collection[int]) -> Fingerprint:
-    """Leave out the embeddings of these token ids, for which a prompt has its own embeddings."""
+    """Leave out the embeddings of these token ids, which a prompt replaces with its own."""
     if not ids:
         return fingerprint
     embeddings = {}
