@@ -1,4 +1,4 @@
-"""Attaching a callback's prompt to a model, and freezing the model's other prompts during training."""
+"""Attach a callback's prompt to a model, and freeze the model's other prompts during training."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class CheckpointSaver:
     # --- load ---------------------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Set the adapter of a PEFT model, which the Trainer does after loading, but keep every `requires_grad`."""
+        """Set a PEFT model's adapter, as the Trainer does after loading, but keep every `requires_grad`."""
         model = self.prompt.model
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         try:

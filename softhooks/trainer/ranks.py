@@ -24,7 +24,7 @@ def is_single_process() -> bool:
 
 
 def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
-    """Copy the prompt from rank 0 to every rank, with tensors of the base that differ, such as a randomly initialized head.
+    """Copy the prompt, and tensors of the base that differ (such as a randomly initialized head), from rank 0 to every rank.
 
     Otherwise, DDP would copy them later, and the frozen check would report a changed base. FSDP2 would combine shards of
     different prompts.
@@ -76,7 +76,7 @@ def _require_equal(mine: dict[str, str], what: str) -> None:
             own, first = values[names[0]]
             raise TrainerError(
                 f"the {what} of rank {rank} differs from that of rank 0; it must be the same on all ranks.",
-                "Give every rank the same script, files and checkpoint, and do not change parameters on a single rank.",
+                "Give every rank the same script, files and checkpoint, and do not change parameters on only one rank.",
                 differing=", ".join(names),
                 rank_0=f"{names[0]}: {first}",
                 **{f"rank_{rank}": f"{names[0]}: {own}"},
