@@ -1,6 +1,6 @@
 """Find the rows that `resize_token_embeddings` added to an embedding matrix, and warn that no checkpoint contains them.
 
-Resizing updates the config. The old size may remain in the checkpoint's config and in an attribute of an inner module.
+Resizing updates the model's config; the old size may remain in the checkpoint's config and in an inner module's `vocab_size`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 
 
 def original_vocabulary(model: nn.Module, structure: ModelStructure) -> int | None:
-    """Return the size of the embedding matrix before it was resized, or None if nothing shows that it was."""
+    """Return the vocabulary size before resizing, or None if there is no sign of resizing."""
     plain: Any = unwrapped(model)
     config = getattr(plain, "config", None)
     rows = structure.vocabulary
@@ -47,14 +47,14 @@ def _size(config: Any) -> int | None:
 
 
 def _size_of_inner_module(model: nn.Module, structure: ModelStructure) -> int | None:
-    """Read the attribute `vocab_size` of a module that holds the embedding, such as `LlamaModel`."""
+    """Read `vocab_size` from an inner module that contains the embedding, such as `LlamaModel`."""
     embedding = structure.entry.embedding
     sizes = [(size, m) for m in model.modules() if m is not model and type(size := m.__dict__.get("vocab_size")) is int]
     return min((size for size, holder in sizes if any(part is embedding for part in holder.modules())), default=None)
 
 
 def _size_of_checkpoint(config: Any) -> int | None:
-    """Read the vocabulary size from the checkpoint's config in a local directory or the hub cache, without a download."""
+    """Read the vocabulary size from the checkpoint's config in a local directory or the Hub cache, without downloading it."""
     name = getattr(config, "_name_or_path", None)
     if not name:
         return None
@@ -85,13 +85,13 @@ def _added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]
 
 
 def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]) -> None:
-    """Warn about added rows, except those that are trained with the prompt (the ids in `own`)."""
+    """Warn about added rows, except those with the ids in `own`, which are trained with the prompt."""
     added = _added_rows(model, structure, own)
     if added:
         warnings.warn(
-            f"{len(added)} rows of the vocabulary ({added[0]} to {added[-1]}) were added by `resize_token_embeddings` and are in "
-            "no checkpoint: they stay frozen at their random initial values, are not saved with the prompt, and will differ in "
-            "another process. Pass `train_added_tokens=True` to `attach` to train and save them, or save the resized model.",
+            f"{len(added)} embedding rows ({added[0]} to {added[-1]}) were added by `resize_token_embeddings`, and no checkpoint "
+            "contains them: they stay frozen at random initial values, which differ between processes, and are not saved with "
+            "the prompt. Pass `train_added_tokens=True` to `attach` to train and save them, or save the resized model.",
             UserWarning,
             stacklevel=stack_level(),
         )
@@ -100,21 +100,21 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
 def log_unsaved_rows(
     prompt: object, name: str, model: nn.Module, structure: ModelStructure, own: Container[int]
 ) -> None:
-    """Log a warning, once per prompt, if its file does not contain all added rows; it contains those with the ids in `own`."""
+    """Log a warning, once per prompt, if its file lacks added rows; the file contains only those with the ids in `own`."""
     if prompt in _warned:
         return
     missing = _added_rows(model, structure, own)
     if missing:
         _warned.add(prompt)
         logger.warning(
-            "%d rows of the vocabulary (%d to %d) were added by `resize_token_embeddings` and are not in the file of "
+            "%d embedding rows (%d to %d) were added by `resize_token_embeddings` and are not in the file of "
             "the prompt %r: save the resized model too, or attach with `train_added_tokens=`.",
             len(missing), missing[0], missing[-1], name,
         )  # fmt: skip
 
 
 def stack_level() -> int:
-    """Return the `stacklevel` with which `warnings.warn` names the first caller outside softhooks."""
+    """Return the `stacklevel` that makes `warnings.warn` point to the first caller outside softhooks."""
     level, frame = 1, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "softhooks":
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
@@ -122,11 +122,11 @@ def stack_level() -> int:
 
 
 def require_vocabulary(rows: Any, structure: ModelStructure, source: str) -> None:
-    """Refuse a model with a smaller vocabulary than the base model of a saved prompt; `rows` is the base model's, if known."""
+    """Raise an error if the vocabulary is smaller than `rows`, the vocabulary size of a saved prompt's base model, if known."""
     if type(rows) is int and structure.vocabulary < rows:
         raise PromptMismatchError(
             "the model has a smaller vocabulary than the base model that the prompt was trained with.",
-            "Load the base model that the prompt was trained with; if tokens were added for the training, add them and call "
+            "Load the base model that the prompt was trained with; if tokens were added for training, add them and call "
             "`resize_token_embeddings` first.",
             prompt=f"{rows} tokens ({source})",
             model=f"{structure.vocabulary} tokens",

@@ -35,7 +35,7 @@ def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """Find for each row the first token id with exactly this embedding, or None. [P, H] -> P ids."""
+    """For each row, find the first token id with exactly this embedding, or None. [P, H] -> P ids."""
     found: list[int | None] = [None] * len(rows)
     for start in range(0, structure.vocabulary, _CHUNK):
         ids = range(start, min(start + _CHUNK, structure.vocabulary))
@@ -47,7 +47,7 @@ def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
 
 
 def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
-    """Find for each row the index of the first equal row of `table`, or None. [V, H], [P, H] -> P indices."""
+    """For each row, find the index of the first equal row of `table`, or None. [V, H], [P, H] -> P indices."""
     found: list[int | None] = [None] * len(rows)
     for row, index in (rows[:, None, 0] == table[None, :, 0].float()).nonzero().tolist():
         if found[row] is None and torch.equal(rows[row], table[index].float()):
@@ -57,10 +57,10 @@ def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
 
 @torch.no_grad()
 def ids_of_weight_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """Find for each row the id of the equal row of `embedding.weight`, because users may pass weights instead of embeddings.
+    """For each row, find the id of the equal row of `embedding.weight`: users may pass weights instead of embeddings.
 
     The two differ if the embedding does more than look up rows: Gemma multiplies them by sqrt(H). The id is None if no row of
-    the weight is equal, or if an embedding is equal, too. [P, H] -> P ids.
+    the weight is equal, or if an embedding is equal as well. [P, H] -> P ids.
     """
     embedding = structure.entry.embedding
     weight = full(read_tensor(embedding, "weight", embedding.weight)).detach()  # type: ignore[arg-type]

@@ -62,13 +62,13 @@ def test_a_config_that_cannot_be_read_tells_nothing(spoiled: str, tmp_path: Path
 def test_attach_says_how_many_rows_were_added(tmp_path: Path) -> None:
     model = zoo.build("llama")
     model.resize_token_embeddings(zoo.VOCABULARY + 3, mean_resizing=False)
-    with pytest.warns(UserWarning, match=r"3 rows .*frozen.*not saved.*train_added_tokens") as said:
+    with pytest.warns(UserWarning, match=r"3 embedding rows .*frozen.*not saved.*train_added_tokens") as said:
         prompt = softhooks.attach(model, PromptTuning(4))
     assert said[0].filename == __file__
     prompt.save_pretrained(tmp_path)
     fresh = zoo.build("llama")
     fresh.resize_token_embeddings(zoo.VOCABULARY + 3, mean_resizing=False)
-    with pytest.warns(UserWarning, match="3 rows"):
+    with pytest.warns(UserWarning, match="3 embedding rows"):
         softhooks.load(fresh, tmp_path)
 
 
@@ -84,7 +84,7 @@ def test_a_base_with_a_smaller_vocabulary_is_refused(arch: str, tmp_path: Path) 
     assert not hasattr(small, "soft_prompt")
 
 
-@pytest.mark.filterwarnings("ignore:.*rows of the vocabulary")
+@pytest.mark.filterwarnings("ignore:.*embedding rows")
 def test_saving_says_once_what_the_file_lacks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = zoo.build("llama")
     softhooks.attach(model, PromptTuning(4)).save_pretrained(tmp_path)
