@@ -97,7 +97,7 @@ def test_a_forward_past_the_hooks(arch: str, way: str) -> None:
     with softhooks.attach(model, (AS_KEYS | AS_SLOTS)[way]) as prompt:
         assert prompt.injection == way
         stack = prompt.prompted_model.structure.entry.module
-        message = r"^\w*Attention ran outside of a forward of the model, so(.|\n)*softhooks\.disabled"
+        message = r"^\w*Attention ran outside a call to the model, so(.|\n)*softhooks\.disabled"
         refused(model, PromptNotReachedError, message, lambda: stack.forward(IDS))
         assert torch.equal(model.forward(IDS).logits, model(IDS).logits)  # only the model's own hooks are skipped
         with softhooks.disabled(model):
@@ -108,7 +108,7 @@ def test_an_encoders_forward_past_the_hooks() -> None:
     model = zoo.build("bert", "tokens")
     for method in (PromptTuning(P), PrefixTuning(P)):
         with softhooks.attach(model, method):
-            refused(model, PromptNotReachedError, "outside of a forward of the model", lambda: model.bert.forward(IDS))
+            refused(model, PromptNotReachedError, "outside a call to the model", lambda: model.bert.forward(IDS))
 
 
 def test_a_model_that_skips_its_stack() -> None:

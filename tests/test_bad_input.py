@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     ),
     "a prefix where attention cannot be entered": (
         squeezebert, lambda: PrefixTuning(3), {}, UnsupportedMethodError,
-        r"^SqueezeBert\w+ has no attention(.|\n)*attention interface or a cache(.|\n)*PromptTuning",
+        r"^SqueezeBert\w+ has no attention(.|\n)*attention interface nor a cache(.|\n)*PromptTuning",
     ),
     "a zero prefix where attention cannot be entered": (
         squeezebert, lambda: PrefixTuning(3, init="zero"), {}, UnsupportedMethodError, "has no attention that a key-value",

@@ -10,7 +10,7 @@ from softhooks.errors import UnsupportedMethodError
 
 
 def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
-    """Return the stack and the kind of attention of each group: `text`, or `encoder`, `decoder` and `cross`."""
+    """Return each group's stack and kind of attention; the groups are `text`, or `encoder`, `decoder` and `cross`."""
     groups: dict[str, tuple[Stack, Literal["self", "cross"]]] = {}
     for stack in structure.stacks:
         groups[stack.name] = (stack, "self")
@@ -24,7 +24,7 @@ def require_sites(structure: ModelStructure) -> None:
     for stack in structure.stacks:
         if stack.injection is None:
             raise UnsupportedMethodError(
-                f"{type(stack.module).__name__} has no attention that a key-value prefix can enter: it does not use "
-                "transformers' attention interface or a cache, and softhooks does not know its attention code.",
+                f"{type(stack.module).__name__} has no attention that a key-value prefix can enter: it uses neither "
+                "transformers' attention interface nor a cache, and softhooks does not support its own attention code.",
                 OTHER_METHOD,
             )

@@ -1,7 +1,7 @@
-"""Wrap the attention functions of transformers, so that a `Pass` can change the attention of marked modules.
+"""Wrap the attention functions of transformers so that a `Pass` can change the attention of marked modules.
 
-The functions in `ALL_ATTENTION_FUNCTIONS` and the `eager_attention_forward` of modeling files are wrapped while any model has a
-prompt, and restored when the last prompt is removed. `config._attn_implementation` is never changed.
+The functions in `ALL_ATTENTION_FUNCTIONS` and the `eager_attention_forward` of each modeling file are wrapped while any model has
+a prompt, and restored when the last prompt is removed. `config._attn_implementation` is never changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from softhooks.patching.patches import Patches
 from softhooks.patching.shared_patches import SharedPatches
 
 MARK = "_softhooks_site"
-"""The attribute of an attention module that holds its `Site`; the first one, if several layers share the module."""
+"""The attribute of an attention module that holds its `Site`, or the first of its sites if several layers share the module."""
 
 _EAGER = "eager_attention_forward"
 
@@ -49,8 +49,8 @@ def _wrap_functions(patches: Patches, files: Iterable[str]) -> None:
 
 
 users: SharedPatches[object] = SharedPatches(_wrap_functions)
-"""The models with a prompt and the probe forwards that need the wrapped functions. `users.add(user, files)` also wraps those in
-`files`; after the last `users.discard(user)`, the original functions are restored."""
+"""The models with a prompt and the probe forwards that need the wrapped functions. `users.add(user, files)` also wraps the
+functions in `files`; the last `users.discard(user)` restores the originals."""
 
 
 def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
@@ -61,26 +61,26 @@ def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
             return attention(module, *args, **kwargs)
         return current.attend(current.site_for_call(module.__dict__[MARK]), attention, (module, *args), kwargs)
 
-    setattr(attend, MARK, None)  # by which `_wrap_functions` recognizes it
+    setattr(attend, MARK, None)  # tells `_wrap_functions` that this function is a wrapper
     return attend
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _expects_pass(state: StackState) -> bool:
-    """Whether attention without a running pass means that the prompt's hooks were bypassed."""
+    """Whether a pass should be running; if none is, the prompt's hooks were bypassed."""
     if state.owner is None:
         return False
-    if torch._C._current_graph_task_id() != -1:  # a backward reruns layers, maybe after the prompt was switched off
+    if torch._C._current_graph_task_id() != -1:  # backward reruns checkpointed layers, maybe with the prompt off
         return any(prompt.injection != "slots" for prompt in state.owner.prompts.values())
     return state.owner.is_in_use
 
 
 def current_pass(module: nn.Module) -> RunningPass | None:
-    """Return the running pass of an attention module's stack, or None if no prompt enters the module.
+    """Return the running pass of an attention module's stack, or None if there is none.
 
     Raises:
         PromptNotReachedError: a prompt is active, but its hooks did not run.
-        UnsupportedModeError: they did not run in this thread, and another thread is running the model.
+        UnsupportedModeError: a prompt is active, but only another thread is running the model.
     """
     site: Site | None = module.__dict__.get(MARK)
     if site is None:
@@ -91,9 +91,9 @@ def current_pass(module: nn.Module) -> RunningPass | None:
         if state.owner is not None:
             state.owner.running.require_free()
         raise PromptNotReachedError(
-            f"{type(module).__name__} ran outside of a forward of the model, so the prompt's hooks did not run.",
-            "Call the model, not its `forward`; checkpoint its layers with `gradient_checkpointing_enable()`; or "
-            "turn the prompt off with `softhooks.disabled(model)`.",
+            f"{type(module).__name__} ran outside a call to the model, so the prompt's hooks did not run.",
+            "Call the model, not the `forward` of one of its modules; checkpoint its layers with "
+            "`gradient_checkpointing_enable()`; or turn the prompt off with `softhooks.disabled(model)`.",
             stack=site.stack.path or "the model itself",
         )
     return current
@@ -103,7 +103,7 @@ def current_pass(module: nn.Module) -> RunningPass | None:
 
 
 def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
-    """Mark the attention module of every site, and replace the forward of modules with inline attention."""
+    """Mark the attention module of every site, and replace the forward of modules that compute attention inline."""
     for stack in stacks:
         for site in stack.sites:
             if not site.shared_sites or site is site.shared_sites[0]:

@@ -25,8 +25,8 @@ class AttentionRecord:
 
     Attributes:
         module: the attention module.
-        key, value: the shapes of its keys and values, [B, Hk, K, D].
-        hides_distant: whether its mask hides tokens outside a short window.
+        key, value: the shapes of the keys and values, [B, Hk, K, D].
+        hides_distant: whether the attention mask hides tokens outside a short window.
     """
 
     module: nn.Module
@@ -39,8 +39,8 @@ def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord
     """Run each stack, and set its `sites` and `injection`.
 
     Args:
-        ids: [1, T]. A decoder runs on all but the first, so that its queries and the encoder states differ in number.
-        attention: the attention function calls of the only stack, if they are already recorded.
+        ids: [1, T]. A decoder gets all but the first id, so that it has fewer queries than there are encoder states.
+        attention: the attention function calls, if the model has one stack and its calls are already recorded.
     """
     encoded: Tensor | None = None
     for stack in stacks:
@@ -66,7 +66,7 @@ def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord
 
 
 def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[Site]:
-    """Make a site for each attention call. In a decoder, a call with `encoded` keys is cross-attention."""
+    """Make a site for each attention call. In a decoder, a call with as many keys as `encoded` is cross-attention."""
     sites: list[Site] = []
     shared: dict[int, list[Site]] = {}
     count: dict[Role, int] = {"self": 0, "cross": 0}
@@ -84,7 +84,7 @@ def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[S
 
 
 class _Recorder:
-    """Records every attention call; stands in for the site, its stack, the stack's state and the current pass."""
+    """Records every attention call. One object acts as the site, its stack, the stack's state and the current pass."""
 
     def __init__(self, records: list[AttentionRecord]) -> None:
         self.stack = self.state = self.current = self
@@ -102,7 +102,7 @@ class _Recorder:
 
 @contextmanager
 def recorded_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
-    """Record every attention function call of the model's modules while the `with` block runs."""
+    """Record every call of an attention function by the model's modules while the `with` block runs."""
     recorder = _Recorder([])
     with wrapped_functions(model.modules()) as patches:
         for part in model.modules():
@@ -111,7 +111,7 @@ def recorded_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
 
 
 def _find_windows(stack: Stack, inputs: dict[str, Tensor]) -> None:
-    """Run a stack with a short window, and set `is_windowed` of the sites whose masks then hide distant tokens."""
+    """Run a stack with a short sliding window, and set `is_windowed` for the sites whose masks then hide distant tokens."""
     with shortened_window(stack) as is_shortened:
         if not is_shortened:
             return
@@ -125,10 +125,10 @@ def _find_windows(stack: Stack, inputs: dict[str, Tensor]) -> None:
 
 
 def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRecord]:
-    """Run a stack, compute each inline attention module a second time with an attention function, and record its calls.
+    """Run a stack, recompute each inline attention with the rewritten forward, and record the calls of its attention function.
 
     Returns:
-        the calls; none if a result differs from the module's own, because this version of the module is then not supported.
+        the calls; none if a result differs from the module's own, because softhooks then does not support the module.
     """
     records: list[AttentionRecord] = []
     differing: list[nn.Module] = []
@@ -139,7 +139,7 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
 
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ours = None
-        if "forward" not in module.__dict__:  # its forward is not replaced yet
+        if "forward" not in module.__dict__:  # if no prompt has replaced its forward
             with suppress(*FORWARD_ERRORS):
                 ours = rewritten[module](args, kwargs, attention)
         if ours is None or not are_close(last_hidden_state(ours), last_hidden_state(output)):
@@ -163,7 +163,7 @@ def _find_cache_sites(stack: Stack, ids: Tensor) -> None:
         try:
             stack.module(input_ids=ids, past_key_values=cache, use_cache=True)
         except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError):
-            return  # The model does not accept this cache, so it has no sites; methods that need sites refuse the model.
+            return  # The model does not accept this cache, so it has no sites, and methods that need sites refuse it.
     for layer, (key, value) in sorted(cache.recorded.items()):
         stack.sites.append(Site(stack, "self", layer, cache.callers[layer], key.shape[1], key.shape[3], value.shape[3]))
     if stack.sites:

@@ -1,8 +1,8 @@
-"""Attention that a module computes inline in its own forward, rewritten as a call of an attention function.
+"""Rewrite the forward of modules that compute attention inline, so that it calls an attention function.
 
-MegatronBERT, RoFormer, RemBERT, MPNet, DeBERTa and DeBERTa-v2 do not use transformers' attention interface. For each family, a
-function here computes the forward of the attention module with a given attention function, and replaces it, so that a prefix can
-enter. At attach, the two forwards are compared; if they differ, the module is not supported.
+MegatronBERT, RoFormer, RemBERT, MPNet, DeBERTa and DeBERTa-v2 do not use transformers' attention interface. The rewritten forward
+of each family replaces that of the attention module, so that a prefix can enter. `attach` compares the results of both; if
+they differ, the module is not supported.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from softhooks.backbone.stack_state import RunningPass
 from softhooks.errors import UnsupportedModeError
 
 FamilyForward = Callable[[nn.Module, dict[str, Any], AttentionFunction], Any]
-"""Computes the forward of an attention module, from its arguments by name, with a given attention function."""
+"""Computes the forward of an attention module from its arguments (by name) and an attention function."""
 
 RewrittenForward = Callable[[tuple[Any, ...], dict[str, Any], AttentionFunction], Any]
-"""Computes the forward of one module from `args` and `kwargs`; returns None if they contain one of `_OTHER_STATES`."""
+"""Computes the forward of one module from `args`, `kwargs` and an attention function; returns None if given `_OTHER_STATES`."""
 
 
 def inline_attention(
@@ -38,7 +38,7 @@ def inline_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention in the same way as the model families in this file.
+    """Compute attention as the model families in this file do.
 
     Args:
         attention_mask: [B, 1, 1 or T, K], additive, or bool with True for keys that are seen.
@@ -66,7 +66,7 @@ def inline_attention(
 
 
 def _bert(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """Compute the attention of MegatronBERT, RemBERT and RoFormer, with rotary positions and a cache if there are any."""
+    """Compute the attention of MegatronBERT, RemBERT and RoFormer, with rotary positions and a cache if they are passed."""
     states, cache = call["hidden_states"], call.get("past_key_values")
     shape = (*states.shape[:-1], -1, module.attention_head_size)
     query, key, value = (part(states).view(shape).transpose(1, 2) for part in (module.query, module.key, module.value))
@@ -95,7 +95,7 @@ def _mpnet(module: Any, call: dict[str, Any], attention: AttentionFunction) -> A
 
 
 def _deberta(module: Any, call: dict[str, Any], attention: AttentionFunction) -> Any:
-    """Compute the attention of DeBERTa, which has one projection for query, key and value, and a bias from the scaled query."""
+    """Compute the attention of DeBERTa, which projects query, key and value together and adds a bias from the scaled query."""
     query, key, value = module.transpose_for_scores(module.in_proj(call["hidden_states"])).chunk(3, dim=-1)
     query = query + module.transpose_for_scores(module.q_bias[None, None, :])
     value = value + module.transpose_for_scores(module.v_bias[None, None, :])
@@ -129,7 +129,7 @@ def _disentangled(
     bias: Any,
     scaling: float,
 ) -> Any:
-    bias = bias if isinstance(bias, Tensor) else None  # the number 0 if there is no relative attention
+    bias = bias if isinstance(bias, Tensor) else None  # without relative attention, it is the number 0
     mask = call["attention_mask"].bool()
     output, weights = attention(module, *parts, mask, scaling=scaling, position_bias=bias, is_causal=False)
     return output.flatten(2), weights if call.get("output_attentions") else None
@@ -146,7 +146,7 @@ _FAMILIES: dict[tuple[str, str], FamilyForward] = {
 """The forward of each family, by the modeling file and the class of the attention module."""
 
 _OTHER_STATES = ("encoder_hidden_states", "query_states")
-"""Arguments with states other than the module's own input; the functions above do not support them."""
+"""Arguments that pass states besides the module's own input; the functions above do not support them."""
 
 
 def rewritten_forward(module: nn.Module) -> RewrittenForward | None:
@@ -173,10 +173,10 @@ def _run(
 
 
 def inline_forward(site: Site, current_pass: Callable[[nn.Module], RunningPass | None]) -> Callable[..., Any]:
-    """Make the forward that replaces a module's own, and lets the current pass run its attention.
+    """Make a replacement for a module's forward that lets the current pass run the attention.
 
     Args:
-        current_pass: `attention_interface.current_pass`, which this file cannot import.
+        current_pass: `attention_interface.current_pass`, passed here to avoid a circular import.
     """
     rewritten = rewritten_forward(site.module)
     assert rewritten is not None

@@ -1,4 +1,4 @@
-"""Sliding windows and chunks of attention, even if only the attention masks show them (PhiMoE, Llama 4)."""
+"""Find sliding windows and chunks of attention, even if only the attention masks show them (PhiMoE, Llama 4)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _PROBE_WINDOW = 2
 
 @contextmanager
 def shortened_window(stack: Stack) -> Iterator[bool]:
-    """Shorten the sliding window in the config of a causal stack while the `with` block runs; yield False if it has none."""
+    """Shorten the sliding window in the config of a causal stack while the `with` block runs; yield whether it has one."""
     config: Any = getattr(stack.module, "config", None)
     window = getattr(config, "sliding_window", None)
     if not stack.causal or type(window) is not int or window <= 0:
         yield False
         return
-    config.sliding_window = _PROBE_WINDOW  # by its setter: some configs store it under another name
+    config.sliding_window = _PROBE_WINDOW  # calls a setter in configs that store it under another name
     try:
         yield True
     finally:
@@ -32,7 +32,7 @@ def shortened_window(stack: Stack) -> Iterator[bool]:
 
 
 def hides_distant(mask: Any, window: int = _PROBE_WINDOW) -> bool:
-    """Whether an attention mask hides tokens before the window from the last query."""
+    """Whether an attention mask keeps the last query from attending to tokens before its window."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] <= window:
         return False
     distant = mask[0, 0, -1, -window - 1]
@@ -40,7 +40,7 @@ def hides_distant(mask: Any, window: int = _PROBE_WINDOW) -> bool:
 
 
 def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
-    """Return how many tokens, including itself, a token attends to in a call with these arguments, or None for all tokens."""
+    """Return how many tokens, including itself, a token attends to in a call with these arguments; None if there is no window."""
     window = kwargs.get("sliding_window", getattr(site.module, "sliding_window", None))
     if window is None and site.is_windowed:
         window = getattr(site.stack.module.config, "sliding_window", None)
@@ -48,7 +48,7 @@ def window_of(site: Site, kwargs: dict[str, Any]) -> int | None:
 
 
 def require_one_chunk(stack: Stack, virtual_tokens: int, positions: Tensor | None) -> None:
-    """Refuse a prefix and a text that together exceed one chunk (Llama 4); the model would end its chunks P tokens too late.
+    """Raise an error if prefix and text together exceed one chunk (Llama 4): the prefix would shift the end of each chunk.
 
     Args:
         virtual_tokens: the number of virtual tokens before the text in self-attention.
@@ -63,7 +63,7 @@ def require_one_chunk(stack: Stack, virtual_tokens: int, positions: Tensor | Non
     if longest is None or longest + virtual_tokens > chunk:
         raise UnsupportedModeError(
             "prefix and text together exceed one chunk of a model with chunked attention.",
-            "Shorten the text, or use PromptTuning, whose virtual tokens are divided into chunks with the text.",
+            "Shorten the text, or use PromptTuning, whose virtual tokens are divided into chunks together with the text.",
             prefix=f"{virtual_tokens} virtual tokens",
             text="of unknown length" if longest is None else f"{longest} tokens",
             chunk=f"{chunk} tokens",

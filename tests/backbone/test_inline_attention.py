@@ -349,7 +349,7 @@ def test_a_forward_past_the_hooks_is_refused(arch: str) -> None:
         stack = prompt.prompted_model.structure.entry.module
         with pytest.raises(
             PromptNotReachedError,
-            match=r"^\w*SelfAttention ran outside of a forward of the model, so the prompt's hooks did not run",
+            match=r"^\w*SelfAttention ran outside a call to the model, so the prompt's hooks did not run",
         ):
             stack.forward(ids)
         with softhooks.disabled(model):
