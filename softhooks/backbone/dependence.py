@@ -19,7 +19,7 @@ _COLUMNS = 5
 
 
 def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
-    """Whether a model's states depend on token ids and not only on embeddings (Gemma 3n); measured once per model."""
+    """Whether a model's states depend on token ids and not only on embeddings, as in Gemma 3n; measured once per model."""
     stack = structure.entry
     if stack.reads_ids is None:
         stack.reads_ids = _states_differ(model, structure)
@@ -27,12 +27,12 @@ def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
 
 
 def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
-    """Run two texts with different ids but the same embeddings, and compare their states."""
+    """Whether two texts with different ids but the same embeddings have different states."""
     stack, vocabulary = structure.entry, structure.vocabulary
     ordinary = ordinary_ids(model, stack, vocabulary)
     if len(ordinary) < 2:
         return True  # no second text to compare with
-    end = probe_ids(model, vocabulary, 1)  # some heads look for it
+    end = probe_ids(model, vocabulary, 1)  # some heads look for this id
     shifts = (0, max(1, min(_COLUMNS, len(ordinary) // 2)))
     texts = [
         torch.cat([torch.tensor([[ordinary[(k + shift) % len(ordinary)] for k in range(_COLUMNS)]]).to(end), end], 1)
@@ -47,7 +47,7 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
         model(input_ids=given, attention_mask=torch.ones_like(given), **more)
 
     def differ(*forwards: Tensor) -> bool:
-        first_embeddings: list[Tensor] = []  # of the first text; a model may call its embedding several times
+        first_embeddings: list[Tensor] = []  # of the first text, one per call of the embedding
         states: list[Tensor] = []
         dtype = torch.float32
 
@@ -81,13 +81,13 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
 def change_before(
     module: nn.Module, column: int, forwards: Sequence[Callable[[], object]], state: StackState | None = None
 ) -> float:
-    """Return the largest difference between the states of two texts before token `column`, relative to the largest state.
+    """Return the largest difference between the states of two texts before token `column`, relative to the largest value.
 
     Args:
         module: the module that returns the states.
         column: the index of the first token in which the texts differ.
-        forwards: one forward for each text, or one forward with both texts as rows.
-        state: the stack's state, if prompts may be active.
+        forwards: functions that run the model on one text each, or one function that runs it on both texts as rows.
+        state: as in `recorded_states`.
     """
     rows: list[Tensor] = []
     with recorded_states(module, state) as states:
@@ -99,5 +99,5 @@ def change_before(
 
 
 def is_rounding(change: float, dtype: torch.dtype) -> bool:
-    """Whether a relative change may be due to summing floating-point numbers in another order."""
+    """Whether a relative change is small enough to come from summing floating-point numbers in another order."""
     return change <= max(1e-5, 8 * torch.finfo(dtype).eps)

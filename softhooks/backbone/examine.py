@@ -1,7 +1,7 @@
 """Find the text backbone of a model, with its attention and positions, by running the model on probe inputs.
 
-Names and configs are not used: `OPTForCausalLM` bypasses its `base_model`, and in one of eight architectures the config implies
-wrong head sizes.
+Module names and configs are unreliable: `OPTForCausalLM` bypasses its `base_model`, and in one architecture out of eight the
+config implies wrong head sizes.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class _Runs:
 
     Attributes:
         ids: the ids that each stack receives.
-        inputs, calls, attention: the arguments of the first forward, its module calls and its attention function calls.
-        changed: for each stack, the module calls of a forward in which the second id differs.
+        inputs, calls, attention: the arguments, module calls and attention function calls of the first forward.
+        changed: for each stack, the module calls of another forward, in which only the stack's second id differs.
         choices: the number of choices per row, if the model is a multiple-choice model.
     """
 
@@ -73,7 +73,7 @@ class _Runs:
 
 
 def _run(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on ids, and once more for each of its stacks with a different second id."""
+    """Run a model on ids, and then once for each stack with a different second id for that stack."""
     if _is_encoder_decoder(model):
         inputs = {"input_ids": ids, "decoder_input_ids": decoder_ids(ids)}
         stack_ids: dict[StackName, Tensor] = {"encoder": ids, "decoder": inputs["decoder_input_ids"]}
@@ -89,7 +89,7 @@ def _run(model: nn.Module, ids: Tensor) -> _Runs:
 
 
 def _run_on_ids_alone(model: nn.Module, ids: Tensor) -> _Runs:
-    """Run a model on one row, or if that fails, on one row of two choices, [1, 2, T]."""
+    """Run a model on one row of ids or, if that fails, on one row of two choices, [1, 2, T]."""
     try:
         return _recorded(model, {"text": ids}, {"input_ids": ids})
     except UnsupportedModelError as error:
@@ -149,7 +149,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
 
 
 def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
-    """Return the child of a stack from which the pooler gets only the first token (ALBERT), or None if it gets all tokens."""
+    """Return the stack's child whose first state alone goes to the pooler (ALBERT), or None if there is no such pooler."""
     pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
     if pooler is None or not calls[pooler].inputs or calls[pooler].inputs[0].dim() != 2:
         return None
@@ -158,7 +158,7 @@ def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
 
 
 def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, max_columns: int | None) -> bool:
-    """Whether earlier states stay the same when later tokens change, in a long text or, if the model fails on it, a short one.
+    """Whether changing later tokens leaves earlier states unchanged, in a long text or, if the model fails on that, a short one.
 
     Args:
         ids: the short text, on which the model is known to run.

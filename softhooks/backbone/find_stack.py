@@ -1,6 +1,6 @@
-"""Find the text backbone (stack) of a model from the outputs of its modules in probe forwards, not from their names or classes.
+"""Find the text backbone (stack) of a model from module outputs in probe forwards, not from module names or classes.
 
-A stack looks up token ids in an embedding and returns one state per token that depends on the other tokens. An embedding layer
+A stack looks up token ids in an embedding and returns one state per token, which depends on other tokens too. An embedding layer
 also returns one state per token, but each depends only on its own token.
 """
 
@@ -27,8 +27,8 @@ class ModuleCall:
 
     Attributes:
         inputs: its tensor arguments.
-        position_ids: its argument of this name.
-        start, end: how many calls had begun when this call began, and when it ended.
+        position_ids: its argument `position_ids`.
+        start, end: the number of calls that had begun when this call began, and when it ended.
         occurrence: how often the module had been called before.
         output: the returned value, which later modules may have changed in place.
         state: a copy of the first tensor in the output.
@@ -46,15 +46,15 @@ class ModuleCall:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Identifies the corresponding call in another forward of the model."""
+        """The key that corresponding calls share across forwards of the model."""
         return id(self.module), self.occurrence
 
     def contains(self, other: ModuleCall) -> bool:
-        """Whether another call was made inside this one."""
+        """Whether another call was made during this one."""
         return self.start < other.start and 0 <= other.end <= self.end
 
     def received(self, tensor: Tensor) -> bool:
-        """Whether a tensor was among the arguments."""
+        """Whether one of the arguments equals a tensor."""
         return any(t.dtype == tensor.dtype and t.shape == tensor.shape and torch.equal(t, tensor) for t in self.inputs)
 
 
@@ -115,13 +115,13 @@ def find_stack(
     """Find the innermost module that contains the lookup of the ids and every module in which tokens influence one another.
 
     Args:
-        name: the name of the stack. The states of an `encoder` may influence one another later, in the decoder.
+        name: the name of the stack. The states of an `encoder` may influence one another again in the decoder.
         ids: [B, T], as the stack receives them.
-        inputs, calls: the arguments of the recorded forward, and its calls.
-        changed_calls: the calls of a forward in which only the second id differs.
+        inputs, calls: the arguments and module calls of the recorded forward.
+        changed_calls: the module calls of another forward, in which only the second id differs.
 
     Returns:
-        the call of the stack, the call of the embedding, and whether the first state is the same for both second ids.
+        the call of the stack, the call of the embedding, and whether changing the second id leaves the first state unchanged.
     """
     reached = [call for call in calls if call.received(ids)]
     lookup = _lookup(model, reached)
@@ -130,8 +130,8 @@ def find_stack(
     stacks = [call for call in around if _mixes_tokens(call, changed, ids.shape)]
     if lookup is None or not stacks:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no stack that looks up token ids in an embedding and returns one state per token that "
-            "depends on the other tokens.",
+            f"{type(model).__name__} has no module that looks up token ids in an embedding and returns for each token a state "
+            "that depends on other tokens too.",
             _ADAPTERS,
             found=_what_is_missing(lookup, around, name, ids),
         )
@@ -142,7 +142,7 @@ def find_stack(
     if chosen is None:
         after = stacks[0].path or "the module that returns the states"
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no single stack that processes the whole text: tokens still influence one another "
+            f"{type(model).__name__} has no single module that processes the whole text: tokens still influence one another "
             f"after {after}.",
             _ADAPTERS,
         )
@@ -151,14 +151,14 @@ def find_stack(
 
 
 def _lookup(model: nn.Module, reached: Sequence[ModuleCall]) -> ModuleCall | None:
-    """Choose the call that looks up the ids. If several embeddings do, prefer the one that `get_input_embeddings` returns."""
+    """Choose the call that looks up the ids. If there are several, prefer that of `get_input_embeddings()`."""
     lookups = [call for call in reached if isinstance(call.module, nn.Embedding) and isinstance(call.output, Tensor)]
     named = model.get_input_embeddings()  # type: ignore[operator]
     return next((call for call in lookups if call.module is named), lookups[0] if lookups else None)
 
 
 def _mixes_tokens(call: ModuleCall, changed: dict[tuple[int, int], ModuleCall], shape: Sequence[int]) -> bool:
-    """Whether a module returns one state per token, and the change of one token also changes the states of other tokens."""
+    """Whether a module returns one state per token, and changing one token also changes the states of others."""
     twin = changed.get(call.key)
     if call.state is None or twin is None or twin.state is None:
         return False
@@ -172,9 +172,9 @@ def _mixes_tokens(call: ModuleCall, changed: dict[tuple[int, int], ModuleCall], 
 def _inner_text_model(
     holder: ModuleCall, lookup: ModuleCall, calls: Sequence[ModuleCall], changed: dict[tuple[int, int], ModuleCall]
 ) -> ModuleCall:
-    """Return the inner module that receives `inputs_embeds` (the text model of a vision-language model), or `holder`.
+    """Return the inner module that receives `inputs_embeds` (the text model of a vision-language model), else `holder`.
 
-    The outer model computes positions and masks from the ids. They must be computed without the prompt and shifted afterwards.
+    The outer model must compute positions and masks from the ids without the prompt; softhooks shifts them afterwards.
     """
     shape = _state(holder).shape[:2]
     for call in reversed(calls):
@@ -191,9 +191,9 @@ def _mixes_after(
     calls: Sequence[ModuleCall],
     changed: dict[tuple[int, int], ModuleCall],
 ) -> bool:
-    """Change one state of a stack, and return whether later modules then change the states of other tokens.
+    """Change one state of a stack, and return whether the states of other tokens then change in later modules.
 
-    If so, the stack is only the first part of a model, such as convolutions over the embeddings.
+    If so, the stack is only the first part of the text model, such as convolutions over the embeddings.
     """
     later = [call for call in calls if call.contains(stack) or call.start >= stack.end]
     if not later:
@@ -212,7 +212,7 @@ def _mixes_after(
 
 
 def _state(call: ModuleCall) -> Tensor:
-    assert call.state is not None  # `_mixes_tokens` has checked it
+    assert call.state is not None  # checked by `_mixes_tokens`
     return call.state
 
 

@@ -1,4 +1,4 @@
-"""List the modules and tensors of a model fast enough for every forward; `named_modules` also joins names, which is slow."""
+"""List the modules and tensors of a model fast enough for every forward; `named_modules` also builds names, which is slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The token ids and lengths of the texts for probe forwards."""
+"""Choose the token ids and lengths of texts for probe forwards."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CHOICES = 2
 _MIN_COLUMNS = 24
 _MAX_DISTANCE = 128
 _DISTANCES = ("window", "chunk", "compress", "conv", "kernel", "topk", "block", "stride", "pool")
-"""Parts of the names of config values that may limit how far back a token attends."""
+"""A config value whose name contains one of these may limit how far back a token attends."""
 
 
 # --- ids --------------------------------------------------------------------------------------------------------------
 
 
 def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
-    """Make one row of ordinary ids, [1, columns]; the last is the model's `eos_token_id`, if there is one."""
+    """Make one row of ordinary ids, [1, columns]; the last is the model's `eos_token_id`, if it has one."""
     config = getattr(model, "config", None)
     inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -67,12 +67,12 @@ def text_config(config: Any) -> Any:
 
 
 def decoder_ids(ids: Tensor) -> Tensor:
-    """Make decoder ids that differ from the encoder ids; their number is the same, because some heads require this."""
+    """Make decoder ids: the encoder ids in another order, because some heads require the same number of both."""
     return ids.roll(1, dims=-1)
 
 
 def as_choices(ids: Tensor, choices: int) -> Tensor:
-    """Repeat every row as several choices. [B, T] -> [B, C, T]."""
+    """Repeat each row as several choices. [B, T] -> [B, C, T]."""
     return ids.unsqueeze(1).expand(-1, choices, -1).contiguous()
 
 
@@ -80,13 +80,13 @@ def as_choices(ids: Tensor, choices: int) -> Tensor:
 
 
 def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) -> tuple[int, int]:
-    """Choose the number of tokens for a test of causality, and the first token that changes in the test.
+    """Choose the number of tokens for a test of causality, and the index of the first token that the test changes.
 
-    It is the last token of a window, chunk or block, because a model may let earlier tokens of the same block attend to it.
+    That token ends a window, chunk or block, so that the test notices if earlier tokens of the same block attend to it.
 
     Args:
-        max_columns: the number of positions of the model, or None for any number.
-        prompt: the number of virtual tokens. The text is longer, up to a limit.
+        max_columns: the number of positions of the model, or None if it is unlimited.
+        prompt: the number of virtual tokens. The text is longer than the prompt, up to a limit.
     """
     distance = longest_distance(module)
     columns = max(_MIN_COLUMNS, 2 * distance + 2, min(prompt + 8, 2 * _MIN_COLUMNS))
@@ -97,9 +97,9 @@ def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) ->
 
 
 def longest_distance(module: nn.Module) -> int:
-    """Return the least common multiple of 8 and all window and chunk sizes in a stack's config up to `_MAX_DISTANCE`.
+    """Return the least common multiple of 8 and the window and chunk sizes in a stack's config.
 
-    If the multiple exceeds `_MAX_DISTANCE`, return the largest of these numbers.
+    Sizes above `_MAX_DISTANCE` are ignored. If the multiple exceeds it, the largest of the numbers is returned.
     """
     config = getattr(module, "config", None)
     found = {value for value in _distances(getattr(config, "__dict__", {})) if 2 <= value <= _MAX_DISTANCE} | {8}

@@ -15,11 +15,11 @@ from softhooks.errors import AttachError, SoftHooksError, UnsupportedModeError, 
 from softhooks.patching.patches import Patches
 
 FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-"""The errors that a model may raise if it does not support a forward."""
+"""The errors that a model may raise in a forward that it does not support."""
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
 OTHER_METHOD = "Use another method, if one can enter this model."
-"""Remedies, which `softhooks.checks.remedies` replaces in an error by one that it has tried on the model."""
+"""Remedies that `softhooks.checks.remedies` replaces in an error with one that it has tried on the model."""
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ OTHER_METHOD = "Use another method, if one can enter this model."
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Turn any exception of the model in the `with` block into an `UnsupportedModelError`, except errors of softhooks."""
+    """Turn any exception in the `with` block, except errors of softhooks, into an `UnsupportedModelError`."""
     try:
         yield
     except SoftHooksError:
@@ -46,7 +46,7 @@ class _UnsupportedModelModeError(UnsupportedModelError, UnsupportedModeError):
 
 @contextmanager
 def probing_with_prompt(model: nn.Module) -> Iterator[None]:
-    """Turn any exception in the `with` block into an `UnsupportedModelError`, also an `UnsupportedModeError` if it was one."""
+    """Turn errors in the `with` block, except `AttachError`, into `UnsupportedModelError`; `UnsupportedModeError` stays one."""
     try:
         with probing(model):
             yield
@@ -66,7 +66,7 @@ def probing_with_prompt(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Run the `with` block without gradients and dropout; then restore the mode of every module and the random state."""
+    """Run the `with` block without gradients or dropout; then restore the mode of every module and the random state."""
     random_state = torch.get_rng_state()
     with Patches() as patches, torch.no_grad():
         for module in every_module(model):
@@ -80,7 +80,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(module: nn.Module) -> Iterator[None]:
-    """Run the `with` block with the random seed 0, so that each run draws equal numbers; then restore the random state."""
+    """Run the `with` block with random seed 0, so that every run draws the same numbers; then restore the random state."""
     devices = {weight.device for weight in module.parameters()}
     with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
         # `torch.manual_seed` also seeds CUDA lazily, which takes as long as the forward of a small model.
@@ -97,18 +97,18 @@ def last_hidden_state(output: Any) -> Tensor:
     state = output if isinstance(output, Tensor) else output[0]
     if not isinstance(state, Tensor):
         raise UnsupportedModelError(
-            f"the first output of the text backbone is a {type(state).__name__}; it must be a tensor of hidden states."
+            f"the first output of the text backbone has the type {type(state).__name__}; it must be a tensor of hidden states."
         )
     return state
 
 
 @contextmanager
 def recorded_states(module: nn.Module, state: StackState | None = None) -> Iterator[list[Tensor]]:
-    """Record the last hidden states that a stack returns while the `with` block runs, one entry for each forward.
+    """Record the last hidden states that a stack returns while the `with` block runs, one tensor per forward.
 
     Args:
         module: the module of the stack.
-        state: the stack's state, if prompts may be active. Forwards that compute a prompt are then left out.
+        state: the stack's `state`, if prompts may be active; forwards that compute a prompt are then not recorded.
     """
     states: list[Tensor] = []
     outer = None if state is None else state.current
@@ -130,7 +130,7 @@ def float_dtype(module: nn.Module) -> torch.dtype:
 
 
 def relative_difference(states: Tensor, reference: Tensor) -> float:
-    """Return the largest difference between two tensors, relative to the largest value of the second."""
+    """Return the largest difference between two tensors, relative to the largest absolute value of the second."""
     if states.shape != reference.shape:
         return float("inf")
     states, reference = states.float(), reference.float()

@@ -1,4 +1,4 @@
-"""A cache that records the keys and values that it is given."""
+"""A cache that records the keys and values passed to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RecordingCache(Cache):
         running: returns the running module, to fill `callers`.
 
     Attributes:
-        recorded: keys and values by layer, [B, Hk, T, D] each.
+        recorded: keys and values by layer, each [B, Hk, T, D].
         callers: the module that called the cache, by layer.
     """
 

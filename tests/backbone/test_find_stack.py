@@ -159,7 +159,8 @@ class Bag(nn.Module):
 
 def test_a_model_whose_tokens_never_meet_is_refused() -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"^Bag has no stack(.|\n)*depends on the other tokens(.|\n)*each state"
+        UnsupportedModelError,
+        match=r"^Bag has no module that looks up(.|\n)*depends on other tokens too(.|\n)*each state",
     ):
         softhooks.attach(Bag(), PromptTuning(3))
 
