@@ -1,7 +1,7 @@
-"""Find out which positions a stack gives to its tokens: observe its position table, and try passing `position_ids`.
+"""Find out which positions a stack gives to its tokens, by observing its position table and by passing `position_ids`.
 
-Names and configs are not reliable here: tables start after a padding index (RoBERTa, Luke), at a fixed row (OPT, Nystromformer)
-or at a row that the outer model chooses (PaliGemma), some are buffers (M2M100), and some forwards ignore their `position_ids`.
+Names and configs are unreliable here: positions start after a padding index (RoBERTa, Luke), at an offset (OPT, Nystromformer)
+or where the outer model chooses (PaliGemma); some position tables are buffers (M2M100); some forwards ignore `position_ids`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from softhooks.patching.patches import Patches
 
 @dataclass
 class _Forward:
-    """The observations from one forward: the stack's last hidden states, its `position_ids` and its position tables."""
+    """Observations from one forward: the last hidden states, `position_ids` and position tables of the stack."""
 
     states: Tensor
     position_ids: Any = None
@@ -36,11 +36,11 @@ def find_positions(
     """Find out which positions a stack gives to its tokens, and how to give them other positions.
 
     Args:
-        run: runs the model on the probe ids, repeated in this number of rows.
+        run: runs the model on the given number of identical rows of probe ids.
         calls: the module calls in a forward of one row.
         module: the module of the stack.
         embedding: its token embedding.
-        takes_ids: whether its forward has an argument `position_ids`.
+        takes_ids: whether its forward has the argument `position_ids`.
     """
     probe = _Probe(run, module, embedding)
     plain = probe.observed(calls)
@@ -50,7 +50,7 @@ def find_positions(
     if start is not None:
         table = None
     if table is not None:
-        # Run two rows with different positions: if the first row changes, the table cannot give each row its own positions.
+        # Run two rows with different positions: if the first row's states change, the table cannot give each row its own.
         table.by_row = _is_same(probe, plain, table=table, ids=torch.cat([counted, counted + 1]))
         if not table.by_row and not _is_same(probe, plain, table=table, ids=counted[0]):
             table = None
@@ -71,10 +71,10 @@ def find_positions(
 
 
 def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
-    """Find the position id of the first token: passing this id and the next ones as `position_ids` changes nothing.
+    """Find the position id of the first token: passing `position_ids` that count up from it leaves the states unchanged.
 
     Returns:
-        the id; None if the stack ignores `position_ids`, so that other ids change nothing either.
+        the id, or None if none is found or the stack ignores `position_ids`: other ids then change nothing either.
     """
     if isinstance(plain.position_ids, Tensor):
         return int(plain.position_ids.flatten()[0])
@@ -97,7 +97,7 @@ def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
 
 
 def _is_same(probe: _Probe, plain: _Forward, exactly: bool = False, **change: Any) -> bool:
-    """Run with other positions; return whether the states of the first row stay the same, or False if the model fails."""
+    """Whether the states of the first row stay the same with other positions; False if the model fails on these."""
     try:
         states = probe.run(**change).states[:1]
     except FORWARD_ERRORS:
@@ -106,7 +106,7 @@ def _is_same(probe: _Probe, plain: _Forward, exactly: bool = False, **change: An
 
 
 class _Probe:
-    """Runs a model and observes one of its stacks. The arguments are those of `find_positions`."""
+    """Runs a model and observes one of its stacks. See `find_positions` for the arguments."""
 
     def __init__(self, run: Callable[[int], Any], module: nn.Module, embedding: nn.Module) -> None:
         self._run = run
@@ -118,7 +118,7 @@ class _Probe:
         ]
 
     def observed(self, calls: Iterable[ModuleCall]) -> _Forward:
-        """Return the observations from the recorded calls of a forward."""
+        """Return the observations from the module calls of a forward."""
         by_end = sorted(calls, key=lambda call: call.end)
         own = [call for call in by_end if call.module is self.module][-1]
         assert own.state is not None
@@ -131,11 +131,11 @@ class _Probe:
     def run(
         self, position_ids: Tensor | None = None, table: PositionTable | None = None, ids: Tensor | None = None
     ) -> _Forward:
-        """Run once, always with the same random seed.
+        """Run the model once, with a fixed random seed, and return the observations.
 
         Args:
             position_ids: passed to the stack.
-            table, ids: a position table, and the positions whose rows it returns instead, [T] or [B, T].
+            table, ids: a position table, and the positions whose rows it must return, [T] or [B, T].
         """
         given: list[Any] = []
         tables: list[PositionTable] = []
@@ -155,7 +155,7 @@ class _Probe:
 
 
 def _add_table(tables: list[PositionTable], part: nn.Module, output: Any) -> None:
-    """Add a module to the tables if its output consists of consecutive rows of its matrix and it is not in the list yet."""
+    """Add a module to `tables` if its output consists of consecutive rows of its matrix, unless it is already listed."""
     found = _consecutive_rows(part, output)
     if found is not None and all(table.module is not part for table in tables):
         tables.append(found)
@@ -167,7 +167,7 @@ def _matrices(part: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _consecutive_rows(part: nn.Module, output: Any) -> PositionTable | None:
-    """Return which consecutive rows of its matrix a module returned, or None if it returned something else."""
+    """Return a `PositionTable` if a module's output consists of consecutive rows of one of its matrices, otherwise None."""
     if not isinstance(output, Tensor) or output.dim() not in (2, 3):
         return None
     rows = output if output.dim() == 2 else output[0]

@@ -1,4 +1,4 @@
-"""Warn if prompt and text exceed the trained range of rotary positions: models raise no error, but their output gets worse."""
+"""Warn if prompt and text exceed a model's rotary positions: the model raises no error, but its outputs get worse."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from softhooks.patching.patches import Patches
 
 
 def rotary_limit(module: nn.Module) -> int | None:
-    """Return how many positions a stack's rotary embeddings support, or None if it has none or they have no limit.
+    """Return the number of positions that a stack's rotary embeddings support; None if unlimited or not rotary.
 
-    With `linear` scaling, `max_position_embeddings` is the length before scaling; with other types it may be the scaled length.
+    With `linear` scaling, `max_position_embeddings` is the length before scaling; otherwise it may be the scaled length.
     """
     config = getattr(module, "config", None)
     trained = getattr(config, "max_position_embeddings", None)
@@ -63,9 +63,9 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
     positions.has_warned = True
     warnings.warn(
         format_message(
-            f"prompt and text together have {text + length} tokens, more than the positions that the model was trained for; "
-            "its outputs get worse there.",
-            "Truncate the text further, use a shorter prompt, or scale the model's rotary embeddings (`rope_parameters`).",
+            f"prompt and text together have {text + length} tokens, more than the positions that the model was trained for, "
+            "so its outputs get worse.",
+            "Truncate the text, use a shorter prompt, or scale the model's rotary embeddings (`rope_parameters`).",
             prompt=length,
             text=text,
             max_position_embeddings=limit,
@@ -77,7 +77,7 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 
 @contextmanager
 def without_position_warning(structure: ModelStructure) -> Iterator[None]:
-    """Suppress the warning while the `with` block runs, because the user did not choose the text of probes."""
+    """Suppress the warning while the `with` block runs probes, because the user did not choose their text."""
     with Patches() as patches:
         for stack in structure.stacks:
             patches.set(stack.positions, "has_warned", True)

@@ -1,4 +1,4 @@
-"""Choose the positions that a position table returns."""
+"""Choose the positions whose embeddings a position table returns."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class _FixedPositions:
 
 
 def set_table_positions(table: PositionTable, ids: Tensor) -> Patch:
-    """Make a position table return the embeddings of these positions until `remove()` is called on the result.
+    """Make a position table return the embeddings of given positions until `remove()` is called on the result.
 
-    The forward is replaced, not its output, because the original fails if a padded row has more tokens than the table has rows.
+    The whole forward is replaced, because the original fails if a padded row has more tokens than the table has rows.
 
     Args:
-        ids: counted from 0, [B, T], or [T] for all rows.
+        ids: the positions, counted from 0, [B, T], or [T] for all rows.
     """
     return patch(table.module, "forward", _FixedPositions(table, ids))
