@@ -1,1 +1,1 @@
-"""The text backbone of a model: find its stacks, attention modules, positions, embeddings and heads."""
+"""Find the text backbone of a model: its stacks, attention modules, positions, embeddings and heads."""

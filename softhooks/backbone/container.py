@@ -1,4 +1,4 @@
-"""The submodule with the parameters of all prompts on a model."""
+"""The submodule that holds the parameters of all prompts on a model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def is_prompt_key(key: str, prompt: str | None = None) -> bool:
 
 
 class Container(nn.ModuleDict):
-    """The only submodule that is added to a model; it holds each prompt's encoder and heads under the prompt's name.
+    """The only submodule that softhooks adds to a model; it holds each prompt's encoder and heads under the prompt's name.
 
     Attributes:
-        prompted_model: the state of the model's prompts; not a module, so that it does not enter the state dict.
+        prompted_model: the state of the model's prompts; not a module, so it stays out of the state dict.
     """
 
     prompted_model: Any
 
     def _apply(self, fn: Any, recurse: bool = True) -> Container:
-        """Move the prompts to another device, but do not change their dtype: they are the fp32 master weights."""
+        """Move the prompts to another device, but keep their dtype: they are the fp32 master weights."""
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)

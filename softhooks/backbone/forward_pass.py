@@ -16,7 +16,7 @@ AttentionFunction = Callable[..., Any]
 
 
 def function_name(attention: AttentionFunction) -> str:
-    """Return the name of an attention function, or of its class if it is an object; the name tells which masks it accepts."""
+    """Return the name of an attention function, or of its class if it is an object. The name tells which masks are accepted."""
     while isinstance(attention, functools.partial):
         attention = attention.func
     return str(getattr(attention, "__name__", type(attention).__name__))
@@ -30,9 +30,9 @@ class Pass:
 
     Attributes:
         thread: the id of the thread that runs the forward. Other threads do not see the pass.
-        has_begun: whether the stack's forward has begun. Any further call of the stack is nested in it.
+        has_begun: whether the stack's forward has begun. Any later call of the stack is nested in it.
         has_injected: whether the prompt has entered. If it is still False when the forward ends, an error is raised.
-        handles: hooks for this forward only.
+        handles: the handles of hooks that are registered for this forward only.
         provenance: returns the state of the prompts, which is stored with caches and encoder states.
         calls: how often each module shared by several layers was called, by role and index of its first site.
     """
@@ -55,7 +55,7 @@ class Pass:
         return output
 
     def site_for_call(self, site: Site) -> Site:
-        """Return the site for this call of its module: if several layers share the module, each call has its own site."""
+        """Return the site of the current call: if several layers share a module, it has one site per call."""
         if len(site.shared_sites) < 2:
             return site
         count = self.calls.get((site.role, site.index), 0)
@@ -63,7 +63,7 @@ class Pass:
             raise UnsupportedModeError(
                 f"{type(site.module).__name__} ran more than {count} times in one forward; a shared layer must run as often as "
                 "when the prompt was attached.",
-                "Attach the prompt after the last change to the model's number of layers.",
+                "Change the number of layers before you attach the prompt.",
             )
         self.calls[site.role, site.index] = count + 1
         return site.shared_sites[count]
@@ -76,16 +76,16 @@ class Pass:
         """Run the attention function of an attention module; subclasses change its arguments or its output.
 
         Args:
-            args: module, query, key, value, and the mask if it is not among the keyword arguments.
+            args: module, query, key, value, and the mask if it is not in `kwargs`.
         """
         return attention(*args, **kwargs)
 
     def injected_tensors(self) -> list[Tensor]:
-        """Return the tensors that this pass injects into attention, to compare them with those of another pass."""
+        """Return the tensors that this pass injects into attention, for comparison with those of another pass."""
         return []
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Return a new output for a linear layer of the stack, or None for no change; only some methods hook linear layers."""
+        """Return a new output for a linear layer of the stack, or None to keep it. Only some methods hook linear layers."""
         return None
 
     def leave(self, output: Any) -> Any:

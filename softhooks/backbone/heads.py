@@ -1,6 +1,6 @@
 """Trained heads: each prompt trains its own copy of the model's head, which is used while the prompt is active.
 
-The model's own head stays frozen, so detaching a prompt restores it.
+The model's own head stays frozen and is used again once the prompt is removed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Modu
 
 
 def active_head(head: nn.Module) -> nn.Module:
-    """Return the head that computes the output: that of the active adapter, if PEFT has wrapped the model's head."""
+    """Return the head in use: the active adapter's copy if PEFT has wrapped the model's head, otherwise the head itself."""
     copies = head._modules.get("modules_to_save")
     active = getattr(head, "active_adapters", None)
     if isinstance(copies, nn.ModuleDict) and active and active[0] in copies:
@@ -59,7 +59,7 @@ def active_head(head: nn.Module) -> nn.Module:
 
 
 def copy_heads(heads: dict[str, nn.Module]) -> nn.ModuleDict:
-    """Copy heads for a prompt, in fp32 and on the same devices. In the names of the copies, slashes replace dots."""
+    """Copy heads for a prompt, in fp32 and on the same devices. In the names of the copies, slashes replace the dots of paths."""
     copies = nn.ModuleDict()
     for path, head in heads.items():
         head = active_head(head)
@@ -94,12 +94,12 @@ def run_heads_by_row(
     kwargs: dict[str, Any],
     base: Tensor,
 ) -> Tensor:
-    """Compute the output of each row with the head of its prompt.
+    """Compute each row's output with the head of its prompt.
 
     Args:
         heads: the heads of the prompts, with None for a prompt without a head.
         rows: the index of each row's prompt, or None for a row without a prompt.
-        base: the output of the model's own head, for rows whose prompt has no head.
+        base: the output of the model's own head, which all other rows keep.
     """
     result = base
     for number, head in enumerate(heads):
@@ -111,7 +111,7 @@ def run_heads_by_row(
 
 
 def load_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source: str) -> None:
-    """Load saved heads into a prompt's copies; raise a `PromptMismatchError` if one is missing or has another shape."""
+    """Load saved heads into a prompt's copies; raise a `PromptMismatchError` if the model lacks one or its shapes differ."""
     for path, state in states.items():
         key = path.replace(".", "/")
         head = own[key] if key in own else None  # noqa: SIM401 - a ModuleDict has no get
@@ -120,7 +120,7 @@ def load_heads(own: nn.ModuleDict, states: dict[str, dict[str, Tensor]], source:
         if head is None or expected != found:
             raise PromptMismatchError(
                 f"the prompt's trained head `{path}` does not fit the model.",
-                "Load the base model with the same task class and number of labels.",
+                "Load the base model with the task class and the number of labels used in training.",
                 prompt=f"{path}: {found} ({source})",
                 model=f"{path}: {expected or 'no such head'}",
             )

@@ -1,7 +1,7 @@
 """The token ids of virtual tokens, for models whose hidden states depend on token ids and not only on embeddings.
 
-Gemma 3n and Gemma 4 look up an embedding for each layer, and DeepSeek-V4 chooses experts by the id. A virtual token that is
-initialized from a word has the id of the word, and so the same effect as the word. Any other virtual token has the id that
+Gemma 3n and Gemma 4 use the id to look up an embedding for each layer, and DeepSeek-V4 to choose experts. A virtual token that is
+initialized from a word gets the word's id, so that it initially acts like the word. Any other virtual token gets the id that
 transformers uses for tokens without an id, such as image tokens. The ids are saved with the prompt.
 """
 
@@ -20,7 +20,7 @@ from softhooks.backbone.word_embeddings import ids_of_rows
 from softhooks.errors import PromptMismatchError
 
 BUFFER = "placeholder"
-"""The name of the ids: as a buffer of the prompt's module, and in the conventions of a saved prompt."""
+"""The name of the ids, both as a buffer of the prompt's module and in the conventions of a saved prompt."""
 
 
 def default_id(model: nn.Module, vocabulary: int) -> int:
@@ -37,8 +37,8 @@ def new_placeholder_ids(
 
     Args:
         count: P.
-        known: the ids of the words that initialize the prompt, with None for a row without a word; or None to search the
-            model's embeddings for `rows`.
+        known: the ids of the words that initialize the prompt, with None for a row without a word. If `known` is None,
+            `rows` are searched for in the model's embeddings.
         rows: the prompt's embeddings, [P, H].
     """
     default = default_id(model, structure.vocabulary)
@@ -55,8 +55,8 @@ def saved_placeholder_ids(
 
     Args:
         count: P.
-        needed: whether the model's hidden states depend on ids. If so and the file has no ids, all virtual tokens get the id
-            that older versions of softhooks used, and a warning is given.
+        needed: whether the model's hidden states depend on ids. If so, and the file has no ids, warn and give all virtual
+            tokens the id that older versions of softhooks used.
 
     Raises:
         PromptMismatchError: the model's vocabulary does not contain the ids.
@@ -66,7 +66,7 @@ def saved_placeholder_ids(
     if saved is not None:
         if max(saved) >= structure.vocabulary:
             raise PromptMismatchError(
-                "the virtual tokens of the prompt have ids that are not in the model's vocabulary.",
+                "the prompt's virtual tokens have ids that are not in the model's vocabulary.",
                 "Load the prompt onto the base model that it was trained with.",
                 prompt=f"{source}: ids up to {max(saved)}",
                 vocabulary=f"0 to {structure.vocabulary - 1}",
@@ -78,8 +78,8 @@ def saved_placeholder_ids(
     first = next((one for one in range(min(structure.vocabulary, 64)) if one not in special), 0)
     warnings.warn(
         f"{source} was saved by a version of softhooks that did not store the ids of virtual tokens, on which "
-        f"{type(model).__name__} depends. The first id that is not a special id of the config is used: {first}. If the config "
-        "had other special ids (such as `pad_token_id`) in training, restore them, load the prompt again and save it.",
+        f"{type(model).__name__} depends. Their ids are set to {first}, the first id that is not special in the config. If the "
+        "config had other special ids (such as `pad_token_id`) in training, restore them, then load and save the prompt again.",
         UserWarning,
         stacklevel=2,
     )

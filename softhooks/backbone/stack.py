@@ -1,4 +1,4 @@
-"""The description of a model: its text backbones (stacks), their attention modules (sites) and their positions."""
+"""Describe a model: its text backbones (stacks), each with its attention modules (sites) and positions."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ StackName = Literal["text", "encoder", "decoder"]
 
 @dataclass(eq=False)
 class AttentionCall:
-    """The arguments that make an attention module compute keys and values of hidden states without rotation or mask.
+    """The arguments with which an attention module computes keys and values of hidden states without rotation or mask.
 
     Attributes:
         width: the width of the hidden states, H.
         query_heads: the number of query heads, Hq.
-        args, kwargs: the arguments, with None instead of the hidden states.
-        place: the position or the name of the argument for the hidden states.
+        args, kwargs: the arguments, with None in place of the hidden states.
+        place: the index in `args` or the name in `kwargs` of the hidden states.
         failure: why the module cannot be called with these arguments; empty if it can.
     """
 
@@ -34,7 +34,7 @@ class AttentionCall:
     failure: str = ""
 
     def arguments(self, rows: Tensor) -> tuple[list[Any], dict[str, Any]]:
-        """Return the arguments for hidden states [N, H], each as a sequence of one token."""
+        """Return the arguments with hidden states [N, H] inserted as N sequences of one token."""
         args = [_on_device_of(value, rows) for value in self.args]
         kwargs = {name: _on_device_of(value, rows) for name, value in self.kwargs.items()}
         if isinstance(self.place, int):
@@ -57,13 +57,13 @@ class Site:
     """An attention module that keys and values can enter, for one layer of a stack.
 
     Attributes:
-        index: the index among the sites of its stack and role; the layer's index if keys and values enter by a cache.
-        module: the module that calls the attention function, or that passes its keys to the cache.
+        index: the index among the sites of its stack and role; the layer's index if keys and values enter through a cache.
+        module: the module that calls the attention function, or that passes keys and values to the cache.
         heads: the number of key-value heads, Hk.
         key_dim, value_dim: the head dimensions of keys and values, D.
         shared_sites: one site per layer if several layers share the module (ALBERT), in the order of the calls.
-        call: the arguments to compute keys and values of single hidden states; None until `projection_probe` finds them.
-        is_windowed: whether the config's `sliding_window` limits its masks, although its attention calls do not pass the window.
+        call: the arguments for computing keys and values of single hidden states; None until `projection_probe` finds them.
+        is_windowed: whether the config's `sliding_window` limits its masks, even if its attention calls do not pass the window.
     """
 
     stack: Stack
@@ -79,17 +79,17 @@ class Site:
 
     @property
     def size(self) -> int:
-        """The number of elements in the key and the value of one virtual token."""
+        """The number of elements in the key and value of one virtual token."""
         return self.heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(eq=False)
 class PositionTable:
-    """A module that returns consecutive rows of its matrix of position embeddings.
+    """A module that returns consecutive rows of its position embedding matrix.
 
     Attributes:
         weight: the name of the matrix.
-        first: the matrix row for the first token of a text.
+        first: the row for the first token of a text.
         by_row: whether the rows of a batch can have different positions.
     """
 
@@ -104,8 +104,8 @@ class Positions:
     """The positions that a stack gives to its tokens.
 
     Attributes:
-        takes_position_ids: whether its forward accepts `position_ids` and uses them.
-        table: its position table, if it uses no `position_ids` and the table can be made to return other rows.
+        takes_position_ids: whether the stack's forward accepts and uses `position_ids`.
+        table: the stack's position table, if its forward uses no `position_ids` and the table can be made to return other rows.
         start: the position id of the first token (RoBERTa: padding_idx + 1; PaliGemma: 1).
         padding: the position id of padding, if padding has its own.
         limit: the number of positions, if exceeding it is an error.
@@ -140,14 +140,14 @@ class Stack:
         embedding: its input embedding.
         width: the width of its hidden states, H.
         causal: whether tokens see only earlier tokens.
-        parameters: the names of the arguments of its forward.
+        parameters: the argument names of its forward.
         sites: the attention modules that keys and values can enter.
-        injection: how they enter: through the attention function, inline attention or a cache; None if they cannot.
-        slot_values: the values of per-token arguments at virtual tokens, by argument; filled in when slots are used.
-        compared_arguments: the non-tensor arguments of the forward in which `injection="shared"` was compared with slots.
-        pooled_module: the child whose first token goes to the pooler, if the pooler sees no other token.
+        injection: how keys and values enter: through the attention function, inline attention or a cache; None if they cannot.
+        slot_values: the value of each per-token argument at virtual tokens, by argument name; set when slots are used.
+        compared_arguments: the non-tensor arguments of the forward in which `injection="shared"` was compared with `"slots"`.
+        pooled_module: the child whose first state alone goes to the pooler, or None if there is no such pooler.
         reads_ids: whether its states depend on token ids and not only on embeddings; None until measured.
-        state: the forward that is running now.
+        state: its running forward.
     """
 
     name: StackName
@@ -186,7 +186,7 @@ class ModelStructure:
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether a decoder attends to an encoder."""
+        """Whether the model has an encoder and a decoder."""
         return len(self.stacks) == 2
 
     @property

@@ -1,4 +1,4 @@
-"""The running forward of a stack, and protocols for the objects of higher layers that it uses."""
+"""The running forward of a stack, and protocols for the objects of other packages that it uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class RunningPass(Protocol):
-    """The members of `Pass` that hooks on the modules of a stack use."""
+    """The members of `Pass` that the hooks on a stack's modules use."""
 
     thread: int
     has_begun: bool
@@ -76,7 +76,7 @@ class StackState:
     """The running forward of a stack.
 
     Attributes:
-        owner: the model with its prompts, or None while it has none.
+        owner: the `PromptedModel`, or None while the model has no prompt.
     """
 
     def __init__(self) -> None:
@@ -104,14 +104,14 @@ class StackState:
         """Set `current` to a pass while the `with` block runs.
 
         Args:
-            alone: a name for the block, shown in errors. If given, no other thread may run the model meanwhile.
+            alone: the name of the block in errors. If it is given, no other thread may run the model meanwhile.
 
         Raises:
-            UnsupportedModeError: another thread is running the model although `alone` is set.
+            UnsupportedModeError: `alone` is given, but another thread is running the model.
         """
         with self.owner.running.exclusive(alone) if self.owner is not None and alone else nullcontext():
             outer, self._current = self._current, forward_pass
-            forward_pass.thread = threading.get_ident()  # a backward reruns layers in an autograd thread
+            forward_pass.thread = threading.get_ident()  # backward reruns checkpointed layers in another thread
             try:
                 yield
             finally:
@@ -119,7 +119,7 @@ class StackState:
 
     @property
     def encoded(self) -> Any:
-        """The indices of virtual tokens in the encoder states that the decoder attends to in the running forward."""
+        """The indices of virtual tokens in the encoder states to which the decoder attends in the running forward."""
         forward = None if self.owner is None else self.owner.running.forward
         return None if forward is None else forward.encoded
 
