@@ -26,7 +26,7 @@ def require_trainable(model: nn.Module) -> None:
     if is_purely_quantized(model) and (quantizer is None or not quantizer.is_trainable):
         raise TrainerError(
             f"no gradients pass through the quantized weights of {type(model).__name__}, so a prompt cannot be trained on it.",
-            "Quantize the model with a method that supports training (bitsandbytes), or train on the unquantized model.",
+            "Quantize the model with a method that supports training, such as bitsandbytes, or train on the unquantized model.",
             quantized_by=getattr(model, "quantization_method", "an unknown method"),
         )
 
@@ -45,8 +45,8 @@ def unmark_trainable(model: nn.Module, patches: Patches) -> None:
 # --- bitsandbytes on a CPU --------------------------------------------------------------------------------------------
 
 _PACKS = "support_avx512bf16_for_cpu"
-"""The attribute that bitsandbytes sets on 4-bit layers on CPUs with AVX-512 BF16. Their first forward in evaluation mode then
-packs the weights, which changes the outputs and prevents gradients."""
+"""The attribute that bitsandbytes sets on 4-bit layers on CPUs with AVX-512 BF16. Their first forward pass in evaluation mode
+then packs the weights, which changes the outputs and prevents gradients."""
 
 
 @contextmanager

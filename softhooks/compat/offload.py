@@ -1,4 +1,4 @@
-"""Models that accelerate has offloaded (`device_map`): their weights stay on the CPU or disk and are loaded for each forward."""
+"""Models that accelerate has offloaded (`device_map`): their weights are on the CPU or disk and loaded for each forward pass."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def path_in_wrapper(model: nn.Module) -> str:
-    """Return the path of the transformers model inside a PEFT model, with a final dot; empty for any other model.
+    """Return the path of the transformers model inside a PEFT model, with a trailing dot; empty for any other model.
 
     The paths of saved heads omit this prefix, so that a prompt trained with LoRA also fits the merged model.
     """
@@ -28,7 +28,7 @@ def path_in_wrapper(model: nn.Module) -> str:
 
 
 def refuse_peft_prompts(model: nn.Module) -> None:
-    """Raise an `UnsupportedModelError` if adapters of a PEFT model are prompts, because both libraries would insert one."""
+    """Raise an `UnsupportedModelError` if a PEFT model has prompts, because both libraries would insert theirs."""
     configs = getattr(model, "peft_config", None)
     found = {name: _kind(one) for name, one in configs.items() if _is_prompt(one)} if isinstance(configs, dict) else {}
     if found:

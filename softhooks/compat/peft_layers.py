@@ -14,10 +14,10 @@ _PER_ROW = ("adapter_names", "alora_offsets")
 
 
 def adapter_state(module: nn.Module, model: nn.Module) -> tuple[Any, ...]:
-    """Return the active adapters in a module of `model` and their scales, which PEFT changes without changing a tensor.
+    """Return the active adapters and their scales in a module of `model`; PEFT changes both without changing a tensor.
 
     Raises:
-        UnsupportedModeError: the rows of this forward have different adapters.
+        UnsupportedModeError: the rows of this forward pass have different adapters.
     """
     state = []
     for layer in _layers(module):
@@ -43,7 +43,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
             continue
         kind = type(part)
         if kind not in is_peft:
-            is_peft[kind] = isinstance(getattr(kind, "disable_adapters", None), property)  # a method in models
+            is_peft[kind] = isinstance(getattr(kind, "disable_adapters", None), property)  # in models, a method
         if is_peft[kind]:
             found.append(part)
         waiting += part._modules.values()
@@ -68,7 +68,7 @@ def _require_one_for_all_rows(layer: nn.Module, model: nn.Module) -> None:
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Remove PEFT's hooks for this forward, because PEFT does not do so after an error."""
+    """Remove PEFT's hooks for this forward pass, because PEFT does not remove them after an error."""
     for layer in _layers(model):
         for number in [number for number, hook in layer._forward_pre_hooks.items() if _per_row(hook) is not None]:
             del layer._forward_pre_hooks[number]

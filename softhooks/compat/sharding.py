@@ -33,7 +33,7 @@ def is_sharded_model(model: nn.Module) -> bool:
 
 
 def gather_root(model: nn.Module) -> None:
-    """Gather the weights of a sharded model's root module again, because a nested forward reshards them when it ends."""
+    """Gather the weights of a sharded model's root module again, because a nested forward pass reshards them when it ends."""
     unshard = getattr(model, "unshard", None)
     if unshard is not None and is_sharded_model(model):
         unshard()
@@ -71,7 +71,7 @@ def gathered(prompt: _Prompt, state: Mapping[str, Tensor] | None = None) -> Iter
 
 
 def refuse_sharded(base: Iterable[Tensor]) -> None:
-    """Refuse to compute a prompt once for all rows in a sharded model, because its backward would lack the weights."""
+    """Refuse to compute a prompt once for all rows in a sharded model, because the backward pass would lack the weights."""
     if distributed.is_available() and distributed.is_initialized() and any(map(is_sharded, base)):
         raise UnsupportedModeError(
             "injection='shared' computes the prompt once for all rows, which does not work in a sharded model (fully_shard).",
@@ -80,7 +80,7 @@ def refuse_sharded(base: Iterable[Tensor]) -> None:
 
 
 def refuse_partitioned(model: nn.Module) -> None:
-    """Refuse a model whose weights are partitioned by DeepSpeed (ZeRO stage 3) and exist only during its forwards."""
+    """Refuse a model whose weights are partitioned by DeepSpeed (ZeRO stage 3) and exist only during forward passes."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):
             raise UnsupportedModelError(

@@ -70,7 +70,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
-    """Parse a JSON object; raise a `CheckpointError` that names `source` if the text is not one."""
+    """Parse a JSON object; raise a `CheckpointError` that names `source` for any other text."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Find the files of a saved prompt in a directory or on the hub and read them, or explain what the directory contains instead."""
+"""Find the files of a saved prompt in a directory or on the Hub and read them, or explain what the directory contains instead."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _MAX_BYTES = 64 * 2**20  # larger files are not parsed as JSON
 
 
 def find(path: str | Path, revision: str | None = None, token: str | None = None) -> StoredPrompt:
-    """Read a prompt from a directory or from the hub."""
+    """Read a prompt from a directory or from the Hub."""
     return read(Path(path) if _exists(Path(path)) else _download(str(path), revision, token))
 
 
 def format_of(folder: Path) -> Format | None:
     """Return the format of the prompt in a folder, or None if there is no prompt."""
-    # A softhooks prompt may lie beside the PEFT adapter that it was trained on, so softhooks' format comes first.
+    # A softhooks prompt may be next to the PEFT adapter that it was trained with, so softhooks' format comes first.
     return next((name for name, mark in MARKS.items() if (folder / mark).is_file()), None)
 
 
@@ -61,7 +61,7 @@ def _download(repository: str, revision: str | None, token: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{repository!r} is neither a local directory nor a repository that can be downloaded from the hub.",
+            f"{repository!r} is neither a local directory nor a repository that can be downloaded from the Hub.",
             "Check the path, or the name of the repository.",
             hub=f"{type(error).__name__}: {error}",
         ) from error
@@ -71,7 +71,7 @@ def _download(repository: str, revision: str | None, token: str | None) -> Path:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is named like a checkpoint of a Trainer, such as `checkpoint-500`."""
+    """Return whether a folder has the name of a Trainer's checkpoint, such as `checkpoint-500`."""
     return _CHECKPOINT.fullmatch(folder.name) is not None
 
 
@@ -105,15 +105,13 @@ def _prompts_inside(folder: Path, inside: list[Path]) -> CheckpointError:
     remedy = f"Load one of them: `softhooks.load(model, {str(wanted)!r})`."
     if best is not None and best != checkpoints[-1]:
         remedy = remedy[:-1] + f" (the best), `softhooks.load(model, {str(checkpoints[-1])!r})` (the last)."
-    return CheckpointError(
-        "the directory does not contain a prompt itself, but its subdirectories do.", remedy, **values
-    )
+    return CheckpointError("the directory contains no saved prompt, but its subdirectories do.", remedy, **values)
 
 
 def _whole_model(folder: Path, tensors: list[str]) -> CheckpointError:
     return CheckpointError(
-        "the directory contains the weights of a whole model, including tensors of a prompt, as written by softhooks 0.1.0 and "
-        "by tools that save a plain state dict; `from_pretrained` would drop the prompt.",
+        "the directory contains the weights of a whole model with a prompt, as written by tools that save a plain state dict; "
+        "`from_pretrained` would drop the prompt.",
         "Attach the prompt again with the method and the name that it was trained with, load these tensors with "
         "`model.load_state_dict(tensors, strict=False)`, where tensors = {name: tensor for name, tensor in "
         f'safetensors.torch.load_file(file).items() if "{CONTAINER}." in name}}, and save it with '
@@ -133,7 +131,7 @@ def _best_of(checkpoints: list[Path]) -> Path | None:
 
 
 def _prompt_tensors(folder: Path) -> Iterator[str]:
-    """Yield the names of tensors of prompts in the weights of a whole model; skip files that cannot be read."""
+    """Yield the names of prompt tensors in the weights of a whole model; skip files that cannot be read."""
     for file in sorted(entry for entry in _entries(folder) if entry.suffix == ".safetensors"):
         try:
             with safe_open(str(file), framework="pt") as weights:

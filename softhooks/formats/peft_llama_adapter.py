@@ -34,7 +34,7 @@ def read(tensors: dict[str, Tensor], source: str) -> StoredPrompt:
         match = _NAME.fullmatch(name)
         if match is None:
             raise CheckpointError(
-                f"{name!r} is not the prompt or the gate of one of Llama's or Mistral's layers.",
+                f"{name!r} is neither the prompt nor the gate of a Llama or Mistral layer.",
                 "For other models, train a LLaMA-Adapter with softhooks; in GPT-2, PEFT computes it differently.",
                 file=source,
             )
@@ -105,7 +105,7 @@ def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
 
 
 def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
-    """Return a property of an adapter that PEFT's format does not support and a supported alternative, or None.
+    """Return a property of an adapter that PEFT's format does not support, with a supported alternative; or None.
 
     The structure of the model is required because the file of an adapter does not record biases.
     """

@@ -109,7 +109,7 @@ def _copies(config: dict[str, Any]) -> int:
 def _multitask(
     table: Tensor, tensors: dict[str, Tensor], config: dict[str, Any], source: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the options and the tables: the shared P*, and u and v of each task; or one folded table of a single task."""
+    """Return the options and the tables: the shared P*, and u and v of each task; or the folded prompt of a single task."""
     left, right = tensors.pop("prefix_task_cols", None), tensors.pop("prefix_task_rows", None)
     tasks, rank, count = config.get("num_tasks"), config.get("num_ranks"), config["num_virtual_tokens"]
     shapes = [None if part is None else list(part.shape) for part in (left, right)]
@@ -174,7 +174,7 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
         "epsilon_input": config.get("opt_projection_epsilon"),
         "epsilon_format": config.get("opt_projection_format_epsilon"),
         "decay": config.get("opt_loss_decay_factor") if has_decay else 1.0,
-        # PEFT always computes a loss on the context, if its token types mark labels (4, 8, ...).
+        # PEFT always computes a loss on the context if its token types mark labels (4, 8, ...).
         "context_loss": isinstance(types, list)
         and any(type(kind) is int and kind > 0 and kind % 4 == 0 for kind in types),
     }

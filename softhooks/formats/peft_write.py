@@ -32,10 +32,10 @@ Adapter = tuple[dict[str, Any], dict[str, Tensor]]
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 _KNOWN_TASKS = (*_TASKS.values(), "CAUSAL_LM", "SEQ_2_SEQ_LM")
 _UNBOUNDED = 1e9
-"""The bound that PEFT gets instead of no bound; with infinity, PEFT computes NaN."""
+"""The bound that is written if there is none; with infinity, PEFT computes NaN."""
 
 _PREFIXED_ENCODERS = ("Bert", "Roberta", "XLMRoberta")
-"""The encoders that support PEFT's prefix. They accept a cache because they can also be decoders."""
+"""The encoders that support PEFT's prefixes. They accept a cache because they can also be decoders."""
 
 
 def adapter_of(
@@ -81,7 +81,7 @@ def write(adapter: Adapter, folder: Path) -> None:
 
 
 def _shape(stored: StoredPrompt, width: int) -> dict[str, Any]:
-    """Return the sizes in the config of every PEFT prompt; PEFT fills in those that are None."""
+    """Return the sizes that every PEFT prompt has in its config; PEFT fills in those that are None."""
     runs = next(iter(stored.stacks.values()), {}).get("self") or []
     return {
         "num_virtual_tokens": stored.options["num_virtual_tokens"],
@@ -93,7 +93,7 @@ def _shape(stored: StoredPrompt, width: int) -> dict[str, Any]:
 
 
 def _front_rows(stored: StoredPrompt, task: str) -> Tensor:
-    """Return the embeddings of a prompt, [P, H], if it is placed at the front."""
+    """Return the embeddings of a prompt, [P, H]; refuse a prompt that is not at the front."""
     placement = stored.conventions["placement"]
     if placement != "front":
         raise _refusal(stored, f"placement {placement!r}", "placement 'front'")
@@ -142,7 +142,7 @@ def _prefix(stored: StoredPrompt, _task: str) -> Adapter:
     text, base_class = stored.stacks["text"], stored.base.class_name
     is_causal = bool(text.get("causal"))
     if not is_causal and not base_class.startswith(_PREFIXED_ENCODERS):
-        raise _refusal(stored, f"a prefix in an encoder, {base_class or 'of an unknown class'}", "BERT, RoBERTa")
+        raise _refusal(stored, f"a prefix in an encoder ({base_class or 'unknown class'})", "BERT, RoBERTa")
     runs = text.get("self") or []
     shapes = {tuple(run[1:]) for run in runs}
     if len(shapes) != 1 or any(key != value for _, key, value in shapes):
@@ -179,7 +179,7 @@ def _multitask(stored: StoredPrompt, task: str) -> Adapter:
     _refuse_pooled(stored, task, "several tasks")
     length, width = tables["shared"].shape
     left, right = tables["left"].unflatten(0, (-1, length)), tables["right"].unflatten(0, (-1, width)).mT
-    # With "RANDOM", PEFT looks for no checkpoint of a source prompt.
+    # With "RANDOM", PEFT does not look for the checkpoint of a source prompt.
     config = {"num_tasks": left.shape[0], "num_ranks": left.shape[2], "prompt_tuning_init": "RANDOM"}
     tensors = {TABLE: tables["shared"], "prefix_task_cols": left, "prefix_task_rows": right}
     return {"peft_type": "MULTITASK_PROMPT_TUNING", **config, **_shape(stored, width)}, tensors

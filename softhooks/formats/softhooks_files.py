@@ -1,6 +1,6 @@
 """softhooks' own files: `soft_prompt.safetensors`, and `soft_prompt.json` for people to read.
 
-The safetensors file contains the folded prompt, its heads and its rows of added tokens, and everything else in its metadata, so
+The safetensors file contains the folded prompt, its heads and the embeddings of added tokens, and everything else as metadata, so
 that one rename completes a save. `soft_prompt.json` repeats the metadata and is never read by softhooks.
 """
 
@@ -86,22 +86,22 @@ def read(path: Path) -> StoredPrompt:
     tensors, metadata = read_tensors(path)
     source = str(path)
     if FORMAT not in metadata:
-        raise CheckpointError(f"{source} was not written by softhooks: its metadata has no {FORMAT!r}.")
+        raise CheckpointError(f"{source} was not written by softhooks: its metadata has no entry {FORMAT!r}.")
     description = parse_json(metadata[FORMAT], source)
     version = description.get("format_version")
     if version != _VERSION:
         raise CheckpointError(
-            f"{source} has format version {version!r}; this version of softhooks reads {_VERSION}. Upgrade softhooks."
+            f"{source} has format version {version!r}; the installed softhooks reads version {_VERSION}. Upgrade softhooks."
         )
     if description.get("tensors") != {name: list(tensor.shape) for name, tensor in tensors.items()}:
-        raise CheckpointError(f"the names or shapes of the tensors in {source} differ from its description.")
+        raise CheckpointError(f"the tensors in {source} differ in name or shape from their description in the file.")
     tables, heads, added = _sort(tensors, source)
     base = description["base"] if isinstance(description.get("base"), dict) else {}
 
     def entry(values: dict[str, Any], key: str, rule: str, is_valid: Callable[[Any], bool]) -> Any:
         value = values.get(key)
         if not is_valid(value):
-            raise CheckpointError(f"{source} has {value!r} under {key!r}; it must be {rule}.", "Save the prompt again.")
+            raise CheckpointError(f"{key!r} in {source} is {value!r}; it must be {rule}.", "Save the prompt again.")
         return value
 
     stored = StoredPrompt(
@@ -142,7 +142,7 @@ def _sort(
         else:
             shape = list(tensor.shape)
             raise CheckpointError(
-                f"{source} contains {name!r} {shape}, which belongs neither to a prompt nor to its heads."
+                f"{source} contains the tensor {name!r} {shape}, which belongs neither to a prompt nor to its heads."
             )
     return tables, heads, added
 

@@ -25,9 +25,9 @@ class StoredPrompt:
     Attributes:
         kind: the kind of the method, such as `prompt_tuning`.
         options: the method's options as JSON values; not checked here.
-        tables: the folded prompt by group, [P, numbers].
+        tables: the folded prompt, one tensor for each group.
         heads: the state dicts of the heads, by path.
-        conventions: the assumptions about the forward (placement, shifted positions, ...); not checked here.
+        conventions: the assumptions about the forward pass (placement, shifted positions, ...); not checked here.
         source: the file, or another name for errors.
         stacks: the `outline` of the base model, as far as it is known.
         base: other properties of the base model, as far as they are known.
@@ -59,7 +59,7 @@ class StoredPrompt:
             is_float = tensor.dtype in _FLOATS
             if not is_float or not bool(torch.isfinite(tensor).all()):
                 raise CheckpointError(
-                    f"the tensor {name!r} contains {'infinite numbers or NaN' if is_float else tensor.dtype}, not finite floats.",
+                    f"the tensor {name!r} contains {'inf or NaN' if is_float else tensor.dtype}; it must contain finite floats.",
                     "Use a checkpoint from before the training diverged.",
                     file=self.source,
                 )
