@@ -26,7 +26,7 @@ def inspect(
     """Show the method, the base model and the tensors of a saved prompt. No model is needed.
 
     The command reads JSON and safetensors files, never pickles, and checks them as **softhooks.load** does. To check that
-    a prompt fits a model, load it. For a PEFT adapter, it shows the method and options that softhooks.load would use.
+    a prompt fits a model, load it. For a PEFT adapter, the command shows the method and options that softhooks.load would use.
 
     **norms of rows** are the smallest and the largest Euclidean norm of a tensor's rows; in most methods, a row is a
     virtual token. Norms far larger than those of word embeddings mean that training has diverged.

@@ -88,7 +88,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
             enters="as input embeddings" if prompt.method.enters == "embeddings" else f"at {prompt.method.enters}",
             heads=", ".join(prompt.heads) or "none",
             needs=missing or ("embeddings of added tokens" if prompt.added else "nothing more"),
-            model=f"{type(model).__name__}, {'a decoder' if causal else 'not a decoder alone'}",
+            model=f"{type(model).__name__}, {'a decoder' if causal else 'not a decoder-only model'}",
         )
     return prompt
 

@@ -25,8 +25,8 @@ class Server:
 
     Attributes:
         label: the name of the server and the version that was tested.
-        multiplies: the model types whose factor inside the embedding module the server also applies to given embeddings.
-        keeps: the model types with a factor for which the server takes the same embeddings as transformers.
+        multiplies: model types with a factor inside the embedding module, which the server applies to given embeddings too.
+        keeps: model types with a factor for which the server takes the same embeddings as transformers.
     """
 
     label: str
@@ -123,7 +123,7 @@ def _require_known(model: nn.Module, stack: Stack, server: Server, kind: str, in
     remedy = "Serve this model with `softhooks.integrations.transformers_serve`."
     if width != stack.width:
         raise UnsupportedModelError(
-            f"the embeddings have width {stack.width}, and the hidden states have width {width}; no supported server allows it.",
+            f"the embeddings have width {stack.width} but the hidden states have width {width}; no supported server allows this.",
             remedy,
         )
     factors: dict[str, object] = {}
