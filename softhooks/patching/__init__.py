@@ -1,1 +1,1 @@
-"""Set attributes, functions and hooks on objects of the user or of other libraries, and restore the originals."""
+"""Change objects of the user or of other libraries, and undo the changes."""

@@ -6,7 +6,7 @@ Everything that softhooks sets on these objects goes through `Patches`:
     patches.set(mapping, "sdpa", function)              set an entry of a dictionary
     patches.wrap(Trainer, "compute_loss", wrapper_of)   wrap a function, at most once
     patches.delete(module, "_hf_hook")                  delete an attribute until it is restored
-    patches.keep(module.register_forward_hook(hook))    register an object with `remove()`
+    patches.keep(module.register_forward_hook(hook))    add an object that has `remove()`
     patches.undo()                                      restore everything, in reverse order
 
 `with Patches() as patches:` and `with patched(owner, name, value):` restore everything at the end of the block.
@@ -115,7 +115,7 @@ class Patches:
 
 
 def patch(owner: Any, name: str, value: Any) -> Patch:
-    """Set an attribute of an object or an entry of a dictionary. `remove()` of the result restores the old value."""
+    """Set an attribute of an object or an entry of a dictionary. The result's `remove()` restores the old value."""
     made = Patch(owner, name, _get(owner, name), value)
     _put(owner, name, value)
     return made
@@ -151,14 +151,14 @@ def _put(owner: Any, name: str, value: Any) -> None:
 class MethodWrapper:
     """Base class of the wrappers that replace a method of one model.
 
-    A wrapper is not a closure, because a deep copy of the model would then still call the original model's method.
+    A wrapper is an object, not a closure: in a deep copy of the model, a closure would still call the original model's method.
 
     Args:
         model: the model.
         name: the name of the method.
 
     Attributes:
-        before: an earlier replacement, which this wrapper calls, or None if it calls the method of the class.
+        before: an earlier replacement, which this wrapper calls, or None if it calls the class's method.
     """
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -167,7 +167,7 @@ class MethodWrapper:
         self.before: Callable[..., Any] | None = model.__dict__.get(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the original method, but not as `original()`: `torch.compile` confuses that bound method with the wrapper."""
+        """Call the original method, but not through `original()`, whose result `torch.compile` confuses with the wrapper."""
         if self.before is not None:
             return self.before(*args, **kwargs)
         return getattr(type(self.model), self.name)(self.model, *args, **kwargs)

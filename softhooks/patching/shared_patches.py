@@ -1,4 +1,4 @@
-"""Process-wide patches, such as wrappers around functions of transformers, for several models at once."""
+"""Process-wide patches, such as wrappers around functions of transformers, that several models share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _User = TypeVar("_User")
 
 
 class SharedPatches(Generic[_User]):
-    """Patches that are undone when the last object that needs them (their last user) is discarded or garbage collected.
+    """Patches that are undone when their last user, an object that needs them, is discarded or garbage-collected.
 
     Users are held by weak references and compared by identity. Thread-safe.
 

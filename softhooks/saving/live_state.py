@@ -1,4 +1,4 @@
-"""A prompt's tensors in a Trainer's checkpoint (its live state), from which training resumes."""
+"""The live state: the tensors of a prompt in a Trainer's checkpoint, from which training resumes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
 class NotSaved(Collection[str]):
     """The keys of a model's state dict that a checkpoint does not contain, so that the Trainer does not warn about them.
 
-    They are computed at each access, because the prompt may be removed; then a checkpoint contains the whole model.
+    They are computed at each access: once the prompt is removed, a checkpoint contains the whole model.
     """
 
     def __init__(self, prompt: SoftPrompt) -> None:
@@ -58,7 +58,7 @@ class NotSaved(Collection[str]):
 def write_live(folder: Path, state: dict[str, Tensor]) -> None:
     """Write the tensors of prompts, and an index that names their file.
 
-    A Trainer can resume from an index without `metadata`, but `from_pretrained` raises an error. From a `model.safetensors`,
+    A Trainer can resume from an index without `metadata`, and `from_pretrained` refuses it. From a `model.safetensors`,
     `from_pretrained` would build a model with random weights.
     """
     write_tensors(folder / LIVE, state, {"format": "pt"})

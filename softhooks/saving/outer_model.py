@@ -27,7 +27,7 @@ _MAX_FRAMES = 64
 
 
 def prompt_folders(prompted: PromptedModel, folder: Path) -> dict[SoftPrompt, Path]:
-    """Return the folder of each prompt: `folder` for the prompt `default` (or else the active prompt), subfolders for others."""
+    """Return each prompt's folder: `folder` for `default` (if there is none, for the active prompt), subfolders for others."""
     prompts = soft_prompts_of(prompted)
     top = "default" if "default" in prompts else prompted.active or next(reversed(prompts))
     return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
@@ -43,8 +43,8 @@ class SaveFromOutside:
     def __call__(self, _container: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """Write the prompts, and remove their tensors from the state dict.
 
-        The tensors are not removed from a Trainer's checkpoint, because the Trainer resumes from it, or from a sharded model,
-        because a single process cannot write its prompts. Disabled prompts are not written.
+        The tensors stay in a Trainer's checkpoint, from which training resumes, and in the state dict of a sharded model, whose
+        prompts a single process cannot write. Disabled prompts are not written.
         """
         call = None if prefix.count(".") < 2 else _saving_call(self.prompted.model)
         if call is None or not self.prompted.prompts:

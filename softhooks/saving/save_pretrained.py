@@ -42,7 +42,7 @@ class SavePrompts(MethodWrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Write the prompts, or the model without them if they are disabled."""
-        # By name, because the second positional argument differs between PEFT and transformers.
+        # Pass arguments by name, because the second positional argument differs between PEFT and transformers.
         call = dict(zip(inspect.signature(self.original()).parameters, args, strict=False)) | kwargs
         state = call.get("state_dict")
         if not self.prompted.prompts:
@@ -64,7 +64,7 @@ class SavePrompts(MethodWrapper):
         if writes and not self._has_logged:
             self._has_logged = True
             logger.warning(
-                "save_pretrained wrote the prompts of the model (%s), for `softhooks.load`, and not the base model; to write the "
+                "save_pretrained wrote only the model's prompts (%s), for `softhooks.load`; to write the "
                 "base model: `with softhooks.disabled(model): model.save_pretrained(directory)`",
                 ", ".join(f"{prompt.name!r} to {own}" for prompt, own in folders.items()),
             )
@@ -94,7 +94,7 @@ class SavePrompts(MethodWrapper):
             )
 
     def _trained_base(self) -> list[str]:
-        """Return the names of the trainable parameters of the base, without the parameters of adapters."""
+        """Return the names of the trainable parameters of the base, except those of adapters."""
         model = self.prompted.model
         adapters = tuple(
             f"{path}.{name}." if path else f"{name}."
@@ -131,8 +131,8 @@ class SavePrompts(MethodWrapper):
         known = {key: shape for key, shape in found.items() if not key.endswith(".description")}
         if known != expected:
             raise PromptMismatchError(
-                "the prompts in the state dict do not match the prompts of the model; names and shapes must be the same.",
-                "Attach the prompt with the method, the name and the options that wrote the checkpoint.",
+                "the prompts in the state dict do not match the model's prompts; names and shapes must match.",
+                "Attach the prompt with the checkpoint's method, name and options.",
                 checkpoint=known,
                 model=expected or ", ".join(map(repr, self.prompted.prompts)),
             )
@@ -142,7 +142,7 @@ class LoadAdapter(MethodWrapper):
     """The replacement for `load_adapter` of a PEFT model, which also loads the prompts when a Trainer resumes.
 
     PEFT's method freezes all parameters except the adapter's. This one leaves the prompts trainable and, if it loads a
-    checkpoint, also other parameters that are trained.
+    checkpoint, other trained parameters too.
     """
 
     def __call__(self, model_id: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,7 @@ def replace_saving(prompted: PromptedModel) -> None:
 
 @contextmanager
 def _without_prompts(model: nn.Module) -> Iterator[None]:
-    """Remove the prompts' container, and a callback's list of keys that are not saved, from a model in a `with` block."""
+    """Remove the prompts' container and a callback's list of unsaved keys from a model in a `with` block."""
     modules = dict(model._modules)
     ignored = model.__dict__.get(_IGNORED)
     model._modules.pop(CONTAINER, None)
