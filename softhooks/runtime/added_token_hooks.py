@@ -1,4 +1,4 @@
-"""Hooks that use a prompt's copies of embeddings, and a check that copies and originals give the same results."""
+"""Hooks that compute the embeddings and logits of added tokens from a prompt's copies, and a check of these copies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from softhooks.runtime.with_blocks import Block
 
 
 class AddedTokenHooks:
-    """The hooks that compute the embeddings and logits of added tokens from the prompts' copies."""
+    """The hooks on a model's input and output embeddings."""
 
     def __init__(self, prompted: PromptedModel) -> None:
         self.prompted = prompted
@@ -56,7 +56,7 @@ class AddedTokenHooks:
         if not prompted.is_on:
             return
         if rows is not None and (not rows or batch % len(rows)):
-            return  # softhooks runs a prompt alone
+            return  # softhooks is running a prompt without text
         for prompt in prompted.active_prompts():
             if prompt.added is None:
                 continue
@@ -71,7 +71,7 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
     """Check that a prompt's copies give the same embeddings and logits as the originals, before training changes the copies.
 
     Args:
-        inputs: the arguments of a call of the model.
+        inputs: the arguments for a forward of the model.
 
     Raises:
         UnsupportedModelError: the results differ, a second embedding looks up the input ids, or the logits do not come from the

@@ -1,4 +1,4 @@
-"""Trainable copies of the embeddings of tokens that were added to the vocabulary. The model's own embeddings do not change."""
+"""Trainable copies of added tokens' embeddings. The model's own embeddings do not change."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class AddedTokens(nn.Module):
     Args:
         ids: the ids of the tokens.
         vocabulary: the number of rows of the model's embedding matrix.
-        rows: the input embeddings, [N, E]; also the output embeddings, if the model ties both.
-        output_rows, output_bias: the output embeddings, [N, H], and their bias, [N], if they are not tied.
+        rows: the input embeddings, [N, E], and also the output embeddings if the two are tied.
+        output_rows, output_bias: the output embeddings, [N, H], if they are not tied; and their bias, [N], if they have one.
     """
 
     ids: Tensor
@@ -41,7 +41,7 @@ class AddedTokens(nn.Module):
         output_bias: Tensor | None = None,
     ) -> None:
         super().__init__()
-        row_of = torch.full((vocabulary,), -1)  # for each id of the vocabulary its index in `rows`, or -1
+        row_of = torch.full((vocabulary,), -1)  # for each token id, its index in `rows`, or -1
         row_of[list(ids)] = torch.arange(len(ids))
         self.register_buffer("ids", torch.tensor(list(ids)), persistent=False)
         self.register_buffer("row_of", row_of, persistent=False)
@@ -52,7 +52,7 @@ class AddedTokens(nn.Module):
     def look_up(self, embedding: nn.Module, ids: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Return the copied embeddings of `ids`, and a mask of the ids that have a copy."""
         index = self.row_of[ids]
-        # The forward of the embedding may scale the rows, so it runs on a shallow copy with the prompt's rows as its weight.
+        # The embedding's forward may scale the rows, so run it on a shallow copy whose weight is the prompt's rows.
         own: Any = object.__new__(type(embedding))
         table: Any = embedding.weight
         own.__dict__.update(embedding.__dict__)
@@ -68,12 +68,12 @@ class AddedTokens(nn.Module):
         return functional.linear(hidden, rows.to(hidden.dtype), bias).to(output.dtype)
 
     def tables(self) -> dict[str, Tensor]:
-        """Return the copies by their names in a saved prompt."""
+        """Return the copies, keyed by their names in a saved prompt."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
 def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> tuple[int, ...]:
-    """Return the ids that `train_added_tokens` selects: given ids, or tokens that were added to the model or to a tokenizer.
+    """Return the ids that `train_added_tokens` selects: the given ids, or the ids of tokens added to the model or a tokenizer.
 
     Raises:
         OptionError: an id is not in the vocabulary, or it is unknown which tokens were added.
@@ -84,9 +84,9 @@ def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> t
         base = original_vocabulary(model, structure)
         if base is None:
             raise OptionError(
-                f"train_added_tokens=True, but it is unknown which rows `resize_token_embeddings` has added to "
+                f"train_added_tokens=True, but it is unknown which rows `resize_token_embeddings` added to "
                 f"{type(unwrapped(model)).__name__}.",
-                "Name the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
+                "Pass the ids: `train_added_tokens=tokenizer.convert_tokens_to_ids(new_tokens)`.",
             )
         return tuple(range(base, structure.vocabulary))
     if hasattr(requested, "get_added_vocab"):
@@ -135,7 +135,7 @@ def copy_rows(ids: Sequence[int], model: nn.Module, structure: ModelStructure) -
 
 
 def take_rows(own: AddedTokens, tables: dict[str, Tensor], source: str) -> None:
-    """Replace a prompt's copies by saved ones. The shapes, and whether input and output are tied, must be the same."""
+    """Replace a prompt's copies with saved tensors, whose names and shapes must match."""
     expected = {name: list(table.shape) for name, table in own.tables().items()}
     found = {name: list(table.shape) for name, table in tables.items()}
     if expected != found:
@@ -157,9 +157,9 @@ def _input_of(model: nn.Module, structure: ModelStructure) -> Tensor:
         if not isinstance(stack.embedding, nn.Embedding) or not _is_table(table, structure.vocabulary):
             refuse_tables(model, f"its embedding ({type(stack.embedding).__name__}) is not a plain `nn.Embedding`")
         if stack.embedding.max_norm is not None:
-            refuse_tables(model, "its embedding changes its rows in a forward (max_norm)")
+            refuse_tables(model, "its embedding rescales rows in each forward (max_norm)")
     if any(table is not tables[0] for table in tables):
-        refuse_tables(model, "encoder and decoder have different embeddings")
+        refuse_tables(model, "its encoder and decoder have different embeddings")
     table = tables[0]
     assert isinstance(table, Tensor)
     return table
@@ -180,7 +180,7 @@ def _is_table(weight: Any, rows: int) -> bool:
 
 
 def refuse_tables(model: nn.Module, reason: str) -> NoReturn:
-    """Refuse to train added tokens on a model."""
+    """Raise the error for a model whose added tokens cannot be trained."""
     raise UnsupportedModelError(
         f"the added tokens of {type(unwrapped(model)).__name__} cannot be trained: {reason}.",
         "Attach without `train_added_tokens`, and save the resized model next to the prompt.",

@@ -218,7 +218,7 @@ def test_true_means_the_rows_that_were_added() -> None:
     "build", [lambda: zoo.build("llama"), lambda: resized(CASES[1])], ids=["not resized", "untold"]
 )
 def test_true_is_refused_where_nothing_tells_which(build: Any) -> None:
-    with pytest.raises(OptionError, match="Name the ids"):
+    with pytest.raises(OptionError, match="Pass the ids"):
         softhooks.attach(model := build(), PromptTuning(4), train_added_tokens=True)
     assert not hasattr(model, "soft_prompt")
 
