@@ -37,7 +37,7 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
 class SignedForward(MethodWrapper):
     """A model's forward with extra arguments in its signature.
 
-    Without them, a Trainer would drop the columns from the batch, and `generate` would not pass them to the forward.
+    Otherwise, a Trainer would drop these columns from the batch, and `generate` would not pass them to the forward.
 
     Args:
         model: the model.
@@ -45,7 +45,7 @@ class SignedForward(MethodWrapper):
         accepted: returns the extra arguments that the active prompts use.
 
     Raises:
-        AttachError: the model's forward already has an argument of this name.
+        AttachError: the model's forward already has an argument of the same name.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], accepted: Callable[[], Collection[str]]) -> None:
@@ -56,7 +56,7 @@ class SignedForward(MethodWrapper):
         taken = [name for name in names if name in signature.parameters]
         if taken:
             raise AttachError(
-                f"the forward of {type(model).__name__} already has an argument {', '.join(taken)}, which the prompt also needs.",
+                f"the forward of {type(model).__name__} already has an argument {', '.join(taken)}; the prompt needs this name.",
                 "Use another method for this model.",
             )
 
@@ -95,7 +95,7 @@ def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Return B and C of a multiple-choice call, whose text is [B, C, T]; return (0, 1) for any other call."""
+    """Return (B, C) if the text is [B, C, T] (multiple choice), else (0, 1)."""
     ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
     for text, dimensions in ((ids, 3), (embeddings, 4)):
         if isinstance(text, Tensor) and text.dim() == dimensions:
@@ -104,7 +104,7 @@ def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
 
 
 def for_each_choice(given: dict[str, Tensor], rows: int, choices: int) -> dict[str, Tensor]:
-    """Repeat the extra arguments of each row once per choice; flatten a slot column with choices, [B, C, S]."""
+    """Repeat each row's extra arguments once per choice. Flatten a slot column of shape [B, C, S]."""
     repeated = {}
     for name, value in given.items():
         if name == COLUMN and value.dim() == 3:

@@ -1,4 +1,4 @@
-"""Continuous batching with a prompt. It is checked before the manager starts, because the manager's thread only logs errors."""
+"""Check prompts before continuous batching starts, because the manager's own thread only logs errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def require_servable(prompted: PromptedModel) -> None:
     """Refuse prompts that continuous batching cannot use, because it packs many requests into one row.
 
     Raises:
-        UnsupportedModeError: rows have different prompts, or the prompt requires a batch column or enters as slots.
+        UnsupportedModeError: `rows` is in use, or the prompt requires a batch column or has an unsupported `injection`.
     """
     if prompted.rows is not None:
         raise UnsupportedModeError(
@@ -39,7 +39,7 @@ def require_servable(prompted: PromptedModel) -> None:
     raise UnsupportedModeError(
         f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: all "
         "requests must use the same prompt, as keys and values or as a gated branch.",
-        "Use a prefix, or `placement='front'` on a model with `injection='shared'`; of a multitask prompt, use one task.",
+        "Use a prefix, `placement='front'` on a model with `injection='shared'`, or a multitask prompt with a single task.",
         **({"each request would need": needs} if needs else {}),
     )
 
@@ -81,7 +81,7 @@ class StartContinuousBatching(PromptedMethod):
         graphs = any(config.cuda_graph_booleans)
         if (joins and attention.removeprefix("paged|") not in ("sdpa", "eager")) or compiled or graphs:
             raise UnsupportedModeError(
-                "continuous batching with a prompt requires attention with a mask, without compilation or CUDA graphs.",
+                "continuous batching with a prompt needs an attention mask, and does not support compilation or CUDA graphs.",
                 "Use 'sdpa' or 'eager' attention and `ContinuousBatchingConfig(auto_switch_to_flash=False, "
                 "use_cuda_graph=False)`, and do not compile.",
                 attention=attention,

@@ -37,14 +37,14 @@ from softhooks.runtime.selection import Selection
 from softhooks.runtime.with_blocks import generation_of
 
 _FIRST_POSITIONS = ("attention", "written_out", "cache")
-"""The injections whose keys and values have the first positions, so that the text must start right after them."""
+"""The injections whose keys and values occupy the first positions, so the text must start right after them."""
 
 
 def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None = None) -> Pass:
     """Make the pass for one forward of a stack, and change the call's arguments in place.
 
     Args:
-        outer: position ids and attention mask of the model's call, or None if the stack is called directly.
+        outer: the position ids and attention mask of the model's call, or None if the stack is called directly.
 
     Raises:
         UnsupportedModeError: the prompts cannot share a batch, or do not support this call.
@@ -78,7 +78,7 @@ def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: O
 def _reasons_for_slots(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None
 ) -> list[list[str]]:
-    """Return for each prompt the arguments of the call that force it to enter as slots."""
+    """For each prompt, return the arguments of the call that force it to enter as slots."""
     moved = later_start(stack, call, outer)
     fixed = [prompt for prompt in selection.prompts if prompt.injection in _FIRST_POSITIONS]
     if moved and any(prompt.conventions.get("shift_positions", True) for prompt in fixed):
@@ -99,7 +99,7 @@ def _refuse_left_padding(stack: Stack, mask: Tensor | None) -> None:
         raise UnsupportedModeError(
             f"{int((mask[:, 0] == 0).sum())} rows begin with padding, but with a prompt the output of "
             f"{type(stack.module).__name__} depends on padding before the text.",
-            "Pad on the right, or run rows of one length together, without padding.",
+            "Pad on the right, or batch rows of the same length, without padding.",
         )
 
 
@@ -166,7 +166,7 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
 
 
 def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> dict[Role, KeyValues]:
-    """Compute the keys and values of a batch by role; there are none if its prompts do not enter this stack."""
+    """Compute the keys and values of a batch by role; empty if its prompts do not enter this stack."""
     each = [prompt.key_values(stack, variants) for prompt, variants in selection.by_prompt()]
     prefixes: dict[Role, KeyValues] = {}
     roles: list[Role] = ["self", "cross"]
@@ -181,7 +181,7 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
 
 
 def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
-    """Make the pass of a gated branch. Padding at the beginning of a row does not shift the position ids of its text."""
+    """Make the pass of a gated branch. Padding at the beginning of a row does not shift its text's position ids."""
     batch, columns = text_shape(call)
     branch = BranchPass(stack, _branch_of(stack, selection, batch), stack.module.training)
     mask = padding_mask(call, outer)
@@ -192,7 +192,7 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
         return branch
     positions = positions_in_text(stack, call, outer)
     if positions.dim() == 2:
-        # Padding has the same position ids as in the model without a prompt.
+        # Padding keeps the position ids that it has without a prompt.
         own = torch.arange(columns, device=mask.device) + past_of(call)
         positions = torch.where(mask[:, -columns:] == 0, own, positions)
     try:

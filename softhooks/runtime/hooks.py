@@ -31,7 +31,7 @@ from softhooks.runtime.with_blocks import choice_of
 
 @dataclass(eq=False)
 class ModelHooks:
-    """The first and the last hook of a model's forward: extra arguments, objectives, and the check that a prompt was reached."""
+    """The outermost hooks of a model's forward: they handle extra arguments and objectives, and check that the prompt is used."""
 
     prompted: PromptedModel
 
@@ -99,13 +99,13 @@ class ModelHooks:
 
 
 def _is_own_call(prompted: PromptedModel) -> bool:
-    """Return whether softhooks itself runs a prompt alone; if the model is the stack, the model's hooks see that forward."""
+    """Return whether softhooks is running a prompt without text. If the model itself is the stack, its hooks run then too."""
     passes = (stack.state.current for stack in prompted.structure.stacks)
     return any(current is not None and not current.has_begun for current in passes)
 
 
 def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Repeat the extra arguments of a row for each of its choices (multiple choice), because the stack gets choices as rows."""
+    """In multiple choice, repeat extra arguments and flatten masks, because each choice is a row of the stack's batch."""
     rows, call.choices = choices_of(args, kwargs)
     call.given = for_each_choice(call.given, rows, call.choices)
     for name, value in (call.model_arguments or {}).items():
@@ -120,10 +120,10 @@ def _begin_objective(
     assert prompt.objective is not None
     has_labels = call.get("labels") is not None
     if prompted.rows is not None or not has_labels:
-        found = f"`rows` selects {prompted.selection_text}" if has_labels else "`labels` are not given"
+        found = f"`rows` selects {prompted.selection_text}" if has_labels else "the call has no `labels`"
         raise UnsupportedModeError(
-            f"{found}; {prompt.method.kind} has its own objective, which trains one prompt in forwards with `labels`.",
-            "Pass `labels` to the model and train on `output.loss`; turn off a Trainer's label smoothing and "
+            f"{found}; {prompt.method.kind} has its own objective, which needs `labels` and trains one prompt at a time.",
+            "Outside of `rows`, pass `labels` to the model and train on `output.loss`. Turn off a Trainer's label smoothing and "
             "`compute_loss_func`, which remove the labels from the call.",
         )
     return prompt.objective.begin(prompt, call, given)
@@ -142,13 +142,13 @@ class StackHooks:
         own = self.stack.state.current
         if own is not None and not own.has_begun:
             own.has_begun = True
-            return None  # softhooks runs the prompt alone
+            return None  # softhooks is running the prompt without text
         begun = self.prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call())
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
         begun.opened = begin_stack_forward(self.prompted, self.stack, call)
         self._make_current(begun, UnchangedPass(self.stack) if begun.opened is None else begun.opened)
         if begun.opened is None:
-            return None if call.keys() >= kwargs.keys() else ((), call)  # the model does not take the extra arguments
+            return None if call.keys() >= kwargs.keys() else ((), call)  # the model does not accept the extra arguments
         return (), call
 
     def _make_current(self, begun: Call, live: Pass) -> None:

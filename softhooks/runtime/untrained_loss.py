@@ -25,13 +25,13 @@ class FrozenOutput(Tensor):
         """
         if not self.requires_grad:
             raise TrainerError(
-                "`backward` was called on a loss of frozen parameters only; the prompt was loaded without `trainable=True`.",
+                "`backward` was called on a loss without trainable parameters; the prompt was loaded without `trainable=True`.",
                 "Load the prompt with `softhooks.load(model, path, trainable=True)`, before you make the optimizer.",
             )
         super().backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __format__(self, format_spec: str) -> str:
-        """Format as a plain tensor, because torch supports `f"{loss:.2f}"` only for these."""
+        """Format as a plain tensor, because `f"{loss:.2f}"` works only for plain tensors."""
         return format(self.as_subclass(Tensor), format_spec)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
