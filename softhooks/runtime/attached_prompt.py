@@ -1,4 +1,4 @@
-"""A prompt that is attached to a model, as the hooks use it."""
+"""An attached prompt, as the hooks see it."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class AttachedPrompt:
         model: the model that was passed to `attach`.
         structure: the model's stacks, embeddings and attention layers.
         running: the calls that are running on the model.
-        placeholder_id: an ordinary id of the vocabulary, for calls in which only the number of ids matters.
+        placeholder_id: the id of an ordinary token, for calls in which only the number of ids matters.
 
     Attributes:
         layout: where the method inserts its virtual tokens into the text.
         objective: the method's training loss, or None for the model's own loss.
-        injection: how the prompt enters the model. A `shared` prompt enters as slots in calls with inputs other than a text
+        injection: how the prompt enters the model. A `shared` prompt enters as slots if a call has inputs other than text
             (encoder states, token types, ...).
-        requires_sharing: whether such calls raise an error, because the prompt was attached with `injection='shared'`.
+        requires_sharing: whether such a call raises an error instead, because the prompt was attached with `injection='shared'`.
         takes_left_padding: whether rows may begin with padding; in some models, padding before the text changes the output.
-        labels: the label names of the prompt's heads, while the model's config does not show them.
+        labels: the label names of the prompt's heads, stored while the model's config shows other names.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class AttachedPrompt:
 
     @property
     def heads(self) -> nn.ModuleDict:
-        """The prompt's copies of the model's heads, by path with slashes instead of dots."""
+        """The prompt's copies of the model's heads, keyed by module path with slashes instead of dots."""
         heads = self.module["heads"]
         assert isinstance(heads, nn.ModuleDict)
         return heads
 
     @property
     def added(self) -> AddedTokens | None:
-        """The prompt's copies of embeddings of added tokens, or None if it trains none."""
+        """The prompt's copies of added tokens' embeddings, or None if it trains no added tokens."""
         added = self.module._modules.get(ADDED)
         return added if isinstance(added, AddedTokens) else None
 
@@ -113,11 +113,11 @@ class AttachedPrompt:
 
     def without_objective(self) -> ExclusiveBlock:
         """Return a `with` block in which forwards return the model's own loss."""
-        return self.running.exclusive("a forward without objective", skip_objective=True)
+        return self.running.exclusive("a forward without the objective", skip_objective=True)
 
     @property
     def computed(self) -> int:
-        """How often keys and values were computed: once per forward, `generate` call or `kept` block."""
+        """How many times keys and values or gated branches were computed: once per forward, `generate` call or `kept` block."""
         return sum(cache.computed for caches in (self._memory, self._branches) for cache in caches.values())
 
     @property
@@ -134,12 +134,12 @@ class AttachedPrompt:
         return self._encode(EMBEDDINGS, variant)
 
     def key_values(self, stack: Stack, variants: tuple[int, ...] = (0,)) -> dict[Role, KeyValues]:
-        """Compute the prompt as keys and values for one stack, by role (self- or cross-attention).
+        """Compute the prompt's keys and values for one stack, by role (self- or cross-attention).
 
         Args:
             variants: the variants of the prompt, such as the tasks of a multitask prompt.
         """
-        with self.running.exclusive("a prompt's own rows"):
+        with self.running.exclusive("the computation of a prompt"):
             found = self._key_values(stack, variants)
         forward = self.running.forward
         if forward is not None:
@@ -158,7 +158,7 @@ class AttachedPrompt:
 
     @contextmanager
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
-        """In a `with` block, use other keys and values of any length, such as a teacher's."""
+        """Replace the prompt's keys and values in a `with` block, for example with those of a longer teacher."""
         outer, self._replacement = self._replacement, key_values
         try:
             yield
@@ -175,7 +175,7 @@ class AttachedPrompt:
         memory = self._branches.setdefault(stack.name, ResultCache())
         own = [*every_tensor(self.encoder), *(() if context is None else (context,))]
         base = [tensor for site in self.method.sites(stack, "self") for tensor in every_tensor(site.module)]
-        with self.running.exclusive("a prompt's own rows"):
+        with self.running.exclusive("the computation of a prompt"):
             return memory.get(stack, own, base, lambda: self._branch(stack, context, rows), (context is None, rows))
 
     def _branch(self, stack: Stack, context: Tensor | None, rows: tuple[int, ...] | None) -> Branch:
@@ -184,13 +184,13 @@ class AttachedPrompt:
 
     @property
     def states(self) -> Tensor | None:
-        """The last hidden states of the virtual tokens, [R, P, H], or None if they were computed together with the text."""
+        """The last hidden states of the virtual tokens, [R, P, H], or None if they were not computed separately from the text."""
         forward = self.running.forward
         found = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
         return None if found is None else found.states
 
     def snapshot(self) -> Snapshot:
-        """Return the state of the prompt. If the prompt has not changed, the returned object is the same as last time."""
+        """Return the state of the prompt: the same object as last time, if the prompt has not changed."""
         self._snapshot = snapshot(
             self.model, self.encoder, self.added, self.injection, self.conventions, self._snapshot
         )
@@ -215,7 +215,7 @@ class AttachedPrompt:
         return result
 
     def __copy__(self) -> AttachedPrompt:
-        """Return this object, because a second object would not show changes of the first."""
+        """Return this object, because a copy would not follow later changes."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:

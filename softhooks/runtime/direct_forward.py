@@ -20,7 +20,7 @@ class DirectForward(MethodWrapper):
         self.names: tuple[str, ...] = getattr(self.before, "names", ())
         self.__signature__ = inspect.signature(model.forward)
         self._called_in: int | None = (
-            None  # the id of the thread that runs `model(...)` and has not reached the forward
+            None  # the id of the thread that called `model(...)` and has not reached the forward
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -32,7 +32,7 @@ class DirectForward(MethodWrapper):
         self._called_in = threading.get_ident()
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """Forget the call of this thread, if another hook has raised an error before the forward."""
+        """Forget this thread's call, if an error in another hook kept it from reaching the forward."""
         if self._called_in == threading.get_ident():
             self._called_in = None
 

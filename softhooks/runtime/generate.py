@@ -1,4 +1,4 @@
-"""`generate` on a model with prompts: beams and samples, the length of the input, and assistant models without prompts."""
+"""Replacements for `generate` and for two methods that it calls, on a model with prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softhooks.runtime.with_blocks import Block, generation_of
 
 
 class PromptedMethod(MethodWrapper):
-    """The replacement for a method of a model with prompts, until the last prompt is removed."""
+    """Replaces a method of a model until the last prompt is removed."""
 
     def __init__(self, prompted: PromptedModel, model: nn.Module, name: str) -> None:
         super().__init__(model, name)
@@ -38,7 +38,7 @@ class Generate(PromptedMethod):
         return inspect.signature(self.original())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with prompts that are computed once, and refuse other threads that run the model meanwhile."""
+        """Generate, computing each prompt only once. Meanwhile, no other thread may run the model."""
         held, block = self.prompted.running.exclusive("`generate`"), Block(self.prompted.model, generates=True)
         with held, block, new_scope(self.prompted.model):
             self.prompted.refuse_unused(kwargs)

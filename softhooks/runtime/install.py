@@ -62,12 +62,12 @@ def install_head(prompted: PromptedModel, path: str) -> None:
 
 
 def install_added_tokens(prompted: PromptedModel) -> None:
-    """Make the forwards use the prompts' copies of embeddings of added tokens."""
+    """Make the forwards use the prompts' copies of added tokens' embeddings."""
     if prompted.has_added_tokens:
         return
     prompted.has_added_tokens = True
     head = AddedTokenHooks(prompted).head
-    prompted.embed_last()  # after the hook on added tokens, because virtual tokens may have the id of an added token
+    prompted.embed_last()  # after the hook on added tokens, because a virtual token may have the id of an added token
     if head is not None:
         prompted.expected_heads.add([head])
 

@@ -39,7 +39,7 @@ class LabelNames:
         return Labels.of(self._config) if prompt.name == self._shown or prompt.labels is None else prompt.labels
 
     def add(self, prompt: AttachedPrompt) -> None:
-        """Give a new prompt the label names in the config, unless it was saved with label names."""
+        """Give a new prompt the label names in the config, unless it was saved with its own."""
         if not len(prompt.heads):
             return
         if prompt.labels is not None:
@@ -54,7 +54,7 @@ class LabelNames:
         prompt.labels = now
 
     def show(self, active: str | None) -> None:
-        """Write the active prompt's label names into the config; without an active prompt with a head, write the model's own."""
+        """Write the active prompt's label names into the config, or the model's own if no active prompt has a head."""
         prompt = None if active is None else self._prompts.get(active)
         name = prompt.name if prompt is not None and len(prompt.heads) else None
         if name == self._shown:

@@ -1,6 +1,6 @@
-"""Check after each optimizer step that the parameters of the trained prompts are in some optimizer.
+"""Check after each optimizer step that some optimizer holds the parameters of the trained prompts.
 
-The check is a global hook of torch on all optimizers, installed while any model has a prompt.
+The check is a global torch hook on all optimizers, installed while any model has a prompt.
 """
 
 from __future__ import annotations

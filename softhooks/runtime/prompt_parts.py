@@ -45,7 +45,7 @@ class PromptSource:
     def ids_and_conventions(
         self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the ids of the virtual tokens, [P], or None if the model does not need ids; and the conventions."""
+        """Return the ids of the virtual tokens, [P] (None if the model needs no ids), and the conventions."""
         conventions = self.method.conventions(structure)
         if not needs_ids:
             return None, conventions
@@ -58,10 +58,10 @@ class PromptSource:
         raise NotImplementedError
 
     def fill_added_tokens(self, added: AddedTokens) -> None:
-        """Replace the copies by saved embeddings, after the copies were compared with the originals."""
+        """Replace the copies with saved embeddings. Called after the copies were checked against the originals."""
 
     def check_base(self, model: nn.Module, structure: ModelStructure) -> None:
-        """Check that a saved prompt was made for this base model. The prompt's heads have been loaded before."""
+        """Check that a saved prompt was made for this base model. Called after the prompt's heads were loaded."""
 
 
 class NewPrompt(PromptSource):

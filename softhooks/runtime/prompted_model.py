@@ -45,21 +45,21 @@ class PromptedModel:
         prompts: the attached prompts, by name.
         labels: the label names in the model's config.
         running: the calls that are running on the model.
-        recompute_check: the prompts of earlier forwards, for forwards that a backward recomputes.
+        recompute_check: compares forwards that a backward recomputes with earlier forwards.
         freeze_dropout: whether the stacks run without dropout in training.
         was_trainable: `requires_grad` of every parameter before the first prompt was attached.
         stashed_gradients: the gradients of parameters that were frozen.
-        token: an id of the model, which is noted on caches.
+        token: an id of the model, stored on caches.
         record: the digests of the frozen tensors, if they were computed.
         fingerprint: the fingerprint of the base model, computed when the first prompt was attached, before any sharding.
         loaded_state: the last loaded state dict with prompts, with its weights on the meta device.
-        placeholder_id: an ordinary id of the vocabulary.
+        placeholder_id: the id of an ordinary token.
         patches: hooks and attributes on the model, removed with the last prompt. A copy of the model has them too.
         outside_patches: patches on other objects (an optimizer, a Trainer's logs). A copy of the model does not have them.
         embedding_hooks: the hooks that insert virtual tokens into the embeddings.
         files: the names of the Python modules with the model's attention functions; empty if no hooks are installed.
-        expected_modules: by stack, the modules that prompts need; forwards are refused if one was replaced.
-        expected_heads: the heads that prompts have copies of; forwards are refused if one was replaced.
+        expected_modules: by stack, the modules that prompts need; a forward raises an error if one was replaced.
+        expected_heads: the heads that prompts have copies of; a forward raises an error if one was replaced.
         has_added_tokens: whether the hooks on the embeddings of added tokens are installed.
     """
 
@@ -98,7 +98,7 @@ class PromptedModel:
 
     def join_shared_patches(self) -> None:
         """Use the process-wide patches: wrapped attention functions, and a hook on optimizer steps."""
-        # A copy calls this before its model is complete, perhaps in another process, so only the modules' names are known.
+        # A copy calls this before its model is complete, perhaps in another process, so import the modules by name.
         for name in self.files:
             with suppress(ImportError):
                 import_module(name)
@@ -126,7 +126,7 @@ class PromptedModel:
 
     @property
     def rows(self) -> Sequence[str | None] | None:
-        """The name of each row's prompt in `softhooks.rows`, or None outside of it."""
+        """The name of each row's prompt in `softhooks.rows`, or None outside it."""
         return choice_of(self.model).rows
 
     @property
@@ -201,10 +201,10 @@ class PromptedModel:
         return repr(names[0] if len(set(names)) == 1 else names)
 
     def provenance(self, selection: Selection | None = None) -> Provenance:
-        """Return the state of the active prompts, to note it on caches and encoder outputs.
+        """Return the state of the active prompts, to store it on caches and encoder outputs.
 
         Args:
-            selection: the variants to include, or None to include no variants.
+            selection: the selection whose variants are included, or None to leave variants out.
         """
         names = dict.fromkeys(self._names)
         on = tuple((name, self.prompts[name].snapshot()) for name in names if name)

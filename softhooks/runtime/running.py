@@ -25,7 +25,7 @@ _local = threading.local()
 
 
 def this_thread() -> object:
-    """Return an object that identifies this thread. The id of a thread is reused after it ends; the object is not."""
+    """Return an object that identifies this thread. Unlike this object, a thread's id is reused after the thread ends."""
     try:
         token: object = _local.token
     except AttributeError:
@@ -67,9 +67,9 @@ class Call:
         batch: the batch size of the first stack that used a prompt, or None before that.
         finish: a function that changes the model's output.
         skips_objective: whether forwards inside the call run without an objective.
-        prefilled: the keys and values of each prompt that was run alone, by `id(prompt)`.
-        opened: in a forward of a stack, its pass.
-        cleanups: functions that undo the changes of the call; they are called in reverse order.
+        prefilled: the keys and values that the call computed for each prompt, by `id(prompt)`.
+        opened: the pass of a stack's forward, or None.
+        cleanups: functions that undo the call's changes, to be called in reverse order.
     """
 
     holder: object
@@ -93,7 +93,7 @@ class Call:
 
     @property
     def forward(self) -> Call:
-        """The call with this forward's state: for a stack, the model's forward around it; otherwise this call itself."""
+        """The call that stores this forward's state: the model's forward if it calls this stack, else this call itself."""
         outer = self.outer
         return outer if not self.is_model and outer is not None and outer.is_model else self
 
@@ -103,10 +103,10 @@ class Call:
         return self.outer is not None and (self.outer.skips_objective or self.outer.runs_without_objective)
 
     def runs(self) -> bool:
-        """Return whether the call still runs. After a KeyboardInterrupt, torch does not run the hook that ends it."""
+        """Return whether the call is still running. After a KeyboardInterrupt, torch skips the hook that would end it."""
         if self.thread is this_thread():
             return _is_on_stack(self.frame, sys._getframe())
-        # The stack of another thread can change during the search, so the frame may be missed.
+        # Another thread's stack can change during the search and hide the frame, so search twice.
         return any(_is_on_stack(self.frame, sys._current_frames().get(self.ident)) for _ in range(2))
 
     def refusal(self) -> UnsupportedModeError:
@@ -169,7 +169,7 @@ class RunningCalls:
         """
         with self._lock:
             outer = self._innermost
-            while outer is not None and not outer.runs():  # it has ended without its last hook
+            while outer is not None and not outer.runs():  # it ended without running its last hook
                 self._innermost = outer.outer
                 outer.close()
                 outer = self._innermost
@@ -179,7 +179,7 @@ class RunningCalls:
             return call
 
     def find(self, holder: object, frame: FrameType) -> Call | None:
-        """Return the call that a hook has begun, or None if the hook has begun none."""
+        """Return the call that a hook began, or None if it began none."""
         call = self._innermost
         while call is not None and not (call.holder is holder and call.frame is frame):
             call = call.outer

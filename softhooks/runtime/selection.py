@@ -27,8 +27,8 @@ class Selection:
     """The prompts of a batch.
 
     Attributes:
-        uses: the prompts that rows of the batch use; variants of the same prompt follow each other.
-        rows: for each row of the batch an index into `uses`, or None for no prompt. If all rows use the only entry of `uses`,
+        uses: the prompts that rows of the batch use; variants of the same prompt are adjacent.
+        rows: for each row of the batch, an index into `uses`, or None for no prompt. If all rows use the only entry of `uses`,
             `rows` itself is None.
         given: the extra arguments of this forward, by name.
     """
@@ -55,7 +55,7 @@ class Selection:
         return tuple(None if row is None else self.uses[row].variant for row in self.rows)
 
     def choice_of_prompts(self) -> Sequence[int | None] | None:
-        """Return for each row an index into `prompts`, or None for no prompt; if all rows use the only prompt, return None."""
+        """Return for each row an index into `prompts`, or None for no prompt; return None if `rows` is None."""
         if self.rows is None:
             return None
         prompts = self.prompts
@@ -141,7 +141,7 @@ class RecomputeCheck:
 
         Args:
             selection: the names of the active prompts, as text.
-            training: whether the model is in training mode. The first run of a reentrant checkpoint has no gradients.
+            training: whether the model is training, even if a reentrant checkpoint has turned gradients off for its first run.
 
         Raises:
             UnsupportedModeError: the first run may have used different prompts.

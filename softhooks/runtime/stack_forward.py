@@ -73,7 +73,7 @@ def _open_for_documents(
     packed = document_numbers(positions, call.get("attention_mask"), columns)
     if packed is not None:
         require_masks(stack, packed, by_position=own is not None)
-    opened = open_pass(stack, call, selection, outer)  # changes the positions in the call
+    opened = open_pass(stack, call, selection, outer)  # changes the position ids in the call
     if packed is not None:
         keep_documents_apart(opened, packed)
     return opened

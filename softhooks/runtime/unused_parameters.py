@@ -1,6 +1,6 @@
 """Refuse settings with which DDP hangs or misses gradients if a step does not use all parameters.
 
-Zero gradients for unused parameters are no remedy, because an optimizer's momentum and weight decay would change them.
+Zero gradients for unused parameters would not help, because momentum and weight decay would still change them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str,
 
 
 def unused_parameters_error(method: str, found: str) -> TrainerError:
-    """Return the error for a `method` that leaves parameters unused, and the DDP settings that were `found`."""
+    """Return the error for a method that leaves parameters unused, with the DDP settings in `found`."""
     return TrainerError(
         f"{found}, but some parameters of {method} are unused in some steps; DDP must search for these in each step.",
         "Set `find_unused_parameters=True`, even with gradient checkpointing, and leave `static_graph` off: "

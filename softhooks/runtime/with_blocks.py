@@ -1,4 +1,4 @@
-"""Blocks (`with softhooks.rows(...)`, ...) that select prompts. They are context variables, so each thread and task has its own.
+"""Blocks (`with softhooks.rows(...)`, ...) that select prompts, in a context variable: each thread and task has its own.
 
 An asyncio task or `asyncio.to_thread` inherits the blocks in which it is started; a plain thread does not.
 """
