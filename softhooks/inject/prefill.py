@@ -23,7 +23,7 @@ from softhooks.inject.checkpointing import is_checkpointed
 from softhooks.inject.prefix.key_values import KeyValues
 from softhooks.patching.patches import Patches, patched
 
-_ALONE = "a prompt's own rows"
+_ALONE = "the computation of a prompt"
 
 
 def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:

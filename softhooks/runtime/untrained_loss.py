@@ -67,7 +67,7 @@ def refuse_evaluation(method: Method, model: nn.Module) -> None:
 
 
 def refuse_backward(method: Method, model: nn.Module) -> Callable[[Any], Any]:
-    """Return a function that makes `backward` of a loss raise a TrainerError, because the model is in evaluation mode."""
+    """Return a function that makes the `backward` of a loss raise a TrainerError, because the model is in evaluation mode."""
 
     def refuse(_gradient: Tensor) -> None:
         raise _in_evaluation(method, model)
