@@ -81,7 +81,7 @@ def attach_stored(
     strict: bool = True,
     parts: Sequence[StoredPrompt] = (),
 ) -> SoftPrompt:
-    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges that it joins."""
+    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges that were joined."""
     method = method_of(stored)
     prompt = attach_prompt(
         model,

@@ -38,7 +38,8 @@ class SoftPrompt(AttachedPrompt):
         model: the model that the user passed.
         encoder: the module that computes the prompt; a submodule of the model while the prompt is attached.
         heads: the prompt's own copies of the model's heads.
-        injection: how the prompt enters the model: `attention`, `written_out`, `cache`, `shared`, `slots` or `branch`.
+        injection: how the prompt enters the model: as slots in the sequence (`slots`), as keys and values (`attention`,
+            `written_out`, `cache`, `shared`) or as a gated branch (`branch`).
         conventions: the assumptions about the forward pass that are saved with the prompt.
         is_attached: whether the prompt is still attached.
     """

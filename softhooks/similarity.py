@@ -25,7 +25,7 @@ _BLOCK = 8192
 def most_similar(
     prompts: Mapping[str, str | Path | Tensor | SoftPrompt] | Sequence[str], to: str | Path | Tensor | SoftPrompt
 ) -> list[tuple[str, float]]:
-    """Rank prompts by their similarity to one prompt: the cosine similarity of the mean virtual tokens.
+    """Rank prompts by the cosine similarity of their mean virtual token to that of one prompt.
 
     To choose a prompt to start from, train a prompt for the new task for a short time, rank the saved prompts of other tasks, and
     start a new training from the most similar one with `PromptTuning(init="prompt", init_from=...)`.
