@@ -1,7 +1,7 @@
 """Record the prompts that a cache or an encoder's output was computed with, and the state of each prompt.
 
 A name does not identify the state of a prompt: a training step, an assignment to `.data`, folding, or another prompt with the
-same name changes it. So the prompt's tensors are compared by value with a copy, which is shared by all records of that state.
+same name changes it. So checksums of the prompt's tensors are compared; copies would take as much memory as the prompt.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from softhooks.backbone.module_walk import every_tensor
+from softhooks.base_model.frozen_record import Digest, digest
 from softhooks.inject.reuse import scope_of
 
+_FACTORS = (0x9E3779B97F4A7C15 - 2**64, 0xC2B2AE3D27D4EB4F - 2**64)
+"""Odd numbers that spread the places of `device_checksum` over 64 bits, as signed numbers."""
+_WORDS = 1 << 20
 _PLAIN = (bool, int, float, str, type(None))
 _tokens: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
@@ -31,39 +35,34 @@ class Snapshot:
     """The state of a prompt at one moment.
 
     Attributes:
-        values: copies of the prompt's tensors.
+        checksums: a checksum of each of the prompt's tensors.
         facts: the injection, the conventions, and the plain attributes and hooks of the prompt's modules.
     """
 
-    values: list[Tensor]
+    checksums: list[Digest | Tensor]
     facts: tuple[Any, ...]
 
     def __deepcopy__(self, _memo: object) -> Snapshot:
         """Return the same object: it is immutable, so copies of a cache can share it."""
         return self
 
-    def equals(self, values: list[Tensor], facts: tuple[Any, ...]) -> bool:
-        """Whether these tensors and facts are the same as in the snapshot."""
-        if facts != self.facts or len(values) != len(self.values):
+    def equals(self, other: Snapshot) -> bool:
+        """Whether both are the same state."""
+        if self.facts != other.facts or len(self.checksums) != len(other.checksums):
             return False
-        return all(torch.equal(now, old.to(now.device)) for now, old in zip(values, self.values, strict=True))
+        return all(map(_same, self.checksums, other.checksums))
 
 
 def snapshot(
-    model: nn.Module,
-    encoder: nn.Module,
-    added: nn.Module | None,
-    injection: str,
-    conventions: dict[str, Any],
-    before: Snapshot | None,
+    model: nn.Module, encoder: nn.Module, added: nn.Module | None, injection: str, conventions: dict[str, Any]
 ) -> Snapshot:
-    """Take a snapshot of a prompt; return the previous one if nothing has changed.
+    """Take a snapshot of a prompt.
 
-    Inside a `generate` call, only the address and version of each tensor are compared, because nothing trains there.
+    Inside a `generate` call, the last snapshot is returned if the address and version of each tensor are the same, because
+    nothing trains there.
 
     Args:
         added: the rows of added tokens that the prompt trains, if any.
-        before: the previous snapshot.
     """
     tensors = [*every_tensor(encoder), *(added.parameters() if added else ())]
     scope = scope_of(model)
@@ -74,14 +73,42 @@ def snapshot(
         if known is not None and known[0] == place:
             found: Snapshot = known[1]
             return found
-    # Of a sharded tensor (DTensor), only the shard of this process is compared.
-    values = [(t.to_local() if hasattr(t, "to_local") else t).detach() for t in tensors]
     facts = injection, repr(sorted(conventions.items())), _facts(encoder)
-    if before is None or not before.equals(values, facts):
-        before = Snapshot([value.clone() for value in values], facts)
+    taken = Snapshot([_checksum(tensor.detach()) for tensor in tensors], facts)
     if scope is not None and place is not None:
-        scope.snapshots[id(encoder)] = place, before
-    return before
+        scope.snapshots[id(encoder)] = place, taken
+    return taken
+
+
+def _checksum(tensor: Tensor) -> Digest | Tensor:
+    """Hash a tensor in host memory; otherwise (on a device, in `torch.func.grad`) compute a checksum without waiting for it."""
+    if hasattr(tensor, "to_local"):  # of a sharded tensor (DTensor), only the shard of this process is compared
+        tensor = tensor.to_local()
+    is_plain = tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return digest(tensor) if is_plain else device_checksum(tensor)
+
+
+def device_checksum(tensor: Tensor) -> Tensor:
+    """Compute a checksum of a tensor's bits on its device: two sums of products with pseudorandom numbers, modulo 2**64, [2]."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    words = nn.functional.pad(flat, (0, -len(flat) % 4)).view(torch.int32)
+    sums = [torch.zeros((), dtype=torch.int64, device=tensor.device) for _ in _FACTORS]
+    for start in range(0, len(words), _WORDS):  # in parts, because 64-bit products take four times the memory
+        part = words[start : start + _WORDS].long()
+        place = torch.arange(start + 1, start + len(part) + 1, device=tensor.device)
+        factors = [place * factor for factor in _FACTORS]
+        sums = [
+            total + (part * ((mixed ^ (mixed >> 29)) | 1)).sum() for total, mixed in zip(sums, factors, strict=True)
+        ]
+    return torch.stack(sums)
+
+
+def _same(now: Digest | Tensor, before: Digest | Tensor) -> bool:
+    if isinstance(now, Tensor) and isinstance(before, Tensor):
+        return torch.equal(now, before.to(now.device))
+    return (
+        type(now) is type(before) and now == before
+    )  # the types differ if the prompt has moved between host and device
 
 
 def _facts(encoder: nn.Module) -> tuple[Any, ...]:
@@ -127,7 +154,7 @@ class Provenance:
         if other.model != self.model:
             return "of another model"
         for (_, now), (_, before) in zip(self.prompts, other.prompts, strict=True):
-            if now is not before and not now.equals(before.values, before.facts):
+            if now is not before and not now.equals(before):
                 return "which have changed since"
         if self.variants and other.variants and not _same_rows(self.variants, other.variants):
             return "with other variants (tasks)"

@@ -79,7 +79,6 @@ class AttachedPrompt:
         self.labels: Labels | None = None
         self._memory: dict[str, ResultCache[dict[Role, KeyValues]]] = {}
         self._branches: dict[str, ResultCache[Branch]] = {}
-        self._snapshot: Snapshot | None = None
         self._replacement: Callable[[Stack], dict[Role, KeyValues]] | None = None
 
     @property
@@ -190,11 +189,8 @@ class AttachedPrompt:
         return None if found is None else found.states
 
     def snapshot(self) -> Snapshot:
-        """Return the state of the prompt: the same object as last time, if the prompt has not changed."""
-        self._snapshot = snapshot(
-            self.model, self.encoder, self.added, self.injection, self.conventions, self._snapshot
-        )
-        return self._snapshot
+        """Return the state of the prompt."""
+        return snapshot(self.model, self.encoder, self.added, self.injection, self.conventions)
 
     def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
         if self.method.enters == "embeddings":

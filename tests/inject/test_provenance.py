@@ -27,6 +27,8 @@ from softhooks import (
     SoftPrompt,
     UnsupportedModeError,
 )
+from softhooks.base_model.frozen_record import digest
+from softhooks.inject import provenance
 
 IDS, MORE = zoo.text(2, 6), zoo.text(2, 1, seed=3)
 KINDS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
@@ -243,11 +245,78 @@ def test_states_of_another_model_s_encoder_are_refused() -> None:
             other(encoder_outputs=encoded, decoder_input_ids=IDS)
 
 
-def test_a_training_forward_without_a_cache_takes_no_snapshot() -> None:
+def _counted(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    hashed: list[Tensor] = []
+    monkeypatch.setattr(provenance, "digest", lambda tensor: (hashed.append(tensor), digest(tensor))[1])
+    return hashed
+
+
+def test_a_training_forward_without_a_cache_takes_no_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.build("llama")
     prompt = attached(model, "prefix, made by an MLP")
-    taken = prompt._snapshot
-    with torch.no_grad():
-        next(prompt.encoder.parameters()).mul_(1.5)
+    hashed = _counted(monkeypatch)
     model(IDS, labels=IDS, use_cache=False).loss.backward()
-    assert prompt._snapshot is taken
+    assert not hashed
+    model(IDS, labels=IDS).loss.backward()
+    assert len(hashed) == len(list(prompt.encoder.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_snapshot_holds_no_copy_of_the_prompt(kind: str) -> None:
+    model = zoo.build("llama").eval()
+    prompt = attached(model, kind)
+    cache = filled(model)
+    smallest = min(parameter.numel() for parameter in prompt.encoder.parameters() if parameter.ndim > 1)
+    (_, held), *_others = prompt.prompted_model.provenance().prompts
+    assert all(not isinstance(checksum, Tensor) or checksum.numel() < smallest for checksum in held.checksums)
+    assert continued(model, cache).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.bool])
+def test_the_checksum_on_a_device_depends_on_every_bit_and_place(dtype: torch.dtype) -> None:
+    values = torch.randn(7, 13, generator=torch.Generator().manual_seed(0)).mul(50).to(dtype)
+    known = provenance.device_checksum(values)
+    assert torch.equal(provenance.device_checksum(values.clone()), known)
+    bits = values.clone().view(torch.uint8).reshape(-1)
+    for place in range(len(bits)):
+        bits[place] ^= 1
+        assert not torch.equal(provenance.device_checksum(bits), known), place
+        bits[place] ^= 1
+    rows = values.clone()
+    rows[[0, 1]] = rows[[1, 0]]
+    assert torch.equal(rows, values) or not torch.equal(provenance.device_checksum(rows), known)
+
+
+def test_the_checksum_on_a_device_does_not_depend_on_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    whole = provenance.device_checksum(values)
+    monkeypatch.setattr(provenance, "_WORDS", 7)
+    assert torch.equal(provenance.device_checksum(values), whole)
+
+
+def test_a_cache_is_refused_after_a_change_where_tensors_are_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU, with the checksum that a GPU would compute."""
+    monkeypatch.setattr(provenance, "digest", provenance.device_checksum)
+    model = zoo.build("llama").eval()
+    prompt = attached(model, "prefix")
+    cache = filled(model)
+    continued(model, copy.deepcopy(cache))
+    next(prompt.encoder.parameters()).data[0, 0] += 1
+    with pytest.raises(UnsupportedModeError, match="changed since"):
+        continued(model, cache)
+
+
+def test_a_gradient_transform_may_return_a_cache() -> None:
+    model = zoo.build("llama").eval()
+    prompt = attached(model, "prefix")
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, parameters, (IDS,), {"labels": IDS, "use_cache": True}).loss
+        return found
+
+    gradients = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+    assert len(gradients) == len(list(prompt.parameters()))
