@@ -41,7 +41,7 @@ class GatedRows:
 
 @dataclass
 class BranchInputs:
-    """A prompt's virtual tokens and gates in one stack, and the factors and offsets of its linear layers, [1, out] each."""
+    """A prompt's virtual tokens and gates for one stack, and the factors and offsets of linear layers, [1, out] each."""
 
     gated: list[GatedRows]
     scaled: Scaled = field(default_factory=dict)
@@ -49,11 +49,11 @@ class BranchInputs:
 
 @dataclass
 class Branch:
-    """The keys and values of a prompt at the attention layers of a stack, by the layer's index.
+    """A prompt's keys and values at the attention layers of a stack, by layer index.
 
     Attributes:
         keys, values: [R, Hq, K, D]; R is 1 (shared by every row) or B. The values are already multiplied by the gates.
-        pending: layers with sharded weights. FSDP2 gathers the weights for the layer's forward, so the keys are computed there.
+        pending: layers with sharded weights. Their keys are computed when FSDP2 has gathered the weights for the layer's forward.
         seen: the virtual tokens that each row attends to, [B, 1, 1, K] bool, at layers where their number differs between rows.
         scaled: the factors and offsets of linear layers, [R, out] each.
     """
@@ -148,7 +148,7 @@ class BranchPass(CheckpointedPass):
         return [*self.branch.keys.values(), *self.branch.values.values(), *scaled]
 
     def detach_injected(self) -> None:
-        """Replace every injected tensor by a leaf of the autograd graph."""
+        """Replace every injected tensor with a leaf of the autograd graph."""
         branch = self.branch
         self.branch = Branch(
             keys={index: self.leaf_of(tensor) for index, tensor in branch.keys.items()},
@@ -169,7 +169,7 @@ def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batc
 
     Args:
         branches: the branch of each prompt; R_i is 1 or the number of batch rows with the prompt.
-        rows: the batch rows of each prompt.
+        rows: the indices of the batch rows that use each prompt.
 
     Shape:
         keys and values [R_i, Hq, K_i, D] -> [B, Hq, max K_i, D]
@@ -194,7 +194,7 @@ def mix_branches(branches: Sequence[Branch], rows: Sequence[Sequence[int]], batc
         own = [(branch, where) for branch, where in pairs if name in branch.scaled]
         where = [where for _, where in own]
         factor, offset = (_spread([branch.scaled[name][i] for branch, _ in own], where, batch) for i in (0, 1))
-        without = torch.ones(batch, 1, device=factor.device)  # rows without a factor, whose factor must be 1
+        without = torch.ones(batch, 1, device=factor.device)  # a factor of 1 for rows whose prompt has none
         without[[row for places in where for row in places]] = 0.0
         mixed.scaled[name] = factor + without, offset
     return mixed
@@ -205,7 +205,7 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
 
 
 def _spread(tensors: Sequence[Tensor], rows: Sequence[Sequence[int]], batch: int) -> Tensor:
-    """Copy each tensor to its n rows of the batch; rows without a tensor are 0. [1 or n, ...] each -> [B, ...]."""
+    """Copy each tensor to its n rows of the batch; rows without a tensor get zeros. [1 or n, ...] each -> [B, ...]."""
     count = sum(tensor.shape[0] for tensor in tensors)
     source, first = [count] * batch, 0
     for tensor, places in zip(tensors, rows, strict=True):

@@ -16,7 +16,7 @@ Scaled = dict[str, tuple[Tensor, Tensor]]
 
 
 def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
-    """Map the name of each linear layer in a stack's blocks to the layer and its output width; LoRA's layers are left out."""
+    """Map the name of each linear layer in a stack's blocks to the layer and its output width, except for LoRA's layers."""
     from transformers.pytorch_utils import Conv1D
 
     blocks = tuple(f"{name}." for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList))
@@ -30,7 +30,7 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
 def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
     """Return where the text has padding, [B, T] bool, or None if no row starts with padding.
 
-    Recurrent layers read every column and ignore padding only because its states are 0, so padding must get no offset.
+    Padding has no effect on recurrent layers only because its states are 0, so it must get no offset.
 
     Args:
         mask: the attention mask, [B, past + T].
@@ -42,7 +42,7 @@ def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
 
 
 def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None) -> Tensor | None:
-    """Multiply the output of a linear layer by its factor and add its offset; return None for a layer without these.
+    """Multiply the output of a linear layer by its factor and add its offset; return None if the layer has neither.
 
     Args:
         output: [B, ..., out], or [N, out] if all rows share one factor.
@@ -67,7 +67,7 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
 
 @dataclass(eq=False)
 class ScaleHook:
-    """The hook of one linear layer; because it is a bound method, a copy of the model gets its own hook."""
+    """The hook of one linear layer: a bound method, so that a copy of the model gets its own hook."""
 
     stack: Stack
     name: str

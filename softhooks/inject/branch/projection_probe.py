@@ -1,4 +1,4 @@
-"""Find the arguments for calling each attention module on a single hidden state, and check the resulting keys and values."""
+"""Find the arguments for calling each attention module on one hidden state, and check the resulting keys and values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROBE_ID = 63
 
 
 def find_attention_calls(structure: ModelStructure) -> None:
-    """Set `Site.call` for each self-attention layer of a model: the arguments for calling it on a single hidden state.
+    """Set `Site.call`, the arguments for calling an attention module on one hidden state, for each self-attention layer.
 
     Raises:
         UnsupportedMethodError: a stack neither uses transformers' attention interface nor has attention that softhooks rewrites.
@@ -49,10 +49,10 @@ def find_attention_calls(structure: ModelStructure) -> None:
 
 @dataclass(eq=False)
 class _Seen:
-    """A call of one self-attention layer in a forward of one token.
+    """A call to one self-attention layer in a forward of one token.
 
     Attributes:
-        calls: the arguments of all calls of the layer's module, which may serve several layers.
+        calls: the arguments of all calls to the layer's module, which several layers may share.
         args, kwargs: the arguments of this call.
         query, key, value: the arguments of the attention function.
         output: the output of the attention function.
@@ -68,7 +68,7 @@ class _Seen:
 
 
 class _WatchPass(Pass):
-    """A forward that records every call of self-attention."""
+    """A forward that records every call to self-attention."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__(stack)
@@ -76,11 +76,11 @@ class _WatchPass(Pass):
         self._called: dict[int, list[tuple[Any, Any]]] = {}
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record a call of an attention module."""
+        """Record a call to an attention module."""
         self._called.setdefault(id(module), []).append((args, dict(kwargs)))
 
     def attend(self, site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a call of the attention function."""
+        """Record a call to the attention function."""
         output = attention(*args, **kwargs)
         if site.role == "self":
             calls, (query, key, value) = self._called[id(site.module)], args[1:4]
@@ -89,7 +89,7 @@ class _WatchPass(Pass):
 
 
 def _watch(stack: Stack, vocabulary: int, encoded: Tensor | None) -> dict[int, _Seen]:
-    """Run one token through a stack, and return the call of each self-attention layer by its index."""
+    """Run one token through a stack, and return the call to each self-attention layer, by layer index."""
     inputs: dict[str, Any] = {"input_ids": _one_id(stack, vocabulary)}
     if encoded is not None:
         inputs["encoder_hidden_states"] = encoded
@@ -107,7 +107,7 @@ def _one_id(stack: Stack, vocabulary: int) -> Tensor:
 
 
 def _attention_call(seen: _Seen) -> AttentionCall:
-    """Make the arguments for hidden states without positions from a recorded call."""
+    """Turn a recorded call into arguments for other hidden states, without positions or a cache."""
     given: list[tuple[int | str, Any]] = [*enumerate(seen.args), *seen.kwargs.items()]
     place, width = next(((name, value.shape[-1]) for name, value in given if _is_state(value)), ("", 0))
     return AttentionCall(
@@ -124,7 +124,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _nowhere(value: Any) -> Any:
-    """Replace a cache by None, and a rotary embedding by one that does not rotate; return any other argument unchanged."""
+    """Replace a cache with None, and a rotary embedding with one that does not rotate; return other arguments unchanged."""
     if hasattr(value, "get_seq_length"):
         return None
     if isinstance(value, Tensor):
@@ -137,7 +137,7 @@ def _nowhere(value: Any) -> Any:
 
 
 def _failure(site: Site, call: AttentionCall, seen: _Seen) -> str:
-    """Describe why a layer computes wrong keys and values for hidden states; return an empty string if they are right.
+    """Describe why a layer's keys and values for given hidden states are wrong; return an empty string if they are right.
 
     The recorded token is at position 0, where a rotation changes at most the scale of the key. So the value must be reproduced
     exactly, and the key up to a factor. A second hidden state in the batch must get a different key and value, and must not

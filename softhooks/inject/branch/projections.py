@@ -2,7 +2,7 @@
 
 The module runs its own forward on each hidden state as a sequence of one token, without rotation, mask or cache, and a pass
 records the arguments of its attention function. So separate, fused, biased and low-rank projections, key norms, and adapters on
-them need no special code. `projection_probe` checks at attach that the recorded keys and values are right.
+them need no special code. `projection_probe` checks the recorded keys and values when a prompt is attached.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _ProjectionPass(Pass):
 
     def __init__(self, stack: Stack, scaled: Scaled) -> None:
         super().__init__(stack)
-        self.has_begun = True  # only a module runs, not the stack
+        self.has_begun = True  # only one module runs, not the stack
         self.scaled = scaled
         self.found: tuple[Tensor, Tensor] | None = None
 
