@@ -56,7 +56,7 @@ class CachePass(PrefixPass):
         self.handles += self.prepare()
 
     def prepare(self) -> list[Any]:
-        """Remove the prefix's columns from the masks of layers without a prefix; the stack makes one mask for all layers."""
+        """Remove the prefix's columns from the masks of layers without a prefix, because all layers get the same mask."""
 
         def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -84,8 +84,8 @@ class CachePass(PrefixPass):
                 if module is self.stack.module:
                     continue
                 raise UnsupportedModeError(
-                    f"{type(module).__name__} does not use a cache with gradient checkpointing; its prefix needs one, because it "
-                    "enters through the cache.",
+                    f"{type(module).__name__} does not use a cache with gradient checkpointing; its prefix can enter only "
+                    "through a cache.",
                     "Disable gradient checkpointing.",
                 )
             self._patches.set(module, "_can_checkpoint_with_cache", True)

@@ -1,4 +1,4 @@
-"""Attention over all rows in one sequence after a long prefix, with a mask that keeps the rows apart.
+"""Join the rows of a batch into one sequence after a long prefix, with a mask that keeps the rows apart.
 
 In a batch, the prefix's keys and values are copied for every row. In one sequence there is a single copy, but scores between
 rows are computed for nothing. So rows are joined only if the prefix is at least as long as all rows together. Measured with 900

@@ -19,14 +19,14 @@ class KeyValues:
     """The keys and values of a prefix in self-attention, or in cross-attention.
 
     Attributes:
-        keys, values: [R, Hk, P, D] by the index of the layer, for layers with a prefix; R is 1 (shared by every row), B, or the
+        keys, values: [R, Hk, P, D] by layer index, for layers with a prefix; R is 1 (shared by every row), B, or the
             number of a prompt's variants.
-        lengths: the number of virtual tokens of each row, [B], at the right end of the P columns; None if all rows have P.
-        windowed: whether sliding windows apply to the prefix as to tokens just before the text; a bool, or [B] bool.
+        lengths: the number of virtual tokens of each row, [B], which are the last of the P columns; None if all rows have P.
+        windowed: whether sliding windows treat the prefix as tokens directly before the text; a bool, or [B] bool.
         shifted: whether the text's positions start after the prefix; a bool, or [B] bool.
         states: the virtual tokens' last hidden states, [R, P, H], if the prompt was run through the stack.
         hidden: the virtual tokens that a row must not see, [B or 1, P] bool, or None if each row sees all its virtual tokens.
-        missing: the rows without a prefix at a layer where other rows have one, [B] bool by the index of the layer.
+        missing: the rows without a prefix at a layer where other rows have one, [B] bool by layer index.
     """
 
     keys: dict[int, Tensor]
@@ -50,7 +50,7 @@ class KeyValues:
 
     @property
     def any_key(self) -> Tensor:
-        """The keys of the first layer; R and P are the same for all layers."""
+        """The keys of the first layer with a prefix; R and P are the same for all layers."""
         for key in self.keys.values():
             return key
         raise PromptNotReachedError(
@@ -87,7 +87,7 @@ class KeyValues:
 
 
 def split(flat: Tensor, sites: Sequence[Site]) -> KeyValues:
-    """Split a prefix that is stored as one matrix, [P, sum over layers of Hk * (Dk + Dv)], in which keys come first.
+    """Split a matrix, [P, sum over layers of Hk * (Dk + Dv)], in which each layer's keys precede its values.
 
     Shape:
         -> keys [1, Hk, P, Dk] and values [1, Hk, P, Dv] for each layer
@@ -124,8 +124,8 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     """Combine the prefixes of a batch whose rows use different prompts. [R_i, Hk, P_i, D] each -> [B, Hk, max P_i, D].
 
     Args:
-        prompts: the prefixes; each may leave layers out.
-        rows: the variant of each row, numbered over the variants of all prompts, or None for no prompt.
+        prompts: the prefixes; each may lack some layers.
+        rows: the variant of each row, numbered across all prompts, or None for no prompt.
     """
     longest = max(prompt.length for prompt in prompts)
     device = prompts[0].any_key.device

@@ -19,13 +19,13 @@ from softhooks.errors import UnsupportedModeError
 
 
 def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
-    """Number the documents of each row by restarts of the positions, [B or 1, T]; return None if every row has only one.
+    """Number the documents of each row, which start where positions restart, [B or 1, T]; None if every row has only one.
 
     Args:
         positions: the caller's `position_ids`, [B or 1, T], or [4, B, T] with the positions in the text first (M-RoPE).
-        mask: the caller's mask; positions of padding are ignored. With a mask prepared for attention the result is None, because
-            this mask alone decides whether documents are kept apart.
-        columns: T.
+        mask: the caller's mask; positions of padding are ignored. If it is prepared for attention, the result is None, because
+            such a mask alone decides which tokens see each other.
+        columns: the number of text columns, T.
     """
     is_flat = isinstance(mask, Tensor) and mask.dim() == 2
     if not isinstance(positions, Tensor) or columns < 2 or (mask is not None and not is_flat):
@@ -74,7 +74,7 @@ def keep_documents_apart(forward_pass: Pass, numbers: Tensor) -> None:
             checked.append(mask)
         return attend(site, attention, args, kwargs)
 
-    forward_pass.attend = attend_apart  # type: ignore[method-assign]  # only of this pass
+    forward_pass.attend = attend_apart  # type: ignore[method-assign]  # for this pass only
 
 
 def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
@@ -95,6 +95,6 @@ def _refusal(numbers: Tensor, mask: str) -> UnsupportedModeError:
         "documents packed into one row could see each other in this call; a document must see only the prompt and itself.",
         "Pass the packed row without an attention mask and with `use_cache=False` (as a Trainer does), and use 'sdpa' or 'eager' "
         "attention; if the model has no masks for packed rows, put each document into its own row.",
-        documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, by restarting position_ids",
+        documents=f"up to {int(numbers[:, -1].max()) + 1} in a row, because position_ids restart",
         mask=mask,
     )

@@ -1,7 +1,7 @@
-"""Prefixes with the paged cache of continuous batching, in which the sequences of many requests share one row.
+"""Key-value prefixes in continuous batching, where the sequences of many requests share one row and one paged cache.
 
 The attention function writes to the cache and reads from it, and its mask keeps the sequences apart. The prefix is prepended
-once for all sequences to the keys and values that were read. It is never written to the cache, because requests with the same
+to the keys and values that were read, once for all sequences. It is never written to the cache, because requests with the same
 ids share cache blocks.
 """
 

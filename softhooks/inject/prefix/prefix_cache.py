@@ -52,7 +52,7 @@ def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
         return None
     lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     places = torch.arange(length + mask.shape[1], device=mask.device)[None]
-    # Place p holds padding (column p + P) for p < lead, then the prefix (column p - lead), then the text (column p).
+    # Column p of the result is padding (from p + P) for p < lead, then the prefix (from p - lead), then the text (from p).
     prefix = torch.where(places < lead + length, places - lead, places)
     columns = torch.arange(mask.shape[1], device=mask.device)[None]
     return KeyOrder(

@@ -1,6 +1,6 @@
 """Key-value prefixes that enter at the attention function.
 
-The prefix is never written to the model's cache, so checkpointing and any kind of cache work as without a prefix.
+The prefix is never written to the model's cache, so checkpointing and every kind of cache work as they do without a prefix.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PrefixPass(CheckpointedPass):
         window = window_of(site, kwargs) if site.role == "self" else None
         everywhere = not self.stack.causal or self.prefixes[site.role].windowed is False
         refuse_attention(function, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))
-        window = window if self.stack.causal else None  # in an encoder only the mask applies the window
+        window = window if self.stack.causal else None  # in an encoder, the mask alone applies the window
         causal = causal and query.shape[2] > 1
 
         def build() -> Any:
@@ -138,7 +138,7 @@ class PrefixPass(CheckpointedPass):
         prefix, device = self.prefixes[site.role], query.device
         present = prefix.present(device, site.index)
         visible = None if present is None else present[:, None, None, :]
-        # A windowed prefix is just before the text: early tokens see the end of the prefix, and later tokens see none of it.
+        # A windowed prefix is directly before the text: early tokens see the end of the prefix, and later tokens see none of it.
         if window is not None and prefix.windowed is not False and self.positions is not None:
             columns = torch.arange(prefix.length, device=device)
             distance = self.positions.to(device)[:, -query.shape[2] :, None] + prefix.length - columns
@@ -153,7 +153,7 @@ class PrefixPass(CheckpointedPass):
         return [part for own in self.prefixes.values() for parts in (own.keys, own.values) for part in parts.values()]
 
     def detach_injected(self) -> None:
-        """Replace every key and value by a leaf of the autograd graph."""
+        """Replace every key and value with a leaf of the autograd graph."""
         for role, prefix in self.prefixes.items():
             keys = {index: self.leaf_of(tensor) for index, tensor in prefix.keys.items()}
             values = {index: self.leaf_of(tensor) for index, tensor in prefix.values.items()}
