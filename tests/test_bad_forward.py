@@ -187,7 +187,7 @@ def test_packed_positions_and_slots() -> None:
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
     with softhooks.attach(model, AS_SLOTS["slots"]):
         message = (
-            r"\[2, 6\] do not count each row's tokens(.|\n)*each row has its slots only once(.|\n)*Put each document"
+            r"\[2, 6\] do not count each row's tokens(.|\n)*once per row, not once per document(.|\n)*Put each document"
         )
         refused(model, UnsupportedModeError, message, lambda: model(IDS, position_ids=packed))
         plain = model(IDS).logits

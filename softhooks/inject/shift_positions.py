@@ -104,7 +104,7 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
     real = mask.bool()
     offset = given - text_positions(mask) - stack.positions.start
     first = offset.gather(-1, real.long().argmax(-1, keepdim=True).expand(*offset.shape[:-1], 1))
-    # A plain count from any start is recounted with the slots.
+    # Positions that count up in steps of one, from any start, are recounted with the slots.
     if bool(((offset == first) | ~real).all()):
         return own + first if bool(first.any()) or given.dim() > 2 else own
     # Any other positions, such as an image's, are shifted as a whole if all slots are before the text.
@@ -112,8 +112,8 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
     if given.dim() == 2 or not bool(before.all()):
         raise UnsupportedModeError(
             f"`position_ids` {list(given.shape)} do not count each row's tokens in steps of one; with slots they must, because "
-            "each row has its slots only once.",
-            "Put each document into its own row; before images, use `placement='front'`, or a prompt that enters as keys and "
+            "slots are inserted once per row, not once per document.",
+            "Put each document into its own row; for images, use `placement='front'`, or a prompt that enters as keys and "
             "values.",
         )
     moved = given + wide.live.sum(-1, keepdim=True)

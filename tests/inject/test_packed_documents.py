@@ -67,7 +67,7 @@ def test_whatever_the_method_each_document_sees_its_own_prompt_or_is_refused(ent
     call = {"input_ids": IDS, "position_ids": POSITIONS, "use_cache": False}
     with prompt:
         if entry in SLOTS:
-            with untouched(model), pytest.raises(UnsupportedModeError, match="each row has its slots only once"):
+            with untouched(model), pytest.raises(UnsupportedModeError, match="once per row, not once per document"):
                 model(**call, **more)
             return
         expected = torch.cat([model(input_ids=row[None], use_cache=False, **more).logits[0] for row in DOCUMENTS])

@@ -1,7 +1,7 @@
-"""The values at slots of arguments with a value for each token, such as boxes on a page or token types.
+"""Choose the values that per-token arguments, such as token types or bounding boxes, have at slots.
 
-A slot gets the value that the tokenizer gives to padding. A probe checks that the model uses this value if the argument is
-missing. The language of a slot is the language of its row.
+A slot gets the value that the tokenizer gives to padding. Except for token types, a probe checks that the model uses this value
+if the argument is missing. The language of a slot is the language of its row.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from softhooks.backbone.stack import Stack
 from softhooks.layout.slot_map import Widened
 
 _PADDED: dict[str, tuple[str, str | int]] = {
-    # argument: the value's name in the config ("" for 0), and how many numbers a token has (0: a single number, no dimension)
+    # argument: the value's name in the config ("" for 0), and the last dimension's size or its name in the config (0: none)
     "token_type_ids": ("", 0),
     "bbox": ("", 4),
     "xpath_tags_seq": ("tag_pad_id", "max_depth"),
     "xpath_subs_seq": ("subs_pad_id", "max_depth"),
 }
 ZERO_AT_SLOTS = ("token_type_ids", "visual_pos_masks", "image_embeds_position_mask")
-"""Arguments that are 0 at a slot: the first token type, and not part of an image."""
+"""Arguments that are 0 at a slot, which has the first token type and is not part of an image."""
 COPIED = ("langs",)
 """Arguments for which a slot has the value of the row's first token."""
 
@@ -31,7 +31,7 @@ COPIED = ("langs",)
 def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
     """Return the known values of per-token arguments at slots, by name. All prompts must be disabled.
 
-    A value is known if passing it for every token of `ids` [1, T] gives the same states as leaving the argument out.
+    A value is known if passing it for every token of `ids` [1, T] leaves the states unchanged. Token types always get 0.
     """
     config = getattr(stack.module, "config", None)
     fills: dict[str, int] = {}

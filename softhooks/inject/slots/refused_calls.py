@@ -103,7 +103,7 @@ def refuse_later_text(gap: Tensor, live: Tensor, columns: int) -> None:
 
 
 def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
-    """Replace the `lengths` of the rows (XLM), which slots would change, by a mask; keep a mask that the call already has."""
+    """Replace the `lengths` of the rows (XLM), which slots would change, with a mask; keep a mask that the call already has."""
     lengths = call.get("lengths")
     if not isinstance(lengths, Tensor) or lengths.shape != (batch,):
         return

@@ -1,7 +1,7 @@
 """Insert slots into the sequence: add placeholder ids, replace their embeddings, and remove their states from the output.
 
-This is used for encoders, for prompts that are not before the text, and for decoders that cannot share their prompt. Outside of
-the stack every shape is the shape of the text; only a decoder that attends to an encoder gets states with the encoder's slots.
+This is used for encoders, for prompts that are not before the text, and for decoders that cannot share their prompt. Outside
+the stack, tensors have the columns of the text; only a decoder that attends to an encoder gets states with the encoder's slots.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SlotPass(Pass):
 
     Args:
         call: the arguments of the forward, by name; the slots are added in place.
-        placeholder: an ordinary id that is not padding.
+        placeholder: the id of an ordinary token, not of padding.
         keep: whether the slots stay in the last hidden state, for a decoder that attends to it.
 
     Attributes:
@@ -63,9 +63,9 @@ class SlotPass(Pass):
         self.placeholder = placeholder
         self.wide: Widened | None = None
         self._cached: Widened | None = None
-        self._asked = 0  # `logits_to_keep` of the call: the stack returns only so many text columns; 0 for all
+        self._asked = 0  # the call's `logits_to_keep`: how many of the last text columns to return; 0 for all
         self._embeds_given = call.get("input_ids") is None
-        self._ids: Tensor | None = None  # only if token types may be looked up in the same embedding
+        self._ids: Tensor | None = None  # set only if token types may be looked up in the same embedding
         text: Tensor = call["inputs_embeds"] if self._embeds_given else call["input_ids"]
         self.batch, self.columns = text.shape[:2]
         self.device = text.device

@@ -36,7 +36,7 @@ class Slots:
 
     @property
     def columns(self) -> int:
-        """The largest number of slots of a prompt (S)."""
+        """The number of slots of the prompt with the most slots (S)."""
         return max(layout.num_slots for layout in self.layouts)
 
     @property
