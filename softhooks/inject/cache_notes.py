@@ -22,7 +22,7 @@ _NOTE = "_softhooks_note"
 
 @dataclass(frozen=True)
 class WrittenSlots:
-    """The slots that a forward inserted, so that a later forward finds them in the cache or in the encoder's states.
+    """The slots that a forward inserted, so that a later forward can find them in the cache or in the encoder's states.
 
     Attributes:
         places: the number of real tokens before each slot, which does not change if padding is added on either side.
@@ -35,7 +35,7 @@ class WrittenSlots:
     columns: int
 
     def places_in(self, batch: int) -> Places | None:
-        """Return `places` for a batch in which each row is repeated equally often (beams, samples); None for other batches."""
+        """Return `places` for a batch that repeats every row the same number of times (beams, samples), or None for others."""
         rows = self.before.shape[0]
         if not rows or not batch or batch % rows:
             return None
@@ -43,7 +43,7 @@ class WrittenSlots:
         return Places(self.places.offsets.repeat_interleave(times, 0), self.places.live.repeat_interleave(times, 0))
 
     def widened(self, batch: int) -> Widened | None:
-        """Return the map from text columns to columns with slots, for the batches for which `places_in` returns places."""
+        """Return the map from text columns to columns with slots, or None if `places_in` returns None."""
         places = self.places_in(batch)
         if places is None:
             return None
@@ -52,7 +52,7 @@ class WrittenSlots:
 
 @dataclass(frozen=True)
 class Note:
-    """The note on a cache, on an encoder's output, or on the states in this output. Copies of the object have the same note.
+    """A note on a cache, an encoder's output, or the states in that output. Copies of the object have the same note.
 
     Attributes:
         provenance: the prompts that the object was computed with; None if there were none, or if they are unknown.
@@ -75,7 +75,7 @@ def note_on(holder: Any) -> Note:
 
 
 def add_note(holder: Any, **changes: Any) -> None:
-    """Set fields of the `Note` on an object. Nothing is noted on a tuple, which cannot have attributes."""
+    """Set fields of the `Note` on an object. Tuples get no note, because they cannot have attributes."""
     if not isinstance(holder, tuple):
         setattr(holder, _NOTE, replace(note_on(holder), **changes))
 
@@ -84,14 +84,14 @@ def add_note(holder: Any, **changes: Any) -> None:
 
 
 def note_caches(output: Any, provenance: Callable[[], Provenance]) -> None:
-    """Note the prompts on a cache that the stack created; a cache that the caller passed already has its note."""
+    """Record the prompts on a cache that the stack created; a cache that the caller passed already has a note."""
     for cache in caches_in(output):
         if note_on(cache).provenance is None:
             add_note(cache, provenance=provenance())
 
 
 def require_own_cache(cache: Any, now: Provenance | None) -> None:
-    """Refuse a cache that was filled with other prompts, or before the prompts changed; note the prompts on an empty cache.
+    """Refuse a cache that was filled with other prompts, or before the prompts changed; record the prompts on an empty one.
 
     Args:
         now: the active prompts; None if no prompt is active.
@@ -120,7 +120,7 @@ def _in_words(before: Provenance | None, now: Provenance | None, difference: str
 
 
 def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | None, selection: str | None) -> None:
-    """Refuse a paged cache that was filled with another prompt, or before the prompt changed; note the prompt on a new cache.
+    """Refuse a paged cache that was filled with another prompt, or before the prompt changed; record the prompt on a new one.
 
     Args:
         cache: the cache of a continuous batch, or None outside of continuous batching.

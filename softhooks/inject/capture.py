@@ -69,7 +69,7 @@ def capture(
 
 
 def key_values_of(structure: ModelStructure, ids: Tensor) -> dict[str, Tensor]:
-    """Compute the frozen model's keys and values of a text, for every group of attention layers.
+    """Compute the frozen model's keys and values for a text, in every group of attention layers.
 
     An encoder-decoder runs the text through both stacks. The keys and values of all tokens are returned, even for layers with
     sliding windows.

@@ -38,7 +38,7 @@ class CheckpointedPass(Pass):
                     self.detach_injected()
 
     def detach_injected(self) -> None:
-        """Replace the injected tensors by leaves of the autograd graph, made by `leaf_of`.
+        """Replace the injected tensors with leaves of the autograd graph, made by `leaf_of`.
 
         A reentrant checkpoint runs a separate backward for each layer, and the first one would free the prompt's graph. A leaf
         collects the gradients of all layers. `_Anchor` passes them on to the prompt in the backward of the text's embeddings,
@@ -78,7 +78,7 @@ class UnchangedPass(CheckpointedPass):
         self.has_injected = True
 
     def site_for_call(self, site: Site) -> Site:
-        """Return the same site; the calls of a shared module are not counted, because no attention changes."""
+        """Return the site unchanged; calls to a shared module need not be counted if attention is unchanged."""
         return site
 
     def detach_injected(self) -> None:
@@ -96,7 +96,7 @@ def _reentering(forward_pass: CheckpointedPass, function: Callable[..., Any]) ->
             if not forward_pass._closed and stack.state.current is not None:
                 return layer(*inner_args, **inner_kwargs)
             with stack.state.running(forward_pass, alone="a backward"):
-                # Reset to the counts before the first run, so that a shared module stands for the same layer again.
+                # Restore the counts from before the first run, so that a shared module stands for the same layer again.
                 forward_pass.calls = dict(calls)
                 handles = forward_pass.prepare() if forward_pass._closed else []
                 try:

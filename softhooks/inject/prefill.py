@@ -1,7 +1,7 @@
 """Run a prompt through a causal decoder once, and use its keys and values as the prefix of every row.
 
-Virtual tokens before the text attend only to each other, so their states are the same in every row. They run at batch size 1,
-with gradients. `softhooks.inject.reuse` decides whether a later forward may reuse the result.
+Virtual tokens before the text attend only to each other, so their states are the same in every row. Each variant of the
+prompt runs once, with gradients. `softhooks.inject.reuse` decides whether a later forward may reuse the result.
 """
 
 from __future__ import annotations

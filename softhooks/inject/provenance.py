@@ -1,7 +1,7 @@
 """Record the prompts that a cache or an encoder's output was computed with, and the state of each prompt.
 
-A name does not identify the state of a prompt: a training step, an assignment to `.data`, folding, or another prompt with the
-same name changes it. So checksums of the prompt's tensors are compared; copies would take as much memory as the prompt.
+A name does not identify the state of a prompt: a training step, an assignment to `.data` or folding changes the state, and
+another prompt can get the name. So checksums of the prompt's tensors are compared; copies would take as much memory as the prompt.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Snapshot:
 
     Attributes:
         checksums: a checksum of each of the prompt's tensors.
-        facts: the injection, the conventions, and the plain attributes and hooks of the prompt's modules.
+        facts: the injection, the method's conventions, and the plain attributes and hooks of the prompt's modules.
     """
 
     checksums: list[Digest | Tensor]
@@ -59,7 +59,7 @@ def snapshot(
     """Take a snapshot of a prompt.
 
     Inside a `generate` call, the last snapshot is returned if the address and version of each tensor are the same, because
-    nothing trains there.
+    nothing is trained there.
 
     Args:
         added: the rows of added tokens that the prompt trains, if any.
@@ -155,14 +155,14 @@ class Provenance:
             return "of another model"
         for (_, now), (_, before) in zip(self.prompts, other.prompts, strict=True):
             if now is not before and not now.equals(before):
-                return "which have changed since"
+                return "changed since"
         if self.variants and other.variants and not _same_rows(self.variants, other.variants):
             return "with other variants (tasks)"
         return None
 
 
 def _same_rows(now: tuple[int | None, ...], before: tuple[int | None, ...]) -> bool:
-    """Whether the variants of the rows are the same as before, or each row is now repeated equally often."""
+    """Whether the rows have the same variants as before; each row may now be repeated the same number of times (beams)."""
     if len(set(now)) == len(set(before)) == 1:
         return now[0] == before[0]
     if not len(now) or len(now) % len(before):

@@ -19,7 +19,7 @@ class ExpectedModules:
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle without the places, because a copy finds the modules' places in its own model."""
+        """Leave out the places, which a copy must find in its own model."""
         return {"_expected": self._expected, "_places": None}
 
     def add(self, modules: Iterable[nn.Module]) -> None:
@@ -38,8 +38,8 @@ class ExpectedModules:
         gone = [type(module).__name__ for module in self._expected if id(module) not in paths]
         if gone:
             raise UnsupportedModeError(
-                f"{', '.join(dict.fromkeys(gone))} of {type(root).__name__} has been replaced since the prompt was attached; the "
-                "modules that a prompt enters must stay in the model.",
+                f"modules of {type(root).__name__} have been replaced since the prompt was attached "
+                f"({', '.join(dict.fromkeys(gone))}); the modules that a prompt enters must stay in the model.",
                 "Restore the old modules, or save the prompt, remove it, and load it onto the changed model.",
             )
         places: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}

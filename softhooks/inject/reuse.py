@@ -58,7 +58,7 @@ class ReuseScope:
         self.snapshots.clear()
 
     def __reduce__(self) -> tuple[type[ReuseScope], tuple[None]]:
-        """Copy and pickle as an empty scope of no model, because a copied cache may be used with a copy of the model."""
+        """Copy and pickle as an empty scope without a model, because a copied cache may be used with a copy of the model."""
         return ReuseScope, (None,)
 
 
@@ -114,8 +114,8 @@ def scope_on(holder: Any, model: object) -> Iterator[None]:
 class ResultCache(Generic[T]):
     """A prompt's keys and values for one stack, computed once per scope; outside a scope or with gradients, once per forward.
 
-    The most common changes are detected even inside a scope: other addresses or versions of tensors, other values of trained
-    tensors (fused optimizers do not increase the version), other active PEFT adapters, autocast.
+    The most common changes are detected even inside a scope: new addresses or versions of tensors, new values of trained tensors
+    (fused optimizers do not increase the version), a switch of PEFT adapters, or autocast.
 
     Attributes:
         computed: the number of times that the result was computed.
@@ -152,7 +152,7 @@ class ResultCache(Generic[T]):
         trained = [tensor for tensor in (*own, *base) if tensor.requires_grad]
         has_graph = stack.module.training or (torch.is_grad_enabled() and trained)
         state = None if has_graph else _state([*own, *base])
-        if state is None:  # a result with a graph can only be used for one backward
+        if state is None:  # a result with a graph can be used for only one backward
             scope.results.pop(self, None)
             return self._compute(compute)
         values = [*own, *[tensor for tensor in trained if all(tensor is not one for one in own)]]

@@ -69,8 +69,8 @@ def _text_length(call: dict[str, Any]) -> int:
 def slots_error(reasons: list[str], error: UnsupportedModeError) -> UnsupportedModeError:
     """Return the error for a call that can neither share the prompt (because of `reasons`) nor use slots (because of `error`)."""
     return UnsupportedModeError(
-        f"this call has {', '.join(reasons)}, which could change the states of virtual tokens; so the prompt enters as slots in "
-        f"this call, which is not possible either:\n{error}"
+        f"this call has {', '.join(reasons)}, which could change the states of virtual tokens; so the prompt would have to enter "
+        f"as slots, which is not possible either:\n{error}"
     )
 
 
@@ -79,5 +79,5 @@ def always_shared_error(name: str, reasons: list[str]) -> UnsupportedModeError:
     return UnsupportedModeError(
         f"prompt {name!r} was attached with injection='shared', but this call has {', '.join(reasons)}, which could change the "
         "states of its virtual tokens; a shared prompt is computed once, without the call's arguments.",
-        "Leave the argument out, or attach the prompt without `injection='shared'`; it then enters as slots in this call.",
+        "Leave the argument out, or attach the prompt without `injection='shared'`, so that it enters as slots in this call.",
     )

@@ -1,4 +1,4 @@
-"""Find the positions of the text in a call, and check that prompt and text fit into the model's positions."""
+"""Find the positions of the text in a call, and check that prompt and text do not exceed the model's positions."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None
 def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
     """Return the `position_ids` of a call, counted from `stack.positions.start`, or None if the call has none.
 
-    Positions that the model itself has counted by columns are counted by the mask instead, because columns include padding.
+    If the model counted the positions itself, by columns, they are counted again by the mask, because columns include padding.
     """
     given = call.get("position_ids")
     if given is None:
@@ -112,8 +112,8 @@ def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCa
 def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> str:
     """Describe, for an error, `position_ids` that start the text after the stack's first position; return "" for any others.
 
-    Keys and values that are computed once or trained have the first positions, so there would be a gap before the text. Not
-    checked are a text that continues a cache, and positions with several axes (M-RoPE), which locate the parts of an image.
+    Keys and values that are computed once or trained have the first positions, so there would be a gap before the text. A
+    text that continues a cache is not checked, nor are positions with several axes (M-RoPE), which locate parts of an image.
     """
     if call.get("position_ids") is None or not stack.positions.takes_position_ids:
         return ""
@@ -133,7 +133,7 @@ def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> 
 def later_start_error(stack: Stack, found: str) -> UnsupportedModeError:
     """Return the error for a text that `later_start` has described as `found`."""
     return UnsupportedModeError(
-        f"the call has {found}, but the prompt's keys and values have the first positions, and the text must follow directly.",
+        f"the call has {found}, but the prompt's keys and values have the first positions; the text must directly follow them.",
         "Leave `position_ids` out or count them by the attention mask; or use PromptTuning, which works with such positions.",
         model=f"{type(stack.module).__name__}, which starts at {stack.positions.start}",
     )
@@ -159,7 +159,7 @@ def check_text_length(
         _, columns = text_shape(call)
         past = past_of(call)
         past = past - cached if past else past
-        # The number of columns is a free upper bound, so the mask is only read for a text near the limit.
+        # The number of columns is a cheap upper bound, so the mask is only read for a text near the limit.
         if isinstance(past, Tensor) or past + columns + length <= limit:
             return
         mask = padding_mask(call, outer)
