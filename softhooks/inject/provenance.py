@@ -1,7 +1,7 @@
 """Record the prompts that a cache or an encoder's output was computed with, and the state of each prompt.
 
 A name does not identify the state of a prompt: a training step, an assignment to `.data` or folding changes the state, and
-another prompt can get the name. So checksums of the prompt's tensors are compared; copies would take as much memory as the prompt.
+another prompt can get the name. So checksums of the tensors are compared; copies would take as much memory as the prompt.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Snapshot:
         return self
 
     def equals(self, other: Snapshot) -> bool:
-        """Whether both are the same state."""
+        """Whether another snapshot has the same state."""
         if self.facts != other.facts or len(self.checksums) != len(other.checksums):
             return False
         return all(map(_same, self.checksums, other.checksums))
@@ -81,7 +81,7 @@ def snapshot(
 
 
 def _checksum(tensor: Tensor) -> Digest | Tensor:
-    """Hash a tensor in host memory; otherwise (on a device, in `torch.func.grad`) compute a checksum without waiting for it."""
+    """Hash a tensor in host memory; on a device, or in `torch.func.grad`, compute a checksum without synchronizing."""
     if hasattr(tensor, "to_local"):  # of a sharded tensor (DTensor), only the shard of this process is compared
         tensor = tensor.to_local()
     is_plain = tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
