@@ -14,8 +14,8 @@ MLflow writes to local files (`MLFLOW_TRACKING_URI=file:...`) only with `MLFLOW_
 `MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise several threads of MLflow may create the same directory, and a metric is
 lost ("Failed to log run data: File exists").
 
-These raise an error before the first step: no active run; `HF_MLFLOW_LOG_ARTIFACTS`, which would log every checkpoint as a
-`pyfunc` model, although it only holds a prompt; a tokenizer with a prompt of keys and values or a sharded model.
+An error is raised before the first step if no run is active, if `HF_MLFLOW_LOG_ARTIFACTS` is set (it would log every checkpoint
+as a `pyfunc` model, although it only holds a prompt), or if you pass a tokenizer for keys and values or with a sharded model.
 
 Versions tested: mlflow-skinny 3.17.2
 

@@ -10,7 +10,7 @@ If nets are cloned or pickled, pass a function that returns the model (`functool
 model would be copied or pickled with its weights each time.
 
 These raise an error: a model that already has a prompt; methods with their own objective, which need the labels in the forward
-pass (CPT, distilled MPT and cartridges); files of another prompt, method or base, before anything is loaded.
+pass (CPT, distilled MPT and cartridges); files of another prompt, method or base (checked before anything is loaded).
 
 Example:
     import softhooks

@@ -108,7 +108,7 @@ class SoftPrompt(AttachedPrompt):
         return self
 
     def verify_frozen(self) -> FrozenReport:
-        """Check that every frozen parameter and buffer is bit-identical to its state at attach.
+        """Check that every frozen parameter and buffer is bit-identical to its state when the prompt was attached.
 
         Raises:
             FrozenModifiedError: a tensor has changed; the error names it.
@@ -171,7 +171,7 @@ class SoftPrompt(AttachedPrompt):
     def _fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the base model, without the embeddings of added tokens that the prompt trains."""
         prompted, added = self.prompted_model, self.added
-        # No rank of a sharded model has whole weights, so its fingerprint was taken at attach.
+        # No rank of a sharded model has whole weights, so its fingerprint was taken in `attach`.
         kept = prompted.fingerprint if is_sharded_model(prompted.model) else None
         own = frozenset() if added is None else frozenset(added.ids.tolist())
         return without_rows(kept or take_fingerprint(prompted.model, prompted.structure, frozen=True), own)

@@ -1,4 +1,4 @@
-"""Record a hash of every frozen tensor at attach, and check later that none of them has changed."""
+"""Record a hash of every frozen tensor during `attach`, and check later that none of them has changed."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _listed(names: Sequence[str]) -> str:
 def _difference(before: Digest | None, after: Digest) -> str:
     """Describe how a tensor has changed; an empty string means that it has not."""
     if before is None:
-        return "did not exist at attach"
+        return "did not exist when the prompt was attached"
     if before.dtype != after.dtype:
         return f"dtype changed from {before.dtype} to {after.dtype}"
     if before.shape != after.shape:

@@ -1,4 +1,4 @@
-"""Check at attach that a prompt does not change which tokens attend to each other.
+"""Check during `attach` that a prompt does not change which tokens each token attends to.
 
 In a causal stack, a token attends only to earlier tokens; in an encoder, it attends to the whole text.
 """

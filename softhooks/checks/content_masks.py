@@ -1,4 +1,4 @@
-"""Check at attach that attention masks do not depend on the content of the text.
+"""Check during `attach` that attention masks do not depend on the content of the text.
 
 Doge computes its masks from attention values, and DeepSeek-V3.2 from selected keys.
 """

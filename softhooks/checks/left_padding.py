@@ -1,4 +1,4 @@
-"""Check at attach whether rows may start with padding.
+"""Check during `attach` whether rows may start with padding.
 
 A model that uses `position_ids` needs no check. In other models, padding before the text may change the output, because they
 count padding as positions (ProphetNet, Pegasus-X) or apply the mask of a prefix to the wrong columns (GIT).
@@ -24,7 +24,7 @@ _PADDING = 3
 
 @torch.no_grad()
 def takes_left_padding(prompt: SoftPrompt) -> bool:
-    """Whether padding before the text leaves the output with the prompt unchanged. False if the forward pass fails.
+    """Whether the output with the prompt stays the same when padding is added before the text. False if the forward pass fails.
 
     True if the output depends on the padding even without a prompt, because then the prompt is not the cause.
     """

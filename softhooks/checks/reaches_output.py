@@ -1,4 +1,4 @@
-"""Check at attach that a prompt changes the model's output, and that every trained part of it gets a gradient.
+"""Check during `attach` that a prompt changes the model's output, and that every trained part of it gets a gradient.
 
 The check uses a randomly changed copy of the encoder, because a new prompt may have no effect by design (gates at zero).
 """

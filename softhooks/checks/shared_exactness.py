@@ -1,4 +1,4 @@
-"""Check at attach that a model computes the same hidden states with injection "shared" as with "slots"."""
+"""Check during `attach` that a model computes the same hidden states with injection "shared" as with "slots"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check at attach that no head or pooler of an encoder reads a slot's hidden state, for example by selecting its column."""
+"""Check during `attach` that no head or pooler of an encoder reads a slot's hidden state, for example by selecting its column."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_unread(prompt: SoftPrompt) -> None:
     changed = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
     if changed:
         raise UnsupportedMethodError(
-            f"the hidden state of a slot changes {', '.join(changed)}; nothing after the layers may read a virtual token.",
+            f"{', '.join(changed)} depends on the hidden state of a slot; a head or pooler must not read virtual tokens.",
             "Use another placement, such as placement='after_first', or a method with keys and values, such as PrefixTuning.",
             model=type(prompt.model).__name__,
             placement=prompt.layout.form.placement,

@@ -66,7 +66,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
                 f"Write `{flag} VALUE`, or `{flag}=VALUE` if the value begins with a hyphen.",
             ) from None
         raise OptionError(
-            f"{flag} cannot be {error.message.rpartition('argument ')[2]}; it must be yes or no.",
+            f"{flag} takes no value, but {error.message.rpartition('argument ')[2]} is given.",
             f"Write `{flag}`, or `--no-{flag[2:]}`.",
         ) from None
     if unknown:

@@ -66,7 +66,7 @@ class ContextTuning(PrefilledPrefix):
     Args:
         num_virtual_tokens: leave it out; P is computed from the demonstrations.
         demonstrations: one text or list of ids for each demonstration, which ends with the separator before the next one.
-        instruction: a text or ids before the first demonstration. If texts are given, the tokenizer's BOS token comes first.
+        instruction: a string or token ids before the demonstrations. If strings are given, the tokenizer's BOS token comes first.
         tokenizer: the model's tokenizer or its name; required for texts.
         leave_one_out: require `example_ids` in training.
         token_dropout: the probability of hiding a virtual token; 0.05 to 0.1 in the paper.

@@ -47,7 +47,7 @@ def ids_of(text: Any, tokenizer: Any, option: str) -> tuple[int, ...]:
         return tuple(tokenize(text, tokenizer, option))
     ids = text.tolist() if isinstance(text, Tensor) else list(text) if isinstance(text, Sequence) else []
     if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-        raise OptionError(f"{option} is {text!r}; it must be a text or a list of at least one id.")
+        raise OptionError(f"{option} is {text!r}; it must be a string or a list of at least one token id.")
     return tuple(ids)
 
 

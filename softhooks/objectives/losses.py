@@ -47,7 +47,7 @@ class Texts:
 
     Attributes:
         columns: the index of each token's text within its row, [B, T].
-        per_row: the number of texts in each row; some may be empty.
+        per_row: the largest number of texts in a row; in the other rows, the last texts are empty.
     """
 
     columns: Tensor

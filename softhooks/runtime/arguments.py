@@ -37,7 +37,7 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
 class SignedForward(MethodWrapper):
     """A model's forward with extra arguments in its signature.
 
-    Otherwise, a Trainer would drop these columns from the batch, and `generate` would not pass them to the forward.
+    If the signature did not have them, a Trainer would drop these columns from the batch, and `generate` would not pass them on.
 
     Args:
         model: the model.

@@ -412,7 +412,7 @@ def test_pefts_own_composition_is_ours(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"document": None}, "needs a document, but none is given"),
-        ({"document": []}, "a text or a list of at least one id"),
+        ({"document": []}, "a string or a list of at least one token id"),
         ({"document": "word5 word6"}, "tokenizer"),
         ({"document": [5, 6]}, r"(?s)not be longer than its document.*2 tokens"),
         ({"frozen_slots": P}, "it must be less than num_virtual_tokens="),

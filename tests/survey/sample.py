@@ -77,7 +77,7 @@ _REASONS: list[tuple[str, str, str]] = [
         "funnel-sequence",
     ),
     (
-        "failed in a probe forward at attach",
+        "failed in a forward pass that `attach` runs as a check",
         "prompt prefix adapter",
         "fsmt-seq2seq",
     ),

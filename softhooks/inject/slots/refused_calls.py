@@ -81,7 +81,7 @@ def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
 
 
 def _more(mask: Tensor, flat: Tensor, causal: bool) -> Tensor:
-    """Return which columns a prepared mask shows although it must hide them: padding and, in a decoder, later columns."""
+    """Return the columns that a prepared mask leaves visible but should hide: padding and, in a decoder, later columns."""
     queries = mask.shape[-2]
     seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[..., -queries:]
     real = flat.to(seen.device).bool()[:, None, None, -queries:]

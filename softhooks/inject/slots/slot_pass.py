@@ -44,7 +44,7 @@ class SlotPass(Pass):
         keep: whether the slots stay in the last hidden state, for a decoder that attends to it.
 
     Attributes:
-        wide: the map of the sequence with slots; None if the slots are in a cache.
+        wide: which columns of the sequence with slots are text and which are slots; None if the slots are in a cache.
     """
 
     def __init__(
