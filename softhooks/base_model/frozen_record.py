@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,10 @@ def digest(tensor: Tensor) -> Digest:
     if not tensor.numel() or tensor.is_meta:
         return Digest("", tensor.dtype, tuple(tensor.shape))
     flat = full(tensor.detach()).contiguous().reshape(-1)
-    bits = xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).cpu().numpy().data)
+    flat = flat.cpu()
+    # Read from the address: `numpy()` would make the storage one that FSDP2 cannot free and resize.
+    memory = (ctypes.c_char * (flat.numel() * flat.element_size())).from_address(flat.data_ptr())
+    bits = xxhash.xxh3_128_hexdigest(memory)
     return Digest(bits, tensor.dtype, tuple(tensor.shape))
 
 

@@ -427,7 +427,7 @@ REFUSED: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
         for arch in ("bert", "roberta")
         for kind in ROWS
     },
-    "adapter of GPT-2": ("gpt2", "causal", "llama-adapter", {}, r"Llama's or Mistral's"),
+    "adapter of GPT-2": ("gpt2", "causal", "llama-adapter", {}, r"the gate of a Llama or Mistral layer"),
     "adapter behind a bias": ("llama", "causal", "llama-adapter", {"attention_bias": True}, "with a bias"),
 }
 

@@ -185,7 +185,9 @@ def test_slots_start_as_words(name: str) -> None:
 
 def test_a_network_too_narrow_to_start_as_words() -> None:
     layout = Layout('{soft:"it was great bad yes no"} {a} {soft:3} .', tokenizer=tokens.masked())
-    with pytest.raises(OptionError, match=r"large enough(.|\n)*slots: +9\nhidden: +2(.|\n)*encoder='none'"):
+    with pytest.raises(
+        OptionError, match=r"too small to output(.|\n)*virtual tokens: +9\nhidden size: +2(.|\n)*encoder='none'"
+    ):
         softhooks.attach(zoo.build("bert", "masked"), PTuning(layout=layout, encoder="mlp", hidden_size=2))
 
 
