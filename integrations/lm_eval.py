@@ -49,7 +49,7 @@ NAME = "softhooks"
 
 
 def register() -> None:
-    """Register the model type `softhooks` in the harness. A second call does nothing.
+    """Register the model type `softhooks` with the harness, unless it is registered already.
 
     Raises:
         SoftHooksError: lm-eval is not installed.

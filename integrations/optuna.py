@@ -216,7 +216,7 @@ class _SearchCallback(SoftPromptCallback):
 
 
 def checkpoint_of(best: Any, args: Any) -> Path:
-    """Return the last checkpoint of a search's best run, for `softhooks.load`.
+    """Return the path of the last checkpoint of a search's best run; `softhooks.load` can load it.
 
     Args:
         best: the result of `hyperparameter_search`.

@@ -59,7 +59,10 @@ def _wrapper_of(attention: AttentionFunction) -> AttentionFunction:
         current = current_pass(module)
         if current is None:
             return attention(module, *args, **kwargs)
-        return current.attend(current.site_for_call(module.__dict__[MARK]), attention, (module, *args), kwargs)
+        site = current.site_for_call(module.__dict__[MARK])
+        if current.check_attention is not None:
+            current.check_attention(site, attention, (module, *args), kwargs)
+        return current.attend(site, attention, (module, *args), kwargs)
 
     setattr(attend, MARK, None)  # tells `_wrap_functions` that this function is a wrapper
     return attend

@@ -86,6 +86,8 @@ def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[S
 class _Recorder:
     """Records every attention call. One object acts as the site, its stack, the stack's state and the current pass."""
 
+    check_attention = None
+
     def __init__(self, records: list[AttentionRecord]) -> None:
         self.stack = self.state = self.current = self
         self.records = records

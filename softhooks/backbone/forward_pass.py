@@ -13,6 +13,7 @@ from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
 
 AttentionFunction = Callable[..., Any]
+CheckAttention = Callable[[Site, AttentionFunction, tuple[Any, ...], dict[str, Any]], None]
 
 
 def function_name(attention: AttentionFunction) -> str:
@@ -34,6 +35,7 @@ class Pass:
         has_injected: whether the prompt has entered. If it is still False when the forward ends, an error is raised.
         handles: the handles of hooks that are registered for this forward only.
         provenance: returns the state of the prompts, which is stored with caches and encoder states.
+        check_attention: called with the arguments of `attend` before each attention function, to refuse some of them.
         calls: how often each module shared by several layers was called, by role and index of its first site.
     """
 
@@ -44,6 +46,7 @@ class Pass:
         self.has_injected = False
         self.handles: list[Any] = []
         self.provenance: Callable[[], Any]
+        self.check_attention: CheckAttention | None = None
         self.calls: dict[tuple[str, int], int] = {}
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:

@@ -77,7 +77,7 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 
 @contextmanager
 def without_position_warning(structure: ModelStructure) -> Iterator[None]:
-    """Suppress the warning while the `with` block runs probes, because the user did not choose their text."""
+    """Suppress the warning while the `with` block runs probes, whose text the user did not choose."""
     with Patches() as patches:
         for stack in structure.stacks:
             patches.set(stack.positions, "has_warned", True)

@@ -77,8 +77,8 @@ def saved_placeholder_ids(
     special = special_ids(getattr(model, "config", None))
     first = next((one for one in range(min(structure.vocabulary, 64)) if one not in special), 0)
     warnings.warn(
-        f"{source} was saved by a version of softhooks that did not store the ids of virtual tokens, on which "
-        f"{type(model).__name__} depends. Their ids are set to {first}, the first id that is not special in the config. If the "
+        f"{source} was saved by an older version of softhooks, without the token ids of its virtual tokens, which "
+        f"{type(model).__name__} needs. The id {first} is used, the first that is not a special token in the config. If the "
         "config had other special ids (such as `pad_token_id`) in training, restore them, then load and save the prompt again.",
         UserWarning,
         stacklevel=2,

@@ -16,6 +16,7 @@ class RunningPass(Protocol):
 
     thread: int
     has_begun: bool
+    check_attention: Any
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
         """See `Pass.looks_up_text`."""

@@ -117,7 +117,7 @@ def method_kind(name: Any) -> str:
 
 
 def unknown_option(name: str, known: Iterable[str]) -> OptionError:
-    """Return the error for an unknown option; it suggests similar names."""
+    """Return an error that names an unknown option and suggests options with similar names."""
     return OptionError(
         f"{name} is not an option of the method, of the callback or of `softhooks run`.",
         (suggestion(name, known, "--{}") or "Write options of the script after the script.")

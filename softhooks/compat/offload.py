@@ -13,7 +13,7 @@ from softhooks.errors import UnsupportedModelError
 from softhooks.patching.patches import Patches
 
 _HOOK_ATTRIBUTES = ("_hf_hook", "_old_forward", "forward")
-"""The attributes that accelerate sets on a module."""
+"""The attributes that accelerate sets on a module when it adds a hook."""
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -19,7 +19,7 @@ from softhooks.base_model.frozen_record import Digest, digest
 from softhooks.inject.reuse import scope_of
 
 _FACTORS = (0x9E3779B97F4A7C15 - 2**64, 0xC2B2AE3D27D4EB4F - 2**64)
-"""Odd numbers that spread the places of `device_checksum` over 64 bits, as signed numbers."""
+"""Odd 64-bit constants, as signed integers; `device_checksum` computes the weight of each position from them."""
 _WORDS = 1 << 20
 _PLAIN = (bool, int, float, str, type(None))
 _tokens: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -106,9 +106,8 @@ def device_checksum(tensor: Tensor) -> Tensor:
 def _same(now: Digest | Tensor, before: Digest | Tensor) -> bool:
     if isinstance(now, Tensor) and isinstance(before, Tensor):
         return torch.equal(now, before.to(now.device))
-    return (
-        type(now) is type(before) and now == before
-    )  # the types differ if the prompt has moved between host and device
+    # The types differ if the prompt has moved between host and device; its caches are refused then.
+    return type(now) is type(before) and now == before
 
 
 def _facts(encoder: nn.Module) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ class DemonstrationEncoder(TableEncoder):
         self.token_dropout = token_dropout
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Hide each row's own demonstration and, in training, random virtual tokens, [B, P]."""
+        """Return a mask, [B, P], that hides each row's own demonstration and, in training, random virtual tokens."""
         required = self.training and self.leave_one_out
         own = hide_own_example(given, batch, self.owners, self.demonstrations, required=required)
         if not self.training or self.token_dropout == 0:

@@ -34,7 +34,7 @@ class ContextRows(PromptEncoder):
         self.register_buffer("examples", torch.tensor(context.examples), persistent=False)
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Hide each row's own example, [B, P]."""
+        """Return a mask, [B, P], that hides each row's own example."""
         required = self.leave_one_out and self.training and torch.is_grad_enabled()
         return hide_own_example(given, batch, self.examples, self.count, required=required)
 

@@ -174,11 +174,11 @@ class TeacherTrainingEncoder(MultitaskEncoder):
         return int(self.taken) < self.steps
 
     def teacher(self, task: int) -> Tensor:
-        """Return the parameter while it is trained, and afterwards its copy, which no optimizer changes."""
+        """Return a teacher: the parameter while it is trained, then its copy in the buffer, which no optimizer changes."""
         return self.vanilla[task] if self.trains_teachers else super().teacher(task)
 
     def constrain(self) -> None:
-        """Count the steps that train the teachers; after the last one, copy the parameter to the frozen teachers."""
+        """Count the steps that train the teachers; after the last one, copy the trained teachers to the buffer of frozen ones."""
         if not self.trains_teachers:
             return
         self.taken += 1

@@ -220,8 +220,10 @@ class ExclusiveBlock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._call is not None:
-            self._running.end(self._call)
+        # Otherwise, block and call would refer to each other, and keep the pass in memory until the garbage collector runs.
+        ended, self._call = self._call, None
+        if ended is not None:
+            self._running.end(ended)
 
 
 def refusal(what: str, ident: int) -> UnsupportedModeError:

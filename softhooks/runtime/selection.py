@@ -39,7 +39,7 @@ class Selection:
 
     @property
     def prompts(self) -> list[AttachedPrompt]:
-        """The prompts of `uses`, without duplicates."""
+        """The prompts that the batch uses, each listed once."""
         return list(dict.fromkeys(use.prompt for use in self.uses))
 
     def by_prompt(self) -> Iterator[tuple[AttachedPrompt, tuple[int, ...]]]:

@@ -11,7 +11,7 @@ from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
 from softhooks.inject.cache_notes import require_own_cache, require_same_prompt
 from softhooks.inject.caches import cache_of
-from softhooks.inject.prefix.packed_documents import document_numbers, keep_documents_apart, require_masks
+from softhooks.inject.prefix.packed_documents import check_of_documents, document_numbers, require_masks
 from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.inject.reuse import scope_on
 from softhooks.inject.text_positions import OuterCall
@@ -75,7 +75,7 @@ def _open_for_documents(
         require_masks(stack, packed, by_position=own is not None)
     opened = open_pass(stack, call, selection, outer)  # changes the position ids in the call
     if packed is not None:
-        keep_documents_apart(opened, packed)
+        opened.check_attention = check_of_documents(packed)
     return opened
 
 

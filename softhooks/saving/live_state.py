@@ -58,8 +58,8 @@ class NotSaved(Collection[str]):
 def write_live(folder: Path, state: dict[str, Tensor]) -> None:
     """Write the tensors of prompts, and an index that names their file.
 
-    A Trainer can resume from an index without `metadata`, and `from_pretrained` refuses it. From a `model.safetensors`,
-    `from_pretrained` would build a model with random weights.
+    A Trainer can resume from an index without `metadata`, and `from_pretrained` raises an error. If the file were named
+    `model.safetensors`, `from_pretrained` would load it and initialize the missing base weights randomly.
     """
     write_tensors(folder / LIVE, state, {"format": "pt"})
     weight_map = dict.fromkeys((name for name in state if not name.endswith(f".{DESCRIPTION}")), LIVE)

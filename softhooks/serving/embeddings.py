@@ -20,11 +20,11 @@ from softhooks.switch import disabled
 def sequence_embeddings(
     model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None, *, server: ServerName | None = None
 ) -> Tensor:
-    """Return the embeddings of the active prompt and a text.
+    """Return the input embeddings of a text with the virtual tokens of the active prompt.
 
     Args:
         model: a causal decoder with the prompt.
-        text: a text, or its ids.
+        text: a string, or token ids.
         tokenizer: the model's tokenizer, required if `text` is a string.
         server: "vllm" or "sglang", or None to use the embeddings as the model's own `inputs_embeds`.
 

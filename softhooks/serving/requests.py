@@ -21,7 +21,7 @@ def vllm_request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
         options: other fields of the request, such as `max_tokens`, `temperature` and `stream`.
 
     Raises:
-        OptionError: the options contain a text.
+        OptionError: `options` contains `prompt`, which cannot be combined with embeddings.
     """
     if options.get("prompt"):
         raise OptionError(
@@ -47,7 +47,7 @@ def sglang_request(rows: Tensor, *, sampling_params: dict[str, Any] | None = Non
         options: other fields of the request, such as `stream`.
 
     Raises:
-        OptionError: the options contain a text.
+        OptionError: `options` contains `text` or `input_ids`, which cannot be combined with embeddings.
     """
     others = [name for name in ("text", "input_ids") if options.get(name) is not None]
     if others:

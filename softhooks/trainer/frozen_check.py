@@ -1,4 +1,4 @@
-"""Check that training does not change the base."""
+"""Check during training that the weights of the base model do not change."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def refuse_late(args: TrainingArguments, state: TrainerState, found: str) -> Non
     reasons = {
         "training is resumed": bool(state.global_step),
         "training is distributed": args.world_size > 1,
-        f"the Trainer writes checkpoints, from which it could not resume: save_strategy={strategy!r}": strategy != "no",
+        f"the Trainer could not resume from its checkpoints (save_strategy={strategy!r})": strategy != "no",
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is not None:

@@ -354,7 +354,7 @@ def test_an_older_file_loads_by_the_rule_of_its_time_with_a_warning(tmp_path: Pa
     rewritten(tmp_path, lambda told: told["conventions"].pop("placeholder"))
     rule = int(probe_ids(model, zoo.VOCABULARY, columns=2)[0, 0])
     with (
-        pytest.warns(UserWarning, match=rf"did not store the ids of virtual tokens(.|\n)*ids are set to {rule},"),
+        pytest.warns(UserWarning, match=rf"without the token ids of its virtual tokens(.|\n)*The id {rule} is used,"),
         softhooks.load(model, tmp_path) as prompt,
     ):
         assert prompt.placeholder_ids.tolist() == [rule] * 3 == [3] * 3

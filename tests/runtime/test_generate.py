@@ -219,7 +219,7 @@ def test_slots_refuse_a_returned_cache(arch: str, way: str) -> None:
     model, _, _ = prompted(arch, way)
     first = generate(model, **naive.left_padded(ROWS[:2]), return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.tensor([[5, 6]] * 2)], 1)
-    with pytest.raises(UnsupportedModeError, match="filled by the same generation"):
+    with pytest.raises(UnsupportedModeError, match="only be used in the generation that filled it"):
         generate(model, input_ids=ids, attention_mask=(ids != 0).long(), past_key_values=first.past_key_values)
 
 

@@ -30,8 +30,8 @@ def find_attention_calls(structure: ModelStructure) -> None:
     for stack in structure.stacks:
         if stack.injection not in ("attention", "written_out"):
             raise UnsupportedMethodError(
-                f"{type(stack.module).__name__} does not use transformers' attention interface; a gated branch needs it, except "
-                "in models whose attention softhooks rewrites.",
+                f"{type(stack.module).__name__} does not use transformers' attention interface; a gated branch needs it, or "
+                "attention code that softhooks can rewrite.",
                 OTHER_METHOD,
             )
         if all(site.call is not None for site in stack.sites_of("self")):

@@ -7,13 +7,12 @@ an attention mask nor a cache. So softhooks checks the masks in every forward wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softhooks.backbone.forward_pass import AttentionFunction, Pass, function_name
+from softhooks.backbone.forward_pass import AttentionFunction, CheckAttention, function_name
 from softhooks.backbone.stack import Site, Stack
 from softhooks.errors import UnsupportedModeError
 
@@ -62,19 +61,17 @@ def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
         )
 
 
-def keep_documents_apart(forward_pass: Pass, numbers: Tensor) -> None:
-    """Make a pass refuse attention masks in which the documents of `document_numbers` see each other."""
-    attend: Callable[..., Any] = forward_pass.attend
+def check_of_documents(numbers: Tensor) -> CheckAttention:
+    """Return a `Pass.check_attention` that refuses masks in which the documents of `document_numbers` attend to each other."""
     checked: list[Any] = []  # most layers receive the same mask object
 
-    def attend_apart(site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def check(site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
         if site.role == "self" and not any(mask is one for one in checked):
             _check(numbers, mask, args[2].shape[2], function_name(attention))
             checked.append(mask)
-        return attend(site, attention, args, kwargs)
 
-    forward_pass.attend = attend_apart  # type: ignore[method-assign]  # for this pass only
+    return check
 
 
 def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:

@@ -167,7 +167,8 @@ class SlotPass(Pass):
         places = None if written is None else written.places_in(self.batch)
         if written is None or places is None or slots != self.slots.columns or (seen is not None and seen != total):
             raise UnsupportedModeError(
-                "the cache does not contain this text with its slots; slots need a cache that was filled by the same generation.",
+                "the cache does not contain this text with its slots; with slots, a cache can only be used in the generation "
+                "that filled it (a `generate` call or decoding loop).",
                 "Use `placement='front'` if `prompt.injection` is then 'shared', or generate from the whole text without an "
                 "existing cache.",
                 cache=f"{past} columns, {slots} of them slots",
@@ -189,9 +190,9 @@ class SlotPass(Pass):
         written = note_on(cache).slots
         if written is None or written.places_in(self.batch) is None:
             raise UnsupportedModeError(
-                f"{type(cache).__name__} was not computed with these slots; slots need a state that was computed by the same "
-                "generation.",
-                "Start again from the text, without the state.",
+                f"{type(cache).__name__} was not computed with these slots; with slots, a cache can only be used in the "
+                "generation that filled it (a `generate` call or decoding loop).",
+                "Start again from the whole text, without the cache.",
                 rows=self.batch,
             )
         self.has_injected = True
