@@ -260,7 +260,7 @@ def test_a_file_is_read_and_the_command_line_wins(tmp_path: Path, form: str) -> 
         (["--num-virtual-tokens", "2.5"], ["a whole number", "'2.5'"]),
         (["--method", "prefix-tuning", "--dropout", "lots"], ["--dropout", "a number", "'lots'"]),
         (["--method", "prefix-tuning", "--init-ids", "4", "--init-ids", "x"], ["a list (a whole number each)"]),
-        (["--method", "prefix-tuning", "--projection=perhaps"], ["yes or no", "--no-projection", "'perhaps'"]),
+        (["--method", "prefix-tuning", "--projection=perhaps"], ["takes no value", "--no-projection", "'perhaps'"]),
         (["--placement", "middle"], ["'front', 'after_first', 'end'", "'middle'"]),
         (["--init-tensor", "x.pt"], ["only Python", "Tensor", "softhooks.attach"]),
         (["--injection", "magic"], ["--injection", "'slots'", "'magic'"]),
