@@ -19,9 +19,8 @@ class DirectForward(MethodWrapper):
         super().__init__(model, "forward")
         self.names: tuple[str, ...] = getattr(self.before, "names", ())
         self.__signature__ = inspect.signature(model.forward)
-        self._called_in: int | None = (
-            None  # the id of the thread that called `model(...)` and has not reached the forward
-        )
+        # The id of the thread that has called `model(...)` and has not reached the forward yet.
+        self._called_in: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to copy or pickle."""
