@@ -20,7 +20,7 @@ class TrainingCallback(Protocol):
     Attributes:
         name: the name of the prompt.
         beside: whether to write a directory with the saved prompt next to each checkpoint.
-        outer: the module around the prompted model; None before the prompt is attached.
+        outer: the module that contains the prompted model; None before the prompt is attached.
     """
 
     name: str
@@ -29,7 +29,7 @@ class TrainingCallback(Protocol):
 
 
 class PromptFiles:
-    """Replaces the `checkpoint_io` of a Lightning strategy."""
+    """Wraps the `checkpoint_io` of a Lightning strategy, to save the prompt next to checkpoints without the base."""
 
     def __init__(self, checkpoint_io: Any, callback: TrainingCallback) -> None:
         self.checkpoint_io = checkpoint_io
@@ -65,7 +65,7 @@ class PromptFiles:
 
 
 def prompt_files_of(files: Any) -> Iterator[PromptFiles]:
-    """Yield the `PromptFiles` around a `checkpoint_io`, outermost first; each callback that trains a prompt adds one."""
+    """Yield the `PromptFiles` that wrap a `checkpoint_io`, outermost first; each callback that trains a prompt adds one."""
     while isinstance(files, PromptFiles):
         yield files
         files = files.checkpoint_io

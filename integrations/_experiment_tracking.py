@@ -36,7 +36,7 @@ class PromptTracker(TrainerCallback):
         """Record the method and its options before the first step.
 
         Args:
-            about: the method, its options, the number of parameters and the injection, by name.
+            about: a dict with the method, its options, the number of parameters and the injection.
         """
         raise NotImplementedError
 

@@ -14,8 +14,8 @@ def import_framework(module: str, name: str, extra: str | None = None) -> Any:
     """Import a module of a framework.
 
     Args:
-        module: the module.
-        name: the framework's name in the error.
+        module: the full name of the module.
+        name: the framework's name in the error message.
         extra: the extra of softhooks that installs the framework, or None if its requirements conflict with softhooks.
 
     Raises:

@@ -152,7 +152,7 @@ class OuterModule:
             raise TrainerError(
                 f"the checkpoint lacks the prompt {self.prompt.name!r} of {type(self.module).__name__}.{self._prefix[:-1]}.",
                 "If the checkpoint was saved without a prompt, load it before you attach the prompt.",
-                checkpoint=f"{len(state)} tensors, none of them of a prompt",
+                checkpoint=f"{len(state)} tensors, none of which belong to a prompt",
             )
 
     def _allow_missing_base(self, _module: nn.Module, incompatible: Any) -> None:

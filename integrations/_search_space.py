@@ -1,4 +1,4 @@
-"""Candidates of a hyperparameter search."""
+"""Candidate methods and options for a hyperparameter search."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Chosen(NamedTuple):
 
 
 class Candidate:
-    """A method to search over, with the values of its options.
+    """A method to search over, with the values to try for its options.
 
     Args:
         make: a method's class, such as `PromptTuning`, or a function with the same arguments that returns a method.
@@ -65,7 +65,10 @@ class Candidate:
             ) from error
 
     def suggest(self, trial: Any, name: str) -> Chosen:
-        """Let an Optuna trial choose each option that has several values, as the parameter `<candidate>.<option>`."""
+        """Let an Optuna trial choose the learning rate and, for each option with several values, one of them.
+
+        The parameters of the trial are named `<candidate>.learning_rate` and `<candidate>.<option>`.
+        """
         chosen: dict[str, Any] = {}
         for option, values in self.choices.items():
             if len(values) == 1:

@@ -1,7 +1,8 @@
-"""A sentence-transformers model that calls, saves and loads its inner transformers model with a prompt.
+"""Make a sentence-transformers model (a "sentence model") call, save and load its inner transformers model with a prompt.
 
 A checkpoint of the sentence model holds only the trained tensors of the inner model. To resume, the library loads the checkpoint
-as a second sentence model, whose inner model is a `TrainedTensors`, and copies its state dict into the model in training.
+as a second sentence model, whose first module is a `TrainedTensors`, and copies the state dict of this second model into the
+model that is being trained.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def prompted_transformer() -> Any:
         """A `Transformer` that saves and loads its model with the prompt."""
 
         def forward(self, features: dict[str, Any], **kwargs: Any) -> Any:
-            """Refuse one prompt per row, because the library sorts texts by length before batching."""
+            """Refuse a different prompt for each row, because the library sorts texts by length before batching."""
             prompted = require_prompted_model(self.model)
             if prompted.rows is not None:
                 raise UnsupportedModeError(
@@ -102,7 +103,7 @@ def prompted_transformer() -> Any:
             return super().forward(features, **kwargs)
 
         def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-            """Save model, prompt, processor and config; in a Trainer's checkpoint, save the prompt instead of the model."""
+            """Save the model, prompt, processor and config; in a Trainer's checkpoint, save the prompt instead of the model."""
             prompted, folder = require_prompted_model(self.model), Path(output_path)
             if saver_of(self.model) is not None and re.fullmatch(r"checkpoint-\d+", folder.name):
                 super().save(output_path, *args, safe_serialization=safe_serialization, **kwargs)
@@ -163,7 +164,7 @@ class TrainedTensors(nn.Module):
 
 
 def _add_base(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-    """Before a state dict is loaded, check that it belongs to the prompt in training, and add the base to it."""
+    """Before a state dict is loaded, check that it belongs to the prompt that is being trained, and add the base to it."""
     saver = saver_of(model)
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     base = {name for name in model.state_dict() if not is_prompt_key(name)}
@@ -229,7 +230,7 @@ class ModuleWrapper:
             parameter.requires_grad_(False)
 
     def remove(self) -> None:
-        """Restore the module's class, and `requires_grad` of the other modules."""
+        """Restore the class of the module, and `requires_grad` of the other modules' parameters."""
         self.module.__class__ = self._original_class
         self.module.__dict__.pop(_WRAPPER, None)
         for parameter, flag in self._others:
@@ -245,7 +246,7 @@ def _refuse_pool(*_args: Any, **_kwargs: Any) -> NoReturn:
 
 
 def _limit_text_length(module: Any) -> None:
-    """Lower `max_seq_length` while the model has prompts, so that text and virtual tokens fit into it."""
+    """Lower `max_seq_length` while the model has prompts, so that the text and the virtual tokens fit the model's positions."""
     prompted = require_prompted_model(module.model)
     slots = [prompt.layout.num_slots for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
     limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length
@@ -268,5 +269,5 @@ class _TextLength:
         self.length = length
 
     def remove(self) -> None:
-        """Restore the length; if two prompts lowered it, the original is the greater value."""
+        """Restore the length; if it was lowered for two prompts, the greater of the stored values is the original one."""
         self.module.max_seq_length = max(self.length, self.module.max_seq_length)

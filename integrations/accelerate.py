@@ -1,18 +1,18 @@
 """accelerate: checkpoints of an `Accelerator` that hold the prompt instead of the model.
 
 After `track`, `save_state` writes the prompt (for `softhooks.load`) and its live parameters instead of the model, in safetensors.
-After `load_state`, the run resumes bit for bit. If a prepared module contains the prompted model and other tensors, such as a
-head, these are saved too. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
+After `load_state`, the run resumes bit for bit. If a prepared module contains other tensors besides the prompted model, such as
+a head, these tensors are saved too. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
 
-Call `track` between `attach` and `prepare`, or at any later time in a single process. In several processes, all ranks start with
-the prompt of rank 0, and `save_state` and `load_state` check that all ranks have the same prompt.
+Call `track` between `attach` and `prepare`, or at any later time in a single process. With several processes, all ranks start
+with the prompt of rank 0, and `save_state` and `load_state` check that all ranks have the same prompt.
 
 These raise an error: DeepSpeed, FSDP and Megatron, because their checkpoints always contain the base (under FSDP2, train with
 the Trainer and SoftPromptCallback); `track` after `prepare` in several processes, because DDP would not synchronize the prompt;
 optimizers without the prompt's parameters; two prompts on one model; a checkpoint of another method, base or optimizer, before
 anything is loaded; `save_model` of a module with more than the prompted model, or without safetensors. Methods with parameters
-that are unused in some steps (MPT that trains its teachers, LlamaAdapter with a `context_size` and no context) need
-`DistributedDataParallelKwargs(find_unused_parameters=True)`.
+that are unused in some steps (`MultitaskPromptTuning(teachers="train")`, `LlamaAdapter(context_size=...)` without a
+context) need `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
 Example:
     from accelerate import Accelerator
@@ -87,7 +87,7 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
         check_frozen: whether to check before each checkpoint that the base has not changed.
 
     Raises:
-        TrainerError: the prompt cannot be trained with this Accelerator. Nothing is changed.
+        TrainerError: the prompt cannot be trained with this Accelerator; nothing is changed.
     """
     if not hasattr(accelerator, "register_save_state_pre_hook"):
         raise TrainerError(f"`track` was given {type(accelerator).__name__} instead of an accelerate.Accelerator.")

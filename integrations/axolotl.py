@@ -12,8 +12,8 @@ These raise an error: `rl`, `reward_model` and `process_reward_model`, which hav
 model that already has a prompt.
 
 softhooks is not tested with the versions of transformers and peft that Axolotl requires. This module was written from the source
-of axolotl 0.19.0. Axolotl's plugin manager was run with this plugin, but its training command was not: the tests call the hooks
-in the same order, with a real model and Trainer.
+of axolotl 0.19.0. Axolotl's plugin manager was run with this plugin, but Axolotl's training command was not: the tests call the
+hooks in the same order, with a real model and Trainer.
 
 Example:
     from transformers import Trainer, TrainingArguments

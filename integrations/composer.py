@@ -57,7 +57,7 @@ class _Events:
     """Attaches a prompt to the model of a Composer Trainer, and checks the prompt's gradient and the base.
 
     Args:
-        method: the method to train.
+        method: the method, with its options.
         options: other arguments of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
     """
 

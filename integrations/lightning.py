@@ -2,17 +2,18 @@
 
 `SoftPromptCallback` attaches the prompt in `setup`, before `configure_optimizers`, and removes frozen parameters from the
 module's optimizers. Checkpoints do not contain the base; next to each local checkpoint (`epoch=0-step=4.ckpt`) is a directory
-for `softhooks.load` (`epoch=0-step=4.prompt`). A run resumes from `ckpt_path=` bit for bit, except for dropout, because
-Lightning saves no random state. Leave `strict_loading` at its default, so that only the base may be missing from a checkpoint.
+for `softhooks.load` (`epoch=0-step=4.prompt`). With `ckpt_path=`, training resumes bit for bit unless the model uses dropout,
+because Lightning saves no random state. Leave `strict_loading` at its default, so that only the base may be missing from a
+checkpoint.
 The callback adds only tensors to a checkpoint, so `torch.load(weights_only=True)` can read it.
 
 `LightningModule.load_from_checkpoint` creates a module without callbacks, and fails because the base is missing from the
-checkpoint. To make it restore the prompt, call `attach(self, method)` of this integration at the end of `__init__`; a callback
-then trains this prompt.
+checkpoint. To make it restore the prompt, call this integration's `attach(self, method)` at the end of `__init__`; a
+`SoftPromptCallback` then trains this prompt.
 
 These raise an error: FSDP, DeepSpeed, XLA and tensor parallelism; `ddp_spawn` and notebook launchers, because the prompt is lost
 when their processes end; weight averaging, which copies the model; a module that was compiled before its prompt was attached;
-precisions that convert the base (load it in that precision); a method with its own objective on a model in evaluation mode;
+a `precision` that converts the base (load it in that precision); a method with its own objective on a model in evaluation mode;
 models created in `configure_model` or the module's own `setup`; an optimizer without the prompt; a checkpoint of another method,
 base or optimizer.
 
@@ -107,17 +108,17 @@ def attach(
     trainable: str | Sequence[str] = (),
     freeze_dropout: bool = False,
 ) -> SoftPrompt:
-    """Attach a prompt to the model of a LightningModule, which can then load checkpoints without the base.
+    """Attach a prompt to the model in a LightningModule, so that the module can load checkpoints that lack the base.
 
     Args:
         module: the LightningModule.
-        attribute: the path of the model in the module (`model`, `net.encoder`), or None for the only transformers model.
+        attribute: the path of the model in the module (`model`, `net.encoder`); None if it is the only transformers model.
         method, name, train_head, trainable, freeze_dropout: as in `softhooks.attach`. If the model already has a prompt with
             this name, method and options, that prompt is returned.
 
     Raises:
         TrainerError: there is no such model.
-        AttachError: the prompt cannot be attached, or another prompt has its name. The model is unchanged.
+        AttachError: the prompt cannot be attached, or its name belongs to a different prompt. The model is unchanged.
     """
     path = find_model(module, attribute)
     model = module.get_submodule(path)
@@ -143,8 +144,8 @@ class _Callback:
     """Trains a soft prompt.
 
     Args:
-        method: the method to train.
-        attribute: the path of the model in the LightningModule, or None for the only transformers model.
+        method: the method, with its options.
+        attribute: the path of the model in the LightningModule; None if it is the only transformers model.
         name: the name of the prompt; each callback of a Trainer needs a different name.
         train_head, trainable, freeze_dropout: as in `softhooks.attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before
@@ -154,7 +155,7 @@ class _Callback:
 
     Attributes:
         soft_prompt: the attached prompt, or None before `setup`.
-        report: the report of the last check of the base.
+        report: the result of the last check that the base has not changed.
     """
 
     def __init__(
@@ -240,7 +241,7 @@ class _Callback:
             self._frozen_check.check(self.soft_prompt, "save", trainer.global_step)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove the prompt if the run is refused before its first step."""
+        """Remove the prompt if softhooks raises an error before the first step."""
         if self._detaches_on_error and isinstance(exception, SoftHooksError) and self.soft_prompt is not None:
             self.soft_prompt.remove()
 

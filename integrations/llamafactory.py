@@ -4,13 +4,15 @@
 Checkpoints and the model saved at the end hold only the prompt.
 
 These raise an error: `finetuning_type` other than `full` (an adapter would be frozen); stages other than `sft` and `pt` (not
-tested with prompts); other trainers (`use_mca`, `use_hyper_parallel`, `USE_RAY`, `use_kt`, `use_unsloth`); optimizers made for
-the base (GaLore, APOLLO, BAdam, Muon, Adam-mini, LoRA+); `use_asft_loss`, `use_llama_pro`, `adapter_name_or_path`, DeepSpeed.
+tested with prompts); other trainers (`use_mca`, `use_hyper_parallel`, `USE_RAY`, `use_kt`, `use_unsloth`); optimizers for full
+fine-tuning or LoRA (GaLore, APOLLO, BAdam, Muon, Adam-mini, LoRA+); `use_asft_loss`, `use_llama_pro`, `adapter_name_or_path`,
+DeepSpeed.
 
-LLaMA-Factory requires an older transformers than softhooks supports. This module was written from the source of llamafactory
-0.9.5, whose training command was run and resumed bit for bit on a tiny model, with `DISABLE_VERSION_CHECK=1`, without torchaudio,
-and with `disable_gradient_checkpointing: true`, because LLaMA-Factory's checkpointing fails under transformers 5.23. The tests
-run without LLaMA-Factory: they check the arguments, and pass the callback to a real Trainer.
+LLaMA-Factory requires an older version of transformers than softhooks supports. This module is based on the source code of
+llamafactory 0.9.5. Its training command was run by hand on a tiny model, and resumed training bit for bit; this required
+`DISABLE_VERSION_CHECK=1`, an environment without torchaudio, and `disable_gradient_checkpointing: true`, because LLaMA-Factory's
+gradient checkpointing fails under transformers 5.23. The tests run without LLaMA-Factory: they test which arguments are
+refused, and pass the callback to a Trainer of transformers.
 
 Example:
     import softhooks
@@ -64,7 +66,7 @@ def run_exp(args: Mapping[str, Any], method: Method, **options: Any) -> SoftProm
 
     Args:
         args: LLaMA-Factory's arguments.
-        method: the method to train.
+        method: the method, with its options.
         options: other arguments of `SoftPromptCallback`.
 
     Returns:

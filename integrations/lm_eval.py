@@ -109,7 +109,7 @@ def _language_model() -> type:
             kwargs: HFLM's arguments. In `max_length`, include the length of the prompt.
 
         Raises:
-            OptionError: there is no prompt, or `prompt` is given for a model that already has a prompt.
+            OptionError: there is no prompt, or `prompt` is passed for a model that already has a prompt.
             UnsupportedMethodError: the prompt does not work with the harness. The model is unchanged.
         """
 
@@ -119,7 +119,7 @@ def _language_model() -> type:
                 raise OptionError(
                     f"the model already has a prompt, and prompt={prompt!r} would load another."
                     if has_prompt
-                    else "the model has no prompt, and `prompt` is not given.",
+                    else "the model has no prompt, and no `prompt` was passed.",
                     "Pass either `prompt=DIR` or a model with a prompt; without a prompt, use the harness's model type `hf`.",
                 )
             super().__init__(pretrained, **kwargs)
@@ -146,7 +146,7 @@ __getattr__ = create_at_first_use(__name__, SoftPromptLM=_language_model)
 
 
 def main() -> None:
-    """Run the harness's command line with the model type registered."""
+    """Register the model type, and run the harness's command line."""
     with report_errors(), usage_errors():
         register()
         from lm_eval.__main__ import cli_evaluate

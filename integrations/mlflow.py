@@ -1,6 +1,7 @@
-"""MLflow: log a trained prompt as an artifact, its options and nearest words, and each trial of a search as a run.
+"""MLflow: log a trained prompt with its options and nearest words, and log each trial of a search as a run.
 
-With `report_to="mlflow"`, the Trainer logs the prompt's metrics without this callback. The callback adds to the Trainer's run:
+With `report_to="mlflow"`, the Trainer logs the prompt's metrics even without this callback. The callback adds to the
+Trainer's run:
 
 - the method, its options and the number of parameters, as parameters `soft_prompt.*` (truncated to MLflow's maximum length; the
   full values are in the artifact's `soft_prompt.json`);
@@ -8,14 +9,15 @@ With `report_to="mlflow"`, the Trainer logs the prompt's metrics without this ca
   `softhooks.load(model, mlflow.artifacts.download_artifacts(run_id=..., artifact_path="soft_prompt"))`;
 - with a tokenizer, the words nearest to each virtual token, as `soft_prompt_words.tsv`;
 - in a hyperparameter search, one run for each trial, nested in the script's run if there is one; without the callback, only the
-  first trial has a run. The last run ends with the process or with `mlflow.end_run()`.
+  first trial has a run. The last run ends when the process ends or calls `mlflow.end_run()`.
 
 MLflow writes to local files (`MLFLOW_TRACKING_URI=file:...`) only with `MLFLOW_ALLOW_FILE_STORE=true`. Set
-`MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise several threads of MLflow may create the same directory, and a metric is
-lost ("Failed to log run data: File exists").
+`MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise several threads of MLflow may try to create the same directory, and
+a metric is then lost ("Failed to log run data: File exists").
 
 An error is raised before the first step if no run is active, if `HF_MLFLOW_LOG_ARTIFACTS` is set (it would log every checkpoint
-as a `pyfunc` model, although it only holds a prompt), or if you pass a tokenizer for keys and values or with a sharded model.
+as a `pyfunc` model, although it only holds a prompt), or if you pass a tokenizer and the prompt consists of keys and values or
+the model is sharded.
 
 Versions tested: mlflow-skinny 3.17.2
 
@@ -78,7 +80,8 @@ class PromptArtifact(PromptTracker):
         """Log the options; in a search, log them in the trial's run."""
         if os.environ.get(_EAGER, "").upper() in _TRUE:
             raise TrainerError(
-                f"{_EAGER}={os.environ[_EAGER]} would log each checkpoint as a `pyfunc` model, but it holds only a prompt.",
+                f"{_EAGER}={os.environ[_EAGER]} would log each checkpoint as a `pyfunc` model, but checkpoints hold "
+                "only a prompt.",
                 f"Unset {_EAGER}; PromptArtifact logs the prompt's files.",
             )
         self._run_id = self._of_trial(state) if state.is_hyper_param_search else _active()
@@ -90,7 +93,7 @@ class PromptArtifact(PromptTracker):
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 
     def _of_trial(self, state: TrainerState) -> str:
-        """Return the id of a trial's run, and start the run if the Trainer's reporter has not."""
+        """Return the id of a trial's run, which is started first if the Trainer's reporter has not started it."""
         mlflow, last = _mlflow(), self._run_id
         if last is not None and _active() == last:
             mlflow.end_run("FINISHED" if self._is_over else "FAILED")

@@ -4,7 +4,7 @@ Define the search with a `PromptSpace`. Pass its `callback()` to a Trainer inste
 as the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns. This
 can be the same model for all trials, because the base does not change. For your own study, use `space.objective(model, train)`.
 
-Load the best prompt from its checkpoint (`checkpoint_of`), or set the Trainer to its options (`settle`) and train again.
+Load the best prompt from its checkpoint (`checkpoint_of`), or apply its options to the Trainer (`settle`) and train again.
 
 These raise an error: a space without candidates; options that a method does not have; searches with several threads (`n_jobs`),
 which would share a model; trials of another space.
@@ -52,11 +52,11 @@ from ._search_space import Candidate, Chosen
 __all__ = ["METHOD", "Candidate", "Chosen", "PromptSpace", "checkpoint_of"]
 
 METHOD = "method"
-"""The parameter of a trial that holds the candidate's name."""
+"""The trial parameter whose value is the name of the candidate."""
 
 
 class PromptSpace:
-    """A search space of named candidates.
+    """A search space of named candidates: methods, each with the values to try for its options.
 
     To search over other arguments of the Trainer, pass `hp_space=lambda trial: {**space(trial), "num_train_epochs": ...}`.
 
@@ -112,12 +112,13 @@ class PromptSpace:
     def callback(self, **options: Any) -> SoftPromptCallback:
         """Create a callback that trains the method of each trial; `options` are as for `SoftPromptCallback`.
 
-        Outside a search, it trains the method of the trial that was passed to `settle`, or that of the first candidate.
+        Outside a search, it trains the method of the trial that was passed to `settle`; if `settle` was not called, it trains
+        the first candidate with the first value of each option.
         """
         return _SearchCallback(self, **options)
 
     def settle(self, found: Any, trainer: Any) -> Chosen:
-        """Set a Trainer to the options of a trial, so that `train()` repeats it.
+        """Apply the options of a trial to a Trainer, so that `train()` repeats the trial.
 
         Args:
             found: as for `chosen`. If it is the best run of a Trainer's search, the run's other arguments are set too.
@@ -153,7 +154,7 @@ class PromptSpace:
         save_to: str | Path | None = None,
         **options: Any,
     ) -> Callable[[Any], float]:
-        """Create the objective for `study.optimize`, which attaches a new prompt in each trial and removes it at the end.
+        """Return an objective for `study.optimize` that attaches a new prompt in each trial and removes it at the end.
 
         Args:
             model: the base of all trials.

@@ -1,15 +1,16 @@
-"""PEFT: convert the prompts of models in memory to softhooks and back.
+"""PEFT: convert prompts from a `PeftModel` in memory to softhooks and back.
 
 `from_peft` attaches the adapters of a `PeftModel` to a model without PEFT: prompt tuning, P-tuning, prefix tuning, multitask
 prompt tuning, CPT, LLaMA-Adapter and cartridges, with their trained heads. `to_peft` creates a `PeftModel` from prompts. In both
 directions, the logits of text without padding are the same. With padding, packed rows, caches and classification on decoders they
-differ, because PEFT computes them wrongly. No integration is needed to read or write saved adapters (`softhooks.load`,
-`save_pretrained(..., as_peft=True)`, `softhooks convert`), or to train a prompt with LoRA: attach it to the `PeftModel`.
+differ, because PEFT computes them wrongly. You do not need this integration to read or write saved adapters (`softhooks.load`,
+`save_pretrained(..., as_peft=True)`, `softhooks convert`), or to train a prompt together with LoRA: attach the prompt to the
+`PeftModel`.
 
 These raise an error, and neither model is changed. From PEFT: other kinds of adapters, such as LoRA; prefixes of
 encoder-decoders, because PEFT adds them only to the decoder; prompts in encoders that classify the first position, which is a
-virtual token in PEFT; LLaMA-Adapter on GPT-2 or with biased projections. To PEFT: a layout, a prefix in only some of the
-layers, and prefixes in an encoder and its decoder.
+virtual token in PEFT; LLaMA-Adapter on GPT-2 or with projections that have a bias. To PEFT: a layout, a prefix in only some of
+the layers, and prefixes in both the encoder and the decoder of a model.
 
 Versions tested: peft 0.21.2, transformers 5.23.0
 
@@ -70,7 +71,7 @@ def from_peft(
     Args:
         peft_model: the model with the adapters; it is not changed.
         model: a separate copy of the base model, or `peft_model.get_base_model()`.
-        names: the adapters to convert, or None for all. A mapping gives each adapter the name of its prompt.
+        names: the adapters to convert, or a mapping from adapters to the names of their prompts; None converts all adapters.
         trainable: whether to make the prompts trainable. An LSTM or MLP in an adapter is not trained further, because only the
             embeddings or the keys and values that it computes are converted.
 
@@ -127,7 +128,7 @@ def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
 
 @contextmanager
 def _restored(peft_model: nn.Module) -> Iterator[None]:
-    """Restore the parameters afterwards, because PEFT may change some while reading them, such as the deltas of a CPT adapter."""
+    """At the end, restore the parameters that PEFT changes when it reads them, such as the deltas of a CPT adapter."""
     before = [(parameter, parameter.data) for parameter in peft_model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -167,8 +168,8 @@ def to_peft(prompts: Iterable[SoftPrompt] | SoftPrompt, model: nn.Module, *, tra
     """Create a PEFT model with one adapter for each prompt, named after the prompt.
 
     Args:
-        prompts: prompts of one model.
-        model: a separate copy of the base model, without prompts; or the model of the prompts, from which they are removed.
+        prompts: prompts that are attached to one model.
+        model: a separate copy of the base model, without prompts; or the model of the prompts, which are then removed from it.
         trainable: whether the adapters are trainable.
 
     Returns:

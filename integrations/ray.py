@@ -1,12 +1,12 @@
-"""Ray Train: a callback that reports a Trainer's checkpoints, which hold only a prompt, from Ray's workers.
+"""Ray Train: a callback that reports a Trainer's checkpoints, which hold only a prompt, to Ray.
 
 With Ray's own `RayTrainReportCallback`, every worker copies the checkpoint into the same directory, possibly while the first
 worker is still writing it. With `ReportCallback`, workers wait until the checkpoint is complete; the first worker reports it, and
-the other workers add their random state. Like Ray's callback, it reports a directory with the checkpoint in `checkpoint/`. A
-restarted run resumes bit for bit from the path that `last_checkpoint` yields.
+the other workers add their random state. Like Ray's callback, `ReportCallback` reports a directory that contains the checkpoint
+as `checkpoint/`. A restarted run resumes bit for bit from the path that `last_checkpoint` yields.
 
-These raise an error: a Trainer that saved no checkpoint. In a training loop without a Trainer, call `ray.train.report` with
-the directory that `prompt.save_pretrained` writes, or resume with `softhooks.integrations.accelerate`.
+A Trainer that saved no checkpoint raises an error. In a training loop without a Trainer, call `ray.train.report` with the
+directory that `prompt.save_pretrained` writes; if the loop must resume, use `softhooks.integrations.accelerate`.
 
 Example:
     import ray.train
@@ -93,7 +93,7 @@ class ReportCallback(TrainerCallback):
 
 @contextmanager
 def last_checkpoint(start: Any = None) -> Iterator[str | None]:
-    """Yield the path of the last checkpoint that this run reported, even before a restart; None if there is none.
+    """Yield the path of the last checkpoint that this run reported, also before a restart; None if there is none.
 
     Args:
         start: a checkpoint of another run (`result.checkpoint`), which is used if this run has not reported one.
@@ -110,7 +110,7 @@ def last_checkpoint(start: Any = None) -> Iterator[str | None]:
         path = Path(folder) / CHECKPOINT
         if not path.is_dir():
             raise TrainerError(
-                f"{checkpoint!r} has no {CHECKPOINT}/, so it was not reported by ReportCallback.",
+                f"{checkpoint!r} has no `{CHECKPOINT}/`, so it was not reported by ReportCallback.",
                 "Resume from a checkpoint of ReportCallback, or give the run another name or storage path.",
                 contents=", ".join(sorted(entry.name for entry in Path(folder).iterdir())) or "nothing",
             )

@@ -1,16 +1,19 @@
 """sentence-transformers: prompts in embedding models, cross-encoders and sparse encoders.
 
-The prompt is attached to the inner transformers model (`model.transformers_model`); pooling and all later modules get only the
-hidden states of the text. `SentencePromptCallback` trains the prompt with the library's trainers and losses, and freezes
-everything else; without a Trainer, call `attach`. `softhooks.disabled` and `activate` accept the sentence model.
+A sentence model is a `SentenceTransformer`, `CrossEncoder` or `SparseEncoder`. The prompt is attached to its inner transformers
+model (`model.transformers_model`); pooling and all later modules get only the hidden states of the text. `SentencePromptCallback`
+trains the prompt with the library's trainers and losses, and freezes everything else; without a Trainer, call `attach`.
+`softhooks.disabled` and `activate` accept the sentence model.
 
 `model.save_pretrained` and `trainer.save_model` write the whole model with its prompt. `load(folder)` reads it, and so does
 `SentenceTransformer(folder, trust_remote_code=True)`; without the flag, the library refuses modules from other packages. A
-Trainer's checkpoints hold only the prompt and resume bit for bit; `load_prompt(model, folder)` loads them onto the base.
+Trainer's checkpoints hold only the prompt, and training resumes from them bit for bit; `load_prompt(model, folder)` loads the
+prompt of a checkpoint onto the base.
 
 These raise an error: several inner transformers models (Router), a first module other than `Transformer`, backends other than
 torch, PEFT adapters, one prompt per row (`rows`), losses with their own parameters (SoftmaxLoss), multi-process pools,
-`torch_compile`, FSDP. DDP works. Inputs are padded, never packed. If virtual tokens take up positions, texts are cut shorter.
+`torch_compile`, FSDP. DDP works. Inputs are padded, never packed. If virtual tokens and text together would
+exceed the model's positions, the text is truncated to fewer tokens than without a prompt.
 
 Versions tested: sentence-transformers 6.2.0
 
@@ -97,7 +100,7 @@ def load(folder: str | Path, **options: Any) -> Any:
     """Load a sentence model that was saved with its prompt.
 
     Args:
-        folder: a directory that `model.save_pretrained` or `trainer.save_model` wrote. No code from it is run.
+        folder: a directory that `model.save_pretrained` or `trainer.save_model` wrote. No code from this directory is run.
         options: arguments of `SentenceTransformer`, `CrossEncoder` or `SparseEncoder`, whichever was saved.
 
     Raises:
@@ -131,7 +134,8 @@ class SentencePromptCallback(SoftPromptCallback):
     Arguments and attributes are the same as for `SoftPromptCallback`.
 
     Raises:
-        UnsupportedModelError, TrainerError: when the Trainer is created, or before its first step.
+        UnsupportedModelError, TrainerError: the model or a setting does not work with a prompt; raised when the Trainer is
+            created, or before its first step.
     """
 
     _around: FrozenRecord | None = None
@@ -145,7 +149,7 @@ class SentencePromptCallback(SoftPromptCallback):
         wrap_sentence_model(model)
 
     def on_model_init(self, args: Any, control: Any, model: Any, trial: Any) -> None:
-        """Attach the prompt to the inner transformers model of the model that `model_init` returned."""
+        """Attach the prompt to the transformers model inside the sentence model that `model_init` returned."""
         super().on_model_init(args, control, transformer_of(model).model, trial)
         wrap_sentence_model(model)
 
@@ -193,7 +197,7 @@ def _refuse_loss_parameters(optimizer: Any, model: nn.Module) -> None:
     if shapes:
         raise TrainerError(
             f"the loss has its own parameters ({len(shapes)} tensors {shapes}), which the library does not save in checkpoints.",
-            "Use a loss without parameters, such as MultipleNegativesRankingLoss; for classes, use a CrossEncoder or SetFit.",
+            "Use a loss without parameters, such as MultipleNegativesRankingLoss; to classify, use a CrossEncoder or SetFit.",
         )
 
 

@@ -7,9 +7,9 @@ them (without the flag, sentence-transformers refuses the body's first module). 
 prompt; `softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads them onto a new body.
 SetFit's Trainer does not support resuming.
 
-These raise an error: everything that `softhooks.integrations.sentence_transformers` refuses; models for aspect-based sentiment
-analysis, which train two models with one callback; a Trainer whose model was replaced (`hyperparameter_search`), because SetFit
-then runs one model and optimizes the other. SetFit's logs lack the prompt's metrics, because they rename the loss.
+These raise an error: everything that `softhooks.integrations.sentence_transformers` refuses; aspect-based sentiment analysis,
+which trains two models with one callback; a Trainer whose model was replaced (`hyperparameter_search`), because SetFit then runs
+one model and optimizes the other. SetFit's logs lack the prompt's metrics, because SetFit logs the loss under another name.
 
 Versions tested: setfit 1.2.0
 
@@ -48,7 +48,8 @@ class SetFitPromptCallback(SentencePromptCallback):
     """Trains a prompt with a `setfit.Trainer`. Arguments and attributes are the same as for `SoftPromptCallback`.
 
     Raises:
-        UnsupportedModelError, TrainerError: when the Trainer is created, or before its first step.
+        UnsupportedModelError, TrainerError: the model or a setting does not work with a prompt; raised when the Trainer is
+            created, or before its first step.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -102,7 +103,7 @@ def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
 
 
 class _Freeze:
-    """Replaces SetFit's freezing and unfreezing, so that in a body it unfreezes only the parameters that it froze."""
+    """Replaces SetFit's method that freezes and unfreezes; in the body, it unfreezes only the parameters that it froze."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

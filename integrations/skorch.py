@@ -6,8 +6,8 @@ searches work. `Checkpoint`, `TrainEndCheckpoint`, `LoadInitState`, `save_params
 unpickled one, has its own prompt on a new model. Nets share the weights of the model that you pass, but do not change them.
 `FrozenCheck` checks after each fit that the base has not changed.
 
-If nets are cloned or pickled, pass a function that returns the model (`functools.partial(AutoModel.from_pretrained, path)`); a
-model would be copied or pickled with its weights each time.
+If nets are cloned or pickled, pass a function that returns the model (`functools.partial(AutoModel.from_pretrained, path)`);
+otherwise, each clone or pickle contains a copy of the model's weights.
 
 These raise an error: a model that already has a prompt; methods with their own objective, which need the labels in the forward
 pass (CPT, distilled MPT and cartridges); files of another prompt, method or base (checked before anything is loaded).
@@ -55,7 +55,7 @@ FrozenCheck: Any  # created at its first use, because it derives from a class of
 
 _BASE = "model."
 _REBUILT = ("model", "prompt", "_live")
-"""The attributes that a copy creates again from its arguments."""
+"""The attributes that a copy recreates from its arguments."""
 
 
 class PromptedModule(nn.Module):
@@ -63,7 +63,7 @@ class PromptedModule(nn.Module):
 
     Args:
         model: a model without a prompt, or a function without arguments that returns one.
-        method: the method to train.
+        method: the method, with its options.
         name, train_head, freeze_dropout: as in `softhooks.attach`.
 
     Attributes:
@@ -108,7 +108,7 @@ class PromptedModule(nn.Module):
     # --- files --------------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Return the training state of the prompt and the tensors of a subclass's modules, but not the model."""
+        """Return the training state of the prompt and the tensors of modules that a subclass adds, but not the model."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         for name in [name for name in state if name.startswith(prefix + _BASE)]:
             del state[name]
@@ -128,7 +128,7 @@ class PromptedModule(nn.Module):
         missing = [name for name in found.missing_keys if not name.startswith(_BASE)]
         if strict and (missing or found.unexpected_keys):
             raise TrainerError(
-                "keys are missing or unknown in the state dict; it must have the keys of the module.",
+                "the state dict has missing or unknown keys; it must have exactly the keys of the module.",
                 missing=missing,
                 unknown=found.unexpected_keys,
             )
@@ -137,7 +137,7 @@ class PromptedModule(nn.Module):
     # --- copies -------------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle only the arguments and the trained tensors, from which the model and its hooks are recreated."""
+        """Copy and pickle only the arguments and the trained tensors; a copy recreates the model and its hooks from them."""
         own = {name: value for name, value in self.__dict__.items() if name not in (*_REBUILT, "_modules")}
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         state = {
@@ -163,7 +163,7 @@ class PromptedModule(nn.Module):
 
 
 def _rebuild(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedModule:
-    """Create the module of a copy; `__setstate__` sets its tensors."""
+    """Create a copied or unpickled module from its arguments; `__setstate__` then sets its tensors."""
     module = cls.__new__(cls)
     # a copy must not change the random state
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -172,7 +172,7 @@ def _rebuild(cls: type[PromptedModule], arguments: dict[str, Any]) -> PromptedMo
 
 
 def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """Create the model of a net: call the function, or copy the model with shared weights."""
+    """Return the model for a net: the function's result, or a copy of the given model that shares its weights."""
     made = model if isinstance(model, nn.Module) else model() if callable(model) else None
     if not isinstance(made, nn.Module):
         raise OptionError(
@@ -221,7 +221,7 @@ def _frozen_check() -> type:
     from skorch.callbacks import Callback
 
     class FrozenCheck(Callback):
-        """Checks that the prompt has a gradient in each step of a fit, and that the base has not changed at the end.
+        """Checks in each step of a fit that the prompt has a gradient, and at the end that the base has not changed.
 
         Attributes:
             reports_: the reports of the last check, one for each prompt.

@@ -1,13 +1,14 @@
-"""TensorBoard: write a trained prompt for the embedding projector, its nearest words and its options.
+"""TensorBoard: write a trained prompt to the embedding projector, with its nearest words and its options.
 
-With `report_to="tensorboard"`, the Trainer writes the prompt's metrics without this callback. The callback replaces that
-reporter: it writes all metrics of the Trainer and, with a tokenizer, at the end of training:
+With `report_to="tensorboard"`, the Trainer writes the prompt's metrics even without this callback. The callback replaces the
+Trainer's own TensorBoard reporter: it writes all metrics of the Trainer and the options of the method. With a tokenizer, it
+also writes, at the end of training:
 
 - the virtual tokens and the words nearest to them, with labels, in the embedding projector (`soft_prompt`);
 - a table of these words with their cosines.
 
 These raise an error: `report_to="tensorboard"` in addition to the callback, because every metric would be written twice; a
-tokenizer with a prompt of keys and values or a sharded model.
+tokenizer, if the prompt consists of keys and values or the model is sharded.
 
 Versions tested: tensorboard 2.21.0
 
@@ -121,7 +122,7 @@ class PromptBoard(PromptTracker):
 
 
 def _plain(value: Any, *but: str) -> str:
-    """Return a label as text that is not empty, with tabs, line breaks and the characters in `but` escaped."""
+    """Return a label as a non-empty string, with tabs, line breaks and the characters in `but` escaped."""
     text = str(value).encode("unicode_escape").decode() if not str(value).isprintable() else str(value)
     for mark in but:
         text = text.replace(mark, f"\\{mark}")

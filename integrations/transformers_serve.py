@@ -1,12 +1,12 @@
-"""transformers serve: the server of transformers with a prompt, with and without continuous batching.
+"""transformers serve: serve a model with its prompt, with or without continuous batching.
 
 The server's answers are the same as those of `generate`. From a shell, with the server's own options:
 
     python -m softhooks.integrations.transformers_serve MODEL --prompt DIR --port 8000 --continuous-batching
 
 These raise an error: a server that is not pinned to one model, because a prompt belongs to one model; with continuous batching,
-prompts that occupy slots or differ between requests, flash attention, CUDA graphs and compiled forwards. On a GPU, transformers
-would use the last three by default; they are turned off unless you request them.
+prompts that occupy slots or differ between requests, flash attention, CUDA graphs and compiled forwards. Flash attention and CUDA
+graphs, which transformers may use by default on a GPU, are turned off unless you request them.
 
 Versions tested: transformers 5.23.0, fastapi 0.165.0, uvicorn 0.54.0, openai 3.57.0
 

@@ -4,7 +4,7 @@ DPO and KTO compare the policy with a reference model. `reference(model)` is the
 memory. Without it, TRL loads a second copy of the model; with `precompute_ref_log_probs=True`, TRL runs the policy instead, with
 the prompt disabled. GRPO and RLOO generate with the prompt.
 
-In packed rows (`bfd`, `bfd_split`) and padding-free rows every document gets the prompt, with sdpa or eager attention. `wrapped`
+In packed rows (`bfd`, `bfd_split`) and padding-free rows, every document gets the prompt, with sdpa or eager attention. `wrapped`
 rows may split documents; each row gets the prompt once.
 
 These raise an error before the first step: `use_vllm`, continuous batching, `sync_ref_model`, `use_liger_kernel`,
@@ -62,7 +62,7 @@ def reference(model: nn.Module, prompt: str | None = None) -> Reference:
 
     Args:
         model: the trainer's model.
-        prompt: the name of another prompt of the model, which the reference uses, such as a frozen one from an earlier run; None
+        prompt: the name of another prompt of the model for the reference to use, such as a frozen one from an earlier run; None
             for no prompt.
     """
     return Reference(model, prompt)
@@ -78,7 +78,7 @@ def check(args: Any, model: nn.Module, method: Method, trainable: Sequence[str])
 
 
 def _kind(args: Any) -> str:
-    """Return the name of TRL's arguments class, even for an instance of a subclass."""
+    """Return the name of the TRL config class of `args`, such as "DPOConfig", even if the user subclassed it."""
     return next(kind.__name__ for kind in type(args).__mro__ if kind.__module__.partition(".")[0] == "trl")
 
 
@@ -137,7 +137,10 @@ def guard(args: Any, prompted: PromptedModel) -> None:
 
 
 class _ReferenceGuard:
-    """Wraps two methods of a trainer's class until every guard is removed; callbacks cannot access the trainer itself."""
+    """Wraps two methods of a trainer's class until all guards are removed.
+
+    It wraps the class because callbacks cannot access the trainer itself.
+    """
 
     def __init__(self, trainer: type) -> None:
         _guards.add(self, trainer)
@@ -195,6 +198,6 @@ def _refuse_trainable_reference(trainer: Any) -> None:
     if any(parameter.requires_grad for encoder in encoders for parameter in encoder.parameters()):
         raise TrainerError(
             f"the `ref_model` has a trainable copy of the prompt {prompted.selection_text}; its prompt must be frozen.",
-            "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with an earlier prompt, load it on the "
+            "Pass `ref_model=softhooks.integrations.trl.reference(model)`. To compare with an earlier prompt, load it onto the "
             "model under another name, and pass `reference(model, prompt=name)`.",
         )

@@ -1,13 +1,14 @@
-"""Weights & Biases: log a trained prompt as an artifact, its options and its nearest words.
+"""Weights & Biases: log a trained prompt as an artifact, with its options and its nearest words.
 
-With `report_to="wandb"`, the Trainer logs the prompt's metrics without this callback, and `WANDB_LOG_MODEL` uploads checkpoints
-with only the prompt. The callback adds to the Trainer's run, even with `WANDB_MODE=offline`:
+With `report_to="wandb"`, the Trainer logs the prompt's metrics even without this callback, and `WANDB_LOG_MODEL` uploads
+checkpoints that hold only the prompt. The callback adds to the Trainer's run, even with `WANDB_MODE=offline`:
 
 - the method, its options and the number of parameters, in the run's configuration under `soft_prompt`;
 - at the end of training, an artifact of type `soft-prompt`; load it with `softhooks.load(model, artifact.download())`;
 - with a tokenizer, a table of the words nearest to each virtual token, as `soft_prompt/words`.
 
-These raise an error before the first step: no active run; a tokenizer with a prompt of keys and values or a sharded model.
+These raise an error before the first step: no active run; a tokenizer, if the prompt consists of keys and values or the
+model is sharded.
 
 Versions tested: wandb 0.31.0
 

@@ -1,4 +1,4 @@
-"""`python -m softhooks`: the command line, for launchers that take a module."""
+"""The entry point of `python -m softhooks`, for launchers that run a module instead of a command."""
 
 from softhooks.cli.app import main
 

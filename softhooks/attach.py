@@ -70,7 +70,7 @@ def attach(
         trainable: name patterns, such as `*lora_*`, of other parameters to train with the prompt.
         freeze_dropout: disable the backbone's dropout during training.
         injection: how the prompt enters the model; see `SoftPrompt.injection`. The default is the fastest injection that is
-            exact for the model. Calls that `shared` does not support use `slots`, or raise an error if you pass 'shared'.
+            exact for the model. Model calls that `shared` does not support use `slots`, or fail if you pass 'shared'.
         train_added_tokens: train copies of the embeddings of added tokens, and save them with the prompt. Pass the token ids,
             the tokenizer to which tokens were added, or True for all tokens that `resize_token_embeddings` has added since the
             model was created or loaded. The model's own embeddings do not change.
@@ -81,7 +81,7 @@ def attach(
     Raises:
         AttachError: the prompt cannot be attached; the model is unchanged.
         UnsupportedModeError: another thread is running the model.
-        OptionError, PromptMismatchError: the method's options do not fit the model.
+        OptionError, PromptMismatchError: the method's options are invalid for this model.
     """
     return attach_prompt(
         model,
@@ -108,7 +108,7 @@ def attach_prompt(
     injection: Injection | None,
     frozen_record: bool,
 ) -> SoftPrompt:
-    """Attach a new or a stored prompt; see `attach`. `frozen_record` records the frozen tensors for `verify_frozen`."""
+    """Attach a new or a stored prompt; see `attach`. If `frozen_record` is True, hash the frozen tensors for `verify_frozen`."""
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)
     refuse_peft_prompts(model)

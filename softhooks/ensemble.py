@@ -48,10 +48,10 @@ class EnsembleTexts:
 class PromptEnsemble:
     """Combines the outputs of several prompts of one model.
 
-    One forward pass runs each row of a batch with each prompt. All prompts that `rows` can use in one batch can be combined;
-    each prompt uses its own head.
+    One forward pass runs each row of a batch with each prompt. All prompts that `softhooks.rows` can use in one batch can be
+    combined; each prompt uses its own head.
 
-    Source: Lester et al. 2021, arXiv:2104.08691, who combine prompts of one task by a majority vote.
+    Source: Lester et al. 2021, arXiv:2104.08691, who combine prompts of one task by majority vote.
 
     Args:
         model: the model with the prompts.
@@ -60,7 +60,7 @@ class PromptEnsemble:
             probability. `logits` and `probabilities` choose the class with the highest mean logit or probability.
 
     Raises:
-        NotAttachedError: no prompt with one of the names is attached.
+        NotAttachedError: one of the names belongs to no attached prompt.
         OptionError: `names` is empty or not a list, or `combine` is invalid.
     """
 
@@ -103,10 +103,10 @@ class PromptEnsemble:
 
     @torch.no_grad()
     def generate(self, tokenizer: Any, **inputs: Any) -> EnsembleTexts:
-        """Generate a text for each row with every prompt, and choose the text that most prompts generate.
+        """Generate text for each row with every prompt, and choose the text that most prompts generate.
 
-        Texts are compared without special tokens and surrounding whitespace. A tie goes to the text of the prompt that comes
-        first in `names`.
+        The comparison ignores special tokens and surrounding whitespace. A tie goes to the text of the prompt that comes first
+        in `names`.
 
         Args:
             tokenizer: decodes the texts.

@@ -14,8 +14,8 @@ class SoftHooksError(Exception):
     """The base class of all softhooks exceptions.
 
     Args:
-        found: the problem and the rule, in the first line of the message.
-        remedy: how to solve the problem, in the last lines of the message.
+        found: the problem and the rule that is broken; the first line of the message.
+        remedy: how to solve the problem; the last lines of the message.
         values: named values, such as those found and expected. The message shows underscores in their names as spaces.
     """
 
@@ -91,7 +91,7 @@ def check_int(name: str, value: object, minimum: int = 1) -> None:
 
 
 def is_int(value: object, minimum: int) -> bool:
-    """Return whether a value is an int, but not a bool, of at least `minimum`."""
+    """Return whether a value is an int (and not a bool) that is at least `minimum`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 

@@ -43,8 +43,8 @@ def load(
 
     Args:
         model: the base model, unmodified.
-        path: a directory or Hub repository with a prompt from `save_pretrained` or a Trainer, or with a PEFT adapter for prompt
-            tuning, prefix tuning, P-tuning, CPT, LLaMA-Adapter or cartridges.
+        path: a directory or Hub repository that contains a prompt saved by `save_pretrained` or a Trainer, or a PEFT adapter for
+            prompt tuning, prefix tuning, P-tuning, CPT, LLaMA-Adapter or cartridges.
         name: the name of the prompt on the model.
         trainable: keep the prompt trainable. Otherwise the prompt is frozen like the model, and `verify_frozen` is not
             available.
@@ -81,7 +81,7 @@ def attach_stored(
     strict: bool = True,
     parts: Sequence[StoredPrompt] = (),
 ) -> SoftPrompt:
-    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges that were joined."""
+    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges that it was joined from, if any."""
     method = method_of(stored)
     prompt = attach_prompt(
         model,

@@ -27,7 +27,10 @@ COLUMN_METHODS: dict[str, list[str]] = {}
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its options.
+    """A method of soft prompt tuning, with its options.
+
+    The encoder that a method builds computes the prompt as named tensors, called groups; see `PromptEncoder`. A site is an
+    attention module that keys and values can enter; see `Site`.
 
     Args:
         num_virtual_tokens: the number of virtual tokens (P).
@@ -52,7 +55,7 @@ class Method:
     """The class of the method's `sampler`. A Trainer's sampler of this class is not replaced."""
 
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"placement": ("front", "after_first", "end")}
-    """The conventions that a saved prompt must contain, and their possible values."""
+    """The entries of `conventions` that a saved prompt must contain, and their possible values."""
 
     num_virtual_tokens: int
 
@@ -73,7 +76,7 @@ class Method:
         return {}
 
     def has_unused_parameters(self, given: Container[str]) -> bool:
-        """Return whether some parameters get no gradient in a training step with the batch columns `given`."""
+        """Return whether some parameters get no gradient in a training step whose batch has the columns `given`."""
         return False
 
     @property
@@ -99,11 +102,11 @@ class Method:
         """Raise an error if the method does not support the model or the chosen injection."""
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the attention modules of a stack that the prompt enters, in the order of their keys and values in the prompt."""
+        """Return those attention modules of a stack that the prompt enters, in the order of their parts in its tensors."""
         return stack.sites_of(role)
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:
-        """Return the parts of a group; `attach` checks that each part gets a gradient."""
+        """Return the parts of a group's tensor, one for each module; `attach` checks that each part gets a gradient."""
         # Embeddings are not checked, because a text need not use all slots of a layout.
         if self.enters != "attention":
             return []
@@ -121,12 +124,12 @@ class Method:
         return False
 
     def branch_inputs(self, table: Callable[[str], Tensor], stack: Stack, context: Tensor | None) -> BranchInputs:
-        """Compute the branch of a stack.
+        """Compute the virtual tokens and gates of each attention module of a stack.
 
         Args:
-            table: a function that computes one of the encoder's groups.
+            table: a function that takes the name of one of the encoder's groups and computes its tensor.
             stack: the stack.
-            context: a context for each row, [B, ...], or None if the forward pass has none.
+            context: the context of each row, [B, ...], or None if the forward pass has none.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `branch_inputs`.")
 
@@ -167,7 +170,7 @@ class Method:
         return TableEncoder(tables)
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make an encoder that continues the training of a folded prompt."""
+        """Make an encoder with which a folded prompt can be trained further."""
         return self.folded_encoder(tables)
 
     @property
@@ -180,7 +183,7 @@ class Method:
         return {"placement": self.token_layout.form.placement}
 
     def options(self) -> dict[str, Any]:
-        """Return the options as JSON values, without tokenizers and tensors, which only initialize a prompt."""
+        """Return the options as JSON values, without tokenizers and tensors, which are only needed to initialize a prompt."""
         kept: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
@@ -194,7 +197,7 @@ class Method:
 
 
 class TableSlice(NamedTuple):
-    """The part of a group's tensor that belongs to one module of the model."""
+    """The part of one of the prompt's tensors that belongs to one module of the model."""
 
     name: str
     rows: slice

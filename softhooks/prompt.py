@@ -62,7 +62,7 @@ class SoftPrompt(AttachedPrompt):
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
-        """The conventions, and the ids of the virtual tokens if the model needs ids."""
+        """The conventions to save, including the token ids of the virtual tokens if the model needs ids."""
         own = self.module._buffers.get(BUFFER)
         return dict(self.conventions) if own is None else {**self.conventions, BUFFER: own.tolist()}
 

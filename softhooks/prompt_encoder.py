@@ -14,16 +14,17 @@ from softhooks.constraint import watch
 from softhooks.errors import UnsupportedModeError
 
 EMBEDDINGS = "embeddings"
-"""The group of an encoder that computes embeddings."""
+"""The name of the only group in a prompt of embeddings."""
 
 
 class PromptEncoder(nn.Module):
     """A module that computes a prompt.
 
-    Subclasses set `groups`, and compute each group in `forward`. A prompt of embeddings has the group `embeddings`. A prompt of
-    keys and values has the group `text` or, on encoder-decoder models, `encoder`, `decoder` and `cross`. Subclasses can override
-    the other methods to use different variants of the prompt in a batch, to hide virtual tokens from some rows, or to constrain
-    the parameters.
+    A prompt consists of one or more tensors, called groups. Subclasses list their names in `groups`, and compute each of them in
+    `forward`. A prompt of embeddings has the group `embeddings`. A prompt of keys and values has the group `text` or, on
+    encoder-decoder models, `encoder` and `decoder` (self-attention) and `cross` (cross-attention). Subclasses can override the
+    other methods to use different variants of the prompt in a batch, to hide virtual tokens from some rows, or to constrain the
+    parameters.
     """
 
     groups: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ class PromptEncoder(nn.Module):
 
     @property
     def zero_gradient_parameters(self) -> frozenset[str]:
-        """The names of parameters whose gradient is always zero, such as recurrent weights with a single virtual token."""
+        """The names of parameters whose gradient is always zero, such as recurrent weights if there is only one virtual token."""
         return frozenset()
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
@@ -110,7 +111,7 @@ class TableEncoder(PromptEncoder):
             self.register_parameter(group, nn.Parameter(table.detach().float().clone()))
 
     def forward(self, group: str, variant: int = 0) -> Tensor:
-        """Return a group."""
+        """Return the parameter that holds a group."""
         table: Tensor = getattr(self, group)
         return table
 

@@ -25,10 +25,10 @@ _BLOCK = 8192
 def most_similar(
     prompts: Mapping[str, str | Path | Tensor | SoftPrompt] | Sequence[str], to: str | Path | Tensor | SoftPrompt
 ) -> list[tuple[str, float]]:
-    """Rank prompts by the cosine similarity of their mean virtual token to that of one prompt.
+    """Rank prompts by the cosine similarity of their mean virtual token to that of the prompt `to`.
 
     To choose a prompt to start from, train a prompt for the new task for a short time, rank the saved prompts of other tasks, and
-    start a new training from the most similar one with `PromptTuning(init="prompt", init_from=...)`.
+    start a new training run from the most similar one with `PromptTuning(init="prompt", init_from=...)`.
 
     Source: Vu et al. 2022 (SPoT), arXiv:2110.07904.
 
@@ -72,7 +72,7 @@ class Word(NamedTuple):
 def nearest_words(prompt: SoftPrompt, tokenizer: Any, count: int = 5) -> list[list[Word]]:
     """Find the tokens whose embeddings have the highest cosine similarity to each virtual token.
 
-    The tokens show how close a prompt still is to the words that initialized it, but not necessarily what it means.
+    The tokens show how close a prompt still is to the words that it was initialized from, but not necessarily what it means.
 
     Args:
         prompt: a prompt that consists of embeddings.

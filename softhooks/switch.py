@@ -70,8 +70,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
             a row use its prompt.
 
     Raises:
-        NotAttachedError: no prompt with one of the names is attached.
-        OptionError: `names` is empty, or is not a list of names or None.
+        NotAttachedError: one of the names is not the name of an attached prompt.
+        OptionError: `names` is empty, or contains anything other than strings and None.
     """
     is_list = isinstance(names, Iterable) and not isinstance(names, (str, bytes, Mapping, Set))
     listed = list(names) if is_list else []
@@ -88,11 +88,11 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[nn.Module]:
-    """Compute each prompt only once for all forward passes inside the context, as `generate` does for its own.
+    """Compute each prompt only once for all forward passes inside the context, as `generate` does for its own forward passes.
 
     Outside the context, every forward pass computes the prompt. Use `kept` for forward passes without gradients, such as an
-    evaluation or your own decoding loop with `past_key_values`, and to train a cartridge, whose document is then read only once.
-    Forward passes that compute gradients for the prompt always recompute it.
+    evaluation or your own decoding loop with `past_key_values`. Also use it to train a cartridge: the model then reads the
+    cartridge's document only once. Forward passes that compute gradients for the prompt always recompute it.
 
     Inside the context, do not change the base model (its config, weights, hooks, modules or their attributes), because not every
     change is detected. Training steps on the prompt are allowed.

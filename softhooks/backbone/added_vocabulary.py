@@ -122,7 +122,12 @@ def stack_level() -> int:
 
 
 def require_vocabulary(rows: Any, structure: ModelStructure, source: str) -> None:
-    """Raise an error if the vocabulary is smaller than `rows`, the vocabulary size of a saved prompt's base model, if known."""
+    """Raise an error if the vocabulary is smaller than that of a saved prompt's base model.
+
+    Args:
+        rows: the vocabulary size of that base model; if it is not an int, nothing is checked.
+        source: the prompt's name in errors.
+    """
     if type(rows) is int and structure.vocabulary < rows:
         raise PromptMismatchError(
             "the model has a smaller vocabulary than the base model that the prompt was trained with.",

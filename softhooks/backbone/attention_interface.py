@@ -1,7 +1,8 @@
 """Wrap the attention functions of transformers so that a `Pass` can change the attention of marked modules.
 
-The functions in `ALL_ATTENTION_FUNCTIONS` and the `eager_attention_forward` of each modeling file are wrapped while any model has
-a prompt, and restored when the last prompt is removed. `config._attn_implementation` is never changed.
+A module is marked by an attribute that holds its `Site`. The functions in `ALL_ATTENTION_FUNCTIONS` and the
+`eager_attention_forward` of each modeling file are wrapped while any model has a prompt, and restored when the last prompt is
+removed. `config._attn_implementation` is never changed.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def current_pass(module: nn.Module) -> RunningPass | None:
 
     Raises:
         PromptNotReachedError: a prompt is active, but its hooks did not run.
-        UnsupportedModeError: a prompt is active, but only another thread is running the model.
+        UnsupportedModeError: a prompt is active, and another thread, but not this one, is running the model.
     """
     site: Site | None = module.__dict__.get(MARK)
     if site is None:
@@ -106,7 +107,7 @@ def current_pass(module: nn.Module) -> RunningPass | None:
 
 
 def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
-    """Mark the attention module of every site, and replace the forward of modules that compute attention inline."""
+    """Mark every attention module that keys and values can enter, and replace the forward of those with inline attention."""
     for stack in stacks:
         for site in stack.sites:
             if not site.shared_sites or site is site.shared_sites[0]:
@@ -117,7 +118,7 @@ def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
 
 @contextmanager
 def wrapped_functions(modules: Iterable[nn.Module]) -> Iterator[Patches]:
-    """Wrap the attention functions while the `with` block runs; yield patches that are undone after it."""
+    """Wrap the attention functions while the `with` block runs; yield a `Patches` object that is undone after the block."""
     with Patches() as patches:
         users.add(patches, modeling_files(modules))
         try:
@@ -128,7 +129,7 @@ def wrapped_functions(modules: Iterable[nn.Module]) -> Iterator[Patches]:
 
 @contextmanager
 def marked_sites(stack: Stack) -> Iterator[None]:
-    """Mark the sites of a stack while the `with` block runs, even if no prompt is attached."""
+    """Mark the attention modules of a stack while the `with` block runs, even if no prompt is attached."""
     if any(MARK in site.module.__dict__ for site in stack.sites):
         yield
         return

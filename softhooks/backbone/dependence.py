@@ -86,7 +86,7 @@ def change_before(
     Args:
         module: the module that returns the states.
         column: the index of the first token in which the texts differ.
-        forwards: functions that run the model on one text each, or one function that runs it on both texts as rows.
+        forwards: functions that run the model on one text each, or one function that runs it on both as two rows of a batch.
         state: as in `recorded_states`.
     """
     rows: list[Tensor] = []

@@ -149,7 +149,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
 
 
 def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
-    """Return the stack's child whose first state alone goes to the pooler (ALBERT), or None if there is no such pooler."""
+    """Return the child whose first hidden state is the pooler's only input (ALBERT), or None if there is no such pooler."""
     pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
     if pooler is None or not calls[pooler].inputs or calls[pooler].inputs[0].dim() != 2:
         return None

@@ -1,4 +1,7 @@
-"""Find the attention modules that a prefix can enter: through the attention interface, inline attention or a cache."""
+"""Find the attention modules that a prefix can enter: through the attention interface, inline attention or a cache.
+
+A `Site` stands for one such module in one layer; layers that share a module have a site each.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord
 
 
 def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[Site]:
-    """Make a site for each attention call. In a decoder, a call with as many keys as `encoded` is cross-attention."""
+    """Make a `Site` for each attention call. In a decoder, a call with `encoded` keys is cross-attention."""
     sites: list[Site] = []
     shared: dict[int, list[Site]] = {}
     count: dict[Role, int] = {"self": 0, "cross": 0}
@@ -130,7 +133,7 @@ def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRe
     """Run a stack, recompute each inline attention with the rewritten forward, and record the calls of its attention function.
 
     Returns:
-        the calls; none if a result differs from the module's own, because softhooks then does not support the module.
+        the calls, or an empty list if a result differs from the module's own: softhooks then does not support the module.
     """
     records: list[AttentionRecord] = []
     differing: list[nn.Module] = []

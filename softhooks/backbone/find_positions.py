@@ -74,7 +74,7 @@ def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
     """Find the position id of the first token: passing `position_ids` that count up from it leaves the states unchanged.
 
     Returns:
-        the id, or None if none is found or the stack ignores `position_ids`: other ids then change nothing either.
+        the id, or None if none is found or the states stay unchanged with other ids too: the stack then ignores `position_ids`.
     """
     if isinstance(plain.position_ids, Tensor):
         return int(plain.position_ids.flatten()[0])

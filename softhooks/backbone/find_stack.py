@@ -29,7 +29,7 @@ class ModuleCall:
         inputs: its tensor arguments.
         position_ids: its argument `position_ids`.
         start, end: the number of calls that had begun when this call began, and when it ended.
-        occurrence: how often the module had been called before.
+        occurrence: the number of earlier calls of the module.
         output: the returned value, which later modules may have changed in place.
         state: a copy of the first tensor in the output.
     """
@@ -46,7 +46,7 @@ class ModuleCall:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The key that corresponding calls share across forwards of the model."""
+        """A key that is the same for corresponding calls in different forwards of the model."""
         return id(self.module), self.occurrence
 
     def contains(self, other: ModuleCall) -> bool:
@@ -54,7 +54,7 @@ class ModuleCall:
         return self.start < other.start and 0 <= other.end <= self.end
 
     def received(self, tensor: Tensor) -> bool:
-        """Whether one of the arguments equals a tensor."""
+        """Whether one of the tensor arguments equals the given tensor."""
         return any(t.dtype == tensor.dtype and t.shape == tensor.shape and torch.equal(t, tensor) for t in self.inputs)
 
 
@@ -174,7 +174,7 @@ def _inner_text_model(
 ) -> ModuleCall:
     """Return the inner module that receives `inputs_embeds` (the text model of a vision-language model), else `holder`.
 
-    The outer model must compute positions and masks from the ids without the prompt; softhooks shifts them afterwards.
+    The outer model must compute positions and masks from the ids without the prompt; softhooks adapts them to the prompt later.
     """
     shape = _state(holder).shape[:2]
     for call in reversed(calls):

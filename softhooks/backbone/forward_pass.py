@@ -35,8 +35,8 @@ class Pass:
         has_injected: whether the prompt has entered. If it is still False when the forward ends, an error is raised.
         handles: the handles of hooks that are registered for this forward only.
         provenance: returns the state of the prompts, which is stored with caches and encoder states.
-        check_attention: called with the arguments of `attend` before each attention function, to refuse some of them.
-        calls: how often each module shared by several layers was called, by role and index of its first site.
+        check_attention: called with the arguments of `attend` before each attention function; may refuse the call.
+        calls: for each module that several layers share, the number of its calls so far, by role and index of its first site.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -58,14 +58,14 @@ class Pass:
         return output
 
     def site_for_call(self, site: Site) -> Site:
-        """Return the site of the current call: if several layers share a module, it has one site per call."""
+        """Return the site of the current call; `site` is the first of the module's sites, one for each layer that shares it."""
         if len(site.shared_sites) < 2:
             return site
         count = self.calls.get((site.role, site.index), 0)
         if count == len(site.shared_sites):
             raise UnsupportedModeError(
-                f"{type(site.module).__name__} ran more than {count} times in one forward; a shared layer must run as often as "
-                "when the prompt was attached.",
+                f"{type(site.module).__name__} ran more than {count} times in one forward; a shared layer must not run more "
+                "times than it did when the prompt was attached.",
                 "Change the number of layers before you attach the prompt.",
             )
         self.calls[site.role, site.index] = count + 1

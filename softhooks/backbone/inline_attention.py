@@ -173,7 +173,7 @@ def _run(
 
 
 def inline_forward(site: Site, current_pass: Callable[[nn.Module], RunningPass | None]) -> Callable[..., Any]:
-    """Make a replacement for a module's forward that lets the current pass run the attention.
+    """Make a forward for the attention module of `site` in which the current pass computes the attention.
 
     Args:
         current_pass: `attention_interface.current_pass`, passed here to avoid a circular import.

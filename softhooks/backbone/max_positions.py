@@ -1,4 +1,4 @@
-"""Warn if prompt and text exceed a model's rotary positions: the model raises no error, but its outputs get worse."""
+"""Warn if prompt and text are longer than the rotary embeddings support: no error is raised, but the outputs get worse."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def dynamic_rope_length(module: nn.Module) -> int | None:
 
 
 def warn_beyond(positions: Positions, text: int, length: int) -> None:
-    """Warn once per model if `length` virtual tokens and `text` tokens (without padding) exceed the rotary limit."""
+    """Warn once per model if `length` virtual tokens and `text` tokens (without padding) together exceed `rotary_limit`."""
     limit = positions.rotary_limit
     if limit is None or positions.has_warned or text + length <= limit or torch.compiler.is_compiling():
         return
@@ -77,7 +77,7 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 
 @contextmanager
 def without_position_warning(structure: ModelStructure) -> Iterator[None]:
-    """Suppress the warning while the `with` block runs probes, whose text the user did not choose."""
+    """Suppress the warning in the `with` block, which runs the model on texts that the user did not choose."""
     with Patches() as patches:
         for stack in structure.stacks:
             patches.set(stack.positions, "has_warned", True)

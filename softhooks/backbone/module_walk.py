@@ -1,4 +1,4 @@
-"""List the modules and tensors of a model fast enough for every forward; `named_modules` also builds names, which is slow."""
+"""Fast lists of a model's modules and tensors, for use in every forward; `named_modules` is slower, because it builds names."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from softhooks.backbone.word_embeddings import ids_of_rows
 from softhooks.errors import PromptMismatchError
 
 BUFFER = "placeholder"
-"""The name of the ids, both as a buffer of the prompt's module and in the conventions of a saved prompt."""
+"""The name of the ids, both as a buffer of the prompt's module and among the options of the forward pass in a saved prompt."""
 
 
 def default_id(model: nn.Module, vocabulary: int) -> int:
@@ -38,7 +38,7 @@ def new_placeholder_ids(
     Args:
         count: P.
         known: the ids of the words that initialize the prompt, with None for a row without a word. If `known` is None,
-            `rows` are searched for in the model's embeddings.
+            each of `rows` is looked up in the model's embeddings.
         rows: the prompt's embeddings, [P, H].
     """
     default = default_id(model, structure.vocabulary)
@@ -51,10 +51,12 @@ def new_placeholder_ids(
 def saved_placeholder_ids(
     model: nn.Module, structure: ModelStructure, count: int, conventions: dict[str, Any], source: str, *, needed: bool
 ) -> tuple[Tensor | None, dict[str, Any]]:
-    """Split the conventions of a saved prompt into the ids of its virtual tokens, [P], and the other conventions.
+    """Return the ids of a saved prompt's virtual tokens, [P], and the other options of the forward pass saved with it.
 
     Args:
         count: P.
+        conventions: the options of the forward pass that were saved with the prompt, including the ids.
+        source: the prompt's name in messages.
         needed: whether the model's hidden states depend on ids. If so, and the file has no ids, warn and give all virtual
             tokens the id that older versions of softhooks used.
 

@@ -23,7 +23,7 @@ class _FixedPositions:
         return functional.embedding(self._rows_for(asked), getattr(self._table.module, self._table.weight))
 
     def _rows_for(self, asked: Any) -> Tensor:
-        """Repeat the last position for columns that the stack adds to the text (LED pads to whole windows)."""
+        """Return a row for each token; tokens that the stack appends as padding (LED pads to whole windows) get the last one."""
         shape = asked.shape if isinstance(asked, Tensor) else asked  # a table is called with ids, or with their shape
         more = shape[1] - self._rows.shape[-1] if isinstance(shape, tuple) and len(shape) > 1 else 0
         if more <= 0:

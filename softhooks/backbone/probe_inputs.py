@@ -42,7 +42,7 @@ def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) ->
 
 
 def special_ids(config: Any) -> set[int | None]:
-    """Return the special ids of a config, which models may use to find padding or the end of the text."""
+    """Return the special token ids in a config; models may use them to find padding or the end of the text."""
     special: set[int | None] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id"):
         value = getattr(config, name, None)
@@ -51,7 +51,7 @@ def special_ids(config: Any) -> set[int | None]:
 
 
 def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
-    """List, in ascending order, ids that are neither special ids of a config nor the padding index of an embedding."""
+    """List, in ascending order, ids below 64 that are neither special ids in the configs nor an embedding's padding index."""
     special = {part.padding_idx for part in stack.module.modules() if isinstance(part, nn.Embedding)}
     config: Any = getattr(model, "config", None)
     for each in (config, text_config(config)):
@@ -99,7 +99,7 @@ def probe_length(module: nn.Module, max_columns: int | None, prompt: int = 0) ->
 def longest_distance(module: nn.Module) -> int:
     """Return the least common multiple of 8 and the window and chunk sizes in a stack's config.
 
-    Sizes above `_MAX_DISTANCE` are ignored. If the multiple exceeds it, the largest of the numbers is returned.
+    Sizes above `_MAX_DISTANCE` are ignored. If the multiple exceeds this limit, return the largest of these sizes and 8 instead.
     """
     config = getattr(module, "config", None)
     found = {value for value in _distances(getattr(config, "__dict__", {})) if 2 <= value <= _MAX_DISTANCE} | {8}

@@ -27,7 +27,7 @@ OTHER_METHOD = "Use another method, if one can enter this model."
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Turn any exception in the `with` block, except errors of softhooks, into an `UnsupportedModelError`."""
+    """Turn any exception in the `with` block, except softhooks' own errors, into an `UnsupportedModelError`."""
     try:
         yield
     except SoftHooksError:
@@ -46,7 +46,10 @@ class _UnsupportedModelModeError(UnsupportedModelError, UnsupportedModeError):
 
 @contextmanager
 def probing_with_prompt(model: nn.Module) -> Iterator[None]:
-    """Turn errors in the `with` block, except `AttachError`, into `UnsupportedModelError`; `UnsupportedModeError` stays one."""
+    """Turn errors in the `with` block, except `AttachError`, into `UnsupportedModelError`.
+
+    An error made from an `UnsupportedModeError` is an instance of both.
+    """
     try:
         with probing(model):
             yield
@@ -80,7 +83,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(module: nn.Module) -> Iterator[None]:
-    """Run the `with` block with random seed 0, so that every run draws the same numbers; then restore the random state."""
+    """Run the `with` block with random seed 0, so that every run draws the same random numbers; then restore the random state."""
     devices = {weight.device for weight in module.parameters()}
     with torch.random.fork_rng([device.index for device in devices if device.type == "cuda"]):
         # `torch.manual_seed` also seeds CUDA lazily, which takes as long as the forward of a small model.

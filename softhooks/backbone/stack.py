@@ -16,13 +16,13 @@ StackName = Literal["text", "encoder", "decoder"]
 
 @dataclass(eq=False)
 class AttentionCall:
-    """The arguments with which an attention module computes keys and values of hidden states without rotation or mask.
+    """The arguments with which an attention module computes keys and values, without rotary positions or a mask.
 
     Attributes:
         width: the width of the hidden states, H.
         query_heads: the number of query heads, Hq.
         args, kwargs: the arguments, with None in place of the hidden states.
-        place: the index in `args` or the name in `kwargs` of the hidden states.
+        place: where the hidden states are passed: an index in `args` or a name in `kwargs`.
         failure: why the module cannot be called with these arguments; empty if it can.
     """
 
@@ -54,10 +54,11 @@ def _on_device_of(value: Any, rows: Tensor) -> Any:
 
 @dataclass(eq=False)
 class Site:
-    """An attention module that keys and values can enter, for one layer of a stack.
+    """An attention module that keys and values can enter, in one layer of a stack.
 
     Attributes:
-        index: the index among the sites of its stack and role; the layer's index if keys and values enter through a cache.
+        role: "self" for self-attention, "cross" for cross-attention.
+        index: the index among the stack's sites with this role; the layer's index if keys and values enter through a cache.
         module: the module that calls the attention function, or that passes keys and values to the cache.
         heads: the number of key-value heads, Hk.
         key_dim, value_dim: the head dimensions of keys and values, D.
@@ -79,7 +80,7 @@ class Site:
 
     @property
     def size(self) -> int:
-        """The number of elements in the key and value of one virtual token."""
+        """The total number of elements in the key and the value of one virtual token."""
         return self.heads * (self.key_dim + self.value_dim)
 
 
@@ -145,7 +146,7 @@ class Stack:
         injection: how keys and values enter: through the attention function, inline attention or a cache; None if they cannot.
         slot_values: the value of each per-token argument at virtual tokens, by argument name; set when slots are used.
         compared_arguments: the non-tensor arguments of the forward in which `injection="shared"` was compared with `"slots"`.
-        pooled_module: the child whose first state alone goes to the pooler, or None if there is no such pooler.
+        pooled_module: the child module whose first hidden state is the pooler's only input, or None if there is no such pooler.
         reads_ids: whether its states depend on token ids and not only on embeddings; None until measured.
         state: its running forward.
     """
@@ -167,7 +168,7 @@ class Stack:
     state: StackState = field(default_factory=StackState, init=False, repr=False)
 
     def sites_of(self, role: Role) -> list[Site]:
-        """Return the sites of one role, in the order of their indices."""
+        """Return the sites with this role (self- or cross-attention), in the order of their indices."""
         return [site for site in self.sites if site.role == role]
 
 

@@ -1,4 +1,4 @@
-"""The running forward of a stack, and protocols for the objects of other packages that it uses."""
+"""The running forward of a stack, and protocols for classes of other softhooks packages that it uses."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class StackState:
         """Set `current` to a pass while the `with` block runs.
 
         Args:
-            alone: the name of the block in errors. If it is given, no other thread may run the model meanwhile.
+            alone: if given, no other thread may run the model in the meantime; errors refer to the block by this name.
 
         Raises:
             UnsupportedModeError: `alone` is given, but another thread is running the model.

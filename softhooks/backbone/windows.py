@@ -1,4 +1,4 @@
-"""Find sliding windows and chunks of attention, even if only the attention masks show them (PhiMoE, Llama 4)."""
+"""Find sliding windows and chunks in attention, even if only the attention masks show them (PhiMoE, Llama 4)."""
 
 from __future__ import annotations
 

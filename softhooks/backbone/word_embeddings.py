@@ -57,10 +57,10 @@ def _equal_rows(table: Tensor, rows: Tensor) -> list[int | None]:
 
 @torch.no_grad()
 def ids_of_weight_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """For each row, find the id of the equal row of `embedding.weight`: users may pass weights instead of embeddings.
+    """For each row, find the id whose row of `embedding.weight` equals it: users may pass weights instead of embeddings.
 
     The two differ if the embedding does more than look up rows: Gemma multiplies them by sqrt(H). The id is None if no row of
-    the weight is equal, or if an embedding is equal as well. [P, H] -> P ids.
+    the weight equals the given row, or if an embedding equals it too. [P, H] -> P ids.
     """
     embedding = structure.entry.embedding
     weight = full(read_tensor(embedding, "weight", embedding.weight)).detach()  # type: ignore[arg-type]

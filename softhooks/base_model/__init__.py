@@ -1,1 +1,1 @@
-"""Record the base model's frozen tensors while a prompt trains, and identify the base model of a saved prompt."""
+"""Check that the base model stays frozen while a prompt is trained, and identify the base model of a saved prompt."""

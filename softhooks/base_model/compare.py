@@ -18,7 +18,7 @@ _MIN_COSINE = 0.7
 """The smallest cosine similarity of weights before and after fine-tuning; for unrelated models, it is about 0."""
 
 _MAX_TIES = 0.125
-"""The largest share of values that two dtype conversions may round to different neighbors."""
+"""The largest share of values that two dtype conversions may round to neighboring values instead of the same one."""
 
 _PRODUCT_ERROR = 1e-6
 """The rounding error of the product of LoRA's matrices, relative to the largest value."""
@@ -85,7 +85,7 @@ def _packed(fingerprint: Fingerprint) -> set[str]:
 
 
 def _compare_group(then: dict[str, WeightSample], now: dict[str, WeightSample]) -> _GroupComparison:
-    """Compare the weights of a group that both fingerprints contain."""
+    """Compare the weights that are in both fingerprints, within one group: embeddings, vectors or matrices."""
     same, ties, total = True, 0, 0
     pairs: list[tuple[Tensor, Tensor]] = []
     for name in sorted(set(then) & set(now)):
@@ -113,7 +113,7 @@ def _compare_group(then: dict[str, WeightSample], now: dict[str, WeightSample]) 
 
 
 def _count_different(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, int]:
-    """Count the values that differ, and those that two dtype conversions may have rounded to different neighbors."""
+    """Count the values that differ, and those that two dtype conversions may have rounded to neighboring values."""
     if one == other:
         return int((a != b).sum()), 0
     coarse = _coarser(one, other)
@@ -125,7 +125,7 @@ def _count_different(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, i
 
 
 def _count_beyond_merge(one: WeightSample, other: WeightSample, are_read: Tensor) -> int:
-    """Count the values that differ by more than a merge rounds: in the product, in the sum and in a dtype conversion."""
+    """Count the values that differ by more than the rounding errors of a merge: product, sum and dtype conversion."""
     given = [sample.magnitudes for sample in (one, other) if sample.magnitudes is not None]
     magnitudes = torch.stack(given).amax(0)[are_read]
     a, b = one.values[are_read], other.values[are_read]

@@ -1,6 +1,7 @@
 """The fingerprint of a base model: a few values of each weight, stored with a prompt to recognize its base model.
 
-The values are not hashed, so that they can also be compared after a dtype conversion, which rounds them.
+The values are not hashed, so that they can also be compared after a dtype conversion, which rounds them. The weights form three
+groups: embeddings, vectors (such as norms and biases) and matrices.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class WeightSample:
     Attributes:
         dtype: the name of the weight's dtype, or `packed` if it is quantized.
         values: the values in fp32; NaN for a value that was not read.
-        magnitudes: |weight| + |merged weight|, a bound on rounding errors, if LoRA was merged or unmerged; otherwise None.
+        magnitudes: |weight| + |merged weight|, the scale of rounding errors, if LoRA was merged or unmerged; otherwise None.
     """
 
     dtype: str

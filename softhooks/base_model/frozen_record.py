@@ -68,7 +68,7 @@ def digest(tensor: Tensor) -> Digest:
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield all parameters, buffers and scales of quantized layers; offloaded tensors are loaded one at a time."""
+    """Yield all parameters and buffers, and the scales of quantized layers; offloaded tensors are loaded one at a time."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield name, read_tensor(model, name, tensor)
     for name, module in model.named_modules():
@@ -77,7 +77,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unregistered(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a layer saves but does not register, such as the scales of bitsandbytes."""
+    """Yield the tensors in a layer's state dict that are not registered parameters or buffers, such as bitsandbytes' scales."""
     prefix = f"{name}." if name else ""
     known = {prefix + own for own in (*module._parameters, *module._buffers)}
     saved: dict[str, object] = {}

@@ -35,7 +35,7 @@ class BaseModelInfo:
         quantization: the quantization method and the number of bits.
         width: the hidden size of the embeddings, H.
         vocabulary: the number of rows of the embedding matrix.
-        sliding_window: whether there are layers with a sliding window.
+        sliding_window: whether the config sets a sliding window.
         task: the `task_type` in PEFT's config, which does not name the class; None if PEFT did not write the prompt.
     """
 
@@ -102,7 +102,7 @@ def _quantization(config: Any) -> str | None:
 
 
 def class_of_transformers(name: str) -> type | None:
-    """Return the public transformers class with this name, which was read from a file; None if there is no such class."""
+    """Return the public transformers class with this name, which may be any string; None if there is no such class."""
     import transformers
 
     found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None

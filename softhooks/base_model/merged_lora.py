@@ -1,4 +1,4 @@
-"""Compute how merging PEFT's LoRA adapters would change single values of the base weights."""
+"""Compute how merging PEFT's LoRA adapters would change individual values of the base weights."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class LoraWeight:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight is quantized, so that it contains codes instead of values."""
+    """Whether a weight is quantized and therefore contains codes instead of values."""
     is_plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
     return not is_plain or weight.dtype not in _FLOATS
 
 
 def is_readable(weight: Tensor) -> bool:
-    """Whether single values of a weight can be read in this process."""
+    """Whether individual values of a weight can be read in this process."""
     return not (is_packed(weight) or is_sharded(weight) or weight.is_meta or not weight.numel())
 
 

@@ -1,6 +1,6 @@
 """Take the fingerprint of a base model: read a few values of each weight, at indices that depend only on its name and size.
 
-Heads, poolers, adapters and weights that train with the prompt are left out: they may differ each time the base is loaded.
+Heads, poolers, adapters and weights that are trained with the prompt are left out: they may differ each time the base is loaded.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def take_fingerprint(
 
     Args:
         like: a fingerprint to compare with; the same token ids are sampled, even if the vocabularies differ in size.
-        frozen: whether to leave out trainable weights, which train with the prompt.
+        frozen: whether to leave out trainable weights, which are trained with the prompt.
     """
     vocabulary = structure.vocabulary if like is None else like.vocabulary
     weights: dict[Group, dict[str, list[Tensor]]] = {group: {} for group in GROUPS}
@@ -124,7 +124,7 @@ def _brought_in(weight: Tensor, model: nn.Module) -> Tensor:
 
 
 def _values(weight: Tensor, name: str, vocabulary: int | None) -> Tensor:
-    """Read the sampled values of a weight, in fp32; of an embedding matrix, sample the first `vocabulary` rows."""
+    """Read the sampled values of a weight, in fp32; in an embedding matrix, sample only the first `vocabulary` rows."""
     if is_sharded(weight) and weight.numel() <= _READ_WHOLE:
         weight = full(weight.detach())
     if not is_readable(weight):

@@ -1,1 +1,1 @@
-"""Checks that `attach` makes by running the model with the prompt."""
+"""The checks of `attach`; most of them run the model with the prompt."""

@@ -34,7 +34,7 @@ def check_causality(prompt: SoftPrompt) -> None:
 
 
 def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor], changed: dict[str, Tensor]) -> float:
-    """Measure how much the hidden states before column `cut` differ between two calls."""
+    """Measure how much the hidden states before token `cut` differ between two calls."""
     forwards = [partial(prompt.model, **call), partial(prompt.model, **changed)]
     change = change_before(stack.module, cut, forwards, stack.state)
     if stack.causal and not is_rounding(change, float_dtype(stack.module)):
@@ -47,7 +47,7 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-    """Return a column, and two calls whose ids differ only from this column on; None if there are no such calls."""
+    """Return a token's index, and the arguments of two calls whose ids are equal before this token; None if there are none."""
     structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.num_slots if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)

@@ -1,7 +1,7 @@
 """Check during `attach` whether rows may start with padding.
 
 A model that uses `position_ids` needs no check. In other models, padding before the text may change the output, because they
-count padding as positions (ProphetNet, Pegasus-X) or apply the mask of a prefix to the wrong columns (GIT).
+give positions to padding (ProphetNet, Pegasus-X) or apply the mask of a prefix to the wrong tokens (GIT).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def takes_left_padding(prompt: SoftPrompt) -> bool:
 
 
 def _takes_positions(prompt: SoftPrompt) -> bool:
-    """Whether each row has its own positions. False for a prefix in the cache, because some models do not mask it correctly."""
+    """Whether each row can have its own positions. False for a prefix in the cache, which some models do not mask correctly."""
     entry = prompt.prompted_model.structure.entry
     positions, table = entry.positions, entry.positions.table
     by_row = positions.takes_position_ids or (table is not None and table.by_row)
@@ -62,7 +62,7 @@ def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
 
 
 def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
-    """Return the last hidden states of the model's last stack, [.., T, H]; `cut` drops the columns of the padding."""
+    """Return the last hidden states of the model's last stack, [.., T, H]; `cut` drops those of the padding."""
     structure = prompt.prompted_model.structure
     stack = structure.stacks[-1]
     with recorded_states(stack.module, stack.state) as states, prompt.without_objective():

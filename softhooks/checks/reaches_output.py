@@ -90,9 +90,9 @@ def _show_gradient(prompt: SoftPrompt) -> None:
 
 
 def _dead_parts(prompt: SoftPrompt, encoder: PromptEncoder) -> list[str]:
-    """List the parts that get no gradient: parameters of the encoder, and each layer's slice of its output.
+    """List the parts that get no gradient: parameters of the encoder, and each layer's slice of the encoder's output.
 
-    A layer may run without gradients (some calls in HRM), so that its slice of a prefix would not be trained.
+    If a layer runs without gradients (as in some calls of HRM), its slice of a prefix is not trained.
     """
     made: dict[str, Tensor] = {}
 

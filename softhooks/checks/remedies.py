@@ -62,7 +62,7 @@ def names_tried_remedies(
 
 
 def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
-    """Suggest a text model inside this model that this method can be attached to."""
+    """Suggest attaching the method to a text model inside this model, if that works."""
     for path, part in model.named_modules():
         if part is model or not hasattr(part, "config") or not callable(getattr(part, "get_input_embeddings", None)):
             continue
@@ -72,7 +72,7 @@ def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
 
 
 def _is_fed(part: nn.Module) -> bool:
-    """Whether a part needs hidden states of another part, as a decoder that attends to an image does."""
+    """Whether a submodule takes hidden states of another submodule, like a decoder that attends to an image."""
     arguments = inspect.signature(part.forward).parameters
     return any(name.endswith("_states") and name not in ("hidden_states", "output_hidden_states") for name in arguments)
 

@@ -74,14 +74,14 @@ def _size(states: Tensor) -> float:
 
 
 def _exceeds_probe(stack: Stack) -> bool:
-    """Whether attention uses chunks or selects keys, which takes effect only in texts longer than those of this check."""
+    """Whether attention is divided into chunks or limited to selected keys; this check's texts are too short to show either."""
     config: Any = getattr(stack.module, "config", None)
     is_chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return is_chunked or isinstance(getattr(config, "index_topk", None), int)
 
 
 def _call(prompt: SoftPrompt, stack: Stack) -> dict[str, Tensor]:
-    """Return the arguments of a forward pass on three rows: one without padding, one padded right, one padded left."""
+    """Return the arguments of a forward pass on three rows: one without padding, one padded on the right, one on the left."""
     positions, length = stack.positions, prompt.layout.num_slots
     limits = [
         limit for limit in (positions.limit, positions.trained, positions.dynamic_rope_length) if limit is not None

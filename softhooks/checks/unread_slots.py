@@ -1,4 +1,4 @@
-"""Check during `attach` that no head or pooler of an encoder reads a slot's hidden state, for example by selecting its column."""
+"""Check during `attach` that no head or pooler of an encoder reads a slot's hidden state, for example by its index."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _Change = Callable[[Tensor, int], Tensor]
 def check_unread(prompt: SoftPrompt) -> None:
     """Change the hidden states of slots after the last layer, and check that the model's output does not change.
 
-    Only encoders are checked: in a decoder, the last slot predicts the next token; encoder-decoder models attend to slots.
+    Only encoders are checked: in a decoder, the last slot predicts the next token; in an encoder-decoder, the decoder attends to
+    slots.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "slots" or stack.causal or stack.name != "text":
@@ -32,7 +33,7 @@ def check_unread(prompt: SoftPrompt) -> None:
         with _watched(stack, lambda states, _number: states) as calls:
             answer = _answer(prompt)
         if not calls:
-            return  # no layer returns a state for each column; the stack's output is checked when slots are removed
+            return  # no layer returns a state for each token and slot; the stack's output is checked when slots are removed
         with _watched(stack, lambda states, number: _disturbed(stack, states) if number == len(calls) else states):
             other = _answer(prompt)
     changed = [name for name, values in answer.items() if not torch.allclose(values, other[name], rtol=1e-4, atol=1e-5)]
@@ -57,7 +58,7 @@ def _answer(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
-    """Record the calls of layers that return a state for each column, including slots, and change the states.
+    """Record the calls of layers that return a state for each token and each slot, and change these states.
 
     Args:
         change: called with the states and the number of the call, from 1; returns the new states.

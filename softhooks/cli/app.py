@@ -170,7 +170,9 @@ def convert(
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option("--strict/--no-strict", help="Refuse a base model with different weights than in training."),
+        typer.Option(
+            "--strict/--no-strict", help="Refuse a base model whose weights differ from those used in training."
+        ),
     ] = True,
 ) -> None:
     """Convert saved prompts from softhooks to PEFT, or from PEFT to softhooks.
@@ -179,10 +181,10 @@ def convert(
     adapter_config.json. Both libraries compute the same logits for text without padding. If an LSTM or MLP computes the
     prompt, only its output is stored.
 
-    A directory with several prompts is converted as a whole. As in PEFT, 'default' is at the top, and every other prompt
-    is in a subdirectory with its name. A prompt is refused if the other library would compute different logits:
-    prefixes of encoder-decoders, virtual tokens within the text, prompts in encoders that classify their first
-    position, and prefixes in only some layers. Pickle files are not read.
+    A directory with several prompts is converted as a whole. As in PEFT, 'default' is at the top level, and every other
+    prompt is in a subdirectory with its name. Prompts for which the other library would compute different logits are
+    refused: prefixes of encoder-decoders, virtual tokens within the text, prompts in encoders whose head reads the
+    first position, and prefixes in only some layers. Pickle files are not read.
 
     **softhooks.load** reads PEFT's directories directly, so a PEFT prompt can be used without a conversion.
 

@@ -1,7 +1,7 @@
 """Convert saved prompts between the formats of softhooks and PEFT, for `softhooks convert`.
 
-The files are the same as if each prompt were loaded onto its base model and saved. A folder contains one prompt, or several in
-PEFT's arrangement: `default` at the root, and every other prompt in a subfolder with its name.
+The files are the same as if each prompt were loaded onto its base model and saved. A folder contains one prompt, or several,
+arranged as in PEFT: `default` at the root, and every other prompt in a subfolder with its name.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _require_known(stored: StoredPrompt) -> None:
 
 
 def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
-    """Load the base model from a folder, with the class that the prompt was trained on.
+    """Load the base model from a folder, with the class that it had when the prompt was trained.
 
     Only local safetensors files are read, and no remote code is run.
     """
@@ -151,7 +151,7 @@ def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
 
 
 def _check_config(config: Any, cls: Any) -> None:
-    """Refuse a config of another class, because transformers would create a model with random weights."""
+    """Refuse a config of another class, with which transformers would create a model with random weights."""
     own = getattr(cls, "config_class", None)
     if own is not None and type(config) is not own:
         raise ValueError(f"the config is a {type(config).__name__}; {cls.__name__} needs a {own.__name__}")

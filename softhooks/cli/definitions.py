@@ -31,7 +31,7 @@ def imported(package: str) -> list[Definition]:
 
 @cache
 def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
-    """Map each top-level name of a module to its definition; if it is imported, to its original name and module."""
+    """Map each top-level name of a module to its definition, or to its original name and module if it is imported."""
     names: dict[str, ast.stmt | ast.expr | tuple[str, str]] = {}
     for node in _statements(ast.parse(_text(module)).body):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -44,7 +44,7 @@ def _names(module: str) -> dict[str, ast.stmt | ast.expr | tuple[str, str]]:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Yield the statements, including those under `if TYPE_CHECKING:`."""
+    """Yield the statements of a module, including those inside `if TYPE_CHECKING:`."""
     for node in body:
         yield from node.body if isinstance(node, ast.If) else [node]
 

@@ -1,4 +1,4 @@
-"""Exit codes of the commands: 1 for a failure and 2 for a wrong command line, as with argparse and click."""
+"""Exit codes of the commands: 1 for a failure and 2 for an invalid command line, as with argparse and click."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STATUS = "_softhooks_exit_status"
 
 @contextmanager
 def usage_errors(kind: type[SoftHooksError] = OptionError) -> Iterator[None]:
-    """Make `report_errors` exit with the code for a wrong command line if the `with` block raises this error."""
+    """Make `report_errors` exit with code 2 if the `with` block raises an error of type `kind`."""
     try:
         yield
     except kind as error:

@@ -43,10 +43,12 @@ def export(
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option("--strict/--no-strict", help="Refuse a base model with different weights than in training."),
+        typer.Option(
+            "--strict/--no-strict", help="Refuse a base model whose weights differ from those used in training."
+        ),
     ] = True,
 ) -> None:
-    """Write a request for vLLM or SGLang that contains the embeddings of a prompt and a text.
+    """Write a request for vLLM or SGLang that contains the embeddings of a prompt and of the text after it.
 
     These servers do not support soft prompts, but they accept embeddings in place of token ids. Two files are written:
     **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to /v1/completions

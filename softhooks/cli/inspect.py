@@ -31,8 +31,8 @@ def inspect(
     **norms of rows** are the smallest and the largest Euclidean norm of a tensor's rows; in most methods, a row is a
     virtual token. Norms far larger than those of word embeddings mean that training has diverged.
 
-    **live** lists the parameters in a Trainer's checkpoint from which training resumes (the MLP of a prefix, a head,
-    other trained parameters).
+    **live** describes the file from which training resumes, which contains the MLP of a prefix, heads and other trained
+    parameters; only a Trainer's checkpoint has this file.
 
     All paths are read before anything is printed. Exit status: 0 on success; 1 if a file is damaged or inconsistent;
     2 if there is no prompt at a PATH.

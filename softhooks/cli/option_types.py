@@ -65,7 +65,7 @@ def alternatives(hint: Any) -> list[Any]:
 
 
 def describe(hint: Any) -> str:
-    """Describe the values of a type in words; empty if only Python code can create them."""
+    """Describe the values of a type in words; return an empty string if only Python code can create them."""
     return " or ".join(filter(None, map(_describe_one, alternatives(hint))))
 
 
@@ -86,7 +86,7 @@ def _describe_one(kind: Any) -> str:
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Convert a value from a file, or text from a command line, to a type, or raise ValueError."""
+    """Convert a value from a file, or a string from a command line, to the type `hint`; raise ValueError if it is invalid."""
     if value is None and (hint is Any or type(None) in typing.get_args(hint)):
         return None
     for kind in sorted(alternatives(hint), key=_breadth):
@@ -98,7 +98,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _breadth(kind: Any) -> int:
-    """Return a sort key for the types of a union, so that types that accept more strings are tried later."""
+    """Return a sort key for the types of a union; types that accept more strings are tried later."""
     if kind in (str, Any, Path):
         return 2
     return int((typing.get_origin(kind) or kind) in _SEQUENCES or kind is LayoutText)
@@ -127,7 +127,7 @@ def _convert_one(value: Any, kind: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    """Parse text as JSON; return other values and other text unchanged."""
+    """Parse a string as JSON; return other values, and strings that are not JSON, unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:

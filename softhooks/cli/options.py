@@ -32,7 +32,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option on a command line: `--num-virtual-tokens`."""
+        """The option as written on a command line: `--num-virtual-tokens`."""
         return "--" + self.name.replace("_", "-")
 
     @property
@@ -46,10 +46,10 @@ class Option:
         return describe(self.hint)
 
     def read(self, value: Any) -> Any:
-        """Convert a value from a file, or text from a command line.
+        """Convert a value from a file, or a string from a command line, to the type of the option.
 
         Raises:
-            OptionError: the value does not fit the type, or only Python code can create such values.
+            OptionError: the value is invalid, or only Python code can create valid values.
         """
         if not self.takes:
             raise OptionError(
@@ -90,7 +90,7 @@ def method_options(kind: str) -> dict[str, Option]:
 
 @cache
 def callback_options() -> dict[str, Option]:
-    """Return the options of the callback that can be given as text, by name."""
+    """Return the callback's options by name, without those whose values only Python code can create."""
     callback = _found("SoftPromptCallback", "softhooks.trainer.callback")
     init = next(node for node in _body(callback) if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     about = _about(_docstring(callback), _docstring(_found("attach", "softhooks.attach")))
@@ -107,7 +107,7 @@ def summary(kind: str) -> str:
 
 
 def _option(name: str, annotation: ast.expr, value: ast.expr | None, module: str, about: dict[str, str]) -> Option:
-    """Read an option; `value` is its default, or a call of `field` with the default."""
+    """Read an option; `value` is its default, or a call to `field` with the default."""
     if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
         value = next((item.value for item in value.keywords if item.arg == "default"), None)
     default = None if value is None else ast.unparse(value)
@@ -145,7 +145,7 @@ def _docstring(definition: Definition) -> str:
 
 
 def _about(*docs: str) -> dict[str, str]:
-    """Read the `Args` of docstrings; use the first description of each argument that does not begin with "as in"."""
+    """Read the first description of each argument in the `Args` of docstrings, ignoring those that begin with "as in"."""
     found: dict[str, str] = {}
     for doc in docs:
         section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", doc, re.MULTILINE)

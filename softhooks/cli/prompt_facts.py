@@ -56,14 +56,14 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:
-    """Return the options; how the prompt was initialized is read from the file, because `method_of` leaves it out."""
+    """Return the method's options; those for initialization come from the file, because `method_of` leaves them out."""
     options = {key: value for key, value in method.options().items() if key not in method.init_options}
     given = stored.options
     return options | {key: given[key] for key in method.init_options if key in given and _is_flat(given[key])}
 
 
 def _is_flat(value: object) -> bool:
-    """Whether an option has one of the types that softhooks writes."""
+    """Whether an option's value has one of the types that softhooks writes."""
     parts = value if isinstance(value, list) else [value]
     return all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
 
@@ -97,7 +97,7 @@ def _tensor(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _live(folder: Path) -> dict[str, Any] | None:
-    """Describe the file of parameters from which training resumes, with the prompt's name; None if there is no such file."""
+    """Describe the file from which training resumes, and add the prompt's name; return None if there is no such file."""
     path = folder / LIVE
     if not path.is_file():
         return None

@@ -33,7 +33,7 @@ def resolve_line(line: CommandLine) -> tuple[Method, dict[str, Any]]:
         found = "it is a directory" if script.is_dir() else "there is no such file"
         raise OptionError(
             f"{str(script)!r} is not a script: {found}.",
-            "Write options of `softhooks run` before the script; run modules with `-m`.",
+            "Put the options of `softhooks run` before the script; run modules with `-m`.",
             looked_in=Path.cwd(),
         )
     return _resolve(line.method or config["method"], config, line.options)
@@ -44,10 +44,10 @@ def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
 
     Args:
         found: the configuration, with the sections `method`, `options` and `callback`.
-        source: where the configuration comes from, for errors.
+        source: where the configuration comes from, for error messages.
 
     Raises:
-        OptionError: a section is unknown, or a value does not fit.
+        OptionError: a section or an option is unknown, a required option is missing, or a value is invalid.
     """
     config = check_config(found, source)
     return _resolve(config["method"], config, {})
@@ -82,12 +82,12 @@ def _values(
 
 
 def _text(texts: list[str], option: Option) -> str | list[str]:
-    """Return all texts of a repeated option whose value is a list, or the last text of any other option."""
+    """Return all strings given for an option if it takes a list and was repeated; otherwise, return the last one."""
     return texts if len(texts) > 1 and (option.hint is Any or "list" in option.takes) else texts[-1]
 
 
 def _check_names(given: Iterable[str], options: Mapping[str, Option], owner: str) -> None:
-    """Check that every given option belongs to the owner: a method or the callback."""
+    """Raise an `OptionError` if `owner` (a method or the callback) does not have one of the given options."""
     for name in given:
         if name in options:
             continue

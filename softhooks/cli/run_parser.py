@@ -25,8 +25,8 @@ class CommandLine:
     """A parsed command line.
 
     Attributes:
-        options: the options of the method and of the callback by name: True or False for a switch, and all given texts for
-            any other option.
+        options: the options of the method and of the callback by name: True or False for a switch, and the list of given
+            strings for any other option.
         program: the script or module and its arguments; may be empty.
         is_module: whether `program` was given with `-m`.
     """
@@ -66,7 +66,7 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
                 f"Write `{flag} VALUE`, or `{flag}=VALUE` if the value begins with a hyphen.",
             ) from None
         raise OptionError(
-            f"{flag} takes no value, but {error.message.rpartition('argument ')[2]} is given.",
+            f"{flag} takes no value, but {error.message.rpartition('argument ')[2]} was given.",
             f"Write `{flag}`, or `--no-{flag[2:]}`.",
         ) from None
     if unknown:
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _switches() -> dict[str, bool]:
-    """Map each option to True if it is a switch in every method that has it, or in the callback."""
+    """Map each option of the methods and of the callback to whether it is a switch wherever it exists."""
     found: dict[str, bool] = {}
     for options in (*map(method_options, methods()), callback_options()):
         for name, option in options.items():
@@ -120,13 +120,13 @@ def unknown_option(name: str, known: Iterable[str]) -> OptionError:
     """Return an error that names an unknown option and suggests options with similar names."""
     return OptionError(
         f"{name} is not an option of the method, of the callback or of `softhooks run`.",
-        (suggestion(name, known, "--{}") or "Write options of the script after the script.")
+        (suggestion(name, known, "--{}") or "Put the options of the script after the script.")
         + " `softhooks run --help` lists all options.",
     )
 
 
 def suggestion(name: str, known: Iterable[str], form: str) -> str:
-    """Return a question "Did you mean ...?" with the most similar names; empty if no name is similar."""
+    """Return a question "Did you mean ...?" with the most similar names, or an empty string if no name is similar."""
     plain = name.lstrip("-").replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.6)
     return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""

@@ -38,7 +38,7 @@ def mark_trainable(model: nn.Module, patches: Patches) -> None:
 
 
 def unmark_trainable(model: nn.Module, patches: Patches) -> None:
-    """Undo `mark_trainable`, because other code would look for the adapter."""
+    """Undo `mark_trainable`; otherwise, other code would look for the adapter."""
     patches.restore(model, _HAS_ADAPTER)
 
 

@@ -21,7 +21,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def path_in_wrapper(model: nn.Module) -> str:
     """Return the path of the transformers model inside a PEFT model, with a trailing dot; empty for any other model.
 
-    The paths of saved heads omit this prefix, so that a prompt trained with LoRA also fits the merged model.
+    The paths of saved heads omit this prefix, so that a prompt trained with LoRA can also be loaded onto the merged model.
     """
     inner = unwrapped(model)
     return "" if inner is model else next(f"{path}." for path, part in model.named_modules() if part is inner)
@@ -59,7 +59,7 @@ def refuse_unloading(model: nn.Module, patches: Patches) -> None:
 
 
 class _Refusal:
-    """Replaces a method that would lose the prompts; not a closure, so that the model can be pickled."""
+    """Replaces a method that would lose the prompts; a class and not a closure, so that the model can be pickled."""
 
     def __init__(self, name: str) -> None:
         self._name = name

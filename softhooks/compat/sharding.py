@@ -1,4 +1,4 @@
-"""Models whose parameters are sharded over processes (FSDP2, DeepSpeed): gather parameters, and refuse unsupported uses."""
+"""Models whose parameters are sharded across processes (FSDP2, DeepSpeed): gather parameters, and refuse unsupported uses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def full(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(prompt: _Prompt, state: Mapping[str, Tensor] | None = None) -> Iterator[bool]:
-    """Replace a prompt's sharded parameters by full ones while the `with` block saves them.
+    """Replace a prompt's sharded parameters with full ones while the `with` block saves them.
 
     Args:
         state: a full state dict of the model with the values to save (an average of weights, for example). Without it, every

@@ -75,7 +75,7 @@ def read_corpus(stdlib: Path | None = None) -> Corpus:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split the rows into training and test rows, so that all rows of a source file are in the same part.
+    """Split the rows into training and test rows, so that all rows of a source file are in the same split.
 
     Args:
         fraction: the largest share of each package's rows that may become test rows.
@@ -90,7 +90,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
 
 def _choose_files(sizes: Counter[str], fraction: float, generator: random.Random) -> set[str]:
-    """Draw files at random, with at most this fraction of a package's rows; return the largest of several draws."""
+    """Draw random files with at most `fraction` of a package's rows; of several draws, return the one with the most rows."""
     best: set[str] = set()
     for _ in range(SPLIT_DRAWS):
         files = sorted(sizes)

@@ -14,7 +14,7 @@ from softhooks.demo.corpus import Corpus, Row, split
 
 @dataclass(frozen=True)
 class Rows(Dataset[dict[str, Any]]):
-    """The training rows or the test rows, as arguments for the model, with the source file of each row."""
+    """The training or the test rows: the arguments of the model's forward and the source file for each row."""
 
     rows: list[dict[str, Any]]
     sources: list[str]

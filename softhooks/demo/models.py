@@ -79,7 +79,7 @@ def minilm() -> Checkpoint:
 
 
 def tiny_model(texts: Sequence[str], directory: Path) -> Checkpoint:
-    """Create a BERT of two layers with random weights, for `--quick`; its vocabulary is the words of these texts."""
+    """Create a two-layer BERT with random weights, for `--quick`; its vocabulary consists of words from these texts."""
     directory.mkdir(parents=True, exist_ok=True)
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.normalizer = normalizers.BertNormalizer()

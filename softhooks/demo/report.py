@@ -66,7 +66,7 @@ class Report:
 
     @property
     def standard_error(self) -> float:
-        """The standard error of the best accuracy, from the number of test rows."""
+        """The standard error of the best accuracy, computed from the number of test rows."""
         best = max(line.accuracy for line in self.lines)
         return math.sqrt(best * (1 - best) / self.test_rows)
 

@@ -103,7 +103,7 @@ def _line(name: str, result: Result, data: EncodedData) -> Line:
 def _compare_reloaded(
     options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, results: dict[str, Result], console: Console
 ) -> list[Reloaded]:
-    """Load each saved prompt onto a fresh model, and compare the logits with those after training."""
+    """Load each saved prompt onto a fresh model, and compare the logits with those computed after training."""
     console.print("\n[bold]The saved prompts, loaded into fresh models[/]")
     compared = []
     for name, result in results.items():

@@ -122,7 +122,7 @@ def _whole_model(folder: Path, tensors: list[str]) -> CheckpointError:
 
 
 def _best_of(checkpoints: list[Path]) -> Path | None:
-    """Return the best checkpoint according to the `trainer_state.json` of the last one, or None if it no longer exists."""
+    """Return the best checkpoint, as recorded in the last one's `trainer_state.json`; None if it no longer exists."""
     if not checkpoints:
         return None
     path = _read_json(checkpoints[-1] / _TRAINER_STATE).get("best_model_checkpoint")

@@ -18,7 +18,7 @@ Heads = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Labels:
-    """The label names of a head, in the fields of a model's config."""
+    """The label names of a head, in the same form as in a model's config."""
 
     id2label: dict[int, str] | None
     label2id: dict[str, int] | None
@@ -35,14 +35,14 @@ class Labels:
         )
 
     def put(self, config: Any) -> None:
-        """Write the label names into a config, unless it has no label names."""
+        """Write the label names into a config, unless it has no `id2label`."""
         if hasattr(config, "id2label") and Labels.of(config) != self:
             config.id2label = None if self.id2label is None else dict(self.id2label)
             config.label2id = None if self.label2id is None else dict(self.label2id)
             config.problem_type = self.problem_type
 
     def described(self, heads: Heads) -> dict[str, Any] | None:
-        """Return the label names as JSON values, or None if they are malformed or fit no head."""
+        """Return the label names as JSON values, or None if they are malformed or match no head."""
         try:
             names = {int(number): name for number, name in (self.id2label or {}).items()}
         except (TypeError, ValueError):
@@ -57,7 +57,7 @@ class Labels:
 
 
 def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
-    """Read the label names of a saved prompt, if there are any, and check that they fit a head."""
+    """Read the label names of a saved prompt, if there are any, and check that they match a head."""
     if value is None:
         return None
     if not isinstance(value, dict) or not _are_sound(value, heads):
@@ -72,7 +72,7 @@ def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
 
 
 def _are_sound(value: dict[str, Any], heads: Heads) -> bool:
-    """Return whether the label names are well-formed, and a head has one row for each label."""
+    """Return whether the label names are well-formed, and a head has one output for each label."""
     names, numbers, count = value.get("id2label"), value.get("label2id"), value.get("num_labels")
     problem_type = value.get("problem_type")
     return (
@@ -89,7 +89,7 @@ def _are_sound(value: dict[str, Any], heads: Heads) -> bool:
 
 
 def _row_counts(heads: Heads) -> set[int]:
-    """Return the numbers of rows of the heads' tensors; one of them must equal the number of labels."""
+    """Return the sizes of the first dimension of the heads' tensors; one of them must equal the number of labels."""
     return {tensor.shape[0] for head in heads.values() for tensor in head.values() if tensor.dim()}
 
 

@@ -1,8 +1,8 @@
 """LLaMA-Adapters in PEFT's format.
 
-PEFT has one gate for each layer, without tanh, and adds the branch after the output projection; the paper adds it before. The
-results are equal only if the projection has no bias. In GPT-2, PEFT does not project the branch at all. Adapters that PEFT would
-compute differently are refused.
+PEFT has one gate for each layer, without tanh, and adds the gated branch after the output projection; the paper adds it before.
+The results are equal only if the projection has no bias. In GPT-2, PEFT does not project the branch at all. Adapters that PEFT
+would compute differently are refused.
 
 Source: the PEFT 0.21 format: `base_model.model.model.layers.{i}.self_attn.adaption_prompt` [1, K, H] and `.adaption_gate` [1].
 """
@@ -89,7 +89,7 @@ def check_fit(layers: tuple[int, ...], structure: ModelStructure, source: str) -
 
 
 def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
-    """Describe a model in which PEFT and softhooks compute different results in these layers; return None for others."""
+    """Describe a model if PEFT and softhooks compute different results in these layers of it; otherwise, return None."""
     stack = structure.entry
     sites = stack.sites_of("self")
     config: Any = getattr(stack.module, "config", None)
@@ -105,9 +105,9 @@ def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
 
 
 def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
-    """Return a property of an adapter that PEFT's format does not support, with a supported alternative; or None.
+    """Return what prevents writing an adapter in PEFT's format, and a supported alternative; return None if nothing does.
 
-    The structure of the model is required because the file of an adapter does not record biases.
+    Without the structure of its model, an adapter is refused, because its file does not record whether projections have a bias.
     """
     options = stored.options
     if options["scale_and_bias"] or options["early_fusion"] or options["context_size"] is not None:

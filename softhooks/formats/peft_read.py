@@ -102,14 +102,14 @@ def _read_table(config: dict[str, Any], tensors: dict[str, Tensor], source: str)
 
 
 def _copies(config: dict[str, Any]) -> int:
-    """Return how often the embeddings are stored: twice in an encoder-decoder (for the encoder, then the decoder)."""
+    """Return how many times the embeddings are stored: twice if the encoder and the decoder have a copy each (in this order)."""
     return 2 if config.get("task_type") == "SEQ_2_SEQ_LM" and config.get("num_transformer_submodules") != 1 else 1
 
 
 def _multitask(
     table: Tensor, tensors: dict[str, Tensor], config: dict[str, Any], source: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the options and the tables: the shared P*, and u and v of each task; or the folded prompt of a single task."""
+    """Return the options and tensors of a multitask prompt; those of a single task are combined into embeddings."""
     left, right = tensors.pop("prefix_task_cols", None), tensors.pop("prefix_task_rows", None)
     tasks, rank, count = config.get("num_tasks"), config.get("num_ranks"), config["num_virtual_tokens"]
     shapes = [None if part is None else list(part.shape) for part in (left, right)]
@@ -131,7 +131,7 @@ def _multitask(
 
 
 def _prefix(table: Tensor, config: dict[str, Any], others: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Make a prefix, whose MLP PEFT has already folded, or a cartridge, whose document PEFT does not save."""
+    """Read a prefix, which PEFT saves without its MLP, or a cartridge, which PEFT saves without its document."""
     task = config.get("task_type")
     if task == "SEQ_2_SEQ_LM":
         raise CheckpointError(
@@ -181,7 +181,7 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _heads(tensors: dict[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
-    """Sort the remaining tensors by head: `base_model.score.weight` is the `weight` of the head `score`."""
+    """Group the remaining tensors by head: `base_model.score.weight` is the `weight` of the head `score`."""
     heads: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parts = name.removeprefix(_PREFIX).split(".")

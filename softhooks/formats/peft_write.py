@@ -1,7 +1,7 @@
 """Write prompts in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-A prompt is written only if PEFT and softhooks compute equal logits with it for text without padding. Other prompts, such as the
-prefix of an encoder-decoder, are refused.
+A prompt is written only if PEFT and softhooks compute the same logits with it for text without padding. Other prompts, such as
+the prefix of an encoder-decoder, are refused.
 
 Source: the PEFT 0.21 format.
 """
@@ -119,7 +119,7 @@ def _rows(stored: StoredPrompt, task: str) -> Adapter:
 
 
 def _context(stored: StoredPrompt, task: str) -> Adapter:
-    """Write the embeddings of a CPT context, and PEFT's options to train them."""
+    """Write the embeddings of a CPT context, and the options with which PEFT trains them."""
     rows, options = _front_rows(stored, task), stored.options
     bounds = [options[name] for name in ("epsilon_input", "epsilon_format")]
     bounds = [_UNBOUNDED if bound is None else bound for bound in bounds]
@@ -156,7 +156,7 @@ def _prefix(stored: StoredPrompt, _task: str) -> Adapter:
     differing = {key: value for key, value in stored.conventions.items() if value != expected.get(key, value)}
     if differing:
         where = "in a decoder" if is_causal else "in an encoder"
-        raise _refusal(stored, f"the conventions {differing} {where}", {key: expected[key] for key in differing})
+        raise _refusal(stored, f"a prefix with {differing} {where}", {key: expected[key] for key in differing})
     config = {"peft_type": "PREFIX_TUNING", "prefix_projection": False, **_shape(stored, heads * size)}
     return config, {TABLE: table}
 

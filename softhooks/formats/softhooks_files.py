@@ -1,7 +1,7 @@
 """softhooks' own files: `soft_prompt.safetensors`, and `soft_prompt.json` for people to read.
 
-The safetensors file contains the folded prompt, its heads and the embeddings of added tokens, and everything else as metadata, so
-that one rename completes a save. `soft_prompt.json` repeats the metadata and is never read by softhooks.
+The safetensors file contains the folded prompt, its heads and the embeddings of added tokens as tensors, and everything else as
+metadata, so a single rename completes a save. `soft_prompt.json` repeats the metadata and is never read by softhooks.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def read(path: Path) -> StoredPrompt:
 def _sort(
     tensors: dict[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Sort the tensors into the tables of the prompt, the heads, and the rows of added tokens."""
+    """Divide the tensors into those of the prompt, those of the heads, and those of the added tokens."""
     tables: dict[str, Tensor] = {}
     heads: dict[str, dict[str, Tensor]] = {}
     added: dict[str, Tensor] = {}
@@ -152,7 +152,7 @@ def _are_names(value: Any) -> bool:
 
 
 def _are_outlines(stacks: Any) -> bool:
-    """Return whether a value is the `outline` of a model, except that attention shapes may be unknown."""
+    """Return whether a value has the form of an `outline` of a model; the attention shapes may be missing."""
     return isinstance(stacks, dict) and set(stacks) in _STACKS and all(map(_is_outline, stacks.values()))
 
 

@@ -25,14 +25,14 @@ class StoredPrompt:
     Attributes:
         kind: the kind of the method, such as `prompt_tuning`.
         options: the method's options as JSON values; not checked here.
-        tables: the folded prompt, one tensor for each group.
+        tables: the tensors of the folded prompt, by name, such as `embeddings`.
         heads: the state dicts of the heads, by path.
         conventions: the assumptions about the forward pass (placement, shifted positions, ...); not checked here.
-        source: the file, or another name for errors.
+        source: the file, or another name for it in error messages.
         stacks: the `outline` of the base model, as far as it is known.
         base: other properties of the base model, as far as they are known.
         also_trained: the names of base parameters that were trained with the prompt; they are not in the file.
-        adapter_layers: the layers of a LLaMA-Adapter that PEFT wrote.
+        adapter_layers: the layers of a LLaMA-Adapter in PEFT's format; empty for any other prompt.
         labels: the label names of the heads, or None if unknown.
         added: the trained rows of added tokens, by name.
         added_ids: the ids of these tokens.
@@ -65,7 +65,7 @@ class StoredPrompt:
                 )
 
     def require_base(self, model: nn.Module, structure: ModelStructure, override: str = OVERRIDE) -> None:
-        """Raise a `PromptMismatchError` if a model is not the base model; `override` is the last remedy in the error."""
+        """Raise a `PromptMismatchError`, whose last remedy is `override`, if a model is not the base model."""
         has_adapters = any("lora_" in name for name in self.also_trained)
         require_base(self.base, model, structure, self.source, has_adapters=has_adapters, override=override)
 
@@ -74,8 +74,8 @@ def outline(structure: ModelStructure) -> dict[str, dict[str, Any]]:
     """Describe the stacks of a model as JSON values.
 
     Returns:
-        for each stack, whether it is causal and, by role, runs of layers with the same attention: `[layers, heads, key size,
-        value size]`.
+        for each stack, whether it is causal and, for `self` and `cross` attention, one list for each run of consecutive layers
+        with the same attention shape: `[layers, heads, key size, value size]`.
     """
     return {stack.name: {"causal": stack.causal, **_attention_shapes(stack)} for stack in structure.stacks}
 
@@ -87,5 +87,5 @@ def _attention_shapes(stack: Stack) -> dict[str, list[list[int]]]:
 
 
 def on_one_line(stacks: dict[str, dict[str, Any]]) -> str:
-    """Format an outline for errors."""
+    """Format an outline for error messages."""
     return ", ".join(" ".join([name, *[f"{k}={v}" for k, v in stack.items()]]) for name, stack in stacks.items())

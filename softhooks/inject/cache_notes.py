@@ -1,4 +1,7 @@
-"""Notes on caches and encoder outputs: the prompts that they were computed with, and where they contain slots."""
+"""Notes on caches and encoder outputs: the prompts that they were computed with, and where they contain slots.
+
+A slot is a place for a virtual token in the sequence.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ class WrittenSlots:
 
     Attributes:
         places: the number of real tokens before each slot, which does not change if padding is added on either side.
-        before: the text column before which each slot was inserted, [B, S].
-        columns: the number of text columns of the forward.
+        before: the index in the padded text at which each slot was inserted, [B, S].
+        columns: the length of the forward's text, including padding.
     """
 
     places: Places
@@ -35,7 +38,7 @@ class WrittenSlots:
     columns: int
 
     def places_in(self, batch: int) -> Places | None:
-        """Return `places` for a batch that repeats every row the same number of times (beams, samples), or None for others."""
+        """Return `places` for a batch that repeats every row the same number of times (beams, samples), or None for any other."""
         rows = self.before.shape[0]
         if not rows or not batch or batch % rows:
             return None
@@ -43,7 +46,7 @@ class WrittenSlots:
         return Places(self.places.offsets.repeat_interleave(times, 0), self.places.live.repeat_interleave(times, 0))
 
     def widened(self, batch: int) -> Widened | None:
-        """Return the map from text columns to columns with slots, or None if `places_in` returns None."""
+        """Return the indices of text tokens and slots in the sequence with slots, or None if `places_in` returns None."""
         places = self.places_in(batch)
         if places is None:
             return None
@@ -91,7 +94,7 @@ def note_caches(output: Any, provenance: Callable[[], Provenance]) -> None:
 
 
 def require_own_cache(cache: Any, now: Provenance | None) -> None:
-    """Refuse a cache that was filled with other prompts, or before the prompts changed; record the prompts on an empty one.
+    """Refuse a cache that was filled with other prompts, or before the prompts changed; record the prompts on an empty cache.
 
     Args:
         now: the active prompts; None if no prompt is active.
@@ -124,8 +127,8 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
 
     Args:
         cache: the cache of a continuous batch, or None outside of continuous batching.
-        forward_pass: the open pass, which is closed on an error; None if no prompt is active.
-        selection: the name of the active prompt.
+        forward_pass: the current pass, or None if no prompt is active; closed before an error is raised.
+        selection: the name of the active prompt, or None if no prompt is active.
     """
     if cache is None:
         return
@@ -143,7 +146,7 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
     raise UnsupportedModeError(
         "the active prompt differs from the prompt that the paged cache was filled with; a cache can only be used with the same "
         "prompt.",
-        "Stop the manager, and start a new one after `activate`, `disabled` or a training step.",
+        "Stop the continuous batching manager, and start a new one after `activate`, `disabled` or a training step.",
         filled=f"with {words}" if words else "without a prompt",
         now=f"with {selection}{changed}" if selection else "without a prompt",
     )

@@ -13,7 +13,7 @@ from softhooks.errors import UnsupportedModeError
 def cache_of(call: dict[str, Any]) -> Any:
     """Return the cache in the arguments of a stack's forward: `past_key_values`, or `cache_params` in recurrent models.
 
-    RWKV's state is refused: it is a list of tensors, which cannot hold a note on its prompt.
+    RWKV's state is refused: it is a list of tensors, and the prompt that it was computed with cannot be recorded on a list.
     """
     if call.get("state") is not None:
         raise UnsupportedModeError(

@@ -22,7 +22,7 @@ class CapturePass(Pass):
     """A forward that records the keys and values of each attention layer.
 
     Args:
-        rows: embeddings to use instead of the embedding's output, [B, P, H]; None to keep that output.
+        rows: embeddings to use instead of the embedding layer's output, [B, P, H]; None to keep that output.
     """
 
     def __init__(self, stack: Stack, rows: Tensor | None = None) -> None:
@@ -46,7 +46,7 @@ class CapturePass(Pass):
 def capture(
     stack: Stack, inputs: dict[str, Any], rows: Tensor | None = None, alone: str = ""
 ) -> tuple[dict[Role, KeyValues], Tensor]:
-    """Run a stack, and return its keys and values by role, and its last hidden state, [B, P, H].
+    """Run a stack; return its keys and values (by kind of attention, `self` or `cross`) and its last hidden state, [B, P, H].
 
     Args:
         inputs: the arguments of the stack's forward.
@@ -69,7 +69,7 @@ def capture(
 
 
 def key_values_of(structure: ModelStructure, ids: Tensor) -> dict[str, Tensor]:
-    """Compute the frozen model's keys and values for a text, in every group of attention layers.
+    """Compute the frozen model's keys and values for a text, for each group of attention modules (see `groups_of`).
 
     An encoder-decoder runs the text through both stacks. The keys and values of all tokens are returned, even for layers with
     sliding windows.

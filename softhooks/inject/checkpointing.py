@@ -53,7 +53,7 @@ class CheckpointedPass(Pass):
         return leaf
 
     def embed(self, output: Tensor) -> Tensor:
-        """Connect the leaves to the text's embeddings; there are leaves only with reentrant checkpoints."""
+        """Connect the leaves to the text's embeddings; there are leaves only with reentrant checkpointing."""
         if not self._anchored or not torch.is_grad_enabled():
             return output
         anchored: Tensor = _Anchor.apply(output, *self._anchored)  # type: ignore[no-untyped-call]
@@ -78,7 +78,7 @@ class UnchangedPass(CheckpointedPass):
         self.has_injected = True
 
     def site_for_call(self, site: Site) -> Site:
-        """Return the site unchanged; calls to a shared module need not be counted if attention is unchanged."""
+        """Return `site` itself: if attention is unchanged, calls to a module that several layers share need not be counted."""
         return site
 
     def detach_injected(self) -> None:

@@ -1,7 +1,8 @@
-"""Run a prompt through a causal decoder once, and use its keys and values as the prefix of every row.
+"""Run a prompt through a causal decoder once, and use the resulting keys and values as the prefix of every row.
 
 Virtual tokens before the text attend only to each other, so their states are the same in every row. Each variant of the
-prompt runs once, with gradients. `softhooks.inject.reuse` decides whether a later forward may reuse the result.
+prompt, such as the prompt of one task, runs once, with gradients. `softhooks.inject.reuse` decides whether a later forward may
+reuse the result.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _ALONE = "the computation of a prompt"
 
 
 def prefill(stack: Stack, rows: Tensor, placeholder: Tensor) -> KeyValues:
-    """Run virtual tokens through a stack.
+    """Run virtual tokens through a stack, and return their keys, values and last hidden states.
 
     Args:
         rows: the embeddings of each variant of the prompt, [R, P, H].

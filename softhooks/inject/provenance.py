@@ -1,7 +1,7 @@
 """Record the prompts that a cache or an encoder's output was computed with, and the state of each prompt.
 
 A name does not identify the state of a prompt: a training step, an assignment to `.data` or folding changes the state, and
-another prompt can get the name. So checksums of the tensors are compared; copies would take as much memory as the prompt.
+another prompt can get the same name. So checksums of the tensors are compared; copies would take as much memory as the prompt.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Snapshot:
 
     Attributes:
         checksums: a checksum of each of the prompt's tensors.
-        facts: the injection, the method's conventions, and the plain attributes and hooks of the prompt's modules.
+        facts: the injection, the options of the forward pass that are saved with the prompt (`SoftPrompt.conventions`), and the
+            plain attributes and hooks of the prompt's modules.
     """
 
     checksums: list[Digest | Tensor]
@@ -58,11 +59,11 @@ def snapshot(
 ) -> Snapshot:
     """Take a snapshot of a prompt.
 
-    Inside a `generate` call, the last snapshot is returned if the address and version of each tensor are the same, because
-    nothing is trained there.
+    Inside a `generate` call, in which nothing is trained, the last snapshot is returned if the address and version of each
+    tensor are unchanged.
 
     Args:
-        added: the rows of added tokens that the prompt trains, if any.
+        added: the embeddings of added tokens that the prompt trains, if any.
     """
     tensors = [*every_tensor(encoder), *(added.parameters() if added else ())]
     scope = scope_of(model)

@@ -19,7 +19,7 @@ class ExpectedModules:
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the places, which a copy must find in its own model."""
+        """Leave out the places of the modules; a copy must look for them in its own model."""
         return {"_expected": self._expected, "_places": None}
 
     def add(self, modules: Iterable[nn.Module]) -> None:
@@ -28,7 +28,7 @@ class ExpectedModules:
         self._places = None
 
     def check(self, root: nn.Module) -> None:
-        """Refuse a forward if a module is no longer inside `root`; a module that was moved inside it is accepted."""
+        """Refuse a forward if a module is no longer inside `root`; a module that was moved within it is accepted."""
         places = self._places
         if places is None or any(parent.get(name) is not module for parent, name, module in places):
             self._places = self._find(root)

@@ -2,7 +2,7 @@
 
 Keys and values depend on everything in the base model: weights (which may change through `.data`), hooks, attributes, replaced
 modules. No check that is cheap enough for every token detects all of these changes. So each forward computes the keys and values
-again, unless a scope is open, in which nothing may change. The results are discarded with the scope.
+again, unless a scope is open. Inside a scope, nothing may change; its results are discarded when it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Result:
     """A cached result, and the values that must be unchanged for it to be reused.
 
     Attributes:
-        key: the addresses and versions of the tensors, and torch's modes.
+        key: the tensors' addresses and versions, the active PEFT adapters, torch's autocast and gradient modes, and `variant`.
         values: copies of the trained tensors, which are compared by value.
     """
 
@@ -170,7 +170,7 @@ class ResultCache(Generic[T]):
 
 
 def _state(tensors: list[Tensor]) -> tuple[Any, ...] | None:
-    """Return the addresses and versions of tensors, and torch's modes; None if there are inference tensors (without versions)."""
+    """Return the tensors' addresses and versions and torch's modes (autocast, gradients); None if a tensor has no version."""
     if any(tensor.is_inference() for tensor in tensors):
         return None
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cpu")

@@ -2,7 +2,7 @@
 
 Such a prompt's virtual tokens attend only to each other. So their states do not depend on the text, unless the call has an
 argument that affects virtual tokens too: encoder states that a decoder attends to, token types, a language for each row, or any
-argument that is not listed here. In such a call the prompt enters as slots.
+argument that is not listed here. Such a call uses the injection `slots` instead.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _same(value: Any, proven: Any) -> bool:
 
 
 def _text_length(call: dict[str, Any]) -> int:
-    """Return the number of positions of a call's text, without prompt and cache."""
+    """Return the number of positions that the longest text of a call takes, without the prompt."""
     positions = call.get("position_ids")
     if isinstance(positions, Tensor):
         return int(positions.max()) + 1

@@ -1,4 +1,4 @@
-"""Pass a stack the position ids of a text after a prefix, or of a text with slots."""
+"""Pass a stack the position ids of a text that follows a prefix, or of a text with slots."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: l
 def needs_position_ids(stack: Stack, shift: int | Tensor) -> bool:
     """Whether softhooks must pass the text's positions to a stack.
 
-    The decoder of an encoder-decoder with a position table counts its columns itself, which is right if nothing is shifted.
+    In an encoder-decoder, a decoder with a position table numbers its tokens itself; this is right if nothing is shifted.
     """
     where = stack.positions
     counts_itself = stack.name == "decoder" and isinstance(shift, int) and shift == 0
@@ -48,7 +48,7 @@ def shift_positions(
 
     Args:
         call: the arguments of the forward, changed in place.
-        shift: an int, or [B, 1] if rows differ.
+        shift: the number to add to the positions, an int, or [B, 1] if rows differ.
         positions: the text's positions without a prompt, counted from 0, [B or 1, T], or [A, B, T] for several axes (M-RoPE).
         mask: 1 for real tokens, [B, past + T], or None if all are real.
         handles: the list to which the hook's handle is appended.
@@ -82,7 +82,7 @@ def _common_positions(stack: Stack, ids: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def positions_of(stack: Stack, mask: Tensor) -> Tensor:
-    """Return the position id of each column, counted by a mask from `stack.positions.start`. [B, N] -> [B, N]."""
+    """Return the position ids that number the real tokens of a mask from `stack.positions.start`. [B, N] -> [B, N]."""
     positions = stack.positions
     ids = text_positions(mask) + positions.start
     return ids if positions.padding is None else ids.masked_fill(mask == 0, positions.padding)
@@ -94,9 +94,9 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
     Slots and text are counted together, from the caller's first position.
 
     Args:
-        given: the caller's position ids of the text, [B or 1, T] or [A, B, T], or None to count by the mask.
-        mask: the mask of the text's columns, [B, T].
-        wide, wide_mask: the map of the sequence with slots, and its mask, [B, N].
+        given: the caller's position ids of the text, [B or 1, T] or [A, B, T], or None to number the real tokens.
+        mask: the mask of the text, [B, T].
+        wide, wide_mask: where text and slots are in the sequence, and the sequence's mask, [B, N].
     """
     own = positions_of(stack, wide_mask)
     if given is None:

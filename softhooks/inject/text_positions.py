@@ -1,4 +1,4 @@
-"""Find the positions of the text in a call, and check that prompt and text do not exceed the model's positions."""
+"""Find the positions of the text in a call, and check that prompt and text fit into the model's maximum length."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ OUTER_ARGUMENTS = ("position_ids", "attention_mask", "decoder_position_ids", "de
 class OuterCall:
     """The caller's `position_ids` and `attention_mask`, for a stack inside the model.
 
-    A model may number all columns, including padding, and pass these positions to its text model, with a mask that is already
-    prepared for attention. Only the caller's own arguments then show where the text is.
+    A model may number all tokens, including padding, and pass these positions to its text model, with a mask that is already
+    prepared for attention. Then only the caller's own arguments show which tokens are padding.
     """
 
     positions: Any
@@ -32,7 +32,7 @@ class OuterCall:
 
 
 def text_shape(call: dict[str, Any]) -> tuple[int, int]:
-    """Return the batch size and the number of text columns in a call."""
+    """Return the batch size and the length of the text, including padding."""
     text = _text(call)
     if not isinstance(text, Tensor):
         raise PromptNotReachedError(
@@ -46,13 +46,13 @@ def _text(call: dict[str, Any]) -> Any:
 
 
 def past_of(call: dict[str, Any]) -> Any:
-    """Return the number of columns in the cache."""
+    """Return the length of the cache."""
     cache = call.get("past_key_values")
     return 0 if cache is None else cache.get_seq_length()
 
 
 def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """Return the attention mask with one value per column, [B, past + T], or None if there is none.
+    """Return the attention mask with one value per token, [B, past + T], or None if there is none.
 
     If the model has prepared the mask for attention, this is the caller's mask.
     """
@@ -69,7 +69,7 @@ def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None
 def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
     """Return the `position_ids` of a call, counted from `stack.positions.start`, or None if the call has none.
 
-    If the model counted the positions itself, by columns, they are counted again by the mask, because columns include padding.
+    If the model numbered all tokens itself, including padding, the positions are computed again without padding.
     """
     given = call.get("position_ids")
     if given is None:
@@ -86,13 +86,13 @@ def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None)
 
 
 def positions_in_text(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor:
-    """Return the text's positions from 0 in each row or document, [B or 1, T], or [A, B, T] for several axes (M-RoPE)."""
+    """Return the text's positions, counted from 0 in each row or document, [B or 1, T], or [A, B, T] for M-RoPE's axes."""
     given = given_positions(stack, call, outer)
     return counted_positions(call, outer) if given is None else given - stack.positions.start
 
 
 def counted_positions(call: dict[str, Any], outer: OuterCall | None) -> Tensor:
-    """Count the text's positions from 0 by its mask, or by its columns if there is no mask. -> [B or 1, T]."""
+    """Number the text's tokens from 0, without padding if there is a mask. -> [B or 1, T]."""
     _, columns = text_shape(call)
     mask = padding_mask(call, outer)
     if mask is not None:
@@ -112,8 +112,9 @@ def order_in_text(positions: Tensor | None, call: dict[str, Any], outer: OuterCa
 def later_start(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> str:
     """Describe, for an error, `position_ids` that start the text after the stack's first position; return "" for any others.
 
-    Keys and values that are computed once or trained have the first positions, so there would be a gap before the text. A
-    text that continues a cache is not checked, nor are positions with several axes (M-RoPE), which locate parts of an image.
+    The prompt's keys and values are computed for the first positions, or were trained for them, so there would be a gap before
+    the text. A text that continues a cache is not checked, nor are positions with several axes (M-RoPE), which locate parts of
+    an image.
     """
     if call.get("position_ids") is None or not stack.positions.takes_position_ids:
         return ""
@@ -146,7 +147,7 @@ def check_text_length(
 
     Args:
         length: the number of virtual tokens.
-        cached: the number of virtual tokens in a cache that is not empty.
+        cached: the number of virtual tokens that a filled cache contains.
     """
     positions = stack.positions
     limit = positions.limit if positions.limit is not None else positions.rotary_limit

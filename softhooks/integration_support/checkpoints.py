@@ -1,4 +1,4 @@
-"""Tensors and files of a prompt in training."""
+"""Checkpoints of a prompt that is being trained: its tensors and their files."""
 
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.formats.files import read_tensors, write_tensors

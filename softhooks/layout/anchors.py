@@ -74,7 +74,7 @@ def anchor_of(value: Any, tokenizer: Any) -> Anchor:
         return Anchor(value) if tokenizer is None else Anchor(value).bound(tokenizer)
     row = (value,) if isinstance(value, int) else value
     if not isinstance(row, (tuple, list)) or not row or not all(is_int(item, 0) for item in row):
-        raise OptionError(f"the anchor is {value!r}; it must be words, a token id, or a tuple of token ids.")
+        raise OptionError(f"the anchor is {value!r}; it must be a string, a token id, or a tuple of token ids.")
     return Anchor(value if isinstance(value, int) else tuple(row), (tuple(row),))
 
 

@@ -25,7 +25,7 @@ class Context:
 
     Args:
         ids: the ids, [P].
-        types: the types of the tokens, [P].
+        types: the type of each token, [P]: 4i + 1 to 4i + 4 in example i, or 0 for a separator.
 
     Attributes:
         examples: the index of each token's example; for a separator, of the example before it, or -1 if there is none.
@@ -49,8 +49,8 @@ class Context:
             own = last if token_type == 0 else (token_type - 1) // 4
             if own not in (last, last + 1):
                 raise OptionError(
-                    f"token {place} has the type {token_type} of example {own}, but the next one is {last + 1}; examples must be "
-                    "numbered in order.",
+                    f"token {place} has the type {token_type} of example {own}, but the next example is {last + 1}; examples "
+                    "must be numbered in order.",
                     "Use the types 4i+1 to 4i+4 in example i, and 0 for separators; or pass `examples=`, `template=` and "
                     "`tokenizer=` instead.",
                 )
@@ -65,7 +65,7 @@ class Context:
 
     @property
     def kinds(self) -> list[int]:
-        """The kind of each token."""
+        """The kind of each token: `SEPARATOR`, `INPUT_FORMAT`, `INPUT`, `LABEL_FORMAT` or `LABEL`."""
         return [SEPARATOR if token_type == 0 else (token_type - 1) % 4 + 1 for token_type in self.types]
 
     @property

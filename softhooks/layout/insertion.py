@@ -52,7 +52,7 @@ class Insertion:
 
     @property
     def placement(self) -> str:
-        """The name that is saved with a prompt: `front`, `after_first`, `end`, or `layout` for any other placement."""
+        """The placement as it is saved with a prompt: `front`, `after_first`, `end`, or `layout` for any other one."""
         return _PLACEMENTS.get(self.groups[0].at, "layout") if len(self.groups) == 1 else "layout"
 
     @property
@@ -128,12 +128,12 @@ class Insertion:
         )
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Prepend every anchor to the ids of a test forward pass; it needs no batch columns. [1, T] -> [1, T']."""
+        """Return the ids of a test forward pass with every anchor prepended, [1, T] -> [1, T'], and no batch columns."""
         row = [token for group in self.groups if group.anchor for token in group.anchor.ids[0]]
         return torch.cat([torch.tensor([row], dtype=ids.dtype, device=ids.device), ids], dim=1) if row else ids, {}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout as JSON values, with the ids of its anchors."""
+        """Return the layout as a JSON-serializable dict, with the ids of its anchors."""
         groups: list[dict[str, Any]] = []
         for group in self.groups:
             item: dict[str, Any] = {"at": group.at, "count": group.count}
@@ -146,7 +146,7 @@ class Insertion:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Insertion:
-        """Create a layout from the JSON values of `to_json`."""
+        """Create a layout from the result of `to_json`."""
         groups = stored["insert"]
         if not isinstance(groups, list):
             raise OptionError(f"the slots of the saved layout are {groups!r}; they must be a list.")

@@ -20,7 +20,7 @@ _AT: dict[Placement, At] = {"front": "start", "after_first": "first", "end": "en
 
 
 def text_positions(mask: Tensor) -> Tensor:
-    """Compute position ids from an attention mask; padding gets the position before it, or 0. [B, T] -> [B, T]."""
+    """Compute position ids from an attention mask; padding gets the position of the token before it, or 0. [B, T] -> [B, T]."""
     return (mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
@@ -30,8 +30,9 @@ class Layout:
     For data that is not tokenized yet, pass a template, such as `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`.
     - Text outside braces is an anchor: fixed words that are not trained.
     - `{mask}` is the tokenizer's mask token.
-    - `{soft:3}` stands for three slots, and `{soft:"some words"}` for one slot per token of the words, which initializes the
-      slot's virtual token. Slots with the same name, such as `{soft:2, name=a}`, are tied: they share their virtual tokens.
+    - `{soft:3}` stands for three slots, and `{soft:"some words"}` for one slot per token of the words. Each of these tokens
+      initializes the virtual token of its slot. Slots with the same name, such as `{soft:2, name=a}`, are tied: they share their
+      virtual tokens.
     - Any other name in braces is a field of the data.
 
     For a chat, pass a list of messages with templates as contents; the tokenizer's chat template is applied to them. `mapper`
@@ -67,7 +68,9 @@ class Layout:
         missing: Missing = "error",
         tokenizer: Any = None,
     ) -> Layout:
-        """Insert slots into tokenized rows. Virtual tokens are assigned to slots in the order of the arguments.
+        """Create a layout that inserts slots into tokenized rows.
+
+        Virtual tokens are assigned to slots in the order of the arguments.
 
         Args:
             start: the number of slots before a row's first token.
@@ -137,7 +140,7 @@ class Layout:
             rows: the indices of the rows in the batch, for error messages.
 
         Raises:
-            UnsupportedModeError: a row does not contain an anchor, or `soft_slots` is missing or does not fit the rows.
+            UnsupportedModeError: a row does not contain an anchor, or `soft_slots` is missing or does not match the rows.
         """
         return self.form.places(mask, ids, given, rows)
 
@@ -205,12 +208,12 @@ class Layout:
         return Collator(self.mapper(tokenizer, **options))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout as JSON values."""
+        """Return the layout as a JSON-serializable dict."""
         return self.form.to_json()
 
     @classmethod
     def from_json(cls, stored: Any) -> Layout:
-        """Create a layout from the JSON values of `to_json`."""
+        """Create a layout from the result of `to_json`."""
         if not isinstance(stored, dict) or ("template" in stored) == ("insert" in stored):
             raise OptionError(f"the saved layout is {stored!r}; it must contain either a template or slots to insert.")
         form = Template.from_json(stored) if "template" in stored else Insertion.from_json(stored)

@@ -1,7 +1,7 @@
 """Insert slots into the rows of a batch. The text with its slots is called the widened sequence.
 
-There are B rows, T columns of text, S slots and N = T + S columns in the widened sequence. The place of a slot is the number of
-real (not padding) tokens before it.
+A column is an index in the sequence. The text has T columns, including padding, and the widened sequence has N = T + S columns,
+of which S are slots. The place of a slot is the number of real tokens (not padding) before it. B is the batch size.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Widened:
         text: the column of each text token, [B, T].
         slots: the column of each slot, [B, S].
         live: which slots are used, [B, S] bool.
-        predicting: the column that predicts the token after each text token, [B, T]: the last slot between the two tokens, or the
-            text token itself if there is none.
+        predicting: the column whose state predicts the token after each text token, [B, T]: the last slot between the two
+            tokens, or the text token itself if there is none.
     """
 
     text: Tensor
@@ -79,10 +79,10 @@ class Widened:
 
 
 def widen(before: Tensor, live: Tensor, text_columns: int, spare_first: bool = False) -> Widened:
-    """Insert each slot before its text column. Unused slots are put at an end of the row, like padding.
+    """Insert each slot before its text column. Unused slots are put at one end of the row, like padding.
 
     Args:
-        before: the text column before which each slot is inserted, or T after all columns, [B, S].
+        before: the text column before which each slot is inserted, or T for the end, [B, S].
         live: which slots are used, [B, S] bool.
         text_columns: T.
         spare_first: put unused slots at the left end, because `generate` appends tokens at the right end.

@@ -231,7 +231,7 @@ class Template:
         offsets = given.to(real)
         if bool(((offsets < 0) | (offsets > real[:, None])).any()):
             raise UnsupportedModeError(
-                f"`{COLUMN}` is out of range; the number of tokens before a slot must be from 0 to the length of the row.",
+                f"`{COLUMN}` is out of range; the number of tokens before a slot must be between 0 and the length of the row.",
                 "Truncate rows with the layout's `max_length`, and leave `prefill_chunk_size` out.",
                 tokens=real.tolist(),
                 soft_slots=offsets.amax(-1).tolist(),
@@ -243,12 +243,12 @@ class Template:
         return ids, {COLUMN: torch.zeros(1, len(self.table_rows), dtype=torch.long, device=ids.device)}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the template as JSON values, with the ids of its words."""
+        """Return the template as a JSON-serializable dict, with the ids of its words."""
         return {"template": self.source, "words": [list(part.ids) for part in self.parts if part.ids]}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> Template:
-        """Create a template from the JSON values of `to_json`."""
+        """Create a template from the result of `to_json`."""
         return cls(stored["template"], ids_from_json(stored.get("words")))
 
     def __repr__(self) -> str:

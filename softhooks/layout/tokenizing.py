@@ -1,4 +1,4 @@
-"""Tokenization of texts that are passed as options."""
+"""Tokenize strings that are passed as options."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def tokenizer_of(tokenizer: Any) -> Any:
 
 
 def tokenize(text: str, tokenizer: Any, option: str) -> list[int]:
-    """Tokenize a text without special tokens. Errors name `option`, the option that the text comes from."""
+    """Tokenize a string without special tokens. Errors mention `option`, the name of the option that contains the string."""
     if tokenizer is None:
         raise OptionError(
-            f"{option} is a text, but no tokenizer is given.",
+            f"{option} contains text, but no tokenizer was given.",
             "Pass `tokenizer=`: the model's tokenizer or its name.",
             **{option: repr(text)},
         )

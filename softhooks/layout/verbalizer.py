@@ -1,4 +1,4 @@
-"""`Verbalizer`, which represents each class by a word, and computes the loss over the logits of these words."""
+"""`Verbalizer`, which represents each class by a word and computes a loss over the logits of these words."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Verbalizer:
 
     Pass a verbalizer to a Trainer as `compute_loss_func`, or call it in your own loop with the model's output and the labels. The
     labels of a row are the id of its class's word at the mask, and -100 at other tokens. `Layout.mapper(..., verbalizer=)` and
-    `Verbalizer.labels` return such labels.
+    `Verbalizer.labels` make such labels.
 
     Source: Liu et al. 2021, arXiv:2103.10385, few-shot setting.
 
     Args:
-        words: for each class, a word that is a single token after a space, or a token id.
+        words: for each class, a token id, or a word that is a single token when a space precedes it.
         tokenizer: the model's tokenizer or its name.
-        causal: True if the token before the word predicts it, as in causal language models; False if a mask token does.
+        causal: True if the word is predicted at the preceding token, as in causal language models; False if at a mask token.
 
     Raises:
         OptionError: a word is not a single token, or two classes have the same word.
@@ -66,12 +66,12 @@ class Verbalizer:
     def scores_at_labels(self, logits: Any, labels: Any) -> Tensor:
         """Return the logits of the classes' words at each row's label, for a Trainer's `preprocess_logits_for_metrics`.
 
-        The Trainer then gathers C logits for each row instead of the whole vocabulary, and `trainer.predict(rows).predictions`
-        are the scores of the classes.
+        The Trainer then gathers only the C scores of each row instead of the logits of the whole vocabulary, and
+        `trainer.predict(rows).predictions` are these scores.
 
         Args:
-            logits: the model's logits, or a tuple that starts with them, [B, T, V].
-            labels: labels with exactly one entry per row that is not -100, [B, T].
+            logits: the model's logits, [B, T, V], or a tuple whose first element they are.
+            labels: the labels, [B, T]; exactly one label in each row is not -100.
 
         Returns:
             the scores, [B, C].
@@ -131,7 +131,7 @@ class Verbalizer:
 
 
 def _labels_at(labels: Tensor) -> Tensor:
-    """Return a mask of the only label of each row. [B, T] -> [B, T] bool."""
+    """Return a mask that is True at each row's only label. [B, T] -> [B, T] bool."""
     remedy = (
         "Make labels with `Layout.mapper(..., verbalizer=)`; for rows without a class, use "
         "`verbalizer.scores(logits, input_ids)`."
@@ -157,7 +157,7 @@ def _token_of(word: str | int, tokenizer: Any) -> int:
         return word
     if tokenizer is None or not isinstance(word, str):
         raise OptionError(
-            f"the word of a class is {word!r}; it must be an id, or a string with a tokenizer to encode it."
+            f"the word of a class is {word!r}; it must be a token id, or a string if a tokenizer is given."
         )
     ids = encode(f" {word}", tokenizer)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:

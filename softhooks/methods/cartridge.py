@@ -27,10 +27,10 @@ _JOINED = (
 
 
 class CartridgeEncoder(PromptEncoder):
-    """The keys and values of a cartridge. Frozen ones are buffers, so that neither momentum nor weight decay changes them.
+    """The keys and values of a cartridge. The frozen ones are buffers, so that neither momentum nor weight decay changes them.
 
     Args:
-        tables: the initial keys and values of each group, [P, N].
+        tables: the initial keys and values for each group of attention layers, [P, N], with N numbers per virtual token.
         frozen_slots: the number of virtual tokens at the start that are frozen.
     """
 
@@ -55,7 +55,7 @@ class Cartridge(PrefilledPrefix):
     They are initialized with the keys and values of the document's first P tokens, and trained by self-distillation: the teacher
     is the frozen model with the whole document before each row, and the student is the model with the cartridge. The rows are
     questions and answers about the document, which the model itself can generate. The loss is the KL divergence between teacher
-    and student at the tokens that the labels select; to train on the whole text, pass the input ids as labels.
+    and student at the tokens whose label is not -100; to train on the whole text, pass the input ids as labels.
 
     Each training step runs the model on the document, once for all rows and without gradients. Put the training loop, or
     `trainer.train()`, inside `with softhooks.kept(model):` to do this only once. In evaluation, the model returns its own loss.
@@ -63,27 +63,28 @@ class Cartridge(PrefilledPrefix):
     Start with AdamW and a learning rate of 2e-2, as in the paper. By default the first virtual token is frozen, because many
     models use the first token as an attention sink.
 
-    The document must fit into the model's context window. For a longer document, make a cartridge for each part; `concatenate`
+    The document must fit in the model's context window. For a longer document, make a cartridge for each part; `concatenate`
     joins cartridges, which must then be trained together.
 
-    Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differences: the authors omit the tokens outside the teacher's top k, which we
-    merge into one term of the KL divergence; so the loss is never negative, and it is 0 if the student equals the teacher.
+    Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differences: the authors ignore the tokens outside the teacher's top k; we
+    merge them into one term of the KL divergence, so the loss is never negative, and it is 0 if both models predict the same.
 
     Args:
         num_virtual_tokens: P.
-        document: a text, or token ids; the ids are saved for further training. A text gets the tokenizer's BOS token, if there is
-            one; in this case, tokenize the rows without BOS.
-        tokenizer: the model's tokenizer or its name; required for a text.
+        document: a string or token ids; the ids are saved for further training. A string is tokenized with the tokenizer's BOS
+            token, if there is one; in this case, tokenize the rows without BOS.
+        tokenizer: the model's tokenizer or its name; required if the document is a string.
         frozen_slots: the number of virtual tokens at the start that are not trained.
-        distill: True trains by self-distillation, in causal language models; False trains on the model's own loss, in any model.
+        distill: True trains by self-distillation, which needs a causal language model; False trains any model on its own loss.
         top_k: the number of the teacher's most likely tokens that are compared individually.
 
     Shape:
-        each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)].
+        each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)], for Hk key-value heads with keys of size Dk and values
+        of size Dv.
 
     Raises:
         OptionError: an option is wrong, or the document is missing or shorter than the cartridge.
-        PromptTooLongError: the document does not fit into the model's context window.
+        PromptTooLongError: the document does not fit in the model's context window.
         UnsupportedMethodError: softhooks cannot add a key-value prefix to the model's attention, or `distill` is True and the
             model is not a causal language model.
     """
@@ -152,8 +153,8 @@ class Cartridge(PrefilledPrefix):
         window = positions.trained if positions.limit is None else positions.limit
         if window is not None and len(self.ids) >= window:
             raise PromptTooLongError(
-                f"the document has {len(self.ids)} tokens, but the model's context window has only {window}.",
-                "Shorten the document. Or make a cartridge for each part, join them with `Cartridge.concatenate`, and train the "
+                f"the document has {len(self.ids)} tokens; it must be shorter than the model's context window ({window}).",
+                "Shorten the document; or make a cartridge for each part, join them with `Cartridge.concatenate`, and train the "
                 "result.",
                 document=len(self.ids),
                 window=window,
@@ -184,7 +185,7 @@ class Cartridge(PrefilledPrefix):
 
         Raises:
             OptionError: there are fewer than two sources, or a source is not a cartridge or was saved with a head.
-            PromptMismatchError: the cartridges are from different models.
+            PromptMismatchError: the cartridges were trained on different models.
         """
         parts = [read_checked(s)[0] if isinstance(s, (str, Path)) else s.to_stored() for s in sources]
         prompt = attach_joined(model, join(parts), name, trainable=trainable, parts=parts)
@@ -195,7 +196,7 @@ class Cartridge(PrefilledPrefix):
 def attach_joined(
     model: nn.Module, stored: StoredPrompt, name: str, *, trainable: bool, parts: Sequence[StoredPrompt]
 ) -> Any:
-    """Attach a joined cartridge. `softhooks.load`, which this module must not import, replaces this function."""
+    """Attach a joined cartridge. The module `softhooks.load`, which this one must not import, replaces this function."""
     raise ImportError("`Cartridge.concatenate` needs `softhooks.load`, which has not been imported; import it first.")
 
 
@@ -217,7 +218,7 @@ def _check_joinable(parts: Sequence[StoredPrompt]) -> None:
     if len(parts) < 2 or set(kinds.values()) != {Cartridge.kind} or any(part.heads for part in parts):
         raise OptionError(
             "these prompts cannot be concatenated; `concatenate` needs two or more cartridges that were saved without a head.",
-            "Train the cartridges on language models, where no head is trained.",
+            "Train the cartridges on language models, whose heads are not trained.",
             found=kinds,
             heads=[part.source for part in parts if part.heads] or "none",
         )
@@ -227,8 +228,8 @@ def _check_joinable(parts: Sequence[StoredPrompt]) -> None:
         part.conventions != parts[0].conventions for part in parts
     ):
         raise PromptMismatchError(
-            "the shapes or conventions of the cartridges differ; all of them must be trained on the same base model.",
-            "Concatenate only cartridges of the same model.",
+            "the cartridges differ in shape, or in whether they shift positions; all must be trained on the same base model.",
+            "Concatenate only cartridges that were trained on the same model.",
             sizes=widths,
             conventions=[part.conventions for part in parts],
         )

@@ -20,7 +20,7 @@ class DemonstrationEncoder(TableEncoder):
     """The trained keys and values of demonstrations. `ContextTuning` documents the options.
 
     Args:
-        tables: the initial keys and values of each group, [P, N].
+        tables: the initial keys and values for each group of attention layers, [P, N], with N numbers per virtual token.
     """
 
     owners: Tensor
@@ -38,7 +38,7 @@ class DemonstrationEncoder(TableEncoder):
         self.token_dropout = token_dropout
 
     def hidden_tokens(self, given: dict[str, Tensor], batch: int) -> Tensor | None:
-        """Return a mask, [B, P], that hides each row's own demonstration and, in training, random virtual tokens."""
+        """Return a mask, [B, P], that hides each row's own demonstration and, during training, random virtual tokens."""
         required = self.training and self.leave_one_out
         own = hide_own_example(given, batch, self.owners, self.demonstrations, required=required)
         if not self.training or self.token_dropout == 0:
@@ -52,11 +52,11 @@ class ContextTuning(PrefilledPrefix):
     """Context tuning: a trained prefix that is initialized with the keys and values of few-shot demonstrations.
 
     Before the first step the model's output is the same as with the demonstrations in its context. Training rows are usually the
-    demonstrations themselves, split into text and label. Two options keep the model from looking up the answers in the prefix:
-    - `leave_one_out`: a row does not attend to its own demonstration. The batch column `example_ids` has the number of this
-      demonstration, from 0, or -1 for a row that is not a demonstration. The keys and values of later demonstrations still depend
-      on the hidden one. In evaluation, rows with `example_ids` are masked too.
-    - `token_dropout`: in training, random virtual tokens are hidden from each row.
+    demonstrations themselves, split into input and label. Two options keep the model from looking up the answers in the prefix:
+    - `leave_one_out`: a row does not attend to its own demonstration. The batch column `example_ids` has the index of this
+      demonstration, or -1 for a row that is not a demonstration. The keys and values of later demonstrations still depend on the
+      hidden one. In evaluation, a row's own demonstration is hidden too, if the batch has `example_ids`.
+    - `token_dropout`: during training, random virtual tokens are hidden from each row.
 
     Start with AdamW and a learning rate of 1e-3. Tokenize rows without a BOS token if the demonstrations start with one.
 
@@ -65,15 +65,17 @@ class ContextTuning(PrefilledPrefix):
 
     Args:
         num_virtual_tokens: leave it out; P is computed from the demonstrations.
-        demonstrations: one text or list of ids for each demonstration, which ends with the separator before the next one.
-        instruction: a string or token ids before the demonstrations. If strings are given, the tokenizer's BOS token comes first.
-        tokenizer: the model's tokenizer or its name; required for texts.
-        leave_one_out: require `example_ids` in training.
-        token_dropout: the probability of hiding a virtual token; 0.05 to 0.1 in the paper.
-        lengths: leave it out; the number of tokens of each demonstration is computed, and saved with the prompt.
+        demonstrations: a string or token ids for each demonstration, including the separator that follows it.
+        instruction: a string or token ids before the demonstrations. If it or a demonstration is a string, the tokenizer's BOS
+            token comes first.
+        tokenizer: the model's tokenizer or its name; required for strings.
+        leave_one_out: hide each row's own demonstration; requires `example_ids` during training.
+        token_dropout: the probability that a virtual token is hidden from a row; 0.05 to 0.1 in the paper.
+        lengths: leave it out; the number of tokens in each demonstration, which is computed and saved with the prompt.
 
     Shape:
-        each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)].
+        each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)], for Hk key-value heads with keys of size Dk and values
+        of size Dv.
 
     Raises:
         OptionError: an option is wrong, or the demonstrations are missing.
@@ -95,7 +97,7 @@ class ContextTuning(PrefilledPrefix):
     def __post_init__(self) -> None:
         if isinstance(self.demonstrations, str):
             raise OptionError(
-                "demonstrations is a single text; it must be a list with one text for each demonstration."
+                "demonstrations is a string; it must be a list of demonstrations, each a string or a list of token ids."
             )
         if len(self.demonstrations):
             self._tokenize()
@@ -104,7 +106,7 @@ class ContextTuning(PrefilledPrefix):
         if not whole or not given:
             raise OptionError(
                 "there are no demonstrations; context tuning needs at least one.",
-                "Pass `demonstrations=`, a list of texts with a `tokenizer=`, or a list of lists of ids.",
+                "Pass `demonstrations=`: a list of strings, with `tokenizer=`, or a list of lists of token ids.",
                 demonstrations=repr(self.demonstrations),
                 lengths=repr(given),
             )
@@ -117,7 +119,7 @@ class ContextTuning(PrefilledPrefix):
         check_dropout("token_dropout", self.token_dropout)
 
     def _tokenize(self) -> None:
-        """Replace texts by ids, and set `lengths` and `num_virtual_tokens`."""
+        """Replace strings with token ids, and set `lengths` and `num_virtual_tokens`."""
         shots = tuple(ids_of(shot, self.tokenizer, "demonstrations") for shot in self.demonstrations)
         texts = any(isinstance(text, str) for text in (*self.demonstrations, self.instruction))
         lead = bos_ids(self.tokenizer) if texts else ()
@@ -130,7 +132,7 @@ class ContextTuning(PrefilledPrefix):
             ("num_virtual_tokens", self.num_virtual_tokens or None, count),
         ):
             if asked not in (None, found):
-                raise OptionError(f"{option} is {asked}, but the demonstrations have {found}; leave {option} out.")
+                raise OptionError(f"{option} is {asked}, but its computed value is {found}; leave {option} out.")
             object.__setattr__(self, option, found)
         object.__setattr__(self, "demonstrations", shots)
         object.__setattr__(self, "instruction", lead)
@@ -146,5 +148,5 @@ class ContextTuning(PrefilledPrefix):
         return self.folded_encoder(self.prefill(structure, ids))
 
     def folded_encoder(self, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make the encoder of a new or loaded prompt, which hides demonstrations in both cases."""
+        """Make the encoder of a new or loaded prompt; in both cases, it hides each row's own demonstration."""
         return DemonstrationEncoder(tables, self.lengths or (), self.leave_one_out, self.token_dropout)

@@ -30,27 +30,27 @@ _WIDTH = 2048
 
 @dataclass(frozen=True)
 class ContextAwarePromptTuning(Method):
-    """Context-aware prompt tuning (CPT): a few-shot context, [P, H], whose embeddings are trained within bounds.
+    """Context-aware prompt tuning (CPT): a few-shot context whose embeddings, [P, H], are trained within bounds.
 
-    The context comes before every row, so the initial output is that of in-context learning. Labels and separators are fixed. The
-    other embeddings are projected back into their bounds after each optimizer step.
+    The context comes before every row, so the initial output is that of in-context learning. The embeddings of labels and
+    separators are fixed. The others are projected back into their bounds after each optimizer step.
 
     The training loss replaces the model's own loss. It is the cross-entropy on the label tokens of the context's examples **and**
     of the row. The row's labels have weight 1, the labels of the last example have weight `decay`, those of the example before it
     `decay` squared, and so on; the sum is divided by the number of label tokens. Rows are weighted by their number of label
     tokens, so that gradient accumulation gives the result of one large batch. Other terms of the model's loss, such as a router's
-    load-balancing loss, are left out. In evaluation, the model returns its own loss, on the row alone.
+    load-balancing loss, are left out. In evaluation, the model returns its own loss, which covers only the row.
 
     The method needs a causal language model that computes the context once for all rows (`prompt.injection` is `shared`); other
     models are refused. To continue the training of a saved prompt, load it with `trainable=True`.
 
     For training and inference, make rows with `render`, which gives them the format of the examples, without a BOS token. The
-    order of the examples is part of the prompt.
+    context has the examples in the given order.
 
     If the training rows are the examples themselves, use `leave_one_out`: a row does not attend to its own example, and the label
-    of this example is left out of the row's loss. The batch column `example_ids` has the example's number, from 0, or -1 for a
-    row that is not an example. Later examples still depend on the hidden one, because the context is computed once. In
-    evaluation, rows with `example_ids` are masked too.
+    of this example is left out of the row's loss. The batch column `example_ids` has the example's index, or -1 for a row that
+    is not an example. Later examples still depend on the hidden one, because the context is computed once. In evaluation, a row's
+    own example is hidden too, if the batch has `example_ids`.
 
     Start with AdamW and a learning rate of 1e-4 to 1e-3. `attach` logs how far the embeddings may move.
 
@@ -59,19 +59,20 @@ class ContextAwarePromptTuning(Method):
 
     Args:
         num_virtual_tokens: leave it out; P is computed from the context.
-        examples: dictionaries with a text for each field of the template, or pairs of input and label.
+        examples: a list of dictionaries with a string for each field of the template, or of (input, label) pairs.
         template: the format of an example: text with fields in braces, the last of which is `{label}`, and `{sep}` for
             a separator that is not trained.
         tokenizer: the model's tokenizer or its name; required for examples and for `render`.
         separator: the text between examples.
         inner_separator: the text of `{sep}`.
-        context_ids, token_types: the token ids and token types of a context, instead of examples. The tokens of example i have
-            the types 4i+1 (format of the input), 4i+2 (input), 4i+3 (format of the label), 4i+4 (label); separators have 0.
-        epsilon_input, epsilon_format: how far the embeddings of inputs and of formats may move if the hidden size is 2048; the
-            bound grows with the square root of the hidden size. None sets no bound.
-        decay: the factor between the weights of successive examples.
+        context_ids, token_types: the token ids and token types of a context, to be passed instead of examples. The tokens of
+            example i have the types 4i+1 (format of the input), 4i+2 (input), 4i+3 (format of the label), 4i+4 (label);
+            separators have 0.
+        epsilon_input, epsilon_format: the largest distance by which the embeddings of input and format tokens may move if the
+            hidden size is 2048; this bound is proportional to the square root of the hidden size. None sets no bound.
+        decay: the weight of an example's label divided by that of the next example's.
         context_loss: also train on the labels of the context.
-        leave_one_out: require `example_ids` in training.
+        leave_one_out: hide each row's own example; requires `example_ids` during training.
 
     Raises:
         OptionError: an option is wrong, or the token types are inconsistent.
@@ -146,7 +147,7 @@ class ContextAwarePromptTuning(Method):
 
     @property
     def batch_columns(self) -> tuple[str, ...]:
-        """The batch column with the number of each row's own example."""
+        """The batch column with the index of each row's own example."""
         return (EXAMPLE_IDS,) if self.leave_one_out else ()
 
     def options(self) -> dict[str, Any]:
@@ -159,13 +160,13 @@ class ContextAwarePromptTuning(Method):
         """Render a row in the format of the examples.
 
         Args:
-            row: a dictionary of the template's fields, with or without the label; or a text, if there is only one input field.
-            label: the label; a row without a label ends where the label is to be generated.
+            row: a dictionary of the template's fields, with or without the label; or a string, if there is only one input field.
+            label: the label; a row without a label ends where the model is to generate it.
             tokenizer: the model's tokenizer; required if the method has none, for example after `load`.
 
         Returns:
-            `input_ids` and `attention_mask`. If the row has a label, also `labels`, which are -100 outside the label. With
-            `leave_one_out`, also `example_ids`: the number of the example with the same ids, or -1 if there is none.
+            `input_ids` and `attention_mask`. If the row has a label, also `labels`, which are -100 outside the label, and, with
+            `leave_one_out`, `example_ids`: the index of the example with the same ids, or -1 if there is none.
         """
         template = self._template()
         single = isinstance(row, str) and len(template.inputs) == 1
@@ -247,5 +248,5 @@ def _bound(value: Any, name: str) -> float | None:
     if value is None or (_is_number(value) and value == math.inf):
         return None
     if not _is_number(value) or not value >= 0:
-        raise OptionError(f"{name} is {value!r}; it must be a number of 0 or more, or None.")
+        raise OptionError(f"{name} is {value!r}; it must be a number of at least 0, or None.")
     return float(value)

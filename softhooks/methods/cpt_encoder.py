@@ -45,8 +45,8 @@ class ContextEncoder(ContextRows):
     Args:
         context: the token ids and their types.
         words: E, the embeddings of the tokens, [P, H].
-        bounds: the largest norm of each delta, [M].
-        leave_one_out: require `example_ids` in training.
+        bounds: the largest allowed norm of each delta, [M].
+        leave_one_out: require `example_ids` during training.
     """
 
     is_constrained = True
@@ -109,7 +109,7 @@ class ContextEncoder(ContextRows):
 
 
 class FoldedContext(ContextRows):
-    """A folded context. Its embeddings are not a parameter, because an optimizer would also change those of the labels."""
+    """A folded context. Its embeddings are a buffer, because an optimizer would also change the embeddings of the labels."""
 
     embeddings: Tensor
 

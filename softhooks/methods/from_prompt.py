@@ -32,19 +32,19 @@ class Handle(Protocol):
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
-        """The conventions that are saved with the prompt."""
+        """The assumptions about the forward pass that are saved with the prompt."""
 
     def to_stored(self) -> StoredPrompt:
-        """Return the content of the file that would be saved."""
+        """Return the prompt as it would be saved."""
 
 
 def read_checked(path: str | Path) -> tuple[StoredPrompt, Method]:
-    """Read a saved prompt, and make its method."""
+    """Return a saved prompt and its method."""
     return with_all_options(find(path))
 
 
 def with_all_options(stored: StoredPrompt) -> tuple[StoredPrompt, Method]:
-    """Make the method of a saved prompt, and add the defaults of options that its file does not have."""
+    """Return a saved prompt, with defaults for the options that its file does not contain, and its method."""
     method = method_of(stored)
     return replace(stored, options=method.options()), method
 
@@ -56,8 +56,8 @@ def rows_of(
 
     Args:
         source: a `SoftPrompt`; a directory or repository that `load` reads, including PEFT's; or the embeddings themselves.
-        purpose: the intended use of the embeddings, for the error message.
-        structure: the structure of a model; an error is raised if the embeddings were trained with another base model.
+        purpose: the end of an error message, "so it cannot {purpose}".
+        structure: the structure of a model; an error is raised if the embeddings were trained on another base model.
     """
     if isinstance(source, Tensor):
         return source.detach().float()
@@ -70,11 +70,11 @@ def rows_of(
         tables, name = source.encoder.folded(), f"{source.name!r} ({source.method.kind})"
     else:
         raise OptionError(
-            f"{type(source).__name__} is given as a prompt; pass a SoftPrompt, a directory, a repository or a tensor."
+            f"the prompt is of type {type(source).__name__}; it must be a SoftPrompt, a directory, a repository or a tensor."
         )
     if set(tables) != {EMBEDDINGS}:
         raise OptionError(
-            f"the prompt {name} consists of {', '.join(sorted(tables))} instead of embeddings, so it cannot {purpose}.",
+            f"the prompt {name} has other tensors ({', '.join(sorted(tables))}) instead of embeddings, so it cannot {purpose}.",
             "Use a prompt of PromptTuning, or of another method that trains embeddings.",
         )
     rows = tables[EMBEDDINGS].detach().float()

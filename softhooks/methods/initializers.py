@@ -34,13 +34,13 @@ def vocabulary_ids(structure: ModelStructure, count: int, whole: bool = False) -
 
 
 def fill_ids(structure: ModelStructure, count: int, ids: Sequence[int]) -> list[int]:
-    """Return the first P ids of a text; if the text is shorter, append ids sampled from the vocabulary."""
+    """Return the first P ids; if there are fewer than P, append ids sampled from the vocabulary."""
     missing = max(0, count - len(ids))
     return [*ids[:count], *(vocabulary_ids(structure, missing).tolist() if missing else [])]
 
 
 def label_rows(structure: ModelStructure, count: int, labels: Sequence[str], tokenizer: Any) -> tuple[Tensor, WordIds]:
-    """Return the mean embedding of each label's tokens, [P, H], and the ids of labels that are one token.
+    """Return the mean embedding of each label's tokens, [P, H], and the ids of labels that consist of one token.
 
     If there are fewer than P labels, embeddings of ids sampled from the vocabulary are appended.
     """

@@ -1,7 +1,7 @@
 """The base class of prefix tuning and P-tuning v2: a key-value prefix, trained directly or through an MLP.
 
-A model has one group of keys and values; an encoder-decoder has three. A group is a matrix [P, N]: each row has the keys and
-values of one virtual token in all layers.
+A model has one group of attention layers; an encoder-decoder has three: the encoder's self-attention, the decoder's, and the
+cross-attention. Each group has a matrix [P, N], whose rows are the keys and values of one virtual token in all layers.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ RANDOM_STD = 0.02
 
 
 class MLPPrefixEncoder(PromptEncoder):
-    """Computes each group from learned vectors Z [P, H] with its own MLP: `Z -> Linear -> tanh -> Linear -> keys and values`.
+    """Computes each group with its own MLP from its own vectors Z [P, H]: `Z -> Linear -> tanh -> Linear -> keys and values`.
 
     Args:
-        tables: the initial keys and values of each group, [P, N].
+        tables: the initial keys and values for each group, [P, N].
         width: H.
         hidden_size: m, the width of the MLP.
         dropout: dropout on the keys and values.
@@ -114,7 +114,7 @@ class KeyValuePrefix(Method):
         return PrefixEncoder(tables, self.dropout)
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
-        """Sample the initial keys and values of each group, [P, N], from N(0, 0.02)."""
+        """Sample the initial keys and values for each group, [P, N], with a standard deviation of 0.02."""
         return {
             group: torch.randn(self.num_virtual_tokens, sum(s.size for s in self.sites(stack, role))) * RANDOM_STD
             for group, (stack, role) in groups_of(structure).items()

@@ -9,20 +9,20 @@ from softhooks.errors import UnsupportedModeError
 from softhooks.prompt_encoder import require_column
 
 EXAMPLE_IDS = "example_ids"
-"""The batch column with the number of each row's own example, from 0, or -1 if the row is not an example."""
+"""The batch column with the index of each row's own example, or -1 if the row is not an example."""
 
 
 def hide_own_example(
     given: dict[str, Tensor], batch: int, owners: Tensor, count: int, *, required: bool
 ) -> Tensor | None:
-    """Return which virtual tokens to hide from each row, [B, P] bool; None if the call does not have the column.
+    """Return which virtual tokens to hide from each row, [B, P] bool; None if the call has no `example_ids`.
 
     Args:
         given: the batch columns of the call.
         batch: the number of rows.
-        owners: the example that each virtual token belongs to, [P]; -1 for none.
+        owners: the index of the example that each virtual token belongs to, or -1 for none, [P].
         count: the number of examples.
-        required: raise an error if the call does not have the column.
+        required: raise an error if the call has no `example_ids`.
     """
     if required:
         reason = "a row that is an example must not attend to itself; use -1 for other rows, or leave_one_out=False"
@@ -39,7 +39,7 @@ def _checked(rows: Tensor, batch: int, count: int) -> Tensor:
         return rows.reshape(batch)
     found = f"{rows.dtype} {list(rows.shape)}, {rows.flatten().tolist()[:8]}"
     raise UnsupportedModeError(
-        f"`{EXAMPLE_IDS}` is {found}; it must be the number of each row's own example, counted from 0, or -1 for a row "
+        f"`{EXAMPLE_IDS}` is {found}; it must contain the index of each row's own example, counted from 0, or -1 for a row "
         "that is not an example.",
         "Pass one whole number for each row.",
         example_ids=found,

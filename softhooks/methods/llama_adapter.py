@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: vectors that every token attends to in addition to the text, with gates that start at zero."""
+"""LLaMA-Adapter: trained vectors that every token attends to in addition to the text, with gates that start at zero."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ class LlamaAdapter(Method):
     """LLaMA-Adapter: each layer also attends to K trained vectors, P, and adds the result to its attention output with a gate.
 
     Attention returns `softmax(q k^T) v + tanh(g) softmax(q (Wk P)^T) Wv P`, with the layer's own projections Wk and Wv and one
-    gate g for each head. All g are initialized with 0, so the initial output is that of the base model, bit for bit. P has no
+    gate g for each head. All gates are initialized with 0, so the initial output is that of the base model, bit for bit. P has no
     attention mask, no rotary embedding and no input norm, and does not shift the text's position ids.
 
     The method supports models that use transformers' attention interface, and encoders whose inline attention softhooks rewrites
-    (their initial output is only equal up to rounding). In an encoder-decoder, both stacks attend to P in their self-attention.
+    (for these, the initial output is that of the base model up to rounding). In an encoder-decoder, both stacks attend to P in
+    their self-attention.
 
     **Context.** Each row of a batch may have a context, such as the vectors of an image. Pass it to the model or to `generate` as
     `prompt_context`. A context [B, C] is added to all K vectors; a context [B, K, C] has one vector for each of them. If C is not
@@ -49,10 +50,10 @@ class LlamaAdapter(Method):
     `attach(..., trainable="*norm*")`; their weights belong to the base model and are saved with it.
 
     Version 2 trains different parameters on images than on text, which requires your own training loop: one optimizer for batches
-    with images, over `text_context_weight`, `text_context_bias` and `text_gates`, and one for batches of text alone, over all
-    parameters but the first two. After a backward pass with images, zero the gradients of all gates except the first
-    `early_fusion * Hq`, which belong to the early layers. Exclude the gates from weight decay, and zero all gradients after each
-    step.
+    with images, over `text_context_weight`, `text_context_bias` and `text_gates`, and one for text-only batches, over all
+    parameters except `text_context_weight` and `text_context_bias`. After a backward pass with images, zero the gradients of all
+    gates except the first `early_fusion * Hq` (Hq heads per layer), which belong to the early layers. Exclude the gates from
+    weight decay, and zero all gradients after each step.
 
     While g is 0, P gets no gradient, so the gates change first. Start with AdamW and a learning rate of 5e-3 (the authors use
     1.1e-3, weight decay 0.02, betas 0.9 and 0.95, and the loss on the response only).
@@ -60,11 +61,11 @@ class LlamaAdapter(Method):
     Source: Zhang et al. 2023, arXiv:2303.16199; Gao et al. 2023, arXiv:2304.15010. Differences: by default all layers attend to
     P, but in the paper only the upper 30 of 32; the default gate is tanh(g), as in the authors' code but not in the paper; a
     model's soft cap on attention scores is applied; layers with early fusion have gates too, so that the initial output is that
-    of the base model; factors are stored minus 1, so that weight decay pulls them to 1.
+    of the base model; factors are stored as their difference from 1, so that weight decay pulls them toward 1.
 
     Args:
         num_virtual_tokens: K.
-        num_layers: the number of layers, counted from the top, that attend to P; None: all except those of `early_fusion`.
+        num_layers: the number of layers, counted from the top, that attend to P; None for all except those of `early_fusion`.
         gate: multiply by tanh(g) (`tanh`), or by g itself (`raw`).
         gate_per: one g for each `head`, or for each `layer`.
         context_size: C, if it is not the model's hidden size.
@@ -73,14 +74,15 @@ class LlamaAdapter(Method):
         init_std: P is initialized from N(0, init_std).
 
     Shape:
-        `text_prompts` [layers * K, H] and `text_gates` [1, layers * Hq] or [1, layers]; with `context_size` also
+        `text_prompts` [layers * K, H] and `text_gates` [1, layers * Hq] (for Hq heads) or [1, layers]; with `context_size` also
         `text_context_weight` [H, C] and `text_context_bias` [1, H]; with `scale_and_bias` also `text_factors` and `text_offsets`,
-        both [1, sum of the linear layers' output sizes]. An encoder-decoder has `encoder_...` and `decoder_...` instead.
+        both [1, sum of the linear layers' output sizes]. An encoder-decoder has `encoder_...` and `decoder_...` instead of
+        `text_...`.
 
     Raises:
         OptionError: an option is wrong.
         UnsupportedMethodError: softhooks cannot extend a layer's attention, or there are too few layers.
-        UnsupportedModeError: a forward has a context of the wrong shape.
+        UnsupportedModeError: a forward pass gets a context of the wrong shape.
     """
 
     kind: ClassVar[str] = "llama_adapter"
@@ -112,7 +114,7 @@ class LlamaAdapter(Method):
         if self.context_size is not None:
             check_int("context_size", self.context_size)
         if not isinstance(self.init_std, (int, float)) or not 0.0 <= self.init_std < float("inf"):
-            raise OptionError(f"init_std is {self.init_std!r}; it must be a number of 0 or more.")
+            raise OptionError(f"init_std is {self.init_std!r}; it must be a finite number of at least 0.")
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """Return how the gate is computed, and how the vectors enter attention."""
@@ -129,7 +131,7 @@ class LlamaAdapter(Method):
         return AdapterEncoder(tables, self.gate)
 
     def shapes(self, structure: ModelStructure) -> dict[str, tuple[int, int]]:
-        """Return the shape of each parameter; the name starts with `text`, `encoder` or `decoder`."""
+        """Return the shape of each parameter by name; names start with `text_`, `encoder_` or `decoder_`."""
         from softhooks.inject.branch.projection_probe import find_attention_calls  # imports transformers
 
         find_attention_calls(structure)
@@ -148,7 +150,7 @@ class LlamaAdapter(Method):
         return shapes
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tensors of a file against its options."""
+        """Check the tensors of a saved prompt against its options."""
         kinds = {PROMPTS, GATES}
         kinds |= {CONTEXT_WEIGHT, CONTEXT_BIAS} if self.context_size is not None else set()
         kinds |= {FACTORS, OFFSETS} if self.scale_and_bias else set()
@@ -196,7 +198,7 @@ class LlamaAdapter(Method):
         return slices_of([(name, self._gates(site), site.module) for name, site in names])[len(fused) :]
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return the layers that attend to the context or to P; none of them is a cross-attention layer."""
+        """Return the self-attention layers that attend to the context or to P; cross-attention layers attend to neither."""
         fused, prompted = self._layers(stack)
         return [*fused, *prompted] if role == "self" else []
 

@@ -15,7 +15,7 @@ CONTEXT_WEIGHT, CONTEXT_BIAS = "context_weight", "context_bias"
 
 
 class AdapterEncoder(TableEncoder):
-    """The parameters of LLaMA-Adapter, and metrics of its gates; `LlamaAdapter` documents names and shapes."""
+    """The parameters of LLaMA-Adapter, and metrics of its gates; `LlamaAdapter` documents their names and shapes."""
 
     def __init__(self, tables: dict[str, Tensor], gate: str) -> None:
         super().__init__(tables)
@@ -29,13 +29,13 @@ class AdapterEncoder(TableEncoder):
 
 
 def check_context(context: Tensor, size: int, count: int | None) -> Tensor:
-    """Check the shape of a context; a `count` of None allows any K. [B, C] or [B, K, C] -> [B, 1 or K, C], in fp32."""
+    """Check a context, and convert it to fp32; if `count` is None, any K is allowed. [B, C] or [B, K, C] -> [B, 1 or K, C]."""
     vectors = context[:, None] if context.dim() == 2 else context
     allowed = vectors.dim() == 3 and vectors.shape[2] == size and (count is None or vectors.shape[1] in (1, count))
     if not allowed or not context.is_floating_point():
         found = f"{list(context.shape)}, {context.dtype}"
         raise UnsupportedModeError(
-            f"`{CONTEXT}` is {found}; it must have one vector for each row of the batch, or one for each virtual token.",
+            f"`{CONTEXT}` is {found}; it must have one vector per row of the batch, or one per row and virtual token.",
             "If the vectors do not have the model's hidden size, set `context_size` to their size.",
             prompt_context=found,
             expected=f"[B, {size}] or [B, {'any' if count is None else count}, {size}], floating-point",

@@ -43,29 +43,34 @@ TRAIN = "train"
 class MultitaskPromptTuning(Method):
     """Multitask prompt tuning: `P_k = P* o (u_k v_k^T)`, [P, H], where K tasks share P* and each has its own u_k and v_k.
 
-    **Source training**: the data set has rows of all tasks, and its column `task_ids` has each row's task, 0 to K-1. With
-    `teachers`, one prompt for each task on the same model, the loss is `L + distillation * (KL(teacher || student) + MSE of the
-    hidden states)`, where the teacher runs in evaluation mode. With `teachers="train"`, the first `teacher_steps` steps train the
-    teachers on L, and all later steps train P*, u and v; DDP requires `find_unused_parameters=True`. Evaluation and saving always
-    use P*, u and v, so do not choose a checkpoint from the first `teacher_steps` steps.
+    `o` is the elementwise product.
+
+    **Source training**: the dataset has rows of all tasks, and its column `task_ids` has each row's task, 0 to K-1. With
+    `teachers`, one prompt per task for the same model, the loss is `L + distillation * (KL(teacher || student) + MSE of the
+    hidden states)`, where L is the model's own loss and the teacher runs in evaluation mode. With `teachers="train"`, the first
+    `teacher_steps` steps train the teachers on L, and all later steps train P*, u and v; DDP requires
+    `find_unused_parameters=True`. Evaluation and saving always use P*, u and v, so do not choose a checkpoint from the first
+    `teacher_steps` steps.
 
     **Target adaptation**: with `source=`, a saved prompt, each task starts from the saved P* and the mean of the saved u and v. A
-    prompt of one task is saved as a single matrix [P, H], and needs no `task_ids`.
+    prompt for one task is saved as a single matrix [P, H], and needs no `task_ids`.
 
     In an encoder-decoder, the prompt is added only to the encoder's input. A Trainer draws rows as in the paper; in your own
-    training loop, use `softhooks.TaskSampler`. With `softhooks.rows`, a row's task id refers to the prompt that the row uses.
+    training loop, use `softhooks.TaskSampler`. With `softhooks.rows`, a row's task id selects a task of the prompt that the row
+    uses.
 
     Start with AdamW and a learning rate of 1e-2; the paper's 0.3, with 10% warm-up, is for T5 in full precision.
 
     Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differences: u and v start at 1 with a little noise, and
-    weight decay pulls them to 1; teachers can be trained in the same run; only the last hidden states are compared. The defaults
-    of `distillation` and `task_rate` (0.4 / 0.3) have not been checked against the paper.
+    weight decay pulls them toward 1; teachers can be trained in the same run; only the last hidden states are compared. The
+    defaults of `distillation` and `task_rate` (0.4 / 0.3) have not been checked against the paper.
 
     Args:
         num_virtual_tokens: P.
         tasks: the names of the tasks, or their number. With one task, `task_ids` may be left out.
         rank: r of u_k [P, r] and v_k [H, r]; 1 in the paper.
-        teachers: saved prompts (directories or hub ids) or tensors [P, H], in the order of the tasks or by name; or "train".
+        teachers: saved prompts (directories or Hub ids) or tensors [P, H], as a list in the order of the tasks or as a dictionary
+            with the names of the tasks as keys; or "train".
         teacher_steps: the number of optimizer steps that train the teachers; required with teachers="train".
         distillation: the weight of the distillation loss.
         source: a saved prompt to start from: one of this method, or any prompt of shape [P, H], including PEFT's.
@@ -112,7 +117,9 @@ class MultitaskPromptTuning(Method):
         if not isinstance(self.tasks, (int, str)):
             object.__setattr__(self, "tasks", tuple(self.tasks))  # a saved prompt has a list
         if not are_tasks(self.tasks):
-            raise OptionError(f"tasks is {self.tasks!r}; it must be a list of unique names or a number of 1 or more.")
+            raise OptionError(
+                f"tasks is {self.tasks!r}; it must be a list of unique names or an integer of at least 1."
+            )
         check_int("rank", self.rank)
         if not self.task_rate > 0 or not self.distillation >= 0:
             raise OptionError(
@@ -130,20 +137,20 @@ class MultitaskPromptTuning(Method):
         given, steps = self.teachers, self.teacher_steps
         trains = isinstance(given, str) and given == TRAIN
         if trains and not is_int(steps, 1):
-            raise OptionError(f"teacher_steps is {steps!r}; teachers='train' requires a whole number of 1 or more.")
+            raise OptionError(f"teacher_steps is {steps!r}; teachers='train' requires an integer of at least 1.")
         if not trains and steps is not None:
             raise OptionError(f"teacher_steps is {steps!r}, but teachers is not 'train'; only 'train' accepts it.")
         if given is None or trains:
             return
         if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
             raise OptionError(
-                f"teachers is {given!r}; it must be 'train', or a list or dictionary of one prompt for each task."
+                f"teachers is {given!r}; it must be 'train', or a list or dictionary with one prompt for each task."
             )
         named = set(given) == set(self.names) if isinstance(given, Mapping) else len(given) == len(self.names)
         if not named:
             raise OptionError(
                 f"the {len(given)} teachers do not match the {len(self.names)} tasks; give one teacher for each task.",
-                "Give a list in the order of the tasks, or a dictionary by name.",
+                "Pass a list in the order of the tasks, or a dictionary with their names as keys.",
                 tasks=", ".join(self.names),
                 teachers=list(given) if isinstance(given, Mapping) else len(given),
             )
@@ -240,7 +247,7 @@ class MultitaskPromptTuning(Method):
         )
 
     def check_tables(self, tables: dict[str, Tensor], source: str) -> None:
-        """Check the tensors of a file against its options, before a model is known."""
+        """Check the tensors of a saved prompt against its options, before a model is known."""
         if len(self.names) == 1:
             super().check_tables(tables, source)
             return
@@ -264,7 +271,7 @@ class MultitaskPromptTuning(Method):
 
 
 def _teaching(prompt: PromptOnModel) -> AbstractContextManager[None] | None:
-    """Return a context in which the model uses the teachers; None if there are none, or if this step trains them."""
+    """Return a context manager for running the model with the teachers; None without teachers, or if this step trains them."""
     encoder = prompt.encoder
     if not isinstance(encoder, MultitaskEncoder) or encoder.teachers is None or encoder.trains_teachers:
         return None

@@ -26,16 +26,16 @@ def task_of_rows(given: dict[str, Tensor], batch: int, names: Sequence[str]) -> 
     """Return each row's task. With one task, the column may be missing."""
     if len(names) == 1 and TASK_IDS not in given:
         return [0] * batch
-    ids = require_column(given, TASK_IDS, f"it has {len(names)} tasks: {', '.join(names)}")
+    ids = require_column(given, TASK_IDS, f"the prompt has {len(names)} tasks: {', '.join(names)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise UnsupportedModeError(
-            f"{TASK_IDS} has type {ids.dtype}; it must have whole numbers, 0 to {len(names) - 1}."
+            f"{TASK_IDS} has type {ids.dtype}; it must contain whole numbers from 0 to {len(names) - 1}."
         )
     return [int(number) for number in ids.reshape(-1).tolist()]
 
 
 def are_tasks(tasks: object) -> bool:
-    """Return whether `tasks` is a tuple of different names, or a number of 1 or more."""
+    """Return whether `tasks` is a tuple of distinct names, or an integer of at least 1."""
     if isinstance(tasks, tuple):
         return bool(tasks) and all(isinstance(name, str) and name for name in tasks) and len(set(tasks)) == len(tasks)
     return is_int(tasks, 1)
@@ -57,8 +57,9 @@ class MultitaskEncoder(PromptEncoder):
     """Computes `P_k = P* o (u_k v_k^T)`.
 
     The parameters are P*, `left` and `right`, where u = 1 + rate * left and v = 1 + rate * right. So weight decay pulls u and v
-    to 1, and Adam, whose step size does not depend on the gradient's scale, changes them `rate` times as fast as P*. This gives
-    two learning rates in one parameter group. If r > 1, only the first columns add the 1, so u v^T is pulled to all ones.
+    toward 1, and Adam, whose step size does not depend on the gradient's scale, changes them `rate` times as fast as P*. This
+    gives two learning rates in one parameter group. If r > 1, the 1 is added only to the first column of u and of v, so that
+    weight decay pulls u v^T toward a matrix of ones.
 
     Variant k is the prompt of task k, and variant K + k that of its teacher, if there are teachers.
 
@@ -67,7 +68,7 @@ class MultitaskEncoder(PromptEncoder):
         shared: the initial P*, [P, H].
         left, right: the initial u [K, P, r] and v [K, H, r].
         rate: see above.
-        teachers: frozen prompts of the tasks, [K, P, H].
+        teachers: the frozen prompt of each task's teacher, [K, P, H].
     """
 
     groups = (EMBEDDINGS,)
@@ -153,7 +154,7 @@ class TeacherTrainingEncoder(MultitaskEncoder):
 
     Args:
         names, shared, left, right, rate: as in `MultitaskEncoder`.
-        start: the initial teachers, [K, P, H].
+        start: the initial prompts of the teachers, [K, P, H].
         steps: the number of optimizer steps that train the teachers.
     """
 

@@ -1,4 +1,4 @@
-"""Initial values of multitask prompt tuning."""
+"""The initial values of P*, u, v and the teachers in multitask prompt tuning."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def read_front_prompt(name: str, path: str | Path, structure: ModelStructure) ->
     place = stored.conventions.get("placement")
     if stored.heads or place != "front" or set(stored.tables) not in ({EMBEDDINGS}, set(SEVERAL)):
         raise CheckpointError(
-            f"{name} is a prompt of {stored.kind}; it must consist of embeddings before the text, saved without a head.",
-            "Use a prompt of prompt tuning or multitask prompt tuning, trained on a model without a new head.",
+            f"{name} is a {stored.kind} prompt; it must consist of embeddings before the text, saved without a head.",
+            "Use a prompt_tuning or multitask_prompt_tuning prompt that was trained on a model without a new head.",
             file=stored.source,
             method=stored.kind,
             placement=place,

@@ -56,7 +56,7 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @torch.no_grad()
     def initialize_rows(self, words: dict[int, Tensor]) -> None:
-        """Give some virtual tokens these embeddings, but keep the others, with the smallest possible change to the last layer."""
+        """Set the embeddings of some virtual tokens and keep the others, with the smallest possible change to the last layer."""
         if not words:
             return
         hidden = self._hidden()
@@ -92,22 +92,22 @@ def _one_kernel() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PTuning(Method):
-    """P-tuning: `h = MLP(BiLSTM(Z))`, where Z [P, H] is trained and the embeddings h [P, H] are placed anywhere in the text.
+    """P-tuning: `h = MLP(BiLSTM(Z))`, where Z [P, H] and the networks are trained; h [P, H] can be anywhere in the text.
 
-    The LSTM reads the virtual tokens in the order of the layout, without the text. Only h is saved. Slots of the layout with the
-    same name share one virtual token.
+    The LSTM reads the virtual tokens in the order of the layout, without the text. Only h is saved. Slots of the layout
+    (places for virtual tokens) with the same name share one virtual token.
 
     Start with AdamW and a learning rate of 1e-3, or 1e-2 with `encoder="none"`.
 
-    Source: Liu et al. 2021, arXiv:2103.10385. Differences: slots can be initialized from words, by solving for the last layer's
-    weights; with `encoder="none"` the embeddings are initialized from the vocabulary, as in prompt tuning.
+    Source: Liu et al. 2021, arXiv:2103.10385. Differences: virtual tokens can be initialized from words, by solving for the
+    last layer's weights; with `encoder="none"` the embeddings are initialized from the vocabulary, as in prompt tuning.
 
     Args:
         num_virtual_tokens: P, all before the text; leave it out if there is a layout.
         layout: where the virtual tokens are placed.
         encoder: `lstm` (a bidirectional LSTM, then Linear-ReLU-Linear), `mlp` (Linear-ReLU-Linear), or `none` (h is trained).
         shape: the LSTM's width in each direction: H/2 with `lama`, H with `fewshot`.
-        hidden_size: another width for the LSTM in each direction, or the width of the MLP, by default H.
+        hidden_size: the LSTM's width in each direction, which overrides `shape`; with `mlp`, the MLP's width, by default H.
         num_layers: the number of layers of the LSTM.
         tokenizer: the model's tokenizer or its name; required for words in the layout.
 
@@ -159,7 +159,7 @@ class PTuning(Method):
         return super().token_layout if self.layout is None else self.layout
 
     def build(self, structure: ModelStructure) -> PromptEncoder:
-        """Make the initialized network, or the initial embeddings if there is no network."""
+        """Make the encoder: an initialized network, or initial embeddings with `encoder="none"`."""
         count, width = self.num_virtual_tokens, structure.entry.width
         beyond = [token for token in self.token_layout.form.ids if token >= structure.vocabulary]
         if beyond:

@@ -15,8 +15,8 @@ from softhooks.methods.key_value_prefix import KeyValuePrefix
 class PTuningV2(KeyValuePrefix):
     """P-tuning v2: P trained keys and values in every layer, or in chosen layers, with a trained head.
 
-    The head may classify texts or tokens, or extract spans; `attach` trains a copy of the head with the prompt. Token labels and
-    span positions refer to the text without the prompt.
+    The head may classify sequences or tokens, or extract spans; `attach` makes a copy of the head, which is trained with the
+    prompt. Token labels and span positions refer to the text without the prompt.
 
     Start with AdamW, a learning rate of 5e-3 (the paper uses 5e-3 to 6e-2) and 8 to 128 virtual tokens; hard tagging tasks need
     the most.
@@ -27,17 +27,18 @@ class PTuningV2(KeyValuePrefix):
 
     Args:
         num_virtual_tokens: P.
-        layers: the layers that get a prefix, counted from 0 in each encoder or decoder, or from the top with -1; `range(-12, 0)`
-            selects the top twelve. None selects every layer.
+        layers: the layers that get a prefix, counted from 0 in each encoder or decoder, or from the top with negative numbers;
+            `range(-12, 0)` selects the top twelve. None selects every layer.
         projection: compute the prefix with a trained MLP; only the prefix is saved.
         hidden_size: the width of the MLP.
         dropout: dropout on the prefix.
         shift_positions: start the text's position ids at P. None does so in causal decoders only.
-        windowed: in layers with a sliding window, only tokens within the window attend to the prefix. By default every token
-            does, because a decoder classifies its last token, which may be far from the prefix.
+        windowed: in layers with a sliding window, only tokens whose window reaches the prefix attend to it. By default every
+            token does, because a decoder classifies its last token, which may be far from the prefix.
 
     Shape:
-        the prefix has the shape [P, sum over chosen layers of Hk * (Dk + Dv)]; an encoder-decoder has three prefixes.
+        the prefix has the shape [P, sum over chosen layers of Hk * (Dk + Dv)], for Hk key-value heads with keys of size Dk and
+        values of size Dv; an encoder-decoder has three prefixes.
 
     Raises:
         OptionError: an option is wrong, or names a layer that the model does not have.
@@ -71,8 +72,8 @@ class PTuningV2(KeyValuePrefix):
         chosen = [layer + count if layer < 0 else layer for layer in self.layers]
         if not all(0 <= layer < count for layer in chosen) or len(set(chosen)) < len(chosen):
             raise OptionError(
-                f"`layers` is {list(self.layers)}; it must name layers of the model, each once.",
-                "Count from 0, or from the top with -1.",
+                f"`layers` is {list(self.layers)}; it must contain only layers of the model, each once.",
+                "Count layers from 0, or from the top with negative numbers (-1 is the top layer).",
                 layers=list(self.layers),
                 model=f"{type(stack.module).__name__}, {count} layers with {role}-attention: {-count} to {count - 1}",
             )

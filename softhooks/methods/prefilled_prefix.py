@@ -1,4 +1,4 @@
-"""The base class of context tuning and cartridges: a prefix that is initialized with the keys and values of a text."""
+"""The base class of context tuning and cartridges: a prefix initialized with the keys and values of given tokens."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from softhooks.method import Method
 
 @dataclass(frozen=True)
 class PrefilledPrefix(Method):
-    """A method whose prompt is initialized with the keys and values of a text, as if this text came before each row."""
+    """A method whose prompt is initialized with the keys and values of given tokens, as if they came before each row."""
 
     enters: ClassVar[Literal["embeddings", "attention"]] = "attention"
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"shift_positions": (True, False), "windowed": (True,)}
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """Shift the text's positions if the model can, and apply sliding windows to the prefix."""
+        """Return that the text's positions are shifted, if the model allows it, and that sliding windows apply to the prefix."""
         stack = structure.entry
         shift = stack.causal and (stack.positions.can_shift or stack.injection == "cache")
         return {"shift_positions": shift, "windowed": True}
 
     @staticmethod
     def prefill(structure: ModelStructure, ids: Sequence[int]) -> dict[str, Tensor]:
-        """Run a text through the frozen model and return its keys and values, [P, N] for each group."""
+        """Run the frozen model on token ids, and return the keys and values for each group of attention layers, [P, N]."""
         require_sites(structure)
         tokens = torch.tensor(list(ids), dtype=torch.long)
         embed_ids(structure, tokens)  # refuses ids outside the vocabulary
@@ -42,7 +42,7 @@ class PrefilledPrefix(Method):
 
 
 def ids_of(text: Any, tokenizer: Any, option: str) -> tuple[int, ...]:
-    """Tokenize a text without special tokens, or check a list of ids."""
+    """Tokenize a string without special tokens, or check a list of token ids."""
     if isinstance(text, str):
         return tuple(tokenize(text, tokenizer, option))
     ids = text.tolist() if isinstance(text, Tensor) else list(text) if isinstance(text, Sequence) else []

@@ -37,21 +37,22 @@ class PrefixTuning(KeyValuePrefix):
         hidden_size: m, the width of the MLP.
         dropout: dropout on the prefix.
         init: the initial prefix:
-            `text`, by far the best: the keys and values that the model computes for `init_text` or `init_ids`, repeated up to P
-            tokens, or for words sampled from the vocabulary if neither is given;
+            `text`, by far the best: the keys and values that the model computes for `init_text` or `init_ids`, repeated or cut
+            to P tokens, or for words sampled from the vocabulary if neither is given;
             `zero`: zeros;
             `random`: N(0, 0.02).
-        init_text, init_ids: the text; its first P tokens are used.
+        init_text, init_ids: the text for `init="text"`, as a string or as token ids; at most its first P tokens are used.
         tokenizer: the model's tokenizer or its name; required for `init_text`.
         shift_positions: start the text's position ids at P. None does so in causal decoders only.
-        windowed: in layers with a sliding window, only tokens within the window attend to the prefix, which has positions 0 to
-            P-1. If False, and always in encoders, every token attends to the whole prefix.
+        windowed: in layers with a sliding window, only tokens whose window reaches the prefix (positions 0 to P-1) attend to it.
+            If False, and always in encoders, every token attends to the whole prefix.
 
     Shape:
-        each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)].
+        each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)], for Hk key-value heads with keys of size Dk and values
+        of size Dv.
 
     Raises:
-        OptionError: an option is wrong, or does not fit `init`.
+        OptionError: an option is wrong, or not accepted with this `init`.
         UnsupportedMethodError: softhooks cannot add a key-value prefix to the model's attention.
     """
 
@@ -76,7 +77,7 @@ class PrefixTuning(KeyValuePrefix):
             )
 
     def initial_tables(self, structure: ModelStructure) -> dict[str, Tensor]:
-        """Return the initial keys and values of each group, [P, N]."""
+        """Return the initial keys and values for each group of attention layers, [P, N]."""
         if self.init == "text":
             from softhooks.inject.capture import key_values_of  # imports transformers
 

@@ -25,7 +25,7 @@ _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "ini
 
 @dataclass(frozen=True)
 class PromptTuning(Method):
-    """Prompt tuning: `X' = [P; X]`, where the embeddings P [P, H] are trained and the model is frozen.
+    """Prompt tuning: `X' = [P; X]`, where X are the text's embeddings, P [P, H] is trained, and the model is frozen.
 
     In an encoder-decoder, the prompt is added only to the encoder's input, as in the paper.
 
@@ -44,7 +44,7 @@ class PromptTuning(Method):
             `tensor`: `init_tensor`;
             `prompt`: those of another prompt, `init_from`, such as one tuned on a source task (see `most_similar`).
             With fewer than P tokens or labels, the remaining virtual tokens are initialized as with `vocab`.
-        init_text: a text; its first P tokens are used, without special tokens.
+        init_text: a string; its first P tokens are used, without special tokens.
         init_labels: the class labels.
         init_tensor: the embeddings, [P, H]. Rows copied from the model's embedding matrix are scaled if the model scales its
             embeddings (Gemma).

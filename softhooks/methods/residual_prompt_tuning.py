@@ -48,7 +48,8 @@ class ResidualPromptTuning(PromptTuning):
     initially P. In the first step only P and these parameters get a gradient.
 
     Source: Razdaibiedina et al. 2023, arXiv:2305.03937, the variant with a shared MLP. Differences: the authors initialize the
-    LayerNorm's scale with 1; in models with small embeddings, the MLP's output then outweighs embeddings of words in P.
+    LayerNorm's scale with 1, but in models with small embeddings, the MLP's output would then outweigh a P made of word
+    embeddings.
 
     Args:
         num_virtual_tokens, init, init_text, init_labels, init_tensor, init_from, tokenizer, whole_vocabulary, placement: as in

@@ -1,4 +1,4 @@
-"""Make the method of a saved prompt, and check that the prompt fits a model."""
+"""Create the method of a saved prompt, and check that the prompt is compatible with a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PEFT_POOLS = (
 
 
 def method_of(stored: StoredPrompt) -> Method:
-    """Make the method of a saved prompt; options that only concern the initialization get their defaults."""
+    """Create the method of a saved prompt; options that only affect the initialization keep their defaults."""
     kind, source = stored.kind, stored.source
     if kind not in METHODS:
         raise CheckpointError(f"{source} has the method {kind!r}, which is not one of {sorted(METHODS)}.")
@@ -49,7 +49,7 @@ def method_of(stored: StoredPrompt) -> Method:
 
 
 def _check_type(field: dataclasses.Field[Any], value: object, source: str) -> None:
-    """Check that a value has the type of its option's default; an int may stand for a float."""
+    """Check that a value has the same type as its option's default; an int is accepted for a float."""
     default = field.default
     if not isinstance(default, (bool, int, float, str)) or (value is None and str(field.type).endswith("| None")):
         return
@@ -59,7 +59,7 @@ def _check_type(field: dataclasses.Field[Any], value: object, source: str) -> No
 
 
 def _check_conventions(conventions: dict[str, Any], method: Method, source: str) -> None:
-    """Check the conventions of a file against its method and options."""
+    """Check that the `conventions` in a file (its assumptions about the forward pass) match its method and options."""
     allowed = {}
     for key, values in method.conventions_allowed.items():
         option = getattr(method, key, None)
@@ -69,7 +69,7 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     found = {key: value for key, value in conventions.items() if key != BUFFER}
     if set(found) != set(allowed) or not all(found[key] in allowed[key] for key in allowed):
         raise CheckpointError(
-            f"the conventions in {source} do not match {method.kind} with its options.",
+            f"the `conventions` in {source} do not match the method {method.kind} and its options.",
             "If a newer version of softhooks wrote the file, upgrade softhooks.",
             expected={key: list(values) for key, values in allowed.items()},
             found=conventions,
@@ -80,7 +80,8 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
     are_ids = isinstance(ids, list) and len(ids) == count and all(type(i) is int and 0 <= i < 2**31 for i in ids)
     if not are_ids or method.enters != "embeddings":
         raise CheckpointError(
-            f"{source} has ids that do not match its virtual tokens; embeddings need one id each, other prompts none.",
+            f"{source} has ids that do not match its virtual tokens; a prompt of embeddings may have one id for each "
+            "virtual token, and any other prompt none.",
             "Save the prompt again.",
             expected=f"{count} ids" if method.enters == "embeddings" else "none",
             found=str(ids)[:80],
@@ -88,7 +89,7 @@ def _check_conventions(conventions: dict[str, Any], method: Method, source: str)
 
 
 def check_fit(stored: StoredPrompt, method: Method, structure: ModelStructure, *, strict: bool = True) -> None:
-    """Check that a saved prompt fits a model; with `strict`, also that the vocabularies have the same size."""
+    """Check that a saved prompt is compatible with a model; with `strict`, also that the vocabulary is large enough."""
     enters_rows = method.enters == "embeddings"
     _check_stacks(stored, structure, directions_only=enters_rows)
     if strict:

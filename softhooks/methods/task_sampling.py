@@ -1,4 +1,4 @@
-"""The sampler of multitask prompt tuning, which draws rows of several tasks."""
+"""The sampler for multitask prompt tuning; each batch mixes rows of several tasks."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class TaskSampler(Sampler[int]):
     """Samples batches that mix several tasks.
 
     Each batch of B rows draws a number n from 2 to the number of tasks, and then n tasks by weight, with replacement. Each of
-    these tasks gives B // n rows; the last one also gives the remainder. The rows of a task are shuffled at the start of each
-    epoch, and again when all have been drawn.
+    these tasks contributes B // n rows; the last one also contributes the remainder. The rows of a task are shuffled at the start
+    of each epoch, and again when all have been drawn.
 
     In your own training loop, use `DataLoader(rows, batch_size=B, sampler=TaskSampler(task_of_each_row, B))`. An epoch has as
-    many rows as the data set. The batches depend only on the seed and the epoch's number, so a resumed run gets the same ones.
+    many rows as the dataset. The batches depend only on the seed and the epoch's number, so a resumed run gets the same ones.
 
     Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differences: the authors shuffle the rows only once.
 
     Args:
-        tasks: the task of each row of the data set.
+        tasks: the task of each row of the dataset.
         batch_size: B, the batch size of the loader.
         weights: the weight of a task with n rows: n for `size`, log(1 + n) for `log`, min(n, 2^18) for `capped`, 1 for `equal`.
-        seed: the seed.
+        seed: the random seed.
 
     Raises:
-        OptionError: there are no rows, or an option is wrong.
+        OptionError: there are no rows, or an option is invalid.
     """
 
     def __init__(self, tasks: Sequence[int] | Tensor, batch_size: int, *, weights: str = "size", seed: int = 0) -> None:
@@ -60,7 +60,7 @@ class TaskSampler(Sampler[int]):
         self.weights = drawn[weights] / drawn[weights].sum()
 
     def __len__(self) -> int:
-        """Return the number of rows of the data set."""
+        """Return the number of rows of the dataset."""
         return sum(len(own) for own in self.rows.values())
 
     def set_epoch(self, epoch: int) -> None:
@@ -82,21 +82,21 @@ class TaskSampler(Sampler[int]):
 
 
 def _shuffled(rows: list[int], generator: Generator) -> Iterator[int]:
-    """Yield the rows of a task in shuffled order, without end."""
+    """Yield the rows of a task forever; each pass over them is in a new random order."""
     while True:
         for number in reversed(torch.randperm(len(rows), generator=generator).tolist()):
             yield rows[number]
 
 
 def task_column(rows: Any, name: str) -> list[int]:
-    """Return the task of each row of a data set."""
+    """Return the task of each row of a dataset."""
     try:
         whole = rows[name] if name in getattr(rows, "column_names", ()) else [row[name] for row in rows]
         return [int(value) for value in whole]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise TrainerError(
-            f"the data set has no column {name!r} with the task of each row.",
-            f"Add a column {name!r} of whole numbers to the data set.",
+            f"the dataset has no column {name!r} with the task of each row.",
+            f"Add a column {name!r} of whole numbers to the dataset.",
             dataset=type(rows).__name__,
             cause=f"{type(error).__name__}: {error}",
         ) from error

@@ -42,7 +42,7 @@ class PromptOnModel(Protocol):
 
     @property
     def conventions(self) -> Mapping[str, Any]:
-        """The prompt's `Method.conventions` on this model."""
+        """The assumptions about the forward pass that are saved with the prompt; see `Method.conventions`."""
 
     @property
     def placeholder_id(self) -> int:
@@ -53,14 +53,14 @@ class PromptOnModel(Protocol):
         """The virtual tokens' last hidden states; None unless this forward runs the prompt through the model before the text."""
 
     def without_objective(self) -> AbstractContextManager[Any]:
-        """Inside the `with` block, run the model without this prompt's objective."""
+        """Return a context manager that disables this prompt's objective."""
 
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> AbstractContextManager[None]:
-        """Inside the `with` block, use other keys and values instead of the prompt's; their number may differ."""
+        """Return a context manager that replaces the prompt's keys and values; the new ones may have a different length."""
 
 
 class Objective(ABC):
-    """A loss that extends or replaces the model's own loss in training forwards with labels.
+    """A training loss that is added to the model's own loss or replaces it.
 
     The objective puts this loss into the model's output, so a Trainer and any loop that reads `output.loss` work unchanged.
     """
@@ -75,7 +75,7 @@ class Objective(ABC):
         Args:
             prompt: the prompt that is trained.
             call: the arguments of the model's forward by name, including `labels`; may be changed in place.
-            given: the method's batch columns.
+            given: the method's batch columns, by name.
 
         Returns:
             a function that computes the loss and puts it into the output; None leaves the output unchanged.
@@ -83,7 +83,7 @@ class Objective(ABC):
 
 
 def with_loss(output: Any, loss: Tensor, has_loss: bool) -> Any:
-    """Put a loss into a model's output, a `ModelOutput` or a tuple. With `has_loss`, it replaces the output's own loss."""
+    """Put a loss into a model's output (a `ModelOutput` or a tuple); with `has_loss`, replace the loss that is already there."""
     if isinstance(output, tuple):
         return (loss, *output[1:]) if has_loss else (loss, *output)
     output["loss"] = loss

@@ -23,19 +23,21 @@ Teacher = Callable[[PromptOnModel], AbstractContextManager[None] | None]
 
 
 class Distillation(Objective):
-    """Train on `L + weight * (KL(teacher || student) + MSE(hidden states))`.
+    """Train on `L + weight * (KL(teacher || student) + MSE(hidden states))`, where L is the model's own loss.
 
-    Each step runs the model twice: with the teacher's prompt, in evaluation mode and without gradients, and with the student's.
+    Each step runs the model twice: first with the teacher's prompt, in evaluation mode and without gradients, then with the
+    student's prompt.
 
-    Logits are compared at labeled tokens. The last hidden states are compared at all text tokens that are not masked; in an
-    encoder-decoder, half of the weight goes to the encoder's text and half to the decoder's labeled tokens.
+    Logits are compared at labeled tokens. The last hidden states are compared at all text tokens that are not masked. In an
+    encoder-decoder with labeled tokens, half of the weight goes to the encoder's text and half to the decoder's labeled tokens.
 
-    Both terms are divided by the same number of labels as the model's own loss, and each text is weighted by the number of its
-    labels, so that accumulated gradients equal those of one large batch. Each document in a packed row is a separate text.
+    Both terms are divided by the same number of labels as the model's own loss, and each sequence is weighted by its number of
+    labels. Accumulated gradients are therefore equal to those of one large batch. Each document in a packed row is a separate
+    sequence.
 
     Args:
         weight: the weight of the sum of both terms.
-        teacher: returns a context manager that switches the model to the teacher's prompt.
+        teacher: returns a context manager that switches the model to the teacher's prompt; None if this step has no teacher.
     """
 
     def __init__(self, weight: float, teacher: Teacher) -> None:
@@ -66,10 +68,10 @@ class Comparison:
     """The tokens of a batch at which teacher and student are compared, and their weights.
 
     Attributes:
-        labeled: True where the logits have a label, [B, T], or [B] for a classifier of rows.
+        labeled: True where the logits have a label, [B, T], or [B] for a sequence classifier.
         text: True for tokens that are not padding, [B, T].
-        texts: the text that each token belongs to.
-        share: the number of labels in each text, divided by `count`, [texts].
+        texts: the sequence that each token belongs to; see `Texts`.
+        share: the number of labels in each sequence, divided by `count`, [sequences].
         count: the number of labels that the loss is divided by.
         two_stacks: whether the model is an encoder-decoder.
     """
@@ -83,7 +85,7 @@ class Comparison:
 
     @classmethod
     def of(cls, prompt: PromptOnModel, call: dict[str, Any]) -> Comparison:
-        """Make the comparison for a forward with these arguments."""
+        """Create the comparison for a forward with these arguments."""
         _check(call)
         labels = call["labels"]
         given = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
@@ -104,7 +106,7 @@ class Comparison:
         logits = output.logits
         if logits.shape[:-1] != self.labeled.shape or logits.shape[-1] < 2:
             raise UnsupportedModeError(
-                f"the logits have the shape {list(logits.shape)}; distillation needs two or more classes for each label.",
+                f"the logits have the shape {list(logits.shape)}; distillation needs at least two logits for each label.",
                 "Train this head without teachers.",
                 logits=list(logits.shape),
                 labels=list(self.labeled.shape),
@@ -130,13 +132,13 @@ class Comparison:
 
 
 def mean_square(teacher: Tensor, student: Tensor, visible: Tensor, texts: Texts) -> Tensor:
-    """Compute the mean squared difference over the visible tokens of each text, in fp32. [B, T, H], [B, T] -> [texts]."""
+    """Compute the mean squared difference over each sequence's visible tokens, in fp32. [B, T, H], [B, T] -> [sequences]."""
     squares = (teacher.float() - student.float()).square().mean(-1).masked_fill(~visible, 0.0)
     return texts.sums(squares) / texts.sums(visible.long()).clamp(min=1)
 
 
 def _labeled(prompt: PromptOnModel, call: dict[str, Any]) -> Tensor:
-    """Return True for the logits that the model's own loss compares with a label, [B, T] or [B]."""
+    """Return a mask of the logits that the model's own loss compares with a label, [B, T] or [B]."""
     if call.get("shift_labels") is not None:
         return torch.as_tensor(call["shift_labels"] != IGNORE_INDEX)
     labeled: Tensor = call["labels"] != IGNORE_INDEX

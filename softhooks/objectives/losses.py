@@ -1,4 +1,4 @@
-"""Functions that objectives share: the KL divergence of logits, and sums over each text of a batch."""
+"""Functions that objectives share: the KL divergence of logits, and sums over each sequence of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softhooks.inject.prefix.packed_documents import document_numbers
 def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) -> Tensor:
     """Compute KL(teacher || student) of logits in fp32; exactly 0 where they are equal. [..., V], [..., V] -> [...].
 
-    With `top_k`, all tokens except the teacher's k most likely ones are merged into one token, which never increases the result.
+    With `top_k`, all tokens except the teacher's k most likely ones count as one token. This never increases the result.
     """
     target, predicted = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     if top_k is not None and top_k < target.shape[-1]:
@@ -26,7 +26,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) ->
 
 
 def _merge_others(log_probs: Tensor, top: Tensor) -> Tensor:
-    """Return the log-probabilities of `top`, then that of all other tokens together. [..., V], [..., k] -> [..., k + 1]."""
+    """Return the log-probabilities of the tokens `top` and of all others combined. [..., V], [..., k] -> [..., k + 1]."""
     others = log_probs.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, top), others], dim=-1)
 
@@ -35,19 +35,19 @@ def require_logits(logits: Tensor, rows: int, columns: int) -> None:
     """Check that a model returned logits for every token."""
     if logits.shape[:2] != (rows, columns):
         raise UnsupportedModeError(
-            f"the model returned logits for {list(logits.shape[:2])} tokens, but the labels have {[rows, columns]}; the loss "
-            "needs logits for all tokens.",
+            f"the model returned logits for {list(logits.shape[:2])} tokens, but the labels have the shape {[rows, columns]}; "
+            "the loss needs logits for all tokens.",
             "Leave `logits_to_keep` out in training.",
         )
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The text of each token of a batch: one text per row, or several documents packed into a row.
+    """The sequence that each token of a batch belongs to: a whole row, or one of several documents packed into a row.
 
     Attributes:
-        columns: the index of each token's text within its row, [B, T].
-        per_row: the largest number of texts in a row; in the other rows, the last texts are empty.
+        columns: the index of each token's sequence within its row, [B, T].
+        per_row: the largest number of sequences in a row; rows with fewer sequences are filled up with empty ones.
     """
 
     columns: Tensor
@@ -55,11 +55,11 @@ class Texts:
 
     @classmethod
     def of(cls, call: dict[str, Any], like: Tensor) -> Texts:
-        """Find the texts by the position ids, which restart at each packed document.
+        """Find the sequences from the position ids, which restart at each packed document.
 
         Args:
             call: the arguments of the model's forward by name.
-            like: any tensor of the shape [B, T].
+            like: any tensor of shape [B, T].
         """
         found = document_numbers(call.get("position_ids"), call.get("attention_mask"), like.shape[1])
         if found is None:
@@ -67,7 +67,7 @@ class Texts:
         return cls(found.to(like.device).expand(like.shape), int(found.max()) + 1)
 
     def sums(self, values: Tensor) -> Tensor:
-        """Sum over the tokens of each text, deterministically on every device. [B, T] -> [B * per_row]."""
+        """Sum over the tokens of each sequence, deterministically on every device. [B, T] -> [B * per_row]."""
         if self.per_row == 1:
             return values.sum(-1)
         own = functional.one_hot(self.columns.to(values.device), self.per_row).bool()

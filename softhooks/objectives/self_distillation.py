@@ -37,7 +37,7 @@ class SelfDistillation(Objective):
     The teacher is the frozen model with the document before each row; the student has the prompt instead.
 
     Args:
-        document: the ids of the document.
+        document: the token ids of the document.
         top_k: the number of the teacher's most likely tokens that are compared individually.
     """
 
@@ -76,7 +76,7 @@ class SelfDistillation(Objective):
         """Compute the teacher's logits for the labeled tokens, [N, V]."""
         if call.get("past_key_values") is not None:
             raise UnsupportedModeError(
-                "the call has `past_key_values`, but self-distillation must run each text from its start. Train without them."
+                "the call has `past_key_values`, but self-distillation must run each sequence from its start. Train without them."
             )
         inputs = {key: value for key, value in call.items() if key not in _STUDENT_ONLY}
         with eval_mode(prompt.model), prompt.without_objective():
@@ -87,7 +87,7 @@ class SelfDistillation(Objective):
         return _select(output.logits, compared)
 
     def _read(self, prompt: PromptOnModel) -> dict[str, Tensor]:
-        """Return the document's keys and values, which are computed in every step; inside `softhooks.kept`, only once."""
+        """Return the document's keys and values; they are computed in every step or, inside `softhooks.kept`, only once."""
         structure, stack = prompt.structure, prompt.structure.entry
         return self._memory.get(stack, (), every_tensor(stack.module), lambda: key_values_of(structure, self.document))
 

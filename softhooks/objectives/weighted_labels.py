@@ -19,13 +19,13 @@ from softhooks.objectives.losses import Texts, require_logits
 class WeightedLabels(Objective):
     """Cross-entropy on the label tokens of the prompt, with weights, and on the label tokens of the text, with weight 1.
 
-    The loss of a text is the sum over these label tokens, except those hidden from the row, divided by their number. The loss of
-    a batch is `sum_b n_b loss_b / N`, where text b has n_b label tokens, and N is `num_items_in_batch` if a Trainer passes it,
-    and otherwise the sum of n_b. With `num_items_in_batch`, any split into micro-batches and processes gives the result of one
-    batch. Each document in a packed row is a separate text.
+    The loss of a sequence is the weighted sum over these label tokens, except those hidden from its row, divided by their number.
+    The loss of a batch is `sum_b n_b loss_b / N`, where n_b is the number of label tokens in the text of sequence b, and N is
+    `num_items_in_batch` if a Trainer passes it, otherwise the sum of all n_b. With `num_items_in_batch`, the gradients do not
+    depend on how a batch is split into micro-batches and processes. Each document in a packed row is a separate sequence.
 
     Args:
-        places: the indices of the prompt's label tokens; never 0.
+        places: the indices of the label tokens among the prompt's virtual tokens; never 0.
         targets: the ids of these tokens.
         weights: the weights of these tokens.
     """
@@ -58,7 +58,8 @@ class WeightedLabels(Objective):
         states = prompt.states
         if states is None:
             raise UnsupportedModeError(
-                "this call does not compute the prompt once for all rows, which the loss on the prompt's labels needs.",
+                "this call computes the prompt separately for each row, but the loss on the prompt's labels needs a prompt that "
+                "is computed once for all rows.",
                 "Leave out inputs other than the text, such as `token_type_ids` or the states of an encoder.",
                 prompt=prompt.name,
             )
@@ -76,7 +77,7 @@ class WeightedLabels(Objective):
 
 
 def _label_sums(logits: Tensor, targets: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
-    """Sum the cross-entropy of the label tokens of each text, and count these tokens. [B, T, V], [B, T] -> [texts], [texts]."""
+    """Sum the cross-entropy of each sequence's label tokens, and count them. [B, T, V], [B, T] -> [sequences], [sequences]."""
     require_logits(logits, *targets.shape)
     targets = targets.to(logits.device)
     is_label = targets != IGNORE_INDEX

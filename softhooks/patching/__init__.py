@@ -1,1 +1,1 @@
-"""Change objects of the user or of other libraries, and undo the changes."""
+"""Change objects that belong to the user or to other libraries, and undo the changes."""

@@ -32,7 +32,7 @@ class Handle(Protocol):
 
 
 class _Absent:
-    """Stands for a missing attribute. The class itself is used, because a deep copy of a class is the same object."""
+    """A marker for a missing attribute. The class itself is the marker, because a deep copy of a class is the same object."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Patch:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether no other code has replaced the new value."""
+        """Whether the new value is still in place, and not replaced by other code."""
         return _get(self.owner, self.name) is self.value
 
     def remove(self) -> None:
@@ -123,7 +123,7 @@ def patch(owner: Any, name: str, value: Any) -> Patch:
 
 @contextmanager
 def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of an object or an entry of a dictionary in a `with` block."""
+    """Set an attribute of an object or an entry of a dictionary for the duration of a `with` block."""
     with Patches() as patches:
         patches.set(owner, name, value)
         yield

@@ -1,4 +1,4 @@
-"""Hooks that compute the embeddings and logits of added tokens from a prompt's copies, and a check of these copies."""
+"""Hooks that use a prompt's copies of added tokens' embeddings instead of the model's own, and a check of these copies."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
 
     Args:
         call: the arguments of a call, by name.
-        used: the columns of the active prompts.
-        known: the columns of all prompts of the model.
+        used: the columns that the active prompts use.
+        known: the columns that any prompt of the model uses.
         own: the names of the model's own arguments.
     """
     for name in (*COLUMN_METHODS, *known):
@@ -37,7 +37,7 @@ def refuse_unused(call: dict[str, Any], used: Collection[str], known: Collection
 class SignedForward(MethodWrapper):
     """A model's forward with extra arguments in its signature.
 
-    If the signature did not have them, a Trainer would drop these columns from the batch, and `generate` would not pass them on.
+    If the signature lacked them, a Trainer would drop the columns from the batch, and `generate` would not pass them on.
 
     Args:
         model: the model.
@@ -95,7 +95,7 @@ def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Return (B, C) if the text is [B, C, T] (multiple choice), else (0, 1)."""
+    """Return (B, C) for a multiple-choice input with C choices for each of B rows, and (0, 1) for any other input."""
     ids, embeddings = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
     for text, dimensions in ((ids, 3), (embeddings, 4)):
         if isinstance(text, Tensor) and text.dim() == dimensions:
@@ -104,7 +104,10 @@ def choices_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]
 
 
 def for_each_choice(given: dict[str, Tensor], rows: int, choices: int) -> dict[str, Tensor]:
-    """Repeat each row's extra arguments once per choice. Flatten a slot column of shape [B, C, S]."""
+    """Repeat each row's extra arguments once per choice.
+
+    If the column `soft_slots` already has one entry per choice, [B, C, S], it is flattened instead.
+    """
     repeated = {}
     for name, value in given.items():
         if name == COLUMN and value.dim() == 3:

@@ -33,9 +33,9 @@ class AttachedPrompt:
 
     Args:
         name: the name of the prompt on the model.
-        method: the method's options.
+        method: the method with its options.
         module: a submodule of the model, with the encoder, the heads and the embeddings of added tokens.
-        conventions: options of the forward pass that the prompt was trained with (`windowed`, ...), which are saved with it.
+        conventions: the assumptions about the forward pass (`windowed`, ...) that are saved with the prompt.
         model: the model that was passed to `attach`.
         structure: the model's stacks, embeddings and attention layers.
         running: the calls that are running on the model.
@@ -48,7 +48,7 @@ class AttachedPrompt:
             (encoder states, token types, ...).
         requires_sharing: whether such a call raises an error instead, because the prompt was attached with `injection='shared'`.
         takes_left_padding: whether rows may begin with padding; in some models, padding before the text changes the output.
-        labels: the label names of the prompt's heads, stored while the model's config shows other names.
+        labels: the label names of the prompt's heads, kept here while the model's config shows other names.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class AttachedPrompt:
         return self.heads[key] if key in self.heads else None  # noqa: SIM401 - a ModuleDict has no get
 
     def without_objective(self) -> ExclusiveBlock:
-        """Return a `with` block in which forwards return the model's own loss."""
+        """Return a context manager inside which forwards return the model's own loss."""
         return self.running.exclusive("a forward without the objective", skip_objective=True)
 
     @property
@@ -133,7 +133,7 @@ class AttachedPrompt:
         return self._encode(EMBEDDINGS, variant)
 
     def key_values(self, stack: Stack, variants: tuple[int, ...] = (0,)) -> dict[Role, KeyValues]:
-        """Compute the prompt's keys and values for one stack, by role (self- or cross-attention).
+        """Compute the prompt's keys and values for one stack, for self-attention (`self`) and cross-attention (`cross`).
 
         Args:
             variants: the variants of the prompt, such as the tasks of a multitask prompt.
@@ -157,7 +157,7 @@ class AttachedPrompt:
 
     @contextmanager
     def with_key_values(self, key_values: Callable[[Stack], dict[Role, KeyValues]]) -> Iterator[None]:
-        """Replace the prompt's keys and values in a `with` block, for example with those of a longer teacher."""
+        """Replace the prompt's keys and values inside the `with` block, for example with those of a teacher's document."""
         outer, self._replacement = self._replacement, key_values
         try:
             yield

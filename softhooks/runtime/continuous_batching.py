@@ -38,7 +38,7 @@ def require_servable(prompted: PromptedModel) -> None:
         return
     raise UnsupportedModeError(
         f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: all "
-        "requests must use the same prompt, as keys and values or as a gated branch.",
+        "requests must use the same prompt, which must enter as keys and values or as a gated branch.",
         "Use a prefix, `placement='front'` on a model with `injection='shared'`, or a multitask prompt with a single task.",
         **({"each request would need": needs} if needs else {}),
     )
@@ -48,7 +48,7 @@ class StartContinuousBatching(PromptedMethod):
     """The replacement for `init_continuous_batching`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Check the prompts, make the manager, and check its settings."""
+        """Check the prompts, create the manager, and check its settings."""
         if self.prompted.is_in_use:
             require_servable(self.prompted)
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)

@@ -27,7 +27,7 @@ class DirectForward(MethodWrapper):
         return self.__dict__ | {"_called_in": None}
 
     def enter(self, _module: nn.Module, _args: Any) -> None:
-        """Note that `model(...)` was called; this is the last hook before the forward."""
+        """Record that this thread called `model(...)`; this is the last hook before the forward."""
         self._called_in = threading.get_ident()
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
@@ -36,7 +36,7 @@ class DirectForward(MethodWrapper):
             self._called_in = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with its hooks."""
+        """Call the model, which runs its hooks; if the hooks have already run, call the original forward."""
         if self._called_in != threading.get_ident():
             return self.model(*args, **kwargs)
         self._called_in = None

@@ -1,4 +1,7 @@
-"""Choose how prompts enter a forward of a stack: as slots, as keys and values, or as a gated branch."""
+"""Choose how prompts enter a forward of a stack: as slots, as keys and values, or as a gated branch.
+
+A pass is the object that injects the prompts into one forward of a stack.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ _FIRST_POSITIONS = ("attention", "written_out", "cache")
 
 
 def open_pass(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None = None) -> Pass:
-    """Make the pass for one forward of a stack, and change the call's arguments in place.
+    """Create the pass for one forward of a stack, and change the call's arguments in place.
 
     Args:
         outer: the position ids and attention mask of the model's call, or None if the stack is called directly.
@@ -127,7 +130,7 @@ def _open_slots(
 
 
 def _slots_of(stack: Stack, selection: Selection) -> Slots:
-    """Compute the prompts of a batch as slots."""
+    """Compute the embeddings of a batch's prompts, and return them as slots."""
     tables = [use.prompt.embeddings(use.variant) for use in selection.uses]
     layouts = [use.prompt.layout for use in selection.uses]
     ids = [use.prompt.placeholder_ids for use in selection.uses] if stack.reads_ids else None
@@ -166,7 +169,7 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
 
 
 def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> dict[Role, KeyValues]:
-    """Compute the keys and values of a batch by role; empty if its prompts do not enter this stack."""
+    """Compute the keys and values of a batch's prompts, for self- and cross-attention; empty if they do not enter this stack."""
     each = [prompt.key_values(stack, variants) for prompt, variants in selection.by_prompt()]
     prefixes: dict[Role, KeyValues] = {}
     roles: list[Role] = ["self", "cross"]
@@ -181,7 +184,7 @@ def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> di
 
 
 def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None) -> Pass:
-    """Make the pass of a gated branch. Padding at the beginning of a row does not shift its text's position ids."""
+    """Create the pass for a gated branch. Padding at the start of a row does not shift the position ids of its text."""
     batch, columns = text_shape(call)
     branch = BranchPass(stack, _branch_of(stack, selection, batch), stack.module.training)
     mask = padding_mask(call, outer)

@@ -21,7 +21,7 @@ WHAT = "`attach` or `load`"
 
 
 def exclusive(change: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Decorate a function that changes its first argument, a model, so that no other thread can run the model meanwhile.
+    """Keep other threads from running a model while the decorated function, whose first argument is the model, changes it.
 
     The decorated function raises UnsupportedModeError if another thread is already running the model.
     """
@@ -59,7 +59,7 @@ def _entries(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _require_idle(model: nn.Module) -> None:
-    """Refuse a model that another thread is running: search the frames of all threads for its forward."""
+    """Raise an error if another thread is running the model; the frames of all threads are searched for its forward."""
     modules = {id(module) for module in model.modules()}
     for ident, frame in sys._current_frames().items():
         if ident == threading.get_ident():

@@ -1,4 +1,8 @@
-"""The hooks on a model, its stacks and its heads. They are bound methods, so that a deep copy of a model gets its own hooks."""
+"""The hooks on a model, its stacks and its heads.
+
+They are bound methods, so that a deep copy of a model gets its own hooks. A pass is the object that injects the prompts into one
+forward of a stack.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +79,7 @@ class ModelHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
-        """Check that the call used the prompt, and let an objective change the output, which is None after an error."""
+        """Check that the call used the prompt, and let an objective change the output (None after an error)."""
         prompted = self.prompted
         call = prompted.running.find(self, module_call())
         if call is None:
@@ -99,7 +103,10 @@ class ModelHooks:
 
 
 def _is_own_call(prompted: PromptedModel) -> bool:
-    """Return whether softhooks is running a prompt without text. If the model itself is the stack, its hooks run then too."""
+    """Return whether softhooks is running a prompt without text.
+
+    If the model itself is the stack, the model's hooks are called in such a run, too.
+    """
     passes = (stack.state.current for stack in prompted.structure.stacks)
     return any(current is not None and not current.has_begun for current in passes)
 
@@ -116,7 +123,7 @@ def _note_choices(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _begin_objective(
     prompted: PromptedModel, prompt: AttachedPrompt, call: dict[str, Any], given: dict[str, Tensor]
 ) -> Finish | None:
-    """Let the prompt's objective change the call's arguments, and return its function for the output."""
+    """Let the prompt's objective change the call's arguments, and return the function that puts the loss into the output."""
     assert prompt.objective is not None
     has_labels = call.get("labels") is not None
     if prompted.rows is not None or not has_labels:
@@ -138,7 +145,7 @@ class StackHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make the pass of this forward, and change the call's arguments."""
+        """Create the pass for this forward, and change the call's arguments."""
         own = self.stack.state.current
         if own is not None and not own.has_begun:
             own.has_begun = True
@@ -173,7 +180,7 @@ class StackHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Close the pass and change the output, which is None after an error."""
+        """Close the pass, and change the output (None after an error)."""
         begun = self.prompted.running.find(self, module_call())
         if begun is None:
             return None
@@ -207,14 +214,14 @@ class StackHooks:
         return None if live is None or not live.looks_up_text(args) else live.embed(output)
 
     def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Remove virtual slots from the input of a pooler inside the stack."""
+        """Remove the slots from the input of a pooler inside the stack."""
         live = self.stack.state.current
         if isinstance(live, SlotPass):
             return (live.pooled(args[0]), *args[1:])
         return None
 
     def strip_slots(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Remove virtual slots before the stack selects a column for its pooler."""
+        """Remove the slots from the hidden states before the stack selects the token for its pooler."""
         return self.stack.state.current.leave(output) if isinstance(self.stack.state.current, SlotPass) else None
 
 

@@ -17,7 +17,7 @@ from softhooks.runtime.prompted_model import PromptedModel
 
 
 def install(prompted: PromptedModel) -> None:
-    """Register all hooks of a model, and replace its methods and attention functions."""
+    """Register all hooks on a model, and replace its methods and attention functions."""
     model, stacks, keep = prompted.model, prompted.structure.stacks, prompted.patches.keep
     outermost = ModelHooks(prompted)
     keep(model.register_forward_pre_hook(outermost.enter, with_kwargs=True))

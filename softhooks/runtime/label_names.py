@@ -76,7 +76,7 @@ class LabelNames:
 
     @contextmanager
     def model_shown(self) -> Iterator[None]:
-        """Show the model's own label names in a `with` block."""
+        """Show the model's own label names inside the `with` block."""
         config, now = self._config, Labels.of(self._config)
         if self._shown in self._stored and self._model is not None:
             self._model.put(config)

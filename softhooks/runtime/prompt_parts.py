@@ -1,4 +1,4 @@
-"""Build the module of a prompt (encoder, heads and added tokens), from a method or from a file."""
+"""Build the module of a prompt (its encoder, heads and added tokens) from a method or a file."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class PromptSource:
     """The source of a prompt: a method (`NewPrompt`), or a file (see `softhooks/load.py`).
 
     Attributes:
-        name: the name of the source in errors.
-        head_states: the saved state dicts of heads, by path in the transformers model, or None to copy the model's new heads.
+        name: the name of the source in error messages.
+        head_states: the saved state dicts of heads, by path in the transformers model, or None to copy the heads
+            that are newly initialized in the model.
         labels: the saved label names of the heads, or None for the model's own names.
     """
 
@@ -45,7 +46,7 @@ class PromptSource:
     def ids_and_conventions(
         self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the ids of the virtual tokens, [P] (None if the model needs no ids), and the conventions."""
+        """Return the ids of the virtual tokens, [P] (None if the model needs no ids), and the `Method.conventions`."""
         conventions = self.method.conventions(structure)
         if not needs_ids:
             return None, conventions
@@ -65,7 +66,7 @@ class PromptSource:
 
 
 class NewPrompt(PromptSource):
-    """A prompt that its method initializes; the arguments are those of `attach`."""
+    """A new prompt, initialized by its method; the arguments are as in `attach`."""
 
     def __init__(self, method: Method, train_head: bool, train_added_tokens: Any) -> None:
         super().__init__(method)
@@ -84,7 +85,7 @@ class NewPrompt(PromptSource):
 def build_module(
     model: nn.Module, structure: ModelStructure, source: PromptSource, encoder: PromptEncoder, needs_ids: bool
 ) -> tuple[nn.ModuleDict, dict[str, Any], dict[str, nn.Module]]:
-    """Build the module of a prompt. Also return its conventions, and the model's heads that it copies, by path."""
+    """Build the module of a prompt; also return the prompt's conventions and, by path, the model's heads that it copies."""
     encoder.to(device_of(structure.entry.embedding))
     module = nn.ModuleDict({"encoder": encoder})
     ids, conventions = source.ids_and_conventions(model, structure, encoder, needs_ids)

@@ -45,20 +45,20 @@ class PromptedModel:
         prompts: the attached prompts, by name.
         labels: the label names in the model's config.
         running: the calls that are running on the model.
-        recompute_check: compares forwards that a backward recomputes with earlier forwards.
+        recompute_check: checks that a forward that is recomputed in the backward uses the same prompts as in its first run.
         freeze_dropout: whether the stacks run without dropout in training.
         was_trainable: `requires_grad` of every parameter before the first prompt was attached.
-        stashed_gradients: the gradients of parameters that were frozen.
-        token: an id of the model, stored on caches.
+        stashed_gradients: the gradients that parameters had before they were frozen.
+        token: a unique id of the model, stored on caches to recognize those of other models.
         record: the digests of the frozen tensors, if they were computed.
         fingerprint: the fingerprint of the base model, computed when the first prompt was attached, before any sharding.
-        loaded_state: the last loaded state dict with prompts, with its weights on the meta device.
+        loaded_state: the last loaded state dict that contains prompts, with its weights on the meta device.
         placeholder_id: the id of an ordinary token.
         patches: hooks and attributes on the model, removed with the last prompt. A copy of the model has them too.
         outside_patches: patches on other objects (an optimizer, a Trainer's logs). A copy of the model does not have them.
         embedding_hooks: the hooks that insert virtual tokens into the embeddings.
         files: the names of the Python modules with the model's attention functions; empty if no hooks are installed.
-        expected_modules: by stack, the modules that prompts need; a forward raises an error if one was replaced.
+        expected_modules: for each stack, the modules that prompts need; a forward raises an error if one was replaced.
         expected_heads: the heads that prompts have copies of; a forward raises an error if one was replaced.
         has_added_tokens: whether the hooks on the embeddings of added tokens are installed.
     """
@@ -97,7 +97,7 @@ class PromptedModel:
             self.join_shared_patches()
 
     def join_shared_patches(self) -> None:
-        """Use the process-wide patches: wrapped attention functions, and a hook on optimizer steps."""
+        """Start using the process-wide patches: wrapped attention functions, and a hook on optimizer steps."""
         # A copy calls this before its model is complete, perhaps in another process, so import the modules by name.
         for name in self.files:
             with suppress(ImportError):
@@ -164,7 +164,7 @@ class PromptedModel:
             given: the extra arguments; None means those of the running forward.
 
         Raises:
-            UnsupportedModeError: `rows` does not fit the batch.
+            UnsupportedModeError: the number of `rows` does not match the batch size.
             NotAttachedError: `rows` names a prompt that has been removed.
         """
         given, rows = self.given if given is None else given, self.rows
@@ -201,7 +201,7 @@ class PromptedModel:
         return repr(names[0] if len(set(names)) == 1 else names)
 
     def provenance(self, selection: Selection | None = None) -> Provenance:
-        """Return the state of the active prompts, to store it on caches and encoder outputs.
+        """Return the state of the active prompts, which is stored on caches and encoder outputs.
 
         Args:
             selection: the selection whose variants are included, or None to leave variants out.
@@ -214,11 +214,11 @@ class PromptedModel:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The extra arguments that the model's prompts use."""
+        """The names of the extra arguments that the model's prompts use."""
         return tuple(dict.fromkeys(name for prompt in self.prompts.values() for name in prompt.method.batch_columns))
 
     def accepted(self) -> tuple[str, ...]:
-        """Return the extra arguments of the active prompts, or those of all prompts if none is active."""
+        """Return the names of the extra arguments that the active prompts use, or that any prompt uses if none is active."""
         names = dict.fromkeys(self._names) if self.is_in_use else self.prompts
         used = [self.prompts[name] for name in names if name in self.prompts]
         return tuple(dict.fromkeys(name for prompt in used for name in prompt.method.batch_columns))
@@ -234,20 +234,23 @@ class PromptedModel:
         refuse_unused(call, self.accepted(), columns, (*own, *named))
 
     def embed_last(self) -> None:
-        """Move the hooks on the embeddings after hooks that were registered later, such as NEFTune's noise."""
+        """Make the hooks on the embeddings run last, after hooks that were registered later (such as NEFTune's noise)."""
         for hook in self.embedding_hooks:
             hooks = hook.hooks_dict_ref()
             if hooks is not None and hook.id in hooks:
                 hooks.move_to_end(hook.id)
 
     def note_loaded_state(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        """Store a loaded state dict with prompts, its weights on the meta device, until a Trainer callback needs it."""
+        """If a loaded state dict contains prompts, store it for a Trainer callback, with its weights on the meta device."""
         if not prefix and any(is_prompt_key(key) for key in state):
             self.loaded_state = {key: v if v.dtype == torch.uint8 else v.to("meta") for key, v in state.items()}
 
 
 def prompted_model_of(model: nn.Module) -> PromptedModel | None:
-    """Return the prompts of a model, or None. The model may be compiled, wrapped (`module`) or in a SentenceTransformer."""
+    """Return a model's `PromptedModel`, or None if it has no prompt.
+
+    The model may be compiled, inside a wrapper (`module`) or inside a SentenceTransformer.
+    """
     for holder in (model, *(getattr(model, inside, None) for inside in ("_orig_mod", "module", "transformers_model"))):
         container = holder._modules.get(CONTAINER) if isinstance(holder, nn.Module) else None
         if isinstance(container, Container):
@@ -257,7 +260,7 @@ def prompted_model_of(model: nn.Module) -> PromptedModel | None:
 
 
 def require_prompted_model(model: nn.Module, name: str | None = None) -> PromptedModel:
-    """Return the prompts of a model.
+    """Return a model's `PromptedModel`.
 
     Raises:
         NotAttachedError: the model has no prompt, or no prompt of this name.

@@ -63,7 +63,7 @@ class Call:
         given: the extra arguments of the forward.
         choices: the number of choices per row (multiple choice); each choice is a row of the stack's batch.
         model_arguments: the masks and position ids that the caller passed, or None in a forward of a stack.
-        encoded: the positions of virtual slots in the encoder states that the decoder attends to.
+        encoded: the positions of the slots in the encoder states that the decoder attends to.
         batch: the batch size of the first stack that used a prompt, or None before that.
         finish: a function that changes the model's output.
         skips_objective: whether forwards inside the call run without an objective.
@@ -129,7 +129,7 @@ def _is_on_stack(wanted: FrameType | None, frame: FrameType | None) -> bool:
 
 
 def _is_autograd_thread_of(call: Call) -> bool:
-    """Return whether this is an autograd thread that runs a backward for the thread of the call."""
+    """Return whether this is an autograd thread that runs a backward on behalf of the call's thread."""
     if torch._C._current_graph_task_id() == -1:
         return False
     frame = sys._current_frames().get(call.ident)
@@ -200,13 +200,13 @@ class RunningCalls:
             raise call.refusal()
 
     def exclusive(self, what: str, skip_objective: bool = False) -> ExclusiveBlock:
-        """Return a `with` block in which no other thread may run the model."""
+        """Return a context manager inside which no other thread may run the model."""
         return ExclusiveBlock(self, what, skip_objective)
 
 
 @dataclass(eq=False, repr=False)
 class ExclusiveBlock:
-    """A `with` block in which no other thread may run the model."""
+    """A context manager inside which no other thread may run the model."""
 
     _running: RunningCalls
     _what: str  # the name of the block in errors

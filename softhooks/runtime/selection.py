@@ -27,7 +27,7 @@ class Selection:
     """The prompts of a batch.
 
     Attributes:
-        uses: the prompts that rows of the batch use; variants of the same prompt are adjacent.
+        uses: the prompts and variants that rows of the batch use; variants of the same prompt are adjacent.
         rows: for each row of the batch, an index into `uses`, or None for no prompt. If all rows use the only entry of `uses`,
             `rows` itself is None.
         given: the extra arguments of this forward, by name.
@@ -43,7 +43,7 @@ class Selection:
         return list(dict.fromkeys(use.prompt for use in self.uses))
 
     def by_prompt(self) -> Iterator[tuple[AttachedPrompt, tuple[int, ...]]]:
-        """Yield each prompt with its variants."""
+        """Yield each prompt with the variants that the batch uses."""
         for prompt, uses in groupby(self.uses, key=lambda use: use.prompt):
             yield prompt, tuple(use.variant for use in uses)
 
@@ -64,7 +64,7 @@ class Selection:
     def hidden(self, batch: int, length: int) -> Tensor | None:
         """Return a mask of the virtual tokens that are hidden from each row, [B or 1, length], or None if no token is hidden.
 
-        The last column of the mask is the last virtual token of each prompt.
+        Prompts with fewer than `length` tokens are aligned at the end: the last entry of each row is the last virtual token.
         """
         found: list[Tensor | None] = []
         for prompt in self.prompts:
@@ -88,7 +88,7 @@ def select_rows(
 
     Args:
         prompts: all prompts of the model, by name.
-        names: the name for each row, or one name for all rows.
+        names: the name of each row's prompt, or one name for all rows.
         batch: the number of rows.
         given: the extra arguments of the forward.
     """
@@ -129,7 +129,7 @@ class RecomputeCheck:
     or after `activate`. It is unknown which forward is recomputed, so all forwards must have used the same prompts.
 
     Attributes:
-        seen: the names of the first forward's prompts, as text.
+        seen: the names of the first forward's prompts, as one string.
         differs: whether later forwards have used different prompts.
     """
 
@@ -140,8 +140,8 @@ class RecomputeCheck:
         """Store the prompts of a forward, or check them inside a backward.
 
         Args:
-            selection: the names of the active prompts, as text.
-            training: whether the model is training, even if a reentrant checkpoint has turned gradients off for its first run.
+            selection: the names of the active prompts, as one string.
+            training: whether the model is in training mode; a reentrant checkpoint disables gradients in the first run.
 
         Raises:
             UnsupportedModeError: the first run may have used different prompts.

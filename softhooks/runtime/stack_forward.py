@@ -1,4 +1,4 @@
-"""The start of a stack's forward: check the call, and make the pass, which inserts the active prompts."""
+"""The start of a stack's forward: check the call, and create the pass, which is the object that injects the active prompts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
 def _open_for_documents(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None, columns: int
 ) -> Pass:
-    """Make the pass. Documents that are packed into one row attend to the prompt, but not to each other."""
+    """Create the pass. It checks that documents packed into one row attend only to the prompt and to themselves."""
     own = call.get("position_ids")
     positions = outer.positions if own is None and outer is not None else own
     packed = document_numbers(positions, call.get("attention_mask"), columns)

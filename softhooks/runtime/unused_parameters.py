@@ -32,7 +32,7 @@ def require_unused_search(prompts: Iterable[AttachedPrompt], given: Mapping[str,
 
 
 def unused_parameters_error(method: str, found: str) -> TrainerError:
-    """Return the error for a method that leaves parameters unused, with the DDP settings in `found`."""
+    """Return the error for a method that leaves parameters unused; `found` names the DDP settings."""
     return TrainerError(
         f"{found}, but some parameters of {method} are unused in some steps; DDP must search for these in each step.",
         "Set `find_unused_parameters=True`, even with gradient checkpointing, and leave `static_graph` off: "

@@ -1,4 +1,4 @@
-"""Blocks (`with softhooks.rows(...)`, ...) that select prompts, in a context variable: each thread and task has its own.
+"""The open `with` blocks that select prompts (`softhooks.rows`, ...), stored per thread and asyncio task in a context variable.
 
 An asyncio task or `asyncio.to_thread` inherits the blocks in which it is started; a plain thread does not.
 """
@@ -24,10 +24,10 @@ class Block:
         model: the model that was passed to `attach`.
         rows: one prompt name for each row, as in `softhooks.rows`.
         off: whether all prompts are off, as in `softhooks.disabled`.
-        only: one prompt for all rows; surrounding blocks have no effect.
+        only: the name of one prompt for all rows; surrounding blocks then have no effect.
         generates: whether this is a call of `generate`.
         repeats: in `generate`, the number of beams or samples for each row.
-        prompt_columns: in `generate`, the number of columns of the input.
+        prompt_columns: in `generate`, the length of the input, including padding.
     """
 
     model: nn.Module

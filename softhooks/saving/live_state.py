@@ -21,7 +21,7 @@ _NOTE = "A soft prompt, not a model. Load the base model, then this directory wi
 
 
 def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
-    """Return the trainable parameters and the encoder's buffers, by their names in the model."""
+    """Return a prompt's trainable parameters and its encoder's state dict, by their names in the model."""
     encoder = f"{CONTAINER}.{prompt.name}.encoder."
     kept = {f"{encoder}{name}": tensor for name, tensor in prompt.encoder.state_dict().items()}
     ids = prompt.module._buffers.get(BUFFER)
@@ -31,7 +31,7 @@ def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
 
 
 class NotSaved(Collection[str]):
-    """The keys of a model's state dict that a checkpoint does not contain, so that the Trainer does not warn about them.
+    """The keys of a model's state dict that its checkpoints omit; the Trainer does not warn that these keys are missing.
 
     They are computed at each access: once the prompt is removed, a checkpoint contains the whole model.
     """
@@ -58,8 +58,8 @@ class NotSaved(Collection[str]):
 def write_live(folder: Path, state: dict[str, Tensor]) -> None:
     """Write the tensors of prompts, and an index that names their file.
 
-    A Trainer can resume from an index without `metadata`, and `from_pretrained` raises an error. If the file were named
-    `model.safetensors`, `from_pretrained` would load it and initialize the missing base weights randomly.
+    The index has no `metadata`: a Trainer can still resume from it, but `from_pretrained` raises an error. If the file were
+    named `model.safetensors`, `from_pretrained` would load it and initialize the missing base weights randomly.
     """
     write_tensors(folder / LIVE, state, {"format": "pt"})
     weight_map = dict.fromkeys((name for name in state if not name.endswith(f".{DESCRIPTION}")), LIVE)

@@ -1,7 +1,7 @@
 """Save a model that contains a model with prompts, such as a wrapper or an encoder-decoder made of two models.
 
-The `save_pretrained` of the outer model collects the tensors of all modules. A state dict hook of the prompts' container writes
-the prompts next to the outer model's weights, and removes their tensors from the weights.
+The `save_pretrained` of the outer model collects the tensors of all modules. A state dict hook on the container (the submodule
+that holds the prompts) writes the prompts next to the outer model's weights, and removes their tensors from the weights.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ _MAX_FRAMES = 64
 
 
 def prompt_folders(prompted: PromptedModel, folder: Path) -> dict[SoftPrompt, Path]:
-    """Return each prompt's folder: `folder` for `default` (if there is none, for the active prompt), subfolders for others."""
+    """Map each prompt to the folder to save it in: one prompt to `folder` itself, the others to subfolders.
+
+    The prompt in `folder` is `default` or, if there is none, the active prompt (if none is active, the last one).
+    """
     prompts = soft_prompts_of(prompted)
     top = "default" if "default" in prompts else prompted.active or next(reversed(prompts))
     return {prompt: folder if name == top else folder / name for name, prompt in prompts.items()}
 
 
 class SaveFromOutside:
-    """A state dict hook of the container that writes the prompts of an inner model when an outer model is saved."""
+    """A state dict hook on the container that writes the prompts of an inner model when an outer model is saved."""
 
     def __init__(self, prompted: PromptedModel) -> None:
         self.prompted = prompted
@@ -43,8 +46,8 @@ class SaveFromOutside:
     def __call__(self, _container: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
         """Write the prompts, and remove their tensors from the state dict.
 
-        The tensors stay in a Trainer's checkpoint, from which training resumes, and in the state dict of a sharded model, whose
-        prompts a single process cannot write. Disabled prompts are not written.
+        The tensors stay in the state dict in two cases: in a Trainer's checkpoint, because training resumes from them, and if the
+        model is sharded, because a single process cannot write its prompts. Disabled prompts are removed without being written.
         """
         call = None if prefix.count(".") < 2 else _saving_call(self.prompted.model)
         if call is None or not self.prompted.prompts:

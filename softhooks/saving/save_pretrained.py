@@ -179,7 +179,7 @@ def replace_saving(prompted: PromptedModel) -> None:
 
 @contextmanager
 def _without_prompts(model: nn.Module) -> Iterator[None]:
-    """Remove the prompts' container and a callback's list of unsaved keys from a model in a `with` block."""
+    """Inside a `with` block, remove the submodule with the prompts and a callback's list of unsaved keys from a model."""
     modules = dict(model._modules)
     ignored = model.__dict__.get(_IGNORED)
     model._modules.pop(CONTAINER, None)

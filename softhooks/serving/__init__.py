@@ -1,1 +1,1 @@
-"""Compute embeddings of a prompt and a text, for inference servers."""
+"""Compute the input embeddings of a prompt and a text, for inference servers."""

@@ -20,23 +20,23 @@ from softhooks.switch import disabled
 def sequence_embeddings(
     model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None, *, server: ServerName | None = None
 ) -> Tensor:
-    """Return the input embeddings of a text with the virtual tokens of the active prompt.
+    """Return the input embeddings of a text and of the active prompt's virtual tokens, as one sequence.
 
     Args:
         model: a causal decoder with the prompt.
         text: a string, or token ids.
         tokenizer: the model's tokenizer, required if `text` is a string.
-        server: "vllm" or "sglang", or None to use the embeddings as the model's own `inputs_embeds`.
+        server: "vllm" or "sglang", or None for embeddings that the model itself takes as `inputs_embeds`.
 
     Shape:
-        -> [P + T, H], in the model's precision.
+        -> [P + T, H]: P virtual tokens, T tokens of the text and embedding size H, in the dtype of the model's embeddings.
 
     Raises:
         NotAttachedError: the model has no prompt.
         UnsupportedMethodError: the prompt does not consist of input embeddings alone.
-        UnsupportedModelError: the model does not run on embeddings alone, or how the server scales them is unknown.
+        UnsupportedModelError: the model does not run on embeddings alone, or it is unknown how the server scales embeddings.
         OptionError: the text is empty or needs a tokenizer, or there is not exactly one active prompt.
-        PromptTooLongError: the prompt and the text together exceed the model's positions.
+        PromptTooLongError: the prompt and the text together have more tokens than the model has positions.
     """
     prompt = _require_rows(model)
     stack = prompt.prompted_model.structure.entry
@@ -46,7 +46,7 @@ def sequence_embeddings(
     limit = stack.positions.limit
     if limit is not None and length > limit:
         raise PromptTooLongError(
-            f"the prompt and the text have {length} tokens together, but the model has only {limit} positions.",
+            f"the prompt and the text together have {length} tokens, but the model has only {limit} positions.",
             "Truncate the text.",
         )
     with disabled(model):
@@ -74,7 +74,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     prompt = soft_prompts_of(prompted)[prompted.active]
     if prompted.structure.entry.reads_ids:
         raise UnsupportedModelError(
-            "the model needs token ids in addition to embeddings; a server passes only embeddings.",
+            "the model needs token ids in addition to embeddings, but a server passes only embeddings.",
             "Serve this model with `softhooks.integrations.transformers_serve`.",
             model=type(model).__name__,
         )
@@ -97,7 +97,7 @@ def _ids(text: str | list[int] | Tensor, tokenizer: Any) -> Tensor:
     if isinstance(text, str):
         if tokenizer is None:
             raise OptionError(
-                "the text is a string, but no tokenizer was passed; pass `tokenizer=`, or the ids of the text."
+                "the text is a string, but no tokenizer was passed; pass `tokenizer=`, or the token ids of the text."
             )
         text = tokenizer(text)["input_ids"]
     ids = torch.as_tensor(text, dtype=torch.long).reshape(1, -1)

@@ -1,4 +1,4 @@
-"""Build JSON requests to inference servers from the embeddings that `sequence_embeddings` returns."""
+"""Build JSON requests for inference servers from the embeddings that `sequence_embeddings` returns."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def vllm_request(model: str, rows: Tensor, **options: Any) -> dict[str, Any]:
     """
     if options.get("prompt"):
         raise OptionError(
-            f"`prompt` is {options['prompt']!r}, but the embeddings already contain the text; pass one of them.",
+            f"`prompt` is {options['prompt']!r}, but the embeddings already contain the text; only one of them can be passed.",
             "Leave `prompt` out.",
         )
     return {"model": model, "prompt_embeds": vllm_encode(rows), **options}
 
 
 def vllm_encode(rows: Tensor) -> str:
-    """Encode a tensor for vLLM: `torch.save` in base64."""
+    """Encode a tensor for vLLM: serialize it with `torch.save`, then encode the bytes in base64."""
     buffer = io.BytesIO()
     torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # clone, because a view would save its whole storage
     return base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -43,7 +43,7 @@ def sglang_request(rows: Tensor, *, sampling_params: dict[str, Any] | None = Non
 
     Args:
         rows: the embeddings, [P + T, H].
-        sampling_params: such as `max_new_tokens` and `temperature`.
+        sampling_params: the sampling parameters, such as `max_new_tokens` and `temperature`.
         options: other fields of the request, such as `stream`.
 
     Raises:

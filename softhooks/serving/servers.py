@@ -1,7 +1,8 @@
-"""Convert embeddings for inference servers, for models that multiply their embeddings by a factor.
+"""Convert the embeddings of models that multiply them by a factor to the embeddings that inference servers expect.
 
-transformers applies the factor either inside the embedding module (Gemma), so that `inputs_embeds` must include it, or after this
-module (Granite), so that `inputs_embeds` must not. A server that applies the factor elsewhere needs other embeddings.
+transformers applies the factor either inside the embedding module (Gemma), in which case `inputs_embeds` must include it, or
+after this module (Granite), in which case `inputs_embeds` must not. A server that applies the factor elsewhere needs different
+embeddings.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Server:
 
     Attributes:
         label: the name of the server and the version that was tested.
-        multiplies: model types with a factor inside the embedding module, which the server applies to given embeddings too.
-        keeps: model types with a factor for which the server takes the same embeddings as transformers.
+        multiplies: model types whose embedding module applies a factor that the server also applies to embeddings in a request.
+        keeps: model types that apply a factor, but for which the server expects the same embeddings as transformers.
     """
 
     label: str
@@ -55,7 +56,7 @@ def for_server(model: nn.Module, stack: Stack, rows: Tensor, name: str) -> Tenso
 
 
 def factor_inside(stack: Stack) -> float | None:
-    """Measure the factor by which the embedding module multiplies its weights; None if it does not just multiply."""
+    """Measure the factor by which the embedding module multiplies its weights; return None if it does more than that."""
     weight: Any = stack.embedding.weight
     ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
     with eval_mode(stack.embedding):
@@ -70,7 +71,7 @@ def factor_inside(stack: Stack) -> float | None:
 
 
 def factor_after(model: nn.Module, stack: Stack) -> float | None:
-    """Measure the factor by which the stack multiplies embeddings before its layers; None if it does not just multiply."""
+    """Measure the factor by which the stack multiplies embeddings before its layers; return None if it does more than that."""
     layers = [part for part in stack.module.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not layers:
         return None
@@ -116,14 +117,15 @@ def _ratio(rows: Tensor, words: Tensor, precision: float) -> float | None:
 
 
 def _require_known(model: nn.Module, stack: Stack, server: Server, kind: str, inside: float | None) -> None:
-    """Refuse models whose embeddings the server may scale differently than transformers."""
+    """Refuse models whose embeddings the server may scale differently from transformers."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", stack.width)
     remedy = "Serve this model with `softhooks.integrations.transformers_serve`."
     if width != stack.width:
         raise UnsupportedModelError(
-            f"the embeddings have width {stack.width} but the hidden states have width {width}; no supported server allows this.",
+            f"the embeddings have width {stack.width}, but the hidden states have width {width}; no supported server allows "
+            "this.",
             remedy,
         )
     factors: dict[str, object] = {}

@@ -47,7 +47,7 @@ def attach_or_continue(
 
 
 def saver_for(prompt: SoftPrompt, owner: object, control: TrainerControl, *, is_new: bool) -> CheckpointSaver:
-    """Return the saver of a callback's prompt. If there is none, create one and start logging the prompt's metrics.
+    """Return the `CheckpointSaver` of a callback's prompt. If there is none, create one and start logging the prompt's metrics.
 
     Args:
         is_new: whether the callback attached the prompt.

@@ -1,7 +1,7 @@
-"""Use the method's sampler in a Trainer, and pad and keep the columns of a layout with a template.
+"""Make a Trainer use the method's sampler, and pad and keep the dataset columns that a layout with a template needs.
 
-The Trainer's default collators do not pad all columns of a template, and the Trainer removes columns that `Layout.collator`
-needs. A custom collator is not changed.
+The Trainer's default collators do not pad all of these columns, and the Trainer removes those that `Layout.collator` needs. A
+custom collator is not changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _FILL = {"labels": IGNORE_INDEX, "attention_mask": 0, "token_type_ids": 0}
 
 
 def use_sampler(loader: Any, method: Method, seed: int) -> Any:
-    """Replace a data loader's random sampler with the method's sampler, and return it; None if the method has no sampler."""
+    """Replace a data loader's random sampler with the method's sampler.
+
+    Return the method's sampler, or None if the method has none.
+    """
     if not method.has_sampler:
         return None
     batches: Any = getattr(loader, "batch_sampler", None)
@@ -48,7 +51,7 @@ def use_sampler(loader: Any, method: Method, seed: int) -> Any:
 
 
 def prepare_template_rows(trainer: Trainer, method: Method) -> None:
-    """Make a Trainer pad and keep the columns of a template, whether rows are rendered in the dataset or by the collator."""
+    """Make a Trainer pad and keep the columns that a template needs, whether the dataset or the collator renders the template."""
     if not method.token_layout.batch_columns:
         return
     collator = trainer.data_collator
@@ -93,7 +96,7 @@ class PaddedRows:
         return self.default(rows)
 
     def _by_tokenizer(self, rows: list[dict[str, Any]]) -> Any:
-        """Pad rows with the tokenizer, and pad the labels on the same side, because the tokenizer does not."""
+        """Pad rows with the tokenizer, and pad the labels on the same side, because the tokenizer does not pad labels."""
         labels = [row.pop("labels") for row in rows if "labels" in row]
         if labels:
             for row in rows:
@@ -105,7 +108,7 @@ class PaddedRows:
 
 
 def _length(value: Any) -> int:
-    """Return the length of a row's entry; -1 for scalars, and for text, which collators do not convert to tensors."""
+    """Return the length of a row's entry; -1 for scalars, and for strings, which collators do not convert to tensors."""
     if isinstance(value, str) or not hasattr(value, "__len__") or (isinstance(value, Tensor) and not value.dim()):
         return -1
     return len(value)
@@ -120,7 +123,7 @@ class KeptColumns:
         Patches().set(trainer, "_set_signature_columns_if_needed", self)
 
     def __call__(self) -> None:
-        """Add the columns of the collator and of prompts, which may be attached after the Trainer has listed its columns."""
+        """Add the columns that the collator and prompts need, including prompts attached after the Trainer listed its columns."""
         self._set_signature_columns()
         trainer, prompted = self._trainer, prompted_model_of(self._trainer.model)
         collator = trainer.data_collator

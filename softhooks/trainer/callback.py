@@ -57,7 +57,7 @@ class SoftPromptCallback(TrainerCallback):
     later, with `trainer.add_callback`.
 
     Args:
-        method: the method to train.
+        method: the method, with its options.
         name: the name of the prompt.
         train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before each
@@ -152,13 +152,13 @@ class SoftPromptCallback(TrainerCallback):
         self._name_optimizer(args, None)
 
     def method_for(self, trial: Any) -> Method:
-        """Return the method to train; `trial` is None outside a hyperparameter search. Subclasses may override this."""
+        """Return the method to attach; `trial` is None outside a hyperparameter search. Subclasses may override this."""
         return self.method
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the model and the optimizer. If the model was replaced, attach the prompt to the new model, or refuse."""
+        """Check the model and the optimizer. If the model was replaced, attach the prompt to it, unless that is too late."""
         refuse_smoothing(args, self.method)
         model, optimizer, known = kwargs["model"], kwargs["optimizer"], self.soft_prompt
         is_known = known is not None and known.is_attached and known.model is model
@@ -282,7 +282,7 @@ class SoftPromptCallback(TrainerCallback):
 
     @property
     def _saver(self) -> CheckpointSaver | None:
-        """The saver of the callback's model, or None if another callback now trains the model."""
+        """The `CheckpointSaver` of the callback's model, or None if another callback now trains the model."""
         saver = None if self.soft_prompt is None else saver_of(self.soft_prompt.model)
         return saver if saver is not None and saver.owner is self else None
 

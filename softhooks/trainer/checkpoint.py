@@ -1,8 +1,9 @@
 """Save a prompt in a Trainer's checkpoints, and resume from them.
 
 A checkpoint holds the prompt twice: in the format that `softhooks.load` reads, and as live parameters, from which training
-resumes. The live parameters are those of the encoder and of heads, and the trainable parameters of the base. They are stored in
-`soft_prompt.live.safetensors`; the checkpoint's `model.safetensors.index.json` names this file, so that the Trainer loads it.
+resumes. The live parameters are those of the prompt's encoder and heads, and the trainable parameters of the base. They are
+stored in `soft_prompt.live.safetensors`; the checkpoint's `model.safetensors.index.json` names this file, so that the Trainer
+loads it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class CheckpointSaver:
     Args:
         prompt: the prompt.
         owner: the callback, or the object of another framework, that trains the prompt.
-        control: the owner's `TrainerControl`, which identifies the Trainer, or None without a Trainer.
+        control: the owner's `TrainerControl`, which identifies the Trainer, or None if there is no Trainer.
 
     Attributes:
         loaded: whether a state dict with the prompt was loaded; reset it to False before another load.
@@ -208,7 +209,7 @@ class CheckpointSaver:
 
 
 def saver_of(model: nn.Module) -> CheckpointSaver | None:
-    """Return the saver of a model that trains a prompt, or None if no prompt of the model is being trained."""
+    """Return the `CheckpointSaver` of a model, or None if no prompt of the model is being trained."""
     saver = model.__dict__.get("save_pretrained")
     return saver if isinstance(saver, CheckpointSaver) else None
 

@@ -60,7 +60,7 @@ class FrozenCheck:
         if not isinstance(self.asked, str) or moment not in _MOMENTS[self.asked]:
             return
         record = prompt.prompted_model.record
-        assert record is not None, "a prompt in training has a record"
+        assert record is not None, "a prompt that is being trained has a record"
         self.report = None
         where: dict[str, object] = {"when": f"between step {self._last_step} and step {step}"}
         if rescue is not None:

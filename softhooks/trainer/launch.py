@@ -98,7 +98,10 @@ def _uses_deepspeed() -> bool:
 
 
 def injection_for_launch(method: Method, asked: Injection | None) -> Injection | None:
-    """Under FSDP, use "slots" for input embeddings: "shared" would need weights that FSDP gathers only layer by layer."""
+    """Return the injection to request: under FSDP, "slots" for input embeddings; otherwise, the one that was asked for.
+
+    Under FSDP, "shared" would need weights that FSDP gathers only layer by layer.
+    """
     if fsdp_plugin() is None or method.enters != "embeddings":
         return asked
     if asked not in (None, "slots"):

@@ -1,4 +1,4 @@
-"""Metrics of a prompt in training."""
+"""Metrics of a prompt that is being trained."""
 
 from __future__ import annotations
 

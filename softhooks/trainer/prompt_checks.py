@@ -164,7 +164,7 @@ def require_present(prompt: SoftPrompt | None, name: str, state: TrainerState) -
     """Check before a step that the prompt is attached; otherwise, the whole model or nothing would train."""
     if prompt is None or not prompt.is_attached:
         raise TrainerError(
-            f"the prompt {name!r} is not attached before step {state.global_step + 1}; it must stay attached during training.",
+            f"the prompt {name!r} is not attached at step {state.global_step + 1}; it must stay attached during training.",
             "Pass the callback to the Trainer in `callbacks=[...]`; remove the prompt after `train()`.",
         )
     return prompt

@@ -26,14 +26,14 @@ def is_single_process() -> bool:
 def broadcast_from_rank_0(prompt: SoftPrompt, device: torch.device) -> None:
     """Copy the prompt, and tensors of the base that differ (such as a randomly initialized head), from rank 0 to every rank.
 
-    Otherwise, DDP would copy them later, and the frozen check would report a changed base. FSDP2 would combine shards of
+    Otherwise, DDP would copy them later, and the frozen check would report a changed base; FSDP2 would combine shards of
     different prompts.
 
     Args:
         device: the device on which the processes exchange tensors.
 
     Raises:
-        TrainerError: methods or models differ between ranks.
+        TrainerError: the ranks have different methods or models.
     """
     if is_single_process() or is_sharded_model(prompt.model):
         return
@@ -66,7 +66,7 @@ def require_same_on_all_ranks(prompt: SoftPrompt) -> None:
 
 
 def _require_equal(mine: dict[str, str], what: str) -> None:
-    """Compare values with rank 0. If any rank differs, every rank raises an error, so that no rank waits for another."""
+    """Compare values with those of rank 0. If any rank differs, every rank raises an error, so that no rank waits for another."""
     theirs = _from_rank_0(mine)
     differing = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     example = {name: (mine.get(name), theirs.get(name)) for name in differing[:1]}

@@ -1,4 +1,4 @@
-"""The reference model in preference training: the policy without its trained prompt."""
+"""The reference model for preference training: the policy without its trained prompt."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def require_fixed(model: nn.Module, prompt: str | None) -> None:
     if trained:
         raise TrainerError(
             f"{trained[0]} of the reference model is being trained; a reference must not change.",
-            "Train only the prompt (no `trainable=`, and no second prompt that trains), or pass another model as `ref_model`.",
+            "Train only the prompt (no `trainable=`, and no second trainable prompt), or pass another model as `ref_model`.",
             reference=f"{type(model).__name__} with {'no prompt' if prompt is None else f'the prompt {prompt!r}'}",
             trained=f"{len(trained)} tensors",
         )

@@ -124,7 +124,7 @@ def test_an_image_beside_the_text_is_refused_where_its_columns_cannot_be_told_fr
     model = layoutlmv3(has_relative_attention_bias=False, has_spatial_attention_bias=False)
     image = torch.randn(2, 3, 16, 16)
     with softhooks.attach(model, PromptTuning(3)):
-        with pytest.raises(UnsupportedModeError, match=r"one state per column(.|\n)*text only"):
+        with pytest.raises(UnsupportedModeError, match=r"must return one per position(.|\n)*text only"):
             model(input_ids=IDS, attention_mask=MASK, bbox=_boxes(), pixel_values=image)
         assert model(input_ids=IDS, attention_mask=MASK, bbox=_boxes()).logits.shape[:2] == IDS.shape
 
@@ -235,7 +235,7 @@ def test_positions_that_point_at_words_are_refused_beside_slots() -> None:
     bare = model(IDS, attention_mask=MASK, **entities).last_hidden_state
     with softhooks.attach(model, PromptTuning(3)):
         model(IDS, attention_mask=MASK)
-        with pytest.raises(UnsupportedModeError, match="which refers to words by their columns"):
+        with pytest.raises(UnsupportedModeError, match="which refers to words by their indices"):
             model(IDS, attention_mask=MASK, **entities)
         with softhooks.disabled(model):
             assert torch.equal(model(IDS, attention_mask=MASK, **entities).last_hidden_state, bare)

@@ -292,7 +292,7 @@ def test_an_anchor_must_not_be_split_from_its_prompt(chunk: int) -> None:
     for layout in (Layout.insert(after={A: 1}), Layout.insert(after={A: 1}, missing="skip")):
         with (
             softhooks.attach(model, PTuning(layout=layout)),
-            pytest.raises(UnsupportedModeError, match=r"of 7 columns(.|\n)*the whole text at once(.|\n)*prefill_chunk"),
+            pytest.raises(UnsupportedModeError, match=r"of 7 tokens(.|\n)*the whole text at once(.|\n)*prefill_chunk"),
         ):
             model.generate(ROWS[0][None], max_new_tokens=2, prefill_chunk_size=chunk)
 

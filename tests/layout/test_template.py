@@ -522,7 +522,8 @@ def test_the_column_is_required_and_must_fit() -> None:
                 model(**batch, soft_slots=wrong)
         cut = {key: value[:, :6] for key, value in batch.items()}
         with pytest.raises(
-            UnsupportedModeError, match=r"tokens before a slot .* to the length of the row(.|\n)*max_length"
+            UnsupportedModeError,
+            match=r"tokens before a slot must be between 0 and the length of the row(.|\n)*max_length",
         ):
             model(**cut, soft_slots=column)
         with softhooks.disabled(model):

@@ -175,7 +175,7 @@ def test_an_unknown_server_is_refused() -> None:
 def test_rows_of_another_width_are_refused() -> None:
     model = zoo.build("opt")  # 16 wide, projected to 32
     softhooks.attach(model, PromptTuning(3))
-    with pytest.raises(UnsupportedModelError, match="embeddings have width 16 but the hidden states have width 32;"):
+    with pytest.raises(UnsupportedModelError, match="embeddings have width 16, but the hidden states have width 32;"):
         sequence_embeddings(model, TEXT, server="vllm")
 
 

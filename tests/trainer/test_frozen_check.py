@@ -164,7 +164,7 @@ def test_a_prompt_that_is_removed_in_between(tmp_path: Path) -> None:
     trainer, callback = trained(tmp_path, 3, lambda model: callback.soft_prompt.remove())  # type: ignore[union-attr]
     model: Any = trainer.model
     base = training.base_of(model)
-    with pytest.raises(TrainerError, match=r"'default' is not attached before step 4"):
+    with pytest.raises(TrainerError, match=r"'default' is not attached at step 4"):
         trainer.train()
     assert training.equal(model.state_dict(), base)
 

@@ -303,7 +303,7 @@ def test_a_callback_that_is_smuggled_in_takes_no_step(tmp_path: Path) -> None:
         Smuggler("on_step_begin", lambda callback: trainer.callback_handler.callbacks.append(callback))
     )
     base = training.base_of(model)
-    with pytest.raises(TrainerError, match=r"is not attached before step 1(.|\n)*remove the prompt after"):
+    with pytest.raises(TrainerError, match=r"is not attached at step 1(.|\n)*remove the prompt after"):
         trainer.train()
     assert training.equal(training.base_of(model), base)
 

@@ -53,7 +53,8 @@ class Branch:
 
     Attributes:
         keys, values: [R, Hq, K, D]; R is 1 (shared by every row) or B. The values are already multiplied by the gates.
-        pending: layers with sharded weights. Their keys are computed when FSDP2 has gathered the weights for the layer's forward.
+        pending: layers with sharded weights. Their keys and values are computed in the layer's forward, after FSDP2 has gathered
+            the weights.
         seen: the virtual tokens that each row attends to, [B, 1, 1, K] bool, at layers where their number differs between rows.
         scaled: the factors and offsets of linear layers, [R, out] each.
     """
@@ -94,7 +95,7 @@ class BranchPass(CheckpointedPass):
         training: whether layers may be checkpointed in this forward.
 
     Attributes:
-        blank: the padding, [B, T] bool, or None if no row starts with padding.
+        blank: True where the text is padding, [B, T] bool, or None if no row starts with padding.
     """
 
     def __init__(self, stack: Stack, branch: Branch, training: bool = False) -> None:

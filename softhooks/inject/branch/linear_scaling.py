@@ -16,7 +16,7 @@ Scaled = dict[str, tuple[Tensor, Tensor]]
 
 
 def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
-    """Map the name of each linear layer in a stack's blocks to the layer and its output width, except for LoRA's layers."""
+    """Map the name of each linear layer in a stack's blocks, except those of LoRA, to the layer and its output width."""
     from transformers.pytorch_utils import Conv1D
 
     blocks = tuple(f"{name}." for name, module in stack.module.named_modules() if isinstance(module, nn.ModuleList))
@@ -28,13 +28,13 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
 
 
 def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
-    """Return where the text has padding, [B, T] bool, or None if no row starts with padding.
+    """Return a mask that is True where the text is padding, [B, T] bool, or None if no row starts with padding.
 
-    Padding has no effect on recurrent layers only because its states are 0, so it must get no offset.
+    Recurrent layers ignore padding only if its states are 0, so no offset may be added to these states.
 
     Args:
         mask: the attention mask, [B, past + T].
-        columns: the number of text columns, T.
+        columns: the length of the text, including padding, T.
     """
     if mask is None or columns == 1 or not bool((mask[:, -columns:].long().diff(dim=1) > 0).any()):
         return None
@@ -46,7 +46,7 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
 
     Args:
         output: [B, ..., out], or [N, out] if all rows share one factor.
-        blank: the padding, which gets no offset, [B, T] bool.
+        blank: True where the text is padding, which gets no offset, [B, T] bool.
     """
     if name not in scaled:
         return None
@@ -67,7 +67,7 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
 
 @dataclass(eq=False)
 class ScaleHook:
-    """The hook of one linear layer: a bound method, so that a copy of the model gets its own hook."""
+    """The hook of one linear layer. Its bound method is registered, so that a copy of the model gets its own hook."""
 
     stack: Stack
     name: str
@@ -79,7 +79,7 @@ class ScaleHook:
 
 
 def hook_linears(stack: Stack) -> list[RemovableHandle]:
-    """Register a hook on each linear layer without a hook, and return the handles."""
+    """Register a `ScaleHook` on each linear layer that does not have one, and return the handles."""
     handles = []
     for name, (module, _) in linears(stack).items():
         if not any(isinstance(getattr(hook, "__self__", None), ScaleHook) for hook in module._forward_hooks.values()):

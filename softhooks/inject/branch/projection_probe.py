@@ -21,7 +21,7 @@ _PROBE_ID = 63
 
 
 def find_attention_calls(structure: ModelStructure) -> None:
-    """Set `Site.call`, the arguments for calling an attention module on one hidden state, for each self-attention layer.
+    """For each self-attention layer, set `Site.call`: the arguments for calling its attention module on one hidden state.
 
     Raises:
         UnsupportedMethodError: a stack neither uses transformers' attention interface nor has attention that softhooks rewrites.
@@ -52,7 +52,7 @@ class _Seen:
     """A call to one self-attention layer in a forward of one token.
 
     Attributes:
-        calls: the arguments of all calls to the layer's module, which several layers may share.
+        calls: the arguments of all calls to the layer's module (several layers may share it).
         args, kwargs: the arguments of this call.
         query, key, value: the arguments of the attention function.
         output: the output of the attention function.

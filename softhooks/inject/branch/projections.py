@@ -33,7 +33,7 @@ class _ProjectionPass(Pass):
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Scale the output of a linear layer, as in a forward of the text."""
+        """Scale the output of a linear layer, as in a forward pass on the text."""
         return scale(self.scaled, name, output)
 
 

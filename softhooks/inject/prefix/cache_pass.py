@@ -1,4 +1,4 @@
-"""Key-value prefixes through a read-only cache, for stacks that do not use the attention interface."""
+"""Key-value prefixes through a read-only cache, for stacks that do not use transformers' attention interface."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softhooks.inject.prefix.prefix_cache import PrefixCache, PrefixPair, key_or
 from softhooks.inject.prefix.prefix_pass import PrefixPass
 
 _BY_COLUMN = ("attention_mask", "alibi")
-"""The arguments of a layer whose last dimension has one entry for each key column."""
+"""The arguments of a layer whose last dimension has one entry for each key."""
 
 
 class CachePass(PrefixPass):
@@ -24,7 +24,7 @@ class CachePass(PrefixPass):
 
     Args:
         call: the arguments of the forward; the cache and the mask are replaced in place.
-        shape: the batch size and the number of text columns.
+        shape: the batch size and the length of the text, including padding.
     """
 
     def __init__(self, stack: Stack, prefix: KeyValues, call: dict[str, Any], shape: tuple[int, int]) -> None:
@@ -56,7 +56,7 @@ class CachePass(PrefixPass):
         self.handles += self.prepare()
 
     def prepare(self) -> list[Any]:
-        """Remove the prefix's columns from the masks of layers without a prefix, because all layers get the same mask."""
+        """Hook the layers without a prefix, to remove the prefix's columns from the mask that all layers share."""
 
         def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -78,7 +78,7 @@ class CachePass(PrefixPass):
         return bool(getattr(self.stack.module.config, "use_cache", False) if asked is None else asked)
 
     def _keep_cache_in_checkpoints(self) -> None:
-        """Keep transformers from removing the cache of checkpointed layers."""
+        """Keep transformers from removing the cache from the arguments of checkpointed layers."""
         for module in self._checkpointed:
             if not hasattr(module, "_can_checkpoint_with_cache"):
                 if module is self.stack.module:

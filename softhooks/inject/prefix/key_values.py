@@ -19,14 +19,15 @@ class KeyValues:
     """The keys and values of a prefix in self-attention, or in cross-attention.
 
     Attributes:
-        keys, values: [R, Hk, P, D] by layer index, for layers with a prefix; R is 1 (shared by every row), B, or the
-            number of a prompt's variants.
-        lengths: the number of virtual tokens of each row, [B], which are the last of the P columns; None if all rows have P.
+        keys, values: tensors [R, Hk, P, D] by layer index, for each layer with a prefix; R is 1 (shared by every row), the batch
+            size B, or the number of the prompt's variants.
+        lengths: the number of virtual tokens in each row, [B]; a prefix shorter than P is padded on the left. None if every row
+            has P virtual tokens.
         windowed: whether sliding windows treat the prefix as tokens directly before the text; a bool, or [B] bool.
         shifted: whether the text's positions start after the prefix; a bool, or [B] bool.
         states: the virtual tokens' last hidden states, [R, P, H], if the prompt was run through the stack.
         hidden: the virtual tokens that a row must not see, [B or 1, P] bool, or None if each row sees all its virtual tokens.
-        missing: the rows without a prefix at a layer where other rows have one, [B] bool by layer index.
+        missing: which rows with a prompt have no prefix in a layer in which other rows have one, [B] bool by layer index.
     """
 
     keys: dict[int, Tensor]
@@ -45,7 +46,7 @@ class KeyValues:
 
     @property
     def length(self) -> int:
-        """The number of virtual tokens of the longest row (P)."""
+        """The largest number of virtual tokens in a row (P)."""
         return self.any_key.shape[2]
 
     @property
@@ -75,7 +76,7 @@ class KeyValues:
         """Return the virtual tokens that each row has and may see, [B or 1, P] bool, or None for all.
 
         Args:
-            index: the index of the layer, at which some rows may have no prefix; None to ignore this.
+            index: the index of a layer; rows without a prefix in this layer see no virtual tokens. None to ignore the layers.
         """
         seen = [] if self.hidden is None else [~self.hidden.to(device)]
         if index in self.missing:
@@ -124,8 +125,8 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
     """Combine the prefixes of a batch whose rows use different prompts. [R_i, Hk, P_i, D] each -> [B, Hk, max P_i, D].
 
     Args:
-        prompts: the prefixes; each may lack some layers.
-        rows: the variant of each row, numbered across all prompts, or None for no prompt.
+        prompts: the prefixes; each may be limited to some layers.
+        rows: the variant of each row, numbered across all prompts, or None for a row without a prompt.
     """
     longest = max(prompt.length for prompt in prompts)
     device = prompts[0].any_key.device

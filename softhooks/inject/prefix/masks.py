@@ -17,7 +17,7 @@ def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, maske
     Args:
         name: the name of the attention function.
         kwargs: the keyword arguments of its call.
-        cut: whether tokens see a window of the text but the whole prefix; flash attention would apply the window to both.
+        cut: whether tokens see only a window of the text but the whole prefix; flash attention would apply the window to both.
         masked: whether the call has a mask.
     """
     flash = name.startswith("flash")
@@ -38,7 +38,7 @@ def widen_mask(
     """Add P columns for a prefix to a mask, before the text's K columns; return None if every query sees all keys.
 
     Args:
-        mask: None; [B, K] (flash); or [B, 1 or H, T, K], bool (True: seen) or additive.
+        mask: None; [B, K], for flash attention; or [B, 1 or H, T, K], bool (True: seen) or additive.
         length: the number of virtual tokens, P.
         visible: the virtual tokens that each query sees, [B or 1, 1, T or 1, P], or None for all.
         causal: whether, without a mask, each query sees only the keys up to its own position.
@@ -48,7 +48,7 @@ def widen_mask(
     if function.startswith("flash"):
         if visible is not None:  # flash attention aligns the queries with the last keys, so each sees the whole prefix
             raise UnsupportedModeError(
-                "some tokens must see only a part of the prefix, but with flash attention every token sees all of it.",
+                "some tokens must see only part of the prefix, but with flash attention every token sees all of it.",
                 "Use `model.set_attn_implementation('sdpa')` for prompts of different lengths in one batch and for models "
                 "with sliding windows.",
             )

@@ -1,6 +1,6 @@
 """Refuse a forward in which documents packed into one row see more than the prompt and themselves.
 
-A prompt that enters as keys and values is before every document, and the positions of each document start after it. The mask
+A prompt that enters as keys and values precedes every document, and the positions of each document start after it. The mask
 keeps the documents apart. In most models, transformers makes the mask from `position_ids`, but only if the call has neither
 an attention mask nor a cache. So softhooks checks the masks in every forward with packed documents.
 """
@@ -18,13 +18,15 @@ from softhooks.errors import UnsupportedModeError
 
 
 def document_numbers(positions: Any, mask: Any, columns: int) -> Tensor | None:
-    """Number the documents of each row, which start where positions restart, [B or 1, T]; None if every row has only one.
+    """Return the index of each token's document in its row, [B or 1, T], or None if every row has only one document.
+
+    A document starts where the positions restart.
 
     Args:
-        positions: the caller's `position_ids`, [B or 1, T], or [4, B, T] with the positions in the text first (M-RoPE).
-        mask: the caller's mask; positions of padding are ignored. If it is prepared for attention, the result is None, because
-            such a mask alone decides which tokens see each other.
-        columns: the number of text columns, T.
+        positions: the caller's `position_ids`, [B or 1, T], or [4, B, T] (M-RoPE), in which the positions in the text come first.
+        mask: the caller's mask; positions of padding are ignored. If the mask is already prepared for attention, the result is
+            None, because then the mask alone decides which tokens see each other.
+        columns: the length of the text, T.
     """
     is_flat = isinstance(mask, Tensor) and mask.dim() == 2
     if not isinstance(positions, Tensor) or columns < 2 or (mask is not None and not is_flat):
@@ -62,7 +64,7 @@ def require_masks(stack: Stack, numbers: Tensor, by_position: bool) -> None:
 
 
 def check_of_documents(numbers: Tensor) -> CheckAttention:
-    """Return a `Pass.check_attention` that refuses masks in which the documents of `document_numbers` attend to each other."""
+    """Return a function for `Pass.check_attention` that refuses masks that let documents attend to each other."""
     checked: list[Any] = []  # most layers receive the same mask object
 
     def check(site: Site, attention: AttentionFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,7 +77,7 @@ def check_of_documents(numbers: Tensor) -> CheckAttention:
 
 
 def _check(numbers: Tensor, mask: Any, keys: int, function: str) -> None:
-    """Refuse a mask in which a query sees another document, or which does not show whether one does."""
+    """Refuse a mask that lets a query see another document, or that does not show whether it does."""
     if function.startswith("flash"):
         raise _refusal(numbers, f"{function} keeps documents apart by itself, but not with a prompt before them")
     if not isinstance(mask, Tensor) or keys != numbers.shape[1] or mask.shape[-1] != keys:

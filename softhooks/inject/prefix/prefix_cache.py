@@ -23,11 +23,11 @@ from softhooks.layout.slot_map import gather_columns
 class KeyOrder:
     """The order of keys in rows that start with padding: padding, prefix, text.
 
-    Layers whose biases and windows count columns need the prefix directly before the text.
+    If a layer computes biases or windows from the indices of the keys, the prefix must be directly before the text.
 
     Attributes:
-        order: for each column of the result, its column in the concatenation of prefix and padded text, [B, P + K].
-        text: the column of the result for each column of the padded text, [B, K].
+        order: for each key of the result, its index in the concatenation of prefix and padded text, [B, P + K].
+        text: for each token of the padded text, its index in the result, [B, K].
     """
 
     order: Tensor
@@ -47,7 +47,7 @@ class KeyOrder:
 
 
 def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
-    """Return the order of keys for a prefix of `length` and a text's mask, [B, K]; None if no row starts with padding."""
+    """Return the order of keys for `length` virtual tokens and a text's mask, [B, K]; None if no row starts with padding."""
     if mask is None or mask.dim() != 2 or bool(mask[:, 0].all()):
         return None
     lead = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
@@ -64,7 +64,8 @@ def key_order(mask: Tensor | None, length: int) -> KeyOrder | None:
 class PrefixCache(Cache):
     """A cache that returns a prefix before the keys and values of the caller's cache, or of the text if there is no cache.
 
-    The prefix is never written to the caller's cache, and a recomputed layer reads the same keys again.
+    The prefix is never written to the caller's cache, and a layer that activation checkpointing recomputes reads the
+    same keys again.
 
     Args:
         inner: the caller's cache.
@@ -80,12 +81,12 @@ class PrefixCache(Cache):
         if inner is not None and any(getattr(layer, "is_sliding", False) for layer in inner.layers):
             raise UnsupportedModeError(
                 f"{type(inner).__name__} has layers that drop old tokens (sliding windows); a prefix that enters through a cache "
-                "needs a cache of full length.",
+                "needs one that keeps all tokens.",
                 "Pass `past_key_values=DynamicCache()`, without a config: its layers keep all tokens.",
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Update the caller's cache; return its keys and values after the layer's prefix, [B, Hk, P + K, D] each."""
+        """Update the caller's cache; return the layer's prefix followed by its keys and values, [B, Hk, P + K, D] each."""
         self.has_injected = True
         if self.inner is not None:
             key_states, value_states = self.inner.update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -124,7 +125,7 @@ class PrefixPair(EncoderDecoderCache):
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
-        """Refuse a model that reads keys from `layers`: it could need them for self-attention or for cross-attention."""
+        """Refuse a model that reads `layers`: it could need the keys of self-attention or those of cross-attention."""
         raise UnsupportedModeError(
             "the model reads `past_key_values.layers`; with a prefix that enters through a cache, it must get its keys from "
             "`past_key_values.update`.",
@@ -133,7 +134,7 @@ class PrefixPair(EncoderDecoderCache):
 
 
 class _Never(dict[int, bool]):
-    """The `is_updated` flags of a cache without keys of cross-attention; always empty."""
+    """The `is_updated` flags of a cache without cross-attention keys; always empty."""
 
     def __setitem__(self, _layer: int, _is_there: bool) -> None:
         return None

@@ -1,4 +1,4 @@
-"""Key-value prefixes that enter at the attention function.
+"""Key-value prefixes that are added in each call of the attention function.
 
 The prefix is never written to the model's cache, so checkpointing and every kind of cache work as they do without a prefix.
 """
@@ -82,7 +82,7 @@ class PrefixPass(CheckpointedPass):
     def _mask(
         self, site: Site, function: str, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any], causal: bool
     ) -> Any:
-        """Extend a layer's mask to the prefix. Layers with the same window share one mask, built once per forward."""
+        """Extend a layer's mask to cover the prefix. Layers with the same window share one mask, built once per forward."""
         window = window_of(site, kwargs) if site.role == "self" else None
         everywhere = not self.stack.causal or self.prefixes[site.role].windowed is False
         refuse_attention(function, kwargs, cut=window is not None and everywhere, masked=isinstance(mask, Tensor))
@@ -110,7 +110,7 @@ class PrefixPass(CheckpointedPass):
         return joint
 
     def _once(self, mask: Any, site: Site, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
-        """Build a result from a layer's mask once per forward; most layers receive the same mask object."""
+        """Return `build()`, called once per forward for each mask and `key`; most layers receive the same mask object."""
         # A layer at which some rows have no prefix does not share its result with other layers.
         key = (id(mask), site.index if site.index in self.prefixes[site.role].missing else None, *key)
         if key not in self._masks:
@@ -133,7 +133,7 @@ class PrefixPass(CheckpointedPass):
     def _visible(self, site: Site, window: int | None, query: Tensor) -> Tensor | None:
         """Return the virtual tokens that each query sees, [B or 1, 1, Q or 1, P] bool, or None for all.
 
-        In layers that share keys (Gemma 4) the queries may be only the last Q of the T columns.
+        In layers that share keys (Gemma 4), the queries may be those of only the last Q of the T tokens.
         """
         prefix, device = self.prefixes[site.role], query.device
         present = prefix.present(device, site.index)

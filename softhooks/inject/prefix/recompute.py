@@ -45,7 +45,7 @@ def _pays(prefix: KeyValues, key: Tensor) -> bool:
 
 
 def _keeps(part: Tensor) -> bool:
-    """Whether a tensor of the prefix keeps its value until the backward; an optimizer step may change a parameter before it."""
+    """Whether a tensor of the prefix keeps its value until the backward; an optimizer step may change a parameter before then."""
     base = part._base if part._is_view() else part
     return base is not None and not (base.is_leaf and base.requires_grad)
 

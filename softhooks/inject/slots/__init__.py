@@ -1,1 +1,1 @@
-"""Insert virtual tokens into the sequence, in columns that are called slots."""
+"""Insert virtual tokens into the sequence, at places that are called slots."""

@@ -1,7 +1,7 @@
 """Choose the values that per-token arguments, such as token types or bounding boxes, have at slots.
 
-A slot gets the value that the tokenizer gives to padding. Except for token types, a probe checks that the model uses this value
-if the argument is missing. The language of a slot is the language of its row.
+A slot gets the value that the tokenizer gives to padding. Except for token types, test forward passes check that the model uses
+this value if the argument is missing. The language of a slot is the language of its row.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _PADDED: dict[str, tuple[str, str | int]] = {
     "xpath_subs_seq": ("subs_pad_id", "max_depth"),
 }
 ZERO_AT_SLOTS = ("token_type_ids", "visual_pos_masks", "image_embeds_position_mask")
-"""Arguments that are 0 at a slot, which has the first token type and is not part of an image."""
+"""Arguments that are 0 at slots: a slot has the first token type and is not part of an image."""
 COPIED = ("langs",)
 """Arguments for which a slot has the value of the row's first token."""
 
 
 def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
-    """Return the known values of per-token arguments at slots, by name. All prompts must be disabled.
+    """Return the values of per-token arguments at slots, by name, if they are known. All prompts must be disabled.
 
     A value is known if passing it for every token of `ids` [1, T] leaves the states unchanged. Token types always get 0.
     """
@@ -62,7 +62,7 @@ def _state(stack: Stack, inputs: dict[str, Tensor]) -> Tensor | None:
 
 
 def fill(call: dict[str, Any], wide: Widened, fills: dict[str, int]) -> None:
-    """Add the slots' columns, in place, to the per-token arguments of a call; `fills` has the values of `find_fills`."""
+    """Insert the slots' values into the per-token arguments of a call, in place; `fills` is the result of `find_fills`."""
     columns, fills = wide.text.shape[1], {**dict.fromkeys(ZERO_AT_SLOTS, 0), **fills}
     for name, value in call.items():
         if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != columns:

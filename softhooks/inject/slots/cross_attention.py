@@ -1,4 +1,4 @@
-"""Let a decoder attend to an encoder's slots: extend the mask of cross-attention, and remove the slots from outputs."""
+"""Let a decoder attend to an encoder's slots: extend the cross-attention mask, and remove the slots from outputs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class CrossSlotPass(Pass):
                 "the decoder received encoder states without the prompt's slots; encoder and decoder must run with the same "
                 "prompts.",
                 "Let the model run its encoder itself, or call the encoder while the prompt is active.",
-                states=f"{states.shape[1]} columns",
-                mask="none" if given is None else f"{given.shape[-1]} columns and {slots.columns} slots",
+                states=f"{states.shape[1]} positions",
+                mask="none" if given is None else f"{given.shape[-1]} tokens and {slots.columns} slots",
             )
         self._wide = wide
         if given is not None or slots.uneven:
@@ -72,7 +72,7 @@ def strip_encoder_state(output: Any, encoder: Stack) -> Any:
 
 
 def _wide_of(states: Tensor, encoder: Stack) -> Widened | None:
-    """Return the map between text and slots for an encoder's states; None if the states have no slots."""
+    """Return where text and slots are in an encoder's states; None if the states have no slots."""
     written = note_on(states).slots or encoder.state.encoded
     wide = None if written is None else written.widened(states.shape[0])
     return wide if wide is not None and wide.columns == states.shape[1] else None

@@ -19,7 +19,7 @@ _WIDENED = {"input_ids", "attention_mask", "position_ids", *ZERO_AT_SLOTS}
 
 
 def flat_mask(mask: Any, batch: int, columns: int, device: torch.device) -> Tensor:
-    """Return the mask of the text's columns, [B, T] (ones if there is none); refuse a mask already prepared for attention."""
+    """Return the mask of the text, [B, T] (ones if there is none); refuse a mask already prepared for attention."""
     if mask is None:
         return torch.ones(batch, columns, dtype=torch.long, device=device)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != columns:
@@ -47,7 +47,7 @@ def mask_of_text(
 ) -> Tensor:
     """Return the mask of a call's text, one value per token, [B, T].
 
-    If the model has prepared the mask for attention, the caller's mask is returned. It must hide as much as the prepared mask.
+    If the model has prepared the mask for attention, the caller's mask is returned; it must hide as much as the prepared one.
     """
     given, flat = call.get("attention_mask"), padding_mask(call, outer)
     if given is not None and flat is None and outer is not None and outer.mask is None:
@@ -59,7 +59,7 @@ def mask_of_text(
 
 
 def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
-    """Refuse masks that the model has prepared if they show more than the caller's mask, such as later tokens of an image.
+    """Refuse masks that the model has prepared if they show more than the caller's mask, such as the later tokens of an image.
 
     Args:
         prepared: the prepared mask, [B, 1, T, K], bool (True: seen) or additive, or several masks by name.
@@ -81,7 +81,7 @@ def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
 
 
 def _more(mask: Tensor, flat: Tensor, causal: bool) -> Tensor:
-    """Return the columns that a prepared mask leaves visible but should hide: padding and, in a decoder, later columns."""
+    """Return the keys that a prepared mask shows but should hide: padding and, in a decoder, later tokens."""
     queries = mask.shape[-2]
     seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[..., -queries:]
     real = flat.to(seen.device).bool()[:, None, None, -queries:]
@@ -96,14 +96,14 @@ def refuse_later_text(gap: Tensor, live: Tensor, columns: int) -> None:
     last = torch.where(live, gap, 0).amax(-1)
     if bool((last > columns).any()):
         raise UnsupportedModeError(
-            f"the first chunk of the prefill, {columns} columns, has only padding in row {int(last.argmax())}; with slots, each "
+            f"the first chunk of the prefill, {columns} tokens, has only padding in row {int(last.argmax())}; with slots, each "
             "row must have its first token in the first chunk.",
             "Use a larger `prefill_chunk_size`, or a prompt that enters as keys and values (`prompt.injection`).",
         )
 
 
 def replace_lengths(call: dict[str, Any], batch: int, columns: int) -> None:
-    """Replace the `lengths` of the rows (XLM), which slots would change, with a mask; keep a mask that the call already has."""
+    """Remove XLM's argument `lengths`, which would be wrong with slots; convert it to a mask unless the call has one."""
     lengths = call.get("lengths")
     if not isinstance(lengths, Tensor) or lengths.shape != (batch,):
         return
@@ -120,7 +120,7 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
             continue
         if key.endswith("_position_ids") and not key.startswith("decoder_"):
             raise UnsupportedModeError(
-                f"the call has `{key}`, which refers to words by their columns; slots in the sequence change these columns.",
+                f"the call has `{key}`, which refers to words by their indices; slots in the sequence change these indices.",
                 f"Leave `{key}` out, or disable the prompt for this call.",
                 argument=f"{key} {list(value.shape)}",
             )
@@ -157,11 +157,11 @@ def has_positions_in_types(call: dict[str, Any], mask: Tensor) -> bool:
 
 
 def refuse_more_columns(output: Any, text: int, wide: int) -> None:
-    """Refuse an output with more states than columns, to which the stack may have added the states of an image (LayoutLMv3)."""
+    """Refuse an output with states other than those of tokens and slots, such as the states of an image in LayoutLMv3."""
     columns = last_hidden_state(output).shape[1]
     if columns not in (text, wide):
         raise UnsupportedModeError(
-            f"the model's backbone returns {columns} states for {wide} columns; with slots it must return one state per column.",
+            f"the model's backbone returns {columns} states for {wide} positions; with slots it must return one per position.",
             "Call the model with text only.",
             columns=f"{wide}, {wide - text} of them slots",
         )

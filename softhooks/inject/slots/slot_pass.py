@@ -1,7 +1,8 @@
 """Insert slots into the sequence: add placeholder ids, replace their embeddings, and remove their states from the output.
 
-This is used for encoders, for prompts that are not before the text, and for decoders that cannot share their prompt. Outside
-the stack, tensors have the columns of the text; only a decoder that attends to an encoder gets states with the encoder's slots.
+This is used for encoders, for prompts that are not before the text, and for decoders whose prompt cannot be shared by all rows.
+Outside the stack, tensors have the length of the text, without slots; only a decoder that attends to an encoder gets the states
+of the encoder's slots too.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ class SlotPass(Pass):
 
     Args:
         call: the arguments of the forward, by name; the slots are added in place.
-        placeholder: the id of an ordinary token, not of padding.
+        placeholder: the id to insert at slots if `slots.ids` is None; the id of an ordinary token, not of padding.
         keep: whether the slots stay in the last hidden state, for a decoder that attends to it.
 
     Attributes:
-        wide: which columns of the sequence with slots are text and which are slots; None if the slots are in a cache.
+        wide: where text and slots are in the sequence; None if the slots are in the cache.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class SlotPass(Pass):
         self._keep_states(call)
 
     def _keep_states(self, call: dict[str, Any]) -> None:
-        """Increase the call's `logits_to_keep` (Gemma 4) by the slots between or after the last text columns."""
+        """Increase the call's `logits_to_keep` (Gemma 4) by the number of slots between and after the tokens to keep."""
         asked = call.get("logits_to_keep")
         if isinstance(asked, int) and asked > 0:
             assert self.wide is not None
@@ -132,7 +133,7 @@ class SlotPass(Pass):
             set_position_ids(self.stack, call, ids, self.handles)
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
-        """Whether this call looks up token ids, not token types, which GPT-2 and CTRL look up in the same embedding."""
+        """Whether a call of the embedding looks up token ids; GPT-2 and CTRL also look up token types in it."""
         ids = self._ids
         if self._embeds_given:
             return False
@@ -141,7 +142,7 @@ class SlotPass(Pass):
         return torch.equal(args[0].flatten(), ids.flatten())
 
     def embed(self, output: Tensor) -> Tensor:
-        """Replace the embeddings of the slots' placeholder ids, [B, N, H]."""
+        """Replace the embeddings of the placeholder ids with those of the prompt, [B, N, H]."""
         if self.wide is None or output.shape[1] != self.wide.columns:
             return output
         self.has_injected = True
@@ -171,7 +172,7 @@ class SlotPass(Pass):
                 "that filled it (a `generate` call or decoding loop).",
                 "Use `placement='front'` if `prompt.injection` is then 'shared', or generate from the whole text without an "
                 "existing cache.",
-                cache=f"{past} columns, {slots} of them slots",
+                cache=f"{past} positions, {slots} of them slots",
                 call=f"{self.batch} rows, {self.columns} new tokens of {'unknown' if seen is None else seen} in all, "
                 f"{total} expected",
             )
@@ -198,7 +199,7 @@ class SlotPass(Pass):
         self.has_injected = True
 
     def _widened(self, places: Places, mask: Tensor) -> Widened:
-        """Map the columns of this batch. In a decoder, unused slots go to the left, because text is generated on the right."""
+        """Place the slots in this batch. In a decoder, unused slots go to the left, because text is generated on the right."""
         spare_first = self.stack.causal and not self.keep
         return widen(gaps(mask, places.offsets), places.live, mask.shape[1], spare_first=spare_first)
 

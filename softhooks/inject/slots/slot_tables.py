@@ -17,13 +17,13 @@ from softhooks.layout.template import COLUMN
 
 @dataclass
 class Slots:
-    """The prompts of a batch that enter as slots.
+    """The slots of a batch, and the prompts whose virtual tokens are inserted there.
 
     Attributes:
         tables: the embeddings of each prompt, [P, H].
         choice: the index of each row's prompt (None for a row without a prompt); None if every row has the first prompt.
-        given: the extra arguments of the forward.
-        searched: the number of columns passed to `generate`, in which layouts look for anchors; None if unknown.
+        given: the extra arguments of the forward, such as `soft_slots`, by name.
+        searched: the length of the text passed to `generate`; layouts look for anchors only in this text. None if unknown.
         ids: the placeholder ids of each prompt, [P], or None if the stack reads only embeddings.
     """
 
@@ -36,7 +36,7 @@ class Slots:
 
     @property
     def columns(self) -> int:
-        """The number of slots of the prompt with the most slots (S)."""
+        """The largest number of slots of a prompt (S)."""
         return max(layout.num_slots for layout in self.layouts)
 
     @property
@@ -49,12 +49,12 @@ class Slots:
         )
 
     def places(self, mask: Tensor, ids: Tensor | None) -> Places:
-        """Find where the slots are in a text, from its mask and ids, [B, T] each; ids are None for a text given as embeddings."""
+        """Find the places of the slots in a text from its mask and its ids (None if the call passes embeddings), [B, T] each."""
         batch, columns = mask.shape
         if self.searched is not None and any(layout.form.searches for layout in self.layouts):
             if columns < self.searched:
                 raise UnsupportedModeError(
-                    f"the first chunk has {columns} of {self.searched} columns; a layout that looks for anchors or for the end "
+                    f"the first chunk has {columns} of {self.searched} tokens; a layout that looks for anchors or for the end "
                     "of the text must get the whole text at once.",
                     "Leave `prefill_chunk_size` out.",
                 )
@@ -82,7 +82,7 @@ class Slots:
         return None if self.ids is None else self._stacked([ids[:, None] for ids in self.ids], like)[..., 0]
 
     def _stacked(self, tables: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Select the row of each slot from its prompt's table [P, N]. -> [1 or B, S, N]."""
+        """Select the row of each slot from its prompt's table. [P, N] -> [1 or B, S, N]."""
         each = [
             table if layout.form.table_rows == list(range(table.shape[0])) else table[layout.form.table_rows]
             for table, layout in zip(tables, self.layouts, strict=True)

@@ -15,10 +15,10 @@ _PER_COLUMN = ("last_hidden_state", "hidden_states", "attentions", "router_logit
 
 
 def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], keep_last: bool) -> Any:
-    """Remove the slots' columns from every per-column tensor of a stack's output.
+    """Remove the slots from every tensor of a stack's output that has an entry for each token.
 
     Args:
-        states: removes the slots from states, [B, N, H] -> [B, T, H].
+        states: the function that removes the slots from states, [B, N, H] -> [B, T, H].
         keep_last: whether the last hidden state keeps its slots.
     """
     if isinstance(output, Tensor):
@@ -32,7 +32,7 @@ def strip_output(output: Any, wide: Widened, states: Callable[[Tensor], Tensor],
 
 
 def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any:
-    """Strip a tensor by its shape: states [B, N, H], attentions [B, Hq, N, N] or router logits [B * N, E]; or a tuple of them."""
+    """Remove the slots from states [B, N, H], attentions [B, Hq, N, N], router logits [B * N, E], or a tuple of these."""
     if isinstance(value, (tuple, list)):
         return type(value)(_strip(item, wide, states) for item in value)
     if not isinstance(value, Tensor):
@@ -50,7 +50,7 @@ def _strip(value: Any, wide: Widened, states: Callable[[Tensor], Tensor]) -> Any
 
 
 def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], asked: int) -> Any:
-    """Select the last `asked` text columns in the output of a stack that computes only its last states (`logits_to_keep`)."""
+    """Select the states of the last `asked` text tokens if the stack has computed only its last states (`logits_to_keep`)."""
     computed = last_hidden_state(output)
     last = states(functional.pad(computed, (0, 0, wide.columns - computed.shape[1], 0)))[:, -asked:]
     if isinstance(output, tuple):
@@ -60,7 +60,7 @@ def strip_last(output: Any, wide: Widened, states: Callable[[Tensor], Tensor], a
 
 
 def strip_attentions(output: Any, wide: Widened) -> Any:
-    """Remove the slots' columns from attentions over a cache, [B, Hq, T, K]; a sliding layer has only the last K columns."""
+    """Remove the slots' columns from attentions over a cache, [B, Hq, T, K]; a sliding layer has only the last K keys."""
 
     def strip(weights: Any) -> Any:
         if not isinstance(weights, Tensor):
