@@ -75,7 +75,7 @@ class PromptTracker(TrainerCallback):
 
 
 def table_of(words: list[list[Word]]) -> list[tuple[int, int, str, float]]:
-    """Return the rows of a table with the columns `WORDS`; virtual tokens and ranks are numbered from 0."""
+    """Return table rows with the columns `WORDS`; virtual tokens are numbered from 0, and the nearest word has rank 0."""
     return [
         (number, rank, word.token, round(word.cosine, 4))
         for number, row in enumerate(words)

@@ -16,7 +16,8 @@ def import_framework(module: str, name: str, extra: str | None = None) -> Any:
     Args:
         module: the full name of the module.
         name: the framework's name in the error message.
-        extra: the extra of softhooks that installs the framework, or None if its requirements conflict with softhooks.
+        extra: the extra of softhooks that installs the framework, or None if the framework's requirements conflict with
+            those of softhooks.
 
     Raises:
         SoftHooksError: the framework is not installed.
@@ -25,7 +26,7 @@ def import_framework(module: str, name: str, extra: str | None = None) -> Any:
         return import_module(module)
     except ImportError as error:
         remedy = (
-            f"Install {name} in its own environment, as its documentation says, and softhooks there too."
+            f"Install {name} in a separate environment, as its documentation describes, and install softhooks there too."
             if extra is None
             else f'Install it: pip install "softhooks[{extra}]".'
         )
@@ -33,7 +34,7 @@ def import_framework(module: str, name: str, extra: str | None = None) -> Any:
 
 
 def create_at_first_use(module: str, **makers: Callable[[], type]) -> Callable[[str], Any]:
-    """Return a `__getattr__` for a module that creates each class when it is first used.
+    """Return a module's `__getattr__`, which creates each class when it is first used.
 
     Args:
         module: the module's name.

@@ -13,7 +13,7 @@ from softhooks.prompt import SoftPrompt
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Remove the wrappers of DDP and `torch.compile`."""
+    """Return the module inside the wrappers of DDP and `torch.compile`."""
     while True:
         inner = getattr(module, "_orig_mod", None)
         if inner is None and isinstance(module, nn.parallel.DistributedDataParallel):
@@ -74,7 +74,8 @@ def outer_tensors(module: nn.Module, prompted: nn.Module) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(value, Tensor):
             raise TrainerError(
-                f"{name} in the state dict of {type(module).__name__} is {type(value).__name__}; only tensors can be saved."
+                f"{name} in the state dict of {type(module).__name__} is of type {type(value).__name__}; only tensors can be "
+                "saved."
             )
     return found
 

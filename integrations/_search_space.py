@@ -59,13 +59,13 @@ class Candidate:
             return self.make(length, **options)
         except TypeError as error:
             raise OptionError(
-                f"{getattr(self.make, '__name__', self.make)} does not accept the options that the candidate lists: {error}.",
+                f"{getattr(self.make, '__name__', self.make)} does not accept the options of the candidate: {error}.",
                 "See the documentation of the method for its options.",
                 options=", ".join(options) or "none",
             ) from error
 
     def suggest(self, trial: Any, name: str) -> Chosen:
-        """Let an Optuna trial choose the learning rate and, for each option with several values, one of them.
+        """Let an Optuna trial choose the learning rate and a value for each option that has several.
 
         The parameters of the trial are named `<candidate>.learning_rate` and `<candidate>.<option>`.
         """

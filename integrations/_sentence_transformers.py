@@ -1,8 +1,8 @@
-"""Make a sentence-transformers model (a "sentence model") call, save and load its inner transformers model with a prompt.
+"""Run, save and load the transformers model inside a sentence-transformers model (a "sentence model") with a prompt.
 
-A checkpoint of the sentence model holds only the trained tensors of the inner model. To resume, the library loads the checkpoint
-as a second sentence model, whose first module is a `TrainedTensors`, and copies the state dict of this second model into the
-model that is being trained.
+The transformers model is called the inner model. A checkpoint holds only its trained tensors. To resume, the library loads the
+checkpoint as a second sentence model, whose first module is a `TrainedTensors`, and copies the state dict of this second model
+into the model that is being trained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ._imports import import_framework
 logger = logging.getLogger(__name__)
 
 KIND = "softhooks.integrations.sentence_transformers.PromptedTransformer"
-"""The class in `modules.json` of the first module of a model that was saved with its prompt."""
+"""The class that `modules.json` names for the first module of a sentence model that was saved with its prompt."""
 
 FAMILIES = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 """The library's classes of models."""
@@ -41,7 +41,7 @@ def sentence_library() -> Any:
 
 
 def transformer_of(model: Any) -> Any:
-    """Return the module of a sentence model that contains its only transformers model.
+    """Return the module that contains the only transformers model of a sentence model.
 
     Raises:
         UnsupportedModelError: there is no such module, or its model cannot have a prompt.
@@ -183,7 +183,7 @@ def _add_base(model: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any)
 
 
 def wrap_sentence_model(model: Any) -> None:
-    """Make a sentence model call, save and load its inner model with the prompt. Calling it again does nothing."""
+    """Make a sentence model run, save and load its inner model with the prompt. Calling it again does nothing."""
     transformer = transformer_of(model)
     ModuleWrapper.of(transformer).freeze_others(model)
     _limit_text_length(transformer)
@@ -193,7 +193,7 @@ class ModuleWrapper:
     """Changes the first module of a sentence model until the last prompt of its inner model is removed.
 
     Args:
-        module: the first module, with the inner model as its `model`.
+        module: the first module; its attribute `model` is the inner model.
     """
 
     def __init__(self, module: Any) -> None:
@@ -246,7 +246,7 @@ def _refuse_pool(*_args: Any, **_kwargs: Any) -> NoReturn:
 
 
 def _limit_text_length(module: Any) -> None:
-    """Lower `max_seq_length` while the model has prompts, so that the text and the virtual tokens fit the model's positions."""
+    """Lower `max_seq_length` while the model has prompts, so that every text token and virtual token has a position."""
     prompted = require_prompted_model(module.model)
     slots = [prompt.layout.num_slots for prompt in prompted.prompts.values() if prompt.injection in ("slots", "shared")]
     limit, asked = prompted.structure.entry.positions.limit, module.max_seq_length
@@ -254,7 +254,8 @@ def _limit_text_length(module: Any) -> None:
         prompted.patches.keep(_TextLength(module, asked))
         module.max_seq_length = limit - max(slots)
         logger.warning(
-            "while the prompt is attached, texts are truncated to %d tokens instead of %d: its %d virtual tokens need positions",
+            "while the prompt is attached, texts are truncated to %d tokens instead of %d, because its %d virtual tokens take up "
+            "positions",
             module.max_seq_length,
             asked,
             max(slots),

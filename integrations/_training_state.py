@@ -21,8 +21,8 @@ class LivePrompt:
 
     Args:
         prompt: the attached prompt.
-        optimizer: an optimizer of exactly the prompt's parameters; the state cannot be loaded for an optimizer of another class.
-            With None, optimizers are not checked.
+        optimizer: an optimizer that holds exactly the prompt's parameters. A state that was saved with an optimizer of another
+            class cannot be loaded. If None, optimizers are not checked.
 
     Attributes:
         prompt: the prompt.
@@ -30,8 +30,8 @@ class LivePrompt:
 
     Raises:
         NotAttachedError: the prompt has been removed.
-        TrainerError: the prompt has no trainable parameters, the optimizer does not hold exactly those, or the model's
-            checkpoints already hold another prompt.
+        TrainerError: the prompt has no trainable parameters, the optimizer does not hold exactly the prompt's parameters, or
+            the model's checkpoints already hold another prompt.
     """
 
     def __init__(self, prompt: SoftPrompt, optimizer: Any = None) -> None:
@@ -57,14 +57,15 @@ class LivePrompt:
         return {name: tensor.detach() for name, tensor in self._saver.state().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the result of `state_dict`.
+        """Load a state that `state_dict` returned.
 
         Args:
             strict: ignored; all trained tensors must be present.
 
         Raises:
             NotAttachedError: the prompt has been removed.
-            TrainerError: the state belongs to another prompt, method, base or optimizer, or has no prompt; nothing is loaded.
+            TrainerError: the state contains no prompt, or belongs to another prompt, method, base or optimizer. Nothing is
+                loaded.
         """
         self.prompt._require_attached()
         if not all(isinstance(value, Tensor) for value in state_dict.values()):

@@ -1,18 +1,18 @@
-"""accelerate: checkpoints of an `Accelerator` that hold the prompt instead of the model.
+"""accelerate: `Accelerator` checkpoints that hold the prompt instead of the model.
 
-After `track`, `save_state` writes the prompt (for `softhooks.load`) and its live parameters instead of the model, in safetensors.
+After `track`, `save_state` writes the prompt (for `softhooks.load`) and its live parameters instead of the model, as safetensors.
 After `load_state`, the run resumes bit for bit. If a prepared module contains other tensors besides the prompted model, such as
 a head, these tensors are saved too. `accelerator.save_model` and the model's `save_pretrained` write only the prompt.
 
-Call `track` between `attach` and `prepare`, or at any later time in a single process. With several processes, all ranks start
-with the prompt of rank 0, and `save_state` and `load_state` check that all ranks have the same prompt.
+Call `track` between `attach` and `prepare`; in a single process, you can also call it later. With several processes, all ranks
+start with the prompt of rank 0, and `save_state` and `load_state` check that all ranks have the same prompt.
 
 These raise an error: DeepSpeed, FSDP and Megatron, because their checkpoints always contain the base (under FSDP2, train with
 the Trainer and SoftPromptCallback); `track` after `prepare` in several processes, because DDP would not synchronize the prompt;
 optimizers without the prompt's parameters; two prompts on one model; a checkpoint of another method, base or optimizer, before
-anything is loaded; `save_model` of a module with more than the prompted model, or without safetensors. Methods with parameters
-that are unused in some steps (`MultitaskPromptTuning(teachers="train")`, `LlamaAdapter(context_size=...)` without a
-context) need `DistributedDataParallelKwargs(find_unused_parameters=True)`.
+anything is loaded; `save_model` with `safe_serialization=False`, or for a module with tensors outside the prompted model. Under
+DDP, methods with parameters that are unused in some steps (`MultitaskPromptTuning(teachers="train")`,
+`LlamaAdapter(context_size=...)` without a context) need `DistributedDataParallelKwargs(find_unused_parameters=True)`.
 
 Example:
     from accelerate import Accelerator
@@ -82,8 +82,8 @@ def track(accelerator: Accelerator, prompt: SoftPrompt, *, check_frozen: bool = 
 
     Args:
         accelerator: the Accelerator.
-        prompt: the prompt to train. Prompts of other models are saved in the subdirectories `soft_prompt_1`, `soft_prompt_2`,
-            ... of the checkpoint, in the order in which they were tracked.
+        prompt: the prompt to train. The prompt that was tracked first is saved in the checkpoint's directory, and prompts of
+            other models in its subdirectories `soft_prompt_1`, `soft_prompt_2`, ..., in the order in which they were tracked.
         check_frozen: whether to check before each checkpoint that the base has not changed.
 
     Raises:
@@ -249,7 +249,7 @@ def _index_of(prompt: SoftPrompt, weights: list[dict[str, Tensor]]) -> int:
     raise TrainerError(
         f"{len(found)} of the {len(weights)} models that accelerate is about to write hold the prompt {prompt.name!r}; exactly "
         "one must hold it.",
-        "Make sure that no other hook of `register_save_state_pre_hook` removes the weights first.",
+        "Make sure that no other hook registered with `register_save_state_pre_hook` removes the weights first.",
     )
 
 

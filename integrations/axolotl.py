@@ -8,12 +8,12 @@
 The section is checked before anything is loaded. Checkpoints and the model saved at the end hold only the prompt.
 
 These raise an error: `rl`, `reward_model` and `process_reward_model`, which have not been tested with prompts; DeepSpeed; an
-`adapter` that would be frozen (`callback: {trainable: "*lora_*"}` trains it too); `relora`, `merge_lora` and `merge_method`; a
-model that already has a prompt.
+`adapter`, which would be frozen (unless `callback: {trainable: "*lora_*"}` trains it too); `relora`, `merge_lora` and
+`merge_method`; a model that already has a prompt.
 
-softhooks is not tested with the versions of transformers and peft that Axolotl requires. This module was written from the source
-of axolotl 0.19.0. Axolotl's plugin manager was run with this plugin, but Axolotl's training command was not: the tests call the
-hooks in the same order, with a real model and Trainer.
+softhooks is not tested with the versions of transformers and peft that Axolotl requires. This module is based on the source code
+of axolotl 0.19.0. Axolotl's plugin manager was run by hand with this plugin, but Axolotl's training command was not. The tests
+call the plugin's hooks in the order in which Axolotl calls them, with a real model and Trainer.
 
 Example:
     from transformers import Trainer, TrainingArguments
@@ -110,7 +110,7 @@ class _Hooks:
     """A plugin that trains a prompt.
 
     Attributes:
-        callback: the callback of the last Trainer, with the prompt as its `soft_prompt`.
+        callback: the callback of the last Trainer; its `soft_prompt` is the prompt.
     """
 
     callback: SoftPromptCallback | None = None

@@ -8,9 +8,9 @@ These raise an error: models that are not a `HuggingFaceModel` or already have a
 optimizers; an optimizer that holds other parameters when `fit` begins; checkpoints without this prompt, or with a prompt of
 another shape.
 
-Composer requires versions of torch and torchvision that conflict with softhooks. This module was written from the source of
-mosaicml 0.32.1, whose Trainer was run and resumed bit for bit on a tiny model, with substitutes for torchvision and mcli. The
-tests run without Composer; they send the documented events to the algorithm.
+Composer requires versions of torch and torchvision that conflict with softhooks. This module is based on the source code of
+mosaicml 0.32.1. Composer's Trainer was run by hand on a tiny model, with substitutes for torchvision and mcli, and resumed
+training bit for bit. The tests run without Composer; they send the documented events to the algorithm.
 
 Example:
     import softhooks
@@ -57,7 +57,7 @@ class _Events:
     """Attaches a prompt to the model of a Composer Trainer, and checks the prompt's gradient and the base.
 
     Args:
-        method: the method, with its options.
+        method: the method and its options, such as `PromptTuning(20)`.
         options: other arguments of `softhooks.attach`: `name`, `train_head`, `freeze_dropout`, `injection`.
     """
 
@@ -107,7 +107,7 @@ class _Events:
         model = getattr(state.model, "model", None)
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise TrainerError(
-                f"the Trainer's model is a {type(state.model).__name__}; to attach a prompt, it must be a HuggingFaceModel.",
+                f"the Trainer's model is a {type(state.model).__name__}; it must be a HuggingFaceModel.",
                 "Wrap the model in composer.models.HuggingFaceModel.",
             )
         for name in ("fsdp_config", "tp_config"):

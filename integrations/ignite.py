@@ -1,9 +1,10 @@
 """PyTorch-Ignite: a `Checkpoint` that holds the prompt instead of the model.
 
-`track` returns an object to save in a `Checkpoint`; training resumes from it bit for bit. The state of this object consists only
-of tensors, so loading it unpickles no class. `track` makes the Engine check the optimizer at the start of each run, the prompt's
-gradient before each step, and the base at the end of each run (the object's `report` holds the result). With several processes,
-all ranks start with the prompt of rank 0, and must end with equal prompts; call `attach` and `track` before `idist.auto_model`.
+`track` returns an object to save in a `Checkpoint`, from which training resumes bit for bit. The state of this object consists
+only of tensors, so loading the state unpickles no classes. `track` makes the Engine check the optimizer at the start of each
+run, the prompt's gradient before each step, and the base at the end of each run (the object's `report` holds the result). With
+several processes, all ranks start with the prompt of rank 0, and must end with equal prompts; call `attach` and `track` before
+`idist.auto_model`.
 
 These raise an error: an optimizer that does not hold exactly the prompt's parameters; a checkpoint of another method, base or
 optimizer, before anything is loaded; two prompts on one model; a prompt that is removed during a run.
@@ -55,7 +56,7 @@ def track(engine: Engine, prompt: SoftPrompt, optimizer: Optimizer, *, check_fro
     Args:
         engine: the Engine that trains the prompt.
         prompt: the attached prompt.
-        optimizer: an optimizer of exactly the prompt's parameters.
+        optimizer: the optimizer; it must hold exactly the prompt's parameters.
         check_frozen: whether to check at the end of each run that the base has not changed.
 
     Raises:

@@ -4,8 +4,7 @@
 module's optimizers. Checkpoints do not contain the base; next to each local checkpoint (`epoch=0-step=4.ckpt`) is a directory
 for `softhooks.load` (`epoch=0-step=4.prompt`). With `ckpt_path=`, training resumes bit for bit unless the model uses dropout,
 because Lightning saves no random state. Leave `strict_loading` at its default, so that only the base may be missing from a
-checkpoint.
-The callback adds only tensors to a checkpoint, so `torch.load(weights_only=True)` can read it.
+checkpoint. The callback adds only tensors to a checkpoint, so `torch.load(weights_only=True)` can read it.
 
 `LightningModule.load_from_checkpoint` creates a module without callbacks, and fails because the base is missing from the
 checkpoint. To make it restore the prompt, call this integration's `attach(self, method)` at the end of `__init__`; a
@@ -144,7 +143,7 @@ class _Callback:
     """Trains a soft prompt.
 
     Args:
-        method: the method, with its options.
+        method: the method and its options, such as `PromptTuning(20)`.
         attribute: the path of the model in the LightningModule; None if it is the only transformers model.
         name: the name of the prompt; each callback of a Trainer needs a different name.
         train_head, trainable, freeze_dropout: as in `softhooks.attach`.

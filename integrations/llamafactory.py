@@ -9,10 +9,10 @@ fine-tuning or LoRA (GaLore, APOLLO, BAdam, Muon, Adam-mini, LoRA+); `use_asft_l
 DeepSpeed.
 
 LLaMA-Factory requires an older version of transformers than softhooks supports. This module is based on the source code of
-llamafactory 0.9.5. Its training command was run by hand on a tiny model, and resumed training bit for bit; this required
-`DISABLE_VERSION_CHECK=1`, an environment without torchaudio, and `disable_gradient_checkpointing: true`, because LLaMA-Factory's
-gradient checkpointing fails under transformers 5.23. The tests run without LLaMA-Factory: they test which arguments are
-refused, and pass the callback to a Trainer of transformers.
+llamafactory 0.9.5. LLaMA-Factory's training command was run by hand on a tiny model, and resumed training bit for bit; this
+required `DISABLE_VERSION_CHECK=1`, an environment without torchaudio, and `disable_gradient_checkpointing: true`, because
+LLaMA-Factory's gradient checkpointing fails under transformers 5.23. The tests run without LLaMA-Factory: they test which
+arguments are refused, and pass the callback to a Trainer of transformers.
 
 Example:
     import softhooks
@@ -66,7 +66,7 @@ def run_exp(args: Mapping[str, Any], method: Method, **options: Any) -> SoftProm
 
     Args:
         args: LLaMA-Factory's arguments.
-        method: the method, with its options.
+        method: the method and its options, such as `PromptTuning(20)`.
         options: other arguments of `SoftPromptCallback`.
 
     Returns:

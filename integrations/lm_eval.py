@@ -1,7 +1,8 @@
 """lm-evaluation-harness: evaluate a model with its prompt.
 
-The model type `softhooks` is the harness's `HFLM` with one more argument, `prompt`: a directory, a Hub id or a PEFT checkpoint.
-With the prompt disabled, all scores equal HFLM's scores bit for bit. From a shell, with any of the harness's own options:
+The model type `softhooks` is the harness's `HFLM` with two more arguments: `prompt` (a directory, a Hub id or a PEFT checkpoint)
+and `strict`. With the prompt disabled, all scores equal HFLM's scores bit for bit. From a shell, with any of the harness's own
+options:
 
     python -m softhooks.integrations.lm_eval --model softhooks --model_args pretrained=NAME,prompt=DIR --tasks arc_easy
 
@@ -87,7 +88,7 @@ def require_plain_rows(prompt: SoftPrompt) -> None:
         found = f"the prompt needs {columns}, but the harness passes only token ids."
     else:
         return
-    remedy = "Use a prompt at the front of the text, and a multitask prompt only with one task."
+    remedy = "Use a prompt at the front of the text; a multitask prompt may have only one task."
     raise UnsupportedMethodError(found, remedy, method=prompt.method.kind)
 
 

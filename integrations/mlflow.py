@@ -3,8 +3,8 @@
 With `report_to="mlflow"`, the Trainer logs the prompt's metrics even without this callback. The callback adds to the
 Trainer's run:
 
-- the method, its options and the number of parameters, as parameters `soft_prompt.*` (truncated to MLflow's maximum length; the
-  full values are in the artifact's `soft_prompt.json`);
+- the method, its options and the number of trained parameters, as MLflow parameters `soft_prompt.*` (truncated to MLflow's
+  maximum length; the full options are in the artifact's `soft_prompt.json`);
 - at the end of training, the prompt's files as the artifact `soft_prompt`; load them with
   `softhooks.load(model, mlflow.artifacts.download_artifacts(run_id=..., artifact_path="soft_prompt"))`;
 - with a tokenizer, the words nearest to each virtual token, as `soft_prompt_words.tsv`;
@@ -15,9 +15,9 @@ MLflow writes to local files (`MLFLOW_TRACKING_URI=file:...`) only with `MLFLOW_
 `MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE=1` too: otherwise several threads of MLflow may try to create the same directory, and
 a metric is then lost ("Failed to log run data: File exists").
 
-An error is raised before the first step if no run is active, if `HF_MLFLOW_LOG_ARTIFACTS` is set (it would log every checkpoint
-as a `pyfunc` model, although it only holds a prompt), or if you pass a tokenizer and the prompt consists of keys and values or
-the model is sharded.
+An error is raised before the first step if no run is active, if `HF_MLFLOW_LOG_ARTIFACTS` is set (every checkpoint would be
+logged as a `pyfunc` model, although checkpoints hold only a prompt), or if you pass a tokenizer and the prompt consists of keys
+and values or the model is sharded.
 
 Versions tested: mlflow-skinny 3.17.2
 
@@ -93,7 +93,7 @@ class PromptArtifact(PromptTracker):
         _mlflow().log_params({f"{ABOUT}.{key}": _short(value) for key, value in about.items()})
 
     def _of_trial(self, state: TrainerState) -> str:
-        """Return the id of a trial's run, which is started first if the Trainer's reporter has not started it."""
+        """Return the id of a trial's run, and start the run if the Trainer's reporter has not done so."""
         mlflow, last = _mlflow(), self._run_id
         if last is not None and _active() == last:
             mlflow.end_run("FINISHED" if self._is_over else "FAILED")

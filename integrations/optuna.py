@@ -1,8 +1,9 @@
 """Optuna: search over methods, prompt lengths, initializations and learning rates.
 
 Define the search with a `PromptSpace`. Pass its `callback()` to a Trainer instead of a `SoftPromptCallback`, and the space itself
-as the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns. This
-can be the same model for all trials, because the base does not change. For your own study, use `space.objective(model, train)`.
+as the `hp_space` of `trainer.hyperparameter_search`. Each trial trains a new prompt on the model that `model_init` returns.
+`model_init` may return the same model each time, because the base does not change. For your own study, use
+`space.objective(model, train)`.
 
 Load the best prompt from its checkpoint (`checkpoint_of`), or apply its options to the Trainer (`settle`) and train again.
 
@@ -157,7 +158,7 @@ class PromptSpace:
         """Return an objective for `study.optimize` that attaches a new prompt in each trial and removes it at the end.
 
         Args:
-            model: the base of all trials.
+            model: the base model, which all trials share.
             train: a function `train(prompt, learning_rate, report)` that returns the trial's value. `report(value, step)`
                 reports an intermediate value, and ends the trial if the study prunes it.
             save_to: the directory in which each prompt is saved, as `trial-<number>`; None to save none.
@@ -217,7 +218,7 @@ class _SearchCallback(SoftPromptCallback):
 
 
 def checkpoint_of(best: Any, args: Any) -> Path:
-    """Return the path of the last checkpoint of a search's best run; `softhooks.load` can load it.
+    """Return the path of the best run's last checkpoint, which `softhooks.load` can load.
 
     Args:
         best: the result of `hyperparameter_search`.
@@ -240,7 +241,7 @@ def checkpoint_of(best: Any, args: Any) -> Path:
 def _concurrent(trial: Any) -> TrainerError:
     return TrainerError(
         f"trial {trial.number} started while another trial is running on the same Trainer or model.",
-        "Search with n_jobs=1; to search in parallel, let several processes share the study's storage.",
+        "Search with n_jobs=1; to search in parallel, run several processes that share the study's storage.",
     )
 
 

@@ -1,11 +1,11 @@
 """PEFT: convert prompts from a `PeftModel` in memory to softhooks and back.
 
-`from_peft` attaches the adapters of a `PeftModel` to a model without PEFT: prompt tuning, P-tuning, prefix tuning, multitask
-prompt tuning, CPT, LLaMA-Adapter and cartridges, with their trained heads. `to_peft` creates a `PeftModel` from prompts. In both
-directions, the logits of text without padding are the same. With padding, packed rows, caches and classification on decoders they
-differ, because PEFT computes them wrongly. You do not need this integration to read or write saved adapters (`softhooks.load`,
-`save_pretrained(..., as_peft=True)`, `softhooks convert`), or to train a prompt together with LoRA: attach the prompt to the
-`PeftModel`.
+`from_peft` converts the adapters of a `PeftModel` to prompts and attaches them to a model without PEFT: prompt tuning, P-tuning,
+prefix tuning, multitask prompt tuning, CPT, LLaMA-Adapter and cartridges, with their trained heads. `to_peft` creates a
+`PeftModel` from prompts. In both directions, the logits of text without padding are the same. With padding, packed rows, caches
+and classification on decoders they differ, because PEFT computes them wrongly. You do not need this integration to read or write
+saved adapters (`softhooks.load`, `save_pretrained(..., as_peft=True)`, `softhooks convert`), or to train a prompt together with
+LoRA (attach the prompt to the `PeftModel`).
 
 These raise an error, and neither model is changed. From PEFT: other kinds of adapters, such as LoRA; prefixes of
 encoder-decoders, because PEFT adds them only to the decoder; prompts in encoders that classify the first position, which is a
@@ -128,7 +128,7 @@ def read(peft_model: PeftModel, adapter: str) -> StoredPrompt:
 
 @contextmanager
 def _restored(peft_model: nn.Module) -> Iterator[None]:
-    """At the end, restore the parameters that PEFT changes when it reads them, such as the deltas of a CPT adapter."""
+    """On exit, restore the parameters that PEFT changes when it reads them, such as the deltas of a CPT adapter."""
     before = [(parameter, parameter.data) for parameter in peft_model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -240,7 +240,7 @@ def _require_base(prompts: list[SoftPrompt], model: nn.Module) -> None:
             f"the {type(model).__name__} already has "
             + (f"the prompts {others or sorted(prompted.prompts)}" if prompted is not None else "PEFT adapters")
             + "; PEFT can only wrap a model without them.",
-            "Load the base model again, or remove its other prompts and merge its LoRA.",
+            "Load the base model again, or remove its other prompts and merge its adapters.",
         )
     if model is own:
         return

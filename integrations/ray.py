@@ -1,12 +1,12 @@
 """Ray Train: a callback that reports a Trainer's checkpoints, which hold only a prompt, to Ray.
 
-With Ray's own `RayTrainReportCallback`, every worker copies the checkpoint into the same directory, possibly while the first
-worker is still writing it. With `ReportCallback`, workers wait until the checkpoint is complete; the first worker reports it, and
-the other workers add their random state. Like Ray's callback, `ReportCallback` reports a directory that contains the checkpoint
-as `checkpoint/`. A restarted run resumes bit for bit from the path that `last_checkpoint` yields.
+With Ray's own `RayTrainReportCallback`, every worker copies the checkpoint into the same directory, possibly before the first
+worker has finished writing the checkpoint. With `ReportCallback`, workers wait until the checkpoint is complete; the first worker
+reports it, and the other workers add their random state. Like Ray's callback, `ReportCallback` reports a directory that contains
+the checkpoint as `checkpoint/`. A restarted run resumes bit for bit from the path that `last_checkpoint` yields.
 
-A Trainer that saved no checkpoint raises an error. In a training loop without a Trainer, call `ray.train.report` with the
-directory that `prompt.save_pretrained` writes; if the loop must resume, use `softhooks.integrations.accelerate`.
+An error is raised if the Trainer has not saved the checkpoint. In a training loop without a Trainer, call `ray.train.report` with
+the directory that `prompt.save_pretrained` writes; if the loop must resume, use `softhooks.integrations.accelerate`.
 
 Example:
     import ray.train
@@ -48,7 +48,7 @@ from ._imports import import_framework
 __all__ = ["ReportCallback", "last_checkpoint"]
 
 CHECKPOINT = "checkpoint"
-"""The subdirectory of a reported directory that contains the Trainer's checkpoint."""
+"""The subdirectory that holds the Trainer's checkpoint in a reported directory."""
 
 
 class ReportCallback(TrainerCallback):
@@ -93,7 +93,7 @@ class ReportCallback(TrainerCallback):
 
 @contextmanager
 def last_checkpoint(start: Any = None) -> Iterator[str | None]:
-    """Yield the path of the last checkpoint that this run reported, also before a restart; None if there is none.
+    """Yield the path of the last checkpoint that this run has reported, including before a restart; None if there is none.
 
     Args:
         start: a checkpoint of another run (`result.checkpoint`), which is used if this run has not reported one.

@@ -12,8 +12,8 @@ prompt of a checkpoint onto the base.
 
 These raise an error: several inner transformers models (Router), a first module other than `Transformer`, backends other than
 torch, PEFT adapters, one prompt per row (`rows`), losses with their own parameters (SoftmaxLoss), multi-process pools,
-`torch_compile`, FSDP. DDP works. Inputs are padded, never packed. If virtual tokens and text together would
-exceed the model's positions, the text is truncated to fewer tokens than without a prompt.
+`torch_compile`, FSDP. DDP works. Inputs are padded, never packed. If virtual tokens and text together would need more positions
+than the model has, the text is truncated to fewer tokens than without a prompt.
 
 Versions tested: sentence-transformers 6.2.0
 
@@ -167,7 +167,7 @@ class SentencePromptCallback(SoftPromptCallback):
         self._around = FrozenRecord(model, lambda name: f".{CONTAINER}." not in name) if asked else None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check that only the prompt has changed, and that the best checkpoint was loaded if `args` ask for it."""
+        """Check that only the prompt has changed, and that the best checkpoint was loaded if `args` asks for that."""
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and self._saver is not None and not self._saver.loaded:
             raise TrainerError(

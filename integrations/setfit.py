@@ -4,7 +4,7 @@ With a differentiable head and `end_to_end=True`, the second phase trains the pr
 
 `model.save_pretrained(folder)` saves body, prompt and head; `SetFitModel.from_pretrained(folder, trust_remote_code=True)` loads
 them (without the flag, sentence-transformers refuses the body's first module). Checkpoints of the first phase hold only the
-prompt; `softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads them onto a new body.
+prompt; `softhooks.integrations.sentence_transformers.load_prompt(model.model_body, checkpoint)` loads it onto a new body.
 SetFit's Trainer does not support resuming.
 
 These raise an error: everything that `softhooks.integrations.sentence_transformers` refuses; aspect-based sentiment analysis,
@@ -103,7 +103,7 @@ def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
 
 
 class _Freeze:
-    """Replaces SetFit's method that freezes and unfreezes; in the body, it unfreezes only the parameters that it froze."""
+    """Replaces SetFit's method for freezing and unfreezing modules; in the body, unfreezes only parameters that it froze."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

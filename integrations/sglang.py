@@ -1,8 +1,8 @@
 """SGLang: requests that contain a soft prompt and text as input embeddings.
 
 SGLang does not support soft prompts, but its endpoint `/generate` accepts `input_embeds`, the embeddings of the whole input as
-lists of numbers, instead of token ids. Start the server with `--disable-radix-cache`, because that cache compares token
-ids. `embeddings` computes the embeddings of prompt and text together, and `request` builds the body of the request. From a
+lists of numbers, instead of token ids. Start the server with `--disable-radix-cache`, because the radix cache compares
+token ids. `embeddings` computes the embeddings of prompt and text together, and `request` builds the body of the request. From a
 shell: `softhooks export DIR --to sglang --model MODEL --text "..." --output OUT`.
 
 These raise an error: prompts that enter as keys and values or as a gated branch (prefix tuning, P-tuning v2, context tuning,
@@ -14,7 +14,7 @@ This module is based on SGLang's documentation and source code. The tests do not
 transformers generates the same tokens from the embeddings as with the prompt, and that the request has the fields that SGLang
 0.5.23 documents.
 
-Versions tested: none of SGLang; transformers 5.23.0
+Versions tested: transformers 5.23.0 (SGLang itself has not been run)
 
 Example:
     import json

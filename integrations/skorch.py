@@ -63,7 +63,7 @@ class PromptedModule(nn.Module):
 
     Args:
         model: a model without a prompt, or a function without arguments that returns one.
-        method: the method, with its options.
+        method: the method and its options, such as `PromptTuning(20)`.
         name, train_head, freeze_dropout: as in `softhooks.attach`.
 
     Attributes:
@@ -116,10 +116,10 @@ class PromptedModule(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the result of `state_dict`.
+        """Load a state dict that `state_dict` returned.
 
         Raises:
-            TrainerError: the state belongs to another prompt, method or base; nothing is loaded.
+            TrainerError: the state dict belongs to another prompt, method or base; nothing is loaded.
         """
         of_prompt = {name.removeprefix(_BASE): v for name, v in state_dict.items() if name.startswith(_BASE)}
         others = {name: value for name, value in state_dict.items() if not name.startswith(_BASE)}
@@ -176,7 +176,7 @@ def _make(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     made = model if isinstance(model, nn.Module) else model() if callable(model) else None
     if not isinstance(made, nn.Module):
         raise OptionError(
-            f"`model` is {type(model).__name__}{f', which returns {type(made).__name__}' if callable(model) else ''}; a "
+            f"`model` is of type {type(model).__name__}{f' and returns {type(made).__name__}' if callable(model) else ''}; a "
             "PromptedModule takes a model or a function that returns one.",
             "Pass `module__model=model`, or `module__model=functools.partial(AutoModel.from_pretrained, path)`.",
         )

@@ -1,8 +1,8 @@
 """TRL: prompts in SFT, DPO, KTO, Reward, GRPO and RLOO trainers, with `callbacks=[SoftPromptCallback(method)]`.
 
 DPO and KTO compare the policy with a reference model. `reference(model)` is the same model without its prompt, and needs no extra
-memory. Without it, TRL loads a second copy of the model; with `precompute_ref_log_probs=True`, TRL runs the policy instead, with
-the prompt disabled. GRPO and RLOO generate with the prompt.
+memory. If you pass no `ref_model`, TRL loads a second copy of the model; with `precompute_ref_log_probs=True`, it runs the policy
+instead, with the prompt disabled. GRPO and RLOO generate with the prompt.
 
 In packed rows (`bfd`, `bfd_split`) and padding-free rows, every document gets the prompt, with sdpa or eager attention. `wrapped`
 rows may split documents; each row gets the prompt once.

@@ -13,7 +13,7 @@ server would treat as two inputs; models that scale their embeddings, except Gem
 The tests do not run vLLM: they check that transformers generates the same tokens from the embeddings as with the prompt, and
 that the request has the fields that vLLM 0.33.0 documents.
 
-Versions tested: vllm 0.32.0 (embeddings), transformers 5.23.0
+Versions tested: vllm 0.32.0 (`embeddings`, by hand on a CPU), transformers 5.23.0
 
 Example:
     import json

@@ -64,13 +64,14 @@ def attach(
 
     Args:
         model: any transformers model that embeds tokens, with or without LoRA from PEFT.
-        method: the method, with its options.
+        method: the method and its options, such as `PromptTuning(20)`.
         name: the prompt's name; a model can have several prompts.
         train_head: train a copy of a newly initialized task head (`score`, `classifier`, `qa_outputs`, ...) with the prompt.
         trainable: name patterns, such as `*lora_*`, of other parameters to train with the prompt.
         freeze_dropout: disable the backbone's dropout during training.
         injection: how the prompt enters the model; see `SoftPrompt.injection`. The default is the fastest injection that is
-            exact for the model. Model calls that `shared` does not support use `slots`, or fail if you pass 'shared'.
+            exact for the model. If that is 'shared', model calls that it does not support use 'slots' instead; if you pass
+            'shared', they raise an error.
         train_added_tokens: train copies of the embeddings of added tokens, and save them with the prompt. Pass the token ids,
             the tokenizer to which tokens were added, or True for all tokens that `resize_token_embeddings` has added since the
             model was created or loaded. The model's own embeddings do not change.
@@ -108,7 +109,7 @@ def attach_prompt(
     injection: Injection | None,
     frozen_record: bool,
 ) -> SoftPrompt:
-    """Attach a new or a stored prompt; see `attach`. If `frozen_record` is True, hash the frozen tensors for `verify_frozen`."""
+    """Attach a new or stored prompt; see `attach`. If `frozen_record` is True, hash the frozen tensors for `verify_frozen`."""
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)
     refuse_peft_prompts(model)
@@ -173,7 +174,7 @@ def _check_attached(prompt: SoftPrompt, injection: Injection | None, source: Pro
 
 
 def _all_off(prompted: PromptedModel | None) -> AbstractContextManager[object]:
-    """Disable the prompts that are already attached."""
+    """Return a context manager that disables the prompts that are already attached."""
     return nullcontext() if prompted is None else Block(prompted.model, off=True)
 
 

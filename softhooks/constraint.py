@@ -1,4 +1,4 @@
-"""Constraints on parameters of prompt encoders. A hook on all torch optimizers applies them after each step."""
+"""Constraints on the parameters of prompt encoders. A hook on all torch optimizers applies them after each step."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def load(
     Raises:
         CheckpointError: there is no prompt, or its file is damaged or inconsistent.
         PromptMismatchError: the prompt does not fit the model, or was trained with another base model.
-        AttachError: the prompt fits but cannot be attached. After any error the model is unchanged.
+        AttachError: the prompt fits the model but cannot be attached to it. After any error the model is unchanged.
     """
     stored = find(path, revision, token)
     if stored.also_trained:
@@ -81,7 +81,7 @@ def attach_stored(
     strict: bool = True,
     parts: Sequence[StoredPrompt] = (),
 ) -> SoftPrompt:
-    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges that it was joined from, if any."""
+    """Attach a prompt that was read from a file; see `load`. `parts` are the cartridges that it consists of, if any."""
     method = method_of(stored)
     prompt = attach_prompt(
         model,

@@ -22,15 +22,15 @@ METHODS: dict[str, type[Method]] = {}
 """The registered methods by `kind`. Importing `softhooks.methods` registers the methods of softhooks."""
 
 COLUMN_METHODS: dict[str, list[str]] = {}
-"""For each batch column, the registered methods that use it, each with the options that this requires."""
+"""For each batch column, the registered methods that use it, each followed by the options with which it does so."""
 
 
 @dataclass(frozen=True)
 class Method:
     """A method of soft prompt tuning, with its options.
 
-    The encoder that a method builds computes the prompt as named tensors, called groups; see `PromptEncoder`. A site is an
-    attention module that keys and values can enter; see `Site`.
+    A method builds an encoder, which computes the prompt as one or more named tensors, called groups; see `PromptEncoder`. A site
+    is an attention module to which keys and values can be added; see `Site`.
 
     Args:
         num_virtual_tokens: the number of virtual tokens (P).
@@ -102,7 +102,7 @@ class Method:
         """Raise an error if the method does not support the model or the chosen injection."""
 
     def sites(self, stack: Stack, role: Role) -> list[Site]:
-        """Return those attention modules of a stack that the prompt enters, in the order of their parts in its tensors."""
+        """Return the attention modules of a stack that the prompt enters, in the order of their slices of its tensors."""
         return stack.sites_of(role)
 
     def table_slices(self, structure: ModelStructure, group: str) -> list[TableSlice]:

@@ -169,7 +169,7 @@ class SoftPrompt(AttachedPrompt):
         )
 
     def _fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the base model, without the embeddings of added tokens that the prompt trains."""
+        """Return the fingerprint of the base model, excluding the embeddings of the added tokens that the prompt trains."""
         prompted, added = self.prompted_model, self.added
         # No rank of a sharded model has whole weights, so its fingerprint was taken in `attach`.
         kept = prompted.fingerprint if is_sharded_model(prompted.model) else None

@@ -14,17 +14,17 @@ from softhooks.constraint import watch
 from softhooks.errors import UnsupportedModeError
 
 EMBEDDINGS = "embeddings"
-"""The name of the only group in a prompt of embeddings."""
+"""The name of the only group of a prompt whose virtual tokens are embeddings."""
 
 
 class PromptEncoder(nn.Module):
     """A module that computes a prompt.
 
-    A prompt consists of one or more tensors, called groups. Subclasses list their names in `groups`, and compute each of them in
-    `forward`. A prompt of embeddings has the group `embeddings`. A prompt of keys and values has the group `text` or, on
-    encoder-decoder models, `encoder` and `decoder` (self-attention) and `cross` (cross-attention). Subclasses can override the
-    other methods to use different variants of the prompt in a batch, to hide virtual tokens from some rows, or to constrain the
-    parameters.
+    A prompt consists of one or more tensors, called groups. Subclasses list the names of the groups in `groups`, and compute each
+    group in `forward`. If the virtual tokens are embeddings, the only group is `embeddings`. If they are keys and values, the
+    only group is `text`; on encoder-decoder models, the groups are `encoder` and `decoder` (self-attention) and `cross`
+    (cross-attention). Subclasses can override the other methods to use several variants of the prompt in a batch (such as one
+    for each task), to hide virtual tokens from some rows, or to constrain the parameters.
     """
 
     groups: tuple[str, ...] = ()
@@ -127,6 +127,6 @@ def require_column(given: dict[str, Tensor], name: str, reason: str) -> Tensor:
             f"the call has no `{name}`, which this prompt needs in every call of the model.",
             f"Add a column `{name}` to the batch, or pass it to the model.",
             because=reason,
-            given=", ".join(given) or "no batch column of a prompt",
+            given=", ".join(given) or "no batch columns",
         )
     return given[name]

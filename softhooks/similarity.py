@@ -51,8 +51,8 @@ def most_similar(
     foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}
     if foreign:
         raise PromptMismatchError(
-            "some prompts do not have the embedding size of the prompt `to`, so they belong to another base model.",
-            "Leave these prompts out.",
+            "some prompts and the prompt `to` have different embedding sizes, so they belong to different base models.",
+            "Remove these prompts from `prompts`.",
             to=f"width {list(goal.shape)}",
             prompts=foreign,
         )

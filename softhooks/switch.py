@@ -17,7 +17,7 @@ from softhooks.runtime.with_blocks import Block
 def activate(model: nn.Module, name: str) -> SoftPrompt:
     """Activate one prompt of a model and deactivate all others, in every thread.
 
-    An inactive prompt keeps its gradients until `zero_grad`, so that one optimizer step can train several prompts.
+    An inactive prompt keeps its gradients until `zero_grad`, so one optimizer step can train several prompts.
 
     Raises:
         NotAttachedError: the model has no prompt with this name.

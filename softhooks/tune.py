@@ -41,7 +41,7 @@ def tune(
     prompt is removed without being saved.
 
     Args:
-        method: the method, with its options.
+        method: the method and its options, such as `PromptTuning(20)`.
         save_to: the directory to save the prompt to, or None to save nothing.
         name: the name of the prompt on the model.
         model: the name of the function's parameter for the model, or None for the first argument that is a module.

@@ -85,7 +85,7 @@ def _added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]
 
 
 def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Container[int]) -> None:
-    """Warn about added rows, except those with the ids in `own`, which are trained with the prompt."""
+    """Warn about added rows, except those whose ids are in `own`, which are trained with the prompt."""
     added = _added_rows(model, structure, own)
     if added:
         warnings.warn(
@@ -100,7 +100,7 @@ def warn_about_added_rows(model: nn.Module, structure: ModelStructure, own: Cont
 def log_unsaved_rows(
     prompt: object, name: str, model: nn.Module, structure: ModelStructure, own: Container[int]
 ) -> None:
-    """Log a warning, once per prompt, if its file lacks added rows; the file contains only those with the ids in `own`."""
+    """Log a warning, once per prompt, if the prompt's file lacks added rows; it contains only those whose ids are in `own`."""
     if prompt in _warned:
         return
     missing = _added_rows(model, structure, own)
@@ -126,7 +126,7 @@ def require_vocabulary(rows: Any, structure: ModelStructure, source: str) -> Non
 
     Args:
         rows: the vocabulary size of that base model; if it is not an int, nothing is checked.
-        source: the prompt's name in errors.
+        source: the prompt's name, for error messages.
     """
     if type(rows) is int and structure.vocabulary < rows:
         raise PromptMismatchError(

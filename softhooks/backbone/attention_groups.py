@@ -10,7 +10,10 @@ from softhooks.errors import UnsupportedMethodError
 
 
 def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self", "cross"]]]:
-    """Return each group's stack and kind of attention; the groups are `text`, or `encoder`, `decoder` and `cross`."""
+    """Return each group's stack and kind of attention, keyed by the group's name.
+
+    The groups are `text` or, in an encoder-decoder, `encoder`, `decoder` and `cross`.
+    """
     groups: dict[str, tuple[Stack, Literal["self", "cross"]]] = {}
     for stack in structure.stacks:
         groups[stack.name] = (stack, "self")
@@ -20,7 +23,7 @@ def groups_of(structure: ModelStructure) -> dict[str, tuple[Stack, Literal["self
 
 
 def require_sites(structure: ModelStructure) -> None:
-    """Raise an `UnsupportedMethodError` if keys and values cannot enter one of the stacks."""
+    """Raise an `UnsupportedMethodError` if the model has a stack that keys and values cannot enter."""
     for stack in structure.stacks:
         if stack.injection is None:
             raise UnsupportedMethodError(

@@ -84,7 +84,7 @@ def current_pass(module: nn.Module) -> RunningPass | None:
 
     Raises:
         PromptNotReachedError: a prompt is active, but its hooks did not run.
-        UnsupportedModeError: a prompt is active, and another thread, but not this one, is running the model.
+        UnsupportedModeError: a prompt is active, but the model is running in another thread.
     """
     site: Site | None = module.__dict__.get(MARK)
     if site is None:
@@ -107,7 +107,7 @@ def current_pass(module: nn.Module) -> RunningPass | None:
 
 
 def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
-    """Mark every attention module that keys and values can enter, and replace the forward of those with inline attention."""
+    """Mark every attention module that keys and values can enter; if it computes attention inline, also replace its forward."""
     for stack in stacks:
         for site in stack.sites:
             if not site.shared_sites or site is site.shared_sites[0]:
@@ -118,7 +118,7 @@ def mark_sites(stacks: Iterable[Stack], patches: Patches) -> None:
 
 @contextmanager
 def wrapped_functions(modules: Iterable[nn.Module]) -> Iterator[Patches]:
-    """Wrap the attention functions while the `with` block runs; yield a `Patches` object that is undone after the block."""
+    """Wrap the attention functions while the `with` block runs; yield a `Patches` object whose patches are undone after it."""
     with Patches() as patches:
         users.add(patches, modeling_files(modules))
         try:

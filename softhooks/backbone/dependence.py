@@ -27,7 +27,7 @@ def reads_ids(model: nn.Module, structure: ModelStructure) -> bool:
 
 
 def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
-    """Whether two texts with different ids but the same embeddings have different states."""
+    """Whether two inputs with different ids but the same embeddings produce different states."""
     stack, vocabulary = structure.entry, structure.vocabulary
     ordinary = ordinary_ids(model, stack, vocabulary)
     if len(ordinary) < 2:
@@ -81,12 +81,12 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
 def change_before(
     module: nn.Module, column: int, forwards: Sequence[Callable[[], object]], state: StackState | None = None
 ) -> float:
-    """Return the largest difference between the states of two texts before token `column`, relative to the largest value.
+    """Return the largest difference between the states of two inputs before token `column`, relative to the largest value.
 
     Args:
         module: the module that returns the states.
-        column: the index of the first token in which the texts differ.
-        forwards: functions that run the model on one text each, or one function that runs it on both as two rows of a batch.
+        column: the index of the first token at which the inputs differ.
+        forwards: two functions that each run the model on one input, or one that runs it on both as two rows of a batch.
         state: as in `recorded_states`.
     """
     rows: list[Tensor] = []
@@ -99,5 +99,5 @@ def change_before(
 
 
 def is_rounding(change: float, dtype: torch.dtype) -> bool:
-    """Whether a relative change is small enough to come from summing floating-point numbers in another order."""
+    """Whether a relative change is small enough to come from summing floating-point numbers in a different order."""
     return change <= max(1e-5, 8 * torch.finfo(dtype).eps)

@@ -1,7 +1,7 @@
 """Find the text backbone of a model, with its attention and positions, by running the model on probe inputs.
 
-Module names and configs are unreliable: `OPTForCausalLM` bypasses its `base_model`, and in one architecture out of eight the
-config implies wrong head sizes.
+Module names and configs are unreliable: `OPTForCausalLM` bypasses its `base_model`, and in one architecture out of eight,
+the config implies the wrong head sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from softhooks.errors import UnsupportedModelError
 
 
 def examine(model: nn.Module) -> ModelStructure:
-    """Find the stacks of a model with probe forwards of four tokens; raise an `UnsupportedModelError` if there are none."""
+    """Find a model's stacks (text backbones) by running it on four tokens; raise an `UnsupportedModelError` if it has none."""
     vocabulary = _vocabulary(model)
     with eval_mode(model), probing(model):
         ids = probe_ids(model, vocabulary, columns=4)
@@ -149,7 +149,7 @@ def _stack(model: nn.Module, name: StackName, ids: Tensor, runs: _Runs) -> Stack
 
 
 def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
-    """Return the child whose first hidden state is the pooler's only input (ALBERT), or None if there is no such pooler."""
+    """Return the child whose state for the first token is the pooler's only input (ALBERT); None if there is no such pooler."""
     pooler = next((n for n, call in enumerate(calls) if call.module is getattr(module, "pooler", None)), None)
     if pooler is None or not calls[pooler].inputs or calls[pooler].inputs[0].dim() != 2:
         return None
@@ -158,10 +158,10 @@ def _pooled(module: nn.Module, calls: list[ModuleCall]) -> nn.Module | None:
 
 
 def _is_causal(model: nn.Module, module: nn.Module, ids: Tensor, name: str, max_columns: int | None) -> bool:
-    """Whether changing later tokens leaves earlier states unchanged, in a long text or, if the model fails on that, a short one.
+    """Whether changing later tokens leaves earlier states unchanged, on a long input or, if the model fails on it, a short one.
 
     Args:
-        ids: the short text, on which the model is known to run.
+        ids: the short input, on which the model is known to run.
         max_columns: the number of positions of the stack, or None if it is unknown.
     """
     columns, column = probe_length(module, max_columns)

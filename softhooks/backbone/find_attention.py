@@ -69,7 +69,7 @@ def find_sites(stacks: list[Stack], ids: Tensor, attention: list[AttentionRecord
 
 
 def _sites(stack: Stack, records: list[AttentionRecord], encoded: int) -> list[Site]:
-    """Make a `Site` for each attention call. In a decoder, a call with `encoded` keys is cross-attention."""
+    """Make a `Site` for each attention call. In a decoder, a call whose number of keys is `encoded` is cross-attention."""
     sites: list[Site] = []
     shared: dict[int, list[Site]] = {}
     count: dict[Role, int] = {"self": 0, "cross": 0}
@@ -130,7 +130,7 @@ def _find_windows(stack: Stack, inputs: dict[str, Tensor]) -> None:
 
 
 def _inline_records(stack: Stack, inputs: dict[str, Tensor]) -> list[AttentionRecord]:
-    """Run a stack, recompute each inline attention with the rewritten forward, and record the calls of its attention function.
+    """Run a stack, recompute each inline attention with the rewritten forward, and record that forward's attention calls.
 
     Returns:
         the calls, or an empty list if a result differs from the module's own: softhooks then does not support the module.

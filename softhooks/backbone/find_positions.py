@@ -1,4 +1,4 @@
-"""Find out which positions a stack gives to its tokens, by observing its position table and by passing `position_ids`.
+"""Find out which positions a stack gives to its tokens by observing its position tables and passing `position_ids`.
 
 Names and configs are unreliable here: positions start after a padding index (RoBERTa, Luke), at an offset (OPT, Nystromformer)
 or where the outer model chooses (PaliGemma); some position tables are buffers (M2M100); some forwards ignore `position_ids`.
@@ -74,7 +74,7 @@ def _start(probe: _Probe, plain: _Forward, counted: Tensor) -> int | None:
     """Find the position id of the first token: passing `position_ids` that count up from it leaves the states unchanged.
 
     Returns:
-        the id, or None if none is found or the states stay unchanged with other ids too: the stack then ignores `position_ids`.
+        the id, or None if none is found or if other ids leave the states unchanged too (the stack ignores `position_ids`).
     """
     if isinstance(plain.position_ids, Tensor):
         return int(plain.position_ids.flatten()[0])

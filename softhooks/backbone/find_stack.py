@@ -1,7 +1,7 @@
 """Find the text backbone (stack) of a model from module outputs in probe forwards, not from module names or classes.
 
-A stack looks up token ids in an embedding and returns one state per token, which depends on other tokens too. An embedding layer
-also returns one state per token, but each depends only on its own token.
+A stack looks up token ids in an embedding and returns one state per token; each state depends on other tokens too. An embedding
+layer also returns one state per token, but each depends only on its own token.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 # --- choosing the stack among the calls -------------------------------------------------------------------------------
 
-_ADAPTERS = "No prompt can enter this model; tune it with adapters on its weights, such as LoRA."
+_ADAPTERS = "No prompt can enter this model; tune its weights with adapters such as LoRA."
 
 
 def find_stack(

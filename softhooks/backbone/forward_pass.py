@@ -17,7 +17,7 @@ CheckAttention = Callable[[Site, AttentionFunction, tuple[Any, ...], dict[str, A
 
 
 def function_name(attention: AttentionFunction) -> str:
-    """Return the name of an attention function, or of its class if it is an object. The name tells which masks are accepted."""
+    """Return the name of an attention function, or of its class if it is an object. The name tells which masks it accepts."""
     while isinstance(attention, functools.partial):
         attention = attention.func
     return str(getattr(attention, "__name__", type(attention).__name__))
@@ -32,10 +32,10 @@ class Pass:
     Attributes:
         thread: the id of the thread that runs the forward. Other threads do not see the pass.
         has_begun: whether the stack's forward has begun. Any later call of the stack is nested in it.
-        has_injected: whether the prompt has entered. If it is still False when the forward ends, an error is raised.
+        has_injected: whether the prompt has been injected. If it is still False when the forward ends, an error is raised.
         handles: the handles of hooks that are registered for this forward only.
         provenance: returns the state of the prompts, which is stored with caches and encoder states.
-        check_attention: called with the arguments of `attend` before each attention function; may refuse the call.
+        check_attention: called with the arguments of `attend` before each attention function; may raise an error.
         calls: for each module that several layers share, the number of its calls so far, by role and index of its first site.
     """
 
@@ -88,7 +88,7 @@ class Pass:
         return []
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
-        """Return a new output for a linear layer of the stack, or None to keep it. Only some methods hook linear layers."""
+        """Return a new output for a linear layer of the stack, or None to keep `output`. Only some methods hook linear layers."""
         return None
 
     def leave(self, output: Any) -> Any:

@@ -35,7 +35,7 @@ def is_causal_lm(model: nn.Module, structure: ModelStructure) -> bool:
 
 
 def find_heads(model: nn.Module, structure: ModelStructure) -> dict[str, nn.Module]:
-    """Find the newly initialized heads of a task model, by path, including a pooler next to a classifier (DeBERTa)."""
+    """Return the newly initialized heads of a task model, keyed by path, including a pooler next to a classifier (DeBERTa)."""
     inside = {id(module) for stack in structure.stacks for module in stack.module.modules()}
     prompts = model._modules.get(CONTAINER)
     inside |= {id(module) for module in prompts.modules()} if prompts is not None else set()
@@ -99,7 +99,7 @@ def run_heads_by_row(
     Args:
         heads: the heads of the prompts, with None for a prompt without a head.
         rows: the index of each row's prompt, or None for a row without a prompt.
-        base: the output of the model's own head, which all other rows keep.
+        base: the output of the model's own head; rows without a prompt, or whose prompt has no head, keep it.
     """
     result = base
     for number, head in enumerate(heads):

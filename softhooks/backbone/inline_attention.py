@@ -41,7 +41,7 @@ def inline_attention(
     """Compute attention as the model families in this file do.
 
     Args:
-        attention_mask: [B, 1, 1 or T, K], additive, or bool with True for keys that are seen.
+        attention_mask: [B, 1, 1 or T, K], additive, or bool with True for the keys to attend to.
         position_bias: added to the scores, [1 or B, Hq, T, K].
 
     Shape:
@@ -173,7 +173,7 @@ def _run(
 
 
 def inline_forward(site: Site, current_pass: Callable[[nn.Module], RunningPass | None]) -> Callable[..., Any]:
-    """Make a forward for the attention module of `site` in which the current pass computes the attention.
+    """Make a forward for the attention module of `site` that lets the current pass compute the attention.
 
     Args:
         current_pass: `attention_interface.current_pass`, passed here to avoid a circular import.

@@ -1,4 +1,4 @@
-"""Warn if prompt and text are longer than the rotary embeddings support: no error is raised, but the outputs get worse."""
+"""Warn if prompt and text together are longer than the rotary embeddings support: the model runs, but its outputs get worse."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
     positions.has_warned = True
     warnings.warn(
         format_message(
-            f"prompt and text together have {text + length} tokens, more than the positions that the model was trained for, "
-            "so its outputs get worse.",
+            f"prompt and text together have {text + length} tokens, more than the model was trained for, so its outputs "
+            "get worse.",
             "Truncate the text, use a shorter prompt, or scale the model's rotary embeddings (`rope_parameters`).",
             prompt=length,
             text=text,
@@ -77,7 +77,7 @@ def warn_beyond(positions: Positions, text: int, length: int) -> None:
 
 @contextmanager
 def without_position_warning(structure: ModelStructure) -> Iterator[None]:
-    """Suppress the warning in the `with` block, which runs the model on texts that the user did not choose."""
+    """Suppress the warning in the `with` block, which runs the model on inputs that the user did not choose."""
     with Patches() as patches:
         for stack in structure.stacks:
             patches.set(stack.positions, "has_warned", True)

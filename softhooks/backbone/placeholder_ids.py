@@ -56,7 +56,7 @@ def saved_placeholder_ids(
     Args:
         count: P.
         conventions: the options of the forward pass that were saved with the prompt, including the ids.
-        source: the prompt's name in messages.
+        source: the prompt's name, for messages.
         needed: whether the model's hidden states depend on ids. If so, and the file has no ids, warn and give all virtual
             tokens the id that older versions of softhooks used.
 

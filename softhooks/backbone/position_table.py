@@ -1,4 +1,4 @@
-"""Choose the positions whose embeddings a position table returns."""
+"""Choose the positions whose embeddings a position table (a module that embeds positions) returns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _FixedPositions:
         return functional.embedding(self._rows_for(asked), getattr(self._table.module, self._table.weight))
 
     def _rows_for(self, asked: Any) -> Tensor:
-        """Return a row for each token; tokens that the stack appends as padding (LED pads to whole windows) get the last one."""
+        """Return a table row per token; padding that the stack appends (LED pads to whole windows) gets the last token's row."""
         shape = asked.shape if isinstance(asked, Tensor) else asked  # a table is called with ids, or with their shape
         more = shape[1] - self._rows.shape[-1] if isinstance(shape, tuple) and len(shape) > 1 else 0
         if more <= 0:

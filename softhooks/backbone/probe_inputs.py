@@ -1,4 +1,4 @@
-"""Choose the token ids and lengths of texts for probe forwards."""
+"""Choose the token ids and lengths of the inputs for probe forwards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DISTANCES = ("window", "chunk", "compress", "conv", "kernel", "topk", "block", 
 
 
 def probe_ids(model: nn.Module, vocabulary: int, columns: int, seed: int = 0) -> Tensor:
-    """Make one row of ordinary ids, [1, columns]; the last is the model's `eos_token_id`, if it has one."""
+    """Make one row of ids, [1, columns]; none is special except the last, the model's `eos_token_id` (if it has one)."""
     config = getattr(model, "config", None)
     inner = [own for own in vars(config).values() if hasattr(own, "to_dict")] if config is not None else []
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -51,7 +51,7 @@ def special_ids(config: Any) -> set[int | None]:
 
 
 def ordinary_ids(model: nn.Module, stack: Stack, vocabulary: int) -> list[int]:
-    """List, in ascending order, ids below 64 that are neither special ids in the configs nor an embedding's padding index."""
+    """List, in ascending order, the ids below 64 that are neither special ids in the configs nor an embedding's padding index."""
     special = {part.padding_idx for part in stack.module.modules() if isinstance(part, nn.Embedding)}
     config: Any = getattr(model, "config", None)
     for each in (config, text_config(config)):
@@ -67,7 +67,7 @@ def text_config(config: Any) -> Any:
 
 
 def decoder_ids(ids: Tensor) -> Tensor:
-    """Make decoder ids: the encoder ids in another order, because some heads require the same number of both."""
+    """Make decoder ids: the encoder ids in a different order, because some heads require the same number of ids for both."""
     return ids.roll(1, dims=-1)
 
 

@@ -18,8 +18,8 @@ FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, IndexErro
 """The errors that a model may raise in a forward that it does not support."""
 
 INSIDE = "Attach to a text model inside it, if one runs on token ids alone."
-OTHER_METHOD = "Use another method, if one can enter this model."
-"""Remedies that `softhooks.checks.remedies` replaces in an error with one that it has tried on the model."""
+OTHER_METHOD = "Use another method, if one works with this model."
+"""Remedies that `softhooks.checks.remedies` replaces, in an error, with ones that it has tried on the model."""
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class _UnsupportedModelModeError(UnsupportedModelError, UnsupportedModeError):
 def probing_with_prompt(model: nn.Module) -> Iterator[None]:
     """Turn errors in the `with` block, except `AttachError`, into `UnsupportedModelError`.
 
-    An error made from an `UnsupportedModeError` is an instance of both.
+    If the original error is an `UnsupportedModeError`, the new one is an instance of both classes.
     """
     try:
         with probing(model):

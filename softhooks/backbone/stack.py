@@ -146,7 +146,7 @@ class Stack:
         injection: how keys and values enter: through the attention function, inline attention or a cache; None if they cannot.
         slot_values: the value of each per-token argument at virtual tokens, by argument name; set when slots are used.
         compared_arguments: the non-tensor arguments of the forward in which `injection="shared"` was compared with `"slots"`.
-        pooled_module: the child module whose first hidden state is the pooler's only input, or None if there is no such pooler.
+        pooled_module: the child whose state for the first token is the pooler's only input; None if there is no such pooler.
         reads_ids: whether its states depend on token ids and not only on embeddings; None until measured.
         state: its running forward.
     """

@@ -1,4 +1,4 @@
-"""The running forward of a stack, and protocols for classes of other softhooks packages that it uses."""
+"""The running forward of a stack, and protocols for the classes from other softhooks packages that this module uses."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def embed_ids(structure: ModelStructure, ids: Tensor | Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def ids_of_rows(structure: ModelStructure, rows: Tensor) -> list[int | None]:
-    """For each row, find the first token id with exactly this embedding, or None. [P, H] -> P ids."""
+    """For each row, find the first token id whose embedding equals it exactly, or None. [P, H] -> P ids."""
     found: list[int | None] = [None] * len(rows)
     for start in range(0, structure.vocabulary, _CHUNK):
         ids = range(start, min(start + _CHUNK, structure.vocabulary))

@@ -36,7 +36,7 @@ class BaseModelInfo:
         width: the hidden size of the embeddings, H.
         vocabulary: the number of rows of the embedding matrix.
         sliding_window: whether the config sets a sliding window.
-        task: the `task_type` in PEFT's config, which does not name the class; None if PEFT did not write the prompt.
+        task: the `task_type` in PEFT's config, which does not name the model class; None if PEFT did not save the prompt.
     """
 
     class_name: str = ""
@@ -67,7 +67,7 @@ class BaseModelInfo:
 
     @classmethod
     def from_json(cls, value: dict[str, Any], source: str) -> BaseModelInfo:
-        """Read the facts from a saved prompt; values of a wrong type are ignored."""
+        """Read the facts from a saved prompt; values of the wrong type are ignored."""
         known = {name: value[key] for name, (key, kind) in _JSON.items() if type(value.get(key)) is kind}
         try:
             fingerprint = None if value.get("fingerprint") is None else Fingerprint.from_json(value["fingerprint"])

@@ -50,7 +50,7 @@ def is_readable(weight: Tensor) -> bool:
 
 
 def adapted_weights(model: nn.Module) -> dict[int, LoraWeight]:
-    """Find the weights that merging the active adapters would change, by `id`.
+    """Find the weights that merging the active adapters would change, keyed by `id(weight)`.
 
     The result is empty if an adapter is not plain LoRA on a linear layer (DoRA, LoHa, embeddings, biases, trainable tokens), or
     if a weight is quantized, sharded or offloaded: the merged values are then unknown.

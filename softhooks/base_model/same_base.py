@@ -15,11 +15,11 @@ from softhooks.base_model.take_fingerprint import take_fingerprint
 from softhooks.errors import PromptMismatchError
 
 _FINDINGS: dict[Finding, str] = {
-    "merged": "the model looks like the base model of the prompt with merged adapters (or with weights that were quantized and "
+    "merged": "the model looks like the prompt's base model with merged adapters (or with weights that were quantized and "
     "dequantized): embeddings, norms and biases are equal, but matrices differ",
-    "adapters": "the model is the base model of the prompt, but with different active adapters (LoRA) or without any",
-    "resized": "the model looks like the base model of the prompt with resized embeddings: only the vocabulary differs",
-    "tuned": "the model looks like a fine-tuned variant of the base model of the prompt: its weights are close, but not equal",
+    "adapters": "the model is the prompt's base model, but with different active adapters (LoRA) or without any",
+    "resized": "the model looks like the prompt's base model with resized embeddings: only the vocabulary differs",
+    "tuned": "the model looks like a fine-tuned variant of the prompt's base model: its weights are close, but not equal",
     "another": "the model is not the base model that the prompt was trained with: its weights are different",
 }
 _REMEDIES: dict[Finding, str] = {
@@ -31,11 +31,11 @@ _REMEDIES: dict[Finding, str] = {
     "another": "Load the prompt onto the base model that it was trained with;",
 }
 _QUANTIZED = (
-    "{source}: the model looks like the base model of the prompt with a different quantization ({before} in training, now "
+    "{source}: the model looks like the prompt's base model with a different quantization ({before} in training, now "
     "{after}). Its outputs with this prompt will be close to those in training, but not equal."
 )
 _CONVERTED = (
-    "{source}: the model looks like the base model of the prompt, converted to {precision} and back. Its outputs with this "
+    "{source}: the model looks like the prompt's base model, converted to {precision} and back. Its outputs with this "
     "prompt will be close to those in training, but not equal."
 )
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -59,9 +59,9 @@ def require_base(
 
     Args:
         base: the base model that the prompt was trained with.
-        source: the prompt's name in errors.
+        source: the prompt's name, for error messages.
         has_adapters: whether adapters were trained with the prompt; its file does not contain them.
-        override: how to skip the check; appended to errors.
+        override: how to skip the check; appended to error messages.
     """
     found = BaseModelInfo.of(model, structure)
     if base.fingerprint is None:

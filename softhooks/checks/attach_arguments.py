@@ -70,12 +70,12 @@ def too_long_error(length: int, limit: int, text: int) -> PromptTooLongError:
     Args:
         length: the number of virtual tokens.
         limit: the number of positions.
-        text: the number of text tokens that must fit.
+        text: the number of text tokens that need positions too.
     """
     most = max(limit - text, 0)
     return PromptTooLongError(
         f"{length} virtual tokens leave too few of the model's {limit} positions for text.",
-        f"Use at most {most} virtual tokens; with {most}, a text can have the remaining {limit - most} positions.",
+        f"Use at most {most} virtual tokens; with {most}, {limit - most} positions remain for text.",
         virtual_tokens=length,
         positions=limit,
         room_for=f"{most} virtual tokens and a text of {text} tokens, which `attach` needs for its checks",

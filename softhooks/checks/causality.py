@@ -47,7 +47,7 @@ def _change(prompt: SoftPrompt, stack: Stack, cut: int, call: dict[str, Tensor],
 
 
 def _calls(prompt: SoftPrompt, stack: Stack, number: int) -> tuple[int, dict[str, Tensor], dict[str, Tensor]] | None:
-    """Return a token's index, and the arguments of two calls whose ids are equal before this token; None if there are none."""
+    """Return a token's index, and the arguments of two calls whose ids differ only from this token on; None if none exist."""
     structure, layout = prompt.prompted_model.structure, prompt.layout
     length = layout.num_slots if prompt.method.enters != "branch" else 0
     short = probe_ids(prompt.model, structure.vocabulary, 2)

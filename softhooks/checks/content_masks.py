@@ -45,9 +45,9 @@ class _MaskPass(Pass):
 
 
 def require_common_masks(prompt: SoftPrompt) -> None:
-    """If the injection is "attention", check that two texts have the same masks and that no mask has a gradient.
+    """If the injection is "attention", check that two inputs get the same masks and that no gradient flows through a mask.
 
-    Without the check of gradients, masks that are equal by chance in a model with random weights would pass.
+    Without the gradient check, a model with random weights would pass if its masks happened to be equal.
     """
     stack = prompt.prompted_model.structure.entry
     if prompt.injection != "attention":
@@ -72,7 +72,7 @@ def require_common_masks(prompt: SoftPrompt) -> None:
 
 
 def _pass(prompt: SoftPrompt, stack: Stack, columns: int, seed: int) -> _MaskPass:
-    """Run the model on a text without the prompt; if the model needs more than ids, run only the stack."""
+    """Run the model on an input without the prompt; if the model needs more than ids, run only the stack."""
     forward_pass, structure = _MaskPass(stack), prompt.prompted_model.structure
     by_itself = structure.is_encoder_decoder or structure.choices is not None
     ids = probe_ids(prompt.model, structure.vocabulary, columns, seed)

@@ -24,9 +24,10 @@ _PADDING = 3
 
 @torch.no_grad()
 def takes_left_padding(prompt: SoftPrompt) -> bool:
-    """Whether the output with the prompt stays the same when padding is added before the text. False if the forward pass fails.
+    """Whether the output with the prompt stays the same when padding is added before the text. False if the model fails.
 
-    True if the output depends on the padding even without a prompt, because then the prompt is not the cause.
+    True if the output depends on the padding even without a prompt, because then the prompt is not the cause. Also True if
+    softhooks refuses such rows with an error of its own.
     """
     if _takes_positions(prompt):
         return True
@@ -62,7 +63,7 @@ def _padded(inputs: dict[str, Tensor], fill: int) -> dict[str, Tensor]:
 
 
 def _states(prompt: SoftPrompt, inputs: dict[str, Tensor], cut: bool) -> Tensor:
-    """Return the last hidden states of the model's last stack, [.., T, H]; `cut` drops those of the padding."""
+    """Return the last hidden states of the model's last stack, [.., T, H]; if `cut` is True, leave out those of the padding."""
     structure = prompt.prompted_model.structure
     stack = structure.stacks[-1]
     with recorded_states(stack.module, stack.state) as states, prompt.without_objective():

@@ -1,4 +1,4 @@
-"""Suggest remedies in errors of `attach`, after trying them on the model."""
+"""Suggest remedies in the errors that `attach` raises, after trying them on the model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def names_tried_remedies(
     The function's first arguments are the model, the method and the name. If it raises an error, the model must be unchanged.
 
     Args:
-        attach: attaches a prompt to try a remedy.
+        attach: the function to call to try a remedy.
     """
 
     def decorate(function: Callable[Arguments, SoftPrompt]) -> Callable[Arguments, SoftPrompt]:
@@ -72,7 +72,7 @@ def _inside(attach: Attach, model: nn.Module, method: Method) -> str:
 
 
 def _is_fed(part: nn.Module) -> bool:
-    """Whether a submodule takes hidden states of another submodule, like a decoder that attends to an image."""
+    """Whether a submodule takes hidden states from another submodule, like a decoder that attends to an image."""
     arguments = inspect.signature(part.forward).parameters
     return any(name.endswith("_states") and name not in ("hidden_states", "output_hidden_states") for name in arguments)
 
@@ -82,7 +82,7 @@ def _other_method(attach: Attach, model: nn.Module, method: Method) -> str:
     others: list[Method] = [PromptTuning(1), PrefixTuning(1), LlamaAdapter(1)]
     names = [type(other).__name__ for other in others if other.enters != method.enters and _fits(attach, model, other)]
     if not names:
-        return "No other method works with this model either; train adapters on its weights, such as LoRA."
+        return "No other method works with this model either; tune its weights with adapters such as LoRA."
     return f"Use a method that works with this model, such as {' or '.join(names)}."
 
 

@@ -74,7 +74,7 @@ def _size(states: Tensor) -> float:
 
 
 def _exceeds_probe(stack: Stack) -> bool:
-    """Whether attention is divided into chunks or limited to selected keys; this check's texts are too short to show either."""
+    """Whether attention is divided into chunks or limited to selected keys; the check's inputs are too short to show either."""
     config: Any = getattr(stack.module, "config", None)
     is_chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
     return is_chunked or isinstance(getattr(config, "index_topk", None), int)

@@ -155,7 +155,7 @@ def convert(
     ],
     to: Annotated[
         Format | None,
-        typer.Option(help="The format to write. By default, the format that IN is not in.", show_default=False),
+        typer.Option(help="The format to write; by default, the one that IN is not in.", show_default=False),
     ] = None,
     base: Annotated[
         Path | None,

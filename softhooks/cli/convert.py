@@ -40,7 +40,7 @@ _AUTO = {
 def convert(
     source: Path, target: Path, to: Format | None = None, base: Path | None = None, strict: bool = True
 ) -> dict[str, StoredPrompt]:
-    """Convert all prompts of a folder, and return them by name; `softhooks convert --help` describes the options."""
+    """Convert all prompts in a folder, and return them by name; `softhooks convert --help` describes the options."""
     found, present = prompts_in(source)
     wanted: Format = to or ("peft" if present == "softhooks" else "softhooks")
     if wanted == present:
@@ -63,7 +63,7 @@ def convert(
 
 
 def prompts_in(source: Path) -> tuple[dict[str, Path], Format]:
-    """Return the prompts of a folder by name, and their format.
+    """Return the paths of the prompts in a folder by prompt name, and the prompts' format.
 
     A folder with files of both formats holds a softhooks prompt that was saved together with PEFT's adapters.
     """

@@ -25,17 +25,18 @@ def inspect(
 ) -> None:
     """Show the method, the base model and the tensors of a saved prompt. No model is needed.
 
-    The command reads JSON and safetensors files, never pickles, and checks them as **softhooks.load** does. To check that
-    a prompt fits a model, load it. For a PEFT adapter, the command shows the method and options that softhooks.load would use.
+    The command reads JSON and safetensors files, never pickles, and checks them as **softhooks.load** does. To check
+    that a prompt fits a model, load it onto the model. For a PEFT adapter, the command shows the method and options that
+    softhooks.load would use.
 
     **norms of rows** are the smallest and the largest Euclidean norm of a tensor's rows; in most methods, a row is a
     virtual token. Norms far larger than those of word embeddings mean that training has diverged.
 
-    **live** describes the file from which training resumes, which contains the MLP of a prefix, heads and other trained
+    **live** describes the file from which training resumes. It contains the MLP of a prefix, heads and other trained
     parameters; only a Trainer's checkpoint has this file.
 
     All paths are read before anything is printed. Exit status: 0 on success; 1 if a file is damaged or inconsistent;
-    2 if there is no prompt at a PATH.
+    2 if a PATH contains no prompt.
 
     **Examples**
 

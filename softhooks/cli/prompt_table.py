@@ -55,7 +55,9 @@ def _facts(prompt: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     trained = prompt["also_trained"]
     if trained:
-        facts.append(("not in it", f"{len(trained)} parameters of the base, trained with it: {', '.join(trained)}"))
+        facts.append(
+            ("not saved", f"{len(trained)} parameters of the base, trained with the prompt: {', '.join(trained)}")
+        )
     return facts
 
 

@@ -1,6 +1,7 @@
 """`softhooks run`: run an unmodified Trainer script or module so that it trains a soft prompt.
 
-A `SoftPromptCallback` is added to the default callbacks of every Trainer; then the script or module runs as under `python`.
+A `SoftPromptCallback` is added to the default callbacks of every Trainer; then the script or module runs as it would under
+`python`.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ Examples:
 
   torchrun --nproc-per-node 2 -m softhooks run --config prompt.yaml train.py
 
-`accelerate launch -m softhooks run ...` works too. The exit status is that of the script, or 2 if this command line is wrong.
+`accelerate launch -m softhooks run ...` works too. The exit status is that of the script, or 2 if the command line is wrong.
 
 Example of a configuration file (YAML or JSON); options on the command line take precedence:
 

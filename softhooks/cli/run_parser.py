@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _switches() -> dict[str, bool]:
-    """Map each option of the methods and of the callback to whether it is a switch wherever it exists."""
+    """Map the name of each option to whether it is a switch in the callback and in every method that has it."""
     found: dict[str, bool] = {}
     for options in (*map(method_options, methods()), callback_options()):
         for name, option in options.items():

@@ -56,7 +56,7 @@ def read_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def without_accelerate_hooks(module: nn.Module) -> Iterator[None]:
-    """Remove accelerate's hooks while the `with` block copies a module, so that the copy does not load the weights again."""
+    """Remove accelerate's hooks while the `with` block copies a module, so that the copy does not reload offloaded weights."""
     with Patches() as patches:
         for part in module.modules():
             if "_hf_hook" in part.__dict__:

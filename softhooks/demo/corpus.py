@@ -125,7 +125,7 @@ def _first_paragraph(docstring: str) -> str:
 
 
 def _unambiguous(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Remove duplicates, and remove texts that occur in two packages, because no classifier could tell their class."""
+    """Remove duplicates, and remove texts that occur in more than one package, because no classifier could tell their class."""
     packages: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         packages[row.text.casefold()].add(row.package)

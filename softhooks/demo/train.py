@@ -37,7 +37,7 @@ class Result:
     Attributes:
         logits: the logits of the test rows, [rows, classes].
         trained: the number of trained parameters.
-        seconds: the training time, without saving and evaluation.
+        seconds: the training time, excluding saving and evaluation.
         checkpoint: the directory that `trainer.save_model` wrote.
         frozen: the result of the check that the base model is unchanged.
     """
@@ -107,7 +107,7 @@ def load_and_predict(checkpoint: Checkpoint, data: EncodedData, seed: int, direc
 
 
 def predict(model: PreTrainedModel, data: EncodedData, directory: Path) -> Logits:
-    """Return the logits of the test rows in their order; unlike in training, rows are not grouped by length."""
+    """Return the logits of the test rows in dataset order; unlike during training, rows are not grouped by length."""
     arguments = TrainingArguments(
         output_dir=str(directory), per_device_eval_batch_size=64, report_to="none", dataloader_pin_memory=False
     )

@@ -72,7 +72,7 @@ def read_labels(value: Any, heads: Heads, source: str) -> Labels | None:
 
 
 def _are_sound(value: dict[str, Any], heads: Heads) -> bool:
-    """Return whether the label names are well-formed, and a head has one output for each label."""
+    """Return whether the label names are well-formed and a head has one output for each label."""
     names, numbers, count = value.get("id2label"), value.get("label2id"), value.get("num_labels")
     problem_type = value.get("problem_type")
     return (

@@ -107,7 +107,7 @@ def _difference(structure: ModelStructure, layers: Sequence[int]) -> str | None:
 def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[str, str] | None:
     """Return what prevents writing an adapter in PEFT's format, and a supported alternative; return None if nothing does.
 
-    Without the structure of its model, an adapter is refused, because its file does not record whether projections have a bias.
+    If `structure` is None, the adapter is refused, because its file does not record whether the model's projections have a bias.
     """
     options = stored.options
     if options["scale_and_bias"] or options["early_fusion"] or options["context_size"] is not None:
@@ -131,7 +131,7 @@ def obstacle(stored: StoredPrompt, structure: ModelStructure | None) -> tuple[st
 
 
 def parts(stored: StoredPrompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return PEFT's config and tensors for a supported adapter. PEFT applies no tanh to gates, so it is applied here."""
+    """Return PEFT's config and tensors for a supported adapter. PEFT applies no tanh to gates, so this function applies it."""
     options, tables = stored.options, stored.tables
     layers = sum(run[0] for run in stored.stacks["text"]["self"])
     count = layers if options["num_layers"] is None else options["num_layers"]

@@ -131,11 +131,11 @@ def _multitask(
 
 
 def _prefix(table: Tensor, config: dict[str, Any], others: dict[str, Tensor], source: str) -> StoredPrompt:
-    """Read a prefix, which PEFT saves without its MLP, or a cartridge, which PEFT saves without its document."""
+    """Read a prefix, which PEFT saves without its MLP, or a cartridge, which PEFT saves without the document that it replaces."""
     task = config.get("task_type")
     if task == "SEQ_2_SEQ_LM":
         raise CheckpointError(
-            f"{source} is a PEFT prefix for an encoder-decoder, which PEFT adds only to the decoder; softhooks cannot load it.",
+            f"{source} is a prefix that PEFT adds only to the decoder of an encoder-decoder; softhooks cannot load it.",
             "Train a prefix with softhooks.",
         )
     layers, width, heads = (config.get(key) for key in ("num_layers", "token_dim", "num_attention_heads"))

@@ -27,11 +27,11 @@ class StoredPrompt:
         options: the method's options as JSON values; not checked here.
         tables: the tensors of the folded prompt, by name, such as `embeddings`.
         heads: the state dicts of the heads, by path.
-        conventions: the assumptions about the forward pass (placement, shifted positions, ...); not checked here.
+        conventions: the prompt's assumptions about the forward pass, such as its placement; not checked here.
         source: the file, or another name for it in error messages.
         stacks: the `outline` of the base model, as far as it is known.
         base: other properties of the base model, as far as they are known.
-        also_trained: the names of base parameters that were trained with the prompt; they are not in the file.
+        also_trained: the names of base parameters that were trained with the prompt; their values are not in the file.
         adapter_layers: the layers of a LLaMA-Adapter in PEFT's format; empty for any other prompt.
         labels: the label names of the heads, or None if unknown.
         added: the trained rows of added tokens, by name.

@@ -60,7 +60,7 @@ class Note:
     Attributes:
         provenance: the prompts that the object was computed with; None if there were none, or if they are unknown.
         slots: the slots in the object.
-        injected: for a paged cache, the names of the prompts, and the tensors that they inject at attention.
+        injected: for a paged cache, the name of its prompt, or None, and the tensors that the prompt injects into attention.
     """
 
     provenance: Provenance | None = None
@@ -174,7 +174,7 @@ def require_encoded(given: Any, now: Provenance) -> None:
         computed = _in_words(noted[0], now, str(differences[0])) if noted else "without a prompt"
         raise PromptNotReachedError(
             "`encoder_outputs` were not computed with the active prompts; encoder and decoder must run with the same prompts.",
-            "Let the model run its encoder itself, or call the encoder while the prompt is active and pass its output unchanged.",
+            "Leave the encoder to the model, or call the encoder while the prompt is active and pass its output unchanged.",
             encoder_outputs=f"computed {computed}",
             now=f"with {now.words}",
         )

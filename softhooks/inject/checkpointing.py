@@ -78,7 +78,7 @@ class UnchangedPass(CheckpointedPass):
         self.has_injected = True
 
     def site_for_call(self, site: Site) -> Site:
-        """Return `site` itself: if attention is unchanged, calls to a module that several layers share need not be counted."""
+        """Return `site`; as attention is unchanged, it does not matter which of the layers that share a module is running."""
         return site
 
     def detach_injected(self) -> None:

@@ -36,8 +36,8 @@ class Snapshot:
 
     Attributes:
         checksums: a checksum of each of the prompt's tensors.
-        facts: the injection, the options of the forward pass that are saved with the prompt (`SoftPrompt.conventions`), and the
-            plain attributes and hooks of the prompt's modules.
+        facts: the injection, the assumptions about the forward pass that are saved with the prompt (`SoftPrompt.conventions`),
+            and the plain attributes and hooks of the prompt's modules.
     """
 
     checksums: list[Digest | Tensor]
@@ -162,7 +162,7 @@ class Provenance:
 
 
 def _same_rows(now: tuple[int | None, ...], before: tuple[int | None, ...]) -> bool:
-    """Whether the rows have the same variants as before; each row may now be repeated the same number of times (beams)."""
+    """Whether the rows have the same variants as before, possibly with every row repeated the same number of times (beams)."""
     if len(set(now)) == len(set(before)) == 1:
         return now[0] == before[0]
     if not len(now) or len(now) % len(before):

@@ -19,7 +19,7 @@ class ExpectedModules:
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the places of the modules; a copy must look for them in its own model."""
+        """Leave out the modules' places in the model; a copy must look them up in its own model."""
         return {"_expected": self._expected, "_places": None}
 
     def add(self, modules: Iterable[nn.Module]) -> None:

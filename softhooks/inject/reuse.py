@@ -58,7 +58,7 @@ class ReuseScope:
         self.snapshots.clear()
 
     def __reduce__(self) -> tuple[type[ReuseScope], tuple[None]]:
-        """Copy and pickle as an empty scope without a model, because a copied cache may be used with a copy of the model."""
+        """Replace the scope with an empty one in copies and pickles; a copied cache may be used with a copy of the model."""
         return ReuseScope, (None,)
 
 
@@ -115,7 +115,7 @@ class ResultCache(Generic[T]):
     """A prompt's keys and values for one stack, computed once per scope; outside a scope or with gradients, once per forward.
 
     The most common changes are detected even inside a scope: new addresses or versions of tensors, new values of trained tensors
-    (fused optimizers do not increase the version), a switch of PEFT adapters, or autocast.
+    (fused optimizers do not increase the version), and a change of the active PEFT adapters or of autocast.
 
     Attributes:
         computed: the number of times that the result was computed.
@@ -125,7 +125,7 @@ class ResultCache(Generic[T]):
         self.computed = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle without results."""
+        """Leave the cached results out of copies and pickles."""
         return type(self), ()
 
     def get(

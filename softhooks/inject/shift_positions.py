@@ -19,7 +19,8 @@ def set_position_ids(stack: Stack, call: dict[str, Any], ids: Tensor, handles: l
 
     Args:
         call: the arguments of the forward; changed in place if the stack takes `position_ids`.
-        ids: the ids, counted from `stack.positions.start`, [B or 1, T]; [T] for a table that gives all rows the same positions.
+        ids: the ids, which are `stack.positions.start` for the first token of a sequence, [B or 1, T]; [T] for a table that gives
+            all rows the same positions.
         handles: the list to which the hook's handle is appended.
     """
     if stack.positions.takes_position_ids:
@@ -96,7 +97,8 @@ def widened_positions(stack: Stack, given: Tensor | None, mask: Tensor, wide: Wi
     Args:
         given: the caller's position ids of the text, [B or 1, T] or [A, B, T], or None to number the real tokens.
         mask: the mask of the text, [B, T].
-        wide, wide_mask: where text and slots are in the sequence, and the sequence's mask, [B, N].
+        wide: where text and slots are in the sequence.
+        wide_mask: the mask of the sequence with slots, [B, N].
     """
     own = positions_of(stack, wide_mask)
     if given is None:

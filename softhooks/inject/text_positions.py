@@ -67,7 +67,7 @@ def padding_mask(call: dict[str, Any], outer: OuterCall | None) -> Tensor | None
 
 
 def given_positions(stack: Stack, call: dict[str, Any], outer: OuterCall | None) -> Tensor | None:
-    """Return the `position_ids` of a call, counted from `stack.positions.start`, or None if the call has none.
+    """Return the `position_ids` of a call, or None; the first token of a sequence has the position `stack.positions.start`.
 
     If the model numbered all tokens itself, including padding, the positions are computed again without padding.
     """

@@ -79,7 +79,7 @@ def anchor_of(value: Any, tokenizer: Any) -> Anchor:
 
 
 def _tokenizations(words: str, tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the encodings of words as a single token, at the start of a text, and after a space."""
+    """Encode words in each way in which they may occur: as a single token, at the start of a text, and after a space."""
     tokenizer = tokenizer_of(tokenizer)
     sequences: list[tuple[int, ...]] = []
     token = tokenizer.convert_tokens_to_ids(words)

@@ -20,7 +20,7 @@ _LABELS = ("labels", "label", "label_ids")
 
 @dataclass
 class Mapper:
-    """A function for `datasets.map`; see `Layout.mapper`."""
+    """A function for `Dataset.map`; see `Layout.mapper`."""
 
     template: Template
     tokenizer: Any

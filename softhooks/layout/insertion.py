@@ -128,7 +128,7 @@ class Insertion:
         )
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the ids of a test forward pass with every anchor prepended, [1, T] -> [1, T'], and no batch columns."""
+        """Return the inputs of a test forward pass: the ids with every anchor prepended, [1, T] -> [1, T'], and an empty dict."""
         row = [token for group in self.groups if group.anchor for token in group.anchor.ids[0]]
         return torch.cat([torch.tensor([row], dtype=ids.dtype, device=ids.device), ids], dim=1) if row else ids, {}
 

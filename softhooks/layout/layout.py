@@ -1,4 +1,4 @@
-"""`Layout`, which defines where virtual tokens are inserted in a text."""
+"""`Layout`, which defines where virtual tokens are inserted into the text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def text_positions(mask: Tensor) -> Tensor:
 
 
 class Layout:
-    """The order of slots, fixed words and data fields in a text. A slot is a place for a virtual token.
+    """The order of slots, fixed words and data fields in the text. A slot is a place for a virtual token.
 
     For data that is not tokenized yet, pass a template, such as `"{premise} Question: {hypothesis}? {soft:3} Answer: {mask}"`.
     - Text outside braces is an anchor: fixed words that are not trained.
@@ -42,7 +42,7 @@ class Layout:
 
     Args:
         template: the template, or messages with `role` and `content`.
-        tokenizer: the model's tokenizer or its name, for slots that are initialized from words; or pass it to the method.
+        tokenizer: the model's tokenizer or its name, for slots that are initialized from words; or pass it to `PTuning`.
 
     Attributes:
         form: the template, or the slots to insert.
@@ -74,12 +74,12 @@ class Layout:
 
         Args:
             start: the number of slots before a row's first token.
-            after, before: anchors, and the number of slots after or before each. An anchor is an id, a tuple of ids, or words,
-                which match at the start of a text and after a space. `generate` does not search new tokens for anchors.
+            after, before: anchors, and the number of slots after or before each. An anchor is an id, a tuple of ids, or a string,
+                which is tokenized both with and without a space before it. `generate` does not search new tokens for anchors.
             end: the number of slots after a row's last token.
             which: whether to use the `first` or the `last` match of an anchor in a row.
             missing: `error` refuses rows without an anchor; `skip` omits the anchor's slots in these rows.
-            tokenizer: the model's tokenizer or its name, for anchors that are words; or pass it to the method.
+            tokenizer: the model's tokenizer or its name, for anchors that are strings; or pass it to `PTuning`.
 
         Raises:
             OptionError: a number or an anchor is invalid, or there are no slots.
@@ -125,7 +125,7 @@ class Layout:
         if tokenizer is None:
             raise OptionError(
                 "the layout contains words and needs a tokenizer, but none is given.",
-                "Pass `tokenizer=`, the model's tokenizer or its name, to the layout or to the method.",
+                "Pass `tokenizer=`, the model's tokenizer or its name, to the layout or to `PTuning`.",
                 layout=self,
             )
         return self._of(self.form.bound(tokenizer))
@@ -151,7 +151,7 @@ class Layout:
 
         Each anchor and field is tokenized separately, so the tokens of an anchor are the same in all rows. Spaces before a field
         are tokenized with the field; spaces before slots, before the mask and at the end are dropped. If the tokenizer adds a
-        space before every text, as SentencePiece does, then each part gets this space.
+        space before every string, as SentencePiece does, then each anchor and each field gets this space.
 
         Args:
             tokenizer: the model's tokenizer.

@@ -105,7 +105,7 @@ def encode(text: str, tokenizer: Any) -> list[int]:
     """Tokenize a part of a longer text, without special tokens."""
     if not text:
         return []
-    # Drop the leading space if the tokenizer adds one before every text.
+    # Drop the leading space if the tokenizer adds one before every string.
     if text[:1] == " " and tokenizer.convert_ids_to_tokens(_plain("a", tokenizer))[0][:1] in _SPACE_MARKS:
         text = text[1:]
     return _plain(text, tokenizer)
@@ -116,15 +116,15 @@ def _plain(text: str, tokenizer: Any) -> list[int]:
 
 
 def _special_tokens_of(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer adds before and after a text, such as [CLS] and [SEP]."""
+    """Return the ids that the tokenizer adds before and after the text, such as [CLS] and [SEP]."""
     plain = _plain("a", tokenizer)
     full = [int(i) for i in tokenizer("a")["input_ids"]]
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return full[:start], full[start + len(plain) :]
     raise OptionError(
-        f"{type(tokenizer).__name__} encodes a text as {plain} without special tokens and as {full} with them; a template needs "
-        "a tokenizer that adds special tokens only before and after the text."
+        f"{type(tokenizer).__name__} encodes 'a' as {plain} without special tokens and as {full} with them; a template needs a "
+        "tokenizer that adds special tokens only before and after the text."
     )
 
 

@@ -194,7 +194,7 @@ class Template:
 
     @property
     def starts(self) -> dict[int, int]:
-        """The ids of the words that initialize virtual tokens, by the index of the virtual token."""
+        """For each virtual token that is initialized from a word, its index and the id of the word."""
         return self._rows()[1]
 
     def _rows(self) -> tuple[list[int], dict[int, int]]:
@@ -232,14 +232,14 @@ class Template:
         if bool(((offsets < 0) | (offsets > real[:, None])).any()):
             raise UnsupportedModeError(
                 f"`{COLUMN}` is out of range; the number of tokens before a slot must be between 0 and the length of the row.",
-                "Truncate rows with the layout's `max_length`, and leave `prefill_chunk_size` out.",
+                "Truncate rows with the `max_length` of `Layout.mapper`, and call `generate` without `prefill_chunk_size`.",
                 tokens=real.tolist(),
                 soft_slots=offsets.amax(-1).tolist(),
             )
         return Places(offsets, torch.ones_like(offsets).bool())
 
     def probe(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the ids and the batch column for a test forward pass, [1, T]."""
+        """Return the ids, [1, T], and a batch column `soft_slots` of zeros, [1, S], for a test forward pass."""
         return ids, {COLUMN: torch.zeros(1, len(self.table_rows), dtype=torch.long, device=ids.device)}
 
     def to_json(self) -> dict[str, Any]:

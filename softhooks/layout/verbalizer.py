@@ -17,9 +17,9 @@ from softhooks.layout.tokenizing import IGNORE_INDEX, tokenizer_of
 class Verbalizer:
     """Represents each class by a word. The loss is the cross-entropy over the logits of these words.
 
-    Pass a verbalizer to a Trainer as `compute_loss_func`, or call it in your own loop with the model's output and the labels. The
-    labels of a row are the id of its class's word at the mask, and -100 at other tokens. `Layout.mapper(..., verbalizer=)` and
-    `Verbalizer.labels` make such labels.
+    Pass a verbalizer to a Trainer as `compute_loss_func`, or call it in your own loop with the model's output and the labels. In
+    each row, the label at the mask (with `causal`, at the word itself) is the id of the word of the row's class, and all other
+    labels are -100. For masks, `Layout.mapper(..., verbalizer=)` and `Verbalizer.labels` make such labels.
 
     Source: Liu et al. 2021, arXiv:2103.10385, few-shot setting.
 
@@ -70,7 +70,7 @@ class Verbalizer:
         `trainer.predict(rows).predictions` are these scores.
 
         Args:
-            logits: the model's logits, [B, T, V], or a tuple whose first element they are.
+            logits: the model's logits, [B, T, V], or a tuple that starts with them.
             labels: the labels, [B, T]; exactly one label in each row is not -100.
 
         Returns:

@@ -54,8 +54,8 @@ class Cartridge(PrefilledPrefix):
 
     They are initialized with the keys and values of the document's first P tokens, and trained by self-distillation: the teacher
     is the frozen model with the whole document before each row, and the student is the model with the cartridge. The rows are
-    questions and answers about the document, which the model itself can generate. The loss is the KL divergence between teacher
-    and student at the tokens whose label is not -100; to train on the whole text, pass the input ids as labels.
+    questions and answers about the document; the model itself can generate them. The loss is the KL divergence between teacher
+    and student at the tokens whose label is not -100; to train on whole rows, pass the input ids as labels.
 
     Each training step runs the model on the document, once for all rows and without gradients. Put the training loop, or
     `trainer.train()`, inside `with softhooks.kept(model):` to do this only once. In evaluation, the model returns its own loss.
@@ -67,7 +67,7 @@ class Cartridge(PrefilledPrefix):
     joins cartridges, which must then be trained together.
 
     Source: Eyuboglu et al. 2025, arXiv:2506.06266. Differences: the authors ignore the tokens outside the teacher's top k; we
-    merge them into one term of the KL divergence, so the loss is never negative, and it is 0 if both models predict the same.
+    merge them into one term of the KL divergence, so the loss is never negative, and is 0 if the models make equal predictions.
 
     Args:
         num_virtual_tokens: P.

@@ -64,14 +64,14 @@ class ContextTuning(PrefilledPrefix):
     encoder-decoders, whose encoder and decoder both read the demonstrations.
 
     Args:
-        num_virtual_tokens: leave it out; P is computed from the demonstrations.
+        num_virtual_tokens: P, which is computed from the demonstrations; leave it out.
         demonstrations: a string or token ids for each demonstration, including the separator that follows it.
         instruction: a string or token ids before the demonstrations. If it or a demonstration is a string, the tokenizer's BOS
             token comes first.
         tokenizer: the model's tokenizer or its name; required for strings.
         leave_one_out: hide each row's own demonstration; requires `example_ids` during training.
         token_dropout: the probability that a virtual token is hidden from a row; 0.05 to 0.1 in the paper.
-        lengths: leave it out; the number of tokens in each demonstration, which is computed and saved with the prompt.
+        lengths: the number of tokens in each demonstration, which is computed and saved with the prompt; leave it out.
 
     Shape:
         each prefix has the shape [P, sum over layers of Hk * (Dk + Dv)], for Hk key-value heads with keys of size Dk and values

@@ -38,14 +38,14 @@ class ContextAwarePromptTuning(Method):
     The training loss replaces the model's own loss. It is the cross-entropy on the label tokens of the context's examples **and**
     of the row. The row's labels have weight 1, the labels of the last example have weight `decay`, those of the example before it
     `decay` squared, and so on; the sum is divided by the number of label tokens. Rows are weighted by their number of label
-    tokens, so that gradient accumulation gives the result of one large batch. Other terms of the model's loss, such as a router's
+    tokens, so gradient accumulation gives the same result as one large batch. Other terms of the model's loss, such as a router's
     load-balancing loss, are left out. In evaluation, the model returns its own loss, which covers only the row.
 
     The method needs a causal language model that computes the context once for all rows (`prompt.injection` is `shared`); other
     models are refused. To continue the training of a saved prompt, load it with `trainable=True`.
 
     For training and inference, make rows with `render`, which gives them the format of the examples, without a BOS token. The
-    context has the examples in the given order.
+    context contains the examples in the given order.
 
     If the training rows are the examples themselves, use `leave_one_out`: a row does not attend to its own example, and the label
     of this example is left out of the row's loss. The batch column `example_ids` has the example's index, or -1 for a row that
@@ -58,7 +58,7 @@ class ContextAwarePromptTuning(Method):
     `leave_one_out`, as in arXiv:2507.04221.
 
     Args:
-        num_virtual_tokens: leave it out; P is computed from the context.
+        num_virtual_tokens: P, which is computed from the context; leave it out.
         examples: a list of dictionaries with a string for each field of the template, or of (input, label) pairs.
         template: the format of an example: text with fields in braces, the last of which is `{label}`, and `{sep}` for
             a separator that is not trained.
@@ -70,7 +70,7 @@ class ContextAwarePromptTuning(Method):
             separators have 0.
         epsilon_input, epsilon_format: the largest distance by which the embeddings of input and format tokens may move if the
             hidden size is 2048; this bound is proportional to the square root of the hidden size. None sets no bound.
-        decay: the weight of an example's label divided by that of the next example's.
+        decay: the weight of an example's label divided by the weight of the next example's label.
         context_loss: also train on the labels of the context.
         leave_one_out: hide each row's own example; requires `example_ids` during training.
 

@@ -75,7 +75,7 @@ def rows_of(
     if set(tables) != {EMBEDDINGS}:
         raise OptionError(
             f"the prompt {name} has other tensors ({', '.join(sorted(tables))}) instead of embeddings, so it cannot {purpose}.",
-            "Use a prompt of PromptTuning, or of another method that trains embeddings.",
+            "Use a prompt that was trained with PromptTuning, or with another method that trains embeddings.",
         )
     rows = tables[EMBEDDINGS].detach().float()
     if structure is not None and known is not None and rows.shape[1] == structure.entry.width:

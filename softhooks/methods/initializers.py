@@ -73,7 +73,7 @@ def tensor_rows(structure: ModelStructure, count: int, tensor: Any, option: str 
     if tuple(rows.shape) != (count, structure.entry.width):
         raise PromptMismatchError(
             f"{option} has the shape {list(rows.shape)}; it must be [num_virtual_tokens, size of the model's embeddings].",
-            "Set num_virtual_tokens to the first number, and use a prompt of the same base model.",
+            "Set num_virtual_tokens to the number of rows, and use embeddings that were trained on the same base model.",
             **{option: list(rows.shape)},
             expected=[count, structure.entry.width],
         )

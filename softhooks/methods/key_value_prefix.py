@@ -1,7 +1,8 @@
 """The base class of prefix tuning and P-tuning v2: a key-value prefix, trained directly or through an MLP.
 
 A model has one group of attention layers; an encoder-decoder has three: the encoder's self-attention, the decoder's, and the
-cross-attention. Each group has a matrix [P, N], whose rows are the keys and values of one virtual token in all layers.
+cross-attention. The prefix has one matrix [P, N] for each group. Each row of the matrix consists of the keys and values of one
+virtual token in all layers of the group.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ RANDOM_STD = 0.02
 
 
 class MLPPrefixEncoder(PromptEncoder):
-    """Computes each group with its own MLP from its own vectors Z [P, H]: `Z -> Linear -> tanh -> Linear -> keys and values`.
+    """Computes the prefix of each group from vectors Z [P, H]: `Z -> Linear -> tanh -> Linear -> keys and values`.
+
+    Each group has its own Z and its own MLP.
 
     Args:
         tables: the initial keys and values for each group, [P, N].
         width: H.
         hidden_size: m, the width of the MLP.
-        dropout: dropout on the keys and values.
+        dropout: the dropout probability of the keys and values.
     """
 
     def __init__(self, tables: dict[str, Tensor], width: int, hidden_size: int, dropout: float) -> None:

@@ -31,7 +31,7 @@ from softhooks.prompt_encoder import PromptEncoder
 
 @dataclass(frozen=True)
 class LlamaAdapter(Method):
-    """LLaMA-Adapter: each layer also attends to K trained vectors, P, and adds the result to its attention output with a gate.
+    """LLaMA-Adapter: each layer also attends to K trained vectors, P, and adds the gated result to its attention output.
 
     Attention returns `softmax(q k^T) v + tanh(g) softmax(q (Wk P)^T) Wv P`, with the layer's own projections Wk and Wv and one
     gate g for each head. All gates are initialized with 0, so the initial output is that of the base model, bit for bit. P has no
@@ -59,7 +59,7 @@ class LlamaAdapter(Method):
     1.1e-3, weight decay 0.02, betas 0.9 and 0.95, and the loss on the response only).
 
     Source: Zhang et al. 2023, arXiv:2303.16199; Gao et al. 2023, arXiv:2304.15010. Differences: by default all layers attend to
-    P, but in the paper only the upper 30 of 32; the default gate is tanh(g), as in the authors' code but not in the paper; a
+    P, but in the paper only the top 30 of 32 do; the default gate is tanh(g), as in the authors' code but not in the paper; a
     model's soft cap on attention scores is applied; layers with early fusion have gates too, so that the initial output is that
     of the base model; factors are stored as their difference from 1, so that weight decay pulls them toward 1.
 

@@ -56,8 +56,8 @@ class MultitaskPromptTuning(Method):
     prompt for one task is saved as a single matrix [P, H], and needs no `task_ids`.
 
     In an encoder-decoder, the prompt is added only to the encoder's input. A Trainer draws rows as in the paper; in your own
-    training loop, use `softhooks.TaskSampler`. With `softhooks.rows`, a row's task id selects a task of the prompt that the row
-    uses.
+    training loop, use `softhooks.TaskSampler`. With `softhooks.rows`, a row's task id refers to the tasks of the prompt that
+    this row uses.
 
     Start with AdamW and a learning rate of 1e-2; the paper's 0.3, with 10% warm-up, is for T5 in full precision.
 
@@ -139,7 +139,9 @@ class MultitaskPromptTuning(Method):
         if trains and not is_int(steps, 1):
             raise OptionError(f"teacher_steps is {steps!r}; teachers='train' requires an integer of at least 1.")
         if not trains and steps is not None:
-            raise OptionError(f"teacher_steps is {steps!r}, but teachers is not 'train'; only 'train' accepts it.")
+            raise OptionError(
+                f"teacher_steps is {steps!r}, but teachers is not 'train'; only teachers='train' accepts it."
+            )
         if given is None or trains:
             return
         if isinstance(given, str) or not isinstance(given, (Mapping, Sequence)):
@@ -263,7 +265,7 @@ class MultitaskPromptTuning(Method):
         return FoldedTask(self.names[0], tables) if len(self.names) == 1 else FoldedTasks(self.names, tables)
 
     def rebuild(self, structure: ModelStructure, tables: dict[str, Tensor]) -> PromptEncoder:
-        """Make an encoder without teachers to continue training. For a single task, u v^T is all ones again."""
+        """Make an encoder to continue training, without teachers. For a single task, u v^T is reset to a matrix of ones."""
         if EMBEDDINGS in tables:
             rows = tables[EMBEDDINGS]
             return MultitaskEncoder(self.names, rows, *ones(len(self.names), rows.shape, self.rank), self.task_rate)

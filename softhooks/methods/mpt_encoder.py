@@ -23,7 +23,7 @@ def product(shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def task_of_rows(given: dict[str, Tensor], batch: int, names: Sequence[str]) -> list[int]:
-    """Return each row's task. With one task, the column may be missing."""
+    """Return each row's task. If the prompt has only one task, the batch column `task_ids` may be missing."""
     if len(names) == 1 and TASK_IDS not in given:
         return [0] * batch
     ids = require_column(given, TASK_IDS, f"the prompt has {len(names)} tasks: {', '.join(names)}")
@@ -61,13 +61,14 @@ class MultitaskEncoder(PromptEncoder):
     gives two learning rates in one parameter group. If r > 1, the 1 is added only to the first column of u and of v, so that
     weight decay pulls u v^T toward a matrix of ones.
 
-    Variant k is the prompt of task k, and variant K + k that of its teacher, if there are teachers.
+    The encoder computes several variants of the prompt: 0 to K - 1 are the prompts of the tasks, and K to 2K - 1 those of their
+    teachers, if there are any.
 
     Args:
         names: the names of the tasks.
         shared: the initial P*, [P, H].
         left, right: the initial u [K, P, r] and v [K, H, r].
-        rate: see above.
+        rate: the factor `rate` above.
         teachers: the frozen prompt of each task's teacher, [K, P, H].
     """
 
@@ -175,7 +176,7 @@ class TeacherTrainingEncoder(MultitaskEncoder):
         return int(self.taken) < self.steps
 
     def teacher(self, task: int) -> Tensor:
-        """Return a teacher: the parameter while it is trained, then its copy in the buffer, which no optimizer changes."""
+        """Return a teacher: the parameter while it is being trained, then its copy in the buffer, which no optimizer changes."""
         return self.vanilla[task] if self.trains_teachers else super().teacher(task)
 
     def constrain(self) -> None:

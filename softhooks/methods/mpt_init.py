@@ -37,7 +37,7 @@ def vectors(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def read_front_prompt(name: str, path: str | Path, structure: ModelStructure) -> tuple[StoredPrompt, Method]:
-    """Read a saved prompt, which must have embeddings before the text and no head; errors begin with `name`."""
+    """Read a saved prompt, which must consist of embeddings before the text, without a head; errors begin with `name`."""
     stored, method = read_checked(path)
     place = stored.conventions.get("placement")
     if stored.heads or place != "front" or set(stored.tables) not in ({EMBEDDINGS}, set(SEVERAL)):

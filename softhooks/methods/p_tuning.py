@@ -37,7 +37,7 @@ class ReparameterizedEncoder(PromptEncoder):
 
     @property
     def zero_gradient_parameters(self) -> frozenset[str]:
-        """The LSTM's recurrent weights if P is 1, because the LSTM's only step then starts from a state of zeros."""
+        """The LSTM's recurrent weights if P is 1; they get no gradient, because the only step starts from a zero state."""
         if self.rows.shape[0] > 1:
             return frozenset()
         return frozenset(name for name, _ in self.named_parameters() if name.startswith("lstm.weight_hh"))
@@ -92,10 +92,10 @@ def _one_kernel() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PTuning(Method):
-    """P-tuning: `h = MLP(BiLSTM(Z))`, where Z [P, H] and the networks are trained; h [P, H] can be anywhere in the text.
+    """P-tuning: `h = MLP(BiLSTM(Z))`, where Z [P, H] and the networks are trained; the rows of h can be anywhere in the text.
 
     The LSTM reads the virtual tokens in the order of the layout, without the text. Only h is saved. Slots of the layout
-    (places for virtual tokens) with the same name share one virtual token.
+    (places for virtual tokens) with the same name share their virtual tokens.
 
     Start with AdamW and a learning rate of 1e-3, or 1e-2 with `encoder="none"`.
 
@@ -103,9 +103,9 @@ class PTuning(Method):
     last layer's weights; with `encoder="none"` the embeddings are initialized from the vocabulary, as in prompt tuning.
 
     Args:
-        num_virtual_tokens: P, all before the text; leave it out if there is a layout.
+        num_virtual_tokens: P, if there is no layout; all virtual tokens then come before the text.
         layout: where the virtual tokens are placed.
-        encoder: `lstm` (a bidirectional LSTM, then Linear-ReLU-Linear), `mlp` (Linear-ReLU-Linear), or `none` (h is trained).
+        encoder: `lstm` (a bidirectional LSTM, then Linear-ReLU-Linear), `mlp` (Linear-ReLU-Linear), or `none` (train h).
         shape: the LSTM's width in each direction: H/2 with `lama`, H with `fewshot`.
         hidden_size: the LSTM's width in each direction, which overrides `shape`; with `mlp`, the MLP's width, by default H.
         num_layers: the number of layers of the LSTM.

@@ -31,8 +31,8 @@ class PTuningV2(KeyValuePrefix):
             `range(-12, 0)` selects the top twelve. None selects every layer.
         projection: compute the prefix with a trained MLP; only the prefix is saved.
         hidden_size: the width of the MLP.
-        dropout: dropout on the prefix.
-        shift_positions: start the text's position ids at P. None does so in causal decoders only.
+        dropout: the dropout probability of the prefix.
+        shift_positions: start the text's position ids at P; by default, only in causal decoders.
         windowed: in layers with a sliding window, only tokens whose window reaches the prefix attend to it. By default every
             token does, because a decoder classifies its last token, which may be far from the prefix.
 

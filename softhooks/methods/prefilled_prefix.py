@@ -25,7 +25,7 @@ class PrefilledPrefix(Method):
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {"shift_positions": (True, False), "windowed": (True,)}
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
-        """Return that the text's positions are shifted, if the model allows it, and that sliding windows apply to the prefix."""
+        """Return whether the prefix shifts the text's positions; sliding windows always apply to the prefix."""
         stack = structure.entry
         shift = stack.causal and (stack.positions.can_shift or stack.injection == "cache")
         return {"shift_positions": shift, "windowed": True}

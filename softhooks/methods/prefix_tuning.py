@@ -35,7 +35,7 @@ class PrefixTuning(KeyValuePrefix):
         num_virtual_tokens: P.
         projection: compute the prefix with a trained MLP; only the prefix is saved.
         hidden_size: m, the width of the MLP.
-        dropout: dropout on the prefix.
+        dropout: the dropout probability of the prefix.
         init: the initial prefix:
             `text`, by far the best: the keys and values that the model computes for `init_text` or `init_ids`, repeated or cut
             to P tokens, or for words sampled from the vocabulary if neither is given;
@@ -43,7 +43,7 @@ class PrefixTuning(KeyValuePrefix):
             `random`: N(0, 0.02).
         init_text, init_ids: the text for `init="text"`, as a string or as token ids; at most its first P tokens are used.
         tokenizer: the model's tokenizer or its name; required for `init_text`.
-        shift_positions: start the text's position ids at P. None does so in causal decoders only.
+        shift_positions: start the text's position ids at P; by default, only in causal decoders.
         windowed: in layers with a sliding window, only tokens whose window reaches the prefix (positions 0 to P-1) attend to it.
             If False, and always in encoders, every token attends to the whole prefix.
 

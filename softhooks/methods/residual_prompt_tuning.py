@@ -56,7 +56,7 @@ class ResidualPromptTuning(PromptTuning):
             `PromptTuning`.
         hidden_size: the width of the MLP.
         layer_norm: end the MLP with a LayerNorm.
-        dropout: dropout on the MLP's output, before the LayerNorm.
+        dropout: the dropout probability of the MLP's output, before the LayerNorm.
 
     Raises:
         OptionError: an option is wrong, or missing for the chosen `init`.

@@ -20,12 +20,12 @@ CAP = 2**18
 class TaskSampler(Sampler[int]):
     """Samples batches that mix several tasks.
 
-    Each batch of B rows draws a number n from 2 to the number of tasks, and then n tasks by weight, with replacement. Each of
-    these tasks contributes B // n rows; the last one also contributes the remainder. The rows of a task are shuffled at the start
-    of each epoch, and again when all have been drawn.
+    For each batch of B rows, the sampler draws a number n from 2 to the number of tasks, and then n tasks by weight, with
+    replacement. Each of these tasks contributes B // n rows; the last one also contributes the remainder. The rows of a task are
+    shuffled at the start of each epoch, and again when all have been drawn.
 
     In your own training loop, use `DataLoader(rows, batch_size=B, sampler=TaskSampler(task_of_each_row, B))`. An epoch has as
-    many rows as the dataset. The batches depend only on the seed and the epoch's number, so a resumed run gets the same ones.
+    many rows as the dataset. The batches depend only on the seed and the epoch's number, so a resumed run gets the same batches.
 
     Source: Wang et al. 2023, arXiv:2303.02861, and the authors' code. Differences: the authors shuffle the rows only once.
 

@@ -73,12 +73,12 @@ class Objective(ABC):
         """Prepare a training forward.
 
         Args:
-            prompt: the prompt that is trained.
+            prompt: the prompt that is being trained.
             call: the arguments of the model's forward by name, including `labels`; may be changed in place.
             given: the method's batch columns, by name.
 
         Returns:
-            a function that computes the loss and puts it into the output; None leaves the output unchanged.
+            a function that computes the loss and puts it into the output, or None to leave the output unchanged.
         """
 
 

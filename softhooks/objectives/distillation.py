@@ -19,7 +19,7 @@ from softhooks.objectives.base import Finish, Objective, PromptOnModel, with_los
 from softhooks.objectives.losses import Texts, kl_divergence
 
 Teacher = Callable[[PromptOnModel], AbstractContextManager[None] | None]
-"""Returns a context in which the model uses the teacher's prompt; None if there is no teacher in this step."""
+"""Returns a context manager in which the model uses the teacher's prompt, or None if the step has no teacher."""
 
 
 class Distillation(Objective):
@@ -29,7 +29,7 @@ class Distillation(Objective):
     student's prompt.
 
     Logits are compared at labeled tokens. The last hidden states are compared at all text tokens that are not masked. In an
-    encoder-decoder with labeled tokens, half of the weight goes to the encoder's text and half to the decoder's labeled tokens.
+    encoder-decoder with labeled tokens, the encoder's text and the decoder's labeled tokens each contribute half of the MSE.
 
     Both terms are divided by the same number of labels as the model's own loss, and each sequence is weighted by its number of
     labels. Accumulated gradients are therefore equal to those of one large batch. Each document in a packed row is a separate
@@ -37,7 +37,8 @@ class Distillation(Objective):
 
     Args:
         weight: the weight of the sum of both terms.
-        teacher: returns a context manager that switches the model to the teacher's prompt; None if this step has no teacher.
+        teacher: a function that returns a context manager in which the model uses the teacher's prompt, or None if the step has
+            no teacher.
     """
 
     def __init__(self, weight: float, teacher: Teacher) -> None:

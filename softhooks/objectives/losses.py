@@ -1,4 +1,4 @@
-"""Functions that objectives share: the KL divergence of logits, and sums over each sequence of a batch."""
+"""Functions that objectives share: the KL divergence between logits, and sums over each sequence of a batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softhooks.inject.prefix.packed_documents import document_numbers
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) -> Tensor:
-    """Compute KL(teacher || student) of logits in fp32; exactly 0 where they are equal. [..., V], [..., V] -> [...].
+    """Compute KL(teacher || student) from logits, in fp32; exactly 0 where they are equal. [..., V], [..., V] -> [...].
 
     With `top_k`, all tokens except the teacher's k most likely ones count as one token. This never increases the result.
     """
@@ -26,7 +26,7 @@ def kl_divergence(teacher: Tensor, student: Tensor, top_k: int | None = None) ->
 
 
 def _merge_others(log_probs: Tensor, top: Tensor) -> Tensor:
-    """Return the log-probabilities of the tokens `top` and of all others combined. [..., V], [..., k] -> [..., k + 1]."""
+    """Return the log-probabilities of the tokens in `top` and of all others combined. [..., V], [..., k] -> [..., k + 1]."""
     others = log_probs.scatter(-1, top, float("-inf")).logsumexp(-1, keepdim=True)
     return torch.cat([log_probs.gather(-1, top), others], dim=-1)
 
@@ -35,9 +35,9 @@ def require_logits(logits: Tensor, rows: int, columns: int) -> None:
     """Check that a model returned logits for every token."""
     if logits.shape[:2] != (rows, columns):
         raise UnsupportedModeError(
-            f"the model returned logits for {list(logits.shape[:2])} tokens, but the labels have the shape {[rows, columns]}; "
-            "the loss needs logits for all tokens.",
-            "Leave `logits_to_keep` out in training.",
+            f"the first two dimensions of the logits are {list(logits.shape[:2])}, but the labels have the shape "
+            f"{[rows, columns]}; the loss needs logits for all tokens.",
+            "Do not pass `logits_to_keep` during training.",
         )
 
 
@@ -47,7 +47,7 @@ class Texts:
 
     Attributes:
         columns: the index of each token's sequence within its row, [B, T].
-        per_row: the largest number of sequences in a row; rows with fewer sequences are filled up with empty ones.
+        per_row: the largest number of sequences in a row; rows with fewer sequences are padded with empty ones.
     """
 
     columns: Tensor

@@ -19,7 +19,10 @@ from softhooks.objectives.losses import Texts, require_logits
 class WeightedLabels(Objective):
     """Cross-entropy on the label tokens of the prompt, with weights, and on the label tokens of the text, with weight 1.
 
-    The loss of a sequence is the weighted sum over these label tokens, except those hidden from its row, divided by their number.
+    The label tokens of the prompt are the virtual tokens that were initialized from the labels of its examples. The loss of a
+    sequence is the weighted sum over the label tokens of the prompt and the text, except those hidden from its row, divided by
+    their number.
+
     The loss of a batch is `sum_b n_b loss_b / N`, where n_b is the number of label tokens in the text of sequence b, and N is
     `num_items_in_batch` if a Trainer passes it, otherwise the sum of all n_b. With `num_items_in_batch`, the gradients do not
     depend on how a batch is split into micro-batches and processes. Each document in a packed row is a separate sequence.
@@ -60,7 +63,7 @@ class WeightedLabels(Objective):
             raise UnsupportedModeError(
                 "this call computes the prompt separately for each row, but the loss on the prompt's labels needs a prompt that "
                 "is computed once for all rows.",
-                "Leave out inputs other than the text, such as `token_type_ids` or the states of an encoder.",
+                "Leave out inputs other than the text, such as `token_type_ids` or encoder states.",
                 prompt=prompt.name,
             )
         chosen = states[:, (self.places - 1).to(states.device)]  # the state before a token predicts it

@@ -51,12 +51,12 @@ class AddedTokenHooks:
         return output
 
     def _uses(self, batch: int) -> Iterator[tuple[AddedTokens, Tensor | None]]:
-        """Yield the added tokens of each active prompt and a mask [B] of the batch rows that use it (None if all do)."""
+        """Yield each active prompt's added tokens, and a mask [B] of the rows that use the prompt (None if all do)."""
         prompted, rows = self.prompted, self.prompted.rows
         if not prompted.is_on:
             return
         if rows is not None and (not rows or batch % len(rows)):
-            return  # softhooks is running a prompt without text
+            return  # softhooks is running a stack on the virtual tokens alone
         for prompt in prompted.active_prompts():
             if prompt.added is None:
                 continue
@@ -74,8 +74,8 @@ def check_added_rows(prompt: AttachedPrompt, inputs: dict[str, Tensor]) -> None:
         inputs: the arguments for a forward of the model.
 
     Raises:
-        UnsupportedModelError: the results differ, a second embedding looks up the input ids, or the logits do not come from the
-            output embeddings.
+        UnsupportedModelError: the results differ, a second embedding module looks up the input ids, or the logits do not come
+            from the output embeddings.
     """
     added, model = prompt.added, prompt.model
     if added is None:

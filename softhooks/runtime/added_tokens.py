@@ -26,7 +26,8 @@ class AddedTokens(nn.Module):
         ids: the ids of the tokens.
         vocabulary: the number of rows of the model's embedding matrix.
         rows: the input embeddings, [N, E], and also the output embeddings if the two are tied.
-        output_rows, output_bias: the output embeddings, [N, H], if they are not tied; and their bias, [N], if they have one.
+        output_rows: the output embeddings, [N, H], or None if they are tied to the input embeddings.
+        output_bias: the bias of the output embeddings, [N], or None if they have no bias.
     """
 
     ids: Tensor
@@ -103,7 +104,7 @@ def chosen_ids(requested: Any, model: nn.Module, structure: ModelStructure) -> t
     beyond = [number for number in ids if not 0 <= number < structure.vocabulary]
     if not ids or beyond:
         raise OptionError(
-            f"train_added_tokens selects {f'the ids {beyond}' if beyond else 'no ids'}; the model's vocabulary has "
+            f"train_added_tokens selects {f'the ids {beyond}' if beyond else 'no ids'}; the model's embedding matrix has "
             f"{structure.vocabulary} rows.",
             "Call `model.resize_token_embeddings(len(tokenizer))` first, or correct the ids.",
         )

@@ -42,7 +42,7 @@ class SignedForward(MethodWrapper):
     Args:
         model: the model.
         names: the extra arguments.
-        accepted: returns the extra arguments that the active prompts use.
+        accepted: a function that returns the extra arguments that the active prompts use.
 
     Raises:
         AttachError: the model's forward already has an argument of the same name.
@@ -56,7 +56,8 @@ class SignedForward(MethodWrapper):
         taken = [name for name in names if name in signature.parameters]
         if taken:
             raise AttachError(
-                f"the forward of {type(model).__name__} already has an argument {', '.join(taken)}; the prompt needs this name.",
+                f"the forward of {type(model).__name__} already has an argument named {', '.join(taken)}; "
+                "the prompt needs this name.",
                 "Use another method for this model.",
             )
 

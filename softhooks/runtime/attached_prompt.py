@@ -183,13 +183,13 @@ class AttachedPrompt:
 
     @property
     def states(self) -> Tensor | None:
-        """The last hidden states of the virtual tokens, [R, P, H], or None if they were not computed separately from the text."""
+        """The last hidden states of the virtual tokens of R variants, [R, P, H]; None if not computed separately from text."""
         forward = self.running.forward
         found = None if forward is None else forward.prefilled.get(id(self), {}).get("self")
         return None if found is None else found.states
 
     def snapshot(self) -> Snapshot:
-        """Return the state of the prompt."""
+        """Return a snapshot of the prompt's tensors (as checksums) and settings, to detect later changes."""
         return snapshot(self.model, self.encoder, self.added, self.injection, self.conventions)
 
     def _compute(self, stack: Stack, variants: tuple[int, ...]) -> dict[Role, KeyValues]:
@@ -211,7 +211,7 @@ class AttachedPrompt:
         return result
 
     def __copy__(self) -> AttachedPrompt:
-        """Return this object, because a copy would not follow later changes."""
+        """Return this object itself, because a copy would not follow later changes."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:

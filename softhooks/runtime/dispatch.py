@@ -1,6 +1,7 @@
 """Choose how prompts enter a forward of a stack: as slots, as keys and values, or as a gated branch.
 
-A pass is the object that injects the prompts into one forward of a stack.
+A stack is the module that runs all layers on the text; an encoder-decoder has two. A slot is a place for a virtual token in the
+sequence. A pass is the object that injects the prompts into one forward of a stack.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The hooks on a model, its stacks and its heads.
 
-They are bound methods, so that a deep copy of a model gets its own hooks. A pass is the object that injects the prompts into one
-forward of a stack.
+They are bound methods, so that a deep copy of a model gets its own hooks. A stack is the module that runs all layers on the text;
+an encoder-decoder has two. A pass is the object that injects the prompts into one forward of a stack.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ class ModelHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, _kwargs: dict[str, Any], output: Any) -> Any:
-        """Check that the call used the prompt, and let an objective change the output (None after an error)."""
+        """Check that the call used the prompt, and let an objective change the output.
+
+        If the forward raised an error, `output` is None, and this hook only ends the call.
+        """
         prompted = self.prompted
         call = prompted.running.find(self, module_call())
         if call is None:
@@ -103,9 +106,9 @@ class ModelHooks:
 
 
 def _is_own_call(prompted: PromptedModel) -> bool:
-    """Return whether softhooks is running a prompt without text.
+    """Return whether softhooks is running a stack on the virtual tokens alone.
 
-    If the model itself is the stack, the model's hooks are called in such a run, too.
+    If the model itself is the stack, its `ModelHooks` are called in such a run, too.
     """
     passes = (stack.state.current for stack in prompted.structure.stacks)
     return any(current is not None and not current.has_begun for current in passes)
@@ -130,8 +133,8 @@ def _begin_objective(
         found = f"`rows` selects {prompted.selection_text}" if has_labels else "the call has no `labels`"
         raise UnsupportedModeError(
             f"{found}; {prompt.method.kind} has its own objective, which needs `labels` and trains one prompt at a time.",
-            "Outside of `rows`, pass `labels` to the model and train on `output.loss`. Turn off a Trainer's label smoothing and "
-            "`compute_loss_func`, which remove the labels from the call.",
+            "Pass `labels` to the model, without `softhooks.rows`, and train on `output.loss`. In a Trainer, turn off label "
+            "smoothing and `compute_loss_func`, which remove the labels from the call.",
         )
     return prompt.objective.begin(prompt, call, given)
 
@@ -149,7 +152,7 @@ class StackHooks:
         own = self.stack.state.current
         if own is not None and not own.has_begun:
             own.has_begun = True
-            return None  # softhooks is running the prompt without text
+            return None  # softhooks is running the stack on the virtual tokens alone
         begun = self.prompted.running.begin(self, f"the forward of {type(module).__name__}", module_call())
         call = dict(zip(self.stack.parameters, args, strict=False)) | kwargs
         begun.opened = begin_stack_forward(self.prompted, self.stack, call)
@@ -180,7 +183,10 @@ class StackHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        """Close the pass, and change the output (None after an error)."""
+        """Close the pass, and change the output.
+
+        If the forward raised an error, `output` is None, and this hook only closes the pass.
+        """
         begun = self.prompted.running.find(self, module_call())
         if begun is None:
             return None

@@ -39,7 +39,7 @@ class LabelNames:
         return Labels.of(self._config) if prompt.name == self._shown or prompt.labels is None else prompt.labels
 
     def add(self, prompt: AttachedPrompt) -> None:
-        """Give a new prompt the label names in the config, unless it was saved with its own."""
+        """Give a new prompt the label names in the config, unless it was saved with names of its own."""
         if not len(prompt.heads):
             return
         if prompt.labels is not None:

@@ -46,7 +46,7 @@ class PromptSource:
     def ids_and_conventions(
         self, model: nn.Module, structure: ModelStructure, encoder: PromptEncoder, needs_ids: bool
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return the ids of the virtual tokens, [P] (None if the model needs no ids), and the `Method.conventions`."""
+        """Return the ids of the virtual tokens, [P] (None if the model needs no ids), and the result of `Method.conventions`."""
         conventions = self.method.conventions(structure)
         if not needs_ids:
             return None, conventions

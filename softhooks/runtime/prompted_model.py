@@ -164,7 +164,7 @@ class PromptedModel:
             given: the extra arguments; None means those of the running forward.
 
         Raises:
-            UnsupportedModeError: the number of `rows` does not match the batch size.
+            UnsupportedModeError: the number of names in `rows` does not match the batch size.
             NotAttachedError: `rows` names a prompt that has been removed.
         """
         given, rows = self.given if given is None else given, self.rows
@@ -201,7 +201,7 @@ class PromptedModel:
         return repr(names[0] if len(set(names)) == 1 else names)
 
     def provenance(self, selection: Selection | None = None) -> Provenance:
-        """Return the state of the active prompts, which is stored on caches and encoder outputs.
+        """Return the names and states of the active prompts, to be stored on caches and encoder outputs.
 
         Args:
             selection: the selection whose variants are included, or None to leave variants out.

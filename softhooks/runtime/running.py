@@ -25,7 +25,7 @@ _local = threading.local()
 
 
 def this_thread() -> object:
-    """Return an object that identifies this thread. Unlike this object, a thread's id is reused after the thread ends."""
+    """Return an object that identifies this thread. Unlike a thread's id, it is never reused."""
     try:
         token: object = _local.token
     except AttributeError:
@@ -55,8 +55,8 @@ class Call:
 
     Attributes:
         holder: the object that began the call: a hook object or an `ExclusiveBlock`.
-        what: the name of the call in errors.
-        frame: the frame of the call, which is on its thread's stack until the call ends.
+        what: the name of the call in error messages.
+        frame: the Python frame of the call; it stays on the call stack of its thread until the call ends.
         outer: the surrounding call, or None.
         is_model: whether the call is a forward of the whole model; forwards of stacks inside it share its state.
         is_on: whether prompts are active in the call.
@@ -93,7 +93,7 @@ class Call:
 
     @property
     def forward(self) -> Call:
-        """The call that stores this forward's state: the model's forward if it calls this stack, else this call itself."""
+        """The call that stores this forward's state: the model's forward if it contains this stack's forward, else this call."""
         outer = self.outer
         return outer if not self.is_model and outer is not None and outer.is_model else self
 
@@ -103,7 +103,7 @@ class Call:
         return self.outer is not None and (self.outer.skips_objective or self.outer.runs_without_objective)
 
     def runs(self) -> bool:
-        """Return whether the call is still running. After a KeyboardInterrupt, torch skips the hook that would end it."""
+        """Return whether the call is still running. After a KeyboardInterrupt, torch skips the hook that would end the call."""
         if self.thread is this_thread():
             return _is_on_stack(self.frame, sys._getframe())
         # Another thread's stack can change during the search and hide the frame, so search twice.
@@ -137,7 +137,7 @@ def _is_autograd_thread_of(call: Call) -> bool:
 
 
 class RunningCalls:
-    """The stack of calls that are running on one model. In a copy of the model, it is empty."""
+    """The nested calls that are running on one model. A copy of the model starts without calls."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -209,7 +209,7 @@ class ExclusiveBlock:
     """A context manager inside which no other thread may run the model."""
 
     _running: RunningCalls
-    _what: str  # the name of the block in errors
+    _what: str  # the name of the block in error messages
     _skip_objective: bool
     _call: Call | None = None
 

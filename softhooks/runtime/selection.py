@@ -141,7 +141,8 @@ class RecomputeCheck:
 
         Args:
             selection: the names of the active prompts, as one string.
-            training: whether the model is in training mode; a reentrant checkpoint disables gradients in the first run.
+            training: whether the model is in training mode. If so, the prompts are stored even without gradients, because a
+                reentrant checkpoint disables gradients in the first run.
 
         Raises:
             UnsupportedModeError: the first run may have used different prompts.

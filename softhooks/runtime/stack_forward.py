@@ -1,4 +1,7 @@
-"""The start of a stack's forward: check the call, and create the pass, which is the object that injects the active prompts."""
+"""The start of a stack's forward: check the call, and create the pass, which is the object that injects the active prompts.
+
+A stack is the module that runs all layers on the text; an encoder-decoder has two.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +70,7 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
 def _open_for_documents(
     stack: Stack, call: dict[str, Any], selection: Selection, outer: OuterCall | None, columns: int
 ) -> Pass:
-    """Create the pass. It checks that documents packed into one row attend only to the prompt and to themselves."""
+    """Create the pass, which checks that each document packed into a row attends only to the prompt and to itself."""
     own = call.get("position_ids")
     positions = outer.positions if own is None and outer is not None else own
     packed = document_numbers(positions, call.get("attention_mask"), columns)

@@ -96,7 +96,7 @@ def choice_of(model: nn.Module) -> Choice:
 
 
 def repeats_of(model: nn.Module) -> int:
-    """Return how many rows of a batch use the same entry of `rows`: in `generate`, the beams or samples of a row; otherwise 1."""
+    """Return how many rows of a batch use each entry of `rows`: in `generate`, the number of beams or samples; otherwise 1."""
     for block in reversed(blocks_of(model)):
         if block.generates:
             return block.repeats

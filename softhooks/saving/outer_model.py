@@ -29,7 +29,8 @@ _MAX_FRAMES = 64
 def prompt_folders(prompted: PromptedModel, folder: Path) -> dict[SoftPrompt, Path]:
     """Map each prompt to the folder to save it in: one prompt to `folder` itself, the others to subfolders.
 
-    The prompt in `folder` is `default` or, if there is none, the active prompt (if none is active, the last one).
+    `folder` gets the prompt named `default`. If no prompt has this name, it gets the active prompt or, if none is active, the
+    prompt that was attached last.
     """
     prompts = soft_prompts_of(prompted)
     top = "default" if "default" in prompts else prompted.active or next(reversed(prompts))
@@ -47,7 +48,8 @@ class SaveFromOutside:
         """Write the prompts, and remove their tensors from the state dict.
 
         The tensors stay in the state dict in two cases: in a Trainer's checkpoint, because training resumes from them, and if the
-        model is sharded, because a single process cannot write its prompts. Disabled prompts are removed without being written.
+        model is sharded, because a single process cannot write its prompts. Disabled prompts are not written,
+        but their tensors are removed.
         """
         call = None if prefix.count(".") < 2 else _saving_call(self.prompted.model)
         if call is None or not self.prompted.prompts:

@@ -1,1 +1,1 @@
-"""Compute the input embeddings of a prompt and a text, for inference servers."""
+"""Embed text together with a soft prompt, for inference servers."""

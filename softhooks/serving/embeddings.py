@@ -1,4 +1,4 @@
-"""Turn a prompt and a text into one sequence of embeddings, for servers that do not support soft prompts."""
+"""Embed text together with a soft prompt, as one sequence, for servers that do not support soft prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from softhooks.switch import disabled
 def sequence_embeddings(
     model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None, *, server: ServerName | None = None
 ) -> Tensor:
-    """Return the input embeddings of a text and of the active prompt's virtual tokens, as one sequence.
+    """Return the input embeddings of the text and of the active prompt's virtual tokens, as one sequence.
 
     Args:
         model: a causal decoder with the prompt.
@@ -69,7 +69,7 @@ def _require_rows(model: nn.Module) -> SoftPrompt:
     names = [prompted.active] if prompted.rows is None else list(prompted.rows)
     if prompted.rows is not None or prompted.active is None or prompted.disabled:
         raise OptionError(
-            f"the active prompts are {names!r}{', but disabled' if prompted.disabled else ''}; exactly one prompt must be active."
+            f"the active prompts are {names!r}{' (disabled)' if prompted.disabled else ''}; exactly one prompt must be active."
         )
     prompt = soft_prompts_of(prompted)[prompted.active]
     if prompted.structure.entry.reads_ids:

@@ -1,4 +1,4 @@
-"""Convert the embeddings of models that multiply them by a factor to the embeddings that inference servers expect.
+"""Convert input embeddings to those that inference servers expect, for models that multiply embeddings by a factor.
 
 transformers applies the factor either inside the embedding module (Gemma), in which case `inputs_embeds` must include it, or
 after this module (Granite), in which case `inputs_embeds` must not. A server that applies the factor elsewhere needs different

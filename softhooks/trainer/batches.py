@@ -123,7 +123,7 @@ class KeptColumns:
         Patches().set(trainer, "_set_signature_columns_if_needed", self)
 
     def __call__(self) -> None:
-        """Add the columns that the collator and prompts need, including prompts attached after the Trainer listed its columns."""
+        """Add the columns that the collator and prompts need, including those of prompts attached later."""
         self._set_signature_columns()
         trainer, prompted = self._trainer, prompted_model_of(self._trainer.model)
         collator = trainer.data_collator

@@ -57,7 +57,7 @@ class SoftPromptCallback(TrainerCallback):
     later, with `trainer.add_callback`.
 
     Args:
-        method: the method, with its options.
+        method: the method and its options, such as `PromptTuning(20)`.
         name: the name of the prompt.
         train_head, trainable, freeze_dropout, injection, train_added_tokens: as in `attach`.
         check_frozen: when to check that the base has not changed. "end": at the end of training; "save" or True: also before each
@@ -158,7 +158,7 @@ class SoftPromptCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the model and the optimizer. If the model was replaced, attach the prompt to it, unless that is too late."""
+        """Check the model and the optimizer. Attach the prompt if the model was replaced, or raise an error if it is too late."""
         refuse_smoothing(args, self.method)
         model, optimizer, known = kwargs["model"], kwargs["optimizer"], self.soft_prompt
         is_known = known is not None and known.is_attached and known.model is model

@@ -39,7 +39,7 @@ _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
 class Lock:
-    """A lock on a checkpoint folder while a process writes the checkpoint. If the process dies, the lock is released."""
+    """A lock on a checkpoint folder, held while a process writes the checkpoint. If the process dies, the lock is released."""
 
     held: ClassVar[dict[Path, Lock]] = {}
     """The locks of this process. A lock that is still held when another Trainer is created is from a failed checkpoint."""

@@ -74,7 +74,7 @@ def _obstacles(args: TrainingArguments, model: nn.Module) -> Iterator[tuple[str,
     if prompted_model_of(model) is None and is_sharded_model(model):
         yield (
             "the model is already sharded; a prompt must be attached before sharding.",
-            "Let the Trainer shard the model, or call `softhooks.attach` first.",
+            "Pass the model to the Trainer unsharded, or call `softhooks.attach` before you shard it.",
         )
 
 

@@ -95,9 +95,10 @@ def refuse_second(callback: TrainingCallback, model: nn.Module, control: Trainer
 
 
 def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) -> None:
-    """Remove a callback's earlier prompt from the previous model, and from a model that `model_init` returns again.
+    """Remove a callback's earlier prompts from its previous model and from `model`, which may have been used before.
 
     Args:
+        model: the model that `model_init` returned.
         trial: the trial of a hyperparameter search, or None outside a search.
     """
     known, saver = callback.soft_prompt, saver_of(model)
@@ -110,7 +111,7 @@ def remove_previous(callback: TrainingCallback, model: nn.Module, trial: Any) ->
     elif saver.has_trained and trial is not None:
         raise TrainerError(
             "`model_init` returned a model with a prompt that another trial has trained; each trial needs a new prompt.",
-            "Let `model_init` return a model without this prompt (the callback attaches it), or attach a new prompt there.",
+            "Return a model without this prompt from `model_init` (the callback attaches one), or attach a new prompt there.",
             trial=getattr(trial, "number", trial),
             prompt=f"{saver.prompt.name!r}, attached by the script",
         )
@@ -145,7 +146,8 @@ def refuse_late(args: TrainingArguments, state: TrainerState, found: str) -> Non
         raise TrainerError(
             "the prompt was attached after the optimizer was created; it must be attached before.",
             "Pass `model=` or `model_init=`, and `callbacks=[SoftPromptCallback(...)]`, to the Trainer, or call "
-            "`trainer.add_callback` before `train()`. If you need no checkpoints, set save_strategy='no'.",
+            "`trainer.add_callback` before `train()`. In a new run with one process, save_strategy='no' "
+            "(no checkpoints) also avoids this error.",
             found=found,
             because=reason,
         )

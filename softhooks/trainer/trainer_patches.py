@@ -1,4 +1,4 @@
-"""Patches of the Trainer, which otherwise calls a callback too late or not at all.
+"""Patches for the Trainer, which would otherwise call a callback too late or not at all.
 
 | patched method | reason |
 |---|---|
@@ -39,7 +39,11 @@ if TYPE_CHECKING:
 
 
 class PatchedTrainer:
-    """Replaces two methods of a Trainer. After the callback is removed from the Trainer, only calls the original methods."""
+    """Wraps two methods of a Trainer.
+
+    Once the callback is removed from the Trainer, the wrappers only call the original methods. However, if the prompt is still
+    attached and no other callback trains it, `create_optimizer` raises an error.
+    """
 
     def __init__(self, trainer: Trainer, callback: TrainingCallback) -> None:
         self._trainer = trainer
@@ -77,7 +81,7 @@ class PatchedTrainer:
 def _refuse_without_callback(callback: TrainingCallback) -> None:
     """Refuse to train a prompt after its callback was removed, because nothing would check gradients, checkpoints or the base.
 
-    Does nothing if another callback trains the prompt now.
+    Do nothing if another callback now trains the prompt.
     """
     prompt = callback.soft_prompt
     saver = None if prompt is None else saver_of(prompt.model)
@@ -110,7 +114,7 @@ def _find_trainer(callback: TrainingCallback) -> Trainer | None:
 
 
 def _callers() -> Iterator[FrameType]:
-    """Yield the frames of the running calls, innermost first."""
+    """Yield the frames on the call stack, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -131,7 +135,7 @@ def _with_init_event(original: Callable[..., Any]) -> Callable[..., Any]:
         """Add a callback; if it is a SoftPromptCallback and the Trainer already exists, call its `on_init_end`."""
         original(handler, callback)
         added = handler.callbacks[-1]
-        # Compare by identity, because callbacks may be unhashable, such as dataclasses.
+        # Compare by identity, because some callbacks, such as dataclasses, are not hashable.
         is_ours = any(one is added for one in callbacks)
         if not is_ours or not hasattr(handler, "model"):  # a Trainer that is being created calls `on_init_end` itself
             return
@@ -173,7 +177,7 @@ def _call_init_event(callback: TrainingCallback) -> None:
 
 
 class LoggedMetrics:
-    """A handle that adds a saver's metrics to the Trainer's logs until `remove` is called."""
+    """Adds the metrics of a `CheckpointSaver` to the Trainer's logs until `remove` is called."""
 
     def __init__(self, saver: CheckpointSaver) -> None:
         self._saver = weakref.ref(saver)

@@ -24,7 +24,7 @@ def said(call: Any) -> list[str]:
         warnings.simplefilter("always")
         call()
     messages = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
-    return [message for message in messages if "more than the positions" in message]
+    return [message for message in messages if "more than the model was trained for" in message]
 
 
 @each_method

@@ -157,7 +157,7 @@ def test_what_trained_beside_the_prompt_is_said_to_be_missing(tmp_path: Path) ->
     prompt.save_pretrained(tmp_path)
     one = told(tmp_path)
     assert "model.norm.weight" in one["also_trained"]
-    assert f"{len(one['also_trained'])} parameters of the base, trained with it" in run(tmp_path)
+    assert f"{len(one['also_trained'])} parameters of the base, trained with the prompt" in run(tmp_path)
 
 
 def test_a_long_option_is_cut_for_people_and_whole_for_scripts(tmp_path: Path) -> None:

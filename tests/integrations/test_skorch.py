@@ -298,7 +298,7 @@ def test_a_model_that_carries_a_prompt_is_refused_and_stays_as_it_is() -> None:
         PromptedModule(model, PromptTuning(4))
 
 
-@pytest.mark.parametrize(("model", "says"), [("bert", "str"), (lambda: 3, "which returns int")])
+@pytest.mark.parametrize(("model", "says"), [("bert", "str"), (lambda: 3, "and returns int")])
 def test_what_is_given_must_be_a_model_or_make_one(model: Any, says: str) -> None:
     with pytest.raises(OptionError, match=says):
         PromptedModule(model, PromptTuning(4))

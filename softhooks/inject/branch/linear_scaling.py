@@ -30,7 +30,7 @@ def linears(stack: Stack) -> dict[str, tuple[nn.Module, int]]:
 def blanks(mask: Tensor | None, columns: int) -> Tensor | None:
     """Return a mask that is True where the text is padding, [B, T] bool, or None if no row starts with padding.
 
-    Recurrent layers ignore padding only if its states are 0, so no offset may be added to these states.
+    Recurrent layers ignore a padding token only if its hidden state is 0, so no offset may be added to it.
 
     Args:
         mask: the attention mask, [B, past + T].
@@ -67,7 +67,7 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
 
 @dataclass(eq=False)
 class ScaleHook:
-    """The hook of one linear layer. Its bound method is registered, so that a copy of the model gets its own hook."""
+    """The hook of one linear layer. As a bound method and not a closure, it is copied together with the model."""
 
     stack: Stack
     name: str

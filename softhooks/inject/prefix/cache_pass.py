@@ -84,7 +84,7 @@ class CachePass(PrefixPass):
                 if module is self.stack.module:
                     continue
                 raise UnsupportedModeError(
-                    f"{type(module).__name__} does not use a cache with gradient checkpointing; its prefix can enter only "
+                    f"{type(module).__name__} does not use a cache with gradient checkpointing, but a prefix can enter it only "
                     "through a cache.",
                     "Disable gradient checkpointing.",
                 )

@@ -21,7 +21,7 @@ from softhooks.inject.prefix.key_values import KeyValues
 def joining_pays(
     function: str, prefix: KeyValues, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether to join the rows: if gradients are enabled, all rows share one long prefix, and the attention call allows it."""
+    """Whether to join the rows; requires gradients, one long prefix for all rows, and an attention call that allows joining."""
     batch, _, columns, _ = query.shape
     shared = prefix.variants == 1 and prefix.lengths is None and kwargs.get("position_bias") is None
     plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] == 1)

@@ -27,7 +27,7 @@ class KeyValues:
         shifted: whether the text's positions start after the prefix; a bool, or [B] bool.
         states: the virtual tokens' last hidden states, [R, P, H], if the prompt was run through the stack.
         hidden: the virtual tokens that a row must not see, [B or 1, P] bool, or None if each row sees all its virtual tokens.
-        missing: which rows with a prompt have no prefix in a layer in which other rows have one, [B] bool by layer index.
+        missing: for each layer that only some prompts of the batch enter, the rows with another prompt, [B] bool by layer index.
     """
 
     keys: dict[int, Tensor]
@@ -76,7 +76,7 @@ class KeyValues:
         """Return the virtual tokens that each row has and may see, [B or 1, P] bool, or None for all.
 
         Args:
-            index: the index of a layer; rows without a prefix in this layer see no virtual tokens. None to ignore the layers.
+            index: the index of a layer; rows without a prefix in this layer see no virtual tokens. If None, `missing` is ignored.
         """
         seen = [] if self.hidden is None else [~self.hidden.to(device)]
         if index in self.missing:
@@ -126,7 +126,7 @@ def mix(prompts: Sequence[KeyValues], rows: Sequence[int | None]) -> KeyValues:
 
     Args:
         prompts: the prefixes; each may be limited to some layers.
-        rows: the variant of each row, numbered across all prompts, or None for a row without a prompt.
+        rows: for each row, the index of its variant among the variants of all prompts, or None for a row without a prompt.
     """
     longest = max(prompt.length for prompt in prompts)
     device = prompts[0].any_key.device

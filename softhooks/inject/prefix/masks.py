@@ -12,7 +12,7 @@ from softhooks.inject.prefix.paged_cache import paged_cache
 
 
 def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, masked: bool = False) -> None:
-    """Refuse attention functions whose mask cannot be extended to a prefix, such as flex attention.
+    """Refuse attention functions whose mask cannot be extended to cover a prefix, such as flex attention.
 
     Args:
         name: the name of the attention function.
@@ -27,7 +27,7 @@ def refuse_attention(name: str, kwargs: dict[str, Any], cut: bool = False, maske
     if "flex" in name or unmasked or packed or cut:
         function = name + (" with packed sequences" if packed else " with windows" if cut else "")
         raise UnsupportedModeError(
-            f"the attention function {function} has no mask that can be extended to a key-value prefix.",
+            f"the attention function {function} has no mask that can be extended to cover a key-value prefix.",
             "Use `model.set_attn_implementation('sdpa')` or 'eager'.",
         )
 

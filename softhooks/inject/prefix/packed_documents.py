@@ -1,4 +1,4 @@
-"""Refuse a forward in which documents packed into one row see more than the prompt and themselves.
+"""Refuse a forward in which documents packed into one row could attend to each other.
 
 A prompt that enters as keys and values precedes every document, and the positions of each document start after it. The mask
 keeps the documents apart. In most models, transformers makes the mask from `position_ids`, but only if the call has neither

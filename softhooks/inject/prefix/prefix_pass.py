@@ -28,7 +28,7 @@ class PrefixPass(CheckpointedPass):
     """A forward with a prefix, whose keys and values come before the text's keys and values at each attention layer.
 
     Args:
-        prefixes: keys and values by role (self- or cross-attention).
+        prefixes: the prefix's keys and values, by kind of attention (`self` or `cross`).
         positions: the queries' positions in the text, counted from 0 in each row or document, [B or 1, T].
         training: whether layers may be checkpointed in this forward.
     """

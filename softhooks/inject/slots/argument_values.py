@@ -1,7 +1,7 @@
 """Choose the values that per-token arguments, such as token types or bounding boxes, have at slots.
 
-A slot gets the value that the tokenizer gives to padding. Except for token types, test forward passes check that the model uses
-this value if the argument is missing. The language of a slot is the language of its row.
+A slot gets the value that the tokenizer gives to padding. Test forward passes check that the model itself uses this value if the
+argument is missing; token types are not checked. The language of a slot is the language of its row.
 """
 
 from __future__ import annotations

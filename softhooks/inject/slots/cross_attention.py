@@ -37,9 +37,9 @@ class CrossSlotPass(Pass):
             raise PromptNotReachedError(
                 "the decoder received encoder states without the prompt's slots; encoder and decoder must run with the same "
                 "prompts.",
-                "Let the model run its encoder itself, or call the encoder while the prompt is active.",
+                "Leave the encoder to the model, or call the encoder while the prompt is active.",
                 states=f"{states.shape[1]} positions",
-                mask="none" if given is None else f"{given.shape[-1]} tokens and {slots.columns} slots",
+                mask="none" if given is None else f"{given.shape[-1]} tokens, plus {slots.columns} slots",
             )
         self._wide = wide
         if given is not None or slots.uneven:

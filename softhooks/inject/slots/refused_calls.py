@@ -163,5 +163,5 @@ def refuse_more_columns(output: Any, text: int, wide: int) -> None:
         raise UnsupportedModeError(
             f"the model's backbone returns {columns} states for {wide} positions; with slots it must return one per position.",
             "Call the model with text only.",
-            columns=f"{wide}, {wide - text} of them slots",
+            positions=f"{wide}, {wide - text} of them slots",
         )

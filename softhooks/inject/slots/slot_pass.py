@@ -1,6 +1,6 @@
 """Insert slots into the sequence: add placeholder ids, replace their embeddings, and remove their states from the output.
 
-This is used for encoders, for prompts that are not before the text, and for decoders whose prompt cannot be shared by all rows.
+Slots are used for encoders, for prompts that are not before the text, and for decoders whose prompt cannot be shared by all rows.
 Outside the stack, tensors have the length of the text, without slots; only a decoder that attends to an encoder gets the states
 of the encoder's slots too.
 """
@@ -173,8 +173,8 @@ class SlotPass(Pass):
                 "Use `placement='front'` if `prompt.injection` is then 'shared', or generate from the whole text without an "
                 "existing cache.",
                 cache=f"{past} positions, {slots} of them slots",
-                call=f"{self.batch} rows, {self.columns} new tokens of {'unknown' if seen is None else seen} in all, "
-                f"{total} expected",
+                call=f"{self.batch} rows, {self.columns} new tokens; total length {'unknown' if seen is None else seen}, "
+                f"expected {total}",
             )
         mask = mask_of_text(call, self.outer, (self.batch, total), self.device, self.stack.causal)
         refuse_later_text(gaps(mask, places.offsets), places.live, written.columns)
@@ -239,7 +239,7 @@ class SlotPass(Pass):
 
 
 class FallbackPass(SlotPass, CheckpointedPass):
-    """A forward with slots in a stack that normally shares its prompt; recomputed layers run inside this pass again."""
+    """A forward with slots in a stack whose rows normally share the prompt; recomputed layers run inside this pass again."""
 
     def detach_injected(self) -> None:
         """Do nothing: the prompt enters at the embedding, before all layers."""
