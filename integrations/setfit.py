@@ -97,7 +97,7 @@ def _of_the_body(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, dict[str,
     if any(kind.__name__ == "SpanSetFitModel" for kind in type(model).__mro__):
         raise UnsupportedModelError(
             f"{type(model).__name__} is for aspect-based sentiment analysis, which would train two models with one callback.",
-            "Train the aspect and the polarity model without a prompt, or as two SetFit models.",
+            "Train the aspect and polarity models without a prompt, or train each as a separate SetFit model.",
         )
     return model, kwargs["st_args"], {**kwargs, "model": kwargs["st_model"]}
 

@@ -124,7 +124,7 @@ def require_column(given: dict[str, Tensor], name: str, reason: str) -> Tensor:
     """
     if name not in given:
         raise UnsupportedModeError(
-            f"the call has no `{name}`, which this prompt needs in every call of the model.",
+            f"the call has no `{name}`, which this prompt needs in every call to the model.",
             f"Add a column `{name}` to the batch, or pass it to the model.",
             because=reason,
             given=", ".join(given) or "no batch columns",

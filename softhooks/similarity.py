@@ -45,7 +45,7 @@ def most_similar(
     """
     named: Mapping[str, Any] = prompts if isinstance(prompts, Mapping) else {str(source): source for source in prompts}
     if isinstance(prompts, str) or not named:
-        raise OptionError(f"`prompts` is {prompts!r}; pass one or more prompts, in a list or in a dict by name.")
+        raise OptionError(f"`prompts` is {prompts!r}; pass one or more prompts, as a list or as a dict keyed by name.")
     goal = rows_of(to, "be compared with prompts").mean(0).cpu()
     pooled = {name: rows_of(source, "be compared with prompts").mean(0).cpu() for name, source in named.items()}
     foreign = {name: list(mean.shape) for name, mean in pooled.items() if mean.shape != goal.shape}

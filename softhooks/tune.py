@@ -35,7 +35,7 @@ def tune(
     freeze_dropout: bool = False,
     train_added_tokens: bool | Sequence[int] | PreTrainedTokenizerBase = False,
 ) -> Callable[[Callable[P, R]], Callable[..., R]]:
-    """Attach a prompt before each call of a function. After the call, check the frozen weights, save the prompt, and remove it.
+    """Attach a prompt before each call to a function. After the call, check the frozen weights, save the prompt, and remove it.
 
     If the function has a parameter `soft_prompt`, the attached prompt is passed to it. If the function raises an error, the
     prompt is removed without being saved.

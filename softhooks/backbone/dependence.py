@@ -47,7 +47,7 @@ def _states_differ(model: nn.Module, structure: ModelStructure) -> bool:
         model(input_ids=given, attention_mask=torch.ones_like(given), **more)
 
     def differ(*forwards: Tensor) -> bool:
-        first_embeddings: list[Tensor] = []  # of the first text, one per call of the embedding
+        first_embeddings: list[Tensor] = []  # of the first text, one per call to the embedding
         states: list[Tensor] = []
         dtype = torch.float32
 

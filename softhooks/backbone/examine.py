@@ -59,8 +59,8 @@ class _Runs:
 
     Attributes:
         ids: the ids that each stack receives.
-        inputs, calls, attention: the arguments, module calls and attention function calls of the first forward.
-        changed: for each stack, the module calls of another forward, in which only the stack's second id differs.
+        inputs, calls, attention: the arguments, module calls and attention function calls in the first forward.
+        changed: for each stack, the module calls in another forward, in which only the stack's second id differs.
         choices: the number of choices per row, if the model is a multiple-choice model.
     """
 

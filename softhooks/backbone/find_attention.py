@@ -24,7 +24,7 @@ from softhooks.patching.patches import Patches
 
 @dataclass
 class AttentionRecord:
-    """One call of an attention function in a probe forward.
+    """One call to an attention function in a probe forward.
 
     Attributes:
         module: the attention module.
@@ -107,7 +107,7 @@ class _Recorder:
 
 @contextmanager
 def recorded_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
-    """Record every call of an attention function by the model's modules while the `with` block runs."""
+    """Record every call to an attention function by the model's modules while the `with` block runs."""
     recorder = _Recorder([])
     with wrapped_functions(model.modules()) as patches:
         for part in model.modules():

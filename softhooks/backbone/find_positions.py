@@ -118,7 +118,7 @@ class _Probe:
         ]
 
     def observed(self, calls: Iterable[ModuleCall]) -> _Forward:
-        """Return the observations from the module calls of a forward."""
+        """Return the observations from the module calls in a forward."""
         by_end = sorted(calls, key=lambda call: call.end)
         own = [call for call in by_end if call.module is self.module][-1]
         assert own.state is not None

@@ -23,13 +23,13 @@ from softhooks.patching.patches import Patches
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of a module in a probe forward.
+    """One call to a module in a probe forward.
 
     Attributes:
         inputs: its tensor arguments.
         position_ids: its argument `position_ids`.
         start, end: the number of calls that had begun when this call began, and when it ended.
-        occurrence: the number of earlier calls of the module.
+        occurrence: the number of earlier calls to the module.
         output: the returned value, which later modules may have changed in place.
         state: a copy of the first tensor in the output.
     """
@@ -59,7 +59,7 @@ class ModuleCall:
 
 
 def record(model: nn.Module, inputs: dict[str, Tensor]) -> list[ModuleCall]:
-    """Run a model once, with a fixed random seed, and list the calls of its modules in the order in which they began."""
+    """Run a model once, with a fixed random seed, and list the calls to its modules in the order in which they began."""
     calls: list[ModuleCall] = []
     running: list[ModuleCall] = []
     occurrences: Counter[nn.Module] = Counter()
@@ -117,11 +117,11 @@ def find_stack(
     Args:
         name: the name of the stack. The states of an `encoder` may influence one another again in the decoder.
         ids: [B, T], as the stack receives them.
-        inputs, calls: the arguments and module calls of the recorded forward.
-        changed_calls: the module calls of another forward, in which only the second id differs.
+        inputs, calls: the arguments and module calls in the recorded forward.
+        changed_calls: the module calls in another forward, in which only the second id differs.
 
     Returns:
-        the call of the stack, the call of the embedding, and whether changing the second id leaves the first state unchanged.
+        the call to the stack, the call to the embedding, and whether changing the second id leaves the first state unchanged.
     """
     reached = [call for call in calls if call.received(ids)]
     lookup = _lookup(model, reached)

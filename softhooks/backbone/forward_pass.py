@@ -31,7 +31,7 @@ class Pass:
 
     Attributes:
         thread: the id of the thread that runs the forward. Other threads do not see the pass.
-        has_begun: whether the stack's forward has begun. Any later call of the stack is nested in it.
+        has_begun: whether the stack's forward has begun. Any later call to the stack is nested in it.
         has_injected: whether the prompt has been injected. If it is still False when the forward ends, an error is raised.
         handles: the handles of hooks that are registered for this forward only.
         provenance: returns the state of the prompts, which is stored with caches and encoder states.
@@ -50,7 +50,7 @@ class Pass:
         self.calls: dict[tuple[str, int], int] = {}
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
-        """Whether a call of the embedding with these arguments looks up the text."""
+        """Whether a call to the embedding module with these arguments looks up the tokens of the text."""
         return True
 
     def embed(self, output: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class StackState:
         """Set `current` to a pass while the `with` block runs.
 
         Args:
-            alone: if given, no other thread may run the model in the meantime; errors refer to the block by this name.
+            alone: the name of the block in error messages; if given, no other thread may run the model while the block runs.
 
         Raises:
             UnsupportedModeError: `alone` is given, but another thread is running the model.

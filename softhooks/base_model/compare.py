@@ -113,7 +113,7 @@ def _compare_group(then: dict[str, WeightSample], now: dict[str, WeightSample]) 
 
 
 def _count_different(a: Tensor, b: Tensor, one: str, other: str) -> tuple[int, int]:
-    """Count the values that differ and, separately, those that two dtype conversions may have rounded to neighboring values."""
+    """Count the values that differ and, separately, those that differ by at most one rounding step of the coarser dtype."""
     if one == other:
         return int((a != b).sum()), 0
     coarse = _coarser(one, other)

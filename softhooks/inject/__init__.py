@@ -1,7 +1,7 @@
 """The ways in which a prompt enters a model, by the value of `prompt.injection`.
 
-    attention     keys and values, added in each call of the attention function
-    written_out   the same, in models (such as DeBERTa) whose inline computation of attention softhooks replaces with such a call
+    attention     keys and values, added in each call to the attention function
+    written_out   the same, in models that compute attention inline (DeBERTa); softhooks replaces this code with such a call
     cache         keys and values, through a read-only cache, in other models that do not use the attention interface
     shared        a prompt before the text of a causal decoder, computed once at batch size 1; all rows share its keys and values
     slots         virtual tokens inserted into the sequence; their states are removed from the output

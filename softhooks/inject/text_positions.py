@@ -36,7 +36,7 @@ def text_shape(call: dict[str, Any]) -> tuple[int, int]:
     text = _text(call)
     if not isinstance(text, Tensor):
         raise PromptNotReachedError(
-            "the call of the model's backbone has neither `input_ids` nor `inputs_embeds`; a prompt needs one of them."
+            "the call to the model's backbone has neither `input_ids` nor `inputs_embeds`; a prompt needs one of them."
         )
     return text.shape[0], text.shape[1]
 
@@ -92,7 +92,7 @@ def positions_in_text(stack: Stack, call: dict[str, Any], outer: OuterCall | Non
 
 
 def counted_positions(call: dict[str, Any], outer: OuterCall | None) -> Tensor:
-    """Number the text's tokens from 0, without padding if there is a mask. -> [B or 1, T]."""
+    """Number the text's tokens from 0; if there is a mask, padding is not counted. -> [B or 1, T]."""
     _, columns = text_shape(call)
     mask = padding_mask(call, outer)
     if mask is not None:

@@ -52,7 +52,7 @@ class Insertion:
 
     @property
     def placement(self) -> str:
-        """The placement as it is saved with a prompt: `front`, `after_first`, `end`, or `layout` for any other one."""
+        """The placement as it is saved with a prompt: `front`, `after_first` or `end`, or `layout` for anything else."""
         return _PLACEMENTS.get(self.groups[0].at, "layout") if len(self.groups) == 1 else "layout"
 
     @property

@@ -1,4 +1,4 @@
-"""Redirect direct calls of `model.forward(...)`, which skip all hooks, to `model(...)`. Needed by sentence-transformers."""
+"""Redirect direct calls to `model.forward(...)`, which skip all hooks, to `model(...)`. Needed by sentence-transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softhooks.runtime.prompted_model import PromptedModel
 
 
 class DirectForward(MethodWrapper):
-    """Redirect a direct call of `model.forward` to `model(...)`; when `model(...)` calls the forward, run the original."""
+    """Redirect a direct call to `model.forward` to `model(...)`; when `model(...)` calls the forward, run the original."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "forward")
@@ -44,7 +44,7 @@ class DirectForward(MethodWrapper):
 
 
 def route_direct_calls(prompted: PromptedModel) -> None:
-    """Make direct calls of `model.forward` use the prompts."""
+    """Make direct calls to `model.forward` use the prompts."""
     if not any(isinstance(value, DirectForward) for value in prompted.patches.values()):
         model = prompted.model
         direct = DirectForward(model)

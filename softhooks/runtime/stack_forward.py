@@ -27,7 +27,7 @@ from softhooks.runtime.selection import Selection
 
 
 def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
-    """Check a call of a stack, remove its extra arguments, and return its pass, or None if no prompt is active.
+    """Check a call to a stack, remove its extra arguments, and return its pass, or None if no prompt is active.
 
     Raises:
         UnsupportedModeError: the active prompts do not support the call, its cache or its packed documents.

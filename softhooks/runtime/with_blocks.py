@@ -66,7 +66,7 @@ def blocks_of(model: nn.Module) -> Sequence[Block]:
 
 
 def generation_of(model: nn.Module) -> Block | None:
-    """Return the innermost call of `generate` on a model in this context."""
+    """Return the innermost call to `generate` on a model in this context."""
     return next((block for block in reversed(blocks_of(model)) if block.generates), None)
 
 

@@ -1,1 +1,1 @@
-"""Inject a prompt's keys and values into calls of the attention function, or through a cache."""
+"""Inject a prompt's keys and values into calls to the attention function, or through a cache."""

@@ -25,7 +25,7 @@ def paged_cache(arguments: dict[str, Any]) -> PagedAttentionCache | None:
 
 
 class PrefixedPagedCache(PagedAttentionCache):
-    """A paged cache that returns a prefix before its own keys and values, for one call of an attention function.
+    """A paged cache that returns a prefix before its own keys and values, for one call to an attention function.
 
     Args:
         prefix: keys and values that all sequences share.

@@ -125,7 +125,7 @@ class PrefixPair(EncoderDecoderCache):
 
     @property
     def layers(self) -> Any:  # type: ignore[override]
-        """Refuse a model that reads `layers`: it could need the keys of self-attention or those of cross-attention."""
+        """Refuse a model that reads `layers`: whether it needs those of self-attention or of cross-attention is unknown."""
         raise UnsupportedModeError(
             "the model reads `past_key_values.layers`; with a prefix that enters through a cache, it must get its keys from "
             "`past_key_values.update`.",

@@ -1,4 +1,4 @@
-"""Key-value prefixes that are added in each call of the attention function.
+"""Key-value prefixes that are added in each call to the attention function.
 
 The prefix is never written to the model's cache, so checkpointing and every kind of cache work as they do without a prefix.
 """

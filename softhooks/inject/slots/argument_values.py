@@ -29,9 +29,10 @@ COPIED = ("langs",)
 
 
 def find_fills(stack: Stack, ids: Tensor) -> dict[str, int]:
-    """Return the values of per-token arguments at slots, by name, if they are known. All prompts must be disabled.
+    """Return the values of per-token arguments at slots, by name. All prompts must be disabled.
 
-    A value is known if passing it for every token of `ids` [1, T] leaves the states unchanged. Token types always get 0.
+    The model's padding value is returned only if passing it for every token of `ids`, [1, T], gives the same states as leaving
+    the argument out. Token types always get 0.
     """
     config = getattr(stack.module, "config", None)
     fills: dict[str, int] = {}

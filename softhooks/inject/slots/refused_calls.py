@@ -59,7 +59,7 @@ def mask_of_text(
 
 
 def refuse_other_masks(prepared: Any, flat: Tensor, causal: bool) -> None:
-    """Refuse masks that the model has prepared if they show more than the caller's mask, such as the later tokens of an image.
+    """Refuse prepared masks that allow more attention than the caller's mask, such as attention to later tokens of an image.
 
     Args:
         prepared: the prepared mask, [B, 1, T, K], bool (True: seen) or additive, or several masks by name.

@@ -133,7 +133,7 @@ class SlotPass(Pass):
             set_position_ids(self.stack, call, ids, self.handles)
 
     def looks_up_text(self, args: tuple[Any, ...]) -> bool:
-        """Whether a call of the embedding looks up token ids; GPT-2 and CTRL also look up token types in it."""
+        """Whether a call to the embedding looks up token ids; GPT-2 and CTRL also look up token types in it."""
         ids = self._ids
         if self._embeds_given:
             return False
