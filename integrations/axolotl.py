@@ -60,7 +60,7 @@ _UNSUPPORTED = {
 
 
 def read(cfg: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Read the section `softhooks:` of a configuration, and refuse other options that do not work with a prompt."""
+    """Read the `softhooks:` section of a configuration, and refuse other options that do not work with a prompt."""
     section = cfg.get(SECTION)
     if not section:
         raise TrainerError(

@@ -61,7 +61,7 @@ def _watched(stack: Stack, change: _Change) -> Iterator[list[nn.Module]]:
     """Record the calls of layers that return a state for each token and each slot, and change these states.
 
     Args:
-        change: called with the states and the number of the call, from 1; returns the new states.
+        change: called with the states and the number of the call, counting from 1; returns the new states.
     """
     called: list[nn.Module] = []
 

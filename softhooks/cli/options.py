@@ -32,7 +32,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The option as written on a command line: `--num-virtual-tokens`."""
+        """The option as written on the command line: `--num-virtual-tokens`."""
         return "--" + self.name.replace("_", "-")
 
     @property

@@ -52,7 +52,7 @@ class ReuseScope:
         self.snapshots: dict[int, tuple[list[Any], Any]] = {}  # by prompt, with the addresses of its tensors
 
     def close(self) -> None:
-        """End the scope, also in tasks and threads that have inherited it."""
+        """End the scope, including in tasks and threads that have inherited it."""
         self.is_open = False
         self.results.clear()
         self.snapshots.clear()

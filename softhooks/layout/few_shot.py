@@ -49,9 +49,9 @@ class Context:
             own = last if token_type == 0 else (token_type - 1) // 4
             if own not in (last, last + 1):
                 raise OptionError(
-                    f"token {place} has the type {token_type} of example {own}, but the next example is {last + 1}; examples "
+                    f"token {place} has type {token_type}, which belongs to example {own}, but the next example is {last + 1}; examples "
                     "must be numbered in order.",
-                    "Use the types 4i+1 to 4i+4 in example i, and 0 for separators; or pass `examples=`, `template=` and "
+                    "Use types 4i+1 to 4i+4 in example i, and 0 for separators; or pass `examples=`, `template=` and "
                     "`tokenizer=` instead.",
                 )
             examples.append(own)

@@ -1,4 +1,4 @@
-"""Refuse settings with which DDP hangs or misses gradients if a step does not use all parameters.
+"""Refuse settings under which DDP hangs or misses gradients if a step does not use all parameters.
 
 Zero gradients for unused parameters would not help, because momentum and weight decay would still change them.
 """

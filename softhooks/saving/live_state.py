@@ -33,7 +33,7 @@ def live_tensors(prompt: SoftPrompt) -> dict[str, Tensor]:
 class NotSaved(Collection[str]):
     """The keys of a model's state dict that its checkpoints omit; the Trainer does not warn that these keys are missing.
 
-    They are computed at each access, because a checkpoint contains the whole model once the prompt has been removed.
+    They are computed on each access, because a checkpoint contains the whole model once the prompt has been removed.
     """
 
     def __init__(self, prompt: SoftPrompt) -> None:

@@ -185,7 +185,7 @@ class CheckpointSaver:
         if any(found.get(name) != shape for name, shape in own.items()) or (described and set(state) != set(live)):
             raise TrainerError(
                 "the checkpoint does not contain the tensors that this run trains; names and shapes must match.",
-                "Resume with the method, the name and the options that wrote the checkpoint.",
+                "Resume with the method, name and options that the checkpoint was written with.",
                 checkpoint={key: list(value.shape) for key, value in state.items()} if described else found,
                 trained=live if described else own,
             )

@@ -139,7 +139,7 @@ def refuse_unknown(call: dict[str, Any], stack: Stack, batch: int, columns: int)
 
 
 def has_positions_in_types(call: dict[str, Any], mask: Tensor) -> bool:
-    """Whether the model computes positions from token types, as TAPAS does, which numbers the tokens of each table cell.
+    """Whether the model computes positions from token types, like TAPAS, which numbers the tokens within each table cell.
 
     Such a model also counts padding, so rows that start with padding are refused.
     """
