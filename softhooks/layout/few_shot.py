@@ -49,8 +49,8 @@ class Context:
             own = last if token_type == 0 else (token_type - 1) // 4
             if own not in (last, last + 1):
                 raise OptionError(
-                    f"token {place} has type {token_type}, which belongs to example {own}, but the next example is {last + 1}; examples "
-                    "must be numbered in order.",
+                    f"token {place} has type {token_type} (example {own}), but the next example is {last + 1}; examples must be "
+                    "numbered in order.",
                     "Use types 4i+1 to 4i+4 in example i, and 0 for separators; or pass `examples=`, `template=` and "
                     "`tokenizer=` instead.",
                 )

@@ -121,12 +121,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (
         "a gap",
         {"context_ids": IDS, "token_types": [2, 4, 10, 12]},
-        "type 10 of example 2, .* the next one is 1",
+        r"type 10 \(example 2\), .* the next example is 1",
     ),
     (
         "no first example",
         {"context_ids": IDS, "token_types": [6, 8, 10, 12]},
-        "type 6 of example 1, .* the next one is 0",
+        r"type 6 \(example 1\), .* the next example is 0",
     ),
     ("examples out of order", {"context_ids": IDS, "token_types": [6, 8, 2, 4]}, "in order"),
     ("an example in two pieces", {"context_ids": [*IDS, 9], "token_types": [2, 4, 6, 8, 2]}, "in order"),
