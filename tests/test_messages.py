@@ -49,7 +49,7 @@ def test_words_near_to_a_prefix_are_told_apart_from_starts() -> None:
     prompt = softhooks.attach(model, PrefixTuning(3))
     with pytest.raises(
         OptionError,
-        match=r"^the prompt 'default' \(prefix_tuning\) consists of text .* it cannot be compared with words",
+        match=r"^the prompt 'default' \(prefix_tuning\) has other tensors \(text\) .* it cannot be compared with words",
     ):
         softhooks.nearest_words(prompt, tokens.tokenizer())
     with pytest.raises(OptionError, match=r"^the prompt .* cannot be compared with prompts"):

@@ -94,7 +94,7 @@ def test_words_that_are_no_classes(words: Any) -> None:
 
 def test_ids_need_no_tokenizer() -> None:
     assert Verbalizer([7, 9]).ids == [7, 9]
-    with pytest.raises(OptionError, match="with a tokenizer"):
+    with pytest.raises(OptionError, match="if a tokenizer is given"):
         Verbalizer(["a", "b"])
     with pytest.raises(OptionError, match="mask token"):
         Verbalizer([7, 9]).scores(torch.randn(1, 2, 10), torch.tensor([[1, 2]]))
