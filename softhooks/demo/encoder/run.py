@@ -11,13 +11,14 @@ import torch
 import transformers
 from rich.console import Console
 
-from softhooks.demo.baselines import logistic_regression, majority_class
 from softhooks.demo.corpus import read_corpus
-from softhooks.demo.data import EncodedData, encode
-from softhooks.demo.models import Checkpoint, minilm, tiny_model
-from softhooks.demo.options import DemoOptions
-from softhooks.demo.report import Line, Reloaded, Report, print_report
-from softhooks.demo.train import Recipe, Result, load_and_predict, train_head, train_soft_prompt
+from softhooks.demo.encoder.baselines import logistic_regression, majority_class
+from softhooks.demo.encoder.data import EncodedData, encode
+from softhooks.demo.encoder.report import Line, Reloaded, Report, print_report
+from softhooks.demo.encoder.train import Recipe, Result, load_and_predict, train_head, train_soft_prompt
+from softhooks.demo.models import Checkpoint, minilm
+from softhooks.demo.options import EncoderOptions
+from softhooks.demo.tiny_models import tiny_encoder
 from softhooks.methods import PrefixTuning, PromptTuning
 
 HEAD = "head"
@@ -27,7 +28,7 @@ QUICK_ROWS = 160
 QUICK_EPOCHS = 1
 
 
-def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
+def run_demo(options: EncoderOptions, console: Console | None = None) -> Report:
     """Print the results, and write them to `report.json`; nothing is written outside `options.output`."""
     console = console or Console()
     transformers.logging.set_verbosity_error()
@@ -53,7 +54,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> Report:
     return report
 
 
-def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, EncodedData]:
+def _prepare(options: EncoderOptions, console: Console) -> tuple[Checkpoint, EncodedData]:
     """Choose the model, read and tokenize the texts, and describe the task."""
     corpus = read_corpus()
     for package in corpus.missing:
@@ -62,7 +63,7 @@ def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, Encode
     if options.model is not None:
         checkpoint = Checkpoint(options.model, options.model)
     elif options.quick:
-        checkpoint = tiny_model([row.text for row in corpus.rows], options.output / "tiny-model")
+        checkpoint = tiny_encoder([row.text for row in corpus.rows], options.output / "tiny-model")
     else:
         checkpoint = minilm()
     limit = QUICK_ROWS if options.quick else None
@@ -74,7 +75,9 @@ def _prepare(options: DemoOptions, console: Console) -> tuple[Checkpoint, Encode
     return checkpoint, data
 
 
-def _train_all(options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, console: Console) -> dict[str, Result]:
+def _train_all(
+    options: EncoderOptions, checkpoint: Checkpoint, data: EncodedData, console: Console
+) -> dict[str, Result]:
     tokens = options.num_virtual_tokens
     console.print("[bold]1/3[/] the head alone")
     recipe = _recipe(options, options.head_epochs, options.head_learning_rate)
@@ -101,7 +104,7 @@ def _line(name: str, result: Result, data: EncodedData) -> Line:
 
 
 def _compare_reloaded(
-    options: DemoOptions, checkpoint: Checkpoint, data: EncodedData, results: dict[str, Result], console: Console
+    options: EncoderOptions, checkpoint: Checkpoint, data: EncodedData, results: dict[str, Result], console: Console
 ) -> list[Reloaded]:
     """Load each saved prompt onto a fresh model, and compare the logits with those computed after training."""
     console.print("\n[bold]The saved prompts, loaded into fresh models[/]")
@@ -115,5 +118,5 @@ def _compare_reloaded(
     return compared
 
 
-def _recipe(options: DemoOptions, epochs: float, learning_rate: float) -> Recipe:
+def _recipe(options: EncoderOptions, epochs: float, learning_rate: float) -> Recipe:
     return Recipe(QUICK_EPOCHS if options.quick else epochs, learning_rate, options.batch_size, options.seed)

@@ -12,8 +12,8 @@ import torch
 from rich.progress import track
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from softhooks.demo.data import EncodedData, Rows
-from softhooks.demo.report import Line
+from softhooks.demo.encoder.data import EncodedData, Rows
+from softhooks.demo.encoder.report import Line
 from softhooks.errors import SoftHooksError
 
 FOLDS = 4

@@ -1,4 +1,4 @@
-"""The demo: clean text, fair baselines, and a complete offline run on a tiny random model."""
+"""The demo on an encoder: clean text, fair baselines, and a complete offline run on a tiny random model."""
 
 import ast
 import contextlib
@@ -15,12 +15,14 @@ from rich.console import Console
 from transformers import GPT2Config, GPT2Model
 
 import softhooks
-from softhooks.demo import baselines, models
+from softhooks.demo import models
 from softhooks.demo.corpus import MASK, PACKAGES, Row, read_corpus, split
-from softhooks.demo.data import EncodedData, Rows, encode
-from softhooks.demo.options import DemoOptions
-from softhooks.demo.report import Report
-from softhooks.demo.run import HEAD, PREFIX, PROMPT, run_demo
+from softhooks.demo.encoder import baselines
+from softhooks.demo.encoder.data import EncodedData, Rows, encode
+from softhooks.demo.encoder.report import Report
+from softhooks.demo.encoder.run import HEAD, PREFIX, PROMPT, run_demo
+from softhooks.demo.options import EncoderOptions
+from softhooks.demo.tiny_models import tiny_encoder
 from softhooks.errors import SoftHooksError
 
 
@@ -30,7 +32,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path, str, 
     output = tmp_path_factory.mktemp("demo") / "output"
     console = Console(width=140, record=True, quiet=False)
     with contextlib.redirect_stderr(io.StringIO()) as bars:
-        report = run_demo(DemoOptions(output=output, quick=True), console)
+        report = run_demo(EncoderOptions(output=output, quick=True), console)
     return report, output, console.export_text(), bars.getvalue()
 
 
@@ -50,7 +52,7 @@ def rows() -> tuple[Row, ...]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[models.Checkpoint, EncodedData]:
     """A tiny random model and a few rows."""
     corpus = read_corpus()
-    checkpoint = models.tiny_model([row.text for row in corpus.rows], tmp_path_factory.mktemp("tiny"))
+    checkpoint = tiny_encoder([row.text for row in corpus.rows], tmp_path_factory.mktemp("tiny"))
     return checkpoint, encode(corpus, checkpoint.tokenizer(), 32, 1 / 3, seed=0, limit=200)
 
 
@@ -236,7 +238,7 @@ class TestDemo:
 
     def test_each_training_shows_its_progress(self, shown: tuple[Report, Path, str, str]) -> None:
         report, _, _, bars = shown
-        steps = -(-report.train_rows // DemoOptions().batch_size)
+        steps = -(-report.train_rows // EncoderOptions().batch_size)
         assert len(re.findall(rf"100%\|[^|]*\| {steps}/{steps} ", bars)) >= 3
 
     def test_trained_numbers_are_the_prompts_and_the_heads(self, finished: tuple[Report, Path, str]) -> None:
@@ -288,9 +290,9 @@ class TestDemo:
     def test_a_missing_package_does_not_stop_it(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         whole = read_corpus()
         rows = tuple(row for row in whole.rows if row.package != "tkinter")
-        monkeypatch.setattr("softhooks.demo.run.read_corpus", lambda: type(whole)(rows, ("tkinter",)))
+        monkeypatch.setattr("softhooks.demo.encoder.run.read_corpus", lambda: type(whole)(rows, ("tkinter",)))
         console = Console(width=140, record=True)
-        assert len(run_demo(DemoOptions(output=tmp_path, quick=True), console).lines) == 5
+        assert len(run_demo(EncoderOptions(output=tmp_path, quick=True), console).lines) == 5
         assert "tkinter is not installed with this Python" in console.export_text()
 
     def test_a_decoder_without_a_padding_token(self, finished: tuple[Report, Path, str], tmp_path: Path) -> None:
@@ -301,6 +303,6 @@ class TestDemo:
         tokenizer.save_pretrained(tmp_path / "decoder")
         config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128)
         GPT2Model(config).save_pretrained(tmp_path / "decoder")
-        options = DemoOptions(output=tmp_path / "output", model=str(tmp_path / "decoder"), quick=True)
+        options = EncoderOptions(output=tmp_path / "output", model=str(tmp_path / "decoder"), quick=True)
         report = run_demo(options, Console(quiet=True))
         assert [reloaded.largest_difference for reloaded in report.reloaded] == [0.0, 0.0]

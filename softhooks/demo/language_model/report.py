@@ -1,0 +1,135 @@
+"""The report of the demo: a table, the check of the frozen weights, and generated answers with and without a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table. Values that do not apply are None.
+
+    Attributes:
+        name: the name of the baseline or training run.
+        accuracy, standard_error: on the test rows.
+        seconds: the time for training, or for the predictions of a baseline.
+        context_tokens: the number of tokens before each row.
+        trained: the number of trained parameters.
+        saved_bytes: the size of the saved prompt.
+        frozen_tensors, frozen_bytes: the number and size of the frozen tensors, all of which are as before training, bit for
+            bit.
+    """
+
+    name: str
+    accuracy: float
+    standard_error: float
+    seconds: float = 0.0
+    context_tokens: int = 0
+    trained: int = 0
+    saved_bytes: int | None = None
+    frozen_tensors: int | None = None
+    frozen_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """The answers generated for a docstring: by the bare model, and with a prompt."""
+
+    text: str
+    package: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """The comparison of a saved prompt, loaded onto a fresh model, with the trained prompt.
+
+    Attributes:
+        name, directory: of the training run.
+        same, rows: the number of test rows with the same prediction, of how many.
+        same_texts, texts: the number of generated examples that are equal, of how many.
+        largest_difference: the largest absolute difference between logits.
+    """
+
+    name: str
+    directory: str
+    same: int
+    rows: int
+    same_texts: int
+    texts: int
+    largest_difference: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """All results of the demo; `report.json` contains the same values."""
+
+    model: str
+    train_rows: int
+    test_rows: int
+    lines: list[Line]
+    examples: list[Example]
+    reloaded: list[Reloaded]
+    curves: str
+    versions: dict[str, str]
+    options: dict[str, str]
+
+
+def print_report(report: Report, output: Path, console: Console) -> None:
+    """Print the report."""
+    console.print()
+    console.print(_table(report))
+    console.print(
+        "accuracy: with its standard error; context: tokens before each text; seconds: to train, or to answer.\n"
+    )
+    for line in report.lines:
+        if line.frozen_tensors is not None:
+            console.print(f"{line.name}: frozen: {line.frozen_tensors} tensors, {line.frozen_bytes:,} bytes, unchanged")
+    console.print("\n[bold]What the model answers[/]")
+    for example in report.examples:
+        console.print(f"  {example.text!r}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"    without a prompt: {example.before!r}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"    [bold]with the soft prompt: {escape(repr(example.after))}[/] (right: {example.package})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print()
+    for reloaded in report.reloaded:
+        console.print(
+            f"{reloaded.name}, loaded into a fresh model: {reloaded.same} of {reloaded.rows} predictions and "
+            f"{reloaded.same_texts} of {reloaded.texts} generated answers are the same; the largest difference between logits "
+            f"is {reloaded.largest_difference:g}",
+            soft_wrap=True,
+        )
+    console.print(f"\nLearning curves: {report.curves}. All results: {output / 'report.json'}.", soft_wrap=True)
+    console.print("To use a saved prompt:")
+    for reloaded in report.reloaded:
+        console.print(f'  softhooks.load(model, "{reloaded.directory}")', markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(report: Report) -> Table:
+    best = max(line.accuracy for line in report.lines)
+    table = Table(
+        title=f"{report.model}, {report.train_rows} training rows and {report.test_rows} test rows", padding=(0, 1)
+    )
+    table.add_column("", no_wrap=True)
+    for header in ("accuracy", "context", "trained", "saved bytes", "seconds"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for line in report.lines:
+        accuracy = f"{line.accuracy:.3f} ± {line.standard_error:.3f}"
+        table.add_row(
+            line.name,
+            f"[bold]{accuracy}[/]" if line.accuracy == best else accuracy,
+            f"{line.context_tokens:,}" if line.context_tokens else "",
+            f"{line.trained:,}" if line.trained else "",
+            "" if line.saved_bytes is None else f"{line.saved_bytes:,}",
+            f"{line.seconds:.0f}" if line.seconds else "",
+        )
+    return table

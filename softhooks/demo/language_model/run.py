@@ -1,0 +1,204 @@
+"""Run the demo: baselines without training, then a soft prompt and a prefix; compare them, and load the saved prompts."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from softhooks.demo.corpus import Row, read_corpus
+from softhooks.demo.language_model.curves import plot_curves
+from softhooks.demo.language_model.predict import Predictions, generate, predict, standard_error
+from softhooks.demo.language_model.report import Example, Line, Reloaded, Report, print_report
+from softhooks.demo.language_model.task import Rows, Task, make_task
+from softhooks.demo.language_model.train import Recipe, TrainedPrompt, train_prompt
+from softhooks.demo.models import Checkpoint
+from softhooks.demo.options import LanguageModelOptions
+from softhooks.demo.smollm2 import smollm2
+from softhooks.demo.tiny_models import tiny_decoder
+from softhooks.load import load
+from softhooks.method import Method
+from softhooks.methods import PrefixTuning, PromptTuning
+
+PROMPT = "prompt-tuning"
+PREFIX = "prefix-tuning"
+SHOTS = (1, 3)
+"""Examples of each package in the context of the few-shot baselines."""
+SHOWN = 3
+"""Rows for which the report shows the generated answers."""
+RELOADED = 64
+"""Test rows on which a loaded prompt is compared with the trained one; a multiple of the batch size of `predict`."""
+QUICK_ROWS, QUICK_STEPS = Rows(train=20, development=2, test=4), 10
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained prompt, its predictions for the test rows, and the generated answers that the report shows."""
+
+    run: TrainedPrompt
+    predictions: Predictions
+    answers: list[str]
+
+
+def run_demo(options: LanguageModelOptions, console: Console | None = None) -> Report:
+    """Run the demo: print the results, and write them to `report.json`.
+
+    Nothing is written outside `options.output`, except for the converted model in the user's cache directory.
+
+    Raises:
+        SoftHooksError: a package is missing, the model is unsuitable, or a frozen tensor has changed.
+    """
+    console = console or Console()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options.output.mkdir(parents=True, exist_ok=True)
+    checkpoint, task = _prepare(options, console)
+    shown = random.Random(options.seed).sample(task.test, min(SHOWN, len(task.test)))
+    model = checkpoint.language_model()
+    baselines = _baselines(model, task, options, console)
+    before = [generate(model, task, row) for row in shown]
+    del model
+    trained = _train_all(checkpoint, task, shown, options, console)
+    curves = options.output / "curves.png"
+    accuracies = {line.name: line.accuracy for line in baselines}
+    plot_curves({name: result.run.curves for name, result in trained.items()}, accuracies, curves)
+    report = Report(
+        model=checkpoint.name,
+        train_rows=len(task.train),
+        test_rows=len(task.test),
+        lines=baselines + [_line(name, result) for name, result in trained.items()],
+        examples=[
+            Example(row.text, row.package, *answers)
+            for row, *answers in zip(shown, before, next(iter(trained.values())).answers, strict=True)
+        ],
+        reloaded=_compare_reloaded(checkpoint, task, shown, trained, console),
+        curves=str(curves),
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        options={name: str(value) for name, value in asdict(options).items()},
+    )
+    (options.output / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    print_report(report, options.output, console)
+    return report
+
+
+def _prepare(options: LanguageModelOptions, console: Console) -> tuple[Checkpoint, Task]:
+    """Choose the model, read the texts, and describe the task."""
+    corpus = read_corpus()
+    for package in corpus.missing:
+        console.print(f"[yellow]{package} is not installed with this Python; the demo continues without it.[/]")
+    if options.model is not None:
+        checkpoint = Checkpoint(options.model, options.model)
+    elif options.quick:
+        texts = [f"{row.text} package: {row.package}" for row in corpus.rows]
+        checkpoint = tiny_decoder(texts, options.output / "tiny-model")
+    else:
+        checkpoint = smollm2(console)
+    task = make_task(
+        corpus,
+        checkpoint.tokenizer(),
+        max_length=options.max_length,
+        seed=options.seed,
+        rows_per_package=QUICK_ROWS if options.quick else Rows(),
+    )
+    console.print(
+        f"[bold]{checkpoint.name}[/] tells from which package of Python's standard library ({', '.join(task.labels)}) a "
+        f"docstring comes: {len(task.train)} training and {len(task.test)} test rows, from different files.\n"
+    )
+    return checkpoint, task
+
+
+def _baselines(model: PreTrainedModel, task: Task, options: LanguageModelOptions, console: Console) -> list[Line]:
+    """Ask the model without training: with the instruction alone, and with examples in the context."""
+    console.print("[bold]1/3[/] the model without training")
+    lines = [_majority(task)]
+    for shots in (0, *SHOTS):
+        start = time.perf_counter()
+        context = task.context(shots, options.seed)
+        name = f"few-shot, {shots * len(task.labels)} examples" if shots else "zero-shot"
+        predictions = predict(model, task, task.test, context, description=name)
+        seconds = time.perf_counter() - start
+        lines.append(Line(name, predictions.accuracy, predictions.standard_error, seconds, len(context)))
+    return lines
+
+
+def _majority(task: Task) -> Line:
+    """Answer with the most frequent package of the training rows."""
+    [(package, _)] = Counter(row.package for row in task.train).most_common(1)
+    accuracy = sum(row.package == package for row in task.test) / len(task.test)
+    return Line("majority class", accuracy, standard_error(accuracy, len(task.test)))
+
+
+def _train_all(
+    checkpoint: Checkpoint, task: Task, shown: Sequence[Row], options: LanguageModelOptions, console: Console
+) -> dict[str, Trained]:
+    """Train a soft prompt and a prefix; both begin as the instruction."""
+    count = options.num_virtual_tokens
+    prompt = PromptTuning(count, init="text", init_text=task.instruction, tokenizer=task.tokenizer)
+    prefix = PrefixTuning(count, init="text", init_text=task.instruction, tokenizer=task.tokenizer)
+    runs: list[tuple[str, Method, float, str]] = [
+        (f"soft prompt, {count} tokens", prompt, options.prompt_learning_rate, PROMPT),
+        (f"prefix, {count} tokens", prefix, options.prefix_learning_rate, PREFIX),
+    ]
+    steps = QUICK_STEPS if options.quick else options.steps
+    trained = {}
+    for number, (name, method, rate, directory) in enumerate(runs, start=2):
+        console.print(f"\n[bold]{number}/3[/] a {name}")
+        recipe = Recipe(steps, rate, options.batch_size, options.seed)
+        run = train_prompt(method, checkpoint, task, recipe, options.output / directory)
+        predictions = predict(run.model, task, task.test, description="test rows")
+        trained[name] = Trained(run, predictions, [generate(run.model, task, row) for row in shown])
+    return trained
+
+
+def _line(name: str, result: Trained) -> Line:
+    return Line(
+        name,
+        result.predictions.accuracy,
+        result.predictions.standard_error,
+        result.run.seconds,
+        context_tokens=0,
+        trained=result.run.parameters,
+        saved_bytes=result.run.saved_bytes,
+        frozen_tensors=result.run.frozen.tensors,
+        frozen_bytes=result.run.frozen.bytes,
+    )
+
+
+def _compare_reloaded(
+    checkpoint: Checkpoint, task: Task, shown: Sequence[Row], trained: dict[str, Trained], console: Console
+) -> list[Reloaded]:
+    """Load each saved prompt onto a fresh model, and compare its answers with those after training."""
+    console.print("\n[bold]The saved prompts, loaded onto fresh models[/]")
+    compared = []
+    for name, result in trained.items():
+        model = checkpoint.language_model()
+        load(model, result.run.directory)
+        predictions = predict(model, task, task.test[:RELOADED], description=name)
+        before = result.predictions.first(len(predictions.logits))
+        answers = [generate(model, task, row) for row in shown]
+        compared.append(
+            Reloaded(
+                name,
+                str(result.run.directory),
+                same=int((predictions.classes == before.classes).sum()),
+                rows=len(before.logits),
+                same_texts=sum(answer == trained for answer, trained in zip(answers, result.answers, strict=True)),
+                texts=len(shown),
+                largest_difference=float(np.abs(predictions.logits - before.logits).max()),
+            )
+        )
+    return compared
