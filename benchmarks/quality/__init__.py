@@ -1,0 +1,1 @@
+"""How well prompts tune real models: `python -m benchmarks.quality`."""

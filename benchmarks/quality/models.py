@@ -1,0 +1,28 @@
+"""The models: MiniLM, an encoder that gets a new head, and SmolLM2-135M-Instruct, whose next token is the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from softhooks.demo.models import Checkpoint, minilm
+from softhooks.demo.smollm2 import smollm2
+
+MINILM, SMOLLM2 = "minilm", "smollm2"
+
+CHECKPOINTS: dict[str, Callable[[], Checkpoint]] = {
+    MINILM: minilm,
+    SMOLLM2: lambda: smollm2(Console(stderr=True)),
+}
+ENCODERS = frozenset({MINILM})
+
+
+def checkpoint(name: str) -> Checkpoint:
+    """Return the checkpoint of a model."""
+    return CHECKPOINTS[name]()
+
+
+def is_encoder(name: str) -> bool:
+    """Return whether the model classifies with a new head; the others answer with their next tokens."""
+    return name in ENCODERS

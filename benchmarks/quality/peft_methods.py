@@ -1,0 +1,58 @@
+"""PEFT's methods as contestants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+from transformers import PreTrainedModel
+
+from benchmarks.quality.setup import VIRTUAL_TOKENS, Prepared, Setup
+
+HEADS = ["classifier", "score"]
+"""The names of the new heads of sequence classifiers, for PEFT's `modules_to_save`."""
+
+
+def with_peft(model: PreTrainedModel, config: peft.PeftConfig) -> Prepared:
+    """Train an adapter of PEFT."""
+    wrapped = peft.get_peft_model(model, config)
+    return Prepared(wrapped, save=lambda directory: wrapped.save_pretrained(directory))
+
+
+def lora(model: PreTrainedModel, setup: Setup) -> Prepared:
+    settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **setup.options}
+    return with_peft(model, peft.LoraConfig(**_task_type(setup), **settings))
+
+
+def peft_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    config = peft.PromptTuningConfig(
+        **_task_type(setup),
+        **_peft_options(setup, {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": setup.task.instruction}),
+        tokenizer_name_or_path=setup.inputs.tokenizer.name_or_path,
+    )
+    return with_peft(model, config)
+
+
+def peft_prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    return with_peft(model, peft.PrefixTuningConfig(**_task_type(setup), **_peft_options(setup, {})))
+
+
+def peft_p_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    options = {"encoder_hidden_size": model.config.hidden_size}
+    return with_peft(model, peft.PromptEncoderConfig(**_task_type(setup), **_peft_options(setup, options)))
+
+
+def peft_llama_adapter(model: PreTrainedModel, setup: Setup) -> Prepared:
+    layers = model.config.num_hidden_layers
+    return with_peft(
+        model, peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=VIRTUAL_TOKENS, adapter_layers=layers)
+    )
+
+
+def _peft_options(setup: Setup, own: dict[str, Any]) -> dict[str, Any]:
+    return {"num_virtual_tokens": VIRTUAL_TOKENS, **own, **setup.options}
+
+
+def _task_type(setup: Setup) -> dict[str, Any]:
+    """Return PEFT's task type, and the head to train with the adapter."""
+    return {"task_type": "SEQ_CLS", "modules_to_save": HEADS} if setup.is_encoder else {"task_type": "CAUSAL_LM"}

@@ -1,0 +1,82 @@
+"""Execute runs at the same time, each in a process of its own, so that memory is measured for each run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from benchmarks.quality.records import Run, Store
+from benchmarks.quality.run import execute, read_task, start_process
+
+
+def execute_all(
+    title: str, runs: Sequence[Run], store: Store, console: Console, workers: int, threads: int, deadline: float
+) -> list[Run]:
+    """Execute runs and write their results; return those that failed.
+
+    Args:
+        title: the text before the progress bar.
+        workers: the number of runs at the same time.
+        threads: the number of threads of each run.
+        deadline: no run is started after this time, as `time.monotonic()` counts it.
+    """
+    failed: list[Run] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=len(runs))
+        waiting = list(reversed(runs))
+        while waiting and time.monotonic() < deadline:
+            failed += _until_broken(waiting, store, workers, threads, deadline, progress, task)
+    return failed
+
+
+def _until_broken(
+    waiting: list[Run], store: Store, workers: int, threads: int, deadline: float, progress: Progress, task: TaskID
+) -> list[Run]:
+    """Execute runs from the end of the list until all are done or a process is killed; return those that failed."""
+    failed: list[Run] = []
+    running: dict[Future[str | None], Run] = {}
+    context = get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, context, initializer=start_process, initargs=(threads,), max_tasks_per_child=1
+    ) as pool:
+        while True:
+            while waiting and len(running) < workers and time.monotonic() < deadline:
+                run = waiting.pop()
+                running[pool.submit(_execute, run, store)] = run
+            if not running:
+                return failed
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                run = running.pop(future)
+                try:
+                    error = future.result()
+                except BrokenProcessPool as broken:  # killed, perhaps for its memory; the pool cannot be used again
+                    lost = [run, *running.values()]
+                    progress.console.print(f"{broken}\n{lost}", markup=False)
+                    progress.advance(task, len(lost))
+                    return failed + lost
+                if error:
+                    failed.append(run)
+                    progress.console.print(f"{run}\n{error}", markup=False)
+                progress.advance(task)
+
+
+def _execute(run: Run, store: Store) -> str | None:
+    """Execute a run and write its result; return the traceback if it failed."""
+    try:
+        store.check_provenance(run.task, read_task(run.task).provenance)
+        with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its logs
+            store.put(execute(run))
+    except Exception:  # noqa: BLE001  # the other runs continue
+        return traceback.format_exc()
+    return None

@@ -1,0 +1,197 @@
+"""The report, in Markdown with plots, in which every number is read from the result files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.quality.findings import FINDINGS
+from benchmarks.quality.findings.framework import Finding, score_name
+from benchmarks.quality.plan import Profile
+from benchmarks.quality.plots import Point, plot_shots, plot_trained
+from benchmarks.quality.records import Store
+from benchmarks.quality.standings import Cell, Standings
+from benchmarks.quality.statistics import CONFIDENCE, RESAMPLES, summarize
+from benchmarks.quality.tables import (
+    MISSING,
+    against_lora,
+    against_peft,
+    comparison_table,
+    markdown_table,
+    scores_table,
+)
+
+HELD = {True: "Held.", False: "Did not hold.", None: "Not measured."}
+
+SCORES = (
+    "Mean ± standard error over seeds on the test rows; with a single seed, the standard error is over rows. Shots are training "
+    f"rows of each class. The best score of a column is bold, {MISSING} marks missing runs, and a cell is empty if no runs are "
+    "planned for it. Of several values separated by slashes, one is for each number of shots. Seconds are the mean of a run."
+)
+COMPARISONS = (
+    f"The difference is the first score minus the second. Its {CONFIDENCE:.0%} interval is from a paired bootstrap: each row's "
+    f'scores are averaged over seeds, and rows are resampled {RESAMPLES:,} times. "Not better" is the share of resamples in '
+    "which the first contestant is not better than the second. Two contestants are on a par if the difference is at most one "
+    "standard error, which is computed from the standard errors of both scores."
+)
+CHOSEN = (
+    "For each contestant, task and model, the learning rate with the highest mean score on the development rows was chosen, and "
+    "the smallest one of equal rates. The test rows were scored only with this rate."
+)
+
+
+def write_report(store: Store, profile: Profile, directory: Path, findings: Sequence[Finding] = FINDINGS) -> Path:
+    """Write `report.md` and its plots.
+
+    Args:
+        store: the results.
+        profile: which runs belong to the report.
+        directory: of the report; it is created.
+        findings: the findings that the report judges.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    standings = Standings(store, profile)
+    if not standings.tested:
+        raise ValueError(f"{store.directory} has no results on test rows; run `python -m benchmarks.quality` first.")
+    directory.mkdir(parents=True, exist_ok=True)
+    sections = [
+        ["# Quality of prompts on real models"],
+        ["## How it was measured", *_measured(standings)],
+        ["## Scores", SCORES, *_scores(standings, directory)],
+        ["## Comparisons", COMPARISONS, *_comparisons(standings)],
+    ]
+    if findings:
+        judged = [part for finding in findings for part in _finding(finding, store, directory)]
+        sections.append(["## Findings of papers", *judged])
+    path = directory / "report.md"
+    path.write_text("\n\n".join(part for section in sections for part in section) + "\n", encoding="utf-8")
+    return path
+
+
+def _measured(standings: Standings) -> list[str]:
+    """Describe versions, machine, date and settings, as far as the results contain them."""
+    records = [*standings.searched, *standings.tested]
+    known: dict[str, set[str]] = defaultdict(set)
+    for record in records:
+        for name, value in record.versions.items():
+            known[name].add(value)
+    trained = [record.run for record in records if record.run.steps]
+    searched = [record.run for record in standings.searched]
+    settings = {
+        "optimizer steps": _values(run.steps for run in trained),
+        "batch size": _values(record.extra["batch_size"] for record in records if "batch_size" in record.extra),
+        "seeds": _values(record.run.seed for record in standings.tested),
+        "learning rates tried on development rows": ", ".join(_sorted(f"{run.learning_rate:g}" for run in searched)),
+        "seeds on development rows": _values(run.seed for run in searched),
+        "runs without a result": str(len(standings.missing)),
+    }
+    described = {"date": MISSING} | {name: ", ".join(sorted(known[name])) for name in sorted(known)}
+    return [
+        _items(f"{name}: {value}" for name, value in described.items()),
+        _items(f"{name}: {value or MISSING}" for name, value in settings.items()),
+        *([CHOSEN] if searched else []),
+    ]
+
+
+def _scores(standings: Standings, directory: Path) -> list[str]:
+    parts = []
+    for task, model in standings.pairs():
+        own = [record for record in standings.tested if record.run.task == task]
+        if not own:
+            parts += [f"### {task}, {model}", MISSING]
+            continue
+        score = score_name(own)
+        parts += [f"### {task}, {model}: {score}", scores_table(standings, task, model)]
+        parts += _plots(standings, task, model, score, directory)
+    return parts
+
+
+def _plots(standings: Standings, task: str, model: str, score: str, directory: Path) -> list[str]:
+    """Write two plots of a task and a model, and return the Markdown that shows them."""
+    series: dict[str, list[Point]] = {}
+    sizes: dict[str, Point] = {}
+    common = _common_shots(standings, task, model)
+    for name in standings.contestants(task, model):
+        cells = {shots: standings.cell(task, model, name, shots) for shots in (0, *standings.profile.shots)}
+        found = {shots: cell for shots, cell in cells.items() if cell is not None and cell.records}
+        if not found:
+            continue
+        series[name] = [Point(shots, summarize(cell.records)) for shots, cell in found.items()]
+        shown = found.get(common) or found.get(0)
+        if shown is not None:
+            sizes[name] = _size(shown)
+    by_shots, by_size = directory / f"{task}-{model}-shots.png", directory / f"{task}-{model}-trained.png"
+    plot_shots(series, by_shots, title=f"{task}, {model}", score=score)
+    plot_trained(sizes, by_size, title=f"{task}, {model}, {common} shots", score=score)
+    return [f"![{score} against shots]({by_shots.name})", f"![{score} against trained parameters]({by_size.name})"]
+
+
+def _common_shots(standings: Standings, task: str, model: str) -> int:
+    """Return the number of shots for which most contestants have results; of equal ones, the largest."""
+    names = standings.contestants(task, model)
+
+    def count(shots: int) -> int:
+        cells = [standings.cell(task, model, name, shots) for name in names]
+        return sum(cell is not None and bool(cell.records) for cell in cells)
+
+    return max(standings.profile.shots, key=lambda shots: (count(shots), shots))
+
+
+def _size(cell: Cell) -> Point:
+    return Point(cell.records[0].trained, summarize(cell.records))
+
+
+def _comparisons(standings: Standings) -> list[str]:
+    parts = []
+    for task, model in standings.pairs():
+        rows, sentences = [], []
+        for shots in standings.profile.shots:
+            lora, best = against_lora(standings, task, model, shots), standings.best_method(task, model, shots)
+            if lora is None or best is None:
+                sentences.append(f"{shots} shots: {MISSING} (there are no results of LoRA or of softhooks' methods)")
+            else:
+                _, first, second, found = lora
+                sentences.append(
+                    f"{shots} shots: {first}, the best softhooks method on the {best[1]} rows, against {second}: "
+                    f"{found.sentence} ({found})."
+                )
+                rows.append(lora)
+            rows += against_peft(standings, task, model, shots)
+        parts += [f"### {task}, {model}", _items(sentences)]
+        if rows:
+            parts.append(comparison_table(rows))
+    return parts
+
+
+def _finding(finding: Finding, store: Store, directory: Path) -> list[str]:
+    """Judge a finding, write its plot, and return its section."""
+    verdict = finding.judge(store)
+    plot = directory / f"finding-{finding.name}.png"
+    rows = []
+    for arm in finding.arms:
+        records = arm.records(store)
+        rate = f"{arm.runs[0].learning_rate:g}" if arm.runs[0].steps else ""
+        rows.append([arm.label, str(summarize(records)) if records else MISSING, rate])
+    run = finding.runs[0]
+    return [
+        f"### {finding.claim}",
+        f"{finding.paper}. Here: {run.task}, {run.model}, {run.shots} shots, {len(finding.arms[0].runs)} seeds.",
+        f"**{HELD[verdict.held]}** {verdict.sentence}",
+        markdown_table(["", "score", "learning rate"], rows),
+        *([f"![{finding.name}]({plot.name})"] if finding.plot(store, plot) else []),
+    ]
+
+
+def _items(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts)
+
+
+def _values(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in sorted(set(values)))
+
+
+def _sorted(rates: Iterable[str]) -> list[str]:
+    return sorted(set(rates), key=float)

@@ -1,0 +1,98 @@
+"""The score of each row: 1 or 0 for a class that is right or wrong, and ROUGE-L for a generated text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor
+
+from benchmarks.quality.inputs import DecoderInputs, EncoderInputs
+from benchmarks.quality.task import Row
+from softhooks.demo.language_model.predict import follow_context, left_padded
+
+BATCH = 16
+
+
+@torch.no_grad()
+def score_encoder(model: Any, inputs: EncoderInputs, rows: Sequence[Row]) -> list[float]:
+    """Score a sequence classifier."""
+    model.eval()
+    dataset = inputs.dataset(rows)
+    scores: dict[int, float] = {}
+    for indices in by_length([len(row["input_ids"]) for row in dataset.rows]):
+        batch = inputs.collator([dataset[index] for index in indices])
+        labels = batch.pop("labels")
+        right = model(**batch).logits.argmax(-1) == labels
+        scores.update(zip(indices, right.float().tolist(), strict=True))
+    return [scores[index] for index in range(len(rows))]
+
+
+@torch.no_grad()
+def score_decoder(model: Any, inputs: DecoderInputs, rows: Sequence[Row], context: Sequence[int] = ()) -> list[float]:
+    """Score a language model.
+
+    Args:
+        context: ids before every row; their keys and values are computed once.
+    """
+    model.eval()
+    questions = [inputs.question_ids(row) for row in rows]
+    cache = model(input_ids=torch.tensor([context]), use_cache=True).past_key_values if context else None
+    scores: dict[int, float] = {}
+    for indices in by_length([len(ids) for ids in questions]):
+        ids, mask = left_padded([questions[index] for index in indices], inputs.tokenizer.pad_token_id)
+        call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        chosen = [rows[index] for index in indices]
+        if inputs.task.generates:
+            texts = _generate(model, inputs, call, context)
+            values = [rouge_l(text, row.answer) for text, row in zip(texts, chosen, strict=True)]
+        else:
+            if cache is not None:
+                call |= follow_context(cache, mask, len(context))
+            values = _right(model(**call).logits[:, -1], inputs, chosen)
+        scores.update(zip(indices, values, strict=True))
+    return [scores[index] for index in range(len(rows))]
+
+
+def _right(logits: Tensor, inputs: DecoderInputs, rows: Sequence[Row]) -> list[float]:
+    """Return 1 for each row whose class has the most likely first token, else 0."""
+    classes = logits[:, inputs.first_label_ids()].argmax(-1).tolist()
+    return [float(inputs.task.labels[index] == row.answer) for index, row in zip(classes, rows, strict=True)]
+
+
+def _generate(model: Any, inputs: DecoderInputs, call: dict[str, Any], context: Sequence[int]) -> list[str]:
+    """Generate answers; the first line of each is kept."""
+    if context:
+        repeated = torch.tensor(list(context)).expand(len(call["input_ids"]), -1)
+        # The padding is between the context and the text; the mask leaves it out, and positions are counted from the mask.
+        call = {
+            "input_ids": torch.cat([repeated, call["input_ids"]], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(repeated), call["attention_mask"]], dim=1),
+        }
+    output = model.generate(
+        **call,
+        max_new_tokens=inputs.task.max_new_tokens,
+        do_sample=False,
+        pad_token_id=inputs.tokenizer.pad_token_id,
+    )
+    new = output[:, call["input_ids"].shape[1] :]
+    texts: list[str] = inputs.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip().split("\n")[0] for text in texts]
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """Return the F-measure of ROUGE-L, with stemming."""
+    measure: float = _SCORER.score(reference, text)["rougeL"].fmeasure
+    return measure
+
+
+def by_length(lengths: Sequence[int], batch: int = BATCH) -> Iterator[list[int]]:
+    """Yield the indices of batches of rows with similar lengths."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    for start in range(0, len(order), batch):
+        yield order[start : start + batch]
+
+
+_SCORER = RougeScorer(["rougeL"], use_stemmer=True)

@@ -1,0 +1,147 @@
+"""softhooks' methods as contestants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainerCallback
+
+import softhooks
+from benchmarks.quality import transfer
+from benchmarks.quality.cpt import context_types_and_ids
+from benchmarks.quality.inputs import DecoderInputs
+from benchmarks.quality.setup import VIRTUAL_TOKENS, Prepared, Setup
+from softhooks.method import Method
+from softhooks.trainer.callback import SoftPromptCallback
+
+
+def with_method(model: PreTrainedModel, method: Method) -> Prepared:
+    """Train a prompt."""
+    callback = SoftPromptCallback(method, check_frozen="end")
+
+    def save(directory: Path) -> None:
+        assert callback.soft_prompt is not None  # attached by the callback
+        callback.soft_prompt.save_pretrained(directory)
+
+    return Prepared(model, [callback], save)
+
+
+def prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a prompt that starts as the task's instruction; with the option `source_tasks`, as a prompt of these tasks."""
+    if "source_tasks" in setup.options:
+
+        def of_sources(names: list[str]) -> Method:
+            return softhooks.PromptTuning(**_options(setup, starting_words(setup), "init"))
+
+        setup = setup.with_options(init="prompt", init_from=transfer.source_prompt(setup, of_sources))
+    return with_method(model, softhooks.PromptTuning(**_options(setup, starting_words(setup))))
+
+
+def prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a prefix that starts as the keys and values of the task's instruction."""
+    return with_method(model, softhooks.PrefixTuning(**_options(setup, starting_words(setup))))
+
+
+def p_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make virtual tokens in front; with the options `start` and `before_question`, in front and before the question."""
+    if "start" in setup.options:
+        assert isinstance(setup.inputs, DecoderInputs)
+        question = tuple(setup.inputs.question_part())
+        start, before = setup.options["start"], setup.options["before_question"]
+        layout = softhooks.Layout.insert(start=start, before={question: before} if before else None, which="last")
+        return with_method(model, softhooks.PTuning(layout=layout))
+    return with_method(model, softhooks.PTuning(**_options(setup, {})))
+
+
+def p_tuning_v2(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make keys and values in all layers, or in `layers`."""
+    return with_method(model, softhooks.PTuningV2(**_options(setup, {})))
+
+
+def multitask_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a multitask prompt with one task; with the option `source_tasks`, adapted from a prompt of these tasks."""
+    own: dict[str, Any] = {"tasks": 1, **starting_words(setup)}
+    if "source_tasks" in setup.options:
+
+        def of_sources(names: list[str]) -> Method:
+            options = {"tasks": names, "sampling": None, **starting_words(setup)}
+            return softhooks.MultitaskPromptTuning(**_options(setup, options))
+
+        own = {"tasks": 1, "source": transfer.source_prompt(setup, of_sources)}
+        setup = setup.without_options("teachers", "teacher_steps")
+    return with_method(model, softhooks.MultitaskPromptTuning(**_options(setup, own)))
+
+
+def llama_adapter(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make an adapter; the option `gates` sets the initial gates."""
+    gates = setup.options.get("gates", "zero")
+    prepared = with_method(model, softhooks.LlamaAdapter(**_options(setup.without_options("gates"), {})))
+    if gates != "zero":
+        prepared.callbacks.append(SetGates(prepared.callbacks[0], gates))
+    return prepared
+
+
+def residual_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a prompt that an MLP computes from the task's instruction."""
+    return with_method(model, softhooks.ResidualPromptTuning(**_options(setup, starting_words(setup))))
+
+
+def cpt(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a context of the training rows."""
+    assert isinstance(setup.inputs, DecoderInputs)
+    types, ids = context_types_and_ids(setup.inputs, setup.rows)
+    options: dict[str, Any] = {"context_ids": ids, "token_types": types, **setup.options}
+    return with_method(model, softhooks.ContextAwarePromptTuning(**options))
+
+
+def cartridge(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a cartridge of a document: the task's instruction with labeled rows."""
+    options = setup.without_options("document_shots", "document_tokens", "in_context").options
+    prepared = with_method(model, softhooks.Cartridge(document=document(setup), **options))
+    return Prepared(model, prepared.callbacks, prepared.save, keep=True)
+
+
+def document(setup: Setup) -> list[int]:
+    """Return the ids of a cartridge's document."""
+    assert isinstance(setup.inputs, DecoderInputs)
+    rows = setup.task.sample(setup.options["document_shots"], setup.seed)
+    return setup.inputs.context(rows, setup.options["document_tokens"])
+
+
+class SetGates(TrainerCallback):
+    """Replace the gates of a LLaMA-Adapter before the first step, by ones or by samples from N(0, 1)."""
+
+    def __init__(self, attached: TrainerCallback, start: str) -> None:
+        self.attached, self.start = attached, start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert isinstance(self.attached, SoftPromptCallback)
+        assert self.attached.soft_prompt is not None
+        with torch.no_grad():
+            for name, gates in self.attached.soft_prompt.encoder.named_parameters():
+                if name.endswith("gates"):
+                    gates.fill_(1.0) if self.start == "one" else gates.normal_()
+
+
+def starting_words(setup: Setup) -> dict[str, Any]:
+    """Return the options for a prompt that starts as the instruction of the task."""
+    return {"init": "text", "init_text": setup.task.instruction, "tokenizer": setup.inputs.tokenizer}
+
+
+def _options(setup: Setup, own: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    """Return the options of a method: its own, then those of the run; an `init` of the run replaces the method's own."""
+    given = {
+        name: value for name, value in setup.options.items() if name not in left_out and name not in transfer.OPTIONS
+    }
+    init = given.get("init")
+    if init is not None:
+        own = {name: value for name, value in own.items() if not name.startswith("init_")}
+        if init == "text":
+            own["init_text"] = setup.task.instruction
+        elif init == "class_labels":
+            own["init_labels"] = list(setup.task.labels)
+        else:
+            own.pop("tokenizer", None)
+    return {"num_virtual_tokens": VIRTUAL_TOKENS, **own, **given}

@@ -1,0 +1,336 @@
+"""Runs of the quality benchmark on tiny random models: every contestant, the baselines, and the order of a profile's runs."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.quality import models, tasks
+from benchmarks.quality import run as running
+from benchmarks.quality.baselines import few_shot_context
+from benchmarks.quality.contestants import CONTESTANTS
+from benchmarks.quality.cpt import context_types_and_ids
+from benchmarks.quality.findings import FINDINGS
+from benchmarks.quality.findings.framework import Arm
+from benchmarks.quality.inputs import DecoderInputs
+from benchmarks.quality.plan import FULL, SMALL, baseline_runs, chosen_rate, final_runs, search_runs
+from benchmarks.quality.pool import execute_all
+from benchmarks.quality.records import Record, Run, Store
+from benchmarks.quality.scoring import rouge_l, score_decoder
+from benchmarks.quality.setup import Setup
+from benchmarks.quality.softhooks_methods import document, p_tuning
+from benchmarks.quality.task import Row, Task, split
+from softhooks.demo.models import Checkpoint
+from softhooks.demo.tiny_models import tiny_decoder, tiny_encoder
+
+COLORS = {"red": ("rose", "cherry", "brick"), "green": ("leaf", "frog", "grass"), "blue": ("sea", "sky", "jeans")}
+
+
+def _rows(count: int, seed: int) -> tuple[Row, ...]:
+    generator = random.Random(seed)
+    rows = []
+    for index in range(count):
+        color = list(COLORS)[index % 3]
+        words = [generator.choice(COLORS[color]), *generator.sample(["the", "old", "new", "big", "nice"], 3)]
+        generator.shuffle(words)
+        rows.append(Row(" ".join(words), color, f"{seed}-{index}"))
+    return tuple(rows)
+
+
+CLASSES = Task(
+    name="colors",
+    instruction="Name the color: red, green, blue.",
+    question=" Color:",
+    labels=tuple(COLORS),
+    train=_rows(60, 0),
+    development=_rows(12, 1),
+    test=_rows(30, 2),
+    max_length=12,
+    provenance={"rows": "made up"},
+)
+TEXTS = Task(
+    name="texts",
+    instruction="Repeat the color.",
+    question=" Color:",
+    labels=(),
+    train=_rows(60, 0),
+    development=_rows(12, 1),
+    test=_rows(8, 2),
+    max_length=12,
+    max_new_tokens=3,
+)
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Replace the tasks and the models by small ones."""
+    texts = [f"{row.text} {CLASSES.instruction}{CLASSES.question} {row.answer}" for row in CLASSES.train]
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    checkpoints = {
+        models.MINILM: tiny_encoder(texts, folder / "encoder"),
+        models.SMOLLM2: tiny_decoder(texts, folder / "decoder"),
+    }
+    monkeypatch.setattr(models, "CHECKPOINTS", {name: lambda c=c: c for name, c in checkpoints.items()})
+    monkeypatch.setattr(running, "TASKS", {"colors": lambda: CLASSES, "texts": lambda: TEXTS})
+    running.read_task.cache_clear()
+    yield
+    running.read_task.cache_clear()
+
+
+def _decoder() -> Checkpoint:
+    return models.checkpoint(models.SMOLLM2)
+
+
+@pytest.mark.parametrize("name", [name for name, c in CONTESTANTS.items() if c.encoder_rates])
+def test_every_contestant_tunes_an_encoder(name: str) -> None:
+    record = running.execute(Run("colors", models.MINILM, name, shots=4, steps=2, learning_rate=1e-2))
+    assert len(record.scores) == 30
+    assert set(record.scores) <= {0.0, 1.0}
+    assert record.trained >= 3 * 33, "the head is trained too"
+    if name not in ("p_tuning", "residual_prompt_tuning") and not name.startswith("peft"):  # networks are folded
+        assert record.saved_bytes >= 4 * record.trained
+    assert record.versions["rows"] == "made up"
+    assert len(record.losses) == 2
+
+
+@pytest.mark.parametrize("name", [name for name, c in CONTESTANTS.items() if c.decoder_rates])
+def test_every_contestant_tunes_a_decoder(name: str) -> None:
+    record = running.execute(Run("colors", models.SMOLLM2, name, shots=4, steps=2, learning_rate=1e-2))
+    assert len(record.scores) == 30
+    assert record.trained > 0
+    assert record.saved_bytes > 0
+    assert record.peak_bytes > 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "rate", "drop"),
+    [
+        (models.MINILM, "full", 3e-3, 0.6),
+        (models.SMOLLM2, "lora", 3e-2, 0.3),
+        (models.SMOLLM2, "prefix_tuning", 1e-1, 0.2),
+    ],
+)
+def test_training_learns_the_task(model: str, name: str, rate: float, drop: float) -> None:
+    before = running.execute(Run("colors", model, name, shots=20, steps=1, learning_rate=0.0))
+    after = running.execute(Run("colors", model, name, shots=20, steps=80, learning_rate=rate))
+    assert after.losses[-1] < before.losses[0] - drop
+
+
+def test_the_same_run_gives_the_same_result() -> None:
+    run = Run("colors", models.SMOLLM2, "prompt_tuning", shots=4, steps=3, learning_rate=1e-2, seed=5)
+    first, second = running.execute(run), running.execute(run)
+    assert (first.scores, first.losses) == (second.scores, second.losses)
+
+
+def test_generated_answers_are_scored_by_rouge() -> None:
+    record = running.execute(Run("texts", models.SMOLLM2, "prompt_tuning", shots=2, steps=1, learning_rate=1e-2))
+    assert len(record.scores) == 8
+    assert all(0 <= score <= 1 for score in record.scores)
+    assert rouge_l("a small red house", "a small house") == pytest.approx(2 * 0.75 / 1.75)
+
+
+@pytest.mark.parametrize("task", [CLASSES, TEXTS])
+def test_padding_and_a_cached_context_do_not_change_scores(task: Task) -> None:
+    tokenizer, model = _decoder().tokenizer(), _decoder().language_model()
+    inputs = DecoderInputs(task, tokenizer)
+    context = few_shot_context(inputs, list(task.train[:6]))
+    together = score_decoder(model, inputs, task.test, context)
+    alone = [score_decoder(model, inputs, [row], context)[0] for row in task.test]
+    assert together == alone
+
+
+def test_a_few_shot_context_takes_classes_in_turn_and_stops_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = DecoderInputs(CLASSES, _decoder().tokenizer())
+    monkeypatch.setattr("benchmarks.quality.baselines.CONTEXT_LIMIT", 60)
+    context = few_shot_context(inputs, sorted(CLASSES.train, key=lambda row: row.answer))
+    counts = [context.count(label) for label in inputs.first_label_ids()]
+    assert len(context) <= 60
+    assert max(counts) - min(counts) <= 1
+    assert min(counts) >= 2, "the instruction names each class once"
+
+
+def test_classes_that_begin_alike_are_refused() -> None:
+    task = Task("t", "", "", ("same thing", "same place"), (), (), (), 8)
+    with pytest.raises(ValueError, match="begin with the same token"):
+        DecoderInputs(task, tiny_decoder_tokenizer()).first_label_ids()
+
+
+def tiny_decoder_tokenizer() -> object:
+    return _decoder().tokenizer()
+
+
+def test_a_context_of_cpt_has_the_types_of_its_parts() -> None:
+    inputs = DecoderInputs(CLASSES, _decoder().tokenizer())
+    rows = list(CLASSES.train[:3])
+    types, ids = context_types_and_ids(inputs, rows)
+    labels = [token for kind, token in zip(types, ids, strict=True) if kind and kind % 4 == 0]
+    assert labels == [token for row in rows for token in inputs.answer_ids(row)]
+    assert sorted({(kind - 1) // 4 for kind in types if kind}) == [0, 1, 2]
+
+
+def test_the_baselines_score_what_they_say() -> None:
+    majority = running.execute(Run("colors", running.NO_MODEL, "majority", shots=5))
+    assert majority.score == pytest.approx(1 / 3)
+    tfidf = running.execute(Run("colors", running.NO_MODEL, "tfidf", shots=20))
+    assert tfidf.score > 0.9
+    zero = running.execute(Run("colors", models.SMOLLM2, running.ZERO_SHOT))
+    few = running.execute(Run("colors", models.SMOLLM2, running.FEW_SHOT, shots=4))
+    assert 0 < zero.context_tokens < few.context_tokens
+
+
+def test_rows_of_a_source_stay_together_and_samples_are_balanced() -> None:
+    rows = [Row(f"text {i}", "ab"[i % 2], f"source {i // 3}") for i in range(90)]
+    parts = split(rows, 0.2, 0.3, seed=1)
+    sources = [{row.source for row in part} for part in parts]
+    assert not sources[0] & sources[1]
+    assert not sources[1] & sources[2]
+    assert not sources[0] & sources[2]
+    assert sum(map(len, parts)) == 90
+    assert [len(source) for source in sources] == [15, 6, 9]
+    sample = CLASSES.sample(7, seed=3)
+    assert [sum(row.answer == color for row in sample) for color in COLORS] == [7, 7, 7]
+    assert sample == CLASSES.sample(7, seed=3)
+    assert sample != CLASSES.sample(7, seed=4)
+
+
+class TestPlan:
+    def test_no_learning_rate_is_chosen_on_test_rows(self) -> None:
+        assert {run.part for run in search_runs(FULL)} == {"development"}
+
+    def test_test_runs_wait_for_the_learning_rate_and_use_the_best(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        assert final_runs(SMALL, store) == []
+        searched = [run for run in search_runs(SMALL) if run.contestant == "lora"]
+        for run in searched[:-1]:
+            store.put(Record(run, [0.5, 0.5]))
+        assert chosen_rate(SMALL, store, "docstrings", models.MINILM, "lora") is None
+        store.put(Record(searched[-1], [1.0, 1.0]))
+        assert chosen_rate(SMALL, store, "docstrings", models.MINILM, "lora") == searched[-1].learning_rate
+        tested = final_runs(SMALL, store)
+        assert {run.learning_rate for run in tested} == {searched[-1].learning_rate}
+        assert [run.seed for run in tested] == [0, 1]
+
+    def test_the_full_profile_has_every_contestant_with_every_number_of_rows(self) -> None:
+        runs = {(run.model, run.contestant) for run in search_runs(FULL)}
+        for name, contestant in CONTESTANTS.items():
+            assert ((models.MINILM, name) in runs) == (contestant.encoder_rates is not None)
+            assert ((models.SMOLLM2, name) in runs) == (contestant.decoder_rates is not None)
+        baselines = {(run.task, run.contestant) for run in baseline_runs(FULL)}
+        assert {("glosses", "tfidf"), ("glosses", "few_shot"), ("synopses", "first_sentence")} <= baselines
+
+
+class TestStore:
+    def test_a_record_is_read_as_it_was_written(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        run = Run(
+            "glosses", "smollm2", "prompt_tuning", 8, 100, 0.02, 1, options=(("init", "random"), ("layers", (1, 2)))
+        )
+        record = Record(run, [1.0, 0.0], trained=5, losses=[0.1], versions={"torch": "x"}, extra={"tokens": 3})
+        store.put(record)
+        assert store.missing([run, run]) == []
+        got = store.get(run)
+        assert got is not None
+        assert got.scores == [1.0, 0.0]
+        assert got.score == 0.5
+        assert got.run == run
+        assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+    def test_results_from_other_rows_are_refused(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        store.check_provenance("glosses", {"sha256": "a"})
+        store.put(Record(Run("glosses", "none", "majority"), [1.0], versions={"sha256": "a", "torch": "1"}))
+        store.check_provenance("glosses", {"sha256": "a"})
+        store.check_provenance("sections", {"sha256": "b"})
+        with pytest.raises(ValueError, match="from other rows"):
+            store.check_provenance("glosses", {"sha256": "b"})
+
+    def test_other_settings_are_another_file(self) -> None:
+        run = Run("glosses", "smollm2", "lora", 8, 100, 0.02)
+        others = [
+            Run("glosses", "smollm2", "lora", 8, 100, 0.02, seed=1),
+            Run("glosses", "smollm2", "lora", 8, 100, 0.03),
+        ]
+        assert len({run.file, *(other.file for other in others)}) == 3
+
+
+ARMS = [arm for finding in FINDINGS for arm in finding.arms]
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=[arm.label for arm in ARMS])
+def test_every_setting_of_a_finding_runs(arm: Arm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        tasks, "TASKS", {"colors": lambda: CLASSES, "sections": lambda: CLASSES, "docstrings": lambda: CLASSES}
+    )
+    run = arm.runs[0]
+    options = dict(run.options)
+    if "source_tasks" in options:
+        options |= {"source_shots": 4, "source_steps": 3}
+        options |= {"teacher_steps": 2} if "teacher_steps" in options else {}
+    if "layers" in options:
+        options["layers"] = tuple(layer for layer in options["layers"] if layer < 2) or (0,)
+    small = replace(
+        run, task="colors", shots=min(run.shots, 4), steps=min(run.steps, 2), options=tuple(options.items())
+    )
+    record = running.execute(small)
+    assert len(record.scores) == 30
+    assert (record.trained > 0) == (run.steps > 0)
+    assert (record.context_tokens > 0) == bool(options.get("in_context"))
+
+
+def test_the_document_in_the_context_is_the_one_of_the_cartridge() -> None:
+    options = (("document_shots", 4), ("document_tokens", 400))
+    bare = running.execute(Run("colors", models.SMOLLM2, "cartridge", 4, options=(*options, ("in_context", True))))
+    task, inputs = CLASSES, DecoderInputs(CLASSES, _decoder().tokenizer())
+    assert bare.context_tokens == len(document(Setup(task, inputs, [], dict(options))))
+    whole = (*options, ("num_virtual_tokens", bare.context_tokens))
+    untrained = running.execute(Run("colors", models.SMOLLM2, "cartridge", 4, options=whole))
+    assert untrained.scores == bare.scores, "a cartridge as long as its document starts as the document"
+
+
+@pytest.mark.parametrize(("start", "before"), [(12, 0), (6, 6), (0, 12)])
+def test_virtual_tokens_are_inserted_before_the_question(start: int, before: int) -> None:
+    inputs = DecoderInputs(CLASSES, _decoder().tokenizer())
+    setup = Setup(CLASSES, inputs, [], {"start": start, "before_question": before})
+    callback = p_tuning(_decoder().language_model(), setup).callbacks[0]
+    layout = callback.method.layout
+    assert (layout.form.groups[-1].anchor is not None) == (before > 0)
+    assert [group.count for group in layout.form.groups] == [count for count in (start, before) if count]
+
+
+def test_gates_start_where_the_option_says() -> None:
+    scores = {}
+    for gates in ("zero", "one", "random"):
+        run = Run("colors", models.SMOLLM2, "llama_adapter", 4, 1, 1e-9, options=(("gates", gates),))
+        scores[gates] = running.execute(run).losses[0]
+    assert len(set(scores.values())) == 3
+
+
+def test_a_prompt_of_source_tasks_is_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "TASKS", {"colors": lambda: CLASSES})
+    options = {"source_tasks": ("colors",), "source_shots": 20, "source_steps": 40, "init": "prompt"}
+    losses = []
+    for extra in ({}, options):
+        run = Run("colors", models.SMOLLM2, "prompt_tuning", 4, 1, 3e-2, options=tuple(extra.items()))
+        losses.append(running.execute(run).losses[0])
+    assert losses[1] < losses[0] - 0.1
+
+
+class TestPool:
+    def test_results_are_written_by_processes_and_a_failure_does_not_stop_the_others(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        good, bad = Run("docstrings", running.NO_MODEL, "majority", 8), Run("docstrings", running.NO_MODEL, "nobody", 8)
+        console = Console(record=True, width=200)
+        failed = execute_all("runs", [bad, good], store, console, workers=1, threads=1, deadline=float("inf"))
+        assert failed == [bad]
+        assert store.missing([good, bad]) == [bad]
+        assert "nobody" in console.export_text()
+
+    def test_no_run_is_started_after_the_deadline(self, tmp_path: Path) -> None:
+        run = Run("docstrings", running.NO_MODEL, "majority", 8)
+        assert execute_all("runs", [run], Store(tmp_path), Console(quiet=True), 1, 1, deadline=0.0) == []
+        assert Store(tmp_path).missing([run]) == [run]

@@ -1,0 +1,276 @@
+"""The report on made-up results: its tables, missing runs, bold scores, comparisons and plots."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import plan
+from benchmarks.quality.findings import FINDINGS
+from benchmarks.quality.models import MINILM, SMOLLM2
+from benchmarks.quality.plan import Profile
+from benchmarks.quality.records import Record, Run, Store
+from benchmarks.quality.report import write_report
+from benchmarks.quality.standings import Standings, label_of
+from benchmarks.quality.tables import MISSING, markdown_table, scores_table
+
+ROWS = 200
+TUNED = ("lora", "peft_prompt_tuning", "peft_prefix_tuning", "prompt_tuning", "prefix_tuning")
+PROFILE = Profile(
+    "made up",
+    tasks={MINILM: ("docs",), SMOLLM2: ("docs",)},
+    contestants={MINILM: ("head", *TUNED), SMOLLM2: (*TUNED, "cpt")},
+    shots=(8, 32, 150),
+    seeds={MINILM: 2, SMOLLM2: 3},
+    steps={MINILM: lambda shots: 60, SMOLLM2: lambda shots: 100},
+)
+SHARES = {"majority": 0.1, "tfidf": 0.4, "zero_shot": 0.3, "few_shot": 0.5, "head": 0.55, "lora": 0.7}
+"""The share of right answers of each contestant; PEFT's methods have 0.6, and softhooks' 0.7 and 0.75."""
+
+
+def _share(run: Run) -> float:
+    methods = {"prompt_tuning": 0.75, "prefix_tuning": 0.7, "cpt": 0.7}
+    score = (SHARES | methods).get(run.contestant, 0.6)
+    return score - 0.1 * abs(np.log10(run.learning_rate / 0.01)) if run.part == "development" else score
+
+
+def _record(run: Run) -> Record:
+    generator = np.random.default_rng(run.seed + run.shots)
+    scores = (np.linspace(0, 1, ROWS) + generator.normal(0, 0.02, ROWS)) < _share(run)
+    return Record(
+        run,
+        scores.astype(float).tolist(),
+        trained=7680 if run.steps else 0,
+        saved_bytes=30720 if run.steps else 0,
+        seconds=run.shots + 0.25,
+        versions={"torch": "9.9", "processor": "Z80"},
+        extra={"batch_size": 8} if run.steps else {},
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """All results of the profile."""
+    store = Store(tmp_path / "results")
+    for run in [*plan.baseline_runs(PROFILE), *plan.search_runs(PROFILE)]:
+        store.put(_record(run))
+    for run in plan.final_runs(PROFILE, store):
+        store.put(_record(run))
+    return store
+
+
+def _rows(store: Store, model: str) -> dict[str, dict[str, str]]:
+    """Return the cells of a table by contestant and column."""
+    lines = [line.strip("|").split("|") for line in scores_table(Standings(store, PROFILE), "docs", model).split("\n")]
+    header, _, *rows = [[cell.strip() for cell in line] for line in lines]
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def _report(store: Store, tmp_path: Path) -> str:
+    return write_report(store, PROFILE, tmp_path / "report").read_text(encoding="utf-8")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_has_every_contestant_and_every_number_of_shots(store: Store) -> None:
+    encoder, decoder = _rows(store, MINILM), _rows(store, SMOLLM2)
+    baselines = {label_of("majority"), label_of("tfidf")}
+    assert set(encoder) == {label_of(name) for name in ("majority", "tfidf", "head", *TUNED)}
+    assert set(decoder) - baselines == {label_of(name) for name in ("zero_shot", "few_shot", "cpt", *TUNED)}
+    assert list(encoder["head only"])[1:4] == ["8 shots", "32 shots", "150 shots"]
+    assert "0 shots" in decoder["zero-shot"]
+
+
+def test_cells_are_the_mean_and_standard_error_of_the_results(store: Store) -> None:
+    scores = [record.score for record in store.all() if _is(record.run, "head", 32) and record.run.part == "test"]
+    assert len(scores) == 2
+    expected = f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1) / np.sqrt(2):.3f}"
+    row = _rows(store, MINILM)["head only"]
+    assert row["32 shots"] == expected
+    assert row["seeds"] == "2"
+    assert row["trained"] == "7,680"
+    assert row["saved bytes"] == "30,720"
+    assert row["seconds"] == "8.2 / 32.2 / 150.2"
+    assert row["learning rate"] == "0.01"
+
+
+def _is(run: Run, contestant: str, shots: int, model: str = MINILM) -> bool:
+    return (run.contestant, run.shots, run.model) == (contestant, shots, model)
+
+
+def test_only_the_best_score_of_a_column_is_bold(store: Store) -> None:
+    rows = _rows(store, MINILM)
+    for column in ("8 shots", "32 shots", "150 shots"):
+        assert [label for label, row in rows.items() if "**" in row[column]] == [label_of("prompt_tuning")]
+
+
+def test_equal_scores_are_both_bold_and_a_single_score_is_not(store: Store) -> None:
+    for record in store.all():
+        if _is(record.run, "prompt_tuning", 8) and record.run.part == "test":
+            twin = next(
+                r
+                for r in store.all()
+                if _is(r.run, "lora", 8) and r.run.seed == record.run.seed and r.run.part == "test"
+            )
+            store.put(Record(twin.run, record.scores))
+    rows = _rows(store, MINILM)
+    assert [label for label, row in rows.items() if "**" in row["8 shots"]] == [
+        label_of("lora"),
+        label_of("prompt_tuning"),
+    ]
+    assert "**" not in _rows(store, SMOLLM2)["zero-shot"]["0 shots"]
+
+
+def test_cells_without_planned_runs_are_empty(store: Store) -> None:
+    rows = _rows(store, SMOLLM2)
+    assert rows["zero-shot"]["8 shots"] == ""
+    assert rows[label_of("cpt")]["0 shots"] == ""
+    assert rows[label_of("cpt")]["8 shots"] == ""
+    assert rows[label_of("cpt")]["32 shots"].startswith("0.69")
+
+
+def test_missing_runs_are_dashes(store: Store) -> None:
+    for path in _paths(store, "lora", 32):
+        path.unlink()
+    row = _rows(store, MINILM)[label_of("lora")]
+    assert row["32 shots"] == MISSING
+    assert row["8 shots"].startswith("0.7")
+
+
+def test_a_contestant_without_any_results_has_dashes_only(store: Store) -> None:
+    for shots in PROFILE.shots:
+        for path in _paths(store, "head", shots):
+            path.unlink()
+    assert set(list(_rows(store, MINILM)["head only"].values())[1:]) == {MISSING}
+
+
+def test_a_learning_rate_that_is_not_chosen_leaves_dashes(store: Store) -> None:
+    """A test result with a rate from an unfinished search is not shown."""
+    searched = next(run for run in plan.search_runs(PROFILE) if run.contestant == "head")
+    (store.directory / searched.file).unlink()
+    assert set(list(_rows(store, MINILM)["head only"].values())[1:]) == {MISSING}
+
+
+def test_missing_seeds_are_counted(store: Store) -> None:
+    _paths(store, "head", 32)[0].unlink()
+    assert _rows(store, MINILM)["head only"]["seeds"] == "2 / 1 of 2 / 2"
+
+
+def test_experiments_on_findings_are_not_in_the_tables(store: Store) -> None:
+    before = _rows(store, MINILM)
+    run = next(r.run for r in store.all() if _is(r.run, "prompt_tuning", 32) and r.run.part == "test")
+    changed = Run(**{**vars(run), "options": (("num_virtual_tokens", 1),)})
+    store.put(Record(changed, [0.0] * ROWS))
+    assert _rows(store, MINILM) == before
+
+
+def _paths(store: Store, contestant: str, shots: int) -> list[Path]:
+    runs = [r.run for r in store.all() if _is(r.run, contestant, shots) and r.run.part == "test"]
+    assert len(runs) == 2
+    return [store.directory / run.file for run in runs]
+
+
+def test_tables_are_markdown() -> None:
+    assert markdown_table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |"
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_method_is_chosen_on_the_development_rows(store: Store) -> None:
+    """Prefix tuning is given the best test results, which must not matter."""
+    for record in store.all():
+        if record.run.contestant == "prefix_tuning" and record.run.part == "test":
+            store.put(Record(record.run, [1.0] * ROWS))
+    assert Standings(store, PROFILE).best_method("docs", MINILM, 32) == ("prompt_tuning", "development")
+
+
+def test_comparisons_say_better_worse_and_on_a_par(store: Store, tmp_path: Path) -> None:
+    text = _report(store, tmp_path)
+    section = text.split("## Comparisons")[1].split("## Findings")[0]
+    best = "prompt tuning (softhooks), the best softhooks method on the development rows"
+    assert f"32 shots: {best}, against LoRA, r = 8 (PEFT): better (+" in section
+    peft = [
+        line for line in section.split("\n") if line.startswith("| prefix tuning (softhooks) | prefix tuning (PEFT)")
+    ]
+    assert len(peft) == 4  # PEFT's version tunes the language model with 32 shots only
+    assert all("| better |" in line for line in peft)
+    for record in store.all():
+        if record.run.contestant in ("lora", "prefix_tuning") and record.run.part == "test":
+            store.put(Record(record.run, [float(record.run.contestant == "lora")] * ROWS))
+        elif record.run.contestant == "prompt_tuning" and record.run.part == "test":
+            store.put(_record(Run(**{**vars(record.run), "contestant": "peft_prompt_tuning"})))
+            store.put(
+                Record(record.run, _record(Run(**{**vars(record.run), "contestant": "peft_prompt_tuning"})).scores)
+            )
+    section = _report(store, tmp_path).split("## Comparisons")[1].split("## Findings")[0]
+    assert "against LoRA, r = 8 (PEFT): worse (" in section
+    assert re.search(
+        r"\| prompt tuning \(softhooks\) \| prompt tuning \(PEFT\) \| on a par within one standard error", section
+    )
+    assert re.search(r"\| prefix tuning \(softhooks\) \| prefix tuning \(PEFT\) \| worse", section)
+
+
+def test_missing_lora_is_said(store: Store, tmp_path: Path) -> None:
+    for path in _paths(store, "lora", 8):
+        path.unlink()
+    assert f"- 8 shots: {MISSING} (there are no results of LoRA" in _report(store, tmp_path)
+
+
+# --- the whole report -------------------------------------------------------------------------------------------------
+
+
+def test_the_report_has_its_sections_and_plots(store: Store, tmp_path: Path) -> None:
+    text = _report(store, tmp_path)
+    assert [line for line in text.split("\n") if line.startswith("## ")] == [
+        "## How it was measured",
+        "## Scores",
+        "## Comparisons",
+        "## Findings of papers",
+    ]
+    assert "- torch: 9.9" in text
+    assert "- processor: Z80" in text
+    assert "- optimizer steps: 60, 100" in text
+    assert "- batch size: 8" in text
+    assert "- seeds: 0, 1, 2" in text
+    assert "- runs without a result: 0" in text
+    assert "### docs, minilm: accuracy" in text
+    images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert len(images) == 4
+    for image in images:
+        assert (tmp_path / "report" / image).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rouge_is_called_rouge(store: Store, tmp_path: Path) -> None:
+    record = next(r for r in store.all() if _is(r.run, "head", 32) and r.run.part == "test")
+    store.put(Record(record.run, [0.5] * ROWS))
+    assert "### docs, minilm: ROUGE-L" in _report(store, tmp_path)
+
+
+def test_findings_are_not_measured_without_runs(store: Store, tmp_path: Path) -> None:
+    text = _report(store, tmp_path)
+    assert text.count("**Not measured.**") == len(FINDINGS)
+    assert "finding-" not in text
+
+
+def test_findings_are_shown_with_plot_and_verdict(store: Store, tmp_path: Path) -> None:
+    finding = next(finding for finding in FINDINGS if finding.name == "zero_gate")
+    for arm, right in zip(finding.arms, (0.8, 0.5, 0.5), strict=True):
+        for run in arm.runs:
+            count = round(ROWS * right) + run.seed
+            store.put(Record(run, [1.0] * count + [0.0] * (ROWS - count)))
+    text = _report(store, tmp_path)
+    section = text.split(f"### {finding.claim}")[1].split("###")[0]
+    assert "**Held.** Gates from 0 (0.805 ± 0.003) against gates from 1 (0.505 ± 0.003): better (+0.300" in section
+    assert "| gates from N(0, 1) | 0.505 ± 0.003 |" in section
+    assert "![zero_gate](finding-zero_gate.png)" in section
+    assert (tmp_path / "report" / "finding-zero_gate.png").stat().st_size > 5000
+
+
+def test_no_results_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no results"):
+        write_report(Store(tmp_path), PROFILE, tmp_path / "report")
