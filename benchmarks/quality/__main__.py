@@ -32,19 +32,22 @@ def main(
             help="Execute only runs whose file name matches this regular expression, such as `glosses-smollm2`."
         ),
     ] = "",
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Runs in parallel.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each run.")] = 1,
     minutes: Annotated[float, typer.Option(help="Start no run after this time; the next call continues.")] = float(
         "inf"
     ),
-    findings: Annotated[bool, typer.Option(help="Also execute the experiments on the papers' findings.")] = True,
+    findings: Annotated[
+        bool, typer.Option(help="Also execute the experiments on the papers' findings (`full` only).")
+    ] = True,
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Measure how well prompts tune real models, against baselines, LoRA and PEFT.
 
     Each run is written to a file of its own. Runs that have a file are not repeated, so an interrupted benchmark continues where
     it stopped. First the baselines are scored; then learning rates are chosen on the development rows; then the runs with these
-    rates are scored on the test rows; then come the experiments on the papers' findings.
+    rates are scored on the test rows; then come the experiments on the papers' findings,
+    which are not part of the small profile.
     """
     chosen, store = PROFILES[profile], Store(output / profile)
     deadline = time.monotonic() + 60 * minutes
@@ -57,7 +60,7 @@ def main(
     go("baselines", baseline_runs(chosen))
     go("learning rates", search_runs(chosen))
     go("test", final_runs(chosen, store))
-    judged = [finding for finding in FINDINGS if findings and finding.runs[0].model in chosen.tasks]
+    judged = FINDINGS if findings and chosen.findings else ()
     go("findings", [run for finding in judged for run in finding.runs])
     if report:
         console.print(f"Report: {write_report(store, chosen, output / profile, judged)}", soft_wrap=True)

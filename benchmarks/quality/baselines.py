@@ -39,10 +39,14 @@ def tfidf(task: Task, train: Sequence[Row], rows: Sequence[Row]) -> list[float]:
 
 
 def few_shot_context(inputs: DecoderInputs, rows: Sequence[Row]) -> list[int]:
-    """Return the instruction and as many examples as fit; every class has as many, because the rows take turns by class."""
+    """Return the instruction and as many examples as fit into `CONTEXT_LIMIT` tokens."""
+    return inputs.context(by_turns(inputs.task, rows), CONTEXT_LIMIT)
+
+
+def by_turns(task: Task, rows: Sequence[Row]) -> list[Row]:
+    """Order rows so that classes take turns, and the counts of a context's examples differ by at most one."""
     by_class: dict[str, list[Row]] = {}
     for row in rows:
-        by_class.setdefault("" if inputs.task.generates else row.answer, []).append(row)
-    rounds = max(map(len, by_class.values()))
-    ordered = [group[turn] for turn in range(rounds) for group in by_class.values() if turn < len(group)]
-    return inputs.context(ordered, CONTEXT_LIMIT)
+        by_class.setdefault("" if task.generates else row.answer, []).append(row)
+    rounds = max(map(len, by_class.values()), default=0)
+    return [group[turn] for turn in range(rounds) for group in by_class.values() if turn < len(group)]

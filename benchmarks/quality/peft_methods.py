@@ -38,7 +38,11 @@ def peft_prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
 
 
 def peft_p_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
-    options = {"encoder_hidden_size": model.config.hidden_size}
+    options = {  # the shape of softhooks' default encoder
+        "encoder_reparameterization_type": "LSTM",
+        "encoder_num_layers": 2,
+        "encoder_hidden_size": model.config.hidden_size // 2,
+    }
     return with_peft(model, peft.PromptEncoderConfig(**_task_type(setup), **_peft_options(setup, options)))
 
 

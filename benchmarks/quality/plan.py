@@ -32,6 +32,7 @@ class Profile:
         shots: training rows of each class.
         seeds: seeds of each model.
         steps: optimizer steps of each model, as a function of the training rows of each class.
+        findings: whether it includes the experiments on findings, which need the rows of other tasks.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Profile:
     shots: tuple[int, ...]
     seeds: dict[str, int]
     steps: dict[str, Callable[[int], int]]
+    findings: bool = True
 
 
 FULL = Profile(
@@ -60,6 +62,7 @@ SMALL = Profile(
     shots=(8,),
     seeds={MINILM: 2},
     steps={MINILM: lambda shots: 60},
+    findings=False,
 )
 PROFILES = {profile.name: profile for profile in (SMALL, FULL)}
 
@@ -85,7 +88,7 @@ def search_runs(profile: Profile) -> list[Run]:
     return [
         Run(task, model, name, shots, profile.steps[model](shots), rate, part="development")
         for model, task, name in _tuned(profile)
-        for shots in [_search_shots(profile)]
+        for shots in [search_shots(profile)]
         for rate in CONTESTANTS[name].rates(is_encoder(model)) or ()
     ]
 
@@ -115,10 +118,11 @@ def shots_of(profile: Profile, model: str, contestant: str) -> tuple[int, ...]:
     """Return the numbers of training rows with which a contestant is tested."""
     if is_encoder(model) or contestant in EVERY_SHOTS:
         return profile.shots
-    return (_search_shots(profile),)
+    return (search_shots(profile),)
 
 
-def _search_shots(profile: Profile) -> int:
+def search_shots(profile: Profile) -> int:
+    """Return the number of training rows of each class with which learning rates are chosen."""
     return SEARCH_SHOTS if SEARCH_SHOTS in profile.shots else profile.shots[0]
 
 

@@ -63,7 +63,7 @@ def plot_shots(series: Mapping[str, Sequence[Point]], path: Path, *, title: str,
             _draw_level(axes, contestant, points[0])
     if shots:
         _log_ticks(axes, shots)
-    axes.set(xlabel="training rows of each class", ylabel=score)
+    axes.set(xlabel="training rows of each class", ylabel=f"{score}, mean ± standard error")
     _save(figure, axes, path)
 
 
@@ -82,7 +82,7 @@ def plot_trained(series: Mapping[str, Point], path: Path, *, title: str, score: 
             _draw_level(axes, contestant, point)
     if any(point.x > 0 for point in series.values()):
         axes.set_xscale("log")
-    axes.set(xlabel="trained parameters", ylabel=score)
+    axes.set(xlabel="trained parameters", ylabel=f"{score}, mean ± standard error")
     _save(figure, axes, path)
 
 

@@ -1,4 +1,4 @@
-"""Execute runs at the same time, each in a process of its own, so that memory is measured for each run."""
+"""Execute runs in parallel, each in a process of its own, so that memory is measured for each run."""
 
 from __future__ import annotations
 
@@ -25,25 +25,43 @@ def execute_all(
 
     Args:
         title: the text before the progress bar.
-        workers: the number of runs at the same time.
+        workers: the number of runs in parallel.
         threads: the number of threads of each run.
         deadline: no run is started after this time, as `time.monotonic()` counts it.
     """
     failed: list[Run] = []
+    retried: set[Run] = set()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=len(runs))
         waiting = list(reversed(runs))
         while waiting and time.monotonic() < deadline:
-            failed += _until_broken(waiting, store, workers, threads, deadline, progress, task)
+            lost = _until_broken(waiting, failed, store, workers, threads, deadline, progress, task)
+            for run in store.missing(lost):
+                if run in retried:
+                    failed.append(run)
+                else:
+                    retried.add(run)
+                    waiting.append(run)
+            progress.update(task, completed=len(runs) - len(waiting))
     return failed
 
 
 def _until_broken(
-    waiting: list[Run], store: Store, workers: int, threads: int, deadline: float, progress: Progress, task: TaskID
+    waiting: list[Run],
+    failed: list[Run],
+    store: Store,
+    workers: int,
+    threads: int,
+    deadline: float,
+    progress: Progress,
+    task: TaskID,
 ) -> list[Run]:
-    """Execute runs from the end of the list until all are done or a process is killed; return those that failed."""
-    failed: list[Run] = []
+    """Execute runs from the end of `waiting` until all are done or a process is killed; add to `failed` those with an error.
+
+    Returns:
+        the runs that were in progress when a process was killed, for example because it needed too much memory.
+    """
     running: dict[Future[str | None], Run] = {}
     context = get_context("spawn")
     with ProcessPoolExecutor(
@@ -51,20 +69,21 @@ def _until_broken(
     ) as pool:
         while True:
             while waiting and len(running) < workers and time.monotonic() < deadline:
-                run = waiting.pop()
-                running[pool.submit(_execute, run, store)] = run
+                try:
+                    future = pool.submit(_execute, waiting[-1], store)
+                except BrokenProcessPool:
+                    return list(running.values())
+                running[future] = waiting.pop()
             if not running:
-                return failed
+                return []
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                run = running.pop(future)
                 try:
                     error = future.result()
-                except BrokenProcessPool as broken:  # killed, perhaps for its memory; the pool cannot be used again
-                    lost = [run, *running.values()]
-                    progress.console.print(f"{broken}\n{lost}", markup=False)
-                    progress.advance(task, len(lost))
-                    return failed + lost
+                except BrokenProcessPool as broken:  # the pool cannot be used again
+                    progress.console.print(f"{broken}\n{list(running.values())}", markup=False)
+                    return list(running.values())
+                run = running.pop(future)
                 if error:
                     failed.append(run)
                     progress.console.print(f"{run}\n{error}", markup=False)

@@ -54,11 +54,11 @@ class Record:
         trained: the number of trained parameters.
         saved_bytes: the size of what is saved.
         context_tokens: the tokens before each row, apart from virtual tokens.
-        seconds: the wall time of training.
+        seconds: the wall time of training; for contexts, of scoring; for baselines without a model, of both.
         peak_bytes: the peak memory of the process.
         losses: the mean training loss of each tenth of the steps.
         versions: of Python and packages, and the provenance of the rows.
-        extra: more results of experiments on findings.
+        extra: more results: `batch_size`, `scoring_seconds`, and `rows`, the number of rows in each part of the task.
     """
 
     run: Run

@@ -6,11 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.quality.baselines import CONTEXT_LIMIT
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Finding, score_name
-from benchmarks.quality.plan import Profile
+from benchmarks.quality.models import DESCRIPTIONS
+from benchmarks.quality.plan import GENERATED, Profile, search_shots
 from benchmarks.quality.plots import Point, plot_shots, plot_trained
-from benchmarks.quality.records import Store
+from benchmarks.quality.records import Run, Store
+from benchmarks.quality.run import PARTS
 from benchmarks.quality.standings import Cell, Standings
 from benchmarks.quality.statistics import CONFIDENCE, RESAMPLES, summarize
 from benchmarks.quality.tables import (
@@ -21,24 +24,30 @@ from benchmarks.quality.tables import (
     markdown_table,
     scores_table,
 )
-
-HELD = {True: "Held.", False: "Did not hold.", None: "Not measured."}
+from benchmarks.quality.task import ROWS_PER_SHOT
 
 SCORES = (
     "Mean ± standard error over seeds on the test rows; with a single seed, the standard error is over rows. Shots are training "
-    f"rows of each class. The best score of a column is bold, {MISSING} marks missing runs, and a cell is empty if no runs are "
-    "planned for it. Of several values separated by slashes, one is for each number of shots. Seconds are the mean of a run."
+    f"rows of each class (for {', '.join(GENERATED)}: {ROWS_PER_SHOT} rows each). A few-shot context and CPT's context "
+    f"take as many as fit into {CONTEXT_LIMIT:,} tokens. The best score of a column is bold, {MISSING} marks missing runs, and a "
+    "cell is empty if it does not apply or no runs are planned for it. Values separated by slashes are for the shots in "
+    "order. Context: mean tokens before each row, apart from virtual tokens. Seconds: mean training time; for contexts, scoring "
+    "time; for baselines without a model, both."
 )
 COMPARISONS = (
     f"The difference is the first score minus the second. Its {CONFIDENCE:.0%} interval is from a paired bootstrap: each row's "
-    f'scores are averaged over seeds, and rows are resampled {RESAMPLES:,} times. "Not better" is the share of resamples in '
+    f"scores are averaged over seeds, and rows are resampled {RESAMPLES:,} times. The interval covers "
+    'the choice of rows, not that of seeds. "Not better" is the share of resamples in '
     "which the first contestant is not better than the second. Two contestants are on a par if the difference is at most one "
     "standard error, which is computed from the standard errors of both scores."
 )
-CHOSEN = (
-    "For each contestant, task and model, the learning rate with the highest mean score on the development rows was chosen, and "
-    "the smallest one of equal rates. The test rows were scored only with this rate."
+TWO_SEEDS = "Two seeds: treat standard errors as indicative."
+RULE = (
+    f"In a comparison, better means a difference of more than one standard error with a {CONFIDENCE:.0%} interval above 0. A "
+    "finding held if all its comparisons came out as expected; it is contradicted if one came out clearly the other way, and not "
+    "confirmed if there was no clear difference where one was expected."
 )
+RATES = "The learning rates of these experiments were not searched for; they are fixed in `findings/settings.py`."
 
 
 def write_report(store: Store, profile: Profile, directory: Path, findings: Sequence[Finding] = FINDINGS) -> Path:
@@ -65,7 +74,7 @@ def write_report(store: Store, profile: Profile, directory: Path, findings: Sequ
     ]
     if findings:
         judged = [part for finding in findings for part in _finding(finding, store, directory)]
-        sections.append(["## Findings of papers", *judged])
+        sections.append(["## Findings of papers", RULE, RATES, *judged])
     path = directory / "report.md"
     path.write_text("\n\n".join(part for section in sections for part in section) + "\n", encoding="utf-8")
     return path
@@ -86,14 +95,39 @@ def _measured(standings: Standings) -> list[str]:
         "seeds": _values(record.run.seed for record in standings.tested),
         "learning rates tried on development rows": ", ".join(_sorted(f"{run.learning_rate:g}" for run in searched)),
         "seeds on development rows": _values(run.seed for run in searched),
-        "runs without a result": str(len(standings.missing)),
+        "runs of the comparison without a result": str(len(standings.missing)),
     }
     described = {"date": MISSING} | {name: ", ".join(sorted(known[name])) for name in sorted(known)}
     return [
         _items(f"{name}: {value}" for name, value in described.items()),
         _items(f"{name}: {value or MISSING}" for name, value in settings.items()),
-        *([CHOSEN] if searched else []),
+        *([_chosen(standings.profile, searched)] if searched else []),
+        _items(f"{model}: {DESCRIPTIONS[model]}" for model in standings.profile.tasks),
+        _parts(standings),
     ]
+
+
+def _chosen(profile: Profile, searched: Sequence[Run]) -> str:
+    """Describe how learning rates were chosen."""
+    rates: dict[tuple[str, str, str], set[float]] = defaultdict(set)
+    for run in searched:
+        rates[run.task, run.model, run.contestant].add(run.learning_rate)
+    seeds = len({run.seed for run in searched})
+    several = " and is used for all numbers of shots" if len(profile.shots) > 1 else ""
+    return (
+        f"For each task and model, each contestant tried {_values(map(len, rates.values()))} learning rates on the development "
+        f"rows. The rate with the highest mean score was chosen with {search_shots(profile)} shots and "
+        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}{several}; ties went to the smallest rate. The test rows were scored "
+        "only with this rate."
+    )
+
+
+def _parts(standings: Standings) -> str:
+    """Return a table of the number of rows in each part of the tasks."""
+    known = {record.run.task: record.extra["rows"] for record in standings.tested if "rows" in record.extra}
+    tasks = dict.fromkeys(task for task, _ in standings.pairs())
+    rows = [[task, *(str(known.get(task, {}).get(part, MISSING)) for part in PARTS)] for task in tasks]
+    return markdown_table(["task", "training rows", "development rows", "test rows"], rows)
 
 
 def _scores(standings: Standings, directory: Path) -> list[str]:
@@ -105,12 +139,13 @@ def _scores(standings: Standings, directory: Path) -> list[str]:
             continue
         score = score_name(own)
         parts += [f"### {task}, {model}: {score}", scores_table(standings, task, model)]
+        parts += [TWO_SEEDS] if standings.profile.seeds[model] == 2 else []
         parts += _plots(standings, task, model, score, directory)
     return parts
 
 
 def _plots(standings: Standings, task: str, model: str, score: str, directory: Path) -> list[str]:
-    """Write two plots of a task and a model, and return the Markdown that shows them."""
+    """Write the plots of a task and a model, and return the Markdown that shows them."""
     series: dict[str, list[Point]] = {}
     sizes: dict[str, Point] = {}
     common = _common_shots(standings, task, model)
@@ -124,9 +159,12 @@ def _plots(standings: Standings, task: str, model: str, score: str, directory: P
         if shown is not None:
             sizes[name] = _size(shown)
     by_shots, by_size = directory / f"{task}-{model}-shots.png", directory / f"{task}-{model}-trained.png"
-    plot_shots(series, by_shots, title=f"{task}, {model}", score=score)
     plot_trained(sizes, by_size, title=f"{task}, {model}, {common} shots", score=score)
-    return [f"![{score} against shots]({by_shots.name})", f"![{score} against trained parameters]({by_size.name})"]
+    images = [f"![{score} against trained parameters]({by_size.name})"]
+    if len(standings.profile.shots) > 1:
+        plot_shots(series, by_shots, title=f"{task}, {model}", score=score)
+        images.insert(0, f"![{score} against shots]({by_shots.name})")
+    return images
 
 
 def _common_shots(standings: Standings, task: str, model: str) -> int:
@@ -179,7 +217,7 @@ def _finding(finding: Finding, store: Store, directory: Path) -> list[str]:
     return [
         f"### {finding.claim}",
         f"{finding.paper}. Here: {run.task}, {run.model}, {run.shots} shots, {len(finding.arms[0].runs)} seeds.",
-        f"**{HELD[verdict.held]}** {verdict.sentence}",
+        f"**{verdict.judgment.capitalize()}.** {verdict.sentence}",
         markdown_table(["", "score", "learning rate"], rows),
         *([f"![{finding.name}]({plot.name})"] if finding.plot(store, plot) else []),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ WITHOUT_MODEL = {
     "tfidf": baselines.tfidf,
     "first_sentence": baselines.first_sentence,
 }
+PARTS = ("train", "development", "test")
 ZERO_SHOT, FEW_SHOT, CARTRIDGE = "zero_shot", "few_shot", "cartridge"
 
 
@@ -58,6 +58,7 @@ def execute(run: Run) -> Record:
         date=today(),
         **task.provenance,
     )
+    record.extra["rows"] = {part: len(getattr(task, part)) for part in PARTS}
     return record
 
 
@@ -130,7 +131,11 @@ def _inputs(run: Run, task: Task) -> EncoderInputs | DecoderInputs:
 
 
 def peak_bytes() -> int:
-    """Return the peak memory of this process so far. Each run is a process of its own, so this is the run's."""
+    """Return the peak memory of this process so far. Each run is a process of its own, so this is the run's. 0 on Windows."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

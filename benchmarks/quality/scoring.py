@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.quality.inputs import DecoderInputs, EncoderInputs
 from benchmarks.quality.task import Row
-from softhooks.demo.language_model.predict import follow_context, left_padded
+from softhooks.demo.language_model.predict import follow_context
 
 BATCH = 16
 
@@ -42,7 +43,8 @@ def score_decoder(model: Any, inputs: DecoderInputs, rows: Sequence[Row], contex
     cache = model(input_ids=torch.tensor([context]), use_cache=True).past_key_values if context else None
     scores: dict[int, float] = {}
     for indices in by_length([len(ids) for ids in questions]):
-        ids, mask = left_padded([questions[index] for index in indices], inputs.tokenizer.pad_token_id)
+        ids = torch.tensor([questions[index] for index in indices])
+        mask = torch.ones_like(ids)
         call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         chosen = [rows[index] for index in indices]
         if inputs.task.generates:
@@ -66,7 +68,6 @@ def _generate(model: Any, inputs: DecoderInputs, call: dict[str, Any], context: 
     """Generate answers; the first line of each is kept."""
     if context:
         repeated = torch.tensor(list(context)).expand(len(call["input_ids"]), -1)
-        # The padding is between the context and the text; the mask leaves it out, and positions are counted from the mask.
         call = {
             "input_ids": torch.cat([repeated, call["input_ids"]], dim=1),
             "attention_mask": torch.cat([torch.ones_like(repeated), call["attention_mask"]], dim=1),
@@ -89,10 +90,15 @@ def rouge_l(text: str, reference: str) -> float:
 
 
 def by_length(lengths: Sequence[int], batch: int = BATCH) -> Iterator[list[int]]:
-    """Yield the indices of batches of rows with similar lengths."""
+    """Yield the indices of batches of rows with equal lengths.
+
+    No row is padded, because padding on the left would move PEFT's prompts away from the text, which its training has not seen.
+    """
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    for start in range(0, len(order), batch):
-        yield order[start : start + batch]
+    for _, group in itertools.groupby(order, key=lambda index: lengths[index]):
+        indices = list(group)
+        for start in range(0, len(indices), batch):
+            yield indices[start : start + batch]
 
 
 _SCORER = RougeScorer(["rougeL"], use_stemmer=True)

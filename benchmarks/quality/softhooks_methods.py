@@ -16,6 +16,9 @@ from benchmarks.quality.setup import VIRTUAL_TOKENS, Prepared, Setup
 from softhooks.method import Method
 from softhooks.trainer.callback import SoftPromptCallback
 
+FROM_VOCABULARY = {"init": "vocab"}
+"""The options for a prompt of source tasks, which starts from words of the vocabulary, like the prompt from scratch."""
+
 
 def with_method(model: PreTrainedModel, method: Method) -> Prepared:
     """Train a prompt."""
@@ -33,7 +36,7 @@ def prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
     if "source_tasks" in setup.options:
 
         def of_sources(names: list[str]) -> Method:
-            return softhooks.PromptTuning(**_options(setup, starting_words(setup), "init"))
+            return softhooks.PromptTuning(**_options(setup, FROM_VOCABULARY, "init"))
 
         setup = setup.with_options(init="prompt", init_from=transfer.source_prompt(setup, of_sources))
     return with_method(model, softhooks.PromptTuning(**_options(setup, starting_words(setup))))
@@ -66,7 +69,7 @@ def multitask_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
     if "source_tasks" in setup.options:
 
         def of_sources(names: list[str]) -> Method:
-            options = {"tasks": names, "sampling": None, **starting_words(setup)}
+            options = {"tasks": names, "sampling": None, **FROM_VOCABULARY}
             return softhooks.MultitaskPromptTuning(**_options(setup, options))
 
         own = {"tasks": 1, "source": transfer.source_prompt(setup, of_sources)}
@@ -89,7 +92,7 @@ def residual_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
 
 
 def cpt(model: PreTrainedModel, setup: Setup) -> Prepared:
-    """Make a context of the training rows."""
+    """Make a context of as many training rows as fit into `CONTEXT_LIMIT` tokens (`baselines.py`)."""
     assert isinstance(setup.inputs, DecoderInputs)
     types, ids = context_types_and_ids(setup.inputs, setup.rows)
     options: dict[str, Any] = {"context_ids": ids, "token_types": types, **setup.options}

@@ -38,7 +38,7 @@ def scores_table(standings: Standings, task: str, model: str) -> str:
     for name, cells in table.items():
         shown = {shots: cells[shots] for shots in columns}
         rows.append([label_of(name), *(_score(cell, best[shots]) for shots, cell in shown.items()), *_costs(shown)])
-    costs = ["seeds", "trained", "saved bytes", "seconds", "learning rate"]
+    costs = ["seeds", "context", "trained", "saved bytes", "seconds", "learning rate"]
     return markdown_table(["contestant", *(f"{shots} shots" for shots in columns), *costs], rows)
 
 
@@ -58,14 +58,15 @@ def _score(cell: Cell | None, best: float | None) -> str:
 
 
 def _costs(cells: Cells) -> list[str]:
-    """Return seeds, trained parameters, saved bytes, seconds and learning rates of a row."""
+    """Return seeds, tokens of the context, trained parameters, saved bytes, seconds and learning rates of a row."""
     found = [cell for cell in cells.values() if cell is not None and cell.records]
     if not found:
-        return [MISSING] * 5
+        return [MISSING] * 6
     return [
         _each(found, _seeds),
-        _each(found, lambda cell: f"{_mean(cell, lambda record: record.trained):,.0f}"),
-        _each(found, lambda cell: f"{_mean(cell, lambda record: record.saved_bytes):,.0f}"),
+        _each(found, lambda cell: _count(cell, lambda record: record.context_tokens)),
+        _each(found, lambda cell: _count(cell, lambda record: record.trained)),
+        _each(found, lambda cell: _count(cell, lambda record: record.saved_bytes)),
         _each(found, lambda cell: f"{_mean(cell, lambda record: record.seconds):,.1f}"),
         _each(found, lambda cell: f"{rate:g}" if (rate := cell.records[0].run.learning_rate) else ""),
     ]
@@ -80,6 +81,12 @@ def _each(cells: Sequence[Cell], text: Callable[[Cell], str]) -> str:
     """Return the texts of the cells in the order of the shots, or a single text if all are equal."""
     texts = [text(cell) for cell in cells]
     return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+
+
+def _count(cell: Cell, value: Callable[[Record], float]) -> str:
+    """Return a mean without decimals; empty if it is 0, as the trained parameters of a context."""
+    mean = _mean(cell, value)
+    return f"{mean:,.0f}" if mean else ""
 
 
 def _mean(cell: Cell, value: Callable[[Record], float]) -> float:

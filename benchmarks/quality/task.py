@@ -6,6 +6,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+ROWS_PER_SHOT = 8
+"""The training rows of one shot, if answers are generated and there are no classes."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,10 +57,13 @@ class Task:
         return not self.labels
 
     def sample(self, shots: int, seed: int) -> list[Row]:
-        """Draw training rows: `shots` of each class (all, if a class has fewer), or `8 * shots` rows if answers are generated."""
+        """Draw training rows.
+
+        These are `shots` of each class (all, if a class has fewer), or `ROWS_PER_SHOT * shots` rows if answers are generated.
+        """
         generator = random.Random(f"{self.name} {seed}")
         if self.generates:
-            rows = generator.sample(self.train, min(8 * shots, len(self.train)))
+            rows = generator.sample(self.train, min(ROWS_PER_SHOT * shots, len(self.train)))
         else:
             rows = [row for label in self.labels for row in draw(self.of_class(label), shots, generator)]
         generator.shuffle(rows)

@@ -68,6 +68,7 @@ def _saved_bytes(prepared: Prepared, directory: Path) -> int:
 def _arguments(directory: str, steps: int, learning_rate: float, seed: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=directory,
+        use_cpu=True,  # times and memory are those of the CPU
         max_steps=steps,
         learning_rate=learning_rate,
         lr_scheduler_type="linear",

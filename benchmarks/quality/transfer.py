@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -21,10 +23,13 @@ OPTIONS = frozenset({"source_tasks", "source_shots", "source_steps"})
 def source_prompt(setup: Setup, method: Callable[[list[str]], Method]) -> str:
     """Train a prompt on rows of the source tasks, mixed in each batch, and return the directory in which it is saved.
 
+    The directory is deleted when the process ends.
+
     Args:
         method: makes the method from the names of the tasks.
     """
     directory = tempfile.mkdtemp(prefix="source-prompt-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     callback = SoftPromptCallback(method(list(setup.options["source_tasks"])), check_frozen=False)
     prepared = Prepared(models.checkpoint(models.SMOLLM2).language_model(), [callback], dataset=_rows(setup))
     set_seed(setup.seed)

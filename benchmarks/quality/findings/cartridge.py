@@ -58,7 +58,7 @@ def _judge(store: Store) -> Verdict:
             f" Scoring all rows took {seconds[0]:.1f} s with the document and {seconds[1]:.1f} s with the cartridge."
         )
     sentence += f" Training took {np.mean([record.seconds for record in cartridge]):.0f} s."
-    return Verdict(verdict.held, sentence)
+    return Verdict(verdict.judgment, sentence)
 
 
 def _scoring_seconds(records: list[Record]) -> float | None:
@@ -71,7 +71,8 @@ FINDINGS = (
     Finding(
         "cartridge",
         PAPER,
-        "A trained cartridge is as good as the whole document in the context, and better than a part of it that is as long.",
+        "A trained cartridge is as good as the whole document in the context, and better than the document cut to the "
+        "cartridge's length.",
         _ARMS,
         _judge,
         bars(_ARMS, "Cartridges"),

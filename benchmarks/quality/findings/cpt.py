@@ -1,7 +1,8 @@
 """CPT: a trained few-shot context against in-context learning and prompt tuning, and the contribution of CPT's parts.
 
-The context consists of the run's training rows, which are also the rows that it is trained on, as in the paper. A run with 0
-steps is in-context learning: the runner attaches the prompt and scores it without training.
+The context consists of as many of the run's training rows as fit into `CONTEXT_LIMIT` tokens (`baselines.py`); it is trained on
+the same rows, as in the paper. A run with 0 steps is in-context learning: the runner attaches the prompt and scores it without
+training.
 """
 
 from __future__ import annotations

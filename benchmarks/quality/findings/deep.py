@@ -14,12 +14,12 @@ def _layers(label: str, *layers: int) -> Arm:
     return arm(label, "p_tuning_v2", MINILM, num_virtual_tokens=LENGTH, layers=layers)
 
 
-_EMBEDDINGS = arm("embeddings", "prompt_tuning", MINILM, num_virtual_tokens=LENGTH)
+_INPUT = arm("input only", "prompt_tuning", MINILM, num_virtual_tokens=LENGTH)
 _FIRST = _layers("first layer", 0)
 _LOWER = _layers("lower three layers", 0, 1, 2)
 _UPPER = _layers("upper three layers", 3, 4, 5)
 _ALL = _layers("all six layers", *range(LAYERS))
-_ARMS = (_EMBEDDINGS, _FIRST, _LOWER, _UPPER, _ALL)
+_ARMS = (_INPUT, _FIRST, _LOWER, _UPPER, _ALL)
 
 FINDINGS = (
     Finding(
@@ -27,7 +27,7 @@ FINDINGS = (
         PAPER,
         "Prompts in all layers are better than prompts at the input or in the first layer.",
         _ARMS,
-        all_hold(Expect(_ALL, _EMBEDDINGS), Expect(_ALL, _FIRST)),
+        all_hold(Expect(_ALL, _INPUT), Expect(_ALL, _FIRST)),
         bars(_ARMS, "P-tuning v2: layers"),
     ),
     Finding(

@@ -12,18 +12,24 @@ from benchmarks.quality.plots import Point, plot_bars, plot_lines
 from benchmarks.quality.records import Record, Run, Store
 from benchmarks.quality.statistics import Summary, compare, summarize
 
+Judgment = Literal["held", "contradicted", "not confirmed", "not measured"]
+
 
 @dataclass(frozen=True)
 class Verdict:
     """Whether a finding held.
 
     Attributes:
-        held: None if runs are missing.
+        judgment: `contradicted` if a comparison came out clearly the other way, `not confirmed` if there was no clear difference
+            where one was expected, and `not measured` if runs are missing.
         sentence: the comparisons behind the verdict, with their numbers.
     """
 
-    held: bool | None
+    judgment: Judgment
     sentence: str
+
+
+_WORST_FIRST: tuple[Judgment, ...] = ("contradicted", "not confirmed", "held")
 
 
 @dataclass(frozen=True)
@@ -63,13 +69,17 @@ class Expect:
         first, second = self.first.records(store), self.second.records(store)
         if first is None or second is None:
             missing = [arm.label for arm, records in ((self.first, first), (self.second, second)) if records is None]
-            return Verdict(None, f"not all runs of {' and '.join(missing)} are there")
+            return Verdict("not measured", f"results are missing for {' and '.join(missing)}")
         found = compare(first, second)
         clear = found.clear_outcome
-        held = clear == "better" if self.outcome == "better" else clear != "worse"
+        judgment: Judgment = "held"
+        if clear == "worse":
+            judgment = "contradicted"
+        elif clear == "on a par" and self.outcome == "better":
+            judgment = "not confirmed"
         words = "no clear difference" if clear == "on a par" else clear
         return Verdict(
-            held,
+            judgment,
             f"{self.first.label} ({found.first}) against {self.second.label} ({found.second}): {words} ({found})",
         )
 
@@ -83,7 +93,7 @@ class Finding:
         paper: authors, year and arXiv number.
         claim: what the paper found, as a sentence about the compared settings.
         arms: the compared settings.
-        judge: reads the results and says whether the finding held.
+        judge: reads the results and gives the verdict.
         plot: writes a PNG file of the results that are there; returns False if there are none.
     """
 
@@ -133,10 +143,12 @@ def all_hold(*expected: Expect) -> Callable[[Store], Verdict]:
 
     def judge(store: Store) -> Verdict:
         verdicts = [one.judge(store) for one in expected]
-        missing = [verdict.sentence for verdict in verdicts if verdict.held is None]
+        missing = [verdict.sentence for verdict in verdicts if verdict.judgment == "not measured"]
         if missing:
-            return Verdict(None, _sentence(dict.fromkeys(missing)))
-        return Verdict(all(verdict.held for verdict in verdicts), _sentence(verdict.sentence for verdict in verdicts))
+            return Verdict("not measured", _sentence(dict.fromkeys(missing)))
+        judgments = {verdict.judgment for verdict in verdicts}
+        worst = next(one for one in _WORST_FIRST if one in judgments)
+        return Verdict(worst, _sentence(verdict.sentence for verdict in verdicts))
 
     return judge
 

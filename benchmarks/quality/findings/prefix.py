@@ -1,4 +1,4 @@
-"""Prefix tuning with few rows: the MLP, initial values from words, and a prefix in every layer.
+"""Prefix tuning with few rows: the MLP, initial values from the instruction, and a prefix in every layer.
 
 For `init="text"`, the runner passes the task's instruction as `init_text`.
 """
@@ -14,7 +14,7 @@ PAPER = "Li & Liang 2021, arXiv:2101.00190"
 
 def _prefix(init: str, projection: bool) -> Arm:
     return arm(
-        f"{'words' if init == 'text' else 'random'}, {'with' if projection else 'without'} MLP",
+        f"{'instruction' if init == 'text' else 'random'}, {'with' if projection else 'without'} MLP",
         "prefix_tuning",
         SMOLLM2,
         rate="prefix_tuning with MLP" if projection else "prefix_tuning",
@@ -25,12 +25,12 @@ def _prefix(init: str, projection: bool) -> Arm:
     )
 
 
-_WORDS, _WORDS_MLP = _prefix("text", projection=False), _prefix("text", projection=True)
+_INSTRUCTION, _INSTRUCTION_MLP = _prefix("text", projection=False), _prefix("text", projection=True)
 _RANDOM, _RANDOM_MLP = _prefix("random", projection=False), _prefix("random", projection=True)
-_EMBEDDINGS = arm(
-    "words, embeddings only", "prompt_tuning", SMOLLM2, shots=FEW_SHOTS, num_virtual_tokens=LENGTH, init="text"
+_INPUT = arm(
+    "instruction, input only", "prompt_tuning", SMOLLM2, shots=FEW_SHOTS, num_virtual_tokens=LENGTH, init="text"
 )
-_PREFIXES = (_WORDS, _WORDS_MLP, _RANDOM, _RANDOM_MLP)
+_PREFIXES = (_INSTRUCTION, _INSTRUCTION_MLP, _RANDOM, _RANDOM_MLP)
 
 FINDINGS = (
     Finding(
@@ -38,7 +38,7 @@ FINDINGS = (
         PAPER,
         "A prefix that is computed by an MLP trains better than one whose keys and values are trained directly.",
         _PREFIXES,
-        all_hold(Expect(_RANDOM_MLP, _RANDOM), Expect(_WORDS_MLP, _WORDS)),
+        all_hold(Expect(_RANDOM_MLP, _RANDOM), Expect(_INSTRUCTION_MLP, _INSTRUCTION)),
         bars(_PREFIXES, "Prefix tuning: MLP"),
     ),
     Finding(
@@ -46,15 +46,15 @@ FINDINGS = (
         PAPER,
         "With few training rows, a prefix initialized with the keys and values of words is better than a random one.",
         _PREFIXES,
-        all_hold(Expect(_WORDS, _RANDOM), Expect(_WORDS_MLP, _RANDOM_MLP)),
+        all_hold(Expect(_INSTRUCTION, _RANDOM), Expect(_INSTRUCTION_MLP, _RANDOM_MLP)),
         bars(_PREFIXES, "Prefix tuning: initial values"),
     ),
     Finding(
         "prefix_layers",
         PAPER,
-        "Training only the embeddings is worse than training a prefix in all layers.",
-        (_WORDS, _WORDS_MLP, _EMBEDDINGS),
-        all_hold(Expect(_WORDS, _EMBEDDINGS), Expect(_WORDS_MLP, _EMBEDDINGS)),
-        bars((_WORDS, _WORDS_MLP, _EMBEDDINGS), "Prefix tuning: all layers and embeddings only"),
+        "Virtual tokens at the input alone are worse than a prefix in every layer.",
+        (_INSTRUCTION, _INSTRUCTION_MLP, _INPUT),
+        all_hold(Expect(_INSTRUCTION, _INPUT), Expect(_INSTRUCTION_MLP, _INPUT)),
+        bars((_INSTRUCTION, _INSTRUCTION_MLP, _INPUT), "Prefix tuning: every layer and input only"),
     ),
 )

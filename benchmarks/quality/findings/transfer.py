@@ -5,8 +5,8 @@ each class of these tasks, in batches that mix the tasks, for `source_steps` ste
 - `multitask_prompt_tuning`: `MultitaskPromptTuning` with these `tasks`, and with `teachers` and `teacher_steps` if the run has
   them; each row has its task in `task_ids`. The second stage starts from it with `source=` and one task.
 - `prompt_tuning`: one prompt for all rows. The second stage starts from it with `init="prompt"` and `init_from=`.
-Then it trains on the target task like any other run. The source prompt depends only on the options, the learning rate and the
-seed, so it can be kept for other targets.
+Source prompts start from words of the vocabulary, like the prompt from scratch. The second stage trains on the target task like
+any other run. Each run trains a source prompt of its own, which is deleted when the run's process ends.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FINDINGS = (
     Finding(
         "transfer_parts",
         PAPER,
-        "The decomposition and the teachers both help: without either, the transferred prompt is worse.",
+        "The decomposition and the teachers both help: removing either one makes the transferred prompt worse.",
         (_SHARED, _ALONE, _TAUGHT),
         all_hold(Expect(_ALONE, _SHARED), Expect(_TAUGHT, _ALONE)),
         bars((_SHARED, _ALONE, _TAUGHT), "MPT: decomposition and teachers"),

@@ -1,4 +1,4 @@
-"""From which package of Python's standard library is a docstring? The rows are those of the demo."""
+"""Which package of Python's standard library does a docstring come from? The rows come from the demo's corpus."""
 
 from __future__ import annotations
 

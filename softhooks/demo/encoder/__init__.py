@@ -1,1 +1,1 @@
-"""The demo on an encoder: a classifier with a new head. `train.py` is the training code, meant to be copied."""
+"""The demo on an encoder: a classifier with a new head. `train.py` is a template for your own training code."""

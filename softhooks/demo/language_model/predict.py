@@ -50,7 +50,7 @@ class Predictions:
 
 
 def standard_error(accuracy: float, rows: int) -> float:
-    """Return the standard error of an accuracy that was measured on so many rows."""
+    """Return the standard error of an accuracy on this many rows."""
     return float(np.sqrt(accuracy * (1 - accuracy) / rows))
 
 
@@ -80,15 +80,18 @@ def predict(
     """
     model.eval()
     pad = task.tokenizer.pad_token_id
-    cache = model(torch.tensor([context]), use_cache=True).past_key_values if context else None
+    context = task.start_ids(context)
+    cache = None
+    if context:
+        cache = model(torch.tensor([context], device=model.device), use_cache=True).past_key_values
     logits = []
     for start in track(range(0, len(rows), batch_size), description, transient=True):
         batch = rows[start : start + batch_size]
-        ids, mask = left_padded([task.question_ids(row) for row in batch], pad)
+        ids, mask = (part.to(model.device) for part in left_padded([task.question_ids(row) for row in batch], pad))
         call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if cache is not None:
             call |= follow_context(cache, mask, len(context))
-        logits.append(model(**call, logits_to_keep=1).logits[:, -1, list(task.label_ids)])
+        logits.append(model(**call, logits_to_keep=1).logits[:, -1, list(task.label_ids)].float().cpu())
     return Predictions(torch.cat(logits).numpy(), np.array([task.label_of(row) for row in rows]))
 
 
@@ -102,10 +105,16 @@ def follow_context(cache: DynamicCache, mask: Tensor, length: int) -> dict[str, 
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, task: Task, row: Row, max_new_tokens: int = 12) -> str:
-    """Return the text that the model generates after a row's question, up to its end or `max_new_tokens`."""
+def generate(
+    model: PreTrainedModel, task: Task, row: Row, context: Sequence[int] = (), max_new_tokens: int = 12
+) -> str:
+    """Return the text that the model generates after a row's question, up to its end or `max_new_tokens`.
+
+    Args:
+        context: ids before the row, such as the instruction.
+    """
     model.eval()
-    ids = torch.tensor([task.question_ids(row)])
+    ids = torch.tensor([[*task.start_ids(context), *task.question_ids(row)]], device=model.device)
     decoder: Any = model  # its type has no `generate`
     output = decoder.generate(
         ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=task.tokenizer.pad_token_id

@@ -9,6 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+EXPLANATION = """\
+accuracy: on the test rows, with its standard error; the most likely of the packages' names counts as the answer
+zero-shot and few-shot: the instruction and the examples as plain text, without a chat template
+context: tokens of instruction and examples before each text; trained: numbers
+seconds: to train, with the evaluations during training; for the untrained model, to answer
+"""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -18,7 +25,7 @@ class Line:
         name: the name of the baseline or training run.
         accuracy, standard_error: on the test rows.
         seconds: the time for training, or for the predictions of a baseline.
-        context_tokens: the number of tokens before each row.
+        context_tokens: the number of tokens of instruction and examples before each row; virtual tokens are not counted.
         trained: the number of trained parameters.
         saved_bytes: the size of the saved prompt.
         frozen_tensors, frozen_bytes: the number and size of the frozen tensors, all of which are as before training, bit for
@@ -38,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Example:
-    """The answers generated for a docstring: by the bare model, and with a prompt."""
+    """The answers generated for a docstring: zero-shot, and with the soft prompt."""
 
     text: str
     package: str
@@ -76,6 +83,8 @@ class Report:
     lines: list[Line]
     examples: list[Example]
     reloaded: list[Reloaded]
+    model_path: str
+    question: str
     curves: str
     versions: dict[str, str]
     options: dict[str, str]
@@ -85,16 +94,14 @@ def print_report(report: Report, output: Path, console: Console) -> None:
     """Print the report."""
     console.print()
     console.print(_table(report))
-    console.print(
-        "accuracy: with its standard error; context: tokens before each text; seconds: to train, or to answer.\n"
-    )
+    console.print(EXPLANATION, highlight=False, soft_wrap=True)
     for line in report.lines:
         if line.frozen_tensors is not None:
             console.print(f"{line.name}: frozen: {line.frozen_tensors} tensors, {line.frozen_bytes:,} bytes, unchanged")
-    console.print("\n[bold]What the model answers[/]")
+    console.print("\n[bold]What the model generates[/]")
     for example in report.examples:
         console.print(f"  {example.text!r}", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"    without a prompt: {example.before!r}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"    zero-shot: {example.before!r}", markup=False, highlight=False, soft_wrap=True)
         console.print(
             f"    [bold]with the soft prompt: {escape(repr(example.after))}[/] (right: {example.package})",
             highlight=False,
@@ -103,15 +110,26 @@ def print_report(report: Report, output: Path, console: Console) -> None:
     console.print()
     for reloaded in report.reloaded:
         console.print(
-            f"{reloaded.name}, loaded into a fresh model: {reloaded.same} of {reloaded.rows} predictions and "
+            f"{reloaded.name}, loaded onto a fresh model: {reloaded.same} of {reloaded.rows} predictions and "
             f"{reloaded.same_texts} of {reloaded.texts} generated answers are the same; the largest difference between logits "
             f"is {reloaded.largest_difference:g}",
             soft_wrap=True,
         )
     console.print(f"\nLearning curves: {report.curves}. All results: {output / 'report.json'}.", soft_wrap=True)
-    console.print("To use a saved prompt:")
-    for reloaded in report.reloaded:
-        console.print(f'  softhooks.load(model, "{reloaded.directory}")', markup=False, highlight=False, soft_wrap=True)
+    console.print("\nTo use a saved prompt:")
+    console.print(_usage(report), markup=False, highlight=False, soft_wrap=True)
+
+
+def _usage(report: Report) -> str:
+    """Return a script that loads the saved soft prompt and asks the model a question."""
+    return f'''  import softhooks
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+
+  tokenizer = AutoTokenizer.from_pretrained("{report.model_path}")
+  model = AutoModelForCausalLM.from_pretrained("{report.model_path}")
+  softhooks.load(model, "{report.reloaded[0].directory}")
+  row = tokenizer({report.examples[0].text + report.question!r}, return_tensors="pt")
+  print(tokenizer.decode(model.generate(**row, max_new_tokens=1)[0, -1]))'''
 
 
 def _table(report: Report) -> Table:

@@ -20,7 +20,7 @@ from softhooks.demo.corpus import Row, read_corpus
 from softhooks.demo.language_model.curves import plot_curves
 from softhooks.demo.language_model.predict import Predictions, generate, predict, standard_error
 from softhooks.demo.language_model.report import Example, Line, Reloaded, Report, print_report
-from softhooks.demo.language_model.task import Rows, Task, make_task
+from softhooks.demo.language_model.task import QUESTION, Rows, Task, make_task
 from softhooks.demo.language_model.train import Recipe, TrainedPrompt, train_prompt
 from softhooks.demo.models import Checkpoint
 from softhooks.demo.options import LanguageModelOptions
@@ -66,12 +66,13 @@ def run_demo(options: LanguageModelOptions, console: Console | None = None) -> R
     shown = random.Random(options.seed).sample(task.test, min(SHOWN, len(task.test)))
     model = checkpoint.language_model()
     baselines = _baselines(model, task, options, console)
-    before = [generate(model, task, row) for row in shown]
+    before = [generate(model, task, row, task.context(0, options.seed)) for row in shown]
     del model
     trained = _train_all(checkpoint, task, shown, options, console)
     curves = options.output / "curves.png"
     accuracies = {line.name: line.accuracy for line in baselines}
-    plot_curves({name: result.run.curves for name, result in trained.items()}, accuracies, curves)
+    learned = {name: result.run.curves for name, result in trained.items()}
+    plot_curves(learned, accuracies, curves, f"{checkpoint.name}: packages of docstrings")
     report = Report(
         model=checkpoint.name,
         train_rows=len(task.train),
@@ -82,6 +83,8 @@ def run_demo(options: LanguageModelOptions, console: Console | None = None) -> R
             for row, *answers in zip(shown, before, next(iter(trained.values())).answers, strict=True)
         ],
         reloaded=_compare_reloaded(checkpoint, task, shown, trained, console),
+        model_path=checkpoint.path,
+        question=QUESTION,
         curves=str(curves),
         versions={
             "python": platform.python_version(),
@@ -115,8 +118,8 @@ def _prepare(options: LanguageModelOptions, console: Console) -> tuple[Checkpoin
         rows_per_package=QUICK_ROWS if options.quick else Rows(),
     )
     console.print(
-        f"[bold]{checkpoint.name}[/] tells from which package of Python's standard library ({', '.join(task.labels)}) a "
-        f"docstring comes: {len(task.train)} training and {len(task.test)} test rows, from different files.\n"
+        f"[bold]{checkpoint.name}[/] has to name the package of Python's standard library that a docstring comes from "
+        f"({', '.join(task.labels)}): {len(task.train)} training and {len(task.test)} test rows, from different files.\n"
     )
     return checkpoint, task
 
@@ -145,7 +148,7 @@ def _majority(task: Task) -> Line:
 def _train_all(
     checkpoint: Checkpoint, task: Task, shown: Sequence[Row], options: LanguageModelOptions, console: Console
 ) -> dict[str, Trained]:
-    """Train a soft prompt and a prefix; both begin as the instruction."""
+    """Train a soft prompt and a prefix; both begin as the instruction's first tokens."""
     count = options.num_virtual_tokens
     prompt = PromptTuning(count, init="text", init_text=task.instruction, tokenizer=task.tokenizer)
     prefix = PrefixTuning(count, init="text", init_text=task.instruction, tokenizer=task.tokenizer)

@@ -51,10 +51,14 @@ class Task:
         return f"Name the Python package ({', '.join(self.labels)}) that this documentation belongs to."
 
     def question_ids(self, row: Row) -> list[int]:
-        """Return the ids of a docstring and the question."""
-        text: list[int] = self.tokenizer(row.text, truncation=True, max_length=self.max_length)["input_ids"]
-        question: list[int] = self.tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
-        return text + question
+        """Return the ids of a docstring and the question, without special tokens."""
+        return self._ids(row.text, truncation=True, max_length=self.max_length) + self._ids(QUESTION)
+
+    def start_ids(self, context: Sequence[int] = ()) -> list[int]:
+        """Return the ids before a row: the beginning-of-sequence token, if the tokenizer adds one, and the context."""
+        special: list[int] = self.tokenizer("")["input_ids"]
+        begin = special[:1] if special[:1] == [self.tokenizer.bos_token_id] else []
+        return [*begin, *context]
 
     def label_of(self, row: Row) -> int:
         """Return the index of a row's package."""
@@ -65,7 +69,7 @@ class Task:
         return Dataset.from_list([self._training_row(row) for row in rows])
 
     def context(self, per_label: int, seed: int) -> list[int]:
-        """Return the ids of the instruction and some training rows with their answers, as many of each package, shuffled."""
+        """Return the ids of the instruction and of training rows with their answers, equally many of each package, shuffled."""
         generator = random.Random(seed)
         examples = [
             row
@@ -73,14 +77,18 @@ class Task:
             for row in generator.sample([row for row in self.train if row.package == label], per_label)
         ]
         generator.shuffle(examples)
-        ids: list[int] = self.tokenizer(f"{self.instruction}\n\n")["input_ids"]
+        ids = self._ids(f"{self.instruction}\n\n")
         for row in examples:
             ids += self.question_ids(row)
-            ids += self.tokenizer(f" {row.package}\n\n", add_special_tokens=False)["input_ids"]
+            ids += self._ids(f" {row.package}\n\n")
+        return ids
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
         return ids
 
     def _training_row(self, row: Row) -> dict[str, Any]:
-        question = self.question_ids(row)
+        question = self.start_ids() + self.question_ids(row)
         answer = [self.label_ids[self.label_of(row)], self.tokenizer.eos_token_id]
         return {
             "input_ids": question + answer,

@@ -115,7 +115,8 @@ def _answers(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
 
     def predicted(logits: Tensor, labels: Tensor) -> Tensor:
         before_answer = (labels != IGNORED).int().argmax(1) - 1
-        return label_ids[logits[torch.arange(len(labels)), before_answer][:, label_ids].argmax(-1)]
+        rows = torch.arange(len(labels), device=logits.device)
+        return label_ids.to(logits.device)[logits[rows, before_answer][:, label_ids].argmax(-1)]
 
     return predicted
 

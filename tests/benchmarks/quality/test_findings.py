@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import softhooks
+from benchmarks.quality import transfer
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Arm, Expect, Finding, all_hold, arm
 from benchmarks.quality.findings.settings import SEEDS
+from benchmarks.quality.inputs import DecoderInputs
 from benchmarks.quality.models import SMOLLM2
+from benchmarks.quality.plan import FULL, SMALL
 from benchmarks.quality.records import Record, Store
+from benchmarks.quality.setup import Setup
+from benchmarks.quality.softhooks_methods import multitask_prompt_tuning, prompt_tuning
+from benchmarks.quality.task import Task
 from softhooks.method import METHODS
 
 ROWS = 120
@@ -91,6 +98,32 @@ def test_lengths_and_layers_are_accepted_by_the_methods() -> None:
         softhooks.PrefixTuning(**dict(run.options))
 
 
+@pytest.mark.parametrize("prepare", [prompt_tuning, multitask_prompt_tuning])
+def test_source_prompts_start_from_words_of_the_vocabulary(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class MadeError(Exception):
+        """Ends the preparation when the method is made."""
+
+    made: list[Any] = []
+
+    def source_prompt(setup: Setup, method: Callable[[list[str]], Any]) -> str:
+        made.append(method(["sections", "docstrings"]))
+        raise MadeError
+
+    monkeypatch.setattr(transfer, "source_prompt", source_prompt)
+    task = Task("glosses", "Name the kind.", "\nKind:", ("a", "b"), (), (), (), 48)
+    run = next(run for run in BY_NAME["transfer_parts"].runs if run.contestant == prepare.__name__)
+    none: Any = None
+    with pytest.raises(MadeError):
+        prepare(none, Setup(task, DecoderInputs(task, none), [], dict(run.options)))
+    assert made[0].init == "vocab"
+    assert made[0].init_text is None
+
+
+def test_the_small_profile_has_no_findings() -> None:
+    assert FULL.findings
+    assert not SMALL.findings
+
+
 def test_a_setting_needs_options() -> None:
     with pytest.raises(ValueError, match="no options"):
         arm("plain", "prompt_tuning", SMOLLM2)
@@ -103,34 +136,38 @@ def test_a_clear_difference_holds(arms: tuple[Arm, Arm], tmp_path: Path) -> None
     _fill(Store(tmp_path), arms[0], 0.8)
     _fill(Store(tmp_path), arms[1], 0.6)
     verdict = all_hold(Expect(*arms))(Store(tmp_path))
-    assert verdict.held is True
+    assert verdict.judgment == "held"
     assert verdict.sentence.startswith("Length 20 (0.8")
     assert "against length 1 (0.597 ± 0.003)" in verdict.sentence
     assert ": better (+0.2" in verdict.sentence
 
 
-def test_the_opposite_does_not_hold(arms: tuple[Arm, Arm], tmp_path: Path) -> None:
+def test_the_opposite_is_a_contradiction(arms: tuple[Arm, Arm], tmp_path: Path) -> None:
     _fill(Store(tmp_path), arms[0], 0.6)
     _fill(Store(tmp_path), arms[1], 0.8)
     verdict = all_hold(Expect(*arms))(Store(tmp_path))
-    assert verdict.held is False
+    assert verdict.judgment == "contradicted"
     assert ": worse (-0.2" in verdict.sentence
-    assert all_hold(Expect(*arms, "not worse"))(Store(tmp_path)).held is False
+    assert all_hold(Expect(*arms, "not worse"))(Store(tmp_path)).judgment == "contradicted"
 
 
 def test_equal_results_hold_only_if_no_difference_is_expected(arms: tuple[Arm, Arm], tmp_path: Path) -> None:
     for one in arms:
         _fill(Store(tmp_path), one, 0.7)
     verdict = all_hold(Expect(*arms))(Store(tmp_path))
-    assert verdict.held is False
+    assert verdict.judgment == "not confirmed"
     assert ": no clear difference (+0.000" in verdict.sentence
-    assert all_hold(Expect(*arms, "not worse"))(Store(tmp_path)).held is True
+    assert all_hold(Expect(*arms, "not worse"))(Store(tmp_path)).judgment == "held"
 
 
-def test_one_failed_comparison_is_enough(arms: tuple[Arm, Arm], tmp_path: Path) -> None:
-    _fill(Store(tmp_path), arms[0], 0.8)
-    _fill(Store(tmp_path), arms[1], 0.6)
-    assert all_hold(Expect(*arms), Expect(*reversed(arms)))(Store(tmp_path)).held is False
+def test_the_worst_comparison_decides(arms: tuple[Arm, Arm], tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    equal = arm("length 5", "prompt_tuning", SMOLLM2, num_virtual_tokens=5)
+    for one, share in ((arms[0], 0.8), (arms[1], 0.6), (equal, 0.8)):
+        _fill(store, one, share)
+    held, undecided, opposite = Expect(*arms), Expect(arms[0], equal), Expect(*reversed(arms))
+    assert all_hold(held, undecided)(store).judgment == "not confirmed"
+    assert all_hold(held, undecided, opposite)(store).judgment == "contradicted"
 
 
 def test_a_missing_seed_gives_no_verdict(arms: tuple[Arm, Arm], tmp_path: Path) -> None:
@@ -139,17 +176,17 @@ def test_a_missing_seed_gives_no_verdict(arms: tuple[Arm, Arm], tmp_path: Path) 
         _fill(store, one, 0.7)
     (tmp_path / arms[1].runs[-1].file).unlink()
     verdict = all_hold(Expect(*arms), Expect(*arms, "not worse"))(store)
-    assert verdict.held is None
-    assert verdict.sentence == "Not all runs of length 1 are there."
+    assert verdict.judgment == "not measured"
+    assert verdict.sentence == "Results are missing for length 1."
 
 
 # The settings that each finding expects to be good. Without them on top the finding must not hold.
 GOOD = {
     "prompt_length": {"20 virtual tokens", "100 virtual tokens"},
     "prompt_init": {"initialized from the instruction", "initialized from class labels"},
-    "prefix_mlp": {"words, with MLP", "random, with MLP"},
-    "prefix_init": {"words, with MLP", "words, without MLP"},
-    "prefix_layers": {"words, with MLP", "words, without MLP"},
+    "prefix_mlp": {"instruction, with MLP", "random, with MLP"},
+    "prefix_init": {"instruction, with MLP", "instruction, without MLP"},
+    "prefix_layers": {"instruction, with MLP", "instruction, without MLP"},
     "anchors": {"half in front, half before the question"},
     "deep": {"all six layers"},
     "deep_layers": {"upper three layers"},
@@ -168,17 +205,17 @@ def test_verdicts_in_both_directions(name: str, tmp_path: Path) -> None:
     assert GOOD[name] < set(labels)
     as_claimed = _filled(tmp_path / "held", finding, lambda n: 0.8 if labels[n] in GOOD[name] else 0.5)
     reversed_ = _filled(tmp_path / "reversed", finding, lambda n: 0.5 if labels[n] in GOOD[name] else 0.8)
-    assert finding.judge(as_claimed).held is True
-    assert finding.judge(reversed_).held is False
-    assert finding.judge(Store(tmp_path / "empty")).held is None
+    assert finding.judge(as_claimed).judgment == "held"
+    assert finding.judge(reversed_).judgment == "contradicted"
+    assert finding.judge(Store(tmp_path / "empty")).judgment == "not measured"
 
 
 def test_transfer_needs_both_parts(tmp_path: Path) -> None:
     """Its three settings must be in order."""
     finding = BY_NAME["transfer_parts"]
-    assert finding.judge(_filled(tmp_path / "a", finding, lambda n: 0.5 + 0.15 * n)).held is True
-    assert finding.judge(_filled(tmp_path / "b", finding, lambda n: (0.5, 0.5, 0.8)[n])).held is False
-    assert finding.judge(_filled(tmp_path / "c", finding, lambda n: (0.5, 0.8, 0.8)[n])).held is False
+    assert finding.judge(_filled(tmp_path / "a", finding, lambda n: 0.5 + 0.15 * n)).judgment == "held"
+    assert finding.judge(_filled(tmp_path / "b", finding, lambda n: (0.5, 0.5, 0.8)[n])).judgment == "not confirmed"
+    assert finding.judge(_filled(tmp_path / "c", finding, lambda n: (0.5, 0.8, 0.8)[n])).judgment == "not confirmed"
 
 
 def test_every_finding_is_tested_in_both_directions() -> None:

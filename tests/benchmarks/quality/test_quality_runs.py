@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import killed_runs
 import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.quality import models, tasks
+from benchmarks.quality import models, pool, scoring, tasks
 from benchmarks.quality import run as running
 from benchmarks.quality.baselines import few_shot_context
 from benchmarks.quality.contestants import CONTESTANTS
@@ -91,7 +92,10 @@ def test_every_contestant_tunes_an_encoder(name: str) -> None:
     record = running.execute(Run("colors", models.MINILM, name, shots=4, steps=2, learning_rate=1e-2))
     assert len(record.scores) == 30
     assert set(record.scores) <= {0.0, 1.0}
-    assert record.trained >= 3 * 33, "the head is trained too"
+    alone = running.execute(Run("colors", models.MINILM, "head", shots=4, steps=1, learning_rate=1e-2)).trained
+    assert alone == 3 * 33
+    if name == "prompt_tuning":
+        assert record.trained == 20 * 32 + alone, "the head is trained too"
     if name not in ("p_tuning", "residual_prompt_tuning") and not name.startswith("peft"):  # networks are folded
         assert record.saved_bytes >= 4 * record.trained
     assert record.versions["rows"] == "made up"
@@ -134,14 +138,66 @@ def test_generated_answers_are_scored_by_rouge() -> None:
     assert rouge_l("a small red house", "a small house") == pytest.approx(2 * 0.75 / 1.75)
 
 
-@pytest.mark.parametrize("task", [CLASSES, TEXTS])
-def test_padding_and_a_cached_context_do_not_change_scores(task: Task) -> None:
+@pytest.mark.parametrize("shots", [0, 4])
+def test_batches_are_scored_like_single_rows(shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        Row(" ".join(row.text.split()[: 1 + index % 4]), row.answer, row.source)
+        for index, row in enumerate(CLASSES.test)
+    ]
     tokenizer, model = _decoder().tokenizer(), _decoder().language_model()
-    inputs = DecoderInputs(task, tokenizer)
-    context = few_shot_context(inputs, list(task.train[:6]))
-    together = score_decoder(model, inputs, task.test, context)
-    alone = [score_decoder(model, inputs, [row], context)[0] for row in task.test]
-    assert together == alone
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)  # so that no two logits are close
+    inputs = DecoderInputs(CLASSES, tokenizer)
+    context = few_shot_context(inputs, list(CLASSES.train[:shots])) if shots else []
+    seen: list[list[float]] = []
+    right = scoring._right
+    monkeypatch.setattr(
+        scoring,
+        "_right",
+        lambda logits, *rest: seen.extend(logits[:, inputs.first_label_ids()].tolist()) or right(logits, *rest),
+    )
+    scores = score_decoder(model, inputs, rows, context)
+    order = [
+        index for indices in scoring.by_length([len(inputs.question_ids(row)) for row in rows]) for index in indices
+    ]
+    for index, logits in zip(order, seen, strict=True):
+        with torch.no_grad():
+            alone = model(torch.tensor([context + inputs.question_ids(rows[index])])).logits[
+                0, -1, inputs.first_label_ids()
+            ]
+        torch.testing.assert_close(torch.tensor(logits), alone, rtol=1e-4, atol=1e-4)
+        assert scores[index] == float(CLASSES.labels[int(alone.argmax())] == rows[index].answer)
+
+
+@pytest.mark.parametrize("shots", [0, 4])
+def test_batches_generate_like_single_rows(shots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        Row(" ".join(row.text.split()[: 1 + index % 4]), row.answer, row.source) for index, row in enumerate(TEXTS.test)
+    ]
+    inputs, model = DecoderInputs(TEXTS, _decoder().tokenizer()), _decoder().language_model()
+    with torch.no_grad():
+        for parameter in model.parameters():  # sharp attention, so that the texts differ
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    context = few_shot_context(inputs, list(TEXTS.train[:shots])) if shots else []
+    texts: dict[str, str] = {}
+    monkeypatch.setattr(
+        scoring, "rouge_l", lambda text, reference: (texts.setdefault(f"{len(texts)}", text) and 0.0) or 0.0
+    )
+    score_decoder(model, inputs, rows, context)
+    order = [
+        index for indices in scoring.by_length([len(inputs.question_ids(row)) for row in rows]) for index in indices
+    ]
+    for index, text in zip(order, texts.values(), strict=True):
+        ids = torch.tensor([context + inputs.question_ids(rows[index])])
+        output = model.generate(ids, max_new_tokens=TEXTS.max_new_tokens, do_sample=False, pad_token_id=0)
+        [alone] = inputs.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        assert text == alone.strip().split("\n")[0]
+    assert len(set(texts.values())) > 1
+
+
+def test_batches_have_rows_of_one_length() -> None:
+    batches = list(scoring.by_length([3, 1, 3, 2, 3], batch=2))
+    assert batches == [[1], [3], [0, 2], [4]]
 
 
 def test_a_few_shot_context_takes_classes_in_turn_and_stops_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +385,16 @@ class TestPool:
         assert failed == [bad]
         assert store.missing([good, bad]) == [bad]
         assert "nobody" in console.export_text()
+
+    def test_a_run_whose_process_is_killed_is_tried_once_more(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pool, "_execute", killed_runs.execute)
+        store = Store(tmp_path / "results")
+        runs = [Run("docstrings", running.NO_MODEL, f"kills{kills}", kills) for kills in (0, 1, 2)]
+        failed = execute_all("runs", runs, store, Console(quiet=True), 1, 1, deadline=float("inf"))
+        assert failed == [runs[2]]
+        assert store.missing(runs) == [runs[2]]
 
     def test_no_run_is_started_after_the_deadline(self, tmp_path: Path) -> None:
         run = Run("docstrings", running.NO_MODEL, "majority", 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.models import MINILM, SMOLLM2
 from benchmarks.quality.plan import Profile
 from benchmarks.quality.records import Record, Run, Store
-from benchmarks.quality.report import write_report
+from benchmarks.quality.report import TWO_SEEDS, write_report
 from benchmarks.quality.standings import Standings, label_of
 from benchmarks.quality.tables import MISSING, markdown_table, scores_table
 
@@ -45,9 +46,10 @@ def _record(run: Run) -> Record:
         scores.astype(float).tolist(),
         trained=7680 if run.steps else 0,
         saved_bytes=30720 if run.steps else 0,
+        context_tokens=100 * run.shots if run.contestant == "few_shot" else 0,
         seconds=run.shots + 0.25,
         versions={"torch": "9.9", "processor": "Z80"},
-        extra={"batch_size": 8} if run.steps else {},
+        extra={"batch_size": 8, "rows": {"train": 4000, "development": 150, "test": ROWS}} if run.steps else {},
     )
 
 
@@ -96,6 +98,16 @@ def test_cells_are_the_mean_and_standard_error_of_the_results(store: Store) -> N
     assert row["saved bytes"] == "30,720"
     assert row["seconds"] == "8.2 / 32.2 / 150.2"
     assert row["learning rate"] == "0.01"
+
+
+def test_the_costs_of_contexts_and_baselines(store: Store) -> None:
+    rows = _rows(store, SMOLLM2)
+    few_shot = rows[label_of("few_shot")]
+    assert few_shot["context"] == "800 / 3,200 / 15,000"
+    assert rows[label_of("lora")]["context"] == ""
+    for label in (label_of("few_shot"), label_of("tfidf"), label_of("majority"), label_of("zero_shot")):
+        assert rows[label]["trained"] == rows[label]["saved bytes"] == ""
+        assert rows[label]["seconds"]
 
 
 def _is(run: Run, contestant: str, shots: int, model: str = MINILM) -> bool:
@@ -237,12 +249,37 @@ def test_the_report_has_its_sections_and_plots(store: Store, tmp_path: Path) -> 
     assert "- optimizer steps: 60, 100" in text
     assert "- batch size: 8" in text
     assert "- seeds: 0, 1, 2" in text
-    assert "- runs without a result: 0" in text
+    assert "- runs of the comparison without a result: 0" in text
     assert "### docs, minilm: accuracy" in text
+    assert "each contestant tried 3 learning rates on the development rows" in text
+    assert "with 32 shots and one seed and is used for all numbers of shots; ties went to the smallest rate" in text
+    assert "for synopses: 8 rows each" in text
+    assert "take as many as fit into 1,024 tokens." in text
+    assert "- minilm: all-MiniLM-L6-v2" in text
+    assert f"| docs | 4000 | 150 | {ROWS} |" in text
+    encoder, decoder = text.split("### docs, smollm2: accuracy")
+    assert TWO_SEEDS in encoder
+    assert TWO_SEEDS not in decoder
     images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert len(images) == 4
     for image in images:
         assert (tmp_path / "report" / image).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_number_of_shots_has_one_plot(store: Store, tmp_path: Path) -> None:
+    path = write_report(store, replace(PROFILE, shots=(32,)), tmp_path / "report", [])
+    text = path.read_text(encoding="utf-8")
+    assert "against shots" not in text
+    assert "docs-minilm-trained.png" in text
+    assert not list(path.parent.glob("*-shots.png"))
+    assert "with 32 shots and one seed; ties went" in text
+    assert "## Findings" not in text
+
+
+def test_unknown_numbers_of_rows_are_dashes(store: Store, tmp_path: Path) -> None:
+    for record in store.all():
+        store.put(replace(record, extra={}))
+    assert f"| docs | {MISSING} | {MISSING} | {MISSING} |" in _report(store, tmp_path)
 
 
 def test_rouge_is_called_rouge(store: Store, tmp_path: Path) -> None:
