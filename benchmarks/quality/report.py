@@ -36,8 +36,9 @@ SCORES = (
 )
 COMPARISONS = (
     f"The difference is the first score minus the second. Its {CONFIDENCE:.0%} interval is from a paired bootstrap: each row's "
-    f"scores are averaged over seeds, and rows are resampled {RESAMPLES:,} times. The interval covers "
-    'the choice of rows, not that of seeds. "Not better" is the share of resamples in '
+    f"scores are averaged over seeds, and rows are resampled {RESAMPLES:,} times. With several seeds, it is widened, if "
+    "necessary, to the t interval of the variation over rows and over seeds (paired by seed; Welch's degrees of freedom). "
+    '"Not better" is the share of resamples in '
     "which the first contestant is not better than the second. Two contestants are on a par if the difference is at most one "
     "standard error, which is computed from the standard errors of both scores."
 )

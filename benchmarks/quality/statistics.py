@@ -43,7 +43,7 @@ class Comparison:
 
     Attributes:
         first, second: the mean scores of the two contestants.
-        low, high: the 95% interval of the difference, from a bootstrap over rows.
+        low, high: the 95% interval of the difference, from a bootstrap over rows, and widened by the variation between seeds.
         not_better: the share of resamples in which the first contestant is not better than the second.
     """
 
@@ -105,8 +105,8 @@ def compare(
 ) -> Comparison:
     """Compare two contestants by a paired bootstrap: average each row's score over seeds, and resample rows.
 
-    The interval therefore shows how much the difference depends on the rows that were drawn. How much it depends on the seeds is
-    in the standard errors.
+    That interval shows how much the difference depends on the rows that were drawn. With several seeds, it is widened, if
+    necessary, to the t interval of both sources of variation: see `_seed_interval`.
 
     Args:
         first, second: the records of each contestant, one for each seed, all on the same rows.
@@ -129,8 +129,31 @@ def compare(
         rng=np.random.default_rng(seed),
     )
     interval: Any = result.confidence_interval
+    wide = _seed_interval(first, second, paired[0] - paired[1])
+    low, high = min(float(interval.low), wide[0]), max(float(interval.high), wide[1])
     not_better = float(np.mean(result.bootstrap_distribution <= 0))
-    return Comparison(summarize(first), summarize(second), float(interval.low), float(interval.high), not_better)
+    return Comparison(summarize(first), summarize(second), low, high, not_better)
+
+
+def _seed_interval(
+    first: Sequence[Record], second: Sequence[Record], rows: npt.NDArray[np.float64]
+) -> tuple[float, float]:
+    """Return the t interval of the mean difference, whose variance is the sum of the variances over rows and over seeds.
+
+    The differences are paired by seed. The degrees of freedom are those of Welch and Satterthwaite. With fewer than two common
+    seeds, the interval is the difference itself.
+    """
+    other = {record.run.seed: record.score for record in second}
+    by_seed = [record.score - other[record.run.seed] for record in first if record.run.seed in other]
+    mean = float(rows.mean())
+    if len(by_seed) < 2:
+        return mean, mean
+    variances = np.array([np.var(rows, ddof=1) / len(rows), np.var(by_seed, ddof=1) / len(by_seed)])
+    if not variances.any():
+        return mean, mean
+    freedom = variances.sum() ** 2 / (variances[0] ** 2 / (len(rows) - 1) + variances[1] ** 2 / (len(by_seed) - 1))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(variances.sum()))
+    return mean - half, mean + half
 
 
 def row_means(records: Sequence[Record]) -> npt.NDArray[np.float64]:

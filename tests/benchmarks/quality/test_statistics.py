@@ -88,9 +88,29 @@ def test_95_percent_of_the_intervals_contain_the_true_difference() -> None:
     assert 0.90 <= covered / 200 <= 0.985
 
 
+@pytest.mark.parametrize("effect", [0.0, 0.02, 0.05])
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_equal_contestants_whose_seeds_vary_are_seldom_told_apart(seeds: int, effect: float) -> None:
+    generator = np.random.default_rng(6)
+    told_apart = 0
+    for _ in range(150):
+        means = 0.6 + generator.normal(0, effect, (2, seeds, 1))
+        first, second = (generator.random((2, seeds, 320)) < means).astype(float)
+        told_apart += compare(_records(first), _records(second), resamples=300).clear_outcome != "on a par"
+    assert told_apart / 150 <= 0.10
+
+
+def test_a_difference_far_above_the_variation_between_seeds_is_found() -> None:
+    generator = np.random.default_rng(7)
+    means = np.array([0.75, 0.6]).reshape(2, 1, 1) + generator.normal(0, 0.01, (2, 3, 1))
+    first, second = (generator.random((2, 3, 320)) < means).astype(float)
+    assert compare(_records(first), _records(second)).clear_outcome == "better"
+
+
 def test_seeds_are_averaged_before_rows_are_resampled() -> None:
     """Two seeds whose errors cancel out in every row leave nothing to resample."""
     noise = np.random.default_rng(4).normal(0, 1, 50)
+    noise -= noise.mean()  # so that both seeds have the same score
     found = compare(_records(np.stack([0.5 + noise, 0.5 - noise])), _records(np.full(50, 0.4)))
     assert found.low == pytest.approx(0.1)
     assert found.high == pytest.approx(0.1)
