@@ -59,9 +59,10 @@ def read_annotation(node: ast.expr, module: str) -> Any:
 
 
 def alternatives(hint: Any) -> list[Any]:
-    """Return the types of a union, without None."""
+    """Return the types of a union, without None. A path comes last, because every string could be a path."""
     kinds = list(typing.get_args(hint)) if typing.get_origin(hint) in (Union, types.UnionType) else [hint]
-    return [kind for kind in kinds if kind is not type(None)]
+    # `typing` caches unions: after `Union[Path, str]` anywhere in the process, `Union[str, Path]` has that order too.
+    return sorted((kind for kind in kinds if kind is not type(None)), key=lambda kind: kind is Path)
 
 
 def describe(hint: Any) -> str:

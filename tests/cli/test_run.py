@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Union, get_args
 
 import pytest
 import torch
@@ -198,6 +198,13 @@ def test_every_option_of_every_method_is_reached_or_refused_by_name(kind: str, n
     text, value = _sample(option)
     if value is not None:
         assert option.read(text) == value
+
+
+@pytest.mark.parametrize("hint", [Union[str, Path, None], Union[Path, str, None]])  # noqa: UP007
+def test_text_is_read_as_text_whatever_the_order_of_a_union_with_a_path(hint: Any) -> None:
+    """`typing` gives equal unions one order in a process: that of the first one."""
+    assert option_types.convert("a text", hint) == "a text"
+    assert option_types.describe(hint) == "text or a path"
 
 
 def test_no_option_stands_for_two_things() -> None:
