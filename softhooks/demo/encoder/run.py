@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import platform
-from dataclasses import asdict
-
 import numpy as np
-import torch
 import transformers
 from rich.console import Console
 
@@ -18,6 +13,7 @@ from softhooks.demo.encoder.report import Line, Reloaded, Report, print_report
 from softhooks.demo.encoder.train import Recipe, Result, load_and_predict, train_head, train_soft_prompt
 from softhooks.demo.models import Checkpoint, minilm
 from softhooks.demo.options import EncoderOptions
+from softhooks.demo.report_file import as_text, print_missing, versions, write_report
 from softhooks.demo.tiny_models import tiny_encoder
 from softhooks.methods import PrefixTuning, PromptTuning
 
@@ -42,14 +38,10 @@ def run_demo(options: EncoderOptions, console: Console | None = None) -> Report:
         test_rows=len(data.test),
         lines=baselines + [_line(name, result, data) for name, result in results.items()],
         reloaded=_compare_reloaded(options, checkpoint, data, results, console),
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        options={name: str(value) for name, value in asdict(options).items()},
+        versions=versions(),
+        options=as_text(options),
     )
-    (options.output / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    write_report(report, options.output)
     print_report(report, options.output, console)
     return report
 
@@ -57,8 +49,7 @@ def run_demo(options: EncoderOptions, console: Console | None = None) -> Report:
 def _prepare(options: EncoderOptions, console: Console) -> tuple[Checkpoint, EncodedData]:
     """Choose the model, read and tokenize the texts, and describe the task."""
     corpus = read_corpus()
-    for package in corpus.missing:
-        console.print(f"[yellow]{package} is not installed with this Python; the demo continues without it.[/]")
+    print_missing(corpus, console)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.model is not None:
         checkpoint = Checkpoint(options.model, options.model)

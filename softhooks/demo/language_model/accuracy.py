@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import datasets
@@ -21,3 +22,12 @@ class Accuracy(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
 
     def _compute(self, *, predictions: Any, references: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+def accuracy(predictions: Any, references: Any) -> dict[str, float]:
+    """Compute the metric, without leaving a directory in the cache of `evaluate`."""
+    with tempfile.TemporaryDirectory() as directory:
+        result: dict[str, float] = Accuracy(keep_in_memory=True, cache_dir=directory).compute(
+            predictions=predictions, references=references
+        )
+    return result

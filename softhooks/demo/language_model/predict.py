@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from softhooks.demo.corpus import Row
-from softhooks.demo.language_model.accuracy import Accuracy
+from softhooks.demo.language_model.accuracy import accuracy
 from softhooks.demo.language_model.task import Task
 
 
@@ -35,9 +35,7 @@ class Predictions:
     @property
     def accuracy(self) -> float:
         """The share of rows with the right package."""
-        metric = Accuracy(keep_in_memory=True)
-        value: float = metric.compute(predictions=self.classes, references=self.references)["accuracy"]
-        return value
+        return accuracy(self.classes, self.references)["accuracy"]
 
     def first(self, rows: int) -> Predictions:
         """Return the predictions for the first rows."""

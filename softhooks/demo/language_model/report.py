@@ -59,8 +59,8 @@ class Reloaded:
 
     Attributes:
         name, directory: of the training run.
-        same, rows: the number of test rows with the same prediction, of how many.
-        same_texts, texts: the number of generated examples that are equal, of how many.
+        same, rows: the number of test rows with the same prediction, and the number compared.
+        same_texts, texts: the number of generated answers that are equal, and the number compared.
         largest_difference: the largest absolute difference between logits.
     """
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 import transformers
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -24,6 +21,7 @@ from softhooks.demo.language_model.task import QUESTION, Rows, Task, make_task
 from softhooks.demo.language_model.train import Recipe, TrainedPrompt, train_prompt
 from softhooks.demo.models import Checkpoint
 from softhooks.demo.options import LanguageModelOptions
+from softhooks.demo.report_file import as_text, print_missing, versions, write_report
 from softhooks.demo.smollm2 import smollm2
 from softhooks.demo.tiny_models import tiny_decoder
 from softhooks.load import load
@@ -86,14 +84,10 @@ def run_demo(options: LanguageModelOptions, console: Console | None = None) -> R
         model_path=checkpoint.path,
         question=QUESTION,
         curves=str(curves),
-        versions={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        options={name: str(value) for name, value in asdict(options).items()},
+        versions=versions(),
+        options=as_text(options),
     )
-    (options.output / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    write_report(report, options.output)
     print_report(report, options.output, console)
     return report
 
@@ -101,8 +95,7 @@ def run_demo(options: LanguageModelOptions, console: Console | None = None) -> R
 def _prepare(options: LanguageModelOptions, console: Console) -> tuple[Checkpoint, Task]:
     """Choose the model, read the texts, and describe the task."""
     corpus = read_corpus()
-    for package in corpus.missing:
-        console.print(f"[yellow]{package} is not installed with this Python; the demo continues without it.[/]")
+    print_missing(corpus, console)
     if options.model is not None:
         checkpoint = Checkpoint(options.model, options.model)
     elif options.quick:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from softhooks.base_model.frozen_record import FrozenReport
-from softhooks.demo.language_model.accuracy import Accuracy
+from softhooks.demo.language_model.accuracy import accuracy
 from softhooks.demo.language_model.task import IGNORED, Task
 from softhooks.demo.models import Checkpoint
 from softhooks.method import Method
@@ -123,7 +123,4 @@ def _answers(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _accuracy(evaluated: EvalPrediction) -> dict[str, float]:
     references = [next(label for label in row if label != IGNORED) for row in evaluated.label_ids]
-    result: dict[str, float] = Accuracy(keep_in_memory=True).compute(
-        predictions=evaluated.predictions, references=references
-    )
-    return result
+    return accuracy(evaluated.predictions, references)
