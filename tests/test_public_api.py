@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import pkgutil
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 import softhooks
 import softhooks.integrations
+from softhooks.method import Method
 
 MEMBERS = {
     "FrozenReport": ["bytes", "gigabytes_per_second", "seconds", "tensors", "unread"],
@@ -189,6 +191,22 @@ PromptArtifact(tokenizer=None, *, name=None, words=5)
 """
 
 
+CHOICES = {
+    "LlamaAdapter.gate": ("tanh", "raw"),
+    "LlamaAdapter.gate_per": ("head", "layer"),
+    "MultitaskPromptTuning.init": ("vocab", "random", "text", "class_labels", "tensor", "prompt"),
+    "MultitaskPromptTuning.sampling": ("size", "log", "capped", "equal"),
+    "PTuning.encoder": ("lstm", "mlp", "none"),
+    "PTuning.shape": ("lama", "fewshot"),
+    "PrefixTuning.init": ("text", "zero", "random"),
+    "PromptTuning.init": ("vocab", "random", "text", "class_labels", "tensor", "prompt"),
+    "PromptTuning.placement": ("front", "after_first", "end"),
+    "ResidualPromptTuning.init": ("vocab", "random", "text", "class_labels", "tensor", "prompt"),
+    "ResidualPromptTuning.placement": ("front", "after_first", "end"),
+}
+"""The options of methods that take one of several strings; an editor completes them, because their types list the strings."""
+
+
 def _signature(function: Any) -> str:
     """Names, kinds and defaults of the arguments, without annotations."""
     signature = inspect.signature(function)
@@ -233,6 +251,30 @@ def test_the_api_is_what_is_written_here(name: str) -> None:
     except ImportError as error:
         pytest.skip(f"{error.name} is not installed")
     assert _api(module) == _expected()[name]
+
+
+def test_the_types_of_options_list_their_choices() -> None:
+    found = {}
+    for name in softhooks.__all__:
+        method = getattr(softhooks, name)
+        if isinstance(method, type) and issubclass(method, Method):
+            hints = get_type_hints(method)
+            for item in dataclasses.fields(method):
+                parts = [hints[item.name], *get_args(hints[item.name])]
+                literal = next((part for part in parts if get_origin(part) is Literal), None)
+                if literal is not None:
+                    found[f"{name}.{item.name}"] = get_args(literal)
+    assert found == CHOICES
+
+
+@pytest.mark.parametrize("option", CHOICES)
+def test_a_choice_that_no_type_lists_is_refused(option: str) -> None:
+    name, _, argument = option.partition(".")
+    method = getattr(softhooks, name)
+    needed = {"tasks": 2} if name == "MultitaskPromptTuning" else {}
+    listed = ", ".join(map(repr, CHOICES[option]))
+    with pytest.raises(softhooks.OptionError, match=re.escape(f"must be one of {listed}")):
+        method(num_virtual_tokens=4, **needed, **{argument: "other"})
 
 
 def test_every_integration_is_listed() -> None:

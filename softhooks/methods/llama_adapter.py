@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from softhooks.methods.llama_adapter_encoder import (
     check_context,
 )
 from softhooks.prompt_encoder import PromptEncoder
+
+Gate = Literal["tanh", "raw"]
+GatePer = Literal["head", "layer"]
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,15 @@ class LlamaAdapter(Method):
     columns: ClassVar[tuple[str, ...]] = (CONTEXT,)
     init_options: ClassVar[tuple[str, ...]] = ("init_std",)
     conventions_allowed: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "gate": ("tanh", "raw"),
+        "gate": get_args(Gate),
         "branch": ("before the output projection",),
         "rows": ("unnormed, unrotated, unmasked",),
     }
 
     num_virtual_tokens: int = 10
     num_layers: int | None = field(default=None, kw_only=True)
-    gate: str = field(default="tanh", kw_only=True)
-    gate_per: str = field(default="head", kw_only=True)
+    gate: Gate = field(default="tanh", kw_only=True)
+    gate_per: GatePer = field(default="head", kw_only=True)
     context_size: int | None = field(default=None, kw_only=True)
     early_fusion: int = field(default=0, kw_only=True)
     scale_and_bias: bool = field(default=False, kw_only=True)
@@ -106,8 +109,8 @@ class LlamaAdapter(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("gate", self.gate, ("tanh", "raw"))
-        check_choice("gate_per", self.gate_per, ("head", "layer"))
+        check_choice("gate", self.gate, get_args(Gate))
+        check_choice("gate_per", self.gate_per, get_args(GatePer))
         check_int("early_fusion", self.early_fusion, 0)
         if self.num_layers is not None:
             check_int("num_layers", self.num_layers)

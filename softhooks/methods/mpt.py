@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from softhooks.methods.mpt_encoder import (
     check_task,
 )
 from softhooks.methods.mpt_init import SEVERAL, ones, read_front_prompt, read_teachers, vectors
-from softhooks.methods.prompt_tuning import PromptTuning
-from softhooks.methods.task_sampling import WEIGHTS, TaskSampler, task_column
+from softhooks.methods.prompt_tuning import Init, PromptTuning
+from softhooks.methods.task_sampling import TaskSampler, Weights, task_column
 from softhooks.objectives.base import Objective, PromptOnModel
 from softhooks.objectives.distillation import Distillation
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
@@ -104,8 +104,8 @@ class MultitaskPromptTuning(Method):
     distillation: float = field(default=0.9, kw_only=True)
     source: str | Path | None = field(default=None, kw_only=True)
     task_rate: float = field(default=0.4 / 0.3, kw_only=True)
-    sampling: str | None = field(default="size", kw_only=True)
-    init: str = field(default="vocab", kw_only=True)
+    sampling: Weights | None = field(default="size", kw_only=True)
+    init: Init = field(default="vocab", kw_only=True)
     init_text: str | None = field(default=None, kw_only=True)
     init_labels: Sequence[str] | None = field(default=None, kw_only=True)
     init_tensor: Tensor | None = field(default=None, kw_only=True, compare=False, repr=False)
@@ -127,7 +127,7 @@ class MultitaskPromptTuning(Method):
                 "distillation must be 0 or more."
             )
         if self.sampling is not None:
-            check_choice("sampling", self.sampling, WEIGHTS)
+            check_choice("sampling", self.sampling, get_args(Weights))
         if self.source is not None and self.init != "vocab":
             raise OptionError(f"source= and init={self.init!r} are both given; pass one of them.")
         self._check_teachers()
@@ -230,7 +230,8 @@ class MultitaskPromptTuning(Method):
         tasks = task_column(rows, TASK_IDS)
         for task in set(tasks):
             check_task(task, self.names)
-        return TaskSampler(tasks, batch_size, weights=str(self.sampling), seed=seed)
+        assert self.sampling is not None  # see `has_sampler`
+        return TaskSampler(tasks, batch_size, weights=self.sampling, seed=seed)
 
     def probe_arguments(self) -> dict[str, Tensor]:
         """Return `task_ids` for one row of the first task."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from softhooks.method import Method
 from softhooks.methods import initializers
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 
+EncoderKind = Literal["lstm", "mlp", "none"]
+Shape = Literal["lama", "fewshot"]
 _TOLERANCE = 1e-3
 """The largest allowed error of an initial embedding, relative to the largest number in the words' embeddings."""
 
@@ -120,8 +122,8 @@ class PTuning(Method):
 
     num_virtual_tokens: int = 0
     layout: Layout | None = field(default=None, kw_only=True)
-    encoder: Literal["lstm", "mlp", "none"] = field(default="lstm", kw_only=True)
-    shape: Literal["lama", "fewshot"] = field(default="lama", kw_only=True)
+    encoder: EncoderKind = field(default="lstm", kw_only=True)
+    shape: Shape = field(default="lama", kw_only=True)
     hidden_size: int | None = field(default=None, kw_only=True)
     num_layers: int = field(default=2, kw_only=True)
     tokenizer: Any = field(default=None, kw_only=True, compare=False, repr=False)
@@ -142,8 +144,8 @@ class PTuning(Method):
         elif self.num_virtual_tokens == 0:
             raise OptionError("PTuning has no virtual tokens; pass their number, such as PTuning(20), or a `layout`.")
         super().__post_init__()
-        check_choice("encoder", self.encoder, ("lstm", "mlp", "none"))
-        check_choice("shape", self.shape, ("lama", "fewshot"))
+        check_choice("encoder", self.encoder, get_args(EncoderKind))
+        check_choice("shape", self.shape, get_args(Shape))
         check_int("num_layers", self.num_layers)
         if self.hidden_size is not None:
             check_int("hidden_size", self.hidden_size)

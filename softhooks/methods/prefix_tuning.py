@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from softhooks.errors import OptionError, check_choice
 from softhooks.layout.tokenizing import tokenize
 from softhooks.methods import initializers
 from softhooks.methods.key_value_prefix import KeyValuePrefix
+
+Init = Literal["text", "zero", "random"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,14 @@ class PrefixTuning(KeyValuePrefix):
     kind: ClassVar[str] = "prefix_tuning"
     init_options: ClassVar[tuple[str, ...]] = ("init", "init_text", "init_ids")
 
-    init: str = field(default="text", kw_only=True)
+    init: Init = field(default="text", kw_only=True)
     init_text: str | None = field(default=None, kw_only=True)
     init_ids: Sequence[int] | None = field(default=None, kw_only=True)
     tokenizer: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("init", self.init, ("text", "zero", "random"))
+        check_choice("init", self.init, get_args(Init))
         if self.init != "text" and (self.init_text is not None or self.init_ids is not None):
             raise OptionError(f"init_text or init_ids is given with init={self.init!r}; only init='text' accepts them.")
         if self.init_text is not None and self.init_ids is not None:

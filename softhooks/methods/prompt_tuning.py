@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from softhooks.methods import initializers
 from softhooks.methods.from_prompt import Handle, rows_of, word_ids_of
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 
+Init = Literal["vocab", "random", "text", "class_labels", "tensor", "prompt"]
 _OPTION_OF = {"text": "init_text", "class_labels": "init_labels", "tensor": "init_tensor", "prompt": "init_from"}
 """The option that each value of `init` requires, and that no other value accepts."""
 
@@ -69,7 +70,7 @@ class PromptTuning(Method):
     )
 
     num_virtual_tokens: int
-    init: str = field(default="vocab", kw_only=True)
+    init: Init = field(default="vocab", kw_only=True)
     init_text: str | None = field(default=None, kw_only=True)
     init_labels: Sequence[str] | None = field(default=None, kw_only=True)
     init_tensor: Tensor | None = field(default=None, kw_only=True, compare=False, repr=False)
@@ -80,8 +81,8 @@ class PromptTuning(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("init", self.init, ("vocab", "random", "text", "class_labels", "tensor", "prompt"))
-        check_choice("placement", self.placement, ("front", "after_first", "end"))
+        check_choice("init", self.init, get_args(Init))
+        check_choice("placement", self.placement, get_args(Placement))
         for init, option in _OPTION_OF.items():
             given = getattr(self, option) is not None
             if given and self.init != init:

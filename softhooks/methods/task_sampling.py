@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from softhooks.errors import OptionError, TrainerError, check_choice
 
-WEIGHTS = ("size", "log", "capped", "equal")
+Weights = Literal["size", "log", "capped", "equal"]
 CAP = 2**18
 """The size above which the `capped` weight of a task no longer grows."""
 
@@ -39,8 +39,10 @@ class TaskSampler(Sampler[int]):
         OptionError: there are no rows, or an option is invalid.
     """
 
-    def __init__(self, tasks: Sequence[int] | Tensor, batch_size: int, *, weights: str = "size", seed: int = 0) -> None:
-        check_choice("weights", weights, WEIGHTS)
+    def __init__(
+        self, tasks: Sequence[int] | Tensor, batch_size: int, *, weights: Weights = "size", seed: int = 0
+    ) -> None:
+        check_choice("weights", weights, get_args(Weights))
         if batch_size < 1 or not len(tasks):
             raise OptionError(f"there are {len(tasks)} rows, and batch_size is {batch_size}; both must be 1 or more.")
         self.batch_size = batch_size

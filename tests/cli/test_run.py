@@ -306,7 +306,7 @@ def test_a_command_line_without_a_script_is_refused(arguments: list[str], phrase
         ("method: 3", ["method: 3"]),
         ("options: {num_virtual_tokens: '3 of them'}", ["a whole number", "'3 of them'"]),
         ("options: {num_virtual_tokens: true}", ["a whole number", "True"]),
-        ("options: {init: [a, b]}", ["must be text", "['a', 'b']"]),
+        ("options: {init: [a, b]}", ["must be one of 'vocab'", "['a', 'b']"]),
         ("options: {initt: zero}", ["initt", "Did you mean --init"]),
         ("options: {name: x}", ["name is not an option of the method"]),
         (
