@@ -1,1 +1,1 @@
-"""The command line: `softhooks run | demo | inspect | convert | export`."""
+"""The command line: `softhooks run | train | demo | inspect | convert | export`."""

@@ -14,7 +14,9 @@ from softhooks.cli.demo import demo
 from softhooks.cli.exit_codes import report_errors, usage_errors
 from softhooks.cli.export import export
 from softhooks.cli.inspect import inspect
+from softhooks.cli.method_command import MethodCommand
 from softhooks.cli.run_help import help_text
+from softhooks.cli.train import train
 from softhooks.errors import CheckpointError
 
 app = typer.Typer(
@@ -132,6 +134,7 @@ def convert(
         typer.echo(f"{name}: {stored.kind}, {stored.options['num_virtual_tokens']} virtual tokens -> {where}")
 
 
+app.command(cls=MethodCommand)(train)
 app.command()(demo)
 app.command()(export)
 app.command()(inspect)

@@ -39,6 +39,24 @@ def resolve_line(line: CommandLine) -> tuple[Method, dict[str, Any]]:
     return _resolve(line.method or config["method"], config, line.options)
 
 
+def resolve(
+    name: str | None, file: Path | None, given: Mapping[str, bool | list[str]], *, tokenizer: str
+) -> tuple[Method, dict[str, Any]]:
+    """Read the method and the options of the callback for `softhooks train`.
+
+    Args:
+        name: the name of the method, or None for that of the file or the default.
+        file: a configuration file.
+        given: the options from the command line.
+        tokenizer: the tokenizer for methods that take one, unless another is given.
+    """
+    config = read_config(None if file is None else str(file))
+    chosen = name or config["method"] or DEFAULT_METHOD
+    if "tokenizer" in method_options(method_kind(chosen)):
+        config["options"] = {"tokenizer": tokenizer, **config["options"]}
+    return _resolve(chosen, config, given)
+
+
 def from_sections(found: Any, source: str) -> tuple[Method, dict[str, Any]]:
     """Read the method and the options of the callback from a configuration.
 

@@ -54,10 +54,26 @@ def read(arguments: list[str]) -> CommandLine:
     return CommandLine(given, program[1:] if program[:1] == ["--"] else program, is_module, **own)
 
 
+def method_options_in(arguments: list[str]) -> tuple[dict[str, bool | list[str]], list[str]]:
+    """Return the options of the methods and of the callback by name, as in `CommandLine`, and all other arguments in order."""
+    parser = _empty_parser()
+    _add_method_options(parser)
+    given, rest = _parsed(parser, arguments)
+    return given, rest
+
+
 def _parse(arguments: list[str]) -> dict[str, Any]:
     """Parse the options; the first word that is not an option starts `program`."""
+    given, unknown = _parsed(_parser(), arguments)
+    if unknown:
+        raise unknown_option(unknown[0].partition("=")[0], (*_switches(), "method", "config", "help"))
+    return given
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options that a parser knows, and the remaining arguments."""
     try:
-        given, unknown = _parser().parse_known_args(arguments)
+        given, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         flag = str(error.argument_name).split("/")[0]
         if "expected one argument" in error.message:
@@ -69,18 +85,27 @@ def _parse(arguments: list[str]) -> dict[str, Any]:
             f"{flag} takes no value, but {error.message.rpartition('argument ')[2]} was given.",
             f"Write `{flag}`, or `--no-{flag[2:]}`.",
         ) from None
-    if unknown:
-        raise unknown_option(unknown[0].partition("=")[0], (*_switches(), "method", "config", "help"))
-    return vars(given)
+    return vars(given), unknown
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
-    )
+    parser = _empty_parser()
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--method")
     parser.add_argument("--config")
+    _add_method_options(parser)
+    parser.add_argument("program", nargs=argparse.PARSER, default=[]).required = False
+    return parser
+
+
+def _empty_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all methods and of the callback."""
     for name, is_switch in _switches().items():
         flags = dict.fromkeys(("--" + name.replace("_", "-"), "--" + name))
         if not is_switch:
@@ -91,8 +116,6 @@ def _parser() -> argparse.ArgumentParser:
         for words, action in ((YES, "store_true"), (NO, "store_false")):  # BooleanOptionalAction refuses `=yes`
             spellings = {f"{flag}={word}" for flag in flags for text in words for word in (text, text.title())}
             parser.add_argument(*spellings, dest=name, action=action)
-    parser.add_argument("program", nargs=argparse.PARSER, default=[]).required = False
-    return parser
 
 
 def _switches() -> dict[str, bool]:
