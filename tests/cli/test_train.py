@@ -317,7 +317,8 @@ def test_an_encoder_is_no_language_model(models: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(OptionError, match="--task classification"):
         run(data, "--model", models / "bert", "--output", tmp_path / "out", *QUICK)
-    with pytest.raises(OptionError, match="--task classification"):  # a run that has not started does not take the directory
+    # The run that did not start has not taken the directory.
+    with pytest.raises(OptionError, match="--task classification"):
         run(data, "--model", models / "bert", "--output", tmp_path / "out", *QUICK)
 
 
