@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +21,10 @@ from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder, TableEncoder
 
 METHODS: dict[str, type[Method]] = {}
 """The registered methods by `kind`. Importing `softhooks.methods` registers the methods of softhooks."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 4
+_SHORT.maxstring, _SHORT.maxother = 40, 80
 
 COLUMN_METHODS: dict[str, list[str]] = {}
 """For each batch column, the registered methods that use it, each followed by the options with which it does so."""
@@ -181,6 +186,15 @@ class Method:
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """Return the assumptions about the forward pass that are saved with a prompt and checked by `load`."""
         return {"placement": self.token_layout.form.placement}
+
+    def __str__(self) -> str:
+        """Return the method with its number of virtual tokens and the options that differ from their defaults."""
+        shown = [
+            f"{item.name}={_SHORT.repr(getattr(self, item.name))}"
+            for item in dataclasses.fields(self)
+            if item.repr and (item.name == "num_virtual_tokens" or getattr(self, item.name) != item.default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def options(self) -> dict[str, Any]:
         """Return the options as JSON values, without tokenizers and tensors, which are only needed to initialize a prompt."""

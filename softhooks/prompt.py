@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,13 +20,19 @@ from softhooks.base_model.take_fingerprint import take_fingerprint, without_rows
 from softhooks.compat.peft import path_in_wrapper
 from softhooks.compat.sharding import gathered, is_sharded_model
 from softhooks.constraint import unwatch
-from softhooks.errors import NotAttachedError
+from softhooks.errors import NotAttachedError, UnsupportedMethodError
 from softhooks.formats import peft_write, softhooks_files
 from softhooks.formats.stored import StoredPrompt, outline
 from softhooks.method import Method
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.install import detach
+from softhooks.runtime.plot import plot_tables
 from softhooks.runtime.prompted_model import PromptedModel
+from softhooks.runtime.slot_statistics import slot_tables
+from softhooks.runtime.summary import PromptSummary, summarize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class SoftPrompt(AttachedPrompt):
@@ -90,6 +96,31 @@ class SoftPrompt(AttachedPrompt):
         others = [p for n, p in self.model.named_parameters() if p.requires_grad and not is_prompt_key(n)]
         others += [*self.heads.parameters(), *(self.added.parameters() if self.added else ())]
         return own + sum(parameter.numel() for parameter in others)
+
+    def summary(self) -> PromptSummary:
+        """Return the prompt's size, how it enters the model, and what is refused with it; `print` shows a table.
+
+        Raises:
+            NotAttachedError: the prompt was removed.
+        """
+        refusal = None
+        try:
+            peft_write.adapter_of(self.to_stored(), self.model, self.prompted_model.structure)
+        except UnsupportedMethodError as error:
+            refusal = error
+        return summarize(self, self.num_parameters, refusal)
+
+    def plot(self) -> Figure:
+        """Plot the norm of each virtual token, and the cosine similarities between virtual tokens.
+
+        Returns:
+            a figure of matplotlib, which a notebook shows; save it with `figure.savefig(path)`.
+
+        Raises:
+            SoftHooksError: matplotlib is not installed.
+        """
+        tables = slot_tables(self.encoder.folded(), self.method.num_virtual_tokens)
+        return plot_tables(tables or self.encoder.folded(), f"{self.name}: {self.method}")
 
     def fold(self) -> SoftPrompt:
         """Replace the prompt's reparameterization, such as an MLP, with its output. This cannot be undone.
@@ -223,7 +254,8 @@ class SoftPrompt(AttachedPrompt):
 
     def __repr__(self) -> str:
         state = self.injection if self.is_attached else "removed"
-        return f"SoftPrompt({self.name!r}, {self.method!r}, {state} on {type(self.model).__name__})"
+        size = f"{self.num_parameters:,} parameters, " if self.is_attached else ""
+        return f"SoftPrompt({self.name!r}, {self.method}, {size}{state} on {type(self.model).__name__})"
 
 
 def soft_prompts_of(prompted: PromptedModel) -> dict[str, SoftPrompt]:

@@ -29,9 +29,11 @@ MEMBERS = {
         "named_parameters",
         "num_parameters",
         "parameters",
+        "plot",
         "push_to_hub",
         "remove",
         "save_pretrained",
+        "summary",
         "verify_frozen",
     ],
     "Verbalizer": ["classes", "labels", "scores", "scores_at_labels", "token"],
@@ -97,9 +99,11 @@ SoftPrompt(prompted, name, method, module, conventions)
   .named_parameters(self)
   .num_parameters
   .parameters(self)
+  .plot(self)
   .push_to_hub(self, repo_id, *, private=None, token=None, **kwargs)
   .remove(self)
   .save_pretrained(self, save_directory, *, as_peft=False)
+  .summary(self)
   .verify_frozen(self)
 SoftPromptCallback(method, *, name='default', train_head=True, trainable=(), freeze_dropout=False, injection=None,
         check_frozen='save', model=None, train_added_tokens=False)
