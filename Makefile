@@ -24,7 +24,7 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types unit properties survey kill-test benchmark quality test-oldest test-extras clean
+.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-oldest test-extras clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -33,6 +33,10 @@ install: $(INTEGRATED)  ## create .venv with the versions in constraints.txt
 
 demo: $(INSTALLED)  ## train a soft prompt and a prefix on a real language model (four to six minutes)
 	$(BIN)/softhooks demo $(DEMO_ARGS)
+
+docs: $(INTEGRATED)  ## build the documentation site into build/docs; every warning is an error
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html -c docs/site -d build/doctrees . build/docs
+	@echo "Open build/docs/index.html"
 
 test: lint types unit  ## everything that CI runs: lint, types, unit
 
@@ -86,9 +90,9 @@ endef
 $(INSTALLED): pyproject.toml constraints.txt requirements-models.txt
 	$(call install_into,$(VENV),constraints.txt)
 
-# The frameworks are a hundred more packages, which the demo does not need.
+# The frameworks and the documentation need a hundred more packages, which the demo does not need.
 $(INTEGRATED): $(INSTALLED)
-	@echo "  the frameworks that have integrations"; $(call pip,$(VENV)) -c constraints.txt --no-build-isolation -e ".[integrations]"
+	@echo "  the frameworks that have integrations, and Sphinx"; $(call pip,$(VENV)) -c constraints.txt --no-build-isolation -e ".[docs,integrations]"
 	@touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-models.txt

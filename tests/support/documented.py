@@ -80,13 +80,35 @@ def masked() -> dict[str, Any]:
     return {"model": zoo.build("bert", "masked"), "tokenizer": tokenizer, "dataset": datasets.Dataset.from_list(rows)}
 
 
+def tagging() -> dict[str, Any]:
+    """A model with a new tagging head, and the tags of a text."""
+    ids = zoo.text(2, 6)
+    return {"tagger": zoo.build("bert", "tokens"), "ids": ids, "tags": ids % 3}
+
+
 PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": with_saved_prompts,
     "docs/batch-columns.md": language_model,
+    "docs/coming-from-peft.md": language_model,
+    "docs/errors.md": language_model,
     "docs/guarantees.md": language_model,
     "docs/how-it-works.md": language_model,
     "docs/layouts.md": masked,
     "docs/methods.md": methods,
+    "docs/methods/cartridges.md": language_model,
+    "docs/methods/context-aware-prompt-tuning.md": language_model,
+    "docs/methods/context-tuning.md": language_model,
+    "docs/methods/llama-adapter.md": language_model,
+    "docs/methods/multitask-prompt-tuning.md": methods,
+    "docs/methods/p-tuning-v2.md": tagging,
+    "docs/methods/p-tuning.md": masked,
+    "docs/methods/prefix-tuning.md": language_model,
+    "docs/methods/prompt-ensembles.md": with_saved_prompts,
+    "docs/methods/prompt-tuning.md": language_model,
+    "docs/methods/residual-prompt-tuning.md": language_model,
+    "docs/methods/spot.md": with_saved_prompts,
+    "docs/models.md": language_model,
+    "docs/quick-start.md": language_model,
     "docs/saving.md": language_model,
     "docs/serving.md": with_saved_prompts,
     "docs/several-prompts.md": with_saved_prompts,
@@ -94,3 +116,6 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/training-loop.md": language_model,
 }
 """The names of each page with Python blocks; `docs/frameworks.md` has those of the integrations' examples."""
+
+PACKAGES = {"docs/coming-from-peft.md": ("peft",)}
+"""The packages that a page needs, if they are not those of every environment."""
