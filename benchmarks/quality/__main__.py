@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.quality.findings import FINDINGS
-from benchmarks.quality.plan import PROFILES, baseline_runs, final_runs, search_runs
+from benchmarks.quality.plan import PROFILES, baseline_runs, final_runs, prompt_runs, prompted_runs, search_runs
 from benchmarks.quality.pool import execute_all
 from benchmarks.quality.records import Run, Store
 from benchmarks.quality.report import write_report
@@ -58,8 +58,12 @@ def main(
         failed.extend(execute_all(title, matching, store, console, workers, threads, deadline))
 
     go("baselines", baseline_runs(chosen))
-    go("learning rates", search_runs(chosen))
-    go("test", final_runs(chosen, store))
+    go("prompts", prompt_runs(chosen))
+    while remaining := store.missing(search_runs(chosen, store)):  # the results may add rates
+        go("learning rates", remaining)
+        if store.missing(remaining) == remaining:  # excluded by --only, failed, or after the deadline
+            break
+    go("test", [*prompted_runs(chosen, store), *final_runs(chosen, store)])
     judged = FINDINGS if findings and chosen.findings else ()
     go("findings", [run for finding in judged for run in finding.runs])
     if report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 
@@ -38,15 +39,30 @@ def tfidf(task: Task, train: Sequence[Row], rows: Sequence[Row]) -> list[float]:
     return [float(answer == row.answer) for answer, row in zip(predicted, rows, strict=True)]
 
 
-def few_shot_context(inputs: DecoderInputs, rows: Sequence[Row]) -> list[int]:
-    """Return the instruction and as many examples as fit into `CONTEXT_LIMIT` tokens."""
-    return inputs.context(by_turns(inputs.task, rows), CONTEXT_LIMIT)
+def few_shot_context(inputs: DecoderInputs, rows: Sequence[Row], examples: int | None = None) -> list[int]:
+    """Return the ids of a context with examples.
+
+    Args:
+        examples: the number of examples of each class, or of all if answers are generated; None for as many as fit into
+            `CONTEXT_LIMIT` tokens.
+    """
+    count = None if examples is None else examples * max(1, len(inputs.task.labels))
+    return inputs.context(by_turns(inputs.task, rows)[:count], CONTEXT_LIMIT)
 
 
 def by_turns(task: Task, rows: Sequence[Row]) -> list[Row]:
-    """Order rows so that classes take turns, and the counts of a context's examples differ by at most one."""
+    """Order rows so that the counts of a context's examples differ by at most one between classes.
+
+    The order of the classes is shuffled in each round; a model would continue a repeated order instead of reading the text.
+    """
     by_class: dict[str, list[Row]] = {}
     for row in rows:
         by_class.setdefault("" if task.generates else row.answer, []).append(row)
     rounds = max(map(len, by_class.values()), default=0)
-    return [group[turn] for turn in range(rounds) for group in by_class.values() if turn < len(group)]
+    generator = random.Random(len(rows))
+    ordered: list[Row] = []
+    for turn in range(rounds):
+        members = [group[turn] for group in by_class.values() if turn < len(group)]
+        generator.shuffle(members)
+        ordered += members
+    return ordered

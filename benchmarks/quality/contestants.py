@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from benchmarks.quality.peft_methods import (
     lora,
     peft_llama_adapter,
+    peft_multitask_prompt_tuning,
     peft_p_tuning,
     peft_prefix_tuning,
     peft_prompt_tuning,
@@ -36,37 +37,38 @@ def full(model: PreTrainedModel, setup: Setup) -> Prepared:
     return Prepared(model)
 
 
-LOW, MIDDLE, HIGH = (3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
-PROMPT_RATES = (5e-3, 2e-2, 1e-1)
+LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+"""All learning rates. Each contestant starts with three neighbors; if the best is at an end, the next one is tried too."""
+
+FULL_RATES, LOW, MIDDLE, HIGH, PROMPT = LADDER[1:4], LADDER[3:6], LADDER[4:7], LADDER[5:8], LADDER[6:9]
 SOFTHOOKS, PEFT, TRANSFORMERS = "softhooks", "PEFT", "transformers"
 
-CONTESTANTS = {
-    contestant.name: contestant
-    for contestant in (
-        Contestant("head", "head only", TRANSFORMERS, HIGH, None, head),
-        Contestant("full", "full fine-tuning", TRANSFORMERS, (5e-5, 2e-4, 5e-4), None, full),
-        Contestant("lora", "LoRA, r = 8", PEFT, MIDDLE, LOW, lora),
-        Contestant(
-            "peft_prompt_tuning", "prompt tuning", PEFT, PROMPT_RATES, PROMPT_RATES, peft_prompt_tuning, "prompt_tuning"
-        ),
-        Contestant("peft_prefix_tuning", "prefix tuning", PEFT, HIGH, HIGH, peft_prefix_tuning, "prefix_tuning"),
-        Contestant("peft_p_tuning", "P-tuning", PEFT, MIDDLE, MIDDLE, peft_p_tuning, "p_tuning"),
-        Contestant("peft_llama_adapter", "LLaMA-Adapter", PEFT, None, HIGH, peft_llama_adapter, "llama_adapter"),
-        Contestant("prompt_tuning", "prompt tuning", SOFTHOOKS, PROMPT_RATES, PROMPT_RATES, prompt_tuning),
-        Contestant("prefix_tuning", "prefix tuning", SOFTHOOKS, HIGH, HIGH, prefix_tuning),
-        Contestant("p_tuning", "P-tuning", SOFTHOOKS, MIDDLE, MIDDLE, p_tuning),
-        Contestant("p_tuning_v2", "P-tuning v2", SOFTHOOKS, HIGH, HIGH, p_tuning_v2),
-        Contestant("multitask_prompt_tuning", "MPT", SOFTHOOKS, PROMPT_RATES, PROMPT_RATES, multitask_prompt_tuning),
-        Contestant("llama_adapter", "LLaMA-Adapter", SOFTHOOKS, HIGH, HIGH, llama_adapter),
-        Contestant("cpt", "CPT", SOFTHOOKS, None, MIDDLE, cpt),
-        Contestant("cartridge", "cartridge", SOFTHOOKS, None, None, cartridge),
-        Contestant(
-            "residual_prompt_tuning",
-            "residual prompt tuning",
-            SOFTHOOKS,
-            PROMPT_RATES,
-            PROMPT_RATES,
-            residual_prompt_tuning,
-        ),
-    )
-}
+_ALL = (
+    Contestant("head", "head only", TRANSFORMERS, HIGH, None, head),
+    Contestant("full", "full fine-tuning", TRANSFORMERS, FULL_RATES, None, full),
+    Contestant("lora", "LoRA, r = 8", PEFT, MIDDLE, LOW, lora),
+    Contestant("prompt_tuning", "prompt tuning", SOFTHOOKS, PROMPT, PROMPT, prompt_tuning),
+    Contestant("peft_prompt_tuning", "prompt tuning", PEFT, PROMPT, PROMPT, peft_prompt_tuning, "prompt_tuning"),
+    Contestant("prefix_tuning", "prefix tuning", SOFTHOOKS, HIGH, HIGH, prefix_tuning),
+    Contestant("peft_prefix_tuning", "prefix tuning", PEFT, HIGH, HIGH, peft_prefix_tuning, "prefix_tuning"),
+    Contestant("p_tuning", "P-tuning", SOFTHOOKS, MIDDLE, MIDDLE, p_tuning),
+    Contestant("peft_p_tuning", "P-tuning", PEFT, MIDDLE, MIDDLE, peft_p_tuning, "p_tuning"),
+    Contestant("p_tuning_v2", "P-tuning v2", SOFTHOOKS, HIGH, None, p_tuning_v2),
+    Contestant("multitask_prompt_tuning", "MPT", SOFTHOOKS, PROMPT, None, multitask_prompt_tuning),
+    Contestant(
+        "peft_multitask_prompt_tuning",
+        "MPT",
+        PEFT,
+        PROMPT,
+        None,
+        peft_multitask_prompt_tuning,
+        "multitask_prompt_tuning",
+    ),
+    Contestant("llama_adapter", "LLaMA-Adapter", SOFTHOOKS, HIGH, HIGH, llama_adapter),
+    Contestant("peft_llama_adapter", "LLaMA-Adapter", PEFT, None, HIGH, peft_llama_adapter, "llama_adapter"),
+    Contestant("residual_prompt_tuning", "residual prompt tuning", SOFTHOOKS, MIDDLE, MIDDLE, residual_prompt_tuning),
+    Contestant("cpt", "CPT", SOFTHOOKS, None, None, cpt),
+    Contestant("cartridge", "cartridge", SOFTHOOKS, None, None, cartridge),
+)
+CONTESTANTS = {contestant.name: contestant for contestant in _ALL}
+"""All contestants, in the order of tables; those without learning rates occur only in the experiments on findings."""

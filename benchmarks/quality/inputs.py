@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from benchmarks.quality.task import Row, Task
+from benchmarks.quality.task import Row, Task, Template
 
 IGNORED = -100
 
@@ -52,7 +52,7 @@ class EncoderInputs:
 
 @dataclass(frozen=True)
 class DecoderInputs:
-    """Inputs of a language model: `text + question`, then a space and the answer.
+    """Inputs of a language model, with the first template of the task.
 
     The loss is computed on the answer only. A generated answer ends with the end-of-sequence token; the name of a class does not,
     because classes are told apart by their first tokens.
@@ -63,11 +63,12 @@ class DecoderInputs:
 
     def question_part(self) -> list[int]:
         """Return the token ids of the question, with which every row ends."""
-        return self._ids(self.task.question)
+        return self._ids(self._template.question)
 
     def question_ids(self, row: Row) -> list[int]:
         """Return the token ids of a text, truncated to the task's length, and the question."""
-        return self._ids(row.text, truncation=True, max_length=self.task.max_length) + self.question_part()
+        text = self._ids(self._template.before + row.text, truncation=True, max_length=self.task.max_length)
+        return text + self.question_part()
 
     def answer_ids(self, row: Row) -> list[int]:
         """Return the token ids of an answer."""
@@ -96,8 +97,8 @@ class DecoderInputs:
         return Rows(encoded)
 
     def context(self, examples: Sequence[Row], limit: int | None = None) -> list[int]:
-        """Return the ids of the instruction and of as many examples as fit within `limit` tokens."""
-        ids = self._ids(f"{self.task.instruction}\n\n")
+        """Return the ids of the instruction, if the template has it, and of as many examples as fit within `limit` tokens."""
+        ids = self._ids(f"{self.task.instruction}\n\n") if self._template.instructed else []
         for row in examples:
             example = self.question_ids(row) + self._ids(f" {row.answer}\n\n")
             if limit is not None and len(ids) + len(example) > limit:
@@ -109,6 +110,10 @@ class DecoderInputs:
     def collator(self) -> DataCollatorForSeq2Seq:
         """Pad ids, mask and labels on the right."""
         return DataCollatorForSeq2Seq(self.tokenizer)
+
+    @property
+    def _template(self) -> Template:
+        return self.task.templates[0]
 
     @property
     def _end(self) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from softhooks.demo.models import Checkpoint, minilm
 from softhooks.demo.smollm2 import smollm2
@@ -21,11 +23,18 @@ DESCRIPTIONS = {
     "the Hub's weights",
 }
 ENCODERS = frozenset({MINILM})
+PRECISIONS = {MINILM: torch.float32, SMOLLM2: torch.bfloat16}
+"""The precision of the frozen weights; what is trained is in float32."""
 
 
 def checkpoint(name: str) -> Checkpoint:
     """Return the checkpoint of a model."""
     return CHECKPOINTS[name]()
+
+
+def language_model(name: str) -> PreTrainedModel:
+    """Load a language model in its precision."""
+    return checkpoint(name).language_model().to(PRECISIONS[name])
 
 
 def is_encoder(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import peft
+import torch
 from transformers import PreTrainedModel
 
 from benchmarks.quality.setup import VIRTUAL_TOKENS, Prepared, Setup
@@ -34,7 +35,43 @@ def peft_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
 
 
 def peft_prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
-    return with_peft(model, peft.PrefixTuningConfig(**_task_type(setup), **_peft_options(setup, {})))
+    """Make a prefix; for language models, it starts as the keys and values of the task's instruction, as softhooks' does."""
+    prepared = with_peft(model, peft.PrefixTuningConfig(**_task_type(setup), **_peft_options(setup, {})))
+    if not setup.is_encoder:
+        text = repeated(setup, setup.task.instruction, VIRTUAL_TOKENS)
+        peft.initialize_kv_prefix_from_text(prepared.model, setup.inputs.tokenizer, text=text, use_chat_template=False)
+    return prepared
+
+
+def peft_multitask_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a multitask prompt with one task."""
+    options = {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": setup.task.instruction,
+        "num_tasks": 1,
+        "num_ranks": 1,
+    }
+    config = peft.MultitaskPromptTuningConfig(
+        **_task_type(setup),
+        **_peft_options(setup, options),
+        tokenizer_name_or_path=setup.inputs.tokenizer.name_or_path,
+    )
+    prepared = with_peft(model, config)
+    prepared.model.register_forward_pre_hook(_first_task, with_kwargs=True)
+    return prepared
+
+
+def _first_task(model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Say that all rows are of the first task."""
+    return args, {"task_ids": torch.zeros(len(kwargs["input_ids"]), dtype=torch.long), **kwargs}
+
+
+def repeated(setup: Setup, text: str, tokens: int) -> str:
+    """Repeat a text until it has as many tokens."""
+    words = text
+    while len(setup.inputs.tokenizer(words, add_special_tokens=False)["input_ids"]) < tokens:
+        words = f"{words} {text}"
+    return words
 
 
 def peft_p_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:

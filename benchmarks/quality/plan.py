@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from benchmarks.quality.contestants import CONTESTANTS
+from benchmarks.quality.contestants import CONTESTANTS, LADDER
 from benchmarks.quality.models import MINILM, SMOLLM2, is_encoder
-from benchmarks.quality.records import Run, Store
+from benchmarks.quality.records import Record, Run, Store
 from benchmarks.quality.run import FEW_SHOT, NO_MODEL, ZERO_SHOT
 from benchmarks.quality.statistics import choose_rate
+from benchmarks.quality.tasks import TEMPLATES
 
 SHOTS = (8, 32, 150)
 SEARCH_SHOTS = 32
 """Learning rates are chosen with this many rows of each class, and used with fewer and more rows too."""
 
-EVERY_SHOTS = ("lora", "prompt_tuning", "prefix_tuning", "peft_prompt_tuning")
-"""The contestants that tune the language model with all numbers of rows; the others only with `SEARCH_SHOTS`."""
+EXTENSIONS = 2
+"""How often a contestant tries another learning rate because its best is the highest or the lowest."""
 
-CLASSIFIED = ("glosses", "sections", "docstrings")
+CORE = ("lora", "prompt_tuning", "peft_prompt_tuning", "prefix_tuning", "peft_prefix_tuning")
+"""The contestants that tune the language model with all numbers of rows, and on the tasks without a search for learning rates.
+
+The others tune it only with `SEARCH_SHOTS` rows of each class of the other tasks: a run takes minutes.
+"""
+
+EXAMPLES, GENERATED_EXAMPLES = (1, 2, None), (3, 8, None)
+"""The numbers of examples in a few-shot context, of each class or of all; None for as many as fit."""
+
+CLASSIFIED = ("glosses", "docstrings", "sections")
 GENERATED = ("synopses",)
 
 
@@ -28,6 +39,8 @@ class Profile:
 
     Attributes:
         tasks: the tasks of each model.
+        searched: the tasks on whose development rows learning rates are chosen, one rate for each model and contestant. The other
+            tasks have no part in the choice.
         contestants: the contestants of each model; None for all.
         shots: training rows of each class.
         seeds: seeds of each model.
@@ -37,6 +50,7 @@ class Profile:
 
     name: str
     tasks: dict[str, tuple[str, ...]]
+    searched: tuple[str, ...]
     contestants: dict[str, tuple[str, ...] | None]
     shots: tuple[int, ...]
     seeds: dict[str, int]
@@ -46,18 +60,20 @@ class Profile:
 
 FULL = Profile(
     "full",
-    tasks={MINILM: CLASSIFIED, SMOLLM2: (*CLASSIFIED, *GENERATED)},
-    contestants={MINILM: None, SMOLLM2: None},
+    tasks={SMOLLM2: (*CLASSIFIED, *GENERATED), MINILM: CLASSIFIED},
+    searched=("glosses", "docstrings"),
+    contestants={SMOLLM2: None, MINILM: None},
     shots=SHOTS,
-    seeds={MINILM: 5, SMOLLM2: 3},
+    seeds={SMOLLM2: 3, MINILM: 5},
     steps={
+        SMOLLM2: lambda shots: 200 if shots > SEARCH_SHOTS else 100,
         MINILM: lambda shots: 300 if shots > SEARCH_SHOTS else 150,
-        SMOLLM2: lambda shots: 200 if shots > 32 else 100,
     },
 )
 SMALL = Profile(
     "small",
     tasks={MINILM: ("docstrings",)},
+    searched=("docstrings",),
     contestants={MINILM: ("head", "lora", "prompt_tuning", "peft_prompt_tuning", "prefix_tuning")},
     shots=(8,),
     seeds={MINILM: 2},
@@ -77,48 +93,111 @@ def baseline_runs(profile: Profile) -> list[Run]:
             runs += [
                 Run(task, NO_MODEL, name, k, seed=s) for name in without_model for k in profile.shots for s in seeds
             ]
-            if not is_encoder(model):
-                runs.append(Run(task, model, ZERO_SHOT))
-                runs += [Run(task, model, FEW_SHOT, k, seed=seed) for k in profile.shots for seed in seeds]
     return list(dict.fromkeys(runs))
 
 
-def search_runs(profile: Profile) -> list[Run]:
-    """Return the runs that choose the learning rates, on the development rows."""
+def prompt_runs(profile: Profile) -> list[Run]:
+    """Return the runs that choose the template and the number of examples of zero-shot and few-shot prompts."""
     return [
-        Run(task, model, name, shots, profile.steps[model](shots), rate, part="development")
-        for model, task, name in _tuned(profile)
-        for shots in [search_shots(profile)]
-        for rate in CONTESTANTS[name].rates(is_encoder(model)) or ()
+        run
+        for model, tasks in profile.tasks.items()
+        if not is_encoder(model)
+        for task in tasks
+        for contestant in (ZERO_SHOT, FEW_SHOT)
+        for run in _prompts(profile, task, model, contestant)
     ]
 
 
-def final_runs(profile: Profile, store: Store) -> list[Run]:
-    """Return the runs on the test rows; those whose learning rate is not yet chosen are left out."""
+def prompted_runs(profile: Profile, store: Store) -> list[Run]:
+    """Return the zero-shot and few-shot runs on the test rows, with the prompts that are best on the development rows."""
     runs = []
-    for model, task, name in _tuned(profile):
-        rate = chosen_rate(profile, store, task, model, name)
-        if rate is not None:
-            for shots in shots_of(profile, model, name):
-                steps = profile.steps[model](shots)
-                runs += [Run(task, model, name, shots, steps, rate, seed) for seed in range(profile.seeds[model])]
+    for searched in prompt_runs(profile):
+        options = chosen_prompt(profile, store, searched.task, searched.model, searched.contestant)
+        if searched.options == options:
+            few = searched.contestant == FEW_SHOT
+            seeds, shots = range(profile.seeds[searched.model] if few else 1), profile.shots if few else (0,)
+            runs += [replace(searched, shots=k, seed=seed, part="test") for k in shots for seed in seeds]
     return runs
 
 
-def chosen_rate(profile: Profile, store: Store, task: str, model: str, contestant: str) -> float | None:
-    """Return the learning rate with the best score on the development rows, or None before all have been tried."""
-    searched = [
-        run for run in search_runs(profile) if (run.task, run.model, run.contestant) == (task, model, contestant)
+def chosen_prompt(
+    profile: Profile, store: Store, task: str, model: str, contestant: str
+) -> tuple[tuple[str, Any], ...] | None:
+    """Return the options of the prompt with the best score on the development rows, or None before all have been tried."""
+    runs = _prompts(profile, task, model, contestant)
+    records = [record for run in runs if (record := store.get(run)) is not None]
+    return max(records, key=lambda record: record.score).run.options if len(records) == len(runs) else None
+
+
+def _prompts(profile: Profile, task: str, model: str, contestant: str) -> list[Run]:
+    templates = range(len(TEMPLATES[task]))
+    if contestant == ZERO_SHOT:
+        return [Run(task, model, ZERO_SHOT, part="development", options=(("template", t),)) for t in templates]
+    return [
+        Run(
+            task, model, FEW_SHOT, search_shots(profile), part="development", options=(("examples", e), ("template", t))
+        )
+        for t in templates
+        for e in (GENERATED_EXAMPLES if task in GENERATED else EXAMPLES)
     ]
-    records = [record for run in searched if (record := store.get(run)) is not None]
-    return choose_rate(records) if searched and len(records) == len(searched) else None
 
 
-def shots_of(profile: Profile, model: str, contestant: str) -> tuple[int, ...]:
+def search_runs(profile: Profile, store: Store) -> list[Run]:
+    """Return the runs that choose the learning rates, on the development rows, as far as they are known.
+
+    A contestant whose best rate is the highest or the lowest tries the next one of `LADDER`, up to `EXTENSIONS` times.
+    """
+    runs = []
+    for model in profile.tasks:
+        for name in contestants_of(profile, model):
+            rates, _ = _searched(profile, store, model, name)
+            runs += _search(profile, model, name, rates)
+    return runs
+
+
+def final_runs(profile: Profile, store: Store) -> list[Run]:
+    """Return the runs on the test rows; those whose learning rate is not yet chosen are left out.
+
+    Runs with `SEARCH_SHOTS` rows of each class come first.
+    """
+    runs = []
+    for model, tasks in profile.tasks.items():
+        for task in tasks:
+            for name in contestants_of(profile, model):
+                rate = chosen_rate(profile, store, model, name)
+                if rate is not None:
+                    for shots in shots_of(profile, task, model, name):
+                        steps, seeds = profile.steps[model](shots), range(profile.seeds[model])
+                        runs += [Run(task, model, name, shots, steps, rate, seed) for seed in seeds]
+    return sorted(runs, key=lambda run: run.shots != search_shots(profile))
+
+
+def chosen_rate(profile: Profile, store: Store, model: str, contestant: str) -> float | None:
+    """Return the learning rate with the best mean score on the development rows, or None before all have been tried."""
+    _, records = _searched(profile, store, model, contestant)
+    return choose_rate(records) if records else None
+
+
+def at_an_end(profile: Profile, store: Store, model: str, contestant: str) -> bool:
+    """Return whether the chosen learning rate is the highest or the lowest that was tried."""
+    rates, records = _searched(profile, store, model, contestant)
+    return bool(records) and choose_rate(records) in (min(rates), max(rates))
+
+
+def contestants_of(profile: Profile, model: str) -> tuple[str, ...]:
+    """Return the contestants that tune a model."""
+    chosen = profile.contestants[model]
+    return chosen or tuple(name for name, known in CONTESTANTS.items() if known.rates(is_encoder(model)))
+
+
+def shots_of(profile: Profile, task: str, model: str, contestant: str) -> tuple[int, ...]:
     """Return the numbers of training rows with which a contestant is tested."""
-    if is_encoder(model) or contestant in EVERY_SHOTS:
+    few = (search_shots(profile),)
+    if is_encoder(model):
         return profile.shots
-    return (search_shots(profile),)
+    if task in profile.searched:
+        return profile.shots if contestant in CORE else few
+    return few if contestant in CORE else ()
 
 
 def search_shots(profile: Profile) -> int:
@@ -126,10 +205,29 @@ def search_shots(profile: Profile) -> int:
     return SEARCH_SHOTS if SEARCH_SHOTS in profile.shots else profile.shots[0]
 
 
-def _tuned(profile: Profile) -> list[tuple[str, str, str]]:
-    """Return model, task and contestant of everything that is trained."""
-    names: dict[str, Sequence[str]] = {
-        model: chosen or [name for name, c in CONTESTANTS.items() if c.rates(is_encoder(model))]
-        for model, chosen in profile.contestants.items()
-    }
-    return [(model, task, name) for model, tasks in profile.tasks.items() for task in tasks for name in names[model]]
+def _searched(profile: Profile, store: Store, model: str, contestant: str) -> tuple[list[float], list[Record]]:
+    """Return the learning rates to try, and the results if all of these have been tried."""
+    rates = list(CONTESTANTS[contestant].rates(is_encoder(model)) or ())
+    for extension in range(EXTENSIONS + 1):
+        runs = _search(profile, model, contestant, rates)
+        records = [record for run in runs if (record := store.get(run)) is not None]
+        if not runs or len(records) < len(runs):
+            return rates, []
+        beyond = _beyond(rates, choose_rate(records))
+        if beyond is None or extension == EXTENSIONS:
+            return rates, records
+        rates.append(beyond)
+    raise AssertionError("the loop returns")
+
+
+def _beyond(rates: list[float], best: float) -> float | None:
+    """Return the rate of the ladder after the best, if that is the highest or the lowest."""
+    index = LADDER.index(best) + (best == max(rates)) - (best == min(rates))
+    return LADDER[index] if 0 <= index < len(LADDER) and LADDER[index] not in rates else None
+
+
+def _search(profile: Profile, model: str, contestant: str, rates: list[float]) -> list[Run]:
+    shots = search_shots(profile)
+    steps = profile.steps[model](shots)
+    tasks = [task for task in profile.tasks[model] if task in profile.searched]
+    return [Run(task, model, contestant, shots, steps, rate, part="development") for rate in rates for task in tasks]

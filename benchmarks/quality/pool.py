@@ -9,7 +9,8 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -63,7 +64,7 @@ def _until_broken(
         the runs that were in progress when a process was killed, for example because it needed too much memory.
     """
     running: dict[Future[str | None], Run] = {}
-    context = get_context("spawn")
+    context = _processes()
     with ProcessPoolExecutor(
         workers, context, initializer=start_process, initargs=(threads,), max_tasks_per_child=1
     ) as pool:
@@ -88,6 +89,15 @@ def _until_broken(
                     failed.append(run)
                     progress.console.print(f"{run}\n{error}", markup=False)
                 progress.advance(task)
+
+
+def _processes() -> BaseContext:
+    """Return how processes are started: forked from one that has imported the packages, where the system can do so."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.quality.run"])
+    return context
 
 
 def _execute(run: Run, store: Store) -> str | None:

@@ -9,12 +9,20 @@ from pathlib import Path
 from benchmarks.quality.baselines import CONTEXT_LIMIT
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Finding, score_name
-from benchmarks.quality.models import DESCRIPTIONS
-from benchmarks.quality.plan import GENERATED, Profile, search_shots
+from benchmarks.quality.models import DESCRIPTIONS, is_encoder
+from benchmarks.quality.plan import (
+    EXTENSIONS,
+    GENERATED,
+    Profile,
+    at_an_end,
+    chosen_prompt,
+    contestants_of,
+    search_shots,
+)
 from benchmarks.quality.plots import Point, plot_shots, plot_trained
-from benchmarks.quality.records import Run, Store
-from benchmarks.quality.run import PARTS
-from benchmarks.quality.standings import Cell, Standings
+from benchmarks.quality.records import Store
+from benchmarks.quality.run import FEW_SHOT, PARTS, ZERO_SHOT
+from benchmarks.quality.standings import Cell, Standings, label_of
 from benchmarks.quality.statistics import CONFIDENCE, RESAMPLES, summarize
 from benchmarks.quality.tables import (
     MISSING,
@@ -24,12 +32,14 @@ from benchmarks.quality.tables import (
     markdown_table,
     scores_table,
 )
-from benchmarks.quality.task import ROWS_PER_SHOT
+from benchmarks.quality.task import ROWS_PER_SHOT, Template
+from benchmarks.quality.tasks import TEMPLATES
 
 SCORES = (
     "Mean ± standard error over seeds on the test rows; with a single seed, the standard error is over rows. Shots are training "
-    f"rows of each class (for {', '.join(GENERATED)}: {ROWS_PER_SHOT} rows each). A few-shot context and CPT's context "
-    f"take as many as fit into {CONTEXT_LIMIT:,} tokens. The best score of a column is bold, {MISSING} marks missing runs, and a "
+    f"rows of each class (for {', '.join(GENERATED)}: {ROWS_PER_SHOT} rows each). A few-shot context has "
+    f"as many of these as is best on the development rows and fits into {CONTEXT_LIMIT:,} tokens. "
+    f"The best score of a column is bold, {MISSING} marks missing runs, and a "
     "cell is empty if it does not apply or no runs are planned for it. Values separated by slashes are for the shots in "
     "order. Context: mean tokens before each row, apart from virtual tokens. Seconds: mean training time; for contexts, scoring "
     "time; for baselines without a model, both."
@@ -102,25 +112,61 @@ def _measured(standings: Standings) -> list[str]:
     return [
         _items(f"{name}: {value}" for name, value in described.items()),
         _items(f"{name}: {value or MISSING}" for name, value in settings.items()),
-        *([_chosen(standings.profile, searched)] if searched else []),
+        *([_chosen(standings)] if searched else []),
+        *_prompts(standings),
         _items(f"{model}: {DESCRIPTIONS[model]}" for model in standings.profile.tasks),
         _parts(standings),
     ]
 
 
-def _chosen(profile: Profile, searched: Sequence[Run]) -> str:
+def _chosen(standings: Standings) -> str:
     """Describe how learning rates were chosen."""
-    rates: dict[tuple[str, str, str], set[float]] = defaultdict(set)
-    for run in searched:
-        rates[run.task, run.model, run.contestant].add(run.learning_rate)
-    seeds = len({run.seed for run in searched})
+    profile, store = standings.profile, standings.store
+    seeds = len({record.run.seed for record in standings.searched})
     several = " and is used for all numbers of shots" if len(profile.shots) > 1 else ""
+    ends = [
+        f"{label_of(name)} on {model}"
+        for model in profile.tasks
+        for name in contestants_of(profile, model)
+        if at_an_end(profile, store, model, name)
+    ]
     return (
-        f"For each task and model, each contestant tried {_values(map(len, rates.values()))} learning rates on the development "
-        f"rows. The rate with the highest mean score was chosen with {search_shots(profile)} shots and "
-        f"{'one seed' if seeds == 1 else f'{seeds} seeds'}{several}; ties went to the smallest rate. The test rows were scored "
-        "only with this rate."
-    )
+        f"Learning rates were chosen on the development rows of {' and '.join(profile.searched)}, one for each model and "
+        f"contestant, with {search_shots(profile)} shots and {'one seed' if seeds == 1 else f'{seeds} seeds'}. "
+        f"Each contestant tried three; if the best was the highest or the lowest, it tried the next one, up to {EXTENSIONS} "
+        f"times. The rate with the highest mean score was chosen{several}; ties went to the smallest rate. Other tasks had no "
+        "part in the choice, and the test rows were scored only with this rate. "
+        + (f"The chosen rate is the highest or the lowest that was tried for {', '.join(ends)}." if ends else "")
+    ).strip()
+
+
+def _prompts(standings: Standings) -> list[str]:
+    """List the templates, and say which one each prompted baseline uses."""
+    items = []
+    for task, model in standings.pairs():
+        for contestant in (ZERO_SHOT, FEW_SHOT) if not is_encoder(model) else ():
+            options = chosen_prompt(standings.profile, standings.store, task, model, contestant)
+            if options is None:
+                continue
+            template, examples = TEMPLATES[task][dict(options)["template"]], dict(options).get("examples")
+            words = {ZERO_SHOT: "", FEW_SHOT: f", {examples or 'as many as fit'} examples"}[contestant]
+            words += " of each class" if examples and task not in GENERATED else ""
+            items.append(f"{task}, {model}, {label_of(contestant)}: {_shown(template)}{words}")
+    if not items:
+        return []
+    trained = [f"{task}: {_shown(TEMPLATES[task][0])}" for task in dict.fromkeys(task for task, _ in standings.pairs())]
+    return [
+        "Templates of the language model's inputs, for everything that is trained:",
+        _items(trained),
+        "The prompts of the baselines that were best on the development rows, among all templates and numbers of examples:",
+        _items(items),
+    ]
+
+
+def _shown(template: Template) -> str:
+    """Return a template as code."""
+    text = f"{template.before}{{text}}{template.question} {{answer}}".replace("\n", "\\n")
+    return f"`{text}`{', after the instruction' if template.instructed else ''}"
 
 
 def _parts(standings: Standings) -> str:

@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from benchmarks.environment import machine, versions
-from benchmarks.quality import baselines, models
+from benchmarks.quality import baselines, models, tasks
 from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.inputs import DecoderInputs, EncoderInputs
 from benchmarks.quality.records import Record, Run
@@ -21,7 +21,7 @@ from benchmarks.quality.setup import Setup
 from benchmarks.quality.softhooks_methods import document
 from benchmarks.quality.task import Row, Task
 from benchmarks.quality.tasks import TASKS
-from benchmarks.quality.training import BATCH, train
+from benchmarks.quality.training import BATCH, WARMUP, train
 from benchmarks.result import today
 
 NO_MODEL = "none"
@@ -51,6 +51,8 @@ def execute(run: Run) -> Record:
         record = _prompted(run, task, train_rows, rows)
     else:
         record = _tuned(run, task, train_rows, rows)
+    for name in options.get("source_tasks", ()):
+        record.versions.update(tasks.TASKS[name]().provenance)
     record.versions.update(
         versions(),
         processor=str(machine()["processor"]),
@@ -70,15 +72,16 @@ def read_task(name: str) -> Task:
 
 def _prompted(run: Run, task: Task, train_rows: list[Row], rows: Sequence[Row]) -> Record:
     """Score a language model with the instruction, and examples, in its context."""
-    inputs = _inputs(run, task)
+    options = dict(run.options)
+    inputs = _inputs(run, task.with_template(options.get("template", 0)))
     assert isinstance(inputs, DecoderInputs)
     if run.contestant == ZERO_SHOT:
         context = inputs.context([])
     elif run.contestant == FEW_SHOT:
-        context = baselines.few_shot_context(inputs, train_rows)
+        context = baselines.few_shot_context(inputs, train_rows, options.get("examples"))
     else:
-        context = document(Setup(task, inputs, train_rows, dict(run.options), run.seed))
-    model = models.checkpoint(run.model).language_model()
+        context = document(Setup(task, inputs, train_rows, options, run.seed))
+    model = models.language_model(run.model)
     start = time.perf_counter()
     scores = score_decoder(model, inputs, rows, context)
     seconds = time.perf_counter() - start
@@ -100,7 +103,7 @@ def _tuned(run: Run, task: Task, train_rows: list[Row], rows: Sequence[Row]) -> 
     if isinstance(inputs, EncoderInputs):
         model = checkpoint.classifier(inputs.tokenizer, task.labels)
     else:
-        model = checkpoint.language_model()
+        model = models.language_model(run.model)
     trained = train(
         CONTESTANTS[run.contestant],
         model,
@@ -121,7 +124,12 @@ def _tuned(run: Run, task: Task, train_rows: list[Row], rows: Sequence[Row]) -> 
         seconds=trained.seconds,
         peak_bytes=peak,
         losses=trained.losses,
-        extra={"scoring_seconds": time.perf_counter() - start, "batch_size": BATCH},
+        extra={
+            "scoring_seconds": time.perf_counter() - start,
+            "batch_size": BATCH,
+            "warmup": WARMUP,
+            "precision": str(models.PRECISIONS[run.model]).removeprefix("torch."),
+        },
     )
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from benchmarks.quality.contestants import CONTESTANTS, PEFT, SOFTHOOKS
-from benchmarks.quality.plan import Profile, baseline_runs, final_runs, search_runs, shots_of
+from benchmarks.quality.plan import (
+    Profile,
+    baseline_runs,
+    contestants_of,
+    final_runs,
+    prompt_runs,
+    prompted_runs,
+    search_runs,
+    shots_of,
+)
 from benchmarks.quality.records import Part, Record, Run, Store
 from benchmarks.quality.run import NO_MODEL
 from benchmarks.quality.statistics import Summary, rate_scores, summarize
@@ -56,15 +65,17 @@ class Standings:
 
     Attributes:
         profile: which runs there are.
+        store: the results of all runs.
         searched, tested: the results on the development rows, and on the test rows.
         missing: the runs without a result, as far as learning rates are chosen.
     """
 
     def __init__(self, store: Store, profile: Profile) -> None:
-        self.profile = profile
-        planned = [*baseline_runs(profile), *final_runs(profile, store)]
-        self.searched = [record for run in search_runs(profile) if (record := store.get(run)) is not None]
-        self.missing = store.missing([*search_runs(profile), *planned])
+        self.profile, self.store = profile, store
+        planned = [*baseline_runs(profile), *prompted_runs(profile, store), *final_runs(profile, store)]
+        prompts, search = prompt_runs(profile), search_runs(profile, store)
+        self.searched = [record for run in search if (record := store.get(run)) is not None]
+        self.missing = store.missing([*prompts, *search, *planned])
         self._cells: dict[tuple[str, str, str, int], Cell] = {}
         for run in planned:
             cell = self._cells.setdefault(_key(run), Cell())
@@ -81,9 +92,7 @@ class Standings:
     def contestants(self, task: str, model: str) -> list[str]:
         """Return the contestants of a task and a model: baselines, and then those that are tuned."""
         baselines = [name for name in BASELINES if any(key[:3] in _places(task, model, name) for key in self._cells)]
-        tuned = dict.fromkeys(
-            run.contestant for run in search_runs(self.profile) if (run.task, run.model) == (task, model)
-        )
+        tuned = [name for name in contestants_of(self.profile, model) if shots_of(self.profile, task, model, name)]
         return [*baselines, *tuned]
 
     def cell(self, task: str, model: str, contestant: str, shots: int) -> Cell | None:
@@ -92,7 +101,7 @@ class Standings:
             if (*place, shots) in self._cells:
                 return self._cells[(*place, shots)]
         # The runs of a contestant whose learning rate is not chosen yet are not planned in detail.
-        waiting = contestant in CONTESTANTS and shots in shots_of(self.profile, model, contestant)
+        waiting = contestant in CONTESTANTS and shots in shots_of(self.profile, task, model, contestant)
         return Cell(self.profile.seeds[model]) if waiting else None
 
     def best_method(self, task: str, model: str, shots: int) -> tuple[str, Part] | None:
@@ -115,9 +124,13 @@ class Standings:
         return max(found, key=lambda name: found[name]), "test"
 
     def _development_score(self, run: Run) -> float | None:
-        """Return a contestant's score on the development rows with the learning rate of a run."""
-        wanted = (run.task, run.model, run.contestant)
-        own = [r for r in self.searched if (r.run.task, r.run.model, r.run.contestant) == wanted]
+        """Return a contestant's score on the development rows with the learning rate of a run.
+
+        If the task has no part in the choice of learning rates, that is the mean over the tasks that have.
+        """
+        own = [r for r in self.searched if (r.run.model, r.run.contestant) == (run.model, run.contestant)]
+        if run.task in self.profile.searched:
+            own = [record for record in own if record.run.task == run.task]
         return rate_scores(own).get(run.learning_rate)
 
 

@@ -98,7 +98,7 @@ def against_peft(standings: Standings, task: str, model: str, shots: int) -> lis
     found = []
     for peft, contestant in CONTESTANTS.items():
         if contestant.twin is not None:
-            own, other = (_records(standings, task, model, name, shots) for name in (contestant.twin, peft))
+            own, other = _common(standings, task, model, contestant.twin, peft, shots)
             if own and other:
                 found.append((shots, label_of(contestant.twin), label_of(peft), compare(own, other)))
     return found
@@ -106,11 +106,22 @@ def against_peft(standings: Standings, task: str, model: str, shots: int) -> lis
 
 def against_lora(standings: Standings, task: str, model: str, shots: int) -> Compared | None:
     """Compare the best method of softhooks with LoRA, or return None if one of them has no results."""
-    best, lora = standings.best_method(task, model, shots), _records(standings, task, model, LORA, shots)
-    if best is None or not lora:
+    best = standings.best_method(task, model, shots)
+    if best is None:
         return None
-    own = _records(standings, task, model, best[0], shots)
+    own, lora = _common(standings, task, model, best[0], LORA, shots)
+    if not (own and lora):
+        return None
     return shots, label_of(best[0]), label_of(LORA), compare(own, lora)
+
+
+def _common(
+    standings: Standings, task: str, model: str, first: str, second: str, shots: int
+) -> tuple[list[Record], list[Record]]:
+    """Return the results of two contestants with the seeds that both have."""
+    own, other = (_records(standings, task, model, name, shots) for name in (first, second))
+    seeds = {record.run.seed for record in own} & {record.run.seed for record in other}
+    return [r for r in own if r.run.seed in seeds], [r for r in other if r.run.seed in seeds]
 
 
 def _records(standings: Standings, task: str, model: str, contestant: str, shots: int) -> list[Record]:

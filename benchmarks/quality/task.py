@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ROWS_PER_SHOT = 8
 """The training rows of one shot, if answers are generated and there are no classes."""
@@ -26,13 +26,29 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Template:
+    """The texts around a row in a language model's input: `before + text + question`, then a space and the answer.
+
+    Attributes:
+        before: such as "Definition: ".
+        question: such as "\\nPackage:".
+        instructed: whether a context begins with the task's instruction.
+    """
+
+    before: str
+    question: str
+    instructed: bool = True
+
+
+@dataclass(frozen=True)
 class Task:
     """The rows of a task in three parts, and the texts around a row in a language model's input.
 
     Attributes:
         name: the name of the task.
         instruction: what to do, in a sentence or two, with the names of all classes; for contexts and initial prompts.
-        question: the text between a row's text and its answer, such as "\\nPackage:".
+        templates: everything that is trained uses the first; zero-shot and few-shot baselines use the best of all on the
+            development rows.
         labels: the names of the classes, in order; empty if the answer is generated.
         train, development, test: the rows. Learning rates are chosen on `development`.
         max_length: longer texts are truncated to this many tokens.
@@ -42,7 +58,7 @@ class Task:
 
     name: str
     instruction: str
-    question: str
+    templates: tuple[Template, ...]
     labels: tuple[str, ...]
     train: tuple[Row, ...]
     development: tuple[Row, ...]
@@ -55,6 +71,10 @@ class Task:
     def generates(self) -> bool:
         """Whether the answer is a generated text instead of a class."""
         return not self.labels
+
+    def with_template(self, index: int) -> Task:
+        """Return the task with one of its templates as the only one."""
+        return replace(self, templates=(self.templates[index],))
 
     def sample(self, shots: int, seed: int) -> list[Row]:
         """Draw training rows.

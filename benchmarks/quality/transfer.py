@@ -31,7 +31,7 @@ def source_prompt(setup: Setup, method: Callable[[list[str]], Method]) -> str:
     directory = tempfile.mkdtemp(prefix="source-prompt-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     callback = SoftPromptCallback(method(list(setup.options["source_tasks"])), check_frozen=False)
-    prepared = Prepared(models.checkpoint(models.SMOLLM2).language_model(), [callback], dataset=_rows(setup))
+    prepared = Prepared(models.language_model(models.SMOLLM2), [callback], dataset=_rows(setup))
     set_seed(setup.seed)
     fit(prepared, setup, steps=setup.options["source_steps"])
     assert callback.soft_prompt is not None  # attached by the callback

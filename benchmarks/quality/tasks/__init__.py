@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.quality.task import Task
+from benchmarks.quality.task import Task, Template
+from benchmarks.quality.tasks.docstrings import TEMPLATES as DOCSTRING_TEMPLATES
 from benchmarks.quality.tasks.docstrings import docstrings
+from benchmarks.quality.tasks.glosses import TEMPLATES as GLOSS_TEMPLATES
 from benchmarks.quality.tasks.glosses import glosses
+from benchmarks.quality.tasks.sections import TEMPLATES as SECTION_TEMPLATES
 from benchmarks.quality.tasks.sections import sections
+from benchmarks.quality.tasks.synopses import TEMPLATES as SYNOPSIS_TEMPLATES
 from benchmarks.quality.tasks.synopses import synopses
 
 TASKS: dict[str, Callable[[], Task]] = {
@@ -16,3 +20,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "synopses": synopses,
     "glosses": glosses,
 }
+TEMPLATES: dict[str, tuple[Template, ...]] = {
+    "docstrings": DOCSTRING_TEMPLATES,
+    "sections": SECTION_TEMPLATES,
+    "synopses": SYNOPSIS_TEMPLATES,
+    "glosses": GLOSS_TEMPLATES,
+}
+"""The templates of each task."""

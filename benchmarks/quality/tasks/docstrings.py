@@ -6,10 +6,15 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.quality.task import Row, Task
+from benchmarks.quality.task import Row, Task, Template
 from benchmarks.quality.tasks.rows import choose
 from softhooks.demo import corpus
 
+TEMPLATES = (
+    Template("# ", "\nimport", instructed=False),
+    Template('"""', '"""\nfrom', instructed=False),
+    Template("Documentation: ", "\nPackage:"),
+)
 TEST_FRACTION, DEVELOPMENT_FRACTION = 1 / 3, 1 / 5
 
 
@@ -29,7 +34,7 @@ def docstrings(stdlib: Path | None = None) -> Task:
     return Task(
         "docstrings",
         f"Name the Python package ({', '.join(read.labels)}) that this documentation belongs to.",
-        "\nPackage:",
+        TEMPLATES,
         read.labels,
         *parts,
         max_length=48,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.quality.sources import read_nouns
-from benchmarks.quality.task import Row, Task
+from benchmarks.quality.task import Row, Task, Template
 from benchmarks.quality.tasks.rows import MASK, class_names, distinct, make_parts
 
 # After a space, each name is one token for SmolLM2.
@@ -23,6 +23,11 @@ LABELS = {
 }
 """The names of the classes by the number of the lexicographer file; 04 is noun.act."""
 
+TEMPLATES = (
+    Template("Definition: ", "\nKind:"),
+    Template("A thing that is ", ". This is a kind of", instructed=False),
+    Template("Definition: ", "\nThis is a kind of", instructed=False),
+)
 _NAMES = class_names(LABELS.values(), r"act(?:s|ed|ing)?", r"bodies", r"(?:communicat|locat)\w+", "people")
 
 
@@ -37,7 +42,7 @@ def glosses(cache: Path | None = None) -> Task:
     return Task(
         "glosses",
         f"Name the kind of thing ({', '.join(labels)}) that this definition describes.",
-        "\nKind:",
+        TEMPLATES,
         labels,
         *make_parts(gloss_rows(nouns), labels),
         max_length=48,

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.quality.sources import Package, read_packages
-from benchmarks.quality.task import Row, Task
+from benchmarks.quality.task import Row, Task, Template
 from benchmarks.quality.tasks.rows import MASK, class_names, distinct, first_words, make_parts, whole_names
 
 # After a space, each name is one token for SmolLM2.
@@ -22,6 +22,11 @@ LABELS = {
 }
 """The names of the classes by section."""
 
+TEMPLATES = (
+    Template("Description: ", "\nSection:"),
+    Template("", "\n\nThis is a package for", instructed=False),
+    Template("Package: ", "\nSection:"),
+)
 WORDS = 32
 _NAMES = class_names(
     LABELS.values(), r"gam(?:e|er|ing)", r"graphic(?:al|ally)?", r"scientific\w*", r"scientists?", "net"
@@ -39,7 +44,7 @@ def sections(cache: Path | None = None) -> Task:
     return Task(
         "sections",
         f"Name the section ({', '.join(labels)}) of the software archive that this package belongs to.",
-        "\nSection:",
+        TEMPLATES,
         labels,
         *make_parts(section_rows(packages), labels),
         max_length=64,

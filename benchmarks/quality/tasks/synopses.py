@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.quality.sources import Package, read_packages
-from benchmarks.quality.task import Row, Task
+from benchmarks.quality.task import Row, Task, Template
 from benchmarks.quality.tasks.rows import distinct, first_words, make_parts, normalized
 from benchmarks.quality.tasks.sections import one_per_source
 
@@ -17,7 +17,14 @@ SECTIONS = frozenset({
     "shells", "sound", "tex", "text", "utils", "vcs", "video", "web", "x11",
     "xfce",
 })  # fmt: skip
+TEMPLATES = (
+    Template("Description: ", "\nSummary:"),
+    Template("", "\n\nIn short, this is", instructed=False),
+)
 WORDS = 64
+MAX_LENGTH = 64
+"""Tokens of a description. Most have more, so that most rows have the same length and are generated in full batches."""
+
 SYNOPSIS_WORDS = range(3, 14)
 
 
@@ -31,10 +38,10 @@ def synopses(cache: Path | None = None) -> Task:
     return Task(
         "synopses",
         "Summarize the description of this software package in one short line.",
-        "\nSummary:",
+        TEMPLATES,
         (),
         *make_parts(synopsis_rows(packages), ()),
-        max_length=96,
+        max_length=MAX_LENGTH,
         max_new_tokens=24,
         provenance=provenance,
     )

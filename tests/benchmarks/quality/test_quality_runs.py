@@ -12,19 +12,30 @@ from rich.console import Console
 
 from benchmarks.quality import models, pool, scoring, tasks
 from benchmarks.quality import run as running
-from benchmarks.quality.baselines import few_shot_context
+from benchmarks.quality.baselines import by_turns, few_shot_context
 from benchmarks.quality.contestants import CONTESTANTS
 from benchmarks.quality.cpt import context_types_and_ids
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Arm
 from benchmarks.quality.inputs import DecoderInputs
-from benchmarks.quality.plan import FULL, SMALL, baseline_runs, chosen_rate, final_runs, search_runs
+from benchmarks.quality.plan import (
+    EXTENSIONS,
+    FULL,
+    SMALL,
+    at_an_end,
+    baseline_runs,
+    chosen_rate,
+    final_runs,
+    prompt_runs,
+    prompted_runs,
+    search_runs,
+)
 from benchmarks.quality.pool import execute_all
 from benchmarks.quality.records import Record, Run, Store
 from benchmarks.quality.scoring import rouge_l, score_decoder
 from benchmarks.quality.setup import Setup
 from benchmarks.quality.softhooks_methods import document, p_tuning
-from benchmarks.quality.task import Row, Task, split
+from benchmarks.quality.task import Row, Task, Template, split
 from softhooks.demo.models import Checkpoint
 from softhooks.demo.tiny_models import tiny_decoder, tiny_encoder
 
@@ -45,7 +56,7 @@ def _rows(count: int, seed: int) -> tuple[Row, ...]:
 CLASSES = Task(
     name="colors",
     instruction="Name the color: red, green, blue.",
-    question=" Color:",
+    templates=(Template("", " Color:"),),
     labels=tuple(COLORS),
     train=_rows(60, 0),
     development=_rows(12, 1),
@@ -56,7 +67,7 @@ CLASSES = Task(
 TEXTS = Task(
     name="texts",
     instruction="Repeat the color.",
-    question=" Color:",
+    templates=(Template("", " Color:"),),
     labels=(),
     train=_rows(60, 0),
     development=_rows(12, 1),
@@ -69,7 +80,7 @@ TEXTS = Task(
 @pytest.fixture(autouse=True)
 def small(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Replace the tasks and the models by small ones."""
-    texts = [f"{row.text} {CLASSES.instruction}{CLASSES.question} {row.answer}" for row in CLASSES.train]
+    texts = [f"{row.text} {CLASSES.instruction}{CLASSES.templates[0].question} {row.answer}" for row in CLASSES.train]
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     checkpoints = {
@@ -225,7 +236,7 @@ def test_a_context_of_cpt_has_the_types_of_its_parts() -> None:
     rows = list(CLASSES.train[:3])
     types, ids = context_types_and_ids(inputs, rows)
     labels = [token for kind, token in zip(types, ids, strict=True) if kind and kind % 4 == 0]
-    assert labels == [token for row in rows for token in inputs.answer_ids(row)]
+    assert labels == [token for row in by_turns(CLASSES, rows) for token in inputs.answer_ids(row)]
     assert sorted({(kind - 1) // 4 for kind in types if kind}) == [0, 1, 2]
 
 
@@ -256,28 +267,55 @@ def test_rows_of_a_source_stay_together_and_samples_are_balanced() -> None:
 
 class TestPlan:
     def test_no_learning_rate_is_chosen_on_test_rows(self) -> None:
-        assert {run.part for run in search_runs(FULL)} == {"development"}
+        assert {run.part for run in [*search_runs(FULL, Store(Path("none"))), *prompt_runs(FULL)]} == {"development"}
 
     def test_test_runs_wait_for_the_learning_rate_and_use_the_best(self, tmp_path: Path) -> None:
         store = Store(tmp_path)
         assert final_runs(SMALL, store) == []
-        searched = [run for run in search_runs(SMALL) if run.contestant == "lora"]
+        searched = [run for run in search_runs(SMALL, store) if run.contestant == "lora"]
         for run in searched[:-1]:
             store.put(Record(run, [0.5, 0.5]))
-        assert chosen_rate(SMALL, store, "docstrings", models.MINILM, "lora") is None
-        store.put(Record(searched[-1], [1.0, 1.0]))
-        assert chosen_rate(SMALL, store, "docstrings", models.MINILM, "lora") == searched[-1].learning_rate
+        assert chosen_rate(SMALL, store, models.MINILM, "lora") is None
+        store.put(Record(searched[-1], [0.0, 0.5]))
+        assert chosen_rate(SMALL, store, models.MINILM, "lora") is None, "the lowest is best: a lower one is tried"
+        [lower] = store.missing(run for run in search_runs(SMALL, store) if run.contestant == "lora")
+        assert lower.learning_rate < min(run.learning_rate for run in searched)
+        store.put(Record(lower, [0.0, 0.5]))
+        assert chosen_rate(SMALL, store, models.MINILM, "lora") == searched[0].learning_rate
+        assert not at_an_end(SMALL, store, models.MINILM, "lora")
         tested = final_runs(SMALL, store)
-        assert {run.learning_rate for run in tested} == {searched[-1].learning_rate}
+        assert {run.learning_rate for run in tested} == {searched[0].learning_rate}
         assert [run.seed for run in tested] == [0, 1]
 
     def test_the_full_profile_has_every_contestant_with_every_number_of_rows(self) -> None:
-        runs = {(run.model, run.contestant) for run in search_runs(FULL)}
+        runs = {(run.model, run.contestant) for run in search_runs(FULL, Store(Path("none")))}
         for name, contestant in CONTESTANTS.items():
             assert ((models.MINILM, name) in runs) == (contestant.encoder_rates is not None)
             assert ((models.SMOLLM2, name) in runs) == (contestant.decoder_rates is not None)
         baselines = {(run.task, run.contestant) for run in baseline_runs(FULL)}
-        assert {("glosses", "tfidf"), ("glosses", "few_shot"), ("synopses", "first_sentence")} <= baselines
+        assert {("glosses", "tfidf"), ("synopses", "first_sentence")} <= baselines
+
+    def test_the_search_for_learning_rates_ends(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        rates = []
+        for _ in range(EXTENSIONS + 2):
+            for run in store.missing(run for run in search_runs(SMALL, store) if run.contestant == "lora"):
+                store.put(Record(run, [run.learning_rate]))
+                rates.append(run.learning_rate)
+        assert len(rates) == 3 + EXTENSIONS
+        assert chosen_rate(SMALL, store, models.MINILM, "lora") == max(rates)
+        assert at_an_end(SMALL, store, models.MINILM, "lora")
+
+    def test_prompts_are_chosen_on_development_rows_and_used_with_every_seed(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        assert prompted_runs(FULL, store) == []
+        few = [run for run in prompt_runs(FULL) if (run.task, run.contestant) == ("glosses", "few_shot")]
+        for run in few:
+            store.put(Record(run, [1.0 if run is few[4] else 0.5]))
+        tested = prompted_runs(FULL, store)
+        assert {run.options for run in tested} == {few[4].options}
+        assert sorted((run.shots, run.seed) for run in tested) == [(k, s) for k in (8, 32, 150) for s in (0, 1, 2)]
+        assert {run.part for run in tested} == {"test"}
 
 
 class TestStore:

@@ -22,8 +22,9 @@ ROWS = 200
 TUNED = ("lora", "peft_prompt_tuning", "peft_prefix_tuning", "prompt_tuning", "prefix_tuning")
 PROFILE = Profile(
     "made up",
-    tasks={MINILM: ("docs",), SMOLLM2: ("docs",)},
-    contestants={MINILM: ("head", *TUNED), SMOLLM2: (*TUNED, "cpt")},
+    tasks={MINILM: ("docstrings",), SMOLLM2: ("docstrings",)},
+    searched=("docstrings",),
+    contestants={MINILM: ("head", *TUNED), SMOLLM2: (*TUNED, "p_tuning")},
     shots=(8, 32, 150),
     seeds={MINILM: 2, SMOLLM2: 3},
     steps={MINILM: lambda shots: 60, SMOLLM2: lambda shots: 100},
@@ -33,9 +34,13 @@ SHARES = {"majority": 0.1, "tfidf": 0.4, "zero_shot": 0.3, "few_shot": 0.5, "hea
 
 
 def _share(run: Run) -> float:
-    methods = {"prompt_tuning": 0.75, "prefix_tuning": 0.7, "cpt": 0.7}
+    methods = {"prompt_tuning": 0.75, "prefix_tuning": 0.7, "p_tuning": 0.7}
     score = (SHARES | methods).get(run.contestant, 0.6)
-    return score - 0.1 * abs(np.log10(run.learning_rate / 0.01)) if run.part == "development" else score
+    return (
+        score - 0.1 * abs(np.log10(run.learning_rate / 0.01))
+        if run.learning_rate and run.part == "development"
+        else score
+    )
 
 
 def _record(run: Run) -> Record:
@@ -57,16 +62,21 @@ def _record(run: Run) -> Record:
 def store(tmp_path: Path) -> Store:
     """All results of the profile."""
     store = Store(tmp_path / "results")
-    for run in [*plan.baseline_runs(PROFILE), *plan.search_runs(PROFILE)]:
+    for run in [*plan.baseline_runs(PROFILE), *plan.prompt_runs(PROFILE)]:
         store.put(_record(run))
-    for run in plan.final_runs(PROFILE, store):
+    while remaining := store.missing(plan.search_runs(PROFILE, store)):
+        for run in remaining:
+            store.put(_record(run))
+    for run in [*plan.prompted_runs(PROFILE, store), *plan.final_runs(PROFILE, store)]:
         store.put(_record(run))
     return store
 
 
 def _rows(store: Store, model: str) -> dict[str, dict[str, str]]:
     """Return the cells of a table by contestant and column."""
-    lines = [line.strip("|").split("|") for line in scores_table(Standings(store, PROFILE), "docs", model).split("\n")]
+    lines = [
+        line.strip("|").split("|") for line in scores_table(Standings(store, PROFILE), "docstrings", model).split("\n")
+    ]
     header, _, *rows = [[cell.strip() for cell in line] for line in lines]
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
@@ -82,7 +92,7 @@ def test_a_table_has_every_contestant_and_every_number_of_shots(store: Store) ->
     encoder, decoder = _rows(store, MINILM), _rows(store, SMOLLM2)
     baselines = {label_of("majority"), label_of("tfidf")}
     assert set(encoder) == {label_of(name) for name in ("majority", "tfidf", "head", *TUNED)}
-    assert set(decoder) - baselines == {label_of(name) for name in ("zero_shot", "few_shot", "cpt", *TUNED)}
+    assert set(decoder) - baselines == {label_of(name) for name in ("zero_shot", "few_shot", "p_tuning", *TUNED)}
     assert list(encoder["head only"])[1:4] == ["8 shots", "32 shots", "150 shots"]
     assert "0 shots" in decoder["zero-shot"]
 
@@ -140,9 +150,9 @@ def test_equal_scores_are_both_bold_and_a_single_score_is_not(store: Store) -> N
 def test_cells_without_planned_runs_are_empty(store: Store) -> None:
     rows = _rows(store, SMOLLM2)
     assert rows["zero-shot"]["8 shots"] == ""
-    assert rows[label_of("cpt")]["0 shots"] == ""
-    assert rows[label_of("cpt")]["8 shots"] == ""
-    assert rows[label_of("cpt")]["32 shots"].startswith("0.69")
+    assert rows[label_of("p_tuning")]["0 shots"] == ""
+    assert rows[label_of("p_tuning")]["8 shots"] == ""
+    assert rows[label_of("p_tuning")]["32 shots"].startswith("0.69")
 
 
 def test_missing_runs_are_dashes(store: Store) -> None:
@@ -162,7 +172,7 @@ def test_a_contestant_without_any_results_has_dashes_only(store: Store) -> None:
 
 def test_a_learning_rate_that_is_not_chosen_leaves_dashes(store: Store) -> None:
     """A test result with a rate from an unfinished search is not shown."""
-    searched = next(run for run in plan.search_runs(PROFILE) if run.contestant == "head")
+    searched = next(run for run in plan.search_runs(PROFILE, store) if run.contestant == "head")
     (store.directory / searched.file).unlink()
     assert set(list(_rows(store, MINILM)["head only"].values())[1:]) == {MISSING}
 
@@ -198,7 +208,7 @@ def test_the_best_method_is_chosen_on_the_development_rows(store: Store) -> None
     for record in store.all():
         if record.run.contestant == "prefix_tuning" and record.run.part == "test":
             store.put(Record(record.run, [1.0] * ROWS))
-    assert Standings(store, PROFILE).best_method("docs", MINILM, 32) == ("prompt_tuning", "development")
+    assert Standings(store, PROFILE).best_method("docstrings", MINILM, 32) == ("prompt_tuning", "development")
 
 
 def test_comparisons_say_better_worse_and_on_a_par(store: Store, tmp_path: Path) -> None:
@@ -209,7 +219,7 @@ def test_comparisons_say_better_worse_and_on_a_par(store: Store, tmp_path: Path)
     peft = [
         line for line in section.split("\n") if line.startswith("| prefix tuning (softhooks) | prefix tuning (PEFT)")
     ]
-    assert len(peft) == 4  # PEFT's version tunes the language model with 32 shots only
+    assert len(peft) == 2 * len(PROFILE.shots)
     assert all("| better |" in line for line in peft)
     for record in store.all():
         if record.run.contestant in ("lora", "prefix_tuning") and record.run.part == "test":
@@ -250,14 +260,15 @@ def test_the_report_has_its_sections_and_plots(store: Store, tmp_path: Path) -> 
     assert "- batch size: 8" in text
     assert "- seeds: 0, 1, 2" in text
     assert "- runs of the comparison without a result: 0" in text
-    assert "### docs, minilm: accuracy" in text
-    assert "each contestant tried 3 learning rates on the development rows" in text
-    assert "with 32 shots and one seed and is used for all numbers of shots; ties went to the smallest rate" in text
+    assert "### docstrings, minilm: accuracy" in text
+    assert "Learning rates were chosen on the development rows of docstrings, one for each model and contestant" in text
+    assert "- docstrings, smollm2, few-shot in context: `# {text}\\nimport {answer}`" in text
+    assert "was chosen and is used for all numbers of shots; ties went to the smallest rate" in text
     assert "for synopses: 8 rows each" in text
     assert "take as many as fit into 1,024 tokens." in text
     assert "- minilm: all-MiniLM-L6-v2" in text
-    assert f"| docs | 4000 | 150 | {ROWS} |" in text
-    encoder, decoder = text.split("### docs, smollm2: accuracy")
+    assert f"| docstrings | 4000 | 150 | {ROWS} |" in text
+    encoder, decoder = text.split("### docstrings, smollm2: accuracy")
     assert TWO_SEEDS in encoder
     assert TWO_SEEDS not in decoder
     images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
@@ -270,22 +281,23 @@ def test_a_single_number_of_shots_has_one_plot(store: Store, tmp_path: Path) -> 
     path = write_report(store, replace(PROFILE, shots=(32,)), tmp_path / "report", [])
     text = path.read_text(encoding="utf-8")
     assert "against shots" not in text
-    assert "docs-minilm-trained.png" in text
+    assert "docstrings-minilm-trained.png" in text
     assert not list(path.parent.glob("*-shots.png"))
-    assert "with 32 shots and one seed; ties went" in text
+    assert "with 32 shots and one seed. Each" in text
+    assert "was chosen; ties went" in text
     assert "## Findings" not in text
 
 
 def test_unknown_numbers_of_rows_are_dashes(store: Store, tmp_path: Path) -> None:
     for record in store.all():
         store.put(replace(record, extra={}))
-    assert f"| docs | {MISSING} | {MISSING} | {MISSING} |" in _report(store, tmp_path)
+    assert f"| docstrings | {MISSING} | {MISSING} | {MISSING} |" in _report(store, tmp_path)
 
 
 def test_rouge_is_called_rouge(store: Store, tmp_path: Path) -> None:
     record = next(r for r in store.all() if _is(r.run, "head", 32) and r.run.part == "test")
     store.put(Record(record.run, [0.5] * ROWS))
-    assert "### docs, minilm: ROUGE-L" in _report(store, tmp_path)
+    assert "### docstrings, minilm: ROUGE-L" in _report(store, tmp_path)
 
 
 def test_findings_are_not_measured_without_runs(store: Store, tmp_path: Path) -> None:
