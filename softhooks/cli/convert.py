@@ -13,28 +13,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import nn
-
-from softhooks.base_model.info import class_of_transformers
+from softhooks.analysis.load_base import load_base
 from softhooks.errors import CheckpointError, OptionError
 from softhooks.formats import peft_write, softhooks_files
 from softhooks.formats.find import MARKS, Format, explain_missing, read
 from softhooks.formats.stored import StoredPrompt
 from softhooks.load import attach_stored
 from softhooks.methods.from_prompt import with_all_options
-
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def convert(
@@ -91,7 +77,7 @@ def _warn_of_also_trained(stored: StoredPrompt) -> None:
 def _write(stored: StoredPrompt, folder: Path, wanted: Format, base: Path | None, strict: bool) -> None:
     model = structure = None
     if base is not None:
-        model = _load_base(stored, base)
+        model = load_base(stored, str(base), "--base", local=True)
         with attach_stored(model, stored, "default", strict=strict) as prompt:
             structure, on_base = prompt.prompted_model.structure, prompt.to_stored()
         revision = stored.base.revision or on_base.base.revision
@@ -115,65 +101,6 @@ def _require_known(stored: StoredPrompt) -> None:
             "Give the directory of the base model with `--base`.",
             base=stored.base.name_or_path or "not named",
         )
-
-
-def _load_base(stored: StoredPrompt, base: Path) -> nn.Module:
-    """Load the base model from a folder, with the class that it had when the prompt was trained.
-
-    Only local safetensors files are read, and no remote code is run.
-    """
-    import transformers
-
-    name = stored.base.class_name or _AUTO.get(stored.base.task or "", "")
-    cls: Any = class_of_transformers(name)
-    if not hasattr(cls, "from_pretrained"):
-        raise CheckpointError(
-            f"{stored.source}: transformers has no class for this prompt's base model.",
-            class_name=name or "not known",
-            task=stored.base.task or "not known",
-        )
-    hub = {"local_files_only": True, "trust_remote_code": False}
-    labels = {} if (count := _labels(stored)) is None else {"num_labels": count}
-    try:
-        with _quiet():
-            config = transformers.AutoConfig.from_pretrained(str(base), **hub, **labels)
-            _check_config(config, cls)
-            model: nn.Module = cls.from_pretrained(
-                str(base), config=config, use_safetensors=True, dtype=torch.float32, **hub
-            )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{base}, given as `--base`, cannot be loaded with `{name}.from_pretrained`.",
-            "Give a directory with config.json and safetensors files, written by `save_pretrained` of the base model.",
-            error=f"{type(error).__name__}: {error}",
-        ) from error
-    return model.eval()
-
-
-def _check_config(config: Any, cls: Any) -> None:
-    """Refuse a config of another class, with which transformers would create a model with random weights."""
-    own = getattr(cls, "config_class", None)
-    if own is not None and type(config) is not own:
-        raise ValueError(f"the config is a {type(config).__name__}; {cls.__name__} needs a {own.__name__}")
-
-
-def _labels(stored: StoredPrompt) -> int | None:
-    """Return the number of labels, which is the number of rows of a stored head's last matrix; None without a head."""
-    matrices = [value for head in stored.heads.values() for value in head.values() if value.dim() == 2]
-    return matrices[-1].shape[0] if matrices else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' warning about a newly initialized head, because the stored head will replace it."""
-    import transformers
-
-    before: Any = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 # --- the target -------------------------------------------------------------------------------------------------------

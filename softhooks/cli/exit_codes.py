@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from softhooks.cli.prompt_table import visible
+from softhooks.cli.visible import visible
 from softhooks.errors import OptionError, SoftHooksError
 
 FAILURE, USAGE = 1, 2

@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from softhooks.analysis.slots import gates_of, slots_of
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.formats import peft_read, softhooks_files
 from softhooks.formats.files import parse_json, read_json, read_tensors
-from softhooks.formats.find import format_of, read
+from softhooks.formats.find import format_of, is_checkpoint, read
 from softhooks.formats.softhooks_files import LIVE
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods.stored_method import method_of
+from softhooks.prompt_encoder import EMBEDDINGS
+
+INITIAL = "initial"
+"""The directory in which `softhooks train` saves the prompt before training."""
 
 
-def facts_of(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Questions:
+    """What `softhooks inspect` finds out in addition to the contents of the files.
+
+    Attributes:
+        initial: the prompt before training; by default, the directory `initial` of the training run.
+        model: the base model, or None to load none.
+        words: the number of nearest words of each virtual token.
+        text: the text on which attention is measured; None for a built-in one.
+        strict: whether to refuse another base model.
+        matrix: whether to return all similarities of virtual tokens.
+    """
+
+    initial: Path | None = None
+    model: str | None = None
+    words: int = 5
+    text: str | None = None
+    strict: bool = True
+    matrix: bool = False
+
+
+def facts_of(folder: Path, questions: Questions | None = None) -> dict[str, Any]:
     """Describe a saved prompt with values that JSON supports; NaN and infinity become strings."""
+    asked = questions or Questions()
     stored = read(folder)
     method = method_of(stored)
     is_native = format_of(folder) == "softhooks"
@@ -50,9 +78,34 @@ def facts_of(folder: Path) -> dict[str, Any]:
         "bytes": file.stat().st_size,
         "tensors": [_tensor(name, tensor) for name, tensor in sorted(tensors.items())],
         "live": live,
+        "gates": gates_of(stored, method),
+        **_slots(folder, stored, method, asked),
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts), parse_constant=str)
     return plain
+
+
+def _slots(folder: Path, stored: StoredPrompt, method: Method, asked: Questions) -> dict[str, Any]:
+    """Describe the virtual tokens, and what they do on the base model if it is given."""
+    path = asked.initial or _initial_of(folder)
+    initial = None if path is None else read(path)
+    source, on_model = None if initial is None else str(path), None
+    if asked.model is not None:
+        from softhooks.analysis.on_model import TEXT, PromptOnBase  # imports transformers
+
+        base = PromptOnBase(stored, asked.model, strict=asked.strict)
+        on_model = base.facts(asked.words, asked.text or TEXT)
+        rows = None if initial is not None else base.start_rows()
+        if rows is not None:
+            initial, source = replace(stored, tables={EMBEDDINGS: rows}), "the words that initialized it"
+    slots = slots_of(stored, method, initial, matrix=asked.matrix)
+    return {"slots": slots, "drift_from": source, "on_model": on_model}
+
+
+def _initial_of(folder: Path) -> Path | None:
+    """Return the directory in which `softhooks train` saved the prompt before training; None if there is none."""
+    run = folder.parent.parent if is_checkpoint(folder) else folder
+    return run / INITIAL if format_of(run / INITIAL) is not None else None
 
 
 def _options(stored: StoredPrompt, method: Method) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from softhooks.cli.slot_table import show_slots, slot_facts
+from softhooks.cli.visible import visible
+
 
 def show(prompts: list[dict[str, Any]], console: Console) -> None:
     """Print the facts about each prompt and its tensors."""
@@ -21,6 +24,7 @@ def show(prompts: list[dict[str, Any]], console: Console) -> None:
         for name, value in _facts(one):
             facts.add_row(f"  {name}", Text(visible(value)))
         console.print(facts, _tensors(one["tensors"]))
+        show_slots(one, console)
 
 
 def _tensors(tensors: list[dict[str, Any]]) -> Table:
@@ -52,7 +56,11 @@ def _facts(prompt: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{parameters['prompt']:,} in the prompt, {parameters['heads']:,} in heads"),
         ("file", f"{prompt['file']}, {prompt['bytes']:,} bytes"),
         ("live", "none" if live is None else _live(prompt["name"], live)),
+        *slot_facts(prompt),
     ]
+    if prompt["on_model"] is not None:
+        share = parameters["prompt"] / max(prompt["on_model"]["model_parameters"], 1)
+        facts.append(("on the model", f"enters as {prompt['on_model']['injection']}; {share:.4%} of its parameters"))
     trained = prompt["also_trained"]
     if trained:
         facts.append(
@@ -80,8 +88,3 @@ def _stack(name: str, stack: dict[str, Any]) -> str:
         for layers, heads, keys, values in stack.get(role, ())
     ]
     return "; ".join([f"{name}: {direction}", *runs])
-
-
-def visible(text: str, kept: str = "") -> str:
-    """Escape control characters, such as line breaks and terminal escapes, except those in `kept`."""
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

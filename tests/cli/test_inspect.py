@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import damaged_files as files
+import on_disk
 import pytest
 import table
+import tokens
 import torch
 import training
 import zoo
@@ -23,7 +25,7 @@ from typer.testing import CliRunner
 from untouched import remove_all
 
 import softhooks
-from softhooks import CheckpointError, PrefixTuning, PromptMismatchError, PromptTuning
+from softhooks import CheckpointError, LlamaAdapter, PrefixTuning, PromptMismatchError, PromptTuning
 from softhooks.backbone.container import CONTAINER
 from softhooks.cli import app
 from softhooks.cli.prompt_facts import facts_of
@@ -48,7 +50,7 @@ def run(*arguments: str | Path) -> str:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
-    assert not result.stderr
+    assert not result.stderr or "--model" in arguments  # transformers shows its progress
     return result.stdout
 
 
@@ -460,3 +462,84 @@ def test_help_teaches() -> None:
     text = " ".join(runner.invoke(app.app, ["inspect", "--help"]).output.split())
     for phrase in ("No model is needed", "norms of rows", "live", "--json", "Exit status", "softhooks inspect runs/"):
         assert phrase in text
+
+
+# --- on its model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A prompt with its initial values, as `softhooks train` leaves them, and its base model."""
+    folder = tmp_path_factory.mktemp("trained")
+    model_folder, model = on_disk.base(folder / "base", "llama")
+    prompt = on_disk.saved(folder / "prompt", model, PromptTuning(P))
+    on_disk.saved(prompt / "initial", model, PromptTuning(P), scale=0.5)
+    return prompt, model_folder
+
+
+def test_virtual_tokens_are_summed_up_without_a_model(saved: Path) -> None:
+    lines = [" ".join(line.split()) for line in run(saved).splitlines()]
+    [line] = [line for line in lines if line.startswith("slots norms")]
+    one = told(saved)["slots"][0]
+    assert f"{min(one['norms']):.4g} to {max(one['norms']):.4g}" in line
+    assert not any("nearest words" in line or line.startswith("slot norm") for line in lines)
+
+
+def test_with_its_model_each_virtual_token_has_words_and_each_layer_its_attention(trained: tuple[Path, Path]) -> None:
+    prompt, base = trained
+    one = json.loads(run(prompt, "--model", base, "--words", 2, "--text", "word5 word6", "--json"))[0]
+    assert [len(words) for words in one["on_model"]["nearest_words"]] == [2] * P
+    text = run(prompt, "--model", base, "--words", 2, "--text", "word5 word6")
+    for row, words in enumerate(one["on_model"]["nearest_words"]):
+        shown = ", ".join(f"{word['token']} {word['cosine']:.2f}" for word in words)
+        assert any(line.split()[:1] == [str(row)] and shown in line for line in text.splitlines())
+    for share in one["on_model"]["attention"]["self-attention"]:
+        assert f"{share:.1%}" in text
+    assert "enters as shared" in text
+
+
+def test_drift_is_told_from_the_prompt_before_training(trained: tuple[Path, Path], checkpoint: Path) -> None:
+    prompt, _ = trained
+    one = told(prompt)
+    assert one["drift_from"] == str(prompt / "initial")
+    assert f"from {prompt / 'initial'}" in run(prompt)
+    moved = json.loads(run(checkpoint.parent / "checkpoint-4", "--initial", checkpoint, "--json"))[0]
+    rows = [load_file(folder / TENSORS)["prompt.text"] for folder in (checkpoint, checkpoint.parent / "checkpoint-4")]
+    assert moved["slots"][0]["drift"]["distance"] == pytest.approx((rows[1] - rows[0]).norm(dim=1).tolist(), rel=1e-4)
+    assert told(checkpoint)["drift_from"] is None
+    assert failing(checkpoint, "--initial", checkpoint / "nowhere")[0] == 2
+
+
+def test_another_base_model_is_refused_unless_told_otherwise(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    prompt, _ = trained
+    model = zoo.build("llama", seed=3)
+    model.save_pretrained(tmp_path)
+    tokens.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(PromptMismatchError):
+        run(prompt, "--model", tmp_path)
+    assert "nearest words" in run(prompt, "--model", tmp_path, "--no-strict")
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        run(prompt, "--model", tmp_path, "--no-strict")
+
+
+def test_a_page_is_written_next_to_what_is_printed(saved: Path, tmp_path: Path) -> None:
+    assert run(saved, "--html", tmp_path / "page.html") == run(saved)
+    assert "<svg" in (tmp_path / "page.html").read_text()
+
+
+def test_long_prompts_are_cut_for_people(tmp_path: Path) -> None:
+    prompt = on_disk.saved(tmp_path / "prompt", zoo.build("llama"), PromptTuning(30))
+    on_disk.saved(prompt / "initial", zoo.build("llama"), PromptTuning(30))
+    assert "and 6 more virtual tokens" in run(prompt)
+    assert len(told(prompt)["slots"][0]["norms"]) == 30
+
+
+def test_gates_need_no_model(tmp_path: Path) -> None:
+    prompt = on_disk.saved(tmp_path / "prompt", zoo.build("llama"), LlamaAdapter(P))
+    [gates] = told(prompt)["gates"]
+    text = run(prompt)
+    assert "gates of text, mean size" in text
+    for value in gates["mean"]:
+        assert f"{value:.4g}" in text
