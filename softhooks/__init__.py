@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from softhooks.layout.layout import Layout as Layout
     from softhooks.layout.verbalizer import Verbalizer as Verbalizer
     from softhooks.load import load as load
+    from softhooks.load_model import load_model as load_model
     from softhooks.methods import Cartridge as Cartridge
     from softhooks.methods import ContextAwarePromptTuning as ContextAwarePromptTuning
     from softhooks.methods import ContextTuning as ContextTuning
@@ -75,6 +76,7 @@ _NAMES = {
     "prompt": "SoftPrompt",
     "methods.task_sampling": "TaskSampler",
     "load": "Cartridge load",
+    "load_model": "load_model",
     "switch": "activate disabled kept rows",
     "trainer.callback": "SoftPromptCallback",
     "similarity": "most_similar nearest_words",

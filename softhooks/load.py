@@ -24,7 +24,7 @@ from softhooks.runtime.added_tokens import AddedTokens, copy_rows, take_rows
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.runtime.prompt_parts import PromptSource
 
-__all__ = ["Cartridge", "attach_stored", "load"]
+__all__ = ["Cartridge", "attach_found", "attach_stored", "load"]
 
 
 def load(
@@ -36,7 +36,7 @@ def load(
     freeze_dropout: bool = False,
     injection: Injection | None = None,
     revision: str | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     strict: bool = True,
 ) -> SoftPrompt:
     """Load a saved prompt onto its base model and activate it.
@@ -49,7 +49,8 @@ def load(
         trainable: keep the prompt trainable. Otherwise the prompt is frozen like the model, and `verify_frozen` is not
             available.
         freeze_dropout, injection: as in `attach`.
-        revision, token: the revision of the Hub repository, and the access token.
+        revision, token: the revision of the Hub repository (a branch, a tag or a commit), and the access token. The attribute
+            `loaded_from` of the returned prompt has the commit.
         strict: refuse a base model whose weights differ, except in precision, from those that the prompt was trained with. For
             this comparison, the saved prompt contains a few values of each weight.
 
@@ -59,15 +60,20 @@ def load(
         AttachError: the prompt fits the model but cannot be attached to it. After any error the model is unchanged.
     """
     stored = find(path, revision, token)
+    return attach_found(
+        model, stored, name, trainable=trainable, freeze_dropout=freeze_dropout, injection=injection, strict=strict
+    )
+
+
+def attach_found(model: nn.Module, stored: StoredPrompt, name: str, **options: Any) -> SoftPrompt:
+    """Attach a prompt that was found by its path; `options` are those of `attach_stored`."""
     if stored.also_trained:
         warnings.warn(
             f"{stored.source}: {len(stored.also_trained)} parameters of the base model were trained with this prompt "
             f"({', '.join(stored.also_trained[:3])}, ...), but are not saved with it; load them separately.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return attach_stored(
-        model, stored, name, trainable=trainable, freeze_dropout=freeze_dropout, injection=injection, strict=strict
-    )
+    return attach_stored(model, stored, name, **options)
 
 
 def attach_stored(
@@ -95,6 +101,7 @@ def attach_stored(
     prompt.heads.requires_grad_(trainable)
     if prompt.added is not None:
         prompt.added.requires_grad_(trainable)
+    prompt.loaded_from = stored.loaded_from
     return prompt
 
 

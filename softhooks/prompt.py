@@ -22,8 +22,11 @@ from softhooks.compat.sharding import gathered, is_sharded_model
 from softhooks.constraint import unwatch
 from softhooks.errors import NotAttachedError, UnsupportedMethodError
 from softhooks.formats import peft_write, softhooks_files
+from softhooks.formats.hub_commit import HubCommit
 from softhooks.formats.stored import StoredPrompt, outline
 from softhooks.method import Method
+from softhooks.model_card.card import CardFacts, FrozenProof
+from softhooks.model_card.training_run import TrainingRun
 from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.install import detach
 from softhooks.runtime.plot import plot_tables
@@ -33,6 +36,9 @@ from softhooks.runtime.summary import PromptSummary, summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 class SoftPrompt(AttachedPrompt):
@@ -48,6 +54,9 @@ class SoftPrompt(AttachedPrompt):
             `written_out`, `cache`, `shared`) or as a gated branch (`branch`).
         conventions: the assumptions about the forward pass that are saved with the prompt.
         is_attached: whether the prompt is still attached.
+        loaded_from: the commit on the Hub that the prompt, or the prompt that it was trained from, was loaded from; None if it
+            was never on the Hub.
+        training_run: the facts about its training, for the model card; set by `SoftPromptCallback`.
     """
 
     def __init__(
@@ -65,6 +74,8 @@ class SoftPrompt(AttachedPrompt):
         )
         self.prompted_model = prompted
         self.is_attached = False
+        self.loaded_from: HubCommit | None = None
+        self.training_run: TrainingRun | None = None
 
     @property
     def stored_conventions(self) -> dict[str, Any]:
@@ -197,6 +208,7 @@ class SoftPrompt(AttachedPrompt):
             labels=self.prompted_model.labels.of(self),
             added={} if added is None else added.tables(),
             added_ids=() if added is None else tuple(added.ids.tolist()),
+            loaded_from=self.loaded_from,
         )
 
     def _fingerprint(self) -> Fingerprint:
@@ -208,24 +220,54 @@ class SoftPrompt(AttachedPrompt):
         return without_rows(kept or take_fingerprint(prompted.model, prompted.structure, frozen=True), own)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **kwargs: Any
-    ) -> Any:
-        """Save the prompt, and upload its files to the Hub.
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | None:
+        """Upload the prompt and its model card to the Hub, but not the base model.
+
+        The card describes the prompt, its base model and, if a `SoftPromptCallback` trained the prompt in this process, the
+        training run. If the repository has a card, only the part that softhooks wrote is replaced; a card without such a part
+        is kept. If the model is sharded, every rank must call this method; only the first rank uploads.
 
         Args:
             repo_id: the repository; created if it does not exist.
             private: whether a new repository is private.
             token: as in `huggingface_hub`.
-            kwargs: other arguments of `HfApi.upload_folder`, such as `commit_message`.
-        """
-        from huggingface_hub import HfApi
+            revision: the branch to commit to; created if it does not exist. By default, `main`.
+            commit_message: the first line of the commit.
+            kwargs: other arguments of `HfApi.upload_folder`, such as `create_pr`.
 
-        with tempfile.TemporaryDirectory() as folder:
+        Returns:
+            the commit; None on ranks that do not upload.
+
+        Raises:
+            FrozenModifiedError: the base model has changed since the prompt was attached; nothing is uploaded.
+            NotAttachedError: the prompt was removed.
+            HfHubHTTPError: the Hub refused a request.
+        """
+        from softhooks.model_card.upload import upload
+
+        self._require_attached()
+        proof = self.frozen_proof()
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             self.save_pretrained(folder)
-            api = HfApi() if token is None else HfApi(token=token)
-            about: dict[str, Any] = {} if private is None else {"private": private}
-            api.create_repo(repo_id, exist_ok=True, **about)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+            if not any(folder.iterdir()):
+                return None
+            message = commit_message or f"Upload soft prompt ({self.method.kind})"
+            facts = CardFacts(self.to_stored(), repo_id, type(self.method).__name__, proof, self.training_run)
+            return upload(folder, facts, private, token, revision, commit_message=message, **kwargs)
+
+    def frozen_proof(self) -> FrozenProof | None:
+        """Check that the base model has not changed, for the model card; return None if the prompt has no record of it."""
+        record = self.prompted_model.record
+        return None if record is None else FrozenProof(record.verify(self.model), record.fingerprint(record.digests))
 
     def remove(self) -> None:
         """Remove the prompt and restore the model. Calling this again has no effect.

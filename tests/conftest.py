@@ -8,10 +8,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
 import transformers
+from hub_stand_in import HubStandIn, connect
 from untouched import leave_libraries_alone
 
 from softhooks import constraint
@@ -43,3 +47,10 @@ def _no_prompt_left() -> None:
     shared = (attention_interface.users, constraint.watched, trainer_patches.callbacks, trainer_patches.logged_savers)
     if any(shared):
         gc.collect()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    """A stand-in for the Hub, which huggingface_hub and transformers use in this test."""
+    with HubStandIn().running() as hub, connect(hub, tmp_path / "hub-cache", monkeypatch):
+        yield hub

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from softhooks.base_model.auto_classes import auto_class_of
 from softhooks.base_model.info import class_of_transformers
 from softhooks.errors import CheckpointError
 from softhooks.formats.stored import StoredPrompt
-
-_AUTO = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-
+from softhooks.load_model import label_count, without_head_warning
 
 def load_base(stored: StoredPrompt, base: str, option: str, *, local: bool, **options: Any) -> nn.Module:
     """Load the base model from a directory or, unless `local`, from the Hub, in fp32.
@@ -38,7 +28,8 @@ def load_base(stored: StoredPrompt, base: str, option: str, *, local: bool, **op
     """
     import transformers
 
-    name = stored.base.class_name or _AUTO.get(stored.base.task or "", "")
+    auto = auto_class_of(stored.base.class_name, stored.base.task)
+    name = stored.base.class_name or (auto.name if auto else "")
     cls: Any = class_of_transformers(name)
     if not hasattr(cls, "from_pretrained"):
         raise CheckpointError(
@@ -47,9 +38,9 @@ def load_base(stored: StoredPrompt, base: str, option: str, *, local: bool, **op
             task=stored.base.task or "not known",
         )
     hub = {"local_files_only": local, "trust_remote_code": False}
-    labels = {} if (count := _labels(stored)) is None else {"num_labels": count}
+    labels = {} if (count := label_count(stored)) is None else {"num_labels": count}
     try:
-        with _quiet():
+        with without_head_warning():
             config = transformers.AutoConfig.from_pretrained(base, **hub, **labels)
             _check_config(config, cls)
             model: nn.Module = cls.from_pretrained(
@@ -70,22 +61,3 @@ def _check_config(config: Any, cls: Any) -> None:
     own = getattr(cls, "config_class", None)
     if own is not None and type(config) is not own:
         raise ValueError(f"the config is a {type(config).__name__}; {cls.__name__} needs a {own.__name__}")
-
-
-def _labels(stored: StoredPrompt) -> int | None:
-    """Return the number of labels, which is the number of rows of a stored head's last matrix; None without a head."""
-    matrices = [value for head in stored.heads.values() for value in head.values() if value.dim() == 2]
-    return matrices[-1].shape[0] if matrices else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' warning about a newly initialized head, because the stored head will replace it."""
-    import transformers
-
-    before: Any = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from softhooks.backbone.stack import ModelStructure
+from softhooks.base_model.cached_commits import cached_commits
 from softhooks.base_model.fingerprint import Fingerprint
 from softhooks.compat.peft import unwrapped
 from softhooks.errors import CheckpointError
@@ -57,7 +58,7 @@ class BaseModelInfo:
         return cls(
             class_name=type(plain).__name__,
             name_or_path=str(getattr(config, "_name_or_path", "") or ""),
-            revision=str(getattr(config, "_commit_hash", None) or "") or None,
+            revision=_revision(plain, config),
             quantization=_quantization(config),
             fingerprint=fingerprint,
             width=structure.entry.width,
@@ -87,6 +88,14 @@ class BaseModelInfo:
         facts += [f"digest {known.digest}, {known.vocabulary} rows of embeddings"] if known else []
         name = f"{self.class_name or 'a model'} {self.name_or_path or 'without a name'}"
         return name + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _revision(model: nn.Module, config: Any) -> str | None:
+    """Return the commit that a model was loaded from, if transformers recorded it or its files are in the cache."""
+    recorded = getattr(config, "_commit_hash", None)
+    if recorded:
+        return str(recorded)
+    return next(iter(cached_commits(model, str(getattr(config, "_name_or_path", "") or ""))), None)
 
 
 def _quantization(config: Any) -> str | None:

@@ -9,9 +9,11 @@ from dataclasses import replace
 from torch import nn
 
 from softhooks.backbone.stack import ModelStructure
+from softhooks.base_model.cached_commits import cached_commits
 from softhooks.base_model.compare import Finding, compare, lowered
 from softhooks.base_model.info import BaseModelInfo
 from softhooks.base_model.take_fingerprint import take_fingerprint
+from softhooks.compat.peft import unwrapped
 from softhooks.errors import PromptMismatchError
 
 _FINDINGS: dict[Finding, str] = {
@@ -65,7 +67,7 @@ def require_base(
     """
     found = BaseModelInfo.of(model, structure)
     if base.fingerprint is None:
-        _require_revision(base, found, source, override)
+        _require_revision(base, model, found, source, override)
         return
     fingerprint = take_fingerprint(model, structure, like=base.fingerprint)
     finding = compare(base.fingerprint, fingerprint, adapters=not has_adapters)
@@ -88,11 +90,13 @@ def require_base(
     )
 
 
-def _require_revision(base: BaseModelInfo, found: BaseModelInfo, source: str, override: str) -> None:
+def _require_revision(base: BaseModelInfo, model: nn.Module, found: BaseModelInfo, source: str, override: str) -> None:
     """Compare Hub commits, but not the names of branches and tags, because a branch or tag may move."""
     then, now = base.revision or "", found.revision or ""
     if not _COMMIT.fullmatch(then) or not now or base.name_or_path != found.name_or_path or now.startswith(then):
         return
+    if any(commit.startswith(then) for commit in cached_commits(unwrapped(model), found.name_or_path)):
+        return  # several commits have the same weights
     raise PromptMismatchError(
         "the model's revision is not the one that the prompt was trained with.",
         f"Load the model with `revision={then!r}`; {override}.",

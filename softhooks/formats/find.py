@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from softhooks.backbone.container import CONTAINER
 from softhooks.errors import CheckpointError
 from softhooks.formats import peft_read, softhooks_files
+from softhooks.formats.download import download
 from softhooks.formats.files import read_json
 from softhooks.formats.stored import StoredPrompt
 
@@ -26,9 +27,14 @@ _MAX_LISTED = 8
 _MAX_BYTES = 64 * 2**20  # larger files are not parsed as JSON
 
 
-def find(path: str | Path, revision: str | None = None, token: str | None = None) -> StoredPrompt:
+def find(path: str | Path, revision: str | None = None, token: str | bool | None = None) -> StoredPrompt:
     """Read a prompt from a directory or from the Hub."""
-    return read(Path(path) if _exists(Path(path)) else _download(str(path), revision, token))
+    if _exists(Path(path)):
+        return read(Path(path))
+    folder, commit = download(str(path), revision, token)
+    stored = read(folder)
+    stored.loaded_from = commit
+    return stored
 
 
 def format_of(folder: Path) -> Format | None:
@@ -50,21 +56,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # the name is too long for a file
         return False
-
-
-def _download(repository: str, revision: str | None, token: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = [softhooks_files.DESCRIPTION, softhooks_files.TENSORS, peft_read.CONFIG, peft_read.TENSORS]
-    try:
-        return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{repository!r} is neither a local directory nor a repository that can be downloaded from the Hub.",
-            "Check the path, or the name of the repository.",
-            hub=f"{type(error).__name__}: {error}",
-        ) from error
 
 
 # --- a folder without a prompt ----------------------------------------------------------------------------------------

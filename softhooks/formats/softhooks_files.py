@@ -19,6 +19,7 @@ from softhooks._version import __version__
 from softhooks.base_model.info import BaseModelInfo
 from softhooks.errors import CheckpointError
 from softhooks.formats.files import parse_json, read_tensors, write_json, write_tensors
+from softhooks.formats.hub_commit import HubCommit
 from softhooks.formats.labels import read_labels
 from softhooks.formats.stored import StoredPrompt
 from softhooks.prompt_encoder import TableEncoder
@@ -62,6 +63,7 @@ def _describe(stored: StoredPrompt) -> dict[str, Any]:
     return {
         **({} if labels is None else {"labels": labels}),
         **({"added_tokens": list(stored.added_ids)} if stored.added_ids else {}),
+        **({} if stored.loaded_from is None else {"loaded_from": stored.loaded_from.to_json()}),
         "format": FORMAT,
         "format_version": _VERSION,
         "method": stored.kind,
@@ -117,6 +119,7 @@ def read(path: Path) -> StoredPrompt:
         labels=read_labels(description.get("labels"), heads, source),
         added=added,
         added_ids=_read_ids(description.get("added_tokens"), added, source),
+        loaded_from=HubCommit.from_json(description.get("loaded_from"), source),
     )
     stored.require_finite()
     return stored

@@ -13,6 +13,7 @@ from softhooks.backbone.stack import ModelStructure, Role, Stack
 from softhooks.base_model.info import BaseModelInfo
 from softhooks.base_model.same_base import OVERRIDE, require_base
 from softhooks.errors import CheckpointError
+from softhooks.formats.hub_commit import HubCommit
 from softhooks.formats.labels import Labels
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,6 +37,7 @@ class StoredPrompt:
         labels: the label names of the heads, or None if unknown.
         added: the trained rows of added tokens, by name.
         added_ids: the ids of these tokens.
+        loaded_from: the commit on the Hub that this prompt, or the prompt that it was trained from, was loaded from.
     """
 
     kind: str
@@ -51,6 +53,7 @@ class StoredPrompt:
     labels: Labels | None = None
     added: dict[str, Tensor] = field(default_factory=dict)
     added_ids: tuple[int, ...] = ()
+    loaded_from: HubCommit | None = None
 
     def require_finite(self) -> None:
         """Raise a `CheckpointError` if a tensor contains infinite numbers or NaN, or is not floating-point."""

@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from softhooks.backbone.container import CONTAINER, is_prompt_key
-from softhooks.compat.sharding import gathered
+from softhooks.compat.sharding import gathered, is_sharded_model
 from softhooks.errors import PromptMismatchError
 from softhooks.formats.files import read_tensors
-from softhooks.formats.find import is_checkpoint
+from softhooks.formats.find import is_checkpoint, read
 from softhooks.formats.softhooks_files import LIVE
+from softhooks.model_card.card import CardFacts
 from softhooks.patching.patches import MethodWrapper
-from softhooks.prompt import soft_prompts_of
+from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.saving.live_state import NotSaved, live_tensors, write_live
 from softhooks.saving.outer_model import SaveFromOutside, prompt_folders
@@ -53,7 +54,7 @@ class SavePrompts(MethodWrapper):
 
     def _save_prompts(self, folder: Path, call: dict[str, Any]) -> None:
         state, writes = call.get("state_dict"), call.get("is_main_process", True)
-        folders, before = prompt_folders(self.prompted, folder), _file_times(folder) if call.get("push_to_hub") else {}
+        folders, before = prompt_folders(self.prompted, folder), file_times(folder) if call.get("push_to_hub") else {}
         with ExitStack() as whole:
             for prompt in folders:
                 writes = whole.enter_context(gathered(prompt, state)) and writes
@@ -69,7 +70,7 @@ class SavePrompts(MethodWrapper):
                 ", ".join(f"{prompt.name!r} to {own}" for prompt, own in folders.items()),
             )
         if writes and call.get("push_to_hub"):
-            _push(folder, before, call)
+            push_saved(folder, before, call, *next(iter(folders.items())))
 
     def _save_other_trained(self, folder: Path, call: dict[str, Any]) -> None:
         """Write the other trained parameters (PEFT's adapters, parameters of the base) and, in a checkpoint, the live state."""
@@ -197,17 +198,26 @@ def _without_prompts(model: nn.Module) -> Iterator[None]:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _file_times(folder: Path) -> dict[str, int]:
+def file_times(folder: Path) -> dict[str, int]:
+    """Return the modification times of all files in a directory, by relative path."""
     files = (file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else ()
     return {file.relative_to(folder).as_posix(): file.stat().st_mtime_ns for file in files}
 
 
-def _push(folder: Path, before: dict[str, int], call: dict[str, Any]) -> None:
-    """Upload the files that this save wrote, as `save_pretrained(push_to_hub=True)` does."""
-    from huggingface_hub import HfApi
+def push_saved(folder: Path, before: dict[str, int], call: dict[str, Any], prompt: SoftPrompt, own: Path) -> None:
+    """Upload the files that a save wrote, and a model card, as `save_pretrained(push_to_hub=True)` does.
 
-    api = HfApi(token=call.get("token"))
-    about = {name: call[name] for name in ("commit_message", "create_pr", "revision") if name in call}
-    repository = api.create_repo(call.get("repo_id", folder.name), private=call.get("private"), exist_ok=True).repo_id
-    written = [file for file, time in _file_times(folder).items() if before.get(file) != time]
-    api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=written, **about)
+    Args:
+        before: the `file_times` before the save.
+        call: the arguments of `save_pretrained`.
+        prompt, own: the prompt that the card describes, and the directory that it was written to.
+    """
+    from softhooks.model_card.upload import CARD_FILES, upload
+
+    written = [file for file, time in file_times(folder).items() if before.get(file) != time]
+    about = {name: call[name] for name in ("commit_message", "create_pr") if name in call}
+    proof = None if is_sharded_model(prompt.model) else prompt.frozen_proof()  # not every rank is here
+    name, method = call.get("repo_id", folder.name), type(prompt.method).__name__
+    facts = CardFacts(read(own), name, method, proof, prompt.training_run)
+    where = (call.get("private"), call.get("token"), call.get("revision"))
+    upload(folder, facts, *where, allow_patterns=[*written, *CARD_FILES], **about)

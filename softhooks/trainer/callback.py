@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 from softhooks.base_model.frozen_record import FrozenRecord, FrozenReport
 from softhooks.compat.bitsandbytes import mark_trainable, require_trainable, unmark_trainable
 from softhooks.compat.sharding import is_sharded_model
 from softhooks.constraint import begin_step, end_step
 from softhooks.method import Method
+from softhooks.model_card.training_run import TrainingRun
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.attached_prompt import Injection
 from softhooks.trainer.attachment import FrozenPrompts, attach_or_continue, present_prompt, saver_for
@@ -26,6 +27,7 @@ from softhooks.trainer.batches import prepare_template_rows, use_sampler
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
 from softhooks.trainer.derived_trainers import check_trainer, guard_trainer
 from softhooks.trainer.frozen_check import CheckFrozen, FrozenCheck
+from softhooks.trainer.hub import PushedPrompt
 from softhooks.trainer.incomplete_checkpoints import remove_links, rename_incomplete, replacement_links
 from softhooks.trainer.launch import check_launch
 from softhooks.trainer.optimizer import is_mended, mend_optimizer, name_of, refuse_fused, require_gradient
@@ -42,7 +44,7 @@ from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_r
 from softhooks.trainer.trainer_patches import callbacks, patch_trainer
 
 
-class SoftPromptCallback(TrainerCallback):
+class SoftPromptCallback(PushedPrompt):
     """Train a soft prompt with any Trainer: `Trainer(..., callbacks=[SoftPromptCallback(PromptTuning(20))])`.
 
     Checkpoints contain the prompt (`soft_prompt.*`, which `softhooks.load` reads) and its live parameters, from which the Trainer
@@ -192,6 +194,8 @@ class SoftPromptCallback(TrainerCallback):
         self._frozen_check.begin(prompt, state.global_step)
         prompt.prompted_model.embed_last()
         saver.verify = None if self._is_sharded else lambda: self._frozen_check.check(prompt, "save", state.global_step)
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        prompt.training_run = TrainingRun.of(args, state.log_history, dataset)
         seed = args.seed if args.data_seed is None else args.data_seed  # the seed that the Trainer would shuffle with
         self._sampler = use_sampler(kwargs.get("train_dataloader"), self.method, seed)
 

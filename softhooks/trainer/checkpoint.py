@@ -24,7 +24,7 @@ from softhooks.errors import TrainerError
 from softhooks.formats.files import parse_json
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.live_state import DESCRIPTION, NotSaved, live_tensors, write_live
-from softhooks.saving.save_pretrained import SavePrompts
+from softhooks.saving.save_pretrained import SavePrompts, file_times, push_saved
 from softhooks.trainer.incomplete_checkpoints import Lock
 from softhooks.trainer.metrics import TrainingMetrics
 
@@ -87,14 +87,10 @@ class CheckpointSaver:
         """Write the prompt, but not the model's weights or config; in a Trainer's checkpoint, also write the live parameters."""
         if self._save_all is not None and (not self.prompt.is_attached or self.prompt.prompted_model.disabled):
             return self._save_all(save_directory, is_main_process=is_main_process, **kwargs)
-        if kwargs.get("push_to_hub"):
-            raise TrainerError(
-                "`push_to_hub` is not available while a callback trains the prompt; `save_pretrained` writes only the prompt.",
-                "Call `soft_prompt.push_to_hub(repo_id)`.",
-            )
         if not is_main_process:
             return None
         folder = Path(save_directory)
+        before = file_times(folder) if kwargs.get("push_to_hub") else {}
         is_checkpoint = self.writes_checkpoints and folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         if is_checkpoint:
             if self.verify is not None:
@@ -107,6 +103,8 @@ class CheckpointSaver:
                 self._save_all.save_base({"save_directory": str(folder)})
             if is_checkpoint:
                 write_live(folder, self.state())
+        if kwargs.get("push_to_hub"):
+            push_saved(folder, before, kwargs, self.prompt, folder)
         return None
 
     def finish(self) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, 
 
 from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.heads import find_heads
+from softhooks.base_model.frozen_record import FrozenReport
 from softhooks.errors import NameTakenError, TrainerError
 from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
@@ -25,6 +26,10 @@ class TrainingCallback(Protocol):
     name: str
     method: Method
     soft_prompt: SoftPrompt | None
+
+    @property
+    def report(self) -> FrozenReport | None:
+        """The result of the last check that the base has not changed."""
 
     def on_model_init(self, args: TrainingArguments, control: TrainerControl, model: nn.Module, trial: Any) -> None:
         """Attach the prompt to a model that `model_init` returned."""

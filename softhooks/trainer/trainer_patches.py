@@ -4,6 +4,7 @@
 |---|---|
 | `Trainer.call_model_init` | a new model needs its prompt before the Trainer loads a checkpoint |
 | `Trainer.create_optimizer` | the optimizer must hold exactly the prompt's parameters |
+| `Trainer.create_model_card` | the card must describe the prompt, and not a fine-tuned model |
 | `CallbackHandler.add_callback` | a callback added to an existing Trainer has missed `on_init_end`, which attaches the prompt |
 | `CallbackHandler.on_log` | in its own `on_log`, a callback would add metrics too late for TensorBoard, W&B and MLflow |
 
@@ -29,6 +30,7 @@ from softhooks.patching.shared_patches import SharedPatches
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.prompted_model import prompted_model_of
 from softhooks.trainer.checkpoint import CheckpointSaver, saver_of
+from softhooks.trainer.hub import write_trainer_card
 from softhooks.trainer.optimizer import is_mended, mend_optimizer
 from softhooks.trainer.prompt_checks import TrainingCallback
 
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 
 class PatchedTrainer:
-    """Wraps two methods of a Trainer.
+    """Wraps three methods of a Trainer.
 
     Once the callback is removed from the Trainer, the wrappers only call the original methods. However, if the prompt is still
     attached and no other callback trains it, `create_optimizer` raises an error.
@@ -50,9 +52,11 @@ class PatchedTrainer:
         self.callback = callback
         self._call_model_init = trainer.call_model_init
         self._create_optimizer = trainer.create_optimizer
+        self._create_model_card = trainer.create_model_card
         self._patches = Patches()
         self._patches.set(trainer, "call_model_init", self)
         self._patches.set(trainer, "create_optimizer", self.create_optimizer)
+        self._patches.set(trainer, "create_model_card", self.create_model_card)
 
     def __call__(self, trial: Any = None) -> nn.Module:
         """Create a model and attach the prompt to it."""
@@ -70,6 +74,14 @@ class PatchedTrainer:
         prompt, optimizer = self._attached_prompt(), self._trainer.optimizer
         if is_active and prompt is not None and optimizer is not None and not is_mended(optimizer, prompt):
             mend_optimizer(optimizer, prompt)
+        return made
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the model card, and replace its text."""
+        made = self._create_model_card(*args, **kwargs)
+        prompt = self._attached_prompt()
+        if prompt is not None and _has_callback(self._trainer, self.callback):
+            write_trainer_card(self._trainer, prompt, self.callback.report)
         return made
 
     def _attached_prompt(self) -> SoftPrompt | None:

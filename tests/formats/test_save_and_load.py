@@ -458,62 +458,6 @@ def test_a_file_in_the_place_of_a_directory_is_named(saved: Path, target: Any) -
         softhooks.load(target, saved / TENSORS)
 
 
-def test_a_repository_is_asked_for_a_prompts_files_only(
-    saved: Path, target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    asked: list[Any] = []
-
-    def download(repository: str, **options: Any) -> str:
-        asked.append((repository, options))
-        return str(saved)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    softhooks.load(target, "someone/prompt", revision="v1").remove()
-    [(repository, options)] = asked
-    assert repository == "someone/prompt"
-    assert options["revision"] == "v1"
-    assert set(options["allow_patterns"]) == {
-        "soft_prompt.json", "soft_prompt.safetensors", "adapter_config.json", "adapter_model.safetensors",
-    }  # fmt: skip
-
-
-def test_a_prompt_is_pushed_as_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = softhooks.attach(zoo.build("llama"), PromptTuning(4))
-    pushed: list[Any] = []
-
-    class Api:
-        def create_repo(self, repo_id: str, exist_ok: bool) -> None:
-            pushed.append(repo_id)
-
-        def upload_folder(self, repo_id: str, folder_path: str, **options: Any) -> str:
-            pushed.append(({file.name for file in Path(folder_path).iterdir()}, options))
-            return "done"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    assert prompt.push_to_hub("me/prompt", commit_message="hello") == "done"
-    assert pushed == ["me/prompt", ({DESCRIPTION, TENSORS}, {"commit_message": "hello"})]
-
-
-def test_a_prompt_is_pushed_into_a_private_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = softhooks.attach(zoo.build("llama"), PromptTuning(4))
-    asked: list[Any] = []
-
-    class Api:
-        def __init__(self, token: str) -> None:
-            asked.append(token)
-
-        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-            asked.append((repo_id, private))
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, revision: str) -> None:
-            asked.append((repo_id, revision))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    prompt.push_to_hub("me/prompt", private=True, token="mine", revision="v1")
-    assert asked == ["mine", ("me/prompt", True), ("me/prompt", "v1")]
-
-
 @pytest.mark.parametrize("method", [PromptTuning(4), PrefixTuning(4)], ids=["prompt", "prefix"])
 @pytest.mark.parametrize("head", ["causal", "sequence"])
 def test_parameters_count_whether_they_train_or_not(method: Any, head: str, tmp_path: Path) -> None:

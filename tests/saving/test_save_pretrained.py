@@ -13,6 +13,8 @@ import torch
 import training
 import transformers as tf
 import zoo
+from hub_api import TOKEN
+from hub_stand_in import HubStandIn
 from safetensors.torch import load_file
 from untouched import same_bits
 
@@ -176,53 +178,33 @@ def test_a_copy_saves_its_own_prompt(tmp_path: Path) -> None:
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
-class Hub:
-    """Notes what would be uploaded."""
-
-    def __init__(self) -> None:
-        self.files: list[str] = []
-
-    def __call__(self, *_args: Any, **_kwargs: Any) -> Hub:
-        return self
-
-    def create_repo(self, repo_id: str, **_kwargs: Any) -> Any:
-        self.repo_id = repo_id
-        return self
-
-    def upload_folder(self, folder_path: Path, allow_patterns: list[str], **_kwargs: Any) -> None:
-        assert set(allow_patterns) <= names(Path(folder_path))
-        self.files = allow_patterns
-
-
-def test_push_to_hub_uploads_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub()
-    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+def test_push_to_hub_uploads_the_prompt_and_a_card(hub: HubStandIn, tmp_path: Path) -> None:
     model = zoo.build("llama")
     softhooks.attach(model, PromptTuning(4))
-    (tmp_path / "other.txt").write_text("not written by this call")
-    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/prompt", token="x")
-    assert set(hub.files) == PROMPT
-    assert hub.repo_id == "me/prompt"
+    (tmp_path / "prompt").mkdir()
+    (tmp_path / "prompt" / "other.txt").write_text("not written by this call")
+    model.save_pretrained(tmp_path / "prompt", push_to_hub=True, repo_id="me/prompt", token=TOKEN, commit_message="hi")
+    repository = hub.repositories["me/prompt"]
+    assert set(repository.files()) == {*PROMPT, "README.md", ".gitattributes"}
+    assert "# prompt" in repository.files()["README.md"].decode()
+    assert "hi" in repository.messages.values()
 
 
-def test_push_to_hub_of_the_model_uploads_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub, uploaded = Hub(), []
-    monkeypatch.setattr("transformers.utils.hub.hf_api", hub)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_a, **_k: Card())
+def test_push_to_hub_keeps_the_user_s_own_card(hub: HubStandIn, tmp_path: Path) -> None:
     model = zoo.build("llama")
-    monkeypatch.setattr(
-        type(model), "_upload_modified_files", lambda _self, folder, *_a, **_k: uploaded.extend(names(Path(folder)))
-    )
     softhooks.attach(model, PromptTuning(4))
-    model.push_to_hub("me/prompt")
-    assert set(uploaded) == PROMPT
+    (tmp_path / "prompt").mkdir()
+    (tmp_path / "prompt" / "README.md").write_text("# mine")
+    model.save_pretrained(tmp_path / "prompt", push_to_hub=True, token=TOKEN)
+    assert (tmp_path / "prompt" / "README.md").read_text() == "# mine"
+    assert hub.repositories["me/prompt"].files()["README.md"] == b"# mine"
 
 
-class Card:
-    """A model card that is not written."""
-
-    def save(self, _path: str) -> None:
-        return None
+def test_push_to_hub_of_the_model_uploads_the_prompt(hub: HubStandIn) -> None:
+    model = zoo.build("llama")
+    softhooks.attach(model, PromptTuning(4))
+    model.push_to_hub("me/prompt", token=TOKEN)
+    assert set(hub.repositories["me/prompt"].files()) == {*PROMPT, "README.md", ".gitattributes"}
 
 
 # --- what else is trained ---------------------------------------------------------------------------------------------
