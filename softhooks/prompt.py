@@ -231,9 +231,8 @@ class SoftPrompt(AttachedPrompt):
     ) -> CommitInfo | None:
         """Upload the prompt and its model card to the Hub, but not the base model.
 
-        The card describes the prompt, its base model and, if a `SoftPromptCallback` trained the prompt in this process, the
-        training run. If the repository has a card, only the part that softhooks wrote is replaced; a card without such a part
-        is kept. If the model is sharded, every rank must call this method; only the first rank uploads.
+        In a card that the repository already has, only the part that softhooks wrote is replaced. If the model is sharded,
+        every rank must call this method; only the first rank uploads.
 
         Args:
             repo_id: the repository; created if it does not exist.
@@ -254,7 +253,7 @@ class SoftPrompt(AttachedPrompt):
         from softhooks.model_card.upload import upload
 
         self._require_attached()
-        proof = self.frozen_proof()
+        proof = FrozenProof.of(self.prompted_model.record, self.model)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             self.save_pretrained(folder)
@@ -263,11 +262,6 @@ class SoftPrompt(AttachedPrompt):
             message = commit_message or f"Upload soft prompt ({self.method.kind})"
             facts = CardFacts(self.to_stored(), repo_id, type(self.method).__name__, proof, self.training_run)
             return upload(folder, facts, private, token, revision, commit_message=message, **kwargs)
-
-    def frozen_proof(self) -> FrozenProof | None:
-        """Check that the base model has not changed, for the model card; return None if the prompt has no record of it."""
-        record = self.prompted_model.record
-        return None if record is None else FrozenProof(record.verify(self.model), record.fingerprint(record.digests))
 
     def remove(self) -> None:
         """Remove the prompt and restore the model. Calling this again has no effect.

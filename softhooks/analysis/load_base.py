@@ -14,6 +14,7 @@ from softhooks.errors import CheckpointError
 from softhooks.formats.stored import StoredPrompt
 from softhooks.load_model import label_count, without_head_warning
 
+
 def load_base(stored: StoredPrompt, base: str, option: str, *, local: bool, **options: Any) -> nn.Module:
     """Load the base model from a directory or, unless `local`, from the Hub, in fp32.
 

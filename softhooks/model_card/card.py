@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from softhooks._version import __version__
 from softhooks.base_model.auto_classes import AutoClass, auto_class_of
 from softhooks.base_model.cached_commits import REPOSITORY
-from softhooks.base_model.frozen_record import FrozenReport
+from softhooks.base_model.frozen_record import FrozenRecord, FrozenReport
 from softhooks.formats.stored import StoredPrompt
 from softhooks.model_card import curves
 from softhooks.model_card.markdown import code, table
@@ -36,6 +38,15 @@ class FrozenProof:
 
     report: FrozenReport
     digest: str
+
+    @classmethod
+    def of(
+        cls, record: FrozenRecord | None, model: nn.Module, report: FrozenReport | None = None
+    ) -> FrozenProof | None:
+        """Check a model, unless the `report` of a check is given; return None if there is no record of the model."""
+        if record is None:
+            return None
+        return cls(report or record.verify(model), record.fingerprint(record.digests))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from softhooks.errors import PromptMismatchError
 from softhooks.formats.files import read_tensors
 from softhooks.formats.find import is_checkpoint, read
 from softhooks.formats.softhooks_files import LIVE
-from softhooks.model_card.card import CardFacts
+from softhooks.model_card.card import CardFacts, FrozenProof
 from softhooks.patching.patches import MethodWrapper
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.runtime.prompted_model import PromptedModel
@@ -216,7 +216,8 @@ def push_saved(folder: Path, before: dict[str, int], call: dict[str, Any], promp
 
     written = [file for file, time in file_times(folder).items() if before.get(file) != time]
     about = {name: call[name] for name in ("commit_message", "create_pr") if name in call}
-    proof = None if is_sharded_model(prompt.model) else prompt.frozen_proof()  # not every rank is here
+    record = None if is_sharded_model(prompt.model) else prompt.prompted_model.record  # not every rank is here
+    proof = FrozenProof.of(record, prompt.model)
     name, method = call.get("repo_id", folder.name), type(prompt.method).__name__
     facts = CardFacts(read(own), name, method, proof, prompt.training_run)
     where = (call.get("private"), call.get("token"), call.get("revision"))

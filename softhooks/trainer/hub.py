@@ -60,8 +60,8 @@ def write_trainer_card(trainer: Trainer, prompt: SoftPrompt, report: FrozenRepor
         return
     from huggingface_hub import ModelCard
 
-    record = prompt.prompted_model.record
-    proof = None if record is None or report is None else FrozenProof(report, record.fingerprint(record.digests))
+    record = None if report is None else prompt.prompted_model.record
+    proof = FrozenProof.of(record, prompt.model, report)
     repo_id = trainer.hub_model_id or trainer.args.hub_model_id or folder.absolute().name
     # Read the file, because the parameters may be sharded, and only one process writes the card.
     facts = CardFacts(read(folder), repo_id, type(prompt.method).__name__, proof, prompt.training_run)

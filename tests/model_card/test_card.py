@@ -18,7 +18,7 @@ import softhooks
 from softhooks import FrozenModifiedError, LlamaAdapter, NotAttachedError, PrefixTuning, PromptTuning
 from softhooks.formats.softhooks_files import DESCRIPTION, TENSORS
 from softhooks.model_card import curves
-from softhooks.model_card.card import BEGIN, END, FILE, CardFacts, metadata, text
+from softhooks.model_card.card import BEGIN, END, FILE, CardFacts, FrozenProof, metadata, text
 from softhooks.model_card.markdown import code, table
 from softhooks.model_card.training_run import TrainingRun
 
@@ -42,7 +42,17 @@ def run_of(logs: Any = LOGS, dataset: Any = None, **settings: Any) -> TrainingRu
 def facts_of(arch: str = "llama", head: str = "causal", method: Any = None, **more: Any) -> CardFacts:
     with softhooks.attach(zoo.build(arch, head), method or PromptTuning(4)) as prompt:
         stored = prompt.to_stored()
-        return CardFacts(stored, REPO, type(prompt.method).__name__, more.pop("proof", prompt.frozen_proof()), **more)
+        return CardFacts(
+            stored,
+            REPO,
+            type(prompt.method).__name__,
+            more.pop("proof", proof_of(prompt)),
+            **more,
+        )
+
+
+def proof_of(prompt: softhooks.SoftPrompt) -> FrozenProof | None:
+    return FrozenProof.of(prompt.prompted_model.record, prompt.model)
 
 
 def row(card: str, name: str) -> str:
@@ -96,7 +106,7 @@ def test_the_proof_that_the_base_stayed_frozen() -> None:
 
 def test_parameters_of_the_base_that_were_trained_are_named() -> None:
     with softhooks.attach(zoo.build("llama"), PromptTuning(4), trainable="model.norm.weight") as prompt:
-        card = text(CardFacts(prompt.to_stored(), REPO, "PromptTuning", prompt.frozen_proof()))
+        card = text(CardFacts(prompt.to_stored(), REPO, "PromptTuning", proof_of(prompt)))
     assert "Trained with the prompt, on request, 1 parameter of the base model: `model.norm.weight`" in card
 
 
