@@ -8,6 +8,7 @@ import json
 import re
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +116,11 @@ class TestTask:
     def test_the_context_has_as_many_training_rows_of_each_package(self, task: Task) -> None:
         ids = task.context(2, seed=3)
         counts = [ids.count(label_id) for label_id in task.label_ids]
+        assert counts == [2] * len(task.labels)
+        asked = replace(task, format=QUESTION)
         instruction = task.tokenizer(task.instruction, add_special_tokens=False)["input_ids"]
-        mentioned = [instruction.count(label_id) for label_id in task.label_ids]
-        assert [count - named for count, named in zip(counts, mentioned, strict=True)] == [2] * len(task.labels)
+        assert asked.context(0, seed=3)[: len(instruction)] == instruction
+        assert len(asked.context(2, seed=3)) > len(asked.context(0, seed=3)) > len(task.context(0, seed=3)) == 0
         assert ids == task.context(2, seed=3)
         assert ids != task.context(2, seed=4)
 
@@ -137,7 +140,7 @@ class TestTask:
             assert ids.count(begin) == 1
 
     def test_the_question_ends_every_row(self, task: Task) -> None:
-        question = task.tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
+        question = task.tokenizer(task.format.after, add_special_tokens=False)["input_ids"]
         longest = max(task.test, key=lambda row: len(row.text))
         assert task.question_ids(longest)[-len(question) :] == question
         assert len(task.question_ids(longest)) <= task.max_length + len(question)
@@ -241,15 +244,16 @@ class TestDemo:
         names = [line.name for line in report.lines]
         assert names == [
             "majority class",
-            "zero-shot",
-            "few-shot, 10 examples",
-            "few-shot, 30 examples",
+            "zero-shot, question",
+            "zero-shot, code",
+            "few-shot, 10 examples, question",
+            "few-shot, 10 examples, code",
             "soft prompt, 20 tokens",
             "prefix, 20 tokens",
         ]
         assert all(name in printed for name in names)
         assert all(0 <= line.accuracy <= 1 for line in report.lines)
-        assert [line.context_tokens > 0 for line in report.lines] == [False, True, True, True, False, False]
+        assert [line.context_tokens > 0 for line in report.lines] == [False, True, False, True, True, False, False]
 
     def test_the_table_has_the_numbers_of_the_report(self, finished: tuple[Report, Path, str]) -> None:
         report, output, printed = finished
@@ -259,14 +263,14 @@ class TestDemo:
             if row.startswith(("│", "┃"))
         ]
         assert rows[0] == ["", "accuracy", "context", "trained", "saved bytes", "seconds"]
-        for line, folder in zip(report.lines[4:], (PROMPT, PREFIX), strict=True):
+        for line, folder in zip(report.lines[5:], (PROMPT, PREFIX), strict=True):
             saved = sum(file.stat().st_size for file in (output / folder).glob("soft_prompt*"))
             accuracy = f"{line.accuracy:.3f} ± {line.standard_error:.3f}"
             assert [line.name, accuracy, "", f"{line.trained:,}", f"{saved:,}", f"{line.seconds:.0f}"] in rows
 
     def test_trained_numbers_are_the_prompts(self, finished: tuple[Report, Path, str]) -> None:
         report, _, _ = finished
-        assert [line.trained for line in report.lines] == [0, 0, 0, 0, 20 * 32, 20 * 2 * 2 * 16]
+        assert [line.trained for line in report.lines] == [0, 0, 0, 0, 0, 20 * 32, 20 * 2 * 2 * 16]
 
     def test_each_training_shows_its_progress(self, shown: tuple[Report, Path, str, str]) -> None:
         assert len(re.findall(r"100%\|[^|]*\| 10/10 ", shown[3])) >= 2
@@ -274,7 +278,7 @@ class TestDemo:
     def test_the_frozen_lines_count_every_tensor_of_the_model(self, finished: tuple[Report, Path, str]) -> None:
         report, output, printed = finished
         state = Checkpoint("tiny", str(output / "tiny-model")).language_model().state_dict()
-        for line in report.lines[4:]:
+        for line in report.lines[5:]:
             assert line.frozen_tensors is not None
             assert line.frozen_tensors >= len(state)
             assert f"{line.name}: frozen: {line.frozen_tensors} tensors, {line.frozen_bytes:,} bytes" in printed
@@ -323,5 +327,5 @@ class TestDemo:
         rows = tuple(row for row in whole.rows if row.package != "tkinter")
         monkeypatch.setattr("softhooks.demo.language_model.run.read_corpus", lambda: Corpus(rows, ("tkinter",)))
         console = Console(width=160, record=True)
-        assert len(run_demo(LanguageModelOptions(output=tmp_path, quick=True), console).lines) == 6
+        assert len(run_demo(LanguageModelOptions(output=tmp_path, quick=True), console).lines) == 7
         assert "tkinter is not installed with this Python" in console.export_text()

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from softhooks.demo.language_model.task import Format
+
 EXPLANATION = """\
 accuracy: on the test rows, with its standard error; the most likely of the packages' names counts as the answer
-zero-shot and few-shot: the instruction and the examples as plain text, without a chat template
+question: instruction and examples as plain text, without a chat template; code: docstrings followed by imports
 context: tokens of instruction and examples before each text; trained: numbers
 seconds: to train, with the evaluations during training; for the untrained model, to answer
 """
@@ -84,7 +86,7 @@ class Report:
     examples: list[Example]
     reloaded: list[Reloaded]
     model_path: str
-    question: str
+    format: Format
     curves: str
     versions: dict[str, str]
     options: dict[str, str]
@@ -128,7 +130,7 @@ def _usage(report: Report) -> str:
   tokenizer = AutoTokenizer.from_pretrained("{report.model_path}")
   model = AutoModelForCausalLM.from_pretrained("{report.model_path}")
   softhooks.load(model, "{report.reloaded[0].directory}")
-  row = tokenizer({report.examples[0].text + report.question!r}, return_tensors="pt")
+  row = tokenizer({report.format.before + report.examples[0].text + report.format.after!r}, return_tensors="pt")
   print(tokenizer.decode(model.generate(**row, max_new_tokens=1)[0, -1]))'''
 
 

@@ -13,8 +13,28 @@ from transformers import PreTrainedTokenizerBase
 from softhooks.demo.corpus import Corpus, Row, split
 from softhooks.errors import SoftHooksError
 
-QUESTION = "\nPackage:"
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Format:
+    """The text around a docstring: `before + docstring + after`, then a space and the package.
+
+    Attributes:
+        name: for the report.
+        before, after: the texts.
+        instructed: whether a context begins with the instruction.
+    """
+
+    name: str
+    before: str
+    after: str
+    instructed: bool
+
+
+QUESTION = Format("question", "", "\nPackage:", instructed=True)
+CODE = Format("code", '"""', '"""\nfrom', instructed=False)
+"""What this model can do best without training: Python code, in which an import follows the docstring."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +55,7 @@ class Task:
         label_ids: these tokens.
         train, development, test: rows with different source files.
         max_length: longer docstrings are truncated to this many tokens.
+        format: the text around a docstring.
     """
 
     labels: tuple[str, ...]
@@ -44,6 +65,7 @@ class Task:
     test: tuple[Row, ...]
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    format: Format = CODE
 
     @property
     def instruction(self) -> str:
@@ -51,8 +73,9 @@ class Task:
         return f"Name the Python package ({', '.join(self.labels)}) that this documentation belongs to."
 
     def question_ids(self, row: Row) -> list[int]:
-        """Return the ids of a docstring and the question, without special tokens."""
-        return self._ids(row.text, truncation=True, max_length=self.max_length) + self._ids(QUESTION)
+        """Return the ids of a docstring and the text around it, without special tokens."""
+        text = self._ids(self.format.before + row.text, truncation=True, max_length=self.max_length)
+        return text + self._ids(self.format.after)
 
     def start_ids(self, context: Sequence[int] = ()) -> list[int]:
         """Return the ids before a row: the beginning-of-sequence token, if the tokenizer adds one, and the context."""
@@ -69,7 +92,10 @@ class Task:
         return Dataset.from_list([self._training_row(row) for row in rows])
 
     def context(self, per_label: int, seed: int) -> list[int]:
-        """Return the ids of the instruction and of training rows with their answers, equally many of each package, shuffled."""
+        """Return the ids of training rows with their answers, equally many of each package, shuffled.
+
+        They come after the instruction, if the format has one.
+        """
         generator = random.Random(seed)
         examples = [
             row
@@ -77,7 +103,7 @@ class Task:
             for row in generator.sample([row for row in self.train if row.package == label], per_label)
         ]
         generator.shuffle(examples)
-        ids = self._ids(f"{self.instruction}\n\n")
+        ids = self._ids(f"{self.instruction}\n\n") if self.format.instructed else []
         for row in examples:
             ids += self.question_ids(row)
             ids += self._ids(f" {row.package}\n\n")
