@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.quality.peft_methods import (
     lora,
+    peft_cpt,
     peft_llama_adapter,
     peft_multitask_prompt_tuning,
     peft_p_tuning,
@@ -24,6 +25,7 @@ from benchmarks.quality.softhooks_methods import (
     prompt_tuning,
     residual_prompt_tuning,
 )
+from benchmarks.quality.variants import normalized_prompt_tuning, superposed_prompt_tuning
 
 
 def head(model: PreTrainedModel, setup: Setup) -> Prepared:
@@ -41,7 +43,7 @@ LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """All learning rates. Each contestant starts with three neighbors; if the best is at an end, the next one is tried too."""
 
 FULL_RATES, LOW, MIDDLE, HIGH, PROMPT = LADDER[1:4], LADDER[3:6], LADDER[4:7], LADDER[5:8], LADDER[6:9]
-SOFTHOOKS, PEFT, TRANSFORMERS = "softhooks", "PEFT", "transformers"
+SOFTHOOKS, PEFT, TRANSFORMERS, VARIANT = "softhooks", "PEFT", "transformers", "variant"
 
 _ALL = (
     Contestant("head", "head only", TRANSFORMERS, HIGH, None, head),
@@ -67,7 +69,12 @@ _ALL = (
     Contestant("llama_adapter", "LLaMA-Adapter", SOFTHOOKS, HIGH, HIGH, llama_adapter),
     Contestant("peft_llama_adapter", "LLaMA-Adapter", PEFT, None, HIGH, peft_llama_adapter, "llama_adapter"),
     Contestant("residual_prompt_tuning", "residual prompt tuning", SOFTHOOKS, MIDDLE, MIDDLE, residual_prompt_tuning),
+    Contestant(
+        "superposed_prompt_tuning", "prompt of superposed words", VARIANT, None, PROMPT, superposed_prompt_tuning
+    ),
+    Contestant("normalized_prompt_tuning", "prompt of fixed lengths", VARIANT, None, PROMPT, normalized_prompt_tuning),
     Contestant("cpt", "CPT", SOFTHOOKS, None, None, cpt),
+    Contestant("peft_cpt", "CPT", PEFT, None, None, peft_cpt, "cpt"),
     Contestant("cartridge", "cartridge", SOFTHOOKS, None, None, cartridge),
 )
 CONTESTANTS = {contestant.name: contestant for contestant in _ALL}

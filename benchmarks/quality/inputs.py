@@ -96,6 +96,10 @@ class DecoderInputs:
             )
         return Rows(encoded)
 
+    def document(self) -> list[int]:
+        """Return the ids of the task's document."""
+        return self._ids(f"{self.task.document.strip()}\n\n")
+
     def context(self, examples: Sequence[Row], limit: int | None = None) -> list[int]:
         """Return the ids of the instruction, if the template has it, and of as many examples as fit within `limit` tokens."""
         ids = self._ids(f"{self.task.instruction}\n\n") if self._template.instructed else []

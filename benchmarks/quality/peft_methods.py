@@ -8,6 +8,8 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.quality.cpt import context_types_and_ids
+from benchmarks.quality.inputs import DecoderInputs
 from benchmarks.quality.setup import VIRTUAL_TOKENS, Prepared, Setup
 
 HEADS = ["classifier", "score"]
@@ -64,6 +66,24 @@ def peft_multitask_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepar
 def _first_task(model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Say that all rows are of the first task."""
     return args, {"task_ids": torch.zeros(len(kwargs["input_ids"]), dtype=torch.long), **kwargs}
+
+
+def peft_cpt(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a context of training rows, with the options of softhooks' CPT."""
+    assert isinstance(setup.inputs, DecoderInputs)
+    types, ids = context_types_and_ids(setup.inputs, setup.rows)
+    config = peft.CPTConfig(
+        task_type="CAUSAL_LM",
+        cpt_token_ids=ids,
+        cpt_mask=[1] * len(ids),
+        cpt_tokens_type_mask=types,
+        opt_weighted_loss_type="decay",
+        opt_loss_decay_factor=setup.options["decay"],
+        opt_projection_epsilon=setup.options["epsilon_input"],
+        opt_projection_format_epsilon=setup.options["epsilon_format"],
+        tokenizer_name_or_path=setup.inputs.tokenizer.name_or_path,
+    )
+    return with_peft(model, config)
 
 
 def repeated(setup: Setup, text: str, tokens: int) -> str:

@@ -18,7 +18,6 @@ from benchmarks.quality.inputs import DecoderInputs, EncoderInputs
 from benchmarks.quality.records import Record, Run
 from benchmarks.quality.scoring import score_decoder, score_encoder
 from benchmarks.quality.setup import Setup
-from benchmarks.quality.softhooks_methods import document
 from benchmarks.quality.task import Row, Task
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.training import BATCH, WARMUP, train
@@ -33,7 +32,7 @@ WITHOUT_MODEL = {
     "first_sentence": baselines.first_sentence,
 }
 PARTS = ("train", "development", "test")
-ZERO_SHOT, FEW_SHOT, CARTRIDGE = "zero_shot", "few_shot", "cartridge"
+ZERO_SHOT, FEW_SHOT = "zero_shot", "few_shot"
 
 
 def execute(run: Run) -> Record:
@@ -41,13 +40,11 @@ def execute(run: Run) -> Record:
     task = read_task(run.task)
     rows = task.development if run.part == "development" else task.test
     options = dict(run.options)
-    is_cartridge = run.contestant == CARTRIDGE
-    # The document of a cartridge contains rows with the run's seed; it is trained on others.
-    train_rows = task.sample(run.shots, run.seed + 1000 if is_cartridge else run.seed)
+    train_rows = task.sample(run.shots, run.seed)
     start = time.perf_counter()
     if run.contestant in WITHOUT_MODEL:
         record = Record(run, WITHOUT_MODEL[run.contestant](task, train_rows, rows), seconds=time.perf_counter() - start)
-    elif run.contestant in (ZERO_SHOT, FEW_SHOT) or (is_cartridge and options.pop("in_context", False)):
+    elif run.contestant in (ZERO_SHOT, FEW_SHOT) or "in_context" in options:
         record = _prompted(run, task, train_rows, rows)
     else:
         record = _tuned(run, task, train_rows, rows)
@@ -80,7 +77,7 @@ def _prompted(run: Run, task: Task, train_rows: list[Row], rows: Sequence[Row]) 
     elif run.contestant == FEW_SHOT:
         context = baselines.few_shot_context(inputs, train_rows, options.get("examples"))
     else:
-        context = document(Setup(task, inputs, train_rows, options, run.seed))
+        context = inputs.document() if options["in_context"] else []
     model = models.language_model(run.model)
     start = time.perf_counter()
     scores = score_decoder(model, inputs, rows, context)

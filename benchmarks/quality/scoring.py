@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
+from transformers import DynamicCache
 
 from benchmarks.quality.inputs import DecoderInputs, EncoderInputs
 from benchmarks.quality.task import Row
@@ -48,7 +49,7 @@ def score_decoder(model: Any, inputs: DecoderInputs, rows: Sequence[Row], contex
         call: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         chosen = [rows[index] for index in indices]
         if inputs.task.generates:
-            texts = _generate(model, inputs, call, context)
+            texts = _generate(model, inputs, call, context, cache)
             values = [rouge_l(text, row.answer) for text, row in zip(texts, chosen, strict=True)]
         else:
             if cache is not None:
@@ -64,13 +65,20 @@ def _right(logits: Tensor, inputs: DecoderInputs, rows: Sequence[Row]) -> list[f
     return [float(inputs.task.labels[index] == row.answer) for index, row in zip(classes, rows, strict=True)]
 
 
-def _generate(model: Any, inputs: DecoderInputs, call: dict[str, Any], context: Sequence[int]) -> list[str]:
-    """Generate answers; the first line of each is kept."""
-    if context:
+def _generate(
+    model: Any, inputs: DecoderInputs, call: dict[str, Any], context: Sequence[int], cache: DynamicCache | None
+) -> list[str]:
+    """Generate answers; the first line of each is kept.
+
+    Args:
+        cache: the keys and values of the context.
+    """
+    if cache is not None:
         repeated = torch.tensor(list(context)).expand(len(call["input_ids"]), -1)
         call = {
             "input_ids": torch.cat([repeated, call["input_ids"]], dim=1),
             "attention_mask": torch.cat([torch.ones_like(repeated), call["attention_mask"]], dim=1),
+            "past_key_values": follow_context(cache, call["attention_mask"], len(context))["past_key_values"],
         }
     output = model.generate(
         **call,

@@ -73,7 +73,7 @@ class Contestant:
     Attributes:
         name: for runs and files.
         label: for tables.
-        library: `softhooks`, `PEFT` or `transformers`.
+        library: `softhooks`, `PEFT`, `transformers`, or `variant` for what is in `variants.py`.
         rates: the learning rates to choose from, for encoders and for decoders; None if the contestant cannot tune such a model.
         prepare: prepares a loaded model.
         twin: the contestant of softhooks that PEFT's method is compared with.

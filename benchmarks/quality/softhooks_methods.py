@@ -11,24 +11,28 @@ from transformers import PreTrainedModel, TrainerCallback
 import softhooks
 from benchmarks.quality import transfer
 from benchmarks.quality.cpt import context_types_and_ids
-from benchmarks.quality.inputs import DecoderInputs
+from benchmarks.quality.inputs import DecoderInputs, Rows
 from benchmarks.quality.setup import VIRTUAL_TOKENS, Prepared, Setup
 from softhooks.method import Method
 from softhooks.trainer.callback import SoftPromptCallback
+
+RUNNER_OPTIONS = frozenset({*transfer.OPTIONS, "freeze_dropout", "bfloat16", "schedule"})
+"""Options of a run that the methods do not have."""
 
 FROM_VOCABULARY = {"init": "vocab"}
 """The options for a prompt of source tasks, which starts from words of the vocabulary, like the prompt from scratch."""
 
 
-def with_method(model: PreTrainedModel, method: Method) -> Prepared:
-    """Train a prompt."""
-    callback = SoftPromptCallback(method, check_frozen="end")
+def with_method(model: PreTrainedModel, method: Method, setup: Setup) -> Prepared:
+    """Train a prompt; with the option `freeze_dropout`, without dropout in the frozen model."""
+    callback = SoftPromptCallback(method, check_frozen="end", freeze_dropout=setup.options.get("freeze_dropout", False))
 
     def save(directory: Path) -> None:
         assert callback.soft_prompt is not None  # attached by the callback
         callback.soft_prompt.save_pretrained(directory)
 
-    return Prepared(model, [callback], save)
+    precise: list[TrainerCallback] = [SetPrecision(callback)] if setup.options.get("bfloat16") else []
+    return Prepared(model, [callback, *precise], save)
 
 
 def prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
@@ -36,15 +40,15 @@ def prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
     if "source_tasks" in setup.options:
 
         def of_sources(names: list[str]) -> Method:
-            return softhooks.PromptTuning(**_options(setup, FROM_VOCABULARY, "init"))
+            return softhooks.PromptTuning(**with_options(setup, FROM_VOCABULARY, "init"))
 
         setup = setup.with_options(init="prompt", init_from=transfer.source_prompt(setup, of_sources))
-    return with_method(model, softhooks.PromptTuning(**_options(setup, starting_words(setup))))
+    return with_method(model, softhooks.PromptTuning(**with_options(setup, starting_words(setup))), setup)
 
 
 def prefix_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
     """Make a prefix that starts as the keys and values of the task's instruction."""
-    return with_method(model, softhooks.PrefixTuning(**_options(setup, starting_words(setup))))
+    return with_method(model, softhooks.PrefixTuning(**with_options(setup, starting_words(setup))), setup)
 
 
 def p_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
@@ -54,13 +58,13 @@ def p_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
         question = tuple(setup.inputs.question_part())
         start, before = setup.options["start"], setup.options["before_question"]
         layout = softhooks.Layout.insert(start=start, before={question: before} if before else None, which="last")
-        return with_method(model, softhooks.PTuning(layout=layout))
-    return with_method(model, softhooks.PTuning(**_options(setup, {})))
+        return with_method(model, softhooks.PTuning(layout=layout), setup)
+    return with_method(model, softhooks.PTuning(**with_options(setup, {})), setup)
 
 
 def p_tuning_v2(model: PreTrainedModel, setup: Setup) -> Prepared:
     """Make keys and values in all layers, or in `layers`."""
-    return with_method(model, softhooks.PTuningV2(**_options(setup, {})))
+    return with_method(model, softhooks.PTuningV2(**with_options(setup, {})), setup)
 
 
 def multitask_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
@@ -70,17 +74,17 @@ def multitask_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
 
         def of_sources(names: list[str]) -> Method:
             options = {"tasks": names, "sampling": None, **FROM_VOCABULARY}
-            return softhooks.MultitaskPromptTuning(**_options(setup, options))
+            return softhooks.MultitaskPromptTuning(**with_options(setup, options))
 
         own = {"tasks": 1, "source": transfer.source_prompt(setup, of_sources)}
         setup = setup.without_options("teachers", "teacher_steps")
-    return with_method(model, softhooks.MultitaskPromptTuning(**_options(setup, own)))
+    return with_method(model, softhooks.MultitaskPromptTuning(**with_options(setup, own)), setup)
 
 
 def llama_adapter(model: PreTrainedModel, setup: Setup) -> Prepared:
     """Make an adapter; the option `gates` sets the initial gates."""
     gates = setup.options.get("gates", "zero")
-    prepared = with_method(model, softhooks.LlamaAdapter(**_options(setup.without_options("gates"), {})))
+    prepared = with_method(model, softhooks.LlamaAdapter(**with_options(setup.without_options("gates"), {})), setup)
     if gates != "zero":
         prepared.callbacks.append(SetGates(prepared.callbacks[0], gates))
     return prepared
@@ -88,7 +92,7 @@ def llama_adapter(model: PreTrainedModel, setup: Setup) -> Prepared:
 
 def residual_prompt_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
     """Make a prompt that an MLP computes from the task's instruction."""
-    return with_method(model, softhooks.ResidualPromptTuning(**_options(setup, starting_words(setup))))
+    return with_method(model, softhooks.ResidualPromptTuning(**with_options(setup, starting_words(setup))), setup)
 
 
 def cpt(model: PreTrainedModel, setup: Setup) -> Prepared:
@@ -96,21 +100,29 @@ def cpt(model: PreTrainedModel, setup: Setup) -> Prepared:
     assert isinstance(setup.inputs, DecoderInputs)
     types, ids = context_types_and_ids(setup.inputs, setup.rows)
     options: dict[str, Any] = {"context_ids": ids, "token_types": types, **setup.options}
-    return with_method(model, softhooks.ContextAwarePromptTuning(**options))
+    return with_method(model, softhooks.ContextAwarePromptTuning(**options), setup)
 
 
 def cartridge(model: PreTrainedModel, setup: Setup) -> Prepared:
-    """Make a cartridge of a document: the task's instruction with labeled rows."""
-    options = setup.without_options("document_shots", "document_tokens", "in_context").options
-    prepared = with_method(model, softhooks.Cartridge(document=document(setup), **options))
-    return Prepared(model, prepared.callbacks, prepared.save, keep=True)
-
-
-def document(setup: Setup) -> list[int]:
-    """Return the ids of a cartridge's document."""
+    """Make a cartridge of the task's document, trained on questions in all templates but the first, which is for the test."""
     assert isinstance(setup.inputs, DecoderInputs)
-    rows = setup.task.sample(setup.options["document_shots"], setup.seed)
-    return setup.inputs.context(rows, setup.options["document_tokens"])
+    prepared = with_method(model, softhooks.Cartridge(document=setup.inputs.document(), **setup.options), setup)
+    rows = []
+    for index in range(1, len(setup.task.templates)):
+        rows += DecoderInputs(setup.task.with_template(index), setup.inputs.tokenizer).dataset(setup.rows).rows
+    return Prepared(model, prepared.callbacks, prepared.save, dataset=Rows(rows), keep=True)
+
+
+class SetPrecision(TrainerCallback):
+    """Convert the trained parameters to bfloat16 before the first step."""
+
+    def __init__(self, attached: TrainerCallback) -> None:
+        self.attached = attached
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert isinstance(self.attached, SoftPromptCallback)
+        assert self.attached.soft_prompt is not None
+        self.attached.soft_prompt.encoder.to(torch.bfloat16)
 
 
 class SetGates(TrainerCallback):
@@ -133,16 +145,23 @@ def starting_words(setup: Setup) -> dict[str, Any]:
     return {"init": "text", "init_text": setup.task.instruction, "tokenizer": setup.inputs.tokenizer}
 
 
-def _options(setup: Setup, own: dict[str, Any], *left_out: str) -> dict[str, Any]:
+def as_chat(setup: Setup) -> str:
+    """Return the task's instruction as a user's message in the chat template, and the beginning of the answer."""
+    text: str = setup.inputs.tokenizer.apply_chat_template(
+        [{"role": "user", "content": setup.task.instruction}], tokenize=False, add_generation_prompt=True
+    )
+    return text
+
+
+def with_options(setup: Setup, own: dict[str, Any], *left_out: str) -> dict[str, Any]:
     """Return the options of a method: its own, then those of the run; an `init` of the run replaces the method's own."""
-    given = {
-        name: value for name, value in setup.options.items() if name not in left_out and name not in transfer.OPTIONS
-    }
+    given = {name: value for name, value in setup.options.items() if name not in (*left_out, *RUNNER_OPTIONS)}
     init = given.get("init")
     if init is not None:
         own = {name: value for name, value in own.items() if not name.startswith("init_")}
-        if init == "text":
-            own["init_text"] = setup.task.instruction
+        if init in ("text", "chat"):
+            own["init_text"] = setup.task.instruction if init == "text" else as_chat(setup)
+            given = {**given, "init": "text"}
         elif init == "class_labels":
             own["init_labels"] = list(setup.task.labels)
         else:

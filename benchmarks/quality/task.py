@@ -54,6 +54,8 @@ class Task:
         max_length: longer texts are truncated to this many tokens.
         max_new_tokens: the length of a generated answer.
         provenance: where the rows are from: versions, or a file's SHA-256.
+        document: a text that contains the answers, for cartridges. Then the first template is for the test, and the others for
+            training.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Task:
     max_length: int
     max_new_tokens: int = 4
     provenance: dict[str, str] = field(default_factory=dict)
+    document: str = ""
 
     @property
     def generates(self) -> bool:

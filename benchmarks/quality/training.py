@@ -17,7 +17,10 @@ from benchmarks.quality.setup import Contestant, Prepared, Setup
 
 BATCH = 8
 WARMUP = 0.06
-"""The share of the steps in which the learning rate rises to its peak; it then falls to 0 linearly."""
+"""The share of the steps in which the learning rate rises to its peak.
+
+It then falls to 0 linearly; the option `schedule` of a run sets another schedule of the Trainer.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def fit(prepared: Prepared, setup: Setup, *, steps: int) -> Trained:
     with tempfile.TemporaryDirectory() as directory, _quiet():
         trainer = Trainer(
             model=prepared.model,
-            args=_arguments(directory, max(steps, 1), setup.learning_rate, setup.seed),
+            args=_arguments(directory, max(steps, 1), setup),
             train_dataset=prepared.dataset or setup.inputs.dataset(setup.rows),
             data_collator=setup.inputs.collator,
             callbacks=prepared.callbacks,  # they attach the prompt when the Trainer is created
@@ -65,13 +68,13 @@ def _saved_bytes(prepared: Prepared, directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))
 
 
-def _arguments(directory: str, steps: int, learning_rate: float, seed: int) -> TrainingArguments:
+def _arguments(directory: str, steps: int, setup: Setup) -> TrainingArguments:
     return TrainingArguments(
         output_dir=directory,
         use_cpu=True,  # times and memory are those of the CPU
         max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="linear",
+        learning_rate=setup.learning_rate,
+        lr_scheduler_type=setup.options.get("schedule", "linear"),
         warmup_steps=WARMUP,
         per_device_train_batch_size=BATCH,
         train_sampling_strategy="group_by_length",
@@ -80,7 +83,7 @@ def _arguments(directory: str, steps: int, learning_rate: float, seed: int) -> T
         disable_tqdm=True,
         report_to="none",
         dataloader_pin_memory=False,
-        seed=seed,
+        seed=setup.seed,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.quality.findings import anchors, cartridge, cpt, deep, length, prefix, transfer, zero_gate
+from benchmarks.quality.findings import anchors, cartridge, choices, cpt, deep, length, prefix, transfer, zero_gate
 from benchmarks.quality.findings.framework import Finding
 
 FINDINGS: tuple[Finding, ...] = (
@@ -14,5 +14,6 @@ FINDINGS: tuple[Finding, ...] = (
     *cpt.FINDINGS,
     *zero_gate.FINDINGS,
     *cartridge.FINDINGS,
+    *choices.FINDINGS,
 )
 """All findings, in the order of the report."""

@@ -1,13 +1,9 @@
-"""Cartridges: a document in the context, against a trained cartridge that replaces it.
+"""Cartridges: a manual in the context, against a trained cartridge that replaces it.
 
-The document is the task's instruction with labeled rows: `DecoderInputs.context(task.sample(document_shots, seed),
-limit=document_tokens)`. Three options of the runs are not those of `Cartridge`:
-- `document_shots` and `document_tokens`: see above; the runner passes the ids as `document`.
-- `in_context`: if True, the runner scores the bare model with the whole document in the context, and records its length in
-  `context_tokens`.
-A run with 0 steps is scored without training: the keys and values of the document's first tokens. The others are trained by
-self-distillation on `task.sample(shots, seed + 1000)`, with loss on the answers' tokens. Every run records the seconds that it
-took to score all rows in `extra["scoring_seconds"]`.
+The document is the task's. The option `in_context` is not one of `Cartridge`: the runner scores the bare model, with the
+document in the context if it is True, and without if it is False. A run with 0 steps is scored without training: the keys and
+values of the document's first tokens. The others are trained by self-distillation, with loss on the answers' tokens, on questions
+about the document in other words than those of the test.
 """
 
 from __future__ import annotations
@@ -17,31 +13,25 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.findings.framework import Arm, Expect, Finding, Verdict, all_hold, arm, bars
-from benchmarks.quality.findings.settings import FEW_SHOTS, STEPS
+from benchmarks.quality.findings.settings import STEPS
 from benchmarks.quality.models import SMOLLM2
 from benchmarks.quality.records import Record, Store
 
 PAPER = "Eyuboglu et al. 2025 (Cartridges), arXiv:2506.06266"
-DOCUMENT_TOKENS = 1500
+ALL_ROWS = 100
+"""More shots than the manual has rows."""
 
 
 def _arm(label: str, steps: int = STEPS, **options: Any) -> Arm:
-    return arm(
-        label,
-        "cartridge",
-        SMOLLM2,
-        steps=steps,
-        document_shots=FEW_SHOTS,
-        document_tokens=DOCUMENT_TOKENS,
-        **options,
-    )
+    return arm(label, "cartridge", SMOLLM2, shots=ALL_ROWS, steps=steps, task="manual", **options)
 
 
 _DOCUMENT = _arm("document in the context", steps=0, in_context=True)
+_NOTHING = _arm("no document", steps=0, in_context=False)
 _UNTRAINED = _arm("first 128 tokens of the document", steps=0, num_virtual_tokens=128)
 _SMALL = _arm("cartridge of 32 tokens", num_virtual_tokens=32)
 _LARGE = _arm("cartridge of 128 tokens", num_virtual_tokens=128)
-_ARMS = (_DOCUMENT, _UNTRAINED, _SMALL, _LARGE)
+_ARMS = (_DOCUMENT, _NOTHING, _UNTRAINED, _SMALL, _LARGE)
 
 
 def _judge(store: Store) -> Verdict:
@@ -54,9 +44,7 @@ def _judge(store: Store) -> Verdict:
     sentence = f"{verdict.sentence} The document has {tokens:.0f} tokens, the cartridge 128."
     seconds = _scoring_seconds(document), _scoring_seconds(cartridge)
     if None not in seconds:
-        sentence += (
-            f" Scoring all rows took {seconds[0]:.1f} s with the document and {seconds[1]:.1f} s with the cartridge."
-        )
+        sentence += f" All answers took {seconds[0]:.1f} s with the document and {seconds[1]:.1f} s with the cartridge."
     sentence += f" Training took {np.mean([record.seconds for record in cartridge]):.0f} s."
     return Verdict(verdict.judgment, sentence)
 
@@ -71,10 +59,10 @@ FINDINGS = (
     Finding(
         "cartridge",
         PAPER,
-        "A trained cartridge is as good as the whole document in the context, and better than the document cut to the "
-        "cartridge's length.",
+        "A trained cartridge answers questions about a manual as well as the manual in the context, and better than the manual "
+        "cut to the cartridge's length.",
         _ARMS,
         _judge,
-        bars(_ARMS, "Cartridges"),
+        bars(_ARMS, "Cartridges: a manual of 3,000 tokens"),
     ),
 )

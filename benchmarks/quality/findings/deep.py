@@ -1,4 +1,7 @@
-"""P-tuning v2: keys and values in all six layers of MiniLM, in some layers, and virtual tokens at the input only."""
+"""P-tuning v2: keys and values in all six layers of MiniLM, in some layers, and virtual tokens at the input only.
+
+All start at random.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def _layers(label: str, *layers: int) -> Arm:
     return arm(label, "p_tuning_v2", MINILM, num_virtual_tokens=LENGTH, layers=layers)
 
 
-_INPUT = arm("input only", "prompt_tuning", MINILM, num_virtual_tokens=LENGTH)
+_INPUT = arm("input only", "prompt_tuning", MINILM, num_virtual_tokens=LENGTH, init="random")
 _FIRST = _layers("first layer", 0)
 _LOWER = _layers("lower three layers", 0, 1, 2)
 _UPPER = _layers("upper three layers", 3, 4, 5)

@@ -118,12 +118,14 @@ def arm(
     rate: str | None = None,
     shots: int = SHOTS,
     steps: int = STEPS,
+    task: str = TASK,
     **options: Any,
 ) -> Arm:
     """Make a setting with one run for each seed.
 
     Args:
         rate: the entry in `RATES`, if it is not that of the contestant. Without steps, there is no learning rate.
+        task: the name of the task.
         options: the options of the run. There must be some, so that no run of a finding is one of the main comparison.
     """
     if not options:
@@ -132,7 +134,7 @@ def arm(
     return Arm(
         label,
         tuple(
-            Run(TASK, model, contestant, shots, steps, learning_rate, seed, options=tuple(sorted(options.items())))
+            Run(task, model, contestant, shots, steps, learning_rate, seed, options=tuple(sorted(options.items())))
             for seed in SEEDS
         ),
     )

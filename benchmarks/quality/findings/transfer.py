@@ -18,7 +18,7 @@ from benchmarks.quality.findings.settings import FEW_SHOTS, LENGTH, SOURCE_TASKS
 from benchmarks.quality.models import SMOLLM2
 
 PAPER = "Wang et al. 2023 (MPT), arXiv:2303.02861"
-SOURCE_SHOTS, SOURCE_STEPS, TEACHER_STEPS = 150, 400, 200
+SOURCE_SHOTS, SOURCE_STEPS, TEACHER_STEPS = 150, 200, 100
 
 
 def _arm(label: str, contestant: str, **options: Any) -> Arm:

@@ -9,6 +9,7 @@ from benchmarks.quality.tasks.docstrings import TEMPLATES as DOCSTRING_TEMPLATES
 from benchmarks.quality.tasks.docstrings import docstrings
 from benchmarks.quality.tasks.glosses import TEMPLATES as GLOSS_TEMPLATES
 from benchmarks.quality.tasks.glosses import glosses
+from benchmarks.quality.tasks.manual import manual
 from benchmarks.quality.tasks.sections import TEMPLATES as SECTION_TEMPLATES
 from benchmarks.quality.tasks.sections import sections
 from benchmarks.quality.tasks.synopses import TEMPLATES as SYNOPSIS_TEMPLATES
@@ -19,6 +20,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "sections": sections,
     "synopses": synopses,
     "glosses": glosses,
+    "manual": manual,
 }
 TEMPLATES: dict[str, tuple[Template, ...]] = {
     "docstrings": DOCSTRING_TEMPLATES,

@@ -20,7 +20,7 @@ from benchmarks.quality.models import SMOLLM2
 from benchmarks.quality.plan import FULL, SMALL
 from benchmarks.quality.records import Record, Store
 from benchmarks.quality.setup import Setup
-from benchmarks.quality.softhooks_methods import multitask_prompt_tuning, prompt_tuning
+from benchmarks.quality.softhooks_methods import RUNNER_OPTIONS, multitask_prompt_tuning, prompt_tuning
 from benchmarks.quality.task import Task
 from softhooks.method import METHODS
 
@@ -70,23 +70,21 @@ def test_options_survive_a_result_file(finding: Finding, tmp_path: Path) -> None
         assert json.dumps(found.run.options) == json.dumps(run.options)
 
 
-RUNNER_OPTIONS = {
+OWN_OPTIONS = {
     "p_tuning": {"start", "before_question"},
     "llama_adapter": {"gates"},
-    "prompt_tuning": {"source_tasks", "source_shots", "source_steps"},
-    "multitask_prompt_tuning": {"source_tasks", "source_shots", "source_steps"},
-    "cartridge": {"document_shots", "document_tokens", "in_context"},
+    "cartridge": {"in_context"},
 }
 """The options that are for the runner instead of the method; the findings' modules describe them."""
 
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.name)
 def test_options_are_those_of_the_methods(finding: Finding) -> None:
-    kinds = {"cpt": softhooks.ContextAwarePromptTuning.kind}
+    kinds = dict.fromkeys(("cpt", "peft_cpt"), softhooks.ContextAwarePromptTuning.kind)
     for run in finding.runs:
         method = METHODS[kinds.get(run.contestant, run.contestant)]
-        unknown = {name for name, _ in run.options} - set(method.__dataclass_fields__)
-        assert unknown <= RUNNER_OPTIONS.get(run.contestant, set())
+        unknown = {name for name, _ in run.options} - set(method.__dataclass_fields__) - RUNNER_OPTIONS
+        assert unknown <= OWN_OPTIONS.get(run.contestant, set())
 
 
 def test_lengths_and_layers_are_accepted_by_the_methods() -> None:
@@ -195,6 +193,10 @@ GOOD = {
     "cpt_parts": {"CPT"},
     "zero_gate": {"gates from 0"},
     "cartridge": {"cartridge of 128 tokens", "document in the context"},
+    "schedule": {"a linear schedule"},
+    "precision": {"parameters in float32"},
+    "chat_start": {"the instruction in the chat template"},
+    "dropout": {"prompt tuning, without dropout", "P-tuning v2, without dropout"},
 }
 
 
@@ -228,7 +230,7 @@ def test_the_cartridge_is_judged_with_tokens_and_seconds(tmp_path: Path) -> None
     sentence = finding.judge(store).sentence
     assert "The document has 900 tokens, the cartridge 128." in sentence
     assert "Training took 12 s." in sentence
-    assert "Scoring" not in sentence
+    assert "Answering" not in sentence
     for record in store.all():
         store.put(Record(record.run, record.scores, seconds=3.0, extra={"scoring_seconds": 4.5}))
     assert "took 4.5 s with the document and 4.5 s with the cartridge" in finding.judge(store).sentence

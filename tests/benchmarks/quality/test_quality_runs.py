@@ -34,7 +34,7 @@ from benchmarks.quality.pool import execute_all
 from benchmarks.quality.records import Record, Run, Store
 from benchmarks.quality.scoring import rouge_l, score_decoder
 from benchmarks.quality.setup import Setup
-from benchmarks.quality.softhooks_methods import document, p_tuning
+from benchmarks.quality.softhooks_methods import cartridge, p_tuning, with_options
 from benchmarks.quality.task import Row, Task, Template, split
 from softhooks.demo.models import Checkpoint
 from softhooks.demo.tiny_models import tiny_decoder, tiny_encoder
@@ -365,8 +365,14 @@ def test_every_setting_of_a_finding_runs(arm: Arm, monkeypatch: pytest.MonkeyPat
     if "source_tasks" in options:
         options |= {"source_shots": 4, "source_steps": 3}
         options |= {"teacher_steps": 2} if "teacher_steps" in options else {}
+    if options.get("init") == "chat":
+        options["init"] = "text"  # the tiny tokenizer has no chat template
     if "layers" in options:
         options["layers"] = tuple(layer for layer in options["layers"] if layer < 2) or (0,)
+    if run.task == "manual":
+        texts = replace(CLASSES, document="rose leaf " * 80, templates=CLASSES.templates * 2)
+        monkeypatch.setattr(running, "TASKS", {"colors": lambda: texts})
+        running.read_task.cache_clear()
     small = replace(
         run, task="colors", shots=min(run.shots, 4), steps=min(run.steps, 2), options=tuple(options.items())
     )
@@ -376,14 +382,47 @@ def test_every_setting_of_a_finding_runs(arm: Arm, monkeypatch: pytest.MonkeyPat
     assert (record.context_tokens > 0) == bool(options.get("in_context"))
 
 
-def test_the_document_in_the_context_is_the_one_of_the_cartridge() -> None:
-    options = (("document_shots", 4), ("document_tokens", 400))
-    bare = running.execute(Run("colors", models.SMOLLM2, "cartridge", 4, options=(*options, ("in_context", True))))
-    task, inputs = CLASSES, DecoderInputs(CLASSES, _decoder().tokenizer())
-    assert bare.context_tokens == len(document(Setup(task, inputs, [], dict(options))))
-    whole = (*options, ("num_virtual_tokens", bare.context_tokens))
+def test_the_document_in_the_context_is_the_one_of_the_cartridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = replace(
+        CLASSES, document="rose leaf sea cherry frog sky", templates=(*CLASSES.templates, Template("the ", " Color:"))
+    )
+    monkeypatch.setattr(running, "TASKS", {"colors": lambda: texts})
+    running.read_task.cache_clear()
+    bare = running.execute(Run("colors", models.SMOLLM2, "cartridge", 4, options=(("in_context", True),)))
+    assert bare.context_tokens == len(DecoderInputs(texts, _decoder().tokenizer()).document()) > 5
+    without = running.execute(Run("colors", models.SMOLLM2, "cartridge", 4, options=(("in_context", False),)))
+    assert without.context_tokens == 0
+    whole = (("num_virtual_tokens", bare.context_tokens),)
     untrained = running.execute(Run("colors", models.SMOLLM2, "cartridge", 4, options=whole))
     assert untrained.scores == bare.scores, "a cartridge as long as its document starts as the document"
+
+
+def test_a_cartridge_is_trained_on_other_questions_than_those_of_the_test() -> None:
+    texts = replace(CLASSES, document="rose leaf sea", templates=(*CLASSES.templates, Template("the ", " Color:")))
+    tokenizer = _decoder().tokenizer()
+    setup = Setup(texts, DecoderInputs(texts, tokenizer), list(CLASSES.train[:3]), {"num_virtual_tokens": 2})
+    prepared = cartridge(_decoder().language_model(), setup)
+    assert prepared.dataset is not None
+    trained = [tokenizer.decode(row["input_ids"]) for row in prepared.dataset.rows]
+    assert len(trained) == 3
+    assert all(text.startswith("the ") for text in trained)
+
+
+@pytest.mark.parametrize(("option", "value"), [("schedule", "constant"), ("bfloat16", True)])
+def test_options_of_the_training_have_an_effect(option: str, value: object) -> None:
+    losses = []
+    for options in ((), ((option, value),)):
+        run = Run("colors", models.SMOLLM2, "prompt_tuning", 4, 10, 3e-2, options=options)
+        losses.append(running.execute(run).losses[-1])
+    assert losses[0] != losses[1]
+
+
+def test_a_start_from_the_chat_has_the_template() -> None:
+    tokenizer = _decoder().tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}sky {{ message['content'] }} leaf{% endfor %}"
+    setup = Setup(CLASSES, DecoderInputs(CLASSES, tokenizer), [], {"init": "chat"})
+    options = with_options(setup, {"tokenizer": tokenizer})
+    assert (options["init"], options["init_text"]) == ("text", f"sky {CLASSES.instruction} leaf")
 
 
 @pytest.mark.parametrize(("start", "before"), [(12, 0), (6, 6), (0, 12)])

@@ -265,7 +265,7 @@ def test_the_report_has_its_sections_and_plots(store: Store, tmp_path: Path) -> 
     assert "- docstrings, smollm2, few-shot in context: `# {text}\\nimport {answer}`" in text
     assert "was chosen and is used for all numbers of shots; ties went to the smallest rate" in text
     assert "for synopses: 8 rows each" in text
-    assert "take as many as fit into 1,024 tokens." in text
+    assert "fits into 1,024 tokens." in text
     assert "- minilm: all-MiniLM-L6-v2" in text
     assert f"| docstrings | 4000 | 150 | {ROWS} |" in text
     encoder, decoder = text.split("### docstrings, smollm2: accuracy")

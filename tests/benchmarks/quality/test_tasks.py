@@ -16,6 +16,7 @@ from benchmarks.quality.sources import Package
 from benchmarks.quality.task import Row, Task
 from benchmarks.quality.tasks import TASKS, docstrings, glosses, sections, synopses
 from benchmarks.quality.tasks.glosses import gloss_rows
+from benchmarks.quality.tasks.manual import manual
 from benchmarks.quality.tasks.rows import balanced, class_names, distinct, whole_names
 from benchmarks.quality.tasks.sections import LABELS, section_rows
 from benchmarks.quality.tasks.synopses import synopsis_rows
@@ -187,3 +188,13 @@ def test_a_task_reads_only_its_own_source(tmp_path: Path, monkeypatch: pytest.Mo
             TASKS[name]()
     with pytest.raises(sources.SoftHooksError, match=r"(?s)WordNet 3.0 cannot be fetched.*WNSEARCHDIR"):
         TASKS["glosses"]()
+
+
+def test_the_manual_has_a_row_for_each_command() -> None:
+    task = manual()
+    rows = {row.text: row.answer for row in task.test}
+    assert len(rows) >= 30
+    assert rows["where"] == "Print a stack trace, with the most recent frame at the bottom."
+    assert rows["continue"].startswith("Continue execution, only stop")
+    assert all(" ".join(task.document.split()).count(answer) for answer in rows.values())
+    assert {row.text for row in task.train} == set(rows)
