@@ -26,7 +26,7 @@ CORE = ("lora", "prompt_tuning", "peft_prompt_tuning", "prefix_tuning", "peft_pr
 The others tune it only with `SEARCH_SHOTS` rows of each class of the other tasks: a run takes minutes.
 """
 
-EXAMPLES, GENERATED_EXAMPLES = (1, 2, None), (3, 8, None)
+EXAMPLES, GENERATED_EXAMPLES = (1, 2, None), (1, 3, 8)
 """The numbers of examples in a few-shot context, of each class or of all; None for as many as fit."""
 
 CLASSIFIED = ("glosses", "docstrings", "sections")
