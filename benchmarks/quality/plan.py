@@ -114,10 +114,20 @@ def prompted_runs(profile: Profile, store: Store) -> list[Run]:
     for searched in prompt_runs(profile):
         options = chosen_prompt(profile, store, searched.task, searched.model, searched.contestant)
         if searched.options == options:
-            few = searched.contestant == FEW_SHOT
-            seeds, shots = range(profile.seeds[searched.model] if few else 1), profile.shots if few else (0,)
-            runs += [replace(searched, shots=k, seed=seed, part="test") for k in shots for seed in seeds]
+            seeds = range(profile.seeds[searched.model] if searched.contestant == FEW_SHOT else 1)
+            runs += [
+                replace(searched, shots=shots, seed=seed, part="test")
+                for shots in _prompted_shots(profile, searched)
+                for seed in seeds
+            ]
     return runs
+
+
+def _prompted_shots(profile: Profile, run: Run) -> tuple[int, ...]:
+    """Return for how many training rows a prompt is tested: one number, if it holds fewer of them than there are."""
+    if run.contestant == ZERO_SHOT:
+        return (0,)
+    return profile.shots if dict(run.options)["examples"] is None else (search_shots(profile),)
 
 
 def chosen_prompt(
