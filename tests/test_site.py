@@ -100,6 +100,18 @@ def _options(page: str) -> list[tuple[list[str], list[Any]]]:
     ]
 
 
+def test_every_public_name_and_integration_is_in_the_reference() -> None:
+    named = [
+        name
+        for page in markdown.PAGES
+        if page.startswith("docs/reference/")
+        for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)$", markdown.text_of(page), re.MULTILINE)
+    ]
+    assert sorted(name.split(".")[-1] for name in named if ".integrations." not in name) == softhooks.__all__
+    modules = {path.stem for path in (ROOT / "integrations").glob("[a-z]*.py")}
+    assert {name.split(".")[-1] for name in named if ".integrations." in name} == modules
+
+
 # --- the page of the errors -------------------------------------------------------------------------------------------
 
 
