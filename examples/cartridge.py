@@ -50,17 +50,17 @@ def read_and_write(text, tokens):
     """The line that the model writes behind the document and a text."""
     start = torch.tensor([document + tokenizer(text, add_special_tokens=False)["input_ids"]])
     written = model.generate(start, max_new_tokens=tokens, do_sample=True, temperature=0.7, pad_token_id=0)
-    return tokenizer.decode(written[0, start.shape[1] :], skip_special_tokens=True).split("\n")[0]
+    return tokenizer.decode(written[0, start.shape[1] :], skip_special_tokens=True).strip().split("\n")[0]
 
 
 rows = []
 for _, name in zip(range(options.questions), itertools.cycle(parts), strict=False):
     question = f"\n\nQuestion: What does {name}"
-    question += read_and_write(question, 12)
+    question += " " + read_and_write(question, 12)
     answer = read_and_write(f"{question}\nAnswer:", 40)
-    row = tokenizer(f"{question}\nAnswer:{answer}", add_special_tokens=False, return_tensors="pt")
+    row = tokenizer(f"{question}\nAnswer: {answer}", add_special_tokens=False, return_tensors="pt")
     rows.append(row["input_ids"])
-    print(f"{question.strip()} | {answer.strip()}")
+    print(f"{question.strip()} | {answer}")
 
 # %%
 method = softhooks.Cartridge(min(options.tokens, len(document)), document=document)
