@@ -10,6 +10,7 @@ python examples/cartridge.py --module argparse --questions 32
 
 # %%
 import argparse
+import copy
 import importlib
 import inspect
 import itertools
@@ -24,8 +25,8 @@ from softhooks.demo.smollm2 import smollm2
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="a directory or a Hub id; by default SmolLM2-135M, from its Python package")
 parser.add_argument("--module", default="logging", help="the module whose classes are the document")
-parser.add_argument("--document-tokens", type=int, default=700)
-parser.add_argument("--tokens", type=int, default=70, help="the number of virtual tokens")
+parser.add_argument("--document-tokens", type=int, default=500)
+parser.add_argument("--tokens", type=int, default=50, help="the number of virtual tokens")
 parser.add_argument("--questions", type=int, default=12)
 parser.add_argument("--epochs", type=int, default=4)
 parser.add_argument("--output", default="cartridge")
@@ -40,6 +41,8 @@ module = importlib.import_module(options.module)
 parts = {name: inspect.getdoc(item) for name, item in inspect.getmembers(module) if inspect.isclass(item)}
 text = "\n\n".join(f"{name}: {part}" for name, part in parts.items())
 document = tokenizer(text, add_special_tokens=False)["input_ids"][: options.document_tokens]
+with torch.no_grad():
+    read = model(torch.tensor([document])).past_key_values  # the keys and values of the document
 
 # %% [markdown]
 # Self-made questions and answers: the model reads the document, ends a question about one of its classes, and answers it.
@@ -49,17 +52,16 @@ document = tokenizer(text, add_special_tokens=False)["input_ids"][: options.docu
 def read_and_write(text, tokens):
     """The line that the model writes behind the document and a text."""
     start = torch.tensor([document + tokenizer(text, add_special_tokens=False)["input_ids"]])
-    written = model.generate(start, max_new_tokens=tokens, do_sample=True, temperature=0.7, pad_token_id=0)
+    sampling = {"do_sample": True, "temperature": 0.7, "pad_token_id": 0}
+    written = model.generate(start, past_key_values=copy.deepcopy(read), max_new_tokens=tokens, **sampling)
     return tokenizer.decode(written[0, start.shape[1] :], skip_special_tokens=True).strip().split("\n")[0]
 
 
 rows = []
 for _, name in zip(range(options.questions), itertools.cycle(parts), strict=False):
-    question = f"\n\nQuestion: What does {name}"
-    question += " " + read_and_write(question, 12)
+    question = f"\n\nQuestion: What does {name} " + read_and_write(f"\n\nQuestion: What does {name}", 12)
     answer = read_and_write(f"{question}\nAnswer:", 40)
-    row = tokenizer(f"{question}\nAnswer: {answer}", add_special_tokens=False, return_tensors="pt")
-    rows.append(row["input_ids"])
+    rows.append(tokenizer(f"{question}\nAnswer: {answer}", add_special_tokens=False, return_tensors="pt")["input_ids"])
     print(f"{question.strip()} | {answer}")
 
 # %%
