@@ -112,7 +112,7 @@ def load(folder: str | Path, **options: Any) -> Any:
         modules = json.loads((folder / "modules.json").read_bytes())
         family = json.loads((folder / "config_sentence_transformers.json").read_bytes()).get("model_type")
         kinds = [module["type"] for module in modules]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder} contains no sentence model: {error}.") from error
     if KIND not in kinds or family not in FAMILIES:
         raise CheckpointError(

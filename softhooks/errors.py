@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+MAX_VIRTUAL_TOKENS = 2**20
+"""The largest number of virtual tokens of a prompt, and of slots in a layout."""
+MAX_WIDTH = 2**16
+"""The largest width of the hidden layers of a prompt's network."""
+
+_MAX_SHOWN = 10_000  # characters
+
 
 def format_message(found: str, /, *remedy: str, **values: object) -> str:
     """Compose a message: the problem, one line for each value, and the remedy."""
     width = max((len(name) for name in values), default=0) + 1
     lines = [f"{name.replace('_', ' ') + ':':<{width}} {value}" for name, value in values.items()]
-    return "\n".join([found, *lines, *remedy])
+    return "\n".join(map(_shown, [found, *lines, *remedy]))
+
+
+def _shown(text: str) -> str:
+    """Shorten a part of a message that is very long, and escape characters that would control a terminal.
+
+    Messages quote names and values from files.
+    """
+    if len(text) > _MAX_SHOWN:
+        text = f"{text[: _MAX_SHOWN // 2]} [{len(text) - _MAX_SHOWN:,} characters left out] {text[-_MAX_SHOWN // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 class SoftHooksError(Exception):
@@ -84,10 +103,12 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise OptionError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
-def check_int(name: str, value: object, minimum: int = 1) -> None:
-    """Raise an `OptionError` if an option is not an integer of at least `minimum`."""
+def check_int(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> None:
+    """Raise an `OptionError` if an option is not an integer of at least `minimum` or, if there is a maximum, is above it."""
     if not is_int(value, minimum):
         raise OptionError(f"{name} is {value!r}; it must be an integer of at least {minimum}.")
+    if maximum is not None and is_int(value, maximum + 1):
+        raise OptionError(f"{name} is {value!r}; it must be at most {maximum:,}.")
 
 
 def is_int(value: object, minimum: int) -> bool:

@@ -70,7 +70,7 @@ def attach_found(model: nn.Module, stored: StoredPrompt, name: str, **options: A
     if stored.also_trained:
         warnings.warn(
             f"{stored.source}: {len(stored.also_trained)} parameters of the base model were trained with this prompt "
-            f"({', '.join(stored.also_trained[:3])}, ...), but are not saved with it; load them separately.",
+            f"({', '.join(map(repr, stored.also_trained[:3]))}, ...), but are not saved with it; load them separately.",
             stacklevel=3,
         )
     return attach_stored(model, stored, name, **options)

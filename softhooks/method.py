@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 
 from softhooks.backbone.attention_groups import groups_of, require_sites
 from softhooks.backbone.stack import ModelStructure, Role, Site, Stack
-from softhooks.errors import CheckpointError, check_int
+from softhooks.errors import MAX_VIRTUAL_TOKENS, CheckpointError, check_int
 from softhooks.inject.branch.branch import BranchInputs
 from softhooks.layout.layout import Layout
 from softhooks.objectives.base import Objective, PromptOnModel
@@ -65,7 +65,7 @@ class Method:
     num_virtual_tokens: int
 
     def __post_init__(self) -> None:
-        check_int("num_virtual_tokens", self.num_virtual_tokens)
+        check_int("num_virtual_tokens", self.num_virtual_tokens, maximum=MAX_VIRTUAL_TOKENS)
 
     @property
     def batch_columns(self) -> tuple[str, ...]:

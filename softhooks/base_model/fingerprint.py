@@ -99,8 +99,12 @@ class Fingerprint:
         Raises:
             ValueError: the value is malformed.
         """
-        if not isinstance(value, dict) or type(value.get("vocabulary")) is not int or value["vocabulary"] < 1:
-            raise ValueError("it must be an object whose `vocabulary` is a whole number of 1 or more")
+        if (
+            not isinstance(value, dict)
+            or type(value.get("vocabulary")) is not int
+            or not 0 < value["vocabulary"] < 2**31
+        ):
+            raise ValueError("it must be an object whose `vocabulary` is a whole number from 1 to 2**31 - 1")
         samples = {group: _read(value, group) for group in GROUPS}
         if not any(samples.values()):
             raise ValueError("it contains no weights")

@@ -68,8 +68,9 @@ class BaseModelInfo:
 
     @classmethod
     def from_json(cls, value: dict[str, Any], source: str) -> BaseModelInfo:
-        """Read the facts from a saved prompt; values of the wrong type are ignored."""
+        """Read the facts from a saved prompt; values of the wrong type, and impossible sizes, are ignored."""
         known = {name: value[key] for name, (key, kind) in _JSON.items() if type(value.get(key)) is kind}
+        known = {name: fact for name, fact in known.items() if type(fact) is not int or 0 < fact < 2**31}
         try:
             fingerprint = None if value.get("fingerprint") is None else Fingerprint.from_json(value["fingerprint"])
         except ValueError as error:

@@ -66,7 +66,7 @@ def _warn_of_also_trained(stored: StoredPrompt) -> None:
     if stored.also_trained:
         warnings.warn(
             f"{stored.source}: {len(stored.also_trained)} parameters of the base model were trained with this prompt "
-            f"({', '.join(stored.also_trained[:3])}, ...); neither its file nor the converted file contains them.",
+            f"({', '.join(map(repr, stored.also_trained[:3]))}, ...); neither its file nor the converted file contains them.",
             stacklevel=3,
         )
 

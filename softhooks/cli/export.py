@@ -85,8 +85,9 @@ def _embeddings(prompt: str, model: str, text: str, chat: bool, to: Server, stri
     from softhooks.serving.embeddings import sequence_embeddings
 
     try:
-        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        # without `trust_remote_code=False`, transformers asks on a terminal whether to run the repository's code
+        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{model!r} (--model) cannot be loaded as a causal language model with a tokenizer.",

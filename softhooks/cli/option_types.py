@@ -131,7 +131,7 @@ def _from_json(value: Any) -> Any:
     """Parse a string as JSON; return other values, and strings that are not JSON, unchanged."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # not JSON, a number with too many digits, or nested too deeply
         return value
 
 

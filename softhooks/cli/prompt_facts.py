@@ -13,7 +13,7 @@ from torch import Tensor
 from softhooks.analysis.slots import gates_of, slots_of
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.formats import peft_read, softhooks_files
-from softhooks.formats.files import parse_json, read_json, read_tensors
+from softhooks.formats.files import parse_json, parse_json_tensor, read_json, read_tensors
 from softhooks.formats.find import format_of, is_checkpoint, read
 from softhooks.formats.softhooks_files import LIVE
 from softhooks.formats.stored import StoredPrompt
@@ -159,7 +159,7 @@ def _live(folder: Path) -> dict[str, Any] | None:
     for key in [key for key in tensors if is_prompt_key(key) and key.endswith(".description")]:
         if tensors[key].dtype is torch.uint8 and tensors[key].dim() == 1:
             name = key[len(CONTAINER) + 1 : -len(".description")]
-            optimizer = parse_json(bytes(tensors.pop(key).tolist()), str(path)).get("optimizer")
+            optimizer = parse_json_tensor(tensors.pop(key), str(path)).get("optimizer")
     return {
         "name": name,
         "file": LIVE,

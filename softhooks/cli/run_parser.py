@@ -165,7 +165,7 @@ def read_config(file: str | None) -> dict[str, Any]:
     path = Path(file)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # an invalid date is a ValueError
         raise OptionError(
             f"{path} cannot be read as a YAML or JSON file.",
             "Give a YAML or JSON file with the sections `method:` and `options:`.",

@@ -24,7 +24,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")  # of sharded weights
 _TRAINER_STATE = "trainer_state.json"
 _MAX_LISTED = 8
-_MAX_BYTES = 64 * 2**20  # larger files are not parsed as JSON
+_MAX_STATE_BYTES = 64 * 2**20  # the `trainer_state.json` of a long run; larger files are not parsed
 
 
 def find(path: str | Path, revision: str | None = None, token: str | bool | None = None) -> StoredPrompt:
@@ -154,6 +154,6 @@ def _order(entry: Path) -> tuple[bool, int, str]:
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; return an empty dictionary if the file is too large or does not contain one."""
     try:
-        return read_json(path) if path.stat().st_size <= _MAX_BYTES else {}
-    except (OSError, CheckpointError):
+        return read_json(path, _MAX_STATE_BYTES)
+    except CheckpointError:
         return {}

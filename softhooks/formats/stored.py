@@ -17,6 +17,7 @@ from softhooks.formats.hub_commit import HubCommit
 from softhooks.formats.labels import Labels
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CHUNK = 2**22  # numbers
 
 
 @dataclass
@@ -56,11 +57,13 @@ class StoredPrompt:
     loaded_from: HubCommit | None = None
 
     def require_finite(self) -> None:
-        """Raise a `CheckpointError` if a tensor contains infinite numbers or NaN, or is not floating-point."""
+        """Raise a `CheckpointError` if a tensor is empty, contains infinite numbers or NaN, or is not floating-point."""
         heads = {f"{path}:{name}": tensor for path, head in self.heads.items() for name, tensor in head.items()}
         for name, tensor in {**self.tables, **self.added, **heads}.items():
+            if not tensor.numel():  # its other dimensions could have any size
+                raise CheckpointError(f"the tensor {name!r} is empty.", "Save the prompt again.", file=self.source)
             is_float = tensor.dtype in _FLOATS
-            if not is_float or not bool(torch.isfinite(tensor).all()):
+            if not is_float or not _is_finite(tensor):
                 raise CheckpointError(
                     f"the tensor {name!r} contains {'inf or NaN' if is_float else tensor.dtype}; it must contain finite floats.",
                     "Use a checkpoint from before the training diverged.",
@@ -71,6 +74,11 @@ class StoredPrompt:
         """Raise a `PromptMismatchError`, whose last remedy is `override`, if a model is not the base model."""
         has_adapters = any("lora_" in name for name in self.also_trained)
         require_base(self.base, model, structure, self.source, has_adapters=has_adapters, override=override)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all numbers are finite; the tensor is read in parts, so that this takes little memory."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(_CHUNK))
 
 
 def outline(structure: ModelStructure) -> dict[str, dict[str, Any]]:

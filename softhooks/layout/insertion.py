@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, UnsupportedModeError, check_choice, check_int
+from softhooks.errors import MAX_VIRTUAL_TOKENS, OptionError, UnsupportedModeError, check_choice, check_int
 from softhooks.layout.anchors import Anchor, Which, anchor_of, ids_from_json
 from softhooks.layout.slot_map import Places
 
@@ -47,6 +47,8 @@ class Insertion:
     def __post_init__(self) -> None:
         if not self.groups:
             raise OptionError("the layout has no slots; pass at least one of start, after, before and end.")
+        if sum(group.count for group in self.groups) > MAX_VIRTUAL_TOKENS:
+            raise OptionError(f"the layout has more than {MAX_VIRTUAL_TOKENS:,} slots, which is the maximum.")
         check_choice("which", self.which, ("first", "last"))
         check_choice("missing", self.missing, ("error", "skip"))
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softhooks.errors import OptionError, UnsupportedModeError
+from softhooks.errors import MAX_VIRTUAL_TOKENS, OptionError, UnsupportedModeError
 from softhooks.layout.anchors import ids_from_json
 from softhooks.layout.slot_map import Places
 from softhooks.layout.tokenizing import tokenize
@@ -26,6 +26,9 @@ _PIECE = re.compile(
     |(?P<text>[^{}]+)""",
     re.VERBOSE,
 )
+
+_MAX_LENGTH = 2**20  # characters
+_MAX_DIGITS = 9
 
 Message = Mapping[str, str]
 Source = str | Sequence[Message]
@@ -55,11 +58,13 @@ class Part:
 
 def parse(template: str) -> list[Part]:
     """Split a template into its parts."""
+    if len(template) > _MAX_LENGTH:
+        raise OptionError(f"the template has {len(template):,} characters; it must have at most {_MAX_LENGTH:,}.")
     parts: list[Part] = []
     place, text = 0, ""
     while place < len(template):
         match = _PIECE.match(template, place)
-        if match is None or match["field"] == "soft" or (match["count"] is not None and int(match["count"]) == 0):
+        if match is None or match["field"] == "soft" or (match["count"] is not None and _count(match) == 0):
             wrong = re.match(r"\{[^{}]*\}", template[place:])
             found = repr(wrong[0] if wrong else template[place : place + 30])
             raise OptionError(
@@ -104,7 +109,12 @@ def _part(match: re.Match[str], space: str) -> Part:
         return Part("mask")
     if field is not None:
         return Part("field", field, space=space)
-    return Part("soft", match["words"] or "", int(match["count"] or 0), match["tie"] or "")
+    return Part("soft", match["words"] or "", _count(match), match["tie"] or "")
+
+
+def _count(match: re.Match[str]) -> int:
+    """Return the number of slots; a number with many digits is cut, and refused later."""
+    return int((match["count"] or "0")[:_MAX_DIGITS])
 
 
 def _split(source: Any) -> tuple[tuple[Part, ...], ...]:
@@ -211,6 +221,8 @@ class Template:
                     f"the slots named {part.tie!r} are defined as {model.text or model.count!r} and as "
                     f"{part.text or part.count!r}; slots with the same name must have the same number or the same words."
                 )
+            if len(rows) + part.count > MAX_VIRTUAL_TOKENS:
+                raise OptionError(f"the template has more than {MAX_VIRTUAL_TOKENS:,} slots, which is the maximum.")
             rows += range(first, first + part.count)
             starts |= {first + i: token for i, token in enumerate(part.ids)}
             count = max(count, first + part.count)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from softhooks.backbone.attention_groups import groups_of, require_sites
 from softhooks.backbone.stack import ModelStructure
-from softhooks.errors import UnsupportedMethodError, check_dropout, check_int
+from softhooks.errors import MAX_WIDTH, UnsupportedMethodError, check_dropout, check_int
 from softhooks.method import Method
 from softhooks.prompt_encoder import PromptEncoder, TableEncoder
 
@@ -91,7 +91,7 @@ class KeyValuePrefix(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_dropout("dropout", self.dropout)
-        check_int("hidden_size", self.hidden_size)
+        check_int("hidden_size", self.hidden_size, maximum=MAX_WIDTH)
 
     def conventions(self, structure: ModelStructure) -> dict[str, Any]:
         """Return whether the text's positions are shifted, and whether sliding windows apply to the prefix."""

@@ -13,10 +13,19 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from softhooks.backbone.stack import ModelStructure
-from softhooks.errors import CheckpointError, OptionError, PromptMismatchError, check_choice, check_int, is_int
+from softhooks.errors import (
+    MAX_WIDTH,
+    CheckpointError,
+    OptionError,
+    PromptMismatchError,
+    check_choice,
+    check_int,
+    is_int,
+)
 from softhooks.method import Method
 from softhooks.methods.from_prompt import word_ids_of
 from softhooks.methods.mpt_encoder import (
+    MAX_TASKS,
     TASK_IDS,
     FoldedTask,
     FoldedTasks,
@@ -118,9 +127,9 @@ class MultitaskPromptTuning(Method):
             object.__setattr__(self, "tasks", tuple(self.tasks))  # a saved prompt has a list
         if not are_tasks(self.tasks):
             raise OptionError(
-                f"tasks is {self.tasks!r}; it must be a list of unique names or an integer of at least 1."
+                f"tasks is {self.tasks!r}; it must be a list of unique names or an integer from 1 to {MAX_TASKS:,}."
             )
-        check_int("rank", self.rank)
+        check_int("rank", self.rank, maximum=MAX_WIDTH)
         if not self.task_rate > 0 or not self.distillation >= 0:
             raise OptionError(
                 f"task_rate is {self.task_rate!r} and distillation is {self.distillation!r}; task_rate must be above 0, and "

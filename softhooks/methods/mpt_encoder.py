@@ -34,11 +34,15 @@ def task_of_rows(given: dict[str, Tensor], batch: int, names: Sequence[str]) -> 
     return [int(number) for number in ids.reshape(-1).tolist()]
 
 
+MAX_TASKS = 2**16
+"""The largest number of tasks without names."""
+
+
 def are_tasks(tasks: object) -> bool:
-    """Return whether `tasks` is a tuple of distinct names, or an integer of at least 1."""
+    """Return whether `tasks` is a tuple of distinct names, or an integer from 1 to `MAX_TASKS`."""
     if isinstance(tasks, tuple):
         return bool(tasks) and all(isinstance(name, str) and name for name in tasks) and len(set(tasks)) == len(tasks)
-    return is_int(tasks, 1)
+    return is_int(tasks, 1) and not is_int(tasks, MAX_TASKS + 1)
 
 
 def check_task(number: int, names: Sequence[str]) -> int:

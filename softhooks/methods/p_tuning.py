@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from softhooks.backbone.stack import ModelStructure
 from softhooks.backbone.word_embeddings import embed_ids
-from softhooks.errors import OptionError, PromptMismatchError, check_choice, check_int
+from softhooks.errors import MAX_WIDTH, OptionError, PromptMismatchError, check_choice, check_int
 from softhooks.layout.layout import Layout
 from softhooks.layout.template import COLUMN
 from softhooks.method import Method
@@ -148,7 +148,7 @@ class PTuning(Method):
         check_choice("shape", self.shape, get_args(Shape))
         check_int("num_layers", self.num_layers)
         if self.hidden_size is not None:
-            check_int("hidden_size", self.hidden_size)
+            check_int("hidden_size", self.hidden_size, maximum=MAX_WIDTH)
 
     @property
     def batch_columns(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softhooks.backbone.stack import ModelStructure
-from softhooks.errors import check_dropout, check_int
+from softhooks.errors import MAX_WIDTH, check_dropout, check_int
 from softhooks.methods.prompt_tuning import PromptTuning
 from softhooks.prompt_encoder import EMBEDDINGS, PromptEncoder
 
@@ -70,7 +70,7 @@ class ResidualPromptTuning(PromptTuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_int("hidden_size", self.hidden_size)
+        check_int("hidden_size", self.hidden_size, maximum=MAX_WIDTH)
         check_dropout("dropout", self.dropout)
 
     def build(self, structure: ModelStructure) -> PromptEncoder:

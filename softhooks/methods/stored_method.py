@@ -41,7 +41,7 @@ def method_of(stored: StoredPrompt) -> Method:
         _check_type(fields[key], value, source)
     try:
         method = cls(**options)
-    except (SoftHooksError, TypeError, ValueError) as error:
+    except (SoftHooksError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{source} has invalid options for {kind}: {error}") from error
     method.check_tables(stored.tables, source)
     _check_conventions(stored.conventions, method, source)

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from softhooks.backbone.container import CONTAINER, is_prompt_key
 from softhooks.compat.sharding import gathered
 from softhooks.errors import TrainerError
-from softhooks.formats.files import parse_json
+from softhooks.formats.files import parse_json_tensor
 from softhooks.prompt import SoftPrompt
 from softhooks.saving.live_state import DESCRIPTION, NotSaved, live_tensors, write_live
 from softhooks.saving.save_pretrained import SavePrompts, file_times, push_saved
@@ -176,7 +176,7 @@ class CheckpointSaver:
             return
         text = state.pop(self._description, None)
         found.pop(self._description, None)
-        described = parse_json(bytes(text.tolist()), "the checkpoint") if isinstance(text, Tensor) else None
+        described = parse_json_tensor(text, "the checkpoint") if isinstance(text, Tensor) else None
         self.require_same_run(described)
         live = {name: list(tensor.shape) for name, tensor in live_tensors(self.prompt).items()}
         own = {name: shape for name, shape in live.items() if is_prompt_key(name)}

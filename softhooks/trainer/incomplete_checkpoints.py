@@ -117,7 +117,7 @@ def find_damage(folder: Path) -> str | None:
         content = json.loads((folder / _STATE).read_bytes())
     except OSError:
         return f"{_STATE} is missing"
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{_STATE} is truncated"
     if not isinstance(content, dict):
         return f"{_STATE} is truncated"

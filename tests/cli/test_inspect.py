@@ -321,7 +321,7 @@ def test_a_file_that_is_no_prompt_is_refused_as_load_refuses_it(saved: Path, tmp
 
 
 NEED_A_MODEL = {
-    "a group that the model lacks", "a group too many", "another width", "no width", "another number of layers", "other heads",
+    "a group that the model lacks", "a group too many", "another width", "another number of layers", "other heads",
     "another direction", "head of another shape", "head lacks a part", "head has a part more", "head that the model lacks",
     "head without a name", "the model's own weights as a head", "a path out", "an absolute path", "a parameter's path out",
 }  # fmt: skip
