@@ -1,7 +1,7 @@
 """Look up every pinned package in a database of known vulnerabilities with pip-audit; `make audit` runs this.
 
-The exit status is 1 if a package has a known vulnerability, and 0 if none has one. It is also 0 if no database can be reached, which
-the last line then says.
+The exit status is 1 if a package has a known vulnerability, and 0 if none has one. It is also 0 if no database can be reached;
+then, the last line says so.
 """
 
 import itertools

@@ -6,11 +6,13 @@ example runs with the wheel in a new environment. The same commit gives the same
 
 import argparse
 import email
+import gzip
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 from pathlib import Path
@@ -56,8 +58,22 @@ def build(folder: Path) -> Path:
     (about / "sboms" / f"{metadata['Name']}.cdx.json").write_text(sbom.of_wheel(metadata, epoch))
     DIST.mkdir()
     run(sys.executable, "-m", "wheel", "pack", "--dest-dir", DIST, unpacked)
-    shutil.copy(sdist, DIST)
+    repack(sdist, DIST / sdist.name, epoch)
     return DIST / wheel.name
+
+
+def repack(source: Path, target: Path, epoch: int) -> None:
+    """Copy an sdist, with the time of the commit instead of the time of the build and the name of the user."""
+
+    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
+        return member
+
+    with tarfile.open(source) as old, gzip.GzipFile(target, "wb", mtime=epoch) as packed:
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new:
+            for member in sorted(old.getmembers(), key=lambda member: member.name):
+                member.pax_headers = {}
+                new.addfile(plain(member), old.extractfile(member) if member.isfile() else None)
 
 
 def try_example(wheel: Path, environment: Path, torch: list[str]) -> None:
