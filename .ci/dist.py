@@ -69,11 +69,14 @@ def repack(source: Path, target: Path, epoch: int) -> None:
         member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
         return member
 
-    with tarfile.open(source) as old, gzip.GzipFile(target, "wb", mtime=epoch) as packed:
-        with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new:
-            for member in sorted(old.getmembers(), key=lambda member: member.name):
-                member.pax_headers = {}
-                new.addfile(plain(member), old.extractfile(member) if member.isfile() else None)
+    with (
+        tarfile.open(source) as old,
+        gzip.GzipFile(target, "wb", mtime=epoch) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in sorted(old.getmembers(), key=lambda member: member.name):
+            member.pax_headers = {}
+            new.addfile(plain(member), old.extractfile(member) if member.isfile() else None)
 
 
 def try_example(wheel: Path, environment: Path, torch: list[str]) -> None:

@@ -23,7 +23,7 @@ _TOOLS = ["build", "cyclonedx-bom", "pip-audit", "setuptools", "twine", "uv", "w
 def compile_lock(
     name: str, requirements: list[str], extras: list[str], present: set[str], pins: Path | None
 ) -> set[str]:
-    """Write one lock with uv. -> the names of its packages."""
+    """Write one lock with uv. -> the names of its packages, without those that only some systems install."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]
     command += [
         "--generate-hashes",
@@ -54,7 +54,7 @@ def compile_lock(
         excluded.unlink()
     text = locked.partition("\n# The following packages were excluded")[0].rstrip() + "\n"
     (LOCKS / f"{name}.txt").write_text(_HEADER + text)
-    return set(re.findall(r"^([A-Za-z0-9_.-]+)==", text, re.MULTILINE))
+    return set(re.findall(r"^([A-Za-z0-9_.-]+)==[^ ;]+ \\\\$", text, re.MULTILINE))
 
 
 def main() -> None:

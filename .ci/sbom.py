@@ -4,7 +4,7 @@ A wheel contains one about itself and the packages that it requires, in `.dist-i
 one to `dist/`, with the tested version and the hashes of everything that `pip install softhooks` brings.
 """
 
-import datetime
+import datetime as dt
 import email.message
 import os
 import re
@@ -39,7 +39,7 @@ def of_wheel(metadata: email.message.Message, epoch: int) -> str:
     bom = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_URL, f"pkg:pypi/{name}@{version}"))
     bom.metadata.component = own
     bom.metadata.tools = ToolRepository()
-    bom.metadata.timestamp = datetime.datetime.fromtimestamp(epoch, datetime.UTC)
+    bom.metadata.timestamp = dt.datetime.fromtimestamp(epoch, dt.UTC)
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     parts = [_component(re.split(r"[^A-Za-z0-9_.-]", line)[0], None, None) for line in required]
     for part in parts:
