@@ -54,7 +54,7 @@ def compile_lock(
         excluded.unlink()
     text = locked.partition("\n# The following packages were excluded")[0].rstrip() + "\n"
     (LOCKS / f"{name}.txt").write_text(_HEADER + text)
-    return set(re.findall(r"^([A-Za-z0-9_.-]+)==[^ ;]+ \\\\$", text, re.MULTILINE))
+    return set(re.findall(r"^([A-Za-z0-9_.-]+)==[^ ;]+ \\$", text, re.MULTILINE))
 
 
 def main() -> None:
