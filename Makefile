@@ -111,7 +111,6 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-models.txt locks/build
 	@echo "  the other pinned packages"; $(call locked,$(VENV)) -r locks/test.txt
 	@echo "  torch";         $(call pip,$(VENV)) $(TORCH_PIP_ARGS) -c constraints.txt torch
 	@echo "  softhooks";     $(call pip,$(VENV)) --no-deps --no-build-isolation -e .
-	@$(call complete,$(VENV))
 	@touch $@
 
 # The frameworks and the documentation need a hundred more packages, which the demo does not need.

@@ -16,6 +16,7 @@ _OF_TORCH = ["filelock", "fsspec", "jinja2", "networkx", "sympy", "typing-extens
 """What torch depends on, except for its builds' own libraries."""
 
 
+_PYTHON = "3.11.5"  # the oldest version that all pinned packages support
 _TOOLS = ["build", "cyclonedx-bom", "pip-audit", "setuptools", "twine", "uv", "wheel"]
 """The tools that make a release. They have an environment of their own, and so their own versions."""
 
@@ -24,23 +25,13 @@ def compile_lock(
     name: str, requirements: list[str], extras: list[str], present: set[str], pins: Path | None
 ) -> set[str]:
     """Write one lock with uv. -> the names of its packages, without those that only some systems install."""
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11"]
-    command += [
-        "--generate-hashes",
-        "--no-annotate",
-        "--no-header",
-        "--excludes",
-        "-",
-        "--no-emit-package",
-        "softhooks",
-    ]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", f"--python-version={_PYTHON}"]
+    command += ["--generate-hashes", "--no-annotate", "--no-header", "--no-emit-package=softhooks"]
     command += [f"--no-emit-package={package}" for package in sorted(present)]
-    listed = LOCKS / f"{name}.in"
+    listed, excluded = LOCKS / f"{name}.in", LOCKS / "excluded.in"
     listed.write_text("\n".join(requirements) + "\n")
-    excluded = LOCKS / "excluded.in"
     excluded.write_text("torch\n")
-    command[command.index("-")] = str(excluded)
-    command += [str(listed)]
+    command += [str(listed), f"--excludes={excluded}"]
     if extras:
         command += [str(ROOT / "pyproject.toml"), *(f"--extra={extra}" for extra in extras)]
     if pins is not None:

@@ -59,6 +59,7 @@ def test_every_direct_requirement_is_locked() -> None:
         *extras["quality"],
         *extras["demo"],
         *extras["integrations"],
+        *extras["docs"],
         *extras["fuzz"],
     ]
     names = {re.split(r"[^A-Za-z0-9_.-]", line)[0].replace("_", "-").lower() for line in lines} - {"softhooks"}
