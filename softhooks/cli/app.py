@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from softhooks.cli import run_parser
+from softhooks.cli.compare import compare
 from softhooks.cli.demo import demo
 from softhooks.cli.exit_codes import report_errors, usage_errors
 from softhooks.cli.export import export
@@ -138,6 +139,7 @@ app.command(cls=MethodCommand)(train)
 app.command()(demo)
 app.command()(export)
 app.command()(inspect)
+app.command()(compare)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -89,11 +90,7 @@ def inspect(
         softhooks inspect runs/checkpoint-1000 --initial runs/checkpoint-500
         softhooks inspect my-peft-adapter --json | jq '.[0].options'
     """
-    for path in [*paths, *([] if initial is None else [initial])]:
-        problem = problem_with(path)
-        if problem is not None:
-            Console(stderr=True).print(visible(problem, "\n"), markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2)
+    require_prompts([*paths, *([] if initial is None else [initial])])
     from softhooks.cli.prompt_facts import Questions, facts_of  # torch takes seconds to import
 
     asked = Questions(initial, model, words, text, strict, matrix=html is not None)
@@ -114,7 +111,16 @@ def inspect(
     typer.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
-def problem_with(path: Path) -> str | None:
+def require_prompts(paths: Iterable[Path]) -> None:
+    """Exit with status 2 and a message if there is no saved prompt at a path."""
+    for path in paths:
+        problem = _problem(path)
+        if problem is not None:
+            Console(stderr=True).print(visible(problem, "\n"), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2)
+
+
+def _problem(path: Path) -> str | None:
     """Describe why a path is not the directory of a saved prompt; return None if it is."""
     from softhooks.formats.find import MARKS, format_of
 
