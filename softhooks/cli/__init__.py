@@ -1,1 +1,1 @@
-"""The command line: `softhooks run | train | demo | inspect | convert | export`."""
+"""The command line: `softhooks train | run | demo | inspect | compare | doctor | convert | export`."""

@@ -12,6 +12,7 @@ import typer
 from softhooks.cli import run_parser
 from softhooks.cli.compare import compare
 from softhooks.cli.demo import demo
+from softhooks.cli.doctor import doctor
 from softhooks.cli.exit_codes import report_errors, usage_errors
 from softhooks.cli.export import export
 from softhooks.cli.inspect import inspect
@@ -23,7 +24,6 @@ from softhooks.errors import CheckpointError
 app = typer.Typer(
     name="softhooks",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -51,10 +51,6 @@ def _root(
     """Soft prompts for unmodified Hugging Face models and Trainers."""
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
-    add_help_option=False,
-)
 def run(context: typer.Context) -> None:
     """Run an unmodified Trainer script, or a module (-m), with a soft prompt: softhooks run script.py ARGS."""
     with usage_errors():
@@ -70,7 +66,6 @@ def run(context: typer.Context) -> None:
     run.run(line, method, callback)
 
 
-@app.command()
 def convert(
     source: Annotated[
         Path,
@@ -136,10 +131,16 @@ def convert(
 
 
 app.command(cls=MethodCommand)(train)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    add_help_option=False,
+)(run)
 app.command()(demo)
-app.command()(export)
 app.command()(inspect)
 app.command()(compare)
+app.command()(doctor)
+app.command()(convert)
+app.command()(export)
 
 
 def main() -> None:

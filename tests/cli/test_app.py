@@ -112,3 +112,19 @@ def test_the_module_runs_as_the_command_does() -> None:
         [sys.executable, "-m", "softhooks.cli.app", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("softhooks ")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("softhooks comp", ["compare"]),
+        ("softhooks train --method pre", ["prefix-tuning"]),
+        ("softhooks train --task cl", ["classification"]),
+        ("softhooks inspect --ht", ["--html"]),
+    ],
+)
+def test_the_shell_completes_commands_options_and_methods(words: str, expected: list[str]) -> None:
+    place = len(words.split()) - 1
+    variables = {"_SOFTHOOKS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(place)}
+    result = runner.invoke(app.app, prog_name="softhooks", env=variables)
+    assert result.output.split() == expected
