@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers as tf
 import zoo
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from rich.console import Console
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 from untouched import remove_all
 
