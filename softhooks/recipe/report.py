@@ -75,7 +75,7 @@ class Report:
         for name, value in self._lines():
             table.add_row(name, Text(value))
         console.print(table)
-        console.print(Text(f'Use it: softhooks.load(model, "{self.output}")'), soft_wrap=True)
+        console.print(Text(f'Use it: model = softhooks.load_model("{self.output}")'), soft_wrap=True)
 
     def _lines(self) -> list[tuple[str, str]]:
         trained, frozen = self.parameters["trained"], self.parameters["frozen"]
