@@ -31,7 +31,7 @@ def bars(values: Sequence[float], *, x: str, y: str, top: float | None = None, u
             f'<rect class="bar" x="{place + step * 0.1:.1f}" y="{_TOP + height - size:.1f}" width="{step * 0.8:.1f}" '
             f'height="{size:.1f}"><title>{escape(x)} {number}: {_number(value, unit)}</title></rect>'
         )
-    every = max(1, -(-len(values) // 16))
+    every = max(1, -(-len(values) // 12))
     parts += [
         f'<text x="{_LEFT + (number + 0.5) * step:.1f}" y="{_HEIGHT - 28}" text-anchor="middle">{number}</text>'
         for number in range(0, len(values), every)

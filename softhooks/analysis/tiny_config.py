@@ -84,6 +84,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mpnet": {"pad_token_id": 1},
     "nystromformer": {"num_landmarks": 128, "segment_means_seq_len": 128},
     "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "splinter": {"question_token_id": 5},
@@ -127,12 +128,13 @@ def tiny_like(config: Any) -> Any:
     the ids of special tokens, are small.
     """
     cls = type(config)
-    small = shrunk(cls, **CHANGES.get(config.model_type, {}))
-    own = {name: value for name, value in config.to_dict().items() if name not in _NOT_COPIED}
+    fixed = CHANGES.get(config.model_type, {})
+    small = shrunk(cls, **fixed)
+    inner = {name: getattr(config, name, None) for name in getattr(cls, "sub_configs", {})}
+    own = {name: value for name, value in config.to_dict().items() if name not in (*_NOT_COPIED, *fixed)}
     for name, value in own.items():
-        inner = getattr(config, name, None)
-        if isinstance(inner, transformers.PreTrainedConfig):
-            small[name] = tiny_like(inner).to_dict()
+        if isinstance(inner.get(name), transformers.PreTrainedConfig):
+            small[name] = tiny_like(inner[name]).to_dict()
         elif isinstance(value, (bool, str)) or (value is None and name in small):
             small[name] = value
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and name not in small:

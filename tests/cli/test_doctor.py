@@ -111,7 +111,7 @@ def test_every_method_is_tried() -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", ["gpt2", "roberta", "t5", "gemma3_text", "mixtral", "qwen2_vl", "modernbert", "deberta-v2"]
+    "arch", ["gpt2", "roberta", "t5", "gemma3_text", "bamba", "qwen2_5_vl", "modernbert", "deberta-v2"]
 )
 def test_a_tiny_copy_has_the_class_and_runs(tmp_path: Path, arch: str) -> None:
     candidate = Candidate(str(config_only(tmp_path, arch)))
