@@ -1,6 +1,6 @@
 """A cartridge of a document: keys and values that replace a module's documentation, trained on questions of the model itself.
 
-python examples/cartridge.py                        # SmolLM2-135M and the documentation of `logging`: about four minutes
+python examples/cartridge.py                        # SmolLM2-135M and the documentation of `logging`: about two minutes
 python examples/cartridge.py --module argparse --questions 32
 """
 

@@ -14,7 +14,7 @@ NAVIGATION = {
         "Reliability": "how-it-works models limits errors guarantees performance security",
         "API": "reference/attaching reference/methods reference/trainer reference/layouts reference/prompts reference/errors "
         "reference/integrations",
-        "Project": "/CONTRIBUTING /CHANGELOG /benchmarks/README",
+        "Project": "/CONTRIBUTING /CHANGELOG /SECURITY /benchmarks/README",
     },
     "docs/methods": {
         "": "methods/prompt-tuning methods/prefix-tuning methods/p-tuning methods/p-tuning-v2 methods/multitask-prompt-tuning "
@@ -28,7 +28,9 @@ NAVIGATION = {
 
 def _add(app: Sphinx, name: str, source: list[str]) -> None:
     for caption, pages in NAVIGATION.get(name, {}).items():
-        listed = "\n".join(pages.split())
+        listed = "\n".join(
+            page for page in pages.split() if page != "/SECURITY" or (app.srcdir / "SECURITY.md").is_file()
+        )
         title = f":caption: {caption}\n" if caption else ""
         source[0] += f"\n```{{toctree}}\n:hidden:\n{title}\n{listed}\n```\n"
 
