@@ -65,7 +65,7 @@ state = Path(options.output) / "state"
 run(0, options.steps // 2)
 accelerator.save_state(str(state))  # the prompt, the optimizer and the random numbers, not the base model
 accelerator.load_state(str(state))  # as a new process would, to go on from here
-print(f"loss {run(options.steps // 2, options.steps):.3f} at the end")
+accelerator.print(f"loss {run(options.steps // 2, options.steps):.3f} at the end")
 prompt.verify_frozen()
 if accelerator.is_main_process:
     prompt.save_pretrained(options.output)
