@@ -32,7 +32,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", help="a directory or a Hub id; by default MiniLM, from its Python package")
 parser.add_argument("--method", choices=METHODS, default="p-tuning-v2")
 parser.add_argument("--tokens", type=int, default=16, help="the number of virtual tokens")
-parser.add_argument("--steps", type=int, default=300)
+parser.add_argument("--steps", type=int, default=150)
 parser.add_argument("--output", default="text-classification")
 options = parser.parse_args()
 set_seed(0)
