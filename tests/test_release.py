@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,11 @@ def test_an_audit_asks_for_every_pinned_package() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert pins((ROOT / "constraints.txt").read_text()) == lines
     assert "pip-audit" in {pin.split("==")[0] for pin in pins((ROOT / "locks" / "release.txt").read_text())}
+
+
+def test_no_ignored_file_is_tracked() -> None:
+    """`git add` in the middle of a rebase can add an environment that a later commit ignores."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout == ""
