@@ -246,8 +246,8 @@ class TestDemo:
             "majority class",
             "zero-shot, question",
             "zero-shot, code",
-            "few-shot, 10 examples, question",
-            "few-shot, 10 examples, code",
+            "few-shot, question",
+            "few-shot, code",
             "soft prompt, 20 tokens",
             "prefix, 20 tokens",
         ]

@@ -13,7 +13,8 @@ from softhooks.demo.language_model.task import Format
 
 EXPLANATION = """\
 accuracy: on the test rows, with its standard error; the most likely of the packages' names counts as the answer
-question: instruction and examples as plain text, without a chat template; code: docstrings followed by imports
+question: the instruction as plain text, without a chat template; code: a docstring followed by an import
+few-shot: one example of each package in the context
 context: tokens of instruction and examples before each text; trained: numbers
 seconds: to train, with the evaluations during training; for the untrained model, to answer
 """

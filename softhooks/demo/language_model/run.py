@@ -127,7 +127,7 @@ def _baselines(model: PreTrainedModel, task: Task, options: LanguageModelOptions
         start = time.perf_counter()
         asked = dataclasses.replace(task, format=form)
         context = asked.context(shots, options.seed)
-        name = f"few-shot, {shots * len(task.labels)} examples, {form.name}" if shots else f"zero-shot, {form.name}"
+        name = f"{'few-shot' if shots else 'zero-shot'}, {form.name}"
         predictions = predict(model, asked, task.test, context, description=name)
         seconds = time.perf_counter() - start
         lines.append(Line(name, predictions.accuracy, predictions.standard_error, seconds, len(context)))
