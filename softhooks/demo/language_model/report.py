@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -138,7 +139,10 @@ def _usage(report: Report) -> str:
 def _table(report: Report) -> Table:
     best = max(line.accuracy for line in report.lines)
     table = Table(
-        title=f"{report.model}, {report.train_rows} training rows and {report.test_rows} test rows", padding=(0, 1)
+        title=f"{report.model}, {report.train_rows} training rows and {report.test_rows} test rows",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        box=box.SIMPLE,  # 80 columns
     )
     table.add_column("", no_wrap=True)
     for header in ("accuracy", "context", "trained", "saved bytes", "seconds"):
