@@ -121,9 +121,7 @@ def _load_base(
 
 def _require_commit(stored: StoredPrompt, model: PreTrainedModel, base: str) -> None:
     """Check that the model's files come from the commit that the prompt's file names, if both are known."""
-    wanted = stored.base.revision or ""
-    recorded = getattr(model.config, "_commit_hash", None)  # older versions of transformers record it
-    found = [str(recorded)] if recorded else cached_commits(model, base)
+    wanted, found = stored.base.revision or "", _commits_of(model, base)
     if found and _COMMIT.fullmatch(wanted) and wanted not in found:
         raise PromptMismatchError(
             "the Hub returned another revision of the base model than the one that the prompt was trained with.",
@@ -132,6 +130,11 @@ def _require_commit(stored: StoredPrompt, model: PreTrainedModel, base: str) -> 
             found=", ".join(found),
             prompt=stored.source,
         )
+
+
+def _commits_of(model: PreTrainedModel, base: str) -> list[str]:
+    recorded = getattr(model.config, "_commit_hash", None)  # older versions of transformers record it
+    return [str(recorded)] if recorded else cached_commits(model, base)
 
 
 def label_count(stored: StoredPrompt) -> int | None:

@@ -105,7 +105,7 @@ def test_a_base_at_another_revision_is_refused(
 ) -> None:
     publish(hub, tmp_path)
     same_weights = hub.repositories[BASE].commit({"note.txt": b"another commit"})
-    monkeypatch.setattr(importlib.import_module("softhooks.load_model"), "cached_commits", lambda *_: [same_weights])
+    monkeypatch.setattr(importlib.import_module("softhooks.load_model"), "_commits_of", lambda *_: [same_weights])
     with pytest.raises(PromptMismatchError, match="another revision") as caught:
         softhooks.load_model(PROMPT)
     assert same_weights in str(caught.value)
