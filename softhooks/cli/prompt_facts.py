@@ -73,6 +73,7 @@ def facts_of(folder: Path, questions: Questions | None = None) -> dict[str, Any]
         "versions": {k: v for k, v in versions.items() if isinstance(v, str)} if isinstance(versions, dict) else {},
         "heads": list(stored.heads),
         "also_trained": stored.also_trained,
+        "loaded_from": stored.loaded_from and stored.loaded_from.to_json(),
         "parameters": {"prompt": sum(tensor.numel() for tensor in tensors.values()) - in_heads, "heads": in_heads},
         "file": file.name,
         "bytes": file.stat().st_size,

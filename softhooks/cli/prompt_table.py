@@ -61,6 +61,9 @@ def _facts(prompt: dict[str, Any]) -> list[tuple[str, str]]:
     if prompt["on_model"] is not None:
         share = parameters["prompt"] / max(prompt["on_model"]["model_parameters"], 1)
         facts.append(("on the model", f"enters as {prompt['on_model']['injection']}; {share:.4%} of its parameters"))
+    origin = prompt["loaded_from"]
+    if origin:
+        facts.append(("loaded from", f"{origin['repo_id']} on the Hub, commit {origin['commit_hash']}"))
     trained = prompt["also_trained"]
     if trained:
         facts.append(

@@ -30,6 +30,7 @@ from softhooks.backbone.container import CONTAINER
 from softhooks.cli import app
 from softhooks.cli.prompt_facts import facts_of
 from softhooks.cli.prompt_table import show
+from softhooks.formats.hub_commit import HubCommit
 from softhooks.formats.softhooks_files import DESCRIPTION, LIVE, TENSORS
 
 P = 4
@@ -160,6 +161,16 @@ def test_what_trained_beside_the_prompt_is_said_to_be_missing(tmp_path: Path) ->
     one = told(tmp_path)
     assert "model.norm.weight" in one["also_trained"]
     assert f"{len(one['also_trained'])} parameters of the base, trained with the prompt" in run(tmp_path)
+
+
+def test_the_commit_that_a_prompt_was_loaded_from(tmp_path: Path) -> None:
+    prompt = softhooks.attach(zoo.build("llama"), PromptTuning(P))
+    prompt.save_pretrained(tmp_path / "new")
+    prompt.loaded_from = HubCommit("me/prompt", "ab" * 20)
+    prompt.save_pretrained(tmp_path / "loaded")
+    assert told(tmp_path / "new")["loaded_from"] is None
+    assert told(tmp_path / "loaded")["loaded_from"] == {"repo_id": "me/prompt", "commit_hash": "ab" * 20}
+    assert f"me/prompt on the Hub, commit {'ab' * 20}" in run(tmp_path / "loaded")
 
 
 def test_a_long_option_is_cut_for_people_and_whole_for_scripts(tmp_path: Path) -> None:
