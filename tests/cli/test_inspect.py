@@ -359,7 +359,7 @@ def test_a_false_file_is_refused_as_load_refuses_it(saved: Path, tmp_path: Path,
 def test_a_damaged_file_is_one_message_and_exit_code_1(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / TENSORS).write_bytes(b"soft prompt")
+    (tmp_path / TENSORS).write_bytes((8).to_bytes(8, "little") + b"not JSON")
     monkeypatch.setattr(sys, "argv", ["softhooks", "inspect", str(saved), str(tmp_path)])
     with pytest.raises(SystemExit) as leaving:
         app.main()
