@@ -1,6 +1,6 @@
 """Chat fine-tuning with TRL: the assistant answers with the name of a package; only the prompt is trained.
 
-python examples/chat_sft_trl.py                        # SmolLM2-135M-Instruct: about three minutes on two cores
+python examples/chat_sft_trl.py                        # SmolLM2-135M-Instruct: about four minutes on two cores
 python examples/chat_sft_trl.py --model Qwen/Qwen3-0.6B
 """
 
@@ -18,7 +18,7 @@ from softhooks.demo.smollm2 import smollm2
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="a directory or a Hub id; by default SmolLM2-135M, from its Python package")
-parser.add_argument("--steps", type=int, default=60)
+parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--tests", type=int, default=40, help="test rows")
 parser.add_argument("--output", default="chat-sft")
 options = parser.parse_args()

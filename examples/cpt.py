@@ -1,6 +1,6 @@
 """Context-aware prompt tuning (CPT): start from in-context learning, and train the embeddings of the examples.
 
-python examples/cpt.py                        # SmolLM2-135M, four examples of each class: about two minutes
+python examples/cpt.py                        # SmolLM2-135M, four examples of each class: about three minutes
 """
 
 import argparse

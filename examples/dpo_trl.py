@@ -1,6 +1,6 @@
 """Preferences with TRL's DPO: answers that name the right package are preferred. The reference needs no second model.
 
-python examples/dpo_trl.py                        # SmolLM2-135M-Instruct: about three minutes on two cores
+python examples/dpo_trl.py                        # SmolLM2-135M-Instruct: about four minutes on two cores
 """
 
 import argparse
@@ -18,7 +18,7 @@ from softhooks.integrations.trl import reference
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="a directory or a Hub id; by default SmolLM2-135M, from its Python package")
-parser.add_argument("--steps", type=int, default=40)
+parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--tests", type=int, default=64, help="test rows")
 parser.add_argument("--output", default="dpo")
 options = parser.parse_args()
