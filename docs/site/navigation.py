@@ -28,9 +28,7 @@ NAVIGATION = {
 
 def _add(app: Sphinx, name: str, source: list[str]) -> None:
     for caption, pages in NAVIGATION.get(name, {}).items():
-        listed = "\n".join(
-            page for page in pages.split() if page != "/SECURITY" or (app.srcdir / "SECURITY.md").is_file()
-        )
+        listed = "\n".join(pages.split())
         title = f":caption: {caption}\n" if caption else ""
         source[0] += f"\n```{{toctree}}\n:hidden:\n{title}\n{listed}\n```\n"
 
