@@ -16,6 +16,7 @@ from benchmarks.quality.peft_methods import (
 from benchmarks.quality.setup import Contestant, Prepared, Setup
 from benchmarks.quality.softhooks_methods import (
     cartridge,
+    context_tuning,
     cpt,
     llama_adapter,
     multitask_prompt_tuning,
@@ -25,7 +26,7 @@ from benchmarks.quality.softhooks_methods import (
     prompt_tuning,
     residual_prompt_tuning,
 )
-from benchmarks.quality.variants import normalized_prompt_tuning, superposed_prompt_tuning
+from benchmarks.quality.variants import normalized_prompt_tuning, scaled_prefix_tuning, superposed_prompt_tuning
 
 
 def head(model: PreTrainedModel, setup: Setup) -> Prepared:
@@ -72,7 +73,9 @@ _ALL = (
     Contestant(
         "superposed_prompt_tuning", "prompt of superposed words", VARIANT, None, PROMPT, superposed_prompt_tuning
     ),
+    Contestant("scaled_prefix_tuning", "prefix in units of its spread", VARIANT, None, HIGH, scaled_prefix_tuning),
     Contestant("normalized_prompt_tuning", "prompt of fixed lengths", VARIANT, None, PROMPT, normalized_prompt_tuning),
+    Contestant("context_tuning", "context tuning", SOFTHOOKS, None, MIDDLE, context_tuning),
     Contestant("cpt", "CPT", SOFTHOOKS, None, None, cpt),
     Contestant("peft_cpt", "CPT", PEFT, None, None, peft_cpt, "cpt"),
     Contestant("cartridge", "cartridge", SOFTHOOKS, None, None, cartridge),

@@ -100,11 +100,15 @@ class DecoderInputs:
         """Return the ids of the task's document."""
         return self._ids(f"{self.task.document.strip()}\n\n")
 
+    def example(self, row: Row) -> list[int]:
+        """Return the ids of a row with its answer, as an example in a context."""
+        return self.question_ids(row) + self._ids(f" {row.answer}\n\n")
+
     def context(self, examples: Sequence[Row], limit: int | None = None) -> list[int]:
         """Return the ids of the instruction, if the template has it, and of as many examples as fit within `limit` tokens."""
         ids = self._ids(f"{self.task.instruction}\n\n") if self._template.instructed else []
         for row in examples:
-            example = self.question_ids(row) + self._ids(f" {row.answer}\n\n")
+            example = self.example(row)
             if limit is not None and len(ids) + len(example) > limit:
                 break
             ids += example

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 import softhooks
 from benchmarks.quality import transfer
+from benchmarks.quality.baselines import by_turns
 from benchmarks.quality.cpt import context_types_and_ids
 from benchmarks.quality.inputs import DecoderInputs, Rows
 from benchmarks.quality.setup import VIRTUAL_TOKENS, Prepared, Setup
@@ -18,6 +19,9 @@ from softhooks.trainer.callback import SoftPromptCallback
 
 RUNNER_OPTIONS = frozenset({*transfer.OPTIONS, "freeze_dropout", "bfloat16", "schedule"})
 """Options of a run that the methods do not have."""
+
+GENERATED_EXAMPLES = 8
+"""The examples from which context tuning starts, if answers are generated."""
 
 FROM_VOCABULARY = {"init": "vocab"}
 """The options for a prompt of source tasks, which starts from words of the vocabulary, like the prompt from scratch."""
@@ -101,6 +105,21 @@ def cpt(model: PreTrainedModel, setup: Setup) -> Prepared:
     types, ids = context_types_and_ids(setup.inputs, setup.rows)
     options: dict[str, Any] = {"context_ids": ids, "token_types": types, **setup.options}
     return with_method(model, softhooks.ContextAwarePromptTuning(**options), setup)
+
+
+def context_tuning(model: PreTrainedModel, setup: Setup) -> Prepared:
+    """Make a prefix that starts as one example of each class; these are training rows, which do not attend to themselves."""
+    assert isinstance(setup.inputs, DecoderInputs)
+    shown = by_turns(setup.task, setup.rows)[: len(setup.task.labels) or GENERATED_EXAMPLES]
+    prepared = with_method(
+        model,
+        softhooks.ContextTuning(demonstrations=[setup.inputs.example(row) for row in shown], **setup.options),
+        setup,
+    )
+    numbers = {id(row): number for number, row in enumerate(shown)}
+    rows = setup.inputs.dataset(setup.rows).rows
+    own = [{**encoded, "example_ids": numbers.get(id(row), -1)} for encoded, row in zip(rows, setup.rows, strict=True)]
+    return Prepared(model, prepared.callbacks, prepared.save, dataset=Rows(own))
 
 
 def cartridge(model: PreTrainedModel, setup: Setup) -> Prepared:

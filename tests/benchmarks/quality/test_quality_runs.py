@@ -9,7 +9,9 @@ import killed_runs
 import pytest
 import torch
 from rich.console import Console
+from transformers import set_seed
 
+import softhooks
 from benchmarks.quality import models, pool, scoring, tasks
 from benchmarks.quality import run as running
 from benchmarks.quality.baselines import by_turns, few_shot_context
@@ -22,7 +24,7 @@ from benchmarks.quality.pool import execute_all
 from benchmarks.quality.records import Run, Store
 from benchmarks.quality.scoring import rouge_l, score_decoder
 from benchmarks.quality.setup import Setup
-from benchmarks.quality.softhooks_methods import cartridge, p_tuning, with_options
+from benchmarks.quality.softhooks_methods import cartridge, context_tuning, p_tuning, with_options
 from benchmarks.quality.task import Row, Task, Template, split
 from softhooks.demo.models import Checkpoint
 from softhooks.demo.tiny_models import tiny_decoder, tiny_encoder
@@ -307,6 +309,31 @@ def test_a_cartridge_is_trained_on_other_questions_than_those_of_the_test() -> N
     trained = [tokenizer.decode(row["input_ids"]) for row in prepared.dataset.rows]
     assert len(trained) == 3
     assert all(text.startswith("the ") for text in trained)
+
+
+def test_the_demonstrations_of_context_tuning_are_training_rows_that_do_not_see_themselves() -> None:
+    inputs = DecoderInputs(CLASSES, _decoder().tokenizer())
+    prepared = context_tuning(_decoder().language_model(), Setup(CLASSES, inputs, list(CLASSES.train[:9])))
+    assert prepared.dataset is not None
+    own = [row["example_ids"] for row in prepared.dataset.rows]
+    assert sorted(own) == [-1] * 6 + [0, 1, 2]
+    shown = by_turns(CLASSES, CLASSES.train[:9])[:3]
+    assert [CLASSES.train[own.index(number)] for number in range(3)] == shown
+    assert {row.answer for row in shown} == set(COLORS)
+
+
+@pytest.mark.parametrize("name", ["superposed_prompt_tuning", "normalized_prompt_tuning", "scaled_prefix_tuning"])
+def test_variants_start_as_the_methods_that_they_vary(name: str) -> None:
+    varied = "prefix_tuning" if name == "scaled_prefix_tuning" else "prompt_tuning"
+    prompts = []
+    for contestant in (name, varied):
+        set_seed(0)
+        setup = Setup(CLASSES, DecoderInputs(CLASSES, _decoder().tokenizer()), list(CLASSES.train))
+        method = CONTESTANTS[contestant].prepare(_decoder().language_model(), setup).callbacks[0].method
+        encoder = softhooks.attach(_decoder().language_model(), method).encoder
+        prompts.append(encoder(encoder.groups[0]))
+    torch.testing.assert_close(*prompts)
+    assert prompts[0].requires_grad
 
 
 @pytest.mark.parametrize(("option", "value"), [("schedule", "constant"), ("bfloat16", True)])
