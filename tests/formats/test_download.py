@@ -188,7 +188,9 @@ def test_an_interrupted_download_is_continued(hub: HubStandIn, saved: Path, monk
     assert hub.ranges == ["bytes=100-"]
 
 
-@pytest.mark.parametrize("fault", [hub_api.cut_off(0), hub_api.status(500), hub_api.shorter], ids=str)
+@pytest.mark.parametrize(
+    "fault", [hub_api.cut_off(0), hub_api.status(500), hub_api.shorter], ids=["cut off", "status 500", "shorter"]
+)
 def test_a_download_that_never_ends_well_leaves_nothing_behind(
     hub: HubStandIn, saved: Path, tmp_path: Path, fault: Fault
 ) -> None:

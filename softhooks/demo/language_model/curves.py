@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from softhooks.demo.language_model.train import Curves
 
@@ -38,8 +38,9 @@ def plot_curves(curves: Mapping[str, Curves], baselines: Mapping[str, float], pa
         right.axhline(accuracy, color="0.35", linestyle=style, linewidth=1.2, label=label)
     left.set(xlabel="training step", ylabel="training loss (mean of 10 steps)", yscale="log")
     right.set(xlabel="training step", ylabel="accuracy on development rows", ylim=(0, 1))
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     left.yaxis.set_major_formatter(ScalarFormatter())
-    left.yaxis.set_minor_formatter(ScalarFormatter())
+    left.yaxis.set_minor_formatter(NullFormatter())
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
