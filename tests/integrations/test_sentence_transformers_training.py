@@ -10,6 +10,7 @@ import pytest
 import torch
 from launch import SCRIPTS, results
 from training import equal, logged, losses, trained
+from transformers import TrainerCallback
 from untouched import remove_all, untouched
 
 import softhooks
@@ -408,7 +409,7 @@ def test_a_base_that_moves_is_named(tmp_path):
     model = made.embedder(tmp_path, "bert", "mean", Dense(32, 8))
     trainer, _ = trainer_of(tmp_path / "run", model)
 
-    class Move(softhooks.trainer.callback.TrainerCallback):
+    class Move(TrainerCallback):
         def on_step_end(self, *_args, **_kwargs):
             with torch.no_grad():
                 model[2].linear.weight.add_(1)

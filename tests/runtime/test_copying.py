@@ -493,6 +493,8 @@ NEVER_EMPTY = {
     "demo/smollm2.py": "the directories of an installed package",
     "backbone/find_stack.py": "a count without end",
     "trainer/incomplete_checkpoints.py": "a path and numbers without end",
+    "formats/download.py": "the base classes of an error of the Hub's client",
+    "saving/save_pretrained.py": "the prompts of a model that has some",
     "layout/few_shot.py": "the pieces of a template, which must have a label",
 }
 """Calls of `next` without a default, and why their iterators cannot be exhausted."""
