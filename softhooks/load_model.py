@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ from safetensors import SafetensorError
 
 from softhooks.base_model.auto_classes import auto_class_of, require_class
 from softhooks.base_model.cached_commits import REPOSITORY, cached_commits
+from softhooks.compat.quiet import without_warnings
 from softhooks.errors import CheckpointError, OptionError, PromptMismatchError
 from softhooks.formats.find import find
 from softhooks.formats.stored import StoredPrompt
@@ -102,7 +101,7 @@ def _load_base(
         hub["revision"] = revision
     labels = {} if (count := label_count(stored)) is None else {"num_labels": count}
     try:
-        with without_head_warning():
+        with without_warnings():
             config = transformers.AutoConfig.from_pretrained(base, **hub, **labels)
             require_class(auto, stored.base.class_name, config, stored.source)
             model: PreTrainedModel = cls.from_pretrained(base, config=config, use_safetensors=True, **hub, **options)
@@ -141,16 +140,3 @@ def label_count(stored: StoredPrompt) -> int | None:
     """Return the number of labels, which is the number of rows of a stored head's last matrix; None without a head."""
     matrices = [value for head in stored.heads.values() for value in head.values() if value.dim() == 2]
     return matrices[-1].shape[0] if matrices else None
-
-
-@contextlib.contextmanager
-def without_head_warning() -> Iterator[None]:
-    """Suppress transformers' warning about a newly initialized head, because the stored head will replace it."""
-    import transformers
-
-    before: Any = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)

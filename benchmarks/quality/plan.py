@@ -172,9 +172,9 @@ def final_runs(profile: Profile, store: Store) -> list[Run]:
     """
     runs = []
     for model, tasks in profile.tasks.items():
+        rates = {name: chosen_rate(profile, store, model, name) for name in contestants_of(profile, model)}
         for task in tasks:
-            for name in contestants_of(profile, model):
-                rate = chosen_rate(profile, store, model, name)
+            for name, rate in rates.items():
                 if rate is not None:
                     for shots in shots_of(profile, task, model, name):
                         steps, seeds = profile.steps[model](shots), range(profile.seeds[model])
@@ -218,16 +218,16 @@ def search_shots(profile: Profile) -> int:
 def _searched(profile: Profile, store: Store, model: str, contestant: str) -> tuple[list[float], list[Record]]:
     """Return the learning rates to try, and the results if all of these have been tried."""
     rates = list(CONTESTANTS[contestant].rates(is_encoder(model)) or ())
-    for extension in range(EXTENSIONS + 1):
+    most = len(rates) + EXTENSIONS
+    while True:
         runs = _search(profile, model, contestant, rates)
         records = [record for run in runs if (record := store.get(run)) is not None]
         if not runs or len(records) < len(runs):
             return rates, []
         beyond = _beyond(rates, choose_rate(records))
-        if beyond is None or extension == EXTENSIONS:
+        if beyond is None or len(rates) == most:
             return rates, records
         rates.append(beyond)
-    raise AssertionError("the loop returns")
 
 
 def _beyond(rates: list[float], best: float) -> float | None:

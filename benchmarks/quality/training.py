@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import softhooks
 from benchmarks.quality.setup import Contestant, Prepared, Setup
+from softhooks.compat.quiet import without_warnings
 
 BATCH = 8
 WARMUP = 0.06
@@ -42,7 +41,7 @@ def train(contestant: Contestant, model: PreTrainedModel, setup: Setup, *, steps
 
 def fit(prepared: Prepared, setup: Setup, *, steps: int) -> Trained:
     """Train a prepared model with the learning rate and the seed of the setup."""
-    with tempfile.TemporaryDirectory() as directory, _quiet():
+    with tempfile.TemporaryDirectory() as directory, without_warnings():
         trainer = Trainer(
             model=prepared.model,
             args=_arguments(directory, max(steps, 1), setup),
@@ -85,14 +84,3 @@ def _arguments(directory: str, steps: int, setup: Setup) -> TrainingArguments:
         dataloader_pin_memory=False,
         seed=setup.seed,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the Trainer, which prints its logs if it shows no progress bar."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)

@@ -10,7 +10,7 @@ IMAGES = Path(__file__).parents[1] / "images"
 
 
 def drawings() -> dict[str, str]:
-    """Return the text of each file."""
+    """Return the SVG of each drawing by its file name."""
     parts = {"injection": injections.ALL, "method": methods.ALL}
     return {f"{part}-{name}.svg": draw().render() for part, all_of in parts.items() for name, draw in all_of.items()}
 

@@ -47,6 +47,6 @@ def _in_item(lines: list[str]) -> bool:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    """Run before napoleon, which reads the sections."""
+    """Convert docstrings before napoleon splits them into sections; smaller priorities run first."""
     app.connect("autodoc-process-docstring", _convert, priority=100)
     return {"parallel_read_safe": True}

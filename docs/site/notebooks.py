@@ -42,7 +42,7 @@ def _cell(number: int, kind: str, text: str) -> dict[str, Any]:
 
 
 def notebooks() -> dict[str, str]:
-    """Return the text of each file."""
+    """Return the JSON of each notebook by its file name."""
     return {f"{name}.ipynb": notebook(EXAMPLES / f"{name}.py") for name in SCRIPTS}
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from softhooks.analysis.tiny_config import tiny_like, widen
 from softhooks.attach import attach
+from softhooks.compat.quiet import without_warnings
 from softhooks.errors import CheckpointError, SoftHooksError
 from softhooks.method import Method
 from softhooks.methods import (
@@ -173,11 +174,6 @@ def _try(model: nn.Module, method: Method) -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Suppress the warnings of transformers and of softhooks about the tiny copy."""
-    before: Any = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers.logging.set_verbosity(before)
+    with without_warnings(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -10,9 +10,10 @@ from torch import nn
 
 from softhooks.base_model.auto_classes import auto_class_of
 from softhooks.base_model.info import class_of_transformers
+from softhooks.compat.quiet import without_warnings
 from softhooks.errors import CheckpointError
 from softhooks.formats.stored import StoredPrompt
-from softhooks.load_model import label_count, without_head_warning
+from softhooks.load_model import label_count
 
 
 def load_base(stored: StoredPrompt, base: str, option: str, *, local: bool, **options: Any) -> nn.Module:
@@ -41,7 +42,7 @@ def load_base(stored: StoredPrompt, base: str, option: str, *, local: bool, **op
     hub = {"local_files_only": local, "trust_remote_code": False}
     labels = {} if (count := label_count(stored)) is None else {"num_labels": count}
     try:
-        with without_head_warning():
+        with without_warnings():
             config = transformers.AutoConfig.from_pretrained(base, **hub, **labels)
             _check_config(config, cls)
             model: nn.Module = cls.from_pretrained(

@@ -60,7 +60,7 @@ def encode(table: Table, tokenizer: PreTrainedTokenizerBase, options: TrainOptio
 
 
 def _labels(table: Table, answers: list[str]) -> tuple[str, ...]:
-    """Return the names of the classes."""
+    """Return the names of the classes: those of the label column, or else its sorted values in the training rows."""
     names = getattr(table.train.features[table.label], "names", None)
     labels = tuple(names) if names is not None else tuple(sorted(set(answers)))
     if not 2 <= len(labels) <= _MOST_CLASSES:

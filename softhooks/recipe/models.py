@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from softhooks.compat.quiet import without_warnings
 from softhooks.errors import CheckpointError, OptionError
 from softhooks.recipe.options import Precision
 
@@ -56,7 +56,7 @@ def dtype_of(precision: Precision) -> torch.dtype:
 
 def _load(auto: Any, name: str, **options: Any) -> Any:
     try:
-        with _without_notes():
+        with without_warnings():  # of a newly initialized head, which is trained with the prompt
             return auto.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
@@ -64,14 +64,3 @@ def _load(auto: Any, name: str, **options: Any) -> Any:
             "Give a directory written by `save_pretrained` of the model and of its tokenizer, or a name on the Hub.",
             error=" ".join(str(error).split())[:300],
         ) from error
-
-
-@contextlib.contextmanager
-def _without_notes() -> Iterator[None]:
-    """Suppress the warning about a newly initialized head, because the head is trained with the prompt."""
-    before: Any = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)

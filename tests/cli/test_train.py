@@ -105,7 +105,7 @@ def test_a_language_model_learns_the_labels_as_text(models: Path, tmp_path: Path
     told = report(out)
     assert told["before"]["exact_match"] == 0.0
     assert told["after"]["loss"] < told["before"]["loss"] / 4
-    assert f"{told['after']['exact_match']:.1%} now (the most frequent answer alone: 50.0%)" in text
+    assert f"{told['after']['exact_match']:.1%} after training (the most frequent answer alone: 50.0%)" in text
     assert told["rows"] == {"train": 20, "validation": 4, "truncated": 0}
     assert told["parameters"]["trained"] == 4 * load_file(out / "soft_prompt.safetensors")["prompt.text"].shape[1]
 

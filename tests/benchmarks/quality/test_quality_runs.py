@@ -211,6 +211,13 @@ def test_a_few_shot_context_takes_classes_in_turn_and_stops_at_the_limit(monkeyp
     assert min(counts) >= 2, "the instruction names each class once"
 
 
+def test_the_order_of_the_classes_changes_between_rounds() -> None:
+    ordered = [row.answer for row in by_turns(CLASSES, CLASSES.train)]
+    rounds = {tuple(ordered[start : start + 3]) for start in range(0, len(ordered), 3)}
+    assert all(set(answers) == set(COLORS) for answers in rounds)
+    assert len(rounds) > 3
+
+
 def test_classes_that_begin_alike_are_refused() -> None:
     task = Task("t", "", "", ("same thing", "same place"), (), (), (), 8)
     with pytest.raises(ValueError, match="begin with the same token"):
