@@ -17,6 +17,7 @@ CHECKPOINTS: dict[str, Callable[[], Checkpoint]] = {
     MINILM: minilm,
     SMOLLM2: lambda: smollm2(Console(stderr=True)),
 }
+SHORT_NAMES = {MINILM: "MiniLM", SMOLLM2: "SmolLM2"}
 DESCRIPTIONS = {
     MINILM: "all-MiniLM-L6-v2, an encoder of six layers, with a new head for the classes",
     SMOLLM2: "SmolLM2-135M-Instruct, a language model. Its 4-bit weights (Q4_1) are dequantized, so its scores are not those of "
