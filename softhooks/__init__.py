@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from softhooks.methods import ResidualPromptTuning as ResidualPromptTuning
     from softhooks.methods.task_sampling import TaskSampler as TaskSampler
     from softhooks.prompt import SoftPrompt as SoftPrompt
+    from softhooks.serving.prompt_store import PromptStore as PromptStore
     from softhooks.similarity import most_similar as most_similar
     from softhooks.similarity import nearest_words as nearest_words
     from softhooks.switch import activate as activate
@@ -79,6 +80,7 @@ _NAMES = {
     "load_model": "load_model",
     "switch": "activate disabled kept rows",
     "trainer.callback": "SoftPromptCallback",
+    "serving.prompt_store": "PromptStore",
     "similarity": "most_similar nearest_words",
 }
 """The public names in each module. `Cartridge` is imported with `load`, because `Cartridge.concatenate` needs that module."""

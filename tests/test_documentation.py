@@ -107,7 +107,8 @@ def test_every_target_of_make_exists() -> None:
 
 def test_every_command_of_softhooks_has_its_options() -> None:
     commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
-    options = {name: {flag for part in command.params for flag in part.opts} for name, command in commands.items()}
+    parts = {name: [command, *getattr(command, "commands", {}).values()] for name, command in commands.items()}
+    options = {name: {flag for one in own for part in one.params for flag in part.opts} for name, own in parts.items()}
     seen = set()
     for block, words in _shell_lines():
         if words[0] != "softhooks":

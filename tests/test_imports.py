@@ -68,7 +68,7 @@ def test_what_is_not_imported(code: str, absent: tuple[str, ...], tmp_path: obje
 def test_help_does_without_torch(tmp_path: object) -> None:
     code = (
         "import sys\nfrom softhooks.cli.app import main\n"
-        "others = [[name] for name in ('demo', 'train', 'convert', 'export', 'inspect', 'compare', 'doctor', 'run')]\n"
+        "others = [[name] for name in ('demo', 'train', 'convert', 'export', 'inspect', 'compare', 'doctor', 'store', 'run')]\n"
         "for command in ([], *others, ['run', '--method', 'p-tuning']):\n"
         "    sys.argv = ['softhooks', *command, '--help']\n"
         "    try: main()\n    except SystemExit as left: assert not left.code\n"

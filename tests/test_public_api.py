@@ -21,6 +21,7 @@ MEMBERS = {
     "FrozenReport": ["bytes", "gigabytes_per_second", "seconds", "tensors", "unread"],
     "Layout": ["batch_columns", "collator", "insert", "mapper", "num_virtual_tokens", "render"],
     "PromptEnsemble": ["generate"],
+    "PromptStore": ["add", "load", "names", "path", "remove", "tag", "tags", "untag"],
     "SoftPrompt": [
         "embeddings",
         "encoder",
@@ -84,6 +85,15 @@ PromptEnsemble(model, names, combine='vote')
   .generate(self, tokenizer, **inputs)
 PromptMismatchError(found, /, *remedy, **values)
 PromptNotReachedError(found, /, *remedy, **values)
+PromptStore(folder)
+  .add(self, prompt, name, *, tags=(), replace=False, revision=None, token=None)
+  .load(self, model, name, *, trainable=False, strict=True)
+  .names(self, tag=None)
+  .path(self, name)
+  .remove(self, name)
+  .tag(self, name, *tags)
+  .tags(self, name)
+  .untag(self, name, *tags)
 PromptTooLongError(found, /, *remedy, **values)
 PromptTuning(num_virtual_tokens, *, init='vocab', init_text=None, init_labels=None, init_tensor=None, init_from=None,
         tokenizer=None, whole_vocabulary=False, placement='front')

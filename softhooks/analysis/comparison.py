@@ -8,23 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softhooks.base_model.compare import Finding, compare
+from softhooks.base_model.compare import FOUND, compare
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
 from softhooks.methods.stored_method import method_of
 from softhooks.runtime.slot_statistics import drift, similarities, table_norms
-
-BASES: dict[Finding, str] = {
-    "same": "the same base model",
-    "quantized": "the same base model in different quantizations",
-    "converted": "the same base model, once converted to a lower precision and back",
-    "merged": "one base model with and without merged adapters, or with quantized weights",
-    "adapters": "one base model with different active adapters",
-    "resized": "one base model with vocabularies of different sizes",
-    "tuned": "a base model and a fine-tuned variant of it",
-    "another": "different base models",
-}
-"""What the fingerprints of two base models show."""
 
 
 def compare_prompts(one: StoredPrompt, other: StoredPrompt) -> dict[str, Any]:
@@ -52,7 +40,7 @@ def _bases(one: StoredPrompt, other: StoredPrompt) -> dict[str, Any]:
         lacking = one.source if then is None else other.source
         return {"same": None, "finding": f"not known, because {lacking} has no fingerprint of its base model"}
     finding = compare(then, now)
-    return {"same": finding == "same", "finding": BASES[finding]}
+    return {"same": finding == "same", "finding": FOUND[finding]}
 
 
 def _settings(one: StoredPrompt, other: StoredPrompt) -> list[dict[str, Any]]:

@@ -12,6 +12,18 @@ from softhooks.base_model.fingerprint import GROUPS, PACKED, Fingerprint, Weight
 
 Finding = Literal["same", "quantized", "converted", "merged", "adapters", "resized", "tuned", "another"]
 
+FOUND: dict[Finding, str] = {
+    "same": "the same base model",
+    "quantized": "the same base model in different quantizations",
+    "converted": "the same base model, once converted to a lower precision and back",
+    "merged": "one base model with and without merged adapters, or with quantized weights",
+    "adapters": "one base model with different active adapters",
+    "resized": "one base model with vocabularies of different sizes",
+    "tuned": "a base model and a fine-tuned variant of it",
+    "another": "different base models",
+}
+"""What the fingerprints of two base models show."""
+
 SAME: tuple[Finding, ...] = ("same", "quantized")
 
 _MIN_COSINE = 0.7

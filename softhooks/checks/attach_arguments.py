@@ -17,6 +17,15 @@ from softhooks.runtime.prompted_model import PromptedModel
 _SHORTEST_TEXT = 5
 """The number of text tokens in the first forward pass with which `attach` checks a prompt."""
 
+NAME_RULE = "only letters, digits, - and _, and no name of an attribute of torch's modules"
+"""The rule for the names of prompts, for messages."""
+
+
+def is_prompt_name(name: str) -> bool:
+    """Whether a prompt can have this name, which becomes the name of a submodule."""
+    taken = hasattr(nn.ModuleDict, name) or name in ("training", "prompted_model")
+    return re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and not taken
+
 
 def check_arguments(
     model: nn.Module, method: Method, name: str, present: PromptedModel | None, trainable: tuple[str, ...]
@@ -26,14 +35,8 @@ def check_arguments(
         raise UnsupportedMethodError(
             f"attach got {type(method).__name__} instead of a method such as PromptTuning(20)."
         )
-    if (
-        not re.fullmatch(r"[A-Za-z0-9_-]+", name)
-        or hasattr(nn.ModuleDict, name)
-        or name in ("training", "prompted_model")
-    ):
-        raise AttachError(
-            f"{name!r} cannot be a prompt's name; use letters, digits, - and _, and avoid names of module attributes."
-        )
+    if not is_prompt_name(name):
+        raise AttachError(f"{name!r} cannot be a prompt's name; use {NAME_RULE}.")
     refuse_partitioned(model)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise AttachError("the model is compiled, so hooks have no effect.", "Attach before `torch.compile`.")

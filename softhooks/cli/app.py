@@ -18,6 +18,7 @@ from softhooks.cli.export import export
 from softhooks.cli.inspect import inspect
 from softhooks.cli.method_command import MethodCommand
 from softhooks.cli.run_help import help_text
+from softhooks.cli.store import store
 from softhooks.cli.train import train
 from softhooks.errors import CheckpointError
 
@@ -141,6 +142,7 @@ app.command()(compare)
 app.command()(doctor)
 app.command()(convert)
 app.command()(export)
+app.add_typer(store, name="store")
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""Embed text together with a soft prompt, for inference servers."""
+"""Serve prompts: embeddings for inference servers, and a folder that stores the prompts of one base model."""

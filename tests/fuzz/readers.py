@@ -27,6 +27,7 @@ from softhooks.formats.find import read
 from softhooks.layout.layout import Layout
 from softhooks.load import attach_stored
 from softhooks.methods.stored_method import method_of
+from softhooks.serving.tags import read_tags, write_tags
 from softhooks.trainer.incomplete_checkpoints import find_damage
 
 _MAX_NUMBERS = 2**16  # in the tensors that a harness makes
@@ -155,6 +156,14 @@ def run_config(data: bytes) -> None:
         read_config(str(folder / "prompt.yaml"))
 
 
+def tags(data: bytes) -> None:
+    """Any bytes as the tags of a prompt in a store."""
+    with _folder(tags__json=data) as folder:
+        found = read_tags(folder)
+        write_tags(folder, found)
+        assert read_tags(folder) == found
+
+
 READERS: dict[str, Reader] = {
     "raw_file": raw_file,
     "description": description,
@@ -165,6 +174,7 @@ READERS: dict[str, Reader] = {
     "trainer_state": trainer_state,
     "live_description": live_description,
     "run_config": run_config,
+    "tags": tags,
 }
 BYTES = ("raw_file",)
 """The readers whose input is not text."""

@@ -1,0 +1,83 @@
+"""`softhooks store`: the commands do what `PromptStore` does, and say what they did."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import zoo
+from typer.testing import CliRunner
+
+import softhooks
+from softhooks import PromptStore, PromptTuning
+from softhooks.cli import app
+from softhooks.cli.exit_codes import report_errors
+from softhooks.formats.softhooks_files import TENSORS
+
+runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    with softhooks.attach(zoo.build("llama"), PromptTuning(4)) as prompt:
+        prompt.save_pretrained(tmp_path / "sst2")
+    return tmp_path / "sst2"
+
+
+def run(*arguments: str | Path, code: int = 0) -> str:
+    """Run a command of `softhooks store`, and return what it prints."""
+    status = 0
+    try:
+        with report_errors():
+            result = runner.invoke(app.app, ["store", *map(str, arguments)])
+            if result.exception is not None and not isinstance(result.exception, SystemExit):
+                raise result.exception
+        status = result.exit_code
+    except SystemExit as left:
+        status = int(str(left.code))
+    assert status == code
+    return result.output
+
+
+def test_prompts_are_added_tagged_listed_and_removed(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    assert run("add", folder, saved).strip() == f"sst2 -> {folder / 'sst2'}"
+    run("add", folder, saved, "--name", "second", "--tag", "old", "--tag", "candidate")
+    assert run("tag", folder, "sst2", "production", "v2").strip() == "sst2: production, v2"
+    assert run("untag", folder, "sst2", "v2").strip() == "sst2: production"
+    header, *lines = run("list", folder).splitlines()
+    assert header.split() == ["name", "method", "virtual", "tokens", "tags", "base"]
+    assert [line.split() for line in lines] == [
+        ["second", "prompt_tuning", "4", "candidate,", "old", "LlamaForCausalLM"],
+        ["sst2", "prompt_tuning", "4", "production", "LlamaForCausalLM"],
+    ]
+    [one] = json.loads(run("list", folder, "--tag", "production", "--json"))
+    assert one == {
+        "name": "sst2", "damaged": None, "tags": ["production"], "method": "prompt_tuning", "num_virtual_tokens": 4,
+        "base": None, "base_class": "LlamaForCausalLM",
+    }  # fmt: skip
+    assert run("remove", folder, "sst2").strip() == f"sst2 removed from {folder}"
+    assert PromptStore(folder).names() == ["second"]
+
+
+def test_a_damaged_prompt_is_listed_as_damaged(saved: Path, tmp_path: Path) -> None:
+    run("add", tmp_path / "store", saved)
+    (tmp_path / "store" / "sst2" / TENSORS).write_bytes(b"damaged")
+    result = runner.invoke(app.app, ["store", "list", str(tmp_path / "store")])
+    assert result.exit_code == 1
+    assert "damaged" in result.stdout
+
+
+def test_wrong_names_and_folders_end_with_status_2(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "store"
+    run("list", folder, code=2)
+    assert "there is no store at" in capsys.readouterr().err
+    run("add", folder, saved)
+    run("add", folder, saved, code=2)
+    assert "--replace" in capsys.readouterr().err
+    run("tag", folder, "../sst2", "x", code=2)
+    run("remove", folder, "other", code=2)
+    assert PromptStore(folder).names() == ["sst2"]
