@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.quality.findings import FINDINGS
+from benchmarks.quality.findings.rates import rate_runs
 from benchmarks.quality.plan import PROFILES, baseline_runs, final_runs, prompt_runs, prompted_runs, search_runs
 from benchmarks.quality.pool import execute_all
 from benchmarks.quality.records import Run, Store
@@ -65,6 +66,7 @@ def main(
             break
     go("test", [*prompted_runs(chosen, store), *final_runs(chosen, store)])
     judged = FINDINGS if findings and chosen.findings else ()
+    go("learning rates of findings", rate_runs() if judged else [])
     go("findings", [run for finding in judged for run in finding.runs])
     if report:
         console.print(f"Report: {write_report(store, chosen, output / profile, judged)}", soft_wrap=True)

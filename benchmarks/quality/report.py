@@ -58,7 +58,10 @@ RULE = (
     "finding held if all its comparisons came out as expected; it is contradicted if one came out clearly the other way, and not "
     "confirmed if there was no clear difference where one was expected."
 )
-RATES = "The learning rates of these experiments were not searched for; they are fixed in `findings/settings.py`."
+RATES = (
+    "Contestants of the comparison have their learning rates from it. For CPT and for prefixes with an MLP, rates were chosen on "
+    "the development rows, from three. Cartridges have the rate of their paper, and multitask prompts that of prompt tuning."
+)
 
 
 def write_report(store: Store, profile: Profile, directory: Path, findings: Sequence[Finding] = FINDINGS) -> Path:

@@ -24,10 +24,10 @@ def _cpt(label: str, steps: int = CPT_STEPS, **options: Any) -> Arm:
     return arm(label, "cpt", SMOLLM2, shots=SHOTS, steps=steps, **(_DEFAULTS | options))
 
 
-_CPT = _cpt("CPT")
+TRAINED = _cpt("CPT")
 _ICL = _cpt("in-context learning", steps=0)
 _PLAIN = arm("prompt tuning", "prompt_tuning", SMOLLM2, shots=SHOTS, steps=CPT_STEPS, num_virtual_tokens=LENGTH)
-_PEFT = arm("PEFT's CPT", "peft_cpt", SMOLLM2, rate="cpt", shots=SHOTS, steps=CPT_STEPS, **_DEFAULTS)
+PEFT = arm("PEFT's CPT", "peft_cpt", SMOLLM2, shots=SHOTS, steps=CPT_STEPS, **_DEFAULTS)
 _NO_LOSS = _cpt("CPT without context loss", context_loss=False)
 _NO_PROJECTION = _cpt("CPT without projection", epsilon_input=None, epsilon_format=None)
 _NO_DECAY = _cpt("CPT without decay", decay=1.0)
@@ -38,16 +38,16 @@ FINDINGS = (
         "cpt",
         PAPER,
         "CPT is better than in-context learning with the same examples, and than prompt tuning on them.",
-        (_CPT, _PEFT, _ICL, _PLAIN),
-        all_hold(Expect(_CPT, _ICL), Expect(_CPT, _PLAIN)),
-        bars((_CPT, _PEFT, _ICL, _PLAIN), "CPT against in-context learning and prompt tuning"),
+        (TRAINED, PEFT, _ICL, _PLAIN),
+        all_hold(Expect(TRAINED, _ICL), Expect(TRAINED, _PLAIN)),
+        bars((TRAINED, PEFT, _ICL, _PLAIN), "CPT against in-context learning and prompt tuning"),
     ),
     Finding(
         "cpt_parts",
         PAPER,
         "Context loss, projection and decay each help: without one of them, CPT is worse.",
-        (_CPT, *_PARTS),
-        all_hold(*(Expect(_CPT, part) for part in _PARTS)),
-        bars((_CPT, *_PARTS), "CPT: context loss, projection and decay"),
+        (TRAINED, *_PARTS),
+        all_hold(*(Expect(TRAINED, part) for part in _PARTS)),
+        bars((TRAINED, *_PARTS), "CPT: context loss, projection and decay"),
     ),
 )

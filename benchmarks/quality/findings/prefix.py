@@ -25,12 +25,12 @@ def _prefix(init: str, projection: bool) -> Arm:
     )
 
 
-_INSTRUCTION, _INSTRUCTION_MLP = _prefix("text", projection=False), _prefix("text", projection=True)
+_INSTRUCTION, WITH_MLP = _prefix("text", projection=False), _prefix("text", projection=True)
 _RANDOM, _RANDOM_MLP = _prefix("random", projection=False), _prefix("random", projection=True)
 _INPUT = arm(
     "instruction, input only", "prompt_tuning", SMOLLM2, shots=FEW_SHOTS, num_virtual_tokens=LENGTH, init="text"
 )
-_PREFIXES = (_INSTRUCTION, _INSTRUCTION_MLP, _RANDOM, _RANDOM_MLP)
+_PREFIXES = (_INSTRUCTION, WITH_MLP, _RANDOM, _RANDOM_MLP)
 
 FINDINGS = (
     Finding(
@@ -38,7 +38,7 @@ FINDINGS = (
         PAPER,
         "A prefix that is computed by an MLP trains better than one whose keys and values are trained directly.",
         _PREFIXES,
-        all_hold(Expect(_RANDOM_MLP, _RANDOM), Expect(_INSTRUCTION_MLP, _INSTRUCTION)),
+        all_hold(Expect(_RANDOM_MLP, _RANDOM), Expect(WITH_MLP, _INSTRUCTION)),
         bars(_PREFIXES, "Prefix tuning: MLP"),
     ),
     Finding(
@@ -46,15 +46,15 @@ FINDINGS = (
         PAPER,
         "With few training rows, a prefix initialized with the keys and values of words is better than a random one.",
         _PREFIXES,
-        all_hold(Expect(_INSTRUCTION, _RANDOM), Expect(_INSTRUCTION_MLP, _RANDOM_MLP)),
+        all_hold(Expect(_INSTRUCTION, _RANDOM), Expect(WITH_MLP, _RANDOM_MLP)),
         bars(_PREFIXES, "Prefix tuning: initial values"),
     ),
     Finding(
         "prefix_layers",
         PAPER,
         "Virtual tokens at the input alone are worse than a prefix in every layer.",
-        (_INSTRUCTION, _INSTRUCTION_MLP, _INPUT),
-        all_hold(Expect(_INSTRUCTION, _INPUT), Expect(_INSTRUCTION_MLP, _INPUT)),
-        bars((_INSTRUCTION, _INSTRUCTION_MLP, _INPUT), "Prefix tuning: every layer and input only"),
+        (_INSTRUCTION, WITH_MLP, _INPUT),
+        all_hold(Expect(_INSTRUCTION, _INPUT), Expect(WITH_MLP, _INPUT)),
+        bars((_INSTRUCTION, WITH_MLP, _INPUT), "Prefix tuning: every layer and input only"),
     ),
 )

@@ -17,15 +17,19 @@ LENGTH = VIRTUAL_TOKENS
 """The virtual tokens of prompts whose length is not the subject."""
 
 RATES: dict[tuple[str, str], float] = {
-    (SMOLLM2, "prompt_tuning"): 2e-2,
-    (SMOLLM2, "prefix_tuning"): 1e-2,
+    (SMOLLM2, "prompt_tuning"): 3e-2,
+    (SMOLLM2, "prefix_tuning"): 3e-2,
     (SMOLLM2, "prefix_tuning with MLP"): 1e-3,
-    (SMOLLM2, "p_tuning"): 1e-3,
-    (SMOLLM2, "multitask_prompt_tuning"): 2e-2,
+    (SMOLLM2, "p_tuning"): 1e-2,
+    (SMOLLM2, "multitask_prompt_tuning"): 3e-2,
     (SMOLLM2, "cpt"): 1e-3,
+    (SMOLLM2, "peft_cpt"): 1e-3,
     (SMOLLM2, "llama_adapter"): 1e-2,
     (SMOLLM2, "cartridge"): 2e-2,
-    (MINILM, "prompt_tuning"): 2e-2,
+    (MINILM, "prompt_tuning"): 3e-2,
     (MINILM, "p_tuning_v2"): 1e-2,
 }
-"""The learning rates, by model and contestant. All settings of a finding that share an entry are trained with the same rate."""
+"""The learning rates, by model and contestant; `rates.py` says how they were chosen.
+
+All settings of a finding that share an entry are trained with the same rate.
+"""

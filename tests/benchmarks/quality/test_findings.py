@@ -14,8 +14,10 @@ import softhooks
 from benchmarks.quality import transfer
 from benchmarks.quality.findings import FINDINGS
 from benchmarks.quality.findings.framework import Arm, Expect, Finding, all_hold, arm
-from benchmarks.quality.findings.settings import SEEDS
+from benchmarks.quality.findings.rates import SEARCHED, TRIED, found_rate, rate_runs
+from benchmarks.quality.findings.settings import RATES, SEEDS
 from benchmarks.quality.inputs import DecoderInputs
+from benchmarks.quality.method_pages import RESULTS
 from benchmarks.quality.models import SMOLLM2
 from benchmarks.quality.plan import FULL, SMALL
 from benchmarks.quality.records import Record, Store
@@ -47,6 +49,24 @@ def _filled(tmp_path: Path, finding: Finding, share: Callable[[int], float]) -> 
 @pytest.fixture
 def arms() -> tuple[Arm, Arm]:
     return tuple(arm(f"length {n}", "prompt_tuning", SMOLLM2, num_virtual_tokens=n) for n in (20, 1))  # type: ignore[return-value]
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", RATES, ids=str)
+def test_a_rate_is_the_one_that_the_kept_results_choose(key: tuple[str, str]) -> None:
+    assert found_rate(FULL, Store(RESULTS / "full"), key) in (None, RATES[key])
+
+
+def test_the_best_rate_on_development_rows_is_found(tmp_path: Path) -> None:
+    store, best = Store(tmp_path), TRIED[0]
+    for run in rate_runs():
+        assert run.part == "development"
+        assert run.options
+        store.put(Record(run, [float(run.learning_rate == best), 1.0]))
+    assert [found_rate(FULL, store, key) for key in SEARCHED] == [best] * len(SEARCHED)
+    assert found_rate(FULL, store, (SMOLLM2, "prompt_tuning")) is None
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
