@@ -5,9 +5,10 @@ A slot is a place for a virtual token in the sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from softhooks.inject.provenance import Provenance
 from softhooks.layout.slot_map import Places, Widened, widen
 
 _NOTE = "_softhooks_note"
+_BY_REQUEST = "_softhooks_prompts_of_requests"
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,26 @@ def require_same_prompt(cache: PagedAttentionCache | None, forward_pass: Pass | 
         filled=f"with {words}" if words else "without a prompt",
         now=f"with {selection}{changed}" if selection else "without a prompt",
     )
+
+
+def require_unchanged(cache: PagedAttentionCache, forward_pass: Pass, prompts: Mapping[Any, list[Tensor]]) -> None:
+    """Refuse a prompt that has changed since other forwards filled a paged cache; each request keeps its own prompt.
+
+    Args:
+        cache: the cache of a continuous batch whose requests use different prompts.
+        forward_pass: the current pass; closed before an error is raised.
+        prompts: the prompts of the current batch, with the tensors that each injects.
+    """
+    seen: WeakKeyDictionary[Any, list[Tensor]] = cache.__dict__.setdefault(_BY_REQUEST, WeakKeyDictionary())
+    for prompt, now in prompts.items():
+        before = seen.setdefault(prompt, now)
+        if len(now) != len(before) or not all(a is b or torch.equal(a, b) for a, b in zip(now, before, strict=True)):
+            forward_pass.close()
+            raise UnsupportedModeError(
+                f"the prompt {prompt.name!r} has changed since the paged cache was filled with it; a cache can only be used with "
+                "the same prompt.",
+                "Stop the continuous batching manager, and start a new one after a training step.",
+            )
 
 
 # --- encoder outputs --------------------------------------------------------------------------------------------------

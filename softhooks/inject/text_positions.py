@@ -141,21 +141,26 @@ def later_start_error(stack: Stack, found: str) -> UnsupportedModeError:
 
 
 def check_text_length(
-    stack: Stack, call: dict[str, Any], length: int, cached: int = 0, outer: OuterCall | None = None
+    stack: Stack, call: dict[str, Any], length: int | Tensor, cached: int = 0, outer: OuterCall | None = None
 ) -> None:
     """Refuse a text that exceeds the learned positions, and warn if it exceeds the trained range of rotary positions.
 
     Args:
-        length: the number of virtual tokens.
+        length: the number of virtual tokens, or in a continuous batch the number before each token of the text, [1, T].
         cached: the number of virtual tokens that a filled cache contains.
     """
     positions = stack.positions
     limit = positions.limit if positions.limit is not None else positions.rotary_limit
-    if limit is None or length == 0 or (positions.limit is None and positions.has_warned):
+    if limit is None or (isinstance(length, int) and length == 0) or (positions.limit is None and positions.has_warned):
         return
     if paged_cache(call) is not None and call.get("position_ids") is not None:
         # The columns of a continuous batch are the new tokens of all sequences, so only positions show a sequence's length.
-        longest = int(call["position_ids"].max()) + 1
+        ids = call["position_ids"].flatten()
+        before = torch.as_tensor(length, device=ids.device).expand(1, ids.numel()).flatten()
+        last = int((ids + before).argmax())
+        longest, length = int(ids[last]) + 1, int(before[last])
+    elif isinstance(length, Tensor):
+        return
     else:
         _, columns = text_shape(call)
         past = past_of(call)

@@ -181,6 +181,15 @@ class AttachedPrompt:
         chosen = context if context is None or rows is None else context[list(rows)]
         return branch_of(self.method.branch_inputs(self._encode, stack, chosen))
 
+    def injected(self, stack: Stack) -> list[Tensor]:
+        """Return the tensors that the prompt adds to one stack: keys and values, or those of a gated branch."""
+        if self.injection == "branch":
+            branch = self.branch(stack, None)
+            scaled = [part for both in branch.scaled.values() for part in both]
+            return [*branch.keys.values(), *branch.values.values(), *scaled]
+        own = self.key_values(stack).values()
+        return [tensor for one in own for tensors in (one.keys, one.values) for tensor in tensors.values()]
+
     @property
     def states(self) -> Tensor | None:
         """The last hidden states of the virtual tokens of R variants, [R, P, H]; None if not computed separately from text."""

@@ -7,48 +7,27 @@ from functools import partial
 from typing import Any
 
 from softhooks.errors import UnsupportedModeError
-from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.generate import PromptedMethod
-from softhooks.runtime.prompted_model import PromptedModel
+from softhooks.runtime.request_prompts import RequestPrompts, require_name_each
+from softhooks.runtime.servable import require_servable
 
 
-def required_columns(prompt: AttachedPrompt) -> str:
-    """Return the names of the batch columns that a prompt requires, joined by commas."""
-    try:
-        prompt.encoder.choose_variants({}, 1)
-    except UnsupportedModeError:
-        return ", ".join(prompt.method.probe_arguments())
-    return ", ".join(prompt.layout.batch_columns)
+class GenerateBatch(PromptedMethod):
+    """The replacement for `generate_batch`."""
 
-
-def require_servable(prompted: PromptedModel) -> None:
-    """Refuse prompts that continuous batching cannot use, because it packs many requests into one row.
-
-    Raises:
-        UnsupportedModeError: `rows` is in use, or the prompt requires a batch column or has an unsupported `injection`.
-    """
-    if prompted.rows is not None:
-        raise UnsupportedModeError(
-            f"`rows` selects {prompted.selection_text}, but in continuous batching all requests use one prompt.",
-            "Select one prompt with `softhooks.activate`; to serve another prompt, start another manager afterwards.",
-        )
-    prompt = prompted.prompts[str(prompted.active)]
-    needs = required_columns(prompt)
-    if prompt.injection in ("attention", "shared", "branch") and not needs:
-        return
-    raise UnsupportedModeError(
-        f"{prompt.name!r} ({prompt.method.kind}, injection={prompt.injection!r}) cannot be used in continuous batching: all "
-        "requests must use the same prompt, which must enter as keys and values or as a gated branch.",
-        "Use a prefix, `placement='front'` on a model with `injection='shared'`, or a multitask prompt with a single task.",
-        **({"each request would need": needs} if needs else {}),
-    )
+    def __call__(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Check that `rows` has one name for each request; later, transformers would only log the error."""
+        rows = self.prompted.rows
+        if rows is not None:
+            require_name_each(rows, len(inputs))
+        return self.original()(inputs, *args, **kwargs)
 
 
 class StartContinuousBatching(PromptedMethod):
     """The replacement for `init_continuous_batching`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Check the prompts, create the manager, and check its settings."""
+        """Check the prompts, create the manager, check its settings, and let its requests use different prompts."""
         if self.prompted.is_in_use:
             require_servable(self.prompted)
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
@@ -67,6 +46,8 @@ class StartContinuousBatching(PromptedMethod):
             if manager is not kept:
                 manager.destroy()
             raise
+        if manager is not kept or not kept.is_running():
+            RequestPrompts(self.prompted, manager)
         # The manager's thread does not inherit this thread's `with` blocks, which are context variables.
         manager._run_generation_loop = partial(copy_context().run, type(manager)._run_generation_loop, manager)
         return manager
@@ -74,7 +55,7 @@ class StartContinuousBatching(PromptedMethod):
     def _require_masks(self, config: Any) -> None:
         # A prompt needs an attention mask, and compiled code skips hooks.
         attention = str(self.model.config._attn_implementation)  # type: ignore[union-attr]
-        joins = self.prompted.prompts[str(self.prompted.active)].injection != "branch"
+        joins = any(prompt.injection != "branch" for prompt in self.prompted.active_prompts())
         compiled = any(
             getattr(config, name, None) is not None for name in ("varlen_compile_config", "decode_compile_config")
         )

@@ -17,10 +17,12 @@ from softhooks.backbone.stack import Role, Stack
 from softhooks.errors import UnsupportedModeError
 from softhooks.inject.branch.branch import CONTEXT, Branch, BranchPass, mix_branches
 from softhooks.inject.branch.linear_scaling import blanks
+from softhooks.inject.branch.request_branches import join_branches
 from softhooks.inject.checkpointing import UnchangedPass
 from softhooks.inject.prefix.cache_pass import CachePass
 from softhooks.inject.prefix.key_values import KeyValues, mix
 from softhooks.inject.prefix.prefix_pass import PrefixPass
+from softhooks.inject.prefix.request_prefixes import join_prefixes
 from softhooks.inject.shared_prompt import always_shared_error, reasons_against_sharing, slots_error
 from softhooks.inject.shift_positions import needs_position_ids, shift_positions
 from softhooks.inject.slots.cross_attention import CrossSlotPass
@@ -149,7 +151,8 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
         return UnchangedPass(stack)
     own = prefixes["self"]
     shift = own.shift()
-    check_text_length(stack, call, own.length if own.shifted is not False else 0, outer=outer)
+    before = shift if own.requests is not None else own.length if own.shifted is not False else 0
+    check_text_length(stack, call, before, outer=outer)
     positions: Tensor | None = None
     handles: list[Any] = []
     if needs_position_ids(stack, shift):
@@ -172,6 +175,8 @@ def _open_prefix(stack: Stack, call: dict[str, Any], selection: Selection, outer
 def _prefixes_of(stack: Stack, call: dict[str, Any], selection: Selection) -> dict[Role, KeyValues]:
     """Compute the keys and values of a batch's prompts, for self- and cross-attention; empty if they do not enter this stack."""
     each = [prompt.key_values(stack, variants) for prompt, variants in selection.by_prompt()]
+    if selection.rows is not None and selection.lengths is not None:
+        return {"self": join_prefixes([kv["self"] for kv in each], selection.rows, selection.lengths)}
     prefixes: dict[Role, KeyValues] = {}
     roles: list[Role] = ["self", "cross"]
     for role in roles:
@@ -210,6 +215,8 @@ def _open_branch(stack: Stack, call: dict[str, Any], selection: Selection, outer
 def _branch_of(stack: Stack, selection: Selection, batch: int) -> Branch:
     """Compute the gated branch of a batch."""
     prompts = selection.prompts
+    if selection.rows is not None and selection.lengths is not None:
+        return join_branches([prompt.branch(stack, None) for prompt in prompts], selection.rows, selection.lengths)
     if any(prompt.injection != "branch" for prompt in prompts):
         raise UnsupportedModeError(
             "this batch mixes a gated branch with a prompt of a different injection; they cannot share a batch.",

@@ -10,7 +10,7 @@ from softhooks.compat.peft import unwrapped
 from softhooks.constraint import unwatch
 from softhooks.runtime.added_token_hooks import AddedTokenHooks
 from softhooks.runtime.arguments import SignedForward
-from softhooks.runtime.continuous_batching import StartContinuousBatching
+from softhooks.runtime.continuous_batching import GenerateBatch, StartContinuousBatching
 from softhooks.runtime.generate import ExpandInputs, Generate
 from softhooks.runtime.hooks import HeadHooks, ModelHooks, StackHooks
 from softhooks.runtime.prompted_model import PromptedModel
@@ -38,6 +38,7 @@ def install(prompted: PromptedModel) -> None:
     keep(model.register_forward_hook(outermost.leave, with_kwargs=True, always_call=True))
     mark_sites(stacks, prompted.patches)
     StartContinuousBatching.replace(prompted, "init_continuous_batching")
+    GenerateBatch.replace(prompted, "generate_batch")
     Generate.replace(prompted, "generate")
     ExpandInputs.replace(prompted, "_expand_inputs_for_generation")
     prompted.files = modeling_files(module for stack in stacks for module in stack.module.modules())

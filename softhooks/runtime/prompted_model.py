@@ -30,7 +30,7 @@ from softhooks.runtime.attached_prompt import AttachedPrompt
 from softhooks.runtime.label_names import LabelNames
 from softhooks.runtime.optimizer_check import checked_models
 from softhooks.runtime.running import RunningCalls
-from softhooks.runtime.selection import RecomputeCheck, Selection, select_rows
+from softhooks.runtime.selection import RecomputeCheck, Selection, select_requests, select_rows
 from softhooks.runtime.with_blocks import choice_of, repeats_of
 
 
@@ -143,13 +143,13 @@ class PromptedModel:
     @property
     def is_on(self) -> bool:
         """Whether prompts are on. True in `softhooks.rows` even if no row has a prompt."""
-        rows, off, only = choice_of(self.model)
+        rows, off, only, _ = choice_of(self.model)
         return not off and bool(self.prompts) and (rows is not None or only is not None or self._active is not None)
 
     @property
     def is_in_use(self) -> bool:
         """Whether a forward would use a prompt for at least one row."""
-        rows, off, only = choice_of(self.model)
+        rows, off, only, _ = choice_of(self.model)
         if off or not self.prompts:
             return False
         if rows is not None:
@@ -167,9 +167,12 @@ class PromptedModel:
             UnsupportedModeError: the number of names in `rows` does not match the batch size.
             NotAttachedError: `rows` names a prompt that has been removed.
         """
-        given, rows = self.given if given is None else given, self.rows
+        given, choice = self.given if given is None else given, choice_of(self.model)
+        rows = choice.rows
         if rows is None:
             return select_rows(self.prompts, [self.active], batch, given)
+        if choice.lengths is not None:
+            return select_requests(self.prompts, rows, choice.lengths, given)
         forward = self.running.forward
         named = len(rows) * (1 if forward is None else forward.choices)
         if batch not in (named, named * repeats_of(self.model)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
@@ -31,11 +31,14 @@ class Selection:
         rows: for each row of the batch, an index into `uses`, or None for no prompt. If all rows use the only entry of `uses`,
             `rows` itself is None.
         given: the extra arguments of this forward, by name.
+        lengths: in a continuous batch whose requests use different prompts, the number of tokens of each request; `rows` then has
+            one entry for each request, although all of them share one row.
     """
 
     uses: Sequence[Use]
     rows: Sequence[int | None] | None
     given: dict[str, Tensor] = field(default_factory=dict)
+    lengths: Sequence[int] | None = None
 
     @property
     def prompts(self) -> list[AttachedPrompt]:
@@ -106,6 +109,14 @@ def select_rows(
     if len(distinct) == 1 and None not in keys:
         return Selection(uses, None, given)
     return Selection(uses, [None if key is None else distinct.index(key) for key in keys], given)
+
+
+def select_requests(
+    prompts: dict[str, AttachedPrompt], names: Sequence[str | None], lengths: Sequence[int], given: dict[str, Tensor]
+) -> Selection:
+    """Select the prompt of each request of a continuous batch; see `Selection.lengths`."""
+    selection = select_rows(prompts, names, len(names), given)
+    return selection if selection.rows is None else replace(selection, lengths=lengths)
 
 
 def _variants(prompt: AttachedPrompt, given: dict[str, Tensor], batch: int) -> Sequence[int]:

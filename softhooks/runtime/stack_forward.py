@@ -12,18 +12,19 @@ from torch import Tensor
 
 from softhooks.backbone.forward_pass import Pass
 from softhooks.backbone.stack import Stack
-from softhooks.inject.cache_notes import require_own_cache, require_same_prompt
+from softhooks.inject.cache_notes import require_own_cache, require_same_prompt, require_unchanged
 from softhooks.inject.caches import cache_of
 from softhooks.inject.prefix.packed_documents import check_of_documents, document_numbers, require_masks
 from softhooks.inject.prefix.paged_cache import paged_cache
 from softhooks.inject.reuse import scope_on
 from softhooks.inject.text_positions import OuterCall
 from softhooks.runtime.arguments import take
-from softhooks.runtime.continuous_batching import require_servable
 from softhooks.runtime.dispatch import open_pass
 from softhooks.runtime.prompted_model import PromptedModel
 from softhooks.runtime.running import Call
 from softhooks.runtime.selection import Selection
+from softhooks.runtime.servable import require_servable
+from softhooks.runtime.with_blocks import lengths_of
 
 
 def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, Any]) -> Pass | None:
@@ -61,8 +62,10 @@ def begin_stack_forward(prompted: PromptedModel, stack: Stack, call: dict[str, A
         _keep_dropout_off(prompted, stack)
     with scope_on(paged, prompted.model):
         opened = _open_for_documents(stack, call, selection, _outer_call(forward, stack), columns)
-    if paged is not None:
-        require_same_prompt(paged, opened, prompted.selection_text)
+        if paged is not None and lengths_of(prompted.model) is not None:
+            require_unchanged(paged, opened, {prompt: prompt.injected(stack) for prompt in selection.prompts})
+        elif paged is not None:
+            require_same_prompt(paged, opened, prompted.selection_text)
     opened.provenance = provenance
     return opened
 

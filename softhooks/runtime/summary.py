@@ -9,7 +9,7 @@ from softhooks.backbone.container import is_prompt_key
 from softhooks.backbone.heads import can_generate
 from softhooks.errors import SoftHooksError
 from softhooks.runtime.attached_prompt import AttachedPrompt, Injection
-from softhooks.runtime.continuous_batching import required_columns
+from softhooks.runtime.servable import required_columns
 
 WAYS_IN: dict[Injection, str] = {
     "attention": "keys and values in each attention layer, added in the attention function",

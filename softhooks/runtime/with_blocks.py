@@ -23,6 +23,8 @@ class Block:
     Attributes:
         model: the model that was passed to `attach`.
         rows: one prompt name for each row, as in `softhooks.rows`.
+        lengths: for a forward of a continuous batch, the number of tokens of each request; `rows` then has one name for each
+            request, and surrounding blocks have no effect.
         off: whether all prompts are off, as in `softhooks.disabled`.
         only: the name of one prompt for all rows; surrounding blocks then have no effect.
         generates: whether this is a call of `generate`.
@@ -32,6 +34,7 @@ class Block:
 
     model: nn.Module
     rows: Sequence[str | None] | None = None
+    lengths: Sequence[int] | None = None
     off: bool = False
     only: str | None = None
     generates: bool = False
@@ -76,6 +79,7 @@ class Choice(NamedTuple):
     rows: Sequence[str | None] | None = None
     off: bool = False
     only: str | None = None
+    lengths: Sequence[int] | None = None
 
 
 _NO_CHOICE = Choice()
@@ -90,9 +94,16 @@ def choice_of(model: nn.Module) -> Choice:
             continue
         if block.only is not None:
             return Choice(rows, off, block.only)
+        if block.lengths is not None:
+            return Choice(block.rows, off, None, block.lengths)
         rows = block.rows if rows is None else rows
         off = off or block.off
     return _NO_CHOICE if rows is None and not off else Choice(rows, off)
+
+
+def lengths_of(model: nn.Module) -> Sequence[int] | None:
+    """Return the number of tokens of each request, in a forward of a continuous batch whose requests use different prompts."""
+    return choice_of(model).lengths
 
 
 def repeats_of(model: nn.Module) -> int:

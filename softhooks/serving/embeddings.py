@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from softhooks.errors import OptionError, PromptTooLongError, UnsupportedMethodError, UnsupportedModelError
 from softhooks.prompt import SoftPrompt, soft_prompts_of
 from softhooks.prompt_encoder import EMBEDDINGS
-from softhooks.runtime.continuous_batching import required_columns
 from softhooks.runtime.prompted_model import require_prompted_model
+from softhooks.runtime.servable import required_columns
 from softhooks.serving.servers import ServerName, for_server
 from softhooks.switch import disabled
 

@@ -99,11 +99,15 @@ class PromptStore:
             )
         return self.folder / name
 
-    def load(self, model: nn.Module, name: str, *, trainable: bool = False, strict: bool = True) -> SoftPrompt:
-        """Load a prompt onto its base model under its name in the store, and activate it.
+    def load(
+        self, model: nn.Module, name: str, *, as_name: str | None = None, trainable: bool = False, strict: bool = True
+    ) -> SoftPrompt:
+        """Load a prompt onto its base model, and activate it.
 
         Args:
             model: the base model.
+            name: the name of the prompt in the store.
+            as_name: the name of the prompt on the model; by default, its name in the store.
             trainable, strict: as in `softhooks.load`. With `strict`, the prompt's file must also describe the weights of its base
                 model, so that they can be compared.
 
@@ -116,7 +120,7 @@ class PromptStore:
         folder = self.path(name)
         if strict:
             _require_fingerprint(read(folder))
-        return load(model, folder, name, trainable=trainable, strict=strict)
+        return load(model, folder, as_name or name, trainable=trainable, strict=strict)
 
     # --- change -------------------------------------------------------------------------------------------------------
 

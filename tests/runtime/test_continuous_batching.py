@@ -249,13 +249,6 @@ def test_prompts_that_one_row_cannot_meet_are_refused_before_a_manager_starts(me
     prompt.remove()
 
 
-def test_a_prompt_for_each_row_is_refused() -> None:
-    model = zoo.build("llama")
-    softhooks.attach(model, PromptTuning(3))
-    with softhooks.rows(model, ["default"]), pytest.raises(UnsupportedModeError, match="all requests use one prompt"):
-        served(model)
-
-
 OPTIONS = {"graphs": {"use_cuda_graph": True}, "compiled": {"varlen_compile_config": CompileConfig()}}
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from softhooks.backbone.forward_pass import AttentionFunction
 from softhooks.backbone.stack import Site, Stack
 from softhooks.compat.sharding import is_sharded
-from softhooks.inject.branch.linear_scaling import Scaled, scale
+from softhooks.inject.branch.linear_scaling import Scaled, scale, scale_tokens
 from softhooks.inject.branch.projections import keys_and_values
 from softhooks.inject.checkpointing import CheckpointedPass
 
@@ -55,8 +55,10 @@ class Branch:
         keys, values: [R, Hq, K, D]; R is 1 (shared by every row) or B. The values are already multiplied by the gates.
         pending: layers with sharded weights. Their keys and values are computed in the layer's forward, after FSDP2 has gathered
             the weights.
-        seen: the virtual tokens that each row attends to, [B, 1, 1, K] bool, at layers where their number differs between rows.
-        scaled: the factors and offsets of linear layers, [R, out] each.
+        seen: the virtual tokens that each row attends to, [B, 1, 1, K] bool, at layers where their number differs between rows;
+            or those that each token attends to, [1, 1, T, K].
+        scaled: the factors and offsets of linear layers, [R, out] each, or [T, out] if they differ between tokens.
+        by_token: whether the tokens of one row use different prompts, as in a continuous batch.
     """
 
     keys: dict[int, Tensor]
@@ -64,6 +66,7 @@ class Branch:
     pending: dict[int, GatedRows] = field(default_factory=dict)
     seen: dict[int, Tensor] = field(default_factory=dict)
     scaled: Scaled = field(default_factory=dict)
+    by_token: bool = False
 
 
 def branch_of(given: BranchInputs) -> Branch:
@@ -141,6 +144,8 @@ class BranchPass(CheckpointedPass):
 
     def scale(self, name: str, output: Tensor) -> Tensor | None:
         """Multiply the output of a linear layer by its factor, and add its offset."""
+        if self.branch.by_token:
+            return scale_tokens(self.branch.scaled, name, output)
         return scale(self.branch.scaled, name, output, self.blank)
 
     def injected_tensors(self) -> list[Tensor]:
@@ -160,6 +165,7 @@ class BranchPass(CheckpointedPass):
             },
             seen=branch.seen,
             scaled={name: (self.leaf_of(a), self.leaf_of(b)) for name, (a, b) in branch.scaled.items()},
+            by_token=branch.by_token,
         )
 
 

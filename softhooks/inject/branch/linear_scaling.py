@@ -65,6 +65,20 @@ def scale(scaled: Scaled, name: str, output: Tensor, blank: Tensor | None = None
     return output * factor.view(shape) + offset
 
 
+def scale_tokens(scaled: Scaled, name: str, output: Tensor) -> Tensor | None:
+    """Multiply the output of a linear layer, [1, T, out] or [T, out], by a factor for each token, and add its offset."""
+    if name not in scaled:
+        return None
+    factor, offset = (part.to(output) for part in scaled[name])
+    if output.shape[-2] != len(factor):
+        raise UnsupportedModeError(
+            f"the output of layer {name} has the shape {list(output.shape)} for {len(factor)} tokens; prompts that scale linear "
+            "layers can share a continuous batch only if every layer's output has one entry per token.",
+            "Use one prompt for all requests of a manager.",
+        )
+    return output * factor + offset
+
+
 @dataclass(eq=False)
 class ScaleHook:
     """The hook of one linear layer. As a bound method and not a closure, it is copied together with the model."""

@@ -15,6 +15,46 @@ from softhooks.errors import PromptNotReachedError
 
 
 @dataclass
+class RequestColumns:
+    """Which virtual tokens each token sees in a continuous batch whose requests use different prompts, of P tokens in total.
+
+    Attributes:
+        tokens: for each token of the text, the index of its request's prompt, or -1 for no prompt, [T].
+        owners: for each virtual token, the index of its prompt, [P].
+        before: for each virtual token, its distance to the first token of the text, [P].
+        windowed: whether sliding windows treat the virtual token as a token directly before the text, [P] bool.
+        shift: for each token of the text, the number by which its position is shifted, [1, T].
+        longest: the largest number of virtual tokens of a prompt.
+        absent: for each layer that only some prompts enter, the virtual tokens of the others, [P] bool by layer index.
+    """
+
+    tokens: Tensor
+    owners: Tensor
+    before: Tensor
+    windowed: Tensor
+    shift: Tensor
+    longest: int
+    absent: dict[int, Tensor]
+
+    def visible(self, index: int, window: int | None, positions: Tensor | None, queries: int) -> Tensor:
+        """Return the virtual tokens that each of the last Q tokens sees in a layer, [1, 1, Q, P] bool.
+
+        Args:
+            index: the index of the layer.
+            window: the sliding window of the layer, if it has one.
+            positions: the positions of the text in its request, [1, T].
+            queries: Q.
+        """
+        seen = self.tokens[-queries:, None] == self.owners
+        if index in self.absent:
+            seen = seen & ~self.absent[index]
+        if window is not None and positions is not None:
+            distance = positions.to(seen.device)[0, -queries:, None] + self.before
+            seen = seen & ((distance < window) | ~self.windowed)
+        return seen[None, None]
+
+
+@dataclass
 class KeyValues:
     """The keys and values of a prefix in self-attention, or in cross-attention.
 
@@ -28,6 +68,7 @@ class KeyValues:
         states: the virtual tokens' last hidden states, [R, P, H], if the prompt was run through the stack.
         hidden: the virtual tokens that a row must not see, [B or 1, P] bool, or None if each row sees all its virtual tokens.
         missing: for each layer that only some prompts of the batch enter, the rows with another prompt, [B] bool by layer index.
+        requests: in a continuous batch whose requests use different prompts, which virtual tokens each token sees; R is then 1.
     """
 
     keys: dict[int, Tensor]
@@ -38,6 +79,7 @@ class KeyValues:
     states: Tensor | None = None
     hidden: Tensor | None = None
     missing: dict[int, Tensor] = field(default_factory=dict)
+    requests: RequestColumns | None = None
 
     @property
     def variants(self) -> int:
@@ -48,6 +90,15 @@ class KeyValues:
     def length(self) -> int:
         """The largest number of virtual tokens in a row (P)."""
         return self.any_key.shape[2]
+
+    @property
+    def longest(self) -> int:
+        """The largest number of virtual tokens before a sequence; less than P if several prompts precede one row."""
+        return self.length if self.requests is None else self.requests.longest
+
+    def differs_at(self, index: int) -> bool:
+        """Whether only some of the prompts enter a layer, so that its mask differs from those of other layers."""
+        return index in self.missing or (self.requests is not None and index in self.requests.absent)
 
     @property
     def any_key(self) -> Tensor:
@@ -67,7 +118,9 @@ class KeyValues:
         return torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
 
     def shift(self) -> int | Tensor:
-        """Return the number by which the text's positions are shifted: P or 0, or [B, 1] if rows differ."""
+        """Return the number by which the text's positions are shifted: P or 0, or [B, 1] or [1, T] if rows or requests differ."""
+        if self.requests is not None:
+            return self.requests.shift
         if isinstance(self.shifted, Tensor) and self.lengths is not None:
             return (self.lengths * self.shifted)[:, None]
         return self.length if self.shifted else 0

@@ -38,7 +38,7 @@ class PrefixPass(CheckpointedPass):
     ) -> None:
         super().__init__(stack)
         own = prefixes.get("self")
-        require_one_chunk(stack, 0 if own is None or own.windowed is False else own.length, positions)
+        require_one_chunk(stack, 0 if own is None or own.windowed is False else own.longest, positions)
         self.prefixes = prefixes
         self.positions = positions
         self._masks: dict[tuple[Any, ...], tuple[Any, Any]] = {}
@@ -112,7 +112,7 @@ class PrefixPass(CheckpointedPass):
     def _once(self, mask: Any, site: Site, key: tuple[Any, ...], build: Callable[[], Any]) -> Any:
         """Return `build()`, called once per forward for each mask and `key`; most layers receive the same mask object."""
         # A layer at which some rows have no prefix does not share its result with other layers.
-        key = (id(mask), site.index if site.index in self.prefixes[site.role].missing else None, *key)
+        key = (id(mask), site.index if self.prefixes[site.role].differs_at(site.index) else None, *key)
         if key not in self._masks:
             self._masks[key] = (mask, build())  # a stored mask is not freed, so its id stays unique
         return self._masks[key][1]
@@ -136,6 +136,8 @@ class PrefixPass(CheckpointedPass):
         In layers that share keys (Gemma 4), the queries may be those of only the last Q of the T tokens.
         """
         prefix, device = self.prefixes[site.role], query.device
+        if prefix.requests is not None:
+            return prefix.requests.visible(site.index, window, self.positions, query.shape[2]).to(device)
         present = prefix.present(device, site.index)
         visible = None if present is None else present[:, None, None, :]
         # A windowed prefix is directly before the text: early tokens see the end of the prefix, and later tokens see none of it.
