@@ -23,6 +23,7 @@ from softhooks.checks.content_masks import require_common_masks
 from softhooks.checks.left_padding import takes_left_padding
 from softhooks.checks.reaches_output import prove_reach
 from softhooks.checks.remedies import names_tried_remedies
+from softhooks.checks.transformers_version import check_transformers
 from softhooks.checks.unread_slots import check_unread
 from softhooks.compat.bitsandbytes import keep_unpacked, unpacked
 from softhooks.compat.peft import refuse_peft_prompts, refuse_unloading
@@ -110,6 +111,7 @@ def attach_prompt(
     frozen_record: bool,
 ) -> SoftPrompt:
     """Attach a new or stored prompt; see `attach`. If `frozen_record` is True, hash the frozen tensors for `verify_frozen`."""
+    check_transformers()
     present = prompted_model_of(model)
     check_arguments(model, method, name, present, trainable)
     refuse_peft_prompts(model)
