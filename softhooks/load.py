@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from softhooks.attach import attach_prompt
 from softhooks.backbone.placeholder_ids import saved_placeholder_ids
 from softhooks.backbone.stack import ModelStructure
+from softhooks.checks.attach_arguments import require_model
 from softhooks.formats.find import find
 from softhooks.formats.stored import StoredPrompt
 from softhooks.method import Method
@@ -59,6 +60,7 @@ def load(
         PromptMismatchError: the prompt does not fit the model, or was trained with another base model.
         AttachError: the prompt fits the model but cannot be attached to it. After any error the model is unchanged.
     """
+    require_model(model)
     stored = find(path, revision, token)
     return attach_found(
         model, stored, name, trainable=trainable, freeze_dropout=freeze_dropout, injection=injection, strict=strict

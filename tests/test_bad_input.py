@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -140,6 +142,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], t
     "no method": (
         llama, lambda: "prompt", {}, UnsupportedMethodError, r"attach got str instead of a method such as PromptTuning\(20\)",
     ),
+    "the class of a method": (
+        llama, lambda: PromptTuning, {}, UnsupportedMethodError,
+        r"attach got the class PromptTuning instead of a method with its options(.|\n)*Call the class: `PromptTuning\(\.\.\.\)`",
+    ),
     "an injection that is not available": (
         lambda: zoo.build("bert", "masked"), lambda: PromptTuning(3), {"injection": "shared"}, UnsupportedMethodError,
         r"'shared' is not available for BertForMaskedLM(.|\n)*asked: *'shared'\npossible: *'slots'\nLeave `injection` out",
@@ -179,6 +185,22 @@ def test_attach_refuses_beside_a_prompt_that_works(case: str) -> None:
     with untouched(model), pytest.raises(error, match=message):
         softhooks.attach(model, method(), **options)
     assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("models/gpt2", r"but 'models/gpt2' was given(.|\n)*Load the model first(.|\n)*load_model"),
+        (None, r"but an object of the class NoneType was given(.|\n)*Load the model first"),
+        (SimpleNamespace(model=nn.Linear(3, 3)), r"of the class SimpleNamespace was given(.|\n)*its attribute `model`"),
+    ],
+)
+def test_what_is_no_model_is_refused(given: Any, message: str, tmp_path: Path) -> None:
+    """Names of models, Trainers and pipelines; `load` refuses them before it looks for the prompt."""
+    with pytest.raises(AttachError, match=message):
+        softhooks.attach(given, PromptTuning(3))
+    with pytest.raises(AttachError, match=message):
+        softhooks.load(given, tmp_path / "missing")
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

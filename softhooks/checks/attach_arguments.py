@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from pathlib import Path
 
 from torch import nn
 
@@ -27,10 +28,32 @@ def is_prompt_name(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and not taken
 
 
+def require_model(model: object) -> None:
+    """Check that the first argument of `attach` or `load` is a model, not its name or an object that contains it."""
+    if isinstance(model, nn.Module):
+        return
+    given = repr(model) if isinstance(model, str | Path) else f"an object of the class {type(model).__name__}"
+    if isinstance(getattr(model, "model", None), nn.Module):
+        raise AttachError(
+            f"a prompt needs a model, but {given} was given.", "Pass the model inside it, its attribute `model`."
+        )
+    raise AttachError(
+        f"a prompt needs a model, but {given} was given.",
+        "Load the model first, such as with `AutoModelForCausalLM.from_pretrained`; or load a saved prompt together with its "
+        "base model: `softhooks.load_model(prompt)`.",
+    )
+
+
 def check_arguments(
     model: nn.Module, method: Method, name: str, present: PromptedModel | None, trainable: tuple[str, ...]
 ) -> None:
     """Check the arguments of `attach`; `present` is the state of the prompts that the model already has."""
+    require_model(model)
+    if isinstance(method, type) and issubclass(method, Method):
+        raise UnsupportedMethodError(
+            f"attach got the class {method.__name__} instead of a method with its options, such as PromptTuning(20).",
+            f"Call the class: `{method.__name__}(...)`; `help(softhooks.{method.__name__})` lists the options.",
+        )
     if not isinstance(method, Method):
         raise UnsupportedMethodError(
             f"attach got {type(method).__name__} instead of a method such as PromptTuning(20)."

@@ -40,10 +40,10 @@ def names_tried_remedies(
                 return function(*args, **kwargs)
             except AttachError as error:
                 model, method, name = args[:3]
-                assert isinstance(model, nn.Module)
                 message = str(error)
                 if (
-                    not isinstance(method, Method)
+                    not isinstance(model, nn.Module)
+                    or not isinstance(method, Method)
                     or name == _TRIAL
                     or prompted_model_of(model) is not None
                     or not (INSIDE in message or OTHER_METHOD in message)

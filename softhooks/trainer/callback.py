@@ -39,6 +39,7 @@ from softhooks.trainer.prompt_checks import (
     remove_previous,
     require_loaded,
     require_present,
+    warn_about_learning_rate,
 )
 from softhooks.trainer.ranks import broadcast_from_rank_0, require_same_on_all_ranks
 from softhooks.trainer.trainer_patches import callbacks, patch_trainer
@@ -190,6 +191,7 @@ class SoftPromptCallback(PushedPrompt):
         if not is_mended(optimizer, prompt):
             refuse_late(args, state, "an optimizer that does not hold exactly the prompt's parameters")
             mend_optimizer(optimizer, prompt)
+        warn_about_learning_rate(args, state, optimizer, self.method)
         require_same_on_all_ranks(prompt)
         self._frozen_check.begin(prompt, state.global_step)
         prompt.prompted_model.embed_last()

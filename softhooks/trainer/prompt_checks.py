@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from softhooks.method import Method
 from softhooks.prompt import SoftPrompt
 from softhooks.runtime.added_tokens import chosen_ids
 from softhooks.trainer.checkpoint import saver_of
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingCallback(Protocol):
@@ -186,4 +189,21 @@ def refuse_smoothing(args: TrainingArguments, method: Method) -> None:
         raise TrainerError(
             f"label_smoothing_factor={args.label_smoothing_factor} would replace the loss of the method {method.kind!r}.",
             "Set label_smoothing_factor to 0, and pass no `compute_loss_func`.",
+        )
+
+
+def warn_about_learning_rate(args: TrainingArguments, state: TrainerState, optimizer: Any, method: Method) -> None:
+    """Warn if the optimizer has the default learning rate of the Trainer's arguments, with which a prompt hardly changes.
+
+    A prefix that an MLP computes is an exception: its paper uses this learning rate.
+    """
+    group = optimizer.param_groups[0]
+    rate = group.get("initial_lr", group.get("lr"))  # a scheduler has already changed `lr`
+    is_default = rate == type(args).__dataclass_fields__["learning_rate"].default
+    if is_default and state.is_world_process_zero and not getattr(method, "projection", False):
+        logger.warning(
+            "learning_rate=%s, the default of %s, hardly changes a soft prompt. Set it; start from 1e-2 for prompt tuning and "
+            "from 5e-3 for prefix tuning (the table of methods in the README has all methods).",
+            rate,
+            type(args).__name__,
         )
