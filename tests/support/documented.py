@@ -58,6 +58,18 @@ def with_saved_prompts() -> dict[str, Any]:
     return names
 
 
+def with_saved_classifier() -> dict[str, Any]:
+    """The same, with a base model without a head in a directory, and a prompt that was trained with a head on it."""
+    names = language_model()
+    names["model"].model.save_pretrained("base")
+    names["tokenizer"].save_pretrained("base")
+    labels = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    classifier = tf.AutoModelForSequenceClassification.from_pretrained("base", **labels)
+    with softhooks.attach(classifier, softhooks.PromptTuning(4)) as prompt:
+        prompt.save_pretrained("sst2-prompt")
+    return names | {"base": "base"}
+
+
 def methods() -> dict[str, Any]:
     """The same, with a batch of four rows that have labels."""
     names = language_model()
@@ -91,6 +103,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/batch-columns.md": language_model,
     "docs/coming-from-peft.md": language_model,
     "docs/errors.md": language_model,
+    "docs/examples.md": language_model,
     "docs/guarantees.md": language_model,
     "docs/how-it-works.md": language_model,
     "docs/layouts.md": masked,
@@ -112,7 +125,7 @@ PAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/saving.md": language_model,
     "docs/serving.md": with_saved_prompts,
     "docs/several-prompts.md": with_saved_prompts,
-    "docs/trainer.md": language_model,
+    "docs/trainer.md": with_saved_classifier,
     "docs/training-loop.md": language_model,
 }
 """The names of each page with Python blocks; `docs/frameworks.md` has those of the integrations' examples."""
