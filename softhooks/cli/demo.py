@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from softhooks.demo.options import EncoderOptions, LanguageModelOptions
+from softhooks.errors import SoftHooksError
 
 LM = LanguageModelOptions()
 ENCODER = EncoderOptions()
@@ -132,6 +134,7 @@ def demo(
     if model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads the variable only when it is imported
     options = kind(**given)
+    _require_packages(options)
     # torch and transformers take seconds to import
     if isinstance(options, LanguageModelOptions):
         from softhooks.demo.language_model.run import run_demo
@@ -141,3 +144,15 @@ def demo(
         from softhooks.demo.encoder.run import run_demo as run_encoder_demo
 
         run_encoder_demo(options)
+
+
+def _require_packages(options: LanguageModelOptions | EncoderOptions) -> None:
+    """Raise an error if a package that the demo imports is not installed."""
+    needed = ("datasets", "evaluate", "matplotlib") if isinstance(options, LanguageModelOptions) else ("sklearn",)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SoftHooksError(
+            "`softhooks demo` needs packages that are not installed.",
+            'Install them: pip install "softhooks[demo]"; or run `make demo` in a clone of softhooks.',
+            missing=", ".join(missing),
+        )

@@ -25,21 +25,28 @@ class Server(StrEnum):
 
 def export(
     prompt: Annotated[
-        str, typer.Argument(help="The saved prompt: a directory written by softhooks or PEFT, or a name on the Hub.")
+        str,
+        typer.Argument(
+            metavar="PROMPT", help="The saved prompt: a directory written by softhooks or PEFT, or a name on the Hub."
+        ),
     ],
     to: Annotated[Server, typer.Option("--to", help="The inference server.")],
-    model: Annotated[str, typer.Option(help="The base model: a directory or a name on the Hub.")],
+    model: Annotated[str, typer.Option(metavar="NAME", help="The base model: a directory or a name on the Hub.")],
     output: Annotated[Path, typer.Option(help="The directory to write to.", file_okay=False)],
-    text: Annotated[str | None, typer.Option(help="The text that follows the prompt.", show_default=False)] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The text that follows the prompt.", show_default=False)
+    ] = None,
     text_file: Annotated[
         Path | None, typer.Option(help="A file with the text.", exists=True, dir_okay=False, show_default=False)
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the tokenizer's chat template to the text.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The number of tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="The sampling temperature.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="The number of tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(metavar="NUMBER", min=0.0, help="The sampling temperature.")] = 0.0,
     served_name: Annotated[
         str | None,
-        typer.Option(help="The name of the model in vLLM, if it differs from --model.", show_default=False),
+        typer.Option(
+            metavar="NAME", help="The name of the model in vLLM, if it differs from --model.", show_default=False
+        ),
     ] = None,
     strict: Annotated[
         bool,

@@ -15,6 +15,9 @@ from softhooks.cli.prompt_table import show
 from softhooks.cli.visible import visible
 from softhooks.errors import format_message
 
+WORDS = 5
+"""The nearest words of each virtual token, by default."""
+
 
 def inspect(
     paths: Annotated[
@@ -36,12 +39,20 @@ def inspect(
             show_default=False,
         ),
     ] = None,
-    words: Annotated[int, typer.Option(metavar="NUMBER", min=1, help="Nearest words for each virtual token.")] = 5,
+    words: Annotated[
+        int | None,
+        typer.Option(
+            metavar="NUMBER",
+            min=1,
+            help="Nearest words for each virtual token; only with --model. [default: 5]",
+            show_default=False,
+        ),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="The text on which attention is measured. [default: an English sentence]",
+            help="The text on which attention is measured; only with --model. [default: an English sentence]",
             show_default=False,
         ),
     ] = None,
@@ -90,10 +101,13 @@ def inspect(
         softhooks inspect runs/checkpoint-1000 --initial runs/checkpoint-500
         softhooks inspect my-peft-adapter --json | jq '.[0].options'
     """
+    for option, value in (("--words", words), ("--text", text)):
+        if value is not None and model is None:
+            raise typer.BadParameter(f"{option} needs the base model: give --model as well.", param_hint=option)
     require_prompts([*paths, *([] if initial is None else [initial])])
     from softhooks.cli.prompt_facts import Questions, facts_of  # torch takes seconds to import
 
-    asked = Questions(initial, model, words, text, strict, matrix=html is not None)
+    asked = Questions(initial, model, words or WORDS, text, strict, matrix=html is not None)
     facts = [facts_of(path, asked) for path in paths]
     if html is not None:
         from softhooks.analysis.page import write_page

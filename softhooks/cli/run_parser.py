@@ -134,8 +134,8 @@ def method_kind(name: Any) -> str:
             return kind
     raise OptionError(
         f"softhooks has no method {str(name)!r}.",
-        suggestion(str(name), methods(), "{}") or "`softhooks run --help` describes the methods.",
-        methods=", ".join(methods()),
+        suggestion(str(name), methods(), "{}", cutoff=0.5) or "`softhooks run --help` describes the methods.",
+        methods=", ".join(kind.replace("_", "-") for kind in methods()),
     )
 
 
@@ -148,10 +148,17 @@ def unknown_option(name: str, known: Iterable[str]) -> OptionError:
     )
 
 
-def suggestion(name: str, known: Iterable[str], form: str) -> str:
-    """Return a question "Did you mean ...?" with the most similar names, or an empty string if no name is similar."""
+def suggestion(name: str, known: Iterable[str], form: str, cutoff: float = 0.6) -> str:
+    """Return a question "Did you mean ...?" with the most similar names, or an empty string if no name is similar.
+
+    Args:
+        name: the unknown name.
+        known: the names to suggest.
+        form: how to write a suggested name.
+        cutoff: how similar a suggested name must be, from 0 (not at all) to 1 (equal).
+    """
     plain = name.lstrip("-").replace("-", "_")
-    near = difflib.get_close_matches(plain, list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(plain, list(known), n=3, cutoff=cutoff)
     return f"Did you mean {' or '.join(form.format(n.replace('_', '-')) for n in near)}?" if near else ""
 
 

@@ -89,7 +89,8 @@ def take(kwargs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             raise UnsupportedModeError(
                 f"`{name}` is a {type(value).__name__}; it must be a tensor with one entry for each row.",
-                "Convert the column to a tensor in the data collator.",
+                "Convert the column to a tensor in the data collator."
+                + (" A task is given by its number: its place in `tasks=`, from 0." if name == "task_ids" else ""),
             )
         taken[name] = value
     return taken

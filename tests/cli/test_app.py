@@ -77,6 +77,19 @@ def test_demo_defaults_are_the_options_own(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
+    ("task", "missing"), [("language-model", "datasets, evaluate, matplotlib"), ("encoder", "sklearn")]
+)
+def test_demo_without_its_packages_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, task: str, missing: str
+) -> None:
+    monkeypatch.setattr("softhooks.cli.demo.importlib.util.find_spec", lambda name: None)
+    result = runner.invoke(app.app, ["demo", "--task", task])
+    assert isinstance(result.exception, SoftHooksError)
+    assert f"missing: {missing}" in str(result.exception)
+    assert 'pip install "softhooks[demo]"' in str(result.exception)
+
+
+@pytest.mark.parametrize(
     ("task", "option"),
     [("language-model", "--head-epochs"), ("language-model", "--prefix-epochs"), ("encoder", "--steps")],
 )

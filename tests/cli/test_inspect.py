@@ -395,6 +395,13 @@ def test_a_place_without_a_prompt_is_one_message_and_exit_code_2(saved: Path, ch
     assert failing()[0] == 2
 
 
+@pytest.mark.parametrize("option", ["--words", "--text"])
+def test_options_of_a_model_without_a_model_are_refused(saved: Path, option: str) -> None:
+    status, message = failing(saved, option, "3")
+    assert status == 2
+    assert f"{option} needs the base model" in message
+
+
 # --- how it is shown --------------------------------------------------------------------------------------------------
 
 
