@@ -15,6 +15,7 @@ KILLS ?= 50
 SURVEY_ARGS ?=
 EXTRAS ?=
 FUZZ_SECONDS ?= 600
+LOAD_ROUNDS ?= 50
 FUZZ_ARGS ?=
 # The tests run in two workers (-n 2) with one thread each; with more threads, the workers compete for the cores.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(1)/python -m pytest
@@ -33,7 +34,7 @@ RELEASE_INSTALLED := $(RELEASE_VENV)/.installed
 RELEASE := $(RELEASE_VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-oldest test-extras fuzz dist sbom audit lock clean
+.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-serving test-oldest test-extras fuzz dist sbom audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -74,6 +75,9 @@ benchmark: $(INSTALLED)  ## measure speed and memory against PEFT and the base m
 
 quality: $(INSTALLED)  ## measure how well prompts tune real models, against LoRA and PEFT (QUALITY_ARGS="--profile full": hours)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality $(QUALITY_ARGS)
+
+test-serving: $(INTEGRATED)  ## ask servers with prompts from many clients at once, in many rounds (LOAD_ROUNDS=50)
+	SOFTHOOKS_LOAD_ROUNDS=$(LOAD_ROUNDS) $(call PYTEST,$(BIN)) tests/integrations/test_served_prompts.py $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and transformers
 	$(call PYTEST,$(OLDEST_VENV)/bin) -n 2 $(PYTEST_ARGS)

@@ -193,8 +193,8 @@ PromptedModule(model, method, name='default', train_head=True, freeze_dropout=Fa
 PromptBoard(tokenizer=None, *, log_dir=None, words=5)
 [softhooks.integrations.transformers_serve]
 main(arguments=None)
-prompted(prompt, *, strict=True)
-serve(prompt, model, **options)
+prompted(prompt=None, *, store=None, tag=None, strict=True)
+serve(prompt, model, *, store=None, tag=None, strict=True, **options)
 [softhooks.integrations.trl]
 reference(model, prompt=None)
 [softhooks.integrations.vllm]

@@ -48,7 +48,7 @@ class RequestPrompts:
         self.prompted = prompted
         self.default = None if prompted.disabled else prompted.active
         self.by_request = prompted.rows is not None
-        self._names: set[str | None] = {self.default}
+        self._names: set[str | None] = set() if self.by_request else {self.default}
         self._adding = local()
         self._unfinished: dict[str, str | None] = {}
         self._cancelled: set[str] = set()
@@ -92,10 +92,12 @@ class RequestPrompts:
                 "Add each request inside its own `with softhooks.rows(model, [name])`, or all with `add_requests`.",
             )
         if rows is None:
+            if self.by_request:
+                self._use([self.default])
             return original(input_ids, *args, **kwargs)
-        self._adding.name = rows[0] if names is None else names[id(input_ids)]
-        self._adding.has_name = True
-        self._use([self._adding.name])
+        name = rows[0] if names is None else names[id(input_ids)]
+        self._use([name])
+        self._adding.name, self._adding.has_name = name, True
         try:
             return original(input_ids, *args, **kwargs)
         finally:
@@ -113,7 +115,11 @@ class RequestPrompts:
             state.logit_processor_kwargs = _NamedOptions(state.logit_processor_kwargs)
             state.logit_processor_kwargs.softhooks_prompt = self._adding.name
         self._unfinished[state.request_id] = self.name_of(state)
-        original(state, *args, **kwargs)
+        try:
+            original(state, *args, **kwargs)
+        except BaseException:  # the queue is full
+            del self._unfinished[state.request_id]
+            raise
 
     def name_of(self, state: Any) -> str | None:
         """Return the name of a request's prompt, or None if it uses none."""

@@ -205,9 +205,9 @@ def test_without_what_serving_needs_it_says_what_to_install(monkeypatch: pytest.
 
 def test_continuous_batches_keep_off_what_a_prompt_cannot_meet() -> None:
     from transformers import ContinuousBatchingConfig
-    from transformers.cli.serving.utils import GenerationState
+    from transformers.cli.serving import utils
 
-    state = integration._state(GenerationState)
+    state = integration.prompted_state(utils, integration.ServedPrompts({}, None, None, strict=True))
     chosen = state(continuous_batching=True)._cb_config
     assert (chosen.auto_switch_to_flash, chosen.use_cuda_graph) == (False, False)
     asked = state(continuous_batching=True, cb_config=ContinuousBatchingConfig(use_cuda_graph=True))._cb_config

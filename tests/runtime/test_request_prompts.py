@@ -206,6 +206,8 @@ MIXED: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_prompts_that_cannot_share_a_batch_are_refused_by_name(kind: str) -> None:
     model, (attach, words) = prompted(), MIXED[kind]
     attach(model)
+    with softhooks.rows(model, ["a"]):  # the active prompt, which no request uses, does not matter
+        assert_same(served(model, [[5, 6, 7]]), alone(model, [[5, 6, 7]], ["a"]))
     softhooks.activate(model, "a")
     with softhooks.rows(model, ["a", "x", "a", "a"]), pytest.raises(UnsupportedModeError, match=words):
         served(model)
@@ -213,6 +215,7 @@ def test_prompts_that_cannot_share_a_batch_are_refused_by_name(kind: str) -> Non
     with running(model) as manager:
         with softhooks.rows(model, ["x"]), pytest.raises(UnsupportedModeError, match=words):
             manager.add_request([5, 6, 7])
+        assert softhooks.runtime.request_prompts.is_waited_for(manager, "a") is False
         assert [ask(manager, [5, 6, 7]).generated_tokens] == expected
 
 
