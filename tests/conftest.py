@@ -22,6 +22,8 @@ from softhooks import constraint
 from softhooks.backbone import attention_interface
 from softhooks.trainer import trainer_patches
 
+collect_ignore = ["serving_real"]  # needs vLLM, which has an environment of its own: `make test-vllm`
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 

@@ -200,6 +200,8 @@ reference(model, prompt=None)
 [softhooks.integrations.vllm]
 embeddings(model, text, tokenizer=None)
 encode(rows)
+export(model, folder, name)
+kv_transfer_config(prompts)
 request(model, rows, **options)
 [softhooks.integrations.wandb]
 PromptArtifact(tokenizer=None, *, name=None, words=5)

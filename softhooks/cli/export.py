@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from softhooks.cli.exit_codes import usage_errors
+from softhooks.cli.export_prefixes import export_prefixes, names_of
 from softhooks.errors import CheckpointError, OptionError
 
 EMBEDDINGS_FILE = "prompt_embeds.safetensors"
@@ -24,10 +27,11 @@ class Server(StrEnum):
 
 
 def export(
-    prompt: Annotated[
-        str,
+    prompts: Annotated[
+        list[str],
         typer.Argument(
-            metavar="PROMPT", help="The saved prompt: a directory written by softhooks or PEFT, or a name on the Hub."
+            metavar="PROMPT...",
+            help="The saved prompts: directories written by softhooks or PEFT, or names on the Hub. Only one with --text.",
         ),
     ],
     to: Annotated[Server, typer.Option("--to", help="The inference server.")],
@@ -55,52 +59,82 @@ def export(
         ),
     ] = True,
 ) -> None:
-    """Write a request for vLLM or SGLang that contains the embeddings of a prompt and of the text after it.
+    """Write prompts for vLLM, or a request for vLLM or SGLang with the embeddings of a prompt and a text.
 
-    These servers do not support soft prompts, but they accept embeddings in place of token ids. Two files are written:
-    **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to /v1/completions
-    (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, with --disable-radix-cache).
+    **Prompts for vLLM** (without --text): for each prompt, a file with its keys and values is written. A server that
+    softhooks' connector is configured for finds new and replaced files by itself, and requests select a prompt by the
+    name of its directory, together with plain text.
 
-    **Example**
+    **A request** (with --text): **prompt_embeds.safetensors** with the embeddings, and **request.json** to post to
+    /v1/completions (vllm serve MODEL --enable-prompt-embeds) or to /generate (SGLang, with --disable-radix-cache).
 
+    **Examples**
+
+        softhooks export en de --to vllm --model Qwen/Qwen3-0.6B --output prompts
         softhooks export sst2-prompt --to vllm --model Qwen/Qwen3-0.6B --text "A fine film. It was" --output out
     """
     with usage_errors():
-        if (text is None) == (text_file is None):
-            given = "neither is" if text is None else "both are"
-            raise OptionError(f"exactly one of --text and --text-file is needed; {given} given.")
+        _check_texts(prompts, to, text, text_file)
+    if text is None and text_file is None:
+        names = names_of(prompts)
+        export_prefixes(names, _base(model), output, strict)
+        return
     content = text if text is not None else Path(str(text_file)).read_text(encoding="utf-8")
-    embeddings = _embeddings(prompt, model, content, chat, to, strict)  # torch and transformers take seconds to import
-    from softhooks.serving.requests import sglang_request, vllm_request
+    embeddings = _embeddings(prompts[0], model, content, chat, to, strict)
+    from softhooks.serving.requests import sglang_request, vllm_request  # torch takes seconds to import
 
     if to is Server.vllm:
         body = vllm_request(served_name or model, embeddings, max_tokens=max_tokens, temperature=temperature)
     else:
         body = sglang_request(embeddings, sampling_params={"max_new_tokens": max_tokens, "temperature": temperature})
-    _write(output, embeddings, body, {"prompt": prompt, "model": model, "server": to.value})
+    _write(output, embeddings, body, {"prompt": prompts[0], "model": model, "server": to.value})
     typer.echo(
         f"{output / EMBEDDINGS_FILE}: {embeddings.shape[0]} embeddings of size {embeddings.shape[1]}, {embeddings.dtype}"
     )
     typer.echo(f"{output / REQUEST_FILE}: {to.value}")
 
 
-def _embeddings(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bool) -> Any:
-    """Load the base model and the prompt, and compute the embeddings."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _check_texts(prompts: list[str], to: Server, text: str | None, text_file: Path | None) -> None:
+    given = [name for name, value in (("--text", text), ("--text-file", text_file)) if value is not None]
+    if len(given) == 2 or (to is Server.sglang and not given):
+        raise OptionError(
+            f"exactly one of --text and --text-file is needed; {'both are' if given else 'neither is'} given."
+        )
+    if given and len(prompts) > 1:
+        raise OptionError(f"{len(prompts)} prompts are given with {given[0]}; a request has only one prompt.")
 
-    from softhooks.load import load
-    from softhooks.serving.embeddings import sequence_embeddings
 
-    try:
+def _base(model: str) -> Any:
+    """Load the base model."""
+    from transformers import AutoModelForCausalLM  # torch and transformers take seconds to import
+
+    with _load_errors(model):
         # without `trust_remote_code=False`, transformers asks on a terminal whether to run the repository's code
-        base = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False).eval()
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False).eval()
+
+
+@contextmanager
+def _load_errors(model: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{model!r} (--model) cannot be loaded as a causal language model with a tokenizer.",
             "Give a directory with both, written by `save_pretrained`, or a name on the Hub.",
             error=" ".join(str(error).split()),
         ) from error
+
+
+def _embeddings(prompt: str, model: str, text: str, chat: bool, to: Server, strict: bool) -> Any:
+    """Load the base model and the prompt, and compute the embeddings."""
+    from transformers import AutoTokenizer
+
+    from softhooks.load import load
+    from softhooks.serving.embeddings import sequence_embeddings
+
+    base = _base(model)
+    with _load_errors(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     load(base, prompt, strict=strict)
     ids: Any = text
     if chat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,20 @@ def vllm_encode(rows: Tensor) -> str:
     buffer = io.BytesIO()
     torch.save(rows.detach().cpu().contiguous().clone(), buffer)  # clone, because a view would save its whole storage
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def vllm_kv_transfer_config(prompts: str | Path) -> dict[str, Any]:
+    """Return the value of vLLM's `kv_transfer_config` that makes it serve the prompts in a directory.
+
+    Args:
+        prompts: the directory, to which `softhooks export PROMPT... --to vllm` writes.
+    """
+    return {
+        "kv_connector": "SoftPromptConnector",
+        "kv_connector_module_path": "softhooks.integrations.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"prompts": str(Path(prompts).absolute())},
+    }
 
 
 def sglang_request(rows: Tensor, *, sampling_params: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from softhooks.formats.find import read
 from softhooks.layout.layout import Layout
 from softhooks.load import attach_stored
 from softhooks.methods.stored_method import method_of
+from softhooks.serving import prefix_files
+from softhooks.serving.prompt_folder import PromptFolder
 from softhooks.serving.tags import read_tags, write_tags
 from softhooks.trainer.incomplete_checkpoints import find_damage
 
@@ -164,6 +166,16 @@ def tags(data: bytes) -> None:
         assert read_tags(folder) == found
 
 
+def served_prefix(data: bytes) -> None:
+    """The facts and the shapes of a prompt that was exported for a server."""
+    value = _json(data)
+    parts = value if isinstance(value, dict) else {}
+    tensors = {name: t for name, t in _tensors(parts.get("tensors")).items() if name.isprintable()}
+    about = {"format": prefix_files.FORMAT, "facts": json.dumps(parts.get("facts")), "digest": ""}
+    with _folder(en__safetensors=bytes(save(tensors, metadata=about))) as folder:
+        PromptFolder(folder).find("en")
+
+
 READERS: dict[str, Reader] = {
     "raw_file": raw_file,
     "description": description,
@@ -174,6 +186,7 @@ READERS: dict[str, Reader] = {
     "trainer_state": trainer_state,
     "live_description": live_description,
     "run_config": run_config,
+    "served_prefix": served_prefix,
     "tags": tags,
 }
 BYTES = ("raw_file",)

@@ -23,6 +23,23 @@ CONFIGS = [
     "method: prefix-tuning\noptions: {num-virtual-tokens: 4}\ncallback: {check-frozen: end}\n",
     "[1, {a: &x [b], c: *x}]",
 ]
+PREFIXES = [
+    json.dumps(
+        {
+            "facts": {
+                "method": "prefix_tuning",
+                "num_virtual_tokens": 3,
+                "model_type": "llama",
+                "vocabulary": 96,
+                "heads": [2],
+                "key_dims": [8],
+                "value_dims": [8],
+                "windowed": True,
+            },
+            "tensors": {"layers.0.key": [3, 2, 8], "layers.0.value": [3, 2, 8]},
+        }
+    )
+]
 STATES = [
     '{"best_model_checkpoint": "out/checkpoint-7", "log_history": [{"loss": 1.5}]}',
     '{"weight_map": {"a.soft_prompts.b": "f"}}',
@@ -58,6 +75,7 @@ def main() -> None:
     for reader, texts in (
         ("run_config", CONFIGS),
         ("trainer_state", STATES),
+        ("served_prefix", PREFIXES),
         ("live_description", ['{"method": {"kind": "a"}}']),
     ):
         for number, text in enumerate(texts):

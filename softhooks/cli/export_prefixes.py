@@ -1,0 +1,67 @@
+"""Write the keys and values of prompts, for the connector that serves them from vLLM."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from softhooks.cli.exit_codes import usage_errors
+from softhooks.errors import OptionError
+
+
+def export_prefixes(prompts: dict[str, str], base: Any, output: Path, strict: bool) -> None:
+    """Write one file for each prompt into the directory of a server's prompts.
+
+    Args:
+        prompts: directories, or names on the Hub, by the names of the prompts in requests.
+        base: the base model.
+        output: the directory.
+        strict: refuse a base model whose weights differ from those used in training.
+
+    Raises:
+        SoftHooksError: a prompt cannot be loaded, or cannot be served as keys and values.
+    """
+    from softhooks.load import load  # torch and transformers take seconds to import
+    from softhooks.serving.prefix import prefix_of
+    from softhooks.serving.prefix_files import write_prefix
+    from softhooks.serving.requests import vllm_kv_transfer_config
+
+    for name, source in prompts.items():
+        prompt = load(base, source, name, strict=strict)
+        try:
+            prefix = prefix_of(base)
+        finally:
+            prompt.remove()
+        path = write_prefix(output, name, prefix)
+        facts = prefix.facts
+        typer.echo(f"{path}: {facts.method}, {facts.num_virtual_tokens} virtual tokens, {facts.layers} layers")
+    config = shlex.quote(json.dumps(vllm_kv_transfer_config(output), separators=(",", ":")))
+    typer.echo(f"Start vLLM with this option:\n--kv-transfer-config {config}")
+
+
+def names_of(prompts: list[str]) -> dict[str, str]:
+    """Return the paths of prompts by the last part of each path, which is the prompt's name in requests.
+
+    Raises:
+        OptionError: two prompts have the same name, or a name has characters that are not allowed.
+    """
+    from softhooks.serving.prefix_files import check_name
+
+    sources: dict[str, str] = {}
+    with usage_errors():
+        for source in prompts:
+            path = Path(source)
+            name = check_name(path.resolve().name if path.exists() else path.name)
+            if name in sources:
+                raise OptionError(
+                    f"two prompts would get the name {name!r} on the server; a prompt is named after its directory.",
+                    "Rename one directory.",
+                    first=sources[name],
+                    second=source,
+                )
+            sources[name] = source
+    return sources
