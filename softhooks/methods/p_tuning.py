@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
@@ -25,6 +23,31 @@ _TOLERANCE = 1e-3
 """The largest allowed error of an initial embedding, relative to the largest number in the words' embeddings."""
 
 
+class _LSTM(nn.LSTM):
+    """A bidirectional LSTM whose results in evaluation mode are the same with and without gradients.
+
+    A folded prompt would otherwise not be exact, because torch chooses between its own kernel and those of oneDNN or cuDNN.
+    """
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Run the LSTM, [P, H] -> [P, 2 * hidden size]; the second output is not used."""
+        if self.training:
+            return super().forward(rows)[0], None
+        for layer in range(self.num_layers):
+            rows = torch.cat([self._run(rows, f"_l{layer}"), self._run(rows.flip(0), f"_l{layer}_reverse").flip(0)], -1)
+        return rows, None
+
+    def _run(self, rows: Tensor, suffix: str) -> Tensor:
+        """Run one direction of one layer step by step, [P, H] -> [P, hidden size]."""
+        weights = [getattr(self, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        hidden = cell = rows.new_zeros(1, self.hidden_size)
+        steps = []
+        for row in rows.split(1):
+            hidden, cell = torch.lstm_cell(row, (hidden, cell), *weights)
+            steps.append(hidden)
+        return torch.cat(steps)
+
+
 class ReparameterizedEncoder(PromptEncoder):
     """Computes the prompt from learned vectors Z [P, H]: `h = MLP(BiLSTM(Z))`, or `h = MLP(Z)`. See `PTuning`."""
 
@@ -33,7 +56,7 @@ class ReparameterizedEncoder(PromptEncoder):
     def __init__(self, count: int, width: int, lstm: bool, hidden_size: int, num_layers: int) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.randn(count, width))
-        self.lstm = nn.LSTM(width, hidden_size, num_layers, bidirectional=True) if lstm else None
+        self.lstm = _LSTM(width, hidden_size, num_layers, bidirectional=True) if lstm else None
         self.down = nn.Linear(2 * hidden_size, width) if lstm else nn.Linear(width, hidden_size)
         self.up = nn.Linear(width if lstm else hidden_size, width)
 
@@ -52,8 +75,7 @@ class ReparameterizedEncoder(PromptEncoder):
     def _hidden(self) -> Tensor:
         rows: Tensor = self.rows
         if self.lstm is not None:
-            with nullcontext() if self.training else _one_kernel():
-                rows, _ = self.lstm(rows)
+            rows, _ = self.lstm(rows)
         return torch.relu(self.down(rows))
 
     @torch.no_grad()
@@ -77,19 +99,6 @@ class ReparameterizedEncoder(PromptEncoder):
                 hidden_size=hidden.shape[1],
                 largest_error=f"{off:.1e} of the largest number in the embeddings",
             )
-
-
-@contextmanager
-def _one_kernel() -> Iterator[None]:
-    """Use torch's native LSTM, whose results are the same with and without gradients, so that a folded prompt is exact."""
-    onednn, cudnn = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = onednn
-        torch.backends.cudnn.enabled = cudnn
 
 
 @dataclass(frozen=True)

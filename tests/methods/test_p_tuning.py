@@ -215,16 +215,14 @@ def test_fold_is_exact_with_gradients_and_without(name: str, size: int) -> None:
         assert not list(prompt.parameters()) or prompt.encoder("embeddings").requires_grad
         assert torch.equal(prompt.embeddings(), folded)
         assert list(prompt.encoder.state_dict()) == ["embeddings"]
-    assert torch.backends.mkldnn.enabled
-    assert torch.backends.cudnn.enabled
 
 
-def test_the_kernels_come_back_after_an_error() -> None:
-    with softhooks.attach(zoo.build("llama"), PTuning(3)) as prompt:
-        prompt.encoder.lstm.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            prompt.encoder("embeddings")
-    assert torch.backends.mkldnn.enabled
+def test_the_lstm_steps_through_the_rows_as_torch_does() -> None:
+    """In evaluation mode it runs cell by cell, because switching torch's kernels off would affect other threads."""
+    with softhooks.attach(zoo.build("llama"), PTuning(7)) as prompt:
+        encoder = prompt.encoder.eval()
+        stepped = encoder("embeddings")
+        torch.testing.assert_close(stepped, encoder.train()("embeddings"))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
